@@ -1,0 +1,48 @@
+"""What a task costs in FLOP, bytes on the wire and bytes of memory, from the sizes of the model alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a model costs, without the model: enough to price a task in seconds and bytes.
+
+    `parameters` counts frozen weights that take part in a forward pass through matrix products (embeddings apart),
+    `embeddings` the looked-up ones, `modules` the (d_out, d_in) of each adapted module, `dense` the parameters that are
+    trained and sent whole (a classification head), `hidden` and `layers` what activations are made of.
+    """
+
+    parameters: int
+    embeddings: int
+    layers: int
+    hidden: int
+    modules: tuple[tuple[int, int], ...]
+    dense: int
+
+    def adapter_parameters(self, rank: int) -> int:
+        """LoRA parameters at `rank`, the dense part not counted."""
+        return rank * sum(out + inner for out, inner in self.modules)
+
+    def payload(self, rank: int) -> int:
+        """Bytes of one adapter on the wire in float32, dense part included."""
+        return 4 * (self.adapter_parameters(rank) + self.dense)
+
+    def train_flops(self, tokens: int, rank: int, depth: int | None = None) -> float:
+        """Floating point operations to train on `tokens` (padding not counted) when the top `depth` layers are trained.
+
+        A forward pass is 2 FLOP a weight and token; backward through frozen weights costs the same again, for the trained
+        layers only; LoRA factors cost three passes (forward, and two products backward).
+        """
+        share = 1.0 if depth is None else depth / self.layers
+        return tokens * (2.0 * self.parameters * (1.0 + share) + 6.0 * self.adapter_parameters(rank) * share)
+
+    def train_memory(self, rank: int, batch_tokens: int) -> float:
+        """Bytes to train: the float32 base, weights with gradients and two Adam moments, and activations of one batch.
+
+        About 16 hidden-sized float32 activations are kept a token and layer (attention and feed-forward, without
+        attention maps); an estimate for choosing ranks, not a measurement.
+        """
+        trained = self.adapter_parameters(rank) + self.dense
+        return 4.0 * (self.parameters + self.embeddings) + 16.0 * trained + 64.0 * batch_tokens * self.hidden * self.layers

@@ -1,0 +1,300 @@
+"""The words of the system as plain data: profiles, tasks, events, commands, merges, and the four protocols.
+
+Everything here is frozen and free of behaviour, so that a schedule can be tested with a table, a run can be written down
+as a trace, and a policy can be printed as a manifest. Times are virtual or real seconds (the core does not know which),
+links are bits per second, memory and payloads bytes, compute FLOP per second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeAlias
+
+from torch import Tensor
+
+from fedloom.cost import Shape
+from fedloom.lora import Adapter
+
+ClientId: TypeAlias = str
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What the server knows of a client before it has trained: its data size, its speed, its links, its memory."""
+
+    client: ClientId
+    examples: int
+    flops: float = 1e10
+    up_bps: float = 1e7
+    down_bps: float = 1e7
+    memory: float = 8e9
+    tier: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What one task may cost: the LoRA rank to train at and the number of local optimiser steps."""
+
+    rank: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a client receives to train.
+
+    `basis` names the coordinate system of the factors: while it stays the same, optimiser moments of an earlier task are
+    still meaningful; when a merge rotated the factors it changes and they must be dropped. `scaling` is the alpha/r with
+    which the client should parametrise; None, the rule, means the run's constant (a scaling that changes with the rank
+    makes one adapter mean different functions on different clients).
+    """
+
+    train: Adapter
+    basis: str
+    scaling: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One piece of work for one client; `id` is never used twice, `sent` is the time of dispatch."""
+
+    id: int
+    client: ClientId
+    version: int
+    start: Start
+    budget: Budget
+    seed: int
+    sent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a client returns: its trained adapter and what it took."""
+
+    adapter: Adapter
+    examples: int
+    tokens: int
+    steps: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A result together with the task that it answers."""
+
+    task: Task
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What stays at a client between its tasks and is never sent: optimiser moments, valid for one `basis`."""
+
+    basis: str = ""
+    moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The server's model: the global adapter, how often its basis was rotated, the share of energy its last merge cut off."""
+
+    adapter: Adapter
+    basis: int = 0
+    discarded: float = 0.0
+
+
+# Events: what happened outside ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClientJoined:
+    """A client is reachable and idle. Joining is not yet a decision: the next event or timer decides, see `Server.wake`."""
+
+    profile: Profile
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLost:
+    """A client is gone; its outstanding task is dropped."""
+
+    client: ClientId
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateArrived:
+    """A client answers a task."""
+
+    client: ClientId
+    task: int
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFailed:
+    """A client says that it could not do a task."""
+
+    client: ClientId
+    task: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimerFired:
+    """The time that `Server.wake` asked for has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """An evaluation of a version is ready."""
+
+    version: int
+    metrics: Mapping[str, float]
+
+
+Event: TypeAlias = ClientJoined | ClientLost | UpdateArrived | TaskFailed | TimerFired | Scored
+
+
+# Commands: what the driver must do -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send this task to its client. The dispatches of one `handle` are a cohort and may be trained together."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The answer to this task will not count; the client may stop."""
+
+    task: int
+    client: ClientId
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """A new global version, and the updates that it was made of."""
+
+    version: int
+    model: Model
+    updates: tuple[Update, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Score this version and answer with `Scored`."""
+
+    version: int
+    model: Model
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """Something from outside was not accepted; the state is as if it had not come, save that its task is closed if it was one."""
+
+    client: ClientId
+    task: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run is over."""
+
+    reason: str
+
+
+Command: TypeAlias = Dispatch | Cancel | Publish | Evaluate | Reject | Stop
+
+
+# Policies ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The one read-only argument of every policy: who is idle, who is busy with what, which answers wait to be merged."""
+
+    now: float
+    version: int
+    seed: int
+    idle: tuple[Profile, ...]
+    busy: tuple[Task, ...]
+    arrived: tuple[Update, ...]
+    shape: Shape
+    seen: Mapping[ClientId, int] = field(default_factory=dict)
+    """Examples that each client reported with its last accepted answer."""
+    dispatched: Mapping[ClientId, int] = field(default_factory=dict)
+    """Tasks sent to each client so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A schedule's decision: a linear combination of updates, without a word about LoRA.
+
+    new model = (1 - step) model + step * sum(weight * client's model), or with `as_delta`
+    new model = model + step * sum(weight * (client's model - what it started from)).
+    Weights are normalised by the schedule to sum to 1. `retain` are updates kept for a later merge, `cancel` are tasks
+    whose answers no longer count.
+    """
+
+    parts: tuple[tuple[float, Update], ...]
+    step: float = 1.0
+    as_delta: bool = False
+    retain: tuple[Update, ...] = ()
+    cancel: tuple[int, ...] = ()
+
+
+class Aggregator(Protocol):
+    """HOW adapters are added and handed out. It never sees staleness."""
+
+    @property
+    def space(self) -> Literal["factor", "product"]:
+        """Where addition happens; elementwise wrappers need "factor", because a product-space basis rotates at each merge."""
+        ...
+
+    @property
+    def exempt(self) -> Mapping[int, str]:
+        """Laws that this method breaks by design, with the reason."""
+        ...
+
+    def init(self, start: Adapter) -> Model:
+        """The first global model."""
+        ...
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The next global model."""
+        ...
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """What a client with this budget receives."""
+        ...
+
+
+class Schedule(Protocol):
+    """WHEN a version is made, from which updates, and who starts next. It never sees a LoRA factor. Stateless."""
+
+    def merge(self, fleet: Fleet) -> Merge | None:
+        """The merge that is due now, or None to keep waiting."""
+        ...
+
+    def start(self, fleet: Fleet) -> Sequence[ClientId]:
+        """Idle clients to start now."""
+        ...
+
+    def wake(self, fleet: Fleet) -> float | None:
+        """The next moment at which to look again even if nothing happens; a level, not a command."""
+        ...
+
+
+Assign: TypeAlias = Callable[[Profile, Fleet], Budget]
+"""How much a client may do in its next task."""
+
+
+class Trainer(Protocol):
+    """Runs tasks. Base model and shards are its constructor's business; a cohort may share one forward pass."""
+
+    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+        """A function of its arguments: the same work gives the same bytes."""
+        ...
