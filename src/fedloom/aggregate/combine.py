@@ -1,0 +1,116 @@
+"""What the methods share: a `Merge` spelt out as terms, plain means of tensors, sums of products cut to a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedloom.lora import Adapter, Factor, cut, energy, norm, pad, revive, scale, stack, truncate
+from fedloom.seeds import derive
+from fedloom.types import Budget, Merge, Model, Start
+
+
+def terms(model: Adapter, merge: Merge) -> list[tuple[float, Adapter]]:
+    """The merge as (coefficient, adapter) pairs, so that the new model is their sum.
+
+    Towards the clients' models: (1 - step) model + step * sum(w * client). As delta: model + step * sum(w * (client - start)).
+    """
+    keep = 1.0 if merge.as_delta else 1.0 - merge.step
+    pairs = [(keep, model)] if keep else []
+    for weight, update in merge.parts:
+        pairs.append((merge.step * weight, update.result.adapter))
+        if merge.as_delta:
+            pairs.append((-merge.step * weight, update.task.start.train))
+    return pairs
+
+
+def mean(pairs: list[tuple[float, Tensor]]) -> Tensor:
+    """The linear combination of tensors of one shape, added up in float64 and returned in the dtype of the first."""
+    total = sum((coefficient * tensor.double() for coefficient, tensor in pairs), start=torch.zeros((), dtype=torch.float64))
+    return total.to(pairs[0][1].dtype)
+
+
+def dense_mean(model: Adapter, pairs: list[tuple[float, Adapter]]) -> dict[str, Tensor]:
+    """The dense part (classification head): a plain mean with the schedule's weights, by default the examples'."""
+    return {name: mean([(c, adapter.dense[name]) for c, adapter in pairs]) for name in model.dense}
+
+
+Reach: TypeAlias = Callable[[str, Merge, int], Tensor]
+"""(layer name, merge, rank) -> by what the weight of direction i is divided, (rank,) in float64; 0 keeps the model's."""
+
+
+def everyone(name: str, merge: Merge, rank: int) -> Tensor:
+    """No division: whoever does not hold a direction votes zero on it."""
+    return torch.ones(rank, dtype=torch.float64)
+
+
+def slot_weights(name: str, merge: Merge, rank: int) -> Tensor:
+    """Total weight of the updates that hold direction i of layer `name`, (rank,) in float64."""
+    reach = torch.zeros(rank, dtype=torch.float64)
+    for weight, update in merge.parts:
+        reach[: update.result.adapter.factors[name].rank] += weight
+    return reach
+
+
+def weigh(factor: Factor, by: Tensor) -> Factor:
+    """Each direction times its weight, in the factor's own dtype; `by` may be longer than the factor's rank."""
+    return scale(factor, by[: factor.rank].to(factor.up))
+
+
+def product_sum(name: str, model: Adapter, merge: Merge, reach: Tensor) -> Factor:
+    """sum of weighted products of one layer as one wide factor; direction i of an update weighs weight / reach[i].
+
+    With reach = 1 everywhere that is the plain mean of products. With `slot_weights` each direction is averaged over those
+    who hold it; a direction that nobody holds (reach 0) keeps the model's.
+    """
+    kept = torch.ones_like(reach) if merge.as_delta else torch.where(reach > 0, 1.0 - merge.step, 1.0)
+    share = merge.step / torch.where(reach > 0, reach, 1.0)
+    parts = [weigh(pad(model.factors[name], len(reach)), kept)] if bool(kept.any()) else []
+    for weight, update in merge.parts:
+        parts.append(weigh(update.result.adapter.factors[name], weight * share))
+        if merge.as_delta:
+            parts.append(weigh(update.task.start.train.factors[name], -weight * share))
+    return stack([(1.0, part) for part in parts])
+
+
+def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model:
+    """The next model: products added up layer by layer, each cut to its best `rank`; dense parts averaged.
+
+    A product of lower rank is padded with zero directions, so that the server's rank never shrinks by chance.
+    """
+    wide = {}
+    for name, factor in model.adapter.factors.items():
+        slots = max(factor.rank, *(update.result.adapter.factors[name].rank for _, update in merge.parts))
+        wide[name] = product_sum(name, model.adapter, merge, reach(name, merge, slots))
+    factors = {name: truncate(factor, rank) for name, factor in wide.items()}
+    before = sum(norm(factor) ** 2 for factor in wide.values())
+    after = sum(norm(factor) ** 2 for factor in factors.values())
+    discarded = max(0.0, 1.0 - after / before) if before > 0 else 0.0
+    full = {name: pad(factor, rank) for name, factor in factors.items()}
+    dense = dense_mean(model.adapter, terms(model.adapter, merge))
+    return Model(Adapter(full, dense), model.basis + 1, discarded)
+
+
+def handed_out(model: Model, budget: Budget, seed: int) -> Start:
+    """The model's leading directions at the client's rank, each able to learn; for models kept sorted by `merge_products`."""
+    adapter = model.adapter
+    factors = {n: revive(cut(f, budget.rank), budget.rank, derive(seed, n)) for n, f in adapter.factors.items()}
+    return Start(Adapter(factors, adapter.dense), basis=f"{model.basis}/{budget.rank}")
+
+
+def server_rank(adapter: Adapter) -> int:
+    """The highest rank of the adapter's layers: what the server keeps unless a method says otherwise."""
+    return max(factor.rank for factor in adapter.factors.values())
+
+
+def energy_shares(adapter: Adapter) -> list[float]:
+    """Share of energy per direction, largest first, summed over layers: the picture in which rank collapse is seen."""
+    total = torch.zeros(server_rank(adapter), dtype=torch.float64)
+    for factor in adapter.factors.values():
+        values = energy(factor)
+        total[: len(values)] += values
+    whole = float(total.sum())
+    return [float(value) / whole if whole > 0 else 0.0 for value in total]

@@ -1,0 +1,85 @@
+"""HLoRA: products are averaged exactly and re-factorised to each client's rank.
+
+Source: Liu et al., "HLoRA: Efficient Federated Learning System for LLM Heterogeneous Fine-Tuning", arXiv 2503.00813, 2025
+(the rule: W = sum p_k B_k A_k, then a truncated SVD); the same aggregation as FlexLoRA, arXiv 2402.11505. Details follow the
+public prototype, as far as it is known: down = V^T orthonormal, up = U S; the client receives the leading directions.
+Cost: one decomposition a layer for all ranks, O((d_in + d_out) R^2) with R the sum of ranks, or less; see `lowrank.py`.
+
+Known weakness: rank collapse (arXiv 2602.13486). A client of rank r hands back only its r leading directions, so each merge
+multiplies direction i by the weight of clients with rank >= i, and energy drains into the smallest shared rank. `RaFLoRA`
+mends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from fedloom.aggregate.combine import everyone, handed_out, merge_products, server_rank
+from fedloom.errors import Refused
+from fedloom.lora import Adapter, scale
+from fedloom.types import Budget, Merge, Model, Start, Update
+
+
+@dataclass(frozen=True, slots=True)
+class HLoRA:
+    """Mean of products, truncated to `rank` on the server (None: the highest client rank).
+
+    `published_alpha` turns on the prototype's scaling: alpha stays fixed while the rank changes, so a client of rank r runs
+    (alpha/r) B A, but the server averages the unscaled B A. It is there to reproduce the paper; leave it None for the right one.
+    """
+
+    rank: int | None = None
+    published_alpha: float | None = None
+    space: ClassVar[Literal["product"]] = "product"
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise Refused("aggregator.rank", self.rank, "the server must keep at least 1 direction")
+        if self.published_alpha is not None and self.published_alpha <= 0:
+            raise Refused("aggregator.published_alpha", self.published_alpha, "alpha is positive; the prototype has 16")
+
+    @property
+    def exempt(self) -> Mapping[int, str]:
+        """Laws broken by design, with the reason."""
+        collapse = {5: "rank-agnostic weights drain energy into the smallest shared rank (arXiv 2602.13486)"}
+        trap = {
+            1: "the factors are averaged without the scaling that made them a function",
+            2: "as law 1: a rank other than the server's is rescaled",
+            4: "alpha/r with fixed alpha: one adapter is a different function at each rank",
+        }
+        return {**collapse, 8: "a client of low rank votes zero on the directions it did not train"} | (
+            trap if self.published_alpha is not None else {}
+        )
+
+    def init(self, start: Adapter) -> Model:
+        """The first global model is the start itself; it is re-factorised at the first merge."""
+        return Model(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """sum p_k B_k A_k over the participants, cut to the server's rank."""
+        top = self.rank or server_rank(model.adapter)
+        if self.published_alpha is not None:
+            merge = replace(merge, parts=tuple((w, _rescaled(update, top)) for w, update in merge.parts))
+        return merge_products(model, merge, top, everyone)
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """The leading directions at the client's rank."""
+        start = handed_out(model, budget, seed)
+        if self.published_alpha is None:
+            return start
+        grown = _times(start.train, (self.rank or server_rank(model.adapter)) / budget.rank)
+        return Start(grown, start.basis, scaling=self.published_alpha / budget.rank)
+
+
+def _times(adapter: Adapter, by: float) -> Adapter:
+    return Adapter({name: scale(factor, by) for name, factor in adapter.factors.items()}, adapter.dense)
+
+
+def _rescaled(update: Update, top: int) -> Update:
+    """The update as the prototype's server sees it: the factors without the client's alpha/r, under the server's alpha/top."""
+    by = update.task.budget.rank / top
+    started = replace(update.task.start, train=_times(update.task.start.train, by))
+    task = replace(update.task, start=started)
+    return Update(task, replace(update.result, adapter=_times(update.result.adapter, by)))

@@ -1,0 +1,45 @@
+"""raFLoRA: products are averaged direction by direction, each over the clients that hold it. The default.
+
+Source: "raFLoRA", arXiv 2602.13486, 2026, Alg. 1 and Eq. 8: rank boundaries 0 = h_0 < h_1 < ..., C_h = {k : r_k >= h},
+dW_h = sum_{k in C_h} (n_k / sum_{C_h} n) B_k[:, h_prev:h] A_k[h_prev:h, :], W = sum_h dW_h, SVD, dispatch truncated.
+Within one partition C_h does not change, so weighing each single direction i over {k : r_k >= i} is the same rule, and needs
+no list of the federation's ranks. Where nobody who takes part holds a direction, the server keeps its own (the paper is
+silent; dropping it would lose that energy). Cost: as HLoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from fedloom.aggregate.combine import handed_out, merge_products, server_rank, slot_weights
+from fedloom.errors import Refused
+from fedloom.lora import Adapter
+from fedloom.types import Budget, Merge, Model, Start
+
+
+@dataclass(frozen=True, slots=True)
+class RaFLoRA:
+    """Mean of products per direction, truncated to `rank` on the server (None: the highest client rank)."""
+
+    rank: int | None = None
+    space: ClassVar[Literal["product"]] = "product"
+    exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise Refused("aggregator.rank", self.rank, "the server must keep at least 1 direction")
+
+    def init(self, start: Adapter) -> Model:
+        """The first global model is the start itself; it is re-factorised at the first merge."""
+        return Model(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """W = sum_h dW_h, cut to the server's rank."""
+        return merge_products(model, merge, self.rank or server_rank(model.adapter), slot_weights)
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """The leading directions at the client's rank."""
+        return handed_out(model, budget, seed)

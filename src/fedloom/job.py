@@ -1,0 +1,198 @@
+"""A run made ready and carried out: the only place that wires parts together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedloom import __version__, folder, manifest
+from fedloom.data.examples import Split
+from fedloom.data.partition import Shard, hold_out, statistics
+from fedloom.lora import Adapter
+from fedloom.report.html import write as write_report
+from fedloom.run import Run
+from fedloom.seeds import derive, rng
+from fedloom.server import Server
+from fedloom.simulate import Observer, Simulation
+from fedloom.trace import Trace
+from fedloom.train.base import Base, initial, load
+from fedloom.train.evaluate import Scores, score
+from fedloom.train.export import save
+from fedloom.train.texts import Encoded, encode
+from fedloom.train.trainer import PeftTrainer
+from fedloom.types import Budget, ClientId, Command, Event, Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came out: the run folder, the scores of all versions in order, the final adapter."""
+
+    folder: Path
+    scores: tuple[Mapping[str, float], ...]
+    adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The parts of a run: data divided, model loaded, server at version 0. Nothing has been written yet."""
+
+    run: Run
+    split: Split
+    shards: tuple[Shard, ...]
+    profiles: Mapping[ClientId, Profile]
+    base: Base
+    train_texts: Encoded
+    test_texts: Encoded
+    tested: tuple[int, ...]
+    server: Server
+
+    def execute(self, out: Path, observers: Sequence[Observer] = ()) -> Outcome:
+        """Simulate to the end and fill the run folder.
+
+        Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed".
+        """
+        out = folder.create(out)
+        about = self.about()
+        folder.write_json(out / "manifest.json", {**about, "status": "running", "status_reason": ""})
+        status, reason, scores = "failed", "the process ended without a word", list[Mapping[str, float]]()
+        try:
+            reason = self._simulate(out, observers, scores)
+            status = "finished"
+        except KeyboardInterrupt:
+            status, reason = "interrupted", "stopped by Ctrl-C"
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._close(out, {**about, "status": status, "status_reason": reason})
+        return Outcome(out, tuple(scores), self.server.state.model.adapter)
+
+    def evaluate(self, adapter: Adapter) -> dict[str, float]:
+        """Figures on the test examples."""
+        scores = score(self.base, adapter, self.test_texts, self.tested)
+        return {**scores.figures(self.base.labels), "examples": len(self.tested)}
+
+    def client_scores(self) -> list[dict[str, object]]:
+        """For each client: the global model at its rank, on its held-out part, beside the share of its commonest label.
+
+        Clients of one rank are predicted together, so the base is loaded once a rank and not once a client.
+        """
+        fleet, model = self.server.fleet(), self.server.state.model
+        ranks = {client: self.run.plan(profile, fleet).rank for client, profile in self.profiles.items()}
+        lines = []
+        for rank in sorted(set(ranks.values())):
+            start = self.run.aggregator.start(model, Budget(rank, 1), derive(self.run.seed, "final"))
+            members = [shard for shard in self.shards if ranks[shard.client] == rank]
+            scores = score(self.base, start.train, self.train_texts, [i for shard in members for i in shard.held_out])
+            first = 0
+            for shard in members:
+                own = scores.at(range(first, first + len(shard.held_out)))
+                first += len(shard.held_out)
+                lines.append(self._client_line(shard, rank, own))
+        return sorted(lines, key=lambda line: str(line["client"]))
+
+    def about(self) -> dict[str, object]:
+        """The manifest, without the status."""
+        settings, shape = manifest.plain(self.run), self.server.shape
+        labels = self.split.test.labels
+        ranks = range(1, self.run.plan.rank.largest + 1)
+        return {
+            "fedloom": __version__,
+            "name": self.run.name,
+            "seed": self.run.seed,
+            "run_hash": manifest.digest(settings),
+            "run": settings,
+            "versions": manifest.versions(),
+            "machine": manifest.machine(),
+            "model": {
+                "name": self.run.model,
+                "labels": len(self.split.train.names),
+                "parameters": shape.parameters + shape.embeddings,
+                "adapted_modules": list(self.server.state.model.adapter.factors),
+                "lora_parameters_by_rank": {str(rank): shape.adapter_parameters(rank) for rank in ranks},
+                "dense_parameters": shape.dense,
+            },
+            "partition": statistics(self.split.train, self.shards),
+            "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
+            "baselines": {"majority": max(labels.count(label) for label in set(labels)) / len(labels)},
+            "notes": [],
+        }
+
+    def _simulate(self, out: Path, observers: Sequence[Observer], scores: list[Mapping[str, float]]) -> str:
+        def evaluate(adapter: Adapter) -> Mapping[str, float]:
+            scores.append(self.evaluate(adapter))
+            return scores[-1]
+
+        def observe(now: float, event: Event, commands: list[Command]) -> None:
+            for observer in (trace, metrics, *observers):
+                observer(now, event, commands)
+
+        with ExitStack() as files:
+            trace = Trace(files.enter_context((out / "trace.jsonl").open("w", encoding="utf-8")))
+            lines = files.enter_context((out / "metrics.jsonl").open("w", encoding="utf-8"))
+            metrics = folder.Metrics(lines, self.server.shape)
+            shards = {shard.client: shard.train for shard in self.shards}
+            trainer = PeftTrainer(self.base, self.train_texts, shards, self.run.training)
+            simulation = Simulation(
+                self.server, trainer, self.run.world, self.profiles, evaluate, observe, seed=self.run.seed
+            )
+            reason = simulation.run()
+            for line in self.client_scores():
+                metrics.write(line)
+        return reason
+
+    def _client_line(self, shard: Shard, rank: int, scores: Scores) -> dict[str, object]:
+        labels = [self.split.train.labels[i] for i in shard.train]
+        commonest = max(sorted(set(labels)), key=labels.count)
+        guessed = sum(self.split.train.labels[i] == commonest for i in shard.held_out) / len(shard.held_out)
+        line: dict[str, object] = {"kind": "client", "client": shard.client, "tier": self.profiles[shard.client].tier}
+        line |= {"rank": rank, "held_out": len(shard.held_out)}
+        return line | scores.figures(self.base.labels) | {"base_accuracy": guessed}
+
+    def _close(self, out: Path, about: Mapping[str, object]) -> None:
+        """The adapter of the last version, the final manifest, the report: also for a run that was cut short."""
+        if self.server.state.version > 0:
+            save(self.base, self.server.state.model.adapter, self.split.train.names, out / "adapter")
+        folder.write_json(out / "manifest.json", about)
+        write_report([out], out / "report.html")
+
+
+def prepare(run: Run) -> Job:
+    """Load, divide and check everything. Raises Refused with field, value and remedy; nothing is written."""
+    torch.set_num_threads(run.threads)
+    split = run.data.load(run.seed)
+    shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
+    top = run.plan.rank.largest
+    base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device)
+    model = run.aggregator.init(initial(base, top))
+    sizes = {shard.client: len(shard.train) for shard in shards}
+    return Job(
+        run=run,
+        split=split,
+        shards=tuple(shards),
+        profiles={profile.client: profile for profile in run.world.profiles(sizes, run.seed)},
+        base=base,
+        train_texts=encode(split.train, base.tokenizer, run.training.max_length),
+        test_texts=encode(split.test, base.tokenizer, run.training.max_length),
+        tested=_sample(len(split.test), run.test_limit, run.seed),
+        server=Server(
+            model,
+            run.aggregator,
+            run.schedule,
+            run.plan,
+            shape=base.shape(),
+            limits=run.limits,
+            seed=run.seed,
+        ),
+    )
+
+
+def _sample(size: int, limit: int | None, seed: int) -> tuple[int, ...]:
+    if limit is None or limit >= size:
+        return tuple(range(size))
+    return tuple(sorted(rng(seed, "test").sample(range(size), limit)))

@@ -1,0 +1,64 @@
+"""What a run was, as plain JSON: its settings, a hash of them, the versions and the kind of machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from importlib import metadata
+from pathlib import Path
+
+LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+
+
+def plain(value: object) -> object:
+    """A value as JSON: dataclasses by their fields under "type", functions by their name, other objects by their type."""
+    if isinstance(value, bool | int | float | str) or value is None:
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"type": type(value).__name__} | {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, Callable):  # type: ignore[arg-type]
+        return getattr(value, "__name__", type(value).__name__)
+    return type(value).__name__
+
+
+def digest(settings: object) -> str:
+    """Twelve hex digits that name these settings: two runs with the same hash had the same."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides on the numbers."""
+    return {name: metadata.version(name) for name in LIBRARIES if _installed(name)}
+
+
+def machine() -> dict[str, object]:
+    """The kind of machine, not which one: processor, cores, Python."""
+    return {"cpu": _processor(), "cores": os.cpu_count() or 1, "python": platform.python_version()}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

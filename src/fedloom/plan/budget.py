@@ -1,0 +1,25 @@
+"""The plan of a run: a rule for the rank and a number of local steps make the budget of each task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fedloom.errors import Refused
+from fedloom.plan.rank import FixedRank, RankRule
+from fedloom.types import Budget, Fleet, Profile
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Rank by `rank`; `local_steps` optimiser steps a task, whatever the client's data size (equal steps keep clients comparable)."""
+
+    rank: RankRule = field(default_factory=FixedRank)
+    local_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.local_steps < 1:
+            raise Refused("plan.local_steps", self.local_steps, "a task needs at least 1 optimiser step")
+
+    def __call__(self, profile: Profile, fleet: Fleet) -> Budget:
+        """The budget of this client's next task."""
+        return Budget(self.rank(profile, fleet), self.local_steps)

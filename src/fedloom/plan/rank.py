@@ -1,0 +1,132 @@
+"""Which LoRA rank a client trains at. A rule is a value that is called with (profile, fleet) and knows its largest rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedloom.errors import Refused
+from fedloom.seeds import rng
+from fedloom.types import Fleet, Profile
+
+
+class RankRule(Protocol):
+    """(profile, fleet) -> rank; `largest` bounds it and is the server's rank."""
+
+    @property
+    def largest(self) -> int:
+        """The highest rank that the rule can give."""
+        ...
+
+    def __call__(self, profile: Profile, fleet: Fleet) -> int:
+        """The rank of this client's next task."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedRank:
+    """One rank for every client, as in FedIT."""
+
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        _check("plan.rank.rank", self.rank)
+
+    @property
+    def largest(self) -> int:
+        """The rank itself."""
+        return self.rank
+
+    def __call__(self, profile: Profile, fleet: Fleet) -> int:
+        """The rank, whoever asks."""
+        return self.rank
+
+
+@dataclass(frozen=True, slots=True)
+class RandomRank:
+    """A uniform whole number between `low` and `high`, drawn anew for each task (HLoRA prototype, its first policy)."""
+
+    low: int = 2
+    high: int = 8
+
+    def __post_init__(self) -> None:
+        _check("plan.rank.low", self.low)
+        if self.high < self.low:
+            raise Refused("plan.rank.high", self.high, f"choose at least plan.rank.low, which is {self.low}")
+
+    @property
+    def largest(self) -> int:
+        """`high`."""
+        return self.high
+
+    def __call__(self, profile: Profile, fleet: Fleet) -> int:
+        """A draw that depends on the run's seed, the client and how many tasks it had, on nothing else."""
+        turn = fleet.dispatched.get(profile.client, 0)
+        return rng(fleet.seed, "rank", profile.client, turn).randint(self.low, self.high)
+
+
+@dataclass(frozen=True, slots=True)
+class RankByData:
+    """Rank by the percentile of the client's data size among the clients seen so far (HLoRA prototype, its final policy).
+
+    r_k = max(1, floor(r_max * #{j seen : n_j <= n_k} / #seen)); a client not seen yet gets r_max.
+    """
+
+    rank_max: int = 8
+
+    def __post_init__(self) -> None:
+        _check("plan.rank.rank_max", self.rank_max)
+
+    @property
+    def largest(self) -> int:
+        """`rank_max`."""
+        return self.rank_max
+
+    def __call__(self, profile: Profile, fleet: Fleet) -> int:
+        """The percentile rule over `fleet.seen`."""
+        own = fleet.seen.get(profile.client)
+        if own is None:
+            return self.rank_max
+        below = sum(examples <= own for examples in fleet.seen.values())
+        return max(1, self.rank_max * below // len(fleet.seen))
+
+
+@dataclass(frozen=True, slots=True)
+class RankByCapability:
+    """The largest of `ranks` that fits the client: training within its memory, upload within `upload_seconds`.
+
+    A client that fits none gets the smallest: it takes part slowly rather than not at all. `batch_tokens` is the size of the
+    batch that memory is reckoned with.
+    """
+
+    ranks: tuple[int, ...] = (2, 4, 8)
+    upload_seconds: float = 10.0
+    batch_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            raise Refused("plan.rank.ranks", self.ranks, "name at least one rank, for instance (2, 4, 8)")
+        for rank in self.ranks:
+            _check("plan.rank.ranks", rank)
+        if self.upload_seconds <= 0:
+            raise Refused("plan.rank.upload_seconds", self.upload_seconds, "give positive seconds")
+
+    @property
+    def largest(self) -> int:
+        """The highest of `ranks`."""
+        return max(self.ranks)
+
+    def __call__(self, profile: Profile, fleet: Fleet) -> int:
+        """The largest rank that fits, else the smallest."""
+
+        def fits(rank: int) -> bool:
+            upload = 8 * fleet.shape.payload(rank) / profile.up_bps
+            memory = fleet.shape.train_memory(rank, self.batch_tokens)
+            return upload <= self.upload_seconds and memory <= profile.memory
+
+        return max((rank for rank in self.ranks if fits(rank)), default=min(self.ranks))
+
+
+def _check(field: str, rank: int) -> None:
+    if rank < 1:
+        raise Refused(field, rank, "a LoRA rank is a whole number of at least 1")

@@ -1,0 +1,145 @@
+"""The numbers a report rests on, each derived once from the log so that pictures, tables and sentences agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from fedloom.report.read import Line, RunLog
+from fedloom.report.words import number, percent, plural, short, size
+
+
+def label(text: object, length: int = 28) -> str:
+    """A user's text as it fits into a table or a legend: one line, cut to length, no control characters."""
+    name = "".join(char for char in " ".join(str(text).split()) if char.isprintable())
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def names(logs: Sequence[RunLog]) -> list[str]:
+    """One distinct name a run: its own, with the folder's where two share one, numbered where that is not enough."""
+    own = [str(log.manifest["name"]) for log in logs]
+    clear = [n if own.count(n) == 1 else f"{n} ({log.folder.name})" for n, log in zip(own, logs, strict=True)]
+    return [label(n if clear.count(n) == 1 else f"{n} #{i}", 48) for i, n in enumerate(clear, 1)]
+
+
+def mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def rounds(log: RunLog) -> int:
+    return int(log.versions[-1]["version"]) if log.versions else 0
+
+
+def last(log: RunLog, key: str) -> float:
+    """The last version's value, a total where it is cumulative; before the first merge, what the tasks say."""
+    return number(log.versions[-1].get(key)) if log.versions else sum(number(task.get(key)) for task in log.tasks)
+
+
+def elapsed(log: RunLog) -> float:
+    ends = [line.get(key) for lines, key in ((log.versions, "time"), (log.tasks, "arrived")) for line in lines]
+    return max((t for t in map(number, ends) if not math.isnan(t)), default=0.0)
+
+
+def accuracy(score: Line | None) -> float:
+    return number(score.get("accuracy")) if score else math.nan
+
+
+def final(log: RunLog) -> Line | None:
+    return log.scores[-1] if log.scores else None
+
+
+def first(log: RunLog) -> Line | None:
+    return next((score for score in log.scores if score.get("version") == 0), None)
+
+
+def best(log: RunLog) -> float:
+    return max((a for a in map(accuracy, log.scores) if not math.isnan(a)), default=math.nan)
+
+
+def margin(score: Line | None) -> float:
+    """The sampling error of a score (95 %): how far another draw of as many test examples would move it by chance."""
+    share, count = accuracy(score), number(score.get("examples")) if score else math.nan
+    return 1.96 * math.sqrt(max(0.0, share * (1 - share)) / count) if count > 0 else math.nan
+
+
+def at_version(log: RunLog, version: object, key: str) -> float:
+    """What a version line says, nothing having been spent at version 0."""
+    if version == 0:
+        return 0.0
+    return next((number(line.get(key)) for line in log.versions if line["version"] == version), math.nan)
+
+
+def first_reaching(log: RunLog, target: float) -> Line | None:
+    return next((score for score in log.scores if accuracy(score) >= target), None)
+
+
+def worst(log: RunLog) -> Line | None:
+    known = [client for client in log.clients if not math.isnan(accuracy(client))]
+    return min(known, key=accuracy, default=None)
+
+
+def client_ranks(log: RunLog) -> list[int]:
+    """The ranks that clients trained at, or could have where no task was recorded."""
+    used = {int(line["rank"]) for line in (*log.tasks, *log.clients)}
+    return sorted(used or map(int, log.manifest["model"].get("lora_parameters_by_rank", {})))
+
+
+def effective_rank(energy: Sequence[float]) -> float:
+    """How many directions carry the energy: the exponential of its entropy, 1 when one direction has it all.
+
+    >>> effective_rank([0.5, 0.5, 0.0])
+    2.0
+    """
+    return round(math.exp(-sum(share * math.log(share) for share in energy if share > 0)), 6)
+
+
+def tiers(log: RunLog) -> dict[str, list[str]]:
+    """The clients of every tier, slowest tier first."""
+    groups: dict[str, list[str]] = {}
+    known: Mapping[str, Line] = log.manifest["clients"]
+    for client in sorted(known):
+        groups.setdefault(str(known[client].get("tier", "default")), []).append(client)
+
+    def speed(tier: str) -> tuple[float, str]:
+        return mean(number(known[client].get("flops")) for client in groups[tier]), tier
+
+    return {tier: groups[tier] for tier in sorted(groups, key=speed)}
+
+
+def head_share(log: RunLog, rank: object) -> float:
+    """The part of a payload at this rank that is the dense head and not the adapter, by their parameter counts."""
+    model = log.manifest["model"]
+    lora = number(model.get("lora_parameters_by_rank", {}).get(str(rank)))
+    dense = number(model.get("dense_parameters"))
+    return dense / (dense + lora) if dense + lora > 0 else math.nan
+
+
+def sentence(log: RunLog) -> str:
+    """The result of a run in plain words."""
+    score, begin, done = final(log), accuracy(first(log)), rounds(log)
+    if score is None:
+        spent = f"After {plural(done, 'round')}" if done else "The run ended before its first round;"
+        return f"{spent} no accuracy was measured."
+    shown = f"{percent(accuracy(score))} of the {int(number(score.get('examples'))):,} test examples correctly"
+    if score.get("version") == 0:
+        return f"The untrained model classifies {shown}; no trained version was scored ({plural(done, 'round')} done)."
+    spent = f"{short(number(score.get('time')))} virtual seconds"
+    sent = f"{size(at_version(log, score.get('version'), 'bytes_up'))} up"
+    text = f"After {plural(int(score['version']), 'round')} ({spent}, {sent}) the model classifies {shown}"
+    text += "" if math.isnan(begin) else f"; it started at {percent(begin)}"
+    ranks = client_ranks(log)
+    text += f"; the largest client rank is {ranks[-1]}." if ranks else "."
+    return text if score["version"] == done else f"{text} Round {done} was not scored."
+
+
+def verdict(logs: Sequence[RunLog]) -> str:
+    """The result of a comparison in plain words, with the doubt that one test set leaves."""
+    scored = [(accuracy(final(log)), name, log) for log, name in zip(logs, names(logs), strict=True) if log.scores]
+    if len(scored) < 2:
+        return f"Of {len(logs)} runs, {len(scored)} measured an accuracy: there is nothing to compare yet."
+    ordered = sorted(scored, key=lambda item: (-item[0], item[1]))
+    (high, leader, log), (low, trailer, _) = ordered[0], ordered[-1]
+    gap = f"{100 * (high - low):.1f} points above the lowest, {trailer} ({percent(low)})"
+    doubt = f"one score alone is uncertain by ± {100 * margin(final(log)):.1f} points (95 %, choice of test examples)"
+    return f"Of {plural(len(logs), 'run')}, {leader} ends highest with {percent(high)}, {gap}; {doubt}."

@@ -1,0 +1,188 @@
+"""The tables of a report as plain rows of text, shown by the page and by the terminal alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedloom.report import facts
+from fedloom.report.facts import accuracy, label, mean
+from fedloom.report.read import Line, RunLog
+from fedloom.report.words import NONE, number, percent, seconds, short, size
+
+if TYPE_CHECKING:
+    import rich.table
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table: its heads and its rows, as texts."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def runs(logs: Sequence[RunLog]) -> Grid:
+    """One row a run: what it reached, what it cost, and what the accuracy that all of them reached cost each."""
+    scored = [facts.best(log) for log in logs if log.scores]
+    target = min(scored) if len(scored) > 1 else float("nan")
+    head = ("Run", "Status", "Seed", "Rounds", "Accuracy", "Best", "Worst client", "Time", "Up", "Not merged")
+    shared = (f"Time to {percent(target)}", f"Sent up to {percent(target)}") if len(scored) > 1 else ()
+    rows = []
+    for name, log in zip(facts.names(logs), logs, strict=True):
+        row = (
+            name,
+            str(log.manifest["status"]),
+            str(log.manifest["seed"]),
+            str(facts.rounds(log)),
+            percent(accuracy(facts.final(log))),
+            percent(facts.best(log)),
+            percent(accuracy(facts.worst(log))),
+            seconds(facts.elapsed(log)),
+            size(facts.last(log, "bytes_up")),
+            str(sum(task.get("status") != "merged" for task in log.tasks)),
+        )
+        rows.append(row + (_price(log, target) if shared else ()))
+    return Grid(head + shared, tuple(rows))
+
+
+def _price(log: RunLog, target: float) -> tuple[str, str]:
+    score = facts.first_reaching(log, target)
+    if score is None:
+        return NONE, NONE
+    return seconds(number(score.get("time"))), size(facts.at_version(log, score.get("version"), "bytes_up"))
+
+
+def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
+    """What, how much, and what to hold it against."""
+    score, worst = facts.final(log), facts.worst(log)
+    merged = sum(task.get("status") == "merged" for task in log.tasks)
+    unmerged = Counter(str(task.get("status")) for task in log.tasks if task.get("status") != "merged")
+    energy = log.versions[-1].get("energy") if log.versions else None
+    bases = [f"{label(name)} {percent(number(value))}" for name, value in log.manifest["baselines"].items()]
+    chance = f"± {100 * facts.margin(score):.1f} points (95 %)" if score else "not measured"
+    who = f"{label(worst['client'])} ({label(worst.get('tier'))})" if worst else "not measured"
+    rank = (f"{facts.effective_rank(energy):.1f}", f"of {len(energy)} directions") if energy else (NONE, "no merge yet")
+    losses = ", ".join(f"{count} {status}" for status, count in sorted(unmerged.items()))
+    return (
+        ("Test accuracy", percent(accuracy(score)), chance),
+        ("Before training", percent(accuracy(facts.first(log))), "; ".join(bases)),
+        ("Worst client", percent(accuracy(worst)), who),
+        ("Rounds", f"{facts.rounds(log):,}", f"{short(facts.elapsed(log))} virtual seconds"),
+        ("Sent up", *_traffic(log, "bytes_up")),
+        ("Sent down", *_traffic(log, "bytes_down")),
+        ("Tasks merged", f"{merged:,} of {len(log.tasks):,}", losses or "none lost"),
+        ("Effective rank", *rank),
+    )
+
+
+def _traffic(log: RunLog, way: str) -> tuple[str, str]:
+    total, dense = facts.last(log, way), facts.last(log, f"{way}_dense")
+    split = f"adapters {size(total - dense)}, heads {size(dense)}" if log.versions else "before the first merge"
+    return size(total), split
+
+
+def tiers(log: RunLog) -> Grid:
+    """One row a tier: who is in it, how well it is served and what it pays."""
+    head = ("Tier", "Clients", "Rank", "Mean accuracy", "Worst client", "Tasks", "Merged", "Seconds a task")
+    traffic = ("Up", "of it adapter", "of it head", "Down")
+    return Grid(head + traffic, tuple(_tier(log, tier, set(who)) for tier, who in facts.tiers(log).items()))
+
+
+def _tier(log: RunLog, tier: str, members: set[str]) -> tuple[str, ...]:
+    tasks = [task for task in log.tasks if task.get("client") in members]
+    ends = [line for line in log.clients if line.get("client") in members]
+    worst = min(ends, key=accuracy, default=None)
+    ranks = sorted({int(line["rank"]) for line in (*tasks, *ends)})
+    spent = [sum(map(number, task["seconds"].values())) for task in tasks if task.get("seconds")]
+    up, down = (sum(number(task.get(way, 0)) for task in tasks) for way in ("bytes_up", "bytes_down"))
+    head = sum(number(task.get("bytes_up", 0)) * facts.head_share(log, task.get("rank")) for task in tasks)
+    return (
+        label(tier),
+        str(len(members)),
+        ", ".join(map(str, ranks)) or NONE,
+        percent(mean(map(accuracy, ends))),
+        f"{percent(accuracy(worst))} ({label(worst['client'], 16)})" if worst else NONE,
+        f"{len(tasks):,}",
+        f"{sum(task.get('status') == 'merged' for task in tasks):,}",
+        short(mean(spent)),
+        size(up),
+        size(up - head),
+        size(head),
+        size(down),
+    )
+
+
+def settings(log: RunLog) -> Grid:
+    """Every setting of the run under its dotted key."""
+    return Grid(("Key", "Value"), tuple(_flat("", log.manifest["run"])))
+
+
+def differences(logs: Sequence[RunLog]) -> Grid:
+    """The settings in which the runs differ, and only those."""
+    flat = [{"seed": str(log.manifest["seed"])} | dict(_flat("", log.manifest["run"])) for log in logs]
+    keys = dict.fromkeys(key for run in flat for key in run)
+    differing = [key for key in keys if len({run.get(key, NONE) for run in flat}) > 1]
+    return Grid(("Key", *facts.names(logs)), tuple((key, *(run.get(key, NONE) for run in flat)) for key in differing))
+
+
+def _flat(prefix: str, value: object) -> Iterator[tuple[str, str]]:
+    """Dotted keys with values as Python writes them; a nested one is also named whole: `schedule`, `FedBuff()`."""
+    if isinstance(value, dict) and value:
+        if prefix and "type" in value:
+            yield prefix, f"{value['type']}()"
+        for key, inner in value.items():
+            if key != "type":
+                yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif prefix:
+        yield prefix, value if isinstance(value, str) else _python(value)
+
+
+def _python(value: object) -> str:
+    """A value as one would write it in a run file."""
+    if isinstance(value, list):
+        inner = ", ".join(map(_python, value))
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, dict) and "type" in value:
+        return f"{value['type']}({', '.join(f'{k}={_python(v)}' for k, v in value.items() if k != 'type')})"
+    return repr(value)
+
+
+def environment(log: RunLog) -> Grid:
+    """What the run ran on, and what it trained."""
+    manifest = log.manifest
+    told: Line = {"fedloom": manifest["fedloom"], "run hash": manifest["run_hash"], "seed": manifest["seed"]}
+    rows = [*told.items(), *manifest["versions"].items(), *manifest["machine"].items()]
+    return Grid(("What", "Which"), tuple((str(key), str(value)) for key, value in rows))
+
+
+def model(log: RunLog) -> Grid:
+    """The model and what of it is trained and sent."""
+    told = log.manifest["model"]
+    by_rank = told.get("lora_parameters_by_rank", {})
+    rows = [
+        ("name", str(told.get("name", NONE))),
+        ("parameters", short(number(told.get("parameters")))),
+        ("adapted modules", ", ".join(map(str, told.get("adapted_modules", []))) or NONE),
+        *((f"adapter parameters at rank {rank}", short(number(n))) for rank, n in by_rank.items()),
+        ("head parameters (dense)", short(number(told.get("dense_parameters")))),
+    ]
+    return Grid(("What", "Which"), tuple(rows))
+
+
+def summary(logs: Sequence[RunLog]) -> rich.table.Table:
+    """The runs as a table for the terminal: the columns that fit into eighty characters."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = runs(logs)
+    shown = [index for index, head in enumerate(grid.head) if head not in ("Seed", "Best", "Not merged")]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for index in shown:
+        table.add_column(Text(grid.head[index]), justify="left" if index < 2 else "right")
+    for row in grid.rows:
+        table.add_row(*(Text(row[index]) for index in shown))
+    return table

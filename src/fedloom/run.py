@@ -1,0 +1,57 @@
+"""The Run value: an experiment, whole, as one printable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fedloom.aggregate.raflora import RaFLoRA
+from fedloom.data.examples import Source
+from fedloom.data.partition import LabelDirichlet, Partition
+from fedloom.errors import Refused
+from fedloom.plan.budget import Plan
+from fedloom.plan.rank import RankByCapability
+from fedloom.schedule.rounds import Rounds
+from fedloom.server import Limits
+from fedloom.train.settings import LoRA, Training
+from fedloom.types import Aggregator, Schedule
+from fedloom.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An experiment as one value; printing it is the manifest.
+
+    `model` is a hub name or a local folder, `data` where examples come from, `partition` how they are divided over clients.
+    `aggregator` says HOW adapters are added, `schedule` WHEN and by whom, `plan` how much each client does, `world` how fast
+    its devices are. `held_out` is the share of each client's examples on which its own accuracy is measured, `test_limit` how
+    many test examples score a version (None: all). `threads` is for torch, a part of the numbers and therefore of the run.
+    """
+
+    model: str
+    data: Source
+    name: str = "run"
+    partition: Partition = field(default_factory=LabelDirichlet)
+    aggregator: Aggregator = field(default_factory=RaFLoRA)
+    schedule: Schedule = field(default_factory=Rounds)
+    plan: Plan = field(default_factory=lambda: Plan(RankByCapability()))
+    lora: LoRA = field(default_factory=LoRA)
+    training: Training = field(default_factory=Training)
+    world: World = field(default_factory=World)
+    limits: Limits = field(default_factory=Limits)
+    held_out: float = 0.2
+    test_limit: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.test_limit is not None and self.test_limit < 1:
+            raise Refused("test_limit", self.test_limit, "score on at least 1 example, or None for all")
+        if self.threads < 1:
+            raise Refused("threads", self.threads, "torch needs at least 1 thread")
+        if not self.name or "/" in self.name:
+            raise Refused("name", self.name, "it names the run folder: at least one letter and no slash")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise Refused("device", self.device, "this machine has no CUDA device; choose cpu")

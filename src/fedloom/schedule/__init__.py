@@ -1,0 +1,1 @@
+"""WHEN a new global version is made, from which updates, and who starts next: one file per method."""

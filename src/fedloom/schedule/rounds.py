@@ -1,0 +1,68 @@
+"""Synchronous rounds: a cohort starts together, its answers are merged, the next cohort starts.
+
+Source: FedAvg, McMahan et al. 2017, Alg. 1; over-selection and the deadline as in Bonawitz et al., "Towards Federated Learning
+at Scale", 2019, section 2.2: more clients than needed are started, and the slowest are cut off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedloom.errors import Refused
+from fedloom.schedule.weights import Weigh, by_examples, normalised
+from fedloom.seeds import rng
+from fedloom.types import ClientId, Fleet, Merge
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """`cohort_size` answers make a round.
+
+    `over_selection` starts that many times more clients; the first `cohort_size` answers count, the rest is cancelled.
+    `deadline` (seconds from the start of the round) closes a round with what has arrived; with nothing arrived it stays open
+    until the first answer. A federation smaller than the cohort takes part whole.
+    """
+
+    cohort_size: int = 10
+    over_selection: float = 1.0
+    deadline: float | None = None
+    weigh: Weigh = by_examples
+
+    def __post_init__(self) -> None:
+        if self.cohort_size < 1:
+            raise Refused("schedule.cohort_size", self.cohort_size, "a round needs at least 1 client")
+        if not 1.0 <= self.over_selection < math.inf:
+            raise Refused("schedule.over_selection", self.over_selection, "1.0 starts just the cohort, 1.3 a third more")
+        if self.deadline is not None and not self.deadline > 0:
+            raise Refused("schedule.deadline", self.deadline, "give positive seconds, or None to wait for everyone")
+
+    def start(self, fleet: Fleet) -> Sequence[ClientId]:
+        """A fresh random cohort once the last round is closed."""
+        if fleet.busy or fleet.arrived:
+            return ()
+        idle = sorted(fleet.idle)
+        size = min(len(idle), math.ceil(self.cohort_size * self.over_selection))
+        tasks = sum(fleet.dispatched.values())
+        return sorted(rng(fleet.seed, "cohort", fleet.version, tasks).sample(idle, size))
+
+    def merge(self, fleet: Fleet) -> Merge | None:
+        """The weighted mean of the round's answers, when the round is complete, decided or overdue."""
+        complete = not fleet.busy or len(fleet.arrived) >= self.cohort_size
+        if not fleet.arrived or not (complete or self._overdue(fleet)):
+            return None
+        return Merge(normalised(fleet.arrived, self.weigh), cancel=tuple(fleet.busy))
+
+    def wake(self, fleet: Fleet) -> float | None:
+        """The deadline of the open round, also a missed one; None once it has passed with nothing arrived."""
+        due = self._due(fleet)
+        return due if due is not None and (fleet.arrived or due > fleet.now) else None
+
+    def _due(self, fleet: Fleet) -> float | None:
+        sent = [task.sent for task in fleet.busy.values()] + [update.task.sent for update in fleet.arrived]
+        return min(sent) + self.deadline if sent and self.deadline is not None else None
+
+    def _overdue(self, fleet: Fleet) -> bool:
+        due = self._due(fleet)
+        return due is not None and fleet.now >= due

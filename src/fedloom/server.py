@@ -1,0 +1,237 @@
+"""The server as a pure state machine: events in, commands out. No clock, no network, no threads, no global randomness.
+
+A driver (the virtual clock, or real machines) calls `handle(now, event)`, carries out the commands, and calls again no later
+than `wake()`. Everything a schedule may decide on is in `Fleet`, everything that must survive a restart in `State`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from fedloom.check import fault
+from fedloom.cost import Shape
+from fedloom.errors import Refused
+from fedloom.seeds import derive
+from fedloom.types import (
+    Aggregator,
+    Assign,
+    Cancel,
+    ClientId,
+    ClientJoined,
+    ClientLost,
+    Command,
+    Dispatch,
+    Evaluate,
+    Event,
+    Fleet,
+    Merge,
+    Model,
+    Profile,
+    Publish,
+    Reject,
+    Schedule,
+    Scored,
+    Stop,
+    Task,
+    TaskFailed,
+    TimerFired,
+    Update,
+    UpdateArrived,
+)
+
+
+@dataclass(slots=True)
+class State:
+    """All that changes in a server."""
+
+    model: Model
+    now: float = 0.0
+    version: int = 0
+    next_task: int = 1
+    undecided: bool = False
+    stopped: bool = False
+    asked: int = -1
+    idle: dict[ClientId, Profile] = field(default_factory=dict)
+    working: dict[ClientId, tuple[Profile, int]] = field(default_factory=dict)
+    busy: dict[int, Task] = field(default_factory=dict)
+    arrived: list[Update] = field(default_factory=list)
+    seen: dict[ClientId, int] = field(default_factory=dict)
+    dispatched: dict[ClientId, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a run ends and how often it is scored: after `versions` global versions or at `seconds`, whichever is first."""
+
+    versions: int = 10
+    seconds: float | None = None
+    evaluate_every: int = 1
+
+    def __post_init__(self) -> None:
+        if self.versions < 1:
+            raise Refused("limits.versions", self.versions, "a run makes at least 1 global version")
+        if self.seconds is not None and not self.seconds > 0:
+            raise Refused("limits.seconds", self.seconds, "give positive virtual seconds, or None for no limit")
+        if self.evaluate_every < 1:
+            raise Refused("limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions")
+
+
+class Server:
+    """Holds the global model; asks the schedule when, the assign rule how much, the aggregator how."""
+
+    def __init__(
+        self,
+        model: Model,
+        aggregator: Aggregator,
+        schedule: Schedule,
+        assign: Assign,
+        *,
+        shape: Shape,
+        limits: Limits,
+        seed: int = 0,
+    ) -> None:
+        self.state = State(model)
+        self.aggregator, self.schedule, self.assign = aggregator, schedule, assign
+        self.shape, self.limits, self.seed = shape, limits, seed
+
+    def handle(self, now: float, event: Event) -> list[Command]:
+        """What to do about `event`, in the order in which it is to be done.
+
+        Raises ValueError if time runs backwards: that is the driver's mistake, while a bad answer of a client is a `Reject`.
+        """
+        state = self.state
+        if now < state.now:
+            raise ValueError(f"event at {now} s after {state.now} s: a driver must deliver events in order of time")
+        state.now = now
+        if state.stopped:
+            return []
+        rejected = self._take(event)
+        if rejected:
+            return [rejected]
+        if isinstance(event, ClientJoined):
+            state.undecided = True
+            return []
+        state.undecided = False
+        return self._decide()
+
+    def wake(self) -> float | None:
+        """The latest time at which to call `handle` again, with `TimerFired` if nothing else happens. Never in the past.
+
+        Clients who join are only written down, and the wake time is then now: so a hundred that join together are all there
+        when the first cohort is drawn.
+        """
+        state = self.state
+        if state.stopped:
+            return None
+        if state.undecided:
+            return state.now
+        times = [self.schedule.wake(self.fleet()), self.limits.seconds]
+        due = [max(time, state.now) for time in times if time is not None]
+        return min(due) if due else None
+
+    def fleet(self) -> Fleet:
+        """The read-only view that policies get; O(1)."""
+        state = self.state
+        return Fleet(
+            now=state.now,
+            version=state.version,
+            seed=self.seed,
+            idle=MappingProxyType(state.idle),
+            busy=MappingProxyType(state.busy),
+            arrived=tuple(state.arrived),
+            shape=self.shape,
+            seen=MappingProxyType(state.seen),
+            dispatched=MappingProxyType(state.dispatched),
+        )
+
+    def _take(self, event: Event) -> Reject | None:
+        """Write the event into the state, or refuse it and leave the state as it was."""
+        state = self.state
+        match event:
+            case ClientJoined(profile):
+                if profile.client in state.working:
+                    state.working[profile.client] = (profile, state.working[profile.client][1])
+                else:
+                    state.idle[profile.client] = profile
+            case ClientLost(client):
+                if client in state.working:
+                    self._release(state.working[client][1])
+                state.idle.pop(client, None)
+            case UpdateArrived(client, number, result):
+                task = state.busy.get(number)
+                if task is None or task.client != client:
+                    return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
+                reason = fault(task, result)
+                if reason:
+                    return Reject(client, number, reason)
+                self._release(number)
+                state.arrived.append(Update(task, result))
+                state.seen[client] = result.examples
+            case TaskFailed(client, number, _):
+                task = state.busy.get(number)
+                if task is None or task.client != client:
+                    return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
+                self._release(number)
+            case Scored() | TimerFired():
+                pass
+        return None
+
+    def _release(self, number: int) -> Task:
+        """Close a task; its client is idle again."""
+        task = self.state.busy.pop(number)
+        profile, _ = self.state.working.pop(task.client)
+        self.state.idle[task.client] = profile
+        return task
+
+    def _decide(self) -> list[Command]:
+        """Merge while the schedule finds something to merge, then stop or start clients."""
+        state, commands = self.state, list[Command]()
+        if state.asked < 0:
+            commands.append(self._evaluate())
+        while state.version < self.limits.versions and (merge := self.schedule.merge(self.fleet())):
+            commands += self._merge(merge)
+        reason = self._finished()
+        if reason:
+            commands += [self._cancel(number) for number in tuple(state.busy)]
+            state.stopped = True
+            return [*commands, Stop(reason)]
+        return commands + [self._dispatch(client) for client in self.schedule.start(self.fleet())]
+
+    def _merge(self, merge: Merge) -> list[Command]:
+        state = self.state
+        commands: list[Command] = [self._cancel(number) for number in merge.cancel]
+        state.model = self.aggregator.merge(state.model, merge)
+        state.version += 1
+        state.arrived = list(merge.retain)
+        commands.append(Publish(state.version, state.model, tuple(update for _, update in merge.parts)))
+        if state.version % self.limits.evaluate_every == 0 or state.version == self.limits.versions:
+            commands.append(self._evaluate())
+        return commands
+
+    def _evaluate(self) -> Evaluate:
+        self.state.asked = self.state.version
+        return Evaluate(self.state.version, self.state.model)
+
+    def _finished(self) -> str | None:
+        if self.state.version >= self.limits.versions:
+            return f"{self.state.version} versions made"
+        if self.limits.seconds is not None and self.state.now >= self.limits.seconds:
+            return f"{self.limits.seconds:g} s are over"
+        return None
+
+    def _cancel(self, number: int) -> Cancel:
+        return Cancel(number, self._release(number).client)
+
+    def _dispatch(self, client: ClientId) -> Dispatch:
+        state = self.state
+        profile = state.idle[client]
+        budget = self.assign(profile, self.fleet())
+        number, state.next_task = state.next_task, state.next_task + 1
+        start = self.aggregator.start(state.model, budget, derive(self.seed, "start", number))
+        seed = derive(self.seed, "task", number)
+        task = Task(number, client, state.version, start, budget, seed, state.now)
+        del state.idle[client]
+        state.busy[number], state.working[client] = task, (profile, number)
+        state.dispatched[client] = state.dispatched.get(client, 0) + 1
+        return Dispatch(task)

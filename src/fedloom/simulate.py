@@ -1,0 +1,121 @@
+"""The virtual-clock driver: a heap of events around the pure core. It carries out commands and decides nothing.
+
+Training really happens, at the moment of dispatch; its result arrives when the device and link models say. Ties in time are
+broken by the order in which events were made, so a run of one seed is one sequence of events.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from fedloom.lora import Adapter
+from fedloom.server import Server
+from fedloom.types import (
+    Cancel,
+    ClientId,
+    ClientJoined,
+    Command,
+    Dispatch,
+    Evaluate,
+    Event,
+    Local,
+    Profile,
+    Reject,
+    Result,
+    Scored,
+    Stop,
+    Task,
+    TaskFailed,
+    TimerFired,
+    Trainer,
+    UpdateArrived,
+)
+from fedloom.world import World
+
+Evaluator: TypeAlias = Callable[[Adapter], Mapping[str, float]]
+Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
+
+
+@dataclass(slots=True)
+class Simulation:
+    """One run on the virtual clock. `locals` is what stays at each client, `flying` the moments of tasks not yet answered."""
+
+    server: Server
+    trainer: Trainer
+    world: World
+    profiles: Mapping[ClientId, Profile]
+    evaluate: Evaluator
+    observe: Observer
+    seed: int = 0
+    heap: list[tuple[float, int, Event]] = field(default_factory=list)
+    made: int = 0
+    locals: dict[ClientId, Local] = field(default_factory=dict)
+    flying: dict[int, Local] = field(default_factory=dict)
+
+    def run(self) -> str:
+        """Until the server stops; returns its reason. Raises RuntimeError if nothing can ever happen again."""
+        for client in sorted(self.profiles):
+            self._push(0.0, ClientJoined(self.profiles[client]))
+        while True:
+            now, event = self._next()
+            if isinstance(event, UpdateArrived):
+                local = self.flying.pop(event.task, None)
+                if local is None:
+                    continue  # cancelled: the client stopped, nothing arrives
+                self.locals[event.client] = local
+            commands = self.server.handle(now, event)
+            self.observe(now, event, commands)
+            self._carry_out(now, commands)
+            if commands and isinstance(commands[-1], Stop):
+                self._last_scores()
+                return commands[-1].reason
+
+    def _last_scores(self) -> None:
+        """Evaluations asked for together with the stop are still told."""
+        for now, _, event in sorted(self.heap, key=lambda entry: entry[:2]):
+            if isinstance(event, Scored):
+                self.observe(now, event, self.server.handle(now, event))
+
+    def _next(self) -> tuple[float, Event]:
+        """The earliest event, or the timer when the server wants to look before it."""
+        wake = self.server.wake()
+        if self.heap and (wake is None or self.heap[0][0] <= wake):
+            now, _, event = heapq.heappop(self.heap)
+            return now, event
+        if wake is None:
+            raise RuntimeError("nothing is under way and nobody can be started: the federation has no idle client")
+        return wake, TimerFired()
+
+    def _carry_out(self, now: float, commands: Iterable[Command]) -> None:
+        cohort = [command.task for command in commands if isinstance(command, Dispatch)]
+        if cohort:
+            self._train(now, cohort)
+        for command in commands:
+            match command:
+                case Cancel(number, _):
+                    self.flying.pop(number, None)
+                case Evaluate(version, model):
+                    self._push(now, Scored(version, self.evaluate(model.adapter)))
+                case Reject(client, number, reason):
+                    self._push(now, TaskFailed(client, number, reason))
+
+    def _train(self, now: float, cohort: list[Task]) -> None:
+        work = [(task, self.locals.get(task.client, Local())) for task in cohort]
+        for task, (result, local) in zip(cohort, self.trainer.train(work), strict=True):
+            timed = self._timed(task, result)
+            self.flying[task.id] = local
+            self._push(now + timed.metrics["seconds"], UpdateArrived(task.client, task.id, timed))
+
+    def _timed(self, task: Task, result: Result) -> Result:
+        """The result with the virtual seconds that it took, as a real client would report them."""
+        took = self.world.seconds(task, self.profiles[task.client], self.server.shape, result.tokens, self.seed)
+        parts = {"seconds": took.total, "down": took.down, "train": took.train, "up": took.up}
+        named = {name if name == "seconds" else f"seconds_{name}": value for name, value in parts.items()}
+        return replace(result, metrics={**result.metrics, **named})
+
+    def _push(self, time: float, event: Event) -> None:
+        heapq.heappush(self.heap, (time, self.made, event))
+        self.made += 1

@@ -1,0 +1,1 @@
+"""Real training: transformers and peft live here and nowhere else."""

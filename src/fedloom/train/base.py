@@ -1,0 +1,189 @@
+"""One frozen base model in memory for all simulated clients, with one PEFT slot for each LoRA rank in use."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from fedloom.cost import Shape
+from fedloom.errors import Refused
+from fedloom.lora import Adapter
+from fedloom.train import convert
+from fedloom.train.settings import LoRA
+
+
+HEADS = ("classifier", "score")
+"""Modules that PEFT trains and saves of its own accord where labels are predicted."""
+
+
+@dataclass(slots=True)
+class Base:
+    """The model with its tokenizer. `slots` are the ranks that have a PEFT adapter in it."""
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    lora: LoRA
+    labels: int
+    name: str
+
+    def slot(self, rank: int) -> str:
+        """The PEFT adapter of this rank, made at first use."""
+        slot = f"r{rank}"
+        if slot not in self.model.peft_config:
+            self.model.add_adapter(slot, _config(self.lora, rank, self._heads()))
+        return slot
+
+    def put(self, adapter: Adapter, scaling: float | None = None) -> str:
+        """Load an adapter into the slot of its rank and make it the active one; returns the slot."""
+        rank = max(factor.rank for factor in adapter.factors.values())
+        slot = self.slot(rank)
+        with _quiet():
+            self.model.set_adapter(slot)
+        convert.write(self.model, slot, adapter, scaling or self.lora.scaling)
+        return slot
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    def shape(self) -> Shape:
+        """Sizes of the model, for costs."""
+        base = self.model.get_base_model()
+        adapted = convert.lora_layers(self.model)
+        own = [p for n, p in base.named_parameters() if "lora_" not in n and "modules_to_save" not in n]
+        looked_up = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Embedding))
+        dense = sum(p.numel() for p in convert.dense_parameters(self.model, next(iter(self.model.peft_config))).values())
+        config = base.config
+        return Shape(
+            parameters=sum(p.numel() for p in own) - looked_up,
+            embeddings=looked_up,
+            layers=getattr(config, "num_hidden_layers", 1),
+            hidden=getattr(config, "hidden_size", 1),
+            modules=tuple((layer.out_features, layer.in_features) for layer in adapted.values()),
+            dense=dense,
+        )
+
+    def _heads(self) -> list[str]:
+        first = next(iter(self.model.peft_config.values()))
+        return sorted(set(first.modules_to_save or ()) - set(HEADS))
+
+
+def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str = "cpu") -> Base:
+    """A pretrained model by hub name or local folder, adapted at `rank`; head and LoRA initialised from `seed`.
+
+    Raises Refused if the model or the tokenizer cannot be loaded, or has no such target modules, or `rank` is too high.
+    """
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, fresh = _pretrained(name, labels)
+        tokenizer = _tokenizer(name)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        try:
+            adapted = get_peft_model(model, _config(lora, rank, _new_modules(model, fresh)), adapter_name=f"r{rank}")
+        except ValueError as error:
+            raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
+    base = Base(adapted.to(device), tokenizer, lora, labels, name)
+    _check_rank(base, rank)
+    return base
+
+
+def initial(base: Base, rank: int) -> Adapter:
+    """The adapter with which a run starts: PEFT's own initialisation, up = 0 and down random."""
+    return convert.read(base.model, base.slot(rank))
+
+
+def _config(lora: LoRA, rank: int, heads: list[str]) -> LoraConfig:
+    targets = None if lora.target_modules is None else list(lora.target_modules)
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=rank,
+        lora_alpha=lora.scaling * rank,  # type: ignore[arg-type]  # PEFT only divides it by r
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        modules_to_save=heads,
+    )
+
+
+def _pretrained(name: str, labels: int) -> tuple[PreTrainedModel, set[str]]:
+    """The model and the names of its parameters that were not in the checkpoint (the new head)."""
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=labels, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Refused("model", name, _load_remedy(name, error)) from error
+    return model, set(info["missing_keys"])
+
+
+def _new_modules(model: PreTrainedModel, fresh: set[str]) -> list[str]:
+    """The highest modules that are new as a whole, beside `HEADS`: `pre_classifier`, or `bert.pooler` of a masked-LM checkpoint."""
+    known = {name for name, _ in model.named_parameters()} - fresh
+    heads = set()
+    for key in fresh:
+        owners = accumulate(key.split(".")[:-1], "{}.{}".format)
+        heads.add(next((owner for owner in owners if not any(name.startswith(f"{owner}.") for name in known)), HEADS[0]))
+    return sorted(heads - set(HEADS))
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Refused("model", name, f"its tokenizer cannot be loaded ({_first_line(error)})") from error
+    return tokenizer
+
+
+def _load_remedy(name: str, error: Exception) -> str:
+    if Path(name).is_dir():
+        return f"the folder holds no model that transformers can load for classification ({_first_line(error)})"
+    if os.sep in name and not Path(name).exists() and name.count("/") != 1:
+        return "there is no such folder; give a local model folder or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
+    return f"neither a local folder nor a model that the hub gives us ({_first_line(error)}); check the name and the network"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
+
+
+def _target_remedy(model: PreTrainedModel) -> str:
+    leaves = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    return f"name linear layers of {type(model).__name__}: {', '.join(leaves)}"
+
+
+def _check_rank(base: Base, rank: int) -> None:
+    for name, layer in convert.lora_layers(base.model).items():
+        if not isinstance(layer.get_base_layer(), nn.Linear) and "Conv1D" not in type(layer.get_base_layer()).__name__:
+            raise Refused("lora.target_modules", name, "only linear layers can be adapted")
+        most = min(layer.in_features, layer.out_features)
+        if rank > most:
+            raise Refused("plan.rank", rank, f"layer {name} is {layer.out_features} x {layer.in_features}: at most {most}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading reports and advice of the libraries are not for our users: what matters is in the manifest or an error."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,85 @@
+"""Adapters as standard PEFT folders, at any rank, or merged into the base model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+from peft import LoraConfig, get_peft_model_state_dict
+
+from fedloom.errors import Refused
+from fedloom.lora import Adapter, pad, truncate
+from fedloom.train import convert
+from fedloom.train.base import Base, load
+from fedloom.train.settings import LoRA
+
+CARD = """# LoRA adapter, fine-tuned federatedly with fedloom
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+base = AutoModelForSequenceClassification.from_pretrained({name!r}, num_labels={labels})
+model = PeftModel.from_pretrained(base, {folder!r})
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+```
+
+Labels in order: {names}
+"""
+
+
+def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
+    """Write `adapter` as a PEFT folder that `PeftModel.from_pretrained` loads."""
+    slot = base.put(adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(base.model, adapter_name=slot)
+    weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    safetensors.torch.save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = copy.deepcopy(base.model.peft_config[slot])
+    config.base_model_name_or_path, config.inference_mode = base.name, True
+    config.save_pretrained(str(folder))
+    card = CARD.format(name=base.name, labels=len(names), folder=str(folder), names=", ".join(names))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
+    """Write the base model with the adapter merged in, and its tokenizer: a plain transformers folder."""
+    base.put(adapter)
+    model = copy.deepcopy(base.model).merge_and_unload()
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: index for index, name in enumerate(names)}
+    model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def at_rank(adapter: Adapter, rank: int) -> Adapter:
+    """The best approximation of each layer at `rank`; what a client of that rank would be handed."""
+    factors = {name: pad(truncate(factor, rank), rank) for name, factor in adapter.factors.items()}
+    return Adapter(factors, adapter.dense)
+
+
+def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
+    """Base model, final adapter and label names of a run folder. Raises Refused if it holds no adapter."""
+    if not (run / "adapter" / "adapter_model.safetensors").is_file():
+        raise Refused("run folder", str(run), "it holds no adapter: the run made no version, or this is no run folder")
+    about = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    names = tuple(about["partition"]["label_names"])
+    config = LoraConfig.from_pretrained(str(run / "adapter"))
+    targets = config.target_modules
+    lora = LoRA(None if targets is None else tuple(sorted(targets)), config.lora_alpha / config.r, config.lora_dropout)
+    base = load(about["model"]["name"], len(names), lora, config.r, about["seed"])
+    return base, _read(base, run / "adapter", config.r), names
+
+
+def _read(base: Base, folder: Path, rank: int) -> Adapter:
+    slot = base.slot(rank)
+    base.model.load_adapter(str(folder), "stored")
+    stored = convert.read(base.model, "stored")
+    base.model.delete_adapter("stored")
+    assert slot in base.model.peft_config
+    return stored

@@ -1,0 +1,88 @@
+"""The settings of local training as plain values; importing them costs nothing, which keeps the command line quick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fedloom.errors import Refused
+
+
+@dataclass(frozen=True, slots=True)
+class LoRA:
+    """How the base is adapted. `target_modules` None: PEFT's own choice for the architecture, usually query and value.
+
+    `scaling` is alpha/r, the same for every rank: with a fixed alpha the same adapter would be a different function on each
+    client. 2.0 is PEFT's common lora_alpha = 2 r.
+    """
+
+    target_modules: tuple[str, ...] | None = None
+    scaling: float = 2.0
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.scaling <= 0:
+            raise Refused("lora.scaling", self.scaling, "alpha/r is positive; 2.0 is lora_alpha = 2 r")
+        if not 0 <= self.dropout < 1:
+            raise Refused("lora.dropout", self.dropout, "a probability of at least 0 and below 1")
+
+
+Decay: TypeAlias = Callable[[float], float]
+"""Share of the task done (0 to 1) -> share of the learning rate."""
+
+
+def constant(done: float) -> float:
+    """The learning rate stays."""
+    return 1.0
+
+
+def linear(done: float) -> float:
+    """Falls to 0 in a straight line, as the Hugging Face Trainer does inside every local call."""
+    return 1.0 - done
+
+
+def cosine(done: float) -> float:
+    """Falls to 0 along half a cosine."""
+    return 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Local training with AdamW. `warmup` is the share of a task's steps in which the learning rate rises from 0.
+
+    `keep_moments` carries Adam's moments over to the client's next task while its factors keep their basis; after a merge
+    that rotated them (HLoRA, raFLoRA) they are always dropped.
+    """
+
+    learning_rate: float = 5e-4
+    batch_size: int = 16
+    max_length: int = 128
+    weight_decay: float = 0.0
+    warmup: float = 0.0
+    decay: Decay = constant
+    clip: float = 1.0
+    bucket: bool = True
+    keep_moments: bool = True
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise Refused("training.learning_rate", self.learning_rate, "give a positive number, for instance 5e-4")
+        if self.batch_size < 1:
+            raise Refused("training.batch_size", self.batch_size, "a batch holds at least 1 example")
+        if self.max_length < 4:
+            raise Refused("training.max_length", self.max_length, "a text needs at least 4 tokens, its marks included")
+        if not 0 <= self.warmup < 1:
+            raise Refused("training.warmup", self.warmup, "the share of steps to warm up in, at least 0 and below 1")
+        if self.weight_decay < 0:
+            raise Refused("training.weight_decay", self.weight_decay, "give 0 or more")
+        if self.clip <= 0:
+            raise Refused("training.clip", self.clip, "the largest gradient norm, a positive number")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of optimiser step `step` (from 0) of `steps`."""
+        warm = math.ceil(self.warmup * steps)
+        if step < warm:
+            return self.learning_rate * (step + 1) / (warm + 1)
+        return self.learning_rate * self.decay((step - warm) / max(1, steps - warm))

@@ -1,0 +1,182 @@
+"""Partitions: every example at exactly one client, in the promised sizes, the same for the same seed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fedloom.data.examples import Examples
+from fedloom.data.partition import (
+    IID,
+    ByClient,
+    LabelDirichlet,
+    Partition,
+    QuantityDirichlet,
+    Shard,
+    Shards,
+    describe,
+    hold_out,
+    statistics,
+)
+from fedloom.errors import Refused
+
+
+def toy(size: int, labels: int = 4, clients: int | None = None) -> Examples:
+    return Examples(
+        texts=tuple("word " * (1 + i % 3) for i in range(size)),
+        pairs=None,
+        labels=tuple(i * 7 % labels for i in range(size)),
+        names=tuple(f"name {i}" for i in range(labels)),
+        clients=None if clients is None else tuple(f"site {i % clients}" for i in range(size)),
+    )
+
+
+@st.composite
+def partitions(draw: st.DrawFn) -> Partition:
+    clients, alpha = draw(st.integers(1, 12)), draw(st.floats(1e-3, 1e3))
+    kinds: tuple[Partition, ...] = (
+        IID(clients),
+        LabelDirichlet(clients, alpha, draw(st.integers(1, 8))),
+        Shards(clients, draw(st.integers(1, 3))),
+        QuantityDirichlet(clients, alpha, draw(st.integers(1, 8))),
+        ByClient(),
+    )
+    return draw(st.sampled_from(kinds))
+
+
+@settings(deadline=None)
+@given(partitions(), st.integers(96, 300), st.integers(1, 6), st.integers(0, 2**40))
+def test_every_example_goes_to_exactly_one_client(how: Partition, size: int, labels: int, seed: int) -> None:
+    examples = toy(size, labels, clients=5)
+    parts = how.split(examples, seed)
+    assert sorted(index for part in parts.values() for index in part) == list(range(size))
+    assert list(parts) == sorted(parts)
+    assert parts == how.split(examples, seed)
+    if not isinstance(how, ByClient):
+        assert len(parts) == how.clients  # type: ignore[attr-defined]
+    if isinstance(how, LabelDirichlet | QuantityDirichlet):
+        assert min(map(len, parts.values())) >= how.smallest
+
+
+@settings(deadline=None)
+@given(partitions(), st.integers(96, 200), st.floats(0.01, 0.99), st.integers(0, 99))
+def test_every_client_trains_and_holds_out(how: Partition, size: int, share: float, seed: int) -> None:
+    examples = toy(size, clients=5)
+    parts = {client: part for client, part in how.split(examples, seed).items() if len(part) > 1}
+    for shard in hold_out(parts, examples, share, seed):
+        assert shard.train
+        assert shard.held_out
+        assert tuple(sorted(shard.train + shard.held_out)) == parts[shard.client]
+
+
+def test_client_names_sort_by_number() -> None:
+    assert list(IID(3).split(toy(9), 0)) == ["c00", "c01", "c02"]
+    assert list(IID(101).split(toy(101), 0))[::50] == ["c000", "c050", "c100"]
+
+
+def test_iid_is_even_and_shards_hold_few_labels() -> None:
+    assert {len(part) for part in IID(7).split(toy(100), 0).values()} == {14, 15}
+    examples = toy(400, labels=10)
+    held = [{examples.labels[i] for i in part} for part in Shards(20, 2).split(examples, 0).values()]
+    assert max(map(len, held)) <= 2
+
+
+def test_alpha_sets_how_uneven_the_clients_are() -> None:
+    examples = toy(2000)
+
+    def uneven(how: Partition) -> dict[str, float]:
+        return statistics(examples, hold_out(how.split(examples, 0), examples))
+
+    skewed, mild = uneven(LabelDirichlet(10, 0.05)), uneven(LabelDirichlet(10, 100.0))
+    assert skewed["label_js"] > 0.3 > 0.02 > mild["label_js"]
+    assert uneven(QuantityDirichlet(10, 0.3))["size_cv"] > 0.5 > uneven(QuantityDirichlet(10, 100.0))["size_cv"]
+    assert uneven(IID(10))["size_cv"] == 0
+
+
+def test_extreme_skew_is_repaired_to_the_smallest_size() -> None:
+    for how in (LabelDirichlet(10, 1e-3, 10), QuantityDirichlet(10, 1e-3, 10)):
+        assert [len(part) for part in how.split(toy(100), 0).values()] == [10] * 10
+
+
+def test_seeds_differ_and_hash_seeds_do_not() -> None:
+    code = (
+        "from fedloom.data.partition import *; from fedloom.data.examples import Examples;"
+        "e = Examples(('a b',) * 60, None, tuple(i % 3 for i in range(60)), ('x', 'y', 'z'), ('p', 'q') * 30);"
+        "hows = IID(4), LabelDirichlet(4), Shards(4), QuantityDirichlet(4), ByClient();"
+        "print([hold_out(how.split(e, 5), e, 0.3, 5) for how in hows])"
+    )
+    source = str(Path(__file__).parents[2] / "src")
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": source},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    ]
+    assert runs[0] == runs[1]
+    assert IID(4).split(toy(60), 0) != IID(4).split(toy(60), 1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: IID(0),
+        lambda: LabelDirichlet(alpha=0),
+        lambda: LabelDirichlet(alpha=float("nan")),
+        lambda: LabelDirichlet(smallest=0),
+        lambda: QuantityDirichlet(alpha=float("inf")),
+        lambda: QuantityDirichlet(clients=-1),
+        lambda: Shards(per_client=0),
+        lambda: IID(11).split(toy(10), 0),
+        lambda: Shards(4, 3).split(toy(10), 0),
+        lambda: LabelDirichlet(3, smallest=4).split(toy(10), 0),
+        lambda: QuantityDirichlet(3, smallest=4).split(toy(10), 0),
+        lambda: ByClient().split(toy(10), 0),
+        lambda: ByClient().split(Examples(("a", "b"), None, (0, 1), ("x", "y"), ("site", " ")), 0),
+        lambda: hold_out({"c00": (0, 1)}, toy(10), share=1.0),
+        lambda: hold_out({"c00": (0, 99)}, toy(10)),
+    ],
+)
+def test_impossible_partitions_are_refused(make: object) -> None:
+    assert callable(make)
+    with pytest.raises(Refused):
+        make()
+
+
+def test_a_client_with_one_example_is_named() -> None:
+    with pytest.raises(Refused, match=r"partition\.client = 'c01': has 1 example"):
+        hold_out({"c00": (0, 1), "c01": (2,)}, toy(10))
+
+
+def test_statistics_by_hand() -> None:
+    examples = Examples(("one", "two words", "a", "a b c"), None, (0, 0, 1, 1), ("no", "yes"), None)
+    stats = statistics(examples, (Shard("left", (0,), (1,)), Shard("right", (2,), (3,))))
+    assert stats["clients"]["left"] == {"examples": 1, "held_out": 1, "labels": [2, 0], "mean_words": 1.5}
+    assert stats["label_names"] == ["no", "yes"]
+    assert stats["label_js"] == pytest.approx(0.3113, abs=1e-4)  # H(3/4, 1/4) - 1/2
+    assert stats["size_cv"] == 0
+    assert json.loads(json.dumps(stats)) == stats
+
+
+@pytest.mark.parametrize(("clients", "labels", "rows"), [(5, 4, 5), (100, 4, 17), (100, 30, 17)])
+def test_the_table_fits_a_terminal(clients: int, labels: int, rows: int) -> None:
+    examples = toy(1000, labels)
+    table = describe(statistics(examples, hold_out(IID(clients).split(examples, 0), examples)))
+    assert table.row_count == rows
+    console = Console(width=110, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{clients} clients, label divergence" in text
+    assert len(text.splitlines()) < 30

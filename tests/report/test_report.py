@@ -1,0 +1,189 @@
+"""The report: one file that says the same of the same run, survives what a run left behind, and trusts no text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fedloom.errors import Refused
+from fedloom.report import facts, read, summary, tables, write
+
+Fake = Callable[..., Path]
+
+EMPTY_TAGS = {"meta", "link", "br"}
+HOSTILE = "<script>alert('x')</script>"
+
+
+class Outline(HTMLParser):
+    """The tags of a page; it fails where one is closed that is not open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+        self.words: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        if tag not in EMPTY_TAGS:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in EMPTY_TAGS:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def outline(page: Path) -> Outline:
+    found = Outline()
+    found.feed(page.read_text(encoding="utf-8"))
+    found.close()
+    assert found.open == []
+    return found
+
+
+def say(page: Path) -> str:
+    return " ".join(" ".join(outline(page).words).split())
+
+
+def test_a_run_becomes_one_small_page_with_its_answer_first(fake: Fake, tmp_path: Path) -> None:
+    page = write([fake()], tmp_path / "new" / "report.html")
+    found, words = outline(page), say(page)
+    assert [path.name for path in page.parent.iterdir()] == ["report.html"]
+    assert page.stat().st_size < 1_500_000
+    assert found.seen.count("svg") == found.seen.count("figure") == 6
+    assert words.index("After 12 rounds") < words.index("Test accuracy")
+    assert "the largest client rank is 8." in words
+    assert "num_labels=6" in words
+    assert "schedule.per_round" in words
+
+
+def test_the_page_loads_and_runs_nothing(fake: Fake, tmp_path: Path) -> None:
+    page = write([fake()], tmp_path / "report.html")
+    found, text = outline(page), page.read_text(encoding="utf-8")
+    assert {"script", "img", "iframe", "object"}.isdisjoint(found.seen)
+    assert all(link.startswith(("#", "data:")) for link in found.links)
+    assert {url for url in re.findall(r"https?://[^\s\"'<>]+", text) if "www.w3.org" not in url} == set()
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+
+
+def test_every_picture_is_named_for_those_who_cannot_see_it(fake: Fake, tmp_path: Path) -> None:
+    text = write([fake()], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'<svg [^>]*role="img" aria-label="[^"]{20,}"', text)) == text.count("<svg")
+
+
+def test_the_same_run_gives_the_same_bytes(fake: Fake, tmp_path: Path) -> None:
+    run = fake()
+    first, second = (write([run], tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
+    assert first == second
+
+
+def test_texts_of_users_stay_texts(fake: Fake, tmp_path: Path) -> None:
+    ids = [HOSTILE, "_hidden", "$x^2", 'a"b', "\x1b[31mred", "名前", "</svg>", "&amp;"]
+    run = fake(name=HOSTILE, ids=ids, labels=[HOSTILE, "_y", "$\\frac{1}"])
+    page = write([run], tmp_path / "report.html")
+    assert "script" not in outline(page).seen
+    assert HOSTILE in say(page)
+    assert "\x1b" not in page.read_text(encoding="utf-8")
+
+
+def test_a_run_stopped_before_its_first_round_says_so(fake: Fake, tmp_path: Path) -> None:
+    words = say(write([fake(rounds=0, status="interrupted")], tmp_path / "report.html"))
+    assert "This run was interrupted: what follows is incomplete. Reason: stopped by the user (Ctrl-C)" in words
+    assert "The run ended before its first round; no accuracy was measured." in words
+    assert "PeftModel" not in words
+
+
+@pytest.mark.parametrize("keep", [0, 1, 9, 40])
+def test_any_beginning_of_a_run_has_a_report(fake: Fake, tmp_path: Path, keep: int) -> None:
+    run = fake()
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:keep]) + lines[keep][:17])
+    outline(write([run], tmp_path / "report.html"))
+    log = read(run)
+    assert sum(map(len, (log.versions, log.scores, log.tasks, log.clients))) == keep
+
+
+def test_a_manifest_alone_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "bare", "status": "running"}')
+    assert "This run has not finished" in say(write([tmp_path], tmp_path / "report.html"))
+
+
+def test_a_large_fleet_stays_small(fake: Fake, tmp_path: Path) -> None:
+    run = fake(clients=300, rounds=20, labels=[f"intent {i}" for i in range(30)])
+    page = write([run], tmp_path / "report.html")
+    assert page.stat().st_size < 1_500_000
+    assert "60 of 300 clients" in say(page)
+    assert "21 others" in say(page)
+
+
+def test_several_runs_are_compared(fake: Fake, tmp_path: Path) -> None:
+    runs = [fake("a", name="slow", collapse=2.0), fake("b", name="quick", seed=1, collapse=0.2)]
+    stopped = fake("c", name="stopped", rounds=0, status="interrupted")
+    words = say(write([*runs, stopped], tmp_path / "report.html"))
+    assert "Of 3 runs, quick ends highest" in words
+    assert "stopped: This run was interrupted" in words
+    assert "train.lr" in words
+    assert "merge.rank" not in words
+
+
+def test_runs_of_one_name_are_told_apart(fake: Fake) -> None:
+    run = fake("a")
+    assert facts.names([read(run), read(fake("b"))]) == ["demo (a)", "demo (b)"]
+    assert facts.names([read(run), read(run)]) == ["demo (a) #1", "demo (a) #2"]
+
+
+def test_the_accuracy_that_all_reached_is_priced_for_each(fake: Fake) -> None:
+    logs = [read(fake("a")), read(fake("b", seed=1, collapse=0.2))]
+    target = min(map(facts.best, logs))
+    for row, log in zip(tables.runs(logs).rows, logs, strict=True):
+        reached = facts.first_reaching(log, target)
+        assert reached is not None
+        assert row[-2] == f"{reached['time']:,.0f}\u00a0s"
+
+
+def test_settings_are_flat_and_can_be_typed_again(fake: Fake) -> None:
+    rows = dict(tables.settings(read(fake())).rows)
+    assert rows["schedule"] == "Synchronous()"
+    assert rows["schedule.deadline"] == "None"
+    assert rows["train.targets"] == "('query', 'value')"
+    assert rows["fleet"].startswith("(Tier(name='phone', rank=2, ")
+    assert not any(key.endswith("type") for key in rows)
+
+
+def test_the_terminal_shows_the_same_rows(fake: Fake) -> None:
+    log = read(fake(name="[red]demo[/nothing]"))
+    table = summary([log])
+    assert table.row_count == 1
+    assert {str(column.header) for column in table.columns} < set(tables.runs([log]).head)
+    assert "[red]demo[/nothing]" in str(next(iter(table.columns[0].cells)))
+
+
+def test_what_is_no_run_is_refused(fake: Fake, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"run folder = '.*nowhere': name a folder"):
+        write([tmp_path / "nowhere"], tmp_path / "report.html")
+    with pytest.raises(Refused, match="at least one"):
+        write([], tmp_path / "report.html")
+    run = fake()
+    (run / "metrics.jsonl").write_text('{"kind": "sco\n{"kind": "score"}\n')
+    with pytest.raises(Refused, match=r"metrics\.jsonl:1.*delete this line"):
+        read(run)
+    for broken in ("[]", "{"):
+        (run / "manifest.json").write_text(broken)
+        with pytest.raises(Refused, match="manifest"):
+            read(run)
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,239 @@
+"""Small worlds for the tests: random adapters, dense products, trainers that need no model, where to find policies."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fedloom.aggregate
+import fedloom.schedule
+from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.hlora import HLoRA
+from fedloom.cost import Shape
+from fedloom.lora import Adapter, Factor
+from fedloom.plan.budget import Plan
+from fedloom.plan.rank import FixedRank
+from fedloom.schedule.rounds import Rounds
+from fedloom.schedule.weights import uniform
+from fedloom.server import Limits, Server
+from fedloom.types import Aggregator, Budget, Fleet, Local, Merge, Model, Profile, Result, Schedule, Start, Task, Update
+
+LAYERS = {"query": (12, 10), "value": (10, 14)}
+SHAPE = Shape(parameters=1000, embeddings=100, layers=1, hidden=10, modules=tuple(LAYERS.values()), dense=3)
+
+# Where policies are found: by looking, so that a new file is tested by existing --------------------------------------
+
+AGGREGATOR = ("space", "exempt", "init", "merge", "start")
+SCHEDULE = ("merge", "start", "wake")
+FLAGGED: dict[ModuleType, tuple[Any, ...]] = {
+    fedloom.aggregate: (HLoRA(published_alpha=16.0),),
+    fedloom.schedule: (
+        Rounds(cohort_size=2, over_selection=2.0),
+        Rounds(cohort_size=3, deadline=5.0),
+        Rounds(cohort_size=2, over_selection=1.5, deadline=3.0, weigh=uniform),
+    ),
+}
+"""Values of the folders' classes that are worth testing besides the default ones."""
+
+
+def modules(folder: ModuleType) -> list[ModuleType]:
+    names = sorted(info.name for info in pkgutil.iter_modules(folder.__path__))
+    return [importlib.import_module(f"{folder.__name__}.{name}") for name in names]
+
+
+def classes(folder: ModuleType, has: Sequence[str]) -> list[type]:
+    """The public classes defined in a module of `folder` that have all of these members."""
+    found = []
+    for module in modules(folder):
+        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        found += [c for c in own if not c.__name__.startswith("_") and all(hasattr(c, name) for name in has)]
+    return sorted(found, key=lambda c: c.__name__)
+
+
+def aggregators() -> list[Aggregator]:
+    return [cls() for cls in classes(fedloom.aggregate, AGGREGATOR)] + list(FLAGGED[fedloom.aggregate])
+
+
+def schedules() -> list[Schedule]:
+    return [cls() for cls in classes(fedloom.schedule, SCHEDULE)] + list(FLAGGED[fedloom.schedule])
+
+
+def called(policy: object) -> str:
+    """Its repr without addresses: the id of a parametrised test."""
+    return re.sub(r"<function (\w+) at \w+>", r"\1", repr(policy))
+
+
+# Adapters -----------------------------------------------------------------------------------------------------------
+
+
+def factor(rank: int, d_out: int = 12, d_in: int = 10, seed: int = 0) -> Factor:
+    generator = torch.Generator().manual_seed(seed)
+    return Factor(torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator))
+
+
+def adapter(rank: int, seed: int = 0, layers: Mapping[str, tuple[int, int]] = LAYERS) -> Adapter:
+    factors = {name: factor(rank, *size, seed=seed * 100 + k) for k, (name, size) in enumerate(layers.items())}
+    return Adapter(factors, {"head": torch.randn(3, generator=torch.Generator().manual_seed(seed * 100 + 99))})
+
+
+def fresh(rank: int, seed: int = 0) -> Adapter:
+    """As LoRA starts: random `down`, zero `up`, so the product is zero."""
+    born = adapter(rank, seed)
+    return Adapter({n: Factor(f.down, torch.zeros_like(f.up)) for n, f in born.factors.items()}, born.dense)
+
+
+def graded(energies: Sequence[float], seed: int = 0) -> Adapter:
+    """Each layer has singular values of these energies, sorted, `down` orthonormal."""
+    factors = {}
+    for name, f in adapter(len(energies), seed).factors.items():
+        down, up = torch.linalg.qr(f.down.T)[0].T, torch.linalg.qr(f.up)[0]
+        factors[name] = Factor(down, up * torch.tensor(energies).sqrt())
+    return Adapter(factors)
+
+
+def product(of: Factor) -> Tensor:
+    return of.up.double() @ of.down.double()
+
+
+def products(of: Adapter) -> dict[str, Tensor]:
+    return {name: product(f) for name, f in of.factors.items()}
+
+
+def best(matrix: Tensor, rank: int) -> Tensor:
+    """Eckart-Young, in float64."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+def weighted(terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    return {name: torch.stack([w * one[name] for w, one in terms]).sum(0) for name in terms[0][1]}
+
+
+def distance(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """Largest Frobenius error of a layer, relative to what is wanted (absolute where that is tiny)."""
+    assert given.keys() == wanted.keys()
+    return max(float((given[n] - wanted[n]).norm() / max(float(wanted[n].norm()), 1e-3)) for n in wanted)
+
+
+# Tasks and answers ----------------------------------------------------------------------------------------------------
+
+
+def make_task(start: Adapter, rank: int, number: int = 1, client: str | None = None, **more: Any) -> Task:
+    given: dict[str, Any] = {"version": 0, "budget": Budget(rank, 5), "seed": number, "sent": 0.0} | more
+    return Task(id=number, client=client or f"c{number}", start=Start(start, "0"), **given)
+
+
+def make_result(trained: Adapter, examples: int = 10, **more: Any) -> Result:
+    given: dict[str, Any] = {"tokens": 100, "steps": 1} | more
+    return Result(trained, examples, **given)
+
+
+def make_update(
+    trained: Adapter, rank: int, number: int = 1, start: Adapter | None = None, examples: int = 10
+) -> Update:
+    return Update(make_task(start or trained, rank, number), make_result(trained, examples))
+
+
+def sent(method: Aggregator, model: Model, rank: int, number: int = 1) -> Task:
+    """The task that a client of this rank gets."""
+    start = method.start(model, Budget(rank, 5), seed=number)
+    return Task(number, f"c{number}", 0, start, Budget(rank, 5), number, 0.0)
+
+
+def returned(task: Task, trained: Adapter | None = None) -> Update:
+    """The answer to it; without `trained` the client gives back what it got."""
+    return Update(task, make_result(trained or task.start.train))
+
+
+def changed(start: Adapter, seed: int, by: float = 0.3) -> Adapter:
+    """`start` after some training: every entry moved."""
+    rank = next(iter(start.factors.values())).rank
+    noise = adapter(rank, seed)
+    factors = {
+        n: Factor(f.down + by * noise.factors[n].down, f.up + by * noise.factors[n].up)
+        for n, f in start.factors.items()
+    }
+    return Adapter(factors, {n: t + by * noise.dense[n] for n, t in start.dense.items()})
+
+
+def mean_of(updates: Sequence[Update], weights: Sequence[float] | None = None, **more: Any) -> Merge:
+    shares = weights or [1 / len(updates)] * len(updates)
+    return Merge(tuple(zip(shares, updates, strict=True)), **more)
+
+
+# Federations ----------------------------------------------------------------------------------------------------------
+
+
+def profiles(count: int) -> dict[str, Profile]:
+    return {f"c{k}": Profile(f"c{k}", 10 + k, flops=1e4 * (1 + k % 3), up_bps=1e4, down_bps=1e4) for k in range(count)}
+
+
+def server(schedule: Schedule | None = None, method: Aggregator | None = None, **more: Any) -> Server:
+    """A server with a tiny model: one layer of 4 x 3, rank 2."""
+    how = method or FedIT()
+    given: dict[str, Any] = {"shape": SHAPE, "limits": Limits(versions=3), "assign": Plan(FixedRank(2), 2)} | more
+    start = given.pop("start", None) or adapter(2, layers={"only": (4, 3)})
+    assign = given.pop("assign")
+    return Server(how.init(start), how, schedule or Rounds(), assign, **given)
+
+
+def fleet(**more: Any) -> Fleet:
+    given: dict[str, Any] = {"now": 0.0, "version": 0, "seed": 0, "idle": {}, "busy": {}, "arrived": (), "shape": SHAPE}
+    return Fleet(**(given | more))
+
+
+@dataclass(frozen=True)
+class Null:
+    """Gives back what it got, or what `spoil` makes of the result."""
+
+    spoil: Any = None
+
+    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+        plain = [make_result(task.start.train) for task, _ in work]
+        return [(self.spoil(r) if self.spoil else r, local) for r, (_, local) in zip(plain, work, strict=True)]
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """Each client wants its products near its own matrices: a common rank-2 target plus a small private part."""
+
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=lambda: LAYERS)
+    rate: float = 0.1
+    private: float = 0.2
+
+    def target(self, client: str | None) -> dict[str, Tensor]:
+        common = products(adapter(2, 1000, self.layers))
+        if client is None:
+            return common
+        own = products(adapter(1, 2000 + int(client[1:]), self.layers))
+        return weighted([(1.0, common), (self.private, own)])
+
+    def loss(self, of: Adapter) -> float:
+        """Squared error towards the common target, relative to predicting zero."""
+        wanted = self.target(None)
+        squares = sum(float((p - wanted[n]).square().sum()) for n, p in products(of).items())
+        return squares / sum(float(t.square().sum()) for t in wanted.values())
+
+    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+        return [(self._one(task), replace(local, basis=task.start.basis)) for task, local in work]
+
+    def _one(self, task: Task) -> Result:
+        target, factors = self.target(task.client), {}
+        generator = torch.Generator().manual_seed(task.seed)
+        for name, start in task.start.train.factors.items():
+            down, up = start.down.double(), start.up.double()
+            for _ in range(task.budget.steps):
+                noise = 0.01 * torch.randn(target[name].shape, generator=generator, dtype=torch.float64)
+                slope = (up @ down - target[name] + noise) / max(float(down.norm() * up.norm()), 4.0)
+                up, down = up - self.rate * 4 * slope @ down.T, down - self.rate * 4 * up.T @ slope
+            factors[name] = Factor(down.float(), up.float())
+        trained = Adapter(factors, task.start.train.dense)
+        return make_result(trained, steps=task.budget.steps, metrics={"loss": self.loss(trained)})
