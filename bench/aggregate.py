@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from statistics import median
 from typing import Any
 
@@ -84,7 +85,7 @@ def make_clients(case: Case) -> list[Factor]:
     sizes = torch.arange(1, 65).float().rsqrt()
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) / case.d**0.5
+        return torch.randn(*shape, generator=generator) / sqrt(case.d)
 
     down, up = sizes[:, None] * normal(64, case.d), sizes * normal(case.d, 64)
     return [Factor(down[:r] + 0.3 * normal(r, case.d), up[:, :r] + 0.3 * normal(case.d, r)) for r in case.ranks]

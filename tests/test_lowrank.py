@@ -98,6 +98,15 @@ def test_krylov_sees_a_tail_far_below_the_top() -> None:
     assert float((product - (left * values) @ right).norm() / best - 1) <= 1e-6
 
 
+def test_krylov_corrects_a_poor_first_probe() -> None:
+    """Two directions met by two random ones: the first basis is bad when those are nearly parallel."""
+    for seed in range(40):
+        up, down = factors(10, 10, 2, seed)
+        triple = lowrank.krylov(up, down, 2)
+        assert triple is not None
+        check(up, down, 2, triple)
+
+
 def test_krylov_says_when_it_did_not_converge() -> None:
     up, down = factors(300, 300, 300, decay=0)
     assert lowrank.krylov(up, down, 64, blocks=2) is None

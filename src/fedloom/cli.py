@@ -161,9 +161,9 @@ def _run_of(file: Path) -> Run:
         raise Refused("FILE", str(file), "there is no such file; give a Python file with a value `run = Run(...)`")
     try:
         names = runpy.run_path(str(file))
-    except Refused:
+    except (Refused, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Refused("FILE", str(file), f"it stopped with {type(error).__name__}: {error}") from error
     value = names.get("run")
     if callable(value):

@@ -24,7 +24,7 @@ def demo() -> Run:
         data=Tickets(),
         partition=ByClient(),
         schedule=Rounds(cohort_size=5),
-        plan=Plan(RankByCapability(ranks=(2, 4, 8), upload_seconds=1.0), local_steps=6),
+        plan=Plan(RankByCapability(ranks=(2, 4, 8), upload_seconds=0.5), local_steps=6),
         training=Training(learning_rate=2e-3, max_length=64),
         limits=Limits(versions=5),
         test_limit=400,

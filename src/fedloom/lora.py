@@ -79,6 +79,17 @@ def truncate(factor: Factor, rank: int) -> Factor:
     return Factor(right, left * values)
 
 
+def balance(factor: Factor) -> Factor:
+    """The same product with both sides of each direction equally long, so that one step size suits both.
+
+    A direction with a (nearly) empty side stays as it is: scaling it would make the other side empty too.
+    """
+    up, down = factor.up.norm(dim=0), factor.down.norm(dim=1)
+    alive = torch.minimum(up, down) > NEGLIGIBLE * torch.maximum(up, down).max().clamp_min(1e-30)
+    root = torch.where(alive, (up / torch.where(alive, down, 1.0)).sqrt(), 1.0)
+    return Factor(factor.down * root[:, None], factor.up / root)
+
+
 def revive(factor: Factor, rank: int, seed: int) -> Factor:
     """The same product at `rank` or more directions, every one of which can learn.
 
@@ -125,4 +136,5 @@ def _fresh_rows(living: Tensor, count: int, seed: int) -> Tensor:
     fresh: Tensor = torch.randn(count, living.shape[1], generator=generator, dtype=torch.float64).to(living.device)
     if len(living) + count <= living.shape[1]:
         fresh = torch.linalg.qr(torch.cat([living.double(), fresh]).T)[0].T[-count:]
-    return (fresh / fresh.norm(dim=1, keepdim=True)).to(living.dtype)
+    fresh = fresh / fresh.norm(dim=1, keepdim=True)
+    return fresh.to(living.dtype)

@@ -41,7 +41,7 @@ def svd(up: Tensor, down: Tensor, rank: int) -> Triple:
     smaller, stacked = min(up.shape[0], down.shape[1]), up.shape[1]
     if min(rank, stacked, smaller) == 0:
         return up[:, :0], up.new_zeros(0), down[:0]
-    thin = 0.5 * smaller if smaller <= SMALL else max(min(0.15 * smaller, 250), 2 * (rank + OVERSAMPLE))
+    thin = 0.5 * smaller if smaller <= SMALL else min(smaller, max(0.05 * smaller, 7 * (rank + OVERSAMPLE)))
     if stacked <= thin or dtype == torch.float64:
         return householder(up, down, rank)
     if smaller <= SMALL:
@@ -88,8 +88,7 @@ def krylov(up: Tensor, down: Tensor, rank: int, tolerance: float = 1e-6, blocks:
             basis, rows = torch.cat([basis, fresh], 1), torch.cat([rows, (fresh.T @ up) @ down])
         energies, axes = torch.linalg.eigh(_gram(rows.T))
         top, tail = float(energies[-q:].sum()), float(energies[:-q].sum())
-        complete = fresh is None or basis.shape[1] >= up.shape[1]
-        if complete or (last is not None and top - last <= max(tolerance * tail, RESOLUTION * top)):
+        if fresh is None or (last is not None and top - last <= max(tolerance * tail, RESOLUTION * top)):
             return _project(up, down, basis @ axes[:, -q:].to(up.dtype))
         if basis.shape[1] + width > min(up.shape[0], down.shape[1]):
             return None
@@ -132,11 +131,11 @@ def _extend(basis: Tensor, found: Tensor) -> Tensor | None:
     # largest entries, not norms: the square of a tiny or huge float32 is 0 or infinite
     if basis.shape[1] and residual.abs().max() <= 8 * torch.finfo(found.dtype).eps * found.abs().max():
         return None
-    fresh: Tensor = torch.linalg.qr(residual)[0]
-    # once more AFTER normalising: where the product's rank is exhausted the columns are rounding noise, which is not
-    # orthogonal to the basis until it is projected again; without this its energy is counted twice
-    fresh = torch.linalg.qr(fresh - basis @ (basis.T @ fresh))[0]
-    return fresh
+    # the last columns of a Householder Q are orthogonal to the basis whatever the residual is: where the product's rank
+    # is exhausted it is rounding noise, and projecting that leaves noise along the basis, whose energy counts twice
+    reflectors, triangle = _reflectors(torch.cat([basis, residual], 1))
+    last = torch.eye(len(triangle), dtype=found.dtype, device=found.device)[:, basis.shape[1] :]
+    return _reflect(reflectors, last)
 
 
 def _gram(tall: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from types import FunctionType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import fedloom
 from fedloom.errors import Refused
@@ -32,28 +33,48 @@ def _replaced(owner: Any, path: Sequence[str], text: str, whole: str) -> Any:
     if name not in known:
         has = f"{type(owner).__name__} has: {', '.join(known)}" if known else f"{type(owner).__name__} has no fields"
         raise Refused("--set", whole, f"there is no field {name!r}; {has}")
-    current = getattr(owner, name)
-    value = _replaced(current, rest, text, whole) if rest else _value(text, current, whole)
+    current, hint = getattr(owner, name), get_type_hints(type(owner))[name]
+    value = _replaced(current, rest, text, whole) if rest else _value(text, current, hint, whole)
     return replace(owner, **{name: value})
 
 
-def _value(text: str, current: object, whole: str) -> object:
-    if isinstance(current, str):
-        return text
+def _value(text: str, current: object, hint: Any, whole: str) -> object:
+    """What `text` stands for; where text is expected and nothing else fits, the text itself."""
     try:
         value = _evaluate(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError) as error:
         if isinstance(error, Refused):
             raise
+        if _fits(text, hint):
+            return text
         remedy = f"expected {_kind(current)}: a literal such as 12, None, (2,4,8), or a fedloom name such as HLoRA(rank=16)"
         raise Refused(whole, text, remedy) from error
-    if isinstance(current, float) and type(value) is int:
-        return float(value)
-    if isinstance(current, bool | int | float | tuple) and value is not None and type(value) is not type(current):
-        raise Refused(whole, text, f"expected {_kind(current)}, not {_kind(value)}")
-    if is_dataclass(current) and not is_dataclass(value):
-        raise Refused(whole, text, f"expected a value like {type(current).__name__}(...), not {_kind(value)}")
-    return value
+    if _fits(value, hint):
+        return float(value) if type(value) is int and not _fits_exactly(value, hint) else value
+    if _fits(text, hint):
+        return text
+    raise Refused(whole, text, f"expected {_kind(current)}, not {_kind(value)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a field of this type takes the value, as far as that can be seen; a whole number is also a number."""
+    return _fits_exactly(value, hint) or (type(value) is int and _fits_exactly(float(value), hint))
+
+
+def _fits_exactly(value: Any, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits_exactly(value, one) for one in inner)
+    if origin is tuple:
+        return type(value) is tuple and all(_fits(item, inner[0]) for item in value)
+    if hint in (int, float, bool, str):
+        return type(value) is hint
+    if hint is type(None):
+        return value is None
+    if _is_protocol(hint):
+        asked = [name for name in vars(hint) if not name.startswith("_")] + ["__call__"] * ("__call__" in vars(hint))
+        return not isinstance(value, type) and all(hasattr(value, name) for name in asked)
+    return isinstance(value, origin or hint)
 
 
 def _evaluate(node: ast.expr) -> Any:
@@ -72,6 +93,12 @@ def _evaluate(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
+def _is_protocol(hint: Any) -> bool:
+    return bool(getattr(hint, "_is_protocol", False))
+
+
 def _kind(value: object) -> str:
     words = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a tuple", str: "text"}
-    return "None" if value is None else words.get(type(value), type(value).__name__)
+    if value is None or isinstance(value, FunctionType | type):
+        return "None" if value is None else f"{value.__name__}"
+    return words.get(type(value), f"a {type(value).__name__}(...)" if is_dataclass(value) else type(value).__name__)

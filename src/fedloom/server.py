@@ -101,7 +101,7 @@ class Server:
         Raises ValueError if time runs backwards: that is the driver's mistake, while a bad answer of a client is a `Reject`.
         """
         state = self.state
-        if now < state.now:
+        if not now >= state.now:
             raise ValueError(f"event at {now} s after {state.now} s: a driver must deliver events in order of time")
         state.now = now
         if state.stopped:

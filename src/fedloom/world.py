@@ -29,7 +29,7 @@ class Tier:
 
 
 PHONE = Tier("phone", 0.5, flops=5e9, up_bps=2e6, down_bps=1e7, memory=1e9)
-LAPTOP = Tier("laptop", 0.3, flops=3e10, up_bps=1e7, down_bps=5e7, memory=8e9)
+LAPTOP = Tier("laptop", 0.3, flops=3e10, up_bps=4e6, down_bps=2e7, memory=8e9)
 WORKSTATION = Tier("workstation", 0.2, flops=1e11, up_bps=1e8, down_bps=1e8, memory=3.2e10)
 
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedloom.lora import Adapter, Factor, cut, energy, norm, pad, revive, scale, stack, truncate
+from fedloom.lora import Adapter, Factor, balance, cut, energy, norm, pad, revive, scale, stack, truncate
 from fedloom.seeds import derive
 from fedloom.types import Budget, Merge, Model, Start
 
@@ -94,10 +94,15 @@ def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model
     return Model(Adapter(full, dense), model.basis + 1, discarded)
 
 
-def handed_out(model: Model, budget: Budget, seed: int) -> Start:
-    """The model's leading directions at the client's rank, each able to learn; for models kept sorted by `merge_products`."""
-    adapter = model.adapter
-    factors = {n: revive(cut(f, budget.rank), budget.rank, derive(seed, n)) for n, f in adapter.factors.items()}
+def handed_out(model: Model, budget: Budget, seed: int, balanced: bool) -> Start:
+    """The model's leading directions at the client's rank, each able to learn; for models kept sorted by `merge_products`.
+
+    `balanced` divides the singular value evenly over both sides; otherwise `up` carries it and `down` is orthonormal.
+    """
+    adapter, factors = model.adapter, {}
+    for name, whole in adapter.factors.items():
+        factor = revive(cut(whole, budget.rank), budget.rank, derive(seed, name))
+        factors[name] = balance(factor) if balanced else factor
     return Start(Adapter(factors, adapter.dense), basis=f"{model.basis}/{budget.rank}")
 
 

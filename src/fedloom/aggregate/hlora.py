@@ -28,10 +28,12 @@ class HLoRA:
 
     `published_alpha` turns on the prototype's scaling: alpha stays fixed while the rank changes, so a client of rank r runs
     (alpha/r) B A, but the server averages the unscaled B A. It is there to reproduce the paper; leave it None for the right one.
+    `balanced` divides singular values evenly over both factors instead of leaving them to `up`, as the prototype does.
     """
 
     rank: int | None = None
     published_alpha: float | None = None
+    balanced: bool = False
     space: ClassVar[Literal["product"]] = "product"
 
     def __post_init__(self) -> None:
@@ -66,7 +68,7 @@ class HLoRA:
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The leading directions at the client's rank."""
-        start = handed_out(model, budget, seed)
+        start = handed_out(model, budget, seed, self.balanced)
         if self.published_alpha is None:
             return start
         grown = _times(start.train, (self.rank or server_rank(model.adapter)) / budget.rank)

@@ -22,9 +22,14 @@ from fedloom.types import Budget, Merge, Model, Start
 
 @dataclass(frozen=True, slots=True)
 class RaFLoRA:
-    """Mean of products per direction, truncated to `rank` on the server (None: the highest client rank)."""
+    """Mean of products per direction, truncated to `rank` on the server (None: the highest client rank).
+
+    `balanced` divides singular values evenly over both factors of what a client receives, so that one learning rate suits
+    both; False leaves them to `up`.
+    """
 
     rank: int | None = None
+    balanced: bool = True
     space: ClassVar[Literal["product"]] = "product"
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})
 
@@ -42,4 +47,4 @@ class RaFLoRA:
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The leading directions at the client's rank."""
-        return handed_out(model, budget, seed)
+        return handed_out(model, budget, seed, self.balanced)

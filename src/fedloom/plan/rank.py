@@ -108,7 +108,7 @@ class RankByCapability:
             raise Refused("plan.rank.ranks", self.ranks, "name at least one rank, for instance (2, 4, 8)")
         for rank in self.ranks:
             _check("plan.rank.ranks", rank)
-        if self.upload_seconds <= 0:
+        if not self.upload_seconds > 0:
             raise Refused("plan.rank.upload_seconds", self.upload_seconds, "give positive seconds")
 
     @property

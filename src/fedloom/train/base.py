@@ -48,7 +48,7 @@ class Base:
         """Load an adapter into the slot of its rank and make it the active one; returns the slot."""
         rank = max(factor.rank for factor in adapter.factors.values())
         slot = self.slot(rank)
-        with _quiet():
+        with quiet():
             self.model.set_adapter(slot)
         convert.write(self.model, slot, adapter, scaling or self.lora.scaling)
         return slot
@@ -85,7 +85,7 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
 
     Raises Refused if the model or the tokenizer cannot be loaded, or has no such target modules, or `rank` is too high.
     """
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, fresh = _pretrained(name, labels)
         tokenizer = _tokenizer(name)
@@ -96,6 +96,7 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
             adapted = get_peft_model(model, _config(lora, rank, _new_modules(model, fresh)), adapter_name=f"r{rank}")
         except ValueError as error:
             raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
+    _check_targets(adapted, lora)
     base = Base(adapted.to(device), tokenizer, lora, labels, name)
     _check_rank(base, rank)
     return base
@@ -124,26 +125,28 @@ def _pretrained(name: str, labels: int) -> tuple[PreTrainedModel, set[str]]:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=labels, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # transformers, safetensors and the hub client each have their own
         raise Refused("model", name, _load_remedy(name, error)) from error
     return model, set(info["missing_keys"])
 
 
 def _new_modules(model: PreTrainedModel, fresh: set[str]) -> list[str]:
-    """The highest modules that are new as a whole, beside `HEADS`: `pre_classifier`, or `bert.pooler` of a masked-LM checkpoint."""
+    """The highest modules that are new as a whole, beside `HEADS`: DistilBERT's `pre_classifier`, a masked LM's pooler."""
     known = {name for name, _ in model.named_parameters()} - fresh
     heads = set()
     for key in fresh:
         owners = accumulate(key.split(".")[:-1], "{}.{}".format)
-        heads.add(next((owner for owner in owners if not any(name.startswith(f"{owner}.") for name in known)), HEADS[0]))
+        heads |= {next((o for o in owners if not any(name.startswith(f"{o}.") for name in known)), HEADS[0])}
     return sorted(heads - set(HEADS))
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as above, and tokenizers
         raise Refused("model", name, f"its tokenizer cannot be loaded ({_first_line(error)})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there is none
+        raise Refused("model", name, "it comes without a tokenizer; add tokenizer.json and tokenizer_config.json")
     return tokenizer
 
 
@@ -160,8 +163,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _target_remedy(model: PreTrainedModel) -> str:
-    leaves = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n]
+    leaves = sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in names})
     return f"name linear layers of {type(model).__name__}: {', '.join(leaves)}"
+
+
+def _check_targets(model: PeftModel, lora: LoRA) -> None:
+    """PEFT is content if one of the names is found; we want each of them."""
+    layers = convert.lora_layers(model)
+    for target in lora.target_modules or ():
+        if not any(f".{name}".endswith(f".{target}") for name in layers):
+            raise Refused("lora.target_modules", target, _target_remedy(model.get_base_model()))
 
 
 def _check_rank(base: Base, rank: int) -> None:
@@ -174,7 +186,7 @@ def _check_rank(base: Base, rank: int) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Loading reports and advice of the libraries are not for our users: what matters is in the manifest or an error."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

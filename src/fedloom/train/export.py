@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, pad, truncate
 from fedloom.train import convert
-from fedloom.train.base import Base, load
+from fedloom.train.base import Base, load, quiet
 from fedloom.train.settings import LoRA
 
 CARD = """# LoRA adapter, fine-tuned federatedly with fedloom
@@ -22,9 +22,9 @@ CARD = """# LoRA adapter, fine-tuned federatedly with fedloom
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = AutoModelForSequenceClassification.from_pretrained({name!r}, num_labels={labels})
+base = AutoModelForSequenceClassification.from_pretrained({name!r}, num_labels={labels}, pad_token_id={pad})
 model = PeftModel.from_pretrained(base, {folder!r})
-tokenizer = AutoTokenizer.from_pretrained({name!r})
+tokenizer = AutoTokenizer.from_pretrained({name!r}, pad_token={token!r})
 ```
 
 Labels in order: {names}
@@ -41,7 +41,8 @@ def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Pa
     config = copy.deepcopy(base.model.peft_config[slot])
     config.base_model_name_or_path, config.inference_mode = base.name, True
     config.save_pretrained(str(folder))
-    card = CARD.format(name=base.name, labels=len(names), folder=str(folder), names=", ".join(names))
+    pad = {"pad": base.tokenizer.pad_token_id, "token": base.tokenizer.pad_token}  # a decoder's own has none
+    card = CARD.format(name=base.name, labels=len(names), folder=str(folder), names=", ".join(names), **pad)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -49,11 +50,12 @@ def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Pa
 def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
     """Write the base model with the adapter merged in, and its tokenizer: a plain transformers folder."""
     base.put(adapter)
-    model = copy.deepcopy(base.model).merge_and_unload()
-    model.config.id2label = dict(enumerate(names))
-    model.config.label2id = {name: index for index, name in enumerate(names)}
-    model.save_pretrained(folder)
-    base.tokenizer.save_pretrained(folder)
+    with quiet():
+        model = copy.deepcopy(base.model).merge_and_unload()
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {name: index for index, name in enumerate(names)}
+        model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -67,19 +69,24 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
     """Base model, final adapter and label names of a run folder. Raises Refused if it holds no adapter."""
     if not (run / "adapter" / "adapter_model.safetensors").is_file():
         raise Refused("run folder", str(run), "it holds no adapter: the run made no version, or this is no run folder")
-    about = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    names = tuple(about["partition"]["label_names"])
-    config = LoraConfig.from_pretrained(str(run / "adapter"))
-    targets = config.target_modules
-    lora = LoRA(None if targets is None else tuple(sorted(targets)), config.lora_alpha / config.r, config.lora_dropout)
-    base = load(about["model"]["name"], len(names), lora, config.r, about["seed"])
-    return base, _read(base, run / "adapter", config.r), names
+    try:
+        about = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        name, seed, names = about["model"]["name"], about["seed"], tuple(about["partition"]["label_names"])
+        config = LoraConfig.from_pretrained(str(run / "adapter"))
+        targets = config.target_modules
+        lora = LoRA(None if targets is None else tuple(sorted(targets)), config.lora_alpha / config.r, config.lora_dropout)
+        base = load(name, len(names), lora, config.r, seed)
+        return base, _read(base, run / "adapter"), names
+    except Refused:
+        raise
+    except Exception as error:  # json, peft, safetensors and torch each have their own
+        remedy = f"its manifest or adapter cannot be read ({type(error).__name__}: {error}); carry out the run again"
+        raise Refused("run folder", str(run), remedy.replace("\n", " ")) from error
 
 
-def _read(base: Base, folder: Path, rank: int) -> Adapter:
-    slot = base.slot(rank)
-    base.model.load_adapter(str(folder), "stored")
+def _read(base: Base, folder: Path) -> Adapter:
+    with quiet():
+        base.model.load_adapter(str(folder), "stored")
     stored = convert.read(base.model, "stored")
     base.model.delete_adapter("stored")
-    assert slot in base.model.peft_config
     return stored

@@ -1,0 +1,62 @@
+"""MRPC with all-MiniLM-L6-v2: one seed of the default and of FedIT, to the end.
+
+    python experiments/hlora_mrpc.py [--quick [--cell NAME]] [--summary] [--workers N]
+
+20 clients, label Dirichlet 0.5, ranks 2/4/8 by device (10/6/4 clients), 10 clients a round; 4,076 training pairs, scored on
+the 1,725 gold test pairs. The whole table of methods and seeds belongs to the experiment that follows this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grid import SHARED, Grid, Line, main, table
+
+from fedloom import FedIT, LabelDirichlet, Limits, Plan, RaFLoRA, RankByCapability, Rounds, Run, Table, Tier, Training, World
+from fedloom.embedded import minilm
+
+TARGET = 0.70
+"""Fixed before the runs: half of the way from the majority (66.5 %) to what centralised LoRA reached in trials (76.8 %)."""
+DEVICES = (
+    Tier("phone", 0.5, flops=5e9, up_bps=2e6, down_bps=1e7, memory=1e9),
+    Tier("laptop", 0.3, flops=3e10, up_bps=4e6, down_bps=2e7, memory=8e9),
+    Tier("workstation", 0.2, flops=1e11, up_bps=1e8, down_bps=1e8, memory=3.2e10),
+)
+
+
+def cell(seed: int, name: str, aggregator: FedIT | RaFLoRA) -> Run:
+    """One federated run; on 2 threads its 1,200 steps take about 8 minutes."""
+    return Run(
+        name=name,
+        model=str(minilm()),
+        data=Table(
+            SHARED / "data" / "mrpc" / "train.tsv.gz",
+            SHARED / "data" / "mrpc" / "test.tsv.gz",
+            text="sentence1",
+            pair="sentence2",
+        ),
+        partition=LabelDirichlet(clients=20, alpha=0.5),
+        aggregator=aggregator,
+        schedule=Rounds(cohort_size=10),
+        plan=Plan(RankByCapability(ranks=(2, 4, 8), upload_seconds=0.5), local_steps=8),
+        training=Training(learning_rate=2e-3, max_length=128),
+        world=World(DEVICES),
+        limits=Limits(versions=15, evaluate_every=3),
+        seed=seed,
+    )
+
+
+CELLS = {
+    "raflora": lambda seed: cell(seed, "raflora", RaFLoRA()),
+    "fedit-padded": lambda seed: cell(seed, "fedit-padded", FedIT()),
+}
+
+
+def summary(found: Sequence[Line]) -> Line:
+    """The table, and the final figures of both cells."""
+    print(table(found, [*CELLS], TARGET))
+    return {"seeds": len({line["seed"] for line in found}), **{line["cell"]: line["accuracy"] for line in found}}
+
+
+if __name__ == "__main__":
+    main(Grid("hlora_mrpc", CELLS, seeds=(0,), quick_versions=1, summary=summary))

@@ -1,0 +1,211 @@
+"""The tests are tested: each plausible bug, put into a copy of the package, must make a law fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import fedloom
+
+pytestmark = pytest.mark.slow
+
+TESTS = Path(__file__).resolve().parents[1]
+PACKAGE = Path(fedloom.__file__).parent
+STORMS = "laws/test_every_schedule.py"
+METHODS = "laws/test_every_aggregator.py"
+
+HURRIED = """
+import fedloom, hypothesis, pathlib
+phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+hypothesis.settings.register_profile("hurried", phases=phases, database=None)
+hypothesis.settings.load_profile("hurried")
+
+def pytest_collection_finish():
+    assert pathlib.Path(fedloom.__file__).is_relative_to(pathlib.Path(__file__).parent)
+"""
+"""A pytest plugin: no shrinking of examples, and proof that the copy is what is tested."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A replacement in one file, and the tests that must notice."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "anyone may answer a task",
+        "server.py",
+        """case UpdateArrived(client, number, result):
+                task = state.busy.get(number)
+                if task is None or task.client != client:""",
+        """case UpdateArrived(client, number, result):
+                task = state.busy.get(number)
+                if task is None:""",
+        STORMS,
+    ),
+    Mutant(
+        "an answered task stays busy",
+        "server.py",
+        "task = self.state.busy.pop(number)",
+        "task = self.state.busy[number]",
+        STORMS,
+    ),
+    Mutant(
+        "a rejected answer closes its task",
+        "server.py",
+        "reason = fault(task, result)\n",
+        "reason = fault(task, result)\n                if reason:\n                    self._release(number)\n",
+        STORMS,
+    ),
+    Mutant(
+        "a cancelled client stays busy",
+        "server.py",
+        "Cancel(number, self._release(number).client)",
+        "Cancel(number, self.state.busy[number].client)",
+        STORMS,
+    ),
+    Mutant(
+        "a task id is used again",
+        "server.py",
+        "number, state.next_task = state.next_task, state.next_task + 1",
+        "number = max(state.busy, default=0) + 1",
+        STORMS,
+    ),
+    Mutant(
+        "wake in the past",
+        "server.py",
+        "max(time, state.now) for time in times",
+        "time for time in times",
+        STORMS,
+    ),
+    Mutant(
+        "a missed deadline is forgotten",
+        "schedule/rounds.py",
+        "(fleet.arrived or due > fleet.now)",
+        "due > fleet.now",
+        STORMS,
+    ),
+    Mutant(
+        "a deadline that fires for ever",
+        "schedule/rounds.py",
+        "return due if due is not None and (fleet.arrived or due > fleet.now) else None",
+        "return due",
+        STORMS,
+    ),
+    Mutant(
+        "weights do not sum to 1",
+        "schedule/weights.py",
+        "weight / total if total > 0",
+        "weight if total > 0",
+        "schedule/test_rounds.py",
+    ),
+    Mutant(
+        "HLoRA as published forgets the client's scaling",
+        "aggregate/hlora.py",
+        "return Start(grown, start.basis,",
+        "return Start(start.train, start.basis,",
+        METHODS,
+    ),
+    Mutant(
+        "raFLoRA does not divide by who holds a direction",
+        "aggregate/combine.py",
+        "share = merge.step / torch.where(reach > 0, reach, 1.0)",
+        "share = merge.step * torch.ones_like(reach)",
+        METHODS,
+    ),
+    Mutant(
+        "what nobody holds is lost",
+        "aggregate/combine.py",
+        "torch.where(reach > 0, 1.0 - merge.step, 1.0)",
+        "torch.full_like(reach, 1.0 - merge.step)",
+        METHODS,
+    ),
+    Mutant(
+        "what a client started from is added",
+        "aggregate/combine.py",
+        "parts.append(weigh(update.task.start.train.factors[name], -weight * share))",
+        "parts.append(weigh(update.task.start.train.factors[name], weight * share))",
+        METHODS,
+    ),
+    Mutant(
+        "dead directions are handed out",
+        "aggregate/combine.py",
+        "revive(cut(f, budget.rank), budget.rank, derive(seed, n))",
+        "cut(f, budget.rank)",
+        METHODS,
+    ),
+    Mutant(
+        "FedIT's directions die with a round of low ranks",
+        "aggregate/fedit.py",
+        "revive(factor, rank, derive(model.basis, name))",
+        "factor",
+        METHODS,
+    ),
+    Mutant(
+        "the decomposition is not sorted",
+        "lora.py",
+        "return Factor(right, left * values)",
+        "return Factor(right.flip(0), (left * values).flip(1))",
+        METHODS,
+    ),
+    Mutant(
+        "NaN is a number",
+        "check.py",
+        "if not math.isfinite(size):",
+        "if size == math.inf:",
+        "test_check.py",
+    ),
+    Mutant(
+        "seeds by hash()",
+        "seeds.py",
+        'int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1',
+        "hash(text) % 2**63",
+        "test_seeds.py",
+    ),
+]
+
+
+def copied(to: Path) -> Path:
+    """A copy of the package, beside the plugin."""
+    shutil.copytree(PACKAGE, to / "fedloom", ignore=shutil.ignore_patterns("__pycache__"))
+    (to / "hurried.py").write_text(HURRIED, encoding="utf-8")
+    return to
+
+
+def outcome(src: Path, *tests: str) -> subprocess.CompletedProcess[str]:
+    """pytest on these tests with the package in `src`."""
+    paths = [str(TESTS / test) for test in tests]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "hurried", "-o", f"pythonpath={src} {TESTS}"]
+    where = ["--rootdir", str(TESTS.parent), "-c", str(TESTS.parent / "pyproject.toml")]
+    environment = os.environ | {"PYTHONPATH": str(src), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", *options, *where, *paths]
+    return subprocess.run(command, cwd=src, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_copy_as_it_is_passes(tmp_path: Path) -> None:
+    ran = outcome(copied(tmp_path), *sorted({mutant.tests for mutant in MUTANTS}))
+    assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_a_mutant_does_not_survive(mutant: Mutant, tmp_path: Path) -> None:
+    file = copied(tmp_path) / "fedloom" / mutant.file
+    source = file.read_text(encoding="utf-8")
+    assert source.count(mutant.old) == 1
+    file.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+    ran = outcome(tmp_path, mutant.tests)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "FAILED" in ran.stdout
+    assert "ERROR" not in ran.stdout

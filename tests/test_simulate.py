@@ -1,0 +1,209 @@
+"""The virtual clock with toy trainers: every pair of an aggregator and a schedule learns, twice the same."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+import toys
+from fedloom.lora import Adapter
+from fedloom.plan.budget import Plan
+from fedloom.plan.rank import RandomRank
+from fedloom.schedule.rounds import Rounds
+from fedloom.schedule.weights import uniform
+from fedloom.server import Limits, Server
+from fedloom.simulate import Simulation
+from fedloom.trace import Trace, fingerprint
+from fedloom.types import (
+    Aggregator,
+    Cancel,
+    Command,
+    Dispatch,
+    Event,
+    Local,
+    Profile,
+    Publish,
+    Reject,
+    Result,
+    Schedule,
+    Scored,
+    Task,
+    Trainer,
+    UpdateArrived,
+)
+from fedloom.world import World
+from toys import Null, Quadratic, profiles
+
+PAIRS = list(itertools.product(toys.aggregators(), toys.schedules()))
+every_pair = pytest.mark.parametrize(("method", "schedule"), PAIRS, ids=toys.called)
+QUADRATIC = Quadratic()
+
+
+@dataclass
+class Log:
+    """What happened, and its trace."""
+
+    steps: list[tuple[float, Event, list[Command]]] = field(default_factory=list)
+    file: io.StringIO = field(default_factory=io.StringIO)
+    losses: list[float] = field(default_factory=list)
+
+    def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
+        """An observer."""
+        self.steps.append((now, event, commands))
+        Trace(self.file)(now, event, commands)
+
+    def all(self, kind: type) -> list[Any]:
+        return [command for _, _, commands in self.steps for command in commands if isinstance(command, kind)]
+
+    def score(self, adapter: Adapter) -> Mapping[str, float]:
+        """An evaluator."""
+        self.losses.append(QUADRATIC.loss(adapter))
+        return {"loss": self.losses[-1]}
+
+
+def simulation(server: Server, log: Log, trainer: Trainer = QUADRATIC, clients: int = 6, **more: Any) -> Simulation:
+    given = {"profiles": profiles(clients), "world": World(jitter=0.3)} | more
+    return Simulation(server, trainer, evaluate=log.score, observe=log, **given)
+
+
+def run(method: Aggregator | None = None, schedule: Schedule | None = None, versions: int = 8, **more: Any) -> Log:
+    log, seed = Log(), more.get("seed", 0)
+    assign = more.pop("assign", Plan(RandomRank(2, 4), 12))
+    limits = more.pop("limits", Limits(versions=versions))
+    start = toys.fresh(4)
+    server = toys.server(schedule, method, start=start, assign=assign, limits=limits, seed=seed)
+    simulation(server, log, **more).run()
+    return log
+
+
+@every_pair
+def test_every_pair_learns(method: Aggregator, schedule: Schedule) -> None:
+    log = run(method, schedule)
+    assert log.losses[0] == pytest.approx(1.0)
+    assert sorted(log.losses[-3:])[1] < 0.3
+    assert len(log.losses) == 9
+
+
+@every_pair
+def test_two_runs_of_one_seed_write_the_same_trace_and_another_seed_another(
+    method: Aggregator, schedule: Schedule
+) -> None:
+    first, again, other = (run(method, schedule, versions=3, seed=seed).file.getvalue() for seed in (5, 5, 6))
+    assert first == again
+    assert first != other
+
+
+def test_the_order_in_which_profiles_are_given_does_not_matter() -> None:
+    backwards = dict(reversed(list(profiles(6).items())))
+    assert run(versions=4).file.getvalue() == run(versions=4, profiles=backwards).file.getvalue()
+
+
+def test_nothing_learned_is_nothing_changed() -> None:
+    log = run(versions=5, trainer=Null(), assign=Plan(RandomRank(4, 4), 12))
+    assert log.losses == [log.losses[0]] * 6
+
+
+def test_a_cohort_is_trained_together_in_order_of_ids() -> None:
+    cohorts = []
+
+    class Watched(Null):
+        def train(self, work: Any) -> list[tuple[Result, Local]]:
+            cohorts.append([task.id for task, _ in work])
+            return super().train(work)
+
+    run(schedule=Rounds(cohort_size=4), versions=2, trainer=Watched())
+    assert cohorts == [[1, 2, 3, 4], [5, 6, 7, 8]]
+
+
+def test_answers_arrive_when_the_device_and_the_link_say() -> None:
+    log = run(schedule=Rounds(cohort_size=6), versions=1, trainer=Null(), world=World(jitter=0.0))
+    arrivals = {event.client: (now, event) for now, event, _ in log.steps if isinstance(event, UpdateArrived)}
+    assert len(arrivals) == 6
+    tasks = {command.task.client: command.task for command in log.all(Dispatch)}
+    for client, (now, event) in arrivals.items():
+        took = World(jitter=0.0).seconds(tasks[client], profiles(6)[client], toys.SHAPE, 100, 0)
+        assert now == took.total == event.result.metrics["seconds"]
+        assert event.result.metrics["seconds_up"] == took.up
+    assert [now for now, _, _ in log.steps] == sorted(now for now, _, _ in log.steps)
+
+
+def test_the_cancelled_never_arrive_and_keep_what_they_had() -> None:
+    log = run(schedule=Rounds(cohort_size=2, over_selection=2.0), versions=5)
+    cancelled = {command.task for command in log.all(Cancel)}
+    arrived = {event.task for _, event, _ in log.steps if isinstance(event, UpdateArrived)}
+    assert len(cancelled) == 5 * 2
+    assert not cancelled & arrived
+    assert not log.all(Reject)
+    assert Counter(len(publish.updates) for publish in log.all(Publish)) == {2: 5}
+
+
+def test_moments_come_back_to_the_client_that_made_them_and_only_if_its_answer_arrived() -> None:
+    given: dict[int, str] = {}
+    clients: dict[int, str] = {}
+
+    class Marking(Null):
+        def train(self, work: Any) -> list[tuple[Result, Local]]:
+            given.update({task.id: local.basis for task, local in work})
+            clients.update({task.id: task.client for task, _ in work})
+            return [
+                (result, Local(f"task {task.id}"))
+                for (task, _), (result, _) in zip(work, super().train(work), strict=True)
+            ]
+
+    log = run(schedule=Rounds(cohort_size=2, over_selection=1.5), versions=8, trainer=Marking())
+    answered = {event.task for _, event, _ in log.steps if isinstance(event, UpdateArrived)}
+    for number, basis in given.items():
+        earlier = [n for n in answered if n < number and clients[n] == clients[number]]
+        assert basis == (f"task {max(earlier)}" if earlier else "")
+
+
+def test_scores_come_back_as_events_of_their_version() -> None:
+    log = run(versions=3)
+    assert [event.version for _, event, _ in log.steps if isinstance(event, Scored)] == [0, 1, 2, 3]
+
+
+def test_a_client_that_always_answers_badly_does_not_stop_the_others() -> None:
+    @dataclass(frozen=True)
+    class Diverged:
+        """c0 returns NaN, in its adapter and in its loss."""
+
+        def train(self, work: Any) -> list[tuple[Result, Local]]:
+            return [
+                (self.spoil(task, result), local)
+                for (task, _), (result, local) in zip(work, QUADRATIC.train(work), strict=True)
+            ]
+
+        def spoil(self, task: Task, result: Result) -> Result:
+            return replace(result, metrics={"loss": float("nan")}) if task.client == "c0" else result
+
+    log = run(schedule=Rounds(cohort_size=3, weigh=uniform), trainer=Diverged())
+    assert log.losses[-1] < 0.3
+    assert {command.client for command in log.all(Reject)} == {"c0"}
+    assert "c0" not in {update.task.client for publish in log.all(Publish) for update in publish.updates}
+    assert all(json.loads(text) for text in log.file.getvalue().splitlines())
+
+
+def test_a_federation_in_which_nothing_can_happen_says_so() -> None:
+    with pytest.raises(RuntimeError, match="no idle client"):
+        run(profiles={})
+
+
+def test_a_run_with_a_limit_of_time_ends_at_it() -> None:
+    log = Log()
+    server = toys.server(limits=Limits(versions=1000, seconds=7.0), start=toys.fresh(4))
+    assert simulation(server, log).run() == "7 s are over"
+    assert log.steps[-1][0] == 7.0
+
+
+def test_the_last_published_model_is_the_servers() -> None:
+    log = Log()
+    server = toys.server(start=toys.fresh(4))
+    simulation(server, log, profiles={"c3": Profile("c3", 10)}).run()
+    assert fingerprint(log.all(Publish)[-1].model.adapter) == fingerprint(server.state.model.adapter)
