@@ -97,7 +97,8 @@ def tiny_encoder(folder: Path) -> Path:
     from transformers import BertConfig, BertModel
 
     marks = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names: dict[str, Any] = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     _save_tokenizer(folder, marks, names, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
     return _save_model(folder, BertModel, BertConfig(vocab_size=len(marks + WORDS), pad_token_id=0, **SIZES))
 
@@ -127,7 +128,7 @@ def toy_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
-def _save_tokenizer(folder: Path, marks: Sequence[str], names: Mapping[str, str], single: str, pair: str) -> None:
+def _save_tokenizer(folder: Path, marks: Sequence[str], names: Mapping[str, Any], single: str, pair: str) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -272,6 +273,7 @@ def start_twins(folder: Path) -> Twins:
         subprocess.Popen(
             [sys.executable, "-m", "bench.core", "--child", str(model), str(out)],
             env={**os.environ, "PYTHONHASHSEED": hashing},
+            cwd=Path(__file__).parents[1],
             stdout=subprocess.DEVNULL,
         )
         for hashing, out in zip(("1", "4242"), outs, strict=True)
@@ -378,7 +380,10 @@ def good(task: Task) -> Result:
 def fingerprint(value: object) -> str:
     """sha256 over everything in a value, however deep, tensors by their bytes."""
     digest = hashlib.sha256()
-    _feed(digest.update, value)
+    try:
+        _feed(digest.update, value)
+    except Exception as error:  # something that has no bytes got in, such as a sparse tensor
+        return f"none: {error}"
     return digest.hexdigest()
 
 

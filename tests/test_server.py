@@ -36,6 +36,7 @@ def started(clients: int = 2, **more: Any) -> tuple[Server, list[Command]]:
     server = toys.server(**more)
     for client in sorted(toys.profiles(clients)):
         assert server.handle(0.0, ClientJoined(toys.profiles(clients)[client])) == []
+    assert server.wake() == 0.0
     return server, server.handle(0.0, TimerFired())
 
 

@@ -24,6 +24,7 @@ from fedloom.trace import Trace, fingerprint
 from fedloom.types import (
     Aggregator,
     Cancel,
+    ClientJoined,
     Command,
     Dispatch,
     Event,
@@ -103,6 +104,13 @@ def test_two_runs_of_one_seed_write_the_same_trace_and_another_seed_another(
 def test_the_order_in_which_profiles_are_given_does_not_matter() -> None:
     backwards = dict(reversed(list(profiles(6).items())))
     assert run(versions=4).file.getvalue() == run(versions=4, profiles=backwards).file.getvalue()
+
+
+def test_what_happens_at_the_same_time_happens_in_the_order_in_which_it_was_made() -> None:
+    alike = {f"c{k}": Profile(f"c{k}", 10) for k in range(6)}
+    log = run(versions=2, trainer=Null(), assign=Plan(RandomRank(2, 2), 1), profiles=alike, world=World(jitter=0.0))
+    assert [event.profile.client for _, event, _ in log.steps if isinstance(event, ClientJoined)] == sorted(alike)
+    assert [event.task for _, event, _ in log.steps if isinstance(event, UpdateArrived)] == list(range(1, 13))
 
 
 def test_nothing_learned_is_nothing_changed() -> None:

@@ -17,6 +17,7 @@ import fedloom.aggregate
 import fedloom.schedule
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.hlora import HLoRA
+from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.cost import Shape
 from fedloom.lora import Adapter, Factor
 from fedloom.plan.budget import Plan
@@ -36,7 +37,7 @@ SHAPE = Shape(parameters=1000, embeddings=100, layers=1, hidden=10, modules=tupl
 AGGREGATOR = ("space", "exempt", "init", "merge", "start")
 SCHEDULE = ("merge", "start", "wake")
 FLAGGED: dict[ModuleType, tuple[Any, ...]] = {
-    fedloom.aggregate: (HLoRA(published_alpha=16.0),),
+    fedloom.aggregate: (HLoRA(published_alpha=16.0), HLoRA(balanced=True), RaFLoRA(balanced=False)),
     fedloom.schedule: (
         Rounds(cohort_size=2, over_selection=2.0),
         Rounds(cohort_size=3, deadline=5.0),

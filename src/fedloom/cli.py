@@ -25,6 +25,9 @@ app = typer.Typer(
     help="Federated LoRA fine-tuning in which every client brings what it can.\n\nStart with [bold]fedloom demo[/bold].",
     rich_markup_mode="rich",
 )
+INTERRUPTED = 130
+"""What a shell expects of a program that Ctrl-C ended."""
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -136,21 +139,22 @@ def export(
 def main() -> NoReturn:
     """The `fedloom` command."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer gives back the code of an Exit, and 130 for Ctrl-C
     except Refused as error:
         err.print(f"[bold red]fedloom:[/bold red] {_escaped(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("[bold yellow]fedloom:[/bold yellow] interrupted; the run folder says so and can be reported on")
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = stop.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # click's own usage errors
             err.print(f"[bold red]fedloom:[/bold red] {_escaped(error.format_message())}", soft_wrap=True)
             sys.exit(2)
         raise
-    sys.exit(0)
+    if code == INTERRUPTED:
+        err.print("[bold yellow]fedloom:[/bold yellow] interrupted; the run folder says so and can be reported on")
+    sys.exit(code or 0)
 
 
 def _run_of(file: Path) -> Run:

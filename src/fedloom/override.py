@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
-from types import FunctionType, UnionType
+from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import fedloom
@@ -14,10 +14,10 @@ from fedloom.run import Run
 
 
 def override(run: Run, settings: Sequence[str]) -> Run:
-    """The run with each `path=value` applied in order. Raises Refused for an unknown field or a value of the wrong kind.
+    """The run with each `path=value` applied in order. Raises Refused for an unknown field or a value of a wrong kind.
 
-    A value is a Python literal (`12`, `0.5`, `None`, `(2,4,8)`), a public fedloom name or call of one (`HLoRA(rank=16)`,
-    `linear`), or, where text is expected, the text as it stands.
+    A value is a Python literal (`12`, `0.5`, `None`, `(2,4,8)`), a public fedloom name (`linear`), a value made of one
+    (`HLoRA(rank=16)`), or, where text is expected, the text as it stands.
     """
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -47,13 +47,12 @@ def _value(text: str, current: object, hint: Any, whole: str) -> object:
             raise
         if _fits(text, hint):
             return text
-        remedy = f"expected {_kind(current)}: a literal such as 12, None, (2,4,8), or a fedloom name such as HLoRA(rank=16)"
-        raise Refused(whole, text, remedy) from error
+        raise Refused(whole, text, f"expected {_words(hint, current)}") from error
     if _fits(value, hint):
         return float(value) if type(value) is int and not _fits_exactly(value, hint) else value
     if _fits(text, hint):
         return text
-    raise Refused(whole, text, f"expected {_kind(current)}, not {_kind(value)}")
+    raise Refused(whole, text, f"expected {_words(hint, current)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -73,8 +72,28 @@ def _fits_exactly(value: Any, hint: Any) -> bool:
         return value is None
     if _is_protocol(hint):
         asked = [name for name in vars(hint) if not name.startswith("_")] + ["__call__"] * ("__call__" in vars(hint))
-        return not isinstance(value, type) and all(hasattr(value, name) for name in asked)
+        return not isinstance(value, type | str) and all(hasattr(value, name) for name in asked)
+    if origin is Callable:
+        return callable(value) and not isinstance(value, type)
     return isinstance(value, origin or hint)
+
+
+def _words(hint: Any, current: object) -> str:
+    """What a field of this type takes, for a person."""
+    known = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint in known:
+        return known[hint]
+    if origin in (Union, UnionType):
+        return " or ".join(_words(one, current) for one in inner)
+    if origin is tuple:
+        one = current[0] if isinstance(current, tuple) and current else None
+        return {int: "a tuple such as (2, 4, 8)", str: "a tuple such as ('query', 'value')"}.get(
+            inner[0], f"a tuple, each item {_words(inner[0], one)}"
+        )
+    if origin is Callable:
+        return f"a function such as {getattr(current, '__name__', 'linear')}"
+    return f"a value like {type(current).__name__}(...)" if is_dataclass(current) else f"a {(origin or hint).__name__}"
 
 
 def _evaluate(node: ast.expr) -> Any:
@@ -84,6 +103,8 @@ def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         named = {keyword.arg: _evaluate(keyword.value) for keyword in node.keywords if keyword.arg}
         made = _evaluate(node.func)
+        if not isinstance(made, type):
+            raise Refused("--set", ast.unparse(node), f"{node.func.id} is no kind of value and cannot be called here")
         try:
             return made(*[_evaluate(argument) for argument in node.args], **named)
         except TypeError as error:
@@ -95,10 +116,3 @@ def _evaluate(node: ast.expr) -> Any:
 
 def _is_protocol(hint: Any) -> bool:
     return bool(getattr(hint, "_is_protocol", False))
-
-
-def _kind(value: object) -> str:
-    words = {bool: "True or False", int: "a whole number", float: "a number", tuple: "a tuple", str: "text"}
-    if value is None or isinstance(value, FunctionType | type):
-        return "None" if value is None else f"{value.__name__}"
-    return words.get(type(value), f"a {type(value).__name__}(...)" if is_dataclass(value) else type(value).__name__)

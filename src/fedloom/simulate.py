@@ -99,7 +99,7 @@ class Simulation:
                     self.flying.pop(number, None)
                 case Evaluate(version, model):
                     self._push(now, Scored(version, self.evaluate(model.adapter)))
-                case Reject(client, number, reason):
+                case Reject(client, number, reason) if number in self.server.state.busy:
                     self._push(now, TaskFailed(client, number, reason))
 
     def _train(self, now: float, cohort: list[Task]) -> None:

@@ -135,3 +135,14 @@ def test_nothing_is_lost_where_nothing_was() -> None:
 def test_bad_parameters_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(Refused, match=next(iter(bad))):
         HLoRA(**bad)  # type: ignore[arg-type]
+
+
+def test_balanced_factors_are_the_same_function_with_sides_of_equal_length() -> None:
+    """up = U sqrt(S), down = sqrt(S) V^T (methods 1g)."""
+    answers = [make_update(adapter(8, s), 8, s) for s in (1, 2)]
+    model = HLoRA().merge(HLoRA().init(adapter(8)), mean_of(answers))
+    plain, even = (sent(HLoRA(balanced=balanced), model, 4).start.train for balanced in (False, True))
+    assert distance(products(even), products(plain)) < 1e-5
+    for name, f in even.factors.items():
+        torch.testing.assert_close(f.up.norm(dim=0), f.down.norm(dim=1))
+        torch.testing.assert_close(plain.factors[name].down.norm(dim=1), torch.ones(4))

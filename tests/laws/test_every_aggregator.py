@@ -220,7 +220,7 @@ def test_every_class_that_merges_is_a_whole_aggregator_and_constructs_with_no_ar
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.space == "product"], ids=toys.called)
 def test_in_product_space_a_client_gets_the_leading_directions(method: Aggregator) -> None:
-    """After a merge, every rank is handed its best approximation (Eckart-Young), up to the scaling that law 4 is about."""
+    """After a merge, every rank is handed its best approximation, up to the scaling that law 4 is about."""
     answers = [toys.make_update(adapter(TOP, seed), TOP, seed) for seed in (1, 2)]
     model = method.merge(method.init(adapter(TOP)), mean_of(answers))
     for rank in (1, *RANKS):

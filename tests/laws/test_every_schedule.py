@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ from fedloom.types import (
     Command,
     Dispatch,
     Event,
+    Fleet,
+    Merge,
     Profile,
     Publish,
     Reject,
@@ -76,12 +79,35 @@ def spoilt(result: Result, how: int) -> Result:
     return dataclasses.replace(result, **bad[how % len(bad)])  # type: ignore[arg-type]
 
 
+@dataclasses.dataclass
+class Watched:
+    """The schedule, and what it decided to merge."""
+
+    inner: Schedule
+    merges: list[Merge] = dataclasses.field(default_factory=list)
+
+    def merge(self, fleet: Fleet) -> Merge | None:
+        """Passed on and noted."""
+        decided = self.inner.merge(fleet)
+        self.merges += [decided] if decided else []
+        return decided
+
+    def start(self, fleet: Fleet) -> Sequence[str]:
+        """Passed on."""
+        return self.inner.start(fleet)
+
+    def wake(self, fleet: Fleet) -> float | None:
+        """Passed on."""
+        return self.inner.wake(fleet)
+
+
 class Storm:
     """A driver with a ledger of its own; every disagreement with the server is an AssertionError."""
 
     def __init__(self, schedule: Schedule) -> None:
         """Nobody is there yet."""
-        self.server = toys.server(schedule, limits=Limits(versions=12))
+        self.watched = Watched(schedule)
+        self.server = toys.server(self.watched, limits=Limits(versions=12))
         self.now, self.stopped = 0.0, False
         self.present: set[str] = set()
         self.tasks: dict[int, Task] = {}
@@ -156,20 +182,16 @@ class Storm:
 
     def tell(self, event: Event) -> None:
         """Handle it, follow the commands, compare the books."""
+        self.watched.merges.clear()
         commands = self.server.handle(self.now, event)
-        published: set[int] = set()
         assert not (self.stopped and commands)
         for command in commands:
-            published |= self.follow(command)
-        kept = {update.task.id for update in self.server.state.arrived}
-        assert kept <= self.waiting
-        assert self.waiting - kept <= published, "an answer was neither merged nor kept"
-        self.merged |= published
-        self.waiting = kept
+            self.follow(command)
+        assert {update.task.id for update in self.server.state.arrived} == self.waiting
         self.check()
 
-    def follow(self, command: Command) -> set[int]:
-        """Write one command into the ledger; returns what it published."""
+    def follow(self, command: Command) -> None:
+        """Write one command into the ledger."""
         match command:
             case Dispatch(task):
                 assert task.id not in self.tasks, "a task id was used twice"
@@ -181,16 +203,21 @@ class Storm:
                 assert self.outstanding.pop(number) == client
                 self.dropped.add(number)
             case Publish(_, _, updates):
-                numbers = [update.task.id for update in updates]
-                assert len(numbers) == len(set(numbers))
-                assert set(numbers) <= self.waiting, "merged without having arrived"
-                return set(numbers)
+                self.publish([update.task.id for update in updates], self.watched.merges.pop(0))
             case Stop():
                 assert not self.outstanding
                 self.stopped = True
             case Reject():
                 pytest.fail(f"a good event was rejected: {command.reason}")
-        return set()
+
+    def publish(self, numbers: list[int], merge: Merge) -> None:
+        """A reply counts once, unless the schedule keeps it for the next merge; none is thrown away."""
+        kept = {update.task.id for update in merge.retain}
+        assert len(numbers) == len(set(numbers))
+        assert set(numbers) == {update.task.id for _, update in merge.parts}
+        assert set(numbers) | kept == self.waiting, "merged without waiting, or thrown away"
+        self.merged |= set(numbers)
+        self.waiting = kept
 
     def check(self) -> None:
         """The books agree, and the timer is a level."""

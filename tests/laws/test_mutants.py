@@ -70,6 +70,13 @@ MUTANTS = [
         STORMS,
     ),
     Mutant(
+        "a reply is merged again and again",
+        "server.py",
+        "state.arrived = list(merge.retain)",
+        "pass",
+        STORMS,
+    ),
+    Mutant(
         "a cancelled client stays busy",
         "server.py",
         "Cancel(number, self._release(number).client)",
@@ -142,8 +149,8 @@ MUTANTS = [
     Mutant(
         "dead directions are handed out",
         "aggregate/combine.py",
-        "revive(cut(f, budget.rank), budget.rank, derive(seed, n))",
-        "cut(f, budget.rank)",
+        "revive(cut(whole, budget.rank), budget.rank, derive(seed, name))",
+        "cut(whole, budget.rank)",
         METHODS,
     ),
     Mutant(
@@ -191,7 +198,7 @@ def outcome(src: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     where = ["--rootdir", str(TESTS.parent), "-c", str(TESTS.parent / "pyproject.toml")]
     environment = os.environ | {"PYTHONPATH": str(src), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", *options, *where, *paths]
-    return subprocess.run(command, cwd=src, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=src, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
 def test_the_copy_as_it_is_passes(tmp_path: Path) -> None:

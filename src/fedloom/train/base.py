@@ -22,7 +22,6 @@ from fedloom.lora import Adapter
 from fedloom.train import convert
 from fedloom.train.settings import LoRA
 
-
 HEADS = ("classifier", "score")
 """Modules that PEFT trains and saves of its own accord where labels are predicted."""
 
@@ -64,7 +63,8 @@ class Base:
         adapted = convert.lora_layers(self.model)
         own = [p for n, p in base.named_parameters() if "lora_" not in n and "modules_to_save" not in n]
         looked_up = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Embedding))
-        dense = sum(p.numel() for p in convert.dense_parameters(self.model, next(iter(self.model.peft_config))).values())
+        first = next(iter(self.model.peft_config))
+        dense = sum(p.numel() for p in convert.dense_parameters(self.model, first).values())
         config = base.config
         return Shape(
             parameters=sum(p.numel() for p in own) - looked_up,
@@ -77,7 +77,7 @@ class Base:
 
     def _heads(self) -> list[str]:
         first = next(iter(self.model.peft_config.values()))
-        return sorted(set(first.modules_to_save or ()) - set(HEADS))
+        return sorted(set(getattr(first, "modules_to_save", None) or ()) - set(HEADS))
 
 
 def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str = "cpu") -> Base:
@@ -92,11 +92,11 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
+        _check_targets(model, lora)
         try:
             adapted = get_peft_model(model, _config(lora, rank, _new_modules(model, fresh)), adapter_name=f"r{rank}")
         except ValueError as error:
             raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
-    _check_targets(adapted, lora)
     base = Base(adapted.to(device), tokenizer, lora, labels, name)
     _check_rank(base, rank)
     return base
@@ -131,7 +131,7 @@ def _pretrained(name: str, labels: int) -> tuple[PreTrainedModel, set[str]]:
 
 
 def _new_modules(model: PreTrainedModel, fresh: set[str]) -> list[str]:
-    """The highest modules that are new as a whole, beside `HEADS`: DistilBERT's `pre_classifier`, a masked LM's pooler."""
+    """The highest modules that are new as a whole, beside `HEADS`: `pre_classifier`, or a masked LM's pooler."""
     known = {name for name, _ in model.named_parameters()} - fresh
     heads = set()
     for key in fresh:
@@ -154,26 +154,25 @@ def _load_remedy(name: str, error: Exception) -> str:
     if Path(name).is_dir():
         return f"the folder holds no model that transformers can load for classification ({_first_line(error)})"
     if os.sep in name and not Path(name).exists() and name.count("/") != 1:
-        return "there is no such folder; give a local model folder or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
-    return f"neither a local folder nor a model that the hub gives us ({_first_line(error)}); check the name and the network"
+        return "there is no such folder; give one, or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
+    return f"neither a local folder nor a model of the hub ({_first_line(error)}); check the name and the network"
 
 
 def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
 
 
-def _target_remedy(model: PreTrainedModel) -> str:
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n]
+def _target_remedy(model: nn.Module) -> str:
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n]
     leaves = sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in names})
     return f"name linear layers of {type(model).__name__}: {', '.join(leaves)}"
 
 
-def _check_targets(model: PeftModel, lora: LoRA) -> None:
+def _check_targets(model: PreTrainedModel, lora: LoRA) -> None:
     """PEFT is content if one of the names is found; we want each of them."""
-    layers = convert.lora_layers(model)
     for target in lora.target_modules or ():
-        if not any(f".{name}".endswith(f".{target}") for name in layers):
-            raise Refused("lora.target_modules", target, _target_remedy(model.get_base_model()))
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+            raise Refused("lora.target_modules", target, _target_remedy(model))
 
 
 def _check_rank(base: Base, rank: int) -> None:
@@ -182,12 +181,13 @@ def _check_rank(base: Base, rank: int) -> None:
             raise Refused("lora.target_modules", name, "only linear layers can be adapted")
         most = min(layer.in_features, layer.out_features)
         if rank > most:
-            raise Refused("plan.rank", rank, f"layer {name} is {layer.out_features} x {layer.in_features}: at most {most}")
+            size = f"{layer.out_features} x {layer.in_features}"
+            raise Refused("plan.rank", rank, f"layer {name} is {size}; choose ranks of at most {most}")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Loading reports and advice of the libraries are not for our users: what matters is in the manifest or an error."""
+    """The libraries' reports and advice are not for our users: what matters is in the manifest or an error."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

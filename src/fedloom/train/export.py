@@ -73,8 +73,8 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
         about = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
         name, seed, names = about["model"]["name"], about["seed"], tuple(about["partition"]["label_names"])
         config = LoraConfig.from_pretrained(str(run / "adapter"))
-        targets = config.target_modules
-        lora = LoRA(None if targets is None else tuple(sorted(targets)), config.lora_alpha / config.r, config.lora_dropout)
+        targets = None if config.target_modules is None else tuple(sorted(config.target_modules))
+        lora = LoRA(targets, config.lora_alpha / config.r, config.lora_dropout)
         base = load(name, len(names), lora, config.r, seed)
         return base, _read(base, run / "adapter"), names
     except Refused:

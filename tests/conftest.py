@@ -1,0 +1,34 @@
+"""Tiny models and one finished run of them, made once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny BERT without a head, and its tokenizer."""
+    from bench.core import tiny_encoder
+
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama without a head, and its tokenizer, which has no token to pad with."""
+    from bench.core import tiny_decoder
+
+    return tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+@pytest.fixture(scope="session")
+def finished(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three rounds at ranks 2, 4 and 8; tests must not write into it."""
+    from bench.core import tiny_run
+    from fedloom.job import prepare
+
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    prepare(tiny_run(encoder, name="finished", seed=5)).execute(out)
+    return out

@@ -1,0 +1,180 @@
+"""A run from its value to its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.core import COMPARED, start_twins
+from fedloom import IID, ByClient, FixedRank, Job, Limits, Plan, Refused, Rows, prepare
+from fedloom.manifest import digest, plain
+from fedloom.report.read import read
+from fedloom.trace import fingerprint
+from fedloom.types import Command, Event, Publish
+from tiny import tiny_run, toy_rows
+
+FILES = {"manifest.json", "metrics.jsonl", "trace.jsonl", "report.html", "adapter"}
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    return found
+
+
+def stopping(error: type[BaseException], version: int) -> Any:
+    def observe(now: float, event: Event, commands: list[Command]) -> None:
+        if any(isinstance(command, Publish) and command.version == version for command in commands):
+            raise error("enough")
+
+    return observe
+
+
+def test_a_finished_run_has_everything_in_its_folder(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == FILES
+    log = read(finished)
+    assert [line["version"] for line in log.versions] == [1, 2, 3]
+    assert [line["version"] for line in log.scores] == [0, 1, 2, 3]
+    assert len(log.clients) == 6
+    assert len(log.tasks) == 3 * 4
+    assert {line["status"] for line in log.tasks} == {"merged"}
+    assert len({line["rank"] for line in log.tasks}) > 1
+
+
+def test_the_manifest_says_what_the_run_was(finished: Path, encoder: Path) -> None:
+    about = manifest(finished)
+    assert (about["name"], about["seed"], about["status"], about["status_reason"]) == (
+        "finished",
+        5,
+        "finished",
+        "3 versions made",
+    )
+    settings = plain(tiny_run(encoder, name="finished", seed=5))
+    assert about["run"] == json.loads(json.dumps(settings))
+    assert about["run_hash"] == digest(settings)
+    assert about["partition"]["label_names"] == ["colour", "pet"]
+    assert about["model"]["dense_parameters"] == 66
+    assert about["model"]["lora_parameters_by_rank"]["8"] == 8 * 4 * 64
+    assert about["baselines"]["majority"] == pytest.approx(0.5)
+    assert about["versions"].keys() >= {"torch", "transformers", "peft"}
+    assert about["clients"].keys() == about["partition"]["clients"].keys()
+
+
+def test_the_same_seed_writes_the_same_bytes(finished: Path, encoder: Path, tmp_path: Path) -> None:
+    torch.rand(3)  # what others drew must not matter
+    prepare(tiny_run(encoder, name="finished", seed=5)).execute(tmp_path / "again")
+    for name in (*COMPARED, "manifest.json"):
+        assert (finished / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_another_seed_divides_and_initialises_otherwise(encoder: Path) -> None:
+    one, other = (prepare(tiny_run(encoder, seed=seed)) for seed in (5, 6))
+    assert one.shards != other.shards
+    assert fingerprint(one.server.state.model.adapter) != fingerprint(other.server.state.model.adapter)
+
+
+@pytest.mark.slow
+def test_the_same_bytes_come_from_processes_that_hash_differently(tmp_path: Path) -> None:
+    assert start_twins(tmp_path).same_bytes()
+
+
+def test_a_run_never_writes_over_another(finished: Path, encoder: Path) -> None:
+    before = (finished / "manifest.json").read_bytes()
+    with pytest.raises(Refused, match="exists already"):
+        prepare(tiny_run(encoder)).execute(finished)
+    assert (finished / "manifest.json").read_bytes() == before
+
+
+def test_ctrl_c_leaves_a_folder_that_says_so_and_can_be_read(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tiny_run(encoder)).execute(tmp_path / "out", [stopping(KeyboardInterrupt, 1)])
+    assert manifest(tmp_path / "out")["status"] == "interrupted"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert len(read(tmp_path / "out").versions) == 1
+    assert "interrupted" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_failure_leaves_a_folder_that_says_why(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="enough"):
+        prepare(tiny_run(encoder)).execute(tmp_path / "out", [stopping(RuntimeError, 1)])
+    about = manifest(tmp_path / "out")
+    assert (about["status"], about["status_reason"]) == ("failed", "RuntimeError: enough")
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_run_cut_short_before_its_first_version_has_a_report_and_no_adapter(encoder: Path, tmp_path: Path) -> None:
+    def observe(now: float, event: Event, commands: list[Command]) -> None:
+        if now > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tiny_run(encoder)).execute(tmp_path / "out", [observe])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"adapter"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": "/nowhere/at/all"}, "model"),
+        ({"plan": Plan(FixedRank(33))}, "plan.rank"),
+        ({"data": Rows(toy_rows(20), text="txet")}, "data.text"),
+        ({"partition": ByClient()}, "partition"),
+        ({"held_out": 0.0}, "partition.held_out"),
+    ],
+)
+def test_nothing_is_written_when_preparing_fails(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], field: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"model": encoder} | change
+    with pytest.raises(Refused) as caught:
+        prepare(tiny_run(**given))
+    assert caught.value.field == field
+    assert list(tmp_path.iterdir()) == []
+
+
+def expected_scores(job: Job) -> dict[str, float]:
+    """Each client's accuracy, one example after the other, with the adapter it would be handed."""
+    fleet, found = job.server.fleet(), {}
+    for shard in job.shards:
+        budget = job.run.plan(job.profiles[shard.client], fleet)
+        start = job.run.aggregator.start(job.server.state.model, budget, 0)
+        job.base.put(start.train)
+        hits = 0
+        for index in shard.held_out:
+            inputs = job.train_texts.batch([index], job.base.device)
+            label = int(inputs.pop("labels"))
+            with torch.no_grad():
+                hits += int(job.base.model.eval()(**inputs).logits.argmax()) == label
+        found[shard.client] = hits / len(shard.held_out)
+    return found
+
+
+def test_a_client_is_scored_on_its_own_held_out_part_at_its_own_rank(encoder: Path, tmp_path: Path) -> None:
+    job = prepare(tiny_run(encoder, partition=IID(5), held_out=0.3, limits=Limits(versions=2)))
+    outcome = job.execute(tmp_path / "out")
+    lines = read(outcome.folder).clients
+    assert [score["accuracy"] for score in outcome.scores] == [line["accuracy"] for line in read(outcome.folder).scores]
+    assert {line["client"]: line["accuracy"] for line in lines} == pytest.approx(expected_scores(job))
+    for shard, line in zip(job.shards, lines, strict=True):
+        held = [job.split.train.labels[i] for i in shard.held_out]
+        own = [job.split.train.labels[i] for i in shard.train]
+        commonest = max(sorted(set(own)), key=own.count)
+        assert (line["client"], line["held_out"]) == (shard.client, len(held))
+        assert line["base_accuracy"] == held.count(commonest) / len(held)
+
+
+def test_no_client_trains_on_what_it_is_scored_on(encoder: Path) -> None:
+    job = prepare(tiny_run(encoder))
+    for shard in job.shards:
+        assert not set(shard.train) & set(shard.held_out)
+
+
+def test_the_test_limit_is_kept_and_drawn_from_the_seed(encoder: Path) -> None:
+    one, two, other = (prepare(tiny_run(encoder, test_limit=7, seed=seed)) for seed in (1, 1, 2))
+    assert len(one.tested) == 7
+    assert one.tested == two.tested != other.tested
+    assert one.evaluate(one.server.state.model.adapter)["examples"] == 7

@@ -1,0 +1,80 @@
+"""Tiny models for the tests: from the benchmark, which builds them without a network, and what tests do with them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.core import tiny_run, toy_rows
+from fedloom.data.examples import Examples
+from fedloom.lora import Adapter, Factor
+from fedloom.train.base import Base, load
+from fedloom.train.settings import LoRA, Training
+from fedloom.train.texts import Encoded, encode
+from fedloom.train.trainer import PeftTrainer
+from fedloom.types import Budget, Start, Task
+
+__all__ = ["base_of", "examples", "frozen", "lively", "logits", "same", "task_of", "tiny_run", "toy_rows", "trainer_of"]
+
+
+def examples(count: int = 60) -> Examples:
+    rows = toy_rows(count)
+    names = ("colour", "pet")
+    return Examples(tuple(r["text"] for r in rows), None, tuple(names.index(r["label"]) for r in rows), names, None)
+
+
+def base_of(model: Path, rank: int = 4, **lora: Any) -> Base:
+    return load(str(model), 2, LoRA(**({"dropout": 0.0} | lora)), rank, seed=3)
+
+
+def trainer_of(base: Base, count: int = 60, **training: Any) -> PeftTrainer:
+    """Two clients, `a` with the first half of the examples and `b` with the second."""
+    texts = encode(examples(count), base.tokenizer, 32)
+    half = count // 2
+    shards = {"a": tuple(range(half)), "b": tuple(range(half, count))}
+    return PeftTrainer(base, texts, shards, Training(**({"learning_rate": 1e-2} | training)))
+
+
+def task_of(start: Adapter, client: str = "a", steps: int = 3, number: int = 1, basis: str = "0") -> Task:
+    rank = next(iter(start.factors.values())).rank
+    return Task(number, client, 0, Start(start, basis), Budget(rank, steps), seed=100 + number, sent=0.0)
+
+
+def lively(adapter: Adapter, seed: int = 0) -> Adapter:
+    """The same shapes, with entries that do something."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def random(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=draw) / like.shape[-1] ** 0.5
+
+    factors = {name: Factor(random(f.down), random(f.up)) for name, f in adapter.factors.items()}
+    return Adapter(factors, {name: random(tensor) for name, tensor in adapter.dense.items()})
+
+
+@torch.no_grad()
+def logits(base: Base, adapter: Adapter, texts: Encoded, scaling: float | None = None) -> Tensor:
+    base.put(adapter, scaling)
+    inputs = texts.batch(range(len(texts.ids)), base.device)
+    inputs.pop("labels")
+    found: Tensor = base.model.eval()(**inputs).logits
+    return found
+
+
+def frozen(base: Base) -> dict[str, Tensor]:
+    """A copy of everything that no training may change."""
+    kept = {n: p for n, p in base.model.named_parameters() if "lora_" not in n and ".modules_to_save." not in n}
+    return copy.deepcopy({name: parameter.detach() for name, parameter in kept.items()})
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    """To the bit."""
+    pairs = [(f.down, other.factors[n].down) for n, f in one.factors.items()]
+    pairs += [(f.up, other.factors[n].up) for n, f in one.factors.items()]
+    pairs += [(tensor, other.dense[n]) for n, tensor in one.dense.items()]
+    assert one.factors.keys() == other.factors.keys()
+    assert one.dense.keys() == other.dense.keys()
+    return all(torch.equal(a, b) for a, b in pairs)

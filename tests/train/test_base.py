@@ -1,0 +1,133 @@
+"""Loading a base: one copy of its weights for all ranks, heads found, and refusals that name the remedy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertModel, GPT2Config, GPT2Model
+
+from bench.core import SIZES, WORDS
+from fedloom.errors import Refused
+from fedloom.train.base import initial, load
+from fedloom.train.settings import LoRA
+from fedloom.train.texts import encode
+from tiny import base_of, examples, logits, same
+
+
+def other(model: Any, encoder: Path, folder: Path) -> Path:
+    """A model of another architecture with the tiny encoder's tokenizer."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(encoder / name, folder / name)
+    return folder
+
+
+def refusal(model: Path | str, rank: int = 2, **lora: Any) -> Refused:
+    with pytest.raises(Refused) as caught:
+        load(str(model), 2, LoRA(**lora), rank, seed=0)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_a_second_rank_adds_no_second_base(encoder: Path) -> None:
+    base = base_of(encoder, rank=2)
+    before = {name: p.data_ptr() for name, p in base.model.named_parameters()}
+    total = sum(p.numel() for p in base.model.parameters())
+    base.put(initial(base, 8))
+    extra = sum(p.numel() for p in base.model.parameters()) - total
+    assert extra == base.shape().adapter_parameters(8) + base.shape().dense
+    after = {name: p.data_ptr() for name, p in base.model.named_parameters()}
+    assert all(after[name] == pointer for name, pointer in before.items())
+
+
+def test_one_seed_is_one_start_and_the_generator_of_others_stays(encoder: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one, two = (initial(base_of(encoder), 4) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(one, two)
+    assert not same(one, initial(load(str(encoder), 2, LoRA(), 4, seed=4), 4))
+
+
+def test_the_shape_counts_each_weight_once(encoder: Path) -> None:
+    shape = base_of(encoder).shape()
+    assert shape.modules == ((32, 32),) * 4  # query and value of two layers
+    assert shape.dense == 2 * 32 + 2
+    assert shape.embeddings == 32 * (len(WORDS) + 4 + 64 + 2)  # words and marks, positions, segments
+    assert (shape.layers, shape.hidden) == (2, 32)
+
+
+def test_a_decoder_without_a_pad_token_pads_with_its_end_token(decoder: Path) -> None:
+    base = base_of(decoder)
+    assert base.tokenizer.pad_token == base.tokenizer.eos_token == "</s>"
+    texts = encode(examples(6), base.tokenizer, 32)
+    together = logits(base, initial(base, 4), texts)
+    for i in range(6):  # padding changes no prediction
+        inputs = texts.batch([i], base.device)
+        inputs.pop("labels")
+        assert torch.allclose(base.model(**inputs).logits[0], together[i], atol=1e-5)
+
+
+def test_every_new_layer_of_a_head_is_trained(encoder: Path, tmp_path: Path) -> None:
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64}
+    config = DistilBertConfig(vocab_size=len(WORDS) + 4, pad_token_id=0, **sizes)
+    base = base_of(other(DistilBertModel(config), encoder, tmp_path), target_modules=("q_lin", "v_lin"))
+    kinds = {name.rpartition(".")[0] for name in initial(base, 4).dense}
+    assert kinds == {"pre_classifier", "classifier"}
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_part_of_the_head(encoder: Path, tmp_path: Path) -> None:
+    model = BertForMaskedLM(BertConfig(vocab_size=len(WORDS) + 4, pad_token_id=0, **SIZES))
+    base = base_of(other(model, encoder, tmp_path))
+    assert {name.rpartition(".")[0] for name in initial(base, 4).dense} == {"bert.pooler.dense", "classifier"}
+
+
+def test_conv1d_layers_can_be_adapted_at_several_ranks(encoder: Path, tmp_path: Path) -> None:
+    config = GPT2Config(
+        vocab_size=len(WORDS) + 4, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=2, eos_token_id=3
+    )
+    base = base_of(other(GPT2Model(config), encoder, tmp_path))
+    assert base.shape().modules == ((96, 32),)
+    base.put(initial(base, 8))
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(tmp_path / "nowhere" / "here").remedy
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    assert "holds no model" in refusal(tmp_path).remedy
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_corrupt_file_of_the_model_is_refused(encoder: Path, tmp_path: Path, name: str) -> None:
+    broken = shutil.copytree(encoder, tmp_path / "model")
+    (broken / name).write_bytes(b"\x00junk" * 9)
+    assert refusal(broken).field == "model"
+
+
+def test_a_model_without_a_tokenizer_is_refused(encoder: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(encoder, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert "tokenizer" in refusal(bare).remedy
+
+
+@pytest.mark.parametrize("targets", [("qurey",), ("query", "nonsense"), ("LayerNorm",), ()])
+def test_an_unknown_target_module_is_refused_with_those_there_are(encoder: Path, targets: tuple[str, ...]) -> None:
+    refused = refusal(encoder, target_modules=targets)
+    assert refused.field == "lora.target_modules"
+    assert "dense, key, query, value" in refused.remedy
+    assert "lora_" not in refused.remedy
+
+
+def test_embeddings_are_no_target(encoder: Path) -> None:
+    assert "only linear layers" in refusal(encoder, target_modules=("word_embeddings",)).remedy
+
+
+def test_a_rank_above_the_smaller_side_is_refused(encoder: Path, decoder: Path) -> None:
+    assert "at most 32" in refusal(encoder, rank=33).remedy
+    assert "at most 16" in refusal(decoder, rank=17).remedy  # Llama's v_proj is 16 x 32
+    load(str(decoder), 2, LoRA(), 16, seed=0)

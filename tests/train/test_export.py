@@ -1,0 +1,96 @@
+"""Exports that others load without fedloom."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from bench.core import ROUNDTRIP_BAR, roundtrip
+from fedloom.errors import Refused
+from fedloom.train.base import initial
+from fedloom.train.export import at_rank, open_run, save, save_merged
+from fedloom.train.texts import encode
+from tiny import base_of, examples, frozen, lively, logits, same
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    yield tmp_path
+    os.chdir(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_a_trained_adapter_survives_the_round_trip(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
+    errors = roundtrip(request.getfixturevalue(kind), tmp_path, range(1, 9))
+    assert len(errors) == 9
+    assert max(errors.values()) <= ROUNDTRIP_BAR
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+def test_the_readme_of_an_adapter_says_how_to_load_it(
+    request: pytest.FixtureRequest, elsewhere: Path, kind: str
+) -> None:
+    base = base_of(request.getfixturevalue(kind))
+    adapter = lively(initial(base, 4))
+    card = (save(base, adapter, ("colour", "pet"), Path("out")) / "README.md").read_text(encoding="utf-8")
+    assert "Labels in order: colour, pet" in card
+    code = card.partition("```python")[2].partition("```")[0]
+    names: dict[str, object] = {}
+    exec(code, names)
+    model, tokenizer = names["model"], names["tokenizer"]
+    some = examples(6)
+    with torch.no_grad():
+        given = model.eval()(**tokenizer(list(some.texts), padding=True, return_tensors="pt")).logits  # type: ignore
+    wanted = logits(base, adapter, encode(some, base.tokenizer, 32))
+    assert torch.allclose(given, wanted, atol=ROUNDTRIP_BAR)
+
+
+def test_a_merged_model_knows_its_labels_and_leaves_the_base_alone(encoder: Path, tmp_path: Path) -> None:
+    base = base_of(encoder)
+    adapter, before = lively(initial(base, 4)), frozen(base)
+    wanted = logits(base, adapter, encode(examples(6), base.tokenizer, 32))
+    save_merged(base, adapter, ("colour", "pet"), tmp_path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in frozen(base).items())
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    )
+    assert model.config.id2label == {0: "colour", 1: "pet"}
+    with torch.no_grad():
+        given = model.eval()(**tokenizer(list(examples(6).texts), padding=True, return_tensors="pt")).logits
+    assert torch.allclose(given, wanted, atol=ROUNDTRIP_BAR)
+
+
+def test_the_config_of_an_adapter_says_its_own_rank_and_scaling(encoder: Path, tmp_path: Path) -> None:
+    base = base_of(encoder, rank=8, scaling=2.0)
+    for rank in (1, 3, 8):
+        folder = save(base, at_rank(lively(initial(base, 8)), rank), ("a", "b"), tmp_path / str(rank))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"] / config["r"]) == (rank, 2.0)
+        assert sorted(config["modules_to_save"]) == ["classifier", "score"]
+        assert config["inference_mode"] is True
+
+
+def test_a_run_folder_gives_back_base_adapter_and_labels(finished: Path, tmp_path: Path) -> None:
+    base, adapter, names = open_run(finished)
+    assert names == ("colour", "pet")
+    again = save(base, adapter, names, tmp_path / "again")
+    original = finished / "adapter" / "adapter_model.safetensors"
+    assert (again / "adapter_model.safetensors").read_bytes() == original.read_bytes()
+    assert same(at_rank(adapter, 8), at_rank(adapter, 8))
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="holds no adapter"):
+        open_run(tmp_path)
