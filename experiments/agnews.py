@@ -3,14 +3,16 @@
     python experiments/agnews.py [--quick [--cell NAME]] [--summary] [--workers N]
 
 20 clients, label Dirichlet 0.5, ranks 2/4/8 by device (10/6/4 clients), 10 clients a round. Every method runs at the
-learning rate that was best for it on a seed of its own (`--tune`'s grid, see agnews.md).
+learning rate that was best for it on a seed of its own (`agnews_rates.py`). `hlora-balanced` is HLoRA with the default's split
+of the singular values, so that the effect of the weights can be told from the effect of the split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from grid import SHARED, Grid, Line, lines, main, rounds_to, table
+from grid import SHARED, Grid, Line, main, rounds_to, table
 
 from fedloom import (
     IID,
@@ -62,26 +64,28 @@ def federated(seed: int, name: str, rate: float, **settings: object) -> Run:
     )
 
 
-def centralised(seed: int, rate: float = 5e-3) -> Run:
+def centralised(seed: int, rate: float) -> Run:
     """All data in one place: as many optimiser steps as the whole federation makes."""
     plan = Plan(FixedRank(8), COHORT * STEPS)
     one = IID(clients=1)
     return federated(seed, "centralised", rate, partition=one, plan=plan, aggregator=FedIT())
 
 
-RATES = {"centralised": 5e-3, "fedit-r8": 5e-3, "fedit-padded": 5e-3, "hlora-published": 5e-3, "hlora": 5e-3, "raflora": 5e-3}
-CELLS = {
-    "centralised": lambda seed: centralised(seed, RATES["centralised"]),
-    "fedit-r8": lambda seed: federated(
-        seed, "fedit-r8", RATES["fedit-r8"], aggregator=FedIT(), plan=Plan(FixedRank(8), STEPS)
+METHODS: dict[str, Callable[[int, float], Run]] = {
+    "centralised": centralised,
+    "fedit-r8": lambda seed, rate: federated(
+        seed, "fedit-r8", rate, aggregator=FedIT(), plan=Plan(FixedRank(8), STEPS)
     ),
-    "fedit-padded": lambda seed: federated(seed, "fedit-padded", RATES["fedit-padded"], aggregator=FedIT()),
-    "hlora-published": lambda seed: federated(
-        seed, "hlora-published", RATES["hlora-published"], aggregator=HLoRA(published_alpha=16.0)
+    "fedit-padded": lambda seed, rate: federated(seed, "fedit-padded", rate, aggregator=FedIT()),
+    "hlora-published": lambda seed, rate: federated(
+        seed, "hlora-published", rate, aggregator=HLoRA(published_alpha=16.0)
     ),
-    "hlora": lambda seed: federated(seed, "hlora", RATES["hlora"], aggregator=HLoRA()),
-    "raflora": lambda seed: federated(seed, "raflora", RATES["raflora"], aggregator=RaFLoRA()),
+    "hlora": lambda seed, rate: federated(seed, "hlora", rate, aggregator=HLoRA()),
+    "hlora-balanced": lambda seed, rate: federated(seed, "hlora-balanced", rate, aggregator=HLoRA(balanced=True)),
+    "raflora": lambda seed, rate: federated(seed, "raflora", rate, aggregator=RaFLoRA()),
 }
+RATES = dict.fromkeys(METHODS, 5e-3)
+CELLS = {name: partial(lambda name, seed: METHODS[name](seed, RATES[name]), name) for name in METHODS}
 
 
 def summary(found: Sequence[Line]) -> Line:

@@ -81,7 +81,9 @@ def run_missing(grid: Grid, workers: int) -> None:
             line = future.result()
             file.write(json.dumps(line) + "\n")
             file.flush()
-            print(f"{done}/{len(todo)}  {line['cell']}  seed {line['seed']}  accuracy {line['accuracy']:.4f}", flush=True)
+            print(
+                f"{done}/{len(todo)}  {line['cell']}  seed {line['seed']}  accuracy {line['accuracy']:.4f}", flush=True
+            )
 
 
 def carry_out(cell: str, seed: int, run: Run) -> Line:

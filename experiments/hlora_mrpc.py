@@ -12,7 +12,20 @@ from collections.abc import Sequence
 
 from grid import SHARED, Grid, Line, main, table
 
-from fedloom import FedIT, LabelDirichlet, Limits, Plan, RaFLoRA, RankByCapability, Rounds, Run, Table, Tier, Training, World
+from fedloom import (
+    FedIT,
+    LabelDirichlet,
+    Limits,
+    Plan,
+    RaFLoRA,
+    RankByCapability,
+    Rounds,
+    Run,
+    Table,
+    Tier,
+    Training,
+    World,
+)
 from fedloom.embedded import minilm
 
 TARGET = 0.70

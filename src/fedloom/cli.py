@@ -110,7 +110,9 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
     client: Annotated[str | None, typer.Option(metavar="ID", help="At the rank of this client.")] = None,
     rank: Annotated[int | None, typer.Option(metavar="R", help="At this rank: the best approximation of it.")] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="Merged into the base: a plain transformers folder.")] = False,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Merged into the base: a plain transformers folder.")
+    ] = False,
     target: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to; must not exist yet.")] = None,
 ) -> None:
     """Write the run's adapter for one client, at one rank, or merged into the base model."""
@@ -189,7 +191,9 @@ def _introduce(job: Job) -> None:
     run, shape = job.run, job.server.shape
     size = (shape.parameters + shape.embeddings) / 1e6
     out.print(f"[bold]{_escaped(run.name)}[/bold]: {_escaped(run.model)}, {size:.1f} M parameters, kept frozen")
-    out.print(f"{len(job.profiles)} clients, {type(run.aggregator).__name__}, {type(run.schedule).__name__}, seed {run.seed}")
+    out.print(
+        f"{len(job.profiles)} clients, {type(run.aggregator).__name__}, {type(run.schedule).__name__}, seed {run.seed}"
+    )
     out.print(describe(statistics(job.split.train, job.shards)))
 
 
@@ -243,5 +247,3 @@ def _escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-

@@ -45,4 +45,6 @@ class Shape:
         attention maps); an estimate for choosing ranks, not a measurement.
         """
         trained = self.adapter_parameters(rank) + self.dense
-        return 4.0 * (self.parameters + self.embeddings) + 16.0 * trained + 64.0 * batch_tokens * self.hidden * self.layers
+        return (
+            4.0 * (self.parameters + self.embeddings) + 16.0 * trained + 64.0 * batch_tokens * self.hidden * self.layers
+        )

@@ -17,17 +17,17 @@ from fedloom.train.settings import Training
 
 
 def demo() -> Run:
-    """Ranks 2, 4 and 8 by device, synchronous rounds, raFLoRA; 150 steps of 16 tickets in all."""
+    """Ranks 2, 4 and 8 by device, synchronous rounds, raFLoRA; 144 steps of 16 tickets in all."""
     return Run(
         name="demo",
         model=str(minilm()),
-        data=Tickets(),
+        data=Tickets(tangled=0.1, alpha=3.0),
         partition=ByClient(),
-        schedule=Rounds(cohort_size=5),
-        plan=Plan(RankByCapability(ranks=(2, 4, 8), upload_seconds=0.5), local_steps=6),
-        training=Training(learning_rate=2e-3, max_length=64),
-        limits=Limits(versions=5),
-        test_limit=400,
+        schedule=Rounds(cohort_size=3),
+        plan=Plan(RankByCapability(ranks=(2, 4, 8), upload_seconds=0.5), local_steps=8),
+        training=Training(learning_rate=5e-3, max_length=64),
+        limits=Limits(versions=6, evaluate_every=2),
+        test_limit=240,
         threads=2,
     )
 

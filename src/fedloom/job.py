@@ -129,13 +129,14 @@ class Job:
             return scores[-1]
 
         def observe(now: float, event: Event, commands: list[Command]) -> None:
-            for observer in (trace, metrics, *observers):
+            for observer in everyone:
                 observer(now, event, commands)
 
         with ExitStack() as files:
             trace = Trace(files.enter_context((out / "trace.jsonl").open("w", encoding="utf-8")))
             lines = files.enter_context((out / "metrics.jsonl").open("w", encoding="utf-8"))
             metrics = folder.Metrics(lines, self.server.shape)
+            everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
             trainer = PeftTrainer(self.base, self.train_texts, shards, self.run.training)
             simulation = Simulation(

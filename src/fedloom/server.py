@@ -52,6 +52,8 @@ class State:
     undecided: bool = False
     stopped: bool = False
     asked: int = -1
+    failures: int = 0
+    last_failure: str = ""
     idle: dict[ClientId, Profile] = field(default_factory=dict)
     working: dict[ClientId, tuple[Profile, int]] = field(default_factory=dict)
     busy: dict[int, Task] = field(default_factory=dict)
@@ -62,10 +64,15 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When a run ends and how often it is scored: after `versions` global versions or at `seconds`, whichever is first."""
+    """When a run ends and how often it is scored.
+
+    It ends after `versions` global versions or at `seconds`, whichever is first, and if `failures` tasks in a row failed:
+    when every answer is refused (training diverged, say), waiting longer helps nobody.
+    """
 
     versions: int = 10
     seconds: float | None = None
+    failures: int = 100
     evaluate_every: int = 1
 
     def __post_init__(self) -> None:
@@ -73,6 +80,8 @@ class Limits:
             raise Refused("limits.versions", self.versions, "a run makes at least 1 global version")
         if self.seconds is not None and not self.seconds > 0:
             raise Refused("limits.seconds", self.seconds, "give positive virtual seconds, or None for no limit")
+        if self.failures < 1:
+            raise Refused("limits.failures", self.failures, "how many tasks may fail in a row: at least 1")
         if self.evaluate_every < 1:
             raise Refused("limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions")
 
@@ -166,13 +175,15 @@ class Server:
                 if reason:
                     return Reject(client, number, reason)
                 self._release(number)
+                state.failures = 0
                 state.arrived.append(Update(task, result))
                 state.seen[client] = result.examples
-            case TaskFailed(client, number, _):
+            case TaskFailed(client, number, reason):
                 task = state.busy.get(number)
                 if task is None or task.client != client:
                     return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
                 self._release(number)
+                state.failures, state.last_failure = state.failures + 1, reason
             case Scored() | TimerFired():
                 pass
         return None
@@ -218,6 +229,8 @@ class Server:
             return f"{self.state.version} versions made"
         if self.limits.seconds is not None and self.state.now >= self.limits.seconds:
             return f"{self.limits.seconds:g} s are over"
+        if self.state.failures >= self.limits.failures:
+            return f"{self.state.failures} tasks failed in a row, the last one: {self.state.last_failure}"
         return None
 
     def _cancel(self, number: int) -> Cancel:

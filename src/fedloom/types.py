@@ -97,7 +97,7 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The server's model: the global adapter, how often its basis was rotated, the share of energy its last merge cut off."""
+    """The global adapter, how often its basis was rotated, the share of energy that its last merge cut off."""
 
     adapter: Adapter
     basis: int = 0
@@ -109,7 +109,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class ClientJoined:
-    """A client is reachable and idle. Joining is not yet a decision: the next event or timer decides, see `Server.wake`."""
+    """A client is reachable and idle. Joining decides nothing: the next event or timer does, see `Server.wake`."""
 
     profile: Profile
 
@@ -256,7 +256,7 @@ class Aggregator(Protocol):
 
     @property
     def space(self) -> Literal["factor", "product"]:
-        """Where addition happens; elementwise wrappers need "factor", because a product-space basis rotates at each merge."""
+        """Where addition happens. Elementwise wrappers need "factor": a product-space basis rotates at each merge."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""A result as bytes: one safetensors file whose header carries a JSON manifest. No pickle, no code, checked on arrival."""
+"""A result as bytes: a safetensors file whose header carries a JSON manifest. No pickle, no code, checked on arrival."""
 
 from __future__ import annotations
 

@@ -25,7 +25,9 @@ class Tier:
     def __post_init__(self) -> None:
         for field in ("share", "flops", "up_bps", "down_bps", "memory"):
             if not getattr(self, field) > 0:
-                raise Refused(f"world.tiers.{field}", getattr(self, field), f"tier {self.name!r} needs a positive number")
+                raise Refused(
+                    f"world.tiers.{field}", getattr(self, field), f"tier {self.name!r} needs a positive number"
+                )
 
 
 PHONE = Tier("phone", 0.5, flops=5e9, up_bps=2e6, down_bps=1e7, memory=1e9)
@@ -61,7 +63,7 @@ class World:
             raise Refused("world.jitter", self.jitter, "0 means that a task always takes the same time")
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """A device for each client: tiers by their shares (largest remainder first), dealt out in seeded random order."""
+        """A device for each client: tiers by their shares (largest remainder first), dealt in seeded random order."""
         clients = sorted(examples)
         tiers = self._dealt(len(clients))
         rng(seed, "tiers").shuffle(tiers)

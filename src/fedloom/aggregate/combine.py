@@ -29,7 +29,9 @@ def terms(model: Adapter, merge: Merge) -> list[tuple[float, Adapter]]:
 
 def mean(pairs: list[tuple[float, Tensor]]) -> Tensor:
     """The linear combination of tensors of one shape, added up in float64 and returned in the dtype of the first."""
-    total = sum((coefficient * tensor.double() for coefficient, tensor in pairs), start=torch.zeros((), dtype=torch.float64))
+    total = sum(
+        (coefficient * tensor.double() for coefficient, tensor in pairs), start=torch.zeros((), dtype=torch.float64)
+    )
     return total.to(pairs[0][1].dtype)
 
 

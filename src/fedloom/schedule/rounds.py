@@ -34,7 +34,9 @@ class Rounds:
         if self.cohort_size < 1:
             raise Refused("schedule.cohort_size", self.cohort_size, "a round needs at least 1 client")
         if not 1.0 <= self.over_selection < math.inf:
-            raise Refused("schedule.over_selection", self.over_selection, "1.0 starts just the cohort, 1.3 a third more")
+            raise Refused(
+                "schedule.over_selection", self.over_selection, "1.0 starts just the cohort, 1.3 a third more"
+            )
         if self.deadline is not None and not self.deadline > 0:
             raise Refused("schedule.deadline", self.deadline, "give positive seconds, or None to wait for everyone")
 

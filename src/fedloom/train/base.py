@@ -71,7 +71,7 @@ class Base:
             embeddings=looked_up,
             layers=getattr(config, "num_hidden_layers", 1),
             hidden=getattr(config, "hidden_size", 1),
-            modules=tuple((layer.out_features, layer.in_features) for layer in adapted.values()),
+            modules=tuple(convert.size(layer) for layer in adapted.values()),
             dense=dense,
         )
 
@@ -179,18 +179,18 @@ def _check_rank(base: Base, rank: int) -> None:
     for name, layer in convert.lora_layers(base.model).items():
         if not isinstance(layer.get_base_layer(), nn.Linear) and "Conv1D" not in type(layer.get_base_layer()).__name__:
             raise Refused("lora.target_modules", name, "only linear layers can be adapted")
-        most = min(layer.in_features, layer.out_features)
-        if rank > most:
-            size = f"{layer.out_features} x {layer.in_features}"
-            raise Refused("plan.rank", rank, f"layer {name} is {size}; choose ranks of at most {most}")
+        size = convert.size(layer)
+        if rank > min(size):
+            which = f"layer {name} is {size[0]} x {size[1]}"
+            raise Refused("plan.rank", rank, f"{which}; choose ranks of at most {min(size)}")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """The libraries' reports and advice are not for our users: what matters is in the manifest or an error."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -198,4 +198,4 @@ def quiet() -> Iterator[None]:
     finally:
         logging.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

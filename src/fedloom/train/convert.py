@@ -6,6 +6,8 @@ a power of two, the default, the conversion is exact to the bit; otherwise it ro
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -21,6 +23,14 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
+def size(layer: LoraLayer) -> tuple[int, int]:
+    """(d_out, d_in) of an adapted layer."""
+    out, inner = layer.out_features, layer.in_features
+    if not isinstance(out, int) or not isinstance(inner, int):
+        raise TypeError(f"{type(layer).__name__} has no two sizes")
+    return out, inner
+
+
 def dense_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
     """Parameters that are trained and sent whole: those of PEFT's `modules_to_save` copies of this slot."""
     found = {}
@@ -33,31 +43,38 @@ def dense_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
 
 def parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
     """Everything that training changes in this slot, by a name that does not depend on the slot."""
-    found = {}
-    for name, layer in lora_layers(model).items():
-        found[f"{name}.down"] = layer.lora_A[slot].weight
-        found[f"{name}.up"] = layer.lora_B[slot].weight
+    found: dict[str, nn.Parameter] = {}
+    for name, (down, up) in _weights(model, slot).items():
+        found |= {f"{name}.down": down, f"{name}.up": up}
     return found | dense_parameters(model, slot)
 
 
 def read(model: PeftModel, slot: str) -> Adapter:
     """The slot's weights as an adapter of its own memory, float32 on the CPU."""
-    factors = {}
-    for name, layer in lora_layers(model).items():
-        up = layer.lora_B[slot].weight.detach() * layer.scaling[slot]
-        factors[name] = Factor(_copied(layer.lora_A[slot].weight), _copied(up))
+    layers, factors = lora_layers(model), {}
+    for name, (down, up) in _weights(model, slot).items():
+        factors[name] = Factor(_copied(down), _copied(up.detach() * layers[name].scaling[slot]))
     return Adapter(factors, {name: _copied(value) for name, value in dense_parameters(model, slot).items()})
 
 
 @torch.no_grad()
 def write(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None:
     """Put an adapter of the slot's rank into the model, parametrised with `scaling`."""
-    for name, layer in lora_layers(model).items():
-        layer.scaling[slot] = scaling
-        layer.lora_A[slot].weight.copy_(adapter.factors[name].down)
-        layer.lora_B[slot].weight.copy_(adapter.factors[name].up / scaling)
+    layers = lora_layers(model)
+    for name, (down, up) in _weights(model, slot).items():
+        layers[name].scaling[slot] = scaling
+        down.copy_(adapter.factors[name].down)
+        up.copy_(adapter.factors[name].up / scaling)
     for name, value in dense_parameters(model, slot).items():
         value.copy_(adapter.dense[name])
+
+
+def _weights(model: PeftModel, slot: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """PEFT's A and B of each adapted layer."""
+    return {
+        name: (cast(nn.Parameter, layer.lora_A[slot].weight), cast(nn.Parameter, layer.lora_B[slot].weight))
+        for name, layer in lora_layers(model).items()
+    }
 
 
 def _copied(tensor: Tensor) -> Tensor:

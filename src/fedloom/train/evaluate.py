@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,9 @@ class Scores:
     def figures(self, classes: int) -> dict[str, float]:
         """Accuracy, F1 (of label 1 for two classes, else the mean over classes), mean cross-entropy."""
         counts = torch.zeros(classes, classes, dtype=torch.float64)
-        counts.index_put_((self.labels, self.predicted), torch.ones(len(self.labels), dtype=torch.float64), accumulate=True)
+        counts.index_put_(
+            (self.labels, self.predicted), torch.ones(len(self.labels), dtype=torch.float64), accumulate=True
+        )
         hits, wanted, given = counts.diagonal(), counts.sum(1), counts.sum(0)
         f1 = 2 * hits / (wanted + given).clamp_min(1.0)
         present = f1[(wanted + given) > 0]

@@ -44,7 +44,9 @@ class Encoded:
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
     """Tokenise single sentences or pairs, cut at `max_length` tokens."""
     pairs = list(examples.pairs) if examples.pairs is not None else None
-    columns = tokenizer(list(examples.texts), pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+    columns = tokenizer(
+        list(examples.texts), pairs, truncation=True, max_length=max_length, return_attention_mask=False
+    )
     extras = {name: _frozen(rows) for name, rows in columns.items() if name != "input_ids"}
     pad = tokenizer.pad_token_id or 0
     return Encoded(_frozen(columns["input_ids"]), extras, examples.labels, pad, tokenizer.padding_side == "left")

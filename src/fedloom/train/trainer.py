@@ -15,6 +15,7 @@ from fedloom.train.settings import Training
 from fedloom.train.texts import Encoded
 from fedloom.types import ClientId, Local, Result, Task
 
+
 @dataclass(frozen=True, slots=True)
 class PeftTrainer:
     """Trains the clients' shards (indices into `texts`) on one base."""
@@ -76,4 +77,6 @@ class PeftTrainer:
 
 
 def _moments(weights: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    return {name: {key: value.detach().clone() for key, value in optimiser.state[w].items()} for name, w in weights.items()}
+    return {
+        name: {key: value.detach().clone() for key, value in optimiser.state[w].items()} for name, w in weights.items()
+    }

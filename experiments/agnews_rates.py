@@ -1,0 +1,39 @@
+"""The learning rates of the AG News experiment: each method on the same small grid, on a seed that the experiment does not use.
+
+python experiments/agnews_rates.py [--summary] [--workers N]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from agnews import METHODS
+from grid import Grid, Line, main
+
+from fedloom import Limits, Run
+
+RATES = (2.5e-3, 5e-3, 1e-2)
+SEED = 100
+
+
+def cell(name: str, rate: float, seed: int) -> Run:
+    """A method at a rate, for three quarters of the experiment's versions."""
+    return replace(METHODS[name](seed, rate), limits=Limits(versions=6, evaluate_every=2), test_limit=1000)
+
+
+CELLS = {f"{name}@{rate:g}": partial(cell, name, rate) for name in METHODS for rate in RATES}
+
+
+def summary(found: Sequence[Line]) -> Line:
+    """The best rate of each method."""
+    accuracy = {line["cell"]: line["accuracy"] for line in found}
+    rates = {name: {f"{r:g}": accuracy.get(f"{name}@{r:g}", 0.0) for r in RATES} for name in METHODS}
+    for name, own in rates.items():
+        print(f"{name:16s}", "  ".join(f"{rate}: {100 * value:.1f} %" for rate, value in own.items()))
+    return {name: max(own, key=lambda rate: own[rate]) for name, own in rates.items()}
+
+
+if __name__ == "__main__":
+    main(Grid("agnews_rates", CELLS, seeds=(SEED,), quick_versions=2, summary=summary))
