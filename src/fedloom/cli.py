@@ -52,7 +52,7 @@ def demo(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -
     from fedloom.report.html import write
 
     run = _overridden(demo_run(), settings, seed)
-    parent = folder.create(out_dir or folder.free(Path("runs"), run.name))
+    parent = folder.create(out_dir or folder.free(Path("runs"), "demo"))
     job = prepare(run)
     _introduce(job)
     ours = _carry_out(job, parent / "raflora")

@@ -19,7 +19,7 @@ from fedloom.train.settings import Training
 def demo() -> Run:
     """Ranks 2, 4 and 8 by device, synchronous rounds, raFLoRA; 144 steps of 16 tickets in all."""
     return Run(
-        name="demo",
+        name="demo-raflora",
         model=str(minilm()),
         data=Tickets(tangled=0.1, alpha=3.0),
         partition=ByClient(),
@@ -34,4 +34,4 @@ def demo() -> Run:
 
 def baseline(run: Run) -> Run:
     """The same federation with the factors averaged apart (FedIT)."""
-    return replace(run, name=f"{run.name}-fedit", aggregator=FedIT())
+    return replace(run, name="demo-fedit", aggregator=FedIT())

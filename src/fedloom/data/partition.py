@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -199,10 +200,12 @@ def describe(stats: Mapping[str, Any], most: int = 16) -> Table:
     """
     names, clients = stats["label_names"], stats["clients"]
     facts = "label divergence {label_js:.3f} bits, size variation {size_cv:.2f}".format(**stats)
-    table = Table(title=f"{len(clients)} clients, {facts}", title_justify="left")
+    table = Table(
+        title=f"{len(clients)} clients, {facts}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.add_column("client")
     wide = len(names) <= 8
-    for heading in ("training", "held out", "words", *(map(escape, names) if wide else ["commonest labels"])):
+    for heading in ("train", "held out", "words", *(map(escape, names) if wide else ["commonest labels"])):
         table.add_column(heading, justify="right")
     order = sorted(clients, key=lambda name: (-clients[name]["examples"], name))
     for position, name in enumerate(order):

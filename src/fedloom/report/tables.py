@@ -179,10 +179,12 @@ def summary(logs: Sequence[RunLog]) -> rich.table.Table:
     from rich.text import Text
 
     grid = runs(logs)
-    shown = [index for index, head in enumerate(grid.head) if head not in ("Seed", "Best", "Not merged")]
+    unfinished = any(log.manifest["status"] != "finished" for log in logs)
+    wanted = {"Run", "Rounds", "Accuracy", "Worst client", "Time", "Up"} | ({"Status"} if unfinished else set())
+    shown = [index for index, head in enumerate(grid.head) if head in wanted]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index in shown:
-        table.add_column(Text(grid.head[index]), justify="left" if index < 2 else "right")
+        table.add_column(Text(grid.head[index]), justify="left" if index < 2 else "right", no_wrap=True)
     for row in grid.rows:
         table.add_row(*(Text(row[index]) for index in shown))
     return table
