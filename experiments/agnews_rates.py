@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from agnews import METHODS
+from agnews import METHODS, start
 from grid import Grid, Line, main
 
 from fedloom import Limits, Run
 
-RATES = (2.5e-3, 5e-3, 1e-2)
+RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
 SEED = 100
 
 
@@ -36,4 +36,4 @@ def summary(found: Sequence[Line]) -> Line:
 
 
 if __name__ == "__main__":
-    main(Grid("agnews_rates", CELLS, seeds=(SEED,), quick_versions=2, summary=summary))
+    main(Grid("agnews_rates", CELLS, seeds=(SEED,), shorten=start, summary=summary))

@@ -15,7 +15,7 @@ import random
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,19 @@ from fedloom.report.read import read
 RESULTS = Path(__file__).parents[1] / "results"
 SHARED = Path(__file__).parents[2] / "shared"
 TOLERANCE = 0.02
-"""By how much an accuracy may differ on another kind of machine; on the same kind it should not differ at all."""
+"""By how much an accuracy or a loss may differ on another kind of machine; on the same kind it should not differ at all."""
 
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells by name, the seeds to run them with, how many versions `--quick` re-runs, and what to print of the lines."""
+    """Cells by name, the seeds to run them with, the start of a run that `--quick` re-runs, and what to print of the lines."""
 
     name: str
     cells: Mapping[str, Callable[[int], Run]]
     seeds: Sequence[int]
-    quick_versions: int
+    shorten: Callable[[Run], Run]
     summary: Callable[[Sequence[Line]], Line]
 
 
@@ -99,6 +99,7 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
         "accuracy": last["accuracy"],
         "f1": last["f1"],
         "curve": [[line["version"], line["time"], line["accuracy"]] for line in log.scores],
+        "losses": [line["loss"] for line in versions],
         "bytes_up": versions[-1]["bytes_up"] if versions else 0,
         "bytes_up_dense": versions[-1]["bytes_up_dense"] if versions else 0,
         "virtual_seconds": versions[-1]["time"] if versions else 0.0,
@@ -111,17 +112,20 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
 
 
 def reproduce(grid: Grid, cell: str) -> Line:
-    """Re-run the first versions of a committed cell and compare their scores."""
+    """Re-run the start of a committed cell; compare each version's training loss, and scores of the same examples."""
     committed = next((line for line in lines(grid.name) if line["cell"] == cell), None)
     if committed is None:
         return {"reproduced": False, "cell": cell, "why": "no committed result"}
     run = grid.cells[cell](committed["seed"])
-    stop = max(grid.quick_versions, run.limits.evaluate_every)
-    again = carry_out(cell, committed["seed"], replace(run, limits=replace(run.limits, versions=stop)))
-    pairs = [(old, new) for old, new in zip(committed["curve"], again["curve"], strict=False) if old[0] == new[0]]
-    gap = max(abs(old[2] - new[2]) for old, new in pairs)
+    short = grid.shorten(run)
+    again = carry_out(cell, committed["seed"], short)
+    pairs = list(zip(committed["losses"], again["losses"], strict=False))
+    if short.test_limit == run.test_limit:
+        known = {version: accuracy for version, _, accuracy in committed["curve"]}
+        pairs += [(known[version], accuracy) for version, _, accuracy in again["curve"] if version in known]
+    gap = max(abs(old - new) for old, new in pairs)
     same = again["machine"] == committed["machine"]
-    print(f"{cell}, seed {committed['seed']}: {len(pairs)} scores up to version {stop}, largest difference {gap:.4f}")
+    print(f"{cell}, seed {committed['seed']}: {len(pairs)} losses and accuracies, largest difference {gap:.6f}")
     return {"reproduced": gap <= TOLERANCE, "cell": cell, "largest_difference": gap, "same_kind_of_machine": same}
 
 

@@ -1,0 +1,106 @@
+"""Tiny models with random weights, their tokenizers, rows and a run of them, made on the spot: no network, no data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RANKS = (2, 4, 8)
+
+PETS = ("cat", "dog", "bird", "fish", "horse", "sheep")
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+FILLERS = ("the", "a", "is", "was", "my", "your", "near", "under", "here", "there", "now", "then", "very", "quite")
+WORDS = PETS + COLOURS + FILLERS
+SIZES: Mapping[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+def tiny_encoder(folder: Path) -> Path:
+    """A BERT of 25 thousand parameters, without a head, and its tokenizer: [CLS] words [SEP], padded right."""
+    from transformers import BertConfig, BertModel
+
+    marks = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    names: dict[str, Any] = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    _save_tokenizer(folder, marks, names, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
+    return _save_model(folder, BertModel, BertConfig(vocab_size=len(marks + WORDS), pad_token_id=0, **SIZES))
+
+
+def tiny_decoder(folder: Path) -> Path:
+    """A Llama of 19 thousand parameters without a head; its tokenizer, as Llama's, has no token to pad with."""
+    from transformers import LlamaConfig, LlamaModel
+
+    marks = ("<unk>", "<s>", "</s>")
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    _save_tokenizer(folder, marks, names, "<s> $A", "<s> $A $B")
+    config = LlamaConfig(
+        vocab_size=len(marks + WORDS), num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=None, **SIZES
+    )
+    return _save_model(folder, LlamaModel, config)
+
+
+def toy_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Sentences of 3 to 12 words that speak of a pet or of a colour; which of the two is the label."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        label, topic = (("pet", PETS), ("colour", COLOURS))[number % 2]
+        words = draw.choices(FILLERS, k=draw.randint(2, 11))
+        words.insert(draw.randint(0, len(words)), draw.choice(topic))
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def _save_tokenizer(folder: Path, marks: Sequence[str], names: Mapping[str, Any], single: str, pair: str) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    numbers = {word: number for number, word in enumerate((*marks, *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, names["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [(mark, numbers[mark]) for mark in marks]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    made: Any = PreTrainedTokenizerFast  # untyped
+    made(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def _save_model(folder: Path, made: Callable[[Any], Any], config: Any) -> Path:
+    hush()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made(config).save_pretrained(folder)
+    return folder
+
+
+def hush() -> None:
+    """A head that is not in the checkpoint is what we expect, and the bars of a tiny model are noise."""
+    from transformers.utils import logging
+
+    talk: Any = logging  # untyped
+    talk.disable_progress_bar()
+    talk.set_verbosity_error()
+
+
+def tiny_run(model: Path, **more: Any) -> Any:
+    """A run of three rounds, six clients and ranks 2, 4 and 8 on a tiny model, at a rate that moves it visibly."""
+    from fedloom import IID, Limits, Plan, RankByCapability, Rounds, Rows, Run, Training
+
+    given: dict[str, Any] = {
+        "data": Rows(toy_rows(240)),
+        "partition": IID(6),
+        "schedule": Rounds(cohort_size=4),
+        "plan": Plan(RankByCapability(ranks=RANKS, upload_seconds=0.02), local_steps=4),
+        "training": Training(learning_rate=1e-2),
+        "limits": Limits(versions=3),
+    }
+    return Run(model=str(model), **(given | more))
