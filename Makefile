@@ -24,14 +24,14 @@ demo: .venv/ready ## fine-tune a real encoder across eight clients of different 
 	@$(BIN)/fedloom demo
 
 test: .venv/ready ## every test that needs no GPU
-	@$(BIN)/python -m pytest -m 'not gpu'
+	@$(BIN)/python -m pytest -n 2 -m 'not gpu'
 
 check: .venv/ready ## format, lint, types, import contracts, fast tests
 	@$(BIN)/ruff format --check --quiet . || (echo "run: $(BIN)/ruff format ." && false)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache > .venv/imports.log || (cat .venv/imports.log && false)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 bench: .venv/ready ## the quick benches; each prints a table and one JSON line
 	@$(BIN)/python -m bench.aggregate --quick

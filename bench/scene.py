@@ -35,7 +35,6 @@ from fedloom.types import (
 LAYERS = {"query": (12, 10), "value": (10, 14)}
 SHAPE = Shape(parameters=1000, embeddings=100, layers=1, hidden=10, modules=tuple(LAYERS.values()), dense=3)
 CLIENTS, COHORT_OF_SIX = 6, 4
-BYTES_LIMIT = 20_000
 
 
 def toy_adapter(rank: int, seed: int, size: float = 1.0) -> Adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,13 @@ def hush() -> None:
     talk: Any = logging  # untyped
     talk.disable_progress_bar()
     talk.set_verbosity_error()
+
+
+def settle() -> None:
+    """For a process of our own: one thread, and no word of a warning that is not ours to mend."""
+    torch.set_num_threads(1)
+    # peft asks transformers for `is_gradient_checkpointing`
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
 def tiny_run(model: Path, **more: Any) -> Any:

@@ -69,10 +69,16 @@ def lines(name: str) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def hashed(run: Run) -> str:
+    """The hash that names the run's settings."""
+    return manifest.digest(manifest.plain(run))
+
+
 def run_missing(grid: Grid, workers: int) -> None:
     """Run what is not in the results yet and append it, as it comes."""
-    have = {(line["cell"], line["seed"]) for line in lines(grid.name)}
-    todo = [(cell, seed) for seed in grid.seeds for cell in grid.cells if (cell, seed) not in have]
+    have = {(line["cell"], line["run_hash"]) for line in lines(grid.name)}
+    pairs = [(cell, seed) for seed in grid.seeds for cell in grid.cells]
+    todo = [(cell, seed) for cell, seed in pairs if (cell, hashed(grid.cells[cell](seed))) not in have]
     RESULTS.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, (RESULTS / f"{grid.name}.jsonl").open("a") as file:
@@ -106,7 +112,7 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
         "energy2": sum(versions[-1]["energy"][:2]) if versions else None,
         "worst_client": min(clients),
         "mean_client": sum(clients) / len(clients),
-        "run_hash": manifest.digest(manifest.plain(run)),
+        "run_hash": hashed(run),
         "machine": manifest.machine()["cpu"],
     }
 
@@ -118,6 +124,8 @@ def reproduce(grid: Grid, cell: str) -> Line:
         return {"reproduced": False, "cell": cell, "why": "no committed result"}
     run = grid.cells[cell](committed["seed"])
     short = grid.shorten(run)
+    if hashed(run) != committed["run_hash"]:
+        return {"reproduced": False, "cell": cell, "why": "the committed result had other settings"}
     again = carry_out(cell, committed["seed"], short)
     pairs = list(zip(committed["losses"], again["losses"], strict=False))
     if short.test_limit == run.test_limit:

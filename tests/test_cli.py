@@ -45,7 +45,7 @@ def fedloom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def run_file(text: str, encoder: Path, name: str = "mine.py") -> Path:
-    head = f"from fedloom import *\nfrom bench.core import tiny_run, toy_rows\nmodel = {str(encoder)!r}\n"
+    head = f"from fedloom import *\nfrom bench.tiny import tiny_run, toy_rows\nmodel = {str(encoder)!r}\n"
     path = Path(name)
     path.write_text(head + text, encoding="utf-8")
     return path

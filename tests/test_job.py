@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.core import COMPARED, start_twins
+from bench.same_bytes import COMPARED, start_twins
 from fedloom import IID, ByClient, FixedRank, Job, Limits, Plan, Refused, Rows, prepare
 from fedloom.manifest import digest, plain
 from fedloom.report.read import read

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.core import tiny_run, toy_rows
+from bench.tiny import tiny_run, toy_rows
 from fedloom.data.examples import Examples
 from fedloom.lora import Adapter, Factor
 from fedloom.train.base import Base, load

@@ -55,15 +55,19 @@ def _adapter(asked: Adapter, given: Adapter) -> str | None:
 
 
 def _tensor(name: str, asked: Tensor, given: Tensor) -> str | None:
-    if not isinstance(given, Tensor):
-        return f"{name} is a {type(given).__name__}, not a tensor"
+    if type(given) is not Tensor:  # a subclass may lack data, or shape, or do anything
+        return f"{name} is a {type(given).__name__}, not a plain tensor"
+    if given.is_nested:
+        return f"{name} is a nested tensor"
+    if given.requires_grad:  # it would keep the graph behind it alive
+        return f"{name} requires a gradient; detach it"
     if given.layout != torch.strided or given.dtype != asked.dtype:
         return f"{name} is {given.layout} {given.dtype}, expected strided {asked.dtype}"
     if given.shape != asked.shape:
         return f"{name} has shape {tuple(given.shape)}, expected {tuple(asked.shape)}"
     if given.device != asked.device:
         return f"{name} is on {given.device}, expected {asked.device}"
-    size = float(torch.linalg.vector_norm(given.detach(), dtype=torch.float64))
+    size = float(torch.linalg.vector_norm(given, dtype=torch.float64))
     if not math.isfinite(size):
         return f"{name} is not finite"
     return f"{name} has norm {size:.3g}, above the limit of {MAX_NORM:.0g}" if size > MAX_NORM else None

@@ -32,9 +32,21 @@ def plain(value: object) -> object:
 
 
 def digest(settings: object) -> str:
-    """Twelve hex digits that name these settings: two runs with the same hash had the same."""
-    text = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    """Twelve hex digits that name these settings: two runs with the same hash had the same, wherever their files lay."""
+    text = json.dumps(_portable(settings), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _portable(value: object) -> object:
+    """Absolute paths by their last two parts: what a model or a table is, not where this machine keeps it."""
+    match value:
+        case dict():
+            return {key: _portable(item) for key, item in value.items()}
+        case list():
+            return [_portable(item) for item in value]
+        case str() if Path(value).is_absolute():
+            return "/".join(Path(value).parts[-2:])
+    return value
 
 
 def versions() -> dict[str, str]:

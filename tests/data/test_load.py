@@ -128,7 +128,7 @@ BAD_FILES = [
     ("a.jsonl", "[1]\n", "row 1 is [1]; give one object of columns per row"),
     ("a.jsonl", b"\xff\xfe\n", "cannot be read"),
     ("a.parquet", b"PAR1 no parquet", "cannot be read"),
-    ("a.csv", "title,label\nx,0\n", "has no such column; its columns are title, label"),
+    ("a.csv", "title,label\nx,0\n", "a.csv; the columns are title, label"),
     ("a.csv", "text,class\nx,0\n", "data.label = 'label'"),
     ("a.csv", "text,label\nx,0\n ,1\n", "the text in row 2 of "),
     ("a.csv", "text,label\nx,0\ny,\n", "row 2 of "),
@@ -174,6 +174,22 @@ def test_an_unknown_label_names_column_row_value_and_remedy(write: Write) -> Non
         Table(train, label="y", test=test).load(0)
     with pytest.raises(Refused, match=r"row 2 of .*a\.csv holds '1', known are 0, 2"):
         Table(train, label="y", labels=("0", "2")).load(0)
+
+
+def test_a_missing_column_is_named_in_rows_too() -> None:
+    with pytest.raises(
+        Refused, match=r"data\.client = 'whom': no such column in the rows; the columns are text, label"
+    ):
+        Rows(ROWS, client="whom").load(0)
+
+
+def test_test_data_need_not_name_clients(write: Write) -> None:
+    train, test = write("a.csv", "text,label,who\na,0,u\nb,1,v\n"), write("b.csv", "text,label\nc,0\nd,1\n")
+    split = Table(train, client="who", test=test).load(0)
+    assert (split.train.clients, split.test.clients) == (("u", "v"), None)
+    assert Table(train, client="who", test=train).load(0).test.clients == ("u", "v")
+    with pytest.raises(Refused, match=r"data\.client = 'who': no such column in .*b\.csv"):
+        Table(test, client="who", test=train).load(0)
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertModel, GPT2Config, GPT2Model
 
-from bench.core import SIZES, WORDS
+from bench.tiny import SIZES, WORDS
 from fedloom.errors import Refused
 from fedloom.train.base import initial, load
 from fedloom.train.settings import LoRA

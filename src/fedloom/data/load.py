@@ -11,7 +11,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +40,9 @@ class Layout:
 
     `text` and `pair` name one column or several, as `"title+description"` or a tuple, joined by ". "; `test_text` names
     them in the test data where they differ. `labels` fixes the label names: a tuple lists the values in order, a
-    mapping gives each value its name; by default they are the training values, sorted. Without test data a share
-    `test_share` of each label is set aside. `limit` keeps that many random training examples.
+    mapping gives each value its name; by default they are the training values, sorted. `client` says where each example
+    came from; test data may lack that column. Without test data a share `test_share` of each label is set aside.
+    `limit` keeps that many random training examples.
     """
 
     text: str | tuple[str, ...] = "text"
@@ -187,7 +188,8 @@ def _split(layout: Layout, train: Raw, test: Raw | None, seed: int, own: Mapping
         check = learn.take(sorted(aside))
         learn = learn.take(i for i in range(len(learn)) if i not in aside)
     else:
-        check = _examples(layout, layout.test_text or layout.text, test, _labels(test, layout.label), known)
+        asked = layout if layout.client in test.columns else replace(layout, client=None)
+        check = _examples(asked, layout.test_text or layout.text, test, _labels(test, layout.label), known)
     if layout.limit is not None and layout.limit < len(learn):
         learn = learn.take(sorted(rng(seed, "limit").sample(range(len(learn)), layout.limit)))
     return Split(learn, check)
@@ -198,7 +200,7 @@ def _column(raw: Raw, field: str, name: str) -> list[object]:
     if not any(raw.columns.values()):
         raise Refused("data.path", raw.where, "there are no rows")
     if name not in raw.columns:
-        remedy = f"{raw.where} has no such column; its columns are {', '.join(raw.columns)}"
+        remedy = f"no such column in {raw.where}; the columns are {', '.join(raw.columns)}"
         raise Refused(f"data.{field}", name, remedy)
     for number, value in enumerate(raw.columns[name], 1):
         if value is None or (isinstance(value, float) and value != value):

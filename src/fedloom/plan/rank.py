@@ -101,7 +101,7 @@ class RankByCapability:
 
     ranks: tuple[int, ...] = (2, 4, 8)
     upload_seconds: float = 10.0
-    batch_tokens: int = 1024
+    batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
         if not self.ranks:
