@@ -29,7 +29,8 @@ from torch import Tensor
 
 from bench.degenerate import CASES, measure
 from bench.memory import HONEST_MALLOC, extra_peak
-from fedloom.lora import Factor, cut, energy, norm, stack, truncate
+from fedloom.aggregate.combine import best
+from fedloom.lora import Factor, cut, energy, norm, stack
 from fedloom.lowrank import svd
 
 ALPHA = 16.0
@@ -97,9 +98,9 @@ def weighted(case: Case) -> list[tuple[float, Factor]]:
 
 
 def fedloom_call(case: Case) -> Callable[[], Factor]:
-    """The aggregate as a server does it: one stack, one truncation at the highest rank."""
+    """The aggregate as a server does it: one stack, one truncation at the highest rank, energy before and after for its log."""
     terms = weighted(case)
-    return lambda: truncate(stack(terms), case.rank)
+    return lambda: best(stack(terms), case.rank)[0]
 
 
 def peft_call(case: Case) -> Callable[[], Factor]:

@@ -103,7 +103,7 @@ def test_a_merged_task_has_one_line_with_its_times_and_bytes() -> None:
     assert version["ranks"] == {"2": 3}
 
 
-def test_lost_failed_cancelled_and_rejected_work_is_told_and_not_paid_for() -> None:
+def test_lost_failed_cancelled_and_rejected_work_is_told_and_what_was_sent_is_paid_for() -> None:
     book = Book(Rounds(cohort_size=1, over_selection=4.0), clients=4)
     first, second, third, fourth = book.tasks
     book.step(1.0, ClientLost(first.client))
@@ -119,7 +119,7 @@ def test_lost_failed_cancelled_and_rejected_work_is_told_and_not_paid_for() -> N
     assert [line["reason"] for line in book.lines("task") if line["id"] == second.id] == ["out of memory"]
     (version,) = book.lines("version")
     assert (version["cancelled"], version["rejected"], version["updates"]) == (1, 1, 1)
-    assert version["bytes_up"] == PAYLOAD
+    assert version["bytes_up"] == 2 * PAYLOAD
     assert version["bytes_down"] == 4 * PAYLOAD
 
 

@@ -122,7 +122,7 @@ def test_a_run_cut_short_before_its_first_version_has_a_report_and_no_adapter(en
         ({"plan": Plan(FixedRank(33))}, "plan.rank"),
         ({"data": Rows(toy_rows(20), text="txet")}, "data.text"),
         ({"partition": ByClient()}, "partition"),
-        ({"held_out": 0.0}, "partition.held_out"),
+        ({"held_out": 0.0}, "held_out"),
     ],
 )
 def test_nothing_is_written_when_preparing_fails(

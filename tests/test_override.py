@@ -85,7 +85,6 @@ def test_settings_apply_in_order_and_leave_the_run_alone() -> None:
         ("plan=FixedRank(2)", "expected a value like Plan(...)"),
         ("plan.rank.ranks=4", "expected a tuple"),
         ("plan.rank.ranks=('a',)", "expected a tuple"),
-        ("lora.target_modules=query", "expected a tuple such as ('query', 'value')"),
         ("world.tiers=(3,)", "Tier"),
         ("schedule.cohort_size=0", "at least 1"),
         ("plan.rank.ranks=(0,)", "at least 1"),

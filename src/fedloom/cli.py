@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -51,8 +52,8 @@ def demo(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -
     from fedloom.job import prepare
     from fedloom.report.html import write
 
+    parent = _vacant(out_dir or folder.free(Path("runs"), "demo"))
     run = _overridden(demo_run(), settings, seed)
-    parent = folder.create(out_dir or folder.free(Path("runs"), "demo"))
     job = prepare(run)
     _introduce(job)
     ours = _carry_out(job, parent / "raflora")
@@ -73,15 +74,13 @@ def run(
     Writes a run folder: manifest.json, metrics.jsonl, trace.jsonl, adapter/ (a PEFT folder) and report.html.
     The file is Python and is executed: run only files you trust.
 
-    Example: [bold]fedloom run experiments/agnews.py --set schedule.cohort_size=5 --out runs/mine[/bold]
+    Example: [bold]fedloom run experiments/tickets.py --set schedule.cohort_size=2 --out runs/mine[/bold]
     """
     from fedloom import folder
     from fedloom.job import prepare
 
     value = _overridden(_run_of(file), settings, seed)
-    target = out_dir or folder.free(Path("runs"), value.name)
-    if target.exists():
-        raise Refused("--out", str(target), "it exists already; choose another folder or remove it first")
+    target = _vacant(out_dir or folder.free(Path("runs"), value.name))
     job = prepare(value)
     _introduce(job)
     outcome = _carry_out(job, target)
@@ -155,7 +154,9 @@ def main() -> NoReturn:
             sys.exit(2)
         raise
     if code == INTERRUPTED:
-        err.print("[bold yellow]fedloom:[/bold yellow] interrupted; the run folder says so and can be reported on")
+        err.print(
+            "[bold yellow]fedloom:[/bold yellow] interrupted; a run folder made so far says so and can be reported on"
+        )
     sys.exit(code or 0)
 
 
@@ -165,18 +166,24 @@ def _run_of(file: Path) -> Run:
 
     if not file.is_file():
         raise Refused("FILE", str(file), "there is no such file; give a Python file with a value `run = Run(...)`")
+    sys.path.insert(0, str(file.parent.resolve()))  # as `python FILE` would
     try:
-        names = runpy.run_path(str(file))
+        value = runpy.run_path(str(file)).get("run")
+        value = value() if callable(value) else value
     except (Refused, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:
         raise Refused("FILE", str(file), f"it stopped with {type(error).__name__}: {error}") from error
-    value = names.get("run")
-    if callable(value):
-        value = value()
     if not isinstance(value, Run):
         raise Refused("FILE", str(file), "it defines no `run`; end it with `run = Run(...)`")
     return value
+
+
+def _vacant(path: Path) -> Path:
+    """The path, if a run folder can be made there: asked before the long work, made after it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise Refused("--out", str(path), "it exists already; choose another folder or remove it first")
+    return path
 
 
 def _overridden(value: Run, settings: list[str] | None, seed: int | None) -> Run:
@@ -195,6 +202,9 @@ def _introduce(job: Job) -> None:
         f"{len(job.profiles)} clients, {type(run.aggregator).__name__}, {type(run.schedule).__name__}, seed {run.seed}"
     )
     out.print(describe(statistics(job.split.train, job.shards)))
+    fleet = job.server.fleet()
+    ranks = Counter(run.plan(profile, fleet).rank for profile in job.profiles.values())
+    out.print("Ranks now: " + ", ".join(f"{rank} at {count} clients" for rank, count in sorted(ranks.items())) + "\n")
 
 
 def _carry_out(job: Job, folder: Path) -> Outcome:
@@ -239,8 +249,14 @@ def _conclude(job: Job, ours: Outcome, fedit: Outcome, page: Path) -> None:
         f"\nThe untrained model classified {100 * start:.1f} % of the test tickets correctly, FedIT reached "
         f"{100 * other:.1f} %, [bold]raFLoRA {100 * end:.1f} %[/bold]; no ticket left its company.\n"
     )
-    out.print(f"Report   {page}\nAdapter  {ours.folder / 'adapter'} (README.md there shows how to load it with peft)")
-    out.print(f"Next     fedloom export {ours.folder} --rank 2    the same adapter for the weakest client")
+    out.print(
+        f"Report   {page}\nAdapter  {ours.folder / 'adapter'} (README.md there shows how to load it with peft)",
+        soft_wrap=True,
+    )
+    out.print(
+        f"Next     {sys.argv[0]} export {ours.folder} --rank 2    (the same adapter for the weakest client)",
+        soft_wrap=True,
+    )
 
 
 def _escaped(text: str) -> str:

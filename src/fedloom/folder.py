@@ -20,6 +20,7 @@ from fedloom.types import (
     Publish,
     Reject,
     Scored,
+    Stop,
     Task,
     TaskFailed,
     Update,
@@ -31,7 +32,10 @@ def create(path: Path) -> Path:
     """A new, empty run folder. Raises Refused if there is something at `path` already."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise Refused("--out", str(path), "it exists already; choose another folder or remove it first")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused("--out", str(path), f"it cannot be made ({error.strerror})") from error
     return path
 
 
@@ -69,6 +73,7 @@ class Metrics:
     traffic: Traffic = field(default_factory=Traffic)
     tasks: dict[int, Task] = field(default_factory=dict)
     arrived: dict[int, float] = field(default_factory=dict)
+    uploaded: set[int] = field(default_factory=set)
     cancelled: int = 0
     rejected: int = 0
 
@@ -76,8 +81,10 @@ class Metrics:
         """Turn one step into lines."""
         rejected = {command.task for command in commands if isinstance(command, Reject)}
         match event:
-            case UpdateArrived(_, number, _) if number not in rejected and number in self.tasks:
-                self.arrived[number] = now
+            case UpdateArrived(_, number, _) if number in self.tasks:
+                if number not in rejected:
+                    self.arrived[number] = now
+                self.uploaded.add(number)
                 self.traffic.up += self.shape.payload(self.tasks[number].budget.rank)
                 self.traffic.dense_up += 4 * self.shape.dense
             case TaskFailed(_, number, reason):
@@ -112,6 +119,9 @@ class Metrics:
                     if update.task.id in self.tasks:
                         self._ended(update.task.id, "merged", "", update)
                 self._version(now, command)
+            case Stop():
+                for number in [number for number in self.arrived if number in self.tasks]:
+                    self._ended(number, "unused", "the run ended before it was merged")
 
     def _ended(self, number: int, status: str, reason: str, update: Update | None = None) -> None:
         task = self.tasks.pop(number, None)
@@ -120,7 +130,12 @@ class Metrics:
         line: dict[str, object] = {"kind": "task", "id": number, "client": task.client, "version": task.version}
         line |= {"rank": task.budget.rank, "sent": task.sent, "arrived": self.arrived.pop(number, None)}
         payload = self.shape.payload(task.budget.rank)
-        line |= {"status": status, "reason": reason, "bytes_down": payload, "bytes_up": payload if update else 0}
+        line |= {
+            "status": status,
+            "reason": reason,
+            "bytes_down": payload,
+            "bytes_up": payload if number in self.uploaded else 0,
+        }
         if update:
             took = {part: update.result.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up")}
             line |= {"seconds": took, "loss": update.result.metrics.get("loss")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fedloom import __version__, folder, manifest
+from fedloom import __version__, folder, kinds, manifest
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.lora import Adapter
@@ -19,7 +19,7 @@ from fedloom.seeds import derive, rng
 from fedloom.server import Server
 from fedloom.simulate import Observer, Simulation
 from fedloom.trace import Trace
-from fedloom.train.base import Base, initial, load
+from fedloom.train.base import Base, check_length, check_rank, initial, load
 from fedloom.train.evaluate import Scores, score
 from fedloom.train.export import save
 from fedloom.train.texts import Encoded, encode
@@ -55,6 +55,7 @@ class Job:
 
         Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed".
         """
+        torch.set_num_threads(self.run.threads)
         out = folder.create(out)
         about = self.about()
         folder.write_json(out / "manifest.json", {**about, "status": "running", "status_reason": ""})
@@ -156,20 +157,24 @@ class Job:
         return line | scores.figures(self.base.labels) | {"base_accuracy": guessed}
 
     def _close(self, out: Path, about: Mapping[str, object]) -> None:
-        """The adapter of the last version, the final manifest, the report: also for a run that was cut short."""
+        """The final manifest, the adapter of the last version, the report: also for a run that was cut short."""
+        folder.write_json(out / "manifest.json", about)
         if self.server.state.version > 0:
             save(self.base, self.server.state.model.adapter, self.split.train.names, out / "adapter")
-        folder.write_json(out / "manifest.json", about)
         write_report([out], out / "report.html")
 
 
 def prepare(run: Run) -> Job:
     """Load, divide and check everything. Raises Refused with field, value and remedy; nothing is written."""
+    kinds.check(run)
     torch.set_num_threads(run.threads)
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
     top = run.plan.rank.largest
     base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device)
+    check_rank(base, "aggregator.rank", getattr(run.aggregator, "rank", None) or top)
+    train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
+    check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
     model = run.aggregator.init(initial(base, top))
     sizes = {shard.client: len(shard.train) for shard in shards}
     return Job(
@@ -178,8 +183,8 @@ def prepare(run: Run) -> Job:
         shards=tuple(shards),
         profiles={profile.client: profile for profile in run.world.profiles(sizes, run.seed)},
         base=base,
-        train_texts=encode(split.train, base.tokenizer, run.training.max_length),
-        test_texts=encode(split.test, base.tokenizer, run.training.max_length),
+        train_texts=train,
+        test_texts=test,
         tested=_sample(len(split.test), run.test_limit, run.seed),
         server=Server(
             model,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import fedloom
 from fedloom.errors import Refused
+from fedloom.kinds import fits, fits_exactly, words
 from fedloom.run import Run
 
 
@@ -45,55 +45,14 @@ def _value(text: str, current: object, hint: Any, whole: str) -> object:
     except (SyntaxError, ValueError) as error:
         if isinstance(error, Refused):
             raise
-        if _fits(text, hint):
+        if fits(text, hint):
             return text
-        raise Refused(whole, text, f"expected {_words(hint, current)}") from error
-    if _fits(value, hint):
-        return float(value) if type(value) is int and not _fits_exactly(value, hint) else value
-    if _fits(text, hint):
+        raise Refused(whole, text, f"expected {words(hint, current)}") from error
+    if fits(value, hint):
+        return float(value) if type(value) is int and not fits_exactly(value, hint) else value
+    if fits(text, hint):
         return text
-    raise Refused(whole, text, f"expected {_words(hint, current)}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a field of this type takes the value, as far as that can be seen; a whole number is also a number."""
-    return _fits_exactly(value, hint) or (type(value) is int and _fits_exactly(float(value), hint))
-
-
-def _fits_exactly(value: Any, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits_exactly(value, one) for one in inner)
-    if origin is tuple:
-        return type(value) is tuple and all(_fits(item, inner[0]) for item in value)
-    if hint in (int, float, bool, str):
-        return type(value) is hint
-    if hint is type(None):
-        return value is None
-    if _is_protocol(hint):
-        asked = [name for name in vars(hint) if not name.startswith("_")] + ["__call__"] * ("__call__" in vars(hint))
-        return not isinstance(value, type | str) and all(hasattr(value, name) for name in asked)
-    if origin is Callable:
-        return callable(value) and not isinstance(value, type)
-    return isinstance(value, origin or hint)
-
-
-def _words(hint: Any, current: object) -> str:
-    """What a field of this type takes, for a person."""
-    known = {bool: "True or False", int: "a whole number", float: "a number", str: "text", type(None): "None"}
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint in known:
-        return known[hint]
-    if origin in (Union, UnionType):
-        return " or ".join(_words(one, current) for one in inner)
-    if origin is tuple:
-        one = current[0] if isinstance(current, tuple) and current else None
-        return {int: "a tuple such as (2, 4, 8)", str: "a tuple such as ('query', 'value')"}.get(
-            inner[0], f"a tuple, each item {_words(inner[0], one)}"
-        )
-    if origin is Callable:
-        return f"a function such as {getattr(current, '__name__', 'linear')}"
-    return f"a value like {type(current).__name__}(...)" if is_dataclass(current) else f"a {(origin or hint).__name__}"
+    raise Refused(whole, text, f"expected {words(hint, current)}")
 
 
 def _evaluate(node: ast.expr) -> Any:
@@ -112,7 +71,3 @@ def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Tuple):
         return tuple(_evaluate(item) for item in node.elts)
     return ast.literal_eval(node)
-
-
-def _is_protocol(hint: Any) -> bool:
-    return bool(getattr(hint, "_is_protocol", False))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.data.examples import Source
 from fedloom.data.partition import LabelDirichlet, Partition
@@ -53,5 +51,3 @@ class Run:
             raise Refused("threads", self.threads, "torch needs at least 1 thread")
         if not self.name or "/" in self.name:
             raise Refused("name", self.name, "it names the run folder: at least one letter and no slash")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise Refused("device", self.device, "this machine has no CUDA device; choose cpu")

@@ -148,7 +148,7 @@ class Server:
             seed=self.seed,
             idle=MappingProxyType(state.idle),
             busy=MappingProxyType(state.busy),
-            arrived=tuple(state.arrived),
+            arrived=state.arrived,
             shape=self.shape,
             seen=MappingProxyType(state.seen),
             dispatched=MappingProxyType(state.dispatched),
@@ -205,6 +205,8 @@ class Server:
         reason = self._finished()
         if reason:
             commands += [self._cancel(number) for number in tuple(state.busy)]
+            if state.asked < state.version:
+                commands.append(self._evaluate())
             state.stopped = True
             return [*commands, Stop(reason)]
         return commands + [self._dispatch(client) for client in self.schedule.start(self.fleet())]

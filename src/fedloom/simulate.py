@@ -61,12 +61,12 @@ class Simulation:
             self._push(0.0, ClientJoined(self.profiles[client]))
         while True:
             now, event = self._next()
-            if isinstance(event, UpdateArrived):
-                local = self.flying.pop(event.task, None)
-                if local is None:
-                    continue  # cancelled: the client stopped, nothing arrives
-                self.locals[event.client] = local
+            local = self.flying.pop(event.task, None) if isinstance(event, UpdateArrived) else None
+            if isinstance(event, UpdateArrived) and local is None:
+                continue  # cancelled: the client stopped, nothing arrives
             commands = self.server.handle(now, event)
+            if isinstance(event, UpdateArrived) and local and not any(isinstance(c, Reject) for c in commands):
+                self.locals[event.client] = local  # what a refused task left behind (moments of NaN, say) is not kept
             self.observe(now, event, commands)
             self._carry_out(now, commands)
             if commands and isinstance(commands[-1], Stop):

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from fedloom.lora import Adapter
 from fedloom.types import Command, Event, Update
+from fedloom.wire import tensors
 
 
 def fingerprint(adapter: Adapter) -> str:
     """sha256 over names, shapes and bytes of all tensors, in order of name."""
     digest = hashlib.sha256()
-    flat = {f"{name}.down": factor.down for name, factor in adapter.factors.items()}
-    flat |= {f"{name}.up": factor.up for name, factor in adapter.factors.items()}
-    flat |= {f"dense:{name}": tensor for name, tensor in adapter.dense.items()}
+    flat = tensors(adapter)
     for name in sorted(flat):
         tensor = flat[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())

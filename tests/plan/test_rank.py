@@ -17,7 +17,7 @@ from fedloom.types import Budget, Profile
 from toys import SHAPE, fleet
 
 CLIENT = Profile("a", 10)
-MEMORY = {rank: SHAPE.train_memory(rank, 1024) for rank in (2, 4, 8)}
+MEMORY = {rank: SHAPE.train_memory(rank, 2048) for rank in (2, 4, 8)}
 UPLOAD = {rank: 8 * SHAPE.payload(rank) / 10.0 for rank in (2, 4, 8)}
 
 

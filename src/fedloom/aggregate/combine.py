@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fedloom.lora import Adapter, Factor, balance, cut, energy, norm, pad, revive, scale, stack, truncate
+from fedloom.lora import Adapter, Factor, balance, cut, energy, pad, revive, scale, stack, truncate
 from fedloom.seeds import derive
 from fedloom.types import Budget, Merge, Model, Start
 
@@ -78,6 +78,16 @@ def product_sum(name: str, model: Adapter, merge: Merge, reach: Tensor) -> Facto
     return stack([(1.0, part) for part in parts])
 
 
+def best(wide: Factor, rank: int) -> tuple[Factor, float, float]:
+    """The best approximation of at most `rank`, and the energy (squared Frobenius norm) before and after.
+
+    The energy before comes from float32 Gram matrices: good to 1e-6, which is enough for a figure in a log.
+    """
+    kept = truncate(wide, rank)
+    before = ((wide.up.T @ wide.up) * (wide.down @ wide.down.T)).double().sum()
+    return kept, float(before), float(kept.up.double().square().sum())
+
+
 def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model:
     """The next model: products added up layer by layer, each cut to its best `rank`; dense parts averaged.
 
@@ -87,11 +97,11 @@ def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model
     for name, factor in model.adapter.factors.items():
         slots = max(factor.rank, *(update.result.adapter.factors[name].rank for _, update in merge.parts))
         wide[name] = product_sum(name, model.adapter, merge, reach(name, merge, slots))
-    factors = {name: truncate(factor, rank) for name, factor in wide.items()}
-    before = sum(norm(factor) ** 2 for factor in wide.values())
-    after = sum(norm(factor) ** 2 for factor in factors.values())
+    cuts = {name: best(factor, rank) for name, factor in wide.items()}
+    before = sum(energy for _, energy, _ in cuts.values())
+    after = sum(energy for _, _, energy in cuts.values())
     discarded = max(0.0, 1.0 - after / before) if before > 0 else 0.0
-    full = {name: pad(factor, rank) for name, factor in factors.items()}
+    full = {name: pad(factor, rank) for name, (factor, _, _) in cuts.items()}
     dense = dense_mean(model.adapter, terms(model.adapter, merge))
     return Model(Adapter(full, dense), model.basis + 1, discarded)
 

@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -163,6 +163,10 @@ def _delimited(content: bytes, delimiter: str, quoted: bool) -> pa.Table:
 
 def _gather(rows: Iterable[Row] | Callable[[], Iterable[Row]], where: str) -> Raw:
     """Rows turned to columns; what a row lacks is None."""
+    if isinstance(rows, Iterator):
+        raise Refused(
+            "data.rows", where, "an iterator can be read once only; give a list, or a function that returns one"
+        )
     listed = list(rows() if callable(rows) else rows)
     for number, row in enumerate(listed, 1):
         if not isinstance(row, Mapping):

@@ -150,11 +150,15 @@ def hold_out(
         Refused: a client has fewer than two examples, or an index that `examples` lack.
     """
     if not 0 < share < 1:
-        raise Refused("partition.held_out", share, "choose a share between 0 and 1")
+        raise Refused("held_out", share, "choose a share between 0 and 1")
     shards = []
     for client, part in parts.items():
         if len(part) < 2:
-            raise Refused("partition.client", client, f"has {len(part)} example(s), needs 2; use fewer clients")
+            raise Refused(
+                "partition.client",
+                client,
+                f"has {len(part)} example(s), needs 2; use fewer clients, or leave this one's rows out",
+            )
         if not all(0 <= index < len(examples) for index in part):
             raise Refused("partition.client", client, f"has an index outside the {len(examples)} examples")
         shuffled = _draw(seed, "held out", client).permutation(part).tolist()

@@ -45,7 +45,7 @@ class Rounds:
         if fleet.busy or fleet.arrived:
             return ()
         idle = sorted(fleet.idle)
-        size = min(len(idle), math.ceil(self.cohort_size * self.over_selection))
+        size = min(len(idle), math.ceil(round(self.cohort_size * self.over_selection, 9)))
         tasks = sum(fleet.dispatched.values())
         return sorted(rng(fleet.seed, "cohort", fleet.version, tasks).sample(idle, size))
 

@@ -85,6 +85,7 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
 
     Raises Refused if the model or the tokenizer cannot be loaded, or has no such target modules, or `rank` is too high.
     """
+    place = _device(device)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, fresh = _pretrained(name, labels)
@@ -93,12 +94,16 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
         _check_targets(model, lora)
+        biggest = max(max(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
+        if rank > biggest:  # before peft makes matrices of it
+            raise Refused("plan.rank", rank, f"no layer of the model is that large; choose ranks below {biggest}")
         try:
             adapted = get_peft_model(model, _config(lora, rank, _new_modules(model, fresh)), adapter_name=f"r{rank}")
         except ValueError as error:
             raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
-    base = Base(adapted.to(device), tokenizer, lora, labels, name)
-    _check_rank(base, rank)
+    base = Base(adapted.to(place), tokenizer, lora, labels, name)
+    _check_linear(base)
+    check_rank(base, "plan.rank", rank)
     return base
 
 
@@ -108,7 +113,7 @@ def initial(base: Base, rank: int) -> Adapter:
 
 
 def _config(lora: LoRA, rank: int, heads: list[str]) -> LoraConfig:
-    targets = None if lora.target_modules is None else list(lora.target_modules)
+    targets = list(lora.target_modules) if isinstance(lora.target_modules, tuple) else lora.target_modules
     return LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=rank,
@@ -163,26 +168,50 @@ def _first_line(error: Exception) -> str:
 
 
 def _target_remedy(model: nn.Module) -> str:
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n]
+    linear = (m for m in model.named_modules() if isinstance(m[1], nn.Linear) or "Conv1D" in type(m[1]).__name__)
+    names = [n for n, _ in linear if ".lora_" not in n and n.split(".")[0] not in HEADS]
     leaves = sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in names})
     return f"name linear layers of {type(model).__name__}: {', '.join(leaves)}"
 
 
 def _check_targets(model: PreTrainedModel, lora: LoRA) -> None:
     """PEFT is content if one of the names is found; we want each of them."""
-    for target in lora.target_modules or ():
+    for target in lora.target_modules if isinstance(lora.target_modules, tuple) else ():
         if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
             raise Refused("lora.target_modules", target, _target_remedy(model))
 
 
-def _check_rank(base: Base, rank: int) -> None:
+def check_rank(base: Base, field: str, rank: int) -> None:
+    """Raise Refused if a layer is too small for this rank."""
     for name, layer in convert.lora_layers(base.model).items():
-        if not isinstance(layer.get_base_layer(), nn.Linear) and "Conv1D" not in type(layer.get_base_layer()).__name__:
-            raise Refused("lora.target_modules", name, "only linear layers can be adapted")
         size = convert.size(layer)
         if rank > min(size):
-            which = f"layer {name} is {size[0]} x {size[1]}"
-            raise Refused("plan.rank", rank, f"{which}; choose ranks of at most {min(size)}")
+            raise Refused(field, rank, f"layer {name} is {size[0]} x {size[1]}; choose ranks of at most {min(size)}")
+
+
+def check_length(base: Base, max_length: int, longest: int) -> None:
+    """Raise Refused if the model cannot read a text of `longest` tokens, which `max_length` let through."""
+    positions = getattr(base.model.get_base_model().config, "max_position_embeddings", longest)
+    most = min(positions, base.tokenizer.model_max_length)
+    if longest > most:
+        raise Refused(
+            "training.max_length", max_length, f"a text has {longest} tokens, the model reads {most}; set {most}"
+        )
+
+
+def _check_linear(base: Base) -> None:
+    for name, layer in convert.lora_layers(base.model).items():
+        inner = layer.get_base_layer()
+        if not isinstance(inner, nn.Linear) and "Conv1D" not in type(inner).__name__:
+            raise Refused("lora.target_modules", name, "only linear layers can be adapted")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused("device", name, f"this machine has no such device ({_first_line(error)}); choose cpu") from error
 
 
 @contextmanager

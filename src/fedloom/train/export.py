@@ -40,6 +40,9 @@ def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Pa
     safetensors.torch.save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
     config = copy.deepcopy(base.model.peft_config[slot])
     config.base_model_name_or_path, config.inference_mode = base.name, True
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, set):  # would be written in another order each time
+        setattr(config, "target_modules", sorted(targets))  # noqa: B010  # mypy does not see the field
     config.save_pretrained(str(folder))
     pad = {"pad": base.tokenizer.pad_token_id, "token": base.tokenizer.pad_token}  # a decoder's own has none
     card = CARD.format(name=base.name, labels=len(names), folder=str(folder), names=", ".join(names), **pad)
@@ -60,7 +63,10 @@ def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path
 
 
 def at_rank(adapter: Adapter, rank: int) -> Adapter:
-    """The best approximation of each layer at `rank`; what a client of that rank would be handed."""
+    """The best approximation of each layer at `rank`.
+
+    For product-space methods that is what a client of the rank is handed; for FedIT it is at least as close to the whole.
+    """
     factors = {name: pad(truncate(factor, rank), rank) for name, factor in adapter.factors.items()}
     return Adapter(factors, adapter.dense)
 

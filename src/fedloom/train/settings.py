@@ -12,13 +12,15 @@ from fedloom.errors import Refused
 
 @dataclass(frozen=True, slots=True)
 class LoRA:
-    """How the base is adapted. `target_modules` None: PEFT's own choice for the architecture, usually query and value.
+    """How the base is adapted.
 
+    `target_modules` follows PEFT: names of layers, a regular expression, "all-linear", or None for PEFT's own choice for the
+    architecture, usually query and value.
     `scaling` is alpha/r, the same for every rank: with a fixed alpha the same adapter would be a different function on each
     client. 2.0 is PEFT's common lora_alpha = 2 r.
     """
 
-    target_modules: tuple[str, ...] | None = None
+    target_modules: tuple[str, ...] | str | None = None
     scaling: float = 2.0
     dropout: float = 0.05
 
