@@ -10,7 +10,13 @@ from pathlib import Path
 
 from bench.tiny import settle, tiny_encoder, tiny_run
 
-COMPARED = ("trace.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors")
+COMPARED = (
+    "trace.jsonl",
+    "metrics.jsonl",
+    "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+    "adapter/README.md",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,7 @@ BAD_RUNS = {
     "no run": ("walk = 1", ("FILE = ", "no `run`")),
     "run is no Run": ("run = 3", ("FILE = ", "no `run`")),
     "a file that raises": ("raise KeyError('x')", ("FILE = ", "KeyError")),
+    "a function that raises": ("def run():\n    raise KeyError('x')", ("FILE = ", "KeyError")),
     "a file that exits": ("raise SystemExit(0)", ("FILE = ", "SystemExit")),
     "a file that is no Python": ("run = = 1", ("FILE = ", "SyntaxError")),
 }

@@ -10,7 +10,20 @@ import pytest
 import torch
 
 from bench.same_bytes import COMPARED, start_twins
-from fedloom import IID, ByClient, FixedRank, Job, Limits, Plan, Refused, Rows, prepare
+from fedloom import (
+    IID,
+    ByClient,
+    FixedRank,
+    Job,
+    Limits,
+    Plan,
+    RaFLoRA,
+    Refused,
+    Rounds,
+    Rows,
+    Training,
+    prepare,
+)
 from fedloom.manifest import digest, plain
 from fedloom.report.read import read
 from fedloom.trace import fingerprint
@@ -123,6 +136,14 @@ def test_a_run_cut_short_before_its_first_version_has_a_report_and_no_adapter(en
         ({"data": Rows(toy_rows(20), text="txet")}, "data.text"),
         ({"partition": ByClient()}, "partition"),
         ({"held_out": 0.0}, "held_out"),
+        ({"plan": Plan(FixedRank(10**9))}, "plan.rank"),
+        ({"plan": Plan(FixedRank(2), 1.5)}, "plan.local_steps"),  # type: ignore[arg-type]
+        ({"aggregator": RaFLoRA(rank=5000)}, "aggregator.rank"),
+        ({"schedule": Rounds(cohort_size=2.5)}, "schedule.cohort_size"),  # type: ignore[arg-type]
+        ({"training": Training(learning_rate=float("inf"))}, "training.learning_rate"),
+        ({"data": Rows([{"text": "red cat " * 200, "label": str(i % 2)} for i in range(60)])}, "training.max_length"),
+        ({"data": Rows(iter(toy_rows(60)))}, "data.rows"),
+        ({"device": "gpu"}, "device"),
     ],
 )
 def test_nothing_is_written_when_preparing_fails(
@@ -178,3 +199,15 @@ def test_the_test_limit_is_kept_and_drawn_from_the_seed(encoder: Path) -> None:
     assert len(one.tested) == 7
     assert one.tested == two.tested != other.tested
     assert one.evaluate(one.server.state.model.adapter)["examples"] == 7
+
+
+def test_the_manifest_holds_no_text_of_the_clients(encoder: Path) -> None:
+    rows = [{"text": f"secret {i}", "label": str(i % 2)} for i in range(60)]
+    settings = json.dumps(plain(tiny_run(encoder, data=Rows(rows))))
+    assert "secret" not in settings
+    assert plain(Rows(rows)) != plain(Rows(rows[1:]))
+
+
+def test_the_hash_of_a_run_does_not_depend_on_where_files_lie() -> None:
+    assert digest({"model": "/home/a/models/tiny"}) == digest({"model": "/srv/models/tiny"})
+    assert digest({"model": "/home/a/models/tiny"}) != digest({"model": "/home/a/models/large"})

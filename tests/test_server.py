@@ -25,6 +25,7 @@ from fedloom.types import (
     Scored,
     Stop,
     Task,
+    TaskFailed,
     TimerFired,
     UpdateArrived,
 )
@@ -102,6 +103,27 @@ def test_a_run_stops_at_its_seconds_and_cancels_what_is_under_way() -> None:
     stop = server.handle(5.0, TimerFired())
     assert stop == [Cancel(2, tasks(commands)[1].client), Stop("5 s are over")]
     assert answer(server, 6.0, tasks(commands)[1]) == []
+
+
+def test_the_last_version_is_scored_also_when_time_ends_the_run() -> None:
+    server, commands = started(limits=Limits(versions=9, seconds=5.0, evaluate_every=9))
+    for task in tasks(commands):
+        answer(server, 1.0, task)
+    assert server.state.version == 1
+    stop = server.handle(5.0, TimerFired())
+    assert [c.version for c in stop if isinstance(c, Evaluate)] == [1]
+    assert isinstance(stop[-1], Stop)
+
+
+def test_a_run_in_which_every_task_fails_ends_with_the_reason() -> None:
+    server, commands = started(limits=Limits(versions=9, failures=3))
+    now = 0.0
+    while not (commands and isinstance(commands[-1], Stop)):
+        now += 1.0
+        task = min(server.state.busy.values(), key=lambda task: task.id)
+        commands = server.handle(now, TaskFailed(task.client, task.id, "out of memory"))
+    assert commands[-1] == Stop("3 tasks failed in a row, the last one: out of memory")
+    assert now == 3.0
 
 
 @pytest.mark.parametrize(("every", "scored"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4, 5]), (5, [0, 5]), (9, [0, 5])])

@@ -172,6 +172,19 @@ def test_moments_come_back_to_the_client_that_made_them_and_only_if_its_answer_a
         assert basis == (f"task {max(earlier)}" if earlier else "")
 
 
+def test_what_a_refused_task_left_behind_is_not_kept() -> None:
+    given: list[Local] = []
+
+    class Poisoned(Null):
+        def train(self, work: Any) -> list[tuple[Result, Local]]:
+            given.extend(local for _, local in work)
+            return [(replace(r, metrics={"loss": float("nan")}), Local("poison")) for r, _ in super().train(work)]
+
+    run(schedule=Rounds(cohort_size=2), trainer=Poisoned(), limits=Limits(versions=8, failures=6))
+    assert len(given) >= 6
+    assert {local.basis for local in given} == {""}
+
+
 def test_scores_come_back_as_events_of_their_version() -> None:
     log = run(versions=3)
     assert [event.version for _, event, _ in log.steps if isinstance(event, Scored)] == [0, 1, 2, 3]

@@ -59,7 +59,8 @@ def test_every_client_is_drawn_about_equally_often() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cohort", "over", "started"), [(10, 1.0, 10), (10, 1.3, 13), (3, 1.5, 5), (40, 1.0, 30), (20, 2.0, 30)]
+    ("cohort", "over", "started"),
+    [(10, 1.0, 10), (10, 1.3, 13), (3, 1.5, 5), (40, 1.0, 30), (20, 2.0, 30), (20, 1.1, 22)],
 )
 def test_over_selection_rounds_up_and_a_small_federation_takes_part_whole(
     cohort: int, over: float, started: int

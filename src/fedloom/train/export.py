@@ -45,7 +45,7 @@ def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Pa
         setattr(config, "target_modules", sorted(targets))  # noqa: B010  # mypy does not see the field
     config.save_pretrained(str(folder))
     pad = {"pad": base.tokenizer.pad_token_id, "token": base.tokenizer.pad_token}  # a decoder's own has none
-    card = CARD.format(name=base.name, labels=len(names), folder=str(folder), names=", ".join(names), **pad)
+    card = CARD.format(name=base.name, labels=len(names), folder=folder.name, names=", ".join(names), **pad)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder
 
