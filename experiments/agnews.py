@@ -23,6 +23,7 @@ from fedloom import (
     LabelDirichlet,
     Limits,
     Plan,
+    ProductDelta,
     RaFLoRA,
     RankByCapability,
     Rounds,
@@ -75,6 +76,7 @@ METHODS: dict[str, Callable[[int, float], Run]] = {
     ),
     "hlora": lambda seed, rate: federated(seed, "hlora", rate, aggregator=HLoRA()),
     "hlora-balanced": lambda seed, rate: federated(seed, "hlora-balanced", rate, aggregator=HLoRA(balanced=True)),
+    "product-delta": lambda seed, rate: federated(seed, "product-delta", rate, aggregator=ProductDelta()),
     "raflora": lambda seed, rate: federated(seed, "raflora", rate, aggregator=RaFLoRA()),
 }
 RATES = {
@@ -84,6 +86,7 @@ RATES = {
     "hlora-published": 1e-2,
     "hlora": 1e-2,
     "hlora-balanced": 5e-3,
+    "product-delta": 1e-2,
     "raflora": 1e-2,
 }
 """The best of each on seed 100: `python experiments/agnews_rates.py --summary`."""

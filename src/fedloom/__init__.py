@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fedloom.aggregate.fedit import FedIT
     from fedloom.aggregate.hlora import HLoRA
+    from fedloom.aggregate.product_delta import ProductDelta
     from fedloom.aggregate.raflora import RaFLoRA
     from fedloom.data.load import Hub, Rows, Table
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "aggregate.fedit": ("FedIT",),
     "aggregate.hlora": ("HLoRA",),
+    "aggregate.product_delta": ("ProductDelta",),
     "aggregate.raflora": ("RaFLoRA",),
     "data.load": ("Hub", "Rows", "Table"),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
@@ -61,6 +63,7 @@ __all__ = [
     "LoRA",
     "Outcome",
     "Plan",
+    "ProductDelta",
     "QuantityDirichlet",
     "RaFLoRA",
     "RandomRank",

@@ -1,0 +1,52 @@
+"""Changes of products are averaged: a client votes on what it changed, and on nothing else.
+
+Source: our own combination. The rule is FedAvg in the form of updates (McMahan et al. 2017, Alg. 1: w + sum p_k (w_k - w)), applied
+to products as HLoRA does (arXiv 2503.00813) and re-factorised in the same way. Where HLoRA lets a client of low rank vote zero on
+the directions that it does not hold, and raFLoRA leaves it out and so amplifies the few who do, it votes here for what the server
+has: W + sum p_k (B_k A_k - what k received). No learning, no change; no direction is amplified.
+Cost: as HLoRA with twice the ranks, because what was sent out is stacked beside what came back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from fedloom.aggregate.combine import everyone, handed_out, merge_products, server_rank
+from fedloom.errors import Refused
+from fedloom.lora import Adapter
+from fedloom.types import Budget, Merge, Model, Start
+
+
+@dataclass(frozen=True, slots=True)
+class ProductDelta:
+    """The model plus the mean change of products, truncated to `rank` on the server (None: the highest client rank).
+
+    `balanced` divides singular values evenly over both factors of what a client receives.
+    """
+
+    rank: int | None = None
+    balanced: bool = False
+    space: ClassVar[Literal["product"]] = "product"
+    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {8: "a client of low rank votes for the server's value of the directions that it did not train"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise Refused("aggregator.rank", self.rank, "the server must keep at least 1 direction")
+
+    def init(self, start: Adapter) -> Model:
+        """The first global model is the start itself; it is re-factorised at the first merge."""
+        return Model(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """W + step * sum p_k (B_k A_k - what k received), cut to the server's rank."""
+        keep = self.rank or server_rank(model.adapter)
+        return merge_products(model, replace(merge, as_delta=True), keep, everyone)
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """The leading directions at the client's rank."""
+        return handed_out(model, budget, seed, self.balanced)
