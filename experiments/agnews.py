@@ -86,7 +86,7 @@ RATES = {
     "hlora-published": 1e-2,
     "hlora": 1e-2,
     "hlora-balanced": 5e-3,
-    "product-delta": 1e-2,
+    "product-delta": 5e-3,
     "raflora": 1e-2,
 }
 """The best of each on seed 100: `python experiments/agnews_rates.py --summary`."""
