@@ -52,7 +52,7 @@ def demo(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -
     from fedloom.job import prepare
     from fedloom.report.html import write
 
-    parent = _vacant(out_dir or folder.free(Path("runs"), "demo"))
+    parent = folder.vacant(out_dir or folder.free(Path("runs"), "demo"))
     run = _overridden(demo_run(), settings, seed)
     job = prepare(run)
     _introduce(job)
@@ -80,7 +80,7 @@ def run(
     from fedloom.job import prepare
 
     value = _overridden(_run_of(file), settings, seed)
-    target = _vacant(out_dir or folder.free(Path("runs"), value.name))
+    target = folder.vacant(out_dir or folder.free(Path("runs"), value.name))
     job = prepare(value)
     _introduce(job)
     outcome = _carry_out(job, target)
@@ -177,13 +177,6 @@ def _run_of(file: Path) -> Run:
     if not isinstance(value, Run):
         raise Refused("FILE", str(file), "it defines no `run`; end it with `run = Run(...)`")
     return value
-
-
-def _vacant(path: Path) -> Path:
-    """The path, if a run folder can be made there: asked before the long work, made after it."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise Refused("--out", str(path), "it exists already; choose another folder or remove it first")
-    return path
 
 
 def _overridden(value: Run, settings: list[str] | None, seed: int | None) -> Run:

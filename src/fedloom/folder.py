@@ -28,10 +28,16 @@ from fedloom.types import (
 )
 
 
-def create(path: Path) -> Path:
-    """A new, empty run folder. Raises Refused if there is something at `path` already."""
+def vacant(path: Path) -> Path:
+    """The path, if a run folder can be made there: asked before long work, and again when it is made."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise Refused("--out", str(path), "it exists already; choose another folder or remove it first")
+    return path
+
+
+def create(path: Path) -> Path:
+    """A new, empty run folder. Raises Refused if there is something at `path` already."""
+    vacant(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
