@@ -12,7 +12,7 @@ from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits, Server
 from fedloom.simulate import Simulation
-from fedloom.types import Aggregator, Local, Profile, Result, Task
+from fedloom.types import Aggregator, Local, Model, Profile, Result, Task
 from fedloom.world import World
 
 ROUNDS = 10
@@ -44,12 +44,12 @@ def energy2(how: Aggregator, seed: int) -> float:
     profiles = {name: Profile(name, 10) for name in names}
     simulation = Simulation(server, Idle(), World(), profiles, lambda adapter: {}, lambda *step: None, seed=seed)
     simulation.run()
-    return sum(energy_shares(server.state.model.adapter)[:2])
+    return sum(energy_shares(server.state.model)[:2])
 
 
 def energies(seeds: Sequence[int]) -> dict[str, float]:
     """The start, and the worst seed of each method: lowest for HLoRA, farthest from the start for the default."""
-    start = sum(energy_shares(toy_adapter(max(FEDERATION), 1))[:2])
+    start = sum(energy_shares(Model(toy_adapter(max(FEDERATION), 1)))[:2])
     default = max((energy2(RaFLoRA(), seed) for seed in seeds), key=lambda share: abs(share - start))
     return {
         "energy2_hlora": min(energy2(HLoRA(), seed) for seed in seeds),

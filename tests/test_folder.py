@@ -65,7 +65,7 @@ class Book:
     def __init__(self, schedule: Rounds, clients: int = 3) -> None:
         self.server = toys.server(schedule, FedIT())
         self.file = io.StringIO()
-        self.metrics = folder.Metrics(self.file, toys.SHAPE)
+        self.metrics = folder.Metrics(self.file)
         for profile in toys.profiles(clients).values():
             self.step(0.0, ClientJoined(profile))
         self.tasks = [command.task for command in self.step(0.0, TimerFired()) if isinstance(command, Dispatch)]
@@ -76,14 +76,15 @@ class Book:
         return commands
 
     def answer(self, now: float, task: Task, **more: Any) -> list[Command]:
-        result = replace(toys.make_result(task.start.train), **more)
+        result = replace(toys.make_result(toys.changed(task.start, task.id)), **more)
         return self.step(now, UpdateArrived(task.client, task.id, result))
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         return [line for line in map(json.loads, self.file.getvalue().splitlines()) if line["kind"] == kind]
 
 
-PAYLOAD = toys.SHAPE.payload(2)
+PAYLOAD = 4 * (2 * (4 + 3) + 3)
+HEAD = 4 * 3
 
 
 def test_a_merged_task_has_one_line_with_its_times_and_bytes() -> None:
@@ -99,7 +100,7 @@ def test_a_merged_task_has_one_line_with_its_times_and_bytes() -> None:
     assert version["updates"] == 3
     assert version["loss"] == 0.5
     assert version["bytes_up"] == version["bytes_down"] == 3 * PAYLOAD
-    assert version["bytes_up_dense"] == 3 * 4 * toys.SHAPE.dense
+    assert version["bytes_up_dense"] == 3 * HEAD
     assert version["ranks"] == {"2": 3}
 
 
@@ -131,4 +132,4 @@ def test_a_score_is_told_with_its_time() -> None:
 
 def test_a_number_that_is_not_finite_stops_the_writer_and_not_the_reader() -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
-        folder.Metrics(io.StringIO(), toys.SHAPE).write({"loss": float("nan")})
+        folder.Metrics(io.StringIO()).write({"loss": float("nan")})

@@ -198,7 +198,7 @@ def test_the_test_limit_is_kept_and_drawn_from_the_seed(encoder: Path) -> None:
     one, two, other = (prepare(tiny_run(encoder, test_limit=7, seed=seed)) for seed in (1, 1, 2))
     assert len(one.tested) == 7
     assert one.tested == two.tested != other.tested
-    assert one.evaluate(one.server.state.model.adapter)["examples"] == 7
+    assert one.evaluate(one.server.state.model)["examples"] == 7
 
 
 def test_the_manifest_holds_no_text_of_the_clients(encoder: Path) -> None:

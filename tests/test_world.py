@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.errors import Refused
-from fedloom.types import Profile
+from fedloom.types import Profile, Result
 from fedloom.world import LAPTOP, PHONE, WORKSTATION, Tier, World
-from toys import SHAPE, adapter, make_task
+from toys import SHAPE, adapter, make_result, make_task
 
 CLIENT = Profile("a", 10, flops=1e6, up_bps=1e3, down_bps=4e3)
 STILL = World(jitter=0.0)
@@ -25,9 +25,16 @@ def task(number: int = 1, rank: int = 4, client: str = "a") -> Any:
     return make_task(adapter(rank), rank, number, client)
 
 
+def result(rank: int = 4) -> Result:
+    return make_result(adapter(rank, 1), tokens=50)
+
+
+RESULT = result()
+
+
 def test_seconds_are_bytes_over_links_and_flop_over_speed() -> None:
     """8 bits a byte; 2 FLOP a weight and token forward, 2 back, 6 for LoRA (cost.py)."""
-    took = STILL.seconds(task(), CLIENT, SHAPE, tokens=50, seed=0)
+    took = STILL.seconds(task(), RESULT, CLIENT, SHAPE, seed=0)
     values = 4 * (12 + 10 + 10 + 14)  # rank x (out + in) of both layers
     payload = 4 * (values + 3)
     assert took.up == pytest.approx(8 * payload / 1e3)
@@ -37,14 +44,14 @@ def test_seconds_are_bytes_over_links_and_flop_over_speed() -> None:
 
 
 def test_a_higher_rank_takes_longer_on_the_wire_and_to_train() -> None:
-    low, high = (STILL.seconds(task(rank=rank), CLIENT, SHAPE, 50, 0) for rank in (2, 8))
+    low, high = (STILL.seconds(task(rank=rank), result(rank), CLIENT, SHAPE, 0) for rank in (2, 8))
     assert low.up < high.up
     assert low.train < high.train
 
 
 def test_jitter_is_lognormal_of_the_training_time_alone() -> None:
-    still = STILL.seconds(task(), CLIENT, SHAPE, 50, 0)
-    drawn = [World(jitter=0.3).seconds(task(k), CLIENT, SHAPE, 50, 0) for k in range(1, 1001)]
+    still = STILL.seconds(task(), RESULT, CLIENT, SHAPE, 0)
+    drawn = [World(jitter=0.3).seconds(task(k), RESULT, CLIENT, SHAPE, 0) for k in range(1, 1001)]
     logs = [math.log(one.train / still.train) for one in drawn]
     assert abs(mean(logs)) < 0.05
     assert pstdev(logs) == pytest.approx(0.3, abs=0.03)
@@ -54,7 +61,7 @@ def test_jitter_is_lognormal_of_the_training_time_alone() -> None:
 
 def test_jitter_depends_on_seed_client_and_task_alone() -> None:
     def train(number: int = 1, client: str = "a", seed: int = 0) -> float:
-        return World().seconds(task(number, client=client), replace(CLIENT, client=client), SHAPE, 50, seed).train
+        return World().seconds(task(number, client=client), RESULT, replace(CLIENT, client=client), SHAPE, seed).train
 
     assert train() == train()
     assert len({train(), train(number=2), train(client="b"), train(seed=1)}) == 4

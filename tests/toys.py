@@ -19,12 +19,13 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.cost import Shape
-from fedloom.lora import Adapter, Factor
+from fedloom.lora import Adapter, Factor, whole
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.rounds import Rounds
 from fedloom.schedule.weights import uniform
 from fedloom.server import Limits, Server
+from fedloom.train.trainer import personal
 from fedloom.types import Aggregator, Budget, Fleet, Local, Merge, Model, Profile, Result, Schedule, Start, Task, Update
 
 torch.set_num_threads(1)  # matrices this small are slower on two cores
@@ -152,19 +153,27 @@ def sent(method: Aggregator, model: Model, rank: int, number: int = 1) -> Task:
 
 
 def returned(task: Task, trained: Adapter | None = None) -> Update:
-    """The answer to it; without `trained` the client gives back what it got."""
-    return Update(task, make_result(trained or task.start.train))
+    """The answer to it, private sides left at the client; without `trained` the client gives back what it got."""
+    sent = task.start.train
+    given = trained or sent
+    if task.start.rules.private:
+        factors = {n: Factor(*(getattr(sent.factors[n] if side in task.start.rules.private else f, side)
+                               for side in ("down", "up"))) for n, f in given.factors.items()}  # fmt: skip
+        given = Adapter(factors, sent.dense if "dense" in task.start.rules.private else given.dense)
+    return Update(task, make_result(given))
 
 
-def changed(start: Adapter, seed: int, by: float = 0.3) -> Adapter:
-    """`start` after some training: every entry moved."""
-    rank = next(iter(start.factors.values())).rank
-    noise = adapter(rank, seed)
-    factors = {
-        n: Factor(f.down + by * noise.factors[n].down, f.up + by * noise.factors[n].up)
-        for n, f in start.factors.items()
-    }
-    return Adapter(factors, {n: t + by * noise.dense[n] for n, t in start.dense.items()})
+def changed(start: Start | Adapter, seed: int, by: float = 0.3) -> Adapter:
+    """What was sent after some training: every entry moved, frozen sides apart."""
+    begin, frozen = (start.train, start.rules.frozen) if isinstance(start, Start) else (start, ())
+    factors = {}
+    for k, (n, f) in enumerate(begin.factors.items()):
+        noise = factor(f.rank, f.up.shape[0], f.down.shape[1], seed=seed * 100 + k)
+        down = f.down if "down" in frozen else f.down + by * noise.down
+        factors[n] = Factor(down, f.up if "up" in frozen else f.up + by * noise.up)
+    moved = {n: t + by * torch.randn(t.shape, generator=torch.Generator().manual_seed(seed * 100 + 99))
+             for n, t in begin.dense.items()}  # fmt: skip
+    return Adapter(factors, begin.dense if "dense" in frozen else moved)
 
 
 def mean_of(updates: Sequence[Update], weights: Sequence[float] | None = None, **more: Any) -> Merge:
@@ -226,18 +235,30 @@ class Quadratic:
         return squares / sum(float(t.square().sum()) for t in wanted.values())
 
     def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
-        return [(self._one(task), replace(local, basis=task.start.basis)) for task, local in work]
+        return [self._one(task, local) for task, local in work]
 
-    def _one(self, task: Task) -> Result:
-        target, factors = self.target(task.client), {}
+    def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
+        start, target, factors = task.start, self.target(task.client), {}
+        begin = personal(start, local)
         generator = torch.Generator().manual_seed(task.seed)
-        for name, start in task.start.train.factors.items():
-            down, up = start.down.double(), start.up.double()
+        for name, factor in begin.factors.items():
+            down, up = factor.down.double(), factor.up.double()
+            rest = target[name] - (product(start.fold.factors[name]) if start.fold else 0.0)
             for _ in range(task.budget.steps):
                 noise = 0.01 * torch.randn(target[name].shape, generator=generator, dtype=torch.float64)
-                slope = up @ down - target[name] + noise
-                steps = (self.rate / max(float(side.square().sum()), 1.0) for side in (down, up))
-                up, down = up - next(steps) * slope @ down.T, down - next(steps) * up.T @ slope
+                slope = up @ down - rest + noise
+                by_up, by_down = (self.rate / max(float(side.square().sum()), 1.0) for side in (down, up))
+                new_up = up if "up" in start.rules.frozen else up - by_up * slope @ down.T
+                down = down if "down" in start.rules.frozen else down - by_down * up.T @ slope
+                up = new_up
             factors[name] = Factor(down.float(), up.float())
-        trained = Adapter(factors, task.start.train.dense)
-        return make_result(trained, steps=task.budget.steps, metrics={"loss": self.loss(trained)})
+        trained = Adapter(factors, begin.dense)
+        given = returned(task, trained).result.adapter
+        metrics = {"loss": self.loss(whole(trained, start.fold))}
+        control = start.control and Adapter(
+            {n: Factor(0.0 * f.down, 0.0 * f.up) for n, f in given.factors.items()},
+            {n: 0.0 * t for n, t in given.dense.items()},
+        )
+        private = trained if start.rules.private else None
+        result = make_result(given, steps=task.budget.steps, metrics=metrics, control=control)
+        return result, replace(local, basis=start.basis, private=private)

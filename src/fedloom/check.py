@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedloom.lora import Adapter, Factor
-from fedloom.types import Result, Task
+from fedloom.lora import Adapter, Factor, cut, server_rank
+from fedloom.types import Result, Start, Task
 
 MAX_NORM = 1e5
 """Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; what is beyond would drown the others."""
@@ -21,7 +21,13 @@ def fault(task: Task, result: Result) -> str | None:
     """Why `result` is no answer to `task`, in words; None if it is one. Cost: one pass over the tensors. Never raises."""
     if not isinstance(result, Result) or not isinstance(result.adapter, Adapter):
         return f"the answer is a {type(result).__name__}, not a result with an adapter"
-    return _numbers(task, result) or _adapter(task.start.train, result.adapter)
+    start = task.start
+    return (
+        _numbers(task, result)
+        or _adapter(_pruned(start, result.adapter), result.adapter)
+        or _kept(start, result.adapter)
+        or _control(start, result.control)
+    )
 
 
 def _numbers(task: Task, result: Result) -> str | None:
@@ -36,6 +42,39 @@ def _numbers(task: Task, result: Result) -> str | None:
         if not isinstance(name, str) or type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
             return f"metric {_told(name)} is {_told(number)}, expected a finite number"
     return None
+
+
+def _pruned(start: Start, given: Adapter) -> Adapter:
+    """What is asked for; where self-pruning is allowed, at the one rank between `least` and the full one that the client chose."""
+    if start.rules.pruning is None or not isinstance(given.factors, Mapping):
+        return start.train
+    first = next(iter(given.factors.values()), None)
+    if not isinstance(first, Factor) or type(first.down) is not Tensor or first.down.is_nested or first.down.dim() != 2:
+        return start.train
+    rank = max(min(start.rules.pruning.least, server_rank(start.train)), first.down.shape[0])
+    return Adapter({name: cut(factor, rank) for name, factor in start.train.factors.items()}, start.train.dense)
+
+
+def _kept(start: Start, given: Adapter) -> str | None:
+    """A side that was to stay as it is, and did not."""
+    for side in sorted(start.rules.kept):
+        if side == "dense":
+            pairs = {name: (tensor, given.dense[name]) for name, tensor in start.train.dense.items()}
+        else:
+            pairs = {n: (getattr(f, side), getattr(given.factors[n], side)) for n, f in start.train.factors.items()}
+        for name, (sent, back) in pairs.items():
+            if not sent.equal(back):
+                return f"the {side} side of {name!r} was not to be changed"
+    return None
+
+
+def _control(start: Start, given: object) -> str | None:
+    if start.control is None:
+        return None if given is None else "a control variate was not asked for"
+    if not isinstance(given, Adapter):
+        return f"the control variate is a {type(given).__name__}, not an adapter"
+    reason = _adapter(start.control, given)
+    return reason and f"control variate: {reason}"
 
 
 def _adapter(asked: Adapter, given: Adapter) -> str | None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from fedloom import payload
 from fedloom.aggregate.combine import energy_shares
-from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.types import (
     Cancel,
@@ -75,11 +75,10 @@ class Metrics:
     """An observer that writes `metrics.jsonl`: a line a task, a version, a score; see docs/run-folder.md for the fields."""
 
     file: TextIO
-    shape: Shape
     traffic: Traffic = field(default_factory=Traffic)
     tasks: dict[int, Task] = field(default_factory=dict)
     arrived: dict[int, float] = field(default_factory=dict)
-    uploaded: set[int] = field(default_factory=set)
+    uploaded: dict[int, payload.Bytes] = field(default_factory=dict)
     cancelled: int = 0
     rejected: int = 0
 
@@ -90,9 +89,10 @@ class Metrics:
             case UpdateArrived(_, number, _) if number in self.tasks:
                 if number not in rejected:
                     self.arrived[number] = now
-                self.uploaded.add(number)
-                self.traffic.up += self.shape.payload(self.tasks[number].budget.rank)
-                self.traffic.dense_up += 4 * self.shape.dense
+                size = payload.up(self.tasks[number], event.result)
+                self.uploaded[number] = size
+                self.traffic.up += size.total
+                self.traffic.dense_up += size.dense
             case TaskFailed(_, number, reason):
                 self._ended(number, "failed", reason)
             case ClientLost(client):
@@ -112,8 +112,9 @@ class Metrics:
         match command:
             case Dispatch(task):
                 self.tasks[task.id] = task
-                self.traffic.down += self.shape.payload(task.budget.rank)
-                self.traffic.dense_down += 4 * self.shape.dense
+                size = payload.down(task.start)
+                self.traffic.down += size.total
+                self.traffic.dense_down += size.dense
             case Cancel(number, _):
                 self.cancelled += 1
                 self.arrived[number] = now
@@ -135,13 +136,9 @@ class Metrics:
             return
         line: dict[str, object] = {"kind": "task", "id": number, "client": task.client, "version": task.version}
         line |= {"rank": task.budget.rank, "sent": task.sent, "arrived": self.arrived.pop(number, None)}
-        payload = self.shape.payload(task.budget.rank)
-        line |= {
-            "status": status,
-            "reason": reason,
-            "bytes_down": payload,
-            "bytes_up": payload if number in self.uploaded else 0,
-        }
+        down, up = payload.down(task.start), self.uploaded.pop(number, payload.Bytes(0, 0))
+        line |= {"status": status, "reason": reason, "bytes_down": down.total, "bytes_down_dense": down.dense}
+        line |= {"bytes_up": up.total, "bytes_up_dense": up.dense}
         if update:
             took = {part: update.result.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up")}
             line |= {"seconds": took, "loss": update.result.metrics.get("loss")}
@@ -167,7 +164,7 @@ class Metrics:
                 "bytes_down": self.traffic.down,
                 "bytes_up_dense": self.traffic.dense_up,
                 "bytes_down_dense": self.traffic.dense_down,
-                "energy": energy_shares(publish.model.adapter),
+                "energy": energy_shares(publish.model),
                 "discarded": publish.model.discarded,
                 "ranks": dict(sorted(ranks.items(), key=lambda item: int(item[0]))),
             }

@@ -12,7 +12,7 @@ import torch
 from fedloom import __version__, folder, kinds, manifest
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
-from fedloom.lora import Adapter
+from fedloom.lora import Adapter, level, whole
 from fedloom.report.html import write as write_report
 from fedloom.run import Run
 from fedloom.seeds import derive, rng
@@ -23,8 +23,8 @@ from fedloom.train.base import Base, check_length, check_rank, initial, load
 from fedloom.train.evaluate import Scores, score
 from fedloom.train.export import save
 from fedloom.train.texts import Encoded, encode
-from fedloom.train.trainer import PeftTrainer
-from fedloom.types import Budget, ClientId, Command, Event, Profile
+from fedloom.train.trainer import PeftTrainer, personal
+from fedloom.types import Budget, ClientId, Command, Event, Local, Model, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,30 +71,35 @@ class Job:
             raise
         finally:
             self._close(out, {**about, "status": status, "status_reason": reason})
-        return Outcome(out, tuple(scores), self.server.state.model.adapter)
+        model = self.server.state.model
+        return Outcome(out, tuple(scores), whole(model.adapter, model.fold))
 
-    def evaluate(self, adapter: Adapter) -> dict[str, float]:
+    def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on the test examples."""
-        scores = score(self.base, adapter, self.test_texts, self.tested)
+        scores = score(self.base, model.adapter, self.test_texts, self.tested, model.fold)
         return {**scores.figures(self.base.labels), "examples": len(self.tested)}
 
-    def client_scores(self) -> list[dict[str, object]]:
-        """For each client: the global model at its rank, on its held-out part, beside the share of its commonest label.
+    def client_scores(self, locals_: Mapping[ClientId, Local]) -> list[dict[str, object]]:
+        """For each client: the model that it would run, at its rank, on its held-out part, beside its commonest label's share.
 
-        Clients of one rank are predicted together, so the base is loaded once a rank and not once a client.
+        Clients of one rank are predicted together, so the base is loaded once a rank and not once a client; where something
+        stays private (FedSA), each has a model of its own.
         """
-        fleet, model = self.server.fleet(), self.server.state.model
-        ranks = {client: self.run.plan(profile, fleet).rank for client, profile in self.profiles.items()}
+        fleet, state = self.server.fleet(), self.server.state
+        asked = {client: self.run.plan(profile, fleet).rank for client, profile in self.profiles.items()}
+        ranks = {client: min(rank, state.pruned.get(client, rank)) for client, rank in asked.items()}
         lines = []
         for rank in sorted(set(ranks.values())):
-            start = self.run.aggregator.start(model, Budget(rank, 1), derive(self.run.seed, "final"))
+            start = self.run.aggregator.start(state.model, Budget(rank, 1), derive(self.run.seed, "final"))
             members = [shard for shard in self.shards if ranks[shard.client] == rank]
-            scores = score(self.base, start.train, self.train_texts, [i for shard in members for i in shard.held_out])
-            first = 0
-            for shard in members:
-                own = scores.at(range(first, first + len(shard.held_out)))
-                first += len(shard.held_out)
-                lines.append(self._client_line(shard, rank, own))
+            for group in [[one] for one in members] if start.rules.private else [members]:
+                adapter = personal(start, locals_.get(group[0].client, Local()))
+                examples = [i for shard in group for i in shard.held_out]
+                scores, first = score(self.base, adapter, self.train_texts, examples, start.fold), 0
+                for shard in group:
+                    own = scores.at(range(first, first + len(shard.held_out)))
+                    first += len(shard.held_out)
+                    lines.append(self._client_line(shard, rank, own))
         return sorted(lines, key=lambda line: str(line["client"]))
 
     def about(self) -> dict[str, object]:
@@ -125,8 +130,8 @@ class Job:
         }
 
     def _simulate(self, out: Path, observers: Sequence[Observer], scores: list[Mapping[str, float]]) -> str:
-        def evaluate(adapter: Adapter) -> Mapping[str, float]:
-            scores.append(self.evaluate(adapter))
+        def evaluate(model: Model) -> Mapping[str, float]:
+            scores.append(self.evaluate(model))
             return scores[-1]
 
         def observe(now: float, event: Event, commands: list[Command]) -> None:
@@ -136,7 +141,7 @@ class Job:
         with ExitStack() as files:
             trace = Trace(files.enter_context((out / "trace.jsonl").open("w", encoding="utf-8")))
             lines = files.enter_context((out / "metrics.jsonl").open("w", encoding="utf-8"))
-            metrics = folder.Metrics(lines, self.server.shape)
+            metrics = folder.Metrics(lines)
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
             trainer = PeftTrainer(self.base, self.train_texts, shards, self.run.training)
@@ -144,7 +149,7 @@ class Job:
                 self.server, trainer, self.run.world, self.profiles, evaluate, observe, seed=self.run.seed
             )
             reason = simulation.run()
-            for line in self.client_scores():
+            for line in self.client_scores(simulation.locals):
                 metrics.write(line)
         return reason
 
@@ -160,7 +165,8 @@ class Job:
         """The final manifest, the adapter of the last version, the report: also for a run that was cut short."""
         folder.write_json(out / "manifest.json", about)
         if self.server.state.version > 0:
-            save(self.base, self.server.state.model.adapter, self.split.train.names, out / "adapter")
+            model = self.server.state.model
+            save(self.base, level(whole(model.adapter, model.fold)), self.split.train.names, out / "adapter")
         write_report([out], out / "report.html")
 
 

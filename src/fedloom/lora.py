@@ -112,6 +112,37 @@ def revive(factor: Factor, rank: int, seed: int) -> Factor:
     return Factor(down, up)
 
 
+def fresh(like: Factor, rank: int, seed: int) -> Factor:
+    """A LoRA at its start: `up` zero, `down` random orthogonal rows as long as those of `like` (their median)."""
+    rows = _fresh_rows(like.down[:0], rank, seed) * like.down.norm(dim=1).median()
+    return Factor(rows, like.up.new_zeros(like.up.shape[0], rank))
+
+
+def compact(factor: Factor) -> Factor:
+    """The same product with no more directions than a matrix of its size can have."""
+    most = min(factor.up.shape[0], factor.down.shape[1])
+    return truncate(factor, most) if factor.rank > most else factor
+
+
+def whole(adapter: Adapter, fold: Adapter | None) -> Adapter:
+    """Adapter and fold as one adapter: the whole change of the base model."""
+    if fold is None:
+        return adapter
+    pairs = {name: [(1.0, factor), (1.0, fold.factors[name])] for name, factor in adapter.factors.items()}
+    return Adapter({name: compact(stack(pair)) for name, pair in pairs.items()}, adapter.dense)
+
+
+def level(adapter: Adapter) -> Adapter:
+    """The same products with one rank for all layers, the highest of them, by zero directions."""
+    rank = server_rank(adapter)
+    return Adapter({name: pad(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
+
+
+def server_rank(adapter: Adapter) -> int:
+    """The highest rank of the adapter's layers: what the server keeps unless a method says otherwise."""
+    return max(factor.rank for factor in adapter.factors.values())
+
+
 def energy(factor: Factor) -> Tensor:
     """Squared singular values of the product, largest first, (min(rank, d_out, d_in),) in float64."""
     values: Tensor = torch.linalg.svdvals(_core(factor))

@@ -35,7 +35,10 @@ def plain(value: object) -> object:
 
 
 def digest(settings: object) -> str:
-    """Twelve hex digits that name these settings: two runs with the same hash had the same, wherever their files lay."""
+    """Twelve hex digits that name these settings: two runs with the same hash had the same, wherever their files lay.
+
+    What is off (None, False, 0, empty) does not count, so that a new option does not rename all earlier runs.
+    """
     text = json.dumps(_portable(settings), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -44,7 +47,7 @@ def _portable(value: object) -> object:
     """Absolute paths by their last two parts: what a model or a table is, not where this machine keeps it."""
     match value:
         case dict():
-            return {key: _portable(item) for key, item in value.items()}
+            return {key: _portable(item) for key, item in value.items() if item}
         case list():
             return [_portable(item) for item in value]
         case str() if Path(value).is_absolute():

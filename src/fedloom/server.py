@@ -6,12 +6,13 @@ than `wake()`. Everything a schedule may decide on is in `Fleet`, everything tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from fedloom.check import fault
 from fedloom.cost import Shape
 from fedloom.errors import Refused
+from fedloom.lora import server_rank
 from fedloom.seeds import derive
 from fedloom.types import (
     Aggregator,
@@ -43,7 +44,7 @@ from fedloom.types import (
 
 @dataclass(slots=True)
 class State:
-    """All that changes in a server."""
+    """All that changes in a server. `pruned`: the rank to which a client pruned itself, above which it is asked for nothing."""
 
     model: Model
     now: float = 0.0
@@ -60,6 +61,7 @@ class State:
     arrived: list[Update] = field(default_factory=list)
     seen: dict[ClientId, int] = field(default_factory=dict)
     dispatched: dict[ClientId, int] = field(default_factory=dict)
+    pruned: dict[ClientId, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +179,9 @@ class Server:
                 self._release(number)
                 state.failures = 0
                 state.arrived.append(Update(task, result))
+                rank = server_rank(result.adapter)
+                if rank < task.budget.rank and task.start.rules.pruning:
+                    state.pruned[client] = rank
                 state.seen[client] = result.examples
             case TaskFailed(client, number, reason):
                 task = state.busy.get(number)
@@ -242,6 +247,7 @@ class Server:
         state = self.state
         profile = state.idle[client]
         budget = self.assign(profile, self.fleet())
+        budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
         number, state.next_task = state.next_task, state.next_task + 1
         start = self.aggregator.start(state.model, budget, derive(self.seed, "start", number))
         seed = derive(self.seed, "task", number)

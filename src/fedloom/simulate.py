@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from fedloom.lora import Adapter
 from fedloom.server import Server
 from fedloom.types import (
     Cancel,
@@ -22,6 +21,7 @@ from fedloom.types import (
     Evaluate,
     Event,
     Local,
+    Model,
     Profile,
     Reject,
     Result,
@@ -35,7 +35,7 @@ from fedloom.types import (
 )
 from fedloom.world import World
 
-Evaluator: TypeAlias = Callable[[Adapter], Mapping[str, float]]
+Evaluator: TypeAlias = Callable[[Model], Mapping[str, float]]
 Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
 
 
@@ -98,7 +98,7 @@ class Simulation:
                 case Cancel(number, _):
                     self.flying.pop(number, None)
                 case Evaluate(version, model):
-                    self._push(now, Scored(version, self.evaluate(model.adapter)))
+                    self._push(now, Scored(version, self.evaluate(model)))
                 case Reject(client, number, reason) if number in self.server.state.busy:
                     self._push(now, TaskFailed(client, number, reason))
 
@@ -111,7 +111,7 @@ class Simulation:
 
     def _timed(self, task: Task, result: Result) -> Result:
         """The result with the virtual seconds that it took, as a real client would report them."""
-        took = self.world.seconds(task, self.profiles[task.client], self.server.shape, result.tokens, self.seed)
+        took = self.world.seconds(task, result, self.profiles[task.client], self.server.shape, self.seed)
         parts = {"seconds": took.total, "down": took.down, "train": took.train, "up": took.up}
         named = {name if name == "seconds" else f"seconds_{name}": value for name, value in parts.items()}
         return replace(result, metrics={**result.metrics, **named})

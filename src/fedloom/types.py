@@ -17,6 +17,8 @@ from fedloom.cost import Shape
 from fedloom.lora import Adapter
 
 ClientId: TypeAlias = str
+Side: TypeAlias = Literal["down", "up", "dense"]
+"""A part of an adapter: one of the two factors of every layer, or all dense tensors (the head)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,18 +43,63 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Pruning:
+    """Rank self-pruning (HetLoRA): the last directions are penalised, and given up when they have become smaller.
+
+    The loss gains `strength` * |up[:, t:]| * |down[t:]| for each layer, t = floor(`keep` * rank); if the sum of these products is
+    smaller after training than before, the client answers with max(`least`, t) directions and is never asked for more again.
+    """
+
+    strength: float = 1e-3
+    keep: float = 0.99
+    least: int = 1
+
+    def tail(self, rank: int) -> int:
+        """The first direction of the tail, which is the rank after pruning."""
+        return max(self.least, int(self.keep * rank))
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How a client trains what it received. The plain case is all defaults.
+
+    `frozen` sides are neither trained nor sent back; `private` ones are trained, stay at the client and take the place of what the
+    server sends the next time. `select` is the number of directions, over all layers together, that the client trains: those
+    that moved most in a trial (LoRA-A2). `up_rate` is the learning rate of `up` relative to that of `down`.
+    """
+
+    frozen: tuple[Side, ...] = ()
+    private: tuple[Side, ...] = ()
+    select: int | None = None
+    up_rate: float = 1.0
+    pruning: Pruning | None = None
+
+    @property
+    def kept(self) -> frozenset[Side]:
+        """Sides that must come back as they were sent."""
+        return frozenset((*self.frozen, *self.private))
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """What a client receives to train.
 
     `basis` names the coordinate system of the factors: while it stays the same, optimiser moments of an earlier task are
     still meaningful; when a merge rotated the factors it changes and they must be dropped. `scaling` is the alpha/r with
     which the client should parametrise; None, the rule, means the run's constant (a scaling that changes with the rank
-    makes one adapter mean different functions on different clients).
+    makes one adapter mean different functions on different clients). `fold` is added to the frozen base and not trained.
+    `slots` are the server's directions that `train` holds (None: the first ones). `seeded` sides follow from the run's seed, so
+    that nobody has to send them. `control` is the server's control variate (SCAFFOLD), of the shape of `train`.
     """
 
     train: Adapter
     basis: str
     scaling: float | None = None
+    fold: Adapter | None = None
+    slots: tuple[int, ...] | None = None
+    seeded: tuple[Side, ...] = ()
+    control: Adapter | None = None
+    rules: Rules = Rules()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +117,14 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a client returns: its trained adapter and what it took."""
+    """What a client returns: its trained adapter and what it took; `control`: the change of its control variate, if asked for."""
 
     adapter: Adapter
     examples: int
     tokens: int
     steps: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    control: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,19 +137,33 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """What stays at a client between its tasks and is never sent: optimiser moments, valid for one `basis`."""
+    """What stays at a client between its tasks and is never sent.
+
+    Optimiser `moments`, valid for one `basis`; the trained adapter of which `private` sides are used again; the client's own
+    control variate.
+    """
 
     basis: str = ""
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    private: Adapter | None = None
+    control: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The global adapter, how often its basis was rotated, the share of energy that its last merge cut off."""
+    """The global model: base + fold + adapter.
+
+    `basis` counts how often the adapter's basis was rotated, `phase` the merges of a method that trains its sides in turn.
+    `discarded` is the share of energy that the last merge cut off. `fold` belongs to the model but is not trained any more;
+    `memory` is what a wrapper carries from merge to merge (momentum, control variates).
+    """
 
     adapter: Adapter
     basis: int = 0
     discarded: float = 0.0
+    phase: int = 0
+    fold: Adapter | None = None
+    memory: Mapping[str, Adapter] = field(default_factory=dict)
 
 
 # Events: what happened outside ---------------------------------------------------------------------------------------

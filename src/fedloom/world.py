@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedloom import payload
 from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.seeds import rng
-from fedloom.types import ClientId, Profile, Task
+from fedloom.types import ClientId, Profile, Result, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +82,9 @@ class World:
             counts[i] += 1
         return [tier for tier, count in zip(self.tiers, counts, strict=True) for _ in range(count)]
 
-    def seconds(self, task: Task, profile: Profile, shape: Shape, tokens: int, seed: int) -> Seconds:
+    def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int) -> Seconds:
         """Download, training and upload of one task: bytes over links, FLOP over speed."""
-        payload = 8.0 * shape.payload(task.budget.rank)
         slower = rng(seed, "seconds", task.client, task.id).lognormvariate(0.0, self.jitter) if self.jitter else 1.0
-        train = slower * shape.train_flops(tokens, task.budget.rank) / profile.flops
-        return Seconds(payload / profile.down_bps, train, payload / profile.up_bps)
+        train = slower * shape.train_flops(result.tokens, task.budget.rank) / profile.flops
+        down, up = payload.down(task.start).total, payload.up(task, result).total
+        return Seconds(8.0 * down / profile.down_bps, train, 8.0 * up / profile.up_bps)

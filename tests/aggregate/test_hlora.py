@@ -57,11 +57,11 @@ def test_a_client_gets_the_best_approximation_of_its_rank() -> None:
 
 def shares_of_zero_learning(method: HLoRA, rounds: int) -> list[float]:
     model = method.init(toys.graded([0.91**i for i in range(8)]))
-    shares = [sum(energy_shares(model.adapter)[:2])]
+    shares = [sum(energy_shares(model)[:2])]
     for turn in range(rounds):
         updates = [returned(sent(method, model, rank, 100 * turn + k)) for k, rank in enumerate(RANKS, 1)]
         model = method.merge(model, mean_of(updates))
-        shares.append(sum(energy_shares(model.adapter)[:2]))
+        shares.append(sum(energy_shares(model)[:2]))
     return shares
 
 

@@ -80,7 +80,7 @@ def test_energy_does_not_drain() -> None:
         model = method.merge(
             model, mean_of([returned(sent(method, model, r, 100 * turn + k)) for k, r in enumerate(ranks, 1)])
         )
-        assert sum(energy_shares(model.adapter)[:2]) == pytest.approx(0.3245, abs=1e-3)
+        assert sum(energy_shares(model)[:2]) == pytest.approx(0.3245, abs=1e-3)
 
 
 def test_a_rank_below_one_is_refused() -> None:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fedloom.lora import Adapter, Factor, balance, cut, energy, pad, revive, scale, stack, truncate
+from fedloom.lora import (
+    Adapter,
+    Factor,
+    balance,
+    compact,
+    cut,
+    energy,
+    pad,
+    revive,
+    scale,
+    server_rank,
+    stack,
+    truncate,
+    whole,
+)
 from fedloom.seeds import derive
 from fedloom.types import Budget, Merge, Model, Start
 
@@ -40,6 +55,52 @@ def dense_mean(model: Adapter, pairs: list[tuple[float, Adapter]]) -> dict[str, 
     return {name: mean([(c, adapter.dense[name]) for c, adapter in pairs]) for name in model.dense}
 
 
+def padded_mean(model: Model, merge: Merge) -> Model:
+    """Factors averaged apart, lower ranks padded with zeros: A = sum p_k A_k, B = sum p_k B_k.
+
+    A direction that nobody held would be zero on both sides and could never learn again: its `down` is drawn anew, once for
+    all clients, and the basis counts as changed.
+    """
+    rank = server_rank(model.adapter)
+    pairs = terms(model.adapter, merge)
+    means = {}
+    for name in model.adapter.factors:
+        padded = [(c, pad(adapter.factors[name], rank)) for c, adapter in pairs]
+        means[name] = Factor(mean([(c, f.down) for c, f in padded]), mean([(c, f.up) for c, f in padded]))
+    factors = {name: revive(factor, rank, derive(model.basis, name)) for name, factor in means.items()}
+    redrawn = any(factors[name] is not factor for name, factor in means.items())
+    adapter = Adapter(factors, dense_mean(model.adapter, pairs))
+    return replace(model, adapter=adapter, basis=model.basis + redrawn)
+
+
+def moved(model: Adapter, merge: Merge, reach: Reach) -> Adapter:
+    """Factors averaged apart, each entry over those who trained it; whoever did not train it votes for the model's value.
+
+    A client moves the directions that it holds (`start.slots`), on the sides that it was free to change, by
+    step * weight / reach * (its value - the model's, or with `as_delta` what it was sent).
+    """
+    factors = {}
+    for name, own in model.factors.items():
+        divisor = reach(name, merge, own.rank)
+        down, up = own.down.double(), own.up.double()
+        for weight, update in merge.parts:
+            start, given = update.task.start, update.result.adapter.factors[name]
+            held = torch.tensor((start.slots or range(own.rank))[: given.rank])
+            origin = cut(start.train.factors[name], given.rank) if merge.as_delta else slots(own, held)
+            share = merge.step * weight / torch.where(divisor > 0, divisor, 1.0)[held]
+            if "down" not in start.rules.kept:
+                down = down.index_add(0, held, share[:, None] * (given.down.double() - origin.down.double()))
+            if "up" not in start.rules.kept:
+                up = up.index_add(1, held, share * (given.up.double() - origin.up.double()))
+        factors[name] = Factor(down.to(own.down), up.to(own.up))
+    return Adapter(factors, dense_mean(model, terms(model, merge)))
+
+
+def slots(factor: Factor, chosen: Tensor) -> Factor:
+    """The directions with these numbers."""
+    return Factor(factor.down[chosen], factor.up[:, chosen])
+
+
 Reach: TypeAlias = Callable[[str, Merge, int], Tensor]
 """(layer name, merge, rank) -> by what the weight of direction i is divided, (rank,) in float64; 0 keeps the model's."""
 
@@ -53,7 +114,8 @@ def slot_weights(name: str, merge: Merge, rank: int) -> Tensor:
     """Total weight of the updates that hold direction i of layer `name`, (rank,) in float64."""
     reach = torch.zeros(rank, dtype=torch.float64)
     for weight, update in merge.parts:
-        reach[: update.result.adapter.factors[name].rank] += weight
+        held = update.task.start.slots or range(rank)
+        reach[list(held[: update.result.adapter.factors[name].rank])] += weight
     return reach
 
 
@@ -103,7 +165,7 @@ def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model
     discarded = max(0.0, 1.0 - after / before) if before > 0 else 0.0
     full = {name: pad(factor, rank) for name, (factor, _, _) in cuts.items()}
     dense = dense_mean(model.adapter, terms(model.adapter, merge))
-    return Model(Adapter(full, dense), model.basis + 1, discarded)
+    return replace(model, adapter=Adapter(full, dense), basis=model.basis + 1, discarded=discarded)
 
 
 def handed_out(model: Model, budget: Budget, seed: int, balanced: bool) -> Start:
@@ -112,22 +174,45 @@ def handed_out(model: Model, budget: Budget, seed: int, balanced: bool) -> Start
     `balanced` divides the singular value evenly over both sides; otherwise `up` carries it and `down` is orthonormal.
     """
     adapter, factors = model.adapter, {}
-    for name, whole in adapter.factors.items():
-        factor = revive(cut(whole, budget.rank), budget.rank, derive(seed, name))
+    for name, sorted_ in adapter.factors.items():
+        factor = revive(cut(sorted_, budget.rank), budget.rank, derive(seed, name))
         factors[name] = balance(factor) if balanced else factor
     return Start(Adapter(factors, adapter.dense), basis=f"{model.basis}/{budget.rank}")
 
 
-def server_rank(adapter: Adapter) -> int:
-    """The highest rank of the adapter's layers: what the server keeps unless a method says otherwise."""
-    return max(factor.rank for factor in adapter.factors.values())
+def leading(model: Model, budget: Budget) -> Start:
+    """The first directions at the client's rank, as they are: all clients share them, and the basis stays."""
+    factors = {name: cut(factor, budget.rank) for name, factor in model.adapter.factors.items()}
+    return Start(Adapter(factors, model.adapter.dense), basis=f"{model.basis}/{budget.rank}")
 
 
-def energy_shares(adapter: Adapter) -> list[float]:
-    """Share of energy per direction, largest first, summed over layers: the picture in which rank collapse is seen."""
-    total = torch.zeros(server_rank(adapter), dtype=torch.float64)
-    for factor in adapter.factors.values():
+def folded(model: Model, pieces: Mapping[str, Sequence[tuple[float, Factor]]]) -> Adapter:
+    """The model's fold with these products added, layer by layer, with no more directions than a layer can have."""
+    factors = {}
+    for name, terms in pieces.items():
+        before = [(1.0, model.fold.factors[name])] if model.fold else []
+        factors[name] = compact(stack([*before, *terms]))
+    return Adapter(factors)
+
+
+def tail(model: Model, held: Iterable[int]) -> Adapter | None:
+    """What a client that trains only the directions `held` needs beside them to run the whole model; None if nothing."""
+    rank, without = server_rank(model.adapter), set(held)
+    rest = torch.tensor([i for i in range(rank) if i not in without], dtype=torch.long)
+    if not len(rest):
+        return model.fold
+    return folded(model, {name: [(1.0, slots(factor, rest))] for name, factor in model.adapter.factors.items()})
+
+
+def energy_shares(model: Model) -> list[float]:
+    """Share of energy per direction, largest first, summed over layers: the picture in which rank collapse is seen.
+
+    Of the whole model, fold included, for as many directions as the adapter has.
+    """
+    everything, kept = whole(model.adapter, model.fold), server_rank(model.adapter)
+    total = torch.zeros(server_rank(everything), dtype=torch.float64)
+    for factor in everything.factors.values():
         values = energy(factor)
         total[: len(values)] += values
-    whole = float(total.sum())
-    return [float(value) / whole if whole > 0 else 0.0 for value in total]
+    sum_ = float(total.sum())
+    return [float(value) / sum_ if sum_ > 0 else 0.0 for value in total[:kept]]

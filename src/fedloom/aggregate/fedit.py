@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import dense_mean, mean, server_rank, terms
-from fedloom.lora import Adapter, Factor, cut, pad, revive
-from fedloom.seeds import derive
+from fedloom.aggregate.combine import leading, padded_mean
+from fedloom.lora import Adapter
 from fedloom.types import Budget, Merge, Model, Start
 
 
@@ -38,17 +37,8 @@ class FedIT:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """Factors averaged apart, zero-padded to the server's rank."""
-        rank = server_rank(model.adapter)
-        pairs = terms(model.adapter, merge)
-        means = {}
-        for name in model.adapter.factors:
-            padded = [(c, pad(adapter.factors[name], rank)) for c, adapter in pairs]
-            means[name] = Factor(mean([(c, f.down) for c, f in padded]), mean([(c, f.up) for c, f in padded]))
-        factors = {name: revive(factor, rank, derive(model.basis, name)) for name, factor in means.items()}
-        redrawn = any(factors[name] is not factor for name, factor in means.items())
-        return Model(Adapter(factors, dense_mean(model.adapter, pairs)), model.basis + redrawn)
+        return padded_mean(model, merge)
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The first `rank` directions, not drawn for each client: all must share the same `down`."""
-        factors = {name: cut(factor, budget.rank) for name, factor in model.adapter.factors.items()}
-        return Start(Adapter(factors, model.adapter.dense), basis=f"{model.basis}/{budget.rank}")
+        return leading(model, budget)

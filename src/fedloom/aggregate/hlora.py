@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, handed_out, merge_products, server_rank
+from fedloom.aggregate.combine import everyone, handed_out, merge_products
 from fedloom.errors import Refused
-from fedloom.lora import Adapter, scale
+from fedloom.lora import Adapter, scale, server_rank
 from fedloom.types import Budget, Merge, Model, Start, Update
 
 

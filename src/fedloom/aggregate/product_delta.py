@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, handed_out, merge_products, server_rank
+from fedloom.aggregate.combine import everyone, handed_out, merge_products
 from fedloom.errors import Refused
-from fedloom.lora import Adapter
+from fedloom.lora import Adapter, server_rank
 from fedloom.types import Budget, Merge, Model, Start
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import handed_out, merge_products, server_rank, slot_weights
+from fedloom.aggregate.combine import handed_out, merge_products, slot_weights
 from fedloom.errors import Refused
-from fedloom.lora import Adapter
+from fedloom.lora import Adapter, server_rank
 from fedloom.types import Budget, Merge, Model, Start
 
 

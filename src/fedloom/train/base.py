@@ -6,13 +6,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -28,13 +28,15 @@ HEADS = ("classifier", "score")
 
 @dataclass(slots=True)
 class Base:
-    """The model with its tokenizer. `slots` are the ranks that have a PEFT adapter in it."""
+    """The model with its tokenizer. `fold` is what is added to the frozen base now, `pristine` the base without it."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     lora: LoRA
     labels: int
     name: str
+    fold: Adapter | None = None
+    pristine: dict[str, Tensor] = field(default_factory=dict)
 
     def slot(self, rank: int) -> str:
         """The PEFT adapter of this rank, made at first use."""
@@ -43,8 +45,12 @@ class Base:
             self.model.add_adapter(slot, _config(self.lora, rank, self._heads()))
         return slot
 
-    def put(self, adapter: Adapter, scaling: float | None = None) -> str:
-        """Load an adapter into the slot of its rank and make it the active one; returns the slot."""
+    def put(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
+        """Load an adapter into the slot of its rank, over the base with `fold` added, and make it active; returns the slot."""
+        if fold is not self.fold:
+            self.pristine = self.pristine or convert.base_weights(self.model)
+            convert.add_to_base(self.model, self.pristine, fold)
+            self.fold = fold
         rank = max(factor.rank for factor in adapter.factors.values())
         slot = self.slot(rank)
         with quiet():

@@ -6,6 +6,7 @@ a power of two, the default, the conversion is exact to the bit; otherwise it ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -67,6 +68,29 @@ def write(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None
         up.copy_(adapter.factors[name].up / scaling)
     for name, value in dense_parameters(model, slot).items():
         value.copy_(adapter.dense[name])
+
+
+def base_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Copies of the frozen weights of the adapted layers, (out, in)."""
+    return {name: _base_weight(layer).detach().clone() for name, layer in lora_layers(model).items()}
+
+
+@torch.no_grad()
+def add_to_base(model: PeftModel, pristine: Mapping[str, Tensor], fold: Adapter | None) -> None:
+    """Set the frozen weights of the adapted layers to `pristine` plus the fold's products."""
+    for name, layer in lora_layers(model).items():
+        weight = _base_weight(layer)
+        weight.copy_(pristine[name])
+        if fold is not None:
+            factor = fold.factors[name]
+            product = (factor.up @ factor.down).to(weight)
+            weight.add_(
+                product.T if "Conv1D" in type(layer.get_base_layer()).__name__ else product
+            )  # it keeps (in, out)
+
+
+def _base_weight(layer: LoraLayer) -> Tensor:
+    return cast(Tensor, layer.get_base_layer().weight)
 
 
 def _weights(model: PeftModel, slot: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:

@@ -47,9 +47,9 @@ class Scores:
 
 
 @torch.no_grad()
-def score(base: Base, adapter: Adapter, texts: Encoded, indices: Sequence[int]) -> Scores:
-    """Predict these examples with the adapter; results come in the order of `indices`."""
-    base.put(adapter)
+def score(base: Base, adapter: Adapter, texts: Encoded, indices: Sequence[int], fold: Adapter | None = None) -> Scores:
+    """Predict these examples with the adapter over base and fold; results come in the order of `indices`."""
+    base.put(adapter, fold=fold)
     model = base.model.eval()
     lengths = texts.lengths(indices)
     order = sorted(range(len(indices)), key=lambda i: lengths[i])

@@ -55,7 +55,8 @@ class Training:
     """Local training with AdamW. `warmup` is the share of a task's steps in which the learning rate rises from 0.
 
     `keep_moments` carries Adam's moments over to the client's next task while its factors keep their basis; after a merge
-    that rotated them (HLoRA, raFLoRA) they are always dropped.
+    that rotated them (HLoRA, raFLoRA) they are always dropped. `proximal` is FedProx's mu: the loss gains
+    proximal / 2 * |change|^2, which keeps a client near what it was sent. (SCAFFOLD is a wrapper: `Scaffold(inner=FedIT())`.)
     """
 
     learning_rate: float = 5e-4
@@ -67,6 +68,7 @@ class Training:
     clip: float = 1.0
     bucket: bool = True
     keep_moments: bool = True
+    proximal: float = 0.0
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -79,6 +81,8 @@ class Training:
             raise Refused("training.warmup", self.warmup, "the share of steps to warm up in, at least 0 and below 1")
         if self.weight_decay < 0:
             raise Refused("training.weight_decay", self.weight_decay, "give 0 or more")
+        if self.proximal < 0:
+            raise Refused("training.proximal", self.proximal, "mu of FedProx, 0 (off) or more; 0.01 is usual")
         if self.clip <= 0:
             raise Refused("training.clip", self.clip, "the largest gradient norm, a positive number")
 

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedloom.train import convert
+from fedloom.lora import Adapter
+from fedloom.train import convert, objective
 from fedloom.train.base import Base
 from fedloom.train.batches import batches
+from fedloom.train.objective import Amend, Weights
 from fedloom.train.settings import Training
 from fedloom.train.texts import Encoded
-from fedloom.types import ClientId, Local, Result, Task
+from fedloom.types import ClientId, Local, Result, Rules, Start, Task
+
+TRIAL = 5
+"""A client that must choose its directions spends one step in `TRIAL` on finding out which (LoRA-A2: one epoch of six)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,53 +35,130 @@ class PeftTrainer:
         return [self._one(task, local) for task, local in work]
 
     def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
-        slot = self.base.put(task.start.train, task.start.scaling)
-        weights = convert.parameters(self.base.model, slot)
-        optimiser = self._optimiser(weights, local if local.basis == task.start.basis else Local())
-        shard = self.shards[task.client]
-        with torch.random.fork_rng():
-            torch.manual_seed(task.seed)
-            losses, tokens = self._steps(task, shard, list(weights.values()), optimiser)
+        start, shard = task.start, self.shards[task.client]
+        begin, lengths = personal(start, local), self.texts.lengths(shard)
+        plan = list(batches(lengths, self.training.batch_size, task.budget.steps, self.training.bucket, task.seed))
+        losses, chosen = list[float](), None
+        if start.rules.select is not None:
+            trial = plan[: max(1, len(plan) // TRIAL)]
+            tried, _, _ = self._run(task, begin, Local(), [[shard[i] for i in batch] for batch in trial], losses)
+            chosen = objective.select(begin, tried, start.rules.select)
+        rest = [[shard[i] for i in batch] for batch in plan[len(losses) :]]
+        trained, moments, control = self._run(task, begin, local, rest, losses, chosen)
+        sent = objective.mixed(trained, start.train, start.rules.kept, chosen)
+        if start.rules.pruning is not None:
+            sent = objective.pruned(begin, sent, start.rules.pruning)
         result = Result(
-            adapter=convert.read(self.base.model, slot),
+            adapter=sent,
             examples=len(shard),
-            tokens=tokens,
+            tokens=sum(lengths[i] for batch in plan for i in batch),
             steps=task.budget.steps,
             metrics={"loss": sum(losses) / len(losses), "first_loss": losses[0]},
+            control=control and difference(control, objective.fitted(local.control or zeros(control), control)),
         )
+        private = trained if start.rules.private else local.private
+        return result, Local(start.basis, moments, private, control or local.control)
+
+    def _run(
+        self,
+        task: Task,
+        begin: Adapter,
+        local: Local,
+        plan: Sequence[Sequence[int]],
+        losses: list[float],
+        chosen: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Adapter, dict[str, dict[str, Tensor]], Adapter | None]:
+        """Train on these batches and add to `losses`; returns the adapter, optimiser moments, the new control variate."""
+        start = task.start
+        slot = self.base.put(begin, start.scaling, start.fold)
+        weights = released(convert.parameters(self.base.model, slot), start.rules)
+        optimiser = self._optimiser(weights, start, local)
+        amends, control = list[Amend](), None
+        if start.control is not None:
+            own = objective.fitted(local.control or zeros(start.control), start.control)
+            control = objective.Control(weights, objective.flat(start.control), objective.flat(own))
+            amends.append(control)
+        if self.training.proximal:
+            amends.append(objective.proximal(weights, self.training.proximal))
+        if chosen is not None:
+            amends.append(objective.masked(weights, chosen))
+        with torch.random.fork_rng():  # after the slot was made, which draws
+            torch.manual_seed(task.seed)
+            losses += self._steps(plan, weights, optimiser, amends, start.rules)
+        after = objective.unflat(control.after(), start.control) if control and start.control else None
         moments = _moments(weights, optimiser) if self.training.keep_moments else {}
-        return result, Local(task.start.basis, moments)
+        return convert.read(self.base.model, slot), moments, after
 
     def _steps(
-        self, task: Task, shard: Sequence[int], weights: list[nn.Parameter], optimiser: torch.optim.Optimizer
-    ) -> tuple[list[float], int]:
-        """The optimiser steps of one task: losses, and tokens seen without padding."""
-        model, lengths = self.base.model.train(), self.texts.lengths(shard)
-        losses, tokens, steps = [], 0, task.budget.steps
-        plan = batches(lengths, self.training.batch_size, steps, self.training.bucket, task.seed)
-        for step, batch in enumerate(plan):
-            for group in optimiser.param_groups:
-                group["lr"] = self.training.rate(step, steps)
-            loss = model(**self.texts.batch([shard[i] for i in batch], self.base.device)).loss
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(weights, self.training.clip)
-            optimiser.step()
-            losses.append(float(loss.detach()))
-            tokens += sum(lengths[i] for i in batch)
-        return losses, tokens
-
-    def _optimiser(self, weights: Mapping[str, nn.Parameter], local: Local) -> torch.optim.AdamW:
-        optimiser = torch.optim.AdamW(
-            weights.values(), lr=self.training.learning_rate, weight_decay=self.training.weight_decay
+        self,
+        plan: Sequence[Sequence[int]],
+        weights: Weights,
+        optimiser: torch.optim.Optimizer,
+        amends: Sequence[Amend],
+        rules: Rules,
+    ) -> list[float]:
+        """One optimiser step a batch; returns the losses, without penalties."""
+        model, losses, factors = (
+            self.base.model.train(),
+            list[float](),
+            [group["lr"] for group in optimiser.param_groups],
         )
+        for step, batch in enumerate(plan):
+            for group, factor in zip(optimiser.param_groups, factors, strict=True):
+                group["lr"] = factor * self.training.rate(step, len(plan))
+            loss = model(**self.texts.batch(batch, self.base.device)).loss
+            losses.append(float(loss.detach()))
+            optimiser.zero_grad(set_to_none=True)
+            (loss if rules.pruning is None else loss + objective.penalty(weights, rules.pruning)).backward()
+            for amend in amends:
+                amend()
+            nn.utils.clip_grad_norm_(weights.values(), self.training.clip)
+            optimiser.step()
+        return losses
+
+    def _optimiser(self, weights: Weights, start: Start, local: Local) -> torch.optim.AdamW:
+        """AdamW; a group's rate here is its multiple of the learning rate. Moments of the same basis go on."""
+        groups: dict[float, list[nn.Parameter]] = {}
         for name, weight in weights.items():
+            multiple = start.rules.up_rate if objective.side(name) == "up" else 1.0
+            groups.setdefault(multiple, []).append(weight)
+        optimiser = torch.optim.AdamW(
+            [{"params": members, "lr": multiple} for multiple, members in groups.items()],
+            weight_decay=self.training.weight_decay,
+        )
+        for name, weight in weights.items() if local.basis == start.basis else ():
             if name in local.moments:
                 optimiser.state[weight] = {key: value.clone() for key, value in local.moments[name].items()}
         return optimiser
 
 
-def _moments(weights: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+def personal(start: Start, local: Local) -> Adapter:
+    """What the client runs: what it was sent, with its own private sides in their place if it has some already."""
+    if local.private is None or not start.rules.private:
+        return start.train
+    own = objective.fitted(local.private, start.train)
+    return objective.mixed(start.train, own, frozenset(start.rules.private))
+
+
+def released(weights: Weights, rules: Rules) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, with gradients on for them and off for the others."""
+    for name, weight in weights.items():
+        weight.requires_grad_(objective.side(name) not in rules.frozen)
+    return {name: weight for name, weight in weights.items() if weight.requires_grad}
+
+
+def zeros(like: Adapter) -> Adapter:
+    """An adapter of zeros."""
+    return objective.unflat({name: torch.zeros_like(value) for name, value in objective.flat(like).items()}, like)
+
+
+def difference(new: Adapter, old: Adapter) -> Adapter:
+    """new - old, entry by entry."""
+    before = objective.flat(old)
+    return objective.unflat({name: value - before[name] for name, value in objective.flat(new).items()}, new)
+
+
+def _moments(weights: Weights, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     return {
         name: {key: value.detach().clone() for key, value in optimiser.state[w].items()} for name, w in weights.items()
     }

@@ -1,0 +1,81 @@
+"""Adam on the server: every entry moves by about the same step, whatever the size of the clients' changes.
+
+Source: Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295, 2021, Alg. 2 (FedAdam): m <- b1 m + (1 - b1)
+change, v <- b2 v + (1 - b2) change^2, w <- w + eta m / (sqrt(v) + tau). A basis that was redrawn starts with an empty memory.
+Cost: one pass over the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.wrap import change, each, more, need_factors, only, trained
+from fedloom.errors import Refused
+from fedloom.lora import Adapter
+from fedloom.types import Aggregator, Budget, Merge, Model, Start
+
+EXEMPT = {
+    1: "entries move by the server's step, not by the clients' change",
+    2: "as law 1: the mean is only a direction",
+    8: "an entry moves by the same step, however few trained it",
+}
+MEAN, SQUARE = "adam mean", "adam square"
+
+
+@dataclass(frozen=True, slots=True)
+class Adam:
+    """`inner` with the server's Adam; `tau` bounds the step where changes are tiny."""
+
+    inner: Aggregator = field(default_factory=FedIT)
+    learning_rate: float = 5e-3
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        need_factors("Adam", self.inner, "Adam keeps a mean and a square of each entry's changes")
+        if not self.learning_rate > 0:
+            raise Refused("aggregator.learning_rate", self.learning_rate, "the server learning rate, a positive number")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise Refused(f"aggregator.{name}", getattr(self, name), "at least 0 and below 1")
+        if not self.tau > 0:
+            raise Refused("aggregator.tau", self.tau, "a small positive number; 1e-3 is usual")
+
+    @property
+    def space(self) -> Literal["factor", "product"]:
+        """As the wrapped method."""
+        return self.inner.space
+
+    @property
+    def exempt(self) -> Mapping[int, str]:
+        """Laws broken by design, with the reason."""
+        return more(self.inner, EXEMPT)
+
+    def init(self, start: Adapter) -> Model:
+        """As the wrapped method."""
+        return self.inner.init(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """Mean and square of the wrapped merge's change decide how far each entry moves."""
+        after = self.inner.merge(model, merge)
+        if after.basis != model.basis:
+            return replace(after, memory={k: v for k, v in after.memory.items() if k not in (MEAN, SQUARE)})
+        moved, sides = change(model, after), trained(merge)
+        zero = each(lambda d: 0.0 * d, moved)
+        mean, square = model.memory.get(MEAN, zero), model.memory.get(SQUARE, zero)
+        mean = only(sides, each(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, mean, moved), mean)
+        square = only(sides, each(lambda s, d: self.beta2 * s + (1 - self.beta2) * d * d, square, moved), square)
+        stepped = each(
+            lambda w, m, s: (w.double() + self.learning_rate * m / (s.sqrt() + self.tau)).to(w.dtype),
+            *(model.adapter, mean, square),
+        )
+        adapter = only(sides, stepped, after.adapter)
+        return replace(after, adapter=adapter, memory={**after.memory, MEAN: mean, SQUARE: square})
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """As the wrapped method."""
+        return self.inner.start(model, budget, seed)

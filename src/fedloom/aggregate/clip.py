@@ -1,0 +1,72 @@
+"""Clip: a client's change counts up to a largest norm, so that nobody pulls the model away alone.
+
+Source: McMahan et al., "Learning Differentially Private Recurrent Language Models", arXiv 1710.06963, 2018 (flat clipping):
+what a client changed is multiplied by min(1, S / |change|), the norm over all factors and the head together, in the
+coordinates of what the client received. That has a meaning in any space, so any method can be wrapped. Cost: one pass over
+the updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.wrap import each, more, size
+from fedloom.errors import Refused
+from fedloom.lora import Adapter, cut
+from fedloom.types import Aggregator, Budget, Merge, Model, Start, Update
+
+EXEMPT = {
+    1: "a change above the norm is shortened",
+    2: "as law 1: what is averaged is not what was trained",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """`inner` on changes of at most `norm`."""
+
+    inner: Aggregator = field(default_factory=FedIT)
+    norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.norm > 0:
+            raise Refused("aggregator.norm", self.norm, "the largest norm of a client's change, a positive number")
+
+    @property
+    def space(self) -> Literal["factor", "product"]:
+        """As the wrapped method."""
+        return self.inner.space
+
+    @property
+    def exempt(self) -> Mapping[int, str]:
+        """Laws broken by design, with the reason."""
+        return more(self.inner, EXEMPT)
+
+    def init(self, start: Adapter) -> Model:
+        """As the wrapped method."""
+        return self.inner.init(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The wrapped merge of shortened answers."""
+        parts = tuple((weight, clipped(update, self.norm)) for weight, update in merge.parts)
+        return self.inner.merge(model, replace(merge, parts=parts))
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """As the wrapped method."""
+        return self.inner.start(model, budget, seed)
+
+
+def clipped(update: Update, norm: float) -> Update:
+    """The update with its change shortened to `norm`, if it is longer."""
+    given, sent = update.result.adapter, update.task.start.train
+    ranks = {name: factor.rank for name, factor in given.factors.items()}
+    sent = Adapter({name: cut(sent.factors[name], rank) for name, rank in ranks.items()}, sent.dense)
+    length = size(each(lambda a, b: a.double() - b.double(), given, sent))
+    if length <= norm:
+        return update
+    share = norm / length
+    shorter = each(lambda a, b: (b.double() + share * (a.double() - b.double())).to(a.dtype), given, sent)
+    return replace(update, result=replace(update.result, adapter=shorter))

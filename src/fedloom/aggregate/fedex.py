@@ -1,0 +1,46 @@
+"""FedEx-LoRA: factors are averaged apart, and what that misses is added to the frozen base.
+
+Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation Models", arXiv
+2410.09432, 2024: A = sum p_k A_k, B = sum p_k B_k, W0 += sum p_k B_k A_k - B A. The paper has one rank for all. Here a client
+of lower rank receives the directions that it cannot train as a part of its base, so it starts from the whole model, and votes
+for no change of them. What is averaged into the base is the clients' change, so that nothing folded is counted twice. Cost:
+one stack a layer, and the fold on the way down, at most one dense matrix a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from fedloom.aggregate.combine import everyone, folded, leading, moved, product_sum, tail
+from fedloom.lora import Adapter, scale
+from fedloom.types import Budget, Merge, Model, Start
+
+
+@dataclass(frozen=True, slots=True)
+class FedEx:
+    """Means of factors, and the residual in the fold: together the exact mean of products."""
+
+    space: ClassVar[Literal["product"]] = "product"
+    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {8: "a client of low rank votes for the server's value of the directions that it did not train"}
+    )
+
+    def init(self, start: Adapter) -> Model:
+        """The first global model is the start itself."""
+        return Model(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """B, A and the residual sum p_k B_k A_k - B A."""
+        changes = replace(merge, as_delta=True)
+        adapter, residual = moved(model.adapter, merge, everyone), {}
+        for name, factor in adapter.factors.items():
+            reach = everyone(name, merge, factor.rank)
+            residual[name] = [(1.0, product_sum(name, model.adapter, changes, reach)), (1.0, scale(factor, -1.0))]
+        return replace(model, adapter=adapter, fold=folded(model, residual))
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """The first directions to train; the others and the residual in the fold."""
+        return replace(leading(model, budget), fold=tail(model, range(budget.rank)))

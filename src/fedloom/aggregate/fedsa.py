@@ -1,0 +1,43 @@
+"""FedSA-LoRA: `down` is shared, `up` and the head stay at each client.
+
+Source: Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", arXiv 2410.01463, 2024: train A and
+B, share only A = sum p_k A_k; the official code keeps the classifier local too. The result is one model a client: judge it by
+the clients' own scores, the server alone has no `up`. The paper has one rank for all: each row is averaged here over those
+who hold it. Cost: one pass over `down`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from fedloom.aggregate.combine import leading, moved, slot_weights
+from fedloom.lora import Adapter
+from fedloom.types import Budget, Merge, Model, Rules, Start
+
+
+@dataclass(frozen=True, slots=True)
+class FedSA:
+    """A = sum p_k A_k; B_k and the head of client k are never sent."""
+
+    space: ClassVar[Literal["factor"]] = "factor"
+    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {
+            1: "the server never sees what a client trained on the side of `up`",
+            2: "as law 1: there is no global product",
+        }
+    )
+
+    def init(self, start: Adapter) -> Model:
+        """The first global model is the start itself; its `up` and head only start the clients."""
+        return Model(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The mean of `down`, row by row over those who hold it."""
+        return replace(model, adapter=moved(model.adapter, merge, slot_weights))
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """The shared rows; the client puts its own `up` and head beside them."""
+        return replace(leading(model, budget), rules=Rules(private=("up", "dense")))

@@ -1,0 +1,40 @@
+"""FedSVD: `up` is trained at a frozen, orthonormal `down` that an SVD refreshes after every round.
+
+Source: Lee et al., "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", arXiv 2505.12805, 2025:
+clients train B alone, the server averages (exactly, since A is shared), then A = V^T and B = U S of the SVD of B A. The rows
+of A span what they spanned at the start, as in FFA-LoRA, but they are orthonormal and sorted by what was learnt. The paper
+has one rank for all: lower ranks receive the leading directions, and change no others. Cost: as HLoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from fedloom.aggregate.combine import everyone, handed_out, merge_products
+from fedloom.lora import Adapter, server_rank
+from fedloom.types import Budget, Merge, Model, Rules, Start
+
+
+@dataclass(frozen=True, slots=True)
+class FedSVD:
+    """The mean change of B A over a shared A, re-orthogonalised: A = V^T, B = U S."""
+
+    space: ClassVar[Literal["product"]] = "product"
+    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {8: "a client of low rank votes for the server's value of the directions that it did not train"}
+    )
+
+    def init(self, start: Adapter) -> Model:
+        """The first global model is the start itself; its random `down` serves the first round."""
+        return Model(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The mean change of products, then the SVD; the rank stays the server's."""
+        return merge_products(model, replace(merge, as_delta=True), server_rank(model.adapter), everyone)
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """The leading directions, to be trained on the side of `up` alone."""
+        return replace(handed_out(model, budget, seed, balanced=False), rules=Rules(frozen=("down",)))

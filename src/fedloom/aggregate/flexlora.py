@@ -1,0 +1,50 @@
+"""FlexLoRA: the mean of products is kept whole on the server; each client receives its best approximation.
+
+Source: Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources", arXiv
+2402.11505, 2024: W = sum p_k s B_k A_k with the clients' own scaling, U S V^T = svd(W), A = V^T[:r_k], B = U[:, :r_k]
+S[:r_k]. The same sum as HLoRA; it differs in the model that is evaluated and kept, the full W, where HLoRA's server has the
+highest client rank. The directions beyond that rank are nobody's to train, and live in the fold of the server's model. Cost:
+as HLoRA, and a second stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from fedloom.aggregate.combine import everyone, handed_out, merge_products
+from fedloom.lora import Adapter, Factor, cut, server_rank, whole
+from fedloom.types import Budget, Merge, Model, Start
+
+
+@dataclass(frozen=True, slots=True)
+class FlexLoRA:
+    """Mean of products without truncation; the clients' directions in the adapter, the rest in a fold that is not sent."""
+
+    space: ClassVar[Literal["product"]] = "product"
+    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {
+            5: "rank-agnostic weights drain energy into the smallest shared rank, as in HLoRA",
+            8: "a client of low rank votes zero on the directions it did not train",
+        }
+    )
+
+    def init(self, start: Adapter) -> Model:
+        """The first global model is the start itself."""
+        return Model(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """W = sum p_k B_k A_k, whole: sorted directions, the first of them for clients."""
+        rank = server_rank(model.adapter)
+        before = replace(model, adapter=whole(model.adapter, model.fold))
+        held = sum(server_rank(a) for _, u in merge.parts for a in (u.result.adapter, u.task.start.train))
+        after = merge_products(before, merge, max(rank, held + server_rank(before.adapter)), everyone)
+        first = {name: cut(factor, rank) for name, factor in after.adapter.factors.items()}
+        rest = {name: Factor(f.down[rank:], f.up[:, rank:]) for name, f in after.adapter.factors.items()}
+        return replace(after, adapter=Adapter(first, after.adapter.dense), fold=Adapter(rest))
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """The best approximation of W at the client's rank."""
+        return handed_out(model, budget, seed, balanced=False)

@@ -1,0 +1,54 @@
+"""FLoRA: adapters are stacked and added to the frozen base; every round begins with new ones.
+
+Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations", arXiv
+2409.05976, 2024: A = [p_1 A_1; p_2 A_2; ...], B = [B_1, B_2, ...], so that B A = sum p_k B_k A_k exactly at any mixture of
+ranks; every client merges it into its base and re-initialises its adapter. The price: the way down grows with the sum of the
+ranks (here at most to one dense matrix a layer), and optimiser moments start anew each round. Cost: one stack a layer, and a
+decomposition when it outgrows the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from fedloom.aggregate.combine import dense_mean, folded, terms
+from fedloom.lora import Adapter, fresh, scale
+from fedloom.seeds import derive
+from fedloom.types import Budget, Merge, Model, Start
+
+
+@dataclass(frozen=True, slots=True)
+class FLoRA:
+    """The sum of the stacked products goes into the fold; each client starts from up = 0 and a `down` of its own."""
+
+    space: ClassVar[Literal["product"]] = "product"
+    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {8: "all clients share the weight of a direction, also those whose rank is too low to bring one like it"}
+    )
+
+    def init(self, start: Adapter) -> Model:
+        """What the start holds is folded; its adapter begins anew."""
+        begin = Adapter({name: scale(factor, 0.0) for name, factor in start.factors.items()}, start.dense)
+        pieces = {name: [(1.0, factor)] for name, factor in start.factors.items() if bool(factor.up.any())}
+        model = Model(begin)
+        return replace(model, fold=folded(model, pieces)) if pieces else model
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """fold + step * sum p_k B_k A_k: an adapter that starts at zero is its own change."""
+        pieces = {
+            name: [(merge.step * weight, update.result.adapter.factors[name]) for weight, update in merge.parts]
+            for name in model.adapter.factors
+        }
+        dense = dense_mean(model.adapter, terms(model.adapter, merge))
+        adapter = Adapter(model.adapter.factors, dense)
+        return replace(model, adapter=adapter, fold=folded(model, pieces), basis=model.basis + 1)
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """A new adapter of the client's rank on top of everything folded so far."""
+        factors = {name: fresh(f, budget.rank, derive(seed, name)) for name, f in model.adapter.factors.items()}
+        return Start(
+            Adapter(factors, model.adapter.dense), basis=f"{model.basis}/{seed}/{budget.rank}", fold=model.fold
+        )

@@ -1,0 +1,76 @@
+"""HetLoRA: zero-padded factors, weighted by the size of what each client learnt; clients prune their own rank.
+
+Source: Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", arXiv 2401.06432, 2024. The
+server averages zero-padded factors with p_k = |B_k A_k| / sum_j |B_j A_j| (Frobenius) and hands out A[:r_k], B[:, :r_k]. A
+client adds lambda |B[:, g r:]| |A[g r:, :]| to its loss and, if that tail has become smaller, goes on with rank max(r_min, g
+r). The schedule's weight multiplies the norm, so that staleness counts: `Rounds(weigh=uniform)` is the paper's rule. The head
+has no norm of its own kind and is averaged with the schedule's weights. Cost: one pass over the parameters, and a QR a layer
+and client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from fedloom.aggregate.combine import dense_mean, leading, padded_mean, terms
+from fedloom.errors import Refused
+from fedloom.lora import Adapter, norm
+from fedloom.types import Budget, Merge, Model, Pruning, Rules, Start, Update
+
+
+@dataclass(frozen=True, slots=True)
+class HetLoRA:
+    """Zero-padding with norm weights. `prune` turns self-pruning on; `strength` is lambda, `keep` is g, `least` r_min."""
+
+    prune: bool = True
+    strength: float = 1e-3
+    keep: float = 0.99
+    least: int = 1
+    space: ClassVar[Literal["factor"]] = "factor"
+    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {
+            2: "weights follow the norm of what was learnt, not the schedule's alone",
+            5: "zero-padded directions shrink at every merge by the weight of the clients that do not hold them",
+            8: "a client of low rank votes zero on the directions it did not train",
+        }
+    )
+
+    def __post_init__(self) -> None:
+        if self.strength < 0:
+            raise Refused(
+                "aggregator.strength", self.strength, "lambda is 0 or more; the paper's order is 1e-3 to 1e-2"
+            )
+        if not 0 < self.keep < 1:
+            raise Refused("aggregator.keep", self.keep, "the share of the rank that pruning keeps: above 0, below 1")
+        if self.least < 1:
+            raise Refused("aggregator.least", self.least, "a client keeps at least 1 direction")
+
+    def init(self, start: Adapter) -> Model:
+        """The first global model is the start itself."""
+        return Model(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """Padded means with weights in proportion to |B_k A_k|."""
+        after = padded_mean(model, replace(merge, parts=by_norm(merge)))
+        dense = dense_mean(model.adapter, terms(model.adapter, merge))
+        return replace(after, adapter=Adapter(after.adapter.factors, dense))
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """The first directions, with the order to prune."""
+        pruning = Pruning(self.strength, self.keep, self.least) if self.prune else None
+        return replace(leading(model, budget), rules=Rules(pruning=pruning))
+
+
+def by_norm(merge: Merge) -> tuple[tuple[float, Update], ...]:
+    """The parts with weight * |B_k A_k| over all layers, normalised; as they are where everybody brought zero."""
+    sizes = [
+        weight * sum(norm(factor) ** 2 for factor in update.result.adapter.factors.values()) ** 0.5
+        for weight, update in merge.parts
+    ]
+    total = sum(sizes)
+    if not total > 0:
+        return merge.parts
+    return tuple((size / total, update) for size, (_, update) in zip(sizes, merge.parts, strict=True))

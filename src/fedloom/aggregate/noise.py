@@ -1,0 +1,84 @@
+"""Noise: Gaussian noise on the mean of clipped changes, as central differential privacy asks.
+
+Source: McMahan et al., arXiv 1710.06963, 2018, Alg. 1: standard deviation z S max_k p_k, with S the clipping norm, p_k the
+weights and z the noise multiplier, which is what a privacy accountant takes. Where one factor is frozen (FFA-LoRA) noise is
+not multiplied by noise, which is why that method was made. The draws follow `seed`: for real privacy it must be secret, and
+drawn for this run alone. Cost: one pass over the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedloom.aggregate.clip import Clip
+from fedloom.aggregate.wrap import each, more, need_factors, only, trained
+from fedloom.errors import Refused
+from fedloom.lora import Adapter
+from fedloom.seeds import derive
+from fedloom.types import Aggregator, Budget, Merge, Model, Start
+
+EXEMPT = {
+    1: "noise is added to the model",
+    2: "noise is added to the mean",
+    5: "noise adds energy to every direction",
+    8: "noise moves also what nobody trained",
+}
+COUNT = "noise"
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """`inner`, a `Clip`, with noise of `multiplier` times what one client can change."""
+
+    inner: Aggregator = field(default_factory=Clip)
+    multiplier: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Clip):
+            name, remedy = type(self.inner).__name__, "noise is measured by what one client can change: wrap Clip(...)"
+            raise Refused("aggregator (Noise).inner", name, remedy)
+        need_factors(
+            "Noise", self.inner.inner, "noise on a factor is calibrated only where factors are what is averaged"
+        )
+        if not self.multiplier > 0:
+            raise Refused("aggregator.multiplier", self.multiplier, "the noise multiplier is positive; 1.0 is usual")
+
+    @property
+    def space(self) -> Literal["factor", "product"]:
+        """As the wrapped method."""
+        return self.inner.space
+
+    @property
+    def exempt(self) -> Mapping[int, str]:
+        """Laws broken by design, with the reason."""
+        return more(self.inner, EXEMPT)
+
+    def init(self, start: Adapter) -> Model:
+        """As the wrapped method."""
+        return self.inner.init(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The wrapped merge, and N(0, (z S step max_k p_k)^2) on every entry that clients trained."""
+        after = self.inner.merge(model, merge)
+        assert isinstance(self.inner, Clip)
+        deviation = self.multiplier * self.inner.norm * merge.step * max(weight for weight, _ in merge.parts)
+        count = int(model.memory[COUNT].dense["count"]) if COUNT in model.memory else 0
+        generator = torch.Generator().manual_seed(derive(self.seed, "noise", count))
+
+        def noisy(tensor: Tensor) -> Tensor:
+            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+            return (tensor.double() + deviation * drawn).to(tensor.dtype)
+
+        adapter = only(trained(merge), each(noisy, after.adapter), after.adapter)
+        memory = {**after.memory, COUNT: Adapter({}, {"count": torch.tensor(count + 1)})}
+        return replace(after, adapter=adapter, memory=memory)
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """As the wrapped method."""
+        return self.inner.start(model, budget, seed)

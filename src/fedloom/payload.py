@@ -1,0 +1,73 @@
+"""Bytes on the wire of one task, counted on what really has to be sent: float32 tensors, the head apart from the adapter.
+
+Down: the directions to train, without sides that follow from the run's seed, and the fold in the smaller of its two forms
+(factors, or one dense matrix a layer). Up: only what changed. A frozen side, a direction that was not selected, a layer that
+was not trained come back as they were sent, and the receiver has them already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedloom.check import fault
+from fedloom.lora import Adapter
+from fedloom.types import Result, Start, Task
+
+FLOAT = 4
+"""Bytes of one number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Size of a message; `dense` is the part of `total` that is the head."""
+
+    total: int
+    dense: int
+
+
+def down(start: Start) -> Bytes:
+    """What a client receives. A control variate counts like the adapter that it belongs to."""
+    count = sum(
+        ("down" not in start.seeded) * factor.down.numel() + ("up" not in start.seeded) * factor.up.numel()
+        for factor in start.train.factors.values()
+    )
+    count += sum(_folded(factor.up, factor.down) for factor in start.fold.factors.values()) if start.fold else 0
+    dense = 0 if "dense" in start.seeded else sum(tensor.numel() for tensor in start.train.dense.values())
+    control = _whole(start.control)
+    return Bytes(FLOAT * (count + dense + control), FLOAT * dense)
+
+
+def up(task: Task, result: Result) -> Bytes:
+    """What a client sends back: rows of `down`, columns of `up` and dense tensors that differ from what it got.
+
+    An answer that is no answer, and will be refused, counts as if everything had been sent.
+    """
+    start, count = task.start, 0
+    if fault(task, result):
+        dense = sum(tensor.numel() for tensor in start.train.dense.values())
+        return Bytes(FLOAT * (_whole(start.train) + _whole(start.control)), FLOAT * dense)
+    for name, factor in result.adapter.factors.items():
+        sent = start.train.factors[name]
+        count += _changed(sent.down[: factor.rank], factor.down) + _changed(sent.up[:, : factor.rank].T, factor.up.T)
+    dense = sum(
+        tensor.numel() for name, tensor in result.adapter.dense.items() if not tensor.equal(start.train.dense[name])
+    )
+    return Bytes(FLOAT * (count + dense + _whole(result.control)), FLOAT * dense)
+
+
+def _changed(before: Tensor, after: Tensor) -> int:
+    """Numbers in the rows that differ."""
+    return int((before != after).any(1).sum()) * after.shape[1]
+
+
+def _folded(up: Tensor, down: Tensor) -> int:
+    return min(up.numel() + down.numel(), up.shape[0] * down.shape[1])
+
+
+def _whole(adapter: Adapter | None) -> int:
+    if adapter is None:
+        return 0
+    factors = sum(factor.down.numel() + factor.up.numel() for factor in adapter.factors.values())
+    return factors + sum(tensor.numel() for tensor in adapter.dense.values())

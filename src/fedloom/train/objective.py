@@ -1,0 +1,150 @@
+"""What is added to a client's plain gradient: a proximal pull, a control variate, a mask; and the penalty that prunes ranks.
+
+Everything acts on `.grad` between the backward pass and clipping, on parameters by the names of `convert.parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.lora import Adapter, Factor, cut, pad
+from fedloom.types import Pruning, Side
+
+Weights: TypeAlias = Mapping[str, nn.Parameter]
+Amend: TypeAlias = Callable[[], None]
+
+
+def side(name: str) -> Side:
+    """The side to which a parameter of this name belongs."""
+    match name.rpartition(".")[2]:
+        case "down":
+            return "down"
+        case "up":
+            return "up"
+        case _:
+            return "dense"
+
+
+def proximal(weights: Weights, strength: float) -> Amend:
+    """FedProx (Li et al., arXiv 1812.06127, Eq. 2): the gradient of strength / 2 * |w - w0|^2, w0 what the task began with."""
+    origin = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    def amend() -> None:
+        for name, weight in weights.items():
+            if weight.grad is not None:
+                weight.grad.add_(weight.detach() - origin[name], alpha=strength)
+
+    return amend
+
+
+@dataclass(slots=True)
+class Control:
+    """SCAFFOLD (Karimireddy et al., arXiv 1910.06378, Alg. 1): g - c_i + c, and the mean of g, which is the next c_i."""
+
+    weights: Weights
+    server: Mapping[str, Tensor]
+    own: Mapping[str, Tensor]
+    total: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+
+    def __call__(self) -> None:
+        """Remember the gradient, then correct it."""
+        self.steps += 1
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                self.total[name] = self.total[name] + weight.grad if name in self.total else weight.grad.clone()
+                weight.grad.add_(self.server[name] - self.own[name])
+
+    def after(self) -> dict[str, Tensor]:
+        """c_i of the next task: the mean gradient; where nothing was trained, what it was."""
+        return {n: self.total[n] / self.steps if n in self.total else self.own[n] for n in self.own}
+
+
+def masked(weights: Weights, chosen: Mapping[str, Tensor]) -> Amend:
+    """No gradient for directions that were not chosen; `chosen` is a mask (rank,) for each layer."""
+
+    def amend() -> None:
+        for name, weight in weights.items():
+            layer, _, last = name.rpartition(".")
+            if weight.grad is not None and layer in chosen and side(name) != "dense":
+                keep = chosen[layer].to(weight.grad)
+                weight.grad.mul_(keep[:, None] if last == "down" else keep)
+
+    return amend
+
+
+def select(before: Adapter, after: Adapter, count: int) -> dict[str, Tensor]:
+    """The `count` directions, over all layers together, that a trial moved most (LoRA-A2, arXiv 2410.22815).
+
+    A direction's score is |d up| |down| + |up| |d down|: with one side frozen that is the norm of the product's change.
+    """
+    scores = {}
+    for name, old in before.factors.items():
+        new = after.factors[name]
+        risen = (new.up - old.up).norm(dim=0) * old.down.norm(dim=1)
+        turned = old.up.norm(dim=0) * (new.down - old.down).norm(dim=1)
+        scores[name] = risen + turned
+    flat = torch.cat([*scores.values()])
+    keep = torch.zeros(len(flat), dtype=torch.bool)
+    keep[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
+    parts = torch.split(keep, [len(score) for score in scores.values()])
+    return dict(zip(scores, parts, strict=True))
+
+
+def penalty(weights: Weights, pruning: Pruning) -> Tensor:
+    """strength * sum over layers of |up[:, t:]| |down[t:]| (HetLoRA, arXiv 2401.06432), t the beginning of the tail."""
+    total = torch.zeros(())
+    for name, down in weights.items():
+        if side(name) == "down":
+            up, first = weights[f"{name.removesuffix('.down')}.up"], pruning.tail(down.shape[0])
+            total = total.to(down.device) + up[:, first:].norm() * down[first:].norm()
+    return pruning.strength * total
+
+
+def pruned(before: Adapter, after: Adapter, pruning: Pruning) -> Adapter:
+    """`after` without its tail, if the tail has become smaller; otherwise as it is."""
+
+    def size(adapter: Adapter) -> float:
+        tails = [(f.up[:, pruning.tail(f.rank) :], f.down[pruning.tail(f.rank) :]) for f in adapter.factors.values()]
+        return sum(float(up.norm() * down.norm()) for up, down in tails)
+
+    if not size(after) < size(before):
+        return after
+    return Adapter({n: cut(f, pruning.tail(f.rank)) for n, f in after.factors.items()}, after.dense)
+
+
+def flat(adapter: Adapter) -> dict[str, Tensor]:
+    """An adapter's tensors by the names of the parameters that they belong to."""
+    found = {f"{name}.{part}": getattr(f, part) for name, f in adapter.factors.items() for part in ("down", "up")}
+    return found | dict(adapter.dense)
+
+
+def unflat(tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
+    """The reverse of `flat`."""
+    factors = {name: Factor(tensors[f"{name}.down"], tensors[f"{name}.up"]) for name in like.factors}
+    return Adapter(factors, {name: tensors[name] for name in like.dense})
+
+
+def fitted(adapter: Adapter, like: Adapter) -> Adapter:
+    """`adapter` at the ranks of `like`: first directions, or zeros beyond them."""
+    factors = {name: cut(pad(f, max(f.rank, like.factors[name].rank)), like.factors[name].rank)
+               for name, f in adapter.factors.items()}  # fmt: skip
+    return Adapter(factors, adapter.dense)
+
+
+def mixed(own: Adapter, other: Adapter, sides: frozenset[Side], chosen: Mapping[str, Tensor] | None = None) -> Adapter:
+    """`own`, with these sides, and directions outside of `chosen`, of `other`."""
+    factors = {}
+    for name, factor in own.factors.items():
+        down = other.factors[name].down if "down" in sides else factor.down
+        up = other.factors[name].up if "up" in sides else factor.up
+        if chosen is not None:
+            down = torch.where(chosen[name][:, None], down, other.factors[name].down)
+            up = torch.where(chosen[name], up, other.factors[name].up)
+        factors[name] = Factor(down, up)
+    return Adapter(factors, other.dense if "dense" in sides else own.dense)
