@@ -8,14 +8,17 @@ run because nothing in a run depends on where it ends, and compares their scores
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
+import math
 import multiprocessing
 import os
 import random
+import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +33,27 @@ SHARED = Path(__file__).parents[2] / "shared"
 TOLERANCE = 0.02
 """By how much an accuracy or a loss may differ on another kind of machine; on the same kind it should not differ at all."""
 
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t, 97.5 % quantile by degrees of freedom."""
+
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells by name, the seeds to run them with, the start of a run that `--quick` re-runs, and what to print of the lines."""
+    """Cells by name, the seeds to run them with, the start of a run that `--quick` re-runs, and what to print of the lines.
+
+    `target` is an accuracy fixed before the runs; `usual` the cells that are run without `--only`, where a whole grid would
+    take a machine with an accelerator (None: all).
+    """
 
     name: str
     cells: Mapping[str, Callable[[int], Run]]
     seeds: Sequence[int]
+    target: float
     shorten: Callable[[Run], Run]
     summary: Callable[[Sequence[Line]], Line]
+    usual: Sequence[str] | None = None
 
 
 def main(grid: Grid) -> None:
@@ -51,15 +63,19 @@ def main(grid: Grid) -> None:
     parser.add_argument("--cell", choices=[*grid.cells], help="with --quick: which cell (default: drawn at random)")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default 2)")
     parser.add_argument("--summary", action="store_true", help="only summarise what is in results/")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="run the cells whose names fit: 'hlora*', or '*'")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"run the first N seeds (default {len(grid.seeds)})")
+    parser.add_argument("--device", default="cpu", help="where to train, for instance cuda (default cpu)")
     given = parser.parse_args()
     if not SHARED.is_dir():
         parser.exit(2, f"this experiment needs the data in {SHARED}, which is not there; see the .md beside it\n")
     if given.quick:
-        verdict = reproduce(grid, given.cell or random.choice([*grid.cells]))
+        verdict = reproduce(grid, given.cell or random.choice([line["cell"] for line in lines(grid.name)]))
     else:
         verdict = {}
         if not given.summary:
-            run_missing(grid, given.workers)
+            run_missing(grid, given.workers, given.only, given.seeds, given.device)
+    print(table(lines(grid.name), grid.cells, grid.target))
     print(json.dumps(verdict | grid.summary(lines(grid.name))))
 
 
@@ -70,19 +86,22 @@ def lines(name: str) -> list[Line]:
 
 
 def hashed(run: Run) -> str:
-    """The hash that names the run's settings."""
-    return manifest.digest(manifest.plain(run))
+    """The hash that names the run's settings, wherever it is computed."""
+    return manifest.digest(manifest.plain(replace(run, device="cpu")))
 
 
-def run_missing(grid: Grid, workers: int) -> None:
+def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int | None, device: str) -> None:
     """Run what is not in the results yet and append it, as it comes."""
     have = {(line["cell"], line["run_hash"]) for line in lines(grid.name)}
-    pairs = [(cell, seed) for seed in grid.seeds for cell in grid.cells]
+    fits = [cell for cell in grid.cells if any(fnmatch.fnmatch(cell, pattern) for pattern in only or ())]
+    wanted = fits if only else grid.usual or [*grid.cells]
+    pairs = [(cell, seed) for seed in grid.seeds[:seeds] for cell in wanted]
     todo = [(cell, seed) for cell, seed in pairs if (cell, hashed(grid.cells[cell](seed))) not in have]
     RESULTS.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, (RESULTS / f"{grid.name}.jsonl").open("a") as file:
-        futures = [pool.submit(carry_out, cell, seed, grid.cells[cell](seed)) for cell, seed in todo]
+        runs = [(cell, seed, replace(grid.cells[cell](seed), device=device)) for cell, seed in todo]
+        futures = [pool.submit(carry_out, *one) for one in runs]
         for done, future in enumerate(as_completed(futures), 1):
             line = future.result()
             file.write(json.dumps(line) + "\n")
@@ -108,12 +127,13 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
         "losses": [line["loss"] for line in versions],
         "bytes_up": versions[-1]["bytes_up"] if versions else 0,
         "bytes_up_dense": versions[-1]["bytes_up_dense"] if versions else 0,
+        "bytes_down": versions[-1]["bytes_down"] if versions else 0,
         "virtual_seconds": versions[-1]["time"] if versions else 0.0,
         "energy2": sum(versions[-1]["energy"][:2]) if versions else None,
         "worst_client": min(clients),
         "mean_client": sum(clients) / len(clients),
         "run_hash": hashed(run),
-        "machine": manifest.machine()["cpu"],
+        "machine": manifest.machine()["cpu"] if run.device == "cpu" else f"{run.device} ({manifest.machine()['cpu']})",
     }
 
 
@@ -142,24 +162,56 @@ def rounds_to(line: Line, target: float) -> int | None:
     return next((version for version, _, accuracy in line["curve"] if accuracy >= target), None)
 
 
-def table(found: Sequence[Line], cells: Sequence[str], target: float) -> str:
+def table(found: Sequence[Line], cells: Iterable[str], target: float) -> str:
     """A Markdown table: a row a cell, mean and range over seeds."""
     rows = [
-        "| method | seeds | final accuracy (range) | versions to target | worst client | MB up (head) | first 2 directions |",
-        "|---|---|---|---|---|---|---|",
+        f"| method | seeds | final accuracy (range) | F1 | rounds to {100 * target:.0f} % | clients: mean, worst "
+        "| MB up (head) | MB down | energy in 2 directions |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         own = [line for line in found if line["cell"] == cell]
-        if not own:
-            continue
-        accuracy = [100 * line["accuracy"] for line in own]
-        reached = [rounds_to(line, target) for line in own]
-        energy = [line["energy2"] for line in own]
-        rows.append(
-            f"| {cell} | {len(own)} | {sum(accuracy) / len(own):.1f} % ({min(accuracy):.1f}–{max(accuracy):.1f}) "
-            f"| {', '.join('never' if r is None else str(r) for r in reached)} "
-            f"| {100 * sum(line['worst_client'] for line in own) / len(own):.0f} % "
-            f"| {own[0]['bytes_up'] / 1e6:.2f} ({own[0]['bytes_up_dense'] / 1e6:.2f}) "
-            f"| {sum(energy) / len(energy):.2f} |"
-        )
+        if own:
+            rows.append(row(cell, own, target))
     return "\n".join(rows)
+
+
+def row(cell: str, own: Sequence[Line], target: float) -> str:
+    """One method's line of the table."""
+
+    def mean(key: str) -> float:
+        values = [line[key] for line in own if line.get(key) is not None]
+        return sum(values) / len(values) if values else float("nan")
+
+    def told(value: float, form: str) -> str:
+        return "–" if math.isnan(value) else format(value, form)
+
+    accuracy = [100 * line["accuracy"] for line in own]
+    reached = ", ".join("never" if r is None else str(r) for r in (rounds_to(line, target) for line in own))
+    columns = (
+        cell,
+        str(len(own)),
+        f"{sum(accuracy) / len(own):.1f} % ({min(accuracy):.1f}–{max(accuracy):.1f})",
+        f"{mean('f1'):.3f}",
+        reached,
+        f"{100 * mean('mean_client'):.0f} %, {100 * mean('worst_client'):.0f} %",
+        f"{mean('bytes_up') / 1e6:.2f} ({mean('bytes_up_dense') / 1e6:.2f})",
+        told(mean("bytes_down") / 1e6, ".2f"),
+        told(mean("energy2"), ".2f"),
+    )
+    return f"| {' | '.join(columns)} |"
+
+
+def paired(found: Sequence[Line], one: str, other: str) -> list[float]:
+    """Points by which `one` is better than `other`, seed by seed."""
+    by = {(line["cell"], line["seed"]): line["accuracy"] for line in found}
+    seeds = sorted({line["seed"] for line in found})
+    return [100 * (by[one, s] - by[other, s]) for s in seeds if (one, s) in by and (other, s) in by]
+
+
+def interval(points: Sequence[float]) -> list[float] | None:
+    """95 % interval of the mean of paired differences (Student's t); None with fewer than two."""
+    if len(points) < 2:
+        return None
+    margin = T95[len(points) - 1] * statistics.stdev(points) / len(points) ** 0.5
+    return [round(statistics.mean(points) - margin, 2), round(statistics.mean(points) + margin, 2)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -97,6 +99,17 @@ def test_a_method_cites_its_source(cls: type) -> None:
     )
     assert "Source:" in (module.__doc__ or "")
     assert any(year in (module.__doc__ or "") for year in map(str, range(2016, 2030)))
+
+
+@pytest.mark.parametrize("folder", [fedloom.aggregate, fedloom.schedule], ids=lambda folder: folder.__name__)
+def test_methods_do_not_know_each_other(folder: ModuleType) -> None:
+    """A wrapper may name the method that it wraps by default; nobody else imports a method."""
+    found = toys.classes(folder, ("merge",))
+    methods = {cls.__module__ for cls in found}
+    for cls in found:
+        tree = ast.parse(Path(sys.modules[cls.__module__].__file__ or "").read_text(encoding="utf-8"))
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)} & methods
+        assert imported <= {type(cls().inner).__module__ if hasattr(cls(), "inner") else ""}, cls
 
 
 def in_ruff_order(name: str) -> tuple[int, str]:

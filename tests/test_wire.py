@@ -57,6 +57,15 @@ def test_a_round_trip_is_exact(given_adapter: Adapter) -> None:
     assert replace(back, adapter=given_adapter) == result
 
 
+def test_a_control_variate_travels_beside_the_adapter() -> None:
+    result = replace(SMALL, control=adapter(1, 5, layers={"only": (2, 3)}))
+    back = decode(encode("c1", 7, result), LIMIT)[2]
+    assert back.control is not None
+    assert result.control is not None
+    assert fingerprint(back.control) == fingerprint(result.control)
+    assert fingerprint(back.adapter) == fingerprint(SMALL.adapter)
+
+
 def test_views_and_special_values_survive() -> None:
     f = adapter(4).factors["query"]
     f.up[0, 0], f.up[1, 1] = float("nan"), -0.0

@@ -111,6 +111,12 @@ def products(of: Adapter) -> dict[str, Tensor]:
     return {name: product(f) for name, f in of.factors.items()}
 
 
+def function(model: Model | Start) -> dict[str, Tensor]:
+    """What is added to the base: the products of the adapter and of the fold."""
+    own = products(model.adapter if isinstance(model, Model) else model.train)
+    return own if model.fold is None else weighted([(1.0, own), (1.0, products(model.fold))])
+
+
 def best(matrix: Tensor, rank: int) -> Tensor:
     """Eckart-Young, in float64."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -174,6 +180,12 @@ def changed(start: Start | Adapter, seed: int, by: float = 0.3) -> Adapter:
     moved = {n: t + by * torch.randn(t.shape, generator=torch.Generator().manual_seed(seed * 100 + 99))
              for n, t in begin.dense.items()}  # fmt: skip
     return Adapter(factors, begin.dense if "dense" in frozen else moved)
+
+
+def answers(method: Aggregator, model: Model, ranks: Sequence[int], first: int = 1) -> list[Update]:
+    """What clients of these ranks give back after some training."""
+    tasks = [sent(method, model, rank, number) for number, rank in enumerate(ranks, first)]
+    return [returned(task, changed(task.start, task.id)) for task in tasks]
 
 
 def mean_of(updates: Sequence[Update], weights: Sequence[float] | None = None, **more: Any) -> Merge:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedloom.aggregate.ffa import FFA
     from fedloom.aggregate.flexlora import FlexLoRA
     from fedloom.aggregate.flora import FLoRA
+    from fedloom.aggregate.folded_delta import FoldedDelta
     from fedloom.aggregate.hetlora import HetLoRA
     from fedloom.aggregate.hlora import HLoRA
     from fedloom.aggregate.lora_a2 import LoRAA2
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fedloom.aggregate.rolora import RoLoRA
     from fedloom.aggregate.scaffold import Scaffold
     from fedloom.data.load import Hub, Rows, Table
+    from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
     from fedloom.data.tickets import Tickets
     from fedloom.errors import Refused
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "data.load": ("Hub", "Rows", "Table"),
+    "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
     "data.tickets": ("Tickets",),
     "errors": ("Refused",),
@@ -68,6 +71,7 @@ __all__ = [
     "IID",
     "Adam",
     "ByClient",
+    "ClientDirichlet",
     "Clip",
     "FLoRA",
     "FedEx",
@@ -77,6 +81,7 @@ __all__ = [
     "FedSVD",
     "FixedRank",
     "FlexLoRA",
+    "FoldedDelta",
     "HLoRA",
     "HetLoRA",
     "Hub",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from fedloom.lora import Adapter, Factor, cut, server_rank
-from fedloom.types import Result, Start, Task
+from fedloom.types import Result, Side, Start, Task
 
 MAX_NORM = 1e5
 """Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; what is beyond would drown the others."""
@@ -22,10 +22,11 @@ def fault(task: Task, result: Result) -> str | None:
     if not isinstance(result, Result) or not isinstance(result.adapter, Adapter):
         return f"the answer is a {type(result).__name__}, not a result with an adapter"
     start = task.start
+    asked = _pruned(start, result.adapter)
     return (
         _numbers(task, result)
-        or _adapter(_pruned(start, result.adapter), result.adapter)
-        or _kept(start, result.adapter)
+        or _adapter(asked, result.adapter)
+        or _kept(asked, start.rules.kept, result.adapter)
         or _control(start, result.control)
     )
 
@@ -55,13 +56,13 @@ def _pruned(start: Start, given: Adapter) -> Adapter:
     return Adapter({name: cut(factor, rank) for name, factor in start.train.factors.items()}, start.train.dense)
 
 
-def _kept(start: Start, given: Adapter) -> str | None:
+def _kept(asked: Adapter, sides: Collection[Side], given: Adapter) -> str | None:
     """A side that was to stay as it is, and did not."""
-    for side in sorted(start.rules.kept):
+    for side in sorted(sides):
         if side == "dense":
-            pairs = {name: (tensor, given.dense[name]) for name, tensor in start.train.dense.items()}
+            pairs = {name: (tensor, given.dense[name]) for name, tensor in asked.dense.items()}
         else:
-            pairs = {n: (getattr(f, side), getattr(given.factors[n], side)) for n, f in start.train.factors.items()}
+            pairs = {n: (getattr(f, side), getattr(given.factors[n], side)) for n, f in asked.factors.items()}
         for name, (sent, back) in pairs.items():
             if not sent.equal(back):
                 return f"the {side} side of {name!r} was not to be changed"

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 from fedloom import payload
 from fedloom.aggregate.combine import energy_shares
 from fedloom.errors import Refused
+from fedloom.lora import Factor, cut, stack
 from fedloom.types import (
     Cancel,
     ClientLost,
     Command,
     Dispatch,
+    Evaluate,
     Event,
+    Model,
     Publish,
     Reject,
     Scored,
+    Start,
     Stop,
     Task,
     TaskFailed,
@@ -60,14 +64,66 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     draft.replace(path)
 
 
+def energy(model: Model) -> float:
+    """Squared Frobenius norm of adapter and fold together, over all layers, in float64."""
+    fold = model.fold.factors if model.fold else {}
+    both = (stack([(1.0, own), *_apart(fold.get(name), None)]) for name, own in model.adapter.factors.items())
+    return sum(map(_squares, both))
+
+
+def kept(model: Model, start: Start, whole: float) -> float | None:
+    """1 - |model - start|^2 / |model|^2: the share of the model's energy that a client receives, folds included.
+
+    For the leading directions of a sorted model it is their share, 1 where nothing is missing, and below 0 where the start is
+    further from the model than nothing would be. `whole` is the model's energy; None where it has none.
+    """
+    if not whole > 0:
+        return None
+    missing, (mine, sent) = 0.0, (fold.factors if fold else {} for fold in (model.fold, start.fold))
+    for name, factor in model.adapter.factors.items():
+        terms = [(1.0, factor), (-1.0, start.train.factors[name]), *_apart(mine.get(name), sent.get(name))]
+        missing += _squares(stack(terms))
+    return round(1.0 - missing / whole, 9)
+
+
+def _apart(mine: Factor | None, sent: Factor | None) -> list[tuple[float, Factor]]:
+    """mine - sent as terms, without the directions that `sent` has copied from `mine`: a fold may be as wide as its layer."""
+    if mine is None or sent is None:
+        return [(sign, fold) for sign, fold in ((1.0, mine), (-1.0, sent)) if fold is not None]
+    if mine is sent:
+        return []
+    same = cut(sent, mine.rank)
+    if same.rank == mine.rank and same.down.equal(mine.down) and same.up.equal(mine.up):
+        return [(-1.0, Factor(sent.down[mine.rank :], sent.up[:, mine.rank :]))]
+    return [(1.0, mine), (-1.0, sent)]
+
+
+def _squares(factor: Factor) -> float:
+    """Squared Frobenius norm of the product in float64: from the Gram matrices of a thin one, else from the product."""
+    up, down = factor.up.double(), factor.down.double()
+    if factor.rank * (len(up) + down.shape[1]) < len(up) * down.shape[1]:
+        return max(0.0, float(((up.T @ up) * (down @ down.T)).sum()))
+    return float((up @ down).square().sum())
+
+
 @dataclass(slots=True)
 class Traffic:
-    """Bytes so far, in float32: whole adapters, and the share of their dense part (the head)."""
+    """Bytes so far, in float32: whole messages, and the shares of the dense part (the head) and of folds."""
 
     up: int = 0
     down: int = 0
     dense_up: int = 0
     dense_down: int = 0
+    fold_down: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What a dispatch was: its bytes, those of its fold, the share of the model's energy in it."""
+
+    size: payload.Bytes
+    fold: int
+    kept: float | None
 
 
 @dataclass(slots=True)
@@ -79,6 +135,9 @@ class Metrics:
     tasks: dict[int, Task] = field(default_factory=dict)
     arrived: dict[int, float] = field(default_factory=dict)
     uploaded: dict[int, payload.Bytes] = field(default_factory=dict)
+    sent: dict[int, Sent] = field(default_factory=dict)
+    model: Model | None = None
+    energy: float = 0.0
     cancelled: int = 0
     rejected: int = 0
 
@@ -111,17 +170,20 @@ class Metrics:
     def _command(self, now: float, command: Command) -> None:
         match command:
             case Dispatch(task):
-                self.tasks[task.id] = task
-                size = payload.down(task.start)
-                self.traffic.down += size.total
-                self.traffic.dense_down += size.dense
+                self.tasks[task.id], self.sent[task.id] = task, self._sent(task.start)
+                self.traffic.down += self.sent[task.id].size.total
+                self.traffic.dense_down += self.sent[task.id].size.dense
+                self.traffic.fold_down += self.sent[task.id].fold
             case Cancel(number, _):
                 self.cancelled += 1
                 self.arrived[number] = now
                 self._ended(number, "cancelled", "the round was closed without it")
             case Reject():
                 self.rejected += 1
+            case Evaluate(_, model):
+                self._hold(model)
             case Publish():
+                self._hold(command.model)
                 for update in command.updates:
                     if update.task.id in self.tasks:
                         self._ended(update.task.id, "merged", "", update)
@@ -130,14 +192,25 @@ class Metrics:
                 for number in [number for number in self.arrived if number in self.tasks]:
                     self._ended(number, "unused", "the run ended before it was merged")
 
+    def _hold(self, model: Model) -> None:
+        """The model that tasks start from now."""
+        if model is not self.model:
+            self.model, self.energy = model, energy(model)
+
+    def _sent(self, start: Start) -> Sent:
+        size = payload.down(start)
+        fold = size.total - payload.down(replace(start, fold=None)).total
+        return Sent(size, fold, kept(self.model, start, self.energy) if self.model else None)
+
     def _ended(self, number: int, status: str, reason: str, update: Update | None = None) -> None:
         task = self.tasks.pop(number, None)
         if task is None:
             return
         line: dict[str, object] = {"kind": "task", "id": number, "client": task.client, "version": task.version}
         line |= {"rank": task.budget.rank, "sent": task.sent, "arrived": self.arrived.pop(number, None)}
-        down, up = payload.down(task.start), self.uploaded.pop(number, payload.Bytes(0, 0))
-        line |= {"status": status, "reason": reason, "bytes_down": down.total, "bytes_down_dense": down.dense}
+        sent, up = self.sent.pop(number), self.uploaded.pop(number, payload.Bytes(0, 0))
+        line |= {"status": status, "reason": reason, "kept": sent.kept}
+        line |= {"bytes_down": sent.size.total, "bytes_down_dense": sent.size.dense, "bytes_down_fold": sent.fold}
         line |= {"bytes_up": up.total, "bytes_up_dense": up.dense}
         if update:
             took = {part: update.result.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up")}
@@ -164,6 +237,7 @@ class Metrics:
                 "bytes_down": self.traffic.down,
                 "bytes_up_dense": self.traffic.dense_up,
                 "bytes_down_dense": self.traffic.dense_down,
+                "bytes_down_fold": self.traffic.fold_down,
                 "energy": energy_shares(publish.model),
                 "discarded": publish.model.discarded,
                 "ranks": dict(sorted(ranks.items(), key=lambda item: int(item[0]))),

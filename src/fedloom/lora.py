@@ -124,12 +124,18 @@ def compact(factor: Factor) -> Factor:
     return truncate(factor, most) if factor.rank > most else factor
 
 
-def whole(adapter: Adapter, fold: Adapter | None) -> Adapter:
-    """Adapter and fold as one adapter: the whole change of the base model."""
+def joined(adapter: Adapter, fold: Adapter | None) -> Adapter:
+    """Adapter and fold as one adapter, side by side."""
     if fold is None:
         return adapter
     pairs = {name: [(1.0, factor), (1.0, fold.factors[name])] for name, factor in adapter.factors.items()}
-    return Adapter({name: compact(stack(pair)) for name, pair in pairs.items()}, adapter.dense)
+    return Adapter({name: stack(pair) for name, pair in pairs.items()}, adapter.dense)
+
+
+def whole(adapter: Adapter, fold: Adapter | None) -> Adapter:
+    """Adapter and fold as one adapter of no more directions than needed: the whole change of the base model."""
+    both = joined(adapter, fold)
+    return Adapter({name: compact(factor) for name, factor in both.factors.items()}, both.dense)
 
 
 def level(adapter: Adapter) -> Adapter:

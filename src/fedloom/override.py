@@ -12,6 +12,9 @@ from fedloom.errors import Refused
 from fedloom.kinds import fits, fits_exactly, words
 from fedloom.run import Run
 
+METHODS = ("fedloom.aggregate.", "fedloom.schedule.")
+"""Folders whose classes may be named without being listed."""
+
 
 def override(run: Run, settings: Sequence[str]) -> Run:
     """The run with each `path=value` applied in order. Raises Refused for an unknown field or a value of a wrong kind.
@@ -57,7 +60,7 @@ def _value(text: str, current: object, hint: Any, whole: str) -> object:
 
 def _evaluate(node: ast.expr) -> Any:
     """Literals, public names, and calls of them with such arguments: no other code is ever run."""
-    if isinstance(node, ast.Name) and node.id in fedloom.__all__:
+    if isinstance(node, ast.Name) and _is_public(node.id):
         return getattr(fedloom, node.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         named = {keyword.arg: _evaluate(keyword.value) for keyword in node.keywords if keyword.arg}
@@ -71,3 +74,9 @@ def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Tuple):
         return tuple(_evaluate(item) for item in node.elts)
     return ast.literal_eval(node)
+
+
+def _is_public(name: str) -> bool:
+    """A name of the package's list, or of a class in a folder of methods, which need not be listed."""
+    found = None if name in fedloom.__all__ else getattr(fedloom, name, None)
+    return name in fedloom.__all__ or getattr(found, "__module__", "").startswith(METHODS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedloom.check import fault
 from fedloom.lora import Adapter
-from fedloom.types import Result, Start, Task
+from fedloom.types import Result, Side, Start, Task
 
 FLOAT = 4
 """Bytes of one number."""
@@ -28,14 +28,11 @@ class Bytes:
 
 
 def down(start: Start) -> Bytes:
-    """What a client receives. A control variate counts like the adapter that it belongs to."""
-    count = sum(
-        ("down" not in start.seeded) * factor.down.numel() + ("up" not in start.seeded) * factor.up.numel()
-        for factor in start.train.factors.values()
-    )
+    """What a client receives. A control variate counts like the adapter, on the sides that the client trains for all."""
+    count = _whole(start.train, frozenset((*start.seeded, "dense")))
     count += sum(_folded(factor.up, factor.down) for factor in start.fold.factors.values()) if start.fold else 0
     dense = 0 if "dense" in start.seeded else sum(tensor.numel() for tensor in start.train.dense.values())
-    control = _whole(start.control)
+    control = _whole(start.control, start.rules.kept)
     return Bytes(FLOAT * (count + dense + control), FLOAT * dense)
 
 
@@ -47,14 +44,14 @@ def up(task: Task, result: Result) -> Bytes:
     start, count = task.start, 0
     if fault(task, result):
         dense = sum(tensor.numel() for tensor in start.train.dense.values())
-        return Bytes(FLOAT * (_whole(start.train) + _whole(start.control)), FLOAT * dense)
+        return Bytes(FLOAT * (_whole(start.train) + _whole(start.control, start.rules.kept)), FLOAT * dense)
     for name, factor in result.adapter.factors.items():
         sent = start.train.factors[name]
         count += _changed(sent.down[: factor.rank], factor.down) + _changed(sent.up[:, : factor.rank].T, factor.up.T)
     dense = sum(
         tensor.numel() for name, tensor in result.adapter.dense.items() if not tensor.equal(start.train.dense[name])
     )
-    return Bytes(FLOAT * (count + dense + _whole(result.control)), FLOAT * dense)
+    return Bytes(FLOAT * (count + dense + _whole(result.control, start.rules.kept)), FLOAT * dense)
 
 
 def _changed(before: Tensor, after: Tensor) -> int:
@@ -66,8 +63,12 @@ def _folded(up: Tensor, down: Tensor) -> int:
     return min(up.numel() + down.numel(), up.shape[0] * down.shape[1])
 
 
-def _whole(adapter: Adapter | None) -> int:
+def _whole(adapter: Adapter | None, without: frozenset[Side] = frozenset()) -> int:
+    """Numbers of an adapter, these sides apart."""
     if adapter is None:
         return 0
-    factors = sum(factor.down.numel() + factor.up.numel() for factor in adapter.factors.values())
-    return factors + sum(tensor.numel() for tensor in adapter.dense.values())
+    count = sum(
+        ("down" not in without) * factor.down.numel() + ("up" not in without) * factor.up.numel()
+        for factor in adapter.factors.values()
+    )
+    return count + (0 if "dense" in without else sum(tensor.numel() for tensor in adapter.dense.values()))

@@ -140,7 +140,7 @@ class Local:
     """What stays at a client between its tasks and is never sent.
 
     Optimiser `moments`, valid for one `basis`; the trained adapter of which `private` sides are used again; the client's own
-    control variate.
+    `control` variate. The last two are kept by the server's directions (`Start.slots`), also those that one task does not hold.
     """
 
     basis: str = ""

@@ -14,6 +14,8 @@ from fedloom.types import Result
 
 FORMAT = 1
 HEADER = "fedloom"
+CONTROL = "control:"
+"""Begins the names of the tensors of a control variate."""
 
 
 class Malformed(ValueError):
@@ -58,6 +60,8 @@ def adapter_of(flat: dict[str, Tensor]) -> Adapter:
 def encode(client: str, task: int, result: Result) -> bytes:
     """The result as bytes; the same result gives the same bytes."""
     flat = tensors(result.adapter)
+    if result.control is not None:
+        flat |= {f"{CONTROL}{name}": tensor for name, tensor in tensors(result.control).items()}
     manifest = Manifest(
         format=FORMAT,
         task=task,
@@ -88,5 +92,13 @@ def decode(data: bytes, limit: int) -> tuple[str, int, Result]:
         raise Malformed(f"no manifest in the file: {type(error).__name__}") from error
     if manifest.tensors != len(flat):
         raise Malformed(f"manifest speaks of {manifest.tensors} tensors, the file holds {len(flat)}")
-    result = Result(adapter_of(flat), manifest.examples, manifest.tokens, manifest.steps, manifest.metrics)
+    control = {name.removeprefix(CONTROL): flat.pop(name) for name in [*flat] if name.startswith(CONTROL)}
+    result = Result(
+        adapter_of(flat),
+        manifest.examples,
+        manifest.tokens,
+        manifest.steps,
+        manifest.metrics,
+        adapter_of(control) if control else None,
+    )
     return manifest.client, manifest.task, result

@@ -22,8 +22,8 @@ from fedloom.aggregate.clip import Clip
 from fedloom.aggregate.combine import energy_shares
 from fedloom.aggregate.noise import Noise
 from fedloom.lora import Adapter, Factor, cut
-from fedloom.types import Aggregator, Merge, Model, Start
-from toys import adapter, changed, distance, mean_of, products, returned, sent, weighted
+from fedloom.types import Aggregator, Merge, Model
+from toys import adapter, changed, distance, function, mean_of, products, returned, sent, weighted
 
 TOP = 8
 RANKS = (2, 4, 8)
@@ -34,12 +34,6 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=toys.called)
 
 def cut_to(of: Adapter, rank: int) -> dict[str, torch.Tensor]:
     return products(Adapter({n: cut(f, rank) for n, f in of.factors.items()}))
-
-
-def function(model: Model | Start) -> dict[str, torch.Tensor]:
-    """What is added to the base: the products of the adapter and of the fold."""
-    own = products(model.adapter if isinstance(model, Model) else model.train)
-    return own if model.fold is None else weighted([(1.0, own), (1.0, products(model.fold))])
 
 
 def merged(method: Aggregator, model: Model, merge: Merge) -> dict[str, torch.Tensor]:

@@ -13,11 +13,12 @@ import pytest
 
 Fake = Callable[..., Path]
 
+HEAD = 4 * 4000
 TIERS = {"phone": (2, 1e9, 1e6), "laptop": (4, 1e10, 1e7), "server": (8, 1e11, 1e8)}
 LABELS = ["abbreviation", "entity", "description", "human", "location", "number"]
 STOPPED: dict[str, dict[str, Any]] = {
-    "cancelled": {"seconds": None, "bytes_up": 0},
-    "lost": {"seconds": None, "arrived": None},
+    "cancelled": {"seconds": None, "bytes_up": 0, "bytes_up_dense": 0},
+    "lost": {"seconds": None, "arrived": None, "bytes_up": 0, "bytes_up_dense": 0},
 }
 
 
@@ -56,14 +57,15 @@ def _part(dice: random.Random, labels: int) -> dict[str, Any]:
 
 def _task(dice: random.Random, number: int, client: str, tier: str, version: int, sent: float) -> dict[str, Any]:
     rank, flops, bps = TIERS[tier]
-    payload = 4 * (4000 + 1200 * rank)
+    payload = HEAD + 4 * 1200 * rank
     seconds = {"down": 8 * payload / bps, "train": 3e10 / flops * (0.6 + dice.random()), "up": 16 * payload / bps}
     status = "merged" if dice.random() < 0.9 else dice.choice(["cancelled", "rejected", *STOPPED])
     return {
         "kind": "task", "id": number, "client": client, "version": version, "rank": rank, "sent": sent,
         "arrived": sent + sum(seconds.values()), "seconds": seconds, "loss": 1.8 * math.exp(-version / 5) + 0.2,
-        "tokens": 900, "steps": 8, "bytes_up": payload, "bytes_down": payload, "status": status,
-        "reason": "" if status == "merged" else "late",
+        "tokens": 900, "steps": 8, "bytes_up": payload, "bytes_down": payload, "bytes_up_dense": HEAD,
+        "bytes_down_dense": HEAD, "bytes_down_fold": 0, "kept": 1 - 0.3 / rank if version and rank < 8 else 1.0 if version else None,
+        "status": status, "reason": "" if status == "merged" else "late",
     } | STOPPED.get(status, {})  # fmt: skip
 
 

@@ -16,13 +16,13 @@ from fedloom.lora import (
     compact,
     cut,
     energy,
+    joined,
     pad,
     revive,
     scale,
     server_rank,
     stack,
     truncate,
-    whole,
 )
 from fedloom.seeds import derive
 from fedloom.types import Budget, Merge, Model, Start
@@ -196,12 +196,15 @@ def folded(model: Model, pieces: Mapping[str, Sequence[tuple[float, Factor]]]) -
 
 
 def tail(model: Model, held: Iterable[int]) -> Adapter | None:
-    """What a client that trains only the directions `held` needs beside them to run the whole model; None if nothing."""
+    """What a client that trains only the directions `held` needs beside them to run the whole model; None if nothing.
+
+    Not compacted: that would be a decomposition for every task, and a fold is never trained.
+    """
     rank, without = server_rank(model.adapter), set(held)
     rest = torch.tensor([i for i in range(rank) if i not in without], dtype=torch.long)
     if not len(rest):
         return model.fold
-    return folded(model, {name: [(1.0, slots(factor, rest))] for name, factor in model.adapter.factors.items()})
+    return joined(Adapter({name: slots(factor, rest) for name, factor in model.adapter.factors.items()}), model.fold)
 
 
 def energy_shares(model: Model) -> list[float]:
@@ -209,10 +212,10 @@ def energy_shares(model: Model) -> list[float]:
 
     Of the whole model, fold included, for as many directions as the adapter has.
     """
-    everything, kept = whole(model.adapter, model.fold), server_rank(model.adapter)
+    everything, kept = joined(model.adapter, model.fold), server_rank(model.adapter)
     total = torch.zeros(server_rank(everything), dtype=torch.float64)
     for factor in everything.factors.values():
         values = energy(factor)
-        total[: len(values)] += values
+        total[: len(values)] += values.cpu()
     sum_ = float(total.sum())
     return [float(value) / sum_ if sum_ > 0 else 0.0 for value in total[:kept]]

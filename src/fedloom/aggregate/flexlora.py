@@ -39,8 +39,7 @@ class FlexLoRA:
         """W = sum p_k B_k A_k, whole: sorted directions, the first of them for clients."""
         rank = server_rank(model.adapter)
         before = replace(model, adapter=whole(model.adapter, model.fold))
-        held = sum(server_rank(a) for _, u in merge.parts for a in (u.result.adapter, u.task.start.train))
-        after = merge_products(before, merge, max(rank, held + server_rank(before.adapter)), everyone)
+        after = merge_products(before, merge, max(rank, _directions(before.adapter, merge)), everyone)
         first = {name: cut(factor, rank) for name, factor in after.adapter.factors.items()}
         rest = {name: Factor(f.down[rank:], f.up[:, rank:]) for name, f in after.adapter.factors.items()}
         return replace(after, adapter=Adapter(first, after.adapter.dense), fold=Adapter(rest))
@@ -48,3 +47,12 @@ class FlexLoRA:
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The best approximation of W at the client's rank."""
         return handed_out(model, budget, seed, balanced=False)
+
+
+def _directions(model: Adapter, merge: Merge) -> int:
+    """How many directions the sum of products can have: those that are added up, but no more than a layer has room for."""
+    room = max(min(factor.up.shape[0], factor.down.shape[1]) for factor in model.factors.values())
+    added = sum(server_rank(update.result.adapter) for _, update in merge.parts)
+    if merge.as_delta:
+        added += sum(server_rank(update.task.start.train) for _, update in merge.parts)
+    return min(room, added + (server_rank(model) if merge.as_delta or merge.step < 1.0 else 0))

@@ -86,12 +86,18 @@ def client_ranks(log: RunLog) -> list[int]:
 
 
 def effective_rank(energy: Sequence[float]) -> float:
-    """How many directions carry the energy: the exponential of its entropy, 1 when one direction has it all.
+    """How many of these directions carry the energy: the exponential of its entropy, 1 when one direction has it all.
 
-    >>> effective_rank([0.5, 0.5, 0.0])
-    2.0
+    >>> effective_rank([0.5, 0.5, 0.0]), effective_rank([0.2, 0.2])
+    (2.0, 2.0)
     """
-    return round(math.exp(-sum(share * math.log(share) for share in energy if share > 0)), 6)
+    shares = [share / sum(energy) for share in energy if share > 0]
+    return round(math.exp(-sum(share * math.log(share) for share in shares)), 6)
+
+
+def spectra(log: RunLog) -> list[Line]:
+    """The versions with an energy: a server whose product is always zero (FedSA) has none."""
+    return [line for line in log.versions if any(line.get("energy") or ())]
 
 
 def tiers(log: RunLog) -> dict[str, list[str]]:
@@ -105,14 +111,6 @@ def tiers(log: RunLog) -> dict[str, list[str]]:
         return mean(number(known[client].get("flops")) for client in groups[tier]), tier
 
     return {tier: groups[tier] for tier in sorted(groups, key=speed)}
-
-
-def head_share(log: RunLog, rank: object) -> float:
-    """The part of a payload at this rank that is the dense head and not the adapter, by their parameter counts."""
-    model = log.manifest["model"]
-    lora = number(model.get("lora_parameters_by_rank", {}).get(str(rank)))
-    dense = number(model.get("dense_parameters"))
-    return dense / (dense + lora) if dense + lora > 0 else math.nan
 
 
 def sentence(log: RunLog) -> str:

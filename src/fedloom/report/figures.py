@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fedloom.report.facts import accuracy, at_version, client_ranks, effective_rank, final, names
+from fedloom.report.facts import accuracy, at_version, client_ranks, effective_rank, final, names, spectra
 from fedloom.report.read import Line, RunLog
-from fedloom.report.style import MUTED, SERIES, key, look, percent_axis, picture
+from fedloom.report.style import MUTED, OTHER, SERIES, key, look, percent_axis, picture
 from fedloom.report.words import BYTES, SPANS, number, percent, scale
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def _whole(axes: Axes, title: str, label: str = "round") -> None:
+def whole(axes: Axes, title: str, label: str = "round") -> None:
+    """Whole numbers on the x axis, below a title."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
@@ -53,7 +53,7 @@ def accuracies(figure: Figure, logs: Sequence[RunLog]) -> str:
     for axes, title in zip(panels, ("by round", f"by virtual time ({span})", f"by traffic up ({unit})"), strict=True):
         _baselines(axes, logs)
         axes.set_title(title)
-    _whole(panels[0], "by round", "")
+    whole(panels[0], "by round", "")
     percent_axis(panels[0])
     panels[0].set_ylabel("test accuracy")
     _legend(figure, panels[0], logs)
@@ -84,7 +84,7 @@ def losses(figure: Figure, logs: Sequence[RunLog]) -> str:
         test = [number(score.get("loss")) for score in logs[0].scores]
         axes.plot([score["version"] for score in logs[0].scores], test, marker="s", label="test (server)", **look(1))
         figure.legend(loc="outside upper right", ncols=2)
-    _whole(axes, "Training loss" if len(logs) > 1 else "Loss")
+    whole(axes, "Training loss" if len(logs) > 1 else "Loss")
     _from_zero(axes)
     _legend(figure, axes, logs)
     return "Mean training loss of the merged updates by round."
@@ -102,46 +102,49 @@ def bands(rank: int, marks: Sequence[int]) -> list[tuple[int, int]]:
 
 @picture(3.3)
 def energy(figure: Figure, log: RunLog) -> str:
-    """Where the adapter's energy lies: in which directions, and how much of it merges cut off."""
-    versions = [line for line in log.versions if line.get("energy")]
+    """Where the global model's energy lies: in which directions, and how much of it merges cut off."""
+    versions = spectra(log)
     panels = figure.subplot_mosaic([["stack", "rank"], ["stack", "cut"]], width_ratios=[1.7, 1])
-    rank, ranks = len(versions[-1]["energy"]), client_ranks(log)
-    _stack(panels["stack"], versions, bands(rank, ranks), ranks)
+    rank = len(versions[-1]["energy"])
+    _stack(panels["stack"], versions, bands(rank, client_ranks(log)))
     x = [line["version"] for line in versions]
     panels["rank"].plot(x, [effective_rank(line["energy"]) for line in versions], marker="o", **look(0))
     panels["rank"].set_ylim(0, rank * 1.08)
     panels["rank"].axhline(rank, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    _whole(panels["rank"], f"Effective rank (of {rank})", "")
-    panels["cut"].bar(x, [number(line.get("discarded")) for line in versions], color=SERIES[1], width=0.7)
-    _whole(panels["cut"], "Energy cut off by the merge")
+    whole(panels["rank"], f"Effective rank (of {rank})", "")
+    lost = [number(line.get("discarded")) for line in versions]
+    panels["cut"].bar(x, lost, color=SERIES[1], width=0.7)
+    whole(panels["cut"], "Energy cut off by the merge")
+    if not any(share > 0 for share in lost):
+        panels["cut"].set_ylim(0, 0.01)
     percent_axis(panels["cut"])
     end = effective_rank(versions[-1]["energy"])
     return f"Energy of the {rank} directions by round; at the end the effective rank is {end:.1f}."
 
 
-def _stack(axes: Axes, versions: Sequence[Line], cut: Sequence[tuple[int, int]], ranks: Sequence[int]) -> None:
+def _stack(axes: Axes, versions: Sequence[Line], cut: Sequence[tuple[int, int]]) -> None:
+    """Bands of directions, strongest below; grey on top is what lies beyond the adapter's directions, in a fold."""
     from matplotlib import colormaps
+    from matplotlib.colors import to_hex
 
     x = [line["version"] for line in versions]
     shares = [[sum(line["energy"][a:b]) for line in versions] for a, b in cut]
+    shades = [to_hex(colormaps["cividis"](0.95 * i / max(1, len(cut) - 1))) for i in range(len(cut))]
+    labels = [f"{a + 1}" if b == a + 1 else f"{a + 1} to {b}" for a, b in cut]
+    beyond = [max(0.0, 1 - sum(line["energy"])) for line in versions]
+    if max(beyond) > 1e-3:
+        shares, shades, labels = [*shares, beyond], [*shades, OTHER], [*labels, f"beyond {cut[-1][1]}"]
     if len(x) == 1:
         x, shares = [x[0] - 0.5, x[0] + 0.5], [row * 2 for row in shares]
-    shades = [colormaps["cividis"](0.95 * i / max(1, len(cut) - 1)) for i in range(len(cut))]
-    labels = [f"{a + 1}" if b == a + 1 else f"{a + 1} to {b}" for a, b in cut]
     layers = axes.stackplot(x, shares, colors=shades, linewidth=0)
-    handles: list[tuple[Artist, str]] = [(h, text) for h, text in zip(layers[::-1], labels[::-1], strict=True)]
-    if ranks and ranks[0] < cut[-1][1]:
-        common = [sum(line["energy"][: ranks[0]]) for line in versions]
-        line = axes.plot(x, common * (len(x) // len(common)), color=SERIES[1], linewidth=2.2)[0]
-        handles.append((line, f"smallest client\nrank ({ranks[0]})"))
     axes.legend(
-        [h for h, _ in handles], [text for _, text in handles], title="direction", loc="upper left",
+        layers[::-1], labels[::-1], title="direction", loc="upper left",
         bbox_to_anchor=(1.0, 1.02), borderaxespad=0.3, handlelength=1.2, alignment="left",
     )  # fmt: skip
     axes.set_ylim(0, 1)
     axes.set_xlim(x[0], x[-1])
     percent_axis(axes)
-    _whole(axes, "Share of energy by direction")
+    whole(axes, "Share of energy by direction")
 
 
 @picture(2.7)
@@ -159,13 +162,13 @@ def energies(figure: Figure, logs: Sequence[RunLog]) -> str:
         lambda _, line: number(line.get("discarded")),
     ]
     for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
-        versions = [line for line in log.versions if line.get("energy")]
+        versions = spectra(log)
         for axes, measure in zip(panels, measures, strict=True):
             y = [measure(log, line) for line in versions]
             axes.plot([line["version"] for line in versions], y, marker="o", label=key(name), **look(index))
     titles = ("Within the smallest client rank", "Effective rank", "Cut off by the merge")
     for axes, title in zip(panels, titles, strict=True):
-        _whole(axes, title)
+        whole(axes, title)
         _from_zero(axes)
     percent_axis(panels[0])
     percent_axis(panels[2])

@@ -1,4 +1,4 @@
-"""The pictures of who took part: accuracy by client, what each was busy with, and who holds which data."""
+"""The pictures of who took part: what each client was busy with, and who holds which data."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from fedloom.report.facts import accuracy, label, mean, tiers
+from fedloom.report.facts import label, tiers
 from fedloom.report.read import Line, RunLog
 from fedloom.report.style import INK, KINDS, MUTED, OTHER, PALE, SERIES, Box, boxes, key, percent_axis, picture
-from fedloom.report.words import SPANS, number, percent, plural, scale
+from fedloom.report.words import SPANS, number, plural, scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def _some(shown: Sequence[str], order: Sequence[str]) -> str:
     return f"{len(shown)} of {len(order)} clients" if len(shown) < len(order) else plural(len(order), "client")
 
 
-def _names(axes: Axes, shown: Sequence[str], title: str) -> None:
+def named(axes: Axes, shown: Sequence[str], title: str) -> None:
     """Clients along the x axis: by name while the names fit, else as a crowd."""
     axes.set_xlim(-0.7, len(shown) - 0.3)
     axes.grid(visible=False, axis="x")
@@ -48,33 +48,6 @@ def _names(axes: Axes, shown: Sequence[str], title: str) -> None:
     else:
         axes.set_xticks([])
         axes.set_xlabel(title)
-
-
-@picture(3.2)
-def clients(figure: Figure, log: RunLog) -> str:
-    """Accuracy of every client with the final model at its own rank, beside its baseline, grouped by tier."""
-    axes = figure.subplots()
-    order = {tier: place for place, tier in enumerate(tiers(log))}
-    rows = sorted(log.clients, key=lambda line: (order.get(str(line.get("tier")), -1), accuracy(line)))
-    base = [number(line.get("base_accuracy")) for line in rows]
-    x = range(len(rows))
-    axes.vlines(x, base, [accuracy(line) for line in rows], color="#c9ced6", linewidth=1.2)
-    axes.plot(x, base, "_", color=MUTED, markersize=6, markeredgewidth=1.4, label="baseline of this client")
-    for index, tier in enumerate(dict.fromkeys(str(line.get("tier")) for line in rows)):
-        at = [i for i in x if str(rows[i].get("tier")) == tier]
-        value = [accuracy(rows[i]) for i in at]
-        color = SERIES[index % len(SERIES)]
-        text = f"{label(tier)}, mean {percent(mean(value))}"
-        axes.plot(at, value, "o", color=color, markersize=5 if len(rows) <= 150 else 3, label=key(text))
-        axes.hlines(mean(value), at[0] - 0.4, at[-1] + 0.4, color=color, linewidth=1)
-        if at[0]:
-            axes.axvline(at[0] - 0.5, color="#b4bac2", linewidth=0.8)
-    _names(axes, [str(line["client"]) for line in rows], f"{len(rows)} clients, by tier and accuracy")
-    percent_axis(axes)
-    axes.set_ylim(0, 1.02)
-    axes.set_ylabel("held-out accuracy")
-    figure.legend(loc="outside upper left", ncols=4)
-    return f"Held-out accuracy of {len(rows)} clients by tier, each beside its baseline."
 
 
 @picture(3.0)
@@ -152,7 +125,7 @@ def partition(figure: Figure, log: RunLog) -> str:
     low.set_ylabel("labels")
     low.set_ylim(0, 1)
     percent_axis(low)
-    _names(low, shown, f"{_some(shown, order)}, largest first")
+    named(low, shown, f"{_some(shown, order)}, largest first")
     top.grid(visible=False, axis="x")
     return f"Number of examples and mix of labels of {plural(len(shown), 'client')}."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.report import figures, figures_clients, tables
+from fedloom.report import facts, figures, figures_clients, figures_ranks, ranks, tables
 from fedloom.report.read import RunLog
 from fedloom.report.tables import Grid
 from fedloom.report.words import number, short
@@ -13,9 +13,13 @@ from fedloom.report.words import number, short
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A picture, a table or a piece of code, with its caption; `kind` says how a table is set: numbers or words."""
+    """A picture, a table or a piece of code; `caption` says how to read it, `finding` what is to be seen in it.
+
+    `kind` says how a table is set: numbers or words.
+    """
 
     caption: str
+    finding: str = ""
     svg: str = ""
     grid: Grid | None = None
     code: str = ""
@@ -24,10 +28,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part under its heading."""
+    """Parts under a heading."""
 
     title: str
-    part: Part
+    parts: tuple[Part, ...]
 
 
 CURVES = """
@@ -44,19 +48,25 @@ Time and bytes until the run ended; the last two columns, where present, say whe
 that all of them reached, and with how many bytes."""
 DIFFERENT = "Only what differs is listed; every other setting is the same in all runs."
 ENERGY = """
-Energy is the squared size of the adapter in each of its directions, strongest first; the effective rank counts the
-directions that carry it. In a rank collapse the orange line (drawn where clients have less than the server's rank)
-climbs to 100 % and the effective rank falls to the smallest client rank: the directions that only large clients
-train fade away. Bars: what each merge cut off to keep the server's rank."""
+Energy is the squared size of the global model in each of its directions, strongest first; the effective rank counts the
+directions that carry it. In a rank collapse the effective rank falls to the smallest client rank: the directions
+that only large clients train fade away. Bars: what each merge cut off to keep the server's rank."""
 ENERGIES = """
 In a rank collapse the share within the smallest client rank climbs to 100 % while the effective rank falls: the
 directions that only large clients train fade away. On the right, the share of energy that each merge cut off."""
-CLIENTS = """
-A dot is the final model, cut to that client's own rank, on its own held-out examples; the dash is its baseline. Dots
-at or below their dash gained nothing; the line across a tier is its mean."""
+GIVEN = """
+Energy: how much of the global model a client is given to train on. 100 % is all of it; at 0 % and below, what it is given
+is no nearer to the model than nothing. A method that cuts gives a low rank less; a share that climbs to 100 % at every
+rank while the effective rank above falls is rank collapse and no gain."""
+PAID = """
+Bytes: the mean of one task, down over all tasks, up over those that were answered."""
+SERVED = """
+A dot is the final model, as a client of that rank receives it, on that client's own held-out examples; the dash is what
+it would reach by always answering its commonest label. A line is the mean of the clients, its band one standard error.
+Tiers differ in more than their rank (speed, data, how often they took part), so a gap need not come from the rank."""
 TIERS = """
-Slowest tier first. Traffic is split into adapter and head by their parameter counts; the time is the mean of
-receiving, training and sending together."""
+Slowest tier first, sums over all tasks. What is neither head nor fold is adapter; the time is the mean of receiving,
+training and sending together."""
 ACTIVITY = """
 One row a client, slowest tier on top; white is idle, fine vertical lines are merges, hatched work was cancelled,
 rejected or lost."""
@@ -67,15 +77,13 @@ harder the averaging."""
 
 def single(log: RunLog) -> list[Section]:
     """The full report of one run; what was not recorded is left out."""
-    collapse = any(line.get("energy") for line in log.versions)
-    by_tier, chosen = tables.tiers(log), tables.settings(log)
+    chosen = tables.settings(log)
     return _kept(
-        ("Accuracy", log.scores and Part(CURVES, figures.accuracies([log]))),
-        ("Loss", log.versions and Part(LOSS, figures.losses([log]))),
-        ("Rank and energy", collapse and Part(ENERGY, figures.energy(log))),
-        ("Clients", log.clients and Part(CLIENTS, figures_clients.clients(log))),
-        ("Tiers", by_tier.rows and Part(TIERS, grid=by_tier)),
-        ("Activity", log.tasks and Part(ACTIVITY, figures_clients.activity(log))),
+        ("Accuracy", log.scores and Part(CURVES, svg=figures.accuracies([log]))),
+        ("Loss", log.versions and Part(LOSS, svg=figures.losses([log]))),
+        ("Rank and energy", facts.spectra(log) and Part(ENERGY, svg=figures.energy(log))),
+        ("Rank heterogeneity", _heterogeneity(log)),
+        ("Activity", log.tasks and Part(ACTIVITY, svg=figures_clients.activity(log))),
         ("Data", log.manifest["partition"].get("clients") and _partition(log)),
         ("Use the result", log.versions and _load(log)),
         ("Model", log.manifest["model"] and Part("", grid=tables.model(log), kind="words")),
@@ -86,26 +94,42 @@ def single(log: RunLog) -> list[Section]:
 
 def comparison(logs: Sequence[RunLog]) -> list[Section]:
     """Several runs side by side: what they reached and cost, their curves, and the settings in which they differ."""
-    collapse = any(line.get("energy") for log in logs for line in log.versions)
+    collapse = any(facts.spectra(log) for log in logs)
     differ = tables.differences(logs)
     return _kept(
         ("Summary", Part(SUMMARY, grid=tables.runs(logs))),
         ("Different settings", Part(DIFFERENT if differ.rows else "None.", grid=differ, kind="words")),
-        ("Accuracy", any(log.scores for log in logs) and Part(CURVES, figures.accuracies(logs))),
-        ("Loss", any(log.versions for log in logs) and Part(LOSSES, figures.losses(logs))),
-        ("Rank and energy", collapse and Part(ENERGIES, figures.energies(logs))),
+        ("Accuracy", any(log.scores for log in logs) and Part(CURVES, svg=figures.accuracies(logs))),
+        ("Loss", any(log.versions for log in logs) and Part(LOSSES, svg=figures.losses(logs))),
+        ("Rank and energy", collapse and Part(ENERGIES, svg=figures.energies(logs))),
     )
 
 
 def _kept(*found: tuple[str, object]) -> list[Section]:
-    return [Section(title, part) for title, part in found if isinstance(part, Part)]
+    rows = [(title, part if isinstance(part, tuple) else (part,)) for title, part in found]
+    kept = [(title, tuple(part for part in parts if isinstance(part, Part))) for title, parts in rows]
+    return [Section(title, parts) for title, parts in kept if parts]
+
+
+def _heterogeneity(log: RunLog) -> tuple[object, ...]:
+    """What each rank is given and pays, how it is served, and the same by tier as a table."""
+    used, by_tier = ranks.used(log), tables.tiers(log)
+    one = f"There is only one rank: every client trains at rank {used[0]}." if len(used) == 1 else ""
+    shares, paid = ranks.kept(log), ranks.paid(log)
+    given = " ".join(text for text in (one, ranks.received(log), paid) if text)
+    return (
+        (paid or shares)
+        and Part(f"{GIVEN if shares else ''}{PAID if paid else ''}", given, svg=figures_ranks.handed(log)),
+        log.clients and Part(SERVED, ranks.served(log), svg=figures_ranks.clients(log)),
+        by_tier.rows and Part(TIERS, grid=by_tier),
+    )
 
 
 def _partition(log: RunLog) -> Part:
     told = log.manifest["partition"]
     mixes, sizes = (short(number(told.get(name))) for name in ("label_js", "size_cv"))
     measured = f"Distance of the label mixes (Jensen-Shannon): {mixes}; variation of the sizes: {sizes}; 0 is alike."
-    return Part(f"{PARTITION} {measured}", figures_clients.partition(log))
+    return Part(f"{PARTITION} {measured}", svg=figures_clients.partition(log))
 
 
 def _load(log: RunLog) -> Part:

@@ -60,11 +60,13 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     score, worst = facts.final(log), facts.worst(log)
     merged = sum(task.get("status") == "merged" for task in log.tasks)
     unmerged = Counter(str(task.get("status")) for task in log.tasks if task.get("status") != "merged")
-    energy = log.versions[-1].get("energy") if log.versions else None
+    spectra = facts.spectra(log)
     bases = [f"{label(name)} {percent(number(value))}" for name, value in log.manifest["baselines"].items()]
     chance = f"± {100 * facts.margin(score):.1f} points (95 %)" if score else "not measured"
     who = f"{label(worst['client'])} ({label(worst.get('tier'))})" if worst else "not measured"
-    rank = (f"{facts.effective_rank(energy):.1f}", f"of {len(energy)} directions") if energy else (NONE, "no merge yet")
+    energy = spectra[-1]["energy"] if spectra else []
+    none = "the server's product is zero" if log.versions else "no merge yet"
+    rank = (f"{facts.effective_rank(energy):.1f}", f"of {len(energy)} directions") if energy else (NONE, none)
     losses = ", ".join(f"{count} {status}" for status, count in sorted(unmerged.items()))
     return (
         ("Test accuracy", percent(accuracy(score)), chance),
@@ -80,25 +82,32 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
 
 def _traffic(log: RunLog, way: str) -> tuple[str, str]:
     total, dense = facts.last(log, way), facts.last(log, f"{way}_dense")
-    split = f"adapters {size(total - dense)}, heads {size(dense)}" if log.versions else "before the first merge"
+    fold = number(log.versions[-1].get(f"{way}_fold", 0)) if log.versions else 0.0
+    folds = f"folds {size(fold)}, " if fold > 0 else ""
+    split = (
+        f"adapters {size(total - dense - fold)}, {folds}heads {size(dense)}"
+        if log.versions
+        else "before the first merge"
+    )
     return size(total), split
 
 
 def tiers(log: RunLog) -> Grid:
-    """One row a tier: who is in it, how well it is served and what it pays."""
+    """One row a tier: who is in it, how well it is served and what it pays; folds only where there are any."""
     head = ("Tier", "Clients", "Rank", "Mean accuracy", "Worst client", "Tasks", "Merged", "Seconds a task")
-    traffic = ("Up", "of it adapter", "of it head", "Down")
-    return Grid(head + traffic, tuple(_tier(log, tier, set(who)) for tier, who in facts.tiers(log).items()))
+    folds = any(number(task.get("bytes_down_fold")) > 0 for task in log.tasks)
+    traffic = ("Up", "of it head", "Down", "of it head", *(["of it fold"] if folds else []))
+    ways = ("bytes_up", "bytes_up_dense", "bytes_down", "bytes_down_dense", *(["bytes_down_fold"] if folds else []))
+    rows = (_tier(log, tier, set(who), ways) for tier, who in facts.tiers(log).items())
+    return Grid(head + traffic, tuple(rows))
 
 
-def _tier(log: RunLog, tier: str, members: set[str]) -> tuple[str, ...]:
+def _tier(log: RunLog, tier: str, members: set[str], ways: Sequence[str]) -> tuple[str, ...]:
     tasks = [task for task in log.tasks if task.get("client") in members]
     ends = [line for line in log.clients if line.get("client") in members]
     worst = min(ends, key=accuracy, default=None)
     ranks = sorted({int(line["rank"]) for line in (*tasks, *ends)})
     spent = [sum(map(number, task["seconds"].values())) for task in tasks if task.get("seconds")]
-    up, down = (sum(number(task.get(way, 0)) for task in tasks) for way in ("bytes_up", "bytes_down"))
-    head = sum(number(task.get("bytes_up", 0)) * facts.head_share(log, task.get("rank")) for task in tasks)
     return (
         label(tier),
         str(len(members)),
@@ -108,10 +117,7 @@ def _tier(log: RunLog, tier: str, members: set[str]) -> tuple[str, ...]:
         f"{len(tasks):,}",
         f"{sum(task.get('status') == 'merged' for task in tasks):,}",
         short(mean(spent)),
-        size(up),
-        size(up - head),
-        size(head),
-        size(down),
+        *(size(sum(number(task.get(way)) for task in tasks)) for way in ways),
     )
 
 

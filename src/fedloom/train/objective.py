@@ -5,7 +5,7 @@ Everything acts on `.grad` between the backward pass and clipping, on parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -130,11 +130,21 @@ def unflat(tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
     return Adapter(factors, {name: tensors[name] for name in like.dense})
 
 
-def fitted(adapter: Adapter, like: Adapter) -> Adapter:
-    """`adapter` at the ranks of `like`: first directions, or zeros beyond them."""
-    factors = {name: cut(pad(f, max(f.rank, like.factors[name].rank)), like.factors[name].rank)
-               for name, f in adapter.factors.items()}  # fmt: skip
-    return Adapter(factors, adapter.dense)
+def taken(kept: Adapter, slots: Sequence[int]) -> Adapter:
+    """The server's directions `slots` of what a client keeps: zeros where it has none yet."""
+    held = torch.tensor(list(slots))
+    full = {n: pad(f, max(f.rank, max(slots) + 1)) for n, f in kept.factors.items()}
+    return Adapter({n: Factor(f.down[held], f.up[:, held]) for n, f in full.items()}, kept.dense)
+
+
+def put_back(kept: Adapter | None, new: Adapter, slots: Sequence[int]) -> Adapter:
+    """What a client keeps, by the server's directions: `new` in these, the others as they were."""
+    held, factors = torch.tensor(list(slots)), {}
+    for name, factor in new.factors.items():
+        before = kept.factors[name] if kept else Factor(factor.down[:0], factor.up[:, :0])
+        full = pad(before, max(before.rank, max(slots) + 1))
+        factors[name] = Factor(full.down.index_copy(0, held, factor.down), full.up.index_copy(1, held, factor.up))
+    return Adapter(factors, new.dense)
 
 
 def mixed(own: Adapter, other: Adapter, sides: frozenset[Side], chosen: Mapping[str, Tensor] | None = None) -> Adapter:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedloom.lora import Adapter
+from fedloom.lora import Adapter, server_rank
 from fedloom.train import convert, objective
 from fedloom.train.base import Base
 from fedloom.train.batches import batches
@@ -35,7 +35,7 @@ class PeftTrainer:
         return [self._one(task, local) for task, local in work]
 
     def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
-        start, shard = task.start, self.shards[task.client]
+        start, shard, slots = task.start, self.shards[task.client], directions(task.start)
         begin, lengths = personal(start, local), self.texts.lengths(shard)
         plan = list(batches(lengths, self.training.batch_size, task.budget.steps, self.training.bucket, task.seed))
         losses, chosen = list[float](), None
@@ -54,10 +54,11 @@ class PeftTrainer:
             tokens=sum(lengths[i] for batch in plan for i in batch),
             steps=task.budget.steps,
             metrics={"loss": sum(losses) / len(losses), "first_loss": losses[0]},
-            control=control and difference(control, objective.fitted(local.control or zeros(control), control)),
+            control=control and difference(control, controlled(start, local)),
         )
-        private = trained if start.rules.private else local.private
-        return result, Local(start.basis, moments, private, control or local.control)
+        private = objective.put_back(local.private, trained, slots) if start.rules.private else local.private
+        mine = objective.put_back(local.control, control, slots) if control else local.control
+        return result, Local(start.basis, moments, private, mine)
 
     def _run(
         self,
@@ -75,8 +76,9 @@ class PeftTrainer:
         optimiser = self._optimiser(weights, start, local)
         amends, control = list[Amend](), None
         if start.control is not None:
-            own = objective.fitted(local.control or zeros(start.control), start.control)
-            control = objective.Control(weights, objective.flat(start.control), objective.flat(own))
+            shared = {name: w for name, w in weights.items() if objective.side(name) not in start.rules.private}
+            own = objective.flat(controlled(start, local))
+            control = objective.Control(shared, objective.flat(start.control), own)
             amends.append(control)
         if self.training.proximal:
             amends.append(objective.proximal(weights, self.training.proximal))
@@ -136,7 +138,7 @@ def personal(start: Start, local: Local) -> Adapter:
     """What the client runs: what it was sent, with its own private sides in their place if it has some already."""
     if local.private is None or not start.rules.private:
         return start.train
-    own = objective.fitted(local.private, start.train)
+    own = objective.taken(local.private, directions(start))
     return objective.mixed(start.train, own, frozenset(start.rules.private))
 
 
@@ -145,6 +147,17 @@ def released(weights: Weights, rules: Rules) -> dict[str, nn.Parameter]:
     for name, weight in weights.items():
         weight.requires_grad_(objective.side(name) not in rules.frozen)
     return {name: weight for name, weight in weights.items() if weight.requires_grad}
+
+
+def directions(start: Start) -> Sequence[int]:
+    """The server's directions that a start holds."""
+    return start.slots or range(server_rank(start.train))
+
+
+def controlled(start: Start, local: Local) -> Adapter:
+    """The client's own control variate in the directions of this start; zero where it has none yet."""
+    assert start.control is not None
+    return objective.taken(local.control, directions(start)) if local.control else zeros(start.control)
 
 
 def zeros(like: Adapter) -> Adapter:

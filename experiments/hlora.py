@@ -1,0 +1,181 @@
+"""What the three HLoRA experiments (MRPC, QQP, RTE) share: the methods, the federations, the rank policies, the summary.
+
+All-MiniLM-L6-v2, LoRA on query and value, label Dirichlet 0.5, ranks 2/4/8. The full grid (every method, 20 and 100 clients,
+three rank policies, two kinds of label skew) is for a machine with an accelerator: `--only '*' --device cuda --workers 4`. Without
+`--only` the cells that matter most are run, which two cores can do. All methods of one experiment run at one learning rate,
+found with centralised training on a seed of its own: tuning each would take days on two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import mean
+
+from grid import Grid, Line, interval, paired, rounds_to
+
+from fedloom import (
+    FFA,
+    IID,
+    ClientDirichlet,
+    FedEx,
+    FedIT,
+    FedPLoRA,
+    FedSVD,
+    FixedRank,
+    FlexLoRA,
+    FLoRA,
+    FoldedDelta,
+    HetLoRA,
+    HLoRA,
+    LabelDirichlet,
+    Limits,
+    Plan,
+    ProductDelta,
+    RaFLoRA,
+    RandomRank,
+    RankByCapability,
+    RankByData,
+    RoLoRA,
+    Rounds,
+    Run,
+    Training,
+    by_examples,
+    uniform,
+)
+from fedloom.data.examples import Source
+from fedloom.data.partition import Partition
+from fedloom.embedded import minilm
+from fedloom.plan.rank import RankRule
+from fedloom.types import Aggregator
+
+DEFAULT = "product-delta"
+METHODS: dict[str, Aggregator] = {
+    "fedit-padded": FedIT(),
+    "hetlora": HetLoRA(),
+    "hlora-published": HLoRA(published_alpha=16.0),
+    "hlora": HLoRA(),
+    "flexlora": FlexLoRA(),
+    "raflora": RaFLoRA(),
+    "product-delta": ProductDelta(),
+    "folded-delta": FoldedDelta(),
+    "flora": FLoRA(),
+    "ffa": FFA(),
+    "rolora": RoLoRA(),
+    "fedex": FedEx(),
+    "fedplora": FedPLoRA(),
+    "fedsvd": FedSVD(),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One data set: its source, the size of a run, the rate, and the target fixed before the runs."""
+
+    name: str
+    data: Source
+    rate: float
+    target: float
+    versions: int
+    cohort: int
+    steps: int
+    batch: int
+    clients_size: int
+    test_limit: int | None
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    usual: tuple[str, ...] = ()
+
+    @property
+    def by_device(self) -> RankByCapability:
+        """Ranks 2, 4 and 8 at half, three tenths and a fifth of the clients."""
+        return RankByCapability(ranks=(2, 4, 8), upload_seconds=0.5)
+
+    def run(
+        self, seed: int, name: str, aggregator: Aggregator, rank: RankRule, partition: Partition, cohort: int
+    ) -> Run:
+        """One cell."""
+        weigh = uniform if isinstance(aggregator, HetLoRA) else by_examples  # HetLoRA weighs by norms alone
+        return Run(
+            name=name.replace("/", "-"),
+            model=str(minilm()),
+            data=self.data,
+            partition=partition,
+            aggregator=aggregator,
+            schedule=Rounds(cohort_size=cohort, weigh=weigh),
+            plan=Plan(rank, self.steps),
+            training=Training(learning_rate=self.rate, batch_size=self.batch),
+            limits=Limits(versions=self.versions, evaluate_every=5),
+            test_limit=self.test_limit,
+            seed=seed,
+        )
+
+    def centralised(self, seed: int) -> Run:
+        """All data in one place: as many optimiser steps as the whole federation makes."""
+        one = replace(self, steps=self.cohort * self.steps)
+        return one.run(seed, "centralised", FedIT(), FixedRank(8), IID(clients=1), 1)
+
+    def cells(self) -> dict[str, partial[Run]]:
+        """The whole grid by name: METHOD[/100][/random|/by-data][/by-label]."""
+        found: dict[str, partial[Run]] = {"centralised": partial(self.centralised)}
+        even, cohort = ClientDirichlet(20, 0.5, self.clients_size), self.cohort
+        for rank in (8, 2):
+            found[f"fedit-r{rank}"] = self._cell(f"fedit-r{rank}", FedIT(), FixedRank(rank), even, cohort)
+        for name, aggregator in METHODS.items():
+            found[name] = self._cell(name, aggregator, self.by_device, even, cohort)
+        hundred = ClientDirichlet(100, 0.5, self.clients_size // 4)
+        for name, aggregator in METHODS.items():
+            found[f"{name}/100"] = self._cell(f"{name}/100", aggregator, self.by_device, hundred, 2 * cohort)
+            found[f"{name}/random"] = self._cell(f"{name}/random", aggregator, RandomRank(2, 8), even, cohort)
+            found[f"{name}/by-data"] = self._cell(f"{name}/by-data", aggregator, RankByData(8), even, cohort)
+            skewed = LabelDirichlet(20, 0.5)
+            found[f"{name}/by-label"] = self._cell(f"{name}/by-label", aggregator, self.by_device, skewed, cohort)
+        return found
+
+    def _cell(
+        self, name: str, aggregator: Aggregator, rank: RankRule, partition: Partition, cohort: int
+    ) -> partial[Run]:
+        return partial(self.run, name=name, aggregator=aggregator, rank=rank, partition=partition, cohort=cohort)
+
+    def grid(self) -> Grid:
+        """The experiment for `grid.main`."""
+        return Grid(self.name, self.cells(), self.seeds, self.target, start, partial(summary, self), self.usual or None)
+
+
+def start(run: Run) -> Run:
+    """One version, hardly scored: what two minutes allow."""
+    return replace(run, limits=replace(run.limits, versions=1), test_limit=16)
+
+
+def summary(study: Study, found: Sequence[Line]) -> Line:
+    """The figures of the issue's bars; paired over seeds."""
+    gaps = {other: paired(found, DEFAULT, other) for other in ("fedit-padded", "hlora-published", "centralised")}
+    ratios = _ratios(found, study.target)
+    return {
+        "seeds": len({line["seed"] for line in found if line["cell"] == DEFAULT}),
+        "default": DEFAULT,
+        "default_vs_fedit_padded_points": _mean(gaps["fedit-padded"]),
+        "interval": interval(gaps["fedit-padded"]),
+        "rounds_ratio_to_target": ratios["rounds"],
+        "bytes_ratio": ratios["bytes"],
+        "default_vs_hlora_published_points": _mean(gaps["hlora-published"]),
+        "gap_to_centralised_points": _mean([-gap for gap in gaps["centralised"]]),
+    }
+
+
+def _ratios(found: Sequence[Line], target: float) -> Mapping[str, float | None]:
+    """Rounds to the target and bytes sent up, ours over FedIT with every client at rank 8; None if one never got there."""
+    ours = {line["seed"]: line for line in found if line["cell"] == DEFAULT}
+    theirs = {line["seed"]: line for line in found if line["cell"] == "fedit-r8"}
+    pairs = [(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+    rounds = [(rounds_to(a, target), rounds_to(b, target)) for a, b in pairs]
+    known = [a / b for a, b in rounds if a and b]
+    complete = len(known) == len(pairs)
+    return {
+        "rounds": _mean(known) if complete else None,
+        "bytes": _mean([a["bytes_up"] / b["bytes_up"] for a, b in pairs]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(mean(values), 3) if values else None
