@@ -146,6 +146,21 @@ RATES = {
     "hlora-balanced": 5e-3,
     "product-delta": 5e-3,
     "raflora": 1e-2,
+    "fedit-r2": 2e-2,
+    "flexlora": 1e-2,
+    "flora": 1e-2,
+    "ffa": 2e-2,
+    "rolora": 1e-2,
+    "fedex": 1e-2,
+    "fedsa": 1e-2,
+    "lora-a2": 5e-3,
+    "fedplora": 1e-2,
+    "fedsvd": 1e-2,
+    "folded-delta": 5e-3,
+    "folded-delta-16": 5e-3,
+    "hetlora": 1e-2,
+    "scaffold": 1e-2,
+    "fedprox": 1e-2,
 }
 """The best of each on seed 100: `python experiments/agnews_rates.py --summary`."""
 CELLS = {name: partial(lambda name, seed: METHODS[name](seed, RATES[name]), name) for name in METHODS}

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fedloom.check import MAX_NORM, fault
-from fedloom.lora import Adapter, Factor
-from fedloom.types import Result
+from fedloom.lora import Adapter, Factor, cut
+from fedloom.types import Pruning, Result, Rules, Task
 from toys import LAYERS, adapter, make_result, make_task
 
 TASK = make_task(adapter(4), 4)
@@ -127,6 +127,120 @@ def test_what_is_no_result_is_named_by_its_type(thing: Any) -> None:
     assert "not a result" in str(fault(TASK, thing))
 
 
+# What the rules of a start ask for ------------------------------------------------------------------------------------------
+
+
+def ruled(**more: Any) -> Task:
+    """The task with these rules."""
+    control = more.pop("control", None)
+    return replace(TASK, start=replace(TASK.start, rules=Rules(**more), control=control))
+
+
+def keeping(*sides: str) -> Adapter:
+    """A good answer in which these sides are as they were sent."""
+    sent, factors = TASK.start.train, {}
+    for name, f in GOOD.factors.items():
+        own = sent.factors[name]
+        factors[name] = Factor(own.down if "down" in sides else f.down, own.up if "up" in sides else f.up)
+    return Adapter(factors, sent.dense if "dense" in sides else GOOD.dense)
+
+
+@pytest.mark.parametrize("rule", ["frozen", "private"])
+@pytest.mark.parametrize("side", ["down", "up", "dense"])
+def test_a_side_that_was_to_stay_and_did_not_is_refused(rule: str, side: str) -> None:
+    task, others = ruled(**{rule: (side,)}), {"down", "up", "dense"} - {side}
+    assert fault(task, make_result(keeping(side))) is None
+    assert f"the {side} side of" in str(fault(task, make_result(keeping(*others))))
+
+
+def test_one_bit_of_a_frozen_side_is_enough() -> None:
+    task, given = ruled(frozen=("down",)), keeping("down")
+    down = given.factors["value"].down.clone()
+    down[3, 5] = torch.nextafter(down[3, 5], torch.tensor(9.0))
+    factors = {**given.factors, "value": Factor(down, given.factors["value"].up)}
+    assert (
+        str(fault(task, make_result(Adapter(factors, given.dense)))) == "the down side of 'value' was not to be changed"
+    )
+
+
+@pytest.mark.parametrize(("rank", "taken"), [(0, False), (1, False), (2, True), (3, True), (4, True), (5, False)])
+def test_a_pruned_rank_is_between_the_least_and_the_asked_one(rank: int, taken: bool) -> None:
+    task, given = ruled(pruning=Pruning(least=2)), make_result(adapter(rank, 1))
+    assert (fault(task, given) is None) == taken
+    assert (fault(TASK, given) is None) == (rank == 4)
+
+
+@pytest.mark.parametrize(("query", "value"), [(3, 4), (4, 3), (2, 3)])
+def test_all_layers_are_pruned_to_the_same_rank(query: int, value: int) -> None:
+    factors = {"query": adapter(query).factors["query"], "value": adapter(value).factors["value"]}
+    assert "has shape" in str(fault(ruled(pruning=Pruning()), make_result(Adapter(factors, GOOD.dense))))
+
+
+def test_a_least_rank_above_the_clients_is_the_clients() -> None:
+    task = ruled(pruning=Pruning(least=8))
+    assert fault(task, make_result(GOOD)) is None
+    assert "has shape" in str(fault(task, make_result(adapter(3))))
+
+
+def test_a_frozen_side_may_be_pruned_but_not_changed() -> None:
+    task = ruled(pruning=Pruning(), frozen=("down",))
+    left = Adapter({n: cut(f, 3) for n, f in keeping("down").factors.items()}, GOOD.dense)
+    assert fault(task, make_result(left)) is None
+    assert "down side" in str(fault(task, make_result(adapter(3, 1))))
+
+
+BAD_CONTROLS: list[tuple[Any, str]] = [
+    (None, "the control variate is a NoneType"),
+    ((GOOD,), "the control variate is a tuple"),
+    (Adapter({"query": QUERY}, GOOD.dense), "control variate: layer 'value' is missing"),
+    (Adapter(GOOD.factors, {}), "control variate: dense tensor 'head' is missing"),
+    (Adapter(None, GOOD.dense), "control variate: layer"),  # type: ignore[arg-type]
+    (adapter(3), "control variate: query.down has shape (3, 10)"),
+    (
+        Adapter({**GOOD.factors, "query": Factor(filled(float("nan")), QUERY.up)}, GOOD.dense),
+        "query.down is not finite",
+    ),
+    (Adapter({**GOOD.factors, "query": Factor(nested(QUERY.down), QUERY.up)}, GOOD.dense), "is a nested tensor"),
+]
+
+
+@pytest.mark.parametrize(("control", "named"), BAD_CONTROLS, ids=[named for _, named in BAD_CONTROLS])
+def test_a_bad_control_variate_is_named(control: Any, named: str) -> None:
+    reason = fault(ruled(control=adapter(4, 2)), make_result(GOOD, control=control))
+    assert named in str(reason)
+
+
+def test_a_control_variate_is_given_exactly_if_it_was_asked_for() -> None:
+    assert fault(ruled(control=adapter(4, 2)), make_result(GOOD, control=adapter(4, 3))) is None
+    assert "not asked for" in str(fault(TASK, make_result(GOOD, control=adapter(4, 3))))
+
+
+STRICT = ruled(pruning=Pruning(), frozen=("down", "dense"), private=("up",), control=adapter(4, 2))
+ODD_FACTORS: dict[str, Any] = {
+    "none": {},
+    "no mapping": [QUERY],
+    "no factor first": {"query": None, "value": QUERY},
+    "a list": {"query": Factor([[0.0]], QUERY.up)},  # type: ignore[arg-type]
+    "nested": {"query": Factor(nested(QUERY.down), QUERY.up)},
+    "a subclass": {"query": Factor(torch.nn.Parameter(QUERY.down), QUERY.up)},
+    "without shape": {"query": Factor(torch.nn.UninitializedParameter(), QUERY.up)},
+    "fake": {"query": Factor(FakeTensorMode().from_tensor(QUERY.down), QUERY.up)},
+    "a number": {"query": Factor(torch.tensor(1.0), QUERY.up)},
+    "sparse": {"query": Factor(QUERY.down.to_sparse(), QUERY.up)},
+    "one layer, pruned": {"query": cut(QUERY, 2)},
+    "an odd layer, pruned": {"key": cut(QUERY, 2), "value": cut(QUERY, 2)},
+    "one side pruned": {"query": Factor(QUERY.down[:2], QUERY.up), "value": GOOD.factors["value"]},
+}
+
+
+@pytest.mark.parametrize("task", [STRICT, ruled(pruning=Pruning())], ids=["strict", "pruning"])
+@pytest.mark.parametrize("odd", ODD_FACTORS)
+def test_a_pruned_answer_that_is_none_never_raises(odd: str, task: Task) -> None:
+    given = make_result(Adapter(ODD_FACTORS[odd], GOOD.dense))
+    assert 0 < len(str(fault(task, given))) < 300
+    assert fault(task, given) is not None
+
+
 JUNK = st.one_of(
     st.none(),
     st.booleans(),
@@ -162,10 +276,13 @@ NUMBERS = st.one_of(st.just(1), JUNK)
 METRICS = st.one_of(st.just({}), JUNK)
 
 
-@given(st.one_of(st.builds(Result, ADAPTERS, NUMBERS, NUMBERS, NUMBERS, METRICS), JUNK))
+@given(
+    st.one_of(st.builds(Result, ADAPTERS, NUMBERS, NUMBERS, NUMBERS, METRICS, ADAPTERS), JUNK),
+    st.sampled_from([TASK, STRICT, ruled(pruning=Pruning())]),
+)
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_junk_is_answered_with_words_and_never_with_an_exception(result: Any) -> None:
-    reason = fault(TASK, result)
+def test_junk_is_answered_with_words_and_never_with_an_exception(result: Any, task: Task) -> None:
+    reason = fault(task, result)
     if reason is not None:
         assert 0 < len(reason) < 300
     else:

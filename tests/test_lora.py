@@ -8,7 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedloom.lora import Factor, cut, energy, norm, pad, revive, scale, stack, truncate
+from fedloom.lora import (
+    Adapter,
+    Factor,
+    compact,
+    cut,
+    energy,
+    fresh,
+    level,
+    norm,
+    pad,
+    revive,
+    scale,
+    server_rank,
+    stack,
+    truncate,
+    whole,
+)
 
 
 def factor(rank: int, d_out: int = 12, d_in: int = 10, seed: int = 0) -> Factor:
@@ -136,3 +152,66 @@ def test_revive_after_truncation_of_a_deficient_product() -> None:
     alive = revive(truncate(copies, 4), 6, seed=0)
     close(product(alive), product(factor(2)))
     assert learns(alive)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(12, 10), (10, 14), (3, 40)])
+@pytest.mark.parametrize("rank", [1, 3, 10, 11, 30])
+def test_compact_keeps_the_product_in_no_more_directions_than_there_can_be(rank: int, d_out: int, d_in: int) -> None:
+    one = factor(rank, d_out, d_in)
+    small = compact(one)
+    assert small.rank == min(rank, d_out, d_in)
+    assert (small is one) == (rank <= min(d_out, d_in))
+    close(product(small), product(one), 1e-4)
+
+
+def two_layers(rank: int, other: int, seed: int = 0) -> Adapter:
+    return Adapter({"one": factor(rank, seed=seed), "two": factor(other, 10, 14, seed + 1)}, {"head": torch.ones(3)})
+
+
+def test_the_whole_is_adapter_and_fold_together() -> None:
+    adapter, fold = two_layers(3, 4), Adapter(two_layers(2, 30, seed=5).factors)
+    both = whole(adapter, fold)
+    assert {n: f.rank for n, f in both.factors.items()} == {"one": 5, "two": 10}
+    for name, f in both.factors.items():
+        close(product(f), product(adapter.factors[name]) + product(fold.factors[name]), 1e-4)
+    assert both.dense is adapter.dense
+    assert all(f is adapter.factors[name] for name, f in whole(adapter, None).factors.items())
+
+
+def test_the_whole_of_an_adapter_and_its_opposite_is_zero() -> None:
+    adapter = two_layers(3, 4)
+    opposite = Adapter({n: scale(f, -1.0) for n, f in adapter.factors.items()})
+    assert all(norm(f) < 1e-6 for f in whole(adapter, opposite).factors.values())
+
+
+def test_level_gives_all_layers_the_highest_rank_and_changes_no_product() -> None:
+    adapter = two_layers(2, 7)
+    even = level(adapter)
+    assert server_rank(adapter) == 7
+    assert {f.rank for f in even.factors.values()} == {7}
+    assert even.dense is adapter.dense
+    for name, f in adapter.factors.items():
+        close(product(even.factors[name]), product(f), 0)
+        assert even.factors[name].down[: f.rank].equal(f.down)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 10, 13])
+@pytest.mark.parametrize("length", [1e-3, 2.0])
+def test_a_fresh_lora_is_zero_and_can_learn_in_every_direction(rank: int, length: float) -> None:
+    """`up` zero, `down` random rows as long as the model's, orthogonal while there is room; the seed decides."""
+    like = Factor(torch.nn.functional.normalize(factor(6).down) * length, factor(6).up)
+    one = fresh(like, rank, seed=1)
+    assert one.down.shape == (rank, 10)
+    assert one.up.shape == (12, rank)
+    assert not bool(one.up.any())
+    close(one.down.norm(dim=1) / length, torch.ones(rank))
+    if rank <= 10:
+        close(one.down @ one.down.T / length**2, torch.eye(rank))
+    assert torch.equal(one.down, fresh(like, rank, seed=1).down)
+    assert not torch.allclose(one.down, fresh(like, rank, seed=2).down, atol=0.1 * length)
+
+
+def test_a_fresh_lora_is_measured_by_the_median_row() -> None:
+    """One dead or one huge row says nothing of how long a row should be."""
+    uneven = Factor(torch.diag(torch.tensor([0.0, 2.0, 2.0, 2.0, 99.0])), torch.zeros(12, 5))
+    close(fresh(uneven, 3, seed=0).down.norm(dim=1), torch.full((3,), 2.0))

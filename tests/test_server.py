@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 import toys
+from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.errors import Refused
+from fedloom.lora import Adapter, cut
 from fedloom.plan.budget import Plan
-from fedloom.plan.rank import RandomRank
+from fedloom.plan.rank import FixedRank, RandomRank
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits, Server
 from fedloom.types import (
@@ -197,6 +200,66 @@ def test_what_clients_reported_is_remembered_for_the_plan() -> None:
     server.handle(1.0, UpdateArrived(task.client, task.id, make_result(task.start.train, examples=123)))
     assert server.fleet().seen == {task.client: 123}
     assert server.fleet().dispatched == {"c0": 1, "c1": 1}
+
+
+def pruning(rank: int, **more: Any) -> tuple[Server, list[Command]]:
+    """A server whose clients may prune themselves, with a model of this rank."""
+    given: dict[str, Any] = {
+        "method": HetLoRA(),
+        "assign": Plan(FixedRank(rank), 2),
+        "start": toys.adapter(rank),
+    } | more
+    return started(**given)
+
+
+def pruned(server: Server, now: float, task: Task, rank: int) -> list[Command]:
+    """Answer with no more than `rank` directions."""
+    left = Adapter({n: cut(f, rank) for n, f in task.start.train.factors.items()}, task.start.train.dense)
+    return server.handle(now, UpdateArrived(task.client, task.id, make_result(left)))
+
+
+def ranks(commands: list[Command]) -> dict[str, set[int]]:
+    """What each client is asked for: the rank of its budget and those of its factors."""
+    return {t.client: {t.budget.rank, *(f.rank for f in t.start.train.factors.values())} for t in tasks(commands)}
+
+
+def test_a_client_that_pruned_itself_is_never_asked_for_more_again() -> None:
+    server, commands = pruning(4, limits=Limits(versions=9))
+    asked: list[dict[str, set[int]]] = []
+    for turn, rank in enumerate((3, 4, 2, 4)):  # 4: as many as it is asked for, no pruning
+        first, second = sorted(tasks(commands), key=lambda task: task.client)
+        assert pruned(server, 2.0 * turn + 1, first, rank) == []
+        commands = answer(server, 2.0 * turn + 2, second)
+        asked.append(ranks(commands))
+    assert [one["c0"] for one in asked] == [{3}, {3}, {2}, {2}]
+    assert [one["c1"] for one in asked] == [{4}] * 4
+    assert {f.rank for f in server.state.model.adapter.factors.values()} == {4}
+
+
+def test_a_smaller_budget_still_counts_for_a_pruned_client() -> None:
+    server, commands = pruning(4)
+    first, second = tasks(commands)
+    pruned(server, 1.0, first, 3)
+    server.assign = Plan(FixedRank(1), 2)
+    assert ranks(answer(server, 2.0, second)) == {"c0": {1}, "c1": {1}}
+
+
+def test_a_client_that_left_is_remembered_as_it_pruned_itself() -> None:
+    server, commands = pruning(4)
+    first, second = tasks(commands)
+    pruned(server, 1.0, first, 2)
+    server.handle(2.0, ClientLost(first.client))
+    server.handle(3.0, ClientJoined(toys.profiles(2)[first.client]))
+    assert ranks(answer(server, 4.0, second))[first.client] == {2}
+
+
+@pytest.mark.parametrize("method", [FedIT(), HetLoRA(prune=False), HetLoRA(least=4)], ids=toys.called)
+def test_a_lower_rank_that_was_not_allowed_is_refused_and_not_remembered(method: Any) -> None:
+    server, commands = pruning(4, method=method)
+    first, second = tasks(commands)
+    assert names(pruned(server, 1.0, first, 3)) == ["Reject"]
+    answer(server, 2.0, second)
+    assert ranks(answer(server, 3.0, first)) == {"c0": {4}, "c1": {4}}
 
 
 @pytest.mark.parametrize(
