@@ -158,7 +158,7 @@ RATES = {
     "fedsvd": 1e-2,
     "folded-delta": 5e-3,
     "folded-delta-16": 5e-3,
-    "hetlora": 1e-2,
+    "hetlora": 2e-2,
     "scaffold": 1e-2,
     "fedprox": 1e-2,
 }

@@ -1,4 +1,4 @@
-"""HLoRA's experiment on QQP with all-MiniLM-L6-v2: 10,000 pairs over 20 clients, scored on 1,500 of those split off.
+"""HLoRA's experiment on QQP with all-MiniLM-L6-v2: 18,797 pairs over 20 clients, scored on 1,500 of those split off.
 
 python experiments/hlora_qqp.py [--quick [--cell NAME]] [--summary] [--workers N] [--only PATTERN ...] [--device cuda]
 """
@@ -17,12 +17,21 @@ STUDY = Study(
     rate=1e-3,
     target=0.70,  # fixed before the runs; the majority is 62.8 %
     versions=20,
-    cohort=4,
-    steps=20,
+    cohort=5,
+    steps=16,
     batch=8,
-    clients_size=500,
+    client_size=500,
     test_limit=1500,
-    usual=("centralised", "fedit-r8", "fedit-padded", "hlora-published", "hlora", "raflora", "product-delta"),
+    usual=(
+        "centralised",
+        "product-delta/mild",
+        "fedit-padded/mild",
+        "hlora-published/mild",
+        "fedit-r8/mild",
+        "hlora/mild",
+        "product-delta",
+        "fedit-padded",
+    ),
 )
 CELLS, GRID = STUDY.cells(), STUDY.grid()
 

@@ -17,10 +17,10 @@ STUDY = Study(
     rate=1e-3,
     target=0.60,  # fixed before the runs; the majority is 52.7 %
     versions=20,
-    cohort=4,
-    steps=20,
+    cohort=5,
+    steps=16,
     batch=8,
-    clients_size=100,
+    client_size=100,
     test_limit=None,
     usual=("centralised", "fedit-padded", "product-delta"),
 )
