@@ -177,7 +177,7 @@ def prepare(run: Run) -> Job:
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
     top = run.plan.rank.largest
-    base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device)
+    base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, run.onednn)
     check_rank(base, "aggregator.rank", getattr(run.aggregator, "rank", None) or top)
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))

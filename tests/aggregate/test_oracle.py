@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,6 +65,13 @@ ANSWERS = st.lists(
 ).filter(lambda drawn: any(answer.weight for answer in drawn))
 FORMS = st.tuples(st.sampled_from([1.0, 1.0, 0.3]), st.booleans())
 MERGES = st.lists(st.tuples(ANSWERS, FORMS), min_size=1, max_size=3)
+EVERYTHING = [
+    ([Answer(8, 3, False, False), Answer(3, 2, False, True), Answer(8, 4, False, False)], (1.0, False)),
+    ([Answer(8, 1, True, False), Answer(2, 5, False, True), Answer(5, 0, False, False)], (0.3, False)),
+    ([Answer(1, 1, False, False), Answer(2, 2, True, False)], (0.3, True)),
+    ([Answer(2, 1, False, False), Answer(1, 1, True, False)], (1.0, False)),
+]
+"""Full and low ranks, late, pruned and weightless answers; a whole step, mixing steps, changes; directions that nobody holds."""
 
 
 def trained(task: Task) -> Adapter:
@@ -131,6 +138,7 @@ def errors(model: Model, r: Round, wanted: Values) -> dict[str, float]:
 
 @pytest.mark.parametrize("method", toys.aggregators() + MORE, ids=toys.called)
 @given(merges=MERGES)
+@example(merges=EVERYTHING)
 @settings(max_examples=8, deadline=None)
 def test_the_model_is_what_the_paper_says(method: Aggregator, merges: list[tuple[list[Answer], Any]]) -> None:
     """The oracle goes on from the float32 model of each merge, so that roundings do not add up."""

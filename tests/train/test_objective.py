@@ -109,13 +109,14 @@ def scored(scores: dict[str, list[float]], side: str) -> tuple[Adapter, Adapter]
 
 @pytest.mark.parametrize("side", ["down", "up"])
 @pytest.mark.parametrize(
-    ("count", "query", "value"), [(1, [3], []), (2, [3], [0]), (4, [0, 3], [0, 2]), (8, [0, 1, 2, 3], [0, 1, 2, 3])]
+    ("count", "query", "value"),
+    [(1, [], [0]), (2, [], [0, 2]), (3, [3], [0, 2]), (4, [0, 3], [0, 2]), (8, [0, 1, 2, 3], [0, 1, 2, 3])],
 )
 def test_the_best_directions_over_all_layers_are_selected(
     count: int, query: list[int], value: list[int], side: str
 ) -> None:
     """LoRA-A2 (arXiv 2410.22815): S = |dB[:, i] A[i]| or |B[:, i] dA[i]|, the best r_i N of all modules together."""
-    scores = {"query": [4.0, 1.0, 0.5, 9.0], "value": [8.0, 2.0, 3.0, 0.0]}
+    scores = {"query": [4.0, 1.0, 0.5, 9.0], "value": [20.0, 2.0, 10.0, 0.0]}
     keep = objective.select(*scored(scores, side), count)
     assert {name: mask.nonzero()[:, 0].tolist() for name, mask in keep.items()} == {"query": query, "value": value}
 

@@ -106,13 +106,14 @@ def test_directions_that_were_not_chosen_stay_to_the_bit(base: Base, count: int)
     """LoRA-A2: one step in five finds out which, the others train no more than `count` over all layers."""
     start = lively(initial(base, 4))
     trainer = trainer_of(base, weight_decay=0.1)
-    result, _ = train(trainer, ordered(start, steps=5, rules=Rules(frozen=("down",), select=count)))
+    result, local = train(trainer, ordered(start, steps=5, rules=Rules(frozen=("down",), select=count)))
     trial, _ = train(trainer, ordered(start, steps=1, rules=Rules(frozen=("down",))))
     wanted = objective.select(start, trial.adapter, count)
     moved = {n: (f.up != start.factors[n].up).any(0) for n, f in result.adapter.factors.items()}
     assert sum(int(mask.sum()) for mask in moved.values()) == count
     assert all(mask.equal(wanted[name]) for name, mask in moved.items())
     assert (result.steps, result.metrics["first_loss"]) == (5, trial.metrics["first_loss"])
+    assert {int(state["step"]) for state in local.moments.values()} == {4}
 
 
 def test_a_higher_rate_moves_up_further_and_down_as_before(base: Base) -> None:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.lora import Adapter
-from fedloom.train import convert
+from fedloom.train import convert, kernel
 from fedloom.train.settings import LoRA
 
 HEADS = ("classifier", "score")
@@ -86,12 +86,14 @@ class Base:
         return sorted(set(getattr(first, "modules_to_save", None) or ()) - set(HEADS))
 
 
-def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str = "cpu") -> Base:
+def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str = "cpu", onednn: bool = False) -> Base:
     """A pretrained model by hub name or local folder, adapted at `rank`; head and LoRA initialised from `seed`.
 
     Raises Refused if the model or the tokenizer cannot be loaded, or has no such target modules, or `rank` is too high.
     """
     place = _device(device)
+    if onednn and not kernel.available():
+        raise Refused("onednn", onednn, "this build of torch has no such kernel; leave it off")
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, fresh = _pretrained(name, labels)
@@ -109,6 +111,8 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
             raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
     base = Base(adapted.to(place), tokenizer, lora, labels, name)
     _check_linear(base)
+    if onednn:
+        kernel.install(base.model)
     check_rank(base, "plan.rank", rank)
     return base
 
