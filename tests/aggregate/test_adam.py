@@ -14,8 +14,8 @@ from toys import adapter, answers, mean_of, returned, sent
 
 
 def one_step(change: torch.Tensor, method: Adam) -> torch.Tensor:
-    """Alg. 2 from m = v = 0."""
-    m, v = (1 - method.beta1) * change, (1 - method.beta2) * change**2
+    """Alg. 2 from m = 0 and v = tau^2."""
+    m, v = (1 - method.beta1) * change, method.beta2 * method.tau**2 + (1 - method.beta2) * change**2
     return method.learning_rate * m / (v.sqrt() + method.tau)
 
 

@@ -8,13 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
+import toys
 from fedloom.aggregate.clip import Clip
 from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.fedplora import FedPLoRA
+from fedloom.aggregate.fedsa import FedSA
 from fedloom.aggregate.ffa import FFA
+from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.momentum import Momentum
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.rolora import RoLoRA
+from fedloom.aggregate.scaffold import Scaffold
+from fedloom.aggregate.wrap import each, size
 from fedloom.errors import Refused
 from fedloom.types import Aggregator, Merge, Model
 from toys import adapter, answers, fresh, mean_of, returned, sent
@@ -105,3 +111,36 @@ def test_products_are_refused_because_noise_on_a_factor_would_not_be_calibrated(
 def test_a_multiplier_that_is_not_positive_is_refused(multiplier: float) -> None:
     with pytest.raises(Refused, match="multiplier"):
         Noise(multiplier=multiplier)
+
+
+@pytest.mark.parametrize("inner", [HetLoRA(), FedPLoRA(), FedSA(), Momentum(), Scaffold()], ids=toys.called)
+def test_a_method_in_which_a_client_weighs_more_than_its_weight_is_refused(inner: Aggregator) -> None:
+    with pytest.raises(Refused, match="one client can change more"):
+        Noise(Clip(inner))
+
+
+PLAIN = [method for method in toys.aggregators() if getattr(method, "plain_mean", False)]
+
+
+@pytest.mark.parametrize("inner", PLAIN, ids=toys.called)
+@pytest.mark.parametrize("as_delta", [False, True])
+def test_a_plain_mean_is_moved_by_one_client_by_no_more_than_the_noise_is_made_for(
+    inner: Aggregator, as_delta: bool
+) -> None:
+    """The sensitivity: with one client's change taken away, the model moves by at most S * step * p_k."""
+    clip = Clip(inner, 0.5)
+    model = clip.init(adapter(8))
+    tasks = [sent(clip, model, rank, rank) for rank in (2, 4, 8)]
+    given = [returned(task, toys.changed(task.start, task.id, 3.0)) for task in tasks]
+    weights = (0.5, 0.3, 0.2)
+    all_of_them = clip.merge(model, mean_of(given, weights, step=0.7, as_delta=as_delta)).adapter
+    for k, weight in enumerate(weights):
+        others = [returned(task) if i == k else given[i] for i, task in enumerate(tasks)]
+        without = clip.merge(model, mean_of(others, weights, step=0.7, as_delta=as_delta)).adapter
+        moved = size(each(lambda a, b: a.double() - b.double(), all_of_them, without))
+        assert 0.0 < moved <= 0.5 * 0.7 * weight * (1 + 1e-5)
+
+
+def test_a_wrapper_does_not_wrap_itself() -> None:
+    with pytest.raises(Refused, match="already"):
+        Momentum(Momentum())

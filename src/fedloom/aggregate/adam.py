@@ -1,8 +1,8 @@
 """Adam on the server: every entry moves by about the same step, whatever the size of the clients' changes.
 
 Source: Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295, 2021, Alg. 2 (FedAdam): m <- b1 m + (1 - b1)
-change, v <- b2 v + (1 - b2) change^2, w <- w + eta m / (sqrt(v) + tau). A basis that was redrawn starts with an empty memory.
-Cost: one pass over the parameters.
+change, v <- b2 v + (1 - b2) change^2, w <- w + eta m / (sqrt(v) + tau), where v is tau^2 at first. A basis that was redrawn
+starts with an empty memory. Cost: one pass over the parameters.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
+
+import torch
 
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.wrap import change, each, more, need_factors, only, trained
@@ -65,8 +67,8 @@ class Adam:
         if after.basis != model.basis:
             return replace(after, memory={k: v for k, v in after.memory.items() if k not in (MEAN, SQUARE)})
         moved, sides = change(model, after), trained(merge)
-        zero = each(lambda d: 0.0 * d, moved)
-        mean, square = model.memory.get(MEAN, zero), model.memory.get(SQUARE, zero)
+        mean = model.memory.get(MEAN) or each(torch.zeros_like, moved)
+        square = model.memory.get(SQUARE) or each(lambda d: torch.full_like(d, self.tau**2), moved)
         mean = only(sides, each(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, mean, moved), mean)
         square = only(sides, each(lambda s, d: self.beta2 * s + (1 - self.beta2) * d * d, square, moved), square)
         stepped = each(

@@ -24,6 +24,7 @@ class FedIT:
     """A = sum p_k A_k, B = sum p_k B_k; no rotation, so optimiser moments stay valid until a direction is redrawn."""
 
     space: ClassVar[Literal["factor"]] = "factor"
+    plain_mean: ClassVar[bool] = True
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             5: "zero-padded directions shrink at every merge by the weight of the clients that do not hold them",

@@ -2,8 +2,8 @@
 
 Source: Lee et al., "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", arXiv 2505.12805, 2025:
 clients train B alone, the server averages (exactly, since A is shared), then A = V^T and B = U S of the SVD of B A. The rows
-of A span what they spanned at the start, as in FFA-LoRA, but they are orthonormal and sorted by what was learnt. The paper
-has one rank for all: lower ranks receive the leading directions, and change no others. Cost: as HLoRA.
+of A are orthonormal and sorted by what was learnt; while B A keeps its rank they span what they spanned at the start, as in
+FFA-LoRA. The paper has one rank for all: lower ranks receive the leading directions, and change no others. Cost: as HLoRA.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ class FFA:
     """B = sum p_k B_k at a frozen, seeded A."""
 
     space: ClassVar[Literal["factor"]] = "factor"
+    plain_mean: ClassVar[bool] = True
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {8: "a client of low rank votes for the server's value of the directions that it did not train"}
     )

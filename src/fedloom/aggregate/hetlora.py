@@ -1,11 +1,11 @@
 """HetLoRA: zero-padded factors, weighted by the size of what each client learnt; clients prune their own rank.
 
 Source: Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", arXiv 2401.06432, 2024. The
-server averages zero-padded factors with p_k = |B_k A_k| / sum_j |B_j A_j| (Frobenius) and hands out A[:r_k], B[:, :r_k]. A
-client adds lambda |B[:, g r:]| |A[g r:, :]| to its loss and, if that tail has become smaller, goes on with rank max(r_min, g
-r). The schedule's weight multiplies the norm, so that staleness counts: `Rounds(weigh=uniform)` is the paper's rule. The head
-has no norm of its own kind and is averaged with the schedule's weights. Cost: one pass over the parameters, and a QR a layer
-and client.
+server averages zero-padded factors with p_k = |B_k A_k| / sum_j |B_j A_j| (Frobenius, one norm over all layers) and hands out
+A[:r_k], B[:, :r_k]. A client adds lambda |B[:, g r:]| |A[g r:, :]| to its loss and, if that tail has become smaller, goes on
+with rank max(r_min, g r). The schedule's weight multiplies the norm, so that staleness counts: `Rounds(weigh=uniform)` is the
+paper's rule. The head has no norm of its own kind and is averaged with the schedule's weights. Cost: one pass over the
+parameters, and a QR a layer and client.
 """
 
 from __future__ import annotations

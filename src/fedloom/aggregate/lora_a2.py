@@ -30,6 +30,7 @@ class LoRAA2:
     up_rate: float = 5.0
     freeze_head: bool = False
     space: ClassVar[Literal["factor"]] = "factor"
+    plain_mean: ClassVar[bool] = True
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             3: "every client receives the global rank, whatever its own, and chooses its directions there",

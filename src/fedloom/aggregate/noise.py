@@ -2,8 +2,10 @@
 
 Source: McMahan et al., arXiv 1710.06963, 2018, Alg. 1: standard deviation z S max_k p_k, with S the clipping norm, p_k the
 weights and z the noise multiplier, which is what a privacy accountant takes. Where one factor is frozen (FFA-LoRA) noise is
-not multiplied by noise, which is why that method was made. The draws follow `seed`: for real privacy it must be secret, and
-drawn for this run alone. Cost: one pass over the parameters.
+not multiplied by noise, which is why that method was made. The calibration holds where each entry is a mean with the
+schedule's weights (`plain_mean`), not where norms or the holders of a direction decide on weights (HetLoRA, Fed-PLoRA, FedSA)
+or a memory lets a change live on (Momentum). The draws follow `seed`: for real privacy it must be secret, and drawn for this
+run alone. Cost: one pass over the parameters.
 """
 
 from __future__ import annotations
@@ -43,9 +45,13 @@ class Noise:
         if not isinstance(self.inner, Clip):
             name, remedy = type(self.inner).__name__, "noise is measured by what one client can change: wrap Clip(...)"
             raise Refused("aggregator (Noise).inner", name, remedy)
-        need_factors(
-            "Noise", self.inner.inner, "noise on a factor is calibrated only where factors are what is averaged"
-        )
+        need_factors("Noise", self.inner.inner, "noise is calibrated where factors are what is averaged")
+        if not getattr(self.inner.inner, "plain_mean", False):
+            name = type(self.inner.inner).__name__
+            remedy = (
+                "one client can change more than its weight times the norm there; wrap FedIT, FFA, RoLoRA or LoRAA2"
+            )
+            raise Refused("aggregator (Noise).inner.inner", name, remedy)
         if not self.multiplier > 0:
             raise Refused("aggregator.multiplier", self.multiplier, "the noise multiplier is positive; 1.0 is usual")
 

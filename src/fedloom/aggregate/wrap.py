@@ -58,7 +58,12 @@ def only(sides: frozenset[Side], new: Adapter, old: Adapter) -> Adapter:
 
 
 def need_factors(wrapper: str, inner: Aggregator, why: str) -> None:
-    """Raise Refused where an entry of the adapter means something else after each merge."""
+    """Raise Refused where an entry of the adapter means something else after each merge, or the wrapper is there already."""
+    layer: object = inner
+    while layer is not None:
+        if type(layer).__name__ == wrapper:
+            raise Refused(f"aggregator ({wrapper}).inner", wrapper, "it is in this aggregator already; once is enough")
+        layer = getattr(layer, "inner", None)
     if inner.space != "factor":
         name = type(inner).__name__
         remedy = f"{why}; {name} adds products and turns their basis at every merge. Use FedIT, FFA or another that adds factors"

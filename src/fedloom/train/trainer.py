@@ -31,7 +31,7 @@ class PeftTrainer:
     training: Training
 
     def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
-        """Each task in turn: load, train, read back. The base keeps nothing of it."""
+        """Each task in turn: load, train, read back. The base keeps nothing of it; the next task replaces a fold."""
         return [self._one(task, local) for task, local in work]
 
     def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
@@ -40,7 +40,7 @@ class PeftTrainer:
         plan = list(batches(lengths, self.training.batch_size, task.budget.steps, self.training.bucket, task.seed))
         losses, chosen = list[float](), None
         if start.rules.select is not None:
-            trial = plan[: max(1, len(plan) // TRIAL)]
+            trial = plan[: min(max(1, len(plan) // TRIAL), len(plan) - 1)]
             tried, _, _ = self._run(task, begin, Local(), [[shard[i] for i in batch] for batch in trial], losses)
             chosen = objective.select(begin, tried, start.rules.select)
         rest = [[shard[i] for i in batch] for batch in plan[len(losses) :]]
