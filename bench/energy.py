@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bench.scene import SHAPE, ranks_by_name, toy_adapter
 from fedloom.aggregate.combine import energy_shares
 from fedloom.aggregate.hlora import HLoRA
-from fedloom.aggregate.raflora import RaFLoRA
+from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits, Server
 from fedloom.simulate import Simulation
@@ -50,7 +50,7 @@ def energy2(how: Aggregator, seed: int) -> float:
 def energies(seeds: Sequence[int]) -> dict[str, float]:
     """The start, and the worst seed of each method: lowest for HLoRA, farthest from the start for the default."""
     start = sum(energy_shares(Model(toy_adapter(max(FEDERATION), 1)))[:2])
-    default = max((energy2(RaFLoRA(), seed) for seed in seeds), key=lambda share: abs(share - start))
+    default = max((energy2(ProductDelta(), seed) for seed in seeds), key=lambda share: abs(share - start))
     return {
         "energy2_hlora": min(energy2(HLoRA(), seed) for seed in seeds),
         "energy2_default": default,

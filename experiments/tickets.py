@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedloom import ByClient, Limits, Plan, RaFLoRA, RankByCapability, Rounds, Run, Tickets, Training
+from fedloom import ByClient, Limits, Plan, ProductDelta, RankByCapability, Rounds, Run, Tickets, Training
 from fedloom.embedded import minilm
 
 run = Run(
@@ -10,7 +10,7 @@ run = Run(
     model=str(minilm()),
     data=Tickets(clients=8, tangled=0.1, alpha=3.0),
     partition=ByClient(),
-    aggregator=RaFLoRA(),
+    aggregator=ProductDelta(),
     schedule=Rounds(cohort_size=3, over_selection=1.3),
     plan=Plan(RankByCapability(ranks=(2, 4, 8), upload_seconds=0.5), local_steps=8),
     training=Training(learning_rate=5e-3, max_length=64),

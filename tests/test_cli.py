@@ -132,7 +132,7 @@ def test_a_mistake_in_a_run_file_is_one_sentence_and_leaves_nothing(
         (("--set", "schedule.cohort=3"), ("--set = 'schedule.cohort'", "Rounds has: cohort_size")),
         (("--set", "seed"), ("--set = 'seed'", "field=value")),
         (("--set", "seed=x"), ("seed = 'x'", "a whole number")),
-        (("--set", "aggregator=FixedRank(2)"), ("aggregator = 'FixedRank(2)'", "RaFLoRA")),
+        (("--set", "aggregator=FixedRank(2)"), ("aggregator = 'FixedRank(2)'", "ProductDelta")),
         (("--set", "schedule.over_selection=0.5"), ("schedule.over_selection = 0.5",)),
         (("--seed", "x"), ("--seed",)),
         (("--nonsense",), ("--nonsense",)),

@@ -44,7 +44,7 @@ Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="The run's
 def demo(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -> None:
     """Fine-tune a real encoder on generated support tickets of eight companies, about two minutes on two cores.
 
-    Compares the default method (raFLoRA: adapters of rank 2, 4 and 8 added exactly) with FedIT (factors averaged apart).
+    Compares the default method (ProductDelta: changes of adapters of rank 2, 4 and 8 added exactly) with FedIT (factors averaged apart).
     """
     from fedloom import folder
     from fedloom.demo import baseline
@@ -56,7 +56,7 @@ def demo(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -
     run = _overridden(demo_run(), settings, seed)
     job = prepare(run)
     _introduce(job)
-    ours = _carry_out(job, parent / "raflora")
+    ours = _carry_out(job, parent / "product-delta")
     fedit = _carry_out(prepare(baseline(run)), parent / "fedit")
     page = write([ours.folder, fedit.folder], parent / "report.html")
     _conclude(job, ours, fedit, page)
@@ -240,7 +240,7 @@ def _conclude(job: Job, ours: Outcome, fedit: Outcome, page: Path) -> None:
     start, end, other = ours.scores[0]["accuracy"], ours.scores[-1]["accuracy"], fedit.scores[-1]["accuracy"]
     out.print(
         f"\nThe untrained model classified {100 * start:.1f} % of the test tickets correctly, FedIT reached "
-        f"{100 * other:.1f} %, [bold]raFLoRA {100 * end:.1f} %[/bold]; no ticket left its company.\n"
+        f"{100 * other:.1f} %, [bold]ProductDelta {100 * end:.1f} %[/bold]; no ticket left its company.\n"
     )
     out.print(
         f"Report   {page}\nAdapter  {ours.folder / 'adapter'} (README.md there shows how to load it with peft)",

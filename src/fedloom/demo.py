@@ -17,9 +17,9 @@ from fedloom.train.settings import Training
 
 
 def demo() -> Run:
-    """Ranks 2, 4 and 8 by device, synchronous rounds, raFLoRA; 144 steps of 16 tickets in all."""
+    """Ranks 2, 4 and 8 by device, synchronous rounds, ProductDelta; 144 steps of 16 tickets in all."""
     return Run(
-        name="demo-raflora",
+        name="demo-product-delta",
         model=str(minilm()),
         data=Tickets(tangled=0.1, alpha=3.0),
         partition=ByClient(),

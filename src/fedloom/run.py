@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedloom.aggregate.raflora import RaFLoRA
+from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.data.examples import Source
 from fedloom.data.partition import LabelDirichlet, Partition
 from fedloom.errors import Refused
@@ -32,7 +32,7 @@ class Run:
     data: Source
     name: str = "run"
     partition: Partition = field(default_factory=LabelDirichlet)
-    aggregator: Aggregator = field(default_factory=RaFLoRA)
+    aggregator: Aggregator = field(default_factory=ProductDelta)
     schedule: Schedule = field(default_factory=Rounds)
     plan: Plan = field(default_factory=lambda: Plan(RankByCapability()))
     lora: LoRA = field(default_factory=LoRA)

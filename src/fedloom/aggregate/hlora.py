@@ -7,7 +7,7 @@ Cost: one decomposition a layer for all ranks, O((d_in + d_out) R^2) with R the 
 
 Known weakness: rank collapse (arXiv 2602.13486). A client of rank r hands back only its r leading directions, so each merge
 multiplies direction i by the weight of clients with rank >= i, and energy drains into the smallest shared rank. `RaFLoRA`
-mends it.
+and `ProductDelta` mend it.
 """
 
 from __future__ import annotations

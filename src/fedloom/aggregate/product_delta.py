@@ -1,4 +1,4 @@
-"""Changes of products are averaged: a client votes on what it changed, and on nothing else.
+"""Changes of products are averaged: a client votes on what it changed, and on nothing else. The default.
 
 Source: our own combination. The rule is FedAvg in the form of updates (McMahan et al. 2017, Alg. 1: w + sum p_k (w_k - w)), applied
 to products as HLoRA does (arXiv 2503.00813) and re-factorised in the same way. Where HLoRA lets a client of low rank vote zero on

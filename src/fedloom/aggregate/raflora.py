@@ -1,4 +1,4 @@
-"""raFLoRA: products are averaged direction by direction, each over the clients that hold it. The default.
+"""raFLoRA: products are averaged direction by direction, each over the clients that hold it.
 
 Source: "raFLoRA", arXiv 2602.13486, 2026, Alg. 1 and Eq. 8: rank boundaries 0 = h_0 < h_1 < ..., C_h = {k : r_k >= h},
 dW_h = sum_{k in C_h} (n_k / sum_{C_h} n) B_k[:, h_prev:h] A_k[h_prev:h, :], W = sum_h dW_h, SVD, dispatch truncated.
