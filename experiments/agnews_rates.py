@@ -36,19 +36,23 @@ FIRST = (
 """None of them but the centralised line was best at one of the two lowest rates: the methods that came later are spared those."""
 AS = {"fedprox": "fedit-padded", "scaffold": "fedit-padded", "folded-delta-16": "folded-delta"}
 """Variants that run at the rate of what they vary."""
-CELLS = {
-    f"{name}@{rate:g}": partial(cell, name, rate)
-    for name in METHODS
-    if name not in AS
-    for rate in RATES[0 if name in FIRST else 2 :]
-}
+EDGES = {"lora-a2": (2.5e-3,), "folded-delta": (2.5e-3,), "ffa": (4e-2,), "fedit-r2": (4e-2,), "hetlora": (4e-2,)}
+"""One step further for methods whose best rate was at the end of their range."""
+
+
+def rates_of(name: str) -> tuple[float, ...]:
+    """The rates that a method was tried at."""
+    return tuple(sorted((*RATES[0 if name in FIRST else 2 :], *EDGES.get(name, ()))))
+
+
+CELLS = {f"{name}@{rate:g}": partial(cell, name, rate) for name in METHODS if name not in AS for rate in rates_of(name)}
 
 
 def summary(found: Sequence[Line]) -> Line:
     """The best rate of each method; of FedSA, which has no global model, by its clients."""
     accuracy = {c["cell"]: c["mean_client" if c["cell"].startswith("fedsa@") else "accuracy"] for c in found}
     tuned = [name for name in METHODS if name not in AS]
-    rates = {n: {f"{r:g}": accuracy.get(f"{n}@{r:g}", 0.0) for r in RATES} for n in tuned}
+    rates = {n: {f"{r:g}": accuracy[f"{n}@{r:g}"] for r in rates_of(n) if f"{n}@{r:g}" in accuracy} for n in tuned}
     for name, own in rates.items():
         print(f"{name:16s}", "  ".join(f"{rate}: {100 * value:.1f} %" for rate, value in own.items()))
     return {name: max(own, key=lambda rate: own[rate]) for name, own in rates.items()}

@@ -69,20 +69,21 @@ def main(grid: Grid) -> None:
     given = parser.parse_args()
     if not SHARED.is_dir():
         parser.exit(2, f"this experiment needs the data in {SHARED}, which is not there; see the .md beside it\n")
+    verdict: Line = {}
     if given.quick:
-        verdict = reproduce(grid, given.cell or random.choice([line["cell"] for line in lines(grid.name)]))
-    else:
-        verdict = {}
-        if not given.summary:
-            run_missing(grid, given.workers, given.only, given.seeds, given.device)
-    print(table(lines(grid.name), grid.cells, grid.target))
-    print(json.dumps(verdict | grid.summary(lines(grid.name))))
+        verdict = reproduce(grid, given.cell, given.device)
+    elif not given.summary:
+        run_missing(grid, given.workers, given.only, given.seeds, given.device)
+    print(table(current(grid), grid.cells, grid.target))
+    print(json.dumps(verdict | grid.summary(current(grid))))
 
 
-def lines(name: str) -> list[Line]:
-    """The committed results."""
-    path = RESULTS / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def current(grid: Grid) -> list[Line]:
+    """The results of cells as they are defined now; what had other settings is history."""
+    path = RESULTS / f"{grid.name}.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = [line for line in found if line["cell"] in grid.cells]
+    return [line for line in known if line["run_hash"] == hashed(grid.cells[line["cell"]](line["seed"]))]
 
 
 def hashed(run: Run) -> str:
@@ -92,23 +93,31 @@ def hashed(run: Run) -> str:
 
 def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int | None, device: str) -> None:
     """Run what is not in the results yet and append it, as it comes."""
-    have = {(line["cell"], line["run_hash"]) for line in lines(grid.name)}
+    have = {(line["cell"], line["seed"]) for line in current(grid)}
     fits = [cell for cell in grid.cells if any(fnmatch.fnmatch(cell, pattern) for pattern in only or ())]
     wanted = fits if only else grid.usual or [*grid.cells]
-    pairs = [(cell, seed) for seed in grid.seeds[:seeds] for cell in wanted]
-    todo = [(cell, seed) for cell, seed in pairs if (cell, hashed(grid.cells[cell](seed))) not in have]
+    if not wanted:
+        raise SystemExit(f"no cell fits {only}; there are: {', '.join(grid.cells)}")
+    todo = [(cell, seed) for seed in grid.seeds[:seeds] for cell in wanted if (cell, seed) not in have]
+    failed = []
     RESULTS.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, (RESULTS / f"{grid.name}.jsonl").open("a") as file:
         runs = [(cell, seed, replace(grid.cells[cell](seed), device=device)) for cell, seed in todo]
-        futures = [pool.submit(carry_out, *one) for one in runs]
+        futures = {pool.submit(carry_out, *one): one[:2] for one in runs}
         for done, future in enumerate(as_completed(futures), 1):
+            if future.exception():
+                failed.append(futures[future])
+                print(f"{done}/{len(todo)}  {futures[future]} failed: {future.exception()!r}", flush=True)
+                continue
             line = future.result()
             file.write(json.dumps(line) + "\n")
             file.flush()
             print(
                 f"{done}/{len(todo)}  {line['cell']}  seed {line['seed']}  accuracy {line['accuracy']:.4f}", flush=True
             )
+    if failed:
+        raise SystemExit(f"failed: {failed}")
 
 
 def carry_out(cell: str, seed: int, run: Run) -> Line:
@@ -137,15 +146,15 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
     }
 
 
-def reproduce(grid: Grid, cell: str) -> Line:
+def reproduce(grid: Grid, cell: str | None, device: str) -> Line:
     """Re-run the start of a committed cell; compare each version's training loss, and scores of the same examples."""
-    committed = next((line for line in lines(grid.name) if line["cell"] == cell), None)
-    if committed is None:
-        return {"reproduced": False, "cell": cell, "why": "no committed result"}
+    found = [line for line in current(grid) if cell in (None, line["cell"])]
+    if not found:
+        return {"reproduced": False, "cell": cell, "why": "no committed result of these settings"}
+    committed = random.choice(found)
+    cell = str(committed["cell"])
     run = grid.cells[cell](committed["seed"])
-    short = grid.shorten(run)
-    if hashed(run) != committed["run_hash"]:
-        return {"reproduced": False, "cell": cell, "why": "the committed result had other settings"}
+    short = replace(grid.shorten(run), device=device)
     again = carry_out(cell, committed["seed"], short)
     pairs = list(zip(committed.get("losses", ()), again["losses"], strict=False))
     if short.test_limit == run.test_limit:
@@ -187,13 +196,12 @@ def row(cell: str, own: Sequence[Line], target: float) -> str:
         return "–" if math.isnan(value) else format(value, form)
 
     accuracy = [100 * line["accuracy"] for line in own]
+    spread = f"{sum(accuracy) / len(own):.1f} % ({min(accuracy):.1f}–{max(accuracy):.1f})"
     reached = ", ".join("never" if r is None else str(r) for r in (rounds_to(line, target) for line in own))
     columns = (
         cell,
         str(len(own)),
-        f"{sum(accuracy) / len(own):.1f} % ({min(accuracy):.1f}–{max(accuracy):.1f})",
-        f"{mean('f1'):.3f}",
-        reached,
+        *(("–", "–", "–") if personal(cell) else (spread, f"{mean('f1'):.3f}", reached)),
         f"{100 * mean('mean_client'):.0f} %, {100 * mean('worst_client'):.0f} %",
         f"{mean('bytes_up') / 1e6:.2f} ({mean('bytes_up_dense') / 1e6:.2f})",
         told(mean("bytes_down") / 1e6, ".2f"),
@@ -202,9 +210,15 @@ def row(cell: str, own: Sequence[Line], target: float) -> str:
     return f"| {' | '.join(columns)} |"
 
 
+def personal(cell: str) -> bool:
+    """Whether every client has a model of its own there (FedSA): the global accuracy says nothing, the clients' mean does."""
+    return cell.startswith("fedsa")
+
+
 def paired(found: Sequence[Line], one: str, other: str) -> list[float]:
-    """Points by which `one` is better than `other`, seed by seed."""
-    by = {(line["cell"], line["seed"]): line["accuracy"] for line in found}
+    """Points by which `one` is better than `other`, seed by seed; by the clients' mean if one of them is personal."""
+    figure = "mean_client" if personal(one) or personal(other) else "accuracy"
+    by = {(line["cell"], line["seed"]): line[figure] for line in found}
     seeds = sorted({line["seed"] for line in found})
     return [100 * (by[one, s] - by[other, s]) for s in seeds if (one, s) in by and (other, s) in by]
 
@@ -213,5 +227,5 @@ def interval(points: Sequence[float]) -> list[float] | None:
     """95 % interval of the mean of paired differences (Student's t); None with fewer than two."""
     if len(points) < 2:
         return None
-    margin = T95[len(points) - 1] * statistics.stdev(points) / len(points) ** 0.5
+    margin = T95.get(len(points) - 1, 1.96) * statistics.stdev(points) / len(points) ** 0.5
     return [round(statistics.mean(points) - margin, 2), round(statistics.mean(points) + margin, 2)]

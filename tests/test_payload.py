@@ -42,12 +42,12 @@ ROUND_TRIPS = [
     (HLoRA(), 4 * (DOWN + UP) + HEAD, 4 * (DOWN + UP) + HEAD, HEAD),
     (FFA(), 4 * UP + HEAD, 4 * UP + HEAD, HEAD),  # `down` follows from the seed, and is not changed
     (RoLoRA(), 4 * (DOWN + UP) + HEAD, 4 * UP + HEAD, HEAD),  # the frozen side goes down: it is another one each round
-    (FedSA(), 4 * (DOWN + UP) + HEAD, 4 * DOWN, 0),
-    (LoRAA2(freeze_head=True), 8 * (DOWN + UP) + HEAD, 8 * UP, 0),  # everybody holds rank 8; here all were chosen
+    (FedSA(), 4 * DOWN, 4 * DOWN, 0),  # `up` and the head begin as the seed says, and stay private
+    (LoRAA2(freeze_head=True), 8 * (DOWN + UP), 8 * UP, 0),  # everybody holds rank 8; here all were chosen
     (FedPLoRA(), 4 * (DOWN + UP) + HEAD + 4 * (DOWN + UP), 4 * (DOWN + UP) + HEAD, HEAD),  # the other four in the fold
     (Scaffold(), 2 * (4 * (DOWN + UP) + HEAD), 2 * (4 * (DOWN + UP) + HEAD), HEAD),
     (Scaffold(FFA()), 2 * (4 * UP + HEAD), 2 * (4 * UP + HEAD), HEAD),
-    (Scaffold(FedSA()), 4 * (2 * DOWN + UP) + HEAD, 2 * 4 * DOWN, 0),
+    (Scaffold(FedSA()), 2 * 4 * DOWN, 2 * 4 * DOWN, 0),
 ]
 
 
@@ -56,7 +56,7 @@ def test_what_a_method_sends_down_and_up_at_rank_4(method: Any, down: int, up: i
     update = answer(method)
     if isinstance(method, Scaffold):
         update = replace(update, result=replace(update.result, control=update.task.start.control))
-    assert payload.down(update.task.start) == wire(down)
+    assert payload.down(update.task.start) == wire(down, 0 if "dense" in update.task.start.seeded else HEAD)
     assert payload.up(update.task, update.result) == wire(up, head)
 
 
@@ -107,7 +107,7 @@ def test_the_stack_of_flora_grows_until_it_is_as_large_as_the_layers() -> None:
     for turn in range(3):
         sizes.append(payload.down(sent(method, model, 2).start).total)
         model = method.merge(model, mean_of(answers(method, model, (1, 2), 10 * turn + 1)))
-    own = 2 * (DOWN + UP) + HEAD
+    own = HEAD  # the fresh adapter follows from its seed
     assert sizes == [4 * own, 4 * (own + 3 * (DOWN + UP)), 4 * (own + 12 * 10 + 10 * 14)]
 
 

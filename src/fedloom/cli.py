@@ -44,7 +44,8 @@ Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="The run's
 def demo(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -> None:
     """Fine-tune a real encoder on generated support tickets of eight companies, about two minutes on two cores.
 
-    Compares the default method (ProductDelta: changes of adapters of rank 2, 4 and 8 added exactly) with FedIT (factors averaged apart).
+    Compares the default method (ProductDelta: changes of adapters of rank 2, 4 and 8 are added exactly) with FedIT, which
+    averages factors apart.
     """
     from fedloom import folder
     from fedloom.demo import baseline
@@ -198,6 +199,8 @@ def _introduce(job: Job) -> None:
     fleet = job.server.fleet()
     ranks = Counter(run.plan(profile, fleet).rank for profile in job.profiles.values())
     out.print("Ranks now: " + ", ".join(f"{rank} at {count} clients" for rank, count in sorted(ranks.items())) + "\n")
+    for note in job.about()["notes"]:  # type: ignore[attr-defined]
+        out.print(f"[yellow]Note[/yellow] {_escaped(note)}\n")
 
 
 def _carry_out(job: Job, folder: Path) -> Outcome:

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from fedloom import __version__, folder, kinds, manifest
+from fedloom.aggregate.wrap import layers
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
+from fedloom.errors import Refused
 from fedloom.lora import Adapter, level, whole
 from fedloom.report.html import write as write_report
 from fedloom.run import Run
@@ -126,8 +128,21 @@ class Job:
             "partition": statistics(self.split.train, self.shards),
             "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
             "baselines": {"majority": max(labels.count(label) for label in set(labels)) / len(labels)},
-            "notes": [],
+            "notes": self._notes(),
         }
+
+    def _notes(self) -> list[str]:
+        """What a reader of the figures has to know about the method."""
+        rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
+        notes = []
+        if rules.private:
+            sides = " and ".join({"dense": "the head"}.get(side, f"`{side}`") for side in rules.private)
+            notes.append(
+                f"Every client has a model of its own ({sides} stay there): the test accuracy says nothing, read the clients'."
+            )
+        if "dense" in rules.frozen:
+            notes.append("The head is not trained: if the model came without one, it stays random.")
+        return notes
 
     def _simulate(self, out: Path, observers: Sequence[Observer], scores: list[Mapping[str, float]]) -> str:
         def evaluate(model: Model) -> Mapping[str, float]:
@@ -178,7 +193,12 @@ def prepare(run: Run) -> Job:
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
     top = run.plan.rank.largest
     base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, run.onednn)
-    check_rank(base, "aggregator.rank", getattr(run.aggregator, "rank", None) or top)
+    for layer in layers(run.aggregator):
+        check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or top)
+        if getattr(layer, "clients", len(shards)) != len(shards):
+            raise Refused(
+                "aggregator.clients", getattr(layer, "clients", 0), f"the federation has {len(shards)} clients"
+            )
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
     model = run.aggregator.init(initial(base, top))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_type_hints
@@ -62,6 +63,8 @@ def _evaluate(node: ast.expr) -> Any:
     """Literals, public names, and calls of them with such arguments: no other code is ever run."""
     if isinstance(node, ast.Name) and _is_public(node.id):
         return getattr(fedloom, node.id)
+    if isinstance(node, ast.Name | ast.Call) and isinstance(name := getattr(node, "func", node), ast.Name):
+        _known(name.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         named = {keyword.arg: _evaluate(keyword.value) for keyword in node.keywords if keyword.arg}
         made = _evaluate(node.func)
@@ -74,6 +77,13 @@ def _evaluate(node: ast.expr) -> Any:
     if isinstance(node, ast.Tuple):
         return tuple(_evaluate(item) for item in node.elts)
     return ast.literal_eval(node)
+
+
+def _known(name: str) -> None:
+    """Raise Refused for a name that looks like one of ours and is none."""
+    near = difflib.get_close_matches(name, [*fedloom.__all__], 3, 0.7)
+    if near and not _is_public(name):
+        raise Refused("--set", name, f"there is no such name; did you mean {' or '.join(near)}?")
 
 
 def _is_public(name: str) -> bool:

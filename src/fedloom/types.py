@@ -46,8 +46,9 @@ class Budget:
 class Pruning:
     """Rank self-pruning (HetLoRA): the last directions are penalised, and given up when they have become smaller.
 
-    The loss gains `strength` * |up[:, t:]| * |down[t:]| for each layer, t = floor(`keep` * rank); if the sum of these products is
-    smaller after training than before, the client answers with max(`least`, t) directions and is never asked for more again.
+    The loss gains `strength` * |up[:, t:]| * |down[t:]| for each layer (`up` without the scaling, as PEFT has it), t =
+    floor(`keep` * rank); if the sum of these products is smaller after training than before, the client answers with
+    max(`least`, t) directions and is never asked for more again.
     """
 
     strength: float = 1e-3

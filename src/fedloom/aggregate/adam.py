@@ -9,26 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import change, each, more, need_factors, only, trained
+from fedloom.aggregate.wrap import Around, change, each, need_factors, only, trained
 from fedloom.errors import Refused
-from fedloom.lora import Adapter
-from fedloom.types import Aggregator, Budget, Merge, Model, Start
+from fedloom.types import Aggregator, Merge, Model
 
-EXEMPT = {
-    1: "entries move by the server's step, not by the clients' change",
-    2: "as law 1: the mean is only a direction",
-    8: "an entry moves by the same step, however few trained it",
-}
 MEAN, SQUARE = "adam mean", "adam square"
 
 
 @dataclass(frozen=True, slots=True)
-class Adam:
+class Adam(Around):
     """`inner` with the server's Adam; `tau` bounds the step where changes are tiny."""
 
     inner: Aggregator = field(default_factory=FedIT)
@@ -36,6 +31,13 @@ class Adam:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {
+            1: "entries move by the server's step, not by the clients' change",
+            2: "as law 1: the mean is only a direction",
+            8: "an entry moves by the same step, however few trained it",
+        }
+    )
 
     def __post_init__(self) -> None:
         need_factors("Adam", self.inner, "Adam keeps a mean and a square of each entry's changes")
@@ -46,20 +48,6 @@ class Adam:
                 raise Refused(f"aggregator.{name}", getattr(self, name), "at least 0 and below 1")
         if not self.tau > 0:
             raise Refused("aggregator.tau", self.tau, "a small positive number; 1e-3 is usual")
-
-    @property
-    def space(self) -> Literal["factor", "product"]:
-        """As the wrapped method."""
-        return self.inner.space
-
-    @property
-    def exempt(self) -> Mapping[int, str]:
-        """Laws broken by design, with the reason."""
-        return more(self.inner, EXEMPT)
-
-    def init(self, start: Adapter) -> Model:
-        """As the wrapped method."""
-        return self.inner.init(start)
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """Mean and square of the wrapped merge's change decide how far each entry moves."""
@@ -77,7 +65,3 @@ class Adam:
         )
         adapter = only(sides, stepped, after.adapter)
         return replace(after, adapter=adapter, memory={**after.memory, MEAN: mean, SQUARE: square})
-
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
-        """As the wrapped method."""
-        return self.inner.start(model, budget, seed)

@@ -10,53 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from types import MappingProxyType
+from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import each, more, size
+from fedloom.aggregate.wrap import Around, each, need_method, size
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, cut
-from fedloom.types import Aggregator, Budget, Merge, Model, Start, Update
-
-EXEMPT = {
-    1: "a change above the norm is shortened",
-    2: "as law 1: what is averaged is not what was trained",
-}
+from fedloom.types import Aggregator, Merge, Model, Update
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class Clip(Around):
     """`inner` on changes of at most `norm`."""
 
     inner: Aggregator = field(default_factory=FedIT)
     norm: float = 1.0
+    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {
+            1: "a change above the norm is shortened",
+            2: "as law 1: what is averaged is not what was trained",
+        }
+    )
 
     def __post_init__(self) -> None:
+        need_method("Clip", self.inner)
         if not self.norm > 0:
             raise Refused("aggregator.norm", self.norm, "the largest norm of a client's change, a positive number")
-
-    @property
-    def space(self) -> Literal["factor", "product"]:
-        """As the wrapped method."""
-        return self.inner.space
-
-    @property
-    def exempt(self) -> Mapping[int, str]:
-        """Laws broken by design, with the reason."""
-        return more(self.inner, EXEMPT)
-
-    def init(self, start: Adapter) -> Model:
-        """As the wrapped method."""
-        return self.inner.init(start)
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The wrapped merge of shortened answers."""
         parts = tuple((weight, clipped(update, self.norm)) for weight, update in merge.parts)
         return self.inner.merge(model, replace(merge, parts=parts))
-
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
-        """As the wrapped method."""
-        return self.inner.start(model, budget, seed)
 
 
 def clipped(update: Update, norm: float) -> Update:

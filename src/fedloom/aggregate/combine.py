@@ -85,15 +85,20 @@ def moved(model: Adapter, merge: Merge, reach: Reach) -> Adapter:
         down, up = own.down.double(), own.up.double()
         for weight, update in merge.parts:
             start, given = update.task.start, update.result.adapter.factors[name]
-            held = torch.tensor((start.slots or range(own.rank))[: given.rank])
+            held = held_by(start, given.rank).to(down.device)
             origin = cut(start.train.factors[name], given.rank) if merge.as_delta else slots(own, held)
-            share = merge.step * weight / torch.where(divisor > 0, divisor, 1.0)[held]
+            share = (merge.step * weight / torch.where(divisor > 0, divisor, 1.0)).to(down.device)[held]
             if "down" not in start.rules.kept:
                 down = down.index_add(0, held, share[:, None] * (given.down.double() - origin.down.double()))
             if "up" not in start.rules.kept:
                 up = up.index_add(1, held, share * (given.up.double() - origin.up.double()))
         factors[name] = Factor(down.to(own.down), up.to(own.up))
     return Adapter(factors, dense_mean(model, terms(model, merge)))
+
+
+def held_by(start: Start, rank: int) -> Tensor:
+    """The numbers of the server's directions that an answer of this rank is about."""
+    return torch.tensor(range(rank) if start.slots is None else start.slots[:rank], dtype=torch.long)
 
 
 def slots(factor: Factor, chosen: Tensor) -> Factor:
@@ -114,8 +119,7 @@ def slot_weights(name: str, merge: Merge, rank: int) -> Tensor:
     """Total weight of the updates that hold direction i of layer `name`, (rank,) in float64."""
     reach = torch.zeros(rank, dtype=torch.float64)
     for weight, update in merge.parts:
-        held = update.task.start.slots or range(rank)
-        reach[list(held[: update.result.adapter.factors[name].rank])] += weight
+        reach[held_by(update.task.start, update.result.adapter.factors[name].rank)] += weight
     return reach
 
 
@@ -157,8 +161,8 @@ def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model
     """
     wide = {}
     for name, factor in model.adapter.factors.items():
-        slots = max(factor.rank, *(update.result.adapter.factors[name].rank for _, update in merge.parts))
-        wide[name] = product_sum(name, model.adapter, merge, reach(name, merge, slots))
+        top = max(factor.rank, *(update.result.adapter.factors[name].rank for _, update in merge.parts))
+        wide[name] = product_sum(name, model.adapter, merge, reach(name, merge, top))
     cuts = {name: best(factor, rank) for name, factor in wide.items()}
     before = sum(energy for _, energy, _ in cuts.values())
     after = sum(energy for _, _, energy in cuts.values())
@@ -204,7 +208,8 @@ def tail(model: Model, held: Iterable[int]) -> Adapter | None:
     rest = torch.tensor([i for i in range(rank) if i not in without], dtype=torch.long)
     if not len(rest):
         return model.fold
-    return joined(Adapter({name: slots(factor, rest) for name, factor in model.adapter.factors.items()}), model.fold)
+    others = Adapter({name: slots(factor, rest) for name, factor in model.adapter.factors.items()})
+    return joined(model.fold, others) if model.fold else others
 
 
 def energy_shares(model: Model) -> list[float]:

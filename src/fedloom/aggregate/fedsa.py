@@ -39,5 +39,5 @@ class FedSA:
         return replace(model, adapter=moved(model.adapter, merge, slot_weights))
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
-        """The shared rows; the client puts its own `up` and head beside them."""
-        return replace(leading(model, budget), rules=Rules(private=("up", "dense")))
+        """The shared rows; the client puts its own `up` and head beside them, which begin as the run's seed says."""
+        return replace(leading(model, budget), seeded=("up", "dense"), rules=Rules(private=("up", "dense")))

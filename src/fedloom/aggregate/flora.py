@@ -47,8 +47,11 @@ class FLoRA:
         return replace(model, adapter=adapter, fold=folded(model, pieces), basis=model.basis + 1)
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
-        """A new adapter of the client's rank on top of everything folded so far."""
+        """A new adapter of the client's rank, drawn from its seed, on top of everything folded so far."""
         factors = {name: fresh(f, budget.rank, derive(seed, name)) for name, f in model.adapter.factors.items()}
         return Start(
-            Adapter(factors, model.adapter.dense), basis=f"{model.basis}/{seed}/{budget.rank}", fold=model.fold
+            Adapter(factors, model.adapter.dense),
+            basis=f"{model.basis}/{seed}/{budget.rank}",
+            fold=model.fold,
+            seeded=("down", "up"),
         )

@@ -60,4 +60,5 @@ class LoRAA2:
             select=budget.rank * len(model.adapter.factors),
             up_rate=self.up_rate,
         )
-        return replace(whole, basis=f"{model.phase}/{budget.rank}", rules=rules)
+        seeded: tuple[Literal["dense"], ...] = ("dense",) if self.freeze_head else ()
+        return replace(whole, basis=f"{model.phase}/{budget.rank}", seeded=seeded, rules=rules)

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from types import MappingProxyType
+from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import change, each, more, need_factors, only, trained
+from fedloom.aggregate.wrap import Around, change, each, need_factors, only, trained
 from fedloom.errors import Refused
-from fedloom.lora import Adapter
-from fedloom.types import Aggregator, Budget, Merge, Model, Start
+from fedloom.types import Aggregator, Merge, Model
 
-EXEMPT = {1: "momentum moves the model on although everybody agrees"}
 VELOCITY = "momentum"
 
 
 @dataclass(frozen=True, slots=True)
-class Momentum:
+class Momentum(Around):
     """`inner` with server momentum `beta` and server learning rate `learning_rate`."""
 
     inner: Aggregator = field(default_factory=FedIT)
     beta: float = 0.9
     learning_rate: float = 1.0
+    own: ClassVar[Mapping[int, str]] = MappingProxyType({1: "momentum moves the model on although everybody agrees"})
 
     def __post_init__(self) -> None:
         need_factors("Momentum", self.inner, "momentum is a sum of earlier changes, entry by entry")
@@ -35,20 +35,6 @@ class Momentum:
             raise Refused("aggregator.beta", self.beta, "at least 0 and below 1")
         if not self.learning_rate > 0:
             raise Refused("aggregator.learning_rate", self.learning_rate, "the server learning rate, a positive number")
-
-    @property
-    def space(self) -> Literal["factor", "product"]:
-        """As the wrapped method."""
-        return self.inner.space
-
-    @property
-    def exempt(self) -> Mapping[int, str]:
-        """Laws broken by design, with the reason."""
-        return more(self.inner, EXEMPT)
-
-    def init(self, start: Adapter) -> Model:
-        """As the wrapped method."""
-        return self.inner.init(start)
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The wrapped merge's change goes into the velocity, the velocity into the model."""
@@ -62,7 +48,3 @@ class Momentum:
         stepped = each(lambda w, v: (w.double() + self.learning_rate * v).to(w.dtype), model.adapter, velocity)
         adapter = only(trained(merge), stepped, after.adapter)
         return replace(after, adapter=adapter, memory={**after.memory, VELOCITY: velocity})
-
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
-        """As the wrapped method."""
-        return self.inner.start(model, budget, seed)

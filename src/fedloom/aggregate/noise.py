@@ -12,34 +12,38 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedloom.aggregate.clip import Clip
-from fedloom.aggregate.wrap import each, more, need_factors, only, trained
+from fedloom.aggregate.wrap import Around, each, need_factors, only, trained
 from fedloom.errors import Refused
 from fedloom.lora import Adapter
 from fedloom.seeds import derive
-from fedloom.types import Aggregator, Budget, Merge, Model, Start
+from fedloom.types import Aggregator, Merge, Model
 
-EXEMPT = {
-    1: "noise is added to the model",
-    2: "noise is added to the mean",
-    5: "noise adds energy to every direction",
-    8: "noise moves also what nobody trained",
-}
 COUNT = "noise"
 
 
 @dataclass(frozen=True, slots=True)
-class Noise:
+class Noise(Around):
     """`inner`, a `Clip`, with noise of `multiplier` times what one client can change."""
 
     inner: Aggregator = field(default_factory=Clip)
     multiplier: float = 1.0
     seed: int = 0
+    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {
+            1: "noise is added to the model",
+            2: "noise is added to the mean",
+            5: "noise adds energy to every direction",
+            8: "noise moves also what nobody trained",
+        }
+    )
+    adds_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Clip):
@@ -54,20 +58,6 @@ class Noise:
             raise Refused("aggregator (Noise).inner.inner", name, remedy)
         if not self.multiplier > 0:
             raise Refused("aggregator.multiplier", self.multiplier, "the noise multiplier is positive; 1.0 is usual")
-
-    @property
-    def space(self) -> Literal["factor", "product"]:
-        """As the wrapped method."""
-        return self.inner.space
-
-    @property
-    def exempt(self) -> Mapping[int, str]:
-        """Laws broken by design, with the reason."""
-        return more(self.inner, EXEMPT)
-
-    def init(self, start: Adapter) -> Model:
-        """As the wrapped method."""
-        return self.inner.init(start)
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The wrapped merge, and N(0, (z S step max_k p_k)^2) on every entry that clients trained."""
@@ -84,7 +74,3 @@ class Noise:
         adapter = only(trained(merge), each(noisy, after.adapter), after.adapter)
         memory = {**after.memory, COUNT: Adapter({}, {"count": torch.tensor(count + 1)})}
         return replace(after, adapter=adapter, memory=memory)
-
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
-        """As the wrapped method."""
-        return self.inner.start(model, budget, seed)

@@ -8,14 +8,13 @@ client's part when a start brings a control variate. Traffic is doubled. Cost: o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
+from fedloom.aggregate.combine import held_by, slots
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import each, more, need_factors
+from fedloom.aggregate.wrap import Around, each, layers, need_factors
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, Factor
 from fedloom.types import Aggregator, Budget, Merge, Model, Start
@@ -24,7 +23,7 @@ CONTROL = "control"
 
 
 @dataclass(frozen=True, slots=True)
-class Scaffold:
+class Scaffold(Around):
     """`inner` with control variates; `clients` is N, the size of the federation."""
 
     inner: Aggregator = field(default_factory=FedIT)
@@ -32,18 +31,11 @@ class Scaffold:
 
     def __post_init__(self) -> None:
         need_factors("Scaffold", self.inner, "a control variate is a gradient, entry by entry")
+        if any(getattr(layer, "adds_noise", False) for layer in layers(self.inner)):
+            remedy = "control variates would tell everybody what the noise hides; leave one of the two out"
+            raise Refused("aggregator (Scaffold).inner", "Noise", remedy)
         if self.clients < 1:
             raise Refused("aggregator.clients", self.clients, "the number of clients of the federation")
-
-    @property
-    def space(self) -> Literal["factor", "product"]:
-        """As the wrapped method."""
-        return self.inner.space
-
-    @property
-    def exempt(self) -> Mapping[int, str]:
-        """Those of the wrapped method."""
-        return more(self.inner, {})
 
     def init(self, start: Adapter) -> Model:
         """As the wrapped method, with a control variate of zero."""
@@ -59,7 +51,7 @@ class Scaffold:
             for _, update in merge.parts:
                 if update.result.control is not None:
                     given = update.result.control.factors[name]
-                    held = torch.tensor((update.task.start.slots or range(own.rank))[: given.rank])
+                    held = held_by(update.task.start, given.rank)
                     down.index_add_(0, held, given.down / self.clients)
                     up.index_add_(1, held, given.up / self.clients)
             factors[name] = Factor(down, up)
@@ -75,6 +67,5 @@ class Scaffold:
         start, control = self.inner.start(model, budget, seed), model.memory[CONTROL]
         factors = {}
         for name, own in control.factors.items():
-            held = torch.tensor((start.slots or range(own.rank))[: start.train.factors[name].rank])
-            factors[name] = Factor(own.down[held], own.up[:, held])
+            factors[name] = slots(own, held_by(start, start.train.factors[name].rank))
         return replace(start, control=Adapter(factors, control.dense))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, Factor
-from fedloom.types import Aggregator, Merge, Model, Side
+from fedloom.types import Aggregator, Budget, Merge, Model, Side, Start
 
 
 def each(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
@@ -57,19 +59,51 @@ def only(sides: frozenset[Side], new: Adapter, old: Adapter) -> Adapter:
     return Adapter(factors, new.dense if "dense" in sides else old.dense)
 
 
+class Around:
+    """A wrapper's common part: everything as `inner` has it, but for the merge. `own` are the laws that the wrapper breaks."""
+
+    __slots__ = ()
+    inner: Aggregator
+    own: ClassVar[Mapping[int, str]] = MappingProxyType({})
+
+    @property
+    def space(self) -> Literal["factor", "product"]:
+        """As the wrapped method."""
+        return self.inner.space
+
+    @property
+    def exempt(self) -> Mapping[int, str]:
+        """Laws broken by the wrapped method and by the wrapper, with the reason."""
+        return {**self.inner.exempt, **self.own}
+
+    def init(self, start: Adapter) -> Model:
+        """As the wrapped method."""
+        return self.inner.init(start)
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """As the wrapped method."""
+        return self.inner.start(model, budget, seed)
+
+
+def layers(aggregator: object) -> Iterator[object]:
+    """The aggregator, what it wraps, and so on inwards."""
+    while aggregator is not None:
+        yield aggregator
+        aggregator = getattr(aggregator, "inner", None)
+
+
+def need_method(wrapper: str, inner: object) -> None:
+    """Raise Refused where there is no aggregator to wrap."""
+    if isinstance(inner, type) or not all(hasattr(inner, name) for name in ("space", "exempt", "merge", "start")):
+        raise Refused(f"aggregator ({wrapper}).inner", inner, "wrap an aggregator, for instance FedIT()")
+
+
 def need_factors(wrapper: str, inner: Aggregator, why: str) -> None:
     """Raise Refused where an entry of the adapter means something else after each merge, or the wrapper is there already."""
-    layer: object = inner
-    while layer is not None:
-        if type(layer).__name__ == wrapper:
-            raise Refused(f"aggregator ({wrapper}).inner", wrapper, "it is in this aggregator already; once is enough")
-        layer = getattr(layer, "inner", None)
+    need_method(wrapper, inner)
+    if any(type(layer).__name__ == wrapper for layer in layers(inner)):
+        raise Refused(f"aggregator ({wrapper}).inner", wrapper, "it is in this aggregator already; once is enough")
     if inner.space != "factor":
         name = type(inner).__name__
-        remedy = f"{why}; {name} adds products and turns their basis at every merge. Use FedIT, FFA or another that adds factors"
+        remedy = f"{why}; the model of {name} is more than its factors, entry by entry. Use FedIT, FFA or another that adds factors"
         raise Refused(f"aggregator ({wrapper}).inner", name, remedy)
-
-
-def more(inner: Aggregator, own: Mapping[int, str]) -> Mapping[int, str]:
-    """The laws that the wrapped method breaks, and those that the wrapper breaks."""
-    return {**inner.exempt, **own}

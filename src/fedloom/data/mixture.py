@@ -15,10 +15,10 @@ from fedloom.seeds import derive
 class ClientDirichlet:
     """Each client draws its label mixture from a symmetric Dirichlet(alpha) and takes `size` examples in these shares.
 
-    So does the sampler that HLoRA's public prototype uses (its clients may share examples; here every example has one owner). The
-    labels of all clients together are even, whatever the data's own shares are: `LabelDirichlet` keeps those, and then the
-    commonest label drowns the others when most clients have one label. Where a label runs out, others fill the place;
-    what nobody took stays unused.
+    So does the sampler that HLoRA's public prototype uses (its clients may share examples; here every example has one
+    owner). The labels of all clients together are even in expectation, whatever the data's own shares are:
+    `LabelDirichlet` keeps those, and then the commonest label drowns the others when most clients have one label. Where a
+    label runs out, others fill the place; what nobody took stays unused.
     """
 
     clients: int = 20
@@ -44,8 +44,8 @@ class ClientDirichlet:
 
     def _take(self, left: list[list[int]], draw: np.random.Generator) -> tuple[int, ...]:
         """One client's examples, taken out of the piles `left` of each label."""
-        wanted = (draw.dirichlet([self.alpha] * len(left)) * self.size).round().astype(int)
+        wanted = draw.multinomial(self.size, draw.dirichlet([self.alpha] * len(left)))
         own = [pile.pop() for pile, count in zip(left, wanted, strict=True) for _ in range(min(count, len(pile)))]
         while len(own) < self.size:
             own.append(max(left, key=len).pop())
-        return tuple(sorted(own[: self.size]))
+        return tuple(sorted(own))

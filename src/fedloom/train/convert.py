@@ -83,7 +83,7 @@ def add_to_base(model: PeftModel, pristine: Mapping[str, Tensor], fold: Adapter 
         weight.copy_(pristine[name])
         if fold is not None:
             factor = fold.factors[name]
-            product = (factor.up @ factor.down).to(weight)
+            product = factor.up.to(weight) @ factor.down.to(weight)
             weight.add_(
                 product.T if "Conv1D" in type(layer.get_base_layer()).__name__ else product
             )  # it keeps (in, out)

@@ -81,7 +81,7 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
         config = LoraConfig.from_pretrained(str(run / "adapter"))
         targets = None if config.target_modules is None else tuple(sorted(config.target_modules))
         lora = LoRA(targets, config.lora_alpha / config.r, config.lora_dropout)
-        base = load(name, len(names), lora, config.r, seed)
+        base = load(name, len(names), lora, 1, seed)  # the stored adapter brings its own rank
         return base, _read(base, run / "adapter"), names
     except Refused:
         raise

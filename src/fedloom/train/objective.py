@@ -58,11 +58,11 @@ class Control:
         for name, weight in self.weights.items():
             if weight.grad is not None:
                 self.total[name] = self.total[name] + weight.grad if name in self.total else weight.grad.clone()
-                weight.grad.add_(self.server[name] - self.own[name])
+                weight.grad.add_((self.server[name] - self.own[name]).to(weight.grad))
 
     def after(self) -> dict[str, Tensor]:
         """c_i of the next task: the mean gradient; where nothing was trained, what it was."""
-        return {n: self.total[n] / self.steps if n in self.total else self.own[n] for n in self.own}
+        return {n: (self.total[n] / self.steps).cpu() if n in self.total else self.own[n] for n in self.own}
 
 
 def masked(weights: Weights, chosen: Mapping[str, Tensor]) -> Amend:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedloom.errors import Refused
 from fedloom.lora import Adapter, server_rank
 from fedloom.train import convert, objective
 from fedloom.train.base import Base
@@ -39,10 +40,8 @@ class PeftTrainer:
         begin, lengths = personal(start, local), self.texts.lengths(shard)
         plan = list(batches(lengths, self.training.batch_size, task.budget.steps, self.training.bucket, task.seed))
         losses, chosen = list[float](), None
-        if start.rules.select is not None:
-            trial = plan[: min(max(1, len(plan) // TRIAL), len(plan) - 1)]
-            tried, _, _ = self._run(task, begin, Local(), [[shard[i] for i in batch] for batch in trial], losses)
-            chosen = objective.select(begin, tried, start.rules.select)
+        if start.rules.select is not None and start.rules.select < sum(f.rank for f in begin.factors.values()):
+            chosen = self._chosen(task, begin, local, plan, losses)
         rest = [[shard[i] for i in batch] for batch in plan[len(losses) :]]
         trained, moments, control = self._run(task, begin, local, rest, losses, chosen)
         sent = objective.mixed(trained, start.train, start.rules.kept, chosen)
@@ -59,6 +58,17 @@ class PeftTrainer:
         private = objective.put_back(local.private, trained, slots) if start.rules.private else local.private
         mine = objective.put_back(local.control, control, slots) if control else local.control
         return result, Local(start.basis, moments, private, mine)
+
+    def _chosen(
+        self, task: Task, begin: Adapter, local: Local, plan: Sequence[Sequence[int]], losses: list[float]
+    ) -> dict[str, Tensor]:
+        """The directions to train, after a trial on the first batches (LoRA-A2)."""
+        if len(plan) < 2 or task.start.rules.select is None:
+            raise Refused("plan.local_steps", len(plan), "choosing directions takes a step of its own: give at least 2")
+        shard = self.shards[task.client]
+        trial = [[shard[i] for i in batch] for batch in plan[: max(1, len(plan) // TRIAL)]]
+        tried, _, _ = self._run(task, begin, Local(control=local.control), trial, losses)
+        return objective.select(begin, tried, task.start.rules.select)
 
     def _run(
         self,
@@ -100,11 +110,8 @@ class PeftTrainer:
         rules: Rules,
     ) -> list[float]:
         """One optimiser step a batch; returns the losses, without penalties."""
-        model, losses, factors = (
-            self.base.model.train(),
-            list[float](),
-            [group["lr"] for group in optimiser.param_groups],
-        )
+        model, losses = self.base.model.train(), list[float]()
+        factors = [group["lr"] for group in optimiser.param_groups]
         for step, batch in enumerate(plan):
             for group, factor in zip(optimiser.param_groups, factors, strict=True):
                 group["lr"] = factor * self.training.rate(step, len(plan))
@@ -151,7 +158,7 @@ def released(weights: Weights, rules: Rules) -> dict[str, nn.Parameter]:
 
 def directions(start: Start) -> Sequence[int]:
     """The server's directions that a start holds."""
-    return start.slots or range(server_rank(start.train))
+    return range(server_rank(start.train)) if start.slots is None else start.slots
 
 
 def controlled(start: Start, local: Local) -> Adapter:
