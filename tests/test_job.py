@@ -13,21 +13,32 @@ from bench.same_bytes import COMPARED, start_twins
 from fedloom import (
     IID,
     ByClient,
+    Clip,
+    FedEx,
+    FedPLoRA,
+    FedSA,
     FixedRank,
+    FLoRA,
+    FoldedDelta,
+    HetLoRA,
+    HLoRA,
     Job,
     Limits,
+    LoRAA2,
     Plan,
     RaFLoRA,
     Refused,
     Rounds,
     Rows,
+    Scaffold,
     Training,
     prepare,
 )
 from fedloom.manifest import digest, plain
 from fedloom.report.read import read
 from fedloom.trace import fingerprint
-from fedloom.types import Command, Event, Publish
+from fedloom.train.export import open_run
+from fedloom.types import Aggregator, Command, Event, Publish
 from tiny import tiny_run, toy_rows
 
 FILES = {"manifest.json", "metrics.jsonl", "trace.jsonl", "report.html", "adapter"}
@@ -139,6 +150,8 @@ def test_a_run_cut_short_before_its_first_version_has_a_report_and_no_adapter(en
         ({"plan": Plan(FixedRank(10**9))}, "plan.rank"),
         ({"plan": Plan(FixedRank(2), 1.5)}, "plan.local_steps"),  # type: ignore[arg-type]
         ({"aggregator": RaFLoRA(rank=5000)}, "aggregator.rank"),
+        ({"aggregator": Clip(HLoRA(rank=5000))}, "aggregator.rank"),
+        ({"aggregator": Scaffold(clients=99)}, "aggregator.clients"),
         ({"schedule": Rounds(cohort_size=2.5)}, "schedule.cohort_size"),  # type: ignore[arg-type]
         ({"training": Training(learning_rate=float("inf"))}, "training.learning_rate"),
         ({"data": Rows([{"text": "red cat " * 200, "label": str(i % 2)} for i in range(60)])}, "training.max_length"),
@@ -211,3 +224,27 @@ def test_the_manifest_holds_no_text_of_the_clients(encoder: Path) -> None:
 def test_the_hash_of_a_run_does_not_depend_on_where_files_lie() -> None:
     assert digest({"model": "/home/a/models/tiny"}) == digest({"model": "/srv/models/tiny"})
     assert digest({"model": "/home/a/models/tiny"}) != digest({"model": "/home/a/models/large"})
+
+
+def test_a_reader_is_told_where_the_test_accuracy_says_nothing(encoder: Path) -> None:
+    assert prepare(tiny_run(encoder)).about()["notes"] == []
+    (note,) = prepare(tiny_run(encoder, aggregator=FedSA())).about()["notes"]  # type: ignore[misc]
+    assert "model of its own" in note
+    (note,) = prepare(tiny_run(encoder, aggregator=LoRAA2(freeze_head=True))).about()["notes"]  # type: ignore[misc]
+    assert "head is not trained" in note
+
+
+@pytest.mark.parametrize(
+    "method", [FLoRA(), FedEx(), FedSA(), FedPLoRA(), HetLoRA(), LoRAA2(), FoldedDelta()], ids=repr
+)
+def test_every_kind_of_method_runs_to_a_folder_that_can_be_exported(
+    encoder: Path, tmp_path: Path, method: Aggregator
+) -> None:
+    """Folds, private sides, drawn modules, pruning, selection: through training, metrics, report and export."""
+    outcome = prepare(tiny_run(encoder, aggregator=method)).execute(tmp_path / "out")
+    assert {path.name for path in outcome.folder.iterdir()} == FILES
+    base, adapter, _ = open_run(outcome.folder)
+    assert adapter.factors.keys() == outcome.adapter.factors.keys()
+    for name, factor in outcome.adapter.factors.items():
+        torch.testing.assert_close(adapter.factors[name].up @ adapter.factors[name].down, factor.up @ factor.down)
+    assert base.labels == 2

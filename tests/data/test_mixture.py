@@ -59,3 +59,9 @@ def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
 def test_too_few_examples_are_refused_with_the_most_that_is_possible() -> None:
     with pytest.raises(Refused, match="at most 10 to each"):
         ClientDirichlet(clients=10, size=11).split(skewed(100), 0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_last_example_can_be_given_away(seed: int) -> None:
+    parts = ClientDirichlet(clients=20, size=20).split(skewed(400, 3), seed)
+    assert sorted(index for part in parts.values() for index in part) == list(range(400))
