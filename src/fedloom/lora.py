@@ -6,7 +6,7 @@ rank may be compared, added and cut without knowing anything else. Decomposition
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import copysign
 
@@ -142,6 +142,20 @@ def level(adapter: Adapter) -> Adapter:
     """The same products with one rank for all layers, the highest of them, by zero directions."""
     rank = server_rank(adapter)
     return Adapter({name: pad(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
+
+
+def each(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
+    """`rule` on every tensor of adapters of one shape."""
+    first = adapters[0]
+    factors = {
+        name: Factor(
+            rule(*(adapter.factors[name].down for adapter in adapters)),
+            rule(*(adapter.factors[name].up for adapter in adapters)),
+        )
+        for name in first.factors
+    }
+    dense = {name: rule(*(adapter.dense[name] for adapter in adapters)) for name in first.dense}
+    return Adapter(factors, dense)
 
 
 def server_rank(adapter: Adapter) -> int:

@@ -20,8 +20,9 @@ from fedloom.aggregate.momentum import Momentum
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.aggregate.scaffold import Scaffold
-from fedloom.aggregate.wrap import each, size
+from fedloom.aggregate.wrap import size
 from fedloom.errors import Refused
+from fedloom.lora import each
 from fedloom.types import Aggregator, Merge, Model
 from toys import adapter, answers, fresh, mean_of, returned, sent
 

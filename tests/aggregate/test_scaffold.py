@@ -11,8 +11,8 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.fedplora import FedPLoRA
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.scaffold import CONTROL, Scaffold
-from fedloom.aggregate.wrap import each
 from fedloom.errors import Refused
+from fedloom.lora import each
 from fedloom.types import Task, Update
 from toys import adapter, answers, changed, distance, function, mean_of, returned, sent
 

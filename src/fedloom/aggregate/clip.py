@@ -14,9 +14,9 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, each, need_method, size
+from fedloom.aggregate.wrap import Around, need_method, size
 from fedloom.errors import Refused
-from fedloom.lora import Adapter, cut
+from fedloom.lora import Adapter, cut, each
 from fedloom.types import Aggregator, Merge, Model, Update
 
 

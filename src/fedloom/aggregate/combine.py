@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fedloom.errors import Refused
 from fedloom.lora import (
     Adapter,
     Factor,
@@ -55,11 +56,11 @@ def dense_mean(model: Adapter, pairs: list[tuple[float, Adapter]]) -> dict[str, 
     return {name: mean([(c, adapter.dense[name]) for c, adapter in pairs]) for name in model.dense}
 
 
-def padded_mean(model: Model, merge: Merge) -> Model:
+def padded_mean(model: Model, merge: Merge, head: Merge | None = None) -> Model:
     """Factors averaged apart, lower ranks padded with zeros: A = sum p_k A_k, B = sum p_k B_k.
 
     A direction that nobody held would be zero on both sides and could never learn again: its `down` is drawn anew, once for
-    all clients, and the basis counts as changed.
+    all clients, and the basis counts as changed. The dense part is averaged as `head` says, where its weights are others.
     """
     rank = server_rank(model.adapter)
     pairs = terms(model.adapter, merge)
@@ -69,8 +70,8 @@ def padded_mean(model: Model, merge: Merge) -> Model:
         means[name] = Factor(mean([(c, f.down) for c, f in padded]), mean([(c, f.up) for c, f in padded]))
     factors = {name: revive(factor, rank, derive(model.basis, name)) for name, factor in means.items()}
     redrawn = any(factors[name] is not factor for name, factor in means.items())
-    adapter = Adapter(factors, dense_mean(model.adapter, pairs))
-    return replace(model, adapter=adapter, basis=model.basis + redrawn)
+    dense = dense_mean(model.adapter, terms(model.adapter, head or merge))
+    return replace(model, adapter=Adapter(factors, dense), basis=model.basis + redrawn)
 
 
 def moved(model: Adapter, merge: Merge, reach: Reach) -> Adapter:
@@ -108,6 +109,12 @@ def slots(factor: Factor, chosen: Tensor) -> Factor:
 
 Reach: TypeAlias = Callable[[str, Merge, int], Tensor]
 """(layer name, merge, rank) -> by what the weight of direction i is divided, (rank,) in float64; 0 keeps the model's."""
+
+
+def check_rank(rank: int | None) -> None:
+    """Raise Refused for a server without directions."""
+    if rank is not None and rank < 1:
+        raise Refused("aggregator.rank", rank, "the server must keep at least 1 direction")
 
 
 def everyone(name: str, merge: Merge, rank: int) -> Tensor:

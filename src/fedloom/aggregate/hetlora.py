@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import dense_mean, leading, padded_mean, terms
+from fedloom.aggregate.combine import leading, padded_mean
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, norm
 from fedloom.types import Budget, Merge, Model, Pruning, Rules, Start, Update
@@ -54,9 +54,7 @@ class HetLoRA:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """Padded means with weights in proportion to |B_k A_k|."""
-        after = padded_mean(model, replace(merge, parts=by_norm(merge)))
-        dense = dense_mean(model.adapter, terms(model.adapter, merge))
-        return replace(after, adapter=Adapter(after.adapter.factors, dense))
+        return padded_mean(model, replace(merge, parts=by_norm(merge)), head=merge)
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The first directions, with the order to prune."""

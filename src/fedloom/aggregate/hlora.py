@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, handed_out, merge_products
+from fedloom.aggregate.combine import check_rank, everyone, handed_out, merge_products
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, scale, server_rank
 from fedloom.types import Budget, Merge, Model, Start, Update
@@ -37,8 +37,7 @@ class HLoRA:
     space: ClassVar[Literal["product"]] = "product"
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise Refused("aggregator.rank", self.rank, "the server must keep at least 1 direction")
+        check_rank(self.rank)
         if self.published_alpha is not None and self.published_alpha <= 0:
             raise Refused("aggregator.published_alpha", self.published_alpha, "alpha is positive; the prototype has 16")
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregate.clip import Clip
-from fedloom.aggregate.wrap import Around, each, need_factors, only, trained
+from fedloom.aggregate.wrap import Around, need_factors, only, trained
 from fedloom.errors import Refused
-from fedloom.lora import Adapter
+from fedloom.lora import Adapter, each
 from fedloom.seeds import derive
 from fedloom.types import Aggregator, Merge, Model
 

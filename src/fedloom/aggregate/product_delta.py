@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, handed_out, merge_products
-from fedloom.errors import Refused
+from fedloom.aggregate.combine import check_rank, everyone, handed_out, merge_products
 from fedloom.lora import Adapter, server_rank
 from fedloom.types import Budget, Merge, Model, Start
 
@@ -35,8 +34,7 @@ class ProductDelta:
     )
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise Refused("aggregator.rank", self.rank, "the server must keep at least 1 direction")
+        check_rank(self.rank)
 
     def init(self, start: Adapter) -> Model:
         """The first global model is the start itself; it is re-factorised at the first merge."""

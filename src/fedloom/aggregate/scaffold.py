@@ -14,9 +14,9 @@ import torch
 
 from fedloom.aggregate.combine import held_by, slots
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, each, layers, need_factors
+from fedloom.aggregate.wrap import Around, layers, need_factors
 from fedloom.errors import Refused
-from fedloom.lora import Adapter, Factor
+from fedloom.lora import Adapter, Factor, each
 from fedloom.types import Aggregator, Budget, Merge, Model, Start
 
 CONTROL = "control"

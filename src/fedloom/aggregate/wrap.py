@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from fedloom.errors import Refused
-from fedloom.lora import Adapter, Factor
+from fedloom.lora import Adapter, Factor, each
 from fedloom.types import Aggregator, Budget, Merge, Model, Side, Start
-
-
-def each(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
-    """`rule` on every tensor of adapters of one shape."""
-    first = adapters[0]
-    factors = {
-        name: Factor(
-            rule(*(adapter.factors[name].down for adapter in adapters)),
-            rule(*(adapter.factors[name].up for adapter in adapters)),
-        )
-        for name in first.factors
-    }
-    dense = {name: rule(*(adapter.dense[name] for adapter in adapters)) for name in first.dense}
-    return Adapter(factors, dense)
 
 
 def size(adapter: Adapter) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.errors import Refused
-from fedloom.lora import Adapter, server_rank
+from fedloom.lora import Adapter, each, server_rank
 from fedloom.train import convert, objective
 from fedloom.train.base import Base
 from fedloom.train.batches import batches
@@ -53,7 +53,7 @@ class PeftTrainer:
             tokens=sum(lengths[i] for batch in plan for i in batch),
             steps=task.budget.steps,
             metrics={"loss": sum(losses) / len(losses), "first_loss": losses[0]},
-            control=control and difference(control, controlled(start, local)),
+            control=control and each(torch.sub, control, controlled(start, local)),
         )
         private = objective.put_back(local.private, trained, slots) if start.rules.private else local.private
         mine = objective.put_back(local.control, control, slots) if control else local.control
@@ -164,18 +164,7 @@ def directions(start: Start) -> Sequence[int]:
 def controlled(start: Start, local: Local) -> Adapter:
     """The client's own control variate in the directions of this start; zero where it has none yet."""
     assert start.control is not None
-    return objective.taken(local.control, directions(start)) if local.control else zeros(start.control)
-
-
-def zeros(like: Adapter) -> Adapter:
-    """An adapter of zeros."""
-    return objective.unflat({name: torch.zeros_like(value) for name, value in objective.flat(like).items()}, like)
-
-
-def difference(new: Adapter, old: Adapter) -> Adapter:
-    """new - old, entry by entry."""
-    before = objective.flat(old)
-    return objective.unflat({name: value - before[name] for name, value in objective.flat(new).items()}, new)
+    return objective.taken(local.control, directions(start)) if local.control else each(torch.zeros_like, start.control)
 
 
 def _moments(weights: Weights, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
