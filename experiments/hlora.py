@@ -70,24 +70,35 @@ METHODS: dict[str, Aggregator] = {
     "fedplora": FedPLoRA(),
     "fedsvd": FedSVD(),
 }
+USUAL = (
+    "centralised",
+    "product-delta/mild",
+    "fedit-padded/mild",
+    "hlora-published/mild",
+    "fedit-r8/mild",
+    "hlora/mild",
+    "product-delta",
+    "fedit-padded",
+)
+"""What is run without `--only`, in this order."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """One data set: its source, the size of a run, the rate, and the target fixed before the runs."""
+    """One data set: its source, the target fixed before the runs, and the size of a run."""
 
     name: str
     data: Source
-    rate: float
     target: float
-    versions: int
-    cohort: int
-    steps: int
-    batch: int
     client_size: int
-    test_limit: int | None
+    test_limit: int | None = None
+    rate: float = 1e-3
+    versions: int = 20
+    cohort: int = 5
+    steps: int = 16
+    batch: int = 8
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    usual: tuple[str, ...] = ()
+    usual: tuple[str, ...] = USUAL
 
     @property
     def by_device(self) -> RankByCapability:
@@ -146,7 +157,7 @@ class Study:
 
     def grid(self) -> Grid:
         """The experiment for `grid.main`."""
-        return Grid(self.name, self.cells(), self.seeds, self.target, start, partial(summary, self), self.usual or None)
+        return Grid(self.name, self.cells(), self.seeds, self.target, start, partial(summary, self), self.usual)
 
 
 def start(run: Run) -> Run:

@@ -14,14 +14,8 @@ FOLDER = SHARED / "data" / "rte"
 STUDY = Study(
     "hlora_rte",
     Table(FOLDER / "train.tsv.gz", FOLDER / "dev.tsv.gz", text="sentence1", pair="sentence2"),
-    rate=1e-3,
     target=0.60,  # fixed before the runs; the majority is 52.7 %
-    versions=20,
-    cohort=5,
-    steps=16,
-    batch=8,
     client_size=100,
-    test_limit=None,
     usual=("centralised", "fedit-padded", "product-delta"),
 )
 CELLS, GRID = STUDY.cells(), STUDY.grid()

@@ -4,8 +4,9 @@ Source: McMahan et al., arXiv 1710.06963, 2018, Alg. 1: standard deviation z S m
 weights and z the noise multiplier, which is what a privacy accountant takes. Where one factor is frozen (FFA-LoRA) noise is
 not multiplied by noise, which is why that method was made. The calibration holds where each entry is a mean with the
 schedule's weights (`plain_mean`), not where norms or the holders of a direction decide on weights (HetLoRA, Fed-PLoRA, FedSA)
-or a memory lets a change live on (Momentum). The draws follow `seed`: for real privacy it must be secret, and drawn for this
-run alone. Cost: one pass over the parameters.
+or a memory lets a change live on (Momentum). The sensitivity is that of one client's change taken away, its weight and the
+others' unchanged: weigh with `uniform`, because weights by examples are data themselves. The draws follow `seed`: for real
+privacy it must be secret, and drawn for this run alone. Cost: one pass over the parameters.
 """
 
 from __future__ import annotations
