@@ -75,6 +75,7 @@ def federated(seed: int, name: str, rate: float, **settings: object) -> Run:
         limits=Limits(versions=VERSIONS, evaluate_every=2),
         test_limit=2000,
         seed=seed,
+        engine=None,
         **{**DEFAULTS, **settings},  # type: ignore[arg-type]
     )
 

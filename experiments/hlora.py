@@ -122,6 +122,7 @@ class Study:
             limits=Limits(versions=self.versions, evaluate_every=4),
             test_limit=self.test_limit,
             seed=seed,
+            engine=None,
         )
 
     def centralised(self, seed: int) -> Run:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fedloom.schedule.rounds import Rounds
     from fedloom.schedule.weights import by_examples, by_tokens, uniform
     from fedloom.server import Limits, Server
-    from fedloom.train.settings import LoRA, Training, constant, cosine, linear
+    from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
     from fedloom.world import Tier, World
 
 __version__ = "0.1.0"
@@ -59,7 +59,7 @@ _HOMES = {
     "run": ("Run",),
     "schedule.weights": ("by_examples", "by_tokens", "uniform"),
     "server": ("Limits", "Server"),
-    "train.settings": ("LoRA", "Training", "constant", "cosine", "linear"),
+    "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
     "world": ("Tier", "World"),
 }
 _POLICIES = ("aggregate", "schedule")
@@ -73,6 +73,7 @@ __all__ = [
     "ByClient",
     "ClientDirichlet",
     "Clip",
+    "Engine",
     "FLoRA",
     "FedEx",
     "FedIT",

@@ -24,6 +24,7 @@ from fedloom.trace import Trace
 from fedloom.train.base import Base, check_length, check_rank, initial, load
 from fedloom.train.evaluate import Scores, score
 from fedloom.train.export import save
+from fedloom.train.settings import PLAIN
 from fedloom.train.texts import Encoded, encode
 from fedloom.train.trainer import PeftTrainer, personal
 from fedloom.types import Budget, ClientId, Command, Event, Local, Model, Profile
@@ -117,6 +118,7 @@ class Job:
             "run": settings,
             "versions": manifest.versions(),
             "machine": manifest.machine(),
+            "computed": self.base.computed,
             "model": {
                 "name": self.run.model,
                 "labels": len(self.split.train.names),
@@ -159,7 +161,8 @@ class Job:
             metrics = folder.Metrics(lines)
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
-            trainer = PeftTrainer(self.base, self.train_texts, shards, self.run.training)
+            engine = self.run.engine or PLAIN
+            trainer = PeftTrainer(self.base, self.train_texts, shards, self.run.training, engine)
             simulation = Simulation(
                 self.server, trainer, self.run.world, self.profiles, evaluate, observe, seed=self.run.seed
             )
@@ -192,7 +195,9 @@ def prepare(run: Run) -> Job:
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
     top = run.plan.rank.largest
-    base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, run.onednn)
+    base = load(
+        run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, run.engine or PLAIN
+    )
     for layer in layers(run.aggregator):
         check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or top)
         if getattr(layer, "clients", len(shards)) != len(shards):

@@ -12,7 +12,7 @@ from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RankByCapability
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits
-from fedloom.train.settings import LoRA, Training
+from fedloom.train.settings import Engine, LoRA, Training
 from fedloom.types import Aggregator, Schedule
 from fedloom.world import World
 
@@ -24,8 +24,8 @@ class Run:
     `model` is a hub name or a local folder, `data` where examples come from, `partition` how they are divided over clients.
     `aggregator` says HOW adapters are added, `schedule` WHEN and by whom, `plan` how much each client does, `world` how fast
     its devices are. `held_out` is the share of each client's examples on which its own accuracy is measured, `test_limit` how
-    many test examples score a version (None: all). `threads` is for torch, `onednn` computes frozen layers through oneDNN (up to 1.7
-    times faster on AMD processors with AVX-512, other last digits): both are a part of the numbers and therefore of the run.
+    many test examples score a version (None: all). `threads` is for torch, `engine` how training is computed
+    (None: plain torch, one client after the other): both are a part of the last digits and therefore of the run.
     """
 
     model: str
@@ -44,7 +44,7 @@ class Run:
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
-    onednn: bool = False
+    engine: Engine | None = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         if self.test_limit is not None and self.test_limit < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from fedloom.lora import Adapter
 from fedloom.train import base as bases
 from fedloom.train import kernel
 from fedloom.train.base import initial
-from fedloom.train.settings import LoRA
-from fedloom.types import Local
+from fedloom.train.settings import Engine, LoRA
+from fedloom.types import Local, Start
 from tiny import base_of, lively, same, task_of, trainer_of
 from toys import factor
 
@@ -80,7 +81,7 @@ def test_a_task_trains_to_the_same_adapter_also_over_a_fold(request: pytest.Fixt
 
 
 def test_a_base_is_loaded_with_it_and_copied_whole(encoder: Path) -> None:
-    fast = bases.load(str(encoder), 2, LoRA(), 4, 0, onednn=True)
+    fast = bases.load(str(encoder), 2, LoRA(), 4, 0, engine=Engine("onednn"))
     assert any(isinstance(module, kernel.FrozenLinear) for module in fast.model.modules())
     assert not any(isinstance(m, kernel.FrozenLinear) and m.weight.requires_grad for m in fast.model.modules())
     copy.deepcopy(fast.model).merge_and_unload()
@@ -88,5 +89,25 @@ def test_a_base_is_loaded_with_it_and_copied_whole(encoder: Path) -> None:
 
 def test_a_torch_without_the_operator_is_told(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "available", lambda: False)
-    with pytest.raises(Refused, match="onednn"):
-        bases.load(str(encoder), 2, LoRA(), 4, 0, onednn=True)
+    with pytest.raises(Refused, match="kernel"):
+        bases.load(str(encoder), 2, LoRA(), 4, 0, engine=Engine("onednn"))
+
+
+def test_the_fastest_kernel_is_one_that_exists() -> None:
+    assert kernel.fastest() in ("torch", "onednn")
+
+
+def test_a_base_in_bfloat16_takes_half_the_memory_and_learns_the_same_roughly(encoder: Path) -> None:
+    exact, half = (bases.load(str(encoder), 2, LoRA(), 4, 0, engine=Engine("torch", bfloat16=b)) for b in (False, True))
+    frozen = [m for m in half.model.modules() if isinstance(m, kernel.HalfLinear)]
+    assert frozen
+    assert all(layer.weight.dtype == torch.bfloat16 for layer in frozen)
+    assert all(p.dtype == torch.float32 for p in half.model.parameters() if p.requires_grad)
+    start = lively(initial(exact, 4))
+    fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in start.factors.items()})
+    tasks = [replace(task_of(start), start=Start(start, "0", fold=fold)) for _ in (exact, half)]
+    ((one, _),), ((other, _),) = (
+        trainer_of(b).train([(t, Local())]) for b, t in zip((exact, half), tasks, strict=True)
+    )
+    assert other.metrics["first_loss"] == pytest.approx(one.metrics["first_loss"], rel=0.1)
+    assert all(f.up.dtype == torch.float32 for f in other.adapter.factors.values())

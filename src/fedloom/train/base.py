@@ -19,8 +19,8 @@ from transformers.utils import logging
 from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.lora import Adapter
-from fedloom.train import convert, kernel
-from fedloom.train.settings import LoRA
+from fedloom.train import convert, first_token, kernel
+from fedloom.train.settings import PLAIN, Engine, LoRA
 
 HEADS = ("classifier", "score")
 """Modules that PEFT trains and saves of its own accord where labels are predicted."""
@@ -28,7 +28,10 @@ HEADS = ("classifier", "score")
 
 @dataclass(slots=True)
 class Base:
-    """The model with its tokenizer. `fold` is what is added to the frozen base now, `pristine` the base without it."""
+    """The model with its tokenizer.
+
+    `fold` is what is added to the frozen base now, `pristine` the base without it, `computed` how it computes (for the manifest).
+    """
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
@@ -36,6 +39,7 @@ class Base:
     labels: int
     name: str
     fold: Adapter | None = None
+    computed: dict[str, object] = field(default_factory=dict)
     pristine: dict[str, Tensor] = field(default_factory=dict)
 
     def slot(self, rank: int) -> str:
@@ -86,14 +90,14 @@ class Base:
         return sorted(set(getattr(first, "modules_to_save", None) or ()) - set(HEADS))
 
 
-def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str = "cpu", onednn: bool = False) -> Base:
+def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str = "cpu", engine: Engine = PLAIN) -> Base:
     """A pretrained model by hub name or local folder, adapted at `rank`; head and LoRA initialised from `seed`.
 
     Raises Refused if the model or the tokenizer cannot be loaded, or has no such target modules, or `rank` is too high.
     """
     place = _device(device)
-    if onednn and not kernel.available():
-        raise Refused("onednn", onednn, "this build of torch has no such kernel; leave it off")
+    if engine.kernel == "onednn" and not kernel.available():
+        raise Refused("engine.kernel", engine.kernel, "this build of torch has no such kernel; choose fastest")
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, fresh = _pretrained(name, labels)
@@ -102,6 +106,7 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
         _check_targets(model, lora)
+        reads_first = engine.first_token and first_token.install(model)
         biggest = max(max(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
         if rank > biggest:  # before peft makes matrices of it
             raise Refused("plan.rank", rank, f"no layer of the model is that large; choose ranks below {biggest}")
@@ -109,10 +114,14 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
             adapted = get_peft_model(model, _config(lora, rank, _new_modules(model, fresh)), adapter_name=f"r{rank}")
         except ValueError as error:
             raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
+    for parameter in adapted.parameters():  # out of the mapped file: products of unaligned numbers have other last digits
+        parameter.data = parameter.data.clone()
     base = Base(adapted.to(place), tokenizer, lora, labels, name)
     _check_linear(base)
-    if onednn:
-        kernel.install(base.model)
+    chosen = kernel.fastest() if engine.kernel == "fastest" and place.type == "cpu" else engine.kernel
+    if engine.bfloat16 or chosen == "onednn":
+        kernel.install(base.model, engine.bfloat16)
+    base.computed = {"kernel": chosen.replace("fastest", "torch"), "first_token": reads_first}
     check_rank(base, "plan.rank", rank)
     return base
 

@@ -6,7 +6,7 @@ a power of two, the default, the conversion is exact to the bit; otherwise it ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import torch
@@ -50,20 +50,25 @@ def parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
     return found | dense_parameters(model, slot)
 
 
-def read(model: PeftModel, slot: str) -> Adapter:
-    """The slot's weights as an adapter of its own memory, float32 on the CPU."""
+def read(model: PeftModel, slot: str, names: Collection[str] | None = None) -> Adapter:
+    """The slot's weights, of all layers or of these, as an adapter of its own memory, float32 on the CPU."""
     layers, factors = lora_layers(model), {}
     for name, (down, up) in _weights(model, slot).items():
+        if names is not None and name not in names:
+            continue
         factors[name] = Factor(_copied(down), _copied(up.detach() * layers[name].scaling[slot]))
     return Adapter(factors, {name: _copied(value) for name, value in dense_parameters(model, slot).items()})
 
 
 @torch.no_grad()
 def write(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None:
-    """Put an adapter of the slot's rank into the model, parametrised with `scaling`."""
+    """Put an adapter of the slot's rank into the model, parametrised with `scaling`; a layer that it does not hold adds nothing."""
     layers = lora_layers(model)
     for name, (down, up) in _weights(model, slot).items():
         layers[name].scaling[slot] = scaling
+        if name not in adapter.factors:
+            up.zero_()
+            continue
         down.copy_(adapter.factors[name].down)
         up.copy_(adapter.factors[name].up / scaling)
     for name, value in dense_parameters(model, slot).items():
@@ -80,13 +85,13 @@ def add_to_base(model: PeftModel, pristine: Mapping[str, Tensor], fold: Adapter 
     """Set the frozen weights of the adapted layers to `pristine` plus the fold's products."""
     for name, layer in lora_layers(model).items():
         weight = _base_weight(layer)
-        weight.copy_(pristine[name])
-        if fold is not None:
-            factor = fold.factors[name]
-            product = factor.up.to(weight) @ factor.down.to(weight)
-            weight.add_(
-                product.T if "Conv1D" in type(layer.get_base_layer()).__name__ else product
-            )  # it keeps (in, out)
+        factor = fold.factors.get(name) if fold is not None else None
+        if factor is None:
+            weight.copy_(pristine[name])
+            continue
+        product = factor.up.to(weight.device) @ factor.down.to(weight.device)
+        turned = product.T if "Conv1D" in type(layer.get_base_layer()).__name__ else product  # it keeps (in, out)
+        weight.copy_(pristine[name] + turned)
 
 
 def _base_weight(layer: LoraLayer) -> Tensor:

@@ -31,6 +31,36 @@ class LoRA:
             raise Refused("lora.dropout", self.dropout, "a probability of at least 0 and below 1")
 
 
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """How training is computed: this changes its time and the last digits, never the method.
+
+    `kernel` computes frozen linear layers in exact float32: "torch", "onednn" (up to 1.7 times faster on some processors), or
+    "fastest", which is measured when a run is prepared and written in its manifest. With `first_token` the last layer of an encoder
+    whose head reads only the first token computes only that. `together` is the most clients that train in one pass (1: one after
+    the other, None: what pays, tiny steps on a CPU and most on a GPU). `cache` is how many bytes of activations to keep of the layers
+    below the trained ones. `bfloat16` keeps the frozen linear layers in bfloat16: half the memory, and faster where the hardware
+    has it, but no longer exact.
+    """
+
+    kernel: str = "fastest"
+    first_token: bool = True
+    together: int | None = None
+    cache: int = 2_000_000_000
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kernel not in ("fastest", "torch", "onednn"):
+            raise Refused("engine.kernel", self.kernel, "choose fastest, torch or onednn")
+        if self.together is not None and self.together < 1:
+            raise Refused("engine.together", self.together, "at least 1 client in a pass, or None for what pays")
+        if self.cache < 0:
+            raise Refused("engine.cache", self.cache, "bytes of activations to keep, 0 for none")
+
+
+PLAIN = Engine("torch", first_token=False, together=1, cache=0)
+"""One client after the other through torch alone."""
+
 Decay: TypeAlias = Callable[[float], float]
 """Share of the task done (0 to 1) -> share of the learning rate."""
 

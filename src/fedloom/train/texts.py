@@ -36,6 +36,11 @@ class Encoded:
         inputs["labels"] = [self.labels[i] for i in indices]  # type: ignore[misc]
         return {name: torch.tensor(rows, device=device) for name, rows in inputs.items()}
 
+    def real(self, index: int, width: int) -> slice:
+        """Where the tokens of this example are in a row of `width`; the rest is padding."""
+        length = len(self.ids[index])
+        return slice(width - length, width) if self.left else slice(0, length)
+
     def _padded(self, row: Sequence[int], width: int, value: int) -> list[int]:
         filler = [value] * (width - len(row))
         return [*filler, *row] if self.left else [*row, *filler]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, each, server_rank
-from fedloom.train import convert, objective
+from fedloom.train import convert, depth, objective
 from fedloom.train.base import Base
 from fedloom.train.batches import batches
+from fedloom.train.depth import Cache
 from fedloom.train.objective import Amend, Weights
-from fedloom.train.settings import Training
+from fedloom.train.settings import PLAIN, Engine, Training
 from fedloom.train.texts import Encoded
 from fedloom.types import ClientId, Local, Result, Rules, Start, Task
+
+Loss: TypeAlias = Callable[[Sequence[int]], Tensor]
 
 TRIAL = 5
 """A client that must choose its directions spends one step in `TRIAL` on finding out which (LoRA-A2: one epoch of six)."""
@@ -30,6 +34,8 @@ class PeftTrainer:
     texts: Encoded
     shards: Mapping[ClientId, tuple[int, ...]]
     training: Training
+    engine: Engine = PLAIN
+    cache: Cache = field(default_factory=Cache)
 
     def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
         """Each task in turn: load, train, read back. The base keeps nothing of it; the next task replaces a fold."""
@@ -82,7 +88,8 @@ class PeftTrainer:
         """Train on these batches and add to `losses`; returns the adapter, optimiser moments, the new control variate."""
         start = task.start
         slot = self.base.put(begin, start.scaling, start.fold)
-        weights = released(convert.parameters(self.base.model, slot), start.rules)
+        weights = released(convert.parameters(self.base.model, slot), start)
+        loss = self._loss(task, [*begin.factors])
         optimiser = self._optimiser(weights, start, local)
         amends, control = list[Amend](), None
         if start.control is not None:
@@ -96,29 +103,47 @@ class PeftTrainer:
             amends.append(objective.masked(weights, chosen))
         with torch.random.fork_rng():  # after the slot was made, which draws
             torch.manual_seed(task.seed)
-            losses += self._steps(plan, weights, optimiser, amends, start.rules)
+            losses += self._steps(plan, loss, weights, optimiser, amends, start.rules)
         after = objective.unflat(control.after(), start.control) if control and start.control else None
         moments = _moments(weights, optimiser) if self.training.keep_moments else {}
-        return convert.read(self.base.model, slot), moments, after
+        self.cache.trim(self.engine.cache)
+        return convert.read(self.base.model, slot, begin.factors), moments, after
+
+    def _loss(self, task: Task, trained: Sequence[str]) -> Loss:
+        """The mean loss of a batch; where only the top layers are trained, from what comes out below them."""
+        model, place = self.base.model, depth.tower(self.base, trained)
+        if place is None:
+            return lambda batch: model(**self.texts.batch(batch, self.base.device)).loss
+        room, shard = self.engine.cache, self.shards[task.client]
+        below = depth.features(self.base, self.texts, place, shard, task.start.fold, self.cache, room)
+
+        def fed(batch: Sequence[int]) -> Tensor:
+            with place.fed(below.of(batch)):
+                loss: Tensor = model(**self.texts.batch(batch, self.base.device)).loss
+            return loss
+
+        return fed
 
     def _steps(
         self,
         plan: Sequence[Sequence[int]],
+        loss_of: Loss,
         weights: Weights,
         optimiser: torch.optim.Optimizer,
         amends: Sequence[Amend],
         rules: Rules,
     ) -> list[float]:
         """One optimiser step a batch; returns the losses, without penalties."""
-        model, losses = self.base.model.train(), list[float]()
+        self.base.model.train()
+        losses = list[float]()
         factors = [group["lr"] for group in optimiser.param_groups]
         for step, batch in enumerate(plan):
             for group, factor in zip(optimiser.param_groups, factors, strict=True):
                 group["lr"] = factor * self.training.rate(step, len(plan))
-            loss = model(**self.texts.batch(batch, self.base.device)).loss
+            loss = loss_of(batch)
             losses.append(float(loss.detach()))
             optimiser.zero_grad(set_to_none=True)
-            (loss if rules.pruning is None else loss + objective.penalty(weights, rules.pruning)).backward()
+            torch.autograd.backward(loss if rules.pruning is None else loss + objective.penalty(weights, rules.pruning))
             for amend in amends:
                 amend()
             nn.utils.clip_grad_norm_(weights.values(), self.training.clip)
@@ -149,10 +174,11 @@ def personal(start: Start, local: Local) -> Adapter:
     return objective.mixed(start.train, own, frozenset(start.rules.private))
 
 
-def released(weights: Weights, rules: Rules) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, with gradients on for them and off for the others."""
+def released(weights: Weights, start: Start) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, with gradients on for them and off for the others: frozen sides, layers not in the start."""
+    sent = objective.flat(start.train)
     for name, weight in weights.items():
-        weight.requires_grad_(objective.side(name) not in rules.frozen)
+        weight.requires_grad_(objective.side(name) not in start.rules.frozen and name in sent)
     return {name: weight for name, weight in weights.items() if weight.requires_grad}
 
 

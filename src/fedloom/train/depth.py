@@ -1,0 +1,153 @@
+"""Fine-tuning depth: where only the top layers are trained, those below are a fixed feature extractor.
+
+They run without dropout and without a graph, and what they give for an example can be kept: at a depth of one layer in six a step
+then costs a small part (HierFedLoRA, arXiv 2503.21213, trains the top d layers). On a CPU each example is computed alone, which
+wastes nothing on padding; in any case in groups that do not depend on the batches, so that a hit and a miss give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.lora import Adapter
+from fedloom.trace import fingerprint
+from fedloom.train import convert
+from fedloom.train.base import Base
+from fedloom.train.texts import Encoded
+
+CHUNK = {"cpu": 1}
+"""Examples of one client, in order of length, whose activations are computed together; elsewhere 32."""
+
+Kept: TypeAlias = dict[int, Tensor]
+"""Activations by example, (tokens, hidden size) each, without padding."""
+
+
+@dataclass(slots=True)
+class Cache:
+    """Activations by what they depend on: the fold, the first trained layer, the examples."""
+
+    held: OrderedDict[object, Kept] = field(default_factory=OrderedDict)
+
+    def under(self, key: object) -> Kept:
+        """What is kept under this key, to be added to; it is now the latest used."""
+        self.held[key] = self.held.pop(key, {})
+        return self.held[key]
+
+    def trim(self, limit: int) -> None:
+        """Throw away what was not used for longest until the rest is within `limit` bytes."""
+        sizes = {key: sum(t.numel() * t.element_size() for t in kept.values()) for key, kept in self.held.items()}
+        total = sum(sizes.values())
+        while total > limit:
+            total -= sizes[self.held.popitem(last=False)[0]]
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the first trained block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """The blocks of a transformer, where the model holds them, and the first one that is trained."""
+
+    owner: nn.Module
+    name: str
+    blocks: Sequence[nn.Module]
+    first: int
+
+    @contextmanager
+    def fed(self, hidden: Tensor) -> Iterator[None]:
+        """Inside, a forward pass begins at the first trained block, with `hidden` (batch, tokens, hidden size)."""
+
+        def replace(
+            _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return ((hidden, *args[1:]), named) if args else (args, {**named, "hidden_states": hidden})
+
+        hook = self.blocks[self.first].register_forward_pre_hook(replace, with_kwargs=True)
+        setattr(self.owner, self.name, nn.ModuleList(self.blocks[self.first :]))
+        try:
+            yield
+        finally:
+            setattr(self.owner, self.name, self.blocks)
+            hook.remove()
+
+    @torch.no_grad()
+    def below(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the first trained block receives for these inputs, (batch, tokens, hidden size); no dropout, no graph."""
+        found: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found.append(args[0] if args else named["hidden_states"])
+            raise _Reached
+
+        training, hook = model.training, self.blocks[self.first].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            model.eval()(**inputs)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+            model.train(training)
+        return found[0]
+
+
+def tower(base: Base, trained: Collection[str]) -> Tower | None:
+    """The blocks, if some of them lie below all the layers that are trained; None if nothing does."""
+    model = base.model.get_base_model()
+    adapted = [*convert.lora_layers(base.model)]
+    for path, blocks in model.named_modules():
+        inside = [n for n in adapted if n.startswith(f"{path}.")]
+        if isinstance(blocks, nn.ModuleList) and inside:
+            if any(name not in inside for name in trained):
+                return None
+            first = min((int(name.removeprefix(f"{path}.").split(".")[0]) for name in trained), default=len(blocks) - 1)
+            owner, _, name = path.rpartition(".")
+            return Tower(model.get_submodule(owner), name, blocks, first) if first else None  # type: ignore[arg-type]
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the first trained block receives for the examples of one client, computed when first asked for."""
+
+    base: Base
+    texts: Encoded
+    place: Tower
+    order: tuple[int, ...]
+    kept: Kept
+
+    def of(self, batch: Sequence[int]) -> Tensor:
+        """For a batch, (batch, tokens, hidden size), zero where an example is padded."""
+        for chunk in self._missing(batch):
+            inputs = self.texts.batch(chunk, self.base.device)
+            inputs.pop("labels")
+            rows = self.place.below(self.base.model, inputs)
+            for i, row in zip(chunk, rows, strict=True):
+                self.kept[i] = row[self.texts.real(i, len(row))].clone()
+        width, some = max(self.texts.lengths(batch)), self.kept[batch[0]]
+        hidden = some.new_zeros(len(batch), width, some.shape[1])
+        for row, i in zip(hidden, batch, strict=True):
+            row[self.texts.real(i, width)] = self.kept[i]
+        return hidden
+
+    def _missing(self, batch: Sequence[int]) -> list[Sequence[int]]:
+        step = CHUNK.get(self.base.device.type, 32)
+        places = {self.order.index(i) // step for i in batch if i not in self.kept}
+        return [self.order[at * step : (at + 1) * step] for at in sorted(places)]
+
+
+def features(
+    base: Base, texts: Encoded, place: Tower, shard: Sequence[int], fold: Adapter | None, cache: Cache, room: int
+) -> Features:
+    """Those of this client over this fold: kept from an earlier task if nothing below has changed and `room` (bytes) holds them."""
+    order = tuple(sorted(shard, key=lambda i: (len(texts.ids[i]), i)))
+    if 4 * base.shape().hidden * sum(texts.lengths(shard)) > room:
+        return Features(base, texts, place, order, {})
+    return Features(base, texts, place, order, cache.under((fold and fingerprint(fold), place.first, order)))

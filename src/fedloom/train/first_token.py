@@ -1,0 +1,74 @@
+"""The last layer of an encoder only where its head looks: at the first token.
+
+A BERT-like classifier predicts from the first token of the last layer. Keys and values of that layer are needed of all tokens;
+queries, attention, the output projection and the feed-forward part only of the first. That is ten twelfths of the layer's products,
+forward and backward, and leaves logits and gradients as they are, to rounding. Whether a model is of this kind is asked of the model
+itself: its logits on a few tokens must not change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROUNDING = 1e-4
+"""Largest relative difference of logits that is still rounding."""
+
+
+class FirstToken(nn.Module):
+    """The attention block of BERT and its relatives, for the first token alone; (batch, 1, hidden) goes on from here."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **rest: Any) -> tuple[Tensor, None]:
+        """The block's output for the first token."""
+        inner: Any = self.self
+        rows = len(hidden_states)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.view(rows, -1, inner.num_attention_heads, inner.attention_head_size).transpose(1, 2)
+
+        query = heads(inner.query(hidden_states[:, :1]))
+        key, value = heads(inner.key(hidden_states)), heads(inner.value(hidden_states))
+        mask = attention_mask[..., :1, :] if attention_mask is not None else None
+        dropout = inner.dropout.p if self.training else 0.0
+        found = nn.functional.scaled_dot_product_attention(query, key, value, mask, dropout)
+        output: Any = self.output
+        return output(found.transpose(1, 2).reshape(rows, 1, -1), hidden_states[:, :1]), None
+
+
+def install(model: nn.Module) -> bool:
+    """Let the last layer of the model compute its first token alone; False, and nothing changed, if its head needs more."""
+    blocks = [module for module in model.modules() if _is_attention(module)]
+    config: Any = getattr(model, "config", None)
+    if not blocks or getattr(config, "_attn_implementation", "") != "sdpa" or getattr(config, "is_decoder", False):
+        return False
+    last, kind = blocks[-1], type(blocks[-1])
+    before = _logits(model)
+    last.__class__ = FirstToken  # the block keeps its name and its parts, which peft and state dicts know
+    try:
+        after = _logits(model)
+        size = float(before.abs().max())  # zero for an empty head, which says nothing
+        if after.shape == before.shape and size > 0 and float((after - before).abs().max()) <= ROUNDING * size:
+            return True
+    except (RuntimeError, TypeError, AttributeError, IndexError):  # a relative that is put together in another way
+        pass
+    last.__class__ = kind
+    return False
+
+
+def _is_attention(module: nn.Module) -> bool:
+    inner = getattr(module, "self", None)
+    parts = ("query", "key", "value", "dropout", "num_attention_heads", "attention_head_size")
+    return all(hasattr(inner, part) for part in parts) and hasattr(module, "output")
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> Tensor:
+    """Of two short rows, one of them padded."""
+    training, config = model.training, getattr(model, "config", None)
+    ids = torch.arange(12).reshape(2, 6) % max(1, getattr(config, "vocab_size", 1))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    found: Tensor = model.eval()(input_ids=ids, attention_mask=mask).logits
+    model.train(training)
+    return found
