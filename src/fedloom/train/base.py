@@ -114,7 +114,9 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
             adapted = get_peft_model(model, _config(lora, rank, _new_modules(model, fresh)), adapter_name=f"r{rank}")
         except ValueError as error:
             raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
-    for parameter in adapted.parameters():  # out of the mapped file: products of unaligned numbers have other last digits
+    for (
+        parameter
+    ) in adapted.parameters():  # out of the mapped file: products of unaligned numbers have other last digits
         parameter.data = parameter.data.clone()
     base = Base(adapted.to(place), tokenizer, lora, labels, name)
     _check_linear(base)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, each, server_rank
-from fedloom.train import convert, depth, objective
+from fedloom.train import convert, depth, objective, together
 from fedloom.train.base import Base
 from fedloom.train.batches import batches
 from fedloom.train.depth import Cache
 from fedloom.train.objective import Amend, Weights
 from fedloom.train.settings import PLAIN, Engine, Training
 from fedloom.train.texts import Encoded
+from fedloom.train.together import Member
 from fedloom.types import ClientId, Local, Result, Rules, Start, Task
 
 Loss: TypeAlias = Callable[[Sequence[int]], Tensor]
@@ -38,25 +39,89 @@ class PeftTrainer:
     cache: Cache = field(default_factory=Cache)
 
     def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
-        """Each task in turn: load, train, read back. The base keeps nothing of it; the next task replaces a fold."""
-        return [self._one(task, local) for task, local in work]
+        """Load, train, read back: each task in turn, or a group in one pass. The base keeps nothing of it."""
+        return [answer for group in self.groups(work) for answer in self.group(group)]
+
+    def groups(self, work: Sequence[tuple[Task, Local]]) -> list[Sequence[tuple[Task, Local]]]:
+        """The work, in its order, in groups that are trained in one pass; most often of one task each.
+
+        A function of the work alone: whoever carries the groups out, and in which order, the results are the same.
+        """
+        found: list[list[tuple[Task, Local]]] = []
+        for task, local in work:
+            known = self._common(task)
+            last = found[-1] if found else []
+            if known is not None and last and self._common(last[0][0]) == known and len(last) < self._most(last[0][0]):
+                last.append((task, local))
+            else:
+                found.append([(task, local)])
+        return [*found]
+
+    def group(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+        """Carry out one group."""
+        if len(work) == 1:
+            return [self._one(*work[0])]
+        members = []
+        for task, local in work:
+            shard, plan = self.shards[task.client], self._plan(task)
+            batches_ = [[shard[i] for i in batch] for batch in plan]
+            members.append(Member(task, local, personal(task.start, local), batches_))
+        return [
+            self._answer(m.task, m.local, m.plan, trained, moments, losses)
+            for m, (trained, moments, losses) in zip(
+                members, together.train(self.base, self.texts, self.training, members), strict=True
+            )
+        ]
+
+    def _common(self, task: Task) -> object:
+        """What tasks of one pass have in common; None for a task that must be trained alone."""
+        alone = (
+            self.engine.together == 1 or self.training.proximal or depth.tower(self.base, [*task.start.train.factors])
+        )
+        return None if alone else together.key(task)
+
+    def _most(self, task: Task) -> int:
+        lengths = self.texts.lengths(self.shards[task.client])
+        return self.engine.together or together.most(
+            self.base, min(len(lengths), self.training.batch_size) * sum(lengths) / len(lengths)
+        )
+
+    def _plan(self, task: Task) -> list[list[int]]:
+        """The batches of a task, as places in its client's shard."""
+        lengths = self.texts.lengths(self.shards[task.client])
+        size, bucket = self.training.batch_size, self.training.bucket
+        return list(batches(lengths, size, task.budget.steps, bucket, task.seed))
 
     def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
-        start, shard, slots = task.start, self.shards[task.client], directions(task.start)
-        begin, lengths = personal(start, local), self.texts.lengths(shard)
-        plan = list(batches(lengths, self.training.batch_size, task.budget.steps, self.training.bucket, task.seed))
+        start, shard = task.start, self.shards[task.client]
+        begin = personal(start, local)
+        plan = [[shard[i] for i in batch] for batch in self._plan(task)]
         losses, chosen = list[float](), None
         if start.rules.select is not None and start.rules.select < sum(f.rank for f in begin.factors.values()):
             chosen = self._chosen(task, begin, local, plan, losses)
-        rest = [[shard[i] for i in batch] for batch in plan[len(losses) :]]
-        trained, moments, control = self._run(task, begin, local, rest, losses, chosen)
+        trained, moments, control = self._run(task, begin, local, plan[len(losses) :], losses, chosen)
+        return self._answer(task, local, plan, trained, moments, losses, control, chosen)
+
+    def _answer(
+        self,
+        task: Task,
+        local: Local,
+        plan: Sequence[Sequence[int]],
+        trained: Adapter,
+        moments: Mapping[str, Mapping[str, Tensor]],
+        losses: Sequence[float],
+        control: Adapter | None = None,
+        chosen: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Result, Local]:
+        """What is sent back, and what stays at the client."""
+        start, slots = task.start, directions(task.start)
         sent = objective.mixed(trained, start.train, start.rules.kept, chosen)
         if start.rules.pruning is not None:
-            sent = objective.pruned(begin, sent, start.rules.pruning)
+            sent = objective.pruned(personal(start, local), sent, start.rules.pruning)
         result = Result(
             adapter=sent,
-            examples=len(shard),
-            tokens=sum(lengths[i] for batch in plan for i in batch),
+            examples=len(self.shards[task.client]),
+            tokens=sum(sum(self.texts.lengths(batch)) for batch in plan),
             steps=task.budget.steps,
             metrics={"loss": sum(losses) / len(losses), "first_loss": losses[0]},
             control=control and each(torch.sub, control, controlled(start, local)),
@@ -71,8 +136,7 @@ class PeftTrainer:
         """The directions to train, after a trial on the first batches (LoRA-A2)."""
         if len(plan) < 2 or task.start.rules.select is None:
             raise Refused("plan.local_steps", len(plan), "choosing directions takes a step of its own: give at least 2")
-        shard = self.shards[task.client]
-        trial = [[shard[i] for i in batch] for batch in plan[: max(1, len(plan) // TRIAL)]]
+        trial = plan[: max(1, len(plan) // TRIAL)]
         tried, _, _ = self._run(task, begin, Local(control=local.control), trial, losses)
         return objective.select(begin, tried, task.start.rules.select)
 
