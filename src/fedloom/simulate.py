@@ -58,7 +58,8 @@ class Simulation:
     def run(self) -> str:
         """Until the server stops; returns its reason. Raises RuntimeError if nothing can ever happen again."""
         for client in sorted(self.profiles):
-            self._push(0.0, ClientJoined(self.profiles[client]))
+            joined = ClientJoined(self.profiles[client])
+            self.observe(0.0, joined, self.server.handle(0.0, joined))
         while True:
             now, event = self._next()
             local = self.flying.pop(event.task, None) if isinstance(event, UpdateArrived) else None
@@ -112,9 +113,8 @@ class Simulation:
     def _timed(self, task: Task, result: Result) -> Result:
         """The result with the virtual seconds that it took, as a real client would report them."""
         took = self.world.seconds(task, result, self.profiles[task.client], self.server.shape, self.seed)
-        parts = {"seconds": took.total, "down": took.down, "train": took.train, "up": took.up}
-        named = {name if name == "seconds" else f"seconds_{name}": value for name, value in parts.items()}
-        return replace(result, metrics={**result.metrics, **named})
+        parts = {"seconds_down": took.down, "seconds_train": took.train, "seconds_up": took.up}
+        return replace(result, metrics={**result.metrics, "seconds": took.total, **parts})
 
     def _push(self, time: float, event: Event) -> None:
         heapq.heappush(self.heap, (time, self.made, event))
