@@ -49,7 +49,7 @@ def pad(factor: Factor, rank: int) -> Factor:
     """The same product at a higher rank, by zero directions."""
     extra = rank - factor.rank
     if not extra:
-        return factor
+        return Factor(factor.down.contiguous(), factor.up.contiguous())
     down = torch.cat([factor.down, factor.down.new_zeros(extra, factor.down.shape[1])])
     return Factor(down, torch.cat([factor.up, factor.up.new_zeros(factor.up.shape[0], extra)], 1))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedloom.check import form
-from fedloom.lora import Adapter, cut
+from fedloom.lora import Adapter
 from fedloom.types import Result, Side, Start, Task
 
 FLOAT = 4
@@ -39,24 +39,24 @@ def down(start: Start) -> Bytes:
 def up(task: Task, result: Result) -> Bytes:
     """What a client sends back: rows of `down`, columns of `up` and dense tensors that differ from what it got.
 
-    An answer that has not the form of one, and will be refused, counts as if everything had been sent.
+    An answer that has not even the form of one, and will be refused, counts as if everything had been sent.
     """
     start, count = task.start, 0
     if form(task, result):
         dense = sum(tensor.numel() for tensor in start.train.dense.values())
         return Bytes(FLOAT * (_whole(start.train) + _whole(start.control, start.rules.kept)), FLOAT * dense)
     for name, factor in result.adapter.factors.items():
-        sent = cut(start.train.factors[name], factor.rank)
-        count += _changed(sent.down, factor.down, 1) + _changed(sent.up, factor.up, 0)
+        sent = start.train.factors[name]
+        count += _changed(sent.down[: factor.rank], factor.down) + _changed(sent.up[:, : factor.rank].T, factor.up.T)
     dense = sum(
         tensor.numel() for name, tensor in result.adapter.dense.items() if not tensor.equal(start.train.dense[name])
     )
     return Bytes(FLOAT * (count + dense + _whole(result.control, start.rules.kept)), FLOAT * dense)
 
 
-def _changed(before: Tensor, after: Tensor, along: int) -> int:
-    """Numbers in the rows (along 1) or columns (along 0) that differ."""
-    return (before != after).any(along).tolist().count(True) * after.shape[along]
+def _changed(before: Tensor, after: Tensor) -> int:
+    """Numbers in the rows that differ."""
+    return int((before != after).any(1).sum()) * after.shape[1]
 
 
 def _folded(up: Tensor, down: Tensor) -> int:

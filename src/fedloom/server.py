@@ -251,9 +251,7 @@ class Server:
     def _dispatch(self, client: ClientId, fleet: Fleet) -> Dispatch:
         state = self.state
         budget = self.assign(state.idle[client], fleet)
-        most = state.pruned.get(client, budget.rank)
-        if most < budget.rank:
-            budget = replace(budget, rank=most)
+        budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
         number, state.next_task = state.next_task, state.next_task + 1
         start = self.aggregator.start(state.model, budget, derive(self.seed, "start", number))
         seed = derive(self.seed, "task", number)

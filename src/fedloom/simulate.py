@@ -62,9 +62,7 @@ class Simulation:
             self.observe(0.0, joined, self.server.handle(0.0, joined))
         while True:
             now, event = self._next()
-            local = self.flying.pop(event.task, None) if isinstance(event, UpdateArrived) else None
-            if isinstance(event, UpdateArrived) and local is None:
-                continue  # cancelled: the client stopped, nothing arrives
+            local = self.flying.pop(event.task) if isinstance(event, UpdateArrived) else None
             commands = self.server.handle(now, event)
             if isinstance(event, UpdateArrived) and local and not any(isinstance(c, Reject) for c in commands):
                 self.locals[event.client] = local  # what a refused task left behind (moments of NaN, say) is not kept
@@ -91,17 +89,27 @@ class Simulation:
         return wake, TimerFired()
 
     def _carry_out(self, now: float, commands: Iterable[Command]) -> None:
+        self._forget({command.task for command in commands if isinstance(command, Cancel)})
         cohort = [command.task for command in commands if isinstance(command, Dispatch)]
         if cohort:
             self._train(now, cohort)
         for command in commands:
             match command:
-                case Cancel(number, _):
-                    self.flying.pop(number, None)
                 case Evaluate(version, model):
                     self._push(now, Scored(version, self.evaluate(model)))
                 case Reject(client, number, reason) if number in self.server.state.busy:
                     self._push(now, TaskFailed(client, number, reason))
+
+    def _forget(self, cancelled: set[int]) -> None:
+        """These clients stopped: nothing arrives, and nothing waits for a time that may be far away."""
+        if not cancelled:
+            return
+        self.heap = [
+            entry for entry in self.heap if not isinstance(entry[2], UpdateArrived) or entry[2].task not in cancelled
+        ]
+        heapq.heapify(self.heap)
+        for number in cancelled:
+            self.flying.pop(number, None)
 
     def _train(self, now: float, cohort: list[Task]) -> None:
         work = [(task, self.locals.get(task.client, Local())) for task in cohort]
