@@ -29,7 +29,7 @@ def fingerprint(adapter: Adapter) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.dtype != torch.float32:
             tensor = tensor.reshape(-1).view(torch.uint8)  # numpy knows no bfloat16
-        digest.update(tensor.numpy(force=True))
+        digest.update(tensor.numpy(force=True).data)
     return digest.hexdigest()
 
 
@@ -40,7 +40,7 @@ def shallow(value: object) -> object:
         return f"sha256:{fingerprint(value)}"
     if isinstance(value, Update):
         return {"type": "Update", "task": value.task.id}  # told in full when it arrived
-    if (names := _fields(kind)) is not None:
+    if (names := _fields(kind)) is not None:  # type: ignore[arg-type]  # mypy: a class is not hashable
         return {"type": kind.__name__, **{name: getattr(value, name) for name in names}}
     if isinstance(value, Mapping):
         return {str(key): item for key, item in value.items()}
