@@ -15,9 +15,15 @@ def extra_peak(call: Callable[[], object]) -> int:
     """Bytes by which the resident set rose above its level before the call, at the highest point of the call."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present resident set
-    before = _status("VmRSS")
+    before = resident()
     call()
     return max(_status("VmHWM") - before, 0)
+
+
+def resident() -> int:
+    """Bytes of the resident set, after a garbage collection."""
+    gc.collect()
+    return _status("VmRSS")
 
 
 def _status(field: str) -> int:

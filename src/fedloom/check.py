@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fedloom.lora import Adapter, Factor, cut, server_rank
-from fedloom.types import Result, Side, Start, Task
+from fedloom.types import Result, Start, Task
 
 MAX_NORM = 1e5
 """Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; what is beyond would drown the others."""
@@ -19,16 +19,20 @@ MAX_NORM = 1e5
 
 def fault(task: Task, result: Result) -> str | None:
     """Why `result` is no answer to `task`, in words; None if it is one. Cost: one pass over the tensors. Never raises."""
+    return (
+        form(task, result)
+        or _numbers(task, result)
+        or _sizes("", result.adapter)
+        or (_sizes("control variate: ", result.control) if result.control else None)
+        or _kept(task.start, result.adapter)
+    )
+
+
+def form(task: Task, result: Result) -> str | None:
+    """Why `result` has not even the form of an answer, its tensors' names, types and shapes. No number is looked at."""
     if not isinstance(result, Result) or not isinstance(result.adapter, Adapter):
         return f"the answer is a {type(result).__name__}, not a result with an adapter"
-    start = task.start
-    asked = _pruned(start, result.adapter)
-    return (
-        _numbers(task, result)
-        or _adapter(asked, result.adapter)
-        or _kept(asked, start.rules.kept, result.adapter)
-        or _control(start, result.control)
-    )
+    return _adapter(_pruned(task.start, result.adapter), result.adapter) or _control(task.start, result.control)
 
 
 def _numbers(task: Task, result: Result) -> str | None:
@@ -56,9 +60,10 @@ def _pruned(start: Start, given: Adapter) -> Adapter:
     return Adapter({name: cut(factor, rank) for name, factor in start.train.factors.items()}, start.train.dense)
 
 
-def _kept(asked: Adapter, sides: Collection[Side], given: Adapter) -> str | None:
+def _kept(start: Start, given: Adapter) -> str | None:
     """A side that was to stay as it is, and did not."""
-    for side in sorted(sides):
+    asked = _pruned(start, given)
+    for side in sorted(start.rules.kept):
         if side == "dense":
             pairs = {name: (tensor, given.dense[name]) for name, tensor in asked.dense.items()}
         else:
@@ -105,9 +110,22 @@ def _tensor(name: str, asked: Tensor, given: Tensor) -> str | None:
         return f"{name} is {given.layout} {given.dtype}, expected strided {asked.dtype}"
     if given.shape != asked.shape:
         return f"{name} has shape {tuple(given.shape)}, expected {tuple(asked.shape)}"
-    if given.device != asked.device:
-        return f"{name} is on {given.device}, expected {asked.device}"
-    size = float(torch.linalg.vector_norm(given, dtype=torch.float64))
+    return None if given.device == asked.device else f"{name} is on {given.device}, expected {asked.device}"
+
+
+def _sizes(where: str, adapter: Adapter) -> str | None:
+    """The first tensor that is not finite or too large."""
+    for name, factor in adapter.factors.items():
+        reason = _size(f"{where}{name}.down", factor.down) or _size(f"{where}{name}.up", factor.up)
+        if reason:
+            return reason
+    return next(filter(None, (_size(f"{where}{name}", tensor) for name, tensor in adapter.dense.items())), None)
+
+
+def _size(name: str, tensor: Tensor) -> str | None:
+    if float(torch.linalg.vector_norm(tensor, dtype=torch.float32)) < 0.5 * MAX_NORM:
+        return None  # rounding cannot double a norm
+    size = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
     if not math.isfinite(size):
         return f"{name} is not finite"
     return f"{name} has norm {size:.3g}, above the limit of {MAX_NORM:.0g}" if size > MAX_NORM else None

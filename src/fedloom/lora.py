@@ -42,12 +42,14 @@ class Adapter:
 
 def cut(factor: Factor, rank: int) -> Factor:
     """The first `rank` directions; the best approximation of that rank if the factor came from `truncate`."""
-    return Factor(factor.down[:rank], factor.up[:, :rank])
+    return factor if rank >= factor.rank else Factor(factor.down[:rank], factor.up[:, :rank])
 
 
 def pad(factor: Factor, rank: int) -> Factor:
     """The same product at a higher rank, by zero directions."""
     extra = rank - factor.rank
+    if not extra:
+        return Factor(factor.down.contiguous(), factor.up.contiguous())
     down = torch.cat([factor.down, factor.down.new_zeros(extra, factor.down.shape[1])])
     return Factor(down, torch.cat([factor.up, factor.up.new_zeros(factor.up.shape[0], extra)], 1))
 
@@ -101,6 +103,8 @@ def revive(factor: Factor, rank: int, seed: int) -> Factor:
         factor = pad(factor, rank)
     lengths = factor.down.norm(dim=1)
     present = lengths > NEGLIGIBLE * lengths.max()
+    if bool(present.all()):
+        return factor
     ups = factor.up.norm(dim=0)
     dead = ~present & (ups <= NEGLIGIBLE * ups.max())
     if not bool(dead.any()):

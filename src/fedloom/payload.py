@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedloom.check import fault
+from fedloom.check import form
 from fedloom.lora import Adapter
 from fedloom.types import Result, Side, Start, Task
 
@@ -39,10 +39,10 @@ def down(start: Start) -> Bytes:
 def up(task: Task, result: Result) -> Bytes:
     """What a client sends back: rows of `down`, columns of `up` and dense tensors that differ from what it got.
 
-    An answer that is no answer, and will be refused, counts as if everything had been sent.
+    An answer that has not even the form of one, and will be refused, counts as if everything had been sent.
     """
     start, count = task.start, 0
-    if fault(task, result):
+    if form(task, result):
         dense = sum(tensor.numel() for tensor in start.train.dense.values())
         return Bytes(FLOAT * (_whole(start.train) + _whole(start.control, start.rules.kept)), FLOAT * dense)
     for name, factor in result.adapter.factors.items():

@@ -15,7 +15,7 @@ def derive(seed: int, *names: int | str) -> int:
     >>> derive(7, "cohort", 12) == derive(7, "cohort", 12) != derive(7, "cohort", 13)
     True
     """
-    text = "/".join([str(seed), *(str(name) for name in names)])
+    text = "/".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from fedloom.check import fault
 from fedloom.cost import Shape
 from fedloom.errors import Refused
+from fedloom.indexed import IndexedTable
 from fedloom.lora import server_rank
 from fedloom.seeds import derive
 from fedloom.types import (
@@ -55,7 +56,7 @@ class State:
     asked: int = -1
     failures: int = 0
     last_failure: str = ""
-    idle: dict[ClientId, Profile] = field(default_factory=dict)
+    idle: IndexedTable[ClientId, Profile] = field(default_factory=IndexedTable)
     working: dict[ClientId, tuple[Profile, int]] = field(default_factory=dict)
     busy: dict[int, Task] = field(default_factory=dict)
     arrived: list[Update] = field(default_factory=list)
@@ -148,7 +149,8 @@ class Server:
             now=state.now,
             version=state.version,
             seed=self.seed,
-            idle=MappingProxyType(state.idle),
+            tasks=state.next_task - 1,
+            idle=state.idle,
             busy=MappingProxyType(state.busy),
             arrived=state.arrived,
             shape=self.shape,
@@ -164,11 +166,12 @@ class Server:
                 if profile.client in state.working:
                     state.working[profile.client] = (profile, state.working[profile.client][1])
                 else:
-                    state.idle[profile.client] = profile
+                    state.idle.put(profile.client, profile)
             case ClientLost(client):
                 if client in state.working:
                     self._release(state.working[client][1])
-                state.idle.pop(client, None)
+                if client in state.idle:
+                    state.idle.take(client)
             case UpdateArrived(client, number, result):
                 task = state.busy.get(number)
                 if task is None or task.client != client:
@@ -197,7 +200,7 @@ class Server:
         """Close a task; its client is idle again."""
         task = self.state.busy.pop(number)
         profile, _ = self.state.working.pop(task.client)
-        self.state.idle[task.client] = profile
+        self.state.idle.put(task.client, profile)
         return task
 
     def _decide(self) -> list[Command]:
@@ -205,8 +208,10 @@ class Server:
         state, commands = self.state, list[Command]()
         if state.asked < 0:
             commands.append(self._evaluate())
-        while state.version < self.limits.versions and (merge := self.schedule.merge(self.fleet())):
+        fleet = self.fleet()
+        while state.version < self.limits.versions and (merge := self.schedule.merge(fleet)):
             commands += self._merge(merge)
+            fleet = self.fleet()
         reason = self._finished()
         if reason:
             commands += [self._cancel(number) for number in tuple(state.busy)]
@@ -214,7 +219,7 @@ class Server:
                 commands.append(self._evaluate())
             state.stopped = True
             return [*commands, Stop(reason)]
-        return commands + [self._dispatch(client) for client in self.schedule.start(self.fleet())]
+        return commands + [self._dispatch(client, fleet) for client in self.schedule.start(fleet)]
 
     def _merge(self, merge: Merge) -> list[Command]:
         state = self.state
@@ -243,16 +248,14 @@ class Server:
     def _cancel(self, number: int) -> Cancel:
         return Cancel(number, self._release(number).client)
 
-    def _dispatch(self, client: ClientId) -> Dispatch:
+    def _dispatch(self, client: ClientId, fleet: Fleet) -> Dispatch:
         state = self.state
-        profile = state.idle[client]
-        budget = self.assign(profile, self.fleet())
+        budget = self.assign(state.idle[client], fleet)
         budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
         number, state.next_task = state.next_task, state.next_task + 1
         start = self.aggregator.start(state.model, budget, derive(self.seed, "start", number))
         seed = derive(self.seed, "task", number)
         task = Task(number, client, state.version, start, budget, seed, state.now)
-        del state.idle[client]
-        state.busy[number], state.working[client] = task, (profile, number)
+        state.busy[number], state.working[client] = task, (state.idle.take(client), number)
         state.dispatched[client] = state.dispatched.get(client, 0) + 1
         return Dispatch(task)

@@ -58,12 +58,11 @@ class Simulation:
     def run(self) -> str:
         """Until the server stops; returns its reason. Raises RuntimeError if nothing can ever happen again."""
         for client in sorted(self.profiles):
-            self._push(0.0, ClientJoined(self.profiles[client]))
+            joined = ClientJoined(self.profiles[client])
+            self.observe(0.0, joined, self.server.handle(0.0, joined))
         while True:
             now, event = self._next()
-            local = self.flying.pop(event.task, None) if isinstance(event, UpdateArrived) else None
-            if isinstance(event, UpdateArrived) and local is None:
-                continue  # cancelled: the client stopped, nothing arrives
+            local = self.flying.pop(event.task) if isinstance(event, UpdateArrived) else None
             commands = self.server.handle(now, event)
             if isinstance(event, UpdateArrived) and local and not any(isinstance(c, Reject) for c in commands):
                 self.locals[event.client] = local  # what a refused task left behind (moments of NaN, say) is not kept
@@ -90,17 +89,27 @@ class Simulation:
         return wake, TimerFired()
 
     def _carry_out(self, now: float, commands: Iterable[Command]) -> None:
+        self._forget({command.task for command in commands if isinstance(command, Cancel)})
         cohort = [command.task for command in commands if isinstance(command, Dispatch)]
         if cohort:
             self._train(now, cohort)
         for command in commands:
             match command:
-                case Cancel(number, _):
-                    self.flying.pop(number, None)
                 case Evaluate(version, model):
                     self._push(now, Scored(version, self.evaluate(model)))
                 case Reject(client, number, reason) if number in self.server.state.busy:
                     self._push(now, TaskFailed(client, number, reason))
+
+    def _forget(self, cancelled: set[int]) -> None:
+        """These clients stopped: nothing arrives, and nothing waits for a time that may be far away."""
+        if not cancelled:
+            return
+        self.heap = [
+            entry for entry in self.heap if not isinstance(entry[2], UpdateArrived) or entry[2].task not in cancelled
+        ]
+        heapq.heapify(self.heap)
+        for number in cancelled:
+            self.flying.pop(number, None)
 
     def _train(self, now: float, cohort: list[Task]) -> None:
         work = [(task, self.locals.get(task.client, Local())) for task in cohort]
@@ -112,9 +121,8 @@ class Simulation:
     def _timed(self, task: Task, result: Result) -> Result:
         """The result with the virtual seconds that it took, as a real client would report them."""
         took = self.world.seconds(task, result, self.profiles[task.client], self.server.shape, self.seed)
-        parts = {"seconds": took.total, "down": took.down, "train": took.train, "up": took.up}
-        named = {name if name == "seconds" else f"seconds_{name}": value for name, value in parts.items()}
-        return replace(result, metrics={**result.metrics, **named})
+        parts = {"seconds_down": took.down, "seconds_train": took.train, "seconds_up": took.up}
+        return replace(result, metrics={**result.metrics, "seconds": took.total, **parts})
 
     def _push(self, time: float, event: Event) -> None:
         heapq.heappush(self.heap, (time, self.made, event))

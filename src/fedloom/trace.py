@@ -10,10 +10,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import TextIO
 
 import torch
-from torch import Tensor
 
 from fedloom.lora import Adapter
 from fedloom.types import Command, Event, Update
@@ -25,38 +25,57 @@ def fingerprint(adapter: Adapter) -> str:
     digest = hashlib.sha256()
     flat = tensors(adapter)
     for name in sorted(flat):
-        tensor = flat[name].detach().cpu().contiguous()
+        tensor = flat[name]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())  # as bytes: numpy knows no bfloat16
+        if tensor.dtype != torch.float32:
+            tensor = tensor.reshape(-1).view(torch.uint8)  # numpy knows no bfloat16
+        digest.update(tensor.numpy(force=True).data)
     return digest.hexdigest()
 
 
+def shallow(value: object) -> object:
+    """What JSON has no word for, one level deep: dataclasses by their fields, adapters by their fingerprint."""
+    kind = type(value)
+    if isinstance(value, Adapter):
+        return f"sha256:{fingerprint(value)}"
+    if isinstance(value, Update):
+        return {"type": "Update", "task": value.task.id}  # told in full when it arrived
+    if (names := _fields(kind)) is not None:  # type: ignore[arg-type]  # mypy: a class is not hashable
+        return {"type": kind.__name__, **{name: getattr(value, name) for name in names}}
+    if isinstance(value, Mapping):
+        return {str(key): item for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{kind.__name__} has no place in a trace, a tensor only inside an adapter")
+
+
+@cache
+def _fields(kind: type) -> tuple[str, ...] | None:
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else None
+
+
 def written(value: object) -> object:
-    """A value as JSON would have it: dataclasses by their fields under their type's name, adapters by their fingerprint."""
-    match value:
-        case Adapter():
-            return f"sha256:{fingerprint(value)}"
-        case Update():
-            return {"type": "Update", "task": value.task.id}  # told in full when it arrived
-        case Tensor():
-            raise TypeError("a tensor outside an adapter has no place in a trace")
-        case float() if not math.isfinite(value):
-            return str(value)  # a client's NaN is refused by the server, and must not stop the trace that tells so
-        case str() | int() | float() | bool() | None:
-            return value
-        case Mapping():
-            return {str(key): written(item) for key, item in value.items()}
-        case Sequence():
-            return [written(item) for item in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"type": type(value).__name__} | {f.name: written(getattr(value, f.name)) for f in fields(value)}
-    raise TypeError(f"{type(value).__name__} has no place in a trace")
+    """A value as JSON would have it, all the way down."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # a client's NaN is refused by the server, and must not stop the trace that tells so
+    if value is None or isinstance(value, str | int | float):
+        return value
+    inner = shallow(value)
+    if isinstance(inner, dict):
+        return {key: written(item) for key, item in inner.items()}
+    return [written(item) for item in inner] if isinstance(inner, list) else inner
 
 
 def line(now: float, event: Event, commands: Sequence[Command]) -> str:
     """One step of a run as a line of JSON."""
-    step = {"time": now, "event": written(event), "commands": written(commands)}
-    return json.dumps(step, separators=(",", ":"), allow_nan=False)
+    step = {"time": now, "event": event, "commands": commands}
+    try:
+        return _ENCODER.encode(step)
+    except (TypeError, ValueError):  # a NaN, or a name that is no text
+        return _ENCODER.encode(written(step))
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False, default=shallow)
 
 
 class Trace:

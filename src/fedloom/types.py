@@ -14,6 +14,7 @@ from typing import Literal, Protocol, TypeAlias
 from torch import Tensor
 
 from fedloom.cost import Shape
+from fedloom.indexed import Indexed
 from fedloom.lora import Adapter
 
 ClientId: TypeAlias = str
@@ -283,18 +284,20 @@ class Fleet:
     """The one read-only argument of every policy: who is idle, who is busy with what, which answers wait to be merged.
 
     A view of the server's own tables, so that making one costs nothing, however many clients there are. `seen` are the
-    examples that each client reported with its last accepted answer, `dispatched` the tasks sent to each client so far.
+    examples that each client reported with its last accepted answer, `dispatched` the tasks sent to each client so far, `tasks`
+    their sum: who draws from a stream named after it never draws the same twice.
     """
 
     now: float
     version: int
     seed: int
-    idle: Mapping[ClientId, Profile]
+    idle: Indexed[ClientId, Profile]
     busy: Mapping[int, Task]
     arrived: Sequence[Update]
     shape: Shape
     seen: Mapping[ClientId, int] = field(default_factory=dict)
     dispatched: Mapping[ClientId, int] = field(default_factory=dict)
+    tasks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

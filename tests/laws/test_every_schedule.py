@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import fedloom.schedule
 import toys
+from fedloom.indexed import IndexedTable
 from fedloom.lora import Adapter, Factor
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits, Server
@@ -64,8 +65,9 @@ def twin(server: Server) -> Server:
     """A copy to try something on."""
     other = copy.copy(server)
     tables = {f.name: getattr(server.state, f.name) for f in dataclasses.fields(server.state)}
+    idle = IndexedTable(tables.pop("idle"))
     other.state = type(server.state)(
-        **{n: copy.copy(t) if isinstance(t, dict | list) else t for n, t in tables.items()}
+        idle=idle, **{n: copy.copy(t) if isinstance(t, dict | list) else t for n, t in tables.items()}
     )
     return other
 

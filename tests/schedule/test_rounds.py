@@ -44,7 +44,7 @@ def test_a_cohort_is_drawn_without_replacement_and_by_the_seed() -> None:
     assert drawn == Rounds(cohort_size=7).start(crowd(seed=3))
     assert drawn != Rounds(cohort_size=7).start(crowd(seed=4))
     assert drawn != Rounds(cohort_size=7).start(crowd(seed=3, version=1))
-    assert drawn != Rounds(cohort_size=7).start(crowd(seed=3, dispatched={"c1": 1}))
+    assert drawn != Rounds(cohort_size=7).start(crowd(seed=3, tasks=1))
 
 
 def test_the_draw_does_not_depend_on_the_order_in_which_clients_came() -> None:
@@ -131,7 +131,7 @@ def test_the_timer_is_the_deadline_of_the_open_round(open_round: Fleet, wake: fl
 
 def test_when_the_whole_cohort_is_lost_another_one_starts() -> None:
     rest = {name: profile for name, profile in profiles(30).items() if name > "c2"}
-    drawn = Rounds(cohort_size=3).start(fleet(idle=rest, dispatched={"c0": 1, "c1": 1, "c2": 1}))
+    drawn = Rounds(cohort_size=3).start(fleet(idle=rest, tasks=3))
     assert len(drawn) == 3
     assert set(drawn) <= rest.keys()
 

@@ -46,8 +46,7 @@ class Rounds:
             return ()
         idle = sorted(fleet.idle)
         size = min(len(idle), math.ceil(round(self.cohort_size * self.over_selection, 9)))
-        tasks = sum(fleet.dispatched.values())
-        return sorted(rng(fleet.seed, "cohort", fleet.version, tasks).sample(idle, size))
+        return sorted(rng(fleet.seed, "cohort", fleet.version, fleet.tasks).sample(idle, size))
 
     def merge(self, fleet: Fleet) -> Merge | None:
         """The weighted mean of the round's answers, when the round is complete, decided or overdue."""

@@ -1,0 +1,261 @@
+"""Events per CPU second through the real server and the real virtual-clock driver, and what an idle client costs.
+
+    python -m bench.simulate [--quick]
+
+One event is one upload that arrives: it is checked, merged with the nine before it, published as a new version; the freed
+place goes at once to an idle client drawn at random, its task is "trained" (the trainer gives back what it got), priced by
+device and link models and queued; and the step is written and flushed to a trace file. 100 of the clients are always at
+work, however many there are. Smallest adapter: one layer of 1 x 1, rank 1, and an aggregator that takes the newest upload,
+so that what is measured is the server and not the algebra. "1k floats": one layer of 64 x 64, rank 8 (1,024 numbers),
+averaged with FedIT. One thread; CPU seconds per event after 200 events of warming up, runs interleaved, median (minimum -
+maximum) over runs. Memory is the growth of the resident set while a million clients join, in a fresh process, by client.
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+
+from bench.memory import resident
+from fedloom.aggregate.combine import leading
+from fedloom.aggregate.fedit import FedIT
+from fedloom.cost import Shape
+from fedloom.lora import Adapter, Factor
+from fedloom.plan.budget import Plan
+from fedloom.plan.rank import FixedRank
+from fedloom.schedule.draw import draw
+from fedloom.schedule.weights import normalised, uniform
+from fedloom.server import Limits, Server
+from fedloom.simulate import Observer, Simulation
+from fedloom.trace import Trace
+from fedloom.types import (
+    Aggregator,
+    Budget,
+    ClientId,
+    ClientJoined,
+    Command,
+    Event,
+    Fleet,
+    Local,
+    Merge,
+    Model,
+    Profile,
+    Result,
+    Start,
+    Task,
+    UpdateArrived,
+)
+from fedloom.world import World
+
+WARM, PLACES, MANY, MILLION = 200, 100, 100_000, 1_000_000
+EVENTS_BAR, FLOATS_BAR, RATIO_BAR = 20_000, 10_000, 1.3
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The mean of the last `size` uploads, merged anew at every arrival; `places` clients are always at work."""
+
+    size: int = 10
+    places: int = PLACES
+
+    def merge(self, fleet: Fleet) -> Merge | None:
+        """As soon as more is there than was kept, and after v versions min(v, size - 1) uploads were kept."""
+        if len(fleet.arrived) <= min(fleet.version, self.size - 1):
+            return None
+        kept = len(fleet.arrived) - min(fleet.version + 1, self.size - 1)
+        return Merge(normalised(fleet.arrived, uniform), retain=tuple(fleet.arrived[kept:]))
+
+    def start(self, fleet: Fleet) -> Sequence[ClientId]:
+        """An idle client for each free place."""
+        return draw(fleet, self.places - len(fleet.busy))
+
+    def wake(self, fleet: Fleet) -> float | None:
+        """Only arrivals count."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The model is the newest upload: an aggregator without arithmetic."""
+
+    space: ClassVar[Literal["factor"]] = "factor"
+    exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})
+
+    def init(self, start: Adapter) -> Model:
+        """The start itself."""
+        return Model(start)
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The last in task order."""
+        return replace(model, adapter=merge.parts[-1][1].result.adapter)
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """The model as it is."""
+        return leading(model, budget)
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A trainer that gives back what it got."""
+
+    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+        """At once."""
+        return [(Result(task.start.train, 10, 100, 1), local) for task, local in work]
+
+
+@dataclass(slots=True)
+class Meter:
+    """An observer around another: CPU and wall seconds from the end of the warming up to the last arrival."""
+
+    inner: Observer
+    last: int
+    arrivals: int = 0
+    times: list[tuple[float, float]] = field(default_factory=list)
+
+    def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
+        """Pass it on, count it."""
+        self.inner(now, event, commands)
+        if isinstance(event, UpdateArrived):
+            self.arrivals += 1
+            if self.arrivals in (WARM, self.last):
+                self.times.append((time.process_time(), time.perf_counter()))
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A federation, the size of its adapter, its aggregator; without a trace nothing observes."""
+
+    name: str
+    clients: int = 1000
+    width: int = 1
+    rank: int = 1
+    how: Aggregator = field(default_factory=Newest)
+    traced: bool = True
+
+
+SMALLEST = Case("smallest adapter, 1,000 clients")
+CROWD = Case("smallest adapter, 100,000 clients", clients=MANY)
+FLOATS = Case("1k floats with FedIT, 1,000 clients", width=64, rank=8, how=FedIT())
+UNSEEN = Case("smallest adapter, without a trace", traced=False)
+
+
+def make_server(case: Case, versions: int) -> Server:
+    """With a random adapter, never scored."""
+    draws = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=draws) for shape in ((case.rank, case.width), (case.width, case.rank)))
+    shape = Shape(1000, 0, 1, case.width, modules=((case.width, case.width),), dense=0)
+    limits = Limits(versions=versions, evaluate_every=2 * versions)
+    model = case.how.init(Adapter({"layer": Factor(down, up)}))
+    return Server(model, case.how, Window(), Plan(FixedRank(case.rank), 1), shape=shape, limits=limits)
+
+
+def make_profiles(clients: int) -> dict[ClientId, Profile]:
+    """Phones, laptops and workstations."""
+    return {profile.client: profile for profile in World().profiles({f"c{k:07d}": 10 for k in range(clients)}, 0)}
+
+
+def per_event(case: Case, events: int, folder: Path) -> tuple[float, float]:
+    """CPU and wall seconds of one event."""
+    server, profiles = make_server(case, WARM + events), make_profiles(case.clients)
+    with (folder / "trace.jsonl").open("w", encoding="utf-8") as file:
+        meter = Meter(Trace(file) if case.traced else lambda now, event, commands: None, WARM + events)
+        Simulation(server, Echo(), World(), profiles, lambda model: {}, meter).run()
+    (cpu, wall), (cpu_end, wall_end) = meter.times
+    return (cpu_end - cpu) / events, (wall_end - wall) / events
+
+
+def compare(cases: Sequence[Case], events: int, repeats: int) -> dict[str, float]:
+    """The median CPU seconds of an event by case, all cases in turn; prints the table."""
+    samples: dict[str, list[tuple[float, float]]] = {case.name: [] for case in cases}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(repeats):
+            for case in cases:
+                samples[case.name].append(per_event(case, events, Path(folder)))
+                gc.collect()
+    print(f"{'one event':36s} {'CPU us':>30s} {'wall us':>30s}   events per CPU s")
+    for name, times in samples.items():
+        cpu, wall = zip(*times, strict=True)
+        print(f"{name:36s} {spread(cpu, 1e6):>30s} {spread(wall, 1e6):>30s}   {1 / median(cpu):,.0f}")
+    return {name: median(cpu for cpu, _ in times) for name, times in samples.items()}
+
+
+def register() -> None:
+    """In a process of its own: a million clients made, then joined; bytes a client of each, and CPU seconds of the second."""
+    server, before = make_server(SMALLEST, 1), resident()
+    profiles, made = make_profiles(MILLION), resident()
+    begun = time.process_time()
+    for profile in profiles.values():
+        server.handle(0.0, ClientJoined(profile))
+    took, joined = time.process_time() - begun, resident()
+    assert len(server.state.idle) == MILLION
+    print(json.dumps([(joined - made) / MILLION, (made - before) / MILLION, took]))
+
+
+def registered() -> tuple[float, float, float]:
+    """What `register` says."""
+    command = [sys.executable, "-m", "bench.simulate", "--register"]
+    done = subprocess.run(command, env=os.environ, stdout=subprocess.PIPE, text=True, check=True)
+    server, profile, seconds = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{MILLION:,} clients join: {seconds:.2f} CPU s, {server:.0f} bytes a client in the server's tables")
+    print(f"(and {profile:.0f} for the profile itself, its name, and the driver's table)")
+    return server, profile, seconds
+
+
+def spread(values: Sequence[float], unit: float) -> str:
+    """Median (minimum - maximum)."""
+    low, high = min(values) * unit, max(values) * unit
+    return f"{median(values) * unit:.1f} ({low:.1f} - {high:.1f}, n={len(values)})"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="bench.simulate")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs, within two minutes")
+    parser.add_argument("--register", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.register:
+        return register()
+    events, repeats = (2000, 3) if options.quick else (10_000, 9)
+    cost = compare((SMALLEST, CROWD, FLOATS, UNSEEN), events, repeats)
+    server, profile, seconds = registered()
+    rates = {name: 1 / cost[case.name] for name, case in (("smallest", SMALLEST), ("floats", FLOATS))}
+    ratio = cost[CROWD.name] / cost[SMALLEST.name]
+    print()
+    say("events per CPU second, smallest adapter", rates["smallest"], EVENTS_BAR, rates["smallest"] >= EVENTS_BAR)
+    say("events per CPU second, 1k floats", rates["floats"], FLOATS_BAR, rates["floats"] >= FLOATS_BAR)
+    say("cost of an event, 100,000 to 1,000 clients", ratio, RATIO_BAR, ratio <= RATIO_BAR)
+    figures = {
+        "server_events_per_second": rates["smallest"],
+        "server_events_per_second_1k_floats": rates["floats"],
+        "cost_ratio_100k_vs_1k_clients": ratio,
+        "server_events_per_second_without_trace": 1 / cost[UNSEEN.name],
+        "bytes_per_idle_client": server,
+        "bytes_per_profile": profile,
+        "register_1m_cpu_seconds": seconds,
+    }
+    print(json.dumps(figures))
+
+
+def say(what: str, value: float, bar: float, met: bool) -> None:
+    """A figure beside its bar."""
+    print(f"{what}: {value:,.4g} (bar {bar:,}: {'met' if met else 'MISSED'})")
+
+
+if __name__ == "__main__":
+    main()
