@@ -303,7 +303,8 @@ def _begin(shared: Shared, leash: Connection, threads: int) -> None:
     global _trainer
     threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
     torch.set_num_threads(threads)
-    _trainer = shared.get()
+    with shared.file:
+        _trainer = shared.get()
 
 
 def _end_with(leash: Connection) -> None:
