@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from concurrent.futures import Future
 from typing import Any
 
@@ -27,12 +28,16 @@ class Actors:
 
     def __init__(self, trainer: Trainer, asked: Workers) -> None:
         body = dumps(trainer)
+        self.threads, on_gpu = torch.get_num_threads(), _on_gpu(trainer)
         self.began = not ray.is_initialized()
-        if self.began:
-            _connect(asked)
-        self.threads, self.on_gpu = torch.get_num_threads(), _on_gpu(trainer)
-        self.size, self.gpus = _shares(asked, self.threads, self.on_gpu)
-        self.trainer = ray.put(body)
+        try:
+            if self.began:
+                _connect(asked)
+            self.size, self.gpus = _shares(asked, self.threads, on_gpu)
+            self.trainer = ray.put(body)
+        except BaseException:
+            self.close()
+            raise
 
     def hire(self) -> Worker:
         """A new actor, wherever the cluster has room."""
@@ -57,7 +62,7 @@ class Actor:
         return future
 
     def stop(self) -> None:
-        """At once; Ray restarts nothing, `Cohorts` does."""
+        """At once; Ray restarts nothing, `Cohorts` hires anew."""
         ray.kill(self.handle)
 
 
@@ -74,7 +79,10 @@ class _Actor:
 
 def _connect(asked: Workers) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run tells nobody of itself
+    host, _, port = asked.ray.removeprefix("ray://").rpartition(":") if asked.ray else ("", "", "")
     try:
+        if port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=asked.ray or "local", log_to_driver=False, logging_level="error")
     except Exception as error:  # Ray has many ways to say that nobody answers
         raise Refused("workers", str(asked), f"no Ray cluster can be reached there ({error})") from error

@@ -175,7 +175,7 @@ class Cohorts:
                 except crew.died as error:
                     deaths[number] += 1
                     if deaths[number] == DEATHS:
-                        raise self._given_up(parts[number]) from error
+                        raise self._given_up(parts[number], error) from error
                     worker = self._replaced(worker)
                     todo.appendleft(number)
                 free.append(worker)
@@ -187,10 +187,11 @@ class Cohorts:
         self.staff[self.staff.index(dead)] = new = self.crew.hire()
         return new
 
-    def _given_up(self, group: Group) -> Refused:
+    def _given_up(self, group: Group, error: BaseException) -> Refused:
         names = ", ".join(f"task {task.id} of client {task.client}" for task, _ in group)
-        remedy = f"{DEATHS} workers ended one after the other in {names}; what they said stands above, nothing if memory ran out: try"
-        return Refused("workers", str(self.asked), f"{remedy} fewer, or 1 to train in this process")
+        last = str(error).strip().rpartition("\n")[2]
+        remedy = f"{DEATHS} workers ended one after the other in {names} ({last}); if memory ran out, ask for fewer"
+        return Refused("workers", str(self.asked), remedy)
 
 
 def groups(work: Sequence[tuple[Task, Local]]) -> list[Group]:
