@@ -21,7 +21,7 @@ import torch
 
 from bench.same_bytes import COMPARED
 from fedloom.errors import Refused
-from fedloom.train import workers
+from fedloom.train import processes
 from fedloom.train.workers import DEATHS, Cohorts, Workers
 from fedloom.types import Aggregator, Trainer
 from lethal import Lethal, Toy, Unsendable, toy_work
@@ -219,7 +219,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals, star
 
 
 def test_no_room_is_said_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "MEMORY", Path("/nowhere"))
+    monkeypatch.setattr(processes, "MEMORY", Path("/nowhere"))
     monkeypatch.setattr("tempfile.tempdir", "/nowhere/else")
     with (
         cohorts(Toy()) as made,

@@ -7,36 +7,24 @@ So the choice belongs to the execution of a run and is no part of what the run i
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import signal
-import tempfile
-import threading
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from pathlib import Path
 from pickle import PicklingError
 from typing import Protocol, TypeAlias
 
-import torch
-
 from fedloom.errors import Refused
-from fedloom.train.ship import Shared, dumps, loads, share
+from fedloom.train.ship import dumps, loads
 from fedloom.types import Local, Result, Task, Trainer
 
 Group: TypeAlias = Sequence[tuple[Task, Local]]
 Answers: TypeAlias = list[tuple[Result, Local]]
 DEATHS = 3
 """A group of tasks under which so many workers died, one after the other, is given up, and with it the run."""
-MEMORY = Path("/dev/shm")
-"""Where the shared base lies if there is room; else in the folder for temporary files, of which memory holds one copy too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +210,8 @@ def _answers(answer: bytes) -> Answers:
 def _crew(trainer: Trainer, asked: Workers) -> Crew:
     try:
         if asked.ray is None:
+            from fedloom.train.processes import Processes
+
             return Processes(trainer, asked)
         from fedloom.train.ray_workers import Actors
 
@@ -229,90 +219,3 @@ def _crew(trainer: Trainer, asked: Workers) -> Crew:
     except PicklingError as error:
         remedy = f"the run cannot be sent to another process ({error}); define its functions and classes in a module"
         raise Refused("workers", str(asked), remedy) from error
-
-
-class Processes:
-    """Local processes, started afresh (spawn: torch's threads do not survive a fork), over one copy of the base in memory."""
-
-    died = (BrokenProcessPool,)
-
-    def __init__(self, trainer: Trainer, asked: Workers) -> None:
-        self.size = asked.count or 1
-        places = (MEMORY, Path(tempfile.gettempdir()))
-        try:
-            self.shared = share(trainer, places)
-        except OSError as error:
-            remedy = (
-                f"no room for the shared base in {' or '.join(map(str, places))} ({error}); start a container "
-                "with a larger --shm-size, or set TMPDIR to a folder with room, or train with 1 worker"
-            )
-            raise Refused("workers", str(asked), remedy) from error
-
-        self.hired: list[Process] = []
-
-    def hire(self) -> Worker:
-        """A process of its own."""
-        self.hired.append(Process(self.shared))
-        return self.hired[-1]
-
-    def close(self) -> None:
-        """Free the memory, as far as this process itself does not use it."""
-        for process in self.hired:
-            process.pool.shutdown()
-        self.shared.file.close()
-
-
-class Process:
-    """One process, in a pool of its own, so that its death is its own. It lives while this process holds the `leash`."""
-
-    def __init__(self, shared: Shared) -> None:
-        context = get_context("spawn")
-        held, self.leash = context.Pipe(duplex=False)
-        self.pool = ProcessPoolExecutor(1, context, _begin, (shared, held, torch.get_num_threads()))
-
-    def submit(self, group: bytes) -> Future[bytes]:
-        """The first group starts the process."""
-        try:
-            with _no_interrupt():
-                return self.pool.submit(_train, group)
-        except BrokenProcessPool as error:
-            dead: Future[bytes] = Future()
-            dead.set_exception(error)
-            return dead
-
-    def stop(self) -> None:
-        """Let go of the leash."""
-        self.leash.close()
-
-
-@contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """A process started here never hears Ctrl-C, which a terminal sends to all: this process ends it by the leash."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# Inside a worker process --------------------------------------------------------------------------------------------------
-
-_trainer: Trainer
-
-
-def _begin(shared: Shared, leash: Connection, threads: int) -> None:
-    global _trainer
-    threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
-    torch.set_num_threads(threads)
-    with shared.file:
-        _trainer = shared.get()
-
-
-def _end_with(leash: Connection) -> None:
-    """Nothing is ever sent: that the leash can be read means that its other end is closed, by us or by death."""
-    leash.poll(None)
-    os._exit(1)
-
-
-def _train(group: bytes) -> bytes:
-    return carry_out(_trainer, group)
