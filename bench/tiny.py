@@ -26,15 +26,16 @@ SIZES: Mapping[str, Any] = {
 }
 
 
-def tiny_encoder(folder: Path) -> Path:
-    """A BERT of 25 thousand parameters, without a head, and its tokenizer: [CLS] words [SEP], padded right."""
+def tiny_encoder(folder: Path, **sizes: Any) -> Path:
+    """A BERT of 25 thousand parameters or other `sizes`, without a head, and its tokenizer: [CLS] words [SEP], padded right."""
     from transformers import BertConfig, BertModel
 
     marks = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
     names: dict[str, Any] = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     _save_tokenizer(folder, marks, names, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
-    return _save_model(folder, BertModel, BertConfig(vocab_size=len(marks + WORDS), pad_token_id=0, **SIZES))
+    config = {"vocab_size": len(marks + WORDS), "pad_token_id": 0, **SIZES, **sizes}
+    return _save_model(folder, BertModel, BertConfig(**config))
 
 
 def tiny_decoder(folder: Path) -> Path:

@@ -7,7 +7,7 @@ clients of 64 pairs, one pass in batches of 16, LoRA rank 8 on query and value, 
 adapter, makes its optimiser, trains and reads the adapter back, on examples tokenised beforehand: once padded to 128, once to the
 longest of each batch. One thread; processor seconds of the process (wall seconds beside), interleaved A B C A B C, median (minimum -
 maximum). Then one trained layer of six (6 layers of 384) with its activations kept and computed anew, gradients of several clients
-in one pass against one after the other, and two local workers against one. The last line is one JSON object.
+in one pass against one after the other, and two local workers against one (`python -m bench.workers`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def peft_loop(folder: Path, texts: Encoded, padded: bool) -> Loop:
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def loop(clients: int) -> list[Mapping[str, Any]]:
-        done = []
+        done = list[Mapping[str, Any]]()
         for client in range(clients):
             set_peft_model_state_dict(model, state)
             optimiser = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0)
@@ -213,7 +213,9 @@ def main() -> None:
     print(
         f"frozen layers: {base.computed['kernel']}; lengths: {'MRPC' if MRPC.exists() else 'drawn like those of MRPC'}"
     )
-    figures = against_peft(folder, base, texts, repeats) | shallow(repeats) | {"workers2": workers2(options.quick)}
+    figures = against_peft(folder, base, texts, repeats) | shallow(repeats)
+    workers = workers2(*(2, 4) if options.quick else (7, 10))
+    figures |= {"workers2": workers["speedup"], "workers2_cpu": workers["speedup_cpu"]}
     worst = gradient_error(base, texts)
     print()
     for name, bar in BARS.items():

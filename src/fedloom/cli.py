@@ -39,6 +39,16 @@ Settings = Annotated[
 OutDir = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; must not exist yet.")]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="The run's seed: same seed, same bytes.")]
 
+Who = Annotated[
+    str,
+    typer.Option(
+        metavar="WHO",
+        help="Who trains: [bold]1[/bold] this process; [bold]2[/bold] or more local processes, each on the run's threads, over "
+        "one copy of the base in memory; [bold]ray[/bold] or [bold]ray:ADDRESS[/bold] actors of a Ray cluster, as many as it has "
+        "room for ([bold]4@ray[/bold]: four). The numbers do not depend on it. Processes take seconds to start: for long runs.",
+    ),
+]
+
 
 @app.command()
 def demo(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -> None:
@@ -69,22 +79,25 @@ def run(
     settings: Settings = None,
     out_dir: OutDir = None,
     seed: Seed = None,
+    workers: Who = "1",
 ) -> None:
     """Carry out the Run value of a Python file on the virtual clock.
 
     Writes a run folder: manifest.json, metrics.jsonl, trace.jsonl, adapter/ (a PEFT folder) and report.html.
     The file is Python and is executed: run only files you trust.
 
-    Example: [bold]fedloom run experiments/tickets.py --set schedule.cohort_size=2 --out runs/mine[/bold]
+    Example: [bold]fedloom run experiments/tickets.py --set schedule.cohort_size=2 --workers 2 --out runs/mine[/bold]
     """
     from fedloom import folder
     from fedloom.job import prepare
+    from fedloom.train.workers import Workers
 
+    Workers.of(workers)  # a slip is told before anything is loaded
     value = _overridden(_run_of(file), settings, seed)
     target = folder.vacant(out_dir or folder.free(Path("runs"), value.name))
     job = prepare(value)
     _introduce(job)
-    outcome = _carry_out(job, target)
+    outcome = _carry_out(job, target, workers)
     _summarise([outcome.folder])
     out.print(f"\nReport   {outcome.folder / 'report.html'}\nAdapter  {outcome.folder / 'adapter'}")
 
@@ -203,12 +216,12 @@ def _introduce(job: Job) -> None:
         out.print(f"[yellow]Note[/yellow] {_escaped(note)}\n")
 
 
-def _carry_out(job: Job, folder: Path) -> Outcome:
+def _carry_out(job: Job, folder: Path, workers: str = "1") -> Outcome:
     """Execute with a progress bar: rounds, virtual time, loss, accuracy."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
     with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
         observer = _watcher(progress, f"{type(job.run.aggregator).__name__:8s}", job.run.limits.versions)
-        return job.execute(folder, [observer])
+        return job.execute(folder, [observer], workers)
 
 
 def _watcher(progress: Progress, name: str, versions: int) -> Observer:

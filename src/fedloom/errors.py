@@ -15,3 +15,7 @@ class Refused(ValueError):
     def __init__(self, field: str, value: object, remedy: str) -> None:
         super().__init__(f"{field} = {value!r}: {remedy}")
         self.field, self.value, self.remedy = field, value, remedy
+
+    def __reduce__(self) -> tuple[type[Refused], tuple[str, object, str]]:
+        """From a worker process it comes as it was raised."""
+        return type(self), (self.field, self.value, self.remedy)

@@ -27,6 +27,7 @@ from fedloom.train.export import save
 from fedloom.train.settings import PLAIN
 from fedloom.train.texts import Encoded, encode
 from fedloom.train.trainer import PeftTrainer, personal
+from fedloom.train.workers import Workers
 from fedloom.types import Budget, ClientId, Command, Event, Local, Model, Profile
 
 
@@ -53,18 +54,22 @@ class Job:
     tested: tuple[int, ...]
     server: Server
 
-    def execute(self, out: Path, observers: Sequence[Observer] = ()) -> Outcome:
+    def execute(self, out: Path, observers: Sequence[Observer] = (), workers: int | str = 1) -> Outcome:
         """Simulate to the end and fill the run folder.
+
+        `workers` is who trains, which the numbers do not depend on: 1 this process, 2 or more local processes over one copy of the
+        base, "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
 
         Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed".
         """
         torch.set_num_threads(self.run.threads)
+        asked = Workers.of(workers)
         out = folder.create(out)
-        about = self.about()
+        about = {**self.about(), "workers": str(asked)}
         folder.write_json(out / "manifest.json", {**about, "status": "running", "status_reason": ""})
         status, reason, scores = "failed", "the process ended without a word", list[Mapping[str, float]]()
         try:
-            reason = self._simulate(out, observers, scores)
+            reason = self._simulate(out, observers, asked, scores)
             status = "finished"
         except KeyboardInterrupt:
             status, reason = "interrupted", "stopped by Ctrl-C"
@@ -146,7 +151,9 @@ class Job:
             notes.append("The head is not trained: if the model came without one, it stays random.")
         return notes
 
-    def _simulate(self, out: Path, observers: Sequence[Observer], scores: list[Mapping[str, float]]) -> str:
+    def _simulate(
+        self, out: Path, observers: Sequence[Observer], workers: Workers, scores: list[Mapping[str, float]]
+    ) -> str:
         def evaluate(model: Model) -> Mapping[str, float]:
             scores.append(self.evaluate(model))
             return scores[-1]
@@ -155,14 +162,15 @@ class Job:
             for observer in everyone:
                 observer(now, event, commands)
 
-        with ExitStack() as files:
-            trace = Trace(files.enter_context((out / "trace.jsonl").open("w", encoding="utf-8")))
-            lines = files.enter_context((out / "metrics.jsonl").open("w", encoding="utf-8"))
+        with ExitStack() as opened:
+            trace = Trace(opened.enter_context((out / "trace.jsonl").open("w", encoding="utf-8")))
+            lines = opened.enter_context((out / "metrics.jsonl").open("w", encoding="utf-8"))
             metrics = folder.Metrics(lines)
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
             engine = self.run.engine or PLAIN
-            trainer = PeftTrainer(self.base, self.train_texts, shards, self.run.training, engine)
+            inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, engine)
+            trainer = opened.enter_context(workers.carrying_out(inner))
             simulation = Simulation(
                 self.server, trainer, self.run.world, self.profiles, evaluate, observe, seed=self.run.seed
             )

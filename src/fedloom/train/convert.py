@@ -76,8 +76,16 @@ def write(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None
 
 
 def base_weights(model: PeftModel) -> dict[str, Tensor]:
-    """Copies of the frozen weights of the adapted layers, (out, in)."""
-    return {name: _base_weight(layer).detach().clone() for name, layer in lora_layers(model).items()}
+    """The frozen weights of the adapted layers, (out, in). The model goes on with copies, which may be written to.
+
+    So what several processes share stays as it is, and a process that adds a fold pays for one copy of these layers.
+    """
+    taken = {}
+    for name, layer in lora_layers(model).items():
+        weight = _base_weight(layer)
+        taken[name] = weight.data
+        weight.data = weight.data.clone()
+    return taken
 
 
 @torch.no_grad()

@@ -75,6 +75,10 @@ class FrozenLinear(nn.Linear):
             return apply(input, self.weight, self._transposed(), self.bias)
         return _product(input, self.weight, self.bias)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which makes its own transposed weight."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_of", "_weight_t")}
+
     def _transposed(self) -> Tensor:
         """W^T, contiguous; made anew when W was written to (a fold was added to the base)."""
         state = self.__dict__

@@ -21,6 +21,7 @@ from fedloom.train.texts import Encoded
 from fedloom.train.together import Member
 from fedloom.types import ClientId, Local, Result, Rules, Start, Task
 
+Group: TypeAlias = Sequence[tuple[Task, Local]]
 Loss: TypeAlias = Callable[[Sequence[int]], Tensor]
 
 TRIAL = 5
@@ -42,22 +43,21 @@ class PeftTrainer:
         """Load, train, read back: each task in turn, or a group in one pass. The base keeps nothing of it."""
         return [answer for group in self.groups(work) for answer in self.group(group)]
 
-    def groups(self, work: Sequence[tuple[Task, Local]]) -> list[Sequence[tuple[Task, Local]]]:
+    def groups(self, work: Sequence[tuple[Task, Local]]) -> list[Group]:
         """The work, in its order, in groups that are trained in one pass; most often of one task each.
 
         A function of the work alone: whoever carries the groups out, and in which order, the results are the same.
         """
         found: list[list[tuple[Task, Local]]] = []
         for task, local in work:
-            known = self._common(task)
-            last = found[-1] if found else []
+            known, last = self._common(task), found[-1] if found else []
             if known is not None and last and self._common(last[0][0]) == known and len(last) < self._most(last[0][0]):
                 last.append((task, local))
             else:
                 found.append([(task, local)])
         return [*found]
 
-    def group(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def group(self, work: Group) -> list[tuple[Result, Local]]:
         """Carry out one group."""
         if len(work) == 1:
             return [self._one(*work[0])]

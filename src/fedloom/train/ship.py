@@ -1,0 +1,151 @@
+"""Objects as bytes for other processes of ours: tensors by value, or apart in one file that all of them map.
+
+Pickle, so for processes that this one started itself and never across a boundary of trust.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 64
+"""Bytes. Torch aligns its own memory so; some kernels round differently at another alignment."""
+
+
+def dumps(thing: object) -> bytes:
+    """`thing` with its tensors by value: a view costs what it shows and not what lies behind it, no handle is left open."""
+    stream = io.BytesIO()
+    _Pickler(stream).dump(thing)
+    return stream.getvalue()
+
+
+def loads(data: bytes, apart: Iterable[memoryview] = ()) -> Any:
+    """The thing again, its tensors in memory of their own or, where they were put `apart`, in that memory."""
+    return pickle.loads(data, buffers=apart)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A thing in a file without a name: it is gone with the last process that has it open, however that ends.
+
+    Every process maps the file copy-on-write: memory holds one copy of the tensors, and who writes to one has from then on the
+    pages that it wrote for itself. `spans` are (first byte, bytes) of the pickle and of each tensor.
+    """
+
+    file: IO[bytes]
+    spans: tuple[tuple[int, int], ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a child process that is just being spawned: it inherits the descriptor."""
+        return _inherited, (DupFd(self.file.fileno()), self.spans)
+
+    def views(self) -> list[memoryview]:
+        """The pickle and the tensors, mapped; a written page becomes private to this mapping."""
+        mapped = memoryview(mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY))
+        return [mapped[first : first + length] for first, length in self.spans]
+
+    def get(self) -> Any:
+        """The thing, its tensors in the mapped memory."""
+        head, *tensors = self.views()
+        return loads(bytes(head), tensors)
+
+
+def share(thing: object, folders: Iterable[Path]) -> Shared:
+    """Put `thing` into a file in the first folder with room for it; its tensors on the CPU move there too.
+
+    Raises OSError if there is room nowhere, pickle.PicklingError where a part has no pickle (a lambda).
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, buffers.append)
+    pickler.dump(thing)
+    parts = [stream.getbuffer(), *(buffer.raw() for buffer in buffers)]
+    spans, end = [], 0
+    for part in parts:
+        spans.append((end, len(part)))
+        end += -(-len(part) // ALIGNMENT) * ALIGNMENT
+    shared = Shared(_file(end, folders), tuple(spans))
+    for (first, _), part in zip(spans, parts, strict=True):
+        shared.file.seek(first)
+        shared.file.write(part)
+    shared.file.truncate(end)
+    shared.file.flush()
+    for tensor, made in zip(pickler.tensors, shared.views()[1:], strict=True):
+        if tensor.device.type == "cpu":
+            tensor.data = _viewed(made, tensor.dtype, tuple(tensor.shape), _plain(tensor).stride())
+    return shared
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors and parameters as the bytes they show, without gradients and hooks; remembers which it met."""
+
+    def __init__(self, stream: IO[bytes], apart: Callable[[pickle.PickleBuffer], object] | None = None) -> None:
+        super().__init__(stream, protocol=5, buffer_callback=apart)
+        self.tensors: list[Tensor] = []
+
+    def dump(self, thing: Any) -> None:
+        try:
+            super().dump(thing)
+        except (AttributeError, TypeError) as error:  # its other ways to say that a thing has no pickle
+            raise pickle.PicklingError(str(error)) from error
+
+    def reducer_override(self, thing: Any) -> Any:
+        if type(thing) not in (Tensor, nn.Parameter) or thing.layout != torch.strided:
+            return NotImplemented
+        self.tensors.append(thing)
+        plain = _plain(thing)
+        flat = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
+        facts = (thing.dtype, tuple(plain.shape), plain.stride(), thing.device, type(thing), thing.requires_grad)
+        raw: Any = flat.numpy()  # a buffer, which numpy's types do not say
+        return _tensor, (pickle.PickleBuffer(raw), *facts)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU and without gaps; the order of the dimensions in memory stays, which products may round by."""
+    here = tensor.detach().cpu()
+    return here if here.is_contiguous() else here.clone()
+
+
+def _tensor(
+    raw: bytearray | memoryview,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    device: torch.device,
+    kind: type[Tensor],
+    gradient: bool,
+) -> Tensor:
+    """The tensor; bytes that came in the stream are copied to memory as torch aligns it, bytes apart are used in place."""
+    made = _viewed(raw, dtype, shape, stride)
+    made = (made if isinstance(raw, memoryview) else made.clone()).to(device)
+    return nn.Parameter(made, gradient) if kind is nn.Parameter else made.requires_grad_(gradient)
+
+
+def _viewed(raw: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    if not raw:  # torch makes no tensor of an empty buffer
+        return torch.empty_strided(shape, stride, dtype=dtype)
+    return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).as_strided(shape, stride)
+
+
+def _file(size: int, folders: Iterable[Path]) -> IO[bytes]:
+    """An open file without a name in the first folder that has `size` bytes free."""
+    for folder in folders:
+        if folder.is_dir() and shutil.disk_usage(folder).free > size:
+            return tempfile.TemporaryFile(dir=folder)
+    raise OSError(f"{size / 1e6:,.0f} MB are needed")
+
+
+def _inherited(descriptor: Any, spans: tuple[tuple[int, int], ...]) -> Shared:
+    return Shared(os.fdopen(descriptor.detach(), "rb"), spans)
