@@ -224,6 +224,20 @@ MUTANTS = [
         "test_check.py",
     ),
     Mutant(
+        "a client is drawn twice",
+        "schedule/draw.py",
+        "moved[place] = moved.get(k, k)",
+        "pass",
+        "schedule/test_draw.py",
+    ),
+    Mutant(
+        "whoever stood last is lost",
+        "indexed.py",
+        "self._keys[place], self._values[place], self._places[last] = last, moved, place",
+        "self._keys[place], self._values[place] = last, moved",
+        "test_indexed.py",
+    ),
+    Mutant(
         "seeds by hash()",
         "seeds.py",
         'int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1',
