@@ -2,11 +2,11 @@
 
     python -m bench.workers [--quick]
 
-Every client trains rank 8 on batches of 16 texts of 24 to 64 tokens; one torch thread a process. Both ways take turns (A B A B) and
-must give the same adapters and losses. Wall seconds tell only where two cores are free. On a shared machine the CPU seconds tell: those of
-all processes together say what dividing costs; those of the busiest worker and of this process together are the least that the
-clock can show. Starting is paid once a run and measured
-apart. Memory is the proportional share (PSS) of the shared base over all three processes. The last line is one JSON object:
+Every client trains rank 8 on batches of 16 texts of 24 to 64 tokens; one torch thread a process. Both ways take turns (A B A
+B) and must give the same adapters and losses. Wall seconds tell only where two cores are free. On a shared machine the CPU
+seconds do: those of all processes together say what dividing costs; those of the busiest worker and of this process together
+("in a row") are the least that the clock can show. Starting is paid once a run and measured apart. Memory is the
+proportional share (PSS) of the shared base over all three processes. The last line is one JSON object:
 
 - `workers2.speedup`: wall seconds of one process / of two workers, median of the pairs (bar on two free cores: 1.7);
 - `workers2.speedup_cpu`: CPU seconds of one process / (those of the busiest worker + those of this process, which waits);
@@ -133,10 +133,9 @@ def workers2(repeats: int, steps: int) -> dict[str, float]:
         "same_bytes": all(found == pairs[0][0][1] for pair in pairs for _, found in pair),
     }
     print(f"cohort of {CLIENTS} clients, {steps} steps each, base of {size / 1e6:.0f} MB, {repeats} pairs")
-    for name, seconds in (("1 process", alone), ("2 workers", together)):
-        print(
-            f"  {name}  wall {spread([s.wall for s in seconds])}   CPU {spread([s.cpu for s in seconds])}   in a row {spread([s.row for s in seconds])}"
-        )
+    for name, found in (("1 process", alone), ("2 workers", together)):
+        wall, cpu, row = ([getattr(one, field) for one in found] for field in ("wall", "cpu", "row"))
+        print(f"  {name}  wall {spread(wall)}   CPU {spread(cpu)}   in a row {spread(row)}")
     print(
         f"  speedup    {spread(ratios)}  (bar {BAR} on two free cores: {'met' if median(ratios) >= BAR else 'MISSED'})"
     )

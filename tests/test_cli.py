@@ -111,6 +111,17 @@ BAD_RUNS = {
 }
 
 
+def test_a_slip_in_who_trains_is_told_before_anything_is_loaded(fedloom: Fedloom) -> None:
+    one_sentence(fedloom("run", "no-such-file.py", "--workers", "two"), "workers = 'two'", "a number from 1, or ray")
+
+
+@pytest.mark.slow
+def test_a_run_with_processes_says_so(fedloom: Fedloom, encoder: Path) -> None:
+    said = fedloom("run", run_file("run = tiny_run(model)", encoder), "--workers", 2, "--out", "here")
+    assert said.code == 0
+    assert json.loads(Path("here/manifest.json").read_text())["workers"] == "2"
+
+
 @pytest.mark.parametrize("mistake", BAD_RUNS)
 def test_a_mistake_in_a_run_file_is_one_sentence_and_leaves_nothing(
     fedloom: Fedloom, encoder: Path, mistake: str
