@@ -5,9 +5,10 @@
 A BERT of the mini shape (4 layers of 256) with random weights, real MRPC pairs (without that data: lengths drawn like theirs), 8
 clients of 64 pairs, one pass in batches of 16, LoRA rank 8 on query and value, AdamW, no dropout. The PEFT loop loads a client's
 adapter, makes its optimiser, trains and reads the adapter back, on examples tokenised beforehand: once padded to 128, once to the
-longest of each batch. One thread; processor seconds of the process (wall seconds beside), interleaved A B C A B C, median (minimum -
-maximum). Then one trained layer of six (6 layers of 384) with its activations kept and computed anew, gradients of several clients
-in one pass against one after the other, and two local workers against one (`python -m bench.workers`). The last line is one JSON object.
+longest of each batch. One thread; processor seconds of the process (wall seconds beside), interleaved A B C A B C, median
+(minimum - maximum). Then one trained layer of six (6 layers of 384) with its activations kept and computed anew, gradients of
+several clients in one pass against one after the other, and two local workers against one (`python -m bench.workers`). The last
+line is one JSON object.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from fedloom import (
     prepare,
 )
 from fedloom.manifest import digest, plain
+from fedloom.report.html import write
 from fedloom.report.read import read
 from fedloom.trace import fingerprint
 from fedloom.train.export import open_run
@@ -248,3 +249,13 @@ def test_every_kind_of_method_runs_to_a_folder_that_can_be_exported(
     for name, factor in outcome.adapter.factors.items():
         torch.testing.assert_close(adapter.factors[name].up @ adapter.factors[name].down, factor.up @ factor.down)
     assert base.labels == 2
+
+
+def test_scores_and_pictures_can_be_left_out(encoder: Path, tmp_path: Path) -> None:
+    run = tiny_run(encoder, held_out=0.0, limits=Limits(versions=2, evaluate_every=0))
+    outcome = prepare(run).execute(tmp_path / "run", report=False)
+    assert len(outcome.scores) == 1
+    log = read(outcome.folder)
+    assert ([line["version"] for line in log.scores], log.clients) == ([2], ())
+    assert not (outcome.folder / "report.html").exists()
+    assert write([outcome.folder], tmp_path / "page.html").stat().st_size > 10_000

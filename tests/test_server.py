@@ -263,7 +263,7 @@ def test_a_lower_rank_that_was_not_allowed_is_refused_and_not_remembered(method:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"versions": 0}, {"seconds": 0.0}, {"seconds": -1.0}, {"seconds": float("nan")}, {"evaluate_every": 0}]
+    "bad", [{"versions": 0}, {"seconds": 0.0}, {"seconds": -1.0}, {"seconds": float("nan")}, {"evaluate_every": -1}]
 )
 def test_bad_limits_are_refused_by_name(bad: dict[str, Any]) -> None:
     with pytest.raises(Refused, match=next(iter(bad))):

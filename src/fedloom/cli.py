@@ -80,6 +80,7 @@ def run(
     out_dir: OutDir = None,
     seed: Seed = None,
     workers: Who = "1",
+    pictures: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")] = True,
 ) -> None:
     """Carry out the Run value of a Python file on the virtual clock.
 
@@ -97,9 +98,10 @@ def run(
     target = folder.vacant(out_dir or folder.free(Path("runs"), value.name))
     job = prepare(value)
     _introduce(job)
-    outcome = _carry_out(job, target, workers)
+    outcome = _carry_out(job, target, workers, pictures)
     _summarise([outcome.folder])
-    out.print(f"\nReport   {outcome.folder / 'report.html'}\nAdapter  {outcome.folder / 'adapter'}")
+    page = outcome.folder / "report.html" if pictures else f"{sys.argv[0]} report {outcome.folder}"
+    out.print(f"\nReport   {page}\nAdapter  {outcome.folder / 'adapter'}", soft_wrap=True)
 
 
 @app.command()
@@ -216,12 +218,12 @@ def _introduce(job: Job) -> None:
         out.print(f"[yellow]Note[/yellow] {_escaped(note)}\n")
 
 
-def _carry_out(job: Job, folder: Path, workers: str = "1") -> Outcome:
+def _carry_out(job: Job, folder: Path, workers: str = "1", report: bool = True) -> Outcome:
     """Execute with a progress bar: rounds, virtual time, loss, accuracy."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
     with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
         observer = _watcher(progress, f"{type(job.run.aggregator).__name__:8s}", job.run.limits.versions)
-        return job.execute(folder, [observer], workers)
+        return job.execute(folder, [observer], workers, report)
 
 
 def _watcher(progress: Progress, name: str, versions: int) -> Observer:

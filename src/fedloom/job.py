@@ -54,11 +54,14 @@ class Job:
     tested: tuple[int, ...]
     server: Server
 
-    def execute(self, out: Path, observers: Sequence[Observer] = (), workers: int | str = 1) -> Outcome:
+    def execute(
+        self, out: Path, observers: Sequence[Observer] = (), workers: int | str = 1, report: bool = True
+    ) -> Outcome:
         """Simulate to the end and fill the run folder.
 
         `workers` is who trains, which the numbers do not depend on: 1 this process, 2 or more local processes over one copy of the
         base, "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
+        Without `report` its pictures, a second or two, are left to `fedloom report`.
 
         Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed".
         """
@@ -78,7 +81,7 @@ class Job:
             reason = f"{type(error).__name__}: {error}"
             raise
         finally:
-            self._close(out, {**about, "status": status, "status_reason": reason})
+            self._close(out, {**about, "status": status, "status_reason": reason}, report)
         model = self.server.state.model
         return Outcome(out, tuple(scores), whole(model.adapter, model.fold))
 
@@ -175,7 +178,7 @@ class Job:
                 self.server, trainer, self.run.world, self.profiles, evaluate, observe, seed=self.run.seed
             )
             reason = simulation.run()
-            for line in self.client_scores(simulation.locals):
+            for line in self.client_scores(simulation.locals) if self.run.held_out else ():
                 metrics.write(line)
         return reason
 
@@ -187,13 +190,14 @@ class Job:
         line |= {"rank": rank, "held_out": len(shard.held_out)}
         return line | scores.figures(self.base.labels) | {"base_accuracy": guessed}
 
-    def _close(self, out: Path, about: Mapping[str, object]) -> None:
+    def _close(self, out: Path, about: Mapping[str, object], report: bool) -> None:
         """The final manifest, the adapter of the last version, the report: also for a run that was cut short."""
         folder.write_json(out / "manifest.json", about)
         if self.server.state.version > 0:
             model = self.server.state.model
             save(self.base, level(whole(model.adapter, model.fold)), self.split.train.names, out / "adapter")
-        write_report([out], out / "report.html")
+        if report:
+            write_report([out], out / "report.html")
 
 
 def prepare(run: Run) -> Job:

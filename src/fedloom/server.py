@@ -70,7 +70,8 @@ class Limits:
     """When a run ends and how often it is scored.
 
     It ends after `versions` global versions or at `seconds`, whichever is first, and if `failures` tasks in a row failed:
-    when every answer is refused (training diverged, say), waiting longer helps nobody.
+    when every answer is refused (training diverged, say), waiting longer helps nobody. `evaluate_every`: score the start, every so
+    many versions and the last one; with 0 the last one alone.
     """
 
     versions: int = 10
@@ -85,8 +86,10 @@ class Limits:
             raise Refused("limits.seconds", self.seconds, "give positive virtual seconds, or None for no limit")
         if self.failures < 1:
             raise Refused("limits.failures", self.failures, "how many tasks may fail in a row: at least 1")
-        if self.evaluate_every < 1:
-            raise Refused("limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions")
+        if self.evaluate_every < 0:
+            raise Refused(
+                "limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions, 0: the last alone"
+            )
 
 
 class Server:
@@ -206,7 +209,7 @@ class Server:
     def _decide(self) -> list[Command]:
         """Merge while the schedule finds something to merge, then stop or start clients."""
         state, commands = self.state, list[Command]()
-        if state.asked < 0:
+        if state.asked < 0 and self.limits.evaluate_every:
             commands.append(self._evaluate())
         fleet = self.fleet()
         while state.version < self.limits.versions and (merge := self.schedule.merge(fleet)):
@@ -228,7 +231,8 @@ class Server:
         state.version += 1
         state.arrived = list(merge.retain)
         commands.append(Publish(state.version, state.model, tuple(update for _, update in merge.parts)))
-        if state.version % self.limits.evaluate_every == 0 or state.version == self.limits.versions:
+        every = self.limits.evaluate_every or self.limits.versions
+        if state.version % every == 0 or state.version == self.limits.versions:
             commands.append(self._evaluate())
         return commands
 

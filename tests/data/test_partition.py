@@ -180,3 +180,8 @@ def test_the_table_fits_a_terminal(clients: int, labels: int, rows: int) -> None
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert f"{clients} clients, label divergence" in text
     assert len(text.splitlines()) < 30
+
+
+def test_nothing_is_set_aside_where_no_client_is_to_be_scored() -> None:
+    parts = {"c00": (0, 1, 2), "c01": (3,)}
+    assert [(shard.train, shard.held_out) for shard in hold_out(parts, toy(10), 0.0)] == [((0, 1, 2), ()), ((3,), ())]

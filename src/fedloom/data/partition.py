@@ -144,25 +144,26 @@ class Shard:
 def hold_out(
     parts: Mapping[str, tuple[int, ...]], examples: Examples, share: float = 0.2, seed: int = 0
 ) -> tuple[Shard, ...]:
-    """Set a random `share` of each client's examples aside, at least one, and leave at least one to train on.
+    """Set a random `share` of each client's examples aside, at least one unless it is 0, and leave at least one to train on.
 
     Raises:
-        Refused: a client has fewer than two examples, or an index that `examples` lack.
+        Refused: a client has fewer than two examples (one, where none is set aside), or an index that `examples` lack.
     """
-    if not 0 < share < 1:
-        raise Refused("held_out", share, "choose a share between 0 and 1")
+    if not 0 <= share < 1:
+        raise Refused("held_out", share, "choose a share of at least 0 (clients are not scored) and below 1")
+    least = 2 if share else 1
     shards = []
     for client, part in parts.items():
-        if len(part) < 2:
+        if len(part) < least:
             raise Refused(
                 "partition.client",
                 client,
-                f"has {len(part)} example(s), needs 2; use fewer clients, or leave this one's rows out",
+                f"has {len(part)} example(s), needs {least}; use fewer clients, or leave this one's rows out",
             )
         if not all(0 <= index < len(examples) for index in part):
             raise Refused("partition.client", client, f"has an index outside the {len(examples)} examples")
         shuffled = _draw(seed, "held out", client).permutation(part).tolist()
-        cut = min(max(1, round(share * len(part))), len(part) - 1)
+        cut = min(max(1, round(share * len(part))), len(part) - 1) if share else 0
         shards.append(Shard(client, tuple(sorted(shuffled[cut:])), tuple(sorted(shuffled[:cut]))))
     return tuple(shards)
 
