@@ -147,7 +147,7 @@ def test_a_run_cut_short_before_its_first_version_has_a_report_and_no_adapter(en
         ({"plan": Plan(FixedRank(33))}, "plan.rank"),
         ({"data": Rows(toy_rows(20), text="txet")}, "data.text"),
         ({"partition": ByClient()}, "partition"),
-        ({"held_out": 0.0}, "held_out"),
+        ({"held_out": 1.0}, "held_out"),
         ({"plan": Plan(FixedRank(10**9))}, "plan.rank"),
         ({"plan": Plan(FixedRank(2), 1.5)}, "plan.local_steps"),  # type: ignore[arg-type]
         ({"aggregator": RaFLoRA(rank=5000)}, "aggregator.rank"),
