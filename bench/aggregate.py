@@ -100,7 +100,7 @@ def weighted(case: Case) -> list[tuple[float, Factor]]:
 def fedloom_call(case: Case) -> Callable[[], Factor]:
     """The aggregate as a server does it: one stack, one truncation at the highest rank, energy before and after for its log."""
     terms = weighted(case)
-    return lambda: best(stack(terms), case.rank)[0]
+    return lambda: best(terms, case.rank)[0]
 
 
 def peft_call(case: Case) -> Callable[[], Factor]:

@@ -6,17 +6,20 @@ rank may be compared, added and cut without knowing anything else. Decomposition
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import copysign
 
 import torch
 from torch import Tensor
 
-from fedloom.lowrank import svd
+from fedloom.lowrank import svd, svd_dense
 
 NEGLIGIBLE = 1e-6
 """Length, relative to the longest, under which both sides of a direction are lost in the product's float32 rounding."""
+
+CHUNK = 1024
+"""Directions below which a product of thin factors is slower than their stack's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,18 +67,38 @@ def stack(terms: Sequence[tuple[float, Factor]]) -> Factor:
     of the stack well conditioned.
     """
     roots = [abs(coefficient) ** 0.5 for coefficient, _ in terms]
-    downs = [root * factor.down for root, (_, factor) in zip(roots, terms, strict=True)]
-    ups = [copysign(root, weight) * factor.up for root, (weight, factor) in zip(roots, terms, strict=True)]
-    return Factor(torch.cat(downs), torch.cat(ups, 1))
+    signed = [copysign(root, coefficient) for root, (coefficient, _) in zip(roots, terms, strict=True)]
+    down = torch.cat([root * factor.down for root, (_, factor) in zip(roots, terms, strict=True)])
+    return Factor(down, torch.cat([root * factor.up for root, (_, factor) in zip(signed, terms, strict=True)], 1))
 
 
-def truncate(factor: Factor, rank: int) -> Factor:
+def total(terms: Iterable[tuple[float, Factor]]) -> Factor | Tensor:
+    """sum of coefficient * product, exactly: a stack, or the matrix itself (d_out, d_in) where that has fewer directions.
+
+    Terms are taken one by one and added up in chunks, so that beside them never more is held than some three matrices of
+    that size, however many there are. The sum is in float32 or higher.
+    """
+    matrix, pending, width = None, list[tuple[float, Factor]](), 0
+    for coefficient, factor in terms:
+        pending.append((coefficient, factor))
+        width += factor.rank
+        if width >= max(CHUNK, *_sides(factor)):
+            matrix, pending, width = _formed(stack(pending), matrix), [], 0
+    if matrix is None and width < min(_sides(pending[0][1])):
+        return stack(pending)
+    return _formed(stack(pending), matrix) if pending or matrix is None else matrix
+
+
+def truncate(product: Factor | Tensor, rank: int) -> Factor:
     """The best approximation of at most `rank` (Eckart-Young), directions sorted by energy.
 
     `down` has orthonormal rows and `up` carries the singular values, so `cut` of the result is optimal at every lower
     rank: one decomposition serves clients of all ranks.
     """
-    left, values, right = svd(factor.up, factor.down, rank)
+    if isinstance(product, Tensor):
+        left, values, right = svd_dense(product, rank)
+    else:
+        left, values, right = svd(product.up, product.down, rank)
     return Factor(right, left * values)
 
 
@@ -118,10 +141,15 @@ def fresh(like: Factor, rank: int, seed: int) -> Factor:
     return Factor(rows, like.up.new_zeros(like.up.shape[0], rank))
 
 
-def compact(factor: Factor) -> Factor:
-    """The same product with no more directions than a matrix of its size can have."""
-    most = min(factor.up.shape[0], factor.down.shape[1])
-    return truncate(factor, most) if factor.rank > most else factor
+def compact(product: Factor | Tensor) -> Factor:
+    """The same product with no more directions than a matrix of its size can have: a wide one as itself times identity."""
+    if isinstance(product, Factor):
+        if product.rank <= min(_sides(product)):
+            return product
+        product = _formed(product, None)
+    d_out, d_in = product.shape
+    eye = torch.eye(min(d_out, d_in), dtype=product.dtype, device=product.device)
+    return Factor(product, eye) if d_out <= d_in else Factor(eye, product)
 
 
 def joined(adapter: Adapter, fold: Adapter | None) -> Adapter:
@@ -163,6 +191,21 @@ def server_rank(adapter: Adapter) -> int:
     return max(factor.rank for factor in adapter.factors.values())
 
 
+def squares(product: Factor | Tensor) -> float:
+    """Squared Frobenius norm from float32 products: good to 1e-6, for a log, where the terms do not cancel.
+
+    Both Gram matrices of a factor are symmetric: only the blocks on and above their diagonals are computed.
+    """
+    if isinstance(product, Tensor):
+        return sum(float(rows.double().square().sum()) for rows in torch.split(product, 512))
+    up, down, sum_ = product.up, product.down, 0.0
+    for start in range(0, product.rank, 128):
+        block = slice(start, start + 128)
+        both = ((up[:, block].T @ up[:, start:]) * (down[block] @ down[start:].T)).double()
+        sum_ += float(2 * both.sum() - both[:, :128].sum())
+    return sum_
+
+
 def energy(factor: Factor) -> Tensor:
     """Squared singular values of the product, largest first, (min(rank, d_out, d_in),) in float64."""
     values: Tensor = torch.linalg.svdvals(_core(factor))
@@ -172,6 +215,18 @@ def energy(factor: Factor) -> Tensor:
 def norm(factor: Factor) -> float:
     """Frobenius norm of the product, in float64, safe where terms of a stack cancel."""
     return float(_core(factor).norm())
+
+
+def _sides(factor: Factor) -> tuple[int, int]:
+    """d_out and d_in."""
+    return factor.up.shape[0], factor.down.shape[1]
+
+
+def _formed(factor: Factor, onto: Tensor | None) -> Tensor:
+    """The product itself in float32 or higher, added to `onto` in place."""
+    dtype = torch.promote_types(torch.promote_types(factor.up.dtype, factor.down.dtype), torch.float32)
+    matrix = factor.up.to(dtype) @ factor.down.to(dtype)
+    return matrix if onto is None else onto.add_(matrix)
 
 
 def _core(factor: Factor) -> Tensor:

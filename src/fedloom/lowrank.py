@@ -59,7 +59,7 @@ def svd(up: Tensor, down: Tensor, rank: int) -> Triple:
 
 def svd_dense(matrix: Tensor, rank: int) -> Triple:
     """`svd` of a matrix that is at hand."""
-    if min(matrix.shape) <= SMALL or matrix.dtype == torch.float64:
+    if min(rank, *matrix.shape) == 0 or min(matrix.shape) <= SMALL or matrix.dtype == torch.float64:
         return dense(matrix, rank)
     return krylov([matrix], rank) or dense_gram(matrix, rank)
 
