@@ -29,6 +29,9 @@ SMALL = 256
 OVERSAMPLE = 8
 """Directions a Krylov block carries beyond the rank: the more, the fewer blocks."""
 
+BLOCKS = 7
+"""Krylov blocks that cost as much as an exact method on as many directions."""
+
 RESOLUTION = 1e-13
 """Relative change of energy that float32 factors cannot show (their rounding, squared)."""
 
@@ -46,7 +49,7 @@ def svd(up: Tensor, down: Tensor, rank: int) -> Triple:
     rank = min(rank, stacked, smaller)
     if rank == 0:
         return up[:, :0], up.new_zeros(0), down[:0]
-    thin = 0.5 * smaller if smaller <= SMALL else min(smaller, max(0.05 * smaller, 7 * (rank + OVERSAMPLE)))
+    thin = 0.5 * smaller if smaller <= SMALL else min(smaller, max(0.05 * smaller, BLOCKS * (rank + OVERSAMPLE)))
     if stacked <= thin or dtype == torch.float64:
         return householder(up, down, rank)
     if stacked >= smaller or smaller <= SMALL:
@@ -59,9 +62,11 @@ def svd(up: Tensor, down: Tensor, rank: int) -> Triple:
 
 def svd_dense(matrix: Tensor, rank: int) -> Triple:
     """`svd` of a matrix that is at hand."""
-    if min(rank, *matrix.shape) == 0 or min(matrix.shape) <= SMALL or matrix.dtype == torch.float64:
+    smaller = min(matrix.shape)
+    if min(rank, smaller) == 0 or smaller <= SMALL or matrix.dtype == torch.float64:
         return dense(matrix, rank)
-    return krylov([matrix], rank) or dense_gram(matrix, rank)
+    found = krylov([matrix], rank) if smaller > BLOCKS * (rank + OVERSAMPLE) else None
+    return found or dense_gram(matrix, rank)
 
 
 def dense(matrix: Tensor, rank: int) -> Triple:
@@ -109,7 +114,8 @@ def krylov(product: Sequence[Tensor], rank: int, tolerance: float = 1e-6, blocks
         energies, axes = torch.linalg.eigh(squares)
         top, tail = float(energies[-q:].sum()), float(energies[:-q].sum())
         if extended is None or (last is not None and top - last <= max(tolerance * tail, RESOLUTION * top)):
-            return _project(product, _reflect(reflectors, axes[:, -q:].to(first.dtype)))
+            chosen = axes[:, -q:].to(first.dtype)
+            return _sorted(_reflect(reflectors, chosen), chosen.T @ rows)
         if len(rows) + width > min(d_out, d_in):
             return None
         # orthonormal rows, not the rows themselves: a graded spectrum is not squared, and a tiny one does not underflow
@@ -154,7 +160,12 @@ def _under(rows: Tensor, product: Sequence[Tensor]) -> Tensor:
 def _project(product: Sequence[Tensor], span: Tensor) -> Triple:
     """The best approximation of the product whose columns lie in those of `span` (d_out, q)."""
     span = torch.linalg.qr(span)[0]
-    axes, core = torch.linalg.qr(_under(span.T, product).T)
+    return _sorted(span, _under(span.T, product))
+
+
+def _sorted(span: Tensor, rows: Tensor) -> Triple:
+    """span @ rows, where `span` (d_out, q) has orthonormal columns, as its singular vectors and values."""
+    axes, core = torch.linalg.qr(rows.T)
     left, values, right = torch.linalg.svd(core.double().T)
     return span @ left.to(span.dtype), values.to(span.dtype), right.to(span.dtype) @ axes.T
 
@@ -174,7 +185,9 @@ def _extend(reflectors: Reflectors, found: Tensor) -> tuple[Reflectors, Tensor] 
     if known and residual.abs().max() <= 8 * torch.finfo(found.dtype).eps * found.abs().max():
         return None
     more, factors = torch.geqrf(residual)
-    packed, scales = torch.cat([packed, torch.cat([turned[:known], more])], 1), torch.cat([scales, factors])
+    # by columns, as LAPACK wants it: ormqr would copy the other order at every call
+    packed = torch.cat([packed.T, torch.cat([turned[:known], more]).T]).T
+    scales = torch.cat([scales, factors])
     last = torch.eye(len(scales), dtype=found.dtype, device=found.device)[:, known:]
     return (packed, scales), _reflect((packed, scales), last)
 
@@ -196,6 +209,6 @@ def _reflectors(tall: Tensor) -> tuple[Reflectors, Tensor]:
 def _reflect(reflectors: Reflectors, columns: Tensor) -> Tensor:
     """Q @ columns, where `columns` (min(n, k), q) are coordinates in the columns of Q."""
     packed, scales = reflectors
-    padded = columns.new_zeros(packed.shape[0], columns.shape[1])
+    padded = columns.new_zeros(columns.shape[1], packed.shape[0]).T
     padded[: columns.shape[0]] = columns
     return torch.ormqr(packed, scales, padded)
