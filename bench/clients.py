@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregate.combine import best
-from fedloom.lora import Factor, energy, stack, total, truncate
+from fedloom.lora import Factor, energy, stack
 
 ALPHA = 16.0
 MIXED = (2, 4, 8, 16, 32, 64)
@@ -84,12 +84,6 @@ def server_call(case: Case) -> Callable[[], Factor]:
     return lambda: best(terms, case.rank)[0]
 
 
-def bare_call(case: Case) -> Callable[[], Factor]:
-    """The aggregate alone."""
-    terms = weighted(case)
-    return lambda: truncate(total(terms), case.rank)
-
-
 def worst_gap(case: Case, result: Factor) -> float:
     """error / optimal error - 1 in float64, the worst over the client ranks, each a cut of `result`.
 
@@ -108,6 +102,7 @@ def worst_gap(case: Case, result: Factor) -> float:
     kept = (left.T @ left) * (right @ right.T)
 
     def error(rank: int) -> float:
-        return float(squares.sum() - 2 * inside[:rank].sum() + kept[:rank, :rank].sum()) ** 0.5
+        squared = float(squares.sum() - 2 * inside[:rank].sum() + kept[:rank, :rank].sum())
+        return sqrt(squared)
 
     return max(error(rank) / float(squares[rank:].sum().sqrt()) - 1 for rank in set(case.ranks))

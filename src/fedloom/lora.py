@@ -13,7 +13,7 @@ from math import copysign
 import torch
 from torch import Tensor
 
-from fedloom.lowrank import svd, svd_dense
+from fedloom.lowrank import grams, svd, svd_dense
 
 NEGLIGIBLE = 1e-6
 """Length, relative to the longest, under which both sides of a direction are lost in the product's float32 rounding."""
@@ -89,17 +89,26 @@ def total(terms: Iterable[tuple[float, Factor]]) -> Factor | Tensor:
     return _formed(stack(pending), matrix) if pending or matrix is None else matrix
 
 
-def truncate(product: Factor | Tensor, rank: int) -> Factor:
+def truncate(factor: Factor, rank: int) -> Factor:
     """The best approximation of at most `rank` (Eckart-Young), directions sorted by energy.
 
     `down` has orthonormal rows and `up` carries the singular values, so `cut` of the result is optimal at every lower
     rank: one decomposition serves clients of all ranks.
     """
-    if isinstance(product, Tensor):
-        left, values, right = svd_dense(product, rank)
-    else:
-        left, values, right = svd(product.up, product.down, rank)
+    left, values, right = svd(factor.up, factor.down, rank)
     return Factor(right, left * values)
+
+
+def truncate_sum(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float]:
+    """`truncate` of a sum, and the sum's energy (squared Frobenius norm), good to 1e-6."""
+    sum_ = total(terms)
+    if isinstance(sum_, Tensor):
+        left, values, right = svd_dense(sum_, rank)
+        energy = sum(float(rows.double().square().sum()) for rows in torch.split(sum_, 512))
+    else:
+        near, energy = grams(sum_.up, sum_.down)
+        left, values, right = svd(sum_.up, sum_.down, rank, near)
+    return Factor(right, left * values), energy
 
 
 def balance(factor: Factor) -> Factor:
@@ -189,21 +198,6 @@ def each(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
 def server_rank(adapter: Adapter) -> int:
     """The highest rank of the adapter's layers: what the server keeps unless a method says otherwise."""
     return max(factor.rank for factor in adapter.factors.values())
-
-
-def squares(product: Factor | Tensor) -> float:
-    """Squared Frobenius norm from float32 products: good to 1e-6, for a log, where the terms do not cancel.
-
-    Both Gram matrices of a factor are symmetric: only the blocks on and above their diagonals are computed.
-    """
-    if isinstance(product, Tensor):
-        return sum(float(rows.double().square().sum()) for rows in torch.split(product, 512))
-    up, down, sum_ = product.up, product.down, 0.0
-    for start in range(0, product.rank, 128):
-        block = slice(start, start + 128)
-        both = ((up[:, block].T @ up[:, start:]) * (down[block] @ down[start:].T)).double()
-        sum_ += float(2 * both.sum() - both[:, :128].sum())
-    return sum_
 
 
 def energy(factor: Factor) -> Tensor:

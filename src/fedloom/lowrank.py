@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 
 Triple: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Grams: TypeAlias = tuple[Tensor, Tensor]
+"""U^T U and V V^T (R, R), each up to a positive factor."""
+
 Reflectors: TypeAlias = tuple[Tensor, Tensor]
 """An orthogonal Q as LAPACK's geqrf leaves it: vectors below the diagonal (n, k), and their scales (k,)."""
 
@@ -36,12 +39,12 @@ RESOLUTION = 1e-13
 """Relative change of energy that float32 factors cannot show (their rounding, squared)."""
 
 
-def svd(up: Tensor, down: Tensor, rank: int) -> Triple:
+def svd(up: Tensor, down: Tensor, rank: int, near: Grams | None = None) -> Triple:
     """The best approximation of up @ down of at most `rank`, by the cheapest method that is exact to rounding.
 
     Householder while the stack is thin (and for float64), the dense SVD for small layers, else Krylov, else a Gram
     matrix. A product smaller than its factors (R >= n) is formed. The thresholds are crossovers measured on a CPU; a
-    full SVD of a large product is never the right call.
+    full SVD of a large product is never the right call. `near`, from `grams`, saves Krylov half of its blocks.
     """
     dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
     up, down = up.to(dtype), down.to(dtype)
@@ -54,7 +57,7 @@ def svd(up: Tensor, down: Tensor, rank: int) -> Triple:
         return householder(up, down, rank)
     if stacked >= smaller or smaller <= SMALL:
         return svd_dense(up @ down, rank)
-    found = krylov([up, down], rank)
+    found = krylov([up, down], rank, near)
     if found is None:
         return gram(up, down, rank) if stacked <= 0.7 * smaller else dense_gram(up @ down, rank)
     return found
@@ -89,19 +92,20 @@ def householder(up: Tensor, down: Tensor, rank: int) -> Triple:
     return _reflect(reflect_up, left), values[:q].to(up.dtype), _reflect(reflect_down, right.T).T
 
 
-def krylov(product: Sequence[Tensor], rank: int, tolerance: float = 1e-6, blocks: int = 12) -> Triple | None:
+def krylov(
+    product: Sequence[Tensor], rank: int, near: Grams | None = None, tolerance: float = 1e-6, blocks: int = 12
+) -> Triple | None:
     """Adaptive block Krylov on an implicit product: O(blocks (d_out + d_in) R q); None if it did not converge.
 
     `product` is (up, down), or a matrix alone. Each block asks it for directions that the basis does not have yet (Musco
     and Musco, 2015, with a stopping rule). It stops when a block raises the energy of the top q by less than `tolerance`
     of the energy that the basis holds beyond q. That tail is a lower bound of the squared truncation error, so the rule
-    is on the safe side.
+    is on the safe side. The first block is random, or what the Gram matrices `near` of both factors tell.
     """
     d_out, d_in, first = product[0].shape[0], product[-1].shape[1], product[0]
     width = min(rank + OVERSAMPLE, d_out, *(part.shape[1] for part in product))
     q = min(rank, width)
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(d_in, width, generator=generator, dtype=first.dtype).to(first.device)
+    probe = _normal(d_in, width, first) if near is None else _leading(product[-1], near, width)
     reflectors, rows, last = (first.new_zeros(d_out, 0), first.new_zeros(0)), first.new_zeros(0, d_in), None
     squares = first.new_zeros(0, 0, dtype=torch.float64)
     for _ in range(blocks):
@@ -141,6 +145,44 @@ def dense_gram(matrix: Tensor, rank: int) -> Triple:
         return left.T, values, right.T
     top = torch.linalg.eigh(_inner(matrix.T, matrix.T))[1][:, -min(rank, len(matrix)) :]
     return _project([matrix], top.to(matrix.dtype))
+
+
+def grams(up: Tensor, down: Tensor) -> tuple[Grams, float]:
+    """U^T U and V V^T, each up to a positive factor, and the squared Frobenius norm of up @ down, good to 1e-6."""
+    of_up, size_up = _scaled_gram(up)
+    of_down, size_down = _scaled_gram(down.T)
+    return (of_up, of_down), float((of_up.double() * of_down).sum()) * size_up * size_down
+
+
+def _scaled_gram(tall: Tensor) -> tuple[Tensor, float]:
+    """tall^T tall / size in float32 or higher, and the size: the largest entry, so that nothing under- or overflows."""
+    tall = tall.to(torch.promote_types(tall.dtype, torch.float32))
+    size, total = float(tall.abs().max()) or 1.0, tall.new_empty(tall.shape[1], tall.shape[1])
+    for start in range(0, tall.shape[1], 128):  # only the blocks on and above the diagonal
+        stop = start + 128
+        block = (tall[:, start:stop] / size).T @ tall[:, start:]
+        total[start:stop, start:], total[start:, start:stop] = block, block.T
+    return total, size
+
+
+def _leading(down: Tensor, near: Grams, width: int) -> Tensor:
+    """Orthonormal columns (d_in, width) near the leading right directions of the product.
+
+    Four steps of subspace iteration in the R coordinates of the factors, where a step costs R / (d_out + d_in) of one of
+    Krylov: V^T U^T U V (V^T x) = V^T (U^T U) (V V^T) x. Too coarse to be an answer (the condition number is squared).
+    """
+    of_up, of_down = (gram / (float(gram.abs().max()) or 1.0) for gram in near)
+    block = _normal(len(of_up), width, of_up)
+    for _ in range(4):
+        block = torch.linalg.qr(of_up @ (of_down @ block))[0]
+    probe: Tensor = torch.linalg.qr(down.T @ block)[0]
+    return probe
+
+
+def _normal(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Random entries, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def _times(product: Sequence[Tensor], columns: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ from fedloom.lora import (
     revive,
     scale,
     server_rank,
-    squares,
     total,
-    truncate,
+    truncate_sum,
 )
 from fedloom.seeds import derive
 from fedloom.types import Budget, Merge, Model, Start
@@ -154,9 +153,8 @@ def product_terms(name: str, model: Adapter, merge: Merge, reach: Tensor) -> Ite
 
 def best(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float, float]:
     """The best approximation of at most `rank` to a sum, and the energy (squared Frobenius norm) before and after."""
-    whole = total(terms)
-    kept = truncate(whole, rank)
-    return kept, squares(whole), float(kept.up.double().square().sum())
+    kept, before = truncate_sum(terms, rank)
+    return kept, before, float(kept.up.double().square().sum())
 
 
 def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model:
