@@ -1,4 +1,6 @@
-"""LoRA factors and adapters, and the algebra on them; the dense (d_out, d_in) matrix is never formed for a large layer.
+"""LoRA factors and adapters, and the algebra on them.
+
+A large layer's dense (d_out, d_in) matrix is formed only where it is smaller than the factors that it is the product of.
 
 A factor stands for delta_W = up @ down exactly: the scaling alpha/r is folded into `up`, so that factors of different
 rank may be compared, added and cut without knowing anything else. Decompositions are in `lowrank.py`.
