@@ -109,15 +109,13 @@ def krylov(
     reflectors, rows, last = (first.new_zeros(d_out, 0), first.new_zeros(0)), first.new_zeros(0, d_in), None
     squares = first.new_zeros(0, 0, dtype=torch.float64)
     for _ in range(blocks):
-        extended = _extend(reflectors, _times(product, probe))
-        if extended is not None:
-            reflectors, fresh = extended
-            rows = torch.cat([rows, _under(fresh.T, product)])
-            cross = _inner(rows.T, rows[-width:].T)
-            squares = torch.cat([torch.cat([squares, cross[:-width].T]), cross], 1)
+        reflectors, fresh = _extend(reflectors, _times(product, probe))
+        rows = torch.cat([rows, _under(fresh.T, product)])
+        cross = _inner(rows.T, rows[-width:].T)
+        squares = torch.cat([torch.cat([squares, cross[:-width].T]), cross], 1)
         energies, axes = torch.linalg.eigh(squares)
         top, tail = float(energies[-q:].sum()), float(energies[:-q].sum())
-        if extended is None or (last is not None and top - last <= max(tolerance * tail, RESOLUTION * top)):
+        if last is not None and top - last <= max(tolerance * tail, RESOLUTION * top):
             chosen = axes[:, -q:].to(first.dtype)
             return _sorted(_reflect(reflectors, chosen), chosen.T @ rows)
         if len(rows) + width > min(d_out, d_in):
@@ -212,8 +210,8 @@ def _sorted(span: Tensor, rows: Tensor) -> Triple:
     return span @ left.to(span.dtype), values.to(span.dtype), right.to(span.dtype) @ axes.T
 
 
-def _extend(reflectors: Reflectors, found: Tensor) -> tuple[Reflectors, Tensor] | None:
-    """The basis with as many directions more as `found` has columns, and these; None if it spans `found`, to rounding.
+def _extend(reflectors: Reflectors, found: Tensor) -> tuple[Reflectors, Tensor]:
+    """The basis with as many directions more as `found` has columns, and these.
 
     The basis is the Q of a QR that grows by blocks and is kept as reflectors. Its columns are orthonormal whatever
     `found` is: where the product's rank is exhausted what is left of `found` is rounding noise, and a projection would
@@ -222,11 +220,7 @@ def _extend(reflectors: Reflectors, found: Tensor) -> tuple[Reflectors, Tensor] 
     packed, scales = reflectors
     known = len(scales)
     turned = torch.ormqr(packed, scales, found, transpose=True) if known else found
-    residual = turned[known:]
-    # largest entries, not norms: the square of a tiny or huge float32 is 0 or infinite
-    if known and residual.abs().max() <= 8 * torch.finfo(found.dtype).eps * found.abs().max():
-        return None
-    more, factors = torch.geqrf(residual)
+    more, factors = torch.geqrf(turned[known:])
     # by columns, as LAPACK wants it: ormqr would copy the other order at every call
     packed = torch.cat([packed.T, torch.cat([turned[:known], more]).T]).T
     scales = torch.cat([scales, factors])
