@@ -13,11 +13,17 @@ HONEST_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 def extra_peak(call: Callable[[], object]) -> int:
     """Bytes by which the resident set rose above its level before the call, at the highest point of the call."""
+    before, highest = peak(call)
+    return max(highest - before, 0)
+
+
+def peak(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of the resident set before the call and at the highest point of it."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to the present resident set
     before = resident()
     call()
-    return max(_status("VmHWM") - before, 0)
+    return before, _status("VmHWM")
 
 
 def resident() -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +25,9 @@ from fedloom.lora import (
     scale,
     server_rank,
     stack,
+    total,
     truncate,
+    truncate_sum,
     whole,
 )
 
@@ -152,6 +157,45 @@ def test_revive_after_truncation_of_a_deficient_product() -> None:
     alive = revive(truncate(copies, 4), 6, seed=0)
     close(product(alive), product(factor(2)))
     assert learns(alive)
+
+
+def dense(of: Factor | Tensor) -> Tensor:
+    return of.double() if isinstance(of, Tensor) else product(of)
+
+
+@pytest.mark.parametrize("ranks", [[3], [4, 5], [4, 6], [0, 9], [10], [11], [7] * 300, [400] * 4])
+@pytest.mark.parametrize(("d_out", "d_in"), [(12, 10), (10, 14)])
+def test_a_sum_is_a_stack_or_where_that_is_wider_a_matrix(ranks: list[int], d_out: int, d_in: int) -> None:
+    terms = [((-1.0) ** k / len(ranks), factor(rank, d_out, d_in, k)) for k, rank in enumerate(ranks)]
+    sum_ = total(iter(terms))
+    assert isinstance(sum_, Tensor) == (sum(ranks) >= 10)
+    close(dense(sum_), product(stack(terms)), 1e-4)
+    kept, squared = truncate_sum(iter(terms), 4)
+    close(product(kept), product(truncate(stack(terms), 4)), 1e-4)
+    assert squared == pytest.approx(float(product(stack(terms)).square().sum()), rel=1e-5)
+
+
+def test_a_sum_in_half_precision_is_taken_in_float32() -> None:
+    terms = [(1.0, Factor(f.down.bfloat16(), f.up.bfloat16())) for f in (factor(8), factor(8, seed=1))]
+    sum_ = total(terms)
+    assert isinstance(sum_, Tensor)
+    assert sum_.dtype == torch.float32
+
+
+def test_terms_of_a_sum_are_let_go() -> None:
+    """However many clients: no more of them are held than a chunk."""
+    living, most = weakref.WeakSet[Tensor](), 0
+
+    def terms() -> Iterator[tuple[float, Factor]]:
+        nonlocal most
+        for seed in range(200):
+            one = factor(64, seed=seed)
+            living.add(one.up)
+            most = max(most, len(living))
+            yield 1.0, one
+
+    total(terms())
+    assert 0 < most <= 1024 // 64 + 2
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(12, 10), (10, 14), (3, 40)])

@@ -17,16 +17,31 @@ from fedloom.lowrank import Triple
 
 def krylov(up: Tensor, down: Tensor, rank: int) -> Triple:
     """Krylov as `svd` uses it: with its fallback."""
-    return lowrank.krylov(up, down, rank) or lowrank.gram(up, down, rank)
+    return lowrank.krylov([up, down], rank) or lowrank.gram(up, down, rank)
+
+
+def warm(up: Tensor, down: Tensor, rank: int) -> Triple:
+    """Krylov started from the Gram matrices of the factors, as a merge uses it."""
+    near, _ = lowrank.grams(up, down)
+    return lowrank.krylov([up, down], rank, near) or lowrank.gram(up, down, rank)
+
+
+def formed(up: Tensor, down: Tensor, rank: int) -> Triple:
+    """Krylov on the product itself, as a sum wider than its layer uses it."""
+    q = min(rank, up.shape[1])
+    return lowrank.krylov([up @ down], q) or lowrank.dense_gram(up @ down, q)
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, int], Triple]] = {
     "svd": lowrank.svd,
-    "dense": lowrank.dense,
+    "dense": lambda up, down, rank: lowrank.dense(up @ down, min(rank, up.shape[1])),
     "householder": lowrank.householder,
     "krylov": krylov,
+    "warm": warm,
+    "formed": formed,
+    "svd_dense": lambda up, down, rank: lowrank.svd_dense(up @ down, min(rank, up.shape[1])),
     "gram": lowrank.gram,
-    "dense_gram": lowrank.dense_gram,
+    "dense_gram": lambda up, down, rank: lowrank.dense_gram(up @ down, min(rank, up.shape[1])),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 
@@ -90,7 +105,7 @@ def test_krylov_sees_a_tail_far_below_the_top() -> None:
     """A flat floor at 1e-3 of the top: the last directions carry 1e-7 of the energy, yet must be the right ones."""
     up, down = factors(400, 400, 300, decay=0)
     up[:, :4] *= 1000
-    triple = lowrank.krylov(up, down, 16)
+    triple = lowrank.krylov([up, down], 16)
     assert triple is not None
     left, values, right = (part.double() for part in triple)
     product = up.double() @ down.double()
@@ -102,14 +117,36 @@ def test_krylov_corrects_a_poor_first_probe() -> None:
     """Two directions met by two random ones: the first basis is bad when those are nearly parallel."""
     for seed in range(40):
         up, down = factors(10, 10, 2, seed)
-        triple = lowrank.krylov(up, down, 2)
+        triple = lowrank.krylov([up, down], 2)
         assert triple is not None
         check(up, down, 2, triple)
 
 
+def test_gram_matrices_save_blocks() -> None:
+    """A block is two products from either side: with a start from the Gram matrices fewer are asked for."""
+    up, down = factors(600, 600, 500)
+    near, _ = lowrank.grams(up, down)
+    assert lowrank.krylov([up, down], 32, blocks=5) is None
+    assert lowrank.krylov([up, down], 32, near, blocks=4) is not None
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_energy_of_a_product(case: Case) -> None:
+    up, down, _ = case.build()
+    _, energy = lowrank.grams(up, down)
+    assert energy == pytest.approx(float((up.double() @ down.double()).square().sum()), abs=1e-6 * size(up, down) ** 2)
+
+
+@pytest.mark.parametrize("by", [1e-30, 1e15])
+def test_energy_beyond_the_range_of_float32(by: float) -> None:
+    up, down = factors(300, 280, 200)
+    exact = float((up.double() @ down.double()).square().sum())
+    assert lowrank.grams(up * by, down * by)[1] / by / by / by / by == pytest.approx(exact, rel=1e-6)
+
+
 def test_krylov_says_when_it_did_not_converge() -> None:
     up, down = factors(300, 300, 300, decay=0)
-    assert lowrank.krylov(up, down, 64, blocks=2) is None
+    assert lowrank.krylov([up, down], 64, blocks=2) is None
 
 
 @every_method

@@ -1,4 +1,6 @@
-"""LoRA factors and adapters, and the algebra on them; the dense (d_out, d_in) matrix is never formed for a large layer.
+"""LoRA factors and adapters, and the algebra on them.
+
+A large layer's dense (d_out, d_in) matrix is formed only where it is smaller than the factors that it is the product of.
 
 A factor stands for delta_W = up @ down exactly: the scaling alpha/r is folded into `up`, so that factors of different
 rank may be compared, added and cut without knowing anything else. Decompositions are in `lowrank.py`.
@@ -6,17 +8,20 @@ rank may be compared, added and cut without knowing anything else. Decomposition
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import copysign
 
 import torch
 from torch import Tensor
 
-from fedloom.lowrank import svd
+from fedloom.lowrank import grams, svd, svd_dense
 
 NEGLIGIBLE = 1e-6
 """Length, relative to the longest, under which both sides of a direction are lost in the product's float32 rounding."""
+
+CHUNK = 1024
+"""Directions below which a product of thin factors is slower than their stack's."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,9 +71,26 @@ def stack(terms: Sequence[tuple[float, Factor]]) -> Factor:
     of the stack well conditioned.
     """
     roots = [abs(coefficient) ** 0.5 for coefficient, _ in terms]
-    downs = [root * factor.down for root, (_, factor) in zip(roots, terms, strict=True)]
-    ups = [copysign(root, weight) * factor.up for root, (weight, factor) in zip(roots, terms, strict=True)]
-    return Factor(torch.cat(downs), torch.cat(ups, 1))
+    signed = [copysign(root, coefficient) for root, (coefficient, _) in zip(roots, terms, strict=True)]
+    down = torch.cat([root * factor.down for root, (_, factor) in zip(roots, terms, strict=True)])
+    return Factor(down, torch.cat([root * factor.up for root, (_, factor) in zip(signed, terms, strict=True)], 1))
+
+
+def total(terms: Iterable[tuple[float, Factor]]) -> Factor | Tensor:
+    """sum of coefficient * product, exactly: a stack, or the matrix itself (d_out, d_in) where that has fewer directions.
+
+    Terms are taken one by one and added up in chunks, so that beside them never more is held than some three matrices of
+    that size, however many there are. The sum is in float32 or higher.
+    """
+    matrix, pending, width = None, list[tuple[float, Factor]](), 0
+    for coefficient, factor in terms:
+        pending.append((coefficient, factor))
+        width += factor.rank
+        if width >= max(CHUNK, *_sides(factor)):
+            matrix, pending, width = _formed(stack(pending), matrix), [], 0
+    if matrix is None and width < min(_sides(pending[0][1])):
+        return stack(pending)
+    return _formed(stack(pending), matrix) if pending or matrix is None else matrix
 
 
 def truncate(factor: Factor, rank: int) -> Factor:
@@ -79,6 +101,18 @@ def truncate(factor: Factor, rank: int) -> Factor:
     """
     left, values, right = svd(factor.up, factor.down, rank)
     return Factor(right, left * values)
+
+
+def truncate_sum(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float]:
+    """`truncate` of a sum, and the sum's energy (squared Frobenius norm), good to 1e-6."""
+    sum_ = total(terms)
+    if isinstance(sum_, Tensor):
+        left, values, right = svd_dense(sum_, rank)
+        energy = sum(float(rows.double().square().sum()) for rows in torch.split(sum_, 512))
+    else:
+        near, energy = grams(sum_.up, sum_.down)
+        left, values, right = svd(sum_.up, sum_.down, rank, near)
+    return Factor(right, left * values), energy
 
 
 def balance(factor: Factor) -> Factor:
@@ -122,10 +156,15 @@ def fresh(like: Factor, rank: int, seed: int) -> Factor:
     return Factor(rows, like.up.new_zeros(like.up.shape[0], rank))
 
 
-def compact(factor: Factor) -> Factor:
-    """The same product with no more directions than a matrix of its size can have."""
-    most = min(factor.up.shape[0], factor.down.shape[1])
-    return truncate(factor, most) if factor.rank > most else factor
+def compact(product: Factor | Tensor) -> Factor:
+    """The same product with no more directions than a matrix of its size can have: a wide one as itself times identity."""
+    if isinstance(product, Factor):
+        if product.rank <= min(_sides(product)):
+            return product
+        product = _formed(product, None)
+    d_out, d_in = product.shape
+    eye = torch.eye(min(d_out, d_in), dtype=product.dtype, device=product.device)
+    return Factor(product, eye) if d_out <= d_in else Factor(eye, product)
 
 
 def joined(adapter: Adapter, fold: Adapter | None) -> Adapter:
@@ -176,6 +215,18 @@ def energy(factor: Factor) -> Tensor:
 def norm(factor: Factor) -> float:
     """Frobenius norm of the product, in float64, safe where terms of a stack cancel."""
     return float(_core(factor).norm())
+
+
+def _sides(factor: Factor) -> tuple[int, int]:
+    """d_out and d_in."""
+    return factor.up.shape[0], factor.down.shape[1]
+
+
+def _formed(factor: Factor, onto: Tensor | None) -> Tensor:
+    """The product itself in float32 or higher, added to `onto` in place."""
+    dtype = torch.promote_types(torch.promote_types(factor.up.dtype, factor.down.dtype), torch.float32)
+    matrix = factor.up.to(dtype) @ factor.down.to(dtype)
+    return matrix if onto is None else onto.add_(matrix)
 
 
 def _core(factor: Factor) -> Tensor:

@@ -13,12 +13,18 @@ Nothing here draws from a global generator, and the factors stay on their device
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 Triple: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Grams: TypeAlias = tuple[Tensor, Tensor]
+"""U^T U and V V^T (R, R), each up to a positive factor."""
+
+Reflectors: TypeAlias = tuple[Tensor, Tensor]
+"""An orthogonal Q as LAPACK's geqrf leaves it: vectors below the diagonal (n, k), and their scales (k,)."""
 
 SMALL = 256
 """Side up to which a dense SVD is cheap."""
@@ -26,34 +32,50 @@ SMALL = 256
 OVERSAMPLE = 8
 """Directions a Krylov block carries beyond the rank: the more, the fewer blocks."""
 
+BLOCKS = 7
+"""Krylov blocks that cost as much as an exact method on as many directions."""
+
 RESOLUTION = 1e-13
 """Relative change of energy that float32 factors cannot show (their rounding, squared)."""
 
 
-def svd(up: Tensor, down: Tensor, rank: int) -> Triple:
+def svd(up: Tensor, down: Tensor, rank: int, near: Grams | None = None) -> Triple:
     """The best approximation of up @ down of at most `rank`, by the cheapest method that is exact to rounding.
 
     Householder while the stack is thin (and for float64), the dense SVD for small layers, else Krylov, else a Gram
-    matrix. The thresholds are crossovers measured on a CPU; a full SVD of a large product is never the right call.
+    matrix. A product smaller than its factors (R >= n) is formed. The thresholds are crossovers measured on a CPU; a
+    full SVD of a large product is never the right call. `near`, from `grams`, saves Krylov half of its blocks.
     """
     dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
     up, down = up.to(dtype), down.to(dtype)
     smaller, stacked = min(up.shape[0], down.shape[1]), up.shape[1]
-    if min(rank, stacked, smaller) == 0:
+    rank = min(rank, stacked, smaller)
+    if rank == 0:
         return up[:, :0], up.new_zeros(0), down[:0]
-    thin = 0.5 * smaller if smaller <= SMALL else min(smaller, max(0.05 * smaller, 7 * (rank + OVERSAMPLE)))
+    thin = 0.5 * smaller if smaller <= SMALL else min(smaller, max(0.05 * smaller, BLOCKS * (rank + OVERSAMPLE)))
     if stacked <= thin or dtype == torch.float64:
         return householder(up, down, rank)
-    if smaller <= SMALL:
-        return dense(up, down, rank)
-    return krylov(up, down, rank) or (gram if stacked <= 0.7 * smaller else dense_gram)(up, down, rank)
+    if stacked >= smaller or smaller <= SMALL:
+        return svd_dense(up @ down, rank)
+    found = krylov([up, down], rank, near)
+    if found is None:
+        return gram(up, down, rank) if stacked <= 0.7 * smaller else dense_gram(up @ down, rank)
+    return found
 
 
-def dense(up: Tensor, down: Tensor, rank: int) -> Triple:
-    """Form the product and decompose it: O(d_out d_in (R + n)). For small layers only."""
-    left, values, right = torch.linalg.svd((up @ down).double(), full_matrices=False)
-    q = min(rank, up.shape[1], len(values))
-    return left[:, :q].to(up.dtype), values[:q].to(up.dtype), right[:q].to(up.dtype)
+def svd_dense(matrix: Tensor, rank: int) -> Triple:
+    """`svd` of a matrix that is at hand."""
+    smaller = min(matrix.shape)
+    if min(rank, smaller) == 0 or smaller <= SMALL or matrix.dtype == torch.float64:
+        return dense(matrix, rank)
+    found = krylov([matrix], rank) if smaller > BLOCKS * (rank + OVERSAMPLE) else None
+    return found or dense_gram(matrix, rank)
+
+
+def dense(matrix: Tensor, rank: int) -> Triple:
+    """Every singular value, in float64: for small layers only."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return left[:, :rank].to(matrix.dtype), values[:rank].to(matrix.dtype), right[:rank].to(matrix.dtype)
 
 
 def householder(up: Tensor, down: Tensor, rank: int) -> Triple:
@@ -70,27 +92,33 @@ def householder(up: Tensor, down: Tensor, rank: int) -> Triple:
     return _reflect(reflect_up, left), values[:q].to(up.dtype), _reflect(reflect_down, right.T).T
 
 
-def krylov(up: Tensor, down: Tensor, rank: int, tolerance: float = 1e-6, blocks: int = 12) -> Triple | None:
-    """Adaptive block Krylov on the implicit product: O(blocks (d_out + d_in) R q); None if it did not converge.
+def krylov(
+    product: Sequence[Tensor], rank: int, near: Grams | None = None, tolerance: float = 1e-6, blocks: int = 12
+) -> Triple | None:
+    """Adaptive block Krylov on an implicit product: O(blocks (d_out + d_in) R q); None if it did not converge.
 
-    Each block asks the product for directions that the basis does not have yet (Musco and Musco, 2015, with a stopping
-    rule). It stops when a block raises the energy of the top q by less than `tolerance` of the energy that the basis
-    holds beyond q. That tail is a lower bound of the squared truncation error, so the rule is on the safe side.
+    `product` is (up, down), or a matrix alone. Each block asks it for directions that the basis does not have yet (Musco
+    and Musco, 2015, with a stopping rule). It stops when a block raises the energy of the top q by less than `tolerance`
+    of the energy that the basis holds beyond q. That tail is a lower bound of the squared truncation error, so the rule
+    is on the safe side. The first block is random, or what the Gram matrices `near` of both factors tell.
     """
-    width = min(rank + OVERSAMPLE, *up.shape, down.shape[1])
+    d_out, d_in, first = product[0].shape[0], product[-1].shape[1], product[0]
+    width = min(rank + OVERSAMPLE, d_out, *(part.shape[1] for part in product))
     q = min(rank, width)
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(down.shape[1], width, generator=generator, dtype=up.dtype).to(up.device)
-    basis, rows, last = up[:, :0], down[:0], None
+    probe = _normal(d_in, width, first) if near is None else _leading(product[-1], near, width)
+    reflectors, rows, last = (first.new_zeros(d_out, 0), first.new_zeros(0)), first.new_zeros(0, d_in), None
+    squares = first.new_zeros(0, 0, dtype=torch.float64)
     for _ in range(blocks):
-        fresh = _extend(basis, up @ (down @ probe))
-        if fresh is not None:
-            basis, rows = torch.cat([basis, fresh], 1), torch.cat([rows, (fresh.T @ up) @ down])
-        energies, axes = torch.linalg.eigh(_gram(rows.T))
+        reflectors, fresh = _extend(reflectors, _times(product, probe))
+        rows = torch.cat([rows, _under(fresh.T, product)])
+        cross = _inner(rows.T, rows[-width:].T)
+        squares = torch.cat([torch.cat([squares, cross[:-width].T]), cross], 1)
+        energies, axes = torch.linalg.eigh(squares)
         top, tail = float(energies[-q:].sum()), float(energies[:-q].sum())
-        if fresh is None or (last is not None and top - last <= max(tolerance * tail, RESOLUTION * top)):
-            return _project(up, down, basis @ axes[:, -q:].to(up.dtype))
-        if basis.shape[1] + width > min(up.shape[0], down.shape[1]):
+        if last is not None and top - last <= max(tolerance * tail, RESOLUTION * top):
+            chosen = axes[:, -q:].to(first.dtype)
+            return _sorted(_reflect(reflectors, chosen), chosen.T @ rows)
+        if len(rows) + width > min(d_out, d_in):
             return None
         # orthonormal rows, not the rows themselves: a graded spectrum is not squared, and a tiny one does not underflow
         last, probe = top, torch.linalg.qr(rows[-width:].T)[0]
@@ -102,60 +130,121 @@ def gram(up: Tensor, down: Tensor, rank: int) -> Triple:
 
     The projection restores orthogonality and makes the error second order in that of the eigenvectors.
     """
-    squares, axes = torch.linalg.eigh(_gram(down.T))
+    squares, axes = torch.linalg.eigh(_inner(down.T, down.T))
     root = axes * squares.clamp_min(0.0).sqrt()
-    top = torch.linalg.eigh(root.T @ _gram(up) @ root)[1][:, -min(rank, up.shape[0], down.shape[1]) :]
-    return _project(up, down, up @ (root @ top).to(up.dtype))
+    top = torch.linalg.eigh(root.T @ _inner(up, up) @ root)[1][:, -min(rank, up.shape[0], down.shape[1]) :]
+    return _project((up, down), up @ (root @ top).to(up.dtype))
 
 
-def dense_gram(up: Tensor, down: Tensor, rank: int) -> Triple:
-    """Form the product, then the eigenvectors of its smaller float64 Gram matrix: for R near n or above it."""
-    if up.shape[0] > down.shape[1]:
-        right, values, left = dense_gram(down.T, up.T, rank)
+def dense_gram(matrix: Tensor, rank: int) -> Triple:
+    """The eigenvectors of the smaller float64 Gram matrix of a matrix that is at hand: O(d_out d_in n + n^3)."""
+    if matrix.shape[0] > matrix.shape[1]:
+        right, values, left = dense_gram(matrix.T, rank)
         return left.T, values, right.T
-    top = torch.linalg.eigh(_gram((up @ down).T))[1][:, -min(rank, *up.shape) :]
-    return _project(up, down, top.to(up.dtype))
+    top = torch.linalg.eigh(_inner(matrix.T, matrix.T))[1][:, -min(rank, len(matrix)) :]
+    return _project([matrix], top.to(matrix.dtype))
 
 
-def _project(up: Tensor, down: Tensor, span: Tensor) -> Triple:
-    """The best approximation of up @ down whose columns lie in those of `span` (d_out, q)."""
+def grams(up: Tensor, down: Tensor) -> tuple[Grams, float]:
+    """U^T U and V V^T, each up to a positive factor, and the squared Frobenius norm of up @ down, good to 1e-6."""
+    of_up, size_up = _scaled_gram(up)
+    of_down, size_down = _scaled_gram(down.T)
+    return (of_up, of_down), float((of_up.double() * of_down).sum()) * size_up * size_down
+
+
+def _scaled_gram(tall: Tensor) -> tuple[Tensor, float]:
+    """tall^T tall / size in float32 or higher, and the size: the largest entry, so that nothing under- or overflows."""
+    tall = tall.to(torch.promote_types(tall.dtype, torch.float32))
+    size, total = float(tall.abs().max()) or 1.0, tall.new_empty(tall.shape[1], tall.shape[1])
+    for start in range(0, tall.shape[1], 128):  # only the blocks on and above the diagonal
+        stop = start + 128
+        block = (tall[:, start:stop] / size).T @ tall[:, start:]
+        total[start:stop, start:], total[start:, start:stop] = block, block.T
+    return total, size
+
+
+def _leading(down: Tensor, near: Grams, width: int) -> Tensor:
+    """Orthonormal columns (d_in, width) near the leading right directions of the product.
+
+    Four steps of subspace iteration in the R coordinates of the factors, where a step costs R / (d_out + d_in) of one of
+    Krylov: V^T U^T U V (V^T x) = V^T (U^T U) (V V^T) x. Too coarse to be an answer (the condition number is squared).
+    """
+    of_up, of_down = ((gram / (float(gram.abs().max()) or 1.0)).to(down.dtype) for gram in near)
+    block = _normal(len(of_up), width, down)
+    for _ in range(4):
+        block = torch.linalg.qr(of_up @ (of_down @ block))[0]
+    probe: Tensor = torch.linalg.qr(down.T @ block)[0]
+    return probe
+
+
+def _normal(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Random entries, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def _times(product: Sequence[Tensor], columns: Tensor) -> Tensor:
+    """The product times `columns`, factor by factor from the right."""
+    for part in reversed(product):
+        columns = part @ columns
+    return columns
+
+
+def _under(rows: Tensor, product: Sequence[Tensor]) -> Tensor:
+    """`rows` times the product, factor by factor from the left."""
+    for part in product:
+        rows = rows @ part
+    return rows
+
+
+def _project(product: Sequence[Tensor], span: Tensor) -> Triple:
+    """The best approximation of the product whose columns lie in those of `span` (d_out, q)."""
     span = torch.linalg.qr(span)[0]
-    axes, core = torch.linalg.qr(((span.T @ up) @ down).T)
+    return _sorted(span, _under(span.T, product))
+
+
+def _sorted(span: Tensor, rows: Tensor) -> Triple:
+    """span @ rows, where `span` (d_out, q) has orthonormal columns, as its singular vectors and values."""
+    axes, core = torch.linalg.qr(rows.T)
     left, values, right = torch.linalg.svd(core.double().T)
-    return span @ left.to(up.dtype), values.to(up.dtype), right.to(up.dtype) @ axes.T
+    return span @ left.to(span.dtype), values.to(span.dtype), right.to(span.dtype) @ axes.T
 
 
-def _extend(basis: Tensor, found: Tensor) -> Tensor | None:
-    """Orthonormal columns that add those of `found` to `basis`; None if it holds them all already, to rounding."""
-    residual = found - basis @ (basis.T @ found)
-    # largest entries, not norms: the square of a tiny or huge float32 is 0 or infinite
-    if basis.shape[1] and residual.abs().max() <= 8 * torch.finfo(found.dtype).eps * found.abs().max():
-        return None
-    # the last columns of a Householder Q are orthogonal to the basis whatever the residual is: where the product's rank
-    # is exhausted it is rounding noise, and projecting that leaves noise along the basis, whose energy counts twice
-    reflectors, triangle = _reflectors(torch.cat([basis, residual], 1))
-    last = torch.eye(len(triangle), dtype=found.dtype, device=found.device)[:, basis.shape[1] :]
-    return _reflect(reflectors, last)
+def _extend(reflectors: Reflectors, found: Tensor) -> tuple[Reflectors, Tensor]:
+    """The basis with as many directions more as `found` has columns, and these.
+
+    The basis is the Q of a QR that grows by blocks and is kept as reflectors. Its columns are orthonormal whatever
+    `found` is: where the product's rank is exhausted what is left of `found` is rounding noise, and a projection would
+    leave it with a part along the basis, whose energy would count twice.
+    """
+    packed, scales = reflectors
+    known = len(scales)
+    turned = torch.ormqr(packed, scales, found, transpose=True) if known else found
+    more, factors = torch.geqrf(turned[known:])
+    # by columns, as LAPACK wants it: ormqr would copy the other order at every call
+    packed = torch.cat([packed.T, torch.cat([turned[:known], more]).T]).T
+    scales = torch.cat([scales, factors])
+    last = torch.eye(len(scales), dtype=found.dtype, device=found.device)[:, known:]
+    return (packed, scales), _reflect((packed, scales), last)
 
 
-def _gram(tall: Tensor) -> Tensor:
-    """tall^T tall in float64, by blocks of rows, so that no float64 copy of `tall` (n, k) is made."""
-    total = tall.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for start in range(0, len(tall), 512):
-        wide = tall[start : start + 512].double()
-        total.addmm_(wide.T, wide)
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """one^T other in float64, by blocks of rows, so that no float64 copy of a tall matrix (n, k) is made."""
+    total = one.new_zeros(one.shape[1], other.shape[1], dtype=torch.float64)
+    for start in range(0, len(one), 512):
+        total.addmm_(one[start : start + 512].double().T, other[start : start + 512].double())
     return total
 
 
-def _reflectors(tall: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _reflectors(tall: Tensor) -> tuple[Reflectors, Tensor]:
     """The QR of `tall` (n, k) with Q left as reflectors, and its triangular factor (min(n, k), k)."""
     packed, scales = torch.geqrf(tall)
     return (packed[:, : len(scales)], scales), packed[: len(scales)].triu()
 
 
-def _reflect(reflectors: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
+def _reflect(reflectors: Reflectors, columns: Tensor) -> Tensor:
     """Q @ columns, where `columns` (min(n, k), q) are coordinates in the columns of Q."""
     packed, scales = reflectors
-    padded = columns.new_zeros(packed.shape[0], columns.shape[1])
+    padded = columns.new_zeros(columns.shape[1], packed.shape[0]).T
     padded[: columns.shape[0]] = columns
     return torch.ormqr(packed, scales, padded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -22,8 +22,8 @@ from fedloom.lora import (
     revive,
     scale,
     server_rank,
-    stack,
-    truncate,
+    total,
+    truncate_sum,
 )
 from fedloom.seeds import derive
 from fedloom.types import Budget, Merge, Model, Start
@@ -135,30 +135,26 @@ def weigh(factor: Factor, by: Tensor) -> Factor:
     return scale(factor, by[: factor.rank].to(factor.up))
 
 
-def product_sum(name: str, model: Adapter, merge: Merge, reach: Tensor) -> Factor:
-    """sum of weighted products of one layer as one wide factor; direction i of an update weighs weight / reach[i].
+def product_terms(name: str, model: Adapter, merge: Merge, reach: Tensor) -> Iterator[tuple[float, Factor]]:
+    """The weighted sum of products of one layer, term by term; direction i of an update weighs weight / reach[i].
 
     With reach = 1 everywhere that is the plain mean of products. With `slot_weights` each direction is averaged over those
     who hold it; a direction that nobody holds (reach 0) keeps the model's.
     """
     kept = torch.ones_like(reach) if merge.as_delta else torch.where(reach > 0, 1.0 - merge.step, 1.0)
     share = merge.step / torch.where(reach > 0, reach, 1.0)
-    parts = [weigh(pad(model.factors[name], len(reach)), kept)] if bool(kept.any()) else []
+    if bool(kept.any()):
+        yield 1.0, weigh(pad(model.factors[name], len(reach)), kept)
     for weight, update in merge.parts:
-        parts.append(weigh(update.result.adapter.factors[name], weight * share))
+        yield 1.0, weigh(update.result.adapter.factors[name], weight * share)
         if merge.as_delta:
-            parts.append(weigh(update.task.start.train.factors[name], -weight * share))
-    return stack([(1.0, part) for part in parts])
+            yield 1.0, weigh(update.task.start.train.factors[name], -weight * share)
 
 
-def best(wide: Factor, rank: int) -> tuple[Factor, float, float]:
-    """The best approximation of at most `rank`, and the energy (squared Frobenius norm) before and after.
-
-    The energy before comes from float32 Gram matrices: good to 1e-6, which is enough for a figure in a log.
-    """
-    kept = truncate(wide, rank)
-    before = ((wide.up.T @ wide.up) * (wide.down @ wide.down.T)).double().sum()
-    return kept, float(before), float(kept.up.double().square().sum())
+def best(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float, float]:
+    """The best approximation of at most `rank` to a sum, and the energy (squared Frobenius norm) before and after."""
+    kept, before = truncate_sum(terms, rank)
+    return kept, before, float(kept.up.double().square().sum())
 
 
 def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model:
@@ -166,11 +162,10 @@ def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model
 
     A product of lower rank is padded with zero directions, so that the server's rank never shrinks by chance.
     """
-    wide = {}
+    cuts = {}
     for name, factor in model.adapter.factors.items():
         top = max(factor.rank, *(update.result.adapter.factors[name].rank for _, update in merge.parts))
-        wide[name] = product_sum(name, model.adapter, merge, reach(name, merge, top))
-    cuts = {name: best(factor, rank) for name, factor in wide.items()}
+        cuts[name] = best(product_terms(name, model.adapter, merge, reach(name, merge, top)), rank)
     before = sum(energy for _, energy, _ in cuts.values())
     after = sum(energy for _, _, energy in cuts.values())
     discarded = max(0.0, 1.0 - after / before) if before > 0 else 0.0
@@ -202,14 +197,14 @@ def folded(model: Model, pieces: Mapping[str, Sequence[tuple[float, Factor]]]) -
     factors = {}
     for name, terms in pieces.items():
         before = [(1.0, model.fold.factors[name])] if model.fold else []
-        factors[name] = compact(stack([*before, *terms]))
+        factors[name] = compact(total([*before, *terms]))
     return Adapter(factors)
 
 
 def tail(model: Model, held: Iterable[int]) -> Adapter | None:
     """What a client that trains only the directions `held` needs beside them to run the whole model; None if nothing.
 
-    Not compacted: that would be a decomposition for every task, and a fold is never trained.
+    Not compacted: that would be a dense product for every task, and a fold is never trained.
     """
     rank, without = server_rank(model.adapter), set(held)
     rest = torch.tensor([i for i in range(rank) if i not in without], dtype=torch.long)

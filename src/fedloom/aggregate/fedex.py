@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, folded, leading, moved, product_sum, tail
+from fedloom.aggregate.combine import everyone, folded, leading, moved, product_terms, tail
 from fedloom.lora import Adapter, scale
 from fedloom.types import Budget, Merge, Model, Start
 
@@ -38,7 +38,7 @@ class FedEx:
         adapter, residual = moved(model.adapter, merge, everyone), {}
         for name, factor in adapter.factors.items():
             reach = everyone(name, merge, factor.rank)
-            residual[name] = [(1.0, product_sum(name, model.adapter, changes, reach)), (1.0, scale(factor, -1.0))]
+            residual[name] = [*product_terms(name, model.adapter, changes, reach), (1.0, scale(factor, -1.0))]
         return replace(model, adapter=adapter, fold=folded(model, residual))
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
