@@ -12,7 +12,22 @@ import pytest
 import fedloom
 
 ROOT = Path(fedloom.__file__).parent
-CORE = [ROOT / f"{name}.py" for name in ("lora", "lowrank", "types", "cost", "seeds", "errors", "server", "check")]
+CORE = [
+    ROOT / f"{name}.py"
+    for name in (
+        "lora",
+        "lowrank",
+        "types",
+        "cost",
+        "seeds",
+        "errors",
+        "server",
+        "check",
+        "codec",
+        "transfer",
+        "payload",
+    )
+]
 CORE += sorted(path for folder in ("aggregate", "schedule", "plan") for path in (ROOT / folder).glob("*.py"))
 IMPURE = {
     "time", "datetime", "socket", "ssl", "http", "urllib", "asyncio", "threading", "_thread", "multiprocessing",
