@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedloom.check import fault
 from fedloom.codec import EXACT, HALF, Block, Codec, rounded
-from fedloom.lora import Adapter, Factor, cut, each, norm, rebuilt, server_rank, stack, tensors
+from fedloom.lora import Adapter, Factor, cut, each, norm, rebuilt, server_rank, tensors
 from fedloom.types import Local, Result, Side, Start, Task
 
 Rows = tuple[int, ...] | None
@@ -190,7 +190,7 @@ def _lost(exact: Adapter, residual: Adapter | None, received: Adapter) -> Adapte
     """What packing lost, now and of earlier answers."""
     if residual is None:
         return each(torch.sub, exact, received)
-    return each(lambda given, owed, got: given + owed - got, exact, _asked(residual, exact), received)
+    return each(lambda given, owed, got: given - got + owed, exact, _asked(residual, exact), received)
 
 
 def _errors(start: Adapter, exact: Adapter, received: Adapter) -> dict[str, float]:
@@ -200,9 +200,11 @@ def _errors(start: Adapter, exact: Adapter, received: Adapter) -> dict[str, floa
 
 
 def _size(one: Adapter, other: Adapter | None) -> float:
-    """Frobenius norm of the products' difference."""
+    """Frobenius norm of the products' difference, as B'A' - BA = (B' - B) A' + B (A' - A): nothing cancels where they are near."""
     total = 0.0
-    for name, factor in one.factors.items():
-        terms = [(1.0, factor)] if other is None else [(1.0, factor), (-1.0, other.factors[name])]
-        total += norm(stack(terms)) ** 2
+    for name, new in one.factors.items():
+        if other is not None:
+            old = other.factors[name]
+            new = Factor(torch.cat([new.down, new.down - old.down]), torch.cat([new.up - old.up, old.up], 1))
+        total += norm(new) ** 2
     return math.sqrt(total)
