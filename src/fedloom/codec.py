@@ -132,7 +132,8 @@ def half(values: Tensor) -> Block:
 
     The exponent is that of the largest entry after rounding, so that packing again what came out changes nothing.
     """
-    largest = float(torch.linalg.vector_norm(values, math.inf))
+    low, high = torch.aminmax(values)
+    largest = max(-float(low), float(high))
     if not largest < TALLEST:
         return Block(values)
     exponent = max(math.frexp(largest / (1 - 2.0**-12))[1] - 15, LOWEST) if largest else 0
