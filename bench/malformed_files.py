@@ -211,7 +211,7 @@ def shaped(draw: Draw, flat: Flat) -> None:
 def tall(draw: Draw, whole: Tensor) -> Tensor:
     """Every number, or every scale, so large that the adapter is beyond the limit."""
     size = 3e4 * 10.0 ** draw.uniform(1 if whole.dtype == torch.float16 else 4, 30)
-    return torch.full_like(whole, size)
+    return torch.full(whole.shape, size).to(whole.dtype)
 
 
 # Bent entries --------------------------------------------------------------------------------------------------------
