@@ -36,7 +36,10 @@ check: .venv/ready ## format, lint, types, import contracts, fast tests
 bench: .venv/ready ## the quick benches; each prints a table and one JSON line
 	@$(BIN)/python -m bench.aggregate --quick
 	@$(BIN)/python -m bench.core --quick
+	@$(BIN)/python -m bench.train --quick
 	@$(BIN)/python -m bench.workers --quick
+	@$(BIN)/python -m bench.simulate --quick
+	@$(BIN)/python -m bench.transfer --quick
 
 clean: ## remove .venv and caches; run folders stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info

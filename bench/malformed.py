@@ -10,8 +10,11 @@ from bench.malformed_files import BYTES_LIMIT, FILES
 from bench.malformed_results import RESULTS, Thrown
 from bench.scene import COHORT_OF_SIX, Scene, fingerprint, scene
 from fedloom import wire
+from fedloom.codec import Codec, DeltaInt8, Exact, Half
 from fedloom.server import Server
 from fedloom.types import Reject, UpdateArrived
+
+CODECS: tuple[Codec, ...] = (Exact(), Half(), DeltaInt8())
 
 
 @dataclass(slots=True)
@@ -41,7 +44,7 @@ def throw(server: Server, thrown: Thrown) -> str:
     """The reason of the refusal; empty if there was none. Raises what the server or the decoder raises."""
     if isinstance(thrown, bytes):
         try:
-            client, task, result = wire.decode(thrown, BYTES_LIMIT)
+            client, task, result = wire.decode(thrown, BYTES_LIMIT, server.state.busy)
         except wire.Malformed as error:
             return str(error)
         thrown = UpdateArrived(client, task, result)
@@ -50,8 +53,15 @@ def throw(server: Server, thrown: Thrown) -> str:
 
 
 def malformed(count: int, seed: int = 0) -> Verdicts:
-    """Throw `count` malformed answers, kind by kind in turn; then see that good ones are still welcome."""
-    kinds, verdicts, place = {**RESULTS, **FILES}, Verdicts(), scene()
+    """Throw `count` malformed answers, kind by kind in turn, a third in each codec; then see that good ones are still welcome."""
+    verdicts = Verdicts()
+    for codec in CODECS:
+        _storm(count // len(CODECS), seed, codec, verdicts)
+    return verdicts
+
+
+def _storm(count: int, seed: int, codec: Codec, verdicts: Verdicts) -> None:
+    kinds, place = {**RESULTS, **FILES}, scene(codec)
     known = fingerprint(place.server.state)
     for number in range(count):
         kind = list(kinds)[number % len(kinds)]
@@ -67,16 +77,15 @@ def malformed(count: int, seed: int = 0) -> Verdicts:
             verdicts.examples.setdefault(kind, reason)
         if fingerprint(place.server.state) != known:
             verdicts.changed[kind] += 1
-            place = scene()
+            place = scene(codec)
     _still_open(place)
-    return verdicts
 
 
 def _still_open(place: Scene) -> None:
     """Every outstanding task takes its good answer, alternately as a `Result` and as bytes, until the round is full."""
     for number, task in enumerate(place.open[: COHORT_OF_SIX - 1]):
         answer = UpdateArrived(task.client, task.id, place.good(task))
-        reason = throw(place.server, wire.encode(task.client, task.id, place.good(task)) if number % 2 else answer)
+        reason = throw(place.server, wire.encode(task, place.good(task)) if number % 2 else answer)
         if reason:
             raise RuntimeError(f"a well-formed answer to task {task.id} was refused: {reason}")
     if place.server.state.version != 2:

@@ -22,17 +22,12 @@ from bench.malformed_results import (
     duplicate,
     entry,
     foreign,
-    huge,
-    in_adapter,
-    other_dtype,
-    other_rank,
-    other_shape,
     stale,
     unknown_task,
 )
 from bench.scene import Scene
 from fedloom import wire
-from fedloom.types import Task, UpdateArrived
+from fedloom.types import UpdateArrived
 
 BYTES_LIMIT = 20_000
 Flat: TypeAlias = dict[str, Tensor]
@@ -48,10 +43,10 @@ def raw(flat: Mapping[str, Tensor], manifest: object) -> bytes:
     return safetensors.torch.save(dict(flat), {wire.HEADER: text})
 
 
-def manifest_of(task: Task, flat: Flat) -> Manifest:
-    """A good manifest."""
-    numbers = {"examples": 10, "tokens": 100, "steps": 4, "metrics": {"loss": 0.5}, "tensors": len(flat)}
-    return {"format": wire.FORMAT, "task": task.id, "client": task.client, **numbers}
+def parts(data: bytes) -> tuple[Manifest, Flat]:
+    """Manifest and buffers of a good file."""
+    manifest: Manifest = json.loads(json.loads(_header(data))["__metadata__"][wire.HEADER])
+    return manifest, safetensors.torch.load(data)
 
 
 def in_bytes(bend: Callable[[Draw, bytes], bytes]) -> Kind:
@@ -59,41 +54,46 @@ def in_bytes(bend: Callable[[Draw, bytes], bytes]) -> Kind:
 
     def make(draw: Draw, scene: Scene) -> Thrown:
         task = scene.some(draw)
-        return bend(draw, wire.encode(task.client, task.id, scene.good(task)))
+        return bend(draw, wire.encode(task, scene.good(task)))
 
     return make
 
 
-def in_parts(build: Callable[[Draw, Task, Flat], bytes]) -> Kind:
-    """A file built from the tensors of a good answer."""
-
-    def make(draw: Draw, scene: Scene) -> Thrown:
-        task = scene.some(draw)
-        return build(draw, task, wire.tensors(scene.good(task).adapter))
-
-    return make
+def in_parts(build: Callable[[Draw, Manifest, Flat], bytes]) -> Kind:
+    """A file built from the parts of a good one."""
+    return in_bytes(lambda draw, data: build(draw, *parts(data)))
 
 
 def in_manifest(bend: Bend[Manifest]) -> Kind:
     """A good file whose manifest is bent."""
-    return in_parts(lambda draw, task, flat: raw(flat, bend(draw, manifest_of(task, flat))))
+    return in_parts(lambda draw, manifest, flat: raw(flat, bend(draw, manifest)))
 
 
 def in_file(bend: Callable[[Draw, Flat], None]) -> Kind:
-    """A good file whose tensors are bent in place; the manifest knows their number."""
+    """A good file whose buffers are bent in place."""
 
-    def build(draw: Draw, task: Task, flat: Flat) -> bytes:
+    def build(draw: Draw, manifest: Manifest, flat: Flat) -> bytes:
         bend(draw, flat)
-        return raw(flat, manifest_of(task, flat))
+        return raw(flat, manifest)
 
     return in_parts(build)
 
 
-def in_one(bend: Bend[Tensor]) -> Kind:
-    """A good file with one tensor bent."""
+def in_entry(bend: Callable[[Draw, list[Any]], None]) -> Kind:
+    """A good file in whose manifest what is said of one tensor is bent in place."""
+
+    def change(draw: Draw, manifest: Manifest) -> Manifest:
+        bend(draw, draw.choice(manifest["tensors"]))
+        return manifest
+
+    return in_manifest(change)
+
+
+def in_floats(bend: Bend[Tensor]) -> Kind:
+    """A good file with a buffer of floating point numbers bent."""
 
     def change(draw: Draw, flat: dict[str, Any]) -> None:
-        name = draw.choice(sorted(flat))
+        name = draw.choice([name for name in sorted(flat) if flat[name].is_floating_point()])
         flat[name] = bend(draw, flat[name])
 
     return in_file(change)
@@ -105,9 +105,10 @@ def sent(kind: Kind) -> Kind:
     def make(draw: Draw, scene: Scene) -> Thrown:
         told = kind(draw, scene)
         assert isinstance(told, UpdateArrived)
-        flat = wire.tensors(told.result.adapter)
-        about = {"task": told.task, "client": told.client, "examples": told.result.examples}
-        return raw(flat, {**manifest_of(scene.open[0], flat), **about})
+        every = (*scene.open, *scene.answered, *scene.closed)
+        task = next(task for task in every if scene.good(task).adapter is told.result.adapter)
+        manifest, flat = parts(wire.encode(task, told.result))
+        return raw(flat, {**manifest, "task": told.task, "client": told.client})
 
     return make
 
@@ -153,9 +154,11 @@ def no_json(draw: Draw, data: bytes) -> bytes:
 
 
 def renamed_dtype(draw: Draw, data: bytes) -> bytes:
-    """The header calls one tensor something else of the same size."""
-    odd = draw.choice([b'"I32"', b'"U32"', b'"F16"', b'"XXX"'])
-    return _headed(data, _header(data).replace(b'"F32"', odd, 1))
+    """The header calls one buffer something else, mostly of the same size."""
+    before, key, after = _header(data).partition(b'"dtype":"')
+    old, _, rest = after.partition(b'"')
+    odd = draw.choice({b"F32": [b"I32", b"U32", b"F16"], b"F16": [b"I16", b"BF16", b"F32"]}.get(old, [b"U8", b"BOOL"]))
+    return _headed(data, before + key + draw.choice([odd, b"XXX"]) + b'"' + rest)
 
 
 def other_offsets(draw: Draw, data: bytes) -> bytes:
@@ -174,34 +177,64 @@ def no_file(draw: Draw, data: bytes) -> bytes:
     return draw.choice([b"", noise, buffer.getvalue(), pickle.dumps({"client": "c1"}), b"{}", b"\xff" * 64, b"\0" * 8])
 
 
-# Bent tensors --------------------------------------------------------------------------------------------------------
+# Bent buffers --------------------------------------------------------------------------------------------------------
 
 
 def oversize(draw: Draw, flat: Flat) -> None:
     """More bytes than the server takes."""
-    flat["dense:ballast"] = torch.zeros(BYTES_LIMIT // 4 + draw.randrange(9999))
+    flat["f32"] = torch.zeros(BYTES_LIMIT // 4 + draw.randrange(9999))
 
 
-def unpaired(draw: Draw, flat: Flat) -> None:
-    """One side of a layer is missing, or a tensor has a name of no kind."""
-    name = draw.choice(["query.down", "query.up", "value.down", "value.up"])
-    taken = flat.pop(name)
-    if draw.random() < 0.5:
-        flat[draw.choice([f"{name}s", "query", "", ".down.", "Dense:x", "head"])] = taken
+def other_size(draw: Draw, flat: Flat) -> None:
+    """A buffer too short, too long, or missing."""
+    name, by = draw.choice(sorted(flat)), draw.randint(1, 20)
+    longer = torch.cat([flat[name], flat[name][:by]])
+    flat[name] = draw.choice([flat[name][:-by].clone(), longer, flat[name][:0].clone()])
+    if not len(flat[name]) and draw.random() < 0.5:
+        del flat[name]
 
 
-def other_layer(draw: Draw, flat: Flat) -> None:
-    """A layer too many, or under another name, or half of each."""
-    new = draw.choice(["key", "query.0", "", "é"])
-    for side in ("down", "up"):
-        flat[f"{new}.{side}"] = flat[f"query.{side}"].clone() if draw.random() < 0.5 else flat.pop(f"query.{side}")
+def other_buffer(draw: Draw, flat: Flat) -> None:
+    """A buffer too many, or under another name, or half of each."""
+    name = draw.choice(sorted(flat))
+    new = draw.choice(["f64", "F32", "query.down", "", "dense:head", *({"f32", "f16", "i8"} - flat.keys())])
+    flat[new] = flat[name].clone() if draw.random() < 0.5 else flat.pop(name)
 
 
-def extra_dense(draw: Draw, flat: Flat) -> None:
-    """A dense tensor that nobody asked for."""
-    flat[draw.choice(["dense:pooler", "dense:", "dense:x.down"])] = torch.ones(3)
-    if draw.random() < 0.5:
-        del flat["dense:head"]
+def shaped(draw: Draw, flat: Flat) -> None:
+    """A buffer that is not flat, or of another type under the same name."""
+    name = draw.choice(sorted(flat))
+    other = draw.choice([torch.float64, torch.bfloat16, torch.int32, torch.uint8, torch.bool])
+    flat[name] = draw.choice([flat[name].unsqueeze(0), flat[name].unsqueeze(1), flat[name].to(other)])
+
+
+def tall(draw: Draw, whole: Tensor) -> Tensor:
+    """Every number, or every scale, so large that the adapter is beyond the limit."""
+    size = 3e4 * 10.0 ** draw.uniform(1 if whole.dtype == torch.float16 else 4, 30)
+    return torch.full(whole.shape, size).to(whole.dtype)
+
+
+# Bent entries --------------------------------------------------------------------------------------------------------
+
+
+def other_rows(draw: Draw, entry: list[Any]) -> None:
+    """Rows that there are not, twice, out of order, or in another number than there are rows in the buffer."""
+    entry[2] = draw.choice([[], [-1], [0, 0], [1, 0], [0, 99], [10**30], [0.5], ["0"], "all", True, {}, [None], [[0]]])
+
+
+def other_form(draw: Draw, entry: list[Any]) -> None:
+    """In another buffer, or in one that there is not."""
+    entry[0] = draw.choice([form for form in ("f32", "f16", "i8", "f64", "", None, 0, ["f32"]) if form != entry[0]])
+
+
+def other_exponent(draw: Draw, entry: list[Any]) -> None:
+    """Beyond float32, or no whole number."""
+    entry[1] = draw.choice([127, -127, 10**30, -(10**30), 0.5, "0", None, True, NAN, [0]])
+
+
+def cut_short(draw: Draw, entry: list[Any]) -> None:
+    """Too few or too many things said of a tensor."""
+    entry[:] = draw.choice([[], entry[:-1], entry[:1], [*entry, 0], [*entry, None], [*entry, []]])
 
 
 # Bent manifests ------------------------------------------------------------------------------------------------------
@@ -220,14 +253,16 @@ def and_more(draw: Draw, manifest: Manifest) -> object:
 
 MISTYPED: Mapping[str, list[object]] = {
     "client": [None, [], {}, 3, "", "x" * 201, True],
+    "layout": [None, [], 3, "", "0" * 12, {}],
+    "tensors": [None, 3, {}, "f32", [], [[]], [None], [["f32", 0, None]], [["f32", 0, None]] * 99],
     "metrics": [None, [], 0.5, {"loss": "low"}, {"loss": None}, {f"m{i}": 0.0 for i in range(101)}, {"loss": [0.5]}],
 }
 MISNUMBERED: Mapping[str, tuple[int, ...]] = {
     "examples": (0, -1, 10**30),
-    "format": (0, 2, -1),
+    "format": (0, 1, 3, -1),
+    "rank": (-1, 0, 1, 3, 16, 10**30),
     "steps": (0, -4, 5, 10**30),
     "task": (0, -1, 10**6, 10**30),
-    "tensors": (0, -1, 4, 6, 10**30),
     "tokens": (-1, 10**30),
 }
 
@@ -256,9 +291,9 @@ def no_manifest(draw: Draw, manifest: Manifest) -> object:
     return draw.choice(odd)
 
 
-def bare(draw: Draw, task: Task, flat: Flat) -> bytes:
-    """Tensors without a manifest, or with it under another name."""
-    elsewhere = {"Fedloom": json.dumps(manifest_of(task, flat))}
+def bare(draw: Draw, manifest: Manifest, flat: Flat) -> bytes:
+    """Buffers without a manifest, or with it under another name."""
+    elsewhere = {"Fedloom": json.dumps(manifest)}
     return safetensors.torch.save(flat, draw.choice([None, {}, {"format": "pt"}, elsewhere]))
 
 
@@ -272,14 +307,11 @@ FILES: Mapping[str, Kind] = {
     "file: offsets": in_bytes(other_offsets),
     "file: of another kind": in_bytes(no_file),
     "file: oversize": in_file(oversize),
-    "file: half a layer": in_file(unpaired),
-    "file: unknown layer": in_file(other_layer),
-    "file: dense extra": in_file(extra_dense),
-    "file: NaN, infinity": in_one(entry(NAN, INFINITE, -INFINITE)),
-    "file: huge norm": in_one(huge),
-    "file: wrong shape": in_one(other_shape),
-    "file: wrong dtype": in_one(other_dtype),
-    "file: wrong rank": sent(in_adapter(other_rank)),
+    "file: buffer short, long": in_file(other_size),
+    "file: buffer unknown": in_file(other_buffer),
+    "file: buffer not flat": in_file(shaped),
+    "file: NaN, infinity": in_floats(entry(NAN, INFINITE, -INFINITE)),
+    "file: huge norm": in_floats(tall),
     "file: stale task": sent(stale),
     "file: duplicate": sent(duplicate),
     "file: foreign client": sent(foreign),
@@ -290,6 +322,10 @@ FILES: Mapping[str, Kind] = {
     "manifest: wrong number": in_manifest(misnumbered),
     "manifest: not finite": in_manifest(not_finite),
     "manifest: no manifest": in_manifest(no_manifest),
+    "manifest: rows": in_entry(other_rows),
+    "manifest: buffer": in_entry(other_form),
+    "manifest: exponent": in_entry(other_exponent),
+    "manifest: entry": in_entry(cut_short),
     "manifest: elsewhere": in_parts(bare),
 }
 """Each kind makes a file from random numbers and a scene."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.tiny import RANKS
 from fedloom.aggregate.raflora import RaFLoRA
+from fedloom.codec import Codec
 from fedloom.cost import Shape
 from fedloom.lora import Adapter, Factor, truncate
 from fedloom.schedule.rounds import Rounds
@@ -80,12 +81,14 @@ class Scene:
         return draw.choice(self.open)
 
 
-def scene() -> Scene:
+def scene(transfer: Codec | None = None) -> Scene:
     """Round 1 is merged, with two tasks cancelled; in round 2 one of six tasks is answered."""
     names = [f"c{number}" for number in range(CLIENTS)]
     assign, how = ranks_by_name(names, RANKS * (CLIENTS // len(RANKS))), RaFLoRA()
     rounds, limits = Rounds(cohort_size=COHORT_OF_SIX, over_selection=1.5), Limits(versions=5)
-    server = Server(how.init(toy_adapter(max(RANKS), 1)), how, rounds, assign, shape=SHAPE, limits=limits)
+    server = Server(
+        how.init(toy_adapter(max(RANKS), 1)), how, rounds, assign, shape=SHAPE, limits=limits, transfer=transfer
+    )
     for name in names:
         server.handle(0.0, ClientJoined(Profile(name, 10)))
     first = _tasks(server.handle(0.0, TimerFired()))
@@ -143,9 +146,9 @@ def _feed(put: Callable[[bytes], object], value: object) -> None:
         put(b"[")
         for item in value:
             _feed(put, item)
-    elif names := _field_names(cast(Any, kind)):
+    elif is_dataclass(kind):
         put(kind.__name__.encode())
-        for name in names:
+        for name in _field_names(cast(Any, kind)):
             _feed(put, getattr(value, name))
     else:
         raise TypeError(f"a {kind.__name__} in the state: say how to take its fingerprint")
@@ -157,4 +160,4 @@ PLAIN = (int, float, str, bool, type(None))
 
 @cache
 def _field_names(kind: Any) -> tuple[str, ...]:
-    return tuple(one.name for one in fields(kind)) if is_dataclass(kind) else ()
+    return tuple(one.name for one in fields(kind))

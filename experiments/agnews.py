@@ -74,6 +74,7 @@ def federated(seed: int, name: str, rate: float, **settings: object) -> Run:
         training=Training(learning_rate=rate, max_length=64),
         limits=Limits(versions=VERSIONS, evaluate_every=2),
         test_limit=2000,
+        transfer=None,
         seed=seed,
         engine=None,
         **{**DEFAULTS, **settings},  # type: ignore[arg-type]

@@ -121,6 +121,7 @@ class Study:
             training=Training(learning_rate=self.rate, batch_size=self.batch),
             limits=Limits(versions=self.versions, evaluate_every=4),
             test_limit=self.test_limit,
+            transfer=None,
             seed=seed,
             engine=None,
         )

@@ -16,4 +16,5 @@ run = Run(
     training=Training(learning_rate=5e-3, max_length=64),
     limits=Limits(versions=6, evaluate_every=2),
     test_limit=240,
+    transfer=None,
 )

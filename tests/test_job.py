@@ -67,6 +67,8 @@ def test_a_finished_run_has_everything_in_its_folder(finished: Path) -> None:
     assert len(log.tasks) == 3 * 4
     assert {line["status"] for line in log.tasks} == {"merged"}
     assert len({line["rank"] for line in log.tasks}) > 1
+    assert all(0 < line["rounding"] <= line["rounding_change"] < 1e-3 for line in log.versions), "float16, the default"
+    assert "Numbers travel as float16" in (finished / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_manifest_says_what_the_run_was(finished: Path, encoder: Path) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fedloom.aggregate.raflora import RaFLoRA
     from fedloom.aggregate.rolora import RoLoRA
     from fedloom.aggregate.scaffold import Scaffold
+    from fedloom.codec import DeltaInt8, Exact, Half
     from fedloom.data.load import Hub, Rows, Table
     from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "codec": ("DeltaInt8", "Exact", "Half"),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
@@ -73,7 +75,9 @@ __all__ = [
     "ByClient",
     "ClientDirichlet",
     "Clip",
+    "DeltaInt8",
     "Engine",
+    "Exact",
     "FLoRA",
     "FedEx",
     "FedIT",
@@ -84,6 +88,7 @@ __all__ = [
     "FlexLoRA",
     "FoldedDelta",
     "HLoRA",
+    "Half",
     "HetLoRA",
     "Hub",
     "Job",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
@@ -108,7 +108,7 @@ def _squares(factor: Factor) -> float:
 
 @dataclass(slots=True)
 class Traffic:
-    """Bytes so far, in float32: whole messages, and the shares of the dense part (the head) and of folds."""
+    """Bytes so far, in the run's codec: whole messages, and the shares of the dense part (the head) and of folds."""
 
     up: int = 0
     down: int = 0
@@ -219,7 +219,6 @@ class Metrics:
         self.write(line)
 
     def _version(self, now: float, publish: Publish) -> None:
-        losses = [update.result.metrics["loss"] for update in publish.updates if "loss" in update.result.metrics]
         ranks: dict[str, int] = {}
         for update in publish.updates:
             rank = str(update.task.budget.rank)
@@ -229,7 +228,7 @@ class Metrics:
                 "kind": "version",
                 "version": publish.version,
                 "time": now,
-                "loss": sum(losses) / len(losses) if losses else None,
+                **{name: _mean(publish.updates, name) for name in ("loss", "rounding", "rounding_change")},
                 "updates": len(publish.updates),
                 "cancelled": self.cancelled,
                 "rejected": self.rejected,
@@ -243,3 +242,9 @@ class Metrics:
                 "ranks": dict(sorted(ranks.items(), key=lambda item: int(item[0]))),
             }
         )
+
+
+def _mean(updates: Sequence[Update], metric: str) -> float | None:
+    """Over the updates that tell it."""
+    values = [update.result.metrics[metric] for update in updates if metric in update.result.metrics]
+    return sum(values) / len(values) if values else None

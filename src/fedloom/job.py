@@ -101,7 +101,7 @@ class Job:
         ranks = {client: min(rank, state.pruned.get(client, rank)) for client, rank in asked.items()}
         lines = []
         for rank in sorted(set(ranks.values())):
-            start = self.run.aggregator.start(state.model, Budget(rank, 1), derive(self.run.seed, "final"))
+            start = self.server.start(Budget(rank, 1), derive(self.run.seed, "final"))
             members = [shard for shard in self.shards if ranks[shard.client] == rank]
             for group in [[one] for one in members] if start.rules.private else [members]:
                 adapter = personal(start, locals_.get(group[0].client, Local()))
@@ -237,6 +237,7 @@ def prepare(run: Run) -> Job:
             shape=base.shape(),
             limits=run.limits,
             seed=run.seed,
+            transfer=run.transfer,
         ),
     )
 

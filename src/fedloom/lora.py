@@ -45,6 +45,19 @@ class Adapter:
     dense: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors under flat names: `NAME.down`, `NAME.up`, and `dense:NAME`."""
+    flat = {f"{name}.down": factor.down for name, factor in adapter.factors.items()}
+    flat |= {f"{name}.up": factor.up for name, factor in adapter.factors.items()}
+    return flat | {f"dense:{name}": tensor for name, tensor in adapter.dense.items()}
+
+
+def rebuilt(like: Adapter, flat: Mapping[str, Tensor]) -> Adapter:
+    """The adapter of such tensors, with the layers of `like` in their order."""
+    factors = {name: Factor(flat[f"{name}.down"], flat[f"{name}.up"]) for name in like.factors}
+    return Adapter(factors, {name: flat[f"dense:{name}"] for name in like.dense})
+
+
 def cut(factor: Factor, rank: int) -> Factor:
     """The first `rank` directions; the best approximation of that rank if the factor came from `truncate`."""
     return factor if rank >= factor.rank else Factor(factor.down[:rank], factor.up[:, :rank])

@@ -1,8 +1,8 @@
-"""Bytes on the wire of one task, counted on what really has to be sent: float32 tensors, the head apart from the adapter.
+"""Bytes on the wire of one task, counted on what really has to be sent, in the run's codec, the head apart from the adapter.
 
 Down: the directions to train, without sides that follow from the run's seed, and the fold in the smaller of its two forms
 (factors, or one dense matrix a layer). Up: only what changed. A frozen side, a direction that was not selected, a layer that
-was not trained come back as they were sent, and the receiver has them already.
+was not trained come back as they were sent, and the receiver has them already. Which rows these are is said beside, uncounted.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedloom.check import form
-from fedloom.lora import Adapter
+from fedloom.codec import EXACT, HALF, Codec
+from fedloom.lora import Adapter, cut
+from fedloom.transfer import rows
 from fedloom.types import Result, Side, Start, Task
-
-FLOAT = 4
-"""Bytes of one number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,31 +31,38 @@ def down(start: Start) -> Bytes:
     count = _whole(start.train, frozenset((*start.seeded, "dense")))
     count += sum(_folded(factor.up, factor.down) for factor in start.fold.factors.values()) if start.fold else 0
     dense = 0 if "dense" in start.seeded else sum(tensor.numel() for tensor in start.train.dense.values())
-    control = _whole(start.control, start.rules.kept)
-    return Bytes(FLOAT * (count + dense + control), FLOAT * dense)
+    control, number = _whole(start.control, start.rules.kept), _plain(start).number
+    return Bytes(number * (count + dense + control), number * dense)
 
 
 def up(task: Task, result: Result) -> Bytes:
-    """What a client sends back: rows of `down`, columns of `up` and dense tensors that differ from what it got.
+    """What a client sends back: rows of `down`, columns of `up` and rows of dense tensors that differ from what it got.
 
     An answer that has not even the form of one, and will be refused, counts as if everything had been sent.
     """
-    start, count = task.start, 0
-    if form(task, result):
-        dense = sum(tensor.numel() for tensor in start.train.dense.values())
-        return Bytes(FLOAT * (_whole(start.train) + _whole(start.control, start.rules.kept)), FLOAT * dense)
-    for name, factor in result.adapter.factors.items():
-        sent = start.train.factors[name]
-        count += _changed(sent.down[: factor.rank], factor.down) + _changed(sent.up[:, : factor.rank].T, factor.up.T)
-    dense = sum(
-        tensor.numel() for name, tensor in result.adapter.dense.items() if not tensor.equal(start.train.dense[name])
-    )
-    return Bytes(FLOAT * (count + dense + _whole(result.control, start.rules.kept)), FLOAT * dense)
+    start, codec, count = task.start, task.start.codec or EXACT, 0
+    control = _plain(start).number * _whole(start.control, start.rules.kept)
+    refused = form(task, result) is not None
+    given = start.train if refused else result.adapter
+    for name, factor in given.factors.items():
+        sent = cut(start.train.factors[name], factor.rank)
+        for before, after in ((sent.down, factor.down), (sent.up.T, factor.up.T)):
+            count += _sent(codec, None if refused else before, after)
+    dense = 0
+    for name, tensor in given.dense.items():
+        dense += _sent(codec, None if refused else rows(start.train.dense[name]), rows(tensor))
+    return Bytes(count + dense + control, dense)
 
 
-def _changed(before: Tensor, after: Tensor) -> int:
-    """Numbers in the rows that differ."""
-    return int((before != after).any(1).sum()) * after.shape[1]
+def _plain(start: Start) -> Codec:
+    """How travels what has no base."""
+    return HALF if start.codec and start.codec.halved else EXACT
+
+
+def _sent(codec: Codec, before: Tensor | None, after: Tensor) -> int:
+    """Bytes of the rows that differ; of all of them, where nothing is known of before."""
+    count = len(after) if before is None else int((before != after).any(1).sum())
+    return count * (codec.number * after.shape[1] + codec.row)
 
 
 def _folded(up: Tensor, down: Tensor) -> int:

@@ -10,14 +10,17 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from fedloom.check import fault
+from fedloom.codec import Codec
 from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.indexed import IndexedTable
 from fedloom.lora import server_rank
 from fedloom.seeds import derive
+from fedloom.transfer import handed
 from fedloom.types import (
     Aggregator,
     Assign,
+    Budget,
     Cancel,
     ClientId,
     ClientJoined,
@@ -34,6 +37,7 @@ from fedloom.types import (
     Reject,
     Schedule,
     Scored,
+    Start,
     Stop,
     Task,
     TaskFailed,
@@ -105,10 +109,11 @@ class Server:
         shape: Shape,
         limits: Limits,
         seed: int = 0,
+        transfer: Codec | None = None,
     ) -> None:
         self.state = State(model)
         self.aggregator, self.schedule, self.assign = aggregator, schedule, assign
-        self.shape, self.limits, self.seed = shape, limits, seed
+        self.shape, self.limits, self.seed, self.transfer = shape, limits, seed, transfer
 
     def handle(self, now: float, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which it is to be done.
@@ -160,6 +165,10 @@ class Server:
             seen=MappingProxyType(state.seen),
             dispatched=MappingProxyType(state.dispatched),
         )
+
+    def start(self, budget: Budget, seed: int) -> Start:
+        """What a client with this budget would receive now, to the bit."""
+        return handed(self.aggregator.start(self.state.model, budget, seed), self.transfer)
 
     def _take(self, event: Event) -> Reject | None:
         """Write the event into the state, or refuse it and leave the state as it was."""
@@ -257,7 +266,7 @@ class Server:
         budget = self.assign(state.idle[client], fleet)
         budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
         number, state.next_task = state.next_task, state.next_task + 1
-        start = self.aggregator.start(state.model, budget, derive(self.seed, "start", number))
+        start = self.start(budget, derive(self.seed, "start", number))
         seed = derive(self.seed, "task", number)
         task = Task(number, client, state.version, start, budget, seed, state.now)
         state.busy[number], state.working[client] = task, (state.idle.take(client), number)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from fedloom.server import Server
+from fedloom.transfer import answered
 from fedloom.types import (
     Cancel,
     ClientId,
@@ -113,7 +114,8 @@ class Simulation:
 
     def _train(self, now: float, cohort: list[Task]) -> None:
         work = [(task, self.locals.get(task.client, Local())) for task in cohort]
-        for task, (result, local) in zip(cohort, self.trainer.train(work), strict=True):
+        for (task, before), trained in zip(work, self.trainer.train(work), strict=True):
+            result, local = answered(task, before, *trained)
             timed = self._timed(task, result)
             self.flying[task.id] = local
             self._push(now + timed.metrics["seconds"], UpdateArrived(task.client, task.id, timed))

@@ -15,9 +15,8 @@ from typing import TextIO
 
 import torch
 
-from fedloom.lora import Adapter
+from fedloom.lora import Adapter, tensors
 from fedloom.types import Command, Event, Update
-from fedloom.wire import tensors
 
 
 def fingerprint(adapter: Adapter) -> str:

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
+from fedloom.codec import Codec
 from fedloom.cost import Shape
 from fedloom.indexed import Indexed
 from fedloom.lora import Adapter
@@ -91,7 +92,8 @@ class Start:
     which the client should parametrise; None, the rule, means the run's constant (a scaling that changes with the rank
     makes one adapter mean different functions on different clients). `fold` is added to the frozen base and not trained.
     `slots` are the server's directions that `train` holds (None: the first ones). `seeded` sides follow from the run's seed, so
-    that nobody has to send them. `control` is the server's control variate (SCAFFOLD), of the shape of `train`.
+    that nobody has to send them. `control` is the server's control variate (SCAFFOLD), of the shape of `train`. `codec` is how
+    the numbers of the task travel (None: float32), and has been applied to what is here.
     """
 
     train: Adapter
@@ -102,6 +104,7 @@ class Start:
     seeded: tuple[Side, ...] = ()
     control: Adapter | None = None
     rules: Rules = Rules()
+    codec: Codec | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +144,16 @@ class Update:
 class Local:
     """What stays at a client between its tasks and is never sent.
 
-    Optimiser `moments`, valid for one `basis`; the trained adapter of which `private` sides are used again; the client's own
-    `control` variate. The last two are kept by the server's directions (`Start.slots`), also those that one task does not hold.
+    Optimiser `moments` and the `residual` of error feedback (what packing lost of earlier answers), valid for one `basis`; the
+    trained adapter of which `private` sides are used again; the client's own `control` variate. These two are kept by the server's
+    directions (`Start.slots`), also those that one task does not hold.
     """
 
     basis: str = ""
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     private: Adapter | None = None
     control: Adapter | None = None
+    residual: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)

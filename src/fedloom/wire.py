@@ -1,29 +1,45 @@
-"""A result as bytes: a safetensors file whose header carries a JSON manifest. No pickle, no code, checked on arrival."""
+"""An answer as bytes: flat buffers of numbers behind a JSON manifest. No pickle, no code, checked before use.
+
+The container is a safetensors file with at most three one-dimensional tensors (float32, float16, int8): the rows that changed, in
+the order of `transfer.layout`, one after the other. Names and shapes are not sent: the receiver has the task, which says what is
+asked, and a digest tells whether both mean the same layers.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Literal, TypeAlias
 
 import safetensors.torch
+import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedloom.lora import Adapter, Factor
-from fedloom.types import Result
+from fedloom.codec import LOWEST, Block
+from fedloom.lora import Adapter
+from fedloom.transfer import Parcel, Rows, layout, pack, rows_of, unpack
+from fedloom.types import ClientId, Result, Start, Task
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "fedloom"
-CONTROL = "control:"
-"""Begins the names of the tensors of a control variate."""
+Form: TypeAlias = Literal["f32", "f16", "i8"]
+BUFFERS: dict[Form, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "i8": torch.int8}
+
+Exponent: TypeAlias = Annotated[StrictInt, Field(ge=LOWEST, le=-LOWEST)]
+Entry: TypeAlias = tuple[Form, Exponent, list[StrictInt] | None]
+"""Of one tensor: the buffer that holds it, the exponent of float16, and which rows were sent (None: all)."""
 
 
 class Malformed(ValueError):
-    """Bytes that are no result; the text says why."""
+    """Bytes that are no answer; the text says why."""
 
 
 class Manifest(BaseModel):
-    """What goes beside the tensors."""
+    """What goes beside the numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -34,51 +50,60 @@ class Manifest(BaseModel):
     tokens: StrictInt
     steps: StrictInt
     metrics: dict[str, float] = Field(max_length=100)
-    tensors: StrictInt
+    rank: StrictInt = Field(ge=0)
+    layout: str
+    tensors: list[Entry]
 
 
-def tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's tensors under flat names: `NAME.down`, `NAME.up`, and `dense:NAME`."""
-    flat = {f"{name}.down": factor.down.contiguous() for name, factor in adapter.factors.items()}
-    flat |= {f"{name}.up": factor.up.contiguous() for name, factor in adapter.factors.items()}
-    return flat | {f"dense:{name}": tensor.contiguous() for name, tensor in adapter.dense.items()}
-
-
-def adapter_of(flat: dict[str, Tensor]) -> Adapter:
-    """The adapter of such tensors. Raises Malformed if a factor is not whole."""
-    dense = {name.removeprefix("dense:"): tensor for name, tensor in flat.items() if name.startswith("dense:")}
-    names = [name.removesuffix(".down") for name in flat if name.endswith(".down") and not name.startswith("dense:")]
-    if len(flat) != len(dense) + 2 * len(names) or any(f"{name}.up" not in flat for name in names):
-        raise Malformed("the tensors are not pairs of .down and .up, and dense: ones")
-    factors = {name: Factor(flat[f"{name}.down"], flat[f"{name}.up"]) for name in names}
-    for name, factor in factors.items():
-        if factor.down.ndim != 2 or factor.up.ndim != 2 or factor.down.shape[0] != factor.up.shape[1]:
-            raise Malformed(f"{name}: down {tuple(factor.down.shape)} and up {tuple(factor.up.shape)} do not multiply")
-    return Adapter(factors, dense)
-
-
-def encode(client: str, task: int, result: Result) -> bytes:
-    """The result as bytes; the same result gives the same bytes."""
-    flat = tensors(result.adapter)
-    if result.control is not None:
-        flat |= {f"{CONTROL}{name}": tensor for name, tensor in tensors(result.control).items()}
+def encode(task: Task, result: Result, residual: Adapter | None = None) -> bytes:
+    """The answer as bytes; the same answer gives the same bytes. `residual` is what earlier answers lost (`transfer.owed`)."""
+    parcel = pack(task.start, result, residual)
+    buffers: dict[Form, list[Tensor]] = {form: [] for form in BUFFERS}
+    entries = list[Entry]()
+    for which, block in parcel.blocks:
+        form = next(form for form, dtype in BUFFERS.items() if block is None or block.numbers.dtype == dtype)
+        entries.append((form, block.exponent if block else 0, None if which is None else list(which)))
+        if block is not None:
+            buffers[form].append(block.numbers.reshape(-1))
+            buffers["f32"] += [] if block.scales is None else [block.scales]
     manifest = Manifest(
         format=FORMAT,
-        task=task,
-        client=client,
+        task=task.id,
+        client=task.client,
         examples=result.examples,
         tokens=result.tokens,
         steps=result.steps,
         metrics=dict(result.metrics),
-        tensors=len(flat),
+        rank=parcel.rank,
+        layout=digest(parcel.rank, layout(task.start, parcel.rank)),
+        tensors=entries,
     )
+    flat: dict[str, Tensor] = {form: torch.cat(parts) for form, parts in buffers.items() if parts}
     return safetensors.torch.save(flat, {HEADER: manifest.model_dump_json()})
 
 
-def decode(data: bytes, limit: int) -> tuple[str, int, Result]:
-    """(client, task, result) of such bytes. Raises Malformed with the reason, whatever the bytes are."""
+def decode(data: bytes, limit: int, tasks: Mapping[int, Task]) -> tuple[ClientId, int, Result]:
+    """(client, task, result) of such bytes; `tasks` are those that may be answered. Raises Malformed with the reason, whatever
+    the bytes are.
+    """
     if len(data) > limit:
         raise Malformed(f"{len(data)} bytes, above the limit of {limit}")
+    manifest, flat = _read(data)
+    task = tasks.get(manifest.task)
+    if task is None:
+        raise Malformed(f"task {manifest.task} is not outstanding")
+    adapter, control = unpack(task.start, _parcel(task.start, manifest, flat))
+    numbers = (manifest.examples, manifest.tokens, manifest.steps, manifest.metrics)
+    return manifest.client, manifest.task, Result(adapter, *numbers, control)
+
+
+def digest(rank: int, asked: list[tuple[str, Tensor]]) -> str:
+    """Twelve hex digits that name these layers and shapes."""
+    text = json.dumps([rank, *((name, *tensor.shape) for name, tensor in asked)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _read(data: bytes) -> tuple[Manifest, dict[str, Tensor]]:
     try:
         flat = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][HEADER]
@@ -90,15 +115,36 @@ def decode(data: bytes, limit: int) -> tuple[str, int, Result]:
         raise Malformed(f"manifest field {'.'.join(map(str, first['loc'])) or '?'}: {first['msg']}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise Malformed(f"no manifest in the file: {type(error).__name__}") from error
-    if manifest.tensors != len(flat):
-        raise Malformed(f"manifest speaks of {manifest.tensors} tensors, the file holds {len(flat)}")
-    control = {name.removeprefix(CONTROL): flat.pop(name) for name in [*flat] if name.startswith(CONTROL)}
-    result = Result(
-        adapter_of(flat),
-        manifest.examples,
-        manifest.tokens,
-        manifest.steps,
-        manifest.metrics,
-        adapter_of(control) if control else None,
-    )
-    return manifest.client, manifest.task, result
+    for name, tensor in flat.items():
+        if name not in BUFFERS or tensor.dtype != BUFFERS[name] or tensor.ndim != 1:
+            raise Malformed(f"{name!r} is a {tensor.ndim}-dimensional buffer of {tensor.dtype}")
+    return manifest, flat
+
+
+def _parcel(start: Start, manifest: Manifest, flat: Mapping[str, Tensor]) -> Parcel:
+    """The buffers cut into the blocks of which the manifest speaks, each as large as the task says."""
+    asked = layout(start, manifest.rank)
+    if manifest.layout != digest(manifest.rank, asked) or len(manifest.tensors) != len(asked):
+        raise Malformed(f"the layers at rank {manifest.rank} are not those of the task")
+    left = {form: flat.get(form, torch.zeros(0, dtype=dtype)) for form, dtype in BUFFERS.items()}
+
+    def take(form: Form, count: int) -> Tensor:
+        if len(left[form]) < count:
+            raise Malformed(f"buffer {form} is too short")
+        taken, left[form] = left[form][:count], left[form][count:]
+        return taken
+
+    blocks: list[tuple[Rows, Block | None]] = []
+    for (name, base), (form, exponent, given) in zip(asked, manifest.tensors, strict=True):
+        height, width = rows_of(name, base).shape
+        which = range(height) if given is None else given
+        if not all(0 <= row < height for row in which) or any(a >= b for a, b in pairwise(which)):
+            raise Malformed(f"{name}: no such rows")
+        if exponent and form != "f16":
+            raise Malformed(f"{name}: {form} has no exponent")
+        numbers = take(form, len(which) * width).reshape(len(which), width)
+        block = Block(numbers, exponent, take("f32", len(which)) if form == "i8" else None)
+        blocks.append((None if given is None else tuple(given), block if len(which) else None))
+    if any(map(len, left.values())):
+        raise Malformed("the buffers hold more than the manifest speaks of")
+    return Parcel(manifest.rank, tuple(blocks))

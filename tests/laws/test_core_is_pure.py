@@ -14,7 +14,20 @@ import fedloom
 ROOT = Path(fedloom.__file__).parent
 CORE = [
     ROOT / f"{name}.py"
-    for name in ("lora", "lowrank", "types", "indexed", "cost", "seeds", "errors", "server", "check")
+    for name in (
+        "lora",
+        "lowrank",
+        "types",
+        "indexed",
+        "cost",
+        "seeds",
+        "errors",
+        "server",
+        "check",
+        "codec",
+        "transfer",
+        "payload",
+    )
 ]
 CORE += sorted(path for folder in ("aggregate", "schedule", "plan") for path in (ROOT / folder).glob("*.py"))
 IMPURE = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,34 @@ def test_what_was_not_recorded_is_not_claimed(tmp_path: Path) -> None:
     assert "Rank heterogeneity" in page(
         [log(tmp_path, [], [client("p0", 2, math.nan), client("l0", 8, 0.5, math.nan)])]
     )
+
+
+@pytest.mark.parametrize(
+    ("transfer", "told"),
+    [
+        (None, "float32, four bytes each."),
+        (
+            {"type": "Exact"},
+            "float32, four bytes each; rounding took from an answer 0.020 % of its products, 0.300 % of",
+        ),
+        ({"type": "Half"}, "float16, two bytes each; rounding took from an answer 0.020 % of its products, 0.300 % of"),
+        ({"type": "DeltaInt8"}, "float16 down, two bytes each, and as differences in int8 up, one byte each; rounding"),
+    ],
+)
+def test_how_numbers_travelled_and_what_rounding_took(tmp_path: Path, transfer: Any, told: str) -> None:
+    rounds = [{"version": k, "rounding": 1e-4 * k, "rounding_change": c} for k, c in ((1, 1e-3), (3, 5e-3))]
+    if transfer is None:
+        rounds = [{"version": 1, "rounding": None, "rounding_change": None}]
+    run = log(tmp_path, [task("p0", 2)], versions=rounds)
+    run = replace(run, manifest={**run.manifest, "run": {"transfer": transfer}})
+    assert plain(ranks.rounded(run)).startswith(f"Numbers travel as {told}")
+    assert told in section(run)
+
+
+@pytest.mark.parametrize("run", [{}, {"transfer": {"type": "Mine"}}])
+def test_nothing_is_said_of_numbers_that_travelled_unknown(tmp_path: Path, run: Any) -> None:
+    here = log(tmp_path, [task("p0", 2)])
+    assert ranks.rounded(replace(here, manifest={**here.manifest, "run": run})) == ""
 
 
 def test_without_clients_or_tasks_the_rest_is_still_shown(tmp_path: Path) -> None:

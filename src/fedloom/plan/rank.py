@@ -93,7 +93,7 @@ class RankByData:
 
 @dataclass(frozen=True, slots=True)
 class RankByCapability:
-    """The largest of `ranks` that fits the client: training within its memory, upload within `upload_seconds`.
+    """The largest of `ranks` that fits the client: training within its memory, upload (of float32) within `upload_seconds`.
 
     A client that fits none gets the smallest: it takes part slowly rather than not at all. `batch_tokens` is the size of the
     batch that memory is reckoned with.

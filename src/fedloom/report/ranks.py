@@ -9,13 +9,18 @@ from statistics import variance
 
 from fedloom.report.facts import accuracy, label, mean, tiers
 from fedloom.report.read import Line, RunLog
-from fedloom.report.words import number, percent, plural, size
+from fedloom.report.words import number, percent, plural, short, size
 
 MOST = 8
 """Groups that can still be told apart; with more, a tier is one group whatever its ranks."""
 FEW = 5
 """Clients below which a difference of means is a hint at most."""
 WAYS = ("down", "up")
+CODECS = {
+    "Exact": "float32, four bytes each",
+    "Half": "float16, two bytes each",
+    "DeltaInt8": "float16 down, two bytes each, and as differences in int8 up, one byte each",
+}
 WHOLE = 0.9995
 """Shares from here on are shown as 100.0 %."""
 
@@ -145,6 +150,24 @@ def paid(log: RunLog) -> str:
     fold = sum(number(task.get("bytes_down_fold", 0)) for task in log.tasks)
     folds = f", and {percent(fold / total)} is folds" if fold > 0 else ""
     return f"{text}. Of all traffic {percent(head / total)} is the head, the same at every rank{folds}."
+
+
+def rounded(log: RunLog) -> str:
+    """How numbers travelled, and what that cost the answers: means over the rounds."""
+    run = log.manifest["run"]
+    if "transfer" not in run:
+        return ""
+    codec = (run["transfer"] or {}).get("type", "Exact")
+    if codec not in CODECS:
+        return ""
+    lost, of_change = (
+        mean(number(line.get(name)) for line in log.versions) for name in ("rounding", "rounding_change")
+    )
+    text = f"Numbers travel as {CODECS[codec]}"
+    if math.isnan(lost) or math.isnan(of_change):
+        return f"{text}."
+    shares = f"{short(100 * lost)}\u00a0% of its products, {short(100 * of_change)}\u00a0% of what the client changed in them"
+    return f"{text}; rounding took from an answer {shares}."
 
 
 def _of(lines: Sequence[Line], ranks: Sequence[int]) -> list[Line]:

@@ -116,7 +116,7 @@ def _heterogeneity(log: RunLog) -> tuple[object, ...]:
     used, by_tier = ranks.used(log), tables.tiers(log)
     one = f"There is only one rank: every client trains at rank {used[0]}." if len(used) == 1 else ""
     shares, paid = ranks.kept(log), ranks.paid(log)
-    given = " ".join(text for text in (one, ranks.received(log), paid) if text)
+    given = " ".join(text for text in (one, ranks.received(log), paid, ranks.rounded(log)) if text)
     return (
         (paid or shares)
         and Part(f"{GIVEN if shares else ''}{PAID if paid else ''}", given, svg=figures_ranks.handed(log)),
