@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench.aggregate import Time, sample, spread
+from bench.timing import Time, sample, spread
 from bench.tiny import hush, settle
 from bench.workers import workers2
 from fedloom.lora import Adapter

@@ -24,10 +24,10 @@ class Run:
 
     `model` is a hub name or a local folder, `data` where examples come from, `partition` how they are divided over clients.
     `aggregator` says HOW adapters are added, `schedule` WHEN and by whom, `plan` how much each client does, `world` how fast
-    its devices are. `transfer` is how adapters travel: `Half()`, `DeltaInt8()`, or None, which is `Exact()`. `held_out` is the share of
-    each client's examples on which its own accuracy is measured (0: not at all), `test_limit` how many test examples score a version
-    (None: all). `threads` is for torch, `engine` how training is computed (None: plain torch, one client after the other): both are
-    a part of the last digits and therefore of the run.
+    its devices are. `transfer` is how adapters travel: `Half()`, `DeltaInt8()`, or None, which is `Exact()`. `held_out` is the share
+    of each client's examples on which its own accuracy is measured (0: not at all), `test_limit` how many test examples score a
+    version (None: all). `threads` is for torch, `engine` how training is computed (None: plain torch, one client after the other):
+    both are a part of the last digits and therefore of the run.
     """
 
     model: str
