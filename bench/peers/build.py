@@ -9,6 +9,7 @@ import csv
 import gzip
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -72,7 +73,10 @@ def complete(folder: Path) -> None:
     torch.save(start, folder / "start.pt")
     texts = {"train": job.train_texts, "test": job.test_texts}
     torch.save({name: _columns(encoded) for name, encoded in texts.items()}, folder / "tokens.pt")
-    heads = set(job.base.model.peft_config["r8"].modules_to_save or ()) - {"classifier", "score"}  # PEFT adds these itself
+    heads = set(job.base.model.peft_config["r8"].modules_to_save or ()) - {
+        "classifier",
+        "score",
+    }  # PEFT adds these itself
     about |= {"heads": sorted(heads), "rounds": _plan(job)}
     (folder / "job.json").write_text(json.dumps(about))
 
@@ -179,3 +183,7 @@ def _plan(job: Job) -> list[list[tuple[str, list[list[int]]]]]:
     with tempfile.TemporaryDirectory() as scratch:
         job.execute(Path(scratch) / "run", [observe])
     return rounds
+
+
+if __name__ == "__main__":
+    build(sys.argv[1], *map(Path, sys.argv[2:]))

@@ -180,4 +180,3 @@ def by_round(work: Work, losses: Sequence[float]) -> list[float]:
     if len(losses) != each * work.settings.rounds:
         raise ValueError(f"{len(losses)} steps were made, not {each * work.settings.rounds}")
     return [sum(losses[i : i + each]) / each for i in range(0, len(losses), each)]
-

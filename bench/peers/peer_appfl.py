@@ -1,7 +1,7 @@
 """APPFL: its virtual-clock driver in synchronous rounds, `SimServerAgent` and 20 `SimClientAgent`, at its fastest settings.
 
 `optimize_memory` is off everywhere (its calls of `gc.collect` would cost more than the training), the base is read once and not
-once for each agent, and agents exchange the adapter instead of the whole model, which is what APPFL does by default.
+once for each agent, and agents exchange the adapter alone. `lean=False` is APPFL as it is shipped: none of the three.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from torch import Tensor, nn  # noqa: E402
 from bench.peers import job  # noqa: E402
 from bench.peers.clock import Clock  # noqa: E402
 
-LEAN = {"optimize_memory": False}
 LOSSES: list[float] = []
 
 
 class Net(nn.Module):
-    """One tensor in (ids, mask and segments, stacked), logits out; its state is the adapter alone."""
+    """One tensor in (ids, mask and segments, stacked), logits out."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -42,6 +41,10 @@ class Net(nn.Module):
         ids, mask, segments = stacked
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask, token_type_ids=segments).logits
         return logits
+
+
+class LeanNet(Net):
+    """Its state, which is what travels, is the adapter alone."""
 
     def state_dict(self, *given: Any, **named: Any) -> Any:
         """What is sent."""
@@ -58,9 +61,9 @@ class Loss(nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The mean over the batch."""
         loss = super().forward(input, target)
-        from bench.peers.peer_appfl import LOSSES  # APPFL executes this file anew for every agent
+        from bench.peers.peer_appfl import LOSSES as shared  # APPFL executes this file anew for every agent
 
-        LOSSES.append(float(loss.detach()))
+        shared.append(float(loss.detach()))
         return loss
 
 
@@ -89,17 +92,21 @@ class Replayed(SyncSimDriver):
 
 
 @cache
-def read(folder: str) -> tuple[job.Work, Net]:
-    """The job and its model, once a process."""
-    work = job.read(Path(folder))
-    return work, Net(job.load_model(work))
+def loaded(folder: str) -> LeanNet:
+    """The model, once a process."""
+    return LeanNet(job.load_model(job.read(Path(folder))))
 
 
-def make_model(folder: str) -> Net:
+def make_lean(folder: str) -> Net:
     """A copy for an agent."""
-    from bench.peers.peer_appfl import read as shared
+    from bench.peers.peer_appfl import loaded as shared  # as above
 
-    return copy.deepcopy(shared(folder)[1])
+    return copy.deepcopy(shared(folder))
+
+
+def make_plain(folder: str) -> Net:
+    """A model of its own for an agent."""
+    return Net(job.load_model(job.read(Path(folder))))
 
 
 def accuracy(true: Any, predicted: Any) -> float:
@@ -107,9 +114,10 @@ def accuracy(true: Any, predicted: Any) -> float:
     return float((np.argmax(predicted, 1) == true).mean())
 
 
-def config(work: job.Work) -> dict[str, Any]:
+def config(work: job.Work, lean: bool) -> dict[str, Any]:
     """The settings of server and clients in APPFL's words."""
     settings, here = work.settings, __file__
+    memory = {"optimize_memory": not lean}
     train = {
         "trainer": "VanillaTrainer",
         "mode": "step",
@@ -126,31 +134,35 @@ def config(work: job.Work) -> dict[str, Any]:
         "clip_value": settings.clip,
         "clip_norm": 2,
         "device": "cpu",
-        **LEAN,
+        **memory,
     }
     server = {
         "num_clients": settings.clients,
         "num_global_epochs": settings.rounds,
         "scheduler": "SyncScheduler",
-        "scheduler_kwargs": LEAN,
+        "scheduler_kwargs": memory,
         "aggregator": "FedAvgAggregator",
-        "aggregator_kwargs": {"client_weights_mode": "equal", **LEAN},
-        **LEAN,
+        "aggregator_kwargs": {"client_weights_mode": "equal", **memory},
+        **memory,
     }
-    model = {"model_path": here, "model_name": "make_model", "model_kwargs": {"folder": str(work.folder)}}
-    return {"client_configs": {"train_configs": train, "model_configs": model}, "server_configs": server}
+    model = {
+        "model_path": here,
+        "model_name": "make_lean" if lean else "make_plain",
+        "model_kwargs": {"folder": str(work.folder)},
+    }
+    client = {"train_configs": train, "model_configs": model, **memory}
+    return {"client_configs": client, "server_configs": server}
 
 
-def run(folder: Path, clock: Clock) -> job.Report:
+def run(folder: Path, clock: Clock, lean: bool = True) -> job.Report:
     """The job in APPFL."""
-    work, net = read(str(folder))
-    settings = config(work)
+    work = job.read(folder)
+    settings = config(work, lean)
     names = sorted({task.client for task in work.tasks})
     names += [f"idle{n}" for n in range(work.settings.clients - len(names))]
     server = SimServerAgent(settings)
     agents = [
-        SimClientAgent({**settings["client_configs"], **LEAN}, client_id=name, client_dataset=Batches(work, name))
-        for name in names
+        SimClientAgent(settings["client_configs"], client_id=name, client_dataset=Batches(work, name)) for name in names
     ]
     driver = Replayed(
         server,
@@ -165,5 +177,5 @@ def run(folder: Path, clock: Clock) -> job.Report:
     clock.mark("setup")
     driver.run()
     clock.mark("train")
-    net.load_state_dict(server.get_parameters(serial_run=True))
-    return {"losses": job.by_round(work, LOSSES), **job.score(net.model, work)}
+    server.model.load_state_dict(server.get_parameters(serial_run=True), strict=False)
+    return {"losses": job.by_round(work, LOSSES), **job.score(server.model.model, work)}

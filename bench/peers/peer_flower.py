@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, M
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy.strategy_utils import sample_nodes
 from flwr.simulation import run_simulation
 from torch import nn
 
@@ -53,9 +54,9 @@ class Replayed(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The same message to as many nodes as the cohort has, each with its place in it."""
-        nodes = sorted(grid.get_node_ids())
+        nodes, _ = sample_nodes(grid, self.min_available_nodes, self.work.settings.cohort)
         common = {"folder": str(self.work.folder), "round": server_round - 1}
-        for place, node in zip(range(self.work.settings.cohort), nodes, strict=False):
+        for place, node in enumerate(nodes):
             content = RecordDict({"arrays": arrays, "config": ConfigRecord({**common, "place": place})})
             yield Message(content, message_type=MessageType.TRAIN, dst_node_id=node)
 
