@@ -1,6 +1,6 @@
 """The whole job of one federated fine-tuning: fedloom, a hand-written loop, pfl, Flower's simulation, APPFL's simulator.
 
-    python -m bench.peers [--jobs NAME ...] [--systems NAME ...] [--repeats 3] [--cache DIR] [--shared DIR] [--summary]
+    python -m bench.peers [--jobs NAME ...] [--systems NAME ...] [--repeats 3] [--first N] [--cache DIR] [--shared DIR] [--summary]
 
 Two jobs: `tinybert-20` (a random BERT of two layers, 20 clients of 64 examples, 5 rounds of 4 clients, 4 steps of 16) and
 `minilm-mrpc` (all-MiniLM-L6-v2, 20 clients, 3 rounds of 4, 8 steps of 8). LoRA of rank 8 on query and value and a head, AdamW,
@@ -60,9 +60,12 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--first", type=int, default=0, metavar="N", help="first repetition; above 0, lines are appended"
+    )
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "fedloom-peers")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with data/mrpc")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the lines go; what was there is replaced")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the lines go")
     parser.add_argument("--summary", action="store_true", help="only print the table of what is there")
     given = parser.parse_args()
     if not given.summary:
@@ -76,11 +79,11 @@ def run_all(given: argparse.Namespace) -> None:
     interpreters, folders = find_systems(given.systems, given.cache), build_jobs(given.jobs, given.cache, given.shared)
     about = machine()
     given.out.parent.mkdir(exist_ok=True)
-    with given.out.open("w") as file:
-        for repetition in range(given.repeats):
+    with given.out.open("a" if given.first else "w") as file:
+        for repetition in range(given.first, given.first + given.repeats):
             for name, folder in folders.items():
                 for system, interpreter in interpreters.items():
-                    line = {"system": system, "version": version(system), "job": name, "repetition": repetition}
+                    line: Line = {"system": system, "version": version(system), "job": name, "repetition": repetition}
                     line |= run_one(system, interpreter, folder) | {"machine": about}
                     file.write(json.dumps(line) + "\n")
                     file.flush()

@@ -73,10 +73,8 @@ def complete(folder: Path) -> None:
     torch.save(start, folder / "start.pt")
     texts = {"train": job.train_texts, "test": job.test_texts}
     torch.save({name: _columns(encoded) for name, encoded in texts.items()}, folder / "tokens.pt")
-    heads = set(job.base.model.peft_config["r8"].modules_to_save or ()) - {
-        "classifier",
-        "score",
-    }  # PEFT adds these itself
+    config: Any = job.base.model.peft_config["r8"]
+    heads = set(config.modules_to_save or ()) - {"classifier", "score"}  # PEFT adds these itself
     about |= {"heads": sorted(heads), "rounds": _plan(job)}
     (folder / "job.json").write_text(json.dumps(about))
 

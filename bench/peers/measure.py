@@ -64,7 +64,7 @@ class Account:
 
     def reap(self) -> dict[int, int]:
         """Wait for all that have ended; returns their exit codes."""
-        ended = {}
+        ended = dict[int, int]()
         while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)

@@ -32,7 +32,7 @@ def loaded(folder: str) -> tuple[job.Work, nn.Module]:
     return work, job.load_model(work)
 
 
-@client_app.train()
+@client_app.train()  # type: ignore[untyped-decorator]  # flwr is not installed here
 def train(message: Message, context: Context) -> Message:
     """One task on whichever node was asked."""
     config = message.content["config"]
@@ -73,7 +73,7 @@ def run(folder: Path, clock: Clock) -> job.Report:
     strategy, server_app = Replayed(work), ServerApp()
     clock.mark("setup")
 
-    @server_app.main()
+    @server_app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
         result = strategy.start(grid, ArrayRecord(job.get(model)), num_rounds=work.settings.rounds)
         job.put(model, result.arrays.to_torch_state_dict())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from bench.peers import job
 from bench.peers.clock import Clock
 
@@ -21,7 +23,7 @@ def run(folder: Path, clock: Clock) -> job.Report:
             job.put(model, shared)
             losses += job.train(model, work, task)
             states.append(job.get(model))
-        shared = {name: sum(state[name] for state in states) / len(states) for name in shared}
+        shared = {name: torch.stack([state[name] for state in states]).mean(0) for name in shared}
     job.put(model, shared)
     clock.mark("train")
     return {"losses": job.by_round(work, losses), **job.score(model, work)}
