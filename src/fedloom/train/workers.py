@@ -32,11 +32,6 @@ class Workers:
     """Who trains: `count` local processes (1: this one), or actors of the Ray cluster at `ray` ("" starts one here).
 
     `count` None: as many actors as the cluster has processors, or GPUs, for.
-
-    >>> workers(2), workers("4@ray:head:6379")
-    (Workers(count=2, ray=None), Workers(count=4, ray='head:6379'))
-    >>> str(workers("ray"))
-    'ray'
     """
 
     count: int | None = 1
