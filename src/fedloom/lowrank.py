@@ -166,12 +166,12 @@ def _scaled_gram(tall: Tensor) -> tuple[Tensor, float]:
 def _leading(down: Tensor, near: Grams, width: int) -> Tensor:
     """Orthonormal columns (d_in, width) near the leading right directions of the product.
 
-    Four steps of subspace iteration in the R coordinates of the factors, where a step costs R / (d_out + d_in) of one of
+    Six steps of subspace iteration in the R coordinates of the factors, where a step costs R / (d_out + d_in) of one of
     Krylov: V^T U^T U V (V^T x) = V^T (U^T U) (V V^T) x. Too coarse to be an answer (the condition number is squared).
     """
     of_up, of_down = ((gram / (float(gram.abs().max()) or 1.0)).to(down.dtype) for gram in near)
     block = _normal(len(of_up), width, down)
-    for _ in range(4):
+    for _ in range(6):
         block = torch.linalg.qr(of_up @ (of_down @ block))[0]
     probe: Tensor = torch.linalg.qr(down.T @ block)[0]
     return probe
