@@ -28,7 +28,7 @@ def fingerprint(adapter: Adapter) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.dtype != torch.float32:
             tensor = tensor.reshape(-1).view(torch.uint8)  # numpy knows no bfloat16
-        digest.update(tensor.numpy(force=True).data)
+        digest.update(tensor.contiguous().numpy(force=True).data)
     return digest.hexdigest()
 
 
