@@ -7,10 +7,11 @@ Jobs: `tinybert-20` (a random BERT of two layers, 20 clients of 64 examples, 5 r
 AdamW, plain averaging, dropout off. All systems have the same start and the same cohorts; in the first two jobs the same batches too,
 fedloom's own, so that training losses must agree to rounding; in the last the others have shuffled batches, as their users have,
 padded to the longest. All end by scoring 256 test examples. The others read token ids; fedloom tokenises, and writes its trace
-and adapter. `fedloom_full` scores the start and every client besides (on a held-out fifth) and draws its report.
+and adapter. `fedloom_two` divides each cohort over two local processes. `fedloom_full` scores the start and every
+client besides (on a held-out fifth) and draws its report.
 
 Each run is a fresh process, A B C A B C; everything that it starts is counted (see `measure.py`). One thread in each process;
-Flower may use two processors. `appfl` has its fastest settings and sends the adapter alone, `appfl_default` is as it is shipped.
+Flower uses two processors too. `appfl` has its fastest settings and sends the adapter alone, `appfl_default` is as it is shipped.
 Peers are installed in environments of their own below `--cache`; one that cannot be is left out with a sentence. CPU seconds are
 the primary figure: wall seconds depend on who else uses the machine.
 
@@ -37,7 +38,7 @@ from fedloom.manifest import machine
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "peers.jsonl"
 JOBS = ("tinybert-20", "minilm-mrpc", "minilm-mrpc-own")
-SYSTEMS = ("fedloom", "fedloom_full", "plain", "pfl", "flower", "appfl", "appfl_default")
+SYSTEMS = ("fedloom", "fedloom_two", "fedloom_full", "plain", "pfl", "flower", "appfl", "appfl_default")
 BARS = {"pfl": 1.3, "flower": 5.0, "appfl": 5.0, "appfl_default": 5.0}
 """How many times faster the whole job is to be in fedloom."""
 
@@ -152,7 +153,8 @@ def show(name: str, lines: Iterable[Line]) -> dict[str, Any]:
         print(f"  {system + ' ' + own[0]['version']:24s} {cells}   {', '.join(f'{p:.2f}' for p in phases)}")
     for system, own in runs.items():
         print(f"  loss  {system:18s} " + " ".join(f"{loss:.6f}" for loss in own[0]["losses"]))
-    return {system: compare(runs["fedloom"], own, system) for system, own in runs.items() if system != "fedloom"}
+    others = {system: own for system, own in runs.items() if system != "fedloom" and "fedloom" in runs}
+    return {system: compare(runs["fedloom"], own, system) for system, own in others.items()}
 
 
 def compare(ours: Sequence[Line], theirs: Sequence[Line], system: str) -> dict[str, float]:

@@ -50,7 +50,7 @@ def define(folder: Path, full: bool = False) -> Run:
     )
 
 
-def run(folder: Path, clock: Clock, full: bool = False) -> dict[str, Any]:
+def run(folder: Path, clock: Clock, full: bool = False, workers: int = 1) -> dict[str, Any]:
     """The job in fedloom; the run folder is made where the process was started."""
     job = prepare(define(folder, full))
     clock.mark("setup")
@@ -64,5 +64,5 @@ def run(folder: Path, clock: Clock, full: bool = False) -> dict[str, Any]:
             if isinstance(command, Stop):
                 clock.mark("train")
 
-    last = job.execute(Path("run"), [observe], report=full).scores[-1]
+    last = job.execute(Path("run"), [observe], workers, report=full).scores[-1]
     return {"losses": losses, "accuracy": last["accuracy"], "test_loss": last["loss"]}

@@ -18,7 +18,7 @@ PEERS: Mapping[str, str] = {
     "flower": "flwr[simulation]==1.41.0",
     "appfl": "appfl==1.12.0",
 }
-OURS = ("fedloom", "fedloom_full", "plain")
+OURS = ("fedloom", "fedloom_two", "fedloom_full", "plain")
 """Systems that run in the environment of this process."""
 
 
