@@ -152,4 +152,7 @@ def test_the_cost_rule_takes_small_steps_together_and_large_ones_apart(encoder: 
     base = base_of(encoder)
     assert together.most(base, 30) == together.MOST
     assert together.most(base, 500) == 4
+    base.model.get_base_model().config.hidden_size = 384
+    assert together.most(base, 50) == together.MOST
+    assert together.most(base, 400) == 1
     assert together.most(base, 600) == 1

@@ -7,6 +7,7 @@ rounding; dropout draws other numbers. It pays where a step is so small that cal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from fedloom.types import Local, Task
 
 TOKENS = {"cpu": 2048}
 """Tokens in one pass up to which a common pass was measured to gain on a CPU; elsewhere 16384, which keeps memory small."""
+
+SMALL = {"cpu": 32768}
+"""Tokens times hidden size of one client's step above which its own products keep a CPU busy: 256 tokens of bert-tiny."""
 
 LEAST, MOST = 4, 16
 """Clients in one pass: with fewer on a CPU, the gain was below a tenth; more gained nothing."""
@@ -49,6 +53,8 @@ class Member:
 
 def most(base: Base, tokens: float) -> int:
     """How many clients to train in one pass if a step of one has this many tokens: 1 where a common pass gains nothing."""
+    if tokens * base.shape().hidden > SMALL.get(base.device.type, math.inf):
+        return 1
     room = int(TOKENS.get(base.device.type, 16384) / max(1.0, tokens))
     return min(MOST, room) if room >= LEAST else 1
 
