@@ -5,6 +5,7 @@ The names below are the public ones. They are imported when first used, so that 
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
@@ -132,7 +133,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name from where it lives."""
     if name in _HOME:
-        return getattr(import_module(f"fedloom.{_HOME[name]}"), name)
+        return getattr(_imported(f"fedloom.{_HOME[name]}"), name)
     if name[0].isupper():
         for folder in _POLICIES:
             for module in iter_modules(import_module(f"fedloom.{folder}").__path__):
@@ -141,3 +142,14 @@ def __getattr__(name: str) -> Any:
                 if isinstance(found, type) and found.__module__ == home:
                     return found
     raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
+
+
+def _imported(name: str) -> Any:
+    """The module. No garbage is collected on the way: torch and transformers make a million objects that all stay."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return import_module(name)
+    finally:
+        if collecting:
+            gc.enable()

@@ -57,10 +57,9 @@ def demo(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -
     Compares the default method (ProductDelta: changes of adapters of rank 2, 4 and 8 are added exactly) with FedIT, which
     averages factors apart.
     """
-    from fedloom import folder
+    from fedloom import folder, prepare
     from fedloom.demo import baseline
     from fedloom.demo import demo as demo_run
-    from fedloom.job import prepare
     from fedloom.report.html import write
 
     parent = folder.vacant(out_dir or folder.free(Path("runs"), "demo"))
@@ -89,8 +88,7 @@ def run(
 
     Example: [bold]fedloom run experiments/tickets.py --set schedule.cohort_size=2 --workers 2 --out runs/mine[/bold]
     """
-    from fedloom import folder
-    from fedloom.job import prepare
+    from fedloom import folder, prepare
     from fedloom.train.workers import Workers
 
     Workers.of(workers)  # a slip is told before anything is loaded
