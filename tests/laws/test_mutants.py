@@ -142,8 +142,8 @@ MUTANTS = [
     Mutant(
         "what a client started from is added",
         "aggregate/combine.py",
-        "parts.append(weigh(update.task.start.train.factors[name], -weight * share))",
-        "parts.append(weigh(update.task.start.train.factors[name], weight * share))",
+        "yield 1.0, weigh(update.task.start.train.factors[name], -weight * share)",
+        "yield 1.0, weigh(update.task.start.train.factors[name], weight * share)",
         METHODS,
     ),
     Mutant(
@@ -212,8 +212,8 @@ MUTANTS = [
     Mutant(
         "the decomposition is not sorted",
         "lora.py",
-        "return Factor(right, left * values)",
-        "return Factor(right.flip(0), (left * values).flip(1))",
+        "return Factor(right, left * values), energy",
+        "return Factor(right.flip(0), (left * values).flip(1)), energy",
         METHODS,
     ),
     Mutant(

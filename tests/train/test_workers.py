@@ -178,9 +178,11 @@ def test_nobody_is_left_when_a_run_is_cut_short(end: type[BaseException]) -> Non
 
 
 SCRIPT = """
+import signal
 from fedloom.train.workers import Workers
 from lethal import Toy, toy_work
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
     with Workers.of(2).carrying_out(Toy(seconds=0.0)) as made:
         made.train(toy_work(2))
     with Workers.of(2).carrying_out(Toy(seconds=600.0)) as made:
@@ -273,7 +275,7 @@ def execute(encoder: Path, tmp_path: Path) -> Execute:
 
     def call(told: int | str, method: str = "ProductDelta()") -> Path:
         aggregator: Aggregator = eval(method, vars(fedloom) | {n: getattr(fedloom, n) for n in fedloom.__all__})
-        run = tiny_run(encoder, seed=5, aggregator=aggregator)
+        run = tiny_run(encoder, seed=5, aggregator=aggregator, engine=None)  # so that a cohort is more than one group
         return fedloom.prepare(run).execute(tmp_path / f"{method}-{told}", workers=told).folder
 
     return call
