@@ -8,7 +8,7 @@ rank may be compared, added and cut without knowing anything else. Decomposition
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import copysign
 
@@ -61,6 +61,18 @@ def rebuilt(like: Adapter, flat: Mapping[str, Tensor]) -> Adapter:
 def cut(factor: Factor, rank: int) -> Factor:
     """The first `rank` directions; the best approximation of that rank if the factor came from `truncate`."""
     return factor if rank >= factor.rank else Factor(factor.down[:rank], factor.up[:, :rank])
+
+
+def only(sides: Collection[str], new: Adapter, old: Adapter) -> Adapter:
+    """`new` on these sides ("down", "up", "dense"), `old` on the others."""
+    factors = {
+        name: Factor(
+            new.factors[name].down if "down" in sides else factor.down,
+            new.factors[name].up if "up" in sides else factor.up,
+        )
+        for name, factor in old.factors.items()
+    }
+    return Adapter(factors, new.dense if "dense" in sides else old.dense)
 
 
 def pad(factor: Factor, rank: int) -> Factor:

@@ -9,7 +9,7 @@ do not are not sent, and neither are rows that would come out as they were sent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fedloom.check import fault
 from fedloom.codec import EXACT, HALF, Block, Codec, rounded
-from fedloom.lora import Adapter, Factor, cut, each, norm, rebuilt, server_rank, tensors
-from fedloom.types import Local, Result, Side, Start, Task
+from fedloom.lora import Adapter, Factor, cut, each, norm, only, rebuilt, server_rank, tensors
+from fedloom.types import Local, Result, Start, Task
 
 Rows = tuple[int, ...] | None
 """Numbers of the rows that are sent, in order; None: all."""
@@ -41,23 +41,11 @@ def handed(start: Start, codec: Codec | None) -> Start:
         return replace(start, codec=codec)
     return replace(
         start,
-        train=_except(start.seeded, each(rounded, start.train), start.train),
+        train=only(start.seeded, start.train, each(rounded, start.train)),
         fold=start.fold and Adapter({name: _fold(factor) for name, factor in start.fold.factors.items()}),
         control=start.control and each(rounded, start.control),
         codec=codec,
     )
-
-
-def _except(sides: Sequence[Side], new: Adapter, old: Adapter) -> Adapter:
-    """`new`, but for these sides of `old`."""
-    factors = {
-        name: Factor(
-            old.factors[name].down if "down" in sides else factor.down,
-            old.factors[name].up if "up" in sides else factor.up,
-        )
-        for name, factor in new.factors.items()
-    }
-    return Adapter(factors, old.dense if "dense" in sides else new.dense)
 
 
 def _fold(factor: Factor) -> Factor:

@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, change, need_factors, only, trained
+from fedloom.aggregate.wrap import Around, change, need_factors, trained
 from fedloom.errors import Refused
-from fedloom.lora import each
+from fedloom.lora import each, only
 from fedloom.types import Aggregator, Merge, Model
 
 MEAN, SQUARE = "adam mean", "adam square"

@@ -13,9 +13,9 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, change, need_factors, only, trained
+from fedloom.aggregate.wrap import Around, change, need_factors, trained
 from fedloom.errors import Refused
-from fedloom.lora import each
+from fedloom.lora import each, only
 from fedloom.types import Aggregator, Merge, Model
 
 VELOCITY = "momentum"

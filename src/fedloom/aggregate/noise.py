@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregate.clip import Clip
-from fedloom.aggregate.wrap import Around, need_factors, only, trained
+from fedloom.aggregate.wrap import Around, need_factors, trained
 from fedloom.errors import Refused
-from fedloom.lora import Adapter, each
+from fedloom.lora import Adapter, each, only
 from fedloom.seeds import derive
 from fedloom.types import Aggregator, Merge, Model
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fedloom.errors import Refused
-from fedloom.lora import Adapter, Factor, each
+from fedloom.lora import Adapter, each
 from fedloom.types import Aggregator, Budget, Merge, Model, Side, Start
 
 
@@ -30,18 +30,6 @@ def trained(merge: Merge) -> frozenset[Side]:
     kept = frozenset[Side].intersection(*(update.task.start.rules.kept for _, update in merge.parts))
     every: frozenset[Side] = frozenset(("down", "up", "dense"))
     return every - kept
-
-
-def only(sides: frozenset[Side], new: Adapter, old: Adapter) -> Adapter:
-    """`new` on these sides, `old` on the others."""
-    factors = {
-        name: Factor(
-            new.factors[name].down if "down" in sides else factor.down,
-            new.factors[name].up if "up" in sides else factor.up,
-        )
-        for name, factor in old.factors.items()
-    }
-    return Adapter(factors, new.dense if "dense" in sides else old.dense)
 
 
 class Around:

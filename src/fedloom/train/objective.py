@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedloom.lora import Adapter, Factor, cut, pad
+from fedloom.lora import Adapter, Factor, cut, only, pad
 from fedloom.types import Pruning, Side
 
 Weights: TypeAlias = Mapping[str, nn.Parameter]
@@ -149,12 +149,13 @@ def put_back(kept: Adapter | None, new: Adapter, slots: Sequence[int]) -> Adapte
 
 def mixed(own: Adapter, other: Adapter, sides: frozenset[Side], chosen: Mapping[str, Tensor] | None = None) -> Adapter:
     """`own`, with these sides, and directions outside of `chosen`, of `other`."""
+    found = only(sides, other, own)
+    if chosen is None:
+        return found
     factors = {}
-    for name, factor in own.factors.items():
-        down = other.factors[name].down if "down" in sides else factor.down
-        up = other.factors[name].up if "up" in sides else factor.up
-        if chosen is not None:
-            down = torch.where(chosen[name][:, None], down, other.factors[name].down)
-            up = torch.where(chosen[name], up, other.factors[name].up)
-        factors[name] = Factor(down, up)
-    return Adapter(factors, other.dense if "dense" in sides else own.dense)
+    for name, factor in found.factors.items():
+        before, keep = other.factors[name], chosen[name]
+        factors[name] = Factor(
+            torch.where(keep[:, None], factor.down, before.down), torch.where(keep, factor.up, before.up)
+        )
+    return Adapter(factors, found.dense)

@@ -48,30 +48,23 @@ class PeftTrainer:
 
         A function of the work alone: whoever carries the groups out, and in which order, the results are the same.
         """
-        found: list[list[tuple[Task, Local]]] = []
+        found, last = list[list[tuple[Task, Local]]](), None
         for task, local in work:
-            known, last = self._common(task), found[-1] if found else []
-            if known is not None and last and self._common(last[0][0]) == known and len(last) < self._most(last[0][0]):
-                last.append((task, local))
+            known = self._common(task)
+            if known is not None and known == last and len(found[-1]) < self._most(found[-1][0][0]):
+                found[-1].append((task, local))
             else:
                 found.append([(task, local)])
+            last = known
         return [*found]
 
     def group(self, work: Group) -> list[tuple[Result, Local]]:
         """Carry out one group."""
         if len(work) == 1:
             return [self._one(*work[0])]
-        members = []
-        for task, local in work:
-            shard, plan = self.shards[task.client], self._plan(task)
-            batches_ = [[shard[i] for i in batch] for batch in plan]
-            members.append(Member(task, local, personal(task.start, local), batches_))
-        return [
-            self._answer(m.task, m.local, m.plan, trained, moments, losses)
-            for m, (trained, moments, losses) in zip(
-                members, together.train(self.base, self.texts, self.training, members), strict=True
-            )
-        ]
+        members = [Member(task, local, personal(task.start, local), self._plan(task)) for task, local in work]
+        trained = together.train(self.base, self.texts, self.training, members)
+        return [self._answer(m.task, m.local, m.plan, *one) for m, one in zip(members, trained, strict=True)]
 
     def _common(self, task: Task) -> object:
         """What tasks of one pass have in common; None for a task that must be trained alone."""
@@ -87,15 +80,14 @@ class PeftTrainer:
         )
 
     def _plan(self, task: Task) -> list[list[int]]:
-        """The batches of a task, as places in its client's shard."""
-        lengths = self.texts.lengths(self.shards[task.client])
-        size, bucket = self.training.batch_size, self.training.bucket
-        return list(batches(lengths, size, task.budget.steps, bucket, task.seed))
+        """The batches of a task, as examples."""
+        shard, size, bucket = self.shards[task.client], self.training.batch_size, self.training.bucket
+        plan = batches(self.texts.lengths(shard), size, task.budget.steps, bucket, task.seed)
+        return [[shard[i] for i in batch] for batch in plan]
 
     def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
-        start, shard = task.start, self.shards[task.client]
+        start, plan = task.start, self._plan(task)
         begin = personal(start, local)
-        plan = [[shard[i] for i in batch] for batch in self._plan(task)]
         losses, chosen = list[float](), None
         if start.rules.select is not None and start.rules.select < sum(f.rank for f in begin.factors.values()):
             chosen = self._chosen(task, begin, local, plan, losses)
