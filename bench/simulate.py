@@ -68,10 +68,10 @@ EVENTS_BAR, FLOATS_BAR, RATIO_BAR = 20_000, 10_000, 1.3
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The mean of the last `size` uploads, merged anew at every arrival; `places` clients are always at work."""
+    """The mean of the last `size` uploads, merged anew at every arrival; `max_in_flight` clients are always at work."""
 
     size: int = 10
-    places: int = PLACES
+    max_in_flight: int = PLACES
 
     def merge(self, fleet: Fleet) -> Merge | None:
         """As soon as more is there than was kept, and after v versions min(v, size - 1) uploads were kept."""
@@ -82,7 +82,7 @@ class Window:
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
         """An idle client for each free place."""
-        return draw(fleet, self.places - len(fleet.busy))
+        return draw(fleet, self.max_in_flight - len(fleet.busy))
 
     def wake(self, fleet: Fleet) -> float | None:
         """Only arrivals count."""

@@ -49,9 +49,14 @@ from fedloom.types import (
 
 @dataclass(slots=True)
 class State:
-    """All that changes in a server. `pruned`: the rank to which a client pruned itself, above which it is asked for nothing."""
+    """All that changes in a server.
+
+    `bases` are the models that the outstanding tasks were cut from, `pruned` the rank to which a client pruned itself, above which
+    it is asked for nothing.
+    """
 
     model: Model
+    first: Model
     now: float = 0.0
     version: int = 0
     next_task: int = 1
@@ -63,7 +68,10 @@ class State:
     idle: IndexedTable[ClientId, Profile] = field(default_factory=IndexedTable)
     working: dict[ClientId, tuple[Profile, int]] = field(default_factory=dict)
     busy: dict[int, Task] = field(default_factory=dict)
+    bases: dict[int, Model] = field(default_factory=dict)
     arrived: list[Update] = field(default_factory=list)
+    retained: int = 0
+    latest: ClientId | None = None
     seen: dict[ClientId, int] = field(default_factory=dict)
     dispatched: dict[ClientId, int] = field(default_factory=dict)
     pruned: dict[ClientId, int] = field(default_factory=dict)
@@ -111,7 +119,7 @@ class Server:
         seed: int = 0,
         transfer: Codec | None = None,
     ) -> None:
-        self.state = State(model)
+        self.state = State(model, model)
         self.aggregator, self.schedule, self.assign = aggregator, schedule, assign
         self.shape, self.limits, self.seed, self.transfer = shape, limits, seed, transfer
 
@@ -164,6 +172,9 @@ class Server:
             shape=self.shape,
             seen=MappingProxyType(state.seen),
             dispatched=MappingProxyType(state.dispatched),
+            latest=state.latest,
+            retained=state.retained,
+            first=state.first,
         )
 
     def start(self, budget: Budget, seed: int) -> Start:
@@ -191,9 +202,9 @@ class Server:
                 reason = fault(task, result)
                 if reason:
                     return Reject(client, number, reason)
+                state.arrived.append(Update(task, result, state.bases[number]))
                 self._release(number)
-                state.failures = 0
-                state.arrived.append(Update(task, result))
+                state.failures, state.latest = 0, client
                 rank = server_rank(result.adapter)
                 if rank < task.budget.rank and task.start.rules.pruning:
                     state.pruned[client] = rank
@@ -211,6 +222,7 @@ class Server:
     def _release(self, number: int) -> Task:
         """Close a task; its client is idle again."""
         task = self.state.busy.pop(number)
+        del self.state.bases[number]
         profile, _ = self.state.working.pop(task.client)
         self.state.idle.put(task.client, profile)
         return task
@@ -238,7 +250,7 @@ class Server:
         commands: list[Command] = [self._cancel(number) for number in merge.cancel]
         state.model = self.aggregator.merge(state.model, merge)
         state.version += 1
-        state.arrived = list(merge.retain)
+        state.arrived, state.retained = list(merge.retain), len(merge.retain)
         commands.append(Publish(state.version, state.model, tuple(update for _, update in merge.parts)))
         every = self.limits.evaluate_every or self.limits.versions
         if state.version % every == 0 or state.version == self.limits.versions:
@@ -269,6 +281,7 @@ class Server:
         start = self.start(budget, derive(self.seed, "start", number))
         seed = derive(self.seed, "task", number)
         task = Task(number, client, state.version, start, budget, seed, state.now)
-        state.busy[number], state.working[client] = task, (state.idle.take(client), number)
+        state.busy[number], state.bases[number] = task, state.model
+        state.working[client] = (state.idle.take(client), number)
         state.dispatched[client] = state.dispatched.get(client, 0) + 1
         return Dispatch(task)

@@ -134,10 +134,15 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A result together with the task that it answers."""
+    """A result together with the task that it answers.
+
+    `base` is the global model that the task was cut from (None: the one that is merged into). What the client means is that model
+    with its change, even where it trained a part only and the server has gone on since.
+    """
 
     task: Task
     result: Result
+    base: Model | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +295,8 @@ class Fleet:
 
     A view of the server's own tables, so that making one costs nothing, however many clients there are. `seen` are the
     examples that each client reported with its last accepted answer, `dispatched` the tasks sent to each client so far, `tasks`
-    their sum: who draws from a stream named after it never draws the same twice.
+    their sum: who draws from a stream named after it never draws the same twice. `latest` is the client of the last accepted
+    answer, `retained` how many of `arrived` (the first ones) the last merge kept, `first` the model of version 0.
     """
 
     now: float
@@ -303,6 +309,9 @@ class Fleet:
     seen: Mapping[ClientId, int] = field(default_factory=dict)
     dispatched: Mapping[ClientId, int] = field(default_factory=dict)
     tasks: int = 0
+    latest: ClientId | None = None
+    retained: int = 0
+    first: Model | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +321,8 @@ class Merge:
     new model = (1 - step) model + step * sum(weight * client's model), or with `as_delta`
     new model = model + step * sum(weight * (client's model - what it started from)).
     Weights are normalised by the schedule to sum to 1. `retain` are updates kept for a later merge, `cancel` are tasks
-    whose answers no longer count.
+    whose answers no longer count. `anchor` takes the place of the model in the first formula (a window that began filled with
+    the first model).
     """
 
     parts: tuple[tuple[float, Update], ...]
@@ -320,6 +330,7 @@ class Merge:
     as_delta: bool = False
     retain: tuple[Update, ...] = ()
     cancel: tuple[int, ...] = ()
+    anchor: Model | None = None
 
 
 class Aggregator(Protocol):
@@ -349,7 +360,12 @@ class Aggregator(Protocol):
 
 
 class Schedule(Protocol):
-    """WHEN a version is made, from which updates, and who starts next. It never sees a LoRA factor. Stateless."""
+    """WHEN a version is made, from which updates, and who starts next. It never looks into a model. Stateless."""
+
+    @property
+    def max_in_flight(self) -> int:
+        """The largest number of clients that it lets work at once: a place that is free beside an idle client is waiting time."""
+        ...
 
     def merge(self, fleet: Fleet) -> Merge | None:
         """The merge that is due now, or None to keep waiting."""

@@ -217,7 +217,8 @@ class Storm:
         kept = {update.task.id for update in merge.retain}
         assert len(numbers) == len(set(numbers))
         assert set(numbers) == {update.task.id for _, update in merge.parts}
-        assert set(numbers) | kept == self.waiting, "merged without waiting, or thrown away"
+        assert set(numbers) | kept <= self.waiting, "merged without waiting"
+        assert self.waiting - self.merged <= set(numbers) | kept, "thrown away"
         self.merged |= set(numbers)
         self.waiting = kept
 

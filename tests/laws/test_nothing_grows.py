@@ -23,7 +23,7 @@ from fedloom.world import World
 CLIENTS, VERSIONS = 12, 160
 PROFILES = toys.profiles(CLIENTS) | {"c0": Profile("c0", 10, flops=1e-3)}
 """One is so slow that a schedule that can do without it never hears of it."""
-SCHEDULES = [*toys.schedules(), Window(places=5), Window(size=1, places=CLIENTS)]
+SCHEDULES = [*toys.schedules(), Window(max_in_flight=5), Window(size=1, max_in_flight=CLIENTS)]
 
 
 class Sink(io.StringIO):
@@ -86,7 +86,9 @@ def test_no_table_grows_with_the_events(schedule: Schedule) -> None:
     assert {name: size for name, size in second.items() if size > max(first[name], CLIENTS)} == {}
 
 
-@pytest.mark.parametrize("schedule", [Rounds(cohort_size=4, over_selection=1.5), Window(places=5)], ids=toys.called)
+@pytest.mark.parametrize(
+    "schedule", [Rounds(cohort_size=4, over_selection=1.5), Window(max_in_flight=5)], ids=toys.called
+)
 def test_no_object_outlives_its_use(schedule: Schedule) -> None:
     """Also what no table of ours holds: objects that the garbage collector knows, halfway and towards the end."""
     counts, moments = list[int](), (VERSIONS // 2, VERSIONS - 10, -1)

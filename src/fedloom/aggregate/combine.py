@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import TypeAlias
 
 import torch
@@ -35,12 +36,48 @@ def terms(model: Adapter, merge: Merge) -> list[tuple[float, Adapter]]:
     Towards the clients' models: (1 - step) model + step * sum(w * client). As delta: model + step * sum(w * (client - start)).
     """
     keep = 1.0 if merge.as_delta else 1.0 - merge.step
-    pairs = [(keep, model)] if keep else []
+    pairs = [(keep, standing(model, merge))] if keep else []
     for weight, update in merge.parts:
         pairs.append((merge.step * weight, update.result.adapter))
         if merge.as_delta:
             pairs.append((-merge.step * weight, update.task.start.train))
     return pairs
+
+
+def standing(model: Adapter, merge: Merge) -> Adapter:
+    """What a merge moves from."""
+    return merge.anchor.adapter if merge.anchor else model
+
+
+def apart(model: Model, merge: Merge) -> list[tuple[float, Model]]:
+    """By how much the models that a merge is about are not the server's, as terms to add to a merge of changes.
+
+    A method that adds changes means by a client's model the global one that it was sent a part of, with its change. So a mean of
+    models is model + [(1 - step) anchor + step * sum(w * base) - model] + step * sum(w * change), and this is the bracket: empty
+    as long as everybody started from `model`, and nothing folded is counted twice.
+    """
+    if merge.as_delta:
+        return []
+    shares = [(-1.0, model), (1.0 - merge.step, merge.anchor or model)]
+    shares += [(merge.step * weight, update.base or model) for weight, update in merge.parts]
+    found: list[tuple[float, Model]] = []
+    for share, one in shares:
+        k = next((k for k, (_, known) in enumerate(found) if _same(known, one)), len(found))
+        found[k : k + 1] = [(share + (found[k][0] if k < len(found) else 0.0), one)]
+    return [(share, one) for share, one in found if abs(share) > 1e-12]
+
+
+def _same(one: Model, other: Model) -> bool:
+    """Whether they are the same version, whatever a wrapper wrote beside it."""
+    return one.adapter is other.adapter and one.fold is other.fold
+
+
+def apart_terms(name: str, away: Iterable[tuple[float, Model]]) -> Iterator[tuple[float, Factor]]:
+    """The same for one layer, as a sum of products, folds included."""
+    for share, one in away:
+        yield share, one.adapter.factors[name]
+        if one.fold:
+            yield share, one.fold.factors[name]
 
 
 def mean(pairs: list[tuple[float, Tensor]]) -> Tensor:
@@ -81,7 +118,7 @@ def moved(model: Adapter, merge: Merge, reach: Reach) -> Adapter:
     step * weight / reach * (its value - the model's, or with `as_delta` what it was sent).
     """
     factors = {}
-    for name, own in model.factors.items():
+    for name, own in standing(model, merge).factors.items():
         divisor = reach(name, merge, own.rank)
         down, up = own.down.double(), own.up.double()
         for weight, update in merge.parts:
@@ -144,7 +181,7 @@ def product_terms(name: str, model: Adapter, merge: Merge, reach: Tensor) -> Ite
     kept = torch.ones_like(reach) if merge.as_delta else torch.where(reach > 0, 1.0 - merge.step, 1.0)
     share = merge.step / torch.where(reach > 0, reach, 1.0)
     if bool(kept.any()):
-        yield 1.0, weigh(pad(model.factors[name], len(reach)), kept)
+        yield 1.0, weigh(pad(standing(model, merge).factors[name], len(reach)), kept)
     for weight, update in merge.parts:
         yield 1.0, weigh(update.result.adapter.factors[name], weight * share)
         if merge.as_delta:
@@ -157,20 +194,28 @@ def best(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, floa
     return kept, before, float(kept.up.double().square().sum())
 
 
-def merge_products(model: Model, merge: Merge, rank: int, reach: Reach) -> Model:
+def merge_changes(model: Model, merge: Merge, rank: int) -> Model:
+    """W + step * sum p_k (B_k A_k - what k received), for each client on top of the model that it was sent a part of."""
+    return merge_products(model, replace(merge, as_delta=True), rank, everyone, apart(model, merge))
+
+
+def merge_products(
+    model: Model, merge: Merge, rank: int, reach: Reach, away: Sequence[tuple[float, Model]] = ()
+) -> Model:
     """The next model: products added up layer by layer, each cut to its best `rank`; dense parts averaged.
 
-    A product of lower rank is padded with zero directions, so that the server's rank never shrinks by chance.
+    A product of lower rank is padded with zero directions, so that the server's rank never shrinks by chance. `away` is added.
     """
     cuts = {}
     for name, factor in model.adapter.factors.items():
         top = max(factor.rank, *(update.result.adapter.factors[name].rank for _, update in merge.parts))
-        cuts[name] = best(product_terms(name, model.adapter, merge, reach(name, merge, top)), rank)
+        everything = chain(product_terms(name, model.adapter, merge, reach(name, merge, top)), apart_terms(name, away))
+        cuts[name] = best(everything, rank)
     before = sum(energy for _, energy, _ in cuts.values())
     after = sum(energy for _, _, energy in cuts.values())
     discarded = max(0.0, 1.0 - after / before) if before > 0 else 0.0
     full = {name: pad(factor, rank) for name, (factor, _, _) in cuts.items()}
-    dense = dense_mean(model.adapter, terms(model.adapter, merge))
+    dense = dense_mean(model.adapter, [*terms(model.adapter, merge), *((c, one.adapter) for c, one in away)])
     return replace(model, adapter=Adapter(full, dense), basis=model.basis + 1, discarded=discarded)
 
 

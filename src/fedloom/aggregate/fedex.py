@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, folded, leading, moved, product_terms, tail
+from fedloom.aggregate.combine import apart, apart_terms, everyone, folded, leading, moved, product_terms, tail
 from fedloom.lora import Adapter, scale
 from fedloom.types import Budget, Merge, Model, Start
 
@@ -34,11 +34,12 @@ class FedEx:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """B, A and the residual sum p_k B_k A_k - B A."""
-        changes = replace(merge, as_delta=True)
+        changes, away = replace(merge, as_delta=True), apart(model, merge)
         adapter, residual = moved(model.adapter, merge, everyone), {}
         for name, factor in adapter.factors.items():
             reach = everyone(name, merge, factor.rank)
-            residual[name] = [*product_terms(name, model.adapter, changes, reach), (1.0, scale(factor, -1.0))]
+            changed = [*product_terms(name, model.adapter, changes, reach), *apart_terms(name, away)]
+            residual[name] = [*changed, (1.0, scale(factor, -1.0))]
         return replace(model, adapter=adapter, fold=folded(model, residual))
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, handed_out, merge_products
+from fedloom.aggregate.combine import handed_out, merge_changes
 from fedloom.lora import Adapter, server_rank
 from fedloom.types import Budget, Merge, Model, Rules, Start
 
@@ -33,7 +33,7 @@ class FedSVD:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The mean change of products, then the SVD; the rank stays the server's."""
-        return merge_products(model, replace(merge, as_delta=True), server_rank(model.adapter), everyone)
+        return merge_changes(model, merge, server_rank(model.adapter))
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The leading directions, to be trained on the side of `up` alone."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import dense_mean, folded, terms
+from fedloom.aggregate.combine import apart, apart_terms, dense_mean, folded, terms
 from fedloom.lora import Adapter, fresh, scale
 from fedloom.seeds import derive
 from fedloom.types import Budget, Merge, Model, Start
@@ -38,8 +38,12 @@ class FLoRA:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """fold + step * sum p_k B_k A_k: an adapter that starts at zero is its own change."""
+        away, parts = apart(model, merge), merge.parts
         pieces = {
-            name: [(merge.step * weight, update.result.adapter.factors[name]) for weight, update in merge.parts]
+            name: [
+                *((merge.step * weight, update.result.adapter.factors[name]) for weight, update in parts),
+                *apart_terms(name, away),
+            ]
             for name in model.adapter.factors
         }
         dense = dense_mean(model.adapter, terms(model.adapter, merge))

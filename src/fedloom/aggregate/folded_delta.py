@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import check_rank, everyone, handed_out, merge_products, tail
+from fedloom.aggregate.combine import check_rank, handed_out, merge_changes, tail
 from fedloom.lora import Adapter, server_rank
 from fedloom.types import Budget, Merge, Model, Start
 
@@ -44,7 +44,7 @@ class FoldedDelta:
     def merge(self, model: Model, merge: Merge) -> Model:
         """W + step * sum p_k (B_k A_k - what k received), cut to the server's rank."""
         keep = self.rank or server_rank(model.adapter)
-        return merge_products(model, replace(merge, as_delta=True), keep, everyone)
+        return merge_changes(model, merge, keep)
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The leading directions to train, the others in the fold."""

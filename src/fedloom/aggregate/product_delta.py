@@ -10,11 +10,11 @@ Cost: as HLoRA with twice the ranks, because what was sent out is stacked beside
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import check_rank, everyone, handed_out, merge_products
+from fedloom.aggregate.combine import check_rank, handed_out, merge_changes
 from fedloom.lora import Adapter, server_rank
 from fedloom.types import Budget, Merge, Model, Start
 
@@ -43,7 +43,7 @@ class ProductDelta:
     def merge(self, model: Model, merge: Merge) -> Model:
         """W + step * sum p_k (B_k A_k - what k received), cut to the server's rank."""
         keep = self.rank or server_rank(model.adapter)
-        return merge_products(model, replace(merge, as_delta=True), keep, everyone)
+        return merge_changes(model, merge, keep)
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The leading directions at the client's rank."""

@@ -1,4 +1,4 @@
-"""Drawing idle clients at random, in a time that does not depend on how many there are."""
+"""Who starts next: idle clients drawn at random, in a time that does not depend on how many there are."""
 
 from __future__ import annotations
 
@@ -18,3 +18,16 @@ def draw(fleet: Fleet, count: int) -> list[ClientId]:
         chosen.append(fleet.idle.at(moved.get(place, place)))
         moved[place] = moved.get(k, k)
     return chosen
+
+
+def refill(fleet: Fleet, places: int, uploader_goes_on: bool) -> list[ClientId]:
+    """An idle client for each of `places` that is free: drawn at random, or the last one to answer before the others.
+
+    Where no more clients are there than places, both are the same: the one who answered is the only one idle.
+    """
+    free = places - len(fleet.busy)
+    drawn = draw(fleet, free)
+    latest = fleet.latest
+    if not uploader_goes_on or not drawn or latest is None or latest not in fleet.idle or latest in drawn:
+        return drawn
+    return [latest, *drawn[:-1]]

@@ -40,12 +40,17 @@ class Rounds:
         if self.deadline is not None and not self.deadline > 0:
             raise Refused("schedule.deadline", self.deadline, "give positive seconds, or None to wait for everyone")
 
+    @property
+    def max_in_flight(self) -> int:
+        """The cohort with those who are started in case."""
+        return math.ceil(round(self.cohort_size * self.over_selection, 9))
+
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
         """A fresh random cohort once the last round is closed."""
         if fleet.busy or fleet.arrived:
             return ()
         idle = sorted(fleet.idle)
-        size = min(len(idle), math.ceil(round(self.cohort_size * self.over_selection, 9)))
+        size = min(len(idle), self.max_in_flight)
         return sorted(rng(fleet.seed, "cohort", fleet.version, fleet.tasks).sample(idle, size))
 
     def merge(self, fleet: Fleet) -> Merge | None:

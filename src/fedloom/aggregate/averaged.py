@@ -1,0 +1,83 @@
+"""What is published, scored and exported is a running average of the versions; clients train on the last one.
+
+Source: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992: steps may then be large, because
+their noise is averaged out of the result. An asynchronous server that steps at every answer needs it most. The weights are those
+of Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization", ICML 2013, section 3 (polynomial decay):
+average_t = (1 - a) average_{t-1} + a version_t with a = (focus + 1) / (t + focus), so that about the last 1 / (focus + 1) of all
+versions count, early in a run and late. Products are averaged, exactly but for the cut to the server's rank.
+Cost: beside the wrapped merge one decomposition of twice the rank a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+
+from fedloom.aggregate.combine import best, dense_mean
+from fedloom.aggregate.product_delta import ProductDelta
+from fedloom.aggregate.wrap import Around, layers, need_method
+from fedloom.errors import Refused
+from fedloom.lora import Adapter, pad, server_rank
+from fedloom.types import Aggregator, Budget, Merge, Model, Start, Update
+
+LAST, FOLD, COUNT = "last version", "last fold", "versions averaged"
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged(Around):
+    """`inner`, whose versions are averaged: the larger `focus`, the fewer of them; at 0 all count alike."""
+
+    inner: Aggregator = field(default_factory=ProductDelta)
+    focus: float = 8.0
+    own: ClassVar[Mapping[int, str]] = MappingProxyType({})
+
+    def __post_init__(self) -> None:
+        need_method("Averaged", self.inner)
+        if any(isinstance(layer, Averaged) for layer in layers(self.inner)):
+            raise Refused("aggregator (Averaged).inner", "Averaged", "it is in this aggregator already; once is enough")
+        if not self.focus >= 0:
+            raise Refused("aggregator.focus", self.focus, "0 averages over all versions, 8 over about the last ninth")
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The wrapped merge of the last version, which then goes into the average."""
+        parts = tuple((weight, _own(update)) for weight, update in merge.parts)
+        merge = replace(merge, parts=parts, anchor=merge.anchor and last(merge.anchor))
+        after = self.inner.merge(last(model), merge)
+        before = float(model.memory[COUNT].dense[COUNT]) if COUNT in model.memory else 0.0
+        share = min(1.0, (self.focus + 1) / (before + 1 + self.focus))
+        count = {COUNT: Adapter({}, {COUNT: torch.tensor(before + 1, dtype=torch.float64)})}
+        kept = {LAST: after.adapter, **count, **({FOLD: after.fold} if after.fold else {})}
+        average = _mixed(model, after, share)
+        return replace(after, adapter=average, fold=None, memory={**after.memory, **kept})
+
+    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+        """As the wrapped method, of the last version."""
+        return self.inner.start(last(model), budget, seed)
+
+
+def last(model: Model) -> Model:
+    """The version that clients train on."""
+    if LAST not in model.memory:
+        return model
+    rest = {name: value for name, value in model.memory.items() if name not in (LAST, FOLD, COUNT)}
+    return replace(model, adapter=model.memory[LAST], fold=model.memory.get(FOLD), memory=rest)
+
+
+def _own(update: Update) -> Update:
+    return replace(update, base=update.base and last(update.base))
+
+
+def _mixed(average: Model, version: Model, share: float) -> Adapter:
+    """(1 - share) average + share version, folds included, at the rank of the version."""
+    rank, factors = server_rank(version.adapter), {}
+    pairs = [(1.0 - share, average), (share, version)] if share < 1.0 else [(1.0, version)]
+    for name in version.adapter.factors:
+        terms = [(c, one.adapter.factors[name]) for c, one in pairs]
+        terms += [(c, one.fold.factors[name]) for c, one in pairs if one.fold]
+        factors[name] = pad(best(terms, rank)[0], rank)
+    dense = dense_mean(version.adapter, [(c, one.adapter) for c, one in pairs])
+    return Adapter(factors, dense)

@@ -1,0 +1,52 @@
+"""FedAsync: every answer is mixed into the model at once, the staler the less.
+
+Source: Xie et al., "Asynchronous Federated Optimization", arXiv 1903.03934, 2019, Alg. 1: w <- (1 - a_t) w + a_t w_k with
+a_t = a s(staleness). The rate is computed anew from `mixing` each time: one public implementation multiplies the stored rate
+by s again and again, so that it decays to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedloom.errors import Refused
+from fedloom.schedule.draw import refill
+from fedloom.schedule.staleness import SQUARE_ROOT, Discount, check_limits, staleness, too_stale
+from fedloom.types import ClientId, Fleet, Merge
+
+
+@dataclass(frozen=True, slots=True)
+class FedAsync:
+    """A step of `mixing` times `discount` towards each client's model; at most `max_in_flight` clients are at work.
+
+    `uploader_goes_on`: whoever answered is started again, and not an idle client drawn at random. Work that would come back more
+    than `max_staleness` versions old is aborted.
+    """
+
+    mixing: float = 0.6
+    discount: Discount = SQUARE_ROOT
+    max_in_flight: int = 20
+    uploader_goes_on: bool = False
+    max_staleness: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mixing <= 1:
+            raise Refused("schedule.mixing", self.mixing, "the share of a fresh answer in the new model: in (0, 1]")
+        check_limits(self.max_in_flight, self.max_staleness)
+
+    def merge(self, fleet: Fleet) -> Merge | None:
+        """The first answer that is there, alone."""
+        if not fleet.arrived:
+            return None
+        update, *others = fleet.arrived
+        step = self.mixing * self.discount(staleness(fleet, update))
+        return Merge(((1.0, update),), step, retain=tuple(others), cancel=too_stale(fleet, self.max_staleness))
+
+    def start(self, fleet: Fleet) -> Sequence[ClientId]:
+        """An idle client for each free place."""
+        return refill(fleet, self.max_in_flight, self.uploader_goes_on)
+
+    def wake(self, fleet: Fleet) -> float | None:
+        """Only answers count."""
+        return None

@@ -1,0 +1,82 @@
+"""FedBuff: answers are collected, and a full buffer makes a new version.
+
+Source: Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", arXiv 2106.06639, 2022, Alg. 1:
+w <- w + eta / K sum s(staleness) change. Huba et al., "Papaya", arXiv 2111.04877, 2022, section 3: a client is replaced as
+soon as it answered, work that would come too late is aborted. The delay-adaptive rate is that of FADAS, arXiv 2407.18365, 2024,
+section 4. `waiting` is what the literature calls semi-asynchronous: who answered waits for the next version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedloom.errors import Refused
+from fedloom.schedule.draw import refill
+from fedloom.schedule.staleness import SQUARE_ROOT, Discount, check_limits, staleness, too_stale
+from fedloom.schedule.weights import Weigh, normalised, uniform
+from fedloom.types import ClientId, Fleet, Merge
+
+
+@dataclass(frozen=True, slots=True)
+class FedBuff:
+    """`buffer_size` answers of at most `max_in_flight` clients at work make a version.
+
+    A change weighs as `weigh` and, by its staleness, `discount` say; with `normalised_weights` stale answers count less beside
+    fresh ones, but a buffer of stale ones alone steps as far as a fresh one. `waiting`: a client that answered keeps its place and
+    is started with the next version; otherwise another takes its place at once. With `delay_threshold`
+    the server learning rate is divided by the largest staleness in the buffer, where that is larger than the threshold (FADAS).
+    Work that would come back more than `max_staleness` versions old is aborted.
+    """
+
+    buffer_size: int = 10
+    max_in_flight: int = 20
+    server_learning_rate: float = 1.0
+    weigh: Weigh = uniform
+    discount: Discount = SQUARE_ROOT
+    normalised_weights: bool = False
+    waiting: bool = False
+    uploader_goes_on: bool = False
+    delay_threshold: int | None = None
+    max_staleness: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.buffer_size < 1:
+            raise Refused("schedule.buffer_size", self.buffer_size, "a version is made of at least 1 answer")
+        if self.waiting and self.buffer_size > self.max_in_flight:
+            remedy = f"clients that wait for a version fill at most the {self.max_in_flight} places of max_in_flight"
+            raise Refused("schedule.buffer_size", self.buffer_size, remedy)
+        if not 0 < self.server_learning_rate <= 1:
+            raise Refused("schedule.server_learning_rate", self.server_learning_rate, "in (0, 1]; 1 is the mean change")
+        if self.delay_threshold is not None and self.delay_threshold < 1:
+            raise Refused("schedule.delay_threshold", self.delay_threshold, "at least 1 version, or None for one rate")
+        check_limits(self.max_in_flight, self.max_staleness)
+
+    def merge(self, fleet: Fleet) -> Merge | None:
+        """The changes in the buffer once it is full, or once everybody who could fill it waits."""
+        stuck = self.waiting and not fleet.busy
+        if not fleet.arrived or (len(fleet.arrived) < self.buffer_size and not stuck):
+            return None
+        old = {update.task.id: self.discount(staleness(fleet, update)) for update in fleet.arrived}
+        plain = normalised(fleet.arrived, self.weigh)
+        counted = 1.0 if self.normalised_weights else sum(share * old[update.task.id] for share, update in plain)
+        return Merge(
+            normalised(fleet.arrived, lambda update: self.weigh(update) * old[update.task.id]),
+            step=self._rate(fleet) * counted,
+            as_delta=True,
+            cancel=too_stale(fleet, self.max_staleness),
+        )
+
+    def start(self, fleet: Fleet) -> Sequence[ClientId]:
+        """An idle client for each free place; places of clients that wait are not free."""
+        held = len(fleet.arrived) if self.waiting else 0
+        return refill(fleet, self.max_in_flight - held, self.uploader_goes_on)
+
+    def wake(self, fleet: Fleet) -> float | None:
+        """Only answers count."""
+        return None
+
+    def _rate(self, fleet: Fleet) -> float:
+        worst = max(staleness(fleet, update) for update in fleet.arrived)
+        slow = self.delay_threshold is not None and worst > self.delay_threshold
+        return self.server_learning_rate / worst if slow else self.server_learning_rate

@@ -1,0 +1,87 @@
+"""FedFa: every answer makes a new version, the mean of the last `window` answers, and nobody ever waits.
+
+Source: Xu et al., "FedFa: A Fully Asynchronous Training Paradigm for Federated Learning", arXiv 2404.11015, IJCAI 2024.
+FedFa-Param averages the clients' models; its rule is known from two public re-implementations that agree. Of FedFa-Delta only
+is known that clients send differences: here their mean over the window is a step of the server's learning rate, so that each
+difference is used `window` times. The rest is choice: how the window begins, weights, one answer a client.
+
+FedFa-Param damps itself: with C equally fast clients that always move by d, the model moves by d / (C + (window - 1) / 2) an
+answer (law 11), where a buffer of K answers moves by d / K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedloom.errors import Refused
+from fedloom.schedule.draw import refill
+from fedloom.schedule.staleness import CONSTANT, Discount, check_limits, staleness, too_stale
+from fedloom.schedule.weights import Weigh, normalised, uniform
+from fedloom.types import ClientId, Fleet, Merge, Update
+
+
+@dataclass(frozen=True, slots=True)
+class FedFa:
+    """The last `window` answers, of at most `max_in_flight` clients at work.
+
+    `delta_rate`: None is FedFa-Param; a number is FedFa-Delta with this server learning rate (1 / `window` is the same step an
+    answer as FedBuff with rate 1). `fill`: the window begins filled with the first model ("seed"), or nothing is merged before
+    `window` answers are there ("wait"). Answers weigh as `weigh` and, by their age at the merge, `discount` say. `dedup` keeps the
+    latest answer of each client alone. `uploader_goes_on`: whoever answered is started again, and not an idle client drawn
+    at random. Work that would come back more than `max_staleness` versions old is aborted.
+    """
+
+    window: int = 10
+    max_in_flight: int = 20
+    delta_rate: float | None = None
+    fill: Literal["seed", "wait"] = "seed"
+    weigh: Weigh = uniform
+    discount: Discount = CONSTANT
+    dedup: bool = False
+    uploader_goes_on: bool = False
+    max_staleness: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise Refused("schedule.window", self.window, "a mean of at least 1 answer")
+        if self.delta_rate is not None and not 0 < self.delta_rate <= 1:
+            remedy = "FedFa-Delta's server learning rate is in (0, 1]; None is FedFa-Param"
+            raise Refused("schedule.delta_rate", self.delta_rate, remedy)
+        if self.fill not in ("seed", "wait"):
+            raise Refused(
+                "schedule.fill", self.fill, '"seed" begins with the first model, "wait" with `window` answers'
+            )
+        check_limits(self.max_in_flight, self.max_staleness)
+
+    def merge(self, fleet: Fleet) -> Merge | None:
+        """The mean over the window, as soon as an answer is there that was in none before."""
+        fresh, full = len(fleet.arrived) > fleet.retained, len(fleet.arrived) >= self.window
+        if not fresh or (self.fill == "wait" and fleet.version == 0 and not full):
+            return None
+        window = _latest(fleet.arrived, self.dedup)[-self.window :]
+        parts = normalised(window, lambda update: self.weigh(update) * self.discount(staleness(fleet, update)))
+        filled = 1.0 if self.fill == "wait" else min(1.0, (fleet.version + 1) / self.window)
+        return Merge(
+            parts,
+            step=filled * (self.delta_rate or 1.0),
+            as_delta=self.delta_rate is not None,
+            retain=window,
+            cancel=too_stale(fleet, self.max_staleness),
+            anchor=None if self.delta_rate or filled == 1.0 else fleet.first,
+        )
+
+    def start(self, fleet: Fleet) -> Sequence[ClientId]:
+        """An idle client for each free place."""
+        return refill(fleet, self.max_in_flight, self.uploader_goes_on)
+
+    def wake(self, fleet: Fleet) -> float | None:
+        """Only answers count."""
+        return None
+
+
+def _latest(arrived: Sequence[Update], dedup: bool) -> tuple[Update, ...]:
+    """In order of arrival; with `dedup` each client's latest alone."""
+    latest = {update.task.client: update.task.id for update in arrived}
+    return tuple(update for update in arrived if not dedup or latest[update.task.client] == update.task.id)
