@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from fedloom.server import Server
 from fedloom.simulate import Observer, Simulation
 from fedloom.trace import Trace
 from fedloom.train.base import Base, check_length, check_rank, initial, load
+from fedloom.train.depth import Cache
 from fedloom.train.evaluate import Scores, score
 from fedloom.train.export import save
 from fedloom.train.settings import PLAIN
@@ -53,6 +54,7 @@ class Job:
     test_texts: Encoded
     tested: tuple[int, ...]
     server: Server
+    kept: Cache = field(default_factory=Cache)
 
     def execute(
         self, out: Path, observers: Sequence[Observer] = (), workers: int | str = 1, report: bool = True
@@ -87,7 +89,8 @@ class Job:
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on the test examples."""
-        scores = score(self.base, model.adapter, self.test_texts, self.tested, model.fold)
+        room = self.run.engine.cache if self.run.engine else 0
+        scores = score(self.base, model.adapter, self.test_texts, self.tested, model.fold, self.kept, room)
         return {**scores.figures(self.base.labels), "examples": len(self.tested)}
 
     def client_scores(self, locals_: Mapping[ClientId, Local]) -> list[dict[str, object]]:

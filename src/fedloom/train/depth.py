@@ -80,21 +80,20 @@ class Tower:
 
     @torch.no_grad()
     def below(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the first trained block receives for these inputs, (batch, tokens, hidden size); no dropout, no graph."""
+        """What the first trained block receives for these inputs, (batch, tokens, hidden size); no graph, of a model in eval mode."""
         found: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             found.append(args[0] if args else named["hidden_states"])
             raise _Reached
 
-        training, hook = model.training, self.blocks[self.first].register_forward_pre_hook(stop, with_kwargs=True)
+        hook = self.blocks[self.first].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            model.eval()(**inputs)
+            model(**inputs)
         except _Reached:
             pass
         finally:
             hook.remove()
-            model.train(training)
         return found[0]
 
 
@@ -125,12 +124,17 @@ class Features:
 
     def of(self, batch: Sequence[int]) -> Tensor:
         """For a batch, (batch, tokens, hidden size), zero where an example is padded."""
-        for chunk in self._missing(batch):
+        missing, training = self._missing(batch), self.base.model.training
+        if missing:
+            self.base.model.eval()  # without dropout
+        for chunk in missing:
             inputs = self.texts.batch(chunk, self.base.device)
             inputs.pop("labels")
             rows = self.place.below(self.base.model, inputs)
             for i, row in zip(chunk, rows, strict=True):
                 self.kept[i] = row[self.texts.real(i, len(row))].clone()
+        if missing:
+            self.base.model.train(training)
         width, some = max(self.texts.lengths(batch)), self.kept[batch[0]]
         hidden = some.new_zeros(len(batch), width, some.shape[1])
         for row, i in zip(hidden, batch, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedloom.lora import Adapter
+from fedloom.train import depth
 from fedloom.train.base import Base
+from fedloom.train.depth import Cache
 from fedloom.train.texts import Encoded
 
 BATCH = 64
@@ -47,19 +50,33 @@ class Scores:
 
 
 @torch.no_grad()
-def score(base: Base, adapter: Adapter, texts: Encoded, indices: Sequence[int], fold: Adapter | None = None) -> Scores:
-    """Predict these examples with the adapter over base and fold; results come in the order of `indices`."""
+def score(
+    base: Base,
+    adapter: Adapter,
+    texts: Encoded,
+    indices: Sequence[int],
+    fold: Adapter | None = None,
+    cache: Cache | None = None,
+    room: int = 0,
+) -> Scores:
+    """Predict these examples with the adapter over base and fold; results come in the order of `indices`.
+
+    Where only the top layers are adapted, what comes out below them is kept in `cache` for the next time, if `room` (bytes) holds it.
+    """
     base.put(adapter, fold=fold)
-    model = base.model.eval()
+    model, place = base.model.eval(), depth.tower(base, [*adapter.factors]) if room else None
+    below = depth.features(base, texts, place, indices, fold, cache or Cache(), room) if place else None
     lengths = texts.lengths(indices)
     order = sorted(range(len(indices)), key=lambda i: lengths[i])
     predicted = torch.zeros(len(indices), dtype=torch.long)
     losses = torch.zeros(len(indices))
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
-        inputs = texts.batch([indices[i] for i in chosen], base.device)
+        batch = [indices[i] for i in chosen]
+        inputs = texts.batch(batch, base.device)
         labels = inputs.pop("labels")
-        logits = model(**inputs).logits.float()
+        with place.fed(below.of(batch)) if place and below else nullcontext():
+            logits = model(**inputs).logits.float()
         where = torch.tensor(chosen)
         predicted[where] = logits.argmax(1).cpu()
         losses[where] = functional.cross_entropy(logits, labels, reduction="none").cpu()
