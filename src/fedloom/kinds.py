@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fedloom.errors import Refused
 
@@ -36,6 +36,8 @@ def fits_exactly(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits_exactly(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
     if origin is tuple:
         return type(value) is tuple and all(fits(item, inner[0]) for item in value)
     if hint in (int, float, bool, str):
@@ -58,6 +60,8 @@ def words(hint: Any, current: object) -> str:
         return known[hint]
     if origin in (Union, UnionType):
         return " or ".join(words(one, current) for one in inner)
+    if origin is Literal:
+        return " or ".join(repr(one) for one in inner)
     if origin is tuple:
         one = current[0] if isinstance(current, tuple) and current else None
         return {int: "a tuple such as (2, 4, 8)", str: "a tuple such as ('query', 'value')"}.get(
