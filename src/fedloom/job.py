@@ -168,7 +168,7 @@ class Job:
         with ExitStack() as opened:
             trace = Trace(opened.enter_context((out / "trace.jsonl").open("w", encoding="utf-8")))
             lines = opened.enter_context((out / "metrics.jsonl").open("w", encoding="utf-8"))
-            metrics = folder.Metrics(lines)
+            metrics = folder.Metrics(lines, self.run.schedule.max_in_flight)
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
             engine = self.run.engine or PLAIN

@@ -99,7 +99,7 @@ def test_a_fold_costs_nothing_where_it_is_sent_as_it_is(monkeypatch: pytest.Monk
 def lines(method: Aggregator, kind: str, rounds: int = 3) -> list[dict[str, Any]]:
     """What the metrics of a small run say."""
     file = io.StringIO()
-    metrics = folder.Metrics(file)
+    metrics = folder.Metrics(file, 3)
     start = toys.fresh(4)
     server = toys.server(Rounds(3), method, start=start, assign=Plan(RandomRank(1, 4), 2))
     for profile in toys.profiles(3).values():
