@@ -84,7 +84,7 @@ class Book:
     def run(self, seed: int, jitter: float, every: int, storm: Sequence[tuple[float, str, bool]] = ()) -> None:
         """Six clients of three speeds, or of one where `jitter` is 0; who is lost when, and joins again, is `storm`."""
         server = toys.server(self.schedule, limits=Limits(versions=15, seconds=5.0, evaluate_every=4))
-        observers = Metrics(self.metrics, self.schedule.max_in_flight), Trace(self.trace)
+        observers = Metrics(self.metrics, Places(self.schedule.max_in_flight)), Trace(self.trace)
         who = {c: Profile(c, 10, 1e6 * (1 + k % 3 * (jitter > 0)), 1e6, 1e6) for k, c in enumerate(NAMES)}
 
         def observe(now: float, event: Event, commands: list[Command]) -> None:

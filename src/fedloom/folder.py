@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -133,15 +133,14 @@ class Sent:
 class Metrics:
     """An observer that writes `metrics.jsonl`: a line a task, a version, a score; see docs/run-folder.md for the fields.
 
-    `places` is the schedule's `max_in_flight`. Energies are told where they cost little beside the work between two of them: for a
-    version that ends a round (nobody is at work when it is made), and for one that is scored. An asynchronous run makes a version
-    with every answer, and would spend more on them than on merging.
+    `places` are the schedule's, `Places(schedule.max_in_flight)`. Energies are told where they cost little beside the work between
+    two of them: for a version that ends a round (nobody is at work when it is made), and for one that is scored. An asynchronous
+    run makes a version with every answer, and would spend more on them than on merging.
     """
 
     file: TextIO
-    places: InitVar[int]
+    places: Places
     traffic: Traffic = field(default_factory=Traffic)
-    use: Places = field(init=False)
     tasks: dict[int, Task] = field(default_factory=dict)
     arrived: dict[int, float] = field(default_factory=dict)
     uploaded: dict[int, payload.Bytes] = field(default_factory=dict)
@@ -152,9 +151,6 @@ class Metrics:
     uploads: int = 0
     cancelled: int = 0
     rejected: int = 0
-
-    def __post_init__(self, places: int) -> None:
-        self.use = Places(places)
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """Turn one step into lines."""
@@ -175,11 +171,11 @@ class Metrics:
                     self._dropped(now, number, "lost", "the client is gone")
             case Scored(version, figures):
                 self.write({"kind": "score", "version": version, "time": now, **figures})
-        self.use.take(now, event, refused=bool(rejected))
+        self.places.take(now, event, refused=bool(rejected))
         scored = {command.version for command in commands if isinstance(command, Evaluate)}
         merged = max((k for k, command in enumerate(commands) if isinstance(command, Publish)), default=0)
         for k, command in enumerate(commands):
-            self.use.follow(command)
+            self.places.follow(command)
             if isinstance(command, Cancel):
                 self.cancelled += 1
                 self._dropped(now, command.task, "cancelled", self._why(command.task, ended=k >= merged))
@@ -203,7 +199,7 @@ class Metrics:
             case Evaluate(_, model):
                 self._hold(model)
             case Publish(version, model, updates):
-                self._hold(model if version in scored or not self.use.working else None)
+                self._hold(model if version in scored or not self.places.working else None)
                 for update in updates:
                     if update.task.id in self.tasks:
                         self._ended(update.task.id, "merged", "", update)
@@ -268,10 +264,10 @@ class Metrics:
                 "staleness": sum(stale) / len(stale) if stale else None,
                 "staleness_max": max(stale, default=None),
                 "uploads": self.uploads,
-                "outstanding": len(self.use.working),
-                "working_seconds": self.use.working_seconds,
-                "waiting_seconds": self.use.waiting_seconds,
-                "held_seconds": self.use.held_seconds,
+                "outstanding": len(self.places.working),
+                "working_seconds": self.places.working_seconds,
+                "waiting_seconds": self.places.waiting_seconds,
+                "held_seconds": self.places.held_seconds,
                 "cancelled": self.cancelled,
                 "rejected": self.rejected,
                 "bytes_up": self.traffic.up,

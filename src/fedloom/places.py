@@ -27,9 +27,10 @@ from fedloom.types import (
 class Places:
     """Who works in the `total` places, who is idle, and who is `held`: idle, with an answer that is in no version yet.
 
-    `working_seconds` is the integral of the clients at work, `waiting_seconds` of min(free places, idle clients), `held_seconds`
-    of min(free places, held clients): a round that is not closed holds whoever answered, and a place whose client failed waits
-    without holding anybody. Work and waiting together are what the places could have done. Memory: O(clients).
+    The tables tell the task of who works or is held, and since when who is idle. `working_seconds` is the integral over time of
+    the clients at work, `waiting_seconds` of min(free places, idle clients), `held_seconds` of min(free places, held clients): a
+    round that is not closed holds whoever answered, and a place whose client failed waits without holding anybody. Work and waiting
+    together are what the places could have done. Memory: O(clients).
     """
 
     total: int
@@ -37,7 +38,7 @@ class Places:
     working_seconds: float = 0.0
     waiting_seconds: float = 0.0
     held_seconds: float = 0.0
-    idle: set[ClientId] = field(default_factory=set)
+    idle: dict[ClientId, float] = field(default_factory=dict)
     working: dict[ClientId, int] = field(default_factory=dict)
     held: dict[ClientId, int] = field(default_factory=dict)
     stopped: bool = False
@@ -60,9 +61,9 @@ class Places:
     def _taken(self, event: Event) -> None:
         match event:
             case ClientJoined(profile) if profile.client not in self.working:
-                self.idle.add(profile.client)
+                self.idle.setdefault(profile.client, self.now)
             case ClientLost(client):
-                self.idle.discard(client)
+                self.idle.pop(client, None)
                 self.working.pop(client, None)
                 self.held.pop(client, None)
             case UpdateArrived(client, number, _):
@@ -75,7 +76,7 @@ class Places:
         """What the server decided on it, command by command."""
         match command:
             case Dispatch(task):
-                self.idle.remove(task.client)
+                del self.idle[task.client]
                 self.held.pop(task.client, None)
                 self.working[task.client] = task.id
             case Cancel(_, client):
@@ -89,4 +90,4 @@ class Places:
 
     def _released(self, client: ClientId) -> None:
         del self.working[client]
-        self.idle.add(client)
+        self.idle[client] = self.now

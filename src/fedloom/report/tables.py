@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedloom.report import facts
+from fedloom.report import facts, pace
 from fedloom.report.facts import accuracy, label, mean
 from fedloom.report.read import Line, RunLog
-from fedloom.report.words import NONE, number, percent, seconds, short, size
+from fedloom.report.words import NONE, count, number, percent, seconds, short, size
 
 if TYPE_CHECKING:
     import rich.table
@@ -28,7 +29,9 @@ def runs(logs: Sequence[RunLog]) -> Grid:
     """One row a run: what it reached, what it cost, and what the accuracy that all of them reached cost each."""
     scored = [facts.best(log) for log in logs if log.scores]
     target = min(scored) if len(scored) > 1 else float("nan")
-    head = ("Run", "Status", "Seed", "Rounds", "Accuracy", "Best", "Worst client", "Time", "Up", "Not merged")
+    merges = f"{facts.noun(*logs).capitalize()}s"
+    head = ("Run", "Status", "Seed", merges, "Accuracy", "Best", "Worst client")
+    paid = ("Time", "Uploads", "Waiting", "Staleness", "Up", "Not merged")
     shared = (f"Time to {percent(target)}", f"Sent up to {percent(target)}") if len(scored) > 1 else ()
     rows = []
     for name, log in zip(facts.names(logs), logs, strict=True):
@@ -41,11 +44,14 @@ def runs(logs: Sequence[RunLog]) -> Grid:
             percent(facts.best(log)),
             percent(accuracy(facts.worst(log))),
             seconds(facts.elapsed(log)),
+            count(facts.last(log, "uploads")),
+            percent(pace.waiting(log)),
+            short(pace.mean_staleness(log)),
             size(facts.last(log, "bytes_up")),
             str(sum(task.get("status") != "merged" for task in log.tasks)),
         )
         rows.append(row + (_price(log, target) if shared else ()))
-    return Grid(head + shared, tuple(rows))
+    return Grid(head + paid + shared, tuple(rows))
 
 
 def _price(log: RunLog, target: float) -> tuple[str, str]:
@@ -72,11 +78,26 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
         ("Test accuracy", percent(accuracy(score)), chance),
         ("Before training", percent(accuracy(facts.first(log))), "; ".join(bases)),
         ("Worst client", percent(accuracy(worst)), who),
-        ("Rounds", f"{facts.rounds(log):,}", f"{short(facts.elapsed(log))} virtual seconds"),
+        (f"{facts.noun(log).capitalize()}s", f"{facts.rounds(log):,}", f"{short(facts.elapsed(log))} virtual seconds"),
         ("Sent up", *_traffic(log, "bytes_up")),
         ("Sent down", *_traffic(log, "bytes_down")),
         ("Tasks merged", f"{merged:,} of {len(log.tasks):,}", losses or "none lost"),
         ("Effective rank", *rank),
+        *(_pace(log) if pace.timed(log) else ()),
+    )
+
+
+def _pace(log: RunLog) -> tuple[tuple[str, str, str], ...]:
+    uploads, lost = facts.last(log, "uploads"), facts.last(log, "waiting_seconds")
+    oldest = max(pace.staleness(log), default=0)
+    rows = pace.parts(log)
+    most, absent = (len(rows) * rows[0].updates, sum(row.updates == 0 for row in rows)) if rows else (math.nan, 0)
+    hour = 3600 * uploads / facts.elapsed(log) if facts.elapsed(log) > 0 else math.nan
+    return (
+        ("Uploads", count(uploads), f"{short(hour)} in a virtual hour"),
+        ("Waiting", percent(pace.waiting(log)), f"of the places' time, {short(lost)} seconds"),
+        ("Staleness", short(pace.mean_staleness(log)), f"versions on average, at most {oldest:,}"),
+        ("Busiest client", f"{short(most)} ×", f"an equal share of the updates; {absent:,} clients had none"),
     )
 
 
@@ -186,7 +207,9 @@ def summary(logs: Sequence[RunLog]) -> rich.table.Table:
 
     grid = runs(logs)
     unfinished = any(log.manifest["status"] != "finished" for log in logs)
-    wanted = {"Run", "Rounds", "Accuracy", "Worst client", "Time", "Up"} | ({"Status"} if unfinished else set())
+    wanted = {"Run", grid.head[3], "Accuracy", "Time", "Uploads", "Waiting", "Up"} | (
+        {"Status"} if unfinished else {"Worst client"}
+    )
     shown = [index for index, head in enumerate(grid.head) if head in wanted]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index in shown:
