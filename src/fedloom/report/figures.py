@@ -33,6 +33,12 @@ def from_zero(axes: Axes) -> None:
     axes.set_ylim(bottom=0)
 
 
+def measure(logs: Sequence[RunLog]) -> str:
+    """What progress is counted in: uploads where a version is no round, since versions of two schedules do not compare."""
+    counted = all("uploads" in line for log in logs for line in log.versions)
+    return "upload" if noun(*logs) == "version" and counted else noun(*logs)
+
+
 def legend(figure: Figure, axes: Axes, logs: Sequence[RunLog]) -> None:
     """The runs by name, where there are several."""
     if len(logs) > 1:
@@ -53,7 +59,7 @@ def accuracies(figure: Figure, logs: Sequence[RunLog]) -> str:
     for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
         scores = thinned(log.scores)
         counted = (
-            [number(score.get("version")) for score in scores] if unit == "round" else spent(log, scores, "uploads")
+            [number(score.get("version")) for score in scores] if unit != "upload" else spent(log, scores, "uploads")
         )
         times, sent = [number(score.get("time")) / second for score in scores], spent(log, scores, "bytes_up")
         for axes, x in zip(panels, (counted, times, [b / byte for b in sent]), strict=True):
@@ -83,24 +89,23 @@ def _baselines(axes: Axes, logs: Sequence[RunLog]) -> None:
 @picture(2.3)
 def losses(figure: Figure, logs: Sequence[RunLog]) -> str:
     """Mean training loss of the updates in every merge, with the test loss beside it for a single run."""
-    axes, most = figure.subplots(), max(len(log.versions) for log in logs)
+    axes, unit = figure.subplots(), measure(logs) if len(logs) > 1 else noun(*logs)
     for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
         label = name if len(logs) > 1 else "training (clients)"
-        curve(
-            axes,
-            *_means([(line["version"], number(line.get("loss"))) for line in log.versions]),
-            label=key(label),
-            **look(index),
-        )
+        points = [(number(line.get(_field(unit))), number(line.get("loss"))) for line in log.versions]
+        curve(axes, *_means(points), label=key(label), **look(index))
     if len(logs) == 1 and logs[0].scores:
         test = thinned([(score["version"], number(score.get("loss"))) for score in logs[0].scores], 60)
         axes.plot(*zip(*test, strict=True), marker="s", label="test (server)", **look(1))
         figure.legend(loc="outside upper right", ncols=2)
-    told = f", mean of {-(-most // BINS)} {noun(*logs)}s" if most > BINS else ""
-    whole(axes, f"Training loss{told}" if len(logs) > 1 else f"Loss{told}", noun(*logs))
+    whole(axes, "Training loss" if len(logs) > 1 else "Loss", unit)
     from_zero(axes)
     legend(figure, axes, logs)
-    return f"Mean training loss of the merged updates by {noun(*logs)}."
+    return f"Mean training loss of the merged updates by {unit}."
+
+
+def _field(unit: str) -> str:
+    return "uploads" if unit == "upload" else "version"
 
 
 BINS = 150
@@ -174,28 +179,28 @@ def _stack(axes: Axes, versions: Sequence[Line], cut: Sequence[tuple[int, int]])
 @picture(2.7)
 def energies(figure: Figure, logs: Sequence[RunLog]) -> str:
     """Rank collapse across runs: the share within the smallest client rank, effective rank, energy cut off."""
-    panels = figure.subplots(1, 3)
+    panels, unit = figure.subplots(1, 3), measure(logs)
 
     def common(log: RunLog, line: Line) -> float:
         ranks = client_ranks(log)
         return sum(line["energy"][: ranks[0]]) if ranks else 1.0
 
-    measures: list[Callable[[RunLog, Line], float]] = [
+    shares: list[Callable[[RunLog, Line], float]] = [
         common,
         lambda _, line: effective_rank(line["energy"]),
         lambda _, line: number(line.get("discarded")),
     ]
     for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
         versions = thinned(spectra(log))
-        for axes, measure in zip(panels, measures, strict=True):
-            y = [measure(log, line) for line in versions]
-            curve(axes, [line["version"] for line in versions], y, label=key(name), **look(index))
+        for axes, share in zip(panels, shares, strict=True):
+            y = [share(log, line) for line in versions]
+            curve(axes, [number(line.get(_field(unit))) for line in versions], y, label=key(name), **look(index))
     titles = ("Within the smallest client rank", "Effective rank", "Cut off by the merge")
     for axes, title in zip(panels, titles, strict=True):
-        whole(axes, title, noun(*logs))
+        whole(axes, title, unit)
         from_zero(axes)
     percent_axis(panels[0])
     percent_axis(panels[2])
     panels[0].set_ylim(0, 1.04)
     legend(figure, panels[0], logs)
-    return f"Share of energy within the smallest client rank, effective rank and discarded energy by {noun(*logs)}."
+    return f"Share of energy within the smallest client rank, effective rank and discarded energy by {unit}."

@@ -13,7 +13,6 @@ from fedloom.report.read import Line, RunLog
 from fedloom.report.style import (
     MUTED,
     OTHER,
-    PALE,
     SERIES,
     boxes,
     curve,
@@ -64,7 +63,9 @@ def paces(figure: Figure, logs: Sequence[RunLog]) -> str:
             x, y = _from_origin(thinned(pace.ends(log)), field)
             curve(axes, [t / second for t in x], [v / one for v in y], label=key(name), marker=None, **look(index))
         shares = _shares(log)
-        stale.stairs([share for _, share in shares], [at for at, _ in shares] + [_edge(shares)], **look(index))
+        stale.stairs(
+            [share for _, share in shares], [at for at, _ in shares] + [_edge(shares)], linewidth=1.5, **look(index)
+        )
     for axes, title in ((bytes_up, f"Bytes up ({unit})"), (waiting, f"Waiting: empty places times time ({lost})")):
         axes.set_title(title)
         axes.set_xlabel(f"virtual time ({span})")
@@ -174,7 +175,10 @@ def _idle(axes: Axes, log: RunLog) -> str:
     shown = spread(rows, COLUMNS)
     _columns(axes, shown, order, [row.idle for row in shown])
     _named(axes, shown, rows)
-    axes.set_title("Time without a task" + ("" if len(shown) <= BARS else ", by tier"))
+    axes.set_title("Idle time")
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.02, 0.98), ncols=3, handlelength=1, columnspacing=1, borderaxespad=0.2
+    )
     axes.set_ylim(0, 1.03)
     percent_axis(axes)
     return f"Share of time without a task of {plural(len(shown), 'client')}."
@@ -229,7 +233,7 @@ def _by_tier(axes: Axes, logs: Sequence[RunLog], texts: Sequence[str]) -> None:
     """Bars: a share of the clients, of the examples, and of the updates of each run."""
     rows, groups = pace.parts(logs[0]), list(tiers(logs[0]))
     count = len(rows) or 1
-    bars = [("clients", PALE, {t: sum(row.tier == t for row in rows) / count for t in groups})]
+    bars = [("clients", MUTED, {t: sum(row.tier == t for row in rows) / count for t in groups})]
     bars += [("examples", OTHER, {t: sum(row.examples for row in rows if row.tier == t) for t in groups})]
     for index, (log, text) in enumerate(zip(logs, texts, strict=True)):
         own = pace.parts(log)

@@ -38,11 +38,11 @@ CURVES = """
 The same scores of the global model three times: against rounds (or uploads, where a version is no round), against virtual
 time and against bytes sent by clients; dashed lines are baselines. A curve that rises earlier got there with less."""
 LOSS = """
-Training loss is measured on the clients' own examples while they train, test loss on the merged model. A test loss
-that rises while the training loss still falls is overfitting."""
+Training loss is measured on the clients' own examples while they train (of many versions the mean of neighbours is drawn), test
+loss on the merged model. A test loss that rises while the training loss still falls is overfitting."""
 LOSSES = """
-Mean training loss of the merged updates, on the clients' own examples; compare it only between runs with the same
-data."""
+Mean training loss of the merged updates, on the clients' own examples, of many versions as the mean of neighbours; compare it
+only between runs with the same data."""
 SUMMARY = """
 Time and bytes until the run ended; the last two columns, where present, say when each run first reached the accuracy
 that all of them reached, and with how many bytes."""
@@ -68,7 +68,8 @@ TIERS = """
 Slowest tier first, sums over all tasks. What is neither head nor fold is adapter; the time is the mean of receiving,
 training and sending together."""
 ACTIVITY = """
-One row a client, slowest tier on top; white is idle, fine vertical lines are merges, hatched work was thrown away."""
+One row a client, slowest tier on top; white is idle, hatched work was thrown away, and fine vertical lines are merges (where
+there are few enough to be told apart)."""
 WAITING = """
 A place is one of the tasks that the schedule lets be under way at once; it waits while it is empty although a client is
 idle. Left, the mean number of places over time; right, how much of the run each client was without a task, which in a

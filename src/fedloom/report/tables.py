@@ -26,32 +26,39 @@ class Grid:
 
 
 def runs(logs: Sequence[RunLog]) -> Grid:
-    """One row a run: what it reached, what it cost, and what the accuracy that all of them reached cost each."""
+    """One row a run: what it reached, what it cost, and what the accuracy that all of them reached cost each.
+
+    A column that says the same of all, as it should (finished, one seed, nothing stale) or nothing at all, is left out.
+    """
     scored = [facts.best(log) for log in logs if log.scores]
     target = min(scored) if len(scored) > 1 else float("nan")
-    merges = f"{facts.noun(*logs).capitalize()}s"
-    head = ("Run", "Status", "Seed", merges, "Accuracy", "Best", "Worst client")
-    paid = ("Time", "Uploads", "Waiting", "Staleness", "Up", "Not merged")
     shared = (f"Time to {percent(target)}", f"Sent up to {percent(target)}") if len(scored) > 1 else ()
-    rows = []
-    for name, log in zip(facts.names(logs), logs, strict=True):
-        row = (
-            name,
-            str(log.manifest["status"]),
-            str(log.manifest["seed"]),
-            str(facts.rounds(log)),
-            percent(accuracy(facts.final(log))),
-            percent(facts.best(log)),
-            percent(accuracy(facts.worst(log))),
-            seconds(facts.elapsed(log)),
-            count(facts.last(log, "uploads")),
-            percent(pace.waiting(log)),
-            short(pace.mean_staleness(log)),
-            size(facts.last(log, "bytes_up")),
-            str(sum(task.get("status") != "merged" for task in log.tasks)),
-        )
-        rows.append(row + (_price(log, target) if shared else ()))
-    return Grid(head + paid + shared, tuple(rows))
+    rows = [
+        (name, *_figures(log), *(_price(log, target) if shared else ()))
+        for name, log in zip(facts.names(logs), logs, strict=True)
+    ]
+    head = ("Run", "Status", "Seed", f"{facts.noun(*logs).capitalize()}s", "Accuracy", "Best", "Worst client")
+    head += ("Time", "Uploads", "Waiting", "Staleness", "Up", "Not merged", *shared)  # type: ignore[assignment]
+    same = {"Status": "finished", "Seed": rows[0][2], "Staleness": "0"}
+    kept = [k for k, name in enumerate(head) if {row[k] for row in rows} - {same.get(name, NONE), NONE}]
+    return Grid(tuple(head[k] for k in kept), tuple(tuple(row[k] for k in kept) for row in rows))
+
+
+def _figures(log: RunLog) -> tuple[str, ...]:
+    return (
+        str(log.manifest["status"]),
+        str(log.manifest["seed"]),
+        str(facts.rounds(log)),
+        percent(accuracy(facts.final(log))),
+        percent(facts.best(log)),
+        percent(accuracy(facts.worst(log))),
+        seconds(facts.elapsed(log)),
+        count(facts.last(log, "uploads")),
+        percent(pace.waiting(log)),
+        short(pace.mean_staleness(log)),
+        size(facts.last(log, "bytes_up")),
+        str(sum(task.get("status") != "merged" for task in log.tasks)),
+    )
 
 
 def _price(log: RunLog, target: float) -> tuple[str, str]:
@@ -206,14 +213,14 @@ def summary(logs: Sequence[RunLog]) -> rich.table.Table:
     from rich.text import Text
 
     grid = runs(logs)
-    unfinished = any(log.manifest["status"] != "finished" for log in logs)
-    wanted = {"Run", grid.head[3], "Accuracy", "Time", "Uploads", "Waiting", "Up"} | (
-        {"Status"} if unfinished else {"Worst client"}
-    )
-    shown = [index for index, head in enumerate(grid.head) if head in wanted]
+    wide = {"Seed", "Best", "Staleness", "Not merged"}
+    wide |= {"Worst client"} if {"Status", "Versions"} & set(grid.head) else set()
+    shown = [k for k, head in enumerate(grid.head) if head not in wide and " to " not in head]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index in shown:
-        table.add_column(Text(grid.head[index]), justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(
+            Text(grid.head[index]), justify="left" if grid.head[index] in ("Run", "Status") else "right", no_wrap=True
+        )
     for row in grid.rows:
         table.add_row(*(Text(row[index]) for index in shown))
     return table
