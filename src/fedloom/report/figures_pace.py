@@ -214,7 +214,8 @@ def participation(figure: Figure, log: RunLog) -> str:
                label="examples")  # fmt: skip
     right.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="equal share")
     _named(right, shown, rows)
-    right.set_ylim(bottom=0)
+    tops = [len(rows) * max(row.updates, row.examples) for row in shown]
+    right.set_ylim(0, 1.4 * max((top for top in tops if top == top), default=1.0))
     right.set_title("Updates of a client, in equal shares")
     right.legend(loc="upper right", ncols=2 if len(order) > 2 else 1, handlelength=1.2)
     return f"Shares of the merged updates by tier and client. {pace.took_part(rows, log)}"

@@ -128,6 +128,8 @@ def took_part(rows: Sequence[Part], log: RunLog) -> str:
     absent, equal = sum(row.updates == 0 for row in rows), 1 / len(rows)
     text = f"{plural(absent, 'client')} of {len(rows):,} never had an update merged. " if absent else ""
     ratios = {tier: mean(row.updates for row in rows if row.tier == tier) / equal for tier in tiers(log)}
+    if len(rows) < 2:
+        return "There is one client."
     if len(ratios) < 2:
         times = rows[0].updates / equal
         return f"{text}{label(rows[0].client)} has the most updates, {short(times)} times an equal share."
