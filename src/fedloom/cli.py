@@ -6,11 +6,12 @@ import runpy
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedloom.errors import Refused
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fedloom.job import Job, Outcome
     from fedloom.run import Run
     from fedloom.simulate import Observer
+    from fedloom.types import Publish
 
 app = typer.Typer(
     add_completion=False,
@@ -217,30 +219,41 @@ def _introduce(job: Job) -> None:
 
 
 def _carry_out(job: Job, folder: Path, workers: str = "1", report: bool = True) -> Outcome:
-    """Execute with a progress bar: rounds, virtual time, loss, accuracy."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
-        observer = _watcher(progress, f"{type(job.run.aggregator).__name__:8s}", job.run.limits.versions)
-        return job.execute(folder, [observer], workers, report)
+    """Execute with a progress bar: versions or virtual time, whichever ends the run first, and what it has reached."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[now]}"), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err) as progress:
+        return job.execute(folder, [_watcher(progress, job.run)], workers, report)
 
 
-def _watcher(progress: Progress, name: str, versions: int) -> Observer:
-    from fedloom.types import Command, Event, Publish, Scored
+def _watcher(progress: Progress, run: Run) -> Observer:
+    from fedloom.types import Command, Event, Publish, Reject, Scored, UpdateArrived
 
-    bar = progress.add_task(name, total=versions, now="")
-    shown = {"loss": "", "accuracy": ""}
+    limits = run.limits
+    bar = progress.add_task(f"{type(run.aggregator).__name__:8s}", total=1.0, now="")
+    shown = {"version": f"0/{limits.versions}", "time": "0 virtual s", "uploads": "", "loss": "", "accuracy": ""}
+    seen = {"version": 0, "uploads": 0}
 
     def watch(now: float, event: Event, commands: list[Command]) -> None:
+        shown["time"] = f"{now:,.0f} virtual s"
+        seen["uploads"] += isinstance(event, UpdateArrived) and not any(isinstance(c, Reject) for c in commands)
         if isinstance(event, Scored):
             shown["accuracy"] = f"accuracy {100 * event.metrics['accuracy']:.1f} %"
         for command in commands:
             if isinstance(command, Publish):
-                losses = [update.result.metrics.get("loss", 0.0) for update in command.updates]
-                shown["loss"] = f"loss {sum(losses) / len(losses):.3f}"
-                progress.update(bar, completed=command.version)
-        progress.update(bar, now=f"{now:,.0f} virtual s  {shown['loss']}  {shown['accuracy']}")
+                shown["version"] = f"{command.version}/{limits.versions}"
+                shown["loss"] = f"loss {mean(_losses(command)):.3f}"
+                stale = mean(command.version - 1 - update.task.version for update in command.updates)
+                if stale > 0:
+                    shown["uploads"] = f"{seen['uploads']:,} uploads, {stale:.1f} versions stale"
+                seen["version"] = command.version
+        done = max(seen["version"] / limits.versions, now / limits.seconds if limits.seconds else 0.0)
+        progress.update(bar, completed=min(done, 1.0), now="  ".join(filter(None, shown.values())))
 
     return watch
+
+
+def _losses(publish: Publish) -> list[float]:
+    return [update.result.metrics.get("loss", 0.0) for update in publish.updates]
 
 
 def _summarise(folders: list[Path]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 from fedloom import payload
+from fedloom.aggregate.averaged import last
 from fedloom.aggregate.combine import energy_shares
 from fedloom.errors import Refused
 from fedloom.lora import Factor, cut, stack
+from fedloom.places import Places
 from fedloom.types import (
     Cancel,
     ClientLost,
@@ -128,9 +131,15 @@ class Sent:
 
 @dataclass(slots=True)
 class Metrics:
-    """An observer that writes `metrics.jsonl`: a line a task, a version, a score; see docs/run-folder.md for the fields."""
+    """An observer that writes `metrics.jsonl`: a line a task, a version, a score; see docs/run-folder.md for the fields.
+
+    `places` are the schedule's, `Places(schedule.max_in_flight)`. Energies are told where they cost little beside the work between
+    two of them: for a version that ends a round (nobody is at work when it is made), and for one that is scored. An asynchronous
+    run makes a version with every answer, and would spend more on them than on merging.
+    """
 
     file: TextIO
+    places: Places
     traffic: Traffic = field(default_factory=Traffic)
     tasks: dict[int, Task] = field(default_factory=dict)
     arrived: dict[int, float] = field(default_factory=dict)
@@ -138,6 +147,8 @@ class Metrics:
     sent: dict[int, Sent] = field(default_factory=dict)
     model: Model | None = None
     energy: float = 0.0
+    version: int = 0
+    uploads: int = 0
     cancelled: int = 0
     rejected: int = 0
 
@@ -148,59 +159,77 @@ class Metrics:
             case UpdateArrived(_, number, _) if number in self.tasks:
                 if number not in rejected:
                     self.arrived[number] = now
+                    self.uploads += 1
                 size = payload.up(self.tasks[number], event.result)
                 self.uploaded[number] = size
                 self.traffic.up += size.total
                 self.traffic.dense_up += size.dense
-            case TaskFailed(_, number, reason):
-                self._ended(number, "failed", reason)
+            case TaskFailed(_, number, reason) if number not in rejected:
+                self._dropped(now, number, "failed", reason)
             case ClientLost(client):
                 for number in [n for n, task in self.tasks.items() if task.client == client and n not in self.arrived]:
-                    self._ended(number, "lost", "the client is gone")
+                    self._dropped(now, number, "lost", "the client is gone")
             case Scored(version, figures):
                 self.write({"kind": "score", "version": version, "time": now, **figures})
-        for command in commands:
-            self._command(now, command)
+        self.places.take(now, event, refused=bool(rejected))
+        scored = {command.version for command in commands if isinstance(command, Evaluate)}
+        merged = max((k for k, command in enumerate(commands) if isinstance(command, Publish)), default=0)
+        for k, command in enumerate(commands):
+            self.places.follow(command)
+            if isinstance(command, Cancel):
+                self.cancelled += 1
+                self._dropped(now, command.task, "cancelled", self._why(command.task, ended=k >= merged))
+            else:
+                self._command(now, command, scored)
 
     def write(self, values: Mapping[str, object]) -> None:
         """Append a line and flush it."""
         self.file.write(json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n")
         self.file.flush()
 
-    def _command(self, now: float, command: Command) -> None:
+    def _command(self, now: float, command: Command, scored: Collection[int]) -> None:
         match command:
             case Dispatch(task):
                 self.tasks[task.id], self.sent[task.id] = task, self._sent(task.start)
                 self.traffic.down += self.sent[task.id].size.total
                 self.traffic.dense_down += self.sent[task.id].size.dense
                 self.traffic.fold_down += self.sent[task.id].fold
-            case Cancel(number, _):
-                self.cancelled += 1
-                self.arrived[number] = now
-                self._ended(number, "cancelled", "the round was closed without it")
             case Reject():
                 self.rejected += 1
             case Evaluate(_, model):
                 self._hold(model)
-            case Publish():
-                self._hold(command.model)
-                for update in command.updates:
+            case Publish(version, model, updates):
+                self._hold(model if version in scored or not self.places.working else None)
+                for update in updates:
                     if update.task.id in self.tasks:
                         self._ended(update.task.id, "merged", "", update)
                 self._version(now, command)
+                self.version = version
             case Stop():
                 for number in [number for number in self.arrived if number in self.tasks]:
                     self._ended(number, "unused", "the run ended before it was merged")
 
-    def _hold(self, model: Model) -> None:
-        """The model that tasks start from now."""
-        if model is not self.model:
-            self.model, self.energy = model, energy(model)
+    def _why(self, number: int, ended: bool) -> str:
+        """Why a task was cancelled: a merge cancels before its version is published, the end of a run after the last one."""
+        if ended:
+            return "the run ended before it was answered"
+        behind = self.version + 1 - self.tasks[number].version
+        return "the round was closed without it" if behind == 1 else f"its answer would have been {behind} versions old"
+
+    def _hold(self, model: Model | None) -> None:
+        """The model that tasks start from now, which is not the published one where that is an average; None: not told."""
+        start = last(model) if model else None
+        if not start or not self.model or start.adapter is not self.model.adapter or start.fold is not self.model.fold:
+            self.model, self.energy = start, energy(start) if start else 0.0
 
     def _sent(self, start: Start) -> Sent:
         size = payload.down(start)
         fold = size.total - payload.down(replace(start, fold=None)).total
         return Sent(size, fold, kept(self.model, start, self.energy) if self.model else None)
+
+    def _dropped(self, now: float, number: int, status: str, reason: str) -> None:
+        self.arrived[number] = now
+        self._ended(number, status, reason)
 
     def _ended(self, number: int, status: str, reason: str, update: Update | None = None) -> None:
         task = self.tasks.pop(number, None)
@@ -215,14 +244,16 @@ class Metrics:
         if update:
             took = {part: update.result.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up")}
             line |= {"seconds": took, "loss": update.result.metrics.get("loss")}
-            line |= {"tokens": update.result.tokens, "steps": update.result.steps}
+            line |= {
+                "tokens": update.result.tokens,
+                "steps": update.result.steps,
+                "staleness": self.version - task.version,
+            }
         self.write(line)
 
     def _version(self, now: float, publish: Publish) -> None:
-        ranks: dict[str, int] = {}
-        for update in publish.updates:
-            rank = str(update.task.budget.rank)
-            ranks[rank] = ranks.get(rank, 0) + 1
+        ranks = Counter(update.task.budget.rank for update in publish.updates)
+        stale = [self.version - update.task.version for update in publish.updates]
         self.write(
             {
                 "kind": "version",
@@ -230,6 +261,13 @@ class Metrics:
                 "time": now,
                 **{name: _mean(publish.updates, name) for name in ("loss", "rounding", "rounding_change")},
                 "updates": len(publish.updates),
+                "staleness": sum(stale) / len(stale) if stale else None,
+                "staleness_max": max(stale, default=None),
+                "uploads": self.uploads,
+                "outstanding": len(self.places.working),
+                "working_seconds": self.places.working_seconds,
+                "waiting_seconds": self.places.waiting_seconds,
+                "held_seconds": self.places.held_seconds,
                 "cancelled": self.cancelled,
                 "rejected": self.rejected,
                 "bytes_up": self.traffic.up,
@@ -237,9 +275,9 @@ class Metrics:
                 "bytes_up_dense": self.traffic.dense_up,
                 "bytes_down_dense": self.traffic.dense_down,
                 "bytes_down_fold": self.traffic.fold_down,
-                "energy": energy_shares(publish.model),
+                "energy": energy_shares(publish.model) if self.model else None,
                 "discarded": publish.model.discarded,
-                "ranks": dict(sorted(ranks.items(), key=lambda item: int(item[0]))),
+                "ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
             }
         )
 

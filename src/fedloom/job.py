@@ -15,6 +15,7 @@ from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, level, whole
+from fedloom.places import Places
 from fedloom.report.html import write as write_report
 from fedloom.run import Run
 from fedloom.seeds import derive, rng
@@ -171,7 +172,7 @@ class Job:
         with ExitStack() as opened:
             trace = Trace(opened.enter_context((out / "trace.jsonl").open("w", encoding="utf-8")))
             lines = opened.enter_context((out / "metrics.jsonl").open("w", encoding="utf-8"))
-            metrics = folder.Metrics(lines)
+            metrics = folder.Metrics(lines, Places(self.run.schedule.max_in_flight))
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
             engine = self.run.engine or PLAIN

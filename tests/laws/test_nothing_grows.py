@@ -13,6 +13,7 @@ import pytest
 import toys
 from bench.simulate import Window
 from fedloom.folder import Metrics
+from fedloom.places import Places
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits, Server
 from fedloom.simulate import Simulation
@@ -61,7 +62,7 @@ class Watch:
     """An observer: the largest size of every table in each half of a run."""
 
     server: Server
-    metrics: Metrics = field(default_factory=lambda: Metrics(Sink()))
+    metrics: Metrics = field(default_factory=lambda: Metrics(Sink(), Places(CLIENTS)))
     trace: Trace = field(default_factory=lambda: Trace(Sink()))
     simulation: Simulation | None = None
     halves: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
@@ -71,7 +72,7 @@ class Watch:
         self.metrics(now, event, commands)
         self.trace(now, event, commands)
         half = self.halves[self.server.state.version * 2 >= VERSIONS]
-        for name, size in sizes(self.server.state, self.simulation, self.metrics).items():
+        for name, size in sizes(self.server.state, self.simulation, self.metrics, self.metrics.places).items():
             half[name] = max(size, half.get(name, 0))
 
 
@@ -82,7 +83,14 @@ def test_no_table_grows_with_the_events(schedule: Schedule) -> None:
     watch.simulation = Simulation(server, Unreliable(), World(), PROFILES, lambda model: {"loss": 0.5}, watch)
     watch.simulation.run()
     first, second = watch.halves
-    assert {"State.idle", "State.busy", "State.arrived", "Simulation.heap", "Metrics.tasks"} <= first.keys()
+    assert {
+        "State.idle",
+        "State.busy",
+        "State.arrived",
+        "Simulation.heap",
+        "Metrics.tasks",
+        "Places.idle",
+    } <= first.keys()
     assert {name: size for name, size in second.items() if size > max(first[name], CLIENTS)} == {}
 
 

@@ -21,6 +21,7 @@ from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.lora import Adapter, Factor, whole
+from fedloom.places import Places
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
 from fedloom.schedule.rounds import Rounds
@@ -99,7 +100,7 @@ def test_a_fold_costs_nothing_where_it_is_sent_as_it_is(monkeypatch: pytest.Monk
 def lines(method: Aggregator, kind: str, rounds: int = 3) -> list[dict[str, Any]]:
     """What the metrics of a small run say."""
     file = io.StringIO()
-    metrics = folder.Metrics(file)
+    metrics = folder.Metrics(file, Places(3))
     start = toys.fresh(4)
     server = toys.server(Rounds(3), method, start=start, assign=Plan(RandomRank(1, 4), 2))
     for profile in toys.profiles(3).values():

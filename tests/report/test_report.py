@@ -63,7 +63,7 @@ def test_a_run_becomes_one_small_page_with_its_answer_first(fake: Fake, tmp_path
     found, words = outline(page), say(page)
     assert [path.name for path in page.parent.iterdir()] == ["report.html"]
     assert page.stat().st_size < 1_500_000
-    assert found.seen.count("svg") == found.seen.count("figure") == 7
+    assert found.seen.count("svg") == found.seen.count("figure") == 8
     assert words.index("After 12 rounds") < words.index("Test accuracy")
     assert "the largest client rank is 8." in words
     assert "num_labels=6" in words
@@ -127,7 +127,7 @@ def test_a_large_fleet_stays_small(fake: Fake, tmp_path: Path) -> None:
     run = fake(clients=300, rounds=20, labels=[f"intent {i}" for i in range(30)])
     page = write([run], tmp_path / "report.html")
     assert page.stat().st_size < 1_500_000
-    assert "60 of 300 clients" in say(page)
+    assert "40 of 300 clients, evenly from slow to fast" in say(page)
     assert "21 others" in say(page)
 
 

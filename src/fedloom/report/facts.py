@@ -31,6 +31,11 @@ def rounds(log: RunLog) -> int:
     return int(log.versions[-1]["version"]) if log.versions else 0
 
 
+def noun(*logs: RunLog) -> str:
+    """What a version is called: a round, where nobody is at work when one is made."""
+    return "version" if any(line.get("outstanding") for log in logs for line in log.versions) else "round"
+
+
 def last(log: RunLog, key: str) -> float:
     """The last version's value, a total where it is cumulative; before the first merge, what the tasks say."""
     return number(log.versions[-1].get(key)) if log.versions else sum(number(task.get(key)) for task in log.tasks)
@@ -63,11 +68,15 @@ def margin(score: Line | None) -> float:
     return 1.96 * math.sqrt(max(0.0, share * (1 - share)) / count) if count > 0 else math.nan
 
 
+def spent(log: RunLog, scores: Iterable[Line], key: str) -> list[float]:
+    """What the version line of each score says, nothing having been spent at version 0."""
+    told = {0: 0.0} | {line["version"]: number(line.get(key)) for line in log.versions}
+    return [told.get(score.get("version"), math.nan) for score in scores]
+
+
 def at_version(log: RunLog, version: object, key: str) -> float:
-    """What a version line says, nothing having been spent at version 0."""
-    if version == 0:
-        return 0.0
-    return next((number(line.get(key)) for line in log.versions if line["version"] == version), math.nan)
+    """The same for one version."""
+    return spent(log, [{"version": version}], key)[0]
 
 
 def first_reaching(log: RunLog, target: float) -> Line | None:
@@ -115,20 +124,22 @@ def tiers(log: RunLog) -> dict[str, list[str]]:
 
 def sentence(log: RunLog) -> str:
     """The result of a run in plain words."""
-    score, begin, done = final(log), accuracy(first(log)), rounds(log)
+    score, begin, done, what = final(log), accuracy(first(log)), rounds(log), noun(log)
     if score is None:
-        spent = f"After {plural(done, 'round')}" if done else "The run ended before its first round;"
-        return f"{spent} no accuracy was measured."
+        used = f"After {plural(done, what)}" if done else f"The run ended before its first {what};"
+        return f"{used} no accuracy was measured."
     shown = f"{percent(accuracy(score))} of the {int(number(score.get('examples'))):,} test examples correctly"
     if score.get("version") == 0:
-        return f"The untrained model classifies {shown}; no trained version was scored ({plural(done, 'round')} done)."
-    spent = f"{short(number(score.get('time')))} virtual seconds"
+        return f"The untrained model classifies {shown}; no trained version was scored ({plural(done, what)} done)."
+    used = f"{short(number(score.get('time')))} virtual seconds"
+    uploads = at_version(log, score.get("version"), "uploads")
+    used += f", {plural(int(uploads), 'upload')}" if uploads > 0 else ""
     sent = f"{size(at_version(log, score.get('version'), 'bytes_up'))} up"
-    text = f"After {plural(int(score['version']), 'round')} ({spent}, {sent}) the model classifies {shown}"
+    text = f"After {plural(int(score['version']), what)} ({used}, {sent}) the model classifies {shown}"
     text += "" if math.isnan(begin) else f"; it started at {percent(begin)}"
     ranks = client_ranks(log)
     text += f"; the largest client rank is {ranks[-1]}." if ranks else "."
-    return text if score["version"] == done else f"{text} Round {done} was not scored."
+    return text if score["version"] == done else f"{text} {what.capitalize()} {done} was not scored."
 
 
 def verdict(logs: Sequence[RunLog]) -> str:

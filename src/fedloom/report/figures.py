@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from fedloom.report.facts import accuracy, at_version, client_ranks, effective_rank, final, names, spectra
+from fedloom.report.facts import accuracy, client_ranks, effective_rank, final, mean, names, noun, spectra, spent
 from fedloom.report.read import Line, RunLog
-from fedloom.report.style import MUTED, OTHER, SERIES, key, look, percent_axis, picture
+from fedloom.report.style import MUTED, OTHER, SERIES, curve, key, look, percent_axis, picture, thinned
 from fedloom.report.words import BYTES, SPANS, number, percent, scale
 
 if TYPE_CHECKING:
@@ -27,38 +27,52 @@ def whole(axes: Axes, title: str, label: str = "round") -> None:
     axes.set_xlabel(label)
 
 
-def _from_zero(axes: Axes) -> None:
+def from_zero(axes: Axes) -> None:
+    """The y axis begins at 0."""
     axes.axhline(0, linewidth=0)
     axes.set_ylim(bottom=0)
 
 
-def _legend(figure: Figure, axes: Axes, logs: Sequence[RunLog]) -> None:
+def measure(logs: Sequence[RunLog]) -> str:
+    """What progress is counted in: uploads where a version is no round, since versions of two schedules do not compare."""
+    counted = all("uploads" in line for log in logs for line in log.versions)
+    return "upload" if noun(*logs) == "version" and counted else noun(*logs)
+
+
+def legend(figure: Figure, axes: Axes, logs: Sequence[RunLog]) -> None:
+    """The runs by name, where there are several."""
     if len(logs) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4)
 
 
 @picture(2.7)
 def accuracies(figure: Figure, logs: Sequence[RunLog]) -> str:
-    """Test accuracy against what was spent for it: rounds, virtual time, bytes sent up."""
+    """Test accuracy against what was spent for it: rounds (uploads, where a version is no round), virtual time, bytes sent up."""
     panels = figure.subplots(1, 3, sharey=True)
-    times = [[number(score.get("time")) for score in log.scores] for log in logs]
-    traffic = [[at_version(log, score.get("version"), "bytes_up") for score in log.scores] for log in logs]
-    second, span = scale([t for row in times for t in row], SPANS)
-    byte, unit = scale([b for row in traffic for b in row], BYTES)
-    for index, (log, name, time, sent) in enumerate(zip(logs, names(logs), times, traffic, strict=True)):
-        reached = [accuracy(score) for score in log.scores]
-        version = [number(score.get("version")) for score in log.scores]
-        for axes, spent in zip(panels, (version, [t / second for t in time], [b / byte for b in sent]), strict=True):
-            axes.plot(spent, reached, marker="o", label=key(name), **look(index))
-    for axes, title in zip(panels, ("by round", f"by virtual time ({span})", f"by traffic up ({unit})"), strict=True):
+    unit = (
+        "upload"
+        if noun(*logs) == "version" and all("uploads" in line for log in logs for line in log.versions)
+        else "round"
+    )
+    second, span = scale([number(score.get("time")) for log in logs for score in log.scores], SPANS)
+    byte, size = scale([sent for log in logs for sent in spent(log, log.scores, "bytes_up")], BYTES)
+    for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
+        scores = thinned(log.scores)
+        counted = (
+            [number(score.get("version")) for score in scores] if unit != "upload" else spent(log, scores, "uploads")
+        )
+        times, sent = [number(score.get("time")) / second for score in scores], spent(log, scores, "bytes_up")
+        for axes, x in zip(panels, (counted, times, [b / byte for b in sent]), strict=True):
+            curve(axes, x, [accuracy(score) for score in scores], label=key(name), **look(index))
+    for axes, title in zip(panels, (f"by {unit}", f"by virtual time ({span})", f"by traffic up ({size})"), strict=True):
         _baselines(axes, logs)
         axes.set_title(title)
-    whole(panels[0], "by round", "")
+    whole(panels[0], f"by {unit}", "")
     percent_axis(panels[0])
     panels[0].set_ylabel("test accuracy")
-    _legend(figure, panels[0], logs)
+    legend(figure, panels[0], logs)
     ends = ", ".join(f"{n} {percent(accuracy(final(log)))}" for n, log in zip(names(logs), logs, strict=True))
-    return f"Test accuracy against rounds, virtual time and bytes sent up. Final: {ends}."
+    return f"Test accuracy against {unit}s, virtual time and bytes sent up. Final: {ends}."
 
 
 def _baselines(axes: Axes, logs: Sequence[RunLog]) -> None:
@@ -75,19 +89,34 @@ def _baselines(axes: Axes, logs: Sequence[RunLog]) -> None:
 @picture(2.3)
 def losses(figure: Figure, logs: Sequence[RunLog]) -> str:
     """Mean training loss of the updates in every merge, with the test loss beside it for a single run."""
-    axes = figure.subplots()
+    axes, unit = figure.subplots(), measure(logs) if len(logs) > 1 else noun(*logs)
     for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
-        loss = [number(line.get("loss")) for line in log.versions]
         label = name if len(logs) > 1 else "training (clients)"
-        axes.plot([line["version"] for line in log.versions], loss, marker="o", label=key(label), **look(index))
+        points = [(number(line.get(_field(unit))), number(line.get("loss"))) for line in log.versions]
+        curve(axes, *_means(points), label=key(label), **look(index))
     if len(logs) == 1 and logs[0].scores:
-        test = [number(score.get("loss")) for score in logs[0].scores]
-        axes.plot([score["version"] for score in logs[0].scores], test, marker="s", label="test (server)", **look(1))
+        test = thinned([(score["version"], number(score.get("loss"))) for score in logs[0].scores], 60)
+        axes.plot(*zip(*test, strict=True), marker="s", label="test (server)", **look(1))
         figure.legend(loc="outside upper right", ncols=2)
-    whole(axes, "Training loss" if len(logs) > 1 else "Loss")
-    _from_zero(axes)
-    _legend(figure, axes, logs)
-    return "Mean training loss of the merged updates by round."
+    whole(axes, "Training loss" if len(logs) > 1 else "Loss", unit)
+    from_zero(axes)
+    legend(figure, axes, logs)
+    return f"Mean training loss of the merged updates by {unit}."
+
+
+def _field(unit: str) -> str:
+    return "uploads" if unit == "upload" else "version"
+
+
+BINS = 150
+"""A loss of thousands of single answers is noise: it is drawn as the mean of neighbours, in so many points."""
+
+
+def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Neighbours together: the last x and the mean y of each group."""
+    size = max(1, -(-len(points) // BINS))
+    groups = [points[k : k + size] for k in range(0, len(points), size)]
+    return [group[-1][0] for group in groups], [mean(y for _, y in group) for group in groups]
 
 
 def bands(rank: int, marks: Sequence[int]) -> list[tuple[int, int]]:
@@ -103,23 +132,24 @@ def bands(rank: int, marks: Sequence[int]) -> list[tuple[int, int]]:
 @picture(3.3)
 def energy(figure: Figure, log: RunLog) -> str:
     """Where the global model's energy lies: in which directions, and how much of it merges cut off."""
-    versions = spectra(log)
+    versions, what = thinned(spectra(log), 100), noun(log)
     panels = figure.subplot_mosaic([["stack", "rank"], ["stack", "cut"]], width_ratios=[1.7, 1])
     rank = len(versions[-1]["energy"])
     _stack(panels["stack"], versions, bands(rank, client_ranks(log)))
+    whole(panels["stack"], "Share of energy by direction", what)
     x = [line["version"] for line in versions]
-    panels["rank"].plot(x, [effective_rank(line["energy"]) for line in versions], marker="o", **look(0))
+    curve(panels["rank"], x, [effective_rank(line["energy"]) for line in versions], **look(0))
     panels["rank"].set_ylim(0, rank * 1.08)
     panels["rank"].axhline(rank, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     whole(panels["rank"], f"Effective rank (of {rank})", "")
     lost = [number(line.get("discarded")) for line in versions]
-    panels["cut"].bar(x, lost, color=SERIES[1], width=0.7)
-    whole(panels["cut"], "Energy cut off by the merge")
+    panels["cut"].bar(x, lost, color=SERIES[1], width=0.7 * max(1.0, (x[-1] - x[0]) / len(x)))
+    whole(panels["cut"], "Energy cut off by the merge", what)
     if not any(share > 0 for share in lost):
         panels["cut"].set_ylim(0, 0.01)
     percent_axis(panels["cut"])
     end = effective_rank(versions[-1]["energy"])
-    return f"Energy of the {rank} directions by round; at the end the effective rank is {end:.1f}."
+    return f"Energy of the {rank} directions by {what}; at the end the effective rank is {end:.1f}."
 
 
 def _stack(axes: Axes, versions: Sequence[Line], cut: Sequence[tuple[int, int]]) -> None:
@@ -144,34 +174,33 @@ def _stack(axes: Axes, versions: Sequence[Line], cut: Sequence[tuple[int, int]])
     axes.set_ylim(0, 1)
     axes.set_xlim(x[0], x[-1])
     percent_axis(axes)
-    whole(axes, "Share of energy by direction")
 
 
 @picture(2.7)
 def energies(figure: Figure, logs: Sequence[RunLog]) -> str:
     """Rank collapse across runs: the share within the smallest client rank, effective rank, energy cut off."""
-    panels = figure.subplots(1, 3)
+    panels, unit = figure.subplots(1, 3), measure(logs)
 
     def common(log: RunLog, line: Line) -> float:
         ranks = client_ranks(log)
         return sum(line["energy"][: ranks[0]]) if ranks else 1.0
 
-    measures: list[Callable[[RunLog, Line], float]] = [
+    shares: list[Callable[[RunLog, Line], float]] = [
         common,
         lambda _, line: effective_rank(line["energy"]),
         lambda _, line: number(line.get("discarded")),
     ]
     for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
-        versions = spectra(log)
-        for axes, measure in zip(panels, measures, strict=True):
-            y = [measure(log, line) for line in versions]
-            axes.plot([line["version"] for line in versions], y, marker="o", label=key(name), **look(index))
+        versions = thinned(spectra(log))
+        for axes, share in zip(panels, shares, strict=True):
+            y = [share(log, line) for line in versions]
+            curve(axes, [number(line.get(_field(unit))) for line in versions], y, label=key(name), **look(index))
     titles = ("Within the smallest client rank", "Effective rank", "Cut off by the merge")
     for axes, title in zip(panels, titles, strict=True):
-        whole(axes, title)
-        _from_zero(axes)
+        whole(axes, title, unit)
+        from_zero(axes)
     percent_axis(panels[0])
     percent_axis(panels[2])
     panels[0].set_ylim(0, 1.04)
-    _legend(figure, panels[0], logs)
-    return "Share of energy within the smallest client rank, effective rank and discarded energy by round."
+    legend(figure, panels[0], logs)
+    return f"Share of energy within the smallest client rank, effective rank and discarded energy by {unit}."

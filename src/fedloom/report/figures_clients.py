@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from fedloom.report.facts import label, tiers
+from fedloom.report.facts import elapsed, label, tiers
 from fedloom.report.read import Line, RunLog
 from fedloom.report.style import INK, KINDS, MUTED, OTHER, PALE, SERIES, Box, boxes, key, percent_axis, picture
-from fedloom.report.words import SPANS, number, plural, scale
+from fedloom.report.words import SPANS, number, plural, scale, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ T = TypeVar("T")
 Kind: TypeAlias = tuple[str, str, list[tuple[float, float]]]
 
 NAMED = 40  # so many names fit under one picture
-SHOWN_CLIENTS, SHOWN_TASKS, SHOWN_BARS = 60, 1200, 200
+SHOWN_CLIENTS, SHOWN_TASKS, SHOWN_BARS = 40, 800, 200
 
 
 def spread(items: Sequence[T], limit: int) -> list[T]:
@@ -52,56 +52,74 @@ def named(axes: Axes, shown: Sequence[str], title: str) -> None:
 
 @picture(3.0)
 def activity(figure: Figure, log: RunLog) -> str:
-    """What every client was busy with: receiving, training, sending; hatched where the work was thrown away."""
+    """What clients were busy with: receiving, training, sending; hatched where the work was thrown away.
+
+    With many clients, some of those that got a task, evenly from the slowest tier to the fastest; with many tasks, the beginning
+    of the run.
+    """
     from matplotlib.patches import Patch
 
     order = [name for group in tiers(log).values() for name in group] or sorted({str(t["client"]) for t in log.tasks})
-    shown = spread(order, SHOWN_CLIENTS)
+    asked = {str(task["client"]) for task in log.tasks}
+    shown = order if len(order) <= SHOWN_CLIENTS else spread([name for name in order if name in asked], SHOWN_CLIENTS)
     row = {name: index for index, name in enumerate(reversed(shown))}
     mine = sorted((t for t in log.tasks if t["client"] in row), key=lambda t: (number(t.get("sent")), t["id"]))
     tasks = mine[:SHOWN_TASKS]
-    second, unit = scale([number(t.get("arrived")) for t in tasks], SPANS)
-    figure.set_figheight(1.2 + 0.22 * max(4, len(shown)) if len(shown) <= 24 else 1.2 + 0.105 * len(shown))
+    until = number(mine[SHOWN_TASKS].get("sent")) if len(mine) > SHOWN_TASKS else elapsed(log)
+    second, unit = scale([until], SPANS)
+    figure.set_figheight(1.2 + 0.22 * max(4, len(shown)) if len(shown) <= 24 else 1.2 + 0.14 * len(shown))
     axes = figure.subplots()
-    spans = [span for task in tasks for span in _phases(task, row[task["client"]], second)]
+    spans = [span for task in tasks for span in _phases(task, row[task["client"]], second, until)]
     for phase, line in (("down", 0.0), ("up", 0.0), ("train", 0.5)):  # last and outlined, so that a short task is seen
         boxes(axes, [box for kind, box in spans if kind == phase], color=PHASES[phase], linewidth=line)
-    boxes(axes, [box for kind, box in spans if kind == "lost"], facecolor="#ffffff99", edgecolor=INK, hatch="//////")
     legend = [Patch(facecolor=color, label=f"{phase}") for phase, color in PHASES.items()]
-    legend.append(Patch(facecolor="#ffffff", edgecolor=INK, hatch="//////", label="not merged", linewidth=0.5))
-    _merges(axes, log, second)
-    figure.legend(handles=legend, loc="outside upper right", ncols=4)
+    for text, (_, hatch) in WASTED.items():
+        found = [box for kind, box in spans if kind == text]
+        boxes(axes, found, facecolor="#ffffff99", edgecolor=INK, hatch=hatch)
+        legend += [Patch(facecolor="#ffffff", edgecolor=INK, hatch=hatch, label=text, linewidth=0.5)] if found else []
+    _merges(axes, log, second, until)
+    figure.legend(handles=legend, loc="outside upper right", ncols=5)
     axes.set_yticks(list(row.values()), [label(n, 16) for n in row], fontsize=7.5 if len(row) <= 24 else 6)
     axes.set_ylim(-0.7, len(row) - 0.3)
     axes.grid(visible=False)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, until / second or None)
     axes.set_xlabel(f"virtual time ({unit})")
-    cut = f", their first {len(tasks):,} of {len(mine):,} tasks" if len(tasks) < len(mine) else ""
-    axes.set_title(f"{_some(shown, order)}{cut}" if cut or len(shown) < len(order) else "")
+    cut = f", the first {short(100 * until / elapsed(log))} % of the run" if len(tasks) < len(mine) else ""
+    some = (
+        f"{len(shown)} of {len(order):,} clients, evenly from slow to fast"
+        if len(shown) < len(order)
+        else plural(len(order), "client")
+    )
+    axes.set_title(f"{some}{cut}" if cut or len(shown) < len(order) else "")
     return f"Timeline of {plural(len(tasks), 'task')} on {plural(len(shown), 'client')}: receiving, training, sending."
 
 
 PHASES = {"down": SERIES[5], "train": SERIES[0], "up": SERIES[4]}
+WASTED = {
+    "cancelled": (("cancelled", "unused"), "//////"),
+    "lost, failed or refused": (("lost", "failed", "rejected"), "xxxxxx"),
+}
+"""What became of work that was not merged: the status of its task, and how that is hatched."""
 
 
-def _merges(axes: Axes, log: RunLog, second: float) -> None:
+def _merges(axes: Axes, log: RunLog, second: float, until: float) -> None:
     """A fine line where a merge happened, unless there are so many that they would hide the work."""
-    if len(log.versions) <= 100:
-        for line in log.versions:
-            axes.axvline(number(line.get("time")) / second, color="#c4c9d0", linewidth=0.7, zorder=0.5)
+    times = [time for line in log.versions if (time := number(line.get("time"))) <= until]
+    if len(times) <= 100:
+        for time in times:
+            axes.axvline(time / second, color="#c4c9d0", linewidth=0.7, zorder=0.5)
 
 
-def _phases(task: Line, row: int, second: float) -> list[tuple[str, Box]]:
+def _phases(task: Line, row: int, second: float, until: float) -> list[tuple[str, Box]]:
     """The parts of a task as rectangles of one row; one that was stopped counts as training until then."""
     start, arrived = number(task.get("sent")), number(task.get("arrived"))
     spent: Mapping[str, Any] = task.get("seconds") or {"train": arrived - start}
-    parts, at = [], start
+    parts, at, last = [], start, min(until, arrived if arrived == arrived else math.inf)
     for phase in PHASES:
-        until = min(at + number(spent.get(phase, 0.0)), arrived if arrived == arrived else math.inf)
-        parts.append((phase, at, until))
-        at = until
-    if task.get("status") != "merged":
-        parts.append(("lost", start, at))
+        end = min(at + number(spent.get(phase, 0.0)), last)
+        parts.append((phase, at, end))
+        at = end
+    parts += [(text, start, at) for text, (statuses, _) in WASTED.items() if task.get("status") in statuses]
     return [(kind, (a / second, row - 0.36, (b - a) / second, 0.72)) for kind, a, b in parts if b > a]
 
 

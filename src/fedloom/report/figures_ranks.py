@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedloom.report import ranks
-from fedloom.report.facts import accuracy, mean
+from fedloom.report.facts import accuracy, mean, noun
 from fedloom.report.figures import whole
 from fedloom.report.figures_clients import named
 from fedloom.report.ranks import Group
 from fedloom.report.read import RunLog
-from fedloom.report.style import KINDS, MUTED, OTHER, SERIES, key, percent_axis, picture
+from fedloom.report.style import KINDS, MUTED, OTHER, SERIES, curve, key, percent_axis, picture
 from fedloom.report.words import BYTES, number, percent, plural, scale, size
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LINES = 6  # so many ranks can be told apart in one panel
 
 @picture(2.6)
 def handed(figure: Figure, log: RunLog) -> str:
-    """What a task brings to a client of each rank, and what it moves: energy by round, bytes by tier."""
+    """What a task brings to a client of each rank, and what it moves: energy by version, bytes by tier."""
     shares = ranks.kept(log)
     shown = [group for group in ranks.groups(log) if ranks.load(group.tasks, "down")]
     figure.set_figheight(max(2.6, 0.95 + 0.42 * len(shown)))
@@ -53,14 +53,14 @@ def _energy(axes: Axes, log: RunLog, shares: Mapping[int, Sequence[tuple[int, fl
         home = ranks.at_rank(log, rank)
         wide = 1.4 + 1.8 * (len(shown) - 1 - place) / max(1, len(shown) - 1)
         text = f"rank {rank}{f' ({home})' if home and len(home) < 30 else ''}"
-        axes.plot(x, y, marker="o", color=colours[rank], linewidth=wide, markersize=2 + wide, label=key(text))
+        curve(axes, x, y, color=colours[rank], linewidth=wide, markersize=2 + wide, label=key(text))
     percent_axis(axes)
     axes.set_ylim(top=1.05)
     low = min(share for row in shares.values() for _, share in row)
     if low > 0:
         axes.set_ylim(bottom=0)
     axes.legend(loc="best")
-    whole(axes, "Energy of the global model in a task", "round that the task started from")
+    whole(axes, "Energy of the global model in a task", f"{noun(log)} that the task started from")
 
 
 def _shown(every: Sequence[int]) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
 
-from fedloom.report.facts import accuracy, label, mean, tiers
+from fedloom.report.facts import accuracy, label, mean, noun, tiers
 from fedloom.report.read import Line, RunLog
 from fedloom.report.words import number, percent, plural, short, size
 
@@ -124,7 +124,7 @@ def received(log: RunLog) -> str:
     parts: list[str] = []
     for rank in ranks:
         version, share = shares[rank][-1]
-        beside = ", ".join(text for text in (at_rank(log, rank), f"round {version}" if late else "") if text)
+        beside = ", ".join(text for text in (at_rank(log, rank), f"{noun(log)} {version}" if late else "") if text)
         got = percent(share) if parts else f"received {percent(share)} of the energy of the global model"
         parts.append(f"one of rank {rank}{f' ({beside})' if beside else ''} {got}")
     listed = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.report import facts, figures, figures_clients, figures_ranks, ranks, tables
+from fedloom.report import facts, figures, figures_clients, figures_pace, figures_ranks, pace, ranks, tables
 from fedloom.report.read import RunLog
 from fedloom.report.tables import Grid
 from fedloom.report.words import number, short
@@ -35,14 +35,14 @@ class Section:
 
 
 CURVES = """
-The same scores of the global model three times: against rounds, against virtual time and against bytes sent by
-clients; dashed lines are baselines. A curve that rises earlier got there with less."""
+The same scores of the global model three times: against rounds (or uploads, where a version is no round), against virtual
+time and against bytes sent by clients; dashed lines are baselines. A curve that rises earlier got there with less."""
 LOSS = """
-Training loss is measured on the clients' own examples while they train, test loss on the merged model. A test loss
-that rises while the training loss still falls is overfitting."""
+Training loss is measured on the clients' own examples while they train (of many versions the mean of neighbours is drawn), test
+loss on the merged model. A test loss that rises while the training loss still falls is overfitting."""
 LOSSES = """
-Mean training loss of the merged updates, on the clients' own examples; compare it only between runs with the same
-data."""
+Mean training loss of the merged updates, on the clients' own examples, of many versions as the mean of neighbours; compare it
+only between runs with the same data."""
 SUMMARY = """
 Time and bytes until the run ended; the last two columns, where present, say when each run first reached the accuracy
 that all of them reached, and with how many bytes."""
@@ -68,8 +68,26 @@ TIERS = """
 Slowest tier first, sums over all tasks. What is neither head nor fold is adapter; the time is the mean of receiving,
 training and sending together."""
 ACTIVITY = """
-One row a client, slowest tier on top; white is idle, fine vertical lines are merges, hatched work was cancelled,
-rejected or lost."""
+One row a client, slowest tier on top; white is idle, hatched work was thrown away, and fine vertical lines are merges (where
+there are few enough to be told apart)."""
+WAITING = """
+A place is one of the tasks that the schedule lets be under way at once; it waits while it is empty although a client is
+idle. Left, the mean number of places over time; right, how much of the run each client was without a task, which in a
+federation of more clients than places is also the turn of others."""
+STALENESS = """
+How many versions were made while a client trained: an answer improves a model that the server has meanwhile left behind.
+Left, over all updates, each where it was merged first; right, over all updates in a version, also those kept from before."""
+PARTICIPATION = """
+Whose updates made the model. A server that never waits hears fast clients more often; a tier is heard as it should be where its
+bar is as high as its share of the clients, or of the examples. Right, a dash is the client's share of the examples."""
+PARTICIPATION_OF = """
+Whose updates made the model: a tier is heard as it should be where its bar is as high as its share of the clients, or of the
+examples."""
+PACES = """
+Waiting is a schedule's places that are empty although a client is idle, times how long; staleness is the number of versions
+made while a client trained."""
+SPENDING = "Answers that the server accepted, and bytes of all messages, so far."
+
 PARTITION = """
 Above, how many examples each client holds; below, the mix of labels among them. The more the columns differ, the
 harder the averaging."""
@@ -84,6 +102,10 @@ def single(log: RunLog) -> list[Section]:
         ("Rank and energy", facts.spectra(log) and Part(ENERGY, svg=figures.energy(log))),
         ("Rank heterogeneity", _heterogeneity(log)),
         ("Activity", log.tasks and Part(ACTIVITY, svg=figures_clients.activity(log))),
+        ("Waiting", pace.timed(log) and Part(WAITING, pace.waited(log), svg=figures_pace.waiting(log))),
+        ("Staleness", _staleness(log)),
+        ("Participation", _participation(log)),
+        ("Uploads and bytes", pace.timed(log) and Part(SPENDING, svg=figures_pace.spending(log))),
         ("Data", log.manifest["partition"].get("clients") and _partition(log)),
         ("Use the result", log.versions and _load(log)),
         ("Model", log.manifest["model"] and Part("", grid=tables.model(log), kind="words")),
@@ -95,12 +117,15 @@ def single(log: RunLog) -> list[Section]:
 def comparison(logs: Sequence[RunLog]) -> list[Section]:
     """Several runs side by side: what they reached and cost, their curves, and the settings in which they differ."""
     collapse = any(facts.spectra(log) for log in logs)
+    timed, alike = all(map(pace.timed, logs)), all(facts.tiers(log) == facts.tiers(logs[0]) for log in logs)
     differ = tables.differences(logs)
     return _kept(
         ("Summary", Part(SUMMARY, grid=tables.runs(logs))),
         ("Different settings", Part(DIFFERENT if differ.rows else "None.", grid=differ, kind="words")),
         ("Accuracy", any(log.scores for log in logs) and Part(CURVES, svg=figures.accuracies(logs))),
         ("Loss", any(log.versions for log in logs) and Part(LOSSES, svg=figures.losses(logs))),
+        ("Waiting and staleness", timed and Part(PACES, svg=figures_pace.paces(logs))),
+        ("Participation", timed and alike and Part(PARTICIPATION_OF, svg=figures_pace.participations(logs))),
         ("Rank and energy", collapse and Part(ENERGIES, svg=figures.energies(logs))),
     )
 
@@ -122,6 +147,20 @@ def _heterogeneity(log: RunLog) -> tuple[object, ...]:
         and Part(f"{GIVEN if shares else ''}{PAID if paid else ''}", given, svg=figures_ranks.handed(log)),
         log.clients and Part(SERVED, ranks.served(log), svg=figures_ranks.clients(log)),
         by_tier.rows and Part(TIERS, grid=by_tier),
+    )
+
+
+def _staleness(log: RunLog) -> object:
+    """A picture where something was stale."""
+    counts = pace.staleness(log)
+    svg = figures_pace.staleness(log) if any(counts) and pace.timed(log) else ""
+    return counts and Part(STALENESS if svg else "", pace.stale(log), svg=svg)
+
+
+def _participation(log: RunLog) -> object:
+    rows = pace.parts(log)
+    return any(row.updates > 0 for row in rows) and Part(
+        PARTICIPATION, pace.took_part(rows, log), svg=figures_pace.participation(log)
     )
 
 

@@ -6,9 +6,9 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.patches import PathPatch
 
 P = ParamSpec("P")
+T = TypeVar("T")
 Box: TypeAlias = tuple[float, float, float, float]
 
 WIDTH = 9.0
@@ -95,6 +96,23 @@ def _svg(figure: Figure, alt: str) -> str:
     assert view is not None
     opening = f'<svg {view[0]} role="img" aria-label="{escape(alt)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return opening + text[text.index(">", view.end()) + 1 :]
+
+
+def thinned(items: Sequence[T], most: int = 300) -> list[T]:
+    """At most `most` of the items, evenly over their order, the first and the last among them.
+
+    >>> thinned(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    steps = max(1, min(most, len(items)) - 1)
+    return [items[k * (len(items) - 1) // steps] for k in range(min(most, len(items)))]
+
+
+def curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    """A line with a dot at each point while they can be told apart, and of as many points as can be seen."""
+    points = thinned(list(zip(x, y, strict=True)))
+    dots = {"marker": "o"} if len(points) <= 60 else {}
+    axes.plot([at for at, _ in points], [value for _, value in points], **(dots | style))
 
 
 def look(index: int) -> dict[str, Any]:

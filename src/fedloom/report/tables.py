@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedloom.report import facts
+from fedloom.report import facts, pace
 from fedloom.report.facts import accuracy, label, mean
 from fedloom.report.read import Line, RunLog
-from fedloom.report.words import NONE, number, percent, seconds, short, size
+from fedloom.report.words import NONE, count, number, percent, seconds, short, size
 
 if TYPE_CHECKING:
     import rich.table
@@ -25,27 +26,39 @@ class Grid:
 
 
 def runs(logs: Sequence[RunLog]) -> Grid:
-    """One row a run: what it reached, what it cost, and what the accuracy that all of them reached cost each."""
+    """One row a run: what it reached, what it cost, and what the accuracy that all of them reached cost each.
+
+    A column that says the same of all, as it should (finished, one seed, nothing stale) or nothing at all, is left out.
+    """
     scored = [facts.best(log) for log in logs if log.scores]
     target = min(scored) if len(scored) > 1 else float("nan")
-    head = ("Run", "Status", "Seed", "Rounds", "Accuracy", "Best", "Worst client", "Time", "Up", "Not merged")
     shared = (f"Time to {percent(target)}", f"Sent up to {percent(target)}") if len(scored) > 1 else ()
-    rows = []
-    for name, log in zip(facts.names(logs), logs, strict=True):
-        row = (
-            name,
-            str(log.manifest["status"]),
-            str(log.manifest["seed"]),
-            str(facts.rounds(log)),
-            percent(accuracy(facts.final(log))),
-            percent(facts.best(log)),
-            percent(accuracy(facts.worst(log))),
-            seconds(facts.elapsed(log)),
-            size(facts.last(log, "bytes_up")),
-            str(sum(task.get("status") != "merged" for task in log.tasks)),
-        )
-        rows.append(row + (_price(log, target) if shared else ()))
-    return Grid(head + shared, tuple(rows))
+    rows = [
+        (name, *_figures(log), *(_price(log, target) if shared else ()))
+        for name, log in zip(facts.names(logs), logs, strict=True)
+    ]
+    head = ("Run", "Status", "Seed", f"{facts.noun(*logs).capitalize()}s", "Accuracy", "Best", "Worst client")
+    head += ("Time", "Uploads", "Waiting", "Staleness", "Up", "Not merged", *shared)  # type: ignore[assignment]
+    same = {"Status": "finished", "Seed": rows[0][2], "Staleness": "0"}
+    kept = [k for k, name in enumerate(head) if {row[k] for row in rows} - {same.get(name, NONE), NONE}]
+    return Grid(tuple(head[k] for k in kept), tuple(tuple(row[k] for k in kept) for row in rows))
+
+
+def _figures(log: RunLog) -> tuple[str, ...]:
+    return (
+        str(log.manifest["status"]),
+        str(log.manifest["seed"]),
+        str(facts.rounds(log)),
+        percent(accuracy(facts.final(log))),
+        percent(facts.best(log)),
+        percent(accuracy(facts.worst(log))),
+        seconds(facts.elapsed(log)),
+        count(facts.last(log, "uploads")),
+        percent(pace.waiting(log)),
+        short(pace.mean_staleness(log)),
+        size(facts.last(log, "bytes_up")),
+        str(sum(task.get("status") != "merged" for task in log.tasks)),
+    )
 
 
 def _price(log: RunLog, target: float) -> tuple[str, str]:
@@ -72,11 +85,26 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
         ("Test accuracy", percent(accuracy(score)), chance),
         ("Before training", percent(accuracy(facts.first(log))), "; ".join(bases)),
         ("Worst client", percent(accuracy(worst)), who),
-        ("Rounds", f"{facts.rounds(log):,}", f"{short(facts.elapsed(log))} virtual seconds"),
+        (f"{facts.noun(log).capitalize()}s", f"{facts.rounds(log):,}", f"{short(facts.elapsed(log))} virtual seconds"),
         ("Sent up", *_traffic(log, "bytes_up")),
         ("Sent down", *_traffic(log, "bytes_down")),
         ("Tasks merged", f"{merged:,} of {len(log.tasks):,}", losses or "none lost"),
         ("Effective rank", *rank),
+        *(_pace(log) if pace.timed(log) else ()),
+    )
+
+
+def _pace(log: RunLog) -> tuple[tuple[str, str, str], ...]:
+    uploads, lost = facts.last(log, "uploads"), facts.last(log, "waiting_seconds")
+    oldest = max(pace.staleness(log), default=0)
+    rows = pace.parts(log)
+    most, absent = (len(rows) * rows[0].updates, sum(row.updates == 0 for row in rows)) if rows else (math.nan, 0)
+    hour = 3600 * uploads / facts.elapsed(log) if facts.elapsed(log) > 0 else math.nan
+    return (
+        ("Uploads", count(uploads), f"{short(hour)} in a virtual hour"),
+        ("Waiting", percent(pace.waiting(log)), f"of the places' time, {short(lost)} seconds"),
+        ("Staleness", short(pace.mean_staleness(log)), f"versions on average, at most {oldest:,}"),
+        ("Busiest client", f"{short(most)} ×", f"an equal share of the updates; {absent:,} clients had none"),
     )
 
 
@@ -185,12 +213,14 @@ def summary(logs: Sequence[RunLog]) -> rich.table.Table:
     from rich.text import Text
 
     grid = runs(logs)
-    unfinished = any(log.manifest["status"] != "finished" for log in logs)
-    wanted = {"Run", "Rounds", "Accuracy", "Worst client", "Time", "Up"} | ({"Status"} if unfinished else set())
-    shown = [index for index, head in enumerate(grid.head) if head in wanted]
+    wide = {"Seed", "Best", "Staleness", "Not merged"}
+    wide |= {"Worst client"} if {"Status", "Versions"} & set(grid.head) else set()
+    shown = [k for k, head in enumerate(grid.head) if head not in wide and " to " not in head]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for index in shown:
-        table.add_column(Text(grid.head[index]), justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(
+            Text(grid.head[index]), justify="left" if grid.head[index] in ("Run", "Status") else "right", no_wrap=True
+        )
     for row in grid.rows:
         table.add_row(*(Text(row[index]) for index in shown))
     return table

@@ -50,6 +50,14 @@ def short(value: float) -> str:
     return f"{value:,.{digits}f}"
 
 
+def count(many: float) -> str:
+    """
+    >>> count(1200.0)
+    '1,200'
+    """
+    return NONE if math.isnan(many) else f"{int(many):,}"
+
+
 def seconds(span: float) -> str:
     """
     >>> seconds(812.4)
