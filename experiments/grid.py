@@ -44,7 +44,7 @@ class Grid:
     """Cells by name, the seeds to run them with, the start of a run that `--quick` re-runs, and what to print of the lines.
 
     `target` is an accuracy fixed before the runs; `usual` the cells that are run without `--only`, where a whole grid would
-    take a machine with an accelerator (None: all).
+    take a machine with an accelerator (None: all). `table` writes the results down (None: `rows_of`).
     """
 
     name: str
@@ -54,6 +54,7 @@ class Grid:
     shorten: Callable[[Run], Run]
     summary: Callable[[Sequence[Line]], Line]
     usual: Sequence[str] | None = None
+    table: Callable[[Sequence[Line], Iterable[str], float], str] | None = None
 
 
 def main(grid: Grid) -> None:
@@ -74,7 +75,7 @@ def main(grid: Grid) -> None:
         verdict = reproduce(grid, given.cell, given.device)
     elif not given.summary:
         run_missing(grid, given.workers, given.only, given.seeds, given.device)
-    print(table(current(grid), grid.cells, grid.target))
+    print((grid.table or rows_of)(current(grid), grid.cells, grid.target))
     print(json.dumps(verdict | grid.summary(current(grid))))
 
 
@@ -126,7 +127,7 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
         outcome = prepare(run).execute(Path(scratch) / "run")
         log = read(outcome.folder)
     last, versions = outcome.scores[-1], log.versions
-    clients = [float(line["accuracy"]) for line in log.clients]
+    clients = [float(line["accuracy"]) for line in log.clients] or [0.0]
     return {
         "cell": cell,
         "seed": seed,
@@ -139,6 +140,9 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
         "bytes_down": versions[-1]["bytes_down"] if versions else 0,
         "virtual_seconds": versions[-1]["time"] if versions else 0.0,
         "energy2": sum(versions[-1]["energy"][:2]) if versions else None,
+        "uploads": versions[-1]["uploads"] if versions else 0,
+        "waiting": versions[-1]["waiting_seconds"] if versions else 0.0,
+        "staleness": statistics.mean(line["staleness"] for line in versions) if versions else 0.0,
         "worst_client": min(clients),
         "mean_client": sum(clients) / len(clients),
         "run_hash": hashed(run),
@@ -171,7 +175,7 @@ def rounds_to(line: Line, target: float) -> int | None:
     return next((version for version, _, accuracy in line["curve"] if accuracy >= target), None)
 
 
-def table(found: Sequence[Line], cells: Iterable[str], target: float) -> str:
+def rows_of(found: Sequence[Line], cells: Iterable[str], target: float) -> str:
     """A Markdown table: a row a cell, mean and range over seeds."""
     rows = [
         f"| method | seeds | final accuracy (range) | F1 | rounds to {100 * target:.0f} % | clients: mean, worst "

@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from grid import Grid, current, table
+from grid import Grid, current, rows_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = (*ROOT.glob("experiments/*.md"), *ROOT.glob("docs/results/*.md"))
@@ -24,7 +24,7 @@ def block(match: re.Match[str]) -> str:
     name, patterns = match[1], match[2].split() or ["*"]
     grid: Grid = import_module(name).GRID
     cells = [cell for cell in grid.cells if any(fnmatch.fnmatch(cell, pattern) for pattern in patterns)]
-    return f"<!-- table {name}{match[2]} -->\n{table(current(grid), cells, grid.target)}\n<!-- end -->"
+    return f"<!-- table {name}{match[2]} -->\n{(grid.table or rows_of)(current(grid), cells, grid.target)}\n<!-- end -->"
 
 
 def main() -> None:
