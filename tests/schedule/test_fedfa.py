@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.staleness import SQUARE_ROOT
 from fedloom.schedule.weights import by_examples
 from fedloom.server import Limits, Server
-from fedloom.types import ClientJoined, Dispatch, Task, TimerFired, UpdateArrived
+from fedloom.types import ClientJoined, Dispatch, Local, Task, TimerFired, UpdateArrived
 from schedule.tables import answer, at, numbers, task, told
 
 FIRST = toys.server().state.model
@@ -56,7 +56,7 @@ def delivered(schedule: FedFa, uploads: int, seed: int, clients: int = 6) -> lis
         one = tasks.pop(draw.choice(sorted(tasks)))
         before, base = server.state.version, float(one.start.train.dense["x"])
         w = float(torch.tensor(draw.gauss(0.0, 1.0)))
-        trained = toys.replace(one.start.train, dense={"x": torch.tensor([w])})
+        trained = replace(one.start.train, dense={"x": torch.tensor([w])})
         commands = server.handle(float(now), UpdateArrived(one.client, one.id, toys.make_result(trained)))
         tasks |= {c.task.id: c.task for c in commands if isinstance(c, Dispatch)}
         made = float(server.state.model.adapter.dense["x"]) if server.state.version > before else None
@@ -148,6 +148,17 @@ def test_dedup_keeps_the_latest_answer_of_each_client(window: int, dedup: bool, 
     assert merge.step == 1.0
 
 
+def test_dedup_throws_no_answer_away_that_was_in_no_version() -> None:
+    """Who waits for a full window counts all that came until then, once."""
+    schedule = FedFa(window=3, dedup=True, fill="wait")
+    first = schedule.merge(at(0, answer(1, client="a"), answer(2, client="a"), answer(3, client="b")))
+    assert first is not None
+    assert numbers(first.retain) == [1, 2, 3]
+    second = schedule.merge(at(1, *first.retain, answer(4, client="b"), retained=3))
+    assert second is not None
+    assert numbers(second.retain) == sorted(told(second)[0]) == [2, 4]
+
+
 def test_weights_by_examples_and_by_age_at_the_merge() -> None:
     window = (answer(1, 0, examples=10), answer(2, 3, examples=30))
     for settings, wanted in (
@@ -197,7 +208,7 @@ def test_whose_work_is_aborted_makes_room_at_once() -> None:
 
 def test_who_trains_further_by_one_is_found_further() -> None:
     """The trainer of these tests does what it says."""
-    (result, _), = Steady().train([(toys.make_task(point(2.0), 1), toys.Local())])
+    (result, _), = Steady().train([(toys.make_task(point(2.0), 1), Local())])
     assert float(result.adapter.dense["x"]) == 3.0
 
 
