@@ -117,7 +117,9 @@ def run(method: Aggregator | None = None, schedule: Schedule | None = None, vers
 @every_pair
 def test_every_pair_learns_and_twice_the_same(method: Aggregator, schedule: Schedule) -> None:
     """At equal effective server step; the first versions of a second run of one seed are the same bytes, and of another not."""
-    if isinstance(method, Momentum):  # a geometric series of changes: this rate makes its step that of the wrapped method
+    if isinstance(
+        method, Momentum
+    ):  # a geometric series of changes: this rate makes its step that of the wrapped method
         method = Momentum(beta=0.5, learning_rate=0.5)
     plan, versions = Plan(RandomRank(2, 4), 8), versions_of(schedule)
     log = run(method, schedule, versions=versions, assign=plan)

@@ -86,7 +86,9 @@ def errors(schedule: Schedule, trainer: Drifting, answers: int, every: int = 20)
     limits = Limits(versions=answers // trainer.answers, evaluate_every=every // trainer.answers)
     start = point(*[0.2] * (PROBLEMS * SIZE))
     server = toys.server(schedule, FedIT(), start=start, limits=limits, assign=Plan(FixedRank(1), 1), seed=trainer.seed)
-    simulation = Simulation(server, trainer, World(jitter=0.5), alike(CLIENTS), look, lambda *_: None, seed=trainer.seed)
+    simulation = Simulation(
+        server, trainer, World(jitter=0.5), alike(CLIENTS), look, lambda *_: None, seed=trainer.seed
+    )
     simulation.run()
     return found
 
@@ -114,3 +116,32 @@ def rates(window: int, places: int, seeds: Sequence[int], answers: int, equal: b
             found = errors(schedule, Drifting(seed, share, per_version, offset), answers)
             sums[k] += exponent(found, offset) / len(seeds)
     return sums[0], sums[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [1, 5, 10])
+def test_at_equal_effective_step_the_exponents_agree(window: int) -> None:
+    """Both are the theory's 1, each within 10 %, and so of each other: ten clients at work."""
+    fedfa, fedbuff = rates(window, 10, (0,), 3600)
+    assert fedbuff == pytest.approx(-1.0, rel=0.1)
+    assert fedfa == pytest.approx(fedbuff, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [1, 5, 10])
+def test_with_fifty_at_work_fedfa_is_not_slower(window: int) -> None:
+    """With window 1 the exponents agree. A longer window falls faster for long: models in flight come together only slowly, as
+    1 / t^2, and FedFa begins far above FedBuff; it is within the bar after tens of thousands of answers, which no test waits for.
+    """
+    fedfa, fedbuff = rates(window, 50, (0,), 6600)
+    assert fedbuff == pytest.approx(-1.0, rel=0.1)
+    assert fedfa <= 0.9 * fedbuff
+    assert window > 1 or fedfa == pytest.approx(fedbuff, rel=0.1)
+
+
+@pytest.mark.slow
+def test_at_equal_local_rate_they_do_not() -> None:
+    """FedFa with window 1 moves a tenth as far an answer as FedBuff: 2 theta = 0.4."""
+    fedfa, fedbuff = rates(1, 10, (0,), 3600, equal=False)
+    assert fedfa == pytest.approx(-0.4, rel=0.15)
+    assert fedbuff == pytest.approx(-1.0, rel=0.1)

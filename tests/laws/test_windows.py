@@ -123,7 +123,9 @@ def test_products_are_those_of_whole_models(method: Aggregator, schedule: Schedu
 
 @every_schedule
 @pytest.mark.parametrize("method", SIDES, ids=toys.called)
-def test_sides_that_are_trained_in_turn_or_alone_are_those_of_whole_models(method: Aggregator, schedule: Schedule) -> None:
+def test_sides_that_are_trained_in_turn_or_alone_are_those_of_whole_models(
+    method: Aggregator, schedule: Schedule
+) -> None:
     """Entry by entry: on a side or direction that it did not train, a client says what it was sent."""
     made = list[Matrices]()
     for server, before, merge in versions(method, schedule):

@@ -182,7 +182,8 @@ def test_the_uploader_goes_on_or_anybody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("latest", "places", "first"), [("c4", 3, "c4"), (None, 3, None), ("gone", 3, None), ("c4", 9, None), ("c4", 0, None)]
+    ("latest", "places", "first"),
+    [("c4", 3, "c4"), (None, 3, None), ("gone", 3, None), ("c4", 9, None), ("c4", 0, None)],
 )
 def test_with_more_places_the_uploader_is_one_of_different_ones(latest: str, places: int, first: str | None) -> None:
     drawn = FedFa(max_in_flight=places + 1, uploader_goes_on=True).start(at(5, busy=(task(1),), idle=9, latest=latest))
@@ -192,7 +193,9 @@ def test_with_more_places_the_uploader_is_one_of_different_ones(latest: str, pla
 
 def test_whose_work_is_aborted_makes_room_at_once() -> None:
     """One slow client among three: with no answer older than 2 versions its place is given away, and it is idle again."""
-    server = toys.server(FedFa(window=2, max_in_flight=3, max_staleness=2, uploader_goes_on=True), limits=Limits(versions=50))
+    server = toys.server(
+        FedFa(window=2, max_in_flight=3, max_staleness=2, uploader_goes_on=True), limits=Limits(versions=50)
+    )
     for profile in alike(4).values():
         server.handle(0.0, ClientJoined(profile))
     server.handle(0.0, TimerFired())
@@ -208,7 +211,7 @@ def test_whose_work_is_aborted_makes_room_at_once() -> None:
 
 def test_who_trains_further_by_one_is_found_further() -> None:
     """The trainer of these tests does what it says."""
-    (result, _), = Steady().train([(toys.make_task(point(2.0), 1), Local())])
+    ((result, _),) = Steady().train([(toys.make_task(point(2.0), 1), Local())])
     assert float(result.adapter.dense["x"]) == 3.0
 
 
