@@ -375,7 +375,7 @@ def outcome(src: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     where = ["--rootdir", str(TESTS.parent), "-c", str(TESTS.parent / "pyproject.toml")]
     environment = os.environ | {"PYTHONPATH": str(src), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", *options, *where, *paths]
-    return subprocess.run(command, cwd=src, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, cwd=src, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_the_copy_as_it_is_passes(tmp_path: Path) -> None:
