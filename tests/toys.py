@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -22,8 +22,13 @@ from fedloom.cost import Shape
 from fedloom.lora import Adapter, Factor, whole
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
+from fedloom.schedule.fedasync import FedAsync
+from fedloom.schedule.fedbuff import FedBuff
+from fedloom.schedule.fedfa import FedFa
+from fedloom.schedule.immediate import Immediate
 from fedloom.schedule.rounds import Rounds
-from fedloom.schedule.weights import uniform
+from fedloom.schedule.staleness import SQUARE_ROOT, Hinge
+from fedloom.schedule.weights import by_examples, uniform
 from fedloom.server import Limits, Server
 from fedloom.train.trainer import personal
 from fedloom.types import Aggregator, Budget, Fleet, Local, Merge, Model, Profile, Result, Schedule, Start, Task, Update
@@ -43,9 +48,18 @@ FLAGGED: dict[ModuleType, tuple[Any, ...]] = {
         Rounds(cohort_size=2, over_selection=2.0),
         Rounds(cohort_size=3, deadline=5.0),
         Rounds(cohort_size=2, over_selection=1.5, deadline=3.0, weigh=uniform),
+        FedAsync(max_in_flight=3, discount=Hinge(), uploader_goes_on=True, max_staleness=2),
+        FedBuff(buffer_size=3, max_in_flight=4, waiting=True, weigh=by_examples),
+        FedBuff(buffer_size=2, max_in_flight=5, delay_threshold=1, normalised_weights=True, max_staleness=2),
+        FedFa(window=3, max_in_flight=4, dedup=True, fill="wait", uploader_goes_on=True, discount=SQUARE_ROOT),
+        FedFa(window=4, max_in_flight=3, delta_rate=0.25, max_staleness=2),
+        Immediate(max_in_flight=3, steady=4, max_staleness=3),
     ),
 }
 """Values of the folders' classes that are worth testing besides the default ones."""
+
+SIZES = {"window": 3, "buffer_size": 3, "max_in_flight": 4}
+"""What a schedule counts, where a federation has six clients and not hundreds."""
 
 
 def modules(folder: ModuleType) -> list[ModuleType]:
@@ -67,7 +81,12 @@ def aggregators() -> list[Aggregator]:
 
 
 def schedules() -> list[Schedule]:
-    return [cls() for cls in classes(fedloom.schedule, SCHEDULE)] + list(FLAGGED[fedloom.schedule])
+    """Each class with its defaults, but of the size of these federations; and the flagged ones."""
+    return [small(cls()) for cls in classes(fedloom.schedule, SCHEDULE)] + list(FLAGGED[fedloom.schedule])
+
+
+def small(schedule: Any) -> Any:
+    return replace(schedule, **{f.name: SIZES[f.name] for f in fields(schedule) if f.name in SIZES})
 
 
 def called(policy: object) -> str:

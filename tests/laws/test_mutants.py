@@ -19,6 +19,7 @@ TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = Path(fedloom.__file__).parent
 STORMS = "laws/test_every_schedule.py"
 METHODS = "laws/test_every_aggregator.py"
+WINDOWS = "laws/test_windows.py"
 
 HURRIED = """
 import fedloom, hypothesis, pathlib
@@ -72,7 +73,7 @@ MUTANTS = [
     Mutant(
         "a reply is merged again and again",
         "server.py",
-        "state.arrived = list(merge.retain)",
+        "state.arrived, state.retained = list(merge.retain), len(merge.retain)",
         "pass",
         STORMS,
     ),
@@ -238,6 +239,119 @@ MUTANTS = [
         "test_indexed.py",
     ),
     Mutant(
+        "the anchor is added beside changes",
+        "aggregate/combine.py",
+        "return replace(merge, as_delta=True, anchor=None)",
+        "return replace(merge, as_delta=True)",
+        WINDOWS,
+    ),
+    Mutant(
+        "what the server has is in the window twice",
+        "aggregate/combine.py",
+        "shares = [(-1.0, model), (1.0 - merge.step, merge.anchor or model)]",
+        "shares = [(1.0 - merge.step, merge.anchor or model)]",
+        WINDOWS,
+    ),
+    Mutant(
+        "everybody started from the model of today",
+        "aggregate/combine.py",
+        "(merge.step * weight, update.base or model)",
+        "(merge.step * weight, model)",
+        WINDOWS,
+    ),
+    Mutant(
+        "folds are forgotten in a window",
+        "aggregate/combine.py",
+        """        if one.fold:
+            yield share, one.fold.factors[name]""",
+        "",
+        WINDOWS,
+    ),
+    Mutant(
+        "LoRA-A2 adds a change once for every version that it is in",
+        "aggregate/lora_a2.py",
+        "adapter = added(moved(model.adapter, changes(merge), everyone), apart(model, merge))",
+        "adapter = moved(model.adapter, changes(merge), everyone)",
+        WINDOWS,
+    ),
+    Mutant(
+        "an average is in the sum of versions",
+        "aggregate/averaged.py",
+        "return replace(update, base=update.base and last(update.base))",
+        "return update",
+        WINDOWS,
+    ),
+    Mutant(
+        "FedFa keeps one answer too many",
+        "schedule/fedfa.py",
+        "_latest(fleet, self.dedup)[-self.window :]",
+        "_latest(fleet, self.dedup)[-self.window - 1 :]",
+        "schedule/test_fedfa.py",
+    ),
+    Mutant(
+        "a version of nothing new",
+        "schedule/fedfa.py",
+        "len(fleet.arrived) > fleet.retained, len",
+        "len(fleet.arrived) > 0, len",
+        "schedule/test_fedfa.py",
+    ),
+    Mutant(
+        "FedFa begins with the model of today",
+        "schedule/fedfa.py",
+        "anchor=None if self.delta_rate or filled == 1.0 else fleet.first",
+        "anchor=None",
+        "schedule/test_fedfa.py",
+    ),
+    Mutant(
+        "FedBuff's stale answers count less beside fresh ones alone",
+        "schedule/fedbuff.py",
+        "step=self._rate(fleet) * counted",
+        "step=self._rate(fleet)",
+        "schedule/test_fedbuff.py",
+    ),
+    Mutant(
+        "who waits for a version works on",
+        "schedule/fedbuff.py",
+        "for client in drawn if client not in waiting]",
+        "for client in drawn]",
+        "schedule/test_fedbuff.py",
+    ),
+    Mutant(
+        "FedAsync forgets the staleness",
+        "schedule/fedasync.py",
+        "step = self.mixing * self.discount(staleness(fleet, update))",
+        "step = self.mixing",
+        "schedule/test_fedasync.py",
+    ),
+    Mutant(
+        "FedAsync throws away who came second",
+        "schedule/fedasync.py",
+        "step, retain=tuple(others), cancel",
+        "step, cancel",
+        "schedule/test_fedasync.py",
+    ),
+    Mutant(
+        "frequent clients step further",
+        "schedule/immediate.py",
+        "rarity = mean / fleet.dispatched.get(update.task.client, 1)",
+        "rarity = fleet.dispatched.get(update.task.client, 1) / mean",
+        "schedule/test_immediate.py",
+    ),
+    Mutant(
+        "work is aborted a version late",
+        "schedule/staleness.py",
+        "if fleet.version + 1 - task.version > limit",
+        "if fleet.version - task.version > limit",
+        "schedule/test_staleness.py",
+    ),
+    Mutant(
+        "an aborted place stays taken",
+        "server.py",
+        "commands: list[Command] = [self._cancel(number) for number in merge.cancel]",
+        "commands: list[Command] = [Cancel(number, self.state.busy[number].client) for number in merge.cancel]",
+        STORMS,
+    ),
+    Mutant(
         "seeds by hash()",
         "seeds.py",
         'int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1',
@@ -261,7 +375,7 @@ def outcome(src: Path, *tests: str) -> subprocess.CompletedProcess[str]:
     where = ["--rootdir", str(TESTS.parent), "-c", str(TESTS.parent / "pyproject.toml")]
     environment = os.environ | {"PYTHONPATH": str(src), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", *options, *where, *paths]
-    return subprocess.run(command, cwd=src, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, cwd=src, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_the_copy_as_it_is_passes(tmp_path: Path) -> None:

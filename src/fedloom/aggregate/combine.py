@@ -17,6 +17,7 @@ from fedloom.lora import (
     balance,
     compact,
     cut,
+    each,
     energy,
     joined,
     pad,
@@ -65,6 +66,11 @@ def apart(model: Model, merge: Merge) -> list[tuple[float, Model]]:
         k = next((k for k, (_, known) in enumerate(found) if _same(known, one)), len(found))
         found[k : k + 1] = [(share + (found[k][0] if k < len(found) else 0.0), one)]
     return [(share, one) for share, one in found if abs(share) > 1e-12]
+
+
+def changes(merge: Merge) -> Merge:
+    """The same answers as changes of the server's model; what `apart` says is added beside them."""
+    return replace(merge, as_delta=True, anchor=None)
 
 
 def _same(one: Model, other: Model) -> bool:
@@ -134,6 +140,24 @@ def moved(model: Adapter, merge: Merge, reach: Reach) -> Adapter:
     return Adapter(factors, dense_mean(model, terms(model, merge)))
 
 
+def moved_whole(model: Model, merge: Merge) -> Adapter:
+    """Factors averaged apart, where a client means the whole model that it was sent a part of, with its change.
+
+    So an answer counts by its weight on the side and in the directions that it trained, and says on the others what it was cut
+    from: as long as everybody starts from `model`, that is the server's value.
+    """
+    away = apart(model, merge)
+    if not away:
+        return moved(model.adapter, merge, everyone)
+    return added(moved(model.adapter, changes(merge), everyone), away)
+
+
+def added(adapter: Adapter, away: Sequence[tuple[float, Model]]) -> Adapter:
+    """The adapter and these terms of `apart`, entry by entry; folds apart."""
+    shares, others = [1.0, *(share for share, _ in away)], [one.adapter for _, one in away]
+    return each(lambda *entries: mean(list(zip(shares, entries, strict=True))), adapter, *others) if away else adapter
+
+
 def held_by(start: Start, rank: int) -> Tensor:
     """The numbers of the server's directions that an answer of this rank is about."""
     return torch.tensor(range(rank) if start.slots is None else start.slots[:rank], dtype=torch.long)
@@ -196,7 +220,7 @@ def best(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, floa
 
 def merge_changes(model: Model, merge: Merge, rank: int) -> Model:
     """W + step * sum p_k (B_k A_k - what k received), for each client on top of the model that it was sent a part of."""
-    return merge_products(model, replace(merge, as_delta=True), rank, everyone, apart(model, merge))
+    return merge_products(model, changes(merge), rank, everyone, apart(model, merge))
 
 
 def merge_products(

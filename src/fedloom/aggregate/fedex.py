@@ -14,7 +14,17 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import apart, apart_terms, everyone, folded, leading, moved, product_terms, tail
+from fedloom.aggregate.combine import (
+    apart,
+    apart_terms,
+    changes,
+    everyone,
+    folded,
+    leading,
+    moved_whole,
+    product_terms,
+    tail,
+)
 from fedloom.lora import Adapter, scale
 from fedloom.types import Budget, Merge, Model, Start
 
@@ -34,11 +44,10 @@ class FedEx:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """B, A and the residual sum p_k B_k A_k - B A."""
-        changes, away = replace(merge, as_delta=True), apart(model, merge)
-        adapter, residual = moved(model.adapter, merge, everyone), {}
+        adapter, away, residual = moved_whole(model, merge), apart(model, merge), {}
         for name, factor in adapter.factors.items():
             reach = everyone(name, merge, factor.rank)
-            changed = [*product_terms(name, model.adapter, changes, reach), *apart_terms(name, away)]
+            changed = [*product_terms(name, model.adapter, changes(merge), reach), *apart_terms(name, away)]
             residual[name] = [*changed, (1.0, scale(factor, -1.0))]
         return replace(model, adapter=adapter, fold=folded(model, residual))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, leading, moved
+from fedloom.aggregate.combine import added, apart, changes, everyone, leading, moved
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, server_rank
 from fedloom.types import Budget, Merge, Model, Rules, Start
@@ -48,8 +48,8 @@ class LoRAA2:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """X + step * sum w_k dX_k on the side that was trained; then it is the other one's turn."""
-        changes = replace(merge, as_delta=True)
-        return replace(model, adapter=moved(model.adapter, changes, everyone), phase=model.phase + 1)
+        adapter = added(moved(model.adapter, changes(merge), everyone), apart(model, merge))
+        return replace(model, adapter=adapter, phase=model.phase + 1)
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The whole adapter, to be trained in `rank` directions a layer on average, one side of them frozen."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, leading, moved
+from fedloom.aggregate.combine import leading, moved_whole
 from fedloom.lora import Adapter
 from fedloom.types import Budget, Merge, Model, Rules, Start
 
@@ -34,7 +34,7 @@ class RoLoRA:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The mean of the side that was trained; then it is the other one's turn."""
-        return replace(model, adapter=moved(model.adapter, merge, everyone), phase=model.phase + 1)
+        return replace(model, adapter=moved_whole(model, merge), phase=model.phase + 1)
 
     def start(self, model: Model, budget: Budget, seed: int) -> Start:
         """The first directions, one side of them frozen."""

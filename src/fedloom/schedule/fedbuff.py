@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import fsum
 
 from fedloom.errors import Refused
 from fedloom.schedule.draw import refill
@@ -23,8 +24,8 @@ class FedBuff:
     """`buffer_size` answers of at most `max_in_flight` clients at work make a version.
 
     A change weighs as `weigh` and, by its staleness, `discount` say; with `normalised_weights` stale answers count less beside
-    fresh ones, but a buffer of stale ones alone steps as far as a fresh one. `waiting`: a client that answered keeps its place and
-    is started with the next version; otherwise another takes its place at once. With `delay_threshold`
+    fresh ones, but a buffer of stale ones alone steps as far as a fresh one. `waiting`: who answered
+    rests, and its place stays empty, until the next version; otherwise another takes its place at once. With `delay_threshold`
     the server learning rate is divided by the largest staleness in the buffer, where that is larger than the threshold (FADAS).
     Work that would come back more than `max_staleness` versions old is aborted.
     """
@@ -54,12 +55,12 @@ class FedBuff:
 
     def merge(self, fleet: Fleet) -> Merge | None:
         """The changes in the buffer once it is full, or once everybody who could fill it waits."""
-        stuck = self.waiting and not fleet.busy
+        stuck = self.waiting and not fleet.busy and len(_waiting(fleet)) == len(fleet.idle)
         if not fleet.arrived or (len(fleet.arrived) < self.buffer_size and not stuck):
             return None
         old = {update.task.id: self.discount(staleness(fleet, update)) for update in fleet.arrived}
         plain = normalised(fleet.arrived, self.weigh)
-        counted = 1.0 if self.normalised_weights else sum(share * old[update.task.id] for share, update in plain)
+        counted = 1.0 if self.normalised_weights else fsum(share * old[update.task.id] for share, update in plain)
         return Merge(
             normalised(fleet.arrived, lambda update: self.weigh(update) * old[update.task.id]),
             step=self._rate(fleet) * counted,
@@ -69,8 +70,10 @@ class FedBuff:
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
         """An idle client for each free place; places of clients that wait are not free."""
-        held = len(fleet.arrived) if self.waiting else 0
-        return refill(fleet, self.max_in_flight - held, self.uploader_goes_on)
+        waiting = _waiting(fleet) if self.waiting else frozenset[ClientId]()
+        places = self.max_in_flight - (len(fleet.arrived) if self.waiting else 0)
+        drawn = refill(fleet, places + len(waiting), self.uploader_goes_on)
+        return [client for client in drawn if client not in waiting][: max(places - len(fleet.busy), 0)]
 
     def wake(self, fleet: Fleet) -> float | None:
         """Only answers count."""
@@ -80,3 +83,8 @@ class FedBuff:
         worst = max(staleness(fleet, update) for update in fleet.arrived)
         slow = self.delay_threshold is not None and worst > self.delay_threshold
         return self.server_learning_rate / worst if slow else self.server_learning_rate
+
+
+def _waiting(fleet: Fleet) -> frozenset[ClientId]:
+    """Idle clients whose answers are in the buffer."""
+    return frozenset(update.task.client for update in fleet.arrived if update.task.client in fleet.idle)

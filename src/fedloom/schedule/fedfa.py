@@ -60,7 +60,7 @@ class FedFa:
         fresh, full = len(fleet.arrived) > fleet.retained, len(fleet.arrived) >= self.window
         if not fresh or (self.fill == "wait" and fleet.version == 0 and not full):
             return None
-        window = _latest(fleet.arrived, self.dedup)[-self.window :]
+        window = _latest(fleet, self.dedup)[-self.window :]
         parts = normalised(window, lambda update: self.weigh(update) * self.discount(staleness(fleet, update)))
         filled = 1.0 if self.fill == "wait" else min(1.0, (fleet.version + 1) / self.window)
         return Merge(
@@ -81,7 +81,11 @@ class FedFa:
         return None
 
 
-def _latest(arrived: Sequence[Update], dedup: bool) -> tuple[Update, ...]:
-    """In order of arrival; with `dedup` each client's latest alone."""
-    latest = {update.task.client: update.task.id for update in arrived}
-    return tuple(update for update in arrived if not dedup or latest[update.task.client] == update.task.id)
+def _latest(fleet: Fleet, dedup: bool) -> tuple[Update, ...]:
+    """In order of arrival; with `dedup` each client's latest alone, beside those that no version was made of yet."""
+    latest = {update.task.client: place for place, update in enumerate(fleet.arrived)}
+    return tuple(
+        update
+        for place, update in enumerate(fleet.arrived)
+        if not dedup or place >= fleet.retained or latest[update.task.client] == place
+    )

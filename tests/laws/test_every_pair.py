@@ -1,0 +1,50 @@
+"""Laws 6, 7 and 8 for pairs of an aggregator and a schedule: storms in which nobody learns anything, so nothing may change."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+import toys
+from fedloom.aggregate.fedex import FedEx
+from fedloom.aggregate.flora import FLoRA
+from fedloom.aggregate.folded_delta import FoldedDelta
+from fedloom.aggregate.lora_a2 import LoRAA2
+from fedloom.aggregate.rolora import RoLoRA
+from fedloom.plan.budget import Plan
+from fedloom.plan.rank import RandomRank
+from fedloom.types import Aggregator, Schedule
+from laws.test_every_schedule import STORM, weather
+
+FEW: list[Any] = [FedEx(), FLoRA(), FoldedDelta(), LoRAA2(), RoLoRA()]
+PLAIN = [schedule for schedule in toys.schedules() if hasattr(schedule, "max_staleness")][:4]
+pairs = pytest.mark.parametrize(("method", "schedule"), list(itertools.product(FEW, PLAIN)), ids=toys.called)
+ALL = list(itertools.product(toys.aggregators(), toys.schedules()))
+all_pairs = pytest.mark.parametrize(("method", "schedule"), ALL, ids=toys.called)
+START = toys.graded([1.0, 0.5, 0.2])
+
+
+def blown(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
+    """Answers are the models that were sent, of several ranks and ages; where that is a fixed point, the model stays."""
+    storm = weather(schedule, script, method=method, start=START, assign=Plan(RandomRank(1, 3), 2))
+    assert storm.stopped
+    if 5 not in method.exempt:
+        assert toys.distance(toys.function(storm.server.state.model), toys.products(START)) < 1e-4
+
+
+@pairs
+@given(script=STORM)
+@settings(max_examples=6, deadline=None, derandomize=True)
+def test_a_storm(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
+    blown(method, schedule, script)
+
+
+@pytest.mark.slow
+@all_pairs
+@given(script=STORM)
+@settings(max_examples=20, deadline=None)
+def test_a_storm_of_every_pair(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
+    blown(method, schedule, script)

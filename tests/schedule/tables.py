@@ -1,0 +1,39 @@
+"""Fleets for the tests of schedules: answers and tasks of a tiny model by number, client, version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import toys
+from fedloom.indexed import Indexed
+from fedloom.types import Fleet, Merge, Profile, Task, Update
+
+SMALL = toys.adapter(1, layers={"only": (2, 2)})
+
+
+def task(number: int, version: int = 0, client: str | None = None) -> Task:
+    """An outstanding task that was cut from `version`."""
+    return toys.make_task(SMALL, 1, number, client, version=version)
+
+
+def answer(number: int, version: int = 0, client: str | None = None, examples: int = 10, tokens: int = 100) -> Update:
+    """The answer to it."""
+    return Update(task(number, version, client), toys.make_result(SMALL, examples, tokens=tokens))
+
+
+def at(version: int, *arrived: Update, busy: tuple[Task, ...] = (), idle: int | list[str] = 0, **more: Any) -> Fleet:
+    """A fleet at this version."""
+    names = [f"c{k}" for k in range(idle)] if isinstance(idle, int) else idle
+    given: dict[str, Any] = {"idle": Indexed({name: Profile(name, 10) for name in names})} | more
+    return toys.fleet(version=version, arrived=arrived, busy={one.id: one for one in busy}, **given)
+
+
+def told(merge: Merge | None) -> tuple[dict[int, float], float]:
+    """Weights by the number of the task, and the step."""
+    assert merge is not None
+    return {update.task.id: round(weight, 12) for weight, update in merge.parts}, round(merge.step, 12)
+
+
+def numbers(updates: tuple[Update, ...]) -> list[int]:
+    """Of their tasks."""
+    return [update.task.id for update in updates]
