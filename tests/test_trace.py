@@ -104,7 +104,7 @@ def test_a_step_tells_tensors_by_their_fingerprint_and_updates_by_their_task() -
     assert step["event"]["result"]["adapter"] == f"sha256:{fingerprint(ONE)}"
     assert step["event"]["result"]["metrics"] == {"loss": 0.5}
     assert step["commands"][0]["task"]["start"]["train"] == f"sha256:{fingerprint(ONE)}"
-    assert step["commands"][2]["updates"] == [{"type": "Update", "task": 5}]
+    assert step["commands"][2]["updates"] == [5]
     assert step["commands"][4]["reason"] == 'odd "name"\n'
 
 

@@ -83,5 +83,7 @@ class FedFa:
 
 def _latest(arrived: Sequence[Update], dedup: bool) -> tuple[Update, ...]:
     """In order of arrival; with `dedup` each client's latest alone."""
+    if not dedup:
+        return tuple(arrived)
     latest = {update.task.client: update.task.id for update in arrived}
-    return tuple(update for update in arrived if not dedup or latest[update.task.client] == update.task.id)
+    return tuple(update for update in arrived if latest[update.task.client] == update.task.id)
