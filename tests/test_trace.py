@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 
+from fedloom import trace
 from fedloom.lora import Adapter, Factor, cut
 from fedloom.trace import Trace, fingerprint, line, written
 from fedloom.types import (
@@ -63,6 +66,20 @@ def next_float(tensor: torch.Tensor) -> torch.Tensor:
 )
 def test_a_fingerprint_sees_every_change(other: Adapter) -> None:
     assert fingerprint(other) != fingerprint(ONE)
+
+
+def test_an_adapter_is_hashed_once_and_not_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Adapter] = []
+    monkeypatch.setattr(trace, "_digest", lambda adapter: str(hashed.append(adapter)))
+    one = adapter(2)
+    for _ in range(2):
+        line(0.0, UpdateArrived("a", 1, make_result(one)), [Publish(1, Model(one), ()), Dispatch(make_task(one, 2))])
+    assert hashed == [one]
+    gone = ref(one)
+    hashed.clear()
+    del one
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
