@@ -2,9 +2,9 @@
 
     python -m bench.simulate [--quick]
 
-One event is one upload that arrives: it is checked, merged with the nine before it, published as a new version; the freed
-place goes at once to an idle client drawn at random, its task is "trained" (the trainer gives back what it got), priced by
-device and link models and queued; and the step is written and flushed to a trace file. 100 of the clients are always at
+One event is one upload that arrives: it is checked, merged with the nine before it, published as a new version (FedFa); the
+freed place goes at once to an idle client drawn at random, its task is "trained" (the answer is taken from a store), priced
+by device and link models and queued; and the step is written and flushed to a trace file. 100 of the clients are always at
 work, however many there are. Smallest adapter: one layer of 1 x 1, rank 1, and an aggregator that takes the newest upload,
 so that what is measured is the server and not the algebra. "1k floats": one layer of 64 x 64, rank 8 (1,024 numbers),
 averaged with FedIT. One thread; CPU seconds per event after 200 events of warming up, runs interleaved, median (minimum -
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -38,8 +38,7 @@ from fedloom.cost import Shape
 from fedloom.lora import Adapter, Factor
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
-from fedloom.schedule.draw import draw
-from fedloom.schedule.weights import normalised, uniform
+from fedloom.schedule.fedfa import FedFa
 from fedloom.server import Limits, Server
 from fedloom.simulate import Observer, Simulation
 from fedloom.trace import Trace
@@ -50,7 +49,6 @@ from fedloom.types import (
     ClientJoined,
     Command,
     Event,
-    Fleet,
     Local,
     Merge,
     Model,
@@ -62,31 +60,8 @@ from fedloom.types import (
 )
 from fedloom.world import World
 
-WARM, PLACES, MANY, MILLION = 200, 100, 100_000, 1_000_000
+PLACES, STORE, MANY, MILLION = 100, 64, 100_000, 1_000_000
 EVENTS_BAR, FLOATS_BAR, RATIO_BAR = 20_000, 10_000, 1.3
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """The mean of the last `size` uploads, merged anew at every arrival; `max_in_flight` clients are always at work."""
-
-    size: int = 10
-    max_in_flight: int = PLACES
-
-    def merge(self, fleet: Fleet) -> Merge | None:
-        """As soon as more is there than was kept, and after v versions min(v, size - 1) uploads were kept."""
-        if len(fleet.arrived) <= min(fleet.version, self.size - 1):
-            return None
-        kept = len(fleet.arrived) - min(fleet.version + 1, self.size - 1)
-        return Merge(normalised(fleet.arrived, uniform), retain=tuple(fleet.arrived[kept:]))
-
-    def start(self, fleet: Fleet) -> Sequence[ClientId]:
-        """An idle client for each free place."""
-        return draw(fleet, self.max_in_flight - len(fleet.busy))
-
-    def wake(self, fleet: Fleet) -> float | None:
-        """Only arrivals count."""
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +85,17 @@ class Newest:
 
 
 @dataclass(frozen=True, slots=True)
-class Echo:
-    """A trainer that gives back what it got."""
+class Answering:
+    """A trainer that answers from a store, in turn: no number is what was sent, and every answer is an adapter of its own."""
+
+    answers: Sequence[Adapter]
 
     def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
         """At once."""
-        return [(Result(task.start.train, 10, 100, 1), local) for task, local in work]
+        return [(Result(self._next(task.id), 10, 100, 1), local) for task, local in work]
+
+    def _next(self, number: int) -> Adapter:
+        return replace(self.answers[number % len(self.answers)])
 
 
 @dataclass(slots=True)
@@ -123,6 +103,7 @@ class Meter:
     """An observer around another: CPU and wall seconds from the end of the warming up to the last arrival."""
 
     inner: Observer
+    first: int
     last: int
     arrivals: int = 0
     times: list[tuple[float, float]] = field(default_factory=list)
@@ -132,7 +113,7 @@ class Meter:
         self.inner(now, event, commands)
         if isinstance(event, UpdateArrived):
             self.arrivals += 1
-            if self.arrivals in (WARM, self.last):
+            if self.arrivals in (self.first, self.last):
                 self.times.append((time.process_time(), time.perf_counter()))
 
 
@@ -144,6 +125,8 @@ class Case:
     clients: int = 1000
     width: int = 1
     rank: int = 1
+    layers: int = 1
+    warm: int = 200
     how: Aggregator = field(default_factory=Newest)
     traced: bool = True
 
@@ -154,14 +137,22 @@ FLOATS = Case("1k floats with FedIT, 1,000 clients", width=64, rank=8, how=FedIT
 UNSEEN = Case("smallest adapter, without a trace", traced=False)
 
 
+def make_adapters(case: Case, count: int) -> list[Adapter]:
+    """Random ones."""
+    draws, sides = torch.Generator().manual_seed(0), ((case.rank, case.width), (case.width, case.rank))
+    names = [f"layer.{k}" for k in range(case.layers)]
+    return [
+        Adapter({name: Factor(*(0.1 * torch.randn(shape, generator=draws) for shape in sides)) for name in names})
+        for _ in range(count)
+    ]
+
+
 def make_server(case: Case, versions: int) -> Server:
     """With a random adapter, never scored."""
-    draws = torch.Generator().manual_seed(0)
-    down, up = (torch.randn(shape, generator=draws) for shape in ((case.rank, case.width), (case.width, case.rank)))
-    shape = Shape(1000, 0, 1, case.width, modules=((case.width, case.width),), dense=0)
-    limits = Limits(versions=versions, evaluate_every=2 * versions)
-    model = case.how.init(Adapter({"layer": Factor(down, up)}))
-    return Server(model, case.how, Window(), Plan(FixedRank(case.rank), 1), shape=shape, limits=limits)
+    shape = Shape(1000, 0, 1, case.width, modules=((case.width, case.width),) * case.layers, dense=0)
+    limits, schedule = Limits(versions=versions, evaluate_every=2 * versions), FedFa(max_in_flight=PLACES)
+    model = case.how.init(make_adapters(case, 1)[0])
+    return Server(model, case.how, schedule, Plan(FixedRank(case.rank), 1), shape=shape, limits=limits)
 
 
 def make_profiles(clients: int) -> dict[ClientId, Profile]:
@@ -171,16 +162,19 @@ def make_profiles(clients: int) -> dict[ClientId, Profile]:
 
 def per_event(case: Case, events: int, folder: Path) -> tuple[float, float]:
     """CPU and wall seconds of one event."""
-    server, profiles = make_server(case, WARM + events), make_profiles(case.clients)
+    last = case.warm + events
+    server, profiles = make_server(case, last), make_profiles(case.clients)
+    trainer = Answering(make_adapters(case, STORE))
     with (folder / "trace.jsonl").open("w", encoding="utf-8") as file:
-        meter = Meter(Trace(file) if case.traced else lambda now, event, commands: None, WARM + events)
-        Simulation(server, Echo(), World(), profiles, lambda model: {}, meter).run()
+        meter = Meter(Trace(file) if case.traced else lambda now, event, commands: None, case.warm, last)
+        Simulation(server, trainer, World(), profiles, lambda model: {}, meter).run()
     (cpu, wall), (cpu_end, wall_end) = meter.times
     return (cpu_end - cpu) / events, (wall_end - wall) / events
 
 
-def compare(cases: Sequence[Case], events: int, repeats: int) -> dict[str, float]:
+def compare(cases: Iterable[Case], events: int, repeats: int) -> dict[str, float]:
     """The median CPU seconds of an event by case, all cases in turn; prints the table."""
+    cases = list(cases)
     samples: dict[str, list[tuple[float, float]]] = {case.name: [] for case in cases}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):

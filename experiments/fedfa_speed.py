@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
+from fedloom.delays import FAST, SLOWER
 from grid import SHARED, Grid, Line, main
 
 from fedloom import (
-    CA2FL,
-    FADAS,
     IID,
     Averaged,
     DelayClass,
@@ -45,8 +44,6 @@ from fedloom import (
     uniform,
 )
 from fedloom.data.examples import Source
-from fedloom.delays import FAST, SLOWER
-from fedloom.embedded import minilm
 from fedloom.types import Aggregator, Schedule
 
 CLIENTS, IN_FLIGHT, UPLOADS, EVERY = 50, 20, 400, 20

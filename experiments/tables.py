@@ -24,7 +24,9 @@ def block(match: re.Match[str]) -> str:
     name, patterns = match[1], match[2].split() or ["*"]
     grid: Grid = import_module(name).GRID
     cells = [cell for cell in grid.cells if any(fnmatch.fnmatch(cell, pattern) for pattern in patterns)]
-    return f"<!-- table {name}{match[2]} -->\n{(grid.table or rows_of)(current(grid), cells, grid.target)}\n<!-- end -->"
+    return (
+        f"<!-- table {name}{match[2]} -->\n{(grid.table or rows_of)(current(grid), cells, grid.target)}\n<!-- end -->"
+    )
 
 
 def main() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
 
+from fedloom import trace
 from fedloom.lora import Adapter, Factor, cut
 from fedloom.trace import Trace, fingerprint, line, written
 from fedloom.types import (
@@ -65,6 +68,20 @@ def test_a_fingerprint_sees_every_change(other: Adapter) -> None:
     assert fingerprint(other) != fingerprint(ONE)
 
 
+def test_an_adapter_is_hashed_once_and_not_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Adapter] = []
+    monkeypatch.setattr(trace, "_digest", lambda adapter: str(hashed.append(adapter)))
+    one = adapter(2)
+    for _ in range(2):
+        line(0.0, UpdateArrived("a", 1, make_result(one)), [Publish(1, Model(one), ()), Dispatch(make_task(one, 2))])
+    assert hashed == [one]
+    gone = ref(one)
+    hashed.clear()
+    del one
+    gc.collect()
+    assert gone() is None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
 def test_a_fingerprint_is_taken_of_any_dtype(dtype: torch.dtype) -> None:
     """Also of an answer that will be rejected for it."""
@@ -104,7 +121,7 @@ def test_a_step_tells_tensors_by_their_fingerprint_and_updates_by_their_task() -
     assert step["event"]["result"]["adapter"] == f"sha256:{fingerprint(ONE)}"
     assert step["event"]["result"]["metrics"] == {"loss": 0.5}
     assert step["commands"][0]["task"]["start"]["train"] == f"sha256:{fingerprint(ONE)}"
-    assert step["commands"][2]["updates"] == [{"type": "Update", "task": 5}]
+    assert step["commands"][2]["updates"] == [5]
     assert step["commands"][4]["reason"] == 'odd "name"\n'
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedloom.lora import Adapter, Factor, cut, server_rank
+from fedloom.lora import Adapter, Factor, cut_to, server_rank
 from fedloom.types import Result, Start, Task
 
 MAX_NORM = 1e5
@@ -57,7 +57,7 @@ def _pruned(start: Start, given: Adapter) -> Adapter:
     if not isinstance(first, Factor) or type(first.down) is not Tensor or first.down.is_nested or first.down.dim() != 2:
         return start.train
     rank = max(min(start.rules.pruning.least, server_rank(start.train)), first.down.shape[0])
-    return Adapter({name: cut(factor, rank) for name, factor in start.train.factors.items()}, start.train.dense)
+    return cut_to(start.train, rank)
 
 
 def _kept(start: Start, given: Adapter) -> str | None:

@@ -37,9 +37,12 @@ class Factor:
         return self.down.shape[0]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
-    """What is trained and sent: a factor for each adapted layer, and dense tensors (a classification head), whole."""
+    """What is trained and sent: a factor for each adapted layer, and dense tensors (a classification head), whole.
+
+    Nobody writes into its tensors: what is known of an adapter (its sha256, that it was checked) stays true.
+    """
 
     factors: Mapping[str, Factor]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
@@ -61,6 +64,13 @@ def rebuilt(like: Adapter, flat: Mapping[str, Tensor]) -> Adapter:
 def cut(factor: Factor, rank: int) -> Factor:
     """The first `rank` directions; the best approximation of that rank if the factor came from `truncate`."""
     return factor if rank >= factor.rank else Factor(factor.down[:rank], factor.up[:, :rank])
+
+
+def cut_to(adapter: Adapter, rank: int) -> Adapter:
+    """The first `rank` directions of every layer; the adapter itself, where it has no more."""
+    if all(factor.rank <= rank for factor in adapter.factors.values()):
+        return adapter
+    return Adapter({name: cut(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
 def only(sides: Collection[str], new: Adapter, old: Adapter) -> Adapter:

@@ -46,11 +46,11 @@ def up(task: Task, result: Result) -> Bytes:
     given = start.train if refused else result.adapter
     for name, factor in given.factors.items():
         sent = cut(start.train.factors[name], factor.rank)
-        for before, after in ((sent.down, factor.down), (sent.up.T, factor.up.T)):
-            count += _sent(codec, None if refused else before, after)
+        count += _sent(codec, None if refused else sent.down, factor.down, 1)
+        count += _sent(codec, None if refused else sent.up, factor.up, 0)
     dense = 0
     for name, tensor in given.dense.items():
-        dense += _sent(codec, None if refused else rows(start.train.dense[name]), rows(tensor))
+        dense += _sent(codec, None if refused else rows(start.train.dense[name]), rows(tensor), 1)
     return Bytes(count + dense + control, dense)
 
 
@@ -59,10 +59,15 @@ def _plain(start: Start) -> Codec:
     return HALF if start.codec and start.codec.halved else EXACT
 
 
-def _sent(codec: Codec, before: Tensor | None, after: Tensor) -> int:
-    """Bytes of the rows that differ; of all of them, where nothing is known of before."""
-    count = len(after) if before is None else int((before != after).any(1).sum())
-    return count * (codec.number * after.shape[1] + codec.row)
+def _sent(codec: Codec, before: Tensor | None, after: Tensor, along: int) -> int:
+    """Bytes of the rows, which run along this dimension, that differ; of all of them, where nothing is known of before."""
+    if before is None:
+        count = after.shape[1 - along]
+    elif before.equal(after):  # a frozen side, much cheaper to see
+        return 0
+    else:
+        count = (before != after).any(along).tolist().count(True)
+    return count * (codec.number * after.shape[along] + codec.row)
 
 
 def _folded(up: Tensor, down: Tensor) -> int:

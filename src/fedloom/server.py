@@ -276,7 +276,8 @@ class Server:
     def _dispatch(self, client: ClientId, fleet: Fleet) -> Dispatch:
         state = self.state
         budget = self.assign(state.idle[client], fleet)
-        budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
+        if budget.rank > state.pruned.get(client, budget.rank):
+            budget = replace(budget, rank=state.pruned[client])
         number, state.next_task = state.next_task, state.next_task + 1
         start = self.start(budget, derive(self.seed, "start", number))
         seed = derive(self.seed, "task", number)

@@ -12,19 +12,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import TextIO
+from weakref import WeakKeyDictionary
 
 import torch
 
 from fedloom.lora import Adapter, tensors
 from fedloom.types import Command, Event, Update
 
+_KNOWN: WeakKeyDictionary[Adapter, str] = WeakKeyDictionary()
+
 
 def fingerprint(adapter: Adapter) -> str:
-    """sha256 over names, shapes and bytes of all tensors, in order of name."""
+    """sha256 over names, shapes and bytes of all tensors, in order of name; taken once of each adapter, while it lives."""
+    known = _KNOWN.get(adapter)
+    if known is None:
+        known = _KNOWN[adapter] = _digest(adapter)
+    return known
+
+
+def _digest(adapter: Adapter) -> str:
     digest = hashlib.sha256()
-    flat = tensors(adapter)
-    for name in sorted(flat):
-        tensor = flat[name]
+    for name, tensor in sorted(tensors(adapter).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.dtype != torch.float32:
             tensor = tensor.reshape(-1).view(torch.uint8)  # numpy knows no bfloat16
@@ -38,7 +46,7 @@ def shallow(value: object) -> object:
     if isinstance(value, Adapter):
         return f"sha256:{fingerprint(value)}"
     if isinstance(value, Update):
-        return {"type": "Update", "task": value.task.id}  # told in full when it arrived
+        return value.task.id  # told in full when it arrived
     if (names := _fields(kind)) is not None:  # type: ignore[arg-type]  # mypy: a class is not hashable
         return {"type": kind.__name__, **{name: getattr(value, name) for name in names}}
     if isinstance(value, Mapping):

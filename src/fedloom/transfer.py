@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedloom.check import fault
 from fedloom.codec import EXACT, HALF, Block, Codec, rounded
-from fedloom.lora import Adapter, Factor, cut, each, norm, only, rebuilt, server_rank, tensors
+from fedloom.lora import Adapter, Factor, cut_to, each, norm, only, rebuilt, server_rank, tensors
 from fedloom.types import Local, Result, Start, Task
 
 Rows = tuple[int, ...] | None
@@ -38,7 +38,7 @@ class Parcel:
 def handed(start: Start, codec: Codec | None) -> Start:
     """The start as its client receives it."""
     if codec is None or not codec.halved:
-        return replace(start, codec=codec)
+        return start if start.codec is codec else replace(start, codec=codec)
     return replace(
         start,
         train=only(start.seeded, start.train, each(rounded, start.train)),
@@ -124,11 +124,6 @@ def layout(start: Start, rank: int) -> list[tuple[str, Tensor]]:
     """Name and base of every tensor of an answer of this rank, in the order in which they are sent."""
     asked = sorted(tensors(cut_to(start.train, rank)).items())
     return asked + (sorted(tensors(each(torch.zeros_like, start.control)).items()) if start.control else [])
-
-
-def cut_to(adapter: Adapter, rank: int) -> Adapter:
-    """The first `rank` directions of every layer: what is asked of a client that pruned itself."""
-    return Adapter({name: cut(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
 def _rank(adapter: Adapter) -> int:

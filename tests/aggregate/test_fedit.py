@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.lora import Adapter, pad
+from fedloom.lora import Adapter, each, pad, tensors
 from toys import adapter, changed, make_update, mean_of, products, returned, sent
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -25,6 +25,21 @@ def test_the_error_is_the_covariance_of_the_factors() -> None:
         error = sum(p * (b - up) @ (a - down) for p, b, a in zip(WEIGHTS, ups, downs, strict=True))
         torch.testing.assert_close(products(given)[name], exact - error, rtol=1e-5, atol=1e-5)
         assert float(error.norm()) > 0.1 * float(exact.norm())
+
+
+def test_whoever_takes_all_directions_is_sent_the_model_itself() -> None:
+    model = FedIT().init(adapter(8))
+    assert sent(FedIT(), model, 8).start.train is model.adapter
+    assert {f.rank for f in sent(FedIT(), model, 2).start.train.factors.values()} == {2}
+
+
+def test_a_merge_writes_into_no_answer() -> None:
+    """Also where answers are in float64 already, in which the sum is made."""
+    answers = [each(torch.Tensor.double, adapter(4, k)) for k in (1, 2, 3)]
+    merge = mean_of([make_update(one, 4, k) for k, one in enumerate(answers, 1)], WEIGHTS)
+    FedIT().merge(FedIT().init(answers[0]), merge)
+    for k, one in enumerate(answers, 1):
+        assert all(t.equal(tensors(adapter(4, k))[name].double()) for name, t in tensors(one).items())
 
 
 def test_lower_ranks_are_padded_with_zeros() -> None:

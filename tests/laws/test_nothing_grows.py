@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import pytest
 
 import toys
-from bench.simulate import Window
 from fedloom.folder import Metrics
 from fedloom.places import Places
+from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits, Server
 from fedloom.simulate import Simulation
@@ -24,7 +24,7 @@ from fedloom.world import World
 CLIENTS, VERSIONS = 12, 160
 PROFILES = toys.profiles(CLIENTS) | {"c0": Profile("c0", 10, flops=1e-3)}
 """One is so slow that a schedule that can do without it never hears of it."""
-SCHEDULES = [*toys.schedules(), Window(max_in_flight=5), Window(size=1, max_in_flight=CLIENTS)]
+SCHEDULES = [*toys.schedules(), FedFa(max_in_flight=5), FedFa(window=1, max_in_flight=CLIENTS)]
 
 
 class Sink(io.StringIO):
@@ -95,7 +95,7 @@ def test_no_table_grows_with_the_events(schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [Rounds(cohort_size=4, over_selection=1.5), Window(max_in_flight=5)], ids=toys.called
+    "schedule", [Rounds(cohort_size=4, over_selection=1.5), FedFa(max_in_flight=5)], ids=toys.called
 )
 def test_no_object_outlives_its_use(schedule: Schedule) -> None:
     """Also what no table of ours holds: objects that the garbage collector knows, halfway and towards the end."""

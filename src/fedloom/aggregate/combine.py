@@ -17,6 +17,7 @@ from fedloom.lora import (
     balance,
     compact,
     cut,
+    cut_to,
     each,
     energy,
     joined,
@@ -88,10 +89,11 @@ def apart_terms(name: str, away: Iterable[tuple[float, Model]]) -> Iterator[tupl
 
 def mean(pairs: list[tuple[float, Tensor]]) -> Tensor:
     """The linear combination of tensors of one shape, added up in float64 and returned in the dtype of the first."""
-    total = sum(
-        (coefficient * tensor.double() for coefficient, tensor in pairs), start=torch.zeros((), dtype=torch.float64)
-    )
-    return total.to(pairs[0][1].dtype)
+    first = pairs[0][1]
+    total = torch.zeros_like(first, dtype=torch.float64)
+    for coefficient, tensor in pairs:
+        total += tensor.to(torch.float64, copy=True).mul_(coefficient)
+    return total.to(first.dtype)
 
 
 def dense_mean(model: Adapter, pairs: list[tuple[float, Adapter]]) -> dict[str, Tensor]:
@@ -257,8 +259,7 @@ def handed_out(model: Model, budget: Budget, seed: int, balanced: bool) -> Start
 
 def leading(model: Model, budget: Budget) -> Start:
     """The first directions at the client's rank, as they are: all clients share them, and the basis stays."""
-    factors = {name: cut(factor, budget.rank) for name, factor in model.adapter.factors.items()}
-    return Start(Adapter(factors, model.adapter.dense), basis=f"{model.basis}/{budget.rank}")
+    return Start(cut_to(model.adapter, budget.rank), basis=f"{model.basis}/{budget.rank}")
 
 
 def folded(model: Model, pieces: Mapping[str, Sequence[tuple[float, Factor]]]) -> Adapter:
