@@ -45,6 +45,7 @@ class Noise(Around):
         }
     )
     adds_noise: ClassVar[bool] = True
+    each_once: ClassVar[str] = "one client's change would be in several versions, and the noise is made for one"
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Clip):
