@@ -3,7 +3,7 @@
 Source: Wang et al., "Tackling the Data Heterogeneity in Asynchronous Federated Learning with Cached Update Calibration", ICLR
 2024, Alg. 1: the server caches h_i, the last change of client i, with h = (1/N) sum_i h_i over all clients;
 v = h + sum_k p_k (Delta_k - h_k), w <- w + eta v, h_k <- Delta_k. Fast clients fill the buffer more often; here those that are
-missing in it count by what they did last. The weights p_k and eta are the schedule's: the paper is `FedBuff(discount=CONSTANT)`.
+missing in it count by what they did last. The weights p_k and eta are the schedule's: the paper is `FedBuff(discount=Constant())`.
 
 Written answer by answer, sum_k p_k (Delta_k - h_k + h), the rule needs to know nothing of the wrapped method: it merges
 corrected answers. Each is corrected on the directions and sides that its client trained and nowhere else, and h is the mean over the

@@ -3,7 +3,7 @@
 Source: Wang et al., "FADAS: Towards Federated Adaptive Asynchronous Optimization", arXiv 2407.18365, ICML 2024, Alg. 1 and the
 official code: m <- b1 m + (1 - b1) D, v <- b2 v + (1 - b2) D^2, vhat <- max(vhat, v), and at the t-th merge
 w <- w + eta_t (m / (1 - b1^t)) / (sqrt(vhat / (1 - b2^t)) + eps), where D is the mean change. The paper's eta_t, divided by the
-largest staleness in the buffer, is that of `FedBuff(delay_threshold=1, discount=CONSTANT)`: all that the schedule means by a step
+largest staleness in the buffer, is that of `FedBuff(delay_threshold=1, discount=Constant())`: all that the schedule means by a step
 is a part of eta_t, and D is the wrapped merge's change divided by it.
 
 A side that nobody trained rests, with its memory and its t. A basis that was redrawn starts with an empty memory. In a merge
