@@ -6,8 +6,8 @@ B^T A here; "query" is a dense matrix, the whole change of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -25,7 +25,10 @@ PARTS = {"down": "A", "up": "B", "dense": "head"}
 
 @dataclass(frozen=True)
 class Client:
-    """A participant: weight, what it `gave` back and had `got`, the sides it was `free` to change, the directions it holds."""
+    """A participant: weight, what it `gave` back and had `got`, the sides it was `free` to change, the directions it holds.
+
+    `chose`: which of these it trained was left to it.
+    """
 
     p: float
     gave: Values
@@ -34,6 +37,8 @@ class Client:
     held: tuple[int, ...]
     rank: int
     control: Values
+    name: str
+    chose: bool
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,9 @@ def round_of(model: Model, merge: Merge) -> Round:
         free = frozenset(PARTS.values()) - {PARTS[side] for side in (*start.rules.frozen, *start.rules.private)}
         held = tuple(start.slots or range(max(f.rank for f in start.train.factors.values())))
         control = values(given.control) if given.control else {}
-        clients.append(
-            Client(p, values(given.adapter), values(start.train), free, held, update.task.budget.rank, control)
-        )
+        rank, chose = update.task.budget.rank, start.rules.select is not None
+        gave, got = values(given.adapter), values(start.train)
+        clients.append(Client(p, gave, got, free, held, rank, control, update.task.client, chose))
     fold = {n: f.up.double() @ f.down.double() for n, f in model.fold.factors.items()} if model.fold else {}
     memory = {name: values(kept) for name, kept in model.memory.items()}
     return Round(values(model.adapter), fold, memory, clients, merge.step, merge.as_delta)
@@ -143,3 +148,64 @@ def factored(r: Round, after: Values) -> Values:
 def heads(r: Round, delta: bool | None = None) -> Values:
     """The head is a plain mean."""
     return {key: mean(r, key, delta) for key in r.own if "." not in key}
+
+
+# What clients changed last, for CA2FL and ACE -------------------------------------------------------------------------------
+
+
+def where(c: Client, key: str, like: Tensor) -> Tensor:
+    """1 where this client trained, direction by direction; where the choice was its own, those that it moved."""
+    free = float(key.rpartition(".")[2] in c.free)
+    if like.dim() == 1:
+        return torch.full_like(like, free)
+    moved = c.gave[key] - c.got[key][: len(c.gave[key])]
+    trained = moved.any(1).double() if c.chose else torch.ones(len(moved), dtype=torch.float64)
+    return free * at(c.held, trained[:, None].expand_as(moved), like)
+
+
+def delta(c: Client, key: str, like: Tensor) -> Tensor:
+    """Delta_k at the server's directions."""
+    return at(c.held, c.gave[key] - c.got[key][: len(c.gave[key])], like)
+
+
+def last_change(r: Round, name: str, key: str) -> Tensor:
+    """h_i: zero for a client not heard of."""
+    return r.memory.get(f"last change of {name}", {}).get(key, torch.zeros_like(r.own[key]))
+
+
+def redirected(r: Round, wanted: Callable[[Client, str], Tensor]) -> Round:
+    """The same round, had each client changed by what is wanted where it trained."""
+    clients = []
+    for c in r.clients:
+        gave = {}
+        for key, x in c.gave.items():
+            by = where(c, key, r.own[key]) * wanted(c, key)
+            gave[key] = c.got[key][: len(x)] + (by if x.dim() == 1 else by[list(c.held[: len(x)])])
+        clients.append(replace(c, gave=gave))
+    return replace(r, clients=clients)
+
+
+def mean_of_last(own: Values, changes: Mapping[str, Values], trained: Mapping[str, Values], clients: int) -> Values:
+    """Their sum over all clients but those who were heard of and have never trained this direction."""
+    found = {}
+    for key, like in own.items():
+        sum_ = sum((one[key] for one in changes.values()), start=torch.zeros_like(like))
+        out = sum((1.0 - one[key].expand_as(like) for one in trained.values()), start=torch.zeros_like(like))
+        found[key] = sum_ / (clients - out).clamp_min(1.0)
+    return found
+
+
+def told(r: Round, before: str) -> dict[str, Values]:
+    """What is remembered under these words, by client."""
+    return {name.removeprefix(before): kept for name, kept in r.memory.items() if name.startswith(before)}
+
+
+def now_last(r: Round) -> dict[str, Values]:
+    """h_k <- Delta_k, where it trained."""
+    found = {}
+    for c in r.clients:
+        on = {key: where(c, key, own) for key, own in r.own.items()}
+        found[c.name] = {
+            key: torch.where(on[key] > 0, delta(c, key, own), last_change(r, c.name, key)) for key, own in r.own.items()
+        }
+    return found

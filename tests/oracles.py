@@ -220,14 +220,18 @@ def momentum(m: Momentum, r: Round) -> Values:
 
 
 def adam(m: Adam, r: Round) -> Values:
-    """arXiv 2003.00295, Alg. 2: m <- b1 m + (1 - b1) d, v <- b2 v + (1 - b2) d^2 (tau^2 at first), w += eta m / (sqrt(v) + tau)."""
+    """arXiv 2003.00295, Alg. 2: m <- b1 m + (1 - b1) d, v <- b2 v + (1 - b2) d^2 (tau^2 at first), w += eta m / (sqrt(v) + tau).
 
-    def by(key: str, d: Tensor) -> tuple[Tensor, Values]:
+    The schedule's step is in eta and not in d.
+    """
+
+    def by(key: str, change: Tensor) -> tuple[Tensor, Values]:
+        d = change / r.step
         first = r.memory.get("adam mean", {}).get(key, torch.zeros_like(d))
         second = r.memory.get("adam square", {}).get(key, torch.full_like(d, m.tau**2))
         if key.rpartition(".")[2] in free_sides(r):
             first, second = m.beta1 * first + (1 - m.beta1) * d, m.beta2 * second + (1 - m.beta2) * d**2
-        new = r.own[key] + m.learning_rate * first / (second.sqrt() + m.tau)
+        new = r.own[key] + r.step * m.learning_rate * first / (second.sqrt() + m.tau)
         return new, {f"adam mean:{key}": first, f"adam square:{key}": second}
 
     return stepped(r, oracle_of(m.inner)(m.inner, r), by)

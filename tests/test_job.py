@@ -11,6 +11,7 @@ import torch
 
 from bench.same_bytes import COMPARED, start_twins
 from fedloom import (
+    CA2FL,
     IID,
     ByClient,
     Clip,
@@ -25,6 +26,7 @@ from fedloom import (
     Job,
     Limits,
     LoRAA2,
+    Noise,
     Plan,
     RaFLoRA,
     Refused,
@@ -37,6 +39,7 @@ from fedloom import (
 from fedloom.manifest import digest, plain
 from fedloom.report.html import write
 from fedloom.report.read import read
+from fedloom.schedule.fedfa import FedFa
 from fedloom.trace import fingerprint
 from fedloom.train.export import open_run
 from fedloom.types import Aggregator, Command, Event, Publish
@@ -155,6 +158,8 @@ def test_a_run_cut_short_before_its_first_version_has_a_report_and_no_adapter(en
         ({"aggregator": RaFLoRA(rank=5000)}, "aggregator.rank"),
         ({"aggregator": Clip(HLoRA(rank=5000))}, "aggregator.rank"),
         ({"aggregator": Scaffold(clients=99)}, "aggregator.clients"),
+        ({"aggregator": CA2FL(clients=99)}, "aggregator.clients"),
+        ({"aggregator": Noise(), "schedule": FedFa()}, "schedule"),
         ({"schedule": Rounds(cohort_size=2.5)}, "schedule.cohort_size"),  # type: ignore[arg-type]
         ({"training": Training(learning_rate=float("inf"))}, "training.learning_rate"),
         ({"data": Rows([{"text": "red cat " * 200, "label": str(i % 2)} for i in range(60)])}, "training.max_length"),

@@ -11,8 +11,11 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedloom.aggregate.ace import ACE
     from fedloom.aggregate.adam import Adam
+    from fedloom.aggregate.ca2fl import CA2FL
     from fedloom.aggregate.clip import Clip
+    from fedloom.aggregate.fadas import FADAS
     from fedloom.aggregate.fedex import FedEx
     from fedloom.aggregate.fedit import FedIT
     from fedloom.aggregate.fedplora import FedPLoRA
@@ -70,6 +73,9 @@ _POLICIES = ("aggregate", "schedule")
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "ACE",
+    "CA2FL",
+    "FADAS",
     "FFA",
     "IID",
     "Adam",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fedloom import __version__, folder, kinds, manifest
-from fedloom.aggregate.wrap import layers
+from fedloom.aggregate.wrap import layers, need_fresh_answers
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
@@ -207,6 +207,7 @@ class Job:
 def prepare(run: Run) -> Job:
     """Load, divide and check everything. Raises Refused with field, value and remedy; nothing is written."""
     kinds.check(run)
+    need_fresh_answers(run.aggregator, run.schedule)
     torch.set_num_threads(run.threads)
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)

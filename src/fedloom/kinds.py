@@ -44,6 +44,8 @@ def fits_exactly(value: Any, hint: Any) -> bool:
         return type(value) is hint
     if hint is type(None):
         return value is None
+    if origin is Literal:
+        return value in inner
     if _is_protocol(hint):
         asked = [name for name in vars(hint) if not name.startswith("_")] + ["__call__"] * ("__call__" in vars(hint))
         return not isinstance(value, type | str) and all(hasattr(value, name) for name in asked)
@@ -58,6 +60,8 @@ def words(hint: Any, current: object) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if hint in known:
         return known[hint]
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
     if origin in (Union, UnionType):
         return " or ".join(words(one, current) for one in inner)
     if origin is Literal:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.check import fault
 from fedloom.codec import Codec
 from fedloom.cost import Shape
@@ -119,6 +120,7 @@ class Server:
         seed: int = 0,
         transfer: Codec | None = None,
     ) -> None:
+        need_fresh_answers(aggregator, schedule)
         self.state = State(model, model)
         self.aggregator, self.schedule, self.assign = aggregator, schedule, assign
         self.shape, self.limits, self.seed, self.transfer = shape, limits, seed, transfer

@@ -65,6 +65,19 @@ def test_what_is_remembered_is_the_mean_and_the_square_of_the_changes() -> None:
         assert not bool(f.down.any())  # FFA never trains it
 
 
+def test_the_schedules_step_scales_the_step_and_not_the_memory() -> None:
+    """A stale answer, or one of a careful schedule, moves the model less, also where Adam makes all changes alike."""
+    method = Adam(learning_rate=0.01)
+    model = method.init(adapter(8))
+    given = answers(method, model, (8, 8))
+    whole, tenth = (method.merge(model, mean_of(given, step=step, as_delta=True)) for step in (1.0, 0.1))
+    for name, f in model.adapter.factors.items():
+        far, near = (one.adapter.factors[name].up - f.up for one in (whole, tenth))
+        torch.testing.assert_close(near, 0.1 * far, rtol=1e-3, atol=1e-6)
+        squares = [one.memory[SQUARE].factors[name].up for one in (whole, tenth)]
+        torch.testing.assert_close(squares[0], squares[1], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "bad", [{"learning_rate": 0.0}, {"beta1": 1.0}, {"beta1": -0.1}, {"beta2": 1.0}, {"tau": 0.0}, {"tau": -1.0}]
 )

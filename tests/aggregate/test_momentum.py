@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedloom.aggregate.adam import Adam
+from fedloom.aggregate.averaged import Averaged
 from fedloom.aggregate.clip import Clip
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.fedit import FedIT
@@ -86,7 +87,7 @@ def test_a_redrawn_basis_starts_with_an_empty_memory(method: Any) -> None:
     assert distance(function(redrawn), function(FedIT().merge(model, mean_of(answers(method, model, (2, 2)))))) == 0.0
 
 
-PRODUCTS = [HLoRA(), FedEx(), FLoRA(), Clip(HLoRA())]
+PRODUCTS = [HLoRA(), FedEx(), FLoRA(), Clip(HLoRA()), Averaged(FedIT())]
 
 
 @pytest.mark.parametrize("inner", PRODUCTS, ids=lambda m: type(m).__name__)

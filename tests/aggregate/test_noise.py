@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,6 +62,14 @@ def test_the_deviation_is_z_times_norm_times_step_times_the_largest_weight(
         fourth = float(entries.pow(4).mean()) / wanted**4
         assert fourth == pytest.approx(3.0, abs=0.4)  # a Gaussian, not any draw of this deviation
     assert bool((noise["head"].abs() > 0).all())
+
+
+def test_a_client_with_two_answers_in_a_buffer_weighs_what_both_weigh() -> None:
+    """A fast client answers twice before a buffer is full: taking it away takes both away."""
+    model = Noise(CLIP).init(adapter(8, layers=WIDE))
+    tasks = [replace(sent(CLIP, model, 8, k), client=client) for k, client in enumerate(("a", "b", "a"))]
+    merge = mean_of([returned(task) for task in tasks], (0.3, 0.4, 0.3), step=0.5, as_delta=True)
+    assert float(drawn(Noise(CLIP), model, merge)["up"].std()) == pytest.approx(0.5 * 0.5 * 0.6, rel=0.05)
 
 
 @pytest.mark.parametrize(("inner", "frozen"), [(FFA(), "down"), (RoLoRA(), "down")], ids=["FFA", "RoLoRA"])

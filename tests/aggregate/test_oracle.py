@@ -14,8 +14,11 @@ from torch import Tensor
 import fedloom.aggregate
 import toys
 from equations import Round, Values, round_of, values
+from fedloom.aggregate.ace import ACE
 from fedloom.aggregate.adam import Adam
+from fedloom.aggregate.ca2fl import CA2FL
 from fedloom.aggregate.clip import Clip
+from fedloom.aggregate.fadas import FADAS
 from fedloom.aggregate.fedplora import FedPLoRA
 from fedloom.aggregate.fedsa import FedSA
 from fedloom.aggregate.ffa import FFA
@@ -39,7 +42,8 @@ MORE: list[Any] = [
     HLoRA(rank=5), RaFLoRA(rank=3), ProductDelta(rank=5), HetLoRA(prune=False), LoRAA2(freeze_head=True),
     Clip(HLoRA(), 0.5), Clip(FLoRA(), 0.1), Clip(FedSA(), 1e6), Noise(Clip(FFA(), 0.5), 0.3, seed=3), Noise(Clip(RoLoRA())),
     Momentum(RoLoRA(), 0.5, 0.7), Momentum(FedPLoRA()), Momentum(Clip(FFA())), Adam(FFA()), Adam(LoRAA2()),
-    Scaffold(FedPLoRA(), 5), Scaffold(Momentum()),
+    Scaffold(FedPLoRA(), 5), Scaffold(Momentum()), CA2FL(FedPLoRA(), 4), CA2FL(RoLoRA(), 4), CA2FL(FedSA(), 4), CA2FL(LoRAA2(), 4),
+    CA2FL(Clip(FFA(), 0.5), 4), ACE(FedPLoRA(), 4), ACE(RoLoRA(), 4), ACE(Momentum(), 4), FADAS(RoLoRA()), FADAS(CA2FL(), 0.01),
 ]  # fmt: skip
 """Parameters and combinations that are worth comparing besides the default ones."""
 
@@ -109,7 +113,7 @@ def merge_of(method: Aggregator, models: list[Model], answers: list[Answer], for
     total, parts = sum(answer.weight for answer in answers), []
     for k, answer in enumerate(answers):
         model = models[-2 if answer.late and len(models) > 1 else -1]
-        task = sent(method, model, answer.rank, 100 * len(models) + k)
+        task = replace(sent(method, model, answer.rank, 100 * len(models) + k), client=f"c{k}")
         parts.append((answer.weight / total, answered(task, answer.prune)))
     return Merge(tuple(parts), *form)
 

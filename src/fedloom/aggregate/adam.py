@@ -1,7 +1,8 @@
 """Adam on the server: every entry moves by about the same step, whatever the size of the clients' changes.
 
 Source: Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295, 2021, Alg. 2 (FedAdam): m <- b1 m + (1 - b1)
-change, v <- b2 v + (1 - b2) change^2, w <- w + eta m / (sqrt(v) + tau), where v is tau^2 at first. A basis that was redrawn
+change, v <- b2 v + (1 - b2) change^2, w <- w + eta m / (sqrt(v) + tau), where v is tau^2 at first. The schedule's step is a part
+of eta, not of the change: m / sqrt(v) would cancel it, and a stale answer count as much as a fresh one. A basis that was redrawn
 starts with an empty memory. Cost: one pass over the parameters.
 """
 
@@ -15,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, change, need_factors, trained
+from fedloom.aggregate.wrap import Around, blend, change, forgetting, need_factors, stepped, trained
 from fedloom.errors import Refused
 from fedloom.lora import each, only
 from fedloom.types import Aggregator, Merge, Model
@@ -54,15 +55,12 @@ class Adam(Around):
         """Mean and square of the wrapped merge's change decide how far each entry moves."""
         after = self.inner.merge(model, merge)
         if after.basis != model.basis:
-            return replace(after, memory={k: v for k, v in after.memory.items() if k not in (MEAN, SQUARE)})
-        moved, sides = change(model, after), trained(merge)
+            return forgetting(after, MEAN, SQUARE)
+        moved, sides, rate = change(model, after, merge.step), trained(merge), merge.step * self.learning_rate
         mean = model.memory.get(MEAN) or each(torch.zeros_like, moved)
         square = model.memory.get(SQUARE) or each(lambda d: torch.full_like(d, self.tau**2), moved)
-        mean = only(sides, each(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, mean, moved), mean)
+        mean = only(sides, blend(self.beta1, mean, moved), mean)
         square = only(sides, each(lambda s, d: self.beta2 * s + (1 - self.beta2) * d * d, square, moved), square)
-        stepped = each(
-            lambda w, m, s: (w.double() + self.learning_rate * m / (s.sqrt() + self.tau)).to(w.dtype),
-            *(model.adapter, mean, square),
-        )
-        adapter = only(sides, stepped, after.adapter)
+        step = each(lambda m, s: rate * m / (s.sqrt() + self.tau), mean, square)
+        adapter = only(sides, stepped(model, step), after.adapter)
         return replace(after, adapter=adapter, memory={**after.memory, MEAN: mean, SQUARE: square})

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -34,6 +34,11 @@ class Averaged(Around):
     inner: Aggregator = field(default_factory=ProductDelta)
     focus: float = 8.0
     own: ClassVar[Mapping[int, str]] = MappingProxyType({})
+
+    @property
+    def space(self) -> Literal["product"]:
+        """Whatever is wrapped: the average of products turns its basis at every merge, so nothing entry by entry goes around it."""
+        return "product"
 
     def __post_init__(self) -> None:
         need_method("Averaged", self.inner)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, change, need_factors, trained
+from fedloom.aggregate.wrap import Around, change, forgetting, need_factors, stepped, trained
 from fedloom.errors import Refused
 from fedloom.lora import each, only
 from fedloom.types import Aggregator, Merge, Model
@@ -41,11 +41,11 @@ class Momentum(Around):
         """The wrapped merge's change goes into the velocity, the velocity into the model."""
         after = self.inner.merge(model, merge)
         if after.basis != model.basis:
-            return replace(after, memory={key: value for key, value in after.memory.items() if key != VELOCITY})
+            return forgetting(after, VELOCITY)
         velocity = change(model, after)
         if VELOCITY in model.memory:
             grown = each(lambda v, d: self.beta * v + d, model.memory[VELOCITY], velocity)
             velocity = only(trained(merge), grown, model.memory[VELOCITY])
-        stepped = each(lambda w, v: (w.double() + self.learning_rate * v).to(w.dtype), model.adapter, velocity)
-        adapter = only(trained(merge), stepped, after.adapter)
+        moved = stepped(model, each(lambda v: self.learning_rate * v, velocity))
+        adapter = only(trained(merge), moved, after.adapter)
         return replace(after, adapter=adapter, memory={**after.memory, VELOCITY: velocity})

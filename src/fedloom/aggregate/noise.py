@@ -1,12 +1,13 @@
 """Noise: Gaussian noise on the mean of clipped changes, as central differential privacy asks.
 
 Source: McMahan et al., arXiv 1710.06963, 2018, Alg. 1: standard deviation z S max_k p_k, with S the clipping norm, p_k the
-weights and z the noise multiplier, which is what a privacy accountant takes. Where one factor is frozen (FFA-LoRA) noise is
-not multiplied by noise, which is why that method was made. The calibration holds where each entry is a mean with the
-schedule's weights (`plain_mean`), not where norms or the holders of a direction decide on weights (HetLoRA, Fed-PLoRA, FedSA)
-or a memory lets a change live on (Momentum). The sensitivity is that of one client's change taken away, its weight and the
-others' unchanged: weigh with `uniform`, because weights by examples are data themselves. The draws follow `seed`: for real
-privacy it must be secret, and drawn for this run alone. Cost: one pass over the parameters.
+weight of client k (in an asynchronous buffer that of all its answers together) and z the noise multiplier, which is what a privacy
+accountant takes. Where one factor is frozen (FFA-LoRA) noise is not multiplied by noise, which is why that method was made. The
+calibration holds where each entry is a mean with the schedule's weights (`plain_mean`), not where norms or the holders of a
+direction decide on weights (HetLoRA, Fed-PLoRA, FedSA) or a memory lets a change live on (Momentum). The sensitivity is that of
+one client's change taken away, its weight and the others' unchanged: weigh with `uniform`, because weights by examples are data
+themselves. The draws follow `seed`: for real privacy it must be secret, and drawn for this run alone. Cost: one pass over the
+parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedloom.aggregate.wrap import Around, need_factors, trained
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, each, only
 from fedloom.seeds import derive
-from fedloom.types import Aggregator, Merge, Model
+from fedloom.types import Aggregator, ClientId, Merge, Model
 
 COUNT = "noise"
 
@@ -45,6 +46,7 @@ class Noise(Around):
         }
     )
     adds_noise: ClassVar[bool] = True
+    each_once: ClassVar[str] = "one client's change would be in several versions, and the noise is made for one"
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Clip):
@@ -64,7 +66,7 @@ class Noise(Around):
         """The wrapped merge, and N(0, (z S step max_k p_k)^2) on every entry that clients trained."""
         after = self.inner.merge(model, merge)
         assert isinstance(self.inner, Clip)
-        deviation = self.multiplier * self.inner.norm * merge.step * max(weight for weight, _ in merge.parts)
+        deviation = self.multiplier * self.inner.norm * merge.step * largest_share(merge)
         count = int(model.memory[COUNT].dense["count"]) if COUNT in model.memory else 0
         generator = torch.Generator().manual_seed(derive(self.seed, "noise", count))
 
@@ -75,3 +77,11 @@ class Noise(Around):
         adapter = only(trained(merge), each(noisy, after.adapter), after.adapter)
         memory = {**after.memory, COUNT: Adapter({}, {"count": torch.tensor(count + 1)})}
         return replace(after, adapter=adapter, memory=memory)
+
+
+def largest_share(merge: Merge) -> float:
+    """The largest weight of one client, all its answers in this merge together."""
+    shares = dict[ClientId, float]()
+    for weight, update in merge.parts:
+        shares[update.task.client] = shares.get(update.task.client, 0.0) + weight
+    return max(shares.values())

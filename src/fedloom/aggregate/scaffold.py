@@ -9,6 +9,7 @@ client's part when a start brings a control variate. Traffic is doubled. Cost: o
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 
@@ -28,6 +29,7 @@ class Scaffold(Around):
 
     inner: Aggregator = field(default_factory=FedIT)
     clients: int = 20
+    each_once: ClassVar[str] = "a client's change of its control variate would be added to everybody's again"
 
     def __post_init__(self) -> None:
         need_factors("Scaffold", self.inner, "a control variate is a gradient, entry by entry")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
@@ -10,7 +11,7 @@ import torch
 
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, each
-from fedloom.types import Aggregator, Budget, Merge, Model, Side, Start
+from fedloom.types import Aggregator, Budget, Merge, Model, Schedule, Side, Start
 
 
 def size(adapter: Adapter) -> float:
@@ -20,9 +21,24 @@ def size(adapter: Adapter) -> float:
     return float(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).norm())
 
 
-def change(before: Model, after: Model) -> Adapter:
-    """after - before, entry by entry, in float64."""
-    return each(lambda a, b: a.double() - b.double(), after.adapter, before.adapter)
+def change(before: Model, after: Model, step: float = 1.0) -> Adapter:
+    """(after - before) / step, entry by entry, in float64."""
+    return each(lambda a, b: (a.double() - b.double()) / step, after.adapter, before.adapter)
+
+
+def blend(share: float, old: Adapter, new: Adapter) -> Adapter:
+    """share old + (1 - share) new, entry by entry."""
+    return each(lambda o, n: share * o + (1 - share) * n, old, new)
+
+
+def stepped(model: Model, step: Adapter) -> Adapter:
+    """The model's adapter moved by a float64 step, in its own dtype."""
+    return each(lambda w, s: (w.double() + s).to(w.dtype), model.adapter, step)
+
+
+def forgetting(model: Model, *names: str) -> Model:
+    """The model without these memories."""
+    return replace(model, memory={name: kept for name, kept in model.memory.items() if name not in names})
 
 
 def trained(merge: Merge) -> frozenset[Side]:
@@ -80,3 +96,14 @@ def need_factors(wrapper: str, inner: Aggregator, why: str) -> None:
         name = type(inner).__name__
         remedy = f"{why}; the model of {name} is more than its factors, entry by entry. Use FedIT, FFA or another that adds factors"
         raise Refused(f"aggregator ({wrapper}).inner", name, remedy)
+
+
+def need_fresh_answers(aggregator: Aggregator, schedule: Schedule) -> None:
+    """Raise Refused where a schedule merges an answer more than once (`reuses_answers`) and a layer forbids it (`each_once`: why)."""
+    if not getattr(schedule, "reuses_answers", False):
+        return
+    for layer in layers(aggregator):
+        if why := getattr(layer, "each_once", None):
+            when, how = type(schedule).__name__, type(layer).__name__
+            remedy = f"it merges every answer more than once, and with {how} {why}; use FedBuff, Immediate, FedAsync or Rounds"
+            raise Refused("schedule", when, remedy)

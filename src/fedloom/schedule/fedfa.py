@@ -55,6 +55,11 @@ class FedFa:
             )
         check_limits(self.max_in_flight, self.max_staleness)
 
+    @property
+    def reuses_answers(self) -> bool:
+        """Whether an answer is a part of more than one merge."""
+        return self.window > 1
+
     def merge(self, fleet: Fleet) -> Merge | None:
         """The mean over the window, as soon as an answer is there that was in none before."""
         fresh, full = len(fleet.arrived) > fleet.retained, len(fleet.arrived) >= self.window

@@ -1,0 +1,65 @@
+"""ACE: every step goes along the mean of all clients' last changes, whoever answered.
+
+Source: Chang et al., "Mitigating Participation Imbalance Bias in Asynchronous Federated Learning", arXiv 2511.19066, 2025 (ACE):
+the server keeps g_i, the last change of client i, and on each arrival u <- u + (g_new - g_i) / N, w <- w + eta u. A client
+that answers often then counts no more than one that answers seldom. eta is the schedule's step: `Immediate(balance=1.0)` or
+`FedAsync`; `Rounds` makes it MIFA (Gu et al., arXiv 2106.04159, 2021). How the schedule weighs the answers of one merge does not
+matter where all train the same: every client weighs 1/N. The paper's variant with a limit on delay, ACED, is not here.
+
+As in CA2FL the wrapped method merges other answers than came: each as if it had changed by u where it trained. So a side that
+rests, or a direction that nobody present trains, does not move; and u is the mean over the clients that train a direction. What
+is kept of a client is its change and not its model, so a merge of models counts as one of changes. Cost and memory: as CA2FL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import ClassVar
+
+from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.last_changes import blank, changes, instead, keeping, mean, need_changes, remembered
+from fedloom.aggregate.wrap import Around
+from fedloom.lora import Adapter
+from fedloom.types import Aggregator, Merge, Model
+
+
+@dataclass(frozen=True, slots=True)
+class ACE(Around):
+    """`inner` on the mean of all clients' last changes; `clients` is N, the size of the federation."""
+
+    inner: Aggregator = field(default_factory=FedIT)
+    clients: int = 20
+    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {
+            1: "the only client who answered so far weighs 1/N, as every other",
+            2: "as law 1: absent clients weigh as much as those whose answers are merged",
+            8: "as law 1: a client alone on a direction weighs 1/N there while others are not heard of",
+        }
+    )
+    remembers_changes: ClassVar[bool] = True
+    each_once: ClassVar[str] = "every client's last change is in each step already"
+
+    def __post_init__(self) -> None:
+        need_changes("ACE", self.inner, self.clients)
+
+    @property
+    def exempt(self) -> Mapping[int, str]:
+        """Its own, and the wrapped method's but for law 5: where changes are added nothing drains away."""
+        return {law: why for law, why in self.inner.exempt.items() if law != 5} | dict(self.own)
+
+    def init(self, start: Adapter) -> Model:
+        """As the wrapped method, with nothing heard of anybody."""
+        model = self.inner.init(start)
+        return replace(model, memory={**model.memory, **blank(model.adapter, self.clients)})
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The answers take the place of what their clients changed before; then a step along the mean of all."""
+        answered = changes(model, merge)
+        memory = remembered(model.memory, answered.values())
+        common = mean(memory)
+        moved = {number: instead(one, common) for number, one in answered.items()}
+        parts = tuple((weight, moved.get(update.task.id, update)) for weight, update in merge.parts)
+        after = self.inner.merge(model, replace(merge, parts=parts, as_delta=True))
+        return keeping(after, model, memory, self.clients)

@@ -1,0 +1,60 @@
+"""CA2FL: each answer is corrected by how its client's last change differed from everybody's.
+
+Source: Wang et al., "Tackling the Data Heterogeneity in Asynchronous Federated Learning with Cached Update Calibration", ICLR
+2024, Alg. 1: the server caches h_i, the last change of client i, with h = (1/N) sum_i h_i over all clients;
+v = h + sum_k p_k (Delta_k - h_k), w <- w + eta v, h_k <- Delta_k. Fast clients fill the buffer more often; here those that are
+missing in it count by what they did last. The weights p_k and eta are the schedule's: the paper is `FedBuff(discount=Constant())`.
+
+Written answer by answer, sum_k p_k (Delta_k - h_k + h), the rule needs to know nothing of the wrapped method: it merges
+corrected answers. Each is corrected on the directions and sides that its client trained and nowhere else, and h is the mean over the
+clients that train a direction, so that neither mixed ranks nor frozen, private or alternating sides count as a change of zero.
+In a merge of models each client's model is moved by h - h_k, which is the same where all started from the server's model. An answer
+from before the basis was drawn anew is merged as it is. Cost: a few passes over the answers; memory of one adapter a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import ClassVar
+
+from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.last_changes import blank, changes, instead, keeping, last, mean, need_changes, remembered
+from fedloom.aggregate.wrap import Around
+from fedloom.lora import Adapter, each
+from fedloom.types import Aggregator, Merge, Model
+
+
+@dataclass(frozen=True, slots=True)
+class CA2FL(Around):
+    """`inner` on answers corrected by cached changes; `clients` is N, the size of the federation."""
+
+    inner: Aggregator = field(default_factory=FedIT)
+    clients: int = 20
+    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {1: "what absent clients changed last moves the model, although everybody present agrees"}
+    )
+    remembers_changes: ClassVar[bool] = True
+    each_once: ClassVar[str] = "an answer's correction, by the change that its client made before, holds once"
+
+    def __post_init__(self) -> None:
+        need_changes("CA2FL", self.inner, self.clients)
+
+    def init(self, start: Adapter) -> Model:
+        """As the wrapped method, with nothing heard of anybody."""
+        model = self.inner.init(start)
+        return replace(model, memory={**model.memory, **blank(model.adapter, self.clients)})
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The wrapped merge of Delta_k - h_k + h, after which h_k is Delta_k."""
+        answered, common = changes(model, merge), mean(model.memory)
+        corrected = {
+            number: instead(
+                one, each(lambda d, o, h: d.double() - o.double() + h, one.by, last(model.memory, one), common)
+            )
+            for number, one in answered.items()
+        }
+        parts = tuple((weight, corrected.get(update.task.id, update)) for weight, update in merge.parts)
+        after = self.inner.merge(model, replace(merge, parts=parts))
+        return keeping(after, model, remembered(model.memory, answered.values()), self.clients)
