@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from statistics import median
 
 from fedloom.delays import FAST, SLOWER
@@ -95,7 +96,7 @@ class Method:
     """A schedule and an aggregator, with the rate of local training by split."""
 
     schedule: Schedule
-    aggregator: Aggregator = FedIT()
+    aggregator: Aggregator = field(default_factory=FedIT)
     rates: tuple[float, float] = (1e-2, 5e-3)
 
 
@@ -165,7 +166,7 @@ def reached(line: Line) -> tuple[float, float] | None:
     """Virtual seconds and uploads to the target: when the mean of two scores in a row is there; None if never."""
     goal, curve = target(line["cell"]), line["curve"]
     each = line["uploads"] / curve[-1][0]
-    for (_, _, before), (version, time, after) in zip(curve, curve[1:], strict=False):
+    for (_, _, before), (version, time, after) in pairwise(curve):
         if (before + after) / 2 >= goal:
             return time, version * each
     return None
