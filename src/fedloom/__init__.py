@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
     from fedloom.data.tickets import Tickets
+    from fedloom.delays import LARGE_DELAYS, DelayClass, DelayClasses, Delays, ExponentialDelays
     from fedloom.errors import Refused
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from fedloom.schedule.weights import by_examples, by_tokens, uniform
     from fedloom.server import Limits, Server
     from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
-    from fedloom.world import Tier, World
+    from fedloom.world import Capabilities, Capability, Tier, World
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _HOMES = {
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
     "data.tickets": ("Tickets",),
+    "delays": ("LARGE_DELAYS", "DelayClass", "DelayClasses", "Delays", "ExponentialDelays"),
     "errors": ("Refused",),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
@@ -63,7 +65,7 @@ _HOMES = {
     "schedule.weights": ("by_examples", "by_tokens", "uniform"),
     "server": ("Limits", "Server"),
     "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
-    "world": ("Tier", "World"),
+    "world": ("Capabilities", "Capability", "Tier", "World"),
 }
 _POLICIES = ("aggregate", "schedule")
 """Folders with one method a file: a public class in them is found by looking, so that a new file needs no line here."""
@@ -72,13 +74,20 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "FFA",
     "IID",
+    "LARGE_DELAYS",
     "Adam",
     "ByClient",
+    "Capabilities",
+    "Capability",
     "ClientDirichlet",
     "Clip",
+    "DelayClass",
+    "DelayClasses",
+    "Delays",
     "DeltaInt8",
     "Engine",
     "Exact",
+    "ExponentialDelays",
     "FLoRA",
     "FedEx",
     "FedIT",

@@ -15,7 +15,7 @@ from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits
 from fedloom.train.settings import Engine, LoRA, Training
 from fedloom.types import Aggregator, Schedule
-from fedloom.world import World
+from fedloom.world import Devices, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Run:
     plan: Plan = field(default_factory=lambda: Plan(RankByCapability()))
     lora: LoRA = field(default_factory=LoRA)
     training: Training = field(default_factory=Training)
-    world: World = field(default_factory=World)
+    world: Devices = field(default_factory=World)
     transfer: Codec | None = field(default_factory=Half)
     limits: Limits = field(default_factory=Limits)
     held_out: float = 0.2

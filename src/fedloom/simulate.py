@@ -34,7 +34,7 @@ from fedloom.types import (
     Trainer,
     UpdateArrived,
 )
-from fedloom.world import World
+from fedloom.world import Devices
 
 Evaluator: TypeAlias = Callable[[Model], Mapping[str, float]]
 Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
@@ -46,7 +46,7 @@ class Simulation:
 
     server: Server
     trainer: Trainer
-    world: World
+    world: Devices
     profiles: Mapping[ClientId, Profile]
     evaluate: Evaluator
     observe: Observer
@@ -122,7 +122,8 @@ class Simulation:
 
     def _timed(self, task: Task, result: Result) -> Result:
         """The result with the virtual seconds that it took, as a real client would report them."""
-        took = self.world.seconds(task, result, self.profiles[task.client], self.server.shape, self.seed)
+        turn = self.server.state.dispatched[task.client] - 1
+        took = self.world.seconds(task, result, self.profiles[task.client], self.server.shape, self.seed, turn)
         parts = {"seconds_down": took.down, "seconds_train": took.train, "seconds_up": took.up}
         return replace(result, metrics={**result.metrics, "seconds": took.total, **parts})
 
