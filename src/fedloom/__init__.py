@@ -31,13 +31,16 @@ if TYPE_CHECKING:
     from fedloom.aggregate.raflora import RaFLoRA
     from fedloom.aggregate.rolora import RoLoRA
     from fedloom.aggregate.scaffold import Scaffold
+    from fedloom.availability import Availability
     from fedloom.codec import DeltaInt8, Exact, Half
     from fedloom.data.load import Hub, Rows, Table
     from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
     from fedloom.data.tickets import Tickets
     from fedloom.delays import LARGE_DELAYS, DelayClass, DelayClasses, Delays, ExponentialDelays
+    from fedloom.devicefile import AvailabilityFile, DeviceFile, FedScaleDevices
     from fedloom.errors import Refused
+    from fedloom.faults import Faults
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
@@ -51,13 +54,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "availability": ("Availability",),
     "codec": ("DeltaInt8", "Exact", "Half"),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
     "data.tickets": ("Tickets",),
     "delays": ("LARGE_DELAYS", "DelayClass", "DelayClasses", "Delays", "ExponentialDelays"),
+    "devicefile": ("AvailabilityFile", "DeviceFile", "FedScaleDevices"),
     "errors": ("Refused",),
+    "faults": ("Faults",),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
@@ -76,6 +82,8 @@ __all__ = [
     "IID",
     "LARGE_DELAYS",
     "Adam",
+    "Availability",
+    "AvailabilityFile",
     "ByClient",
     "Capabilities",
     "Capability",
@@ -85,15 +93,18 @@ __all__ = [
     "DelayClasses",
     "Delays",
     "DeltaInt8",
+    "DeviceFile",
     "Engine",
     "Exact",
     "ExponentialDelays",
     "FLoRA",
+    "Faults",
     "FedEx",
     "FedIT",
     "FedPLoRA",
     "FedSA",
     "FedSVD",
+    "FedScaleDevices",
     "FixedRank",
     "FlexLoRA",
     "FoldedDelta",

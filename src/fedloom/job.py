@@ -11,10 +11,12 @@ import torch
 
 from fedloom import __version__, folder, kinds, manifest
 from fedloom.aggregate.wrap import layers
+from fedloom.availability import Stays
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, level, whole
+from fedloom.presence import Presence
 from fedloom.report.html import write as write_report
 from fedloom.run import Run
 from fedloom.seeds import derive, rng
@@ -53,6 +55,7 @@ class Job:
     test_texts: Encoded
     tested: tuple[int, ...]
     server: Server
+    stays: Stays | None = None
 
     def execute(
         self, out: Path, observers: Sequence[Observer] = (), workers: int | str = 1, report: bool = True
@@ -174,8 +177,9 @@ class Job:
             engine = self.run.engine or PLAIN
             inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, engine)
             trainer = opened.enter_context(workers.carrying_out(inner))
+            presence = Presence(self.stays, self.run.faults, self.run.seed)
             simulation = Simulation(
-                self.server, trainer, self.run.world, self.profiles, evaluate, observe, seed=self.run.seed
+                self.server, trainer, self.run.world, self.profiles, evaluate, observe, self.run.seed, presence
             )
             reason = simulation.run()
             for line in self.client_scores(simulation.locals) if self.run.held_out else ():
@@ -239,6 +243,7 @@ def prepare(run: Run) -> Job:
             seed=run.seed,
             transfer=run.transfer,
         ),
+        stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
     )
 
 

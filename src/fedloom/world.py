@@ -92,8 +92,7 @@ class World:
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
         """Download, training and upload of one task: bytes over links, FLOP over speed."""
-        slower = rng(seed, "seconds", task.client, task.id).lognormvariate(0.0, self.jitter) if self.jitter else 1.0
-        return priced(task, result, profile, shape, slower)
+        return priced(task, result, profile, shape, jittered(task, self.jitter, seed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +154,11 @@ class Capabilities:
         mode = rng(seed, "mode", task.client, turn // self.mode_tasks).choice(self.modes)
         bps = rng(seed, "bandwidth", task.client, task.id).uniform(self.low_bps, self.high_bps)
         return priced(task, result, replace(profile, up_bps=bps, down_bps=bps), shape, 1.0 / mode)
+
+
+def jittered(task: Task, jitter: float, seed: int) -> float:
+    """How many times longer than usual this task is trained: log-normal with this deviation of the logarithm."""
+    return rng(seed, "seconds", task.client, task.id).lognormvariate(0.0, jitter) if jitter else 1.0
 
 
 def priced(task: Task, result: Result, profile: Profile, shape: Shape, slower: float = 1.0) -> Seconds:
