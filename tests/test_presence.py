@@ -117,7 +117,7 @@ def stops(log: Ledger) -> list[str]:
 
 
 @every_schedule
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_with_faults_ends_at_its_versions_and_every_task_once(schedule: Schedule, seed: int) -> None:
     log, one = storm(schedule, stays=COMING_AND_GOING.of((), seed), seed=seed)
     assert stops(log) == ["15 versions made"]
@@ -152,7 +152,7 @@ def test_two_runs_of_one_seed_write_the_same_trace(schedule: Schedule) -> None:
     st.sampled_from((Delays(sigma=0.0), Delays(), ExponentialDelays(), Delays(median=1e-9, sigma=0.0))),
     st.integers(0, 9),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_in_any_storm_every_task_ends_and_nobody_blocks(
     schedule: Schedule, faults: Faults, windows: Availability | None, world: Devices, seed: int
 ) -> None:
@@ -398,12 +398,12 @@ def test_no_table_grows_with_the_events() -> None:
             metrics(now, event, commands)
             tables = {"heap": one.heap, "flying": one.flying, "locals": one.locals, "tasks": metrics.tasks}
             tables |= {"uploaded": metrics.uploaded, "out": one.presence.out, "periods": one.presence.periods}
-            half = halves[one.server.state.version >= 150]
+            half = halves[one.server.state.version >= 60]
             for name, table in tables.items():
                 half[name] = max(half.get(name, 0), len(table))  # type: ignore[arg-type]
 
     presence = Presence(COMING_AND_GOING.of((), 0), EVERYTHING, 0)
-    server = toys.server(FedBuff(2, 6), limits=Limits(versions=300, evaluate_every=0), start=toys.fresh(2))
+    server = toys.server(FedBuff(2, 6), limits=Limits(versions=120, evaluate_every=0), start=toys.fresh(2))
     clients = {f"c{k}": Profile(f"c{k}", 10) for k in range(8)}
     one = Simulation(server, Null(), Delays(), clients, lambda model: {}, Watched(), presence=presence)
     one.run()
