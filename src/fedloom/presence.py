@@ -43,10 +43,10 @@ Happening: TypeAlias = Switched | Vanished | Noticed | Returned
 
 @dataclass(frozen=True, slots=True)
 class After:
-    """What follows: events for the server, happenings to come, and the task whose work is lost with a client away until `back`."""
+    """What follows: an event for the server, what is to come, and the task whose work is lost with a client away until `back`."""
 
-    told: tuple[Event, ...] = ()
-    ahead: tuple[tuple[float, Happening], ...] = ()
+    told: Event | None = None
+    ahead: tuple[tuple[float, Event | Happening], ...] = ()
     dropped: int | None = None
     back: float = 0.0
 
@@ -75,13 +75,13 @@ class Presence:
             case Vanished(_, number) if self.faults and number in state.busy:
                 self.out[client] = number
                 back = now + self.faults.outage(client, number, self.seed)
-                ahead: tuple[tuple[float, Happening], ...] = ((now + self.faults.notice, Noticed(client, number)),)
-                return After((), (*ahead, (back, Returned(client))), number, back)
+                notice = now + self.faults.notice
+                return After(None, ((notice, Noticed(client, number)), (back, Returned(client))), number, back)
             case Noticed(_, number) if self.out.get(client) == number:
                 return _lost(client, state, now)
             case Returned():
                 del self.out[client]
-                return After(_joined(profile, state)) if self._available(client) else NOTHING
+                return _joined(now, profile, state) if self._available(client) else NOTHING
         return NOTHING
 
     def befalls(self, task: Task, seconds: float) -> tuple[float, TaskFailed | Vanished] | None:
@@ -102,7 +102,7 @@ class Presence:
         if not self._available(client):
             return replace(_lost(client, state, now + length), ahead=ahead)
         reachable = client not in self.out and not _known(client, state)
-        return After(_joined(profile, state) if reachable else (), ahead)
+        return After(ClientJoined(profile) if reachable else None, ahead)
 
     def _available(self, client: ClientId) -> bool:
         return self.periods.get(client, 0) % 2 == 0
@@ -112,17 +112,17 @@ def _known(client: ClientId, state: State) -> bool:
     return client in state.working or client in state.idle
 
 
-def _joined(profile: Profile, state: State) -> tuple[Event, ...]:
-    """Who is back knows nothing of a task that the server believes it at work on."""
-    joined = ClientJoined(profile)
+def _joined(now: float, profile: Profile, state: State) -> After:
+    """Who is back knows nothing of a task that the server believes it at work on, and says so."""
     if profile.client not in state.working:
-        return (joined,)
+        return After(ClientJoined(profile))
     _, number = state.working[profile.client]
-    return joined, TaskFailed(profile.client, number, "the client was cut off and has lost its work")
+    failed = TaskFailed(profile.client, number, "the client was cut off and has lost its work")
+    return After(ClientJoined(profile), ((now, failed),))
 
 
 def _lost(client: ClientId, state: State, back: float) -> After:
     if not _known(client, state):
         return NOTHING
     number = state.working[client][1] if client in state.working else None
-    return After((ClientLost(client),), (), number, back)
+    return After(ClientLost(client), (), number, back)

@@ -67,22 +67,21 @@ class Simulation:
     def run(self) -> str:
         """Until the server stops; returns its reason. Raises RuntimeError if nothing can ever happen again."""
         for client in sorted(self.profiles):
-            for event in self._told(0.0, Switched(client)):
-                self._tell(0.0, event)
+            self._step(0.0, Switched(client))
         while True:
-            now, what = self._next()
-            for event in self._told(now, what):
-                if stop := self._tell(now, event):
-                    self._last_scores()
-                    return stop.reason
+            if stop := self._step(*self._next()):
+                self._last_scores()
+                return stop.reason
 
-    def _told(self, now: float, what: Event | Happening) -> tuple[Event, ...]:
-        """What the server hears of it."""
-        if not isinstance(what, Happening):
-            return (what,)
+    def _step(self, now: float, what: Event | Happening) -> Stop | None:
+        event = self._told(now, what) if isinstance(what, Happening) else what
+        return self._tell(now, event) if event else None
+
+    def _told(self, now: float, what: Happening) -> Event | None:
+        """What the server hears of it at once."""
         after = self.presence.happens(now, what, self.profiles[what.client], self.server.state)
-        for time, happening in after.ahead:
-            self._push(time, happening)
+        for time, event in after.ahead:
+            self._push(time, event)
         if after.dropped is not None:
             self._forget({after.dropped}, after.back)
         return after.told
