@@ -288,6 +288,30 @@ def test_tasks_sent_to_a_client_that_vanished_end_when_it_is_missed() -> None:
     assert log.ended["lost"] == 1
 
 
+@dataclass(frozen=True)
+class AwayFor(OneVanishes):
+    """It is away for a given time."""
+
+    seconds: float = 15.0
+
+    def outage(self, client: str, task: int, seed: int) -> float:
+        """Always as long."""
+        return self.seconds
+
+
+@pytest.mark.parametrize(("seconds", "back"), [(15.0, 15.5), (20.0, 21.0)])
+def test_who_vanished_is_back_when_it_can_be_reached_and_its_window_is_open(seconds: float, back: float) -> None:
+    """Windows [0, 5), [7, 12), [14, 19), [21, 26): none that opens in between brings it back; in a closed one it waits."""
+    stays = Traced({"c0": (5.0, 2.0), "c1": ALWAYS})
+    faults = AwayFor(notice=1.0, seconds=seconds)
+    log, _ = storm(FedBuff(1, 2), faults, stays, Delays(sigma=0.0), Limits(versions=10**6, seconds=back + 0.25), 2)
+    joined = [now for now, event, _ in log.steps if isinstance(event, ClientJoined) and event.profile.client == "c0"]
+    lost = [now for now, event, _ in log.steps if isinstance(event, ClientLost)]
+    assert joined == [0.0, back]
+    assert lost == [1.5]
+    assert not [event for _, event, _ in log.steps if isinstance(event, UpdateArrived) and event.client == "c0"]
+
+
 def test_an_answer_to_a_cancelled_task_is_refused_also_while_the_client_works_on_the_next() -> None:
     log, _ = storm(Rounds(1, over_selection=2.0), Faults(0, 0, 0, late=1.0), world=Delays(sigma=1.0), clients=2)
     refused = [command.client for command in log.all(Reject)]

@@ -72,7 +72,7 @@ class Presence:
         match what:
             case Switched():
                 return self._switch(now, profile, state)
-            case Vanished(_, number) if self.faults and number in state.busy:
+            case Vanished(_, number) if self.faults:
                 self.out[client] = number
                 back = now + self.faults.outage(client, number, self.seed)
                 notice = now + self.faults.notice
