@@ -465,3 +465,21 @@ def test_without_windows_and_faults_nothing_changes() -> None:
     server = toys.server(Rounds(3, over_selection=1.5), limits=Limits(versions=6), start=toys.fresh(2))
     simulation(server, never, presence=Presence(Traced(dict.fromkeys(toys.profiles(6), ALWAYS)), Faults(0, 0, 0))).run()
     assert plain.file.getvalue() == none.file.getvalue() == never.file.getvalue()
+
+
+def test_a_late_answer_comes_after_its_client_is_back() -> None:
+    log, _ = storm(
+        FedBuff(1, 2), AwayFor(notice=1.0, late=1.0), None, Delays(sigma=0.0), Limits(versions=10**6, seconds=15.75), 2
+    )
+    own = [(now, type(event)) for now, event, commands in log.steps if isinstance(event, UpdateArrived)
+           and event.client == "c0"]  # fmt: skip
+    assert own == [(15.5, UpdateArrived)]
+
+
+def test_nothing_is_late_unless_it_is_said() -> None:
+    """Who failed, vanished or was cancelled is not heard of again."""
+    faults = replace(EVERYTHING, late=0.0)
+    log, _ = storm(Rounds(3, over_selection=2.0), faults, COMING_AND_GOING.of((), 0), limits=Limits(versions=30))
+    assert log.ended["TaskFailed"] > 5
+    assert log.ended["cancelled"] > 5
+    assert not log.all(Reject)
