@@ -19,15 +19,11 @@ from functools import partial
 from itertools import pairwise
 from statistics import median
 
-from fedloom.delays import FAST, SLOWER
 from grid import SHARED, Grid, Line, main
 
 from fedloom import (
     IID,
     Averaged,
-    DelayClass,
-    DelayClasses,
-    Delays,
     FedAsync,
     FedBuff,
     FedFa,
@@ -45,11 +41,13 @@ from fedloom import (
     uniform,
 )
 from fedloom.data.examples import Source
+from fedloom.delays import FAST, SLOWER, DelayClass, DelayClasses, Delays
 from fedloom.types import Aggregator, Schedule
+from fedloom.world import Devices
 
 CLIENTS, IN_FLIGHT, UPLOADS, EVERY = 50, 20, 400, 20
 OURS, FEDAVG, SEMI, STRONG, BEST = "ours", "fedavg", "semi-async", "fedavg-over", ("fedbuff", "fedasync")
-DEVICES = {
+DEVICES: dict[str, Devices] = {
     "mild": DelayClasses((FAST, SLOWER, DelayClass("slow", 1.0, 5.0, 8.0)), concentration=None),
     "lognormal": Delays(sigma=1.0, jitter=0.3),
     "heavy": DelayClasses((FAST, SLOWER, DelayClass("slow", 1.0, 50.0, 80.0)), concentration=None),
@@ -68,11 +66,6 @@ class Task:
     targets: Mapping[str, float]
     adapted: str
     max_length: int = 64
-
-
-def table(name: str, **columns: object) -> Table:
-    """A data set of the shared folder."""
-    return Table(SHARED / "data" / name, **columns)  # type: ignore[arg-type]
 
 
 TINY = str(SHARED / "models" / "bert-tiny-local")
@@ -107,7 +100,7 @@ METHODS: dict[str, Method] = {
     "fedbuff": Method(FedBuff(10)),
     "fedasync": Method(FedAsync()),
     "fedfa": Method(FedFa(10)),
-    OURS: Method(Immediate(0.2), Averaged(FedIT())),
+    OURS: Method(Immediate(), Averaged(FedIT())),
 }
 
 
@@ -179,7 +172,7 @@ def at(line: Line, seconds: float) -> float:
 
 def final(line: Line) -> float:
     """The mean of the last three scores: one alone is noise."""
-    return sum(accuracy for _, _, accuracy in line["curve"][-3:]) / 3
+    return float(sum(accuracy for _, _, accuracy in line["curve"][-3:])) / 3
 
 
 def seconds(lines: Iterable[Line]) -> float:

@@ -34,12 +34,16 @@ if TYPE_CHECKING:
     from fedloom.aggregate.raflora import RaFLoRA
     from fedloom.aggregate.rolora import RoLoRA
     from fedloom.aggregate.scaffold import Scaffold
+    from fedloom.availability import Availability
     from fedloom.codec import DeltaInt8, Exact, Half
     from fedloom.data.load import Hub, Rows, Table
     from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
     from fedloom.data.tickets import Tickets
+    from fedloom.delays import LARGE_DELAYS, DelayClass, DelayClasses, Delays, ExponentialDelays
+    from fedloom.devicefile import AvailabilityFile, DeviceFile, FedScaleDevices
     from fedloom.errors import Refused
+    from fedloom.faults import Faults
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
@@ -48,17 +52,21 @@ if TYPE_CHECKING:
     from fedloom.schedule.weights import by_examples, by_tokens, uniform
     from fedloom.server import Limits, Server
     from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
-    from fedloom.world import Tier, World
+    from fedloom.world import Capabilities, Capability, Tier, World
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "availability": ("Availability",),
     "codec": ("DeltaInt8", "Exact", "Half"),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
     "data.tickets": ("Tickets",),
+    "delays": ("LARGE_DELAYS", "DelayClass", "DelayClasses", "Delays", "ExponentialDelays"),
+    "devicefile": ("AvailabilityFile", "DeviceFile", "FedScaleDevices"),
     "errors": ("Refused",),
+    "faults": ("Faults",),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
@@ -66,7 +74,7 @@ _HOMES = {
     "schedule.weights": ("by_examples", "by_tokens", "uniform"),
     "server": ("Limits", "Server"),
     "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
-    "world": ("Tier", "World"),
+    "world": ("Capabilities", "Capability", "Tier", "World"),
 }
 _POLICIES = ("aggregate", "schedule")
 """Folders with one method a file: a public class in them is found by looking, so that a new file needs no line here."""
@@ -78,19 +86,31 @@ __all__ = [
     "FADAS",
     "FFA",
     "IID",
+    "LARGE_DELAYS",
     "Adam",
+    "Availability",
+    "AvailabilityFile",
     "ByClient",
+    "Capabilities",
+    "Capability",
     "ClientDirichlet",
     "Clip",
+    "DelayClass",
+    "DelayClasses",
+    "Delays",
     "DeltaInt8",
+    "DeviceFile",
     "Engine",
     "Exact",
+    "ExponentialDelays",
     "FLoRA",
+    "Faults",
     "FedEx",
     "FedIT",
     "FedPLoRA",
     "FedSA",
     "FedSVD",
+    "FedScaleDevices",
     "FixedRank",
     "FlexLoRA",
     "FoldedDelta",

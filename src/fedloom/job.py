@@ -11,11 +11,13 @@ import torch
 
 from fedloom import __version__, folder, kinds, manifest
 from fedloom.aggregate.wrap import layers, need_fresh_answers
+from fedloom.availability import Stays
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, level, whole
 from fedloom.places import Places
+from fedloom.presence import Presence
 from fedloom.report.html import write as write_report
 from fedloom.run import Run
 from fedloom.seeds import derive, rng
@@ -56,6 +58,7 @@ class Job:
     tested: tuple[int, ...]
     server: Server
     kept: Cache = field(default_factory=Cache)
+    stays: Stays | None = None
 
     def execute(
         self, out: Path, observers: Sequence[Observer] = (), workers: int | str = 1, report: bool = True
@@ -178,8 +181,9 @@ class Job:
             engine = self.run.engine or PLAIN
             inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, engine)
             trainer = opened.enter_context(workers.carrying_out(inner))
+            presence = Presence(self.stays, self.run.faults, self.run.seed)
             simulation = Simulation(
-                self.server, trainer, self.run.world, self.profiles, evaluate, observe, seed=self.run.seed
+                self.server, trainer, self.run.world, self.profiles, evaluate, observe, self.run.seed, presence
             )
             reason = simulation.run()
             for line in self.client_scores(simulation.locals) if self.run.held_out else ():
@@ -244,6 +248,7 @@ def prepare(run: Run) -> Job:
             seed=run.seed,
             transfer=run.transfer,
         ),
+        stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
     )
 
 

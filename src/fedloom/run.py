@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedloom.aggregate.product_delta import ProductDelta
+from fedloom.availability import Windows
 from fedloom.codec import Codec, Half
 from fedloom.data.examples import Source
 from fedloom.data.partition import LabelDirichlet, Partition
 from fedloom.errors import Refused
+from fedloom.faults import Faults
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RankByCapability
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits
 from fedloom.train.settings import Engine, LoRA, Training
 from fedloom.types import Aggregator, Schedule
-from fedloom.world import World
+from fedloom.world import Devices, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,8 @@ class Run:
 
     `model` is a hub name or a local folder, `data` where examples come from, `partition` how they are divided over clients.
     `aggregator` says HOW adapters are added, `schedule` WHEN and by whom, `plan` how much each client does, `world` how fast
-    its devices are. `transfer` is how adapters travel: `Half()`, `DeltaInt8()`, or None, which is `Exact()`. `held_out` is the share
+    its devices are, `availability` when they can be reached (None: always), `faults` what goes wrong with their tasks (None:
+    nothing). `transfer` is how adapters travel: `Half()`, `DeltaInt8()`, or None, which is `Exact()`. `held_out` is the share
     of each client's examples on which its own accuracy is measured (0: not at all), `test_limit` how many test examples score a
     version (None: all). `threads` is for torch, `engine` how training is computed (None: plain torch, one client after the other):
     both are a part of the last digits and therefore of the run.
@@ -39,7 +42,9 @@ class Run:
     plan: Plan = field(default_factory=lambda: Plan(RankByCapability()))
     lora: LoRA = field(default_factory=LoRA)
     training: Training = field(default_factory=Training)
-    world: World = field(default_factory=World)
+    world: Devices = field(default_factory=World)
+    availability: Windows | None = None
+    faults: Faults | None = None
     transfer: Codec | None = field(default_factory=Half)
     limits: Limits = field(default_factory=Limits)
     held_out: float = 0.2

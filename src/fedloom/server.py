@@ -82,9 +82,9 @@ class State:
 class Limits:
     """When a run ends and how often it is scored.
 
-    It ends after `versions` global versions or at `seconds`, whichever is first, and if `failures` tasks in a row failed:
-    when every answer is refused (training diverged, say), waiting longer helps nobody. `evaluate_every`: score the start, every so
-    many versions and the last one; with 0 the last one alone.
+    It ends after `versions` global versions or at `seconds`, whichever is first, and if `failures` tasks in a row failed or were
+    lost: when every answer is refused (training diverged, say), waiting longer helps nobody. `evaluate_every`: score the start,
+    every so many versions and the last one; with 0 the last one alone.
     """
 
     versions: int = 10
@@ -195,6 +195,7 @@ class Server:
             case ClientLost(client):
                 if client in state.working:
                     self._release(state.working[client][1])
+                    state.failures, state.last_failure = state.failures + 1, f"client {client!r} was lost"
                 if client in state.idle:
                     state.idle.take(client)
             case UpdateArrived(client, number, result):

@@ -7,16 +7,18 @@ broken by the order in which events were made, so a run of one seed is one seque
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from fedloom.faults import Vanished
+from fedloom.presence import Happening, Presence, Switched
 from fedloom.server import Server
 from fedloom.transfer import answered
 from fedloom.types import (
     Cancel,
     ClientId,
-    ClientJoined,
     Command,
     Dispatch,
     Evaluate,
@@ -34,7 +36,7 @@ from fedloom.types import (
     Trainer,
     UpdateArrived,
 )
-from fedloom.world import World
+from fedloom.world import Devices
 
 Evaluator: TypeAlias = Callable[[Model], Mapping[str, float]]
 Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
@@ -42,16 +44,22 @@ Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
 
 @dataclass(slots=True)
 class Simulation:
-    """One run on the virtual clock. `locals` is what stays at each client, `flying` the moments of tasks not yet answered."""
+    """One run on the virtual clock.
+
+    `heap` holds events for the server, and what happens to clients (`presence`). `locals` is what stays at each client, `flying` what
+    will stay of tasks not yet answered: a task whose answer is refused, cancelled or lost leaves nothing behind, so that client and
+    server never disagree on what the client contributed (SCAFFOLD's control variates, residuals of error feedback, private sides).
+    """
 
     server: Server
     trainer: Trainer
-    world: World
+    world: Devices
     profiles: Mapping[ClientId, Profile]
     evaluate: Evaluator
     observe: Observer
     seed: int = 0
-    heap: list[tuple[float, int, Event]] = field(default_factory=list)
+    presence: Presence = field(default_factory=Presence)
+    heap: list[tuple[float, int, Event | Happening]] = field(default_factory=list)
     made: int = 0
     locals: dict[ClientId, Local] = field(default_factory=dict)
     flying: dict[int, Local] = field(default_factory=dict)
@@ -59,19 +67,33 @@ class Simulation:
     def run(self) -> str:
         """Until the server stops; returns its reason. Raises RuntimeError if nothing can ever happen again."""
         for client in sorted(self.profiles):
-            joined = ClientJoined(self.profiles[client])
-            self.observe(0.0, joined, self.server.handle(0.0, joined))
+            self._step(0.0, Switched(client))
         while True:
-            now, event = self._next()
-            local = self.flying.pop(event.task) if isinstance(event, UpdateArrived) else None
-            commands = self.server.handle(now, event)
-            if isinstance(event, UpdateArrived) and local and not any(isinstance(c, Reject) for c in commands):
-                self.locals[event.client] = local  # what a refused task left behind (moments of NaN, say) is not kept
-            self.observe(now, event, commands)
-            self._carry_out(now, commands)
-            if commands and isinstance(commands[-1], Stop):
+            if stop := self._step(*self._next()):
                 self._last_scores()
-                return commands[-1].reason
+                return stop.reason
+
+    def _step(self, now: float, what: Event | Happening) -> Stop | None:
+        event = self._told(now, what) if isinstance(what, Happening) else what
+        return self._tell(now, event) if event else None
+
+    def _told(self, now: float, what: Happening) -> Event | None:
+        """What the server hears of it at once."""
+        after = self.presence.happens(now, what, self.profiles[what.client], self.server.state)
+        for time, event in after.ahead:
+            self._push(time, event)
+        if after.dropped is not None:
+            self._forget({after.dropped}, after.back)
+        return after.told
+
+    def _tell(self, now: float, event: Event) -> Stop | None:
+        local = self.flying.pop(event.task) if isinstance(event, UpdateArrived) else None
+        commands = self.server.handle(now, event)
+        if isinstance(event, UpdateArrived) and local and not any(isinstance(c, Reject) for c in commands):
+            self.locals[event.client] = local  # what a refused task left behind (moments of NaN, say) is not kept
+        self.observe(now, event, commands)
+        self._carry_out(now, commands)
+        return commands[-1] if commands and isinstance(commands[-1], Stop) else None
 
     def _last_scores(self) -> None:
         """Evaluations asked for together with the stop are still told."""
@@ -79,7 +101,7 @@ class Simulation:
             if isinstance(event, Scored):
                 self.observe(now, event, self.server.handle(now, event))
 
-    def _next(self) -> tuple[float, Event]:
+    def _next(self) -> tuple[float, Event | Happening]:
         """The earliest event, or the timer when the server wants to look before it."""
         wake = self.server.wake()
         if self.heap and (wake is None or self.heap[0][0] <= wake):
@@ -101,31 +123,49 @@ class Simulation:
                 case Reject(client, number, reason) if number in self.server.state.busy:
                     self._push(now, TaskFailed(client, number, reason))
 
-    def _forget(self, cancelled: set[int]) -> None:
-        """These clients stopped: nothing arrives, and nothing waits for a time that may be far away."""
-        if not cancelled:
+    def _forget(self, dropped: set[int], back: float = 0.0) -> None:
+        """Nothing arrives of these tasks, and nothing waits for a time that may be far away. Only who does not hear that his answer
+        has become useless sends it all the same, once he is `back`: the server must bear it.
+        """
+        if not dropped:
             return
-        self.heap = [
-            entry for entry in self.heap if not isinstance(entry[2], UpdateArrived) or entry[2].task not in cancelled
-        ]
-        heapq.heapify(self.heap)
-        for number in cancelled:
-            self.flying.pop(number, None)
+        kept, late = list[tuple[float, int, Event | Happening]](), list[tuple[float, UpdateArrived]]()
+        for time, order, event in self.heap:
+            if not isinstance(event, UpdateArrived | TaskFailed | Vanished) or event.task not in dropped:
+                kept.append((time, order, event))
+            elif isinstance(event, UpdateArrived) and back < math.inf and self.presence.comes_late(event):
+                late.append((max(time, back), event))
+            elif isinstance(event, UpdateArrived):
+                del self.flying[event.task]
+        heapq.heapify(kept)
+        self.heap = kept
+        for time, event in late:
+            self._push(time, event)
 
     def _train(self, now: float, cohort: list[Task]) -> None:
         work = [(task, self.locals.get(task.client, Local())) for task in cohort]
         for (task, before), trained in zip(work, self.trainer.train(work), strict=True):
             result, local = answered(task, before, *trained)
             timed = self._timed(task, result)
-            self.flying[task.id] = local
-            self._push(now + timed.metrics["seconds"], UpdateArrived(task.client, task.id, timed))
+            seconds = timed.metrics["seconds"]
+            if task.client in self.presence.out:
+                continue  # the server does not know yet that nobody is there
+            misfortune = self.presence.befalls(task, seconds)
+            if misfortune:
+                self._push(now + misfortune[0], misfortune[1])
+            if not misfortune or isinstance(misfortune[1], Vanished):
+                self.flying[task.id] = local
+                self._push(now + seconds, UpdateArrived(task.client, task.id, timed))
 
     def _timed(self, task: Task, result: Result) -> Result:
         """The result with the virtual seconds that it took, as a real client would report them."""
-        took = self.world.seconds(task, result, self.profiles[task.client], self.server.shape, self.seed)
+        turn = self.server.state.dispatched[task.client] - 1
+        took = self.world.seconds(task, result, self.profiles[task.client], self.server.shape, self.seed, turn)
         parts = {"seconds_down": took.down, "seconds_train": took.train, "seconds_up": took.up}
         return replace(result, metrics={**result.metrics, "seconds": took.total, **parts})
 
-    def _push(self, time: float, event: Event) -> None:
+    def _push(self, time: float, event: Event | Happening) -> None:
+        if time == math.inf:
+            return  # never
         heapq.heappush(self.heap, (time, self.made, event))
         self.made += 1

@@ -59,7 +59,7 @@ CASES: list[tuple[Schedule, int]] = [
     (FedFa(window=5, max_in_flight=10, fill="wait"), 10),
     (FedFa(window=5, max_in_flight=10, dedup=True), 10),
     (FedFa(window=5, max_in_flight=10, delta_rate=0.2), 10),
-    (Immediate(max_in_flight=10, balance=1.0), 10),
+    (Immediate(max_in_flight=10), 10),
     (Rounds(cohort_size=10), 10),
 ]
 

@@ -2,7 +2,7 @@
 
 Source: Chang et al., "Mitigating Participation Imbalance Bias in Asynchronous Federated Learning", arXiv 2511.19066, 2025 (ACE):
 the server keeps g_i, the last change of client i, and on each arrival u <- u + (g_new - g_i) / N, w <- w + eta u. A client
-that answers often then counts no more than one that answers seldom. eta is the schedule's step: `Immediate(balance=1.0)` or
+that answers often then counts no more than one that answers seldom. eta is the schedule's step: `Immediate()` or
 `FedAsync`; `Rounds` makes it MIFA (Gu et al., arXiv 2106.04159, 2021). How the schedule weighs the answers of one merge does not
 matter where all train the same: every client weighs 1/N. The paper's variant with a limit on delay, ACED, is not here.
 

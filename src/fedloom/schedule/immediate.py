@@ -1,9 +1,8 @@
-"""Every answer is a step of its own at once, and rare clients step further: for an aggregator that publishes an average.
+"""Every answer is a step of its own at once: for an aggregator that publishes an average (`Averaged`).
 
-Source: our own combination. A buffer, FedBuff's or FedFa's window, both sums and smooths. Summing needs no buffer: a change divided
-by K at once is in the model K - 1 answers earlier than in a buffer of K. Smoothing is better done on what is published
-(`Averaged`), where it costs no speed. What a server that never waits gets wrong is whom it listens to: fast clients answer more
-often. So an answer's step is multiplied by how seldom its client was asked so far, in the spirit of inverse-propensity weights.
+Source: our own combination. A buffer, that of FedBuff (arXiv 2106.06639, 2022) or FedFa's window (arXiv 2404.11015, 2024), both sums
+and smooths. Summing needs no buffer: a change divided by K at once is in the model K - 1 answers earlier than in a buffer of K.
+Smoothing is better done on what is published, where it costs no speed.
 """
 
 from __future__ import annotations
@@ -14,22 +13,20 @@ from dataclasses import dataclass
 from fedloom.errors import Refused
 from fedloom.schedule.draw import refill
 from fedloom.schedule.staleness import CONSTANT, Discount, check_limits, staleness, too_stale
-from fedloom.types import ClientId, Fleet, Merge, Update
+from fedloom.types import ClientId, Fleet, Merge
 
 
 @dataclass(frozen=True, slots=True)
 class Immediate:
     """Each answer moves the model by `server_learning_rate` times its change; at most `max_in_flight` clients are at work.
 
-    After `steady` versions the rate falls as 1 / sqrt(version) (None: never). `balance` is the largest factor by which a rare
-    client's step is larger, and a frequent one's smaller, than the mean's (1: all alike). `discount` is by staleness. Work that
-    would come back more than `max_staleness` versions old is aborted.
+    After `steady` versions the rate falls as 1 / sqrt(version) (None: never). `discount` is by staleness. Work that would come back
+    more than `max_staleness` versions old is aborted.
     """
 
-    server_learning_rate: float = 0.2
+    server_learning_rate: float = 0.1
     max_in_flight: int = 20
     steady: int | None = None
-    balance: float = 4.0
     discount: Discount = CONSTANT
     max_staleness: int | None = None
 
@@ -38,8 +35,6 @@ class Immediate:
             raise Refused("schedule.server_learning_rate", self.server_learning_rate, "in (0, 1]; 0.1 to 0.2 is usual")
         if self.steady is not None and self.steady < 1:
             raise Refused("schedule.steady", self.steady, "at least 1 version, or None for a rate that stays")
-        if not self.balance >= 1:
-            raise Refused("schedule.balance", self.balance, "1 counts every answer alike, 4 is usual")
         check_limits(self.max_in_flight, self.max_staleness)
 
     def merge(self, fleet: Fleet) -> Merge | None:
@@ -48,9 +43,9 @@ class Immediate:
             return None
         update, *others = fleet.arrived
         fall = min(1.0, (self.steady / (fleet.version + 1)) ** 0.5) if self.steady else 1.0
-        step = self.server_learning_rate * fall * self._rarity(fleet, update) * self.discount(staleness(fleet, update))
+        step = self.server_learning_rate * fall * self.discount(staleness(fleet, update))
         stale = too_stale(fleet, self.max_staleness)
-        return Merge(((1.0, update),), min(step, 1.0), as_delta=True, retain=tuple(others), cancel=stale)
+        return Merge(((1.0, update),), step, as_delta=True, retain=tuple(others), cancel=stale)
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
         """An idle client for each free place, drawn at random."""
@@ -59,9 +54,3 @@ class Immediate:
     def wake(self, fleet: Fleet) -> float | None:
         """Only answers count."""
         return None
-
-    def _rarity(self, fleet: Fleet, update: Update) -> float:
-        """Mean tasks of a client over the tasks of this one, within the bounds."""
-        mean = fleet.tasks / max(len(fleet.dispatched), 1)
-        rarity = mean / fleet.dispatched.get(update.task.client, 1)
-        return min(max(rarity, 1 / self.balance), self.balance)
