@@ -41,6 +41,7 @@ from fedloom import (
     uniform,
 )
 from fedloom.data.examples import Source
+from fedloom.data.partition import Partition
 from fedloom.delays import FAST, SLOWER, DelayClass, DelayClasses, Delays
 from fedloom.types import Aggregator, Schedule
 from fedloom.world import Devices
@@ -52,7 +53,7 @@ DEVICES: dict[str, Devices] = {
     "lognormal": Delays(sigma=1.0, jitter=0.3),
     "heavy": DelayClasses((FAST, SLOWER, DelayClass("slow", 1.0, 50.0, 80.0)), concentration=None),
 }
-SPLITS = {"iid": IID(CLIENTS), "dir0.1": LabelDirichlet(CLIENTS, 0.1)}
+SPLITS: dict[str, Partition] = {"iid": IID(CLIENTS), "dir0.1": LabelDirichlet(CLIENTS, 0.1)}
 UPPER = r".*layer\.1\..*(query|value|dense)"
 """The upper of the two layers: what lies below is computed once a text and kept."""
 
@@ -106,12 +107,9 @@ METHODS: dict[str, Method] = {
 
 def per_version(schedule: Schedule) -> int:
     """Uploads that make a version."""
-    match schedule:
-        case Rounds():
-            return schedule.cohort_size
-        case FedBuff():
-            return schedule.buffer_size
-    return 1
+    if isinstance(schedule, Rounds):
+        return schedule.cohort_size
+    return schedule.buffer_size if isinstance(schedule, FedBuff) else 1
 
 
 def cell(method: Method, task: Task, split: str, devices: str, name: str, seed: int) -> Run:

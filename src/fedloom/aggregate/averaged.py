@@ -2,7 +2,8 @@
 
 Source: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992: steps may then be large, because
 their noise is averaged out of the result (for neural networks: Izmailov et al., arXiv 1803.05407, 2018). An asynchronous server
-that steps at every answer needs it most. The weights are those of Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization", ICML 2013, section 3 (polynomial decay):
+that steps at every answer needs it most. The weights are those of Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth
+Optimization", ICML 2013, section 3 (polynomial decay):
 average_t = (1 - a) average_{t-1} + a version_t with a = (focus + 1) / (t + focus), so that about the last 1 / (focus + 1) of all
 versions count, early in a run and late. Products are averaged, exactly but for the cut to the server's rank.
 Cost: beside the wrapped merge one decomposition of twice the rank a layer.

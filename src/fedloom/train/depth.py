@@ -1,8 +1,8 @@
 """Fine-tuning depth: where only the top layers are trained, those below are a fixed feature extractor.
 
 They run without dropout and without a graph, and what they give for an example can be kept: at a depth of one layer in six a step
-then costs a small part (HierFedLoRA, arXiv 2503.21213, trains the top d layers). On a CPU each example is computed alone, which
-wastes nothing on padding; in any case in groups that do not depend on the batches, so that a hit and a miss give the same bytes.
+then costs a small part (HierFedLoRA, arXiv 2503.21213, trains the top d layers). They are computed in small
+groups of like length that do not depend on the batches, so that a hit and a miss give the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedloom.train import convert
 from fedloom.train.base import Base
 from fedloom.train.texts import Encoded
 
-CHUNK = {"cpu": 1}
+CHUNK = {"cpu": 8}
 """Examples of one client, in order of length, whose activations are computed together; elsewhere 32."""
 
 Kept: TypeAlias = dict[int, Tensor]
