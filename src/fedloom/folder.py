@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
@@ -31,6 +33,9 @@ from fedloom.types import (
     UpdateArrived,
 )
 
+DRAFT = ".draft"
+"""How the name of a file ends that is not written to its end."""
+
 
 def vacant(path: Path) -> Path:
     """The path, if a run folder can be made there: asked before long work, and again when it is made."""
@@ -57,11 +62,25 @@ def free(parent: Path, name: str) -> Path:
     return path
 
 
+@contextmanager
+def at_once(path: Path) -> Iterator[Path]:
+    """A draft to write, which then takes the place of `path`, whole or not at all, also where the power fails."""
+    draft = path.with_suffix(DRAFT)
+    yield draft
+    for place in (draft, path.parent):
+        opened = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+        if place is draft:
+            draft.replace(path)
+
+
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write at once or not at all."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    with at_once(path) as draft:
+        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def energy(model: Model) -> float:

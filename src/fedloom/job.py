@@ -15,7 +15,9 @@ from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, level, whole
+from fedloom.replay import UPDATES, Archive
 from fedloom.report.html import write as write_report
+from fedloom.resume import LOGS, NAME, SECONDS, Begun, Keeper, Progress, begun, claimed, given, log, restore
 from fedloom.run import Run
 from fedloom.seeds import derive, rng
 from fedloom.server import Server
@@ -53,37 +55,50 @@ class Job:
     test_texts: Encoded
     tested: tuple[int, ...]
     server: Server
+    begun: Begun | None = None
 
     def execute(
-        self, out: Path, observers: Sequence[Observer] = (), workers: int | str = 1, report: bool = True
+        self,
+        out: Path | None = None,
+        observers: Sequence[Observer] = (),
+        workers: int | str = 1,
+        report: bool = True,
+        checkpoint_seconds: float = SECONDS,
+        keep_updates: bool = False,
     ) -> Outcome:
-        """Simulate to the end and fill the run folder.
+        """Simulate to the end and fill the run folder: a new one at `out`, or the one of the run that goes on.
 
         `workers` is who trains, which the numbers do not depend on: 1 this process, 2 or more local processes over one copy of the
         base, "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
         Without `report` its pictures, a second or two, are left to `fedloom report`.
 
-        Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed".
+        A checkpoint is written every `checkpoint_seconds` (0: after each event). With `keep_updates` the answers themselves are kept
+        beside the trace, so that `fedloom replay` can repeat the server's part.
+
+        Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed". Both, and
+        one that was killed, can go on: `prepare(run, resume=folder).execute()`.
         """
         torch.set_num_threads(self.run.threads)
         asked = Workers.of(workers)
-        out = folder.create(out)
+        out = self._place(out)
         about = {**self.about(), "workers": str(asked)}
-        folder.write_json(out / "manifest.json", {**about, "status": "running", "status_reason": ""})
-        status, reason, scores = "failed", "the process ended without a word", list[Mapping[str, float]]()
-        try:
-            reason = self._simulate(out, observers, asked, scores)
-            status = "finished"
-        except KeyboardInterrupt:
-            status, reason = "interrupted", "stopped by Ctrl-C"
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            self._close(out, {**about, "status": status, "status_reason": reason}, report)
+        with claimed(out):
+            folder.write_json(out / "manifest.json", {**about, "status": "running", "status_reason": ""})
+            status, reason, progress = "failed", "the process ended without a word", Progress()
+            keeper = Keeper(out, given=given(self.run), seconds=checkpoint_seconds)
+            try:
+                reason = self._simulate(keeper, [*observers, *self._archive(out, keep_updates)], asked, progress)
+                status = "finished"
+            except KeyboardInterrupt:
+                status, reason = "interrupted", "stopped by Ctrl-C"
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                self._close(out, {**about, "status": status, "status_reason": reason}, report)
         model = self.server.state.model
-        return Outcome(out, tuple(scores), whole(model.adapter, model.fold))
+        return Outcome(out, tuple(progress.scores), whole(model.adapter, model.fold))
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on the test examples."""
@@ -138,7 +153,7 @@ class Job:
             "partition": statistics(self.split.train, self.shards),
             "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
             "baselines": {"majority": max(labels.count(label) for label in set(labels)) / len(labels)},
-            "notes": self._notes(),
+            "notes": self.begun.notes(self._notes()) if self.begun else self._notes(),
         }
 
     def _notes(self) -> list[str]:
@@ -154,29 +169,50 @@ class Job:
             notes.append("The head is not trained: if the model came without one, it stays random.")
         return notes
 
-    def _simulate(
-        self, out: Path, observers: Sequence[Observer], workers: Workers, scores: list[Mapping[str, float]]
-    ) -> str:
+    def _place(self, out: Path | None) -> Path:
+        """The folder to write: that of the run that goes on, or a new one."""
+        if self.begun is None:
+            return folder.create(out or folder.free(Path("runs"), self.run.name))
+        if out not in (None, self.begun.folder):
+            raise Refused("--out", str(out), f"a run goes on in its own folder, {self.begun.folder}")
+        return self.begun.folder
+
+    def _archive(self, out: Path, asked: bool) -> list[Observer]:
+        """Who keeps the answers, if that is asked for now or was when the run was begun."""
+        if not asked and not (out / UPDATES).is_dir():
+            return []
+        return [Archive.of(out / UPDATES, self.server)]
+
+    def _simulate(self, keeper: Keeper, observers: Sequence[Observer], workers: Workers, progress: Progress) -> str:
         def evaluate(model: Model) -> Mapping[str, float]:
-            scores.append(self.evaluate(model))
-            return scores[-1]
+            progress.scores.append(self.evaluate(model))
+            return progress.scores[-1]
 
         def observe(now: float, event: Event, commands: list[Command]) -> None:
             for observer in everyone:
                 observer(now, event, commands)
 
         with ExitStack() as opened:
-            trace = Trace(opened.enter_context((out / "trace.jsonl").open("w", encoding="utf-8")))
-            lines = opened.enter_context((out / "metrics.jsonl").open("w", encoding="utf-8"))
-            metrics = folder.Metrics(lines)
+            sizes = self.begun.sizes if self.begun else dict.fromkeys(LOGS, 0)
+            keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
+            trace, metrics = Trace(keeper.logs[0]), folder.Metrics(keeper.logs[1])
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
             engine = self.run.engine or PLAIN
             inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, engine)
             trainer = opened.enter_context(workers.carrying_out(inner))
             simulation = Simulation(
-                self.server, trainer, self.run.world, self.profiles, evaluate, observe, seed=self.run.seed
+                self.server,
+                trainer,
+                self.run.world,
+                self.profiles,
+                evaluate,
+                observe,
+                seed=self.run.seed,
+                settled=keeper,
             )
+            keeper.owners = (self.server.state, simulation, metrics, progress)
+            restore(self.begun.values if self.begun else {}, keeper.owners)
             reason = simulation.run()
             for line in self.client_scores(simulation.locals) if self.run.held_out else ():
                 metrics.write(line)
@@ -191,25 +227,33 @@ class Job:
         return line | scores.figures(self.base.labels) | {"base_accuracy": guessed}
 
     def _close(self, out: Path, about: Mapping[str, object], report: bool) -> None:
-        """The final manifest, the adapter of the last version, the report: also for a run that was cut short."""
-        folder.write_json(out / "manifest.json", about)
+        """The adapter of the last version, the final manifest, the report: also for a run that was cut short.
+
+        The manifest says "finished" when all else is there, and until then the run can go on.
+        """
         if self.server.state.version > 0:
             model = self.server.state.model
             save(self.base, level(whole(model.adapter, model.fold)), self.split.train.names, out / "adapter")
+        folder.write_json(out / "manifest.json", about)
+        if about["status"] == "finished":
+            (out / NAME).unlink(missing_ok=True)
         if report:
             write_report([out], out / "report.html")
 
 
-def prepare(run: Run) -> Job:
-    """Load, divide and check everything. Raises Refused with field, value and remedy; nothing is written."""
+def prepare(run: Run, resume: Path | None = None) -> Job:
+    """Load, divide and check everything, for a new run or to go on with the unfinished one in the folder `resume`.
+
+    Raises Refused with field, value and remedy; nothing is written.
+    """
     kinds.check(run)
+    before = begun(resume, run) if resume else None
     torch.set_num_threads(run.threads)
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
     top = run.plan.rank.largest
-    base = load(
-        run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, run.engine or PLAIN
-    )
+    engine = before.engine(run.engine or PLAIN) if before else run.engine or PLAIN
+    base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, engine)
     for layer in layers(run.aggregator):
         check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or top)
         if getattr(layer, "clients", len(shards)) != len(shards):
@@ -220,7 +264,7 @@ def prepare(run: Run) -> Job:
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
     model = run.aggregator.init(initial(base, top))
     sizes = {shard.client: len(shard.train) for shard in shards}
-    return Job(
+    job = Job(
         run=run,
         split=split,
         shards=tuple(shards),
@@ -239,7 +283,11 @@ def prepare(run: Run) -> Job:
             seed=run.seed,
             transfer=run.transfer,
         ),
+        begun=before,
     )
+    if before:
+        before.check(job.about())
+    return job
 
 
 def _sample(size: int, limit: int | None, seed: int) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fedloom.errors import Refused
 
@@ -42,7 +42,9 @@ def fits_exactly(value: Any, hint: Any) -> bool:
         return type(value) is hint
     if hint is type(None):
         return value is None
-    if _is_protocol(hint):
+    if origin is Literal:
+        return value in inner
+    if is_protocol(hint):
         asked = [name for name in vars(hint) if not name.startswith("_")] + ["__call__"] * ("__call__" in vars(hint))
         return not isinstance(value, type | str) and all(hasattr(value, name) for name in asked)
     if origin is Callable:
@@ -56,6 +58,8 @@ def words(hint: Any, current: object) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if hint in known:
         return known[hint]
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
     if origin in (Union, UnionType):
         return " or ".join(words(one, current) for one in inner)
     if origin is tuple:
@@ -68,5 +72,6 @@ def words(hint: Any, current: object) -> str:
     return f"a value like {type(current).__name__}(...)" if is_dataclass(current) else f"a {(origin or hint).__name__}"
 
 
-def _is_protocol(hint: Any) -> bool:
+def is_protocol(hint: Any) -> bool:
+    """Whether it asks for members and not for a class."""
     return bool(getattr(hint, "_is_protocol", False))

@@ -40,9 +40,16 @@ Evaluator: TypeAlias = Callable[[Model], Mapping[str, float]]
 Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
 
 
+def nothing() -> None:
+    """Between two events there is nothing to do."""
+
+
 @dataclass(slots=True)
 class Simulation:
-    """One run on the virtual clock. `locals` is what stays at each client, `flying` the moments of tasks not yet answered."""
+    """One run on the virtual clock. `locals` is what stays at each client, `flying` the moments of tasks not yet answered.
+
+    `settled` is called between two events, when all commands are carried out: nothing is under way but what stands in the fields.
+    """
 
     server: Server
     trainer: Trainer
@@ -55,13 +62,17 @@ class Simulation:
     made: int = 0
     locals: dict[ClientId, Local] = field(default_factory=dict)
     flying: dict[int, Local] = field(default_factory=dict)
+    joined: bool = False
+    settled: Callable[[], None] = nothing
 
     def run(self) -> str:
         """Until the server stops; returns its reason. Raises RuntimeError if nothing can ever happen again."""
-        for client in sorted(self.profiles):
+        for client in () if self.joined else sorted(self.profiles):
             joined = ClientJoined(self.profiles[client])
             self.observe(0.0, joined, self.server.handle(0.0, joined))
+        self.joined = True
         while True:
+            self.settled()
             now, event = self._next()
             local = self.flying.pop(event.task) if isinstance(event, UpdateArrived) else None
             commands = self.server.handle(now, event)
