@@ -6,18 +6,18 @@ import runpy
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedloom.errors import Refused
+from fedloom.terminal import resumption, watcher
 
 if TYPE_CHECKING:
     from fedloom.job import Job, Outcome
     from fedloom.run import Run
-    from fedloom.simulate import Observer
 
 app = typer.Typer(
     add_completion=False,
@@ -80,11 +80,23 @@ def run(
     seed: Seed = None,
     workers: Who = "1",
     pictures: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")] = True,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with the unfinished run in this folder.")
+    ] = None,
+    checkpoint_every: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0.0, help="How often to write a checkpoint; at most 5 % of the time."),
+    ] = 30.0,
+    keep_updates: Annotated[
+        bool, typer.Option("--keep-updates", help="Keep the clients' answers, for [bold]fedloom replay[/bold].")
+    ] = False,
 ) -> None:
     """Carry out the Run value of a Python file on the virtual clock.
 
     Writes a run folder: manifest.json, metrics.jsonl, trace.jsonl, adapter/ (a PEFT folder) and report.html.
     The file is Python and is executed: run only files you trust.
+
+    A run that was interrupted or killed goes on with the same command and [bold]--resume DIR[/bold], to the same bytes.
 
     Example: [bold]fedloom run experiments/tickets.py --set schedule.cohort_size=2 --workers 2 --out runs/mine[/bold]
     """
@@ -92,11 +104,19 @@ def run(
     from fedloom.train.workers import Workers
 
     Workers.of(workers)  # a slip is told before anything is loaded
+    if resume and out_dir:
+        raise Refused("--out", str(out_dir), "a run goes on in its own folder; give --resume alone")
     value = _overridden(_run_of(file), settings, seed)
-    target = folder.vacant(out_dir or folder.free(Path("runs"), value.name))
-    job = prepare(value)
+    target = resume or folder.vacant(out_dir or folder.free(Path("runs"), value.name))
+    job = prepare(value, resume)
     _introduce(job)
-    outcome = _carry_out(job, target, workers, pictures)
+    try:
+        outcome = _carry_out(
+            job, target, workers, pictures, checkpoint_seconds=checkpoint_every, keep_updates=keep_updates
+        )
+    except KeyboardInterrupt:
+        err.print(f"Go on    {_escaped(resumption(sys.argv, target))}", soft_wrap=True)
+        raise
     _summarise([outcome.folder])
     page = outcome.folder / "report.html" if pictures else f"{sys.argv[0]} report {outcome.folder}"
     out.print(f"\nReport   {page}\nAdapter  {outcome.folder / 'adapter'}", soft_wrap=True)
@@ -116,6 +136,26 @@ def report(
     written = write(folders, target)
     _summarise(folders)
     out.print(f"\nReport   {written}")
+
+
+@app.command()
+def replay(
+    place: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the trace in it.")],
+) -> None:
+    """Feed the events of a run to a fresh server: the same bytes must come out. Nothing is trained and no model is needed.
+
+    The run has to be recorded with [bold]fedloom run FILE --keep-updates[/bold]. Exit code 1 if a line of the trace differs.
+    """
+    from fedloom.replay import replay
+
+    found = replay(place.parent if place.is_file() else place)
+    if found.difference:
+        out.print(
+            f"{found.events} events gave the same bytes, then a difference\n{_escaped(found.difference)}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+    out.print(f"{found.events} events gave the same bytes")
 
 
 @app.command()
@@ -212,35 +252,17 @@ def _introduce(job: Job) -> None:
     fleet = job.server.fleet()
     ranks = Counter(run.plan(profile, fleet).rank for profile in job.profiles.values())
     out.print("Ranks now: " + ", ".join(f"{rank} at {count} clients" for rank, count in sorted(ranks.items())) + "\n")
+    if job.begun:
+        out.print(f"Goes on {job.begun.where}\n")
     for note in job.about()["notes"]:  # type: ignore[attr-defined]
         out.print(f"[yellow]Note[/yellow] {_escaped(note)}\n")
 
 
-def _carry_out(job: Job, folder: Path, workers: str = "1", report: bool = True) -> Outcome:
+def _carry_out(job: Job, folder: Path, workers: str = "1", report: bool = True, **more: Any) -> Outcome:
     """Execute with a progress bar: rounds, virtual time, loss, accuracy."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
     with Progress(*columns, TimeElapsedColumn(), console=err) as progress:
-        observer = _watcher(progress, f"{type(job.run.aggregator).__name__:8s}", job.run.limits.versions)
-        return job.execute(folder, [observer], workers, report)
-
-
-def _watcher(progress: Progress, name: str, versions: int) -> Observer:
-    from fedloom.types import Command, Event, Publish, Scored
-
-    bar = progress.add_task(name, total=versions, now="")
-    shown = {"loss": "", "accuracy": ""}
-
-    def watch(now: float, event: Event, commands: list[Command]) -> None:
-        if isinstance(event, Scored):
-            shown["accuracy"] = f"accuracy {100 * event.metrics['accuracy']:.1f} %"
-        for command in commands:
-            if isinstance(command, Publish):
-                losses = [update.result.metrics.get("loss", 0.0) for update in command.updates]
-                shown["loss"] = f"loss {sum(losses) / len(losses):.3f}"
-                progress.update(bar, completed=command.version)
-        progress.update(bar, now=f"{now:,.0f} virtual s  {shown['loss']}  {shown['accuracy']}")
-
-    return watch
+        return job.execute(folder, [watcher(progress, job)], workers, report, **more)
 
 
 def _summarise(folders: list[Path]) -> None:

@@ -116,11 +116,16 @@ class Begun:
     values: Mapping[str, Any]
 
     @property
+    def version(self) -> int:
+        """The last one that was made."""
+        return int(self.values.get("State.version", 0))
+
+    @property
     def where(self) -> str:
         """Where it goes on."""
         if not self.values:
             return "at version 0: it had written no checkpoint"
-        return f"at version {self.values['State.version']}, {self.values['State.now']:,.0f} virtual s"
+        return f"at version {self.version}, {self.values['State.now']:,.0f} virtual s"
 
     def engine(self, engine: Engine) -> Engine:
         """With the kernel that was chosen when the run was begun: another one has other last digits."""
