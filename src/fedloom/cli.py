@@ -83,10 +83,6 @@ def run(
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Go on with the unfinished run in this folder.")
     ] = None,
-    checkpoint_every: Annotated[
-        float,
-        typer.Option(metavar="SECONDS", min=0.0, help="How often to write a checkpoint; at most 5 % of the time."),
-    ] = 30.0,
     keep_updates: Annotated[
         bool, typer.Option("--keep-updates", help="Keep the clients' answers, for [bold]fedloom replay[/bold].")
     ] = False,
@@ -111,9 +107,7 @@ def run(
     job = prepare(value, resume)
     _introduce(job)
     try:
-        outcome = _carry_out(
-            job, target, workers, pictures, checkpoint_seconds=checkpoint_every, keep_updates=keep_updates
-        )
+        outcome = _carry_out(job, target, workers, pictures, keep_updates=keep_updates)
     except KeyboardInterrupt:
         err.print(f"Go on    {_escaped(resumption(sys.argv, target))}", soft_wrap=True)
         raise

@@ -254,12 +254,7 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
     top = run.plan.rank.largest
     engine = before.engine(run.engine or PLAIN) if before else run.engine or PLAIN
     base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, engine)
-    for layer in layers(run.aggregator):
-        check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or top)
-        if getattr(layer, "clients", len(shards)) != len(shards):
-            raise Refused(
-                "aggregator.clients", getattr(layer, "clients", 0), f"the federation has {len(shards)} clients"
-            )
+    _check_aggregator(run, base, len(shards))
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
     model = run.aggregator.init(initial(base, top))
@@ -288,6 +283,14 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
     if before:
         before.check(job.about())
     return job
+
+
+def _check_aggregator(run: Run, base: Base, clients: int) -> None:
+    """Raise Refused for a rank that the model is too small for, or another number of clients than there are."""
+    for layer in layers(run.aggregator):
+        check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or run.plan.rank.largest)
+        if getattr(layer, "clients", clients) != clients:
+            raise Refused("aggregator.clients", getattr(layer, "clients", 0), f"the federation has {clients} clients")
 
 
 def _sample(size: int, limit: int | None, seed: int) -> tuple[int, ...]:
