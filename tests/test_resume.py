@@ -71,6 +71,10 @@ METHODS: tuple[Aggregator, ...] = (
 PAIRS = list(itertools.product(METHODS, toys.schedules()))
 
 
+OUTSIDE = {"server", "trainer", "world", "profiles", "evaluate", "observe", "seed", "settled", "file"}
+"""Fields that are no state, by a list of the test's own."""
+
+
 class Stopped(Exception):
     """Killed between two events."""
 
@@ -96,6 +100,12 @@ class Toy:
     schedule: Schedule
     transfer: Codec | None
     versions: int = 4
+
+    def snapshot(self, name: str, owners: Sequence[Any]) -> None:
+        """All that these values hold, to the bit and with what is shared."""
+        names = [(owner, field.name) for owner in owners for field in dataclasses.fields(owner)]
+        values = {f"{type(owner)} {one}": getattr(owner, one) for owner, one in names if one not in OUTSIDE}
+        checkpoint.write(self.folder / name, values, transfer=self.transfer)
 
     def run(self, stop: Callable[[int], bool] = lambda event: False, goes_on: bool = False) -> tuple[object, ...]:
         """From the start or from the checkpoint; where `stop` says so, write a checkpoint and raise Stopped."""
@@ -125,6 +135,7 @@ class Toy:
             def settled() -> None:
                 if stop(next(count)):
                     keeper.write()
+                    self.snapshot("before", owners)
                     raise Stopped
 
             world, clients = World(jitter=0.3), toys.profiles(6)
@@ -134,6 +145,8 @@ class Toy:
             if stored:
                 hints = {name: hint for owner in owners for name, hint in kept(type(owner)).items()}
                 restore(stored.read(hints, transfer=self.transfer), owners)
+                self.snapshot("after", owners)
+                assert (self.folder / "before").read_bytes() == (self.folder / "after").read_bytes()
             reason = simulation.run()
         model = server.state.model
         written = tuple((self.folder / name).read_bytes() for name in LOGS)
