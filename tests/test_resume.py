@@ -153,7 +153,7 @@ class Toy:
         return reason, *written, fingerprint(model.adapter), model.fold and fingerprint(model.fold), str(progress)
 
 
-STOPS = st.lists(st.integers(0, 40), min_size=1, max_size=3)
+STOPS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 """Events after which a run is stopped, each counted from where it began or went on."""
 CODECS = st.sampled_from([None, Half(), DeltaInt8()])
 

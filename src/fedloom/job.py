@@ -153,7 +153,7 @@ class Job:
             "partition": statistics(self.split.train, self.shards),
             "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
             "baselines": {"majority": max(labels.count(label) for label in set(labels)) / len(labels)},
-            "notes": self.begun.notes(self._notes()) if self.begun else self._notes(),
+            "notes": self.begun.notes(self._notes(), __version__) if self.begun else self._notes(),
         }
 
     def _notes(self) -> list[str]:

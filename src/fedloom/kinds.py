@@ -36,14 +36,14 @@ def fits_exactly(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits_exactly(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
     if origin is tuple:
         return type(value) is tuple and all(fits(item, inner[0]) for item in value)
     if hint in (int, float, bool, str):
         return type(value) is hint
     if hint is type(None):
         return value is None
-    if origin is Literal:
-        return value in inner
     if is_protocol(hint):
         asked = [name for name in vars(hint) if not name.startswith("_")] + ["__call__"] * ("__call__" in vars(hint))
         return not isinstance(value, type | str) and all(hasattr(value, name) for name in asked)
@@ -58,10 +58,10 @@ def words(hint: Any, current: object) -> str:
     origin, inner = get_origin(hint), get_args(hint)
     if hint in known:
         return known[hint]
-    if origin is Literal:
-        return " or ".join(map(repr, inner))
     if origin in (Union, UnionType):
         return " or ".join(words(one, current) for one in inner)
+    if origin is Literal:
+        return " or ".join(repr(one) for one in inner)
     if origin is tuple:
         one = current[0] if isinstance(current, tuple) and current else None
         return {int: "a tuple such as (2, 4, 8)", str: "a tuple such as ('query', 'value')"}.get(

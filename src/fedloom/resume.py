@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedloom import __version__, checkpoint, manifest
+from fedloom import checkpoint, manifest
 from fedloom.errors import Refused
 from fedloom.folder import DRAFT, Metrics
 from fedloom.report.read import read
@@ -131,10 +131,10 @@ class Begun:
         """With the kernel that was chosen when the run was begun: another one has other last digits."""
         return replace(engine, kernel=self.manifest["computed"]["kernel"])
 
-    def notes(self, own: list[str]) -> list[str]:
-        """The run's, and that the libraries or the processor are others than at the beginning."""
+    def notes(self, own: list[str], fedloom: str) -> list[str]:
+        """The run's, and that `fedloom`'s version, the libraries or the processor are others than at the beginning."""
         there = {**self.manifest["versions"], **self.manifest["machine"], "fedloom": self.manifest["fedloom"]}
-        here = {**manifest.versions(), **manifest.machine(), "fedloom": __version__}
+        here = {**manifest.versions(), **manifest.machine(), "fedloom": fedloom}
         changed = [f"{name} {there.get(name)} -> {here[name]}" for name in here if there.get(name) != here[name]]
         told = (
             f"Resumed on other ground ({', '.join(changed)}): the last digits may not be those of an undisturbed run."
