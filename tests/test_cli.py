@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from bench.same_bytes import COMPARED
 from fedloom import cli
+from fedloom.resume import Keeper
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ def test_an_existing_out_is_never_written_to(fedloom: Fedloom, encoder: Path) ->
     assert [p.name for p in Path("out").iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("run",), ("report",), ("export",)])
+@pytest.mark.parametrize("command", [(), ("demo",), ("run",), ("report",), ("export",), ("replay",)])
 def test_every_command_explains_itself(fedloom: Fedloom, command: tuple[str, ...]) -> None:
     said = fedloom(*command, "--help")
     assert said.code == 0
@@ -205,6 +209,54 @@ def test_ctrl_c_is_said_in_one_sentence(fedloom: Fedloom, encoder: Path, monkeyp
     assert "interrupted" in said.err
     assert "Traceback" not in said.err
     assert json.loads(Path("out/manifest.json").read_text(encoding="utf-8"))["status"] == "interrupted"
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(
+    fedloom: Fedloom, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the last checkpoint, with a bar that begins there, and refused once it is finished."""
+    path = run_file("run = tiny_run(model)", encoder)
+    options = ("--set", "limits.versions=2", "--keep-updates", "--no-report")
+    assert fedloom("run", path, *options, "--out", "alone").code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("fedloom.resume.Keeper.__call__", Keeper.write)  # half a minute is long
+        patched.setattr("fedloom.cli.watcher", lambda *_: _interrupting)
+        said = fedloom("run", path, *options, "--out", "my runs/out")
+    assert said.code == 130
+    command = f"fedloom run mine.py {' '.join(options)} --resume 'my runs/out'"
+    assert f"Go on    {command}\n" in said.err
+    said = fedloom(*shlex.split(command)[1:])
+    assert said.code == 0, said.err
+    assert "Goes on at version 1" in said.out
+    for name in COMPARED:
+        assert Path("my runs/out", name).read_bytes() == Path("alone", name).read_bytes(), name
+    one_sentence(
+        fedloom(*shlex.split(command)[1:]), "--resume = 'my runs/out'", "its run is finished (2 versions made)"
+    )
+    one_sentence(fedloom("run", path, "--resume", "alone", "--out", "x"), "--out = 'x'", "give --resume alone")
+    one_sentence(fedloom("run", path, "--resume", "nowhere"), "run folder = 'nowhere'")
+
+
+def _interrupting(now: float, event: object, commands: list[Any]) -> None:
+    if any(type(command).__name__ == "Publish" and command.version == 2 for command in commands):
+        raise KeyboardInterrupt
+
+
+def test_a_recorded_run_is_replayed_and_a_changed_line_is_found(fedloom: Fedloom, encoder: Path) -> None:
+    path = run_file("run = tiny_run(model, limits=Limits(versions=1))", encoder)
+    assert fedloom("run", path, "--out", "out", "--keep-updates", "--no-report").code == 0
+    events = Path("out/trace.jsonl").read_bytes().count(b"\n")
+    for place in ("out", "out/trace.jsonl"):
+        said = fedloom("replay", place)
+        assert (said.code, said.out) == (0, f"{events} events gave the same bytes\n"), said.err
+    text = Path("out/trace.jsonl").read_text(encoding="utf-8")
+    Path("out/trace.jsonl").write_text(text.replace('"Publish","version":1', '"Publish","version":7'), encoding="utf-8")
+    said = fedloom("replay", "out")
+    assert said.code == 1
+    assert "commands[0].version: 7 there, 1 here" in said.out
+    assert fedloom("run", path, "--out", "bare", "--no-report").code == 0
+    one_sentence(fedloom("replay", "bare"), "replay = 'bare'", "fedloom run FILE --keep-updates")
+    one_sentence(fedloom("replay", "nowhere"), "replay = 'nowhere'")
 
 
 def test_report_writes_one_page_for_one_run_and_a_comparison_for_two(fedloom: Fedloom, finished: Path) -> None:

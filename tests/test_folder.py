@@ -14,6 +14,7 @@ import toys
 from fedloom import folder
 from fedloom.aggregate.fedit import FedIT
 from fedloom.errors import Refused
+from fedloom.metrics import Metrics
 from fedloom.places import Places
 from fedloom.schedule.rounds import Rounds
 from fedloom.types import (
@@ -66,7 +67,7 @@ class Book:
     def __init__(self, schedule: Rounds, clients: int = 3) -> None:
         self.server = toys.server(schedule, FedIT())
         self.file = io.StringIO()
-        self.metrics = folder.Metrics(self.file, Places(schedule.max_in_flight))
+        self.metrics = Metrics(self.file, Places(schedule.max_in_flight))
         for profile in toys.profiles(clients).values():
             self.step(0.0, ClientJoined(profile))
         self.tasks = [command.task for command in self.step(0.0, TimerFired()) if isinstance(command, Dispatch)]
@@ -133,4 +134,4 @@ def test_a_score_is_told_with_its_time() -> None:
 
 def test_a_number_that_is_not_finite_stops_the_writer_and_not_the_reader() -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
-        folder.Metrics(io.StringIO(), Places(1)).write({"loss": float("nan")})
+        Metrics(io.StringIO(), Places(1)).write({"loss": float("nan")})

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import toys
-from fedloom.folder import Metrics
+from fedloom.metrics import Metrics
 from fedloom.places import Places
 from fedloom.schedule.fedasync import FedAsync
 from fedloom.schedule.fedbuff import FedBuff

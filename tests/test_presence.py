@@ -20,7 +20,7 @@ from fedloom.availability import Availability, Stays, Traced, cycle
 from fedloom.delays import Delays, ExponentialDelays
 from fedloom.errors import Refused
 from fedloom.faults import Faults, Vanished
-from fedloom.folder import Metrics
+from fedloom.metrics import Metrics
 from fedloom.presence import Presence
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.rounds import Rounds

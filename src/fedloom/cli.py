@@ -6,20 +6,18 @@ import runpy
 import sys
 from collections import Counter
 from pathlib import Path
-from statistics import mean
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedloom.errors import Refused
+from fedloom.terminal import resumption, watcher
 
 if TYPE_CHECKING:
     from fedloom.job import Job, Outcome
     from fedloom.run import Run
-    from fedloom.simulate import Observer
-    from fedloom.types import Publish
 
 app = typer.Typer(
     add_completion=False,
@@ -82,11 +80,19 @@ def run(
     seed: Seed = None,
     workers: Who = "1",
     pictures: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")] = True,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with the unfinished run in this folder.")
+    ] = None,
+    keep_updates: Annotated[
+        bool, typer.Option("--keep-updates", help="Keep the clients' answers, for [bold]fedloom replay[/bold].")
+    ] = False,
 ) -> None:
     """Carry out the Run value of a Python file on the virtual clock.
 
     Writes a run folder: manifest.json, metrics.jsonl, trace.jsonl, adapter/ (a PEFT folder) and report.html.
     The file is Python and is executed: run only files you trust.
+
+    A run that was interrupted or killed goes on with the same command and [bold]--resume DIR[/bold], to the same bytes.
 
     Example: [bold]fedloom run experiments/tickets.py --set schedule.cohort_size=2 --workers 2 --out runs/mine[/bold]
     """
@@ -94,11 +100,17 @@ def run(
     from fedloom.train.workers import Workers
 
     Workers.of(workers)  # a slip is told before anything is loaded
+    if resume and out_dir:
+        raise Refused("--out", str(out_dir), "a run goes on in its own folder; give --resume alone")
     value = _overridden(_run_of(file), settings, seed)
-    target = folder.vacant(out_dir or folder.free(Path("runs"), value.name))
-    job = prepare(value)
+    target = resume or folder.vacant(out_dir or folder.free(Path("runs"), value.name))
+    job = prepare(value, resume)
     _introduce(job)
-    outcome = _carry_out(job, target, workers, pictures)
+    try:
+        outcome = _carry_out(job, target, workers, pictures, keep_updates=keep_updates)
+    except KeyboardInterrupt:
+        err.print(f"Go on    {_escaped(resumption(sys.argv, target))}", soft_wrap=True)
+        raise
     _summarise([outcome.folder])
     page = outcome.folder / "report.html" if pictures else f"{sys.argv[0]} report {outcome.folder}"
     out.print(f"\nReport   {page}\nAdapter  {outcome.folder / 'adapter'}", soft_wrap=True)
@@ -118,6 +130,26 @@ def report(
     written = write(folders, target)
     _summarise(folders)
     out.print(f"\nReport   {written}")
+
+
+@app.command()
+def replay(
+    place: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the trace in it.")],
+) -> None:
+    """Feed the events of a run to a fresh server: the same bytes must come out. Nothing is trained and no model is needed.
+
+    The run has to be recorded with [bold]fedloom run FILE --keep-updates[/bold]. Exit code 1 if a line of the trace differs.
+    """
+    from fedloom.replay import replay
+
+    found = replay(place.parent if place.is_file() else place)
+    if found.difference:
+        out.print(
+            f"{found.events} events gave the same bytes, then a difference\n{_escaped(found.difference)}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+    out.print(f"{found.events} events gave the same bytes")
 
 
 @app.command()
@@ -214,46 +246,17 @@ def _introduce(job: Job) -> None:
     fleet = job.server.fleet()
     ranks = Counter(run.plan(profile, fleet).rank for profile in job.profiles.values())
     out.print("Ranks now: " + ", ".join(f"{rank} at {count} clients" for rank, count in sorted(ranks.items())) + "\n")
+    if job.begun:
+        out.print(f"Goes on {job.begun.where}\n")
     for note in job.about()["notes"]:  # type: ignore[attr-defined]
         out.print(f"[yellow]Note[/yellow] {_escaped(note)}\n")
 
 
-def _carry_out(job: Job, folder: Path, workers: str = "1", report: bool = True) -> Outcome:
+def _carry_out(job: Job, folder: Path, workers: str = "1", report: bool = True, **more: Any) -> Outcome:
     """Execute with a progress bar: versions or virtual time, whichever ends the run first, and what it has reached."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[now]}"), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err) as progress:
-        return job.execute(folder, [_watcher(progress, job.run)], workers, report)
-
-
-def _watcher(progress: Progress, run: Run) -> Observer:
-    from fedloom.types import Command, Event, Publish, Reject, Scored, UpdateArrived
-
-    limits = run.limits
-    bar = progress.add_task(f"{type(run.aggregator).__name__:8s}", total=1.0, now="")
-    shown = {"version": f"0/{limits.versions}", "time": "0 virtual s", "uploads": "", "loss": "", "accuracy": ""}
-    seen = {"version": 0, "uploads": 0}
-
-    def watch(now: float, event: Event, commands: list[Command]) -> None:
-        shown["time"] = f"{now:,.0f} virtual s"
-        seen["uploads"] += isinstance(event, UpdateArrived) and not any(isinstance(c, Reject) for c in commands)
-        if isinstance(event, Scored):
-            shown["accuracy"] = f"accuracy {100 * event.metrics['accuracy']:.1f} %"
-        for command in commands:
-            if isinstance(command, Publish):
-                shown["version"] = f"{command.version}/{limits.versions}"
-                shown["loss"] = f"loss {mean(_losses(command)):.3f}"
-                stale = mean(command.version - 1 - update.task.version for update in command.updates)
-                if stale > 0:
-                    shown["uploads"] = f"{seen['uploads']:,} uploads, {stale:.1f} versions stale"
-                seen["version"] = command.version
-        done = max(seen["version"] / limits.versions, now / limits.seconds if limits.seconds else 0.0)
-        progress.update(bar, completed=min(done, 1.0), now="  ".join(filter(None, shown.values())))
-
-    return watch
-
-
-def _losses(publish: Publish) -> list[float]:
-    return [update.result.metrics.get("loss", 0.0) for update in publish.updates]
+        return job.execute(folder, [watcher(progress, job)], workers, report, **more)
 
 
 def _summarise(folders: list[Path]) -> None:

@@ -16,9 +16,12 @@ from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, level, whole
+from fedloom.metrics import Metrics
 from fedloom.places import Places
 from fedloom.presence import Presence
+from fedloom.replay import UPDATES, Archive
 from fedloom.report.html import write as write_report
+from fedloom.resume import LOGS, NAME, SECONDS, Begun, Keeper, Progress, begun, claimed, given, log, restore
 from fedloom.run import Run
 from fedloom.seeds import derive, rng
 from fedloom.server import Server
@@ -59,37 +62,50 @@ class Job:
     server: Server
     kept: Cache = field(default_factory=Cache)
     stays: Stays | None = None
+    begun: Begun | None = None
 
     def execute(
-        self, out: Path, observers: Sequence[Observer] = (), workers: int | str = 1, report: bool = True
+        self,
+        out: Path | None = None,
+        observers: Sequence[Observer] = (),
+        workers: int | str = 1,
+        report: bool = True,
+        checkpoint_seconds: float = SECONDS,
+        keep_updates: bool = False,
     ) -> Outcome:
-        """Simulate to the end and fill the run folder.
+        """Simulate to the end and fill the run folder: a new one at `out`, or the one of the run that goes on.
 
         `workers` is who trains, which the numbers do not depend on: 1 this process, 2 or more local processes over one copy of the
         base, "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
         Without `report` its pictures, a second or two, are left to `fedloom report`.
 
-        Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed".
+        A checkpoint is written every `checkpoint_seconds` (0: after each event). With `keep_updates` the answers themselves are kept
+        beside the trace, so that `fedloom replay` can repeat the server's part.
+
+        Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed". Both, and
+        one that was killed, can go on: `prepare(run, resume=folder).execute()`.
         """
         torch.set_num_threads(self.run.threads)
         asked = Workers.of(workers)
-        out = folder.create(out)
+        out = self._place(out)
         about = {**self.about(), "workers": str(asked)}
-        folder.write_json(out / "manifest.json", {**about, "status": "running", "status_reason": ""})
-        status, reason, scores = "failed", "the process ended without a word", list[Mapping[str, float]]()
-        try:
-            reason = self._simulate(out, observers, asked, scores)
-            status = "finished"
-        except KeyboardInterrupt:
-            status, reason = "interrupted", "stopped by Ctrl-C"
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            self._close(out, {**about, "status": status, "status_reason": reason}, report)
+        with claimed(out):
+            folder.write_json(out / "manifest.json", {**about, "status": "running", "status_reason": ""})
+            status, reason, progress = "failed", "the process ended without a word", Progress()
+            keeper = Keeper(out, given=given(self.run), seconds=checkpoint_seconds)
+            try:
+                reason = self._simulate(keeper, [*observers, *self._archive(out, keep_updates)], asked, progress)
+                status = "finished"
+            except KeyboardInterrupt:
+                status, reason = "interrupted", "stopped by Ctrl-C"
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                self._close(out, {**about, "status": status, "status_reason": reason}, report)
         model = self.server.state.model
-        return Outcome(out, tuple(scores), whole(model.adapter, model.fold))
+        return Outcome(out, tuple(progress.scores), whole(model.adapter, model.fold))
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Figures on the test examples."""
@@ -124,6 +140,7 @@ class Job:
         """The manifest, without the status."""
         settings, shape = manifest.plain(self.run), self.server.shape
         labels = self.split.test.labels
+        notes = manifest.notes(self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules)
         ranks = range(1, self.run.plan.rank.largest + 1)
         return {
             "fedloom": __version__,
@@ -145,37 +162,37 @@ class Job:
             "partition": statistics(self.split.train, self.shards),
             "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
             "baselines": {"majority": max(labels.count(label) for label in set(labels)) / len(labels)},
-            "notes": self._notes(),
+            "notes": self.begun.notes(notes, __version__) if self.begun else notes,
         }
 
-    def _notes(self) -> list[str]:
-        """What a reader of the figures has to know about the method."""
-        rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
-        notes = []
-        if rules.private:
-            sides = " and ".join({"dense": "the head"}.get(side, f"`{side}`") for side in rules.private)
-            notes.append(
-                f"Every client has a model of its own ({sides} stay there): the test accuracy says nothing, read the clients'."
-            )
-        if "dense" in rules.frozen:
-            notes.append("The head is not trained: if the model came without one, it stays random.")
-        return notes
+    def _place(self, out: Path | None) -> Path:
+        """The folder to write: that of the run that goes on, or a new one."""
+        if self.begun is None:
+            return folder.create(out or folder.free(Path("runs"), self.run.name))
+        if out not in (None, self.begun.folder):
+            raise Refused("--out", str(out), f"a run goes on in its own folder, {self.begun.folder}")
+        return self.begun.folder
 
-    def _simulate(
-        self, out: Path, observers: Sequence[Observer], workers: Workers, scores: list[Mapping[str, float]]
-    ) -> str:
+    def _archive(self, out: Path, asked: bool) -> list[Observer]:
+        """Who keeps the answers, if that is asked for now or was when the run was begun."""
+        if not asked and not (out / UPDATES).is_dir():
+            return []
+        return [Archive.of(out / UPDATES, self.server)]
+
+    def _simulate(self, keeper: Keeper, observers: Sequence[Observer], workers: Workers, progress: Progress) -> str:
         def evaluate(model: Model) -> Mapping[str, float]:
-            scores.append(self.evaluate(model))
-            return scores[-1]
+            progress.scores.append(self.evaluate(model))
+            return progress.scores[-1]
 
         def observe(now: float, event: Event, commands: list[Command]) -> None:
             for observer in everyone:
                 observer(now, event, commands)
 
         with ExitStack() as opened:
-            trace = Trace(opened.enter_context((out / "trace.jsonl").open("w", encoding="utf-8")))
-            lines = opened.enter_context((out / "metrics.jsonl").open("w", encoding="utf-8"))
-            metrics = folder.Metrics(lines, Places(self.run.schedule.max_in_flight))
+            sizes = self.begun.sizes if self.begun else dict.fromkeys(LOGS, 0)
+            keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
+            trace = Trace(keeper.logs[0])
+            metrics = Metrics(keeper.logs[1], Places(self.run.schedule.max_in_flight))
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
             engine = self.run.engine or PLAIN
@@ -183,8 +200,18 @@ class Job:
             trainer = opened.enter_context(workers.carrying_out(inner))
             presence = Presence(self.stays, self.run.faults, self.run.seed)
             simulation = Simulation(
-                self.server, trainer, self.run.world, self.profiles, evaluate, observe, self.run.seed, presence
+                self.server,
+                trainer,
+                self.run.world,
+                self.profiles,
+                evaluate,
+                observe,
+                seed=self.run.seed,
+                presence=presence,
+                settled=keeper,
             )
+            keeper.owners = (self.server.state, simulation, metrics, progress)
+            restore(self.begun.values if self.begun else {}, keeper.owners)
             reason = simulation.run()
             for line in self.client_scores(simulation.locals) if self.run.held_out else ():
                 metrics.write(line)
@@ -199,37 +226,40 @@ class Job:
         return line | scores.figures(self.base.labels) | {"base_accuracy": guessed}
 
     def _close(self, out: Path, about: Mapping[str, object], report: bool) -> None:
-        """The final manifest, the adapter of the last version, the report: also for a run that was cut short."""
-        folder.write_json(out / "manifest.json", about)
+        """The adapter of the last version, the final manifest, the report: also for a run that was cut short.
+
+        The manifest says "finished" when all else is there, and until then the run can go on.
+        """
         if self.server.state.version > 0:
             model = self.server.state.model
             save(self.base, level(whole(model.adapter, model.fold)), self.split.train.names, out / "adapter")
+        folder.write_json(out / "manifest.json", about)
+        if about["status"] == "finished":
+            (out / NAME).unlink(missing_ok=True)
         if report:
             write_report([out], out / "report.html")
 
 
-def prepare(run: Run) -> Job:
-    """Load, divide and check everything. Raises Refused with field, value and remedy; nothing is written."""
+def prepare(run: Run, resume: Path | None = None) -> Job:
+    """Load, divide and check everything, for a new run or to go on with the unfinished one in the folder `resume`.
+
+    Raises Refused with field, value and remedy; nothing is written.
+    """
     kinds.check(run)
     need_fresh_answers(run.aggregator, run.schedule)
+    before = begun(resume, run) if resume else None
     torch.set_num_threads(run.threads)
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
     top = run.plan.rank.largest
-    base = load(
-        run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, run.engine or PLAIN
-    )
-    for layer in layers(run.aggregator):
-        check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or top)
-        if getattr(layer, "clients", len(shards)) != len(shards):
-            raise Refused(
-                "aggregator.clients", getattr(layer, "clients", 0), f"the federation has {len(shards)} clients"
-            )
+    engine = before.engine(run.engine or PLAIN) if before else run.engine or PLAIN
+    base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, engine)
+    _check_aggregator(run, base, len(shards))
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
     model = run.aggregator.init(initial(base, top))
     sizes = {shard.client: len(shard.train) for shard in shards}
-    return Job(
+    job = Job(
         run=run,
         split=split,
         shards=tuple(shards),
@@ -249,7 +279,19 @@ def prepare(run: Run) -> Job:
             transfer=run.transfer,
         ),
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
+        begun=before,
     )
+    if before:
+        before.check(job.about())
+    return job
+
+
+def _check_aggregator(run: Run, base: Base, clients: int) -> None:
+    """Raise Refused for a rank that the model is too small for, or another number of clients than there are."""
+    for layer in layers(run.aggregator):
+        check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or run.plan.rank.largest)
+        if getattr(layer, "clients", clients) != clients:
+            raise Refused("aggregator.clients", getattr(layer, "clients", 0), f"the federation has {clients} clients")
 
 
 def _sample(size: int, limit: int | None, seed: int) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ def fits_exactly(value: Any, hint: Any) -> bool:
         return value is None
     if origin is Literal:
         return value in inner
-    if _is_protocol(hint):
+    if is_protocol(hint):
         asked = [name for name in vars(hint) if not name.startswith("_")] + ["__call__"] * ("__call__" in vars(hint))
         return not isinstance(value, type | str) and all(hasattr(value, name) for name in asked)
     if origin is Callable:
@@ -76,5 +76,6 @@ def words(hint: Any, current: object) -> str:
     return f"a value like {type(current).__name__}(...)" if is_dataclass(current) else f"a {(origin or hint).__name__}"
 
 
-def _is_protocol(hint: Any) -> bool:
+def is_protocol(hint: Any) -> bool:
+    """Whether it asks for members and not for a class."""
     return bool(getattr(hint, "_is_protocol", False))

@@ -6,10 +6,13 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+from fedloom.types import Rules
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
@@ -39,20 +42,55 @@ def digest(settings: object) -> str:
 
     What is off (None, False, 0, empty) does not count, so that a new option does not rename all earlier runs.
     """
-    text = json.dumps(_portable(settings), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(portable(settings), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _portable(value: object) -> object:
-    """Absolute paths by their last two parts: what a model or a table is, not where this machine keeps it."""
+def portable(value: object) -> object:
+    """Settings without what is off, and absolute paths by their last two parts: what a table is, not where a machine keeps it."""
     match value:
         case dict():
-            return {key: _portable(item) for key, item in value.items() if item}
+            return {key: portable(item) for key, item in value.items() if item}
         case list():
-            return [_portable(item) for item in value]
+            return [portable(item) for item in value]
         case str() if Path(value).is_absolute():
             return "/".join(Path(value).parts[-2:])
     return value
+
+
+def as_json(value: object) -> Any:
+    """The value as it comes back from a file."""
+    return json.loads(json.dumps(value))
+
+
+def differences(there: object, here: object, path: str = "") -> Iterator[str]:
+    """Where two values of JSON differ, as "field: 5 there, 6 here"."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in [*there, *(name for name in here if name not in there)]:
+            yield from differences(there.get(name), here.get(name), f"{path}.{name}".lstrip("."))
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for number, (one, other) in enumerate(zip(there, here, strict=True)):
+            yield from differences(one, other, f"{path}[{number}]")
+    elif there != here or type(there) is not type(here):
+        yield f"{path}: {_short(there)} there, {_short(here)} here"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def notes(rules: Rules) -> list[str]:
+    """What a reader of the figures has to know about a method with these rules."""
+    found = []
+    if rules.private:
+        sides = " and ".join({"dense": "the head"}.get(side, f"`{side}`") for side in rules.private)
+        found.append(
+            f"Every client has a model of its own ({sides} stay there): the test accuracy says nothing, read the clients'."
+        )
+    if "dense" in rules.frozen:
+        found.append("The head is not trained: if the model came without one, it stays random.")
+    return found
 
 
 def versions() -> dict[str, str]:

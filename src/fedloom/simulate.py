@@ -42,6 +42,10 @@ Evaluator: TypeAlias = Callable[[Model], Mapping[str, float]]
 Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
 
 
+def nothing() -> None:
+    """Between two events there is nothing to do."""
+
+
 @dataclass(slots=True)
 class Simulation:
     """One run on the virtual clock.
@@ -49,6 +53,7 @@ class Simulation:
     `heap` holds events for the server, and what happens to clients (`presence`). `locals` is what stays at each client, `flying` what
     will stay of tasks not yet answered: a task whose answer is refused, cancelled or lost leaves nothing behind, so that client and
     server never disagree on what the client contributed (SCAFFOLD's control variates, residuals of error feedback, private sides).
+    `settled` is called between two events, when all commands are carried out: nothing is under way but what stands in the fields.
     """
 
     server: Server
@@ -63,12 +68,16 @@ class Simulation:
     made: int = 0
     locals: dict[ClientId, Local] = field(default_factory=dict)
     flying: dict[int, Local] = field(default_factory=dict)
+    joined: bool = False
+    settled: Callable[[], None] = nothing
 
     def run(self) -> str:
         """Until the server stops; returns its reason. Raises RuntimeError if nothing can ever happen again."""
-        for client in sorted(self.profiles):
+        for client in () if self.joined else sorted(self.profiles):
             self._step(0.0, Switched(client))
+        self.joined = True
         while True:
+            self.settled()
             if stop := self._step(*self._next()):
                 self._last_scores()
                 return stop.reason

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 import toys
-from fedloom.folder import Metrics
+from fedloom.metrics import Metrics
 from fedloom.places import Places
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.rounds import Rounds

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import toys
-from fedloom import folder
 from fedloom.aggregate.combine import energy_shares
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.fedit import FedIT
@@ -21,6 +20,7 @@ from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.lora import Adapter, Factor, whole
+from fedloom.metrics import Metrics, energy, kept
 from fedloom.places import Places
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
@@ -51,7 +51,7 @@ def by_definition(model: Model, start: Start) -> float:
 def test_it_is_one_minus_the_energy_of_what_is_missing(method: Aggregator, rank: int) -> None:
     model = grown(method)
     start = method.start(model, Budget(rank, 1), seed=7)
-    assert folder.kept(model, start, folder.energy(model)) == pytest.approx(by_definition(model, start), abs=1e-6)
+    assert kept(model, start, energy(model)) == pytest.approx(by_definition(model, start), abs=1e-6)
 
 
 @pytest.mark.parametrize("method", [RaFLoRA(), RaFLoRA(balanced=False), HLoRA(), FlexLoRA()], ids=toys.called)
@@ -59,7 +59,7 @@ def test_a_method_that_cuts_gives_the_energy_of_the_leading_directions(method: A
     model = grown(method)
     shares = energy_shares(model)
     for rank in range(1, RANK + 1):
-        given = folder.kept(model, method.start(model, Budget(rank, 1), seed=7), folder.energy(model))
+        given = kept(model, method.start(model, Budget(rank, 1), seed=7), energy(model))
         assert given == pytest.approx(sum(shares[:rank]), abs=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_a_method_with_a_fold_hands_out_the_whole_model_at_any_rank(method: Aggr
     model = grown(method, rounds)
     for rank in (1, 3, RANK):
         start = method.start(model, Budget(rank, 1), seed=7)
-        assert folder.kept(model, start, folder.energy(model)) == pytest.approx(1, abs=1e-6)
+        assert kept(model, start, energy(model)) == pytest.approx(1, abs=1e-6)
 
 
 def test_a_start_that_is_twice_the_model_holds_nothing_of_it_and_the_opposite_less() -> None:
@@ -77,13 +77,13 @@ def test_a_start_that_is_twice_the_model_holds_nothing_of_it_and_the_opposite_le
     for by, share in ((2.0, 0.0), (-1.0, -3.0), (0.5, 0.75)):
         factors = {name: Factor(f.down, by * f.up) for name, f in model.adapter.factors.items()}
         start = Start(Adapter(factors), "0")
-        assert folder.kept(model, start, folder.energy(model)) == pytest.approx(share, abs=1e-6)
+        assert kept(model, start, energy(model)) == pytest.approx(share, abs=1e-6)
 
 
 def test_a_model_without_energy_has_no_shares() -> None:
     model = FedSA().init(toys.fresh(RANK))
-    assert folder.energy(model) == 0.0
-    assert folder.kept(model, FedSA().start(model, Budget(2, 1), 0), 0.0) is None
+    assert energy(model) == 0.0
+    assert kept(model, FedSA().start(model, Budget(2, 1), 0), 0.0) is None
 
 
 def test_a_fold_costs_nothing_where_it_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,14 +93,14 @@ def test_a_fold_costs_nothing_where_it_is_sent_as_it_is(monkeypatch: pytest.Monk
         model = grown(method, 1, wide=(64, 64))
         assert model.fold is not None
         assert model.fold.factors["wide"].rank > 2 * RANK
-        folder.kept(model, method.start(model, Budget(2, 1), 0), 1.0)
+        kept(model, method.start(model, Budget(2, 1), 0), 1.0)
     assert max(seen) <= 2 * RANK
 
 
 def lines(method: Aggregator, kind: str, rounds: int = 3) -> list[dict[str, Any]]:
     """What the metrics of a small run say."""
     file = io.StringIO()
-    metrics = folder.Metrics(file, Places(3))
+    metrics = Metrics(file, Places(3))
     start = toys.fresh(4)
     server = toys.server(Rounds(3), method, start=start, assign=Plan(RandomRank(1, 4), 2))
     for profile in toys.profiles(3).values():

@@ -15,7 +15,7 @@ import toys
 from fedloom import manifest
 from fedloom.aggregate.averaged import Averaged
 from fedloom.aggregate.fedit import FedIT
-from fedloom.folder import Metrics
+from fedloom.metrics import Metrics
 from fedloom.places import Places
 from fedloom.report import facts, figures_clients, pace, read, summary, tables
 from fedloom.report.html import page

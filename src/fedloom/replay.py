@@ -1,0 +1,141 @@
+"""A recorded run through a fresh server: the same events must give the same bytes. Nothing is trained and no model is loaded.
+
+The trace tells tensors by their sha256. So a run that is to be replayed keeps them beside it: the first model and each answer, in
+`updates/`, in the form of a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import chain, islice
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import torch
+
+from fedloom import checkpoint, codec, manifest
+from fedloom import server as core
+from fedloom.cost import Shape
+from fedloom.errors import Refused
+from fedloom.report.read import read
+from fedloom.server import Limits, Server
+from fedloom.trace import line
+from fedloom.types import Aggregator, Assign, Command, Event, Model, Result, Schedule, UpdateArrived
+from fedloom.values import Malformed, Reader, reachable
+
+UPDATES = "updates"
+START = "start"
+POLICIES = ("aggregate", "schedule", "plan")
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """An observer that keeps the answers, as they arrived, in `folder`; what the server began with is written at once."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, folder: Path, server: Server) -> Archive:
+        """For this server, which has done nothing yet, or goes on with what it did."""
+        folder.mkdir(exist_ok=True)
+        checkpoint.write(folder / f"{START}.safetensors", {"first": server.state.first, "shape": server.shape})
+        return cls(folder)
+
+    def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
+        """One file an answer, also of one that is refused."""
+        if isinstance(event, UpdateArrived):
+            checkpoint.write(self.folder / f"{event.task}.safetensors", {"result": event.result})
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """How many events gave the same bytes, and what was different in the next one ("": nothing)."""
+
+    events: int
+    difference: str = ""
+
+
+def replay(folder: Path, server: Server | None = None) -> Replayed:
+    """Feed the events of the run in `folder` to a fresh server and compare its trace, up to the first difference.
+
+    The server is made from the manifest; give one where the run has policies of its own. A last line that a killed run left
+    unfinished is passed over. Raises Refused where the folder holds no trace or not the answers.
+    """
+    if not (folder / UPDATES / f"{START}.safetensors").is_file():
+        remedy = "its answers were not kept; record a run with `fedloom run FILE --keep-updates`"
+        raise Refused("replay", str(folder), remedy)
+    server = server or fresh(folder)
+    lines = (folder / "trace.jsonl").read_bytes().split(b"\n")[:-1]
+    for number, recorded in enumerate(lines):
+        try:
+            now, event = _event(recorded, folder / UPDATES)
+            made = line(now, event, server.handle(now, event)).encode()
+        except ValueError as error:
+            return Replayed(number, f"line {number + 1}: {error}")
+        if made != recorded:
+            where = "; ".join(islice(manifest.differences(json.loads(recorded), json.loads(made)), 3))
+            told = f"line {number + 1}, {now:g} virtual s, {type(event).__name__}"
+            return Replayed(number, f"{told}: {where or 'the same JSON in other bytes'}")
+    return Replayed(len(lines))
+
+
+def fresh(folder: Path) -> Server:
+    """The server with which the run in `folder` began, from its manifest and what it kept. Raises Refused."""
+    settings = read(folder).manifest["run"]
+    reader = Reader(_names())
+    try:
+        asked = {
+            "aggregator": Aggregator,
+            "schedule": Schedule,
+            "plan": Assign,
+            "limits": Limits,
+            "transfer": codec.Codec | None,
+        }
+        made = {name: reader.read(hint, settings[name]) for name, hint in asked.items()}
+        if manifest.as_json(manifest.plain(made)) != {name: settings[name] for name in asked}:
+            raise Malformed("its manifest does not say all of them")
+        kept = checkpoint.load(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
+    except (Malformed, KeyError, TypeError) as error:
+        remedy = (
+            f"its policies cannot be made from the manifest ({error}); in Python, replay(folder, server) takes your own"
+        )
+        raise Refused("replay", str(folder), remedy) from error
+    torch.set_num_threads(settings["threads"])
+    return Server(
+        kept["first"],
+        made["aggregator"],
+        made["schedule"],
+        made["plan"],
+        shape=kept["shape"],
+        limits=made["limits"],
+        seed=settings["seed"],
+        transfer=made["transfer"],
+    )
+
+
+def _names() -> Mapping[str, Any]:
+    """Classes and functions of the folders of policies, by name; these of the core too."""
+    folders = [import_module(f"fedloom.{name}") for name in POLICIES]
+    modules = [import_module(f"{one.__name__}.{info.name}") for one in folders for info in iter_modules(one.__path__)]
+    things = chain.from_iterable(vars(module).items() for module in (*modules, codec, core))
+    return {name: thing for name, thing in things if callable(thing)}
+
+
+def _event(recorded: bytes, updates: Path) -> tuple[float, Event]:
+    """Time and event of a line of the trace, with the answer itself. Raises ValueError."""
+    told = json.loads(recorded)
+    if not isinstance(told, dict) or not isinstance(told.get("event"), dict):
+        raise Malformed("it tells no event")
+    reader, event = Reader(reachable(Event)), dict(told["event"])
+    now = reader.read(float, told.get("time"))
+    if event.get("type") != UpdateArrived.__name__:
+        return now, reader.read(Event, event)
+    client, task = reader.read(str, event.get("client")), reader.read(int, event.get("task"))
+    file = updates / f"{task}.safetensors"
+    if not file.is_file():
+        raise Malformed(f"the answer to task {task} was not kept")
+    return now, UpdateArrived(client, task, checkpoint.load(file).read({"result": Result})["result"])
