@@ -88,7 +88,7 @@ def test_a_model_without_energy_has_no_shares() -> None:
 
 def test_a_fold_costs_nothing_where_it_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(folder, "_squares", lambda factor: float(seen.append(factor.rank) or 0.0))
+    monkeypatch.setattr("fedloom.metrics._squares", lambda factor: float(seen.append(factor.rank) or 0.0))
     for method in (FLoRA(), FedEx()):
         model = grown(method, 1, wide=(64, 64))
         assert model.fold is not None
