@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from statistics import median
 
 from grid import SHARED, Grid, Line, main
@@ -46,8 +45,9 @@ from fedloom.delays import FAST, SLOWER, DelayClass, DelayClasses, Delays
 from fedloom.types import Aggregator, Schedule
 from fedloom.world import Devices
 
-CLIENTS, IN_FLIGHT, UPLOADS, EVERY = 50, 20, 400, 20
-OURS, FEDAVG, SEMI, STRONG, BEST = "ours", "fedavg", "semi-async", "fedavg-over", ("fedbuff", "fedasync")
+CLIENTS, IN_FLIGHT, UPLOADS, EVERY, STEADY = 50, 20, 400, 20, 4
+"""A target counts as reached with the mean of `STEADY` scores: skewed labels make a single one swing by twenty points."""
+OURS, FEDAVG, SEMI, STRONG, BEST = "ours", "fedavg", "semi-async", "fedavg-over", ("fedbuff", "fedbuff-half", "fedasync")
 DEVICES: dict[str, Devices] = {
     "mild": DelayClasses((FAST, SLOWER, DelayClass("slow", 1.0, 5.0, 8.0)), concentration=None),
     "lognormal": Delays(sigma=1.0, jitter=0.3),
@@ -79,7 +79,7 @@ TASKS: dict[str, Task] = {
             text="text",
             test_text=("title", "description"),
         ),
-        {"iid": 0.78, "dir0.1": 0.72},
+        {"iid": 0.78, "dir0.1": 0.55},
         UPPER,
     ),
 }
@@ -91,18 +91,20 @@ class Method:
 
     schedule: Schedule
     aggregator: Aggregator = field(default_factory=FedIT)
-    rates: tuple[float, float] = (1e-2, 5e-3)
+    rates: tuple[float, float] = (5e-3, 1e-2)
 
 
 METHODS: dict[str, Method] = {
     FEDAVG: Method(Rounds(IN_FLIGHT, weigh=uniform)),
     STRONG: Method(Rounds(IN_FLIGHT, over_selection=1.3, weigh=uniform)),
     SEMI: Method(FedBuff(IN_FLIGHT, waiting=True)),
-    "fedbuff": Method(FedBuff(10)),
+    "fedbuff": Method(FedBuff(10), rates=(5e-3, 5e-3)),
+    "fedbuff-half": Method(FedBuff(10, server_learning_rate=0.5)),
     "fedasync": Method(FedAsync()),
-    "fedfa": Method(FedFa(10)),
-    OURS: Method(Immediate(), Averaged(FedIT())),
+    "fedfa": Method(FedFa(10), rates=(1e-2, 1e-2)),
+    OURS: Method(Immediate(0.2), Averaged(FedIT()), rates=(5e-3, 5e-3)),
 }
+"""Their rates are the best of `fedfa_rates.py`; both server rates of FedBuff are here, because each was best on one split."""
 
 
 def per_version(schedule: Schedule) -> int:
@@ -154,12 +156,13 @@ def target(cell_name: str) -> float:
 
 
 def reached(line: Line) -> tuple[float, float] | None:
-    """Virtual seconds and uploads to the target: when the mean of two scores in a row is there; None if never."""
+    """Virtual seconds and uploads to the target: the middle of the first `STEADY` scores whose mean is there; None if never."""
     goal, curve = target(line["cell"]), line["curve"]
     each = line["uploads"] / curve[-1][0]
-    for (_, _, before), (version, time, after) in pairwise(curve):
-        if (before + after) / 2 >= goal:
-            return time, version * each
+    for first in range(len(curve) - STEADY + 1):
+        versions, times, scores = zip(*curve[first : first + STEADY], strict=True)
+        if sum(scores) / STEADY >= goal:
+            return sum(times) / STEADY, sum(versions) / STEADY * each
     return None
 
 

@@ -21,6 +21,7 @@ from fedloom.delays import Delays, ExponentialDelays
 from fedloom.errors import Refused
 from fedloom.faults import Faults, Vanished
 from fedloom.metrics import Metrics
+from fedloom.places import Places
 from fedloom.presence import Presence
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.rounds import Rounds
@@ -415,7 +416,7 @@ def test_a_cycle_is_as_long_as_it_should_be_and_open_when_it_should(times: list[
 def test_no_table_grows_with_the_events() -> None:
     """Lost and late tasks leave nothing behind, neither here nor in what writes the metrics."""
     halves: tuple[dict[str, int], dict[str, int]] = ({}, {})
-    metrics = Metrics(io.StringIO())
+    metrics = Metrics(io.StringIO(), Places(4))
 
     class Watched(Ledger):
         def __call__(self, now: float, event: Any, commands: list[Any]) -> None:

@@ -52,6 +52,7 @@ from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.codec import Codec
 from fedloom.lora import whole
 from fedloom.metrics import Metrics
+from fedloom.places import Places
 from fedloom.resume import LOGS, NAME, REBUILT, Keeper, Progress, claimed, kept, log, restore
 from fedloom.simulate import Simulation
 from fedloom.trace import Trace, fingerprint
@@ -71,7 +72,20 @@ METHODS: tuple[Aggregator, ...] = (
 PAIRS = list(itertools.product(METHODS, toys.schedules()))
 
 
-OUTSIDE = {"server", "trainer", "world", "profiles", "evaluate", "observe", "seed", "settled", "file"}
+OUTSIDE = {
+    "server",
+    "trainer",
+    "world",
+    "profiles",
+    "evaluate",
+    "observe",
+    "seed",
+    "presence",
+    "settled",
+    "file",
+    "stays",
+    "faults",
+}
 """Fields that are no state, by a list of the test's own."""
 
 
@@ -122,7 +136,11 @@ class Toy:
         with ExitStack() as opened:
             sizes = {name: stored.about[name] if stored else 0 for name in LOGS}
             logs = [opened.enter_context(log(self.folder / name, size)) for name, size in sizes.items()]
-            trace, metrics, count = Trace(logs[0]), Metrics(logs[1]), itertools.count()
+            trace, metrics, count = (
+                Trace(logs[0]),
+                Metrics(logs[1], Places(self.schedule.max_in_flight)),
+                itertools.count(),
+            )
 
             def evaluate(model: Model) -> Mapping[str, float]:
                 progress.scores.append({"loss": toys.Quadratic().loss(whole(model.adapter, model.fold))})
@@ -140,7 +158,7 @@ class Toy:
 
             world, clients = World(jitter=0.3), toys.profiles(6)
             simulation = Simulation(server, Remembering(), world, clients, evaluate, observe, settled=settled)
-            owners = (server.state, simulation, metrics, progress)
+            owners = (server.state, simulation, simulation.presence, metrics, progress)
             keeper = Keeper(self.folder, {"transfer": self.transfer}, 0.0, owners, logs)
             if stored:
                 hints = {name: hint for owner in owners for name, hint in kept(type(owner)).items()}

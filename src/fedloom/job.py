@@ -210,7 +210,7 @@ class Job:
                 presence=presence,
                 settled=keeper,
             )
-            keeper.owners = (self.server.state, simulation, metrics, progress)
+            keeper.owners = (self.server.state, simulation, presence, metrics, progress)
             restore(self.begun.values if self.begun else {}, keeper.owners)
             reason = simulation.run()
             for line in self.client_scores(simulation.locals) if self.run.held_out else ():

@@ -20,6 +20,7 @@ from fedloom import checkpoint, manifest
 from fedloom.errors import Refused
 from fedloom.folder import DRAFT
 from fedloom.metrics import Metrics
+from fedloom.presence import Presence
 from fedloom.report.read import read
 from fedloom.run import Run
 from fedloom.server import State
@@ -46,7 +47,10 @@ class Progress:
 
 REBUILT: Mapping[type, frozenset[str]] = {
     State: frozenset(),
-    Simulation: frozenset({"server", "trainer", "world", "profiles", "evaluate", "observe", "seed", "settled"}),
+    Simulation: frozenset(
+        {"server", "trainer", "world", "profiles", "evaluate", "observe", "seed", "presence", "settled"}
+    ),
+    Presence: frozenset({"stays", "faults", "seed"}),
     Metrics: frozenset({"file"}),
     Progress: frozenset(),
 }
