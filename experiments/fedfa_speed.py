@@ -47,7 +47,13 @@ from fedloom.world import Devices
 
 CLIENTS, IN_FLIGHT, UPLOADS, EVERY, STEADY = 50, 20, 400, 20, 4
 """A target counts as reached with the mean of `STEADY` scores: skewed labels make a single one swing by twenty points."""
-OURS, FEDAVG, SEMI, STRONG, BEST = "ours", "fedavg", "semi-async", "fedavg-over", ("fedbuff", "fedbuff-half", "fedasync")
+OURS, FEDAVG, SEMI, STRONG, BEST = (
+    "ours",
+    "fedavg",
+    "semi-async",
+    "fedavg-over",
+    ("fedbuff", "fedbuff-half", "fedasync"),
+)
 DEVICES: dict[str, Devices] = {
     "mild": DelayClasses((FAST, SLOWER, DelayClass("slow", 1.0, 5.0, 8.0)), concentration=None),
     "lognormal": Delays(sigma=1.0, jitter=0.3),

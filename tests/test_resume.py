@@ -49,10 +49,13 @@ from fedloom import (
 )
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.hetlora import HetLoRA
+from fedloom.availability import Availability
 from fedloom.codec import Codec
+from fedloom.faults import Faults
 from fedloom.lora import whole
 from fedloom.metrics import Metrics
 from fedloom.places import Places
+from fedloom.presence import Presence
 from fedloom.resume import LOGS, NAME, REBUILT, Keeper, Progress, claimed, kept, log, restore
 from fedloom.simulate import Simulation
 from fedloom.trace import Trace, fingerprint
@@ -89,6 +92,10 @@ OUTSIDE = {
 """Fields that are no state, by a list of the test's own."""
 
 
+FAULTS = Faults(dropout=0.15, fail=0.1, back_after=3.0, notice=1.0, late=0.5)
+COMING_AND_GOING = Availability(online=12.0, offline=4.0)
+
+
 class Stopped(Exception):
     """Killed between two events."""
 
@@ -113,6 +120,7 @@ class Toy:
     method: Aggregator
     schedule: Schedule
     transfer: Codec | None
+    unreliable: bool = False
     versions: int = 4
 
     def snapshot(self, name: str, owners: Sequence[Any]) -> None:
@@ -157,8 +165,11 @@ class Toy:
                     raise Stopped
 
             world, clients = World(jitter=0.3), toys.profiles(6)
-            simulation = Simulation(server, Remembering(), world, clients, evaluate, observe, settled=settled)
-            owners = (server.state, simulation, simulation.presence, metrics, progress)
+            presence = Presence(COMING_AND_GOING.of((), 0), FAULTS, 0) if self.unreliable else Presence()
+            simulation = Simulation(
+                server, Remembering(), world, clients, evaluate, observe, presence=presence, settled=settled
+            )
+            owners = (server.state, simulation, presence, metrics, progress)
             keeper = Keeper(self.folder, {"transfer": self.transfer}, 0.0, owners, logs)
             if stored:
                 hints = {name: hint for owner in owners for name, hint in kept(type(owner)).items()}
@@ -193,7 +204,7 @@ def check_stopped(root: Path, toy: Callable[[Path], Toy], stops: Sequence[int]) 
 
 
 @pytest.mark.parametrize("schedule", toys.schedules(), ids=toys.called)
-@given(stops=STOPS, method=st.sampled_from(METHODS), transfer=CODECS)
+@given(stops=STOPS, method=st.sampled_from(METHODS), transfer=CODECS, unreliable=st.booleans())
 @settings(max_examples=3, deadline=None)
 def test_a_run_stopped_between_any_two_events_goes_on_to_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory,
@@ -201,8 +212,12 @@ def test_a_run_stopped_between_any_two_events_goes_on_to_the_same_bytes(
     stops: Sequence[int],
     method: Aggregator,
     transfer: Codec | None,
+    unreliable: bool,
 ) -> None:
-    check_stopped(tmp_path_factory.mktemp("toy"), lambda folder: Toy(folder, method, schedule, transfer), stops)
+    def toy(folder: Path) -> Toy:
+        return Toy(folder, method, schedule, transfer, unreliable)
+
+    check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
 
 
 @pytest.mark.slow
@@ -227,7 +242,7 @@ def test_every_field_is_saved_or_named_as_rebuilt(kind: type) -> None:
         for field in dataclasses.fields(kind)  # type: ignore[arg-type]
     }
     assert REBUILT[kind] <= declared(kind).keys()
-    assert reachable(*kept(kind).values()) or kind is Progress
+    assert reachable(*kept(kind).values()) or kind in (Progress, Presence)
 
 
 # A real run ----------------------------------------------------------------------------------------------------------------
