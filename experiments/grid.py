@@ -139,7 +139,7 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
         "bytes_up_dense": versions[-1]["bytes_up_dense"] if versions else 0,
         "bytes_down": versions[-1]["bytes_down"] if versions else 0,
         "virtual_seconds": versions[-1]["time"] if versions else 0.0,
-        "energy2": sum(versions[-1]["energy"][:2]) if versions else None,
+        "energy2": next((sum(line["energy"][:2]) for line in reversed(versions) if line["energy"]), None),
         "uploads": versions[-1]["uploads"] if versions else 0,
         "waiting": versions[-1]["waiting_seconds"] if versions else 0.0,
         "staleness": statistics.mean(line["staleness"] for line in versions) if versions else 0.0,

@@ -136,4 +136,4 @@ def test_the_names_that_type_checkers_see_are_the_public_ones() -> None:
 
 def test_every_aggregator_and_schedule_is_public() -> None:
     found = toys.classes(fedloom.aggregate, toys.AGGREGATOR) + toys.classes(fedloom.schedule, toys.SCHEDULE)
-    assert all(getattr(fedloom, cls.__name__) is cls for cls in found)
+    assert all(getattr(fedloom, cls.__name__) is cls and cls.__name__ in fedloom.__all__ for cls in found)

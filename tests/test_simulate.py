@@ -24,6 +24,7 @@ from fedloom.aggregate.folded_delta import FoldedDelta
 from fedloom.aggregate.momentum import Momentum
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.rolora import RoLoRA
+from fedloom.errors import Refused
 from fedloom.lora import whole
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
@@ -247,7 +248,7 @@ def test_a_client_that_always_answers_badly_does_not_stop_the_others() -> None:
 
 
 def test_a_federation_in_which_nothing_can_happen_says_so() -> None:
-    with pytest.raises(RuntimeError, match="no idle client"):
+    with pytest.raises(Refused, match="no idle client"):
         run(profiles={})
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedloom.aggregate.ace import ACE
     from fedloom.aggregate.adam import Adam
+    from fedloom.aggregate.averaged import Averaged
     from fedloom.aggregate.ca2fl import CA2FL
     from fedloom.aggregate.clip import Clip
     from fedloom.aggregate.fadas import FADAS
@@ -48,7 +49,12 @@ if TYPE_CHECKING:
     from fedloom.plan.budget import Plan
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
     from fedloom.run import Run
+    from fedloom.schedule.fedasync import FedAsync
+    from fedloom.schedule.fedbuff import FedBuff
+    from fedloom.schedule.fedfa import FedFa
+    from fedloom.schedule.immediate import Immediate
     from fedloom.schedule.rounds import Rounds
+    from fedloom.schedule.staleness import Constant, Hinge, Polynomial
     from fedloom.schedule.weights import by_examples, by_tokens, uniform
     from fedloom.server import Limits, Server
     from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
@@ -71,6 +77,7 @@ _HOMES = {
     "plan.budget": ("Plan",),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
+    "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
     "schedule.weights": ("by_examples", "by_tokens", "uniform"),
     "server": ("Limits", "Server"),
     "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
@@ -90,11 +97,13 @@ __all__ = [
     "Adam",
     "Availability",
     "AvailabilityFile",
+    "Averaged",
     "ByClient",
     "Capabilities",
     "Capability",
     "ClientDirichlet",
     "Clip",
+    "Constant",
     "DelayClass",
     "DelayClasses",
     "Delays",
@@ -105,7 +114,10 @@ __all__ = [
     "ExponentialDelays",
     "FLoRA",
     "Faults",
+    "FedAsync",
+    "FedBuff",
     "FedEx",
+    "FedFa",
     "FedIT",
     "FedPLoRA",
     "FedSA",
@@ -117,7 +129,9 @@ __all__ = [
     "HLoRA",
     "Half",
     "HetLoRA",
+    "Hinge",
     "Hub",
+    "Immediate",
     "Job",
     "LabelDirichlet",
     "Limits",
@@ -127,6 +141,7 @@ __all__ = [
     "Noise",
     "Outcome",
     "Plan",
+    "Polynomial",
     "ProductDelta",
     "QuantityDirichlet",
     "RaFLoRA",

@@ -108,7 +108,7 @@ class AvailabilityFile:
         """Read the file. Raises Refused with line and column, or the entry."""
         file = Listing("availability.path", str(self.path))
         entries = file.read(("client", "active", "inactive", "finish_time"))
-        traces = entries if Path(self.path).suffix == ".json" else _joined(entries)
+        traces = entries if file.is_json else _joined(file, entries)
         own = file.named(traces, clients) if self.by_name else file.dealt(traces, clients, seed)
         cycles = {client: _cycle(file, entry) for client, entry in own.items()}
         if cycles and all(one == NEVER for one in cycles.values()):
@@ -138,11 +138,14 @@ def _times(file: Listing, entry: Entry, column: str) -> list[float]:
     return [file.number(Entry(None, entry.where, {column: one}), column, zero=True) for one in given]
 
 
-def _joined(lines: Sequence[Entry]) -> list[Entry]:
+def _joined(file: Listing, lines: Sequence[Entry]) -> list[Entry]:
     """The lines of each client as one entry with lists, which is how JSON has it."""
     found = dict[ClientId | None, list[Entry]]()
     for line in lines:
-        found.setdefault(line.client, []).append(line)
+        own = found.setdefault(line.client, [])
+        if own and own[0].cells["finish_time"] != line.cells["finish_time"]:
+            raise file.refused(f"{line.where}, finish_time: another than in {own[0].where} for the same client")
+        own.append(line)
     return [
         Entry(
             client,

@@ -43,7 +43,7 @@ class Faults:
         for name in ("dropout_per_second", "notice"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise Refused(f"faults.{name}", getattr(self, name), "0 or a positive number")
-        if self.back_after is not None and not 0 <= self.back_after < math.inf:
+        if self.back_after is not None and not 0 < self.back_after < math.inf:
             raise Refused("faults.back_after", self.back_after, "mean seconds until a client is back, None for never")
 
     def befalls(self, task: Task, seconds: float, seed: int) -> tuple[float, TaskFailed | Vanished] | None:

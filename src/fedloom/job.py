@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fedloom import __version__, folder, kinds, manifest
+from fedloom.aggregate.averaged import published
 from fedloom.aggregate.wrap import layers, need_fresh_answers
 from fedloom.availability import Stays
 from fedloom.data.examples import Split
@@ -35,6 +36,7 @@ from fedloom.train.settings import PLAIN
 from fedloom.train.texts import Encoded, encode
 from fedloom.train.trainer import PeftTrainer, personal
 from fedloom.train.workers import Workers
+from fedloom.transfer import handed
 from fedloom.types import Budget, ClientId, Command, Event, Local, Model, Profile
 
 
@@ -124,7 +126,8 @@ class Job:
         ranks = {client: min(rank, state.pruned.get(client, rank)) for client, rank in asked.items()}
         lines = []
         for rank in sorted(set(ranks.values())):
-            start = self.server.start(Budget(rank, 1), derive(self.run.seed, "final"))
+            start = self.run.aggregator.start(published(state.model), Budget(rank, 1), derive(self.run.seed, "final"))
+            start = handed(start, self.run.transfer)
             members = [shard for shard in self.shards if ranks[shard.client] == rank]
             for group in [[one] for one in members] if start.rules.private else [members]:
                 adapter = personal(start, locals_.get(group[0].client, Local()))
@@ -291,7 +294,11 @@ def _check_aggregator(run: Run, base: Base, clients: int) -> None:
     for layer in layers(run.aggregator):
         check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or run.plan.rank.largest)
         if getattr(layer, "clients", clients) != clients:
-            raise Refused("aggregator.clients", getattr(layer, "clients", 0), f"the federation has {clients} clients")
+            raise Refused(
+                "aggregator.clients",
+                getattr(layer, "clients", 0),
+                f"give clients={clients}, the size of the federation",
+            )
 
 
 def _sample(size: int, limit: int | None, seed: int) -> tuple[int, ...]:

@@ -44,8 +44,6 @@ def fits_exactly(value: Any, hint: Any) -> bool:
         return type(value) is hint
     if hint is type(None):
         return value is None
-    if origin is Literal:
-        return value in inner
     if is_protocol(hint):
         asked = [name for name in vars(hint) if not name.startswith("_")] + ["__call__"] * ("__call__" in vars(hint))
         return not isinstance(value, type | str) and all(hasattr(value, name) for name in asked)
@@ -64,8 +62,6 @@ def words(hint: Any, current: object) -> str:
         return " or ".join(map(repr, inner))
     if origin in (Union, UnionType):
         return " or ".join(words(one, current) for one in inner)
-    if origin is Literal:
-        return " or ".join(repr(one) for one in inner)
     if origin is tuple:
         one = current[0] if isinstance(current, tuple) and current else None
         return {int: "a tuple such as (2, 4, 8)", str: "a tuple such as ('query', 'value')"}.get(

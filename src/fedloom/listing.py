@@ -34,6 +34,11 @@ class Listing:
     field: str
     path: str
 
+    @property
+    def is_json(self) -> bool:
+        """By its name."""
+        return Path(self.path).suffix.lower() == ".json"
+
     def read(self, required: Sequence[str], optional: Sequence[str] = ()) -> list[Entry]:
         """All entries: of a `.json` file {client: {column: value}}, else of a CSV table with a header; at least one."""
         try:
@@ -47,8 +52,7 @@ class Listing:
             raise self.refused(f"cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise self.refused(f"is not UTF-8 text (byte {error.start}); write a CSV table or JSON") from error
-        json_ = Path(self.path).suffix == ".json"
-        entries = self._json(text, required) if json_ else self._table(text, required, optional)
+        entries = self._json(text, required) if self.is_json else self._table(text, required, optional)
         if not entries:
             raise self.refused("there are no entries; give at least one")
         return entries
@@ -61,7 +65,9 @@ class Listing:
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not (0 < number < math.inf or (zero and number == 0)):
-            raise self.refused(f"{entry.where}, {column}: {value!r:.40} must be a positive number")
+            raise self.refused(
+                f"{entry.where}, {column}: {value!r:.40} must be {'0 or ' if zero else ''}a positive number"
+            )
         return number
 
     def dealt(self, entries: Sequence[Entry], clients: Iterable[ClientId], seed: int) -> dict[ClientId, Entry]:

@@ -32,9 +32,6 @@ from fedloom.types import (
     UpdateArrived,
 )
 
-DRAFT = ".draft"
-"""How the name of a file ends that is not written to its end."""
-
 
 def energy(model: Model) -> float:
     """Squared Frobenius norm of adapter and fold together, over all layers, in float64."""

@@ -43,9 +43,9 @@ Happening: TypeAlias = Switched | Vanished | Noticed | Returned
 
 @dataclass(frozen=True, slots=True)
 class After:
-    """What follows: an event for the server, what is to come, and the task whose work is lost with a client away until `back`."""
+    """What follows: events for the server, what is to come, and the task whose work is lost with a client away until `back`."""
 
-    told: Event | None = None
+    told: tuple[Event, ...] = ()
     ahead: tuple[tuple[float, Event | Happening], ...] = ()
     dropped: int | None = None
     back: float = 0.0
@@ -76,12 +76,12 @@ class Presence:
                 self.out[client] = number
                 back = now + self.faults.outage(client, number, self.seed)
                 notice = now + self.faults.notice
-                return After(None, ((notice, Noticed(client, number)), (back, Returned(client))), number, back)
+                return After((), ((notice, Noticed(client, number)), (back, Returned(client))), number, back)
             case Noticed(_, number) if self.out.get(client) == number:
                 return _lost(client, state, now)
             case Returned():
                 del self.out[client]
-                return _joined(now, profile, state) if self._available(client) else NOTHING
+                return _joined(profile, state) if self._available(client) else NOTHING
         return NOTHING
 
     def befalls(self, task: Task, seconds: float) -> tuple[float, TaskFailed | Vanished] | None:
@@ -102,7 +102,7 @@ class Presence:
         if not self._available(client):
             return replace(_lost(client, state, now + length), ahead=ahead)
         reachable = client not in self.out and not _known(client, state)
-        return After(ClientJoined(profile) if reachable else None, ahead)
+        return After((ClientJoined(profile),) if reachable else (), ahead)
 
     def _available(self, client: ClientId) -> bool:
         return self.periods.get(client, 0) % 2 == 0
@@ -112,17 +112,17 @@ def _known(client: ClientId, state: State) -> bool:
     return client in state.working or client in state.idle
 
 
-def _joined(now: float, profile: Profile, state: State) -> After:
+def _joined(profile: Profile, state: State) -> After:
     """Who is back knows nothing of a task that the server believes it at work on, and says so."""
     if profile.client not in state.working:
-        return After(ClientJoined(profile))
+        return After((ClientJoined(profile),))
     _, number = state.working[profile.client]
     failed = TaskFailed(profile.client, number, "the client was cut off and has lost its work")
-    return After(ClientJoined(profile), ((now, failed),))
+    return After((ClientJoined(profile), failed))
 
 
 def _lost(client: ClientId, state: State, back: float) -> After:
     if not _known(client, state):
         return NOTHING
     number = state.working[client][1] if client in state.working else None
-    return After(ClientLost(client), (), number, back)
+    return After((ClientLost(client),), (), number, back)

@@ -65,6 +65,8 @@ def replay(folder: Path, server: Server | None = None) -> Replayed:
     The server is made from the manifest; give one where the run has policies of its own. A last line that a killed run left
     unfinished is passed over. Raises Refused where the folder holds no trace or not the answers.
     """
+    if not (folder / "trace.jsonl").is_file():
+        raise Refused("replay", str(folder), "there is no trace.jsonl in it; give the folder of a run")
     if not (folder / UPDATES / f"{START}.safetensors").is_file():
         remedy = "its answers were not kept; record a run with `fedloom run FILE --keep-updates`"
         raise Refused("replay", str(folder), remedy)

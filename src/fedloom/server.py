@@ -139,6 +139,7 @@ class Server:
         rejected = self._take(event)
         if rejected:
             return [rejected]
+        state.latest = event.client if isinstance(event, UpdateArrived) else None
         if isinstance(event, ClientJoined):
             state.undecided = True
             return []
@@ -207,7 +208,7 @@ class Server:
                     return Reject(client, number, reason)
                 state.arrived.append(Update(task, result, state.bases[number]))
                 self._release(number)
-                state.failures, state.latest = 0, client
+                state.failures = 0
                 rank = server_rank(result.adapter)
                 if rank < task.budget.rank and task.start.rules.pruning:
                     state.pruned[client] = rank

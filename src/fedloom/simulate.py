@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from fedloom.errors import Refused
 from fedloom.faults import Vanished
 from fedloom.presence import Happening, Presence, Switched
 from fedloom.server import Server
@@ -72,7 +73,7 @@ class Simulation:
     settled: Callable[[], None] = nothing
 
     def run(self) -> str:
-        """Until the server stops; returns its reason. Raises RuntimeError if nothing can ever happen again."""
+        """Until the server stops; returns its reason. Raises Refused if nothing can ever happen again."""
         for client in () if self.joined else sorted(self.profiles):
             self._step(0.0, Switched(client))
         self.joined = True
@@ -83,10 +84,12 @@ class Simulation:
                 return stop.reason
 
     def _step(self, now: float, what: Event | Happening) -> Stop | None:
-        event = self._told(now, what) if isinstance(what, Happening) else what
-        return self._tell(now, event) if event else None
+        stop = None
+        for event in self._told(now, what) if isinstance(what, Happening) else (what,):
+            stop = self._tell(now, event) or stop
+        return stop
 
-    def _told(self, now: float, what: Happening) -> Event | None:
+    def _told(self, now: float, what: Happening) -> tuple[Event, ...]:
         """What the server hears of it at once."""
         after = self.presence.happens(now, what, self.profiles[what.client], self.server.state)
         for time, event in after.ahead:
@@ -117,7 +120,8 @@ class Simulation:
             now, _, event = heapq.heappop(self.heap)
             return now, event
         if wake is None:
-            raise RuntimeError("nothing is under way and nobody can be started: the federation has no idle client")
+            remedy = "nothing is under way and nobody can be started: the federation has no idle client, and none will come back"
+            raise Refused("run", len(self.profiles), remedy)
         return wake, TimerFired()
 
     def _carry_out(self, now: float, commands: Iterable[Command]) -> None:

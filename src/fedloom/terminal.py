@@ -29,7 +29,8 @@ def watcher(progress: Progress, job: Job) -> Observer:
     """An observer that moves a bar: versions or virtual time, whichever ends the run first, and what it has reached."""
     from fedloom.types import Publish, Reject, Scored, UpdateArrived
 
-    limits, version, uploads = job.run.limits, job.begun.version if job.begun else 0, 0
+    limits, version = job.run.limits, job.begun.version if job.begun else 0
+    uploads = job.begun.values.get("Metrics.uploads", 0) if job.begun else 0
     bar = progress.add_task(f"{type(job.run.aggregator).__name__:8s}", total=1.0, now="")
     progress.update(bar, completed=version / limits.versions)
     shown = {"version": f"{version}/{limits.versions}", "time": "", "uploads": "", "loss": "", "accuracy": ""}

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from fedloom.lora import Adapter, tensors
-from fedloom.types import Command, Event, Update
+from fedloom.types import Command, Event, Model, Update
 
 _KNOWN: WeakKeyDictionary[Adapter, str] = WeakKeyDictionary()
 
@@ -47,6 +47,9 @@ def shallow(value: object) -> object:
         return f"sha256:{fingerprint(value)}"
     if isinstance(value, Update):
         return value.task.id  # told in full when it arrived
+    if isinstance(value, Model):  # of a wrapper's memory, an adapter a client maybe, one hash for all
+        told = {name: getattr(value, name) for name in _fields(Model) or ()}
+        return {"type": "Model", **told, "memory": _hashed(value.memory)}
     if (names := _fields(kind)) is not None:  # type: ignore[arg-type]  # mypy: a class is not hashable
         return {"type": kind.__name__, **{name: getattr(value, name) for name in names}}
     if isinstance(value, Mapping):
@@ -54,6 +57,13 @@ def shallow(value: object) -> object:
     if isinstance(value, Sequence):
         return list(value)
     raise TypeError(f"{kind.__name__} has no place in a trace, a tensor only inside an adapter")
+
+
+def _hashed(memory: Mapping[str, Adapter]) -> str | None:
+    if not memory:
+        return None
+    told = "".join(f"{name}:{fingerprint(memory[name])};" for name in sorted(memory))
+    return f"sha256:{hashlib.sha256(told.encode()).hexdigest()}"
 
 
 @cache

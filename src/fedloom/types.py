@@ -295,8 +295,9 @@ class Fleet:
 
     A view of the server's own tables, so that making one costs nothing, however many clients there are. `seen` are the
     examples that each client reported with its last accepted answer, `dispatched` the tasks sent to each client so far, `tasks`
-    their sum: who draws from a stream named after it never draws the same twice. `latest` is the client of the last accepted
-    answer, `retained` how many of `arrived` (the first ones) the last merge kept, `first` the model of version 0.
+    their sum: who draws from a stream named after it never draws the same twice. `latest` is the client whose accepted answer this
+    is about (None: something else happened), `retained` how many of `arrived` (the first ones) the last merge kept, `first` the
+    model of version 0.
     """
 
     now: float

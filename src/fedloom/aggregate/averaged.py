@@ -20,7 +20,7 @@ import torch
 
 from fedloom.aggregate.combine import best, dense_mean
 from fedloom.aggregate.product_delta import ProductDelta
-from fedloom.aggregate.wrap import Around, layers, need_method
+from fedloom.aggregate.wrap import Around, forgetting, layers, need_method
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, pad, server_rank
 from fedloom.types import Aggregator, Budget, Merge, Model, Start, Update
@@ -69,8 +69,12 @@ def last(model: Model) -> Model:
     """The version that clients train on."""
     if LAST not in model.memory:
         return model
-    rest = {name: value for name, value in model.memory.items() if name not in (LAST, FOLD, COUNT)}
-    return replace(model, adapter=model.memory[LAST], fold=model.memory.get(FOLD), memory=rest)
+    return replace(published(model), adapter=model.memory[LAST], fold=model.memory.get(FOLD))
+
+
+def published(model: Model) -> Model:
+    """The average alone, as it is scored and exported: a start of it holds directions of the average."""
+    return forgetting(model, LAST, FOLD, COUNT)
 
 
 def _own(update: Update) -> Update:

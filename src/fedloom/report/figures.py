@@ -49,11 +49,7 @@ def legend(figure: Figure, axes: Axes, logs: Sequence[RunLog]) -> None:
 def accuracies(figure: Figure, logs: Sequence[RunLog]) -> str:
     """Test accuracy against what was spent for it: rounds (uploads, where a version is no round), virtual time, bytes sent up."""
     panels = figure.subplots(1, 3, sharey=True)
-    unit = (
-        "upload"
-        if noun(*logs) == "version" and all("uploads" in line for log in logs for line in log.versions)
-        else "round"
-    )
+    unit = measure(logs)
     second, span = scale([number(score.get("time")) for log in logs for score in log.scores], SPANS)
     byte, size = scale([sent for log in logs for sent in spent(log, log.scores, "bytes_up")], BYTES)
     for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):

@@ -78,7 +78,8 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     chance = f"± {100 * facts.margin(score):.1f} points (95 %)" if score else "not measured"
     who = f"{label(worst['client'])} ({label(worst.get('tier'))})" if worst else "not measured"
     energy = spectra[-1]["energy"] if spectra else []
-    none = "the server's product is zero" if log.versions else "no merge yet"
+    told = any(line.get("energy") is not None for line in log.versions)
+    none = "the server's product is zero" if told else "not measured" if log.versions else "no merge yet"
     rank = (f"{facts.effective_rank(energy):.1f}", f"of {len(energy)} directions") if energy else (NONE, none)
     losses = ", ".join(f"{count} {status}" for status, count in sorted(unmerged.items()))
     return (

@@ -29,8 +29,9 @@ class FedFa:
     `delta_rate`: None is FedFa-Param; a number is FedFa-Delta with this server learning rate (1 / `window` is the same step an
     answer as FedBuff with rate 1). `fill`: the window begins filled with the first model ("seed"), or nothing is merged before
     `window` answers are there ("wait"). Answers weigh as `weigh` and, by their age at the merge, `discount` say. `dedup` keeps the
-    latest answer of each client alone. `uploader_goes_on`: whoever answered is started again, and not an idle client drawn
-    at random. Work that would come back more than `max_staleness` versions old is aborted.
+    latest answer of each client alone; a window that is being filled still counts every answer. `uploader_goes_on`: whoever
+    answered is started again, and not an idle client drawn at random. Work that would come back more than `max_staleness`
+    versions old is aborted.
     """
 
     window: int = 10

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedloom.errors import Refused
-from fedloom.schedule.draw import refill
+from fedloom.schedule.draw import draw
 from fedloom.schedule.staleness import CONSTANT, Discount, check_limits, staleness, too_stale
 from fedloom.types import ClientId, Fleet, Merge
 
@@ -49,7 +49,7 @@ class Immediate:
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
         """An idle client for each free place, drawn at random."""
-        return refill(fleet, self.max_in_flight, uploader_goes_on=False)
+        return draw(fleet, self.max_in_flight - len(fleet.busy))
 
     def wake(self, fleet: Fleet) -> float | None:
         """Only answers count."""
