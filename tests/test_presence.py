@@ -145,7 +145,7 @@ def test_two_runs_of_one_seed_write_the_same_trace(schedule: Schedule) -> None:
         dropout=st.sampled_from((0.0, 0.3, 0.7)),
         dropout_per_second=st.sampled_from((0.0, 0.1)),
         fail=st.sampled_from((0.0, 0.2)),
-        back_after=st.sampled_from((0.0, 1.0, 20.0)),
+        back_after=st.sampled_from((0.01, 1.0, 20.0)),
         notice=st.sampled_from((0.0, 1.0, 50.0)),
         late=st.sampled_from((0.0, 0.5, 1.0)),
     ),

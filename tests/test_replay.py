@@ -95,7 +95,7 @@ def test_a_line_that_a_killed_run_left_unfinished_is_passed_over(recorded: Path,
 def test_a_run_without_its_answers_says_how_to_record_them(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="--keep-updates"):
         replay(finished)
-    with pytest.raises(Refused, match="--keep-updates"):
+    with pytest.raises(Refused, match="no trace"):
         replay(tmp_path)
 
 

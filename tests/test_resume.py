@@ -61,6 +61,7 @@ from fedloom.simulate import Simulation
 from fedloom.trace import Trace, fingerprint
 from fedloom.types import Aggregator, Command, Event, Local, Model, Publish, Result, Schedule, Task
 from fedloom.values import declared, reachable
+from pairs import goes_together
 from tiny import tiny_run, toy_rows
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +73,7 @@ METHODS: tuple[Aggregator, ...] = (
     ProductDelta(), FLoRA(), FedEx(), FedSA(), HetLoRA(), Momentum(FedIT()), Scaffold(FedIT(), clients=6),
     Averaged(ProductDelta()), Averaged(FedEx()),
 )  # fmt: skip
-PAIRS = list(itertools.product(METHODS, toys.schedules()))
+PAIRS = [pair for pair in itertools.product(METHODS, toys.schedules()) if goes_together(*pair)]
 
 
 OUTSIDE = {

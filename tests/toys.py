@@ -53,7 +53,7 @@ FLAGGED: dict[ModuleType, tuple[Any, ...]] = {
         FedBuff(buffer_size=2, max_in_flight=5, delay_threshold=1, normalised_weights=True, max_staleness=2),
         FedFa(window=3, max_in_flight=4, dedup=True, fill="wait", uploader_goes_on=True, discount=SQUARE_ROOT),
         FedFa(window=4, max_in_flight=3, delta_rate=0.25, max_staleness=2),
-        Immediate(max_in_flight=3, steady=4, max_staleness=3),
+        Immediate(server_learning_rate=0.2, max_in_flight=3, steady=4, max_staleness=3),
     ),
 }
 """Values of the folders' classes that are worth testing besides the default ones."""

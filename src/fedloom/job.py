@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from fedloom import __version__, folder, kinds, manifest
-from fedloom.aggregate.averaged import published
 from fedloom.aggregate.wrap import layers, need_fresh_answers
 from fedloom.availability import Stays
+from fedloom.clientscores import client_scores
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
@@ -30,14 +30,13 @@ from fedloom.simulate import Observer, Simulation
 from fedloom.trace import Trace
 from fedloom.train.base import Base, check_length, check_rank, initial, load
 from fedloom.train.depth import Cache
-from fedloom.train.evaluate import Scores, score
+from fedloom.train.evaluate import score
 from fedloom.train.export import save
 from fedloom.train.settings import PLAIN
 from fedloom.train.texts import Encoded, encode
-from fedloom.train.trainer import PeftTrainer, personal
+from fedloom.train.trainer import PeftTrainer
 from fedloom.train.workers import Workers
-from fedloom.transfer import handed
-from fedloom.types import Budget, ClientId, Command, Event, Local, Model, Profile
+from fedloom.types import Budget, ClientId, Command, Event, Model, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,30 +113,6 @@ class Job:
         room = self.run.engine.cache if self.run.engine else 0
         scores = score(self.base, model.adapter, self.test_texts, self.tested, model.fold, self.kept, room)
         return {**scores.figures(self.base.labels), "examples": len(self.tested)}
-
-    def client_scores(self, locals_: Mapping[ClientId, Local]) -> list[dict[str, object]]:
-        """For each client: the model that it would run, at its rank, on its held-out part, beside its commonest label's share.
-
-        Clients of one rank are predicted together, so the base is loaded once a rank and not once a client; where something
-        stays private (FedSA), each has a model of its own.
-        """
-        fleet, state = self.server.fleet(), self.server.state
-        asked = {client: self.run.plan(profile, fleet).rank for client, profile in self.profiles.items()}
-        ranks = {client: min(rank, state.pruned.get(client, rank)) for client, rank in asked.items()}
-        lines = []
-        for rank in sorted(set(ranks.values())):
-            start = self.run.aggregator.start(published(state.model), Budget(rank, 1), derive(self.run.seed, "final"))
-            start = handed(start, self.run.transfer)
-            members = [shard for shard in self.shards if ranks[shard.client] == rank]
-            for group in [[one] for one in members] if start.rules.private else [members]:
-                adapter = personal(start, locals_.get(group[0].client, Local()))
-                examples = [i for shard in group for i in shard.held_out]
-                scores, first = score(self.base, adapter, self.train_texts, examples, start.fold), 0
-                for shard in group:
-                    own = scores.at(range(first, first + len(shard.held_out)))
-                    first += len(shard.held_out)
-                    lines.append(self._client_line(shard, rank, own))
-        return sorted(lines, key=lambda line: str(line["client"]))
 
     def about(self) -> dict[str, object]:
         """The manifest, without the status."""
@@ -216,17 +191,9 @@ class Job:
             keeper.owners = (self.server.state, simulation, presence, metrics, progress)
             restore(self.begun.values if self.begun else {}, keeper.owners)
             reason = simulation.run()
-            for line in self.client_scores(simulation.locals) if self.run.held_out else ():
+            for line in client_scores(self, simulation.locals) if self.run.held_out else ():
                 metrics.write(line)
         return reason
-
-    def _client_line(self, shard: Shard, rank: int, scores: Scores) -> dict[str, object]:
-        labels = [self.split.train.labels[i] for i in shard.train]
-        commonest = max(sorted(set(labels)), key=labels.count)
-        guessed = sum(self.split.train.labels[i] == commonest for i in shard.held_out) / len(shard.held_out)
-        line: dict[str, object] = {"kind": "client", "client": shard.client, "tier": self.profiles[shard.client].tier}
-        line |= {"rank": rank, "held_out": len(shard.held_out)}
-        return line | scores.figures(self.base.labels) | {"base_accuracy": guessed}
 
     def _close(self, out: Path, about: Mapping[str, object], report: bool) -> None:
         """The adapter of the last version, the final manifest, the report: also for a run that was cut short.

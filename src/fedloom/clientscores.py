@@ -1,0 +1,51 @@
+"""How good the final model is for each client, on the part of its own examples that was held out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fedloom.aggregate.averaged import published
+from fedloom.data.partition import Shard
+from fedloom.seeds import derive
+from fedloom.train.evaluate import Scores, score
+from fedloom.train.trainer import personal
+from fedloom.transfer import handed
+from fedloom.types import Budget, ClientId, Local
+
+if TYPE_CHECKING:
+    from fedloom.job import Job
+
+
+def client_scores(job: Job, locals_: Mapping[ClientId, Local]) -> list[dict[str, object]]:
+    """For each client: the model that it would run, at its rank, on its held-out part, beside its commonest label's share.
+
+    Clients of one rank are predicted together, so the base is loaded once a rank and not once a client; where something
+    stays private (FedSA), each has a model of its own.
+    """
+    run, fleet, state = job.run, job.server.fleet(), job.server.state
+    asked = {client: run.plan(profile, fleet).rank for client, profile in job.profiles.items()}
+    ranks = {client: min(rank, state.pruned.get(client, rank)) for client, rank in asked.items()}
+    lines = []
+    for rank in sorted(set(ranks.values())):
+        start = run.aggregator.start(published(state.model), Budget(rank, 1), derive(run.seed, "final"))
+        start = handed(start, run.transfer)
+        members = [shard for shard in job.shards if ranks[shard.client] == rank]
+        for group in [[one] for one in members] if start.rules.private else [members]:
+            adapter = personal(start, locals_.get(group[0].client, Local()))
+            examples = [i for shard in group for i in shard.held_out]
+            scores, first = score(job.base, adapter, job.train_texts, examples, start.fold), 0
+            for shard in group:
+                own = scores.at(range(first, first + len(shard.held_out)))
+                first += len(shard.held_out)
+                lines.append(_line(job, shard, rank, own))
+    return sorted(lines, key=lambda line: str(line["client"]))
+
+
+def _line(job: Job, shard: Shard, rank: int, scores: Scores) -> dict[str, object]:
+    labels = [job.split.train.labels[i] for i in shard.train]
+    commonest = max(sorted(set(labels)), key=labels.count)
+    guessed = sum(job.split.train.labels[i] == commonest for i in shard.held_out) / len(shard.held_out)
+    line: dict[str, object] = {"kind": "client", "client": shard.client, "tier": job.profiles[shard.client].tier}
+    line |= {"rank": rank, "held_out": len(shard.held_out)}
+    return line | scores.figures(job.base.labels) | {"base_accuracy": guessed}

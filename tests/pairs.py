@@ -1,0 +1,16 @@
+"""Which aggregators and schedules go together, as the server says."""
+
+from __future__ import annotations
+
+from fedloom.aggregate.wrap import need_fresh_answers
+from fedloom.errors import Refused
+from fedloom.types import Aggregator, Schedule
+
+
+def goes_together(method: Aggregator, schedule: Schedule) -> bool:
+    """Whether this pair makes sense, or is refused."""
+    try:
+        need_fresh_answers(method, schedule)
+    except Refused:
+        return False
+    return True
