@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from fedfa_speed import SPLITS, TASKS, Method, cell, final, reached, start
+from fedfa_speed import SPLITS, Method, cell, final, reached, start
 from grid import Grid, Line, main
 
 from fedloom import Averaged, FedAsync, FedBuff, FedFa, FedIT, Immediate, Limits, Rounds, Run, uniform
@@ -34,7 +34,7 @@ VARIANTS = {
 def tried(name: str, split: str, rate: float, seed: int) -> Run:
     """A variant at a rate, shorter than in the experiment."""
     method = replace(VARIANTS[name], rates=(rate, rate))
-    run = cell(method, TASKS["agnews"], split, "lognormal", f"{name}/{split}@{rate:g}", seed)
+    run = cell(method, split, "lognormal", f"{name}/{split}@{rate:g}", seed)
     versions = run.limits.versions * UPLOADS // 400
     return replace(run, limits=Limits(versions=versions, evaluate_every=run.limits.evaluate_every))
 

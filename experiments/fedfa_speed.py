@@ -3,19 +3,19 @@
     python experiments/fedfa_speed.py [--quick [--cell NAME]] [--summary] [--workers N] [--only PATTERN ...]
 
 50 clients, 20 at work at once, AG News with a small BERT of which LoRA of rank 8 adapts the upper layer, 5 local steps of 16
-texts a task; SST-2 the same; MRPC with MiniLM. IID and label Dirichlet 0.1; three device models: mild and heavy delays in three
-classes (half of the clients, a third, a sixth), and log-normal speeds. Every run ends after as many uploads, and is scored every 20
-uploads. Cells are METHOD/SPLIT/DEVICES, with sst2: or mrpc: before for the other data, and equal: for runs in which every method
-has one learning rate and the same step an upload. Each method's learning rate and its server's rate are the best of a stated
-small grid on a seed of its own (`fedfa_rates.py`).
+texts a task. IID and label Dirichlet 0.1; three device models: mild and heavy delays in three classes (half of the clients, a
+third, a sixth), and log-normal speeds. Every run ends after as many uploads, and is scored every 20 uploads. Cells are
+METHOD/SPLIT/DEVICES. Each method's learning rate and its server's rate are the best of a small grid on a seed of its own
+(`fedfa_rates.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from statistics import median
 
 from grid import SHARED, Grid, Line, main
@@ -39,7 +39,6 @@ from fedloom import (
     Training,
     uniform,
 )
-from fedloom.data.examples import Source
 from fedloom.data.partition import Partition
 from fedloom.delays import FAST, SLOWER, DelayClass, DelayClasses, Delays
 from fedloom.types import Aggregator, Schedule
@@ -64,31 +63,15 @@ UPPER = r".*layer\.1\..*(query|value|dense)"
 """The upper of the two layers: what lies below is computed once a text and kept."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """A data set with its model, and the targets fixed before the runs, by split."""
-
-    model: str
-    data: Source
-    targets: Mapping[str, float]
-    adapted: str
-    max_length: int = 64
-
-
-TINY = str(SHARED / "models" / "bert-tiny-local")
-TASKS: dict[str, Task] = {
-    "agnews": Task(
-        TINY,
-        Table(
-            SHARED / "data" / "agnews" / "train_part.tsv.gz",
-            SHARED / "data" / "agnews" / "test.tsv.gz",
-            text="text",
-            test_text=("title", "description"),
-        ),
-        {"iid": 0.78, "dir0.1": 0.55},
-        UPPER,
-    ),
-}
+MODEL = str(SHARED / "models" / "bert-tiny-local")
+DATA = Table(
+    SHARED / "data" / "agnews" / "train_part.tsv.gz",
+    SHARED / "data" / "agnews" / "test.tsv.gz",
+    text="text",
+    test_text=("title", "description"),
+)
+TARGETS = {"iid": 0.78, "dir0.1": 0.55}
+"""Fixed before the runs, on the tuning seed."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +103,19 @@ def per_version(schedule: Schedule) -> int:
     return schedule.buffer_size if isinstance(schedule, FedBuff) else 1
 
 
-def cell(method: Method, task: Task, split: str, devices: str, name: str, seed: int) -> Run:
+def cell(method: Method, split: str, devices: str, name: str, seed: int) -> Run:
     """One run."""
     uploads = per_version(method.schedule)
     return Run(
-        name=name.replace("/", "-").replace(":", "-"),
-        model=task.model,
-        data=task.data,
+        name=name.replace("/", "-"),
+        model=MODEL,
+        data=DATA,
         partition=SPLITS[split],
         aggregator=method.aggregator,
         schedule=method.schedule,
         plan=Plan(FixedRank(8), 5),
-        lora=LoRA(target_modules=task.adapted, dropout=0.0),
-        training=Training(
-            learning_rate=method.rates[list(SPLITS).index(split)], max_length=task.max_length, keep_moments=False
-        ),
+        lora=LoRA(target_modules=UPPER, dropout=0.0),
+        training=Training(learning_rate=method.rates[list(SPLITS).index(split)], max_length=64, keep_moments=False),
         world=DEVICES[devices],
         limits=Limits(versions=UPLOADS // uploads, evaluate_every=EVERY // uploads),
         held_out=0.0,
@@ -145,36 +126,24 @@ def cell(method: Method, task: Task, split: str, devices: str, name: str, seed: 
 
 def cells() -> dict[str, partial[Run]]:
     """The whole grid by name."""
-    found = {}
-    for data, task in TASKS.items():
-        for name, method in METHODS.items():
-            for split in SPLITS:
-                for devices in DEVICES:
-                    cell_name = f"{'' if data == 'agnews' else data + ':'}{name}/{split}/{devices}"
-                    found[cell_name] = partial(cell, method, task, split, devices, cell_name)
-    return found
-
-
-def target(cell_name: str) -> float:
-    """The accuracy that was fixed for this cell's data and split."""
-    data, _, rest = cell_name.rpartition(":")
-    return TASKS[data or "agnews"].targets[rest.split("/")[1]]
+    names = {
+        f"{name}/{split}/{devices}": (name, split, devices)
+        for name, split, devices in product(METHODS, SPLITS, DEVICES)
+    }
+    return {
+        cell_: partial(cell, METHODS[name], split, devices, cell_) for cell_, (name, split, devices) in names.items()
+    }
 
 
 def reached(line: Line) -> tuple[float, float] | None:
     """Virtual seconds and uploads to the target: the middle of the first `STEADY` scores whose mean is there; None if never."""
-    goal, curve = target(line["cell"]), line["curve"]
+    goal, curve = TARGETS[line["cell"].split("/")[1]], line["curve"]
     each = line["uploads"] / curve[-1][0]
     for first in range(len(curve) - STEADY + 1):
         versions, times, scores = zip(*curve[first : first + STEADY], strict=True)
         if sum(scores) / STEADY >= goal:
             return sum(times) / STEADY, sum(versions) / STEADY * each
     return None
-
-
-def at(line: Line, seconds: float) -> float:
-    """The accuracy of the last version scored by then."""
-    return float([accuracy for _, time, accuracy in line["curve"] if time <= seconds][-1])
 
 
 def final(line: Line) -> float:
@@ -217,16 +186,15 @@ def summary(found: Sequence[Line]) -> Line:
     for name, ratios in pairs.items():
         print(f"{name:20s}", "  ".join(f"{place}: {ratio:g}" for place, ratio in ratios.items()))
     heavy = {name: [r for place, r in ratios.items() if place.endswith("heavy")] for name, ratios in pairs.items()}
-    plain = [line for line in found if ":" not in line["cell"]]
     gaps = [
         100 * (final(one) - final(other))
-        for one in plain
-        for other in plain
+        for one in found
+        for other in found
         if one["cell"].startswith("fedfa/") and other["cell"] == one["cell"].replace("fedfa", FEDAVG, 1)
         if one["seed"] == other["seed"]
     ]
     return {
-        "seeds": len({line["seed"] for line in plain}),
+        "seeds": len({line["seed"] for line in found}),
         "speedup_vs_fedavg": min(heavy["fedfa_vs_fedavg"], default=None),
         "speedup_vs_semi_async": min(heavy["fedfa_vs_semi_async"], default=None),
         "ours_vs_best_async_median": _median(pairs["ours_vs_best_async"].values()),
@@ -234,8 +202,8 @@ def summary(found: Sequence[Line]) -> Line:
         "ours_vs_overselect_median": _median(pairs["ours_vs_overselect"].values()),
         "ours_vs_overselect_min": min(pairs["ours_vs_overselect"].values(), default=None),
         "accuracy_gap_points": _median(gaps),
-        "waiting_seconds": max((line["waiting"] for line in plain if line["cell"].startswith("fedfa/")), default=None),
-        "reached": round(sum(reached(line) is not None for line in plain) / len(plain), 3) if plain else None,
+        "waiting_seconds": max((line["waiting"] for line in found if line["cell"].startswith("fedfa/")), default=None),
+        "reached": round(sum(reached(line) is not None for line in found) / len(found), 3) if found else None,
     }
 
 

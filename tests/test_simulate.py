@@ -66,8 +66,8 @@ every_pair = pytest.mark.parametrize(("method", "schedule"), PAIRS, ids=toys.cal
 QUADRATIC = Quadratic()
 JITTER, FAR = 0.3, 8.0
 LEARNT: dict[type, float] = {Adam: 0.97, FADAS: 1.0, Clip: 0.9, FFA: 0.85, FedSVD: 0.9, Noise: float("inf")}
-"""Squared error to reach where it is not 0.3: steps of 0.005 or 0.001 an entry and version, however far others go; steps of norm 1; rows
-that stay in their random span; noise as large as they."""
+"""Squared error to reach where it is not 0.3: steps of 0.005 or 0.001 an entry and version, however far others go; steps of norm
+1; rows that stay in their random span; noise as large as they."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The command line: demo, run, report, export. An error of the user's is one sentence and exit code 2, without a traceback."""
+"""The command line. An error of the user's is one sentence and exit code 2, without a traceback."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A run that was killed goes on where its last checkpoint stands, and ends in the same bytes as if nothing had happened.
 
-Between two events everything that a run has is in four values: the server's state, the simulation, the metrics' observer and the
-progress of the files. All their fields are saved but those named in `REBUILT`, so a new field needs no line here.
+Between two events everything that a run has is in five values: the server's state, the simulation, who is away, the metrics'
+observer and the scores so far. All their fields are saved but those named in `REBUILT`, so a new field needs no line here.
 """
 
 from __future__ import annotations
