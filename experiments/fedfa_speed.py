@@ -91,7 +91,7 @@ METHODS: dict[str, Method] = {
     "fedbuff-half": Method(FedBuff(10, server_learning_rate=0.5)),
     "fedasync": Method(FedAsync()),
     "fedfa": Method(FedFa(10), rates=(1e-2, 1e-2)),
-    OURS: Method(Immediate(0.2), Averaged(FedIT()), rates=(5e-3, 5e-3)),
+    OURS: Method(Immediate(0.1), Averaged(FedIT()), rates=(5e-3, 5e-3)),
 }
 """Their rates are the best of `fedfa_rates.py`; both server rates of FedBuff are here, because each was best on one split."""
 
