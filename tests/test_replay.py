@@ -89,7 +89,22 @@ def test_a_line_that_a_killed_run_left_unfinished_is_passed_over(recorded: Path,
     out = shutil.copytree(recorded, tmp_path / "out")
     text = (out / "trace.jsonl").read_bytes()
     (out / "trace.jsonl").write_bytes(text[:-30])
+    about = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(about | {"status": "running"}))
     assert replay(out) == Replayed(text.count(b"\n") - 1)
+
+
+@pytest.mark.parametrize("kept", [0, 8])
+@pytest.mark.parametrize("torn", [b"", b'{"time":'])
+def test_a_finished_run_whose_trace_was_cut_off_is_found(
+    recorded: Path, tmp_path: Path, kept: int, torn: bytes
+) -> None:
+    out = shutil.copytree(recorded, tmp_path / "out")
+    lines = (out / "trace.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "trace.jsonl").write_bytes(b"".join(lines[:kept]) + torn)
+    found = replay(out)
+    assert found.events == kept
+    assert "ends early" in found.difference
 
 
 def test_a_run_without_its_answers_says_how_to_record_them(finished: Path, tmp_path: Path) -> None:

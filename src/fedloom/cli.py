@@ -254,8 +254,8 @@ def _introduce(job: Job) -> None:
 
 def _carry_out(job: Job, folder: Path, workers: str = "1", report: bool = True, **more: Any) -> Outcome:
     """Execute with a progress bar: versions or virtual time, whichever ends the run first, and what it has reached."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[now]}"), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(8), TextColumn("{task.fields[now]}"), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
         return job.execute(folder, [watcher(progress, job)], workers, report, **more)
 
 

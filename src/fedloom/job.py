@@ -191,6 +191,9 @@ class Job:
             keeper.owners = (self.server.state, simulation, presence, metrics, progress)
             restore(self.begun.values if self.begun else {}, keeper.owners)
             reason = simulation.run()
+            if self.server.state.failures >= self.run.limits.failures:
+                remedy = f"the run was given up: {reason}. Mend that, or allow for more"
+                raise Refused("limits.failures", self.run.limits.failures, remedy)
             for line in client_scores(self, simulation.locals) if self.run.held_out else ():
                 metrics.write(line)
         return reason

@@ -71,7 +71,7 @@ def replay(folder: Path, server: Server | None = None) -> Replayed:
         remedy = "its answers were not kept; record a run with `fedloom run FILE --keep-updates`"
         raise Refused("replay", str(folder), remedy)
     server = server or fresh(folder)
-    lines = (folder / "trace.jsonl").read_bytes().split(b"\n")[:-1]
+    *lines, torn = (folder / "trace.jsonl").read_bytes().split(b"\n")
     for number, recorded in enumerate(lines):
         try:
             now, event = _event(recorded, folder / UPDATES)
@@ -82,6 +82,11 @@ def replay(folder: Path, server: Server | None = None) -> Replayed:
             where = "; ".join(islice(manifest.differences(json.loads(recorded), json.loads(made)), 3))
             told = f"line {number + 1}, {now:g} virtual s, {type(event).__name__}"
             return Replayed(number, f"{told}: {where or 'the same JSON in other bytes'}")
+    unfinished = json.loads((folder / "manifest.json").read_bytes()).get("status") != "finished"
+    if not unfinished and (torn or not server.state.stopped):
+        return Replayed(
+            len(lines), f"the trace ends early, after line {len(lines)}: the run was finished, and its stop is missing"
+        )
     return Replayed(len(lines))
 
 

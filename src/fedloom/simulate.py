@@ -120,8 +120,11 @@ class Simulation:
             now, _, event = heapq.heappop(self.heap)
             return now, event
         if wake is None:
-            remedy = "nothing is under way and nobody can be started: the federation has no idle client, and none will come back"
-            raise Refused("run", len(self.profiles), remedy)
+            remedy = (
+                "nothing is under way and nobody can be started: the federation has no idle client, and none will "
+                "come back; give faults.back_after or fewer drop-outs, or longer windows of availability"
+            )
+            raise Refused("clients", len(self.profiles), remedy)
         return wake, TimerFired()
 
     def _carry_out(self, now: float, commands: Iterable[Command]) -> None:

@@ -27,28 +27,25 @@ def resumption(arguments: list[str], folder: Path) -> str:
 
 def watcher(progress: Progress, job: Job) -> Observer:
     """An observer that moves a bar: versions or virtual time, whichever ends the run first, and what it has reached."""
-    from fedloom.types import Publish, Reject, Scored, UpdateArrived
+    from fedloom.types import Publish, Scored
 
     limits, version = job.run.limits, job.begun.version if job.begun else 0
-    uploads = job.begun.values.get("Metrics.uploads", 0) if job.begun else 0
     bar = progress.add_task(f"{type(job.run.aggregator).__name__:8s}", total=1.0, now="")
     progress.update(bar, completed=version / limits.versions)
-    shown = {"version": f"{version}/{limits.versions}", "time": "", "uploads": "", "loss": "", "accuracy": ""}
+    shown = {"version": f"{version}/{limits.versions}", "time": "", "accuracy": "", "loss": "", "stale": ""}
 
     def watch(now: float, event: Event, commands: list[Command]) -> None:
-        nonlocal version, uploads
+        nonlocal version
         shown["time"] = f"{now:,.0f} virtual s"
-        uploads += isinstance(event, UpdateArrived) and not any(isinstance(c, Reject) for c in commands)
         if isinstance(event, Scored):
-            shown["accuracy"] = f"accuracy {100 * event.metrics['accuracy']:.1f} %"
+            shown["accuracy"] = f"acc {100 * event.metrics['accuracy']:.1f} %"
         for command in commands:
             if isinstance(command, Publish):
                 version = command.version
                 shown["version"] = f"{version}/{limits.versions}"
-                shown["loss"] = f"loss {mean(u.result.metrics.get('loss', 0.0) for u in command.updates):.3f}"
+                shown["loss"] = f"loss {mean(u.result.metrics.get('loss', 0.0) for u in command.updates):.2f}"
                 stale = mean(version - 1 - update.task.version for update in command.updates)
-                if stale > 0:
-                    shown["uploads"] = f"{uploads:,} uploads, {stale:.1f} versions stale"
+                shown["stale"] = f"{stale:.0f} stale" if stale >= 1 else ""
         done = max(version / limits.versions, now / limits.seconds if limits.seconds else 0.0)
         progress.update(bar, completed=min(done, 1.0), now="  ".join(filter(None, shown.values())))
 

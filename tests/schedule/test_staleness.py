@@ -12,6 +12,7 @@ from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.immediate import Immediate
 from fedloom.schedule.staleness import CONSTANT, SQUARE_ROOT, Discount, Hinge, Polynomial, staleness, too_stale
+from fedloom.train.settings import linear
 from fedloom.types import Schedule
 from schedule.tables import answer, at, task
 
@@ -71,3 +72,11 @@ def test_every_schedule_aborts_with_its_merge(schedule: Schedule) -> None:
 def test_bad_parameters_are_refused_by_name(bad: tuple[type, dict[str, Any]]) -> None:
     with pytest.raises(Refused, match=next(iter(bad[1]))):
         bad[0](**bad[1])
+
+
+@pytest.mark.parametrize("schedule", [FedAsync, FedBuff, FedFa, Immediate])
+@pytest.mark.parametrize("wrong", [linear, lambda staleness: 2.0, lambda staleness: float("nan")])
+def test_what_is_no_function_of_staleness_is_refused(schedule: type, wrong: Discount) -> None:
+    """A curve of learning rates, say: it would weigh stale answers negatively."""
+    with pytest.raises(Refused, match="Hinge"):
+        schedule(discount=wrong)

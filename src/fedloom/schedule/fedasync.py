@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fedloom.errors import Refused
 from fedloom.schedule.draw import refill
-from fedloom.schedule.staleness import SQUARE_ROOT, Discount, check_limits, staleness, too_stale
+from fedloom.schedule.staleness import SQUARE_ROOT, Discount, check_discount, check_limits, staleness, too_stale
 from fedloom.types import ClientId, Fleet, Merge
 
 
@@ -34,6 +34,7 @@ class FedAsync:
         if not 0 < self.mixing <= 1:
             raise Refused("schedule.mixing", self.mixing, "the share of a fresh answer in the new model: in (0, 1]")
         check_limits(self.max_in_flight, self.max_staleness)
+        check_discount(self.discount)
 
     def merge(self, fleet: Fleet) -> Merge | None:
         """The first answer that is there, alone."""

@@ -14,7 +14,7 @@ from math import fsum
 
 from fedloom.errors import Refused
 from fedloom.schedule.draw import refill
-from fedloom.schedule.staleness import SQUARE_ROOT, Discount, check_limits, staleness, too_stale
+from fedloom.schedule.staleness import SQUARE_ROOT, Discount, check_discount, check_limits, staleness, too_stale
 from fedloom.schedule.weights import Weigh, normalised, uniform
 from fedloom.types import ClientId, Fleet, Merge
 
@@ -52,6 +52,7 @@ class FedBuff:
         if self.delay_threshold is not None and self.delay_threshold < 1:
             raise Refused("schedule.delay_threshold", self.delay_threshold, "at least 1 version, or None for one rate")
         check_limits(self.max_in_flight, self.max_staleness)
+        check_discount(self.discount)
 
     def merge(self, fleet: Fleet) -> Merge | None:
         """The changes in the buffer once it is full, or once everybody who could fill it waits."""

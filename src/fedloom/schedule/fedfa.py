@@ -17,7 +17,7 @@ from typing import Literal
 
 from fedloom.errors import Refused
 from fedloom.schedule.draw import refill
-from fedloom.schedule.staleness import CONSTANT, Discount, check_limits, staleness, too_stale
+from fedloom.schedule.staleness import CONSTANT, Discount, check_discount, check_limits, staleness, too_stale
 from fedloom.schedule.weights import Weigh, normalised, uniform
 from fedloom.types import ClientId, Fleet, Merge, Update
 
@@ -55,6 +55,7 @@ class FedFa:
                 "schedule.fill", self.fill, '"seed" begins with the first model, "wait" with `window` answers'
             )
         check_limits(self.max_in_flight, self.max_staleness)
+        check_discount(self.discount)
 
     @property
     def reuses_answers(self) -> bool:

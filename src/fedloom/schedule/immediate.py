@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fedloom.errors import Refused
 from fedloom.schedule.draw import draw
-from fedloom.schedule.staleness import CONSTANT, Discount, check_limits, staleness, too_stale
+from fedloom.schedule.staleness import CONSTANT, Discount, check_discount, check_limits, staleness, too_stale
 from fedloom.types import ClientId, Fleet, Merge
 
 
@@ -36,6 +36,7 @@ class Immediate:
         if self.steady is not None and self.steady < 1:
             raise Refused("schedule.steady", self.steady, "at least 1 version, or None for a rate that stays")
         check_limits(self.max_in_flight, self.max_staleness)
+        check_discount(self.discount)
 
     def merge(self, fleet: Fleet) -> Merge | None:
         """The first answer that is there, alone."""

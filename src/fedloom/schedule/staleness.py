@@ -74,6 +74,14 @@ def too_stale(fleet: Fleet, limit: int | None) -> tuple[int, ...]:
     return tuple(number for number, task in fleet.busy.items() if fleet.version + 1 - task.version > limit)
 
 
+def check_discount(discount: Discount) -> None:
+    """Raise Refused for a function of something else than staleness."""
+    found = [discount(age) for age in (0, 1, 50)]
+    if found[0] != 1 or not all(0 < factor <= 1 for factor in found):
+        remedy = "1 for a fresh answer, then above 0 and at most 1: Constant(), Polynomial(0.5) or Hinge(10, 4)"
+        raise Refused("schedule.discount", discount, remedy)
+
+
 def check_limits(max_in_flight: int, max_staleness: int | None) -> None:
     """Raise Refused for a federation in which nobody could work."""
     if max_in_flight < 1:
