@@ -85,6 +85,7 @@ OUTSIDE = {
     "seed",
     "presence",
     "settled",
+    "pending",
     "file",
     "stays",
     "faults",
@@ -160,6 +161,7 @@ class Toy:
 
             def settled() -> None:
                 if stop(next(count)):
+                    simulation.drain()
                     keeper.write()
                     self.snapshot("before", owners)
                     raise Stopped
