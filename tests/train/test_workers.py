@@ -308,7 +308,7 @@ def test_any_number_of_processes_writes_the_same_bytes(execute: Execute, method:
 def test_a_run_that_starts_one_task_at_a_time_keeps_two_processes_busy(
     execute: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each event of FedFa dispatches one task; checkpoints are written in the middle, faults hit some."""
+    """Each event of FedFa dispatches one task; faults hit some."""
     from fedloom import Faults, FedFa, Limits, World
 
     given: dict[str, Any] = {
@@ -327,7 +327,8 @@ def test_a_run_that_starts_one_task_at_a_time_keeps_two_processes_busy(
     alone = execute(1, **given)
     assert max(busy) == 0
     same_bytes(alone, execute(2, **given))
-    assert busy.count(2) > len(busy) / 2
+    assert max(busy) == 2
+    assert busy.count(2) > len(busy) / 4
 
 
 @pytest.fixture
