@@ -86,6 +86,7 @@ OUTSIDE = {
     "seed",
     "presence",
     "settled",
+    "pending",
     "file",
     "stays",
     "faults",
@@ -161,6 +162,7 @@ class Toy:
 
             def settled() -> None:
                 if stop(next(count)):
+                    simulation.drain()
                     keeper.write()
                     self.snapshot("before", owners)
                     raise Stopped

@@ -173,8 +173,7 @@ class Job:
             metrics = Metrics(keeper.logs[1], Places(self.run.schedule.max_in_flight))
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
-            engine = self.run.engine or PLAIN
-            inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, engine)
+            inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, self.run.engine or PLAIN)
             trainer = opened.enter_context(workers.carrying_out(inner))
             presence = Presence(self.stays, self.run.faults, self.run.seed)
             simulation = Simulation(
@@ -188,8 +187,9 @@ class Job:
                 presence=presence,
                 settled=keeper,
             )
-            keeper.owners = (self.server.state, simulation, presence, metrics, progress)
-            restore(self.begun.values if self.begun else {}, keeper.owners)
+            owners = (self.server.state, simulation, presence, metrics, progress)
+            keeper.owners, keeper.drain = owners, simulation.drain
+            restore(self.begun.values if self.begun else {}, owners)
             reason = simulation.run()
             if self.server.state.failures >= self.run.limits.failures:
                 remedy = f"the run was given up: {reason}. Mend that, or allow for more"

@@ -13,7 +13,7 @@ from typing import TypeAlias
 from fedloom.availability import Stays
 from fedloom.faults import Faults, Vanished
 from fedloom.server import State
-from fedloom.types import ClientId, ClientJoined, ClientLost, Event, Profile, Task, TaskFailed, UpdateArrived
+from fedloom.types import ClientId, ClientJoined, ClientLost, Event, Profile, Task, TaskFailed
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,9 @@ class Presence:
         """What stops this task of so many seconds, and after how many; None: nothing does."""
         return self.faults.befalls(task, seconds, self.seed) if self.faults else None
 
-    def comes_late(self, answer: UpdateArrived) -> bool:
-        """Whether this answer is sent although its task was dropped."""
-        return self.faults is not None and self.faults.comes_late(answer.client, answer.task, self.seed)
+    def comes_late(self, client: ClientId, task: int) -> bool:
+        """Whether the answer to this task is sent although it was dropped."""
+        return self.faults is not None and self.faults.comes_late(client, task, self.seed)
 
     def _switch(self, now: float, profile: Profile, state: State) -> After:
         """Into the next period that has a length."""

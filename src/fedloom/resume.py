@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -24,7 +24,7 @@ from fedloom.presence import Presence
 from fedloom.report.read import read
 from fedloom.run import Run
 from fedloom.server import State
-from fedloom.simulate import Simulation
+from fedloom.simulate import Simulation, nothing
 from fedloom.train.settings import Engine
 from fedloom.values import Malformed, declared
 
@@ -48,13 +48,13 @@ class Progress:
 REBUILT: Mapping[type, frozenset[str]] = {
     State: frozenset(),
     Simulation: frozenset(
-        {"server", "trainer", "world", "profiles", "evaluate", "observe", "seed", "presence", "settled"}
+        {"server", "trainer", "world", "profiles", "evaluate", "observe", "seed", "presence", "settled", "pending"}
     ),
     Presence: frozenset({"stays", "faults", "seed"}),
     Metrics: frozenset({"file"}),
     Progress: frozenset(),
 }
-"""Fields that follow from the run's value, or are the program's own."""
+"""Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`)."""
 
 
 def kept(kind: type) -> dict[str, Any]:
@@ -69,7 +69,10 @@ def given(run: Run) -> dict[str, object]:
 
 @dataclass(slots=True)
 class Keeper:
-    """Writes the checkpoint of a run, called between two events: every `seconds` and in at most 5 % of the time; 0: each time."""
+    """Writes the checkpoint of a run, called between two events: every `seconds` and in at most 5 % of the time; 0: each time.
+
+    `drain` is called before and waits for the answers of all tasks in training. They are needed anyway, so it does not count.
+    """
 
     folder: Path
     given: Mapping[str, object]
@@ -77,6 +80,7 @@ class Keeper:
     owners: Sequence[object] = ()
     logs: Sequence[TextIO] = ()
     due: float | None = None
+    drain: Callable[[], None] = nothing
 
     def __call__(self) -> None:
         """Write one if it is time."""
@@ -84,6 +88,8 @@ class Keeper:
         if self.due is None and self.seconds:
             self.due = now + self.seconds
         if self.due is None or now >= self.due:
+            self.drain()
+            now = time.monotonic()
             self.write()
             took = time.monotonic() - now
             self.due = now + took + (max(self.seconds, took / SHARE - took) if self.seconds else 0.0)

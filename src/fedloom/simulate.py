@@ -1,7 +1,8 @@
 """The virtual-clock driver: a heap of events around the pure core. It carries out commands and decides nothing.
 
-Training really happens, at the moment of dispatch; its result arrives when the device and link models say. Ties in time are
-broken by the order in which events were made, so a run of one seed is one sequence of events.
+Training really happens; its result arrives when the device and link models say, and is waited for when the clock comes to the
+first moment at which it can (`ahead`). Ties in time are broken by the order in which events were made, those of a task at its
+dispatch, so a run of one seed is one sequence of events, whenever its training ended.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from fedloom.ahead import Overlapping, Pending, begun
 from fedloom.errors import Refused
 from fedloom.faults import Vanished
 from fedloom.presence import Happening, Presence, Switched
@@ -51,10 +53,12 @@ def nothing() -> None:
 class Simulation:
     """One run on the virtual clock.
 
-    `heap` holds events for the server, and what happens to clients (`presence`). `locals` is what stays at each client, `flying` what
+    `heap` holds events for the server, and what happens to clients (`presence`); `pending` tasks whose answers are not known yet,
+    each at the first moment at which something of it can happen. `locals` is what stays at each client, `flying` what
     will stay of tasks not yet answered: a task whose answer is refused, cancelled or lost leaves nothing behind, so that client and
     server never disagree on what the client contributed (SCAFFOLD's control variates, residuals of error feedback, private sides).
-    `settled` is called between two events, when all commands are carried out: nothing is under way but what stands in the fields.
+    `settled` is called between two events, when all commands are carried out: nothing is under way but what stands in the fields,
+    and after `drain` nothing but plain values.
     """
 
     server: Server
@@ -71,6 +75,7 @@ class Simulation:
     flying: dict[int, Local] = field(default_factory=dict)
     joined: bool = False
     settled: Callable[[], None] = nothing
+    pending: list[tuple[float, int, Pending]] = field(default_factory=list)
 
     def run(self) -> str:
         """Until the server stops; returns its reason. Raises Refused if nothing can ever happen again."""
@@ -116,6 +121,10 @@ class Simulation:
     def _next(self) -> tuple[float, Event | Happening]:
         """The earliest event, or the timer when the server wants to look before it."""
         wake = self.server.wake()
+        while self.pending and self.pending[0][0] <= min(
+            math.inf if wake is None else wake, self.heap[0][0] if self.heap else math.inf
+        ):
+            self.drain(self.pending[0][0])
         if self.heap and (wake is None or self.heap[0][0] <= wake):
             now, _, event = heapq.heappop(self.heap)
             return now, event
@@ -145,43 +154,89 @@ class Simulation:
         """
         if not dropped:
             return
-        kept, late = list[tuple[float, int, Event | Happening]](), list[tuple[float, UpdateArrived]]()
+        kept, late = list[tuple[float, int, Event | Happening]](), list[tuple[int, float, UpdateArrived | Pending]]()
         for time, order, event in self.heap:
             if not isinstance(event, UpdateArrived | TaskFailed | Vanished) or event.task not in dropped:
                 kept.append((time, order, event))
-            elif isinstance(event, UpdateArrived) and back < math.inf and self.presence.comes_late(event):
-                late.append((max(time, back), event))
+            elif isinstance(event, UpdateArrived) and self._comes_late(event.client, event.task, back):
+                late.append((order, max(time, back), event))
             elif isinstance(event, UpdateArrived):
                 del self.flying[event.task]
-        heapq.heapify(kept)
-        self.heap = kept
-        for time, event in late:
-            self._push(time, event)
+        waiting = [entry for entry in self.pending if entry[2].task.id not in dropped]
+        for time, order, one in self.pending if len(waiting) < len(self.pending) else ():
+            if one.task.id in dropped and self._comes_late(one.task.client, one.task.id, back):
+                late.append((order, max(time, back), replace(one, back=back)))
+        self.heap, self.pending = kept, waiting
+        heapq.heapify(self.heap)
+        heapq.heapify(self.pending)
+        for _, time, what in sorted(late, key=lambda entry: entry[0]):
+            if isinstance(what, Pending):
+                self._wait(time, what)
+            else:
+                self._push(time, what)
+
+    def _comes_late(self, client: ClientId, task: int, back: float) -> bool:
+        return back < math.inf and self.presence.comes_late(client, task)
 
     def _train(self, now: float, cohort: list[Task]) -> None:
+        """Have it trained, and wait for what can happen at once."""
+        turns = [self.server.state.dispatched[task.client] - 1 for task in cohort]
+        least = [self._least(task, turn) for task, turn in zip(cohort, turns, strict=True)]
+        due = [now + self._first(task, seconds) for task, seconds in zip(cohort, least, strict=True)]
         work = [(task, self.locals.get(task.client, Local())) for task in cohort]
-        for (task, before), trained in zip(work, self.trainer.train(work), strict=True):
-            result, local = answered(task, before, *trained)
-            timed = self._timed(task, result)
-            seconds = timed.metrics["seconds"]
-            if task.client in self.presence.out:
-                continue  # the server does not know yet that nobody is there
-            misfortune = self.presence.befalls(task, seconds)
-            if misfortune:
-                self._push(now + misfortune[0], misfortune[1])
-            if not misfortune or isinstance(misfortune[1], Vanished):
-                self.flying[task.id] = local
-                self._push(now + seconds, UpdateArrived(task.client, task.id, timed))
+        answers = begun(self.trainer, work, due)
+        for (task, before), turn, seconds, time, answer in zip(work, turns, least, due, answers, strict=True):
+            if task.client not in self.presence.out:  # else the server does not know yet that nobody is there
+                self._wait(time, Pending(task, before, turn, seconds, answer))
+        self.drain(now)
 
-    def _timed(self, task: Task, result: Result) -> Result:
+    def drain(self, until: float = math.inf) -> None:
+        """Wait for the answers of which something can happen until then; it changes nothing that happens."""
+        while self.pending and self.pending[0][0] <= until:
+            _, order, one = heapq.heappop(self.pending)
+            self._known(order, one)
+
+    def _known(self, order: int, one: Pending) -> None:
+        """Put on the heap what happens of a task, now that its answer is there."""
+        task, (result, local) = one.task, answered(one.task, one.before, *one.answer())
+        timed = self._timed(task, result, one.turn)
+        seconds = timed.metrics["seconds"]
+        if not seconds >= one.least:
+            told = f"{type(self.world).__name__} says that task {task.id} takes {seconds} s, but at least {one.least} s"
+            raise RuntimeError(f"{told} if nothing is sent: time would run backwards")
+        misfortune = self.presence.befalls(task, seconds)
+        if misfortune and one.back is None:
+            self._push(task.sent + misfortune[0], misfortune[1], order)
+        if not misfortune or isinstance(misfortune[1], Vanished):
+            self.flying[task.id] = local
+            arrives = max(task.sent + seconds, one.back or 0.0)
+            self._push(arrives, UpdateArrived(task.client, task.id, timed), order + 1)
+
+    def _least(self, task: Task, turn: int) -> float:
+        """The seconds that a task takes if training changes nothing and so little is sent; 0 if the trainer cannot foresee it."""
+        if not isinstance(self.trainer, Overlapping):
+            return 0.0
+        seconds: float = self._timed(task, self.trainer.least(task), turn).metrics["seconds"]
+        return seconds
+
+    def _first(self, task: Task, least: float) -> float:
+        """The least seconds to its first event: a task that takes longer fails or is cut off no earlier."""
+        misfortune = self.presence.befalls(task, least)
+        return min(misfortune[0], least) if misfortune else least
+
+    def _timed(self, task: Task, result: Result, turn: int) -> Result:
         """The result with the virtual seconds that it took, as a real client would report them."""
-        turn = self.server.state.dispatched[task.client] - 1
         took = self.world.seconds(task, result, self.profiles[task.client], self.server.shape, self.seed, turn)
         parts = {"seconds_down": took.down, "seconds_train": took.train, "seconds_up": took.up}
         return replace(result, metrics={**result.metrics, "seconds": took.total, **parts})
 
-    def _push(self, time: float, event: Event | Happening) -> None:
+    def _wait(self, time: float, one: Pending) -> None:
+        """From this moment on; two numbers are kept for its events."""
+        heapq.heappush(self.pending, (time, self.made, one))
+        self.made += 2
+
+    def _push(self, time: float, event: Event | Happening, order: int | None = None) -> None:
         if time == math.inf:
             return  # never
-        heapq.heappush(self.heap, (time, self.made, event))
-        self.made += 1
+        heapq.heappush(self.heap, (time, self.made if order is None else order, event))
+        self.made += order is None

@@ -35,7 +35,11 @@ class Devices(Protocol):
         ...
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """How long this task takes this client, whose `turn`-th task it is (from 0): a function of its arguments alone."""
+        """How long this task takes this client, whose `turn`-th task it is (from 0): a function of its arguments alone.
+
+        It is asked before training too, for an answer with no metrics that changed nothing, and must say no more then: the
+        simulation waits for the real answer at that moment (`ahead`).
+        """
         ...
 
 

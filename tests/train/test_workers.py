@@ -273,9 +273,10 @@ def execute(encoder: Path, tmp_path: Path) -> Execute:
     import fedloom
     from tiny import tiny_run
 
-    def call(told: int | str, method: str = "ProductDelta()") -> Path:
+    def call(told: int | str, method: str = "ProductDelta()", **more: Any) -> Path:
         aggregator: Aggregator = eval(method, vars(fedloom) | {n: getattr(fedloom, n) for n in fedloom.__all__})
-        run = tiny_run(encoder, seed=5, aggregator=aggregator, engine=None)  # so that a cohort is more than one group
+        # without an engine, so that a cohort is more than one group
+        run = tiny_run(encoder, seed=5, aggregator=aggregator, engine=None, **more)
         return fedloom.prepare(run).execute(tmp_path / f"{method}-{told}", workers=told).folder
 
     return call
@@ -301,6 +302,33 @@ def test_any_number_of_processes_writes_the_same_bytes(execute: Execute, method:
         assert manifest(alone)["workers"] == "1"
         assert manifest(together)["workers"] == str(count)
         assert manifest(alone)["run_hash"] == manifest(together)["run_hash"]
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_one_task_at_a_time_keeps_two_processes_busy(
+    execute: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each event of FedFa dispatches one task; faults hit some."""
+    from fedloom import Faults, FedFa, Limits, World
+
+    given: dict[str, Any] = {
+        "schedule": FedFa(window=3, max_in_flight=5),
+        "limits": Limits(versions=8),
+        "world": World(),
+    }
+    given["faults"] = Faults(dropout=0.1, back_after=1.0, late=0.5)
+    busy, collect = [0], Cohorts._collect
+
+    def watched(self: Cohorts, seconds: float | None = None) -> None:
+        collect(self, seconds)
+        busy.append(len(self.running))
+
+    monkeypatch.setattr(Cohorts, "_collect", watched)
+    alone = execute(1, **given)
+    assert max(busy) == 0
+    same_bytes(alone, execute(2, **given))
+    assert max(busy) == 2
+    assert busy.count(2) > len(busy) / 4
 
 
 @pytest.fixture

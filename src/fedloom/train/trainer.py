@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fedloom.ahead import Answer
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, each, server_rank
 from fedloom.train import convert, depth, objective, together
@@ -57,6 +59,17 @@ class PeftTrainer:
                 found.append([(task, local)])
             last = known
         return [*found]
+
+    def least(self, task: Task) -> Result:
+        """The answer if training changed nothing."""
+        tokens = sum(sum(self.texts.lengths(batch)) for batch in self._plan(task))
+        examples = len(self.shards[task.client])
+        return Result(task.start.train, examples, tokens, task.budget.steps, control=task.start.control)
+
+    def begin(self, work: Sequence[tuple[Task, Local]], due: Sequence[float]) -> Sequence[Answer]:
+        """Each group is trained when the first of its answers is asked for; one that nobody asks for is not."""
+        groups = [(group, cache(partial(self.group, group))) for group in self.groups(work)]
+        return [partial(_nth, answers, k) for group, answers in groups for k in range(len(group))]
 
     def group(self, work: Group) -> list[tuple[Result, Local]]:
         """Carry out one group."""
@@ -220,6 +233,10 @@ class PeftTrainer:
             if name in local.moments:
                 optimiser.state[weight] = {key: value.clone() for key, value in local.moments[name].items()}
         return optimiser
+
+
+def _nth(answers: Callable[[], Sequence[tuple[Result, Local]]], number: int) -> tuple[Result, Local]:
+    return answers()[number]
 
 
 def personal(start: Start, local: Local) -> Adapter:

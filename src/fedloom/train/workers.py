@@ -7,16 +7,21 @@ So the choice belongs to the execution of a run and is no part of what the run i
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import traceback
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pickle import PicklingError
 from typing import Protocol, TypeAlias
+from weakref import ref
 
+from fedloom.ahead import Answer
 from fedloom.errors import Refused
 from fedloom.train.ship import dumps, loads
 from fedloom.types import Local, Result, Task, Trainer
@@ -79,6 +84,10 @@ class Divisible(Trainer, Protocol):
         """The units of work, in order. They follow from the work alone, not from who will train."""
         ...
 
+    def least(self, task: Task) -> Result:
+        """The answer if training changed nothing, see `Overlapping`."""
+        ...
+
 
 class Worker(Protocol):
     """One place where groups are trained, one after the other, with the base already there."""
@@ -114,28 +123,51 @@ class Crew(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Job:
+    """A group on its way: the answers when they are there, or the error in their place. It is wanted as long as somebody holds it."""
+
+    group: Group
+    deaths: int = 0
+    answers: Answers | Exception | None = None
+
+
 @dataclass(slots=True)
 class Cohorts:
-    """A trainer that divides each cohort over workers.
+    """A trainer that divides work over workers, and begins with a task before its answer is needed.
 
-    They are started at the first cohort of more than one group, so a run that trains one client at a time pays for none; such
-    a single group is trained here. A worker that dies is replaced and its group trained again: nothing of it had counted.
-    Groups are started in the order of the cohort, each when a worker is free. A schedule that dispatches one task per event
-    would need `train` to return futures, awaited when the virtual clock reaches their arrival; `Worker.submit` gives them.
+    They are started when a second group is there to be trained, so a run that trains one client at a time pays for none; such
+    a single group is trained here. What is due first is trained first, each group when a worker is free, and what nobody waits
+    for any more not at all. A worker that dies is replaced and its group trained again: nothing of it had counted.
+    Nobody but the caller's thread hands out work: a worker that is done while that thread merges or scores rests until it is back.
     """
 
     inner: Divisible
     asked: Workers
     crew: Crew | None = None
     staff: list[Worker] = field(default_factory=list)
+    free: deque[Worker] = field(default_factory=deque)
+    todo: list[tuple[float, int, ref[Job]]] = field(default_factory=list)
+    running: dict[Future[bytes], tuple[Job, Worker]] = field(default_factory=dict)
+    made: int = 0
 
     def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
         """The cohort's results in its order."""
-        parts = self.inner.groups(work)
-        if len(parts) < 2:
+        if len(self.inner.groups(work)) < 2:
             return self.inner.train(work)
-        done = self._done(parts)
-        return [pair for number in range(len(parts)) for pair in done[number]]
+        return [answer() for answer in self.begin(work, [0.0] * len(work))]
+
+    def least(self, task: Task) -> Result:
+        """As the trainer itself."""
+        return self.inner.least(task)
+
+    def begin(self, work: Sequence[tuple[Task, Local]], due: Sequence[float]) -> Sequence[Answer]:
+        """The cohort's answers; its groups are trained in the order in which all that is asked for is due."""
+        times, jobs = iter(due), [Job(group) for group in self.inner.groups(work)]
+        for job in jobs:
+            self._put(min(islice(times, len(job.group))), job)
+        self._collect(0.0)
+        return [partial(self._answer, job, k) for job in jobs for k in range(len(job.group))]
 
     @contextmanager
     def closing(self) -> Iterator[Cohorts]:
@@ -148,29 +180,50 @@ class Cohorts:
             if self.crew is not None:
                 self.crew.close()
 
-    def _done(self, parts: Sequence[Group]) -> Mapping[int, Answers]:
+    def _answer(self, job: Job, number: int) -> tuple[Result, Local]:
+        while job.answers is None:
+            if self.running:
+                self._collect()
+            else:
+                job.answers = self.inner.train(job.group)
+        if isinstance(job.answers, Exception):
+            raise job.answers
+        return job.answers[number]
+
+    def _put(self, due: float, job: Job) -> None:
+        self.todo.append((due, self.made, ref(job)))
+        self.made += 1
+
+    def _collect(self, seconds: float | None = None) -> None:
+        """Take what is done, waiting so long for the first (None: for ever), and give the free workers what is due."""
+        for future in wait(self.running, seconds, FIRST_COMPLETED).done:
+            job, worker = self.running.pop(future)
+            assert self.crew is not None
+            try:
+                job.answers = loads(future.result())
+            except self.crew.died as error:
+                worker, job.deaths = self._replaced(worker), job.deaths + 1
+                if job.deaths == DEATHS:
+                    job.answers = self._given_up(job.group, error)
+                self._put(-math.inf, job)
+            self.free.append(worker)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        wanted = [(job, entry) for entry in self.todo if (job := entry[2]()) and job.answers is None]
+        self.todo = sorted(entry for _, entry in wanted)
+        if not self.staff and len(wanted) < 2:
+            return
         crew = self.crew = self.crew or _crew(self.inner, self.asked)
-        while len(self.staff) < min(crew.size, len(parts)):
-            self.staff.append(crew.hire())
-        todo, free = deque(range(len(parts))), deque(self.staff)
-        running: dict[Future[bytes], tuple[int, Worker]] = {}
-        done, deaths = dict[int, Answers](), Counter[int]()
-        while len(done) < len(parts):
-            while todo and free:
-                number, worker = todo.popleft(), free.popleft()
-                running[worker.submit(dumps(parts[number]))] = number, worker
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number, worker = running.pop(future)
-                try:
-                    done[number] = _answers(future.result())
-                except crew.died as error:
-                    deaths[number] += 1
-                    if deaths[number] == DEATHS:
-                        raise self._given_up(parts[number], error) from error
-                    worker = self._replaced(worker)
-                    todo.appendleft(number)
-                free.append(worker)
-        return done
+        while self.todo and (self.free or len(self.staff) < crew.size):
+            job = self.todo.pop(0)[2]()
+            assert job is not None  # `wanted` holds it
+            group = dumps(job.group)
+            if not self.free:
+                self.staff.append(crew.hire())
+                self.free.append(self.staff[-1])
+            worker = self.free.popleft()
+            self.running[worker.submit(group)] = job, worker
 
     def _replaced(self, dead: Worker) -> Worker:
         assert self.crew is not None
@@ -196,13 +249,6 @@ def carry_out(trainer: Trainer, group: bytes) -> bytes:
         except Exception:  # it does not survive the way; its words do
             return dumps(RuntimeError(f"{type(error).__name__}: {error}"))
         return answer
-
-
-def _answers(answer: bytes) -> Answers:
-    made: Answers | Exception = loads(answer)
-    if isinstance(made, Exception):
-        raise made
-    return made
 
 
 def _crew(trainer: Trainer, asked: Workers) -> Crew:
