@@ -149,4 +149,4 @@ class Hasty(Delays):
 
 def test_a_bound_that_is_too_large_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"Hasty says that task \d+ takes .* time would run backwards"):
-        simulation(toys.server(FedFa(3, 4)), Log(), Early(random.Random(0)), world=Hasty()).run()
+        simulation(toys.server(FedFa(3, 4), start=toys.fresh(4)), Log(), Early(random.Random(0)), world=Hasty()).run()
