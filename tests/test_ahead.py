@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import toys
 from fedloom import FedFa, Limits, Plan, RandomRank, Rounds, World
 from fedloom.ahead import Answer
-from fedloom.availability import Availability
+from fedloom.availability import Availability, Traced
 from fedloom.delays import DelayClasses, Delays, ExponentialDelays
 from fedloom.faults import Faults
 from fedloom.presence import Presence
@@ -94,7 +94,7 @@ def trace(trainer: Trainer, schedule: Schedule, world: Devices, seed: int, **mor
     log, faults, drains = Log(), more.get("faults"), more.get("drains", 0)
     limits = Limits(versions=6, seconds=60.0, failures=30, evaluate_every=3)
     server = toys.server(schedule, start=toys.fresh(4), assign=Plan(RandomRank(2, 4), 1), limits=limits, seed=seed)
-    stays = Availability(online=12.0, offline=4.0).of((), seed) if more.get("leaving") else None
+    stays = more.get("stays") or (Availability(online=12.0, offline=4.0).of((), seed) if more.get("leaving") else None)
     one = simulation(server, log, trainer, world=world, seed=seed, presence=Presence(stays, faults, seed))
     one.profiles = {p.client: p for p in world.profiles(dict.fromkeys(one.profiles, 10), seed)}
     count = iter(range(10**9))
@@ -123,6 +123,17 @@ def test_the_trace_is_that_of_training_at_dispatch(
     assert len(set(early.trained)) == len(early.trained)
 
 
+def test_ties_are_broken_by_the_moment_of_dispatch() -> None:
+    """All tasks take 1 s; clients come and go at quarters, so windows change, made later, at the moment of an answer."""
+    stays = Traced({f"c{k}": (0.25 * (k + 1), 0.25, 0.5, 0.25 * k + 0.25) for k in range(6)})
+    for schedule in toys.schedules():
+        traces = [
+            trace(one, schedule, Delays(sigma=0.0), 0, stays=stays).traced()
+            for one in (Remembering(), Early(random.Random(0), 0.0))
+        ]
+        assert traces[0] == traces[1], schedule
+
+
 def test_many_tasks_are_in_training_at_once_although_each_event_starts_one() -> None:
     for world in (Delays(), World()):
         early = Early(random.Random(0), 0.0)
@@ -149,4 +160,4 @@ class Hasty(Delays):
 
 def test_a_bound_that_is_too_large_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"Hasty says that task \d+ takes .* time would run backwards"):
-        simulation(toys.server(FedFa(3, 4)), Log(), Early(random.Random(0)), world=Hasty()).run()
+        simulation(toys.server(FedFa(3, 4), start=toys.fresh(4)), Log(), Early(random.Random(0)), world=Hasty()).run()
