@@ -32,7 +32,9 @@ class Immediate:
 
     def __post_init__(self) -> None:
         if not 0 < self.server_learning_rate <= 1:
-            raise Refused("schedule.server_learning_rate", self.server_learning_rate, "in (0, 1]; times max_in_flight at most about 2")
+            raise Refused(
+                "schedule.server_learning_rate", self.server_learning_rate, "in (0, 1], at most about 2 / max_in_flight"
+            )
         if self.steady is not None and self.steady < 1:
             raise Refused("schedule.steady", self.steady, "at least 1 version, or None for a rate that stays")
         check_limits(self.max_in_flight, self.max_staleness)
