@@ -339,5 +339,7 @@ def test_the_storm_sees_tensors() -> None:
     """The snapshot would notice one changed bit of the model."""
     server = toys.server()
     before = snapshot(server)
-    next(iter(server.state.model.adapter.factors.values())).up[0, 0] += torch.tensor(1e-3)
+    adapter = server.state.model.adapter
+    changed = {name: Factor(f.down, f.up + torch.tensor(1e-3)) for name, f in adapter.factors.items()}
+    server.state.model = dataclasses.replace(server.state.model, adapter=Adapter(changed, adapter.dense))
     assert snapshot(server) != before
