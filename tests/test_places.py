@@ -139,7 +139,7 @@ def told(trace: str) -> tuple[dict[int, Life], dict[int, tuple[list[int], int]],
             if command["type"] == "Cancel":
                 lives[command["task"]].ended = now
             if command["type"] == "Publish":
-                numbers = [update["task"] for update in command["updates"]]
+                numbers = list(command["updates"])
                 versions[command["version"]] = numbers, sum(life.answered is not None for life in lives.values())
                 for number in numbers:
                     lives[number].merged = lives[number].merged or (command["version"], now)
