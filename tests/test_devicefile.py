@@ -177,7 +177,7 @@ def test_a_mistake_in_fedscale_devices_is_told(write: Callable[..., Path], given
         ({"active": [400, 700]}, "must alternate and grow"),
         ({"active": [100]}, "must alternate and grow"),
         ({"active": 5}, "active: give a list of seconds"),
-        ({"inactive": [300, "x"]}, "client '7', inactive: 'x' must be a positive number"),
+        ({"inactive": [300, "x"]}, "client '7', inactive: 'x' must be 0 or a positive number"),
         ({"inactive": [300, -9]}, "inactive: -9 must be"),
         ({"finish_time": 0}, "client '7', finish_time: 0 must be"),
         ({"active": [], "inactive": []}, "none of the clients is ever available"),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 GAIN = 1.15
@@ -46,8 +47,14 @@ def fastest() -> str:
 
 
 def install(model: nn.Module, bfloat16: bool = False) -> int:
-    """Let every frozen `nn.Linear` of the model compute through oneDNN, or in bfloat16; returns how many there are."""
-    frozen = [m for m in model.modules() if type(m) is nn.Linear and not m.weight.requires_grad]
+    """Let every frozen `nn.Linear` of the model compute through oneDNN, or in bfloat16; returns how many there are.
+
+    Not a head that PEFT keeps beside its trained copies: it is what each further copy is made of.
+    """
+    heads = [m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    spared = {id(inner) for head in heads for inner in head.modules()}
+    linear = [m for m in model.modules() if type(m) is nn.Linear and id(m) not in spared]
+    frozen = [m for m in linear if not m.weight.requires_grad]
     for layer in frozen:
         layer.__class__ = HalfLinear if bfloat16 else FrozenLinear  # it stays the module that peft and state dicts know
         if bfloat16:
