@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fedloom.faults import Faults
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
+    from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth, FullDepth
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
     from fedloom.run import Run
     from fedloom.schedule.fedasync import FedAsync
@@ -75,6 +76,7 @@ _HOMES = {
     "faults": ("Faults",),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
+    "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth", "FullDepth"),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
     "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
@@ -108,6 +110,8 @@ __all__ = [
     "DelayClasses",
     "Delays",
     "DeltaInt8",
+    "DepthByCapability",
+    "DepthByMemory",
     "DeviceFile",
     "Engine",
     "Exact",
@@ -123,9 +127,11 @@ __all__ = [
     "FedSA",
     "FedSVD",
     "FedScaleDevices",
+    "FixedDepth",
     "FixedRank",
     "FlexLoRA",
     "FoldedDelta",
+    "FullDepth",
     "HLoRA",
     "Half",
     "HetLoRA",

@@ -66,10 +66,13 @@ class Averaged(Around):
 
 
 def last(model: Model) -> Model:
-    """The version that clients train on."""
+    """The version that clients train on; a layer that is in no average yet is what it was."""
     if LAST not in model.memory:
         return model
-    return replace(published(model), adapter=model.memory[LAST], fold=model.memory.get(FOLD))
+    version = model.memory[LAST]
+    if version.factors.keys() != model.adapter.factors.keys():
+        version = Adapter({**model.adapter.factors, **version.factors}, version.dense)
+    return replace(published(model), adapter=version, fold=model.memory.get(FOLD))
 
 
 def published(model: Model) -> Model:

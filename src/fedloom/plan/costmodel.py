@@ -3,8 +3,8 @@
 Source: the estimates of HierFedLoRA (arXiv 2503.21213, as rebuilt in methods 4b.2): a step costs t(d) = a + b d seconds, forward
 through all blocks and backward through the top d, and what is known of a client follows what is seen by x <- 0.8 x + 0.2 x_obs. The
 line through depths is least squares under the same weights, so a client that became slower is followed at every depth. Where one
-depth alone was seen the slope is that of the model's FLOP; with kept activations, where it is steeper, a second depth tells. Links are
-averaged as seconds a byte, not bytes a second: of a bandwidth that changes all the time, that is what predicts the time.
+depth alone was seen the slope is that of the model's FLOP; with kept activations, where it is steeper, a second depth tells. Links
+are averaged as seconds a byte, not bytes a second: of a bandwidth that changes all the time, that is what predicts the time.
 
 Sizes need no learning: bytes up are `Shape.payload(rank, depth)`, bytes down `Shape.payload(rank)` at any depth (the layers below
 travel in the fold), memory is `Shape.train_memory(rank, batch_tokens, depth)`.
