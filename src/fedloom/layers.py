@@ -128,8 +128,9 @@ class _Cut:
         if id(whole) not in self.models:
             known = {k: e for k, e in whole.memory.items() if not e.factors or not self.names.isdisjoint(e.factors)}
             memory = {key: self.adapter(entry) if entry.factors else entry for key, entry in known.items()}
-            own = replace(whole, adapter=self.adapter(whole.adapter), fold=self.adapter(whole.fold), memory=memory)
-            self.models[id(whole)] = own
+            fold = self.adapter(whole.fold)
+            fold = fold if fold and fold.factors else None
+            self.models[id(whole)] = replace(whole, adapter=self.adapter(whole.adapter), fold=fold, memory=memory)
         return self.models[id(whole)]
 
     def adapter(self, whole: A) -> A:
@@ -144,10 +145,7 @@ class _Cut:
 
 def _joined(model: Model, pieces: Sequence[Model], top: Model) -> Model:
     """The pieces as one model. Its basis is new if that of one piece is; what is remembered of no layer is as `top` has it."""
-    order, fold = [*model.adapter.factors], None
-    if any(piece.fold for piece in pieces):
-        empty = {name: Factor(f.down[:0], f.up[:, :0]) for name, f in model.adapter.factors.items()}
-        fold = _laid([Adapter(empty), *(piece.fold for piece in pieces if piece.fold)], order)
+    order, folds = [*model.adapter.factors], [piece.fold for piece in pieces if piece.fold]
     memory = {}
     for key in dict.fromkeys(key for piece in pieces for key in piece.memory):
         entries = [piece.memory[key] for piece in pieces if key in piece.memory]
@@ -160,13 +158,13 @@ def _joined(model: Model, pieces: Sequence[Model], top: Model) -> Model:
         basis=max(piece.basis for piece in pieces),
         phase=max(piece.phase for piece in pieces),
         discarded=_discarded(pieces),
-        fold=fold,
+        fold=_laid(folds, order) if folds else None,
         memory=memory,
     )
 
 
 def _laid(adapters: Sequence[Adapter], order: Sequence[str], dense: Mapping[str, Tensor] | None = None) -> Adapter:
-    """Their factors in this order, a later one before an earlier, and these dense tensors."""
+    """Their factors in this order, and these dense tensors."""
     found = {name: factor for adapter in adapters for name, factor in adapter.factors.items()}
     return Adapter({name: found[name] for name in order if name in found}, dense or {})
 

@@ -262,7 +262,7 @@ MUTANTS = [
     Mutant(
         "folds are forgotten in a window",
         "aggregate/combine.py",
-        """        if one.fold:
+        """        if one.fold and name in one.fold.factors:
             yield share, one.fold.factors[name]""",
         "",
         WINDOWS,

@@ -69,10 +69,12 @@ def last(model: Model) -> Model:
     """The version that clients train on; a layer that is in no average yet is what it was."""
     if LAST not in model.memory:
         return model
-    version = model.memory[LAST]
-    if version.factors.keys() != model.adapter.factors.keys():
+    version, fold = model.memory[LAST], model.memory.get(FOLD)
+    if rest := model.adapter.factors.keys() - version.factors.keys():
         version = Adapter({**model.adapter.factors, **version.factors}, version.dense)
-    return replace(published(model), adapter=version, fold=model.memory.get(FOLD))
+        own = {name: factor for name, factor in (model.fold or Adapter({})).factors.items() if name in rest}
+        fold = Adapter({**own, **(fold.factors if fold else {})}) if own else fold
+    return replace(published(model), adapter=version, fold=fold)
 
 
 def published(model: Model) -> Model:
