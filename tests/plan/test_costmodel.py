@@ -40,12 +40,16 @@ def test_one_depth_scales_the_guess() -> None:
         assert model.step_seconds(depth) == pytest.approx(3 * FRESH.step_seconds(depth))
 
 
-@pytest.mark.parametrize(("a", "b"), [(1.0, 0.2), (0.0, 0.5), (0.3, 0.0)], ids=["plain", "kept activations", "flat"])
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [(1.0, 0.2), (0.0, 0.5), (-0.3, 0.5), (0.3, 0.0)],
+    ids=["plain", "kept activations", "cheap top", "flat"],
+)
 def test_two_depths_tell_the_others(a: float, b: float) -> None:
     """t(d) = a + b d, whatever FLOP say; the guess weighs 2 % where depths 2 and 4 were seen."""
     model = fed(FRESH, *[(depth, a + b * depth) for depth in (2, 4) * 5])
     for depth in DEPTHS:
-        assert model.step_seconds(depth) == pytest.approx(a + b * depth, rel=0.05)
+        assert model.step_seconds(depth) == pytest.approx(a + b * depth, rel=0.1)
 
 
 def test_a_client_that_becomes_slower_is_followed_at_every_depth() -> None:

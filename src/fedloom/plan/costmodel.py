@@ -74,11 +74,9 @@ class CostModel:
 
     @property
     def slope(self) -> float:
-        """b, the seconds that one more trained block adds to a step; never so many that a step at depth 0 took less than none."""
+        """b, the seconds that one more trained block adds to a step; a may be below 0, where the top block costs less than others."""
         guess = self.rise * self.seconds / (1.0 + self.rise * self.depth)
-        fitted = (self.covariance + TRUST * guess) / (self.variance + TRUST)
-        steepest = self.seconds / self.depth if self.depth else fitted
-        return min(max(fitted, 0.0), steepest)
+        return max(0.0, (self.covariance + TRUST * guess) / (self.variance + TRUST))
 
     def step_seconds(self, depth: int) -> float:
         """t(d) = a + b d, never below 0."""
