@@ -11,7 +11,9 @@ from fedloom.cost import Shape
 ROBERTA = Shape(303_309_824, 52_000_000, 24, 1024, ((1024, 1024),) * 48, 1_051_650)
 """RoBERTa-large with LoRA on query and value, and its classification head (1024 x 1024 + 1024 + 1024 x 2 + 2)."""
 
-TINY = Shape(parameters=100, embeddings=50, layers=4, hidden=8, modules=((8, 8), (16, 8)), dense=10, depths=(4, 1))
+TINY = Shape(
+    parameters=100, embeddings=50, layers=4, hidden=8, modules=((8, 8), (16, 8)), dense=10, depths={"a": 4, "b": 1}
+)
 
 
 def test_parameters_of_roberta_large() -> None:
@@ -45,7 +47,7 @@ def test_a_depth_counts_the_modules_of_its_blocks_and_those_above() -> None:
     assert TINY.payload(3, 1) == 4 * (72 + 10)
     assert [TINY.below("ab", depth) for depth in (0, 1, 4, None)] == [{"a", "b"}, {"a"}, set(), set()]
     with pytest.raises(ValueError, match="zip"):
-        replace(TINY, depths=()).payload(3, 1)
+        replace(TINY, depths={}).payload(3, 1)
 
 
 def test_memory_is_base_optimiser_and_activations() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from bench.tiny import tiny_encoder
 from fedloom import (
     ACE,
     DepthByCapability,
+    FedEx,
     FedFa,
     FedSA,
     FixedDepth,
+    FlexLoRA,
     FLoRA,
     HLoRA,
     Limits,
@@ -38,7 +41,7 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.check import fault
 from fedloom.codec import DeltaInt8, Exact, Half
 from fedloom.cost import Shape
-from fedloom.layers import lowered, merged
+from fedloom.layers import lowered, merged, started
 from fedloom.lora import Adapter, Factor, tensors
 from fedloom.plan.rank import FixedRank
 from fedloom.replay import Replayed, replay
@@ -62,7 +65,7 @@ from fedloom.world import World
 from tiny import tiny_run
 
 LAYERS = {"low": (6, 5), "middle": (5, 7), "top": (4, 6)}
-SHAPE = Shape(100, 10, 3, 6, modules=tuple(LAYERS.values()), dense=3, depths=(3, 2, 1))
+SHAPE = Shape(100, 10, 3, 6, modules=tuple(LAYERS.values()), dense=3, depths={"low": 3, "middle": 2, "top": 1})
 
 
 def adapter(rank: int = 2, seed: int = 0) -> Adapter:
@@ -119,6 +122,26 @@ def test_control_variates_are_those_of_the_trained_layers() -> None:
     start = lowered(method.start(method.init(adapter(4)), Budget(2, 5), seed=1), ("low",))
     assert start.control is not None
     assert [*start.control.factors] == [*start.train.factors] == ["middle", "top"]
+
+
+@pytest.mark.parametrize("method", [ProductDelta(), FLoRA(), FedIT(), FedEx(), FlexLoRA()], ids=toys.called)
+def test_layers_that_only_the_fold_holds_run_and_stay(method: Aggregator) -> None:
+    """The model of an edge whose own task is shallow: its members run the layers below too, and no merge loses them."""
+    outer = lower(adapter(2), "low")
+    assert outer.fold is not None
+    model = replace(method.init(outer.train), fold=outer.fold)
+    for turn, names in enumerate([(), ("middle",), ()]):
+        start = started(method, model, Budget(2, 5), turn, names)
+        assert [*start.train.factors] == [name for name in ("middle", "top") if name not in names]
+        assert start.fold is not None
+        assert start.fold.factors["low"] is outer.fold.factors["low"]
+        task = Task(turn, "c", 0, start, Budget(2, 5), 0, 0.0)
+        after = merged(method, model, Merge(((1.0, toys.returned(task, toys.changed(start, turn))),)))
+        assert after.fold is not None
+        assert after.fold.factors["low"] is outer.fold.factors["low"]
+        assert [*after.adapter.factors] == ["middle", "top"]
+        assert after.fold is model.fold or isinstance(method, FLoRA | FedEx | FlexLoRA)
+        model = after
 
 
 # What comes back ----------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,9 +12,9 @@ class Shape:
 
     `parameters` counts frozen weights that take part in a forward pass through matrix products (embeddings apart),
     `embeddings` the looked-up ones, `modules` the (d_out, d_in) of each adapted module, `dense` the parameters that are
-    trained and sent whole (a classification head), `hidden` and `layers` what activations are made of. `depths` are the depths
-    from which on the modules are trained: 1 in the top block, `layers` in the lowest, 0 above the blocks, one more than `layers`
-    below them. Without them only the full depth, None, has a price.
+    trained and sent whole (a classification head), `hidden` and `layers` what activations are made of. `depths` are, by name
+    and in the order of `modules`, the depths from which on these are trained: 1 in the top block, `layers` in the lowest, 0
+    above the blocks, one more than `layers` below them. Without them only the full depth, None, has a price.
     """
 
     parameters: int
@@ -23,19 +23,17 @@ class Shape:
     hidden: int
     modules: tuple[tuple[int, int], ...]
     dense: int
-    depths: tuple[int, ...] = ()
+    depths: Mapping[str, int] = field(default_factory=dict)
 
     def below(self, names: Iterable[str], depth: int | None) -> frozenset[str]:
-        """Which of all adapted modules, named in the order of `modules`, a client of this depth does not train."""
-        if depth is None:
-            return frozenset()
-        return frozenset(name for name, own in zip(names, self.depths, strict=True) if own > depth)
+        """Which of these adapted modules a client of this depth does not train."""
+        return frozenset() if depth is None else frozenset(name for name in names if self.depths[name] > depth)
 
     def adapter_parameters(self, rank: int, depth: int | None = None) -> int:
         """LoRA parameters at `rank` that are trained at this depth, the dense part not counted."""
         if depth is None:
             return rank * sum(out + inner for out, inner in self.modules)
-        pairs = zip(self.modules, self.depths, strict=True)
+        pairs = zip(self.modules, self.depths.values(), strict=True)
         return rank * sum(out + inner for (out, inner), own in pairs if own <= depth)
 
     def payload(self, rank: int, depth: int | None = None) -> int:

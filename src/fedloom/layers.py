@@ -17,7 +17,7 @@ from torch import Tensor
 from fedloom.aggregate.wrap import layers
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, Factor, norm, stack
-from fedloom.types import Aggregator, Merge, Model, Rules, Start, Update
+from fedloom.types import Aggregator, Budget, Merge, Model, Rules, Start, Update
 
 Class = tuple[tuple[int, ...], tuple[str, ...]]
 """The numbers of the parts that hold some layers, and these layers."""
@@ -40,6 +40,16 @@ def need_own_layers(aggregator: Aggregator, rules: Rules) -> None:
         elif not getattr(layer, "remembers_changes", False):
             continue
         raise Refused("plan.depth", type(layer).__name__, f"{why}; use FullDepth() or leave the wrapper out")
+
+
+def started(aggregator: Aggregator, model: Model, budget: Budget, seed: int, below: Collection[str]) -> Start:
+    """What a client receives that does not train the layers `below`.
+
+    The model of an edge may lack layers that its own task has in the fold: these run at its members too.
+    """
+    start, outside = lowered(aggregator.start(model, budget, seed), below), _outside(model)
+    known = start.fold.factors if start.fold else {}
+    return start if outside.keys() <= known.keys() else replace(start, fold=Adapter({**outside, **known}))
 
 
 def lowered(start: Start, names: Collection[str]) -> Start:
@@ -74,18 +84,20 @@ def merged(aggregator: Aggregator, model: Model, merge: Merge) -> Model:
     """
     count = len(model.adapter.factors)
     whole = all(len(update.result.adapter.factors) == count for _, update in merge.parts)
-    if whole and all(len(entry.factors) in (0, count) for entry in model.memory.values()):
+    if whole and not _outside(model) and all(len(entry.factors) in (0, count) for entry in model.memory.values()):
         return aggregator.merge(model, merge)
-    found = classes(model, merge)
-    last = [*model.adapter.factors][-1]
-    pieces, top = list[Model](), 0
-    for held, names in found:
-        own = _Cut(frozenset(names), dense=last in names)
+    order = [*model.adapter.factors]
+    pieces, top, folded = list[Model](), 0, False
+    for held, names in classes(model, merge):
+        own = _Cut(frozenset(names), dense=order[-1] in names)
         piece = own.model(model)
         after = aggregator.merge(piece, own.merge(merge, held)) if held else replace(piece, discarded=0.0)
-        top = len(pieces) if own.dense else top
+        top, folded = len(pieces) if own.dense else top, folded or after.fold is not piece.fold
         pieces.append(after)
-    return _joined(model, pieces, pieces[top])
+    fold = _laid(
+        [Adapter(_outside(model)), *(piece.fold for piece in pieces if piece.fold)], [*_outside(model), *order]
+    )
+    return replace(_joined(order, pieces, pieces[top]), fold=(fold if fold.factors else None) if folded else model.fold)
 
 
 def classes(model: Model, merge: Merge) -> list[Class]:
@@ -143,9 +155,11 @@ class _Cut:
         return self.adapters[id(whole)]
 
 
-def _joined(model: Model, pieces: Sequence[Model], top: Model) -> Model:
-    """The pieces as one model. Its basis is new if that of one piece is; what is remembered of no layer is as `top` has it."""
-    order, folds = [*model.adapter.factors], [piece.fold for piece in pieces if piece.fold]
+def _joined(order: Sequence[str], pieces: Sequence[Model], top: Model) -> Model:
+    """The pieces as one model, but for the fold.
+
+    Its basis is new if that of one piece is; what is remembered of no layer is as `top` has it.
+    """
     memory = {}
     for key in dict.fromkeys(key for piece in pieces for key in piece.memory):
         entries = [piece.memory[key] for piece in pieces if key in piece.memory]
@@ -158,9 +172,14 @@ def _joined(model: Model, pieces: Sequence[Model], top: Model) -> Model:
         basis=max(piece.basis for piece in pieces),
         phase=max(piece.phase for piece in pieces),
         discarded=_discarded(pieces),
-        fold=_laid(folds, order) if folds else None,
         memory=memory,
     )
+
+
+def _outside(model: Model) -> dict[str, Factor]:
+    """What the fold holds of layers that the adapter does not."""
+    held = model.fold.factors if model.fold else {}
+    return {name: factor for name, factor in held.items() if name not in model.adapter.factors}
 
 
 def _laid(adapters: Sequence[Adapter], order: Sequence[str], dense: Mapping[str, Tensor] | None = None) -> Adapter:

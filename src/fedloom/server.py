@@ -15,7 +15,7 @@ from fedloom.codec import Codec
 from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.indexed import IndexedTable
-from fedloom.layers import lowered, merged
+from fedloom.layers import merged, started
 from fedloom.lora import server_rank
 from fedloom.seeds import derive
 from fedloom.transfer import handed
@@ -185,7 +185,7 @@ class Server:
         """What a client with this budget would receive now, to the bit."""
         model = self.state.model
         below = self.shape.below(model.adapter.factors, budget.depth)
-        return handed(lowered(self.aggregator.start(model, budget, seed), below), self.transfer)
+        return handed(started(self.aggregator, model, budget, seed, below), self.transfer)
 
     def _take(self, event: Event) -> Reject | None:
         """Write the event into the state, or refuse it and leave the state as it was."""

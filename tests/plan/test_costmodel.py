@@ -13,7 +13,7 @@ from fedloom.cost import Shape
 from fedloom.plan.costmodel import CostModel
 from fedloom.types import Profile
 
-SHAPE = Shape(600, 0, 6, 10, modules=((10, 10),) * 6, dense=5, depths=(6, 5, 4, 3, 2, 1))
+SHAPE = Shape(600, 0, 6, 10, modules=((10, 10),) * 6, dense=5, depths={f"layer{k}": 6 - k for k in range(6)})
 PROFILE = Profile("c", 10, flops=1e3, up_bps=80.0, down_bps=160.0)
 FRESH = CostModel.of(PROFILE, SHAPE, rank=2, batch_tokens=7)
 DEPTHS = range(1, 7)

@@ -15,7 +15,7 @@ from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth, Ful
 from fedloom.plan.rank import FixedRank
 from fedloom.types import Budget, Profile
 
-SHAPE = Shape(600, 0, 6, 10, modules=((10, 10),) * 6, dense=5, depths=(6, 5, 4, 3, 2, 1))
+SHAPE = Shape(600, 0, 6, 10, modules=((10, 10),) * 6, dense=5, depths={f"layer{k}": 6 - k for k in range(6)})
 FLEET = toys.fleet(shape=SHAPE)
 BUDGET = Budget(2, 5)
 CLIENT = Profile("c", 10, flops=1e3, up_bps=1e6, down_bps=1e6, memory=1e12)

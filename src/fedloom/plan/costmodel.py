@@ -79,8 +79,8 @@ class CostModel:
         return max(0.0, (self.covariance + TRUST * guess) / (self.variance + TRUST))
 
     def step_seconds(self, depth: int) -> float:
-        """t(d) = a + b d, never below 0."""
-        return max(0.0, self.seconds + self.slope * (depth - self.depth))
+        """t(d) = a + b d, never below a hundredth of the mean seen: a step takes some time."""
+        return max(self.seconds / 100.0, self.seconds + self.slope * (depth - self.depth))
 
     def upload_seconds(self, size: int) -> float:
         """For this many bytes."""

@@ -134,9 +134,11 @@ def check_blocks(rule: DepthRule, shape: Shape) -> None:
         raise Refused(
             "plan.depth", max(least, most or 0), f"the model has {shape.layers} blocks; choose at most that many"
         )
-    if least < min(shape.depths):
+    if least < min(shape.depths.values()):
         raise Refused(
-            "plan.depth", least, f"the top {least} blocks hold nothing adapted; choose at least {min(shape.depths)}"
+            "plan.depth",
+            least,
+            f"the top {least} blocks hold nothing adapted; choose at least {min(shape.depths.values())}",
         )
 
 
