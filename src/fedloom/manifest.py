@@ -47,12 +47,22 @@ def digest(settings: object) -> str:
 
 
 def portable(value: object) -> object:
-    """Settings without what is off, and absolute paths by their last two parts: what a table is, not where a machine keeps it."""
+    """Settings without what is off, and with `shortened` paths."""
     match value:
         case dict():
             return {key: portable(item) for key, item in value.items() if item}
         case list():
             return [portable(item) for item in value]
+    return shortened(value)
+
+
+def shortened(value: object) -> object:
+    """Absolute paths by their last two parts: what a table is, not where a machine keeps it."""
+    match value:
+        case dict():
+            return {key: shortened(item) for key, item in value.items()}
+        case list():
+            return [shortened(item) for item in value]
         case str() if Path(value).is_absolute():
             return "/".join(Path(value).parts[-2:])
     return value
@@ -63,14 +73,16 @@ def as_json(value: object) -> Any:
     return json.loads(json.dumps(value))
 
 
-def differences(there: object, here: object, path: str = "") -> Iterator[str]:
-    """Where two values of JSON differ, as "field: 5 there, 6 here"."""
+def differences(there: object, here: object, path: str = "", *, off: bool = False) -> Iterator[str]:
+    """Where two values of JSON differ, as "field: 5 there, 6 here"; with `off` two ways of saying "nothing" are the same."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in [*there, *(name for name in here if name not in there)]:
-            yield from differences(there.get(name), here.get(name), f"{path}.{name}".lstrip("."))
+            yield from differences(there.get(name), here.get(name), f"{path}.{name}".lstrip("."), off=off)
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for number, (one, other) in enumerate(zip(there, here, strict=True)):
-            yield from differences(one, other, f"{path}[{number}]")
+            yield from differences(one, other, f"{path}[{number}]", off=off)
+    elif off and not there and not here:
+        return
     elif there != here or type(there) is not type(here):
         yield f"{path}: {_short(there)} there, {_short(here)} here"
 
