@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedloom.types import Rules
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
@@ -111,8 +113,13 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, object]:
-    """The kind of machine, not which one: processor, cores, Python."""
-    return {"cpu": _processor(), "cores": os.cpu_count() or 1, "python": platform.python_version()}
+    """The kind of machine, not which one: processor, the widest instructions that torch uses there, cores, Python."""
+    return {
+        "cpu": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count() or 1,
+        "python": platform.python_version(),
+    }
 
 
 def _processor() -> str:
