@@ -116,8 +116,8 @@ class _Cut:
 
     names: frozenset[str]
     dense: bool
-    adapters: dict[int, Adapter] = field(default_factory=dict)
-    models: dict[int, Model] = field(default_factory=dict)
+    adapters: dict[Adapter, Adapter] = field(default_factory=dict)
+    models: list[tuple[Model, Model]] = field(default_factory=list)
 
     def merge(self, whole: Merge, held: Sequence[int]) -> Merge:
         """The parts with these numbers, by their weights among themselves."""
@@ -137,22 +137,25 @@ class _Cut:
 
     def model(self, whole: Model) -> Model:
         """The model, with what is remembered of these layers or of none in particular."""
-        if id(whole) not in self.models:
-            known = {k: e for k, e in whole.memory.items() if not e.factors or not self.names.isdisjoint(e.factors)}
-            memory = {key: self.adapter(entry) if entry.factors else entry for key, entry in known.items()}
-            fold = self.adapter(whole.fold)
-            fold = fold if fold and fold.factors else None
-            self.models[id(whole)] = replace(whole, adapter=self.adapter(whole.adapter), fold=fold, memory=memory)
-        return self.models[id(whole)]
+        for known, cut in self.models:
+            if known is whole:
+                return cut
+        told = {k: e for k, e in whole.memory.items() if not e.factors or not self.names.isdisjoint(e.factors)}
+        memory = {key: self.adapter(entry) if entry.factors else entry for key, entry in told.items()}
+        fold = self.adapter(whole.fold)
+        fold = fold if fold and fold.factors else None
+        cut = replace(whole, adapter=self.adapter(whole.adapter), fold=fold, memory=memory)
+        self.models.append((whole, cut))
+        return cut
 
     def adapter(self, whole: A) -> A:
         """The factors of these layers; dense tensors in one class of layers only."""
         if whole is None:
             return whole
-        if id(whole) not in self.adapters:
+        if whole not in self.adapters:
             factors = {name: factor for name, factor in whole.factors.items() if name in self.names}
-            self.adapters[id(whole)] = Adapter(factors, whole.dense if self.dense else {})
-        return self.adapters[id(whole)]
+            self.adapters[whole] = Adapter(factors, whole.dense if self.dense else {})
+        return self.adapters[whole]
 
 
 def _joined(order: Sequence[str], pieces: Sequence[Model], top: Model) -> Model:

@@ -376,8 +376,8 @@ MUTANTS = [
     Mutant(
         "a version cut twice is two versions",
         "layers.py",
-        "        if id(whole) not in self.models:\n",
-        "        if True:\n",
+        "            if known is whole:\n",
+        "            if False:\n",
         DEPTHS,
     ),
     Mutant(
