@@ -112,12 +112,11 @@ def classes(model: Model, merge: Merge) -> list[Class]:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """Everything that a merge is about, for these layers alone; what was one object is one object again."""
+    """Everything that a merge is about, for these layers alone; what was one adapter is one adapter again."""
 
     names: frozenset[str]
     dense: bool
     adapters: dict[Adapter, Adapter] = field(default_factory=dict)
-    models: list[tuple[Model, Model]] = field(default_factory=list)
 
     def merge(self, whole: Merge, held: Sequence[int]) -> Merge:
         """The parts with these numbers, by their weights among themselves."""
@@ -137,16 +136,11 @@ class _Cut:
 
     def model(self, whole: Model) -> Model:
         """The model, with what is remembered of these layers or of none in particular."""
-        for known, cut in self.models:
-            if known is whole:
-                return cut
         told = {k: e for k, e in whole.memory.items() if not e.factors or not self.names.isdisjoint(e.factors)}
         memory = {key: self.adapter(entry) if entry.factors else entry for key, entry in told.items()}
         fold = self.adapter(whole.fold)
         fold = fold if fold and fold.factors else None
-        cut = replace(whole, adapter=self.adapter(whole.adapter), fold=fold, memory=memory)
-        self.models.append((whole, cut))
-        return cut
+        return replace(whole, adapter=self.adapter(whole.adapter), fold=fold, memory=memory)
 
     def adapter(self, whole: A) -> A:
         """The factors of these layers; dense tensors in one class of layers only."""

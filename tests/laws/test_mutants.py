@@ -376,8 +376,8 @@ MUTANTS = [
     Mutant(
         "a version cut twice is two versions",
         "layers.py",
-        "            if known is whole:\n",
-        "            if False:\n",
+        "        if whole not in self.adapters:\n",
+        "        if True:\n",
         DEPTHS,
     ),
     Mutant(
