@@ -7,7 +7,7 @@ anew for every device and global round; 9.6 Mbit of adapter at rank 8, which go 
 layers, a step at depth d costs (12 + d) / 24 of one at full depth; 8 groups of 10, labels as in `bench.group` (10 classes, Dirichlet
 0.1). A round lasts as long as its slowest group, a group's as long as its slowest member takes for its steps and transfers.
 Planners are told the links of the round (a device has just received, and knows); where they are guessed, they are moving averages
-of the rounds before, x <- 0.8 x + 0.2 x_obs of seconds a bit. 60 rounds after 10 of warming up, three seeds: mean (minimum - maximum).
+of the rounds before, x <- 0.8 x + 0.2 x_obs of seconds a bit. 60 rounds after 10 of warming up, three seeds: mean (min - max).
 `edges`: links inside a group are ten times faster, and the edge has a link of U(1, 30) Mbit/s to the server. The mass of gradients
 falls by a fifth a layer, delta_g is 1: these two are made up, so depths and ranks here show what the rules do, not what is best.
 """

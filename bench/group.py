@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench import aligned
+from bench import aligned, topical
 from bench.skewed import fleet
 from bench.timing import against
 from fedloom.group import Grouping, Groups, Member, NearIID, RandomGroups
@@ -122,11 +122,13 @@ def main() -> None:
         "--quick", action="store_true", help="one seed for 1,000 clients, three for 80; within two minutes"
     )
     parser.add_argument("--toy", action="store_true", help="what fixed and aligned frequencies cost instead")
+    parser.add_argument("--topics", action="store_true", help="groups of clients without labels instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.toy:
-        print(json.dumps({"toy": aligned.table()}))
-        return
+        return print(json.dumps({"toy": aligned.table()}))
+    if options.topics:
+        return print(json.dumps({"topics": topical.table()}))
     seeds = {80: range(3), 1_000: range(1)} if options.quick else {80: range(10), 1_000: range(5)}
     print(json.dumps({"cases": [row(clients, classes, own) for clients, own in seeds.items() for classes in (4, 10)]}))
 
