@@ -6,8 +6,9 @@
 client's seconds are five steps of its class (30 : 40 : 10 clients, 1 : 2.5 : 6 in speed, 0.5 s the slowest) and 9.6 Mbit down and up
 at U(1, 30) Mbit/s. KL is that of a group's labels from all, in nats, mean over groups, always of the true labels; random is the mean
 over 20 random groupings of the same sizes. At an epsilon, clients are grouped by what `histogram.noised` lets them tell. Medians
-over the seeds (minimum - maximum). Seconds are wall time on one thread. `--toy` prints what fixed and aligned frequencies cost
-instead (see `bench.aligned`), `--topics` how groups by topics do (`bench.topical`). The last line is one JSON object.
+over the seeds (minimum - maximum). Regrouped is after a tenth of the clients became four times slower or faster. Seconds are wall
+time on one thread. `--toy` prints what fixed and aligned frequencies cost instead (see `bench.aligned`), `--topics` how groups by
+topics do (`bench.topical`). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Case:
     waiting: float
     seconds: float
     at: dict[float, float]
+    kept: float
+    saved: float
 
 
 def measured(clients: int, classes: int, seed: int) -> Case:
@@ -76,9 +79,20 @@ def measured(clients: int, classes: int, seed: int) -> Case:
     groups = how(everyone, seed)
     seconds = time.perf_counter() - begun
     ours, waited = terms(groups, known)
-    return Case(
-        far / ours, wait / waited, seconds, {e: far / terms(told(how, everyone, e, seed), known)[0] for e in EPSILONS}
-    )
+    at = {epsilon: far / terms(told(how, everyone, epsilon, seed), known)[0] for epsilon in EPSILONS}
+    return Case(far / ours, wait / waited, seconds, at, *again(how, groups, everyone, seed))
+
+
+def again(how: NearIID, groups: Groups, everyone: Sequence[Member], seed: int) -> tuple[float, float]:
+    """After a tenth of the clients became four times slower or faster: who stayed, and the share of new groups' saving in waiting."""
+    draw = rng(seed, "drift")
+    now = [
+        replace(one, seconds=one.seconds * draw.choice((0.25, 4.0))) if draw.random() < 0.1 else one for one in everyone
+    ]
+    after, known = how.again(groups, now, seed), {one.client: one for one in now}
+    stayed = sum(len(set(old) & set(new)) for old, new in zip(groups, after, strict=True))
+    old, kept, fresh = (terms(one, known)[1] for one in (groups, after, how(now, seed)))
+    return stayed / len(now), (old - kept) / (old - fresh)
 
 
 def told(how: Grouping, everyone: Sequence[Member], epsilon: float, seed: int) -> Groups:
@@ -100,6 +114,8 @@ def row(clients: int, classes: int, seeds: range) -> dict[str, Any]:
     print(f"  KL, random over ours       {spread([case.kl for case in cases])}{against(kl, BAR)}")
     print(f"  waiting, random over ours  {spread([case.waiting for case in cases])}")
     print(f"  seconds                    {spread([case.seconds for case in cases])}")
+    print(f"  regrouped: clients kept    {spread([case.kept for case in cases])}")
+    print(f"  regrouped: waiting saved   {spread([case.saved for case in cases])} of what new groups save")
     for epsilon in EPSILONS:
         print(f"  KL ratio at epsilon {epsilon:<6g} {spread([case.at[epsilon] for case in cases])}", flush=True)
     return {
@@ -109,6 +125,8 @@ def row(clients: int, classes: int, seeds: range) -> dict[str, Any]:
         "kl_ratio_random_over_ours": round(kl, 2),
         "seconds": round(median(case.seconds for case in cases), 3),
         "waiting_ratio_random_over_ours": round(median(case.waiting for case in cases), 3),
+        "kept_when_regrouped": round(median(case.kept for case in cases), 3),
+        "saved_when_regrouped": round(median(case.saved for case in cases), 3),
         "epsilon": STATED,
         "kl_ratio_at_epsilon": round(at[STATED], 2),
         "kl_ratio_by_epsilon": {f"{epsilon:g}": round(ratio, 2) for epsilon, ratio in at.items()},

@@ -2,8 +2,8 @@
 
     python -m bench.group --topics
 
-Texts as mean-pooled embeddings of all-MiniLM-L6-v2, none of it tuned, 48 tokens each; topics are counted by `histogram.topics`, groups
-are made of them (waiting not weighed), and what is measured is the KL of a group's true labels from all, against 20 random
+Texts as mean-pooled embeddings of all-MiniLM-L6-v2, none of it tuned, 48 tokens each; topics are counted by `histogram.topics`,
+groups are made of them (waiting not weighed), and what is measured is the KL of a group's true labels from all, against 20 random
 groupings of the same sizes; the best that there is to have are groups made of those labels. Two federations: 2,400 texts of AG News
 (4 classes) divided over 80 clients by Dirichlet(0.1), groups of ten; and 160 clients of Natural Instructions (FlexLoRA's split) with
 one task each, 12 texts a client, by the 46 categories of tasks, groups of ten. Three seeds: median (minimum - maximum). Needs
