@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedloom import kinds
 from fedloom.errors import Refused
 from fedloom.plan.groupcost import Choice, Device, GroupState, Observed, Sizes
 from fedloom.plan.joint import Bandit, Joint, JointMemory, Scored, TimeAligned
@@ -271,6 +272,12 @@ def test_a_reason_has_the_numbers_that_decided() -> None:
         "gradient mass 1.00 less drift 0 is the best of 6 depths; 10 rounds of 2 steps at depth 6 take 80 s, "
         "the fastest group 80 s; the slowest of 2 members needs 4 s a step"
     )
+
+
+@pytest.mark.parametrize("rule", [TimeAligned, Scored, Bandit, JointMemory])
+def test_a_rule_needs_no_arguments_and_prints_as_python(rule: Any) -> None:
+    kinds.check(rule())
+    assert eval(repr(rule()), {rule.__name__: rule}) == rule()
 
 
 @pytest.mark.parametrize(
