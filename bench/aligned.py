@@ -62,10 +62,14 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """`edge`: how much faster links inside a group are (0: the edge is the server); `told`: the planner knows the round's links."""
+    """`edge`: how much faster links inside a group are (0: the edge is the server); `told`: the planner knows the round's links.
+
+    A link lasts for so many rounds before it is drawn anew.
+    """
 
     edge: float = 0.0
     told: bool = True
+    lasts: int = 1
 
 
 def simulate(members: Sequence[Member], how: Grouping, rule: Joint, scene: Scene, seed: int) -> list[Spent]:
@@ -75,8 +79,9 @@ def simulate(members: Sequence[Member], how: Grouping, rule: Joint, scene: Scene
     usual = math.log(HIGH_BPS / LOW_BPS) / (HIGH_BPS - LOW_BPS)  # mean seconds a bit
     known, outer = dict.fromkeys(step, usual), [usual] * len(groups)
     for number in range(WARM + ROUNDS):
-        links = {client: 1.0 / rng(seed, "link", client, number).uniform(LOW_BPS, HIGH_BPS) for client in step}
-        far = [1.0 / rng(seed, "edge", group, number).uniform(LOW_BPS, HIGH_BPS) for group in range(len(groups))]
+        turn = number // scene.lasts
+        links = {client: 1.0 / rng(seed, "link", client, turn).uniform(LOW_BPS, HIGH_BPS) for client in step}
+        far = [1.0 / rng(seed, "edge", group, turn).uniform(LOW_BPS, HIGH_BPS) for group in range(len(groups))]
         real, guessed = states(groups, step, links, far, scene.edge), states(groups, step, known, outer, scene.edge)
         spent.append(round_of(real, rule(real if scene.told else guessed)))
         known = {client: 0.8 * known[client] + 0.2 * links[client] for client in step}
@@ -118,7 +123,7 @@ def round_of(groups: Sequence[GroupState], choices: Sequence[Choice]) -> Spent:
     return Spent(seconds, 1.0 - busy / (devices * seconds), steps, layers / steps, bits)
 
 
-TOLD, GUESSED, NEAR = Scene(), Scene(told=False), Scene(edge=10.0)
+TOLD, GUESSED, LASTING, NEAR = Scene(), Scene(told=False), Scene(told=False, lasts=20), Scene(edge=10.0)
 
 
 def row(name: str, how: Grouping, rule: Joint, scene: Scene = TOLD) -> dict[str, float | str]:
@@ -158,6 +163,8 @@ def table() -> list[dict[str, float | str]]:
         row("near-IID 0.3, f aligned, work grows", near[0], grow),
         row("near-IID 0.7, f aligned, work grows", near[1], grow),
         row("  the same, links guessed", near[1], grow, GUESSED),
+        row("  the same, guessed, links last 20 rounds", near[1], grow, LASTING),
+        row("  f = 4 for all, links last 20 rounds", near[1], Fixed(), LASTING),
         row("near-IID 0.3, scored", near[0], Scored()),
         row("near-IID 0.3, joint memory", near[0], memory),
         row("  the same, links guessed", near[0], memory, GUESSED),
