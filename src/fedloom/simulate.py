@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from fedloom.ahead import Overlapping, Pending, begun
+from fedloom.ahead import Pending, begun, overlaps
 from fedloom.errors import Refused
 from fedloom.faults import Vanished
 from fedloom.presence import Happening, Presence, Switched
@@ -214,7 +214,7 @@ class Simulation:
 
     def _least(self, task: Task, turn: int) -> float:
         """The seconds that a task takes if training changes nothing and so little is sent; 0 if the trainer cannot foresee it."""
-        if not isinstance(self.trainer, Overlapping):
+        if not overlaps(self.trainer):
             return 0.0
         seconds: float = self._timed(task, self.trainer.least(task), turn).metrics["seconds"]
         return seconds
