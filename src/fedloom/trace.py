@@ -115,7 +115,7 @@ _PLAIN: Mapping[type, Writer] = {
     int: int.__repr__,
     float: lambda value: float.__repr__(value) if isfinite(value) else f'"{value}"',
     Adapter: lambda value: f'"sha256:{fingerprint(value)}"',
-    Update: lambda value: written(value.task.id),  # told in full when it arrived
+    Update: lambda value: f"{value.task.id}",  # told in full when it arrived
 }
 
 
