@@ -1,4 +1,4 @@
-"""What the methods share: a `Merge` spelt out as terms, plain means of tensors, sums of products cut to a rank."""
+"""What the methods share: a `Merge` spelt out as terms, means of factors, sums of products cut to a rank."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fedloom.aggregate.mean import mean
 from fedloom.errors import Refused
 from fedloom.lora import (
     Adapter,
@@ -30,9 +31,6 @@ from fedloom.lora import (
 )
 from fedloom.seeds import derive
 from fedloom.types import Budget, Merge, Model, Start
-
-SMALL = 2**16
-"""Numbers up to which a mean is one product of a stack (0.8 MB), for calls cost more there than arithmetic."""
 
 
 def terms(model: Adapter, merge: Merge) -> list[tuple[float, Adapter]]:
@@ -88,19 +86,6 @@ def apart_terms(name: str, away: Iterable[tuple[float, Model]]) -> Iterator[tupl
         yield share, one.adapter.factors[name]
         if one.fold:
             yield share, one.fold.factors[name]
-
-
-def mean(pairs: list[tuple[float, Tensor]]) -> Tensor:
-    """The linear combination of tensors of one shape, added up in float64 and returned in the dtype of the first."""
-    first = pairs[0][1]
-    if len(pairs) * first.numel() <= SMALL:
-        weights = torch.tensor([coefficient for coefficient, _ in pairs], dtype=torch.float64, device=first.device)
-        rows = torch.stack([tensor for _, tensor in pairs]).double().view(len(pairs), first.numel())
-        return (weights @ rows).view(first.shape).to(first.dtype)
-    total = torch.zeros_like(first, dtype=torch.float64)
-    for coefficient, tensor in pairs:
-        total.add_(tensor, alpha=coefficient)
-    return total.to(first.dtype)
 
 
 def dense_mean(model: Adapter, pairs: list[tuple[float, Adapter]]) -> dict[str, Tensor]:
