@@ -15,6 +15,7 @@ from fedloom.codec import Codec
 from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.indexed import IndexedTable
+from fedloom.layers import merged, started
 from fedloom.lora import server_rank
 from fedloom.seeds import derive
 from fedloom.transfer import handed
@@ -184,7 +185,9 @@ class Server:
 
     def start(self, budget: Budget, seed: int) -> Start:
         """What a client with this budget would receive now, to the bit."""
-        return handed(self.aggregator.start(self.state.model, budget, seed), self.transfer)
+        model = self.state.model
+        below = self.shape.below(model.adapter.factors, budget.depth)
+        return handed(started(self.aggregator, model, budget, seed, below), self.transfer)
 
     def _take(self, event: Event) -> Reject | None:
         """Write the event into the state, or refuse it and leave the state as it was."""
@@ -254,7 +257,7 @@ class Server:
     def _merge(self, merge: Merge) -> list[Command]:
         state = self.state
         commands: list[Command] = [self._cancel(number) for number in merge.cancel]
-        state.model = self.aggregator.merge(state.model, merge)
+        state.model = merged(self.aggregator, state.model, merge)
         state.version += 1
         state.arrived, state.retained = list(merge.retain), len(merge.retain)
         commands.append(Publish(state.version, state.model, tuple(update for _, update in merge.parts)))

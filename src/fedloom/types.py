@@ -38,10 +38,15 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one task may cost: the LoRA rank to train at and the number of local optimiser steps."""
+    """What one task may cost: the LoRA rank to train at and the number of local optimiser steps.
+
+    `depth` is how many transformer blocks are trained, counted from the output, with all that is adapted above them (None: all
+    that is adapted). What is not trained runs as a part of the base.
+    """
 
     rank: int
     steps: int
+    depth: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
