@@ -53,7 +53,7 @@ class State:
     """All that changes in a server.
 
     `bases` are the models that the outstanding tasks were cut from, `pruned` the rank to which a client pruned itself, above which
-    it is asked for nothing.
+    it is asked for nothing. `outer` is an edge's own task.
     """
 
     model: Model
@@ -76,6 +76,7 @@ class State:
     seen: dict[ClientId, int] = field(default_factory=dict)
     dispatched: dict[ClientId, int] = field(default_factory=dict)
     pruned: dict[ClientId, int] = field(default_factory=dict)
+    outer: Task | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +179,24 @@ class Server:
             latest=state.latest,
             retained=state.retained,
             first=state.first,
+            outer=state.outer,
         )
 
     def start(self, budget: Budget, seed: int) -> Start:
         """What a client with this budget would receive now, to the bit."""
-        return handed(self.aggregator.start(self.state.model, budget, seed), self.transfer)
+        start, outer = self.aggregator.start(self.state.model, budget, seed), self.state.outer
+        if outer:  # members' moments live through the rounds of one outer task, and no longer
+            start = replace(start, basis=f"{outer.id}:{start.basis}")
+        return handed(start, self.transfer)
+
+    def stop(self, reason: str) -> list[Command]:
+        """End it here: nothing that is under way counts any more."""
+        state = self.state
+        commands: list[Command] = [self._cancel(number) for number in tuple(state.busy)]
+        if state.asked < state.version:
+            commands.append(self._evaluate())
+        state.stopped = True
+        return [*commands, Stop(reason)]
 
     def _take(self, event: Event) -> Reject | None:
         """Write the event into the state, or refuse it and leave the state as it was."""
@@ -242,11 +256,7 @@ class Server:
             fleet = self.fleet()
         reason = self._finished()
         if reason:
-            commands += [self._cancel(number) for number in tuple(state.busy)]
-            if state.asked < state.version:
-                commands.append(self._evaluate())
-            state.stopped = True
-            return [*commands, Stop(reason)]
+            return commands + self.stop(reason)
         return commands + [self._dispatch(client, fleet) for client in self.schedule.start(fleet)]
 
     def _merge(self, merge: Merge) -> list[Command]:

@@ -38,10 +38,14 @@ class Profile:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one task may cost: the LoRA rank to train at and the number of local optimiser steps."""
+    """What one task may cost: the LoRA rank to train at and the number of local optimiser steps.
+
+    `rounds` are the versions that an edge makes of one task before it reports: its members share the steps out among them.
+    """
 
     rank: int
     steps: int
+    rounds: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +230,39 @@ class Scored:
     metrics: Mapping[str, float]
 
 
-Event: TypeAlias = ClientJoined | ClientLost | UpdateArrived | TaskFailed | TimerFired | Scored
+@dataclass(frozen=True, slots=True)
+class TaskReceived:
+    """To an edge: the task that its members are to do together."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeLost:
+    """An edge died. `kept`: it comes back with its last inner version and goes on; else all that it did of its task is lost."""
+
+    edge: ClientId
+    kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeReturned:
+    """An edge that died is there again."""
+
+    edge: ClientId
+
+
+Event: TypeAlias = (
+    ClientJoined
+    | ClientLost
+    | UpdateArrived
+    | TaskFailed
+    | TimerFired
+    | Scored
+    | TaskReceived
+    | EdgeLost
+    | EdgeReturned
+)
 
 
 # Commands: what the driver must do -----------------------------------------------------------------------------------
@@ -283,7 +319,36 @@ class Stop:
     reason: str
 
 
-Command: TypeAlias = Dispatch | Cancel | Publish | Evaluate | Reject | Stop
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Of an edge: its answer to the task that it received."""
+
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """An answer that was accepted, and is in no version, will be in none."""
+
+    task: int
+    client: ClientId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """What happens inside a tree of servers, about the outer `task` of this edge: it is told, and nobody has to do anything.
+
+    `Dispatch` and `Cancel` of the outer task, an edge's own `Publish`, `Discard` and `Report`, what the root rejects of it, and
+    `Stop`, where an edge ends its task without an answer.
+    """
+
+    edge: ClientId
+    task: int
+    what: Dispatch | Cancel | Publish | Discard | Report | Reject | Stop
+
+
+Command: TypeAlias = Dispatch | Cancel | Publish | Evaluate | Reject | Stop | Report | Discard | Within
 
 
 # Policies ------------------------------------------------------------------------------------------------------------
@@ -297,7 +362,7 @@ class Fleet:
     examples that each client reported with its last accepted answer, `dispatched` the tasks sent to each client so far, `tasks`
     their sum: who draws from a stream named after it never draws the same twice. `latest` is the client whose accepted answer this
     is about (None: something else happened), `retained` how many of `arrived` (the first ones) the last merge kept, `first` the
-    model of version 0.
+    model of version 0. `outer` is the task that an edge is working on (None: this is no edge).
     """
 
     now: float
@@ -313,6 +378,7 @@ class Fleet:
     latest: ClientId | None = None
     retained: int = 0
     first: Model | None = None
+    outer: Task | None = None
 
 
 @dataclass(frozen=True, slots=True)
