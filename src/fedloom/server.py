@@ -126,6 +126,16 @@ class Server:
         self.aggregator, self.schedule, self.assign = aggregator, schedule, assign
         self.shape, self.limits, self.seed, self.transfer = shape, limits, seed, transfer
 
+    @property
+    def owners(self) -> tuple[State]:
+        """All that changes."""
+        return (self.state,)
+
+    @property
+    def max_in_flight(self) -> int:
+        """The most clients that may be at work at once."""
+        return self.schedule.max_in_flight
+
     def handle(self, now: float, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which it is to be done.
 
