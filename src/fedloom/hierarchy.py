@@ -94,7 +94,7 @@ class Hierarchy:
         """The tree that takes the place of `flat`, which has done nothing yet. Raises Refused where the methods do not go together."""
         rank = server_rank(flat.state.model.adapter)
         inner = self.aggregator or cast(Aggregator, list(layers(flat.aggregator))[-1])
-        check(flat, inner)
+        check(flat, inner, len(members))
         root = Server(
             flat.state.model,
             flat.aggregator,
@@ -123,10 +123,14 @@ class Hierarchy:
         )
 
 
-def check(flat: Server, inner: Aggregator) -> None:
-    """Raise Refused where what an edge makes of a task would be no answer to it."""
+def check(flat: Server, inner: Aggregator, edges: int) -> None:
+    """Raise Refused where what an edge makes of a task would be no answer to it, or a method counts other clients than there are."""
     outer, model = flat.aggregator, flat.state.model
     names = f"{type(inner).__name__} below {type(outer).__name__}"
+    for layer in layers(outer):
+        if getattr(layer, "clients", edges) != edges:
+            remedy = f"give clients={edges}: the clients of the server are the edges"
+            raise Refused("aggregator.clients", getattr(layer, "clients", 0), remedy)
     if any(getattr(layer, "clients", None) for layer in layers(inner)):
         raise Refused("hierarchy.aggregator", names, "a method that knows each client by name belongs above the edges")
     for turn in (0, 1):

@@ -161,7 +161,7 @@ class Begun:
 
     def check(self, about: Mapping[str, object]) -> None:
         """Raise Refused where the data or the model are not what they were when the run was begun."""
-        now = manifest.as_json({name: about[name] for name in FIXED})
+        now = manifest.as_json({name: about.get(name) for name in FIXED})
         changed = _changed({name: self.manifest.get(name) for name in FIXED}, now)
         if changed:
             remedy = f"its data or its model are not what they were when it was begun: {changed}"

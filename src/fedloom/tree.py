@@ -50,12 +50,12 @@ class Tree:
         """`root` and `edges` have done nothing yet; the order of the edges is that of their numbers."""
         self.root, self.groups = root, groups
         self._edges = dict(edges)
-        self._of = {one.client: edge for edge, own in groups.members.items() for one in own}
+        self.edge_of = {one.client: edge for edge, own in groups.members.items() for one in own}
         self.branches = Branches({name: edge.state for name, edge in edges.items()})
         for k, state in enumerate(self.branches.edges.values()):
             state.server.next_task = k * BLOCK + 1
         root.state.next_task = len(self._edges) * BLOCK + 1
-        self.state = Whole(root.state, self.branches, self._of)
+        self.state = Whole(root.state, self.branches, self.edge_of)
 
     @property
     def shape(self) -> Shape:
@@ -124,10 +124,10 @@ class Tree:
 
     def _member(self, now: float, client: ClientId, event: Event) -> list[Command]:
         """To the edge of this client."""
-        if client not in self._of:
+        if client not in self.edge_of:
             number = event.task if isinstance(event, UpdateArrived | TaskFailed) else 0
             return [Reject(client, number, f"client {client!r} is in no group")]
-        edge = self._of[client]
+        edge = self.edge_of[client]
         commands = self._inside(edge, self._edge(edge).handle(now, event), now)
         self._known(now, edge)
         return commands

@@ -37,6 +37,11 @@ class Roster:
     members: Mapping[ClientId, Sequence[Profile]]
     link: Link | None = None
 
+    @property
+    def names(self) -> dict[ClientId, list[ClientId]]:
+        """The clients of each edge."""
+        return {edge: [one.client for one in own] for edge, own in self.members.items()}
+
     def profile(self, edge: ClientId) -> Profile:
         """An edge as the root sees it: the examples of all members, the speed and the memory of the least of them."""
         own, link = self.members[edge], self.link
