@@ -46,6 +46,7 @@ from fedloom import (
     checkpoint,
     prepare,
     resume,
+    tree,
 )
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.hetlora import HetLoRA
@@ -136,8 +137,8 @@ class Toy:
         given: dict[str, Any] = {"schedule": self.schedule, "method": self.method, "transfer": self.transfer}
         given |= {"start": toys.fresh(4), "assign": Plan(RandomRank(2, 4), 3)}
         given |= {"limits": Limits(versions=self.versions, evaluate_every=2)}
-        tree: Tree | None = toys.tree((4, 2), self.hierarchy, **given) if self.hierarchy else None
-        return tree or toys.server(**given)
+        grown: Tree | None = toys.tree((4, 2), self.hierarchy, **given) if self.hierarchy else None
+        return grown or toys.server(**given)
 
     def snapshot(self, name: str, owners: Sequence[Any]) -> None:
         """All that these values hold, to the bit and with what is shared."""
@@ -155,7 +156,7 @@ class Toy:
             logs = [opened.enter_context(log(self.folder / name, size)) for name, size in sizes.items()]
             trace, metrics, count = (
                 Trace(logs[0]),
-                Metrics(logs[1], Places(server.max_in_flight), server.edge_of if isinstance(server, Tree) else {}),
+                Metrics(logs[1], Places(tree.places(server)), server.edge_of if isinstance(server, Tree) else {}),
                 itertools.count(),
             )
 
@@ -179,7 +180,7 @@ class Toy:
             simulation = Simulation(
                 server, Remembering(), world, clients, evaluate, observe, presence=presence, settled=settled
             )
-            owners = (*server.owners, simulation, presence, metrics, progress)
+            owners = (*tree.owners(server), simulation, presence, metrics, progress)
             keeper = Keeper(self.folder, {"transfer": self.transfer}, 0.0, owners, logs)
             if stored:
                 hints = {name: hint for owner in owners for name, hint in kept(type(owner)).items()}

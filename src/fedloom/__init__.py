@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fedloom.devicefile import AvailabilityFile, DeviceFile, FedScaleDevices
     from fedloom.errors import Refused
     from fedloom.faults import Faults
+    from fedloom.hierarchy import Everybody, Hierarchy
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
@@ -55,9 +56,10 @@ if TYPE_CHECKING:
     from fedloom.schedule.immediate import Immediate
     from fedloom.schedule.rounds import Rounds
     from fedloom.schedule.staleness import Constant, Hinge, Polynomial
-    from fedloom.schedule.weights import by_examples, by_tokens, uniform
+    from fedloom.schedule.weights import by_examples, by_tokens, by_work, uniform
     from fedloom.server import Limits, Server
     from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
+    from fedloom.treestate import Link
     from fedloom.world import Capabilities, Capability, Tier, World
 
 __version__ = "0.1.0"
@@ -73,14 +75,16 @@ _HOMES = {
     "devicefile": ("AvailabilityFile", "DeviceFile", "FedScaleDevices"),
     "errors": ("Refused",),
     "faults": ("Faults",),
+    "hierarchy": ("Everybody", "Hierarchy"),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
     "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
-    "schedule.weights": ("by_examples", "by_tokens", "uniform"),
+    "schedule.weights": ("by_examples", "by_tokens", "by_work", "uniform"),
     "server": ("Limits", "Server"),
     "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
+    "treestate": ("Link",),
     "world": ("Capabilities", "Capability", "Tier", "World"),
 }
 _POLICIES = ("aggregate", "schedule")
@@ -110,6 +114,7 @@ __all__ = [
     "DeltaInt8",
     "DeviceFile",
     "Engine",
+    "Everybody",
     "Exact",
     "ExponentialDelays",
     "FLoRA",
@@ -129,12 +134,14 @@ __all__ = [
     "HLoRA",
     "Half",
     "HetLoRA",
+    "Hierarchy",
     "Hinge",
     "Hub",
     "Immediate",
     "Job",
     "LabelDirichlet",
     "Limits",
+    "Link",
     "LoRA",
     "LoRAA2",
     "Momentum",
@@ -163,6 +170,7 @@ __all__ = [
     "World",
     "by_examples",
     "by_tokens",
+    "by_work",
     "constant",
     "cosine",
     "linear",

@@ -1,23 +1,19 @@
 """An edge: a server that is someone's client. It gets a task, has it done by its members, and reports.
 
-Source: HierFedLoRA, arXiv 2503.21213, 2025: groups aggregate several times among themselves in one global round. What the paper leaves
-open is our choice: averages a round are counted (`Budget.rounds`), optimiser moments live through them and begin anew with the next
-outer task. Nothing here knows a method: any schedule and any aggregator may stand above an edge, and any in it.
+Source: HierFedLoRA, arXiv 2503.21213, 2025: groups aggregate several times among themselves in one global round. What the paper
+leaves open is our choice: averages a round are counted (`Budget.rounds`), optimiser moments live through them and begin anew with
+the next outer task. Nothing here knows a method: any schedule and any aggregator may stand above an edge, and any in it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
-from fedloom.aggregate.wrap import Around
-from fedloom.lora import Adapter, Factor, pad, server_rank, stack, truncate_sum
+from fedloom.edgemodel import OneSided, first, onto, reported
 from fedloom.server import Server, State
 from fedloom.transfer import answered
 from fedloom.types import (
-    Aggregator,
     Assign,
     Budget,
     ClientId,
@@ -29,14 +25,11 @@ from fedloom.types import (
     Event,
     Fleet,
     Local,
-    Merge,
-    Model,
     Profile,
     Publish,
     Reject,
     Report,
     Result,
-    Start,
     Stop,
     Task,
     TaskFailed,
@@ -81,10 +74,11 @@ class EdgeState:
 
 
 class Edge:
-    """Takes the events of its members, and `TaskReceived`; answers with commands to them, with `Report`, or, where it gives up, `Stop`.
+    """Takes the events of its members, and `TaskReceived`; answers with commands to them, and with `Report`.
 
-    `Evaluate` is nothing that an edge does. All answers of members belong to the outer task in which they were asked for: with the
-    report everything that is under way is cancelled, whatever the schedule, and what came too late to be merged is discarded.
+    `Stop` instead of a report says that it gives the task up. Scoring is nothing that an edge does. All answers of members belong to
+    the outer task in which they were asked for: with the report everything that is under way is cancelled, whatever the schedule,
+    and what came too late to be merged is discarded.
     """
 
     def __init__(self, server: Server) -> None:
@@ -113,9 +107,7 @@ class Edge:
         state.waiting = None
         if state.server.outer is None:
             return []
-        state.server.now = now
-        commands = [] if state.server.stopped else [c for c in self.server.stop("") if not isinstance(c, Evaluate | Stop)]
-        commands += self._discards("the edge's task was given up")
+        commands = self._halt(now, "the edge's task was given up")
         self._close()
         return commands
 
@@ -125,9 +117,7 @@ class Edge:
         state.down, state.due = True, None
         if state.server.stopped:
             return []
-        state.server.now = now
-        commands = [command for command in self.server.stop("") if not isinstance(command, Evaluate | Stop)]
-        commands += self._discards("its edge died before it was merged")
+        commands = self._halt(now, "its edge died before it was merged")
         del state.server.arrived[state.server.retained :]
         return commands
 
@@ -210,7 +200,14 @@ class Edge:
         self._close()
         return commands
 
+    def _halt(self, now: float, reason: str) -> list[Command]:
+        """Nothing that is under way, or waits to be merged, counts any more."""
+        self.state.server.now = now
+        under_way = [] if self.state.server.stopped else self.server.stop(reason)
+        return [c for c in under_way if not isinstance(c, Evaluate | Stop)] + self._discards(reason)
+
     def _discards(self, reason: str) -> list[Command]:
+        """Accepted answers that are in no version."""
         server = self.state.server
         return [Discard(one.task.id, one.task.client, reason) for one in server.arrived[server.retained :]]
 
@@ -228,7 +225,7 @@ class Edge:
         members = {share.client: share.examples for share in shares}
         examples, work = sum(members.values()), sum(share.examples * share.steps for share in shares)
         adapter, lost = reported(task.start, state.server.model)
-        adapter = _onto(task.start, adapter) if task.start.rules.kept else adapter
+        adapter = onto(task.start, adapter) if task.start.rules.kept else adapter
         metrics: dict[str, float] = {"members": len(members), "rounds": state.server.version, "cut": lost}
         metrics |= {} if state.loss is None else {"loss": state.loss}
         steps = max(1, min(task.budget.steps, round(work / examples)))
@@ -253,76 +250,3 @@ class Below:
             return own
         rank, steps = min(own.rank, outer.budget.rank), max(1, outer.budget.steps // outer.budget.rounds)
         return replace(own, rank=rank, steps=steps, rounds=1)
-
-
-@dataclass(frozen=True, slots=True)
-class OneSided(Around):
-    """`inner`, but a method that trains its sides in turn stays at the side of the outer task: the other one has to come back as it was."""
-
-    inner: Aggregator
-
-    def merge(self, model: Model, merge: Merge) -> Model:
-        """The wrapped merge; it is nobody else's turn yet."""
-        return replace(self.inner.merge(model, merge), phase=model.phase)
-
-
-def first(aggregator: Aggregator, task: Task) -> Model:
-    """The model with which an edge begins this task: all that the task holds."""
-    start = task.start
-    model = aggregator.init(start.train)
-    if start.fold is not None:
-        model = replace(model, fold=start.fold if model.fold is None else _beside(start.fold, model.fold))
-    return replace(model, phase=phase(aggregator, model, start) or 0)
-
-
-def phase(aggregator: Aggregator, model: Model, start: Start) -> int | None:
-    """In which turn the method leaves alone what the outer task wants back as it was; None: in none."""
-    budget = Budget(server_rank(start.train), 1)
-    for turn in (0, 1):
-        if start.rules.kept <= aggregator.start(replace(model, phase=turn), budget, 0).rules.kept:
-            return turn
-    return None
-
-
-def reported(start: Start, model: Model) -> tuple[Adapter, float]:
-    """The model as an answer to this start, and the share of its energy that had to be cut.
-
-    What an edge folded is put into the adapter, as far as the rank of the task reaches; as long as nothing was, that is the adapter.
-    """
-    asked, given = start.train.factors, model.adapter.factors
-    if model.fold is start.fold and all(given[name].rank == factor.rank for name, factor in asked.items()):
-        return model.adapter, 0.0
-    factors, before, after = {}, 0.0, 0.0
-    for name, factor in asked.items():
-        terms = [(1.0, given[name])]
-        terms += [
-            (sign, fold.factors[name])
-            for sign, fold in ((1.0, model.fold), (-1.0, start.fold))
-            if fold is not None and name in fold.factors and model.fold is not start.fold
-        ]
-        kept, energy = truncate_sum(terms, factor.rank)
-        factors[name] = pad(kept, factor.rank)
-        before, after = before + energy, after + float(kept.up.double().square().sum())
-    return Adapter(factors, model.adapter.dense), max(0.0, 1.0 - after / before) if before > 0 else 0.0
-
-
-def _onto(start: Start, given: Adapter) -> Adapter:
-    """The nearest answer that has the sides as they were sent that are to come back so: a method may have turned them inside."""
-    factors = dict(given.factors)
-    for name, asked in start.train.factors.items():
-        own = given.factors[name]
-        if "down" in start.rules.kept and not own.down.equal(asked.down):
-            up = own.up.double() @ (own.down.double() @ torch.linalg.pinv(asked.down.double()))
-            factors[name] = Factor(asked.down, up.to(own.up))
-        elif "up" in start.rules.kept and not own.up.equal(asked.up):
-            down = (torch.linalg.pinv(asked.up.double()) @ own.up.double()) @ own.down.double()
-            factors[name] = Factor(down.to(own.down), asked.up)
-    return Adapter(factors, given.dense)
-
-
-def _beside(one: Adapter, other: Adapter) -> Adapter:
-    """Two folds as one."""
-    both: dict[str, Factor] = {**one.factors, **other.factors}
-    for name in one.factors.keys() & other.factors.keys():
-        both[name] = stack([(1.0, one.factors[name]), (1.0, other.factors[name])])
-    return Adapter({name: both[name] for name in sorted(both)})

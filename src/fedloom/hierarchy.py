@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
 from fedloom.aggregate.wrap import layers
-from fedloom.edge import Below, Edge, phase
+from fedloom.edge import Below, Edge
+from fedloom.edgemodel import phase
 from fedloom.errors import Refused
 from fedloom.group import Grouping, Member
 from fedloom.lora import server_rank
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Server
 from fedloom.tree import Tree
-from fedloom.treestate import Roster, Link
+from fedloom.treestate import Link, Roster
 from fedloom.types import Aggregator, Assign, Budget, ClientId, Fleet, Profile, Schedule
 
 InnerRounds: TypeAlias = Callable[[Profile, Fleet], int]
@@ -91,7 +92,7 @@ class Hierarchy:
         return {f"edge{k:0{width}d}": group for k, group in enumerate(found)}
 
     def over(self, flat: Server, members: Mapping[ClientId, Sequence[Profile]]) -> Tree:
-        """The tree that takes the place of `flat`, which has done nothing yet. Raises Refused where the methods do not go together."""
+        """The tree in the place of `flat`, which has done nothing yet. Raises Refused where the methods do not go together."""
         rank = server_rank(flat.state.model.adapter)
         inner = self.aggregator or cast(Aggregator, list(layers(flat.aggregator))[-1])
         check(flat, inner, len(members))

@@ -37,7 +37,7 @@ from fedloom.train.settings import PLAIN
 from fedloom.train.texts import Encoded, encode
 from fedloom.train.trainer import PeftTrainer
 from fedloom.train.workers import Workers
-from fedloom.tree import Tree
+from fedloom.tree import Tree, owners, places
 from fedloom.types import Budget, ClientId, Command, Event, Model, Profile
 
 
@@ -174,7 +174,7 @@ class Job:
             keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
             trace = Trace(keeper.logs[0])
             edge_of = self.server.edge_of if isinstance(self.server, Tree) else {}
-            metrics = Metrics(keeper.logs[1], Places(self.server.max_in_flight), edge_of)
+            metrics = Metrics(keeper.logs[1], Places(places(self.server)), edge_of)
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
             inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, self.run.engine or PLAIN)
@@ -191,9 +191,9 @@ class Job:
                 presence=presence,
                 settled=keeper,
             )
-            owners = (*self.server.owners, simulation, presence, metrics, progress)
-            keeper.owners, keeper.drain = owners, simulation.drain
-            restore(self.begun.values if self.begun else {}, owners)
+            held = (*owners(self.server), simulation, presence, metrics, progress)
+            keeper.owners, keeper.drain = held, simulation.drain
+            restore(self.begun.values if self.begun else {}, held)
             reason = simulation.run()
             if self.server.state.failures >= self.run.limits.failures:
                 remedy = f"the run was given up: {reason}. Mend that, or allow for more"
@@ -234,19 +234,8 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
     _check_aggregator(run, base, None if run.hierarchy else len(shards))
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
-    model = run.aggregator.init(initial(base, top))
     sizes = {shard.client: len(shard.train) for shard in shards}
     profiles = {profile.client: profile for profile in devices(run).profiles(sizes, run.seed)}
-    server = Server(
-        model,
-        run.aggregator,
-        run.schedule,
-        run.plan,
-        shape=base.shape(),
-        limits=run.limits,
-        seed=run.seed,
-        transfer=run.transfer,
-    )
     job = Job(
         run=run,
         split=split,
@@ -256,13 +245,27 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
         train_texts=train,
         test_texts=test,
         tested=_sample(len(split.test), run.test_limit, run.seed),
-        server=led(server, run, shards, split, profiles),
+        server=led(run, _server(run, base, top), shards, split, profiles),
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
         begun=before,
     )
     if before:
         before.check(job.about())
     return job
+
+
+def _server(run: Run, base: Base, rank: int) -> Server:
+    """At version 0, without a hierarchy."""
+    return Server(
+        run.aggregator.init(initial(base, rank)),
+        run.aggregator,
+        run.schedule,
+        run.plan,
+        shape=base.shape(),
+        limits=run.limits,
+        seed=run.seed,
+        transfer=run.transfer,
+    )
 
 
 def _check_aggregator(run: Run, base: Base, clients: int | None) -> None:

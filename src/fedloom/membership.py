@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 def devices(run: Run) -> Devices:
     """The run's, with links to the edges where these are nearer."""
-    near = run.hierarchy is not None and run.hierarchy.inner_speedup != 1.0
-    return Near(run.world, run.hierarchy.inner_speedup) if near and run.hierarchy else run.world
+    times = run.hierarchy.inner_speedup if run.hierarchy else 1.0
+    return run.world if times == 1.0 else Near(run.world, times)
 
 
-def led(flat: Server, run: Run, shards: Sequence[Shard], split: Split, profiles: Mapping[ClientId, Profile]) -> Server | Tree:
+def led(
+    run: Run, flat: Server, shards: Sequence[Shard], split: Split, profiles: Mapping[ClientId, Profile]
+) -> Server | Tree:
     """The server of the run: with edges, if it has a hierarchy. Raises Refused where the groups are none."""
     if run.hierarchy is None:
         return flat
-    rank, steps, size = run.plan.rank.largest, run.plan.local_steps, run.training.batch_size * run.training.max_length
-
-    def member(shard: Shard) -> Member:
+    tokens = run.plan.local_steps * run.training.batch_size * run.training.max_length
+    members = []
+    for shard in shards:
         counts = Counter(split.train.labels[i] for i in shard.train)
         labels = tuple(float(counts[label]) for label in range(len(split.train.names)))
-        return Member(
-            shard.client, len(shard.train), seconds(flat.shape, profiles[shard.client], rank, steps * size), labels
-        )
-
-    groups = run.hierarchy.grouped([member(shard) for shard in shards], run.seed)
+        took = seconds(flat.shape, profiles[shard.client], run.plan.rank.largest, tokens)
+        members.append(Member(shard.client, len(shard.train), took, labels))
+    groups = run.hierarchy.grouped(members, run.seed)
     return run.hierarchy.over(flat, {edge: tuple(profiles[one] for one in own) for edge, own in groups.items()})
 
 

@@ -21,8 +21,8 @@ from fedloom import checkpoint, codec, group, hierarchy, manifest, treestate
 from fedloom import server as core
 from fedloom.cost import Shape
 from fedloom.errors import Refused
-from fedloom.report.read import read
 from fedloom.hierarchy import Hierarchy
+from fedloom.report.read import read
 from fedloom.server import Limits, Server
 from fedloom.trace import line
 from fedloom.tree import Tree
@@ -110,7 +110,9 @@ def fresh(folder: Path) -> Server | Tree:
         if manifest.as_json(manifest.plain(made)) != {name: settings[name] for name in asked}:
             raise Malformed("its manifest does not say all of them")
         kept = checkpoint.load(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
-        profiles = {one: reader.read(Profile, told) for one, told in about["clients"].items()} if made["hierarchy"] else {}
+        profiles = (
+            {one: reader.read(Profile, told) for one, told in about["clients"].items()} if made["hierarchy"] else {}
+        )
     except (Malformed, KeyError, TypeError) as error:
         remedy = (
             f"its policies cannot be made from the manifest ({error}); in Python, replay(folder, server) takes your own"
@@ -138,7 +140,9 @@ def _names() -> Mapping[str, Any]:
     """Classes and functions of the folders of policies, by name; these of the core too."""
     folders = [import_module(f"fedloom.{name}") for name in POLICIES]
     modules = [import_module(f"{one.__name__}.{info.name}") for one in folders for info in iter_modules(one.__path__)]
-    things = chain.from_iterable(vars(module).items() for module in (*modules, codec, core, group, hierarchy, treestate))
+    things = chain.from_iterable(
+        vars(module).items() for module in (*modules, codec, core, group, hierarchy, treestate)
+    )
     return {name: thing for name, thing in things if callable(thing)}
 
 

@@ -1,7 +1,8 @@
 """A run that was killed goes on where its last checkpoint stands, and ends in the same bytes as if nothing had happened.
 
 Between two events everything that a run has is in five values: the server's state, the simulation, who is away, the metrics'
-observer and the scores so far; a tree of servers has its edges beside the root's state. All their fields are saved but those named in `REBUILT`, so a new field needs no line here.
+observer and the scores so far; a tree of servers has its edges beside the root's state. All their fields are saved but those
+named in `REBUILT`, so a new field needs no line here.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.check import fault
 from fedloom.codec import Codec
 from fedloom.cost import Shape
+from fedloom.edgemodel import inside
 from fedloom.errors import Refused
 from fedloom.indexed import IndexedTable
 from fedloom.lora import server_rank
@@ -37,12 +38,10 @@ from fedloom.types import (
     Publish,
     Reject,
     Schedule,
-    Scored,
     Start,
     Stop,
     Task,
     TaskFailed,
-    TimerFired,
     Update,
     UpdateArrived,
 )
@@ -126,16 +125,6 @@ class Server:
         self.aggregator, self.schedule, self.assign = aggregator, schedule, assign
         self.shape, self.limits, self.seed, self.transfer = shape, limits, seed, transfer
 
-    @property
-    def owners(self) -> tuple[State]:
-        """All that changes."""
-        return (self.state,)
-
-    @property
-    def max_in_flight(self) -> int:
-        """The most clients that may be at work at once."""
-        return self.schedule.max_in_flight
-
     def handle(self, now: float, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which it is to be done.
 
@@ -194,10 +183,8 @@ class Server:
 
     def start(self, budget: Budget, seed: int) -> Start:
         """What a client with this budget would receive now, to the bit."""
-        start, outer = self.aggregator.start(self.state.model, budget, seed), self.state.outer
-        if outer:  # members' moments live through the rounds of one outer task, and no longer
-            start = replace(start, basis=f"{outer.id}:{start.basis}")
-        return handed(start, self.transfer)
+        start = self.aggregator.start(self.state.model, budget, seed)
+        return handed(inside(start, self.state.outer), self.transfer)
 
     def stop(self, reason: str) -> list[Command]:
         """End it here: nothing that is under way counts any more."""
@@ -223,10 +210,12 @@ class Server:
                     state.failures, state.last_failure = state.failures + 1, f"client {client!r} was lost"
                 if client in state.idle:
                     state.idle.take(client)
+            case UpdateArrived(client, number) | TaskFailed(client, number) if (
+                client not in state.working or state.working[client][1] != number
+            ):
+                return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
             case UpdateArrived(client, number, result):
-                task = state.busy.get(number)
-                if task is None or task.client != client:
-                    return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
+                task = state.busy[number]
                 reason = fault(task, result)
                 if reason:
                     return Reject(client, number, reason)
@@ -237,14 +226,9 @@ class Server:
                 if rank < task.budget.rank and task.start.rules.pruning:
                     state.pruned[client] = rank
                 state.seen[client] = result.examples
-            case TaskFailed(client, number, reason):
-                task = state.busy.get(number)
-                if task is None or task.client != client:
-                    return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
+            case TaskFailed(_, number, reason):
                 self._release(number)
                 state.failures, state.last_failure = state.failures + 1, reason
-            case Scored() | TimerFired():
-                pass
         return None
 
     def _release(self, number: int) -> Task:

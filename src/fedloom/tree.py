@@ -43,6 +43,7 @@ from fedloom.types import (
     Within,
 )
 
+
 class Tree:
     """The root and its edges as one server."""
 
@@ -62,18 +63,6 @@ class Tree:
         """Sizes of the model."""
         return self.root.shape
 
-    @property
-    def max_in_flight(self) -> int:
-        """The most members that may be at work at once."""
-        own = self.groups.members
-        most = [min(len(own[name]), edge.server.schedule.max_in_flight) for name, edge in self._edges.items()]
-        return sum(sorted(most, reverse=True)[: self.root.schedule.max_in_flight])
-
-    @property
-    def owners(self) -> tuple[State, Branches]:
-        """All that changes."""
-        return self.root.state, self.branches
-
     def fleet(self) -> Fleet:
         """The root's view, with what all members have answered so far."""
         return replace(self.root.fleet(), seen=self.state.seen, dispatched=self.state.dispatched)
@@ -81,7 +70,9 @@ class Tree:
     def handle(self, now: float, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which it is to be done. Raises ValueError if time runs backwards."""
         if not now >= self.branches.now:
-            raise ValueError(f"event at {now} s after {self.branches.now} s: a driver must deliver events in order of time")
+            raise ValueError(
+                f"event at {now} s after {self.branches.now} s: a driver must deliver events in order of time"
+            )
         self.branches.now = now
         if self.root.state.stopped:
             return []
@@ -242,7 +233,23 @@ class Tree:
         working = self.root.state.working
         return working[edge][1] if edge in working else 0
 
+    def places(self, edge: ClientId) -> int:
+        """The most members of this edge that may be at work at once."""
+        return min(len(self.groups.members[edge]), self._edges[edge].server.schedule.max_in_flight)
+
     def _edge(self, name: ClientId) -> Edge:
         edge = self._edges[name]
         edge.state = self.branches.edges[name]  # a run that goes on brings another one
         return edge
+
+
+def owners(server: Server | Tree) -> tuple[State | Branches, ...]:
+    """All that changes in a server."""
+    return (server.root.state, server.branches) if isinstance(server, Tree) else (server.state,)
+
+
+def places(server: Server | Tree) -> int:
+    """The most clients that may be at work at once: in a tree, in as many edges as the root lets work, the largest ones."""
+    if not isinstance(server, Tree):
+        return server.schedule.max_in_flight
+    return sum(sorted(map(server.places, server.branches.edges), reverse=True)[: server.root.schedule.max_in_flight])

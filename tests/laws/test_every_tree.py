@@ -51,7 +51,21 @@ from fedloom.types import (
 )
 from laws.test_every_schedule import good, spoilt, twin
 
-KINDS = ("join", "join", "lose", "answer", "answer", "answer", "answer", "again", "foreign", "spoilt", "fail", "timer", "timer")
+KINDS = (
+    "join",
+    "join",
+    "lose",
+    "answer",
+    "answer",
+    "answer",
+    "answer",
+    "again",
+    "foreign",
+    "spoilt",
+    "fail",
+    "timer",
+    "timer",
+)
 EDGES = ("edge lost", "edge kept", "edge back", "scored")
 STORM = st.lists(
     st.tuples(st.sampled_from(KINDS + EDGES), st.integers(0, 7), st.sampled_from((0.0, 0.0, 1.0, 4.0))), max_size=50

@@ -39,6 +39,7 @@ class RunLog:
     scores: tuple[Line, ...] = ()
     tasks: tuple[Line, ...] = ()
     clients: tuple[Line, ...] = ()
+    edges: tuple[Line, ...] = ()
 
 
 def read(folder: Path) -> RunLog:
@@ -49,7 +50,7 @@ def read(folder: Path) -> RunLog:
     def of(kind: str) -> tuple[Line, ...]:
         return tuple(line for line in lines if line.get("kind") == kind)
 
-    return RunLog(folder, manifest, of("version"), of("score"), of("task"), of("client"))
+    return RunLog(folder, manifest, of("version"), of("score"), of("task"), of("client"), of("edge"))
 
 
 def _manifest(folder: Path) -> Line:
