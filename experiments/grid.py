@@ -146,8 +146,14 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
         "worst_client": min(clients),
         "mean_client": sum(clients) / len(clients),
         "run_hash": hashed(run),
-        "machine": manifest.machine()["cpu"] if run.device == "cpu" else f"{run.device} ({manifest.machine()['cpu']})",
+        "machine": processor() if run.device == "cpu" else f"{run.device} ({processor()})",
     }
+
+
+def processor() -> str:
+    """The kind of processor, with its instructions."""
+    about = manifest.machine()
+    return f"{about['cpu']}, {about['instructions']}"
 
 
 def reproduce(grid: Grid, cell: str | None, device: str) -> Line:

@@ -354,7 +354,8 @@ def test_a_run_without_a_checkpoint_begins_again_in_its_folder(
         ({"schedule": Rounds()}, ("schedule.type", "FedFa", "Rounds")),
         ({"data": Rows(toy_rows(120))}, ("data.rows.rows: 240 there, 120 here",)),
         ({"seed": 6}, ("seed: 5 there, 6 here",)),
-        ({"held_out": 0.0}, ("held_out: 0.2 there, null here",)),
+        ({"seed": 0}, ("seed: 5 there, 0 here",)),
+        ({"held_out": 0.0}, ("held_out: 0.2 there, 0.0 here",)),
     ],
 )
 def test_another_run_is_refused_with_what_differs(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from fedloom.errors import Refused
 
+LOCKED = "trace.jsonl"
+"""The file that the process which carries out a run holds a lock of."""
 DRAFT = ".draft"
 """How the name of a file ends that is not written to its end."""
 
@@ -52,6 +56,22 @@ def at_once(path: Path) -> Iterator[Path]:
             os.close(opened)
         if place is draft:
             draft.replace(path)
+
+
+def lock(file: IO[Any], shared: bool = False) -> bool:
+    """Take the lock of an open file until it is closed; False if another holds it. Who only asks shares it with others who ask.
+
+    Where the system has no such locks, nobody holds one.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedloom.types import Rules
 
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
@@ -47,12 +49,22 @@ def digest(settings: object) -> str:
 
 
 def portable(value: object) -> object:
-    """Settings without what is off, and absolute paths by their last two parts: what a table is, not where a machine keeps it."""
+    """Settings without what is off, and with `shortened` paths."""
     match value:
         case dict():
             return {key: portable(item) for key, item in value.items() if item}
         case list():
             return [portable(item) for item in value]
+    return shortened(value)
+
+
+def shortened(value: object) -> object:
+    """Absolute paths by their last two parts: what a table is, not where a machine keeps it."""
+    match value:
+        case dict():
+            return {key: shortened(item) for key, item in value.items()}
+        case list():
+            return [shortened(item) for item in value]
         case str() if Path(value).is_absolute():
             return "/".join(Path(value).parts[-2:])
     return value
@@ -63,14 +75,16 @@ def as_json(value: object) -> Any:
     return json.loads(json.dumps(value))
 
 
-def differences(there: object, here: object, path: str = "") -> Iterator[str]:
-    """Where two values of JSON differ, as "field: 5 there, 6 here"."""
+def differences(there: object, here: object, path: str = "", *, off: bool = False) -> Iterator[str]:
+    """Where two values of JSON differ, as "field: 5 there, 6 here"; with `off` two ways of saying "nothing" are the same."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in [*there, *(name for name in here if name not in there)]:
-            yield from differences(there.get(name), here.get(name), f"{path}.{name}".lstrip("."))
+            yield from differences(there.get(name), here.get(name), f"{path}.{name}".lstrip("."), off=off)
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for number, (one, other) in enumerate(zip(there, here, strict=True)):
-            yield from differences(one, other, f"{path}[{number}]")
+            yield from differences(one, other, f"{path}[{number}]", off=off)
+    elif off and not there and not here:
+        return
     elif there != here or type(there) is not type(here):
         yield f"{path}: {_short(there)} there, {_short(here)} here"
 
@@ -99,8 +113,13 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, object]:
-    """The kind of machine, not which one: processor, cores, Python."""
-    return {"cpu": _processor(), "cores": os.cpu_count() or 1, "python": platform.python_version()}
+    """The kind of machine, not which one: processor, the widest instructions that torch uses there, cores, Python."""
+    return {
+        "cpu": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count() or 1,
+        "python": platform.python_version(),
+    }
 
 
 def _processor() -> str:

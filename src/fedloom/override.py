@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
@@ -70,13 +71,27 @@ def _evaluate(node: ast.expr) -> Any:
         made = _evaluate(node.func)
         if not isinstance(made, type):
             raise Refused("--set", ast.unparse(node), f"{node.func.id} is no kind of value and cannot be called here")
-        try:
-            return made(*[_evaluate(argument) for argument in node.args], **named)
-        except TypeError as error:
-            raise Refused("--set", ast.unparse(node), str(error)) from error
+        given = [_evaluate(argument) for argument in node.args]
+        _check_arguments(ast.unparse(node), made, len(given), named)
+        return made(*given, **named)
     if isinstance(node, ast.Tuple):
         return tuple(_evaluate(item) for item in node.elts)
     return ast.literal_eval(node)
+
+
+def _check_arguments(text: str, kind: type, count: int, named: Iterable[str]) -> None:
+    """Raise Refused where `kind` cannot be made of `count` values in order and these named ones."""
+    signature = inspect.signature(kind)
+    has = f"{kind.__name__} has: {', '.join(signature.parameters)}"
+    for name in named:
+        if name not in signature.parameters:
+            near = difflib.get_close_matches(name, [*signature.parameters], 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise Refused("--set", text, f"there is no field {name!r}; {meant}{has}")
+    try:
+        signature.bind(*[None] * count, **dict.fromkeys(named))
+    except TypeError as error:  # too many values, one field twice, or one missing
+        raise Refused("--set", text, f"{error}; {has}") from error
 
 
 def _known(name: str) -> None:

@@ -8,7 +8,6 @@ named in `REBUILT`, so a new field needs no line here.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Any, TextIO
 
 from fedloom import checkpoint, manifest
 from fedloom.errors import Refused
-from fedloom.folder import DRAFT
+from fedloom.folder import DRAFT, LOCKED, lock
 from fedloom.metrics import Metrics
 from fedloom.presence import Presence
 from fedloom.report.read import read
@@ -31,7 +30,7 @@ from fedloom.treestate import Branches
 from fedloom.values import Malformed, declared
 
 NAME = "checkpoint.safetensors"
-LOGS = ("trace.jsonl", "metrics.jsonl")
+LOGS = (LOCKED, "metrics.jsonl")
 SHARE = 0.05
 """Of a run's time, that checkpoints may take."""
 SECONDS = 30.0
@@ -195,21 +194,17 @@ def begun(folder: Path, run: Run) -> Begun:
 
 def _changed(there: object, here: object) -> str:
     """The first differences of two plain settings; what is off, and where files lie, does not count."""
-    return "; ".join(islice(manifest.differences(manifest.portable(there), manifest.portable(here)), 5))
+    found = manifest.differences(manifest.shortened(there), manifest.shortened(here), off=True)
+    return "; ".join(islice(found, 5))
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Inside, no other process can carry out the run of this folder. Raises Refused where one does; a lock ends with its process."""
-    with (folder / LOGS[0]).open("ab") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                remedy = "its run is still going on, in another process; wait for its end or stop it"
-                raise Refused("--resume", str(folder), remedy) from error
+    with (folder / LOCKED).open("ab") as file:
+        if not lock(file):
+            remedy = "its run is still going on, in another process; wait for its end or stop it"
+            raise Refused("--resume", str(folder), remedy)
         for draft in folder.rglob(f"*{DRAFT}"):
             draft.unlink()
         yield

@@ -11,6 +11,7 @@ import pytest
 
 from fedloom.errors import Refused
 from fedloom.report import facts, read, summary, tables, write
+from fedloom.resume import claimed
 
 Fake = Callable[..., Path]
 
@@ -120,7 +121,7 @@ def test_any_beginning_of_a_run_has_a_report(fake: Fake, tmp_path: Path, keep: i
 
 def test_a_manifest_alone_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "bare", "status": "running"}')
-    assert "This run has not finished" in say(write([tmp_path], tmp_path / "report.html"))
+    assert "This run was ended from outside" in say(write([tmp_path], tmp_path / "report.html"))
 
 
 def test_a_large_fleet_stays_small(fake: Fake, tmp_path: Path) -> None:
@@ -145,6 +146,24 @@ def test_runs_of_one_name_are_told_apart(fake: Fake) -> None:
     run = fake("a")
     assert facts.names([read(run), read(fake("b"))]) == ["demo (a)", "demo (b)"]
     assert facts.names([read(run), read(run)]) == ["demo (a) #1", "demo (a) #2"]
+
+
+def test_a_run_that_nobody_carries_out_any_more_was_killed(fake: Fake, tmp_path: Path) -> None:
+    run = fake(status="running")
+    assert read(run).manifest["status"] == "killed"
+    assert "--resume" in say(write([run], tmp_path / "report.html"))
+    with claimed(run):
+        assert read(run).manifest["status"] == "running"
+    assert read(run).manifest["status"] == "killed"
+
+
+def test_what_the_start_reaches_took_no_time_and_is_no_time_to_a_target(fake: Fake) -> None:
+    log = read(fake())
+    low = min(map(facts.accuracy, log.scores))
+    assert log.scores[0]["version"] == 0
+    reached = facts.first_reaching(log, low)
+    assert reached is not None
+    assert reached["version"] == log.scores[1]["version"]
 
 
 def test_the_accuracy_that_all_reached_is_priced_for_each(fake: Fake) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.indexed import Indexed
-from fedloom.schedule.draw import draw
+from fedloom.schedule.draw import draw, draw_least_asked
 from fedloom.types import Fleet, Profile
 from toys import fleet, profiles
 
@@ -64,3 +64,24 @@ def test_a_million_cost_as_much_as_ten() -> None:
     idle = Counted()
     drawn = draw(fleet(idle=idle), 10)
     assert len(set(drawn)) == idle.looked == 10
+
+
+@given(size=st.integers(0, 12), count=st.integers(-1, 15), choices=st.integers(1, 9), tasks=st.integers(0, 99))
+def test_the_least_asked_are_as_many_and_all_different(size: int, count: int, choices: int, tasks: int) -> None:
+    asked = {f"c{k}": k % 3 for k in range(size)}
+    drawn = draw_least_asked(fleet(idle=Indexed(profiles(size)), tasks=tasks, dispatched=asked), count, choices)
+    assert len(drawn) == len(set(drawn)) == min(size, max(count, 0))
+    if choices * max(count, 0) >= size:  # all are looked at
+        assert sorted(asked[one] for one in drawn) == sorted(asked.values())[: len(drawn)]
+
+
+def test_a_few_choices_make_shares_nearly_equal() -> None:
+    def spread(choices: int) -> int:
+        asked = dict.fromkeys(profiles(50), 0)
+        for turn in range(1000):
+            (one,) = draw_least_asked(fleet(idle=Indexed(profiles(50)), tasks=turn, dispatched=asked), 1, choices)
+            asked[one] += 1
+        return max(asked.values()) - min(asked.values())
+
+    assert spread(5) <= 4
+    assert spread(1) >= 10

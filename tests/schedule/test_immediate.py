@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,9 +38,16 @@ def test_answers_are_taken_one_by_one() -> None:
     assert Immediate().merge(at(0)) is None
 
 
-def test_every_free_place_is_filled_at_random() -> None:
-    drawn = {Immediate(max_in_flight=1).start(at(0, idle=4, tasks=turn, latest="c0"))[0] for turn in range(60)}
+@pytest.mark.parametrize("choices", [1, 5])
+def test_every_free_place_is_filled_at_random(choices: int) -> None:
+    schedule = Immediate(max_in_flight=1, choices=choices)
+    drawn = {schedule.start(at(0, idle=4, tasks=turn, latest="c0"))[0] for turn in range(60)}
     assert drawn == {"c0", "c1", "c2", "c3"}
+
+
+def test_of_the_choices_the_one_asked_least_is_started() -> None:
+    fleet = replace(at(0, idle=4), dispatched={"c0": 2, "c1": 1, "c2": 0, "c3": 2})
+    assert Immediate(max_in_flight=2, choices=2).start(fleet) == ["c2", "c1"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,7 @@ def test_every_free_place_is_filled_at_random() -> None:
         {"server_learning_rate": 0.0},
         {"server_learning_rate": 1.5},
         {"steady": 0},
+        {"choices": 0},
     ],
 )
 def test_bad_parameters_are_refused_by_name(bad: dict[str, Any]) -> None:

@@ -80,7 +80,8 @@ def at_version(log: RunLog, version: object, key: str) -> float:
 
 
 def first_reaching(log: RunLog, target: float) -> Line | None:
-    return next((score for score in log.scores if accuracy(score) >= target), None)
+    """The first score of a trained model at or above the target: what the start happens to reach took no time."""
+    return next((score for score in log.scores if score.get("version") and accuracy(score) >= target), None)
 
 
 def worst(log: RunLog) -> Line | None:

@@ -14,6 +14,7 @@ from fedloom.report.read import RunLog, read
 STATUS = {
     "finished": "",
     "running": "This run has not finished: what follows is what it has written so far.",
+    "killed": "This run was ended from outside: what follows is incomplete. `fedloom run FILE --resume FOLDER` goes on with it.",
     "interrupted": "This run was interrupted: what follows is incomplete.",
     "failed": "This run failed: what follows is incomplete.",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedloom.errors import Refused
+from fedloom.folder import LOCKED, lock
 
 Line: TypeAlias = Mapping[str, Any]
 
@@ -45,12 +46,23 @@ class RunLog:
 def read(folder: Path) -> RunLog:
     """The run in `folder`; a last line that a killed run left half-written is passed over."""
     manifest = _manifest(folder)
+    if manifest["status"] == "running" and _left(folder):
+        manifest = {**manifest, "status": "killed"}
     lines = tuple(_lines(folder / "metrics.jsonl"))
 
     def of(kind: str) -> tuple[Line, ...]:
         return tuple(line for line in lines if line.get("kind") == kind)
 
     return RunLog(folder, manifest, of("version"), of("score"), of("task"), of("client"), of("edge"))
+
+
+def _left(folder: Path) -> bool:
+    """Whether nobody carries out the run any more that was begun here."""
+    try:
+        with (folder / LOCKED).open("rb") as file:
+            return lock(file, shared=True)
+    except FileNotFoundError:
+        return True
 
 
 def _manifest(folder: Path) -> Line:

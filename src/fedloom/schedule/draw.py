@@ -6,18 +6,32 @@ from fedloom.seeds import derive
 from fedloom.types import ClientId, Fleet
 
 
-def draw(fleet: Fleet, count: int) -> list[ClientId]:
+def draw(fleet: Fleet, count: int, stream: str = "draw", first: int | None = None) -> list[ClientId]:
     """`count` different idle clients (all, if there are fewer), every choice equally likely. Cost: O(count).
 
     A Fisher-Yates shuffle of the row of idle clients that ends after `count` steps and notes only what it moved. The k-th
-    draw is named after the number that the task will have, so that a client who starts alone is drawn like one of many.
+    draw is number `first` + k of its stream: that of the task that will be made, so that a client who starts alone is drawn like
+    one of many.
     """
     size, moved, chosen = len(fleet.idle), dict[int, int](), list[ClientId]()
+    first = fleet.tasks if first is None else first
     for k in range(min(count, size)):
-        place = k + derive(fleet.seed, "draw", fleet.tasks + k) % (size - k)
+        place = k + derive(fleet.seed, stream, first + k) % (size - k)
         chosen.append(fleet.idle.at(moved.get(place, place)))
         moved[place] = moved.get(k, k)
     return chosen
+
+
+def draw_least_asked(fleet: Fleet, count: int, choices: int) -> list[ClientId]:
+    """Of `choices` times as many idle clients, drawn at random, the `count` that were started least often so far.
+
+    With 1 choice `draw` itself. A few are enough for nearly equal shares (Mitzenmacher, "The Power of Two Choices in Randomized
+    Load Balancing", 2001), so nothing has to be sorted but they. Cost: O(count * choices).
+    """
+    if choices == 1:
+        return draw(fleet, count)
+    drawn = draw(fleet, count * choices, "least asked", fleet.tasks * choices)
+    return sorted(drawn, key=lambda client: fleet.dispatched.get(client, 0))[: max(0, count)]
 
 
 def refill(fleet: Fleet, places: int, uploader_goes_on: bool) -> list[ClientId]:
