@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import toys
 from bench.same_bytes import COMPARED
-from fedloom import FedFa, Hierarchy, HLoRA, Limits, Link, Refused, Rounds, by_work, prepare
+from fedloom import FedFa, Hierarchy, HLoRA, Limits, Link, Plan, RandomRank, Refused, Rounds, World, by_work, prepare
 from fedloom.group import Given
 from fedloom.membership import devices
 from fedloom.override import override
@@ -18,10 +23,13 @@ from fedloom.replay import Replayed, fresh, replay
 from fedloom.report.html import write
 from fedloom.report.read import read
 from fedloom.report.tables import groups
+from fedloom.simulate import Simulation
+from fedloom.train.base import initial
 from fedloom.tree import Tree
-from fedloom.types import Publish
+from fedloom.types import Local, Profile, Publish, Result, Task
 from test_resume import interrupted
-from tiny import tiny_run
+from test_simulate import Log
+from tiny import base_of, tiny_run, trainer_of
 
 GROUPS = Given((("c00", "c03", "c05"), ("c01", "c02", "c04")))
 
@@ -149,3 +157,34 @@ def test_the_final_adapter_is_the_roots(recorded: Path) -> None:
     inner = [c for c in commands if c["type"] == "Within" and c["what"]["type"] == Publish.__name__]
     assert {c["what"]["version"] for c in inner} == {1, 2}
     assert len(inner) >= 12
+
+
+# Moments -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watching:
+    """A real trainer; notes for each task how many steps the moments had that it began with (0: none of them were of use)."""
+
+    inner: Any
+    began: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+        """Passed on and noted."""
+        for task, local in work:
+            goes_on = local.basis == task.start.basis and bool(local.moments)
+            steps = next(iter(local.moments.values()))["step"] if goes_on else torch.tensor(0.0)
+            self.began[task.client].append((task.version, int(steps)))
+        trained: list[tuple[Result, Local]] = self.inner.train(work)
+        return trained
+
+
+def test_moments_live_through_inner_rounds_and_begin_anew_with_each_outer_task(encoder: Path) -> None:
+    base = base_of(encoder)
+    own = {name: Profile(name, 30, up_bps=1e7, down_bps=1e7) for name in ("a", "b")}
+    given = {"start": initial(base, 4), "shape": base.shape(), "assign": Plan(RandomRank(4, 4), 6)}
+    flat = toys.server(Rounds(cohort_size=1), limits=Limits(versions=2), **given)
+    tree = Hierarchy(rounds=3).over(flat, {"edge0": tuple(own.values())})
+    trainer, log = Watching(trainer_of(base)), Log()
+    Simulation(tree, trainer, World(), own, lambda model: {"loss": 0.0}, log).run()
+    assert trainer.began["a"] == trainer.began["b"] == [(0, 0), (1, 2), (2, 4)] * 2

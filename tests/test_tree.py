@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +28,6 @@ from fedloom.lora import Adapter, joined
 from fedloom.schedule.weights import by_work
 from fedloom.simulate import Simulation
 from fedloom.trace import fingerprint
-from fedloom.train.base import initial
 from fedloom.tree import Tree
 from fedloom.treestate import BLOCK, Link
 from fedloom.types import (
@@ -45,12 +42,10 @@ from fedloom.types import (
     EdgeReturned,
     Event,
     Fleet,
-    Local,
     Profile,
     Publish,
     Reject,
     Report,
-    Result,
     Stop,
     Task,
     TaskReceived,
@@ -60,7 +55,6 @@ from fedloom.types import (
     Within,
 )
 from test_simulate import JITTER, QUADRATIC, Log
-from tiny import base_of, trainer_of
 
 GIVEN: dict[str, Any] = {"start": toys.fresh(4), "assign": Plan(RandomRank(2, 4), 12)}
 
@@ -341,37 +335,6 @@ def test_failures_of_members_end_the_run_as_they_do_without_edges() -> None:
     reason = Simulation(tree, spoilt, World(), toys.profiles(6), log.score, log).run()
     assert "failed in a row" in reason
     assert 20 <= len(log.all(Reject)) <= 40
-
-
-# Moments -------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Watching:
-    """A real trainer; notes for each task how many steps the moments had that it began with (0: none of them were of use)."""
-
-    inner: Any
-    began: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
-
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
-        """Passed on and noted."""
-        for task, local in work:
-            goes_on = local.basis == task.start.basis and bool(local.moments)
-            steps = next(iter(local.moments.values()))["step"] if goes_on else torch.tensor(0.0)
-            self.began[task.client].append((task.version, int(steps)))
-        trained: list[tuple[Result, Local]] = self.inner.train(work)
-        return trained
-
-
-def test_moments_live_through_inner_rounds_and_begin_anew_with_each_outer_task(encoder: Path) -> None:
-    base = base_of(encoder)
-    own = {name: Profile(name, 30, up_bps=1e7, down_bps=1e7) for name in ("a", "b")}
-    given = {"start": initial(base, 4), "shape": base.shape(), "assign": Plan(RandomRank(4, 4), 6)}
-    flat = toys.server(Rounds(cohort_size=1), limits=Limits(versions=2), **given)
-    tree = Hierarchy(rounds=3).over(flat, {"edge0": tuple(own.values())})
-    trainer, log = Watching(trainer_of(base)), Log()
-    Simulation(tree, trainer, World(), own, lambda model: {"loss": 0.0}, log).run()
-    assert trainer.began["a"] == trainer.began["b"] == [(0, 0), (1, 2), (2, 4)] * 2
 
 
 # What does not go together ---------------------------------------------------------------------------------------------------

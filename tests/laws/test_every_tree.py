@@ -66,9 +66,11 @@ KINDS = (
     "timer",
     "timer",
 )
-EDGES = ("edge lost", "edge kept", "edge back", "scored")
+EDGES = ("edge lost", "edge kept", "edge kept", "edge back", "edge back", "scored")
 STORM = st.lists(
-    st.tuples(st.sampled_from(KINDS + EDGES), st.integers(0, 7), st.sampled_from((0.0, 0.0, 1.0, 4.0))), max_size=50
+    st.tuples(st.sampled_from(KINDS + EDGES), st.integers(0, 7), st.sampled_from((0.0, 0.0, 1.0, 4.0))),
+    min_size=20,
+    max_size=60,
 )
 GROUPS = (3, 3, 2)
 PROFILES = toys.profiles(sum(GROUPS))
@@ -270,7 +272,7 @@ class Storm:
         assert sum(map(len, books)) == len(set().union(*books)), "an answer in two books"
         assert set().union(*books) == self.tasks.keys()
         arrived = {one.task.id for edge in self.tree.branches.edges.values() for one in edge.server.arrived}
-        assert self.waiting <= arrived
+        assert self.waiting <= arrived <= self.waiting | self.merged.keys()
         root = self.tree.root.state
         assert set(root.busy) | {one.task.id for one in root.arrived} | self.counted | self.ended == self.outer.keys()
         self.check_wake()
