@@ -13,10 +13,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from fedfa_speed import SPLITS, Method, cell, final, reached, start
+from fedfa_speed import CLIENTS, SPLITS, Method, cell, final, reached, start
 from grid import Grid, Line, main
 
-from fedloom import Averaged, FedAsync, FedBuff, FedFa, FedIT, Immediate, Limits, Rounds, Run, uniform
+from fedloom import (
+    CA2FL,
+    FADAS,
+    Averaged,
+    Constant,
+    FedAsync,
+    FedBuff,
+    FedFa,
+    FedIT,
+    Immediate,
+    Limits,
+    Polynomial,
+    Rounds,
+    Run,
+    uniform,
+)
 
 RATES, SEED, UPLOADS = (5e-3, 1e-2, 2e-2), 100, 300
 VARIANTS = {
@@ -26,8 +41,12 @@ VARIANTS = {
     "fedasync": Method(FedAsync()),
     "fedasync-0.9": Method(FedAsync(0.9)),
     "fedfa": Method(FedFa(10)),
-    "ours": Method(Immediate(), Averaged(FedIT())),
-    "ours-0.2": Method(Immediate(0.2), Averaged(FedIT())),
+    "fedfa-delta": Method(FedFa(10, delta_rate=0.1)),
+    "ca2fl": Method(FedBuff(10, discount=Constant()), CA2FL(FedIT(), CLIENTS)),
+    "fadas-0.01": Method(FedBuff(10, discount=Constant(), delay_threshold=1), FADAS(FedIT(), 1e-2)),
+    "fadas-0.001": Method(FedBuff(10, discount=Constant(), delay_threshold=1), FADAS(FedIT(), 1e-3)),
+    "ours-0.1": Method(Immediate(0.1), Averaged(FedIT())),
+    "ours-0.4": Method(Immediate(0.4, discount=Polynomial(0.5)), Averaged(FedIT())),
 }
 
 

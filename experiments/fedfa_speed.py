@@ -21,8 +21,11 @@ from statistics import median
 from grid import SHARED, Grid, Line, main
 
 from fedloom import (
+    CA2FL,
+    FADAS,
     IID,
     Averaged,
+    Constant,
     FedAsync,
     FedBuff,
     FedFa,
@@ -33,6 +36,7 @@ from fedloom import (
     Limits,
     LoRA,
     Plan,
+    Polynomial,
     Rounds,
     Run,
     Table,
@@ -91,9 +95,27 @@ METHODS: dict[str, Method] = {
     "fedbuff-half": Method(FedBuff(10, server_learning_rate=0.5)),
     "fedasync": Method(FedAsync()),
     "fedfa": Method(FedFa(10), rates=(1e-2, 1e-2)),
-    OURS: Method(Immediate(0.1), Averaged(FedIT()), rates=(5e-3, 5e-3)),
+    OURS: Method(Immediate(0.4, discount=Polynomial(0.5)), Averaged(FedIT()), rates=(5e-3, 5e-3)),
 }
 """Their rates are the best of `fedfa_rates.py`; both server rates of FedBuff are here, because each was best on one split."""
+
+STEP = 1 / (IN_FLIGHT + (10 - 1) / 2)
+"""What an answer moves the model by under FedFa-Param with a window of 10, in units of its change (law 11)."""
+
+MORE: dict[str, Method] = {
+    **{f"fedfa-{window}": Method(FedFa(window), rates=(1e-2, 1e-2)) for window in (3, 5, 20)},
+    "fedfa-delta": Method(FedFa(10, delta_rate=0.1), rates=(5e-3, 5e-3)),
+    "ca2fl": Method(FedBuff(10, discount=Constant()), CA2FL(FedIT(), CLIENTS), rates=(5e-3, 5e-3)),
+    "fadas": Method(FedBuff(10, discount=Constant(), delay_threshold=1), FADAS(FedIT(), 1e-2), rates=(5e-3, 5e-3)),
+    "ours-at-random": Method(
+        Immediate(0.4, discount=Polynomial(0.5), choices=1), Averaged(FedIT()), rates=(5e-3, 5e-3)
+    ),
+    "ours-unaveraged": Method(Immediate(0.4, discount=Polynomial(0.5)), rates=(5e-3, 5e-3)),
+    "fedfa-delta-step": Method(FedFa(10, delta_rate=STEP), rates=(1e-2, 1e-2)),
+    "fedbuff-step": Method(FedBuff(10, server_learning_rate=10 * STEP, discount=Constant()), rates=(1e-2, 1e-2)),
+    "immediate-step": Method(Immediate(STEP, choices=1), rates=(1e-2, 1e-2)),
+}
+"""Other windows and rules, what ours is without one of its parts, and three rules at the step and the local rate of `fedfa`."""
 
 
 def per_version(schedule: Schedule) -> int:
@@ -128,10 +150,11 @@ def cells() -> dict[str, partial[Run]]:
     """The whole grid by name."""
     names = {
         f"{name}/{split}/{devices}": (name, split, devices)
-        for name, split, devices in product(METHODS, SPLITS, DEVICES)
+        for name, split, devices in product(METHODS | MORE, SPLITS, DEVICES)
     }
     return {
-        cell_: partial(cell, METHODS[name], split, devices, cell_) for cell_, (name, split, devices) in names.items()
+        cell_: partial(cell, (METHODS | MORE)[name], split, devices, cell_)
+        for cell_, (name, split, devices) in names.items()
     }
 
 
@@ -248,7 +271,8 @@ def _row(name: str, own: Sequence[Line]) -> str:
 
 
 CELLS = cells()
-GRID = Grid("fedfa_speed", CELLS, (0, 1, 2, 3, 4), 0.0, start, summary, table=shown)
+USUAL = tuple(name for name in CELLS if name.split("/")[0] in METHODS)
+GRID = Grid("fedfa_speed", CELLS, (0, 1, 2, 3, 4), 0.0, start, summary, USUAL, table=shown)
 
 if __name__ == "__main__":
     main(GRID)

@@ -81,6 +81,16 @@ def test_a_round_publishes_then_evaluates_then_starts_the_next() -> None:
     assert {task.sent for task in tasks(after)} == {2.0}
 
 
+def test_seconds_at_work_count_however_a_task_ended() -> None:
+    server, commands = started(clients=4, schedule=Rounds(cohort_size=4))
+    answered, failed, lost, outstanding = tasks(commands)
+    answer(server, 1.5, answered)
+    server.handle(2.0, TaskFailed(failed.client, failed.id, "no memory"))
+    server.handle(4.0, ClientLost(lost.client))
+    assert server.fleet().worked == {answered.client: 1.5, failed.client: 2.0, lost.client: 4.0}
+    assert outstanding.client not in server.fleet().worked
+
+
 def test_every_task_has_its_own_seed_and_the_seed_of_the_run_decides_it() -> None:
     every = [tasks(started(clients=5, seed=seed)[1]) for seed in (0, 0, 1)]
     seeds = [[task.seed for task in one] for one in every]

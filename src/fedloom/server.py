@@ -74,6 +74,7 @@ class State:
     latest: ClientId | None = None
     seen: dict[ClientId, int] = field(default_factory=dict)
     dispatched: dict[ClientId, int] = field(default_factory=dict)
+    worked: dict[ClientId, float] = field(default_factory=dict)
     pruned: dict[ClientId, int] = field(default_factory=dict)
     outer: Task | None = None
 
@@ -175,6 +176,7 @@ class Server:
             shape=self.shape,
             seen=MappingProxyType(state.seen),
             dispatched=MappingProxyType(state.dispatched),
+            worked=MappingProxyType(state.worked),
             latest=state.latest,
             retained=state.retained,
             first=state.first,
@@ -236,6 +238,7 @@ class Server:
         task = self.state.busy.pop(number)
         del self.state.bases[number]
         profile, _ = self.state.working.pop(task.client)
+        self.state.worked[task.client] = self.state.worked.get(task.client, 0.0) + self.state.now - task.sent
         self.state.idle.put(task.client, profile)
         return task
 

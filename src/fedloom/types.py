@@ -360,7 +360,8 @@ class Fleet:
 
     A view of the server's own tables, so that making one costs nothing, however many clients there are. `seen` are the
     examples that each client reported with its last accepted answer, `dispatched` the tasks sent to each client so far, `tasks`
-    their sum: who draws from a stream named after it never draws the same twice. `latest` is the client whose accepted answer this
+    their sum: who draws from a stream named after it never draws the same twice. `worked` are the seconds that each client spent on
+    tasks that have ended, answered or not. `latest` is the client whose accepted answer this
     is about (None: something else happened), `retained` how many of `arrived` (the first ones) the last merge kept, `first` the
     model of version 0. `outer` is the task that an edge is working on (None: this is no edge).
     """
@@ -374,6 +375,7 @@ class Fleet:
     shape: Shape
     seen: Mapping[ClientId, int] = field(default_factory=dict)
     dispatched: Mapping[ClientId, int] = field(default_factory=dict)
+    worked: Mapping[ClientId, float] = field(default_factory=dict)
     tasks: int = 0
     latest: ClientId | None = None
     retained: int = 0

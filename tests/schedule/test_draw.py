@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.indexed import Indexed
-from fedloom.schedule.draw import draw, draw_least_asked
+from fedloom.schedule.draw import draw, draw_least_worked
 from fedloom.types import Fleet, Profile
 from toys import fleet, profiles
 
@@ -67,21 +67,38 @@ def test_a_million_cost_as_much_as_ten() -> None:
 
 
 @given(size=st.integers(0, 12), count=st.integers(-1, 15), choices=st.integers(1, 9), tasks=st.integers(0, 99))
-def test_the_least_asked_are_as_many_and_all_different(size: int, count: int, choices: int, tasks: int) -> None:
-    asked = {f"c{k}": k % 3 for k in range(size)}
-    drawn = draw_least_asked(fleet(idle=Indexed(profiles(size)), tasks=tasks, dispatched=asked), count, choices)
+def test_the_least_worked_are_as_many_and_all_different(size: int, count: int, choices: int, tasks: int) -> None:
+    worked = {f"c{k}": float(k % 3) for k in range(size)}
+    crowd = fleet(idle=Indexed(profiles(size)), tasks=tasks, worked=worked, dispatched=dict.fromkeys(worked, 2))
+    drawn = draw_least_worked(crowd, count, choices)
     assert len(drawn) == len(set(drawn)) == min(size, max(count, 0))
-    if choices * max(count, 0) >= size:  # all are looked at
-        assert sorted(asked[one] for one in drawn) == sorted(asked.values())[: len(drawn)]
+    if choices > 1 and choices * max(count, 0) >= size:  # all are looked at
+        assert sorted(worked[one] for one in drawn) == sorted(worked.values())[: len(drawn)]
 
 
-def test_a_few_choices_make_shares_nearly_equal() -> None:
-    def spread(choices: int) -> int:
-        asked = dict.fromkeys(profiles(50), 0)
-        for turn in range(1000):
-            (one,) = draw_least_asked(fleet(idle=Indexed(profiles(50)), tasks=turn, dispatched=asked), 1, choices)
-            asked[one] += 1
-        return max(asked.values()) - min(asked.values())
+def test_a_task_that_would_last_long_counts_before_it_has_begun() -> None:
+    """Worked seconds 6 in 1 task against 7 in 7: the next ends at 12, and at 8."""
+    crowd = fleet(idle=Indexed(profiles(2)), worked={"c0": 6.0, "c1": 7.0}, dispatched={"c0": 1, "c1": 7})
+    assert draw_least_worked(crowd, 1, 2) == ["c1"]
 
-    assert spread(5) <= 4
-    assert spread(1) >= 10
+
+def shares(choices: int) -> tuple[int, float, float]:
+    """50 clients, a fifth of them ten times slower, one at a time until 3,000 seconds are over: tasks, least and most seconds."""
+    seconds = {client: 10.0 if k % 5 == 0 else 1.0 for k, client in enumerate(profiles(50))}
+    worked, asked = dict.fromkeys(seconds, 0.0), dict.fromkeys(seconds, 0)
+    while sum(worked.values()) < 3000:
+        crowd = fleet(idle=Indexed(profiles(50)), tasks=sum(asked.values()), worked=worked, dispatched=asked)
+        (one,) = draw_least_worked(crowd, 1, choices)
+        worked[one] += seconds[one]
+        asked[one] += 1
+    return sum(asked.values()), min(worked.values()), max(worked.values())
+
+
+def test_a_few_choices_give_equal_time_and_so_more_answers() -> None:
+    """3,000 seconds at 2.8 a task are 1,071 if all are asked alike, and 2,460 if all work 60 seconds."""
+    tasks, least, most = shares(5)
+    assert tasks >= 2200
+    assert most <= 2 * least
+    tasks, least, most = shares(1)
+    assert tasks <= 1300
+    assert most >= 5 * least

@@ -22,16 +22,23 @@ def draw(fleet: Fleet, count: int, stream: str = "draw", first: int | None = Non
     return chosen
 
 
-def draw_least_asked(fleet: Fleet, count: int, choices: int) -> list[ClientId]:
-    """Of `choices` times as many idle clients, drawn at random, the `count` that were started least often so far.
+def draw_least_worked(fleet: Fleet, count: int, choices: int) -> list[ClientId]:
+    """Of `choices` times as many idle clients, drawn at random, the `count` that would then have worked the fewest seconds.
 
+    So clients get equal time and not equal numbers of tasks: a place is not held by slow ones most of the time, and each brings what
+    it can. A client's next task is taken to last as long as those that it ended did on average; one that has ended none comes first.
     With 1 choice `draw` itself. A few are enough for nearly equal shares (Mitzenmacher, "The Power of Two Choices in Randomized
     Load Balancing", 2001), so nothing has to be sorted but they. Cost: O(count * choices).
     """
     if choices == 1:
         return draw(fleet, count)
-    drawn = draw(fleet, count * choices, "least asked", fleet.tasks * choices)
-    return sorted(drawn, key=lambda client: fleet.dispatched.get(client, 0))[: max(0, count)]
+    drawn = draw(fleet, count * choices, "least worked", fleet.tasks * choices)
+
+    def seconds(client: ClientId) -> float:
+        worked = fleet.worked.get(client, 0.0)
+        return worked + worked / max(1, fleet.dispatched.get(client, 0))
+
+    return sorted(drawn, key=seconds)[: max(0, count)]
 
 
 def refill(fleet: Fleet, places: int, uploader_goes_on: bool) -> list[ClientId]:

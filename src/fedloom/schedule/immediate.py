@@ -2,8 +2,8 @@
 
 Source: our own combination. A buffer, that of FedBuff (arXiv 2106.06639, 2022) or FedFa's window (arXiv 2404.11015, 2024), both sums
 and smooths. Summing needs no buffer: a change divided by K at once is in the model K - 1 answers earlier than in a buffer of K.
-Smoothing is better done on what is published, where it costs no speed. What a random draw of idle clients leaves of fast clients'
-over-representation, and of chance, goes where the one asked least of a few is started.
+Smoothing is better done on what is published, where it costs no speed. And where idle clients are drawn at random, slow ones hold
+most places most of the time: with equal time for all, and not an equal number of tasks, as many places bring far more answers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedloom.errors import Refused
-from fedloom.schedule.draw import draw_least_asked
+from fedloom.schedule.draw import draw_least_worked
 from fedloom.schedule.staleness import CONSTANT, Discount, check_discount, check_limits, staleness, too_stale
 from fedloom.types import ClientId, Fleet, Merge
 
@@ -22,8 +22,8 @@ class Immediate:
     """Each answer moves the model by `server_learning_rate` times its change; at most `max_in_flight` clients are at work.
 
     After `steady` versions the rate falls as 1 / sqrt(version) (None: never). `discount` is by staleness. Work that would come back
-    more than `max_staleness` versions old is aborted. A free place goes to the client that was started least often, of `choices` idle
-    ones drawn at random.
+    more than `max_staleness` versions old is aborted. A free place goes to the client that has worked the fewest seconds, of
+    `choices` idle ones drawn at random.
     """
 
     server_learning_rate: float = 0.1
@@ -31,7 +31,7 @@ class Immediate:
     steady: int | None = None
     discount: Discount = CONSTANT
     max_staleness: int | None = None
-    choices: int = 5
+    choices: int = 3
 
     def __post_init__(self) -> None:
         if not 0 < self.server_learning_rate <= 1:
@@ -41,7 +41,7 @@ class Immediate:
         if self.steady is not None and self.steady < 1:
             raise Refused("schedule.steady", self.steady, "at least 1 version, or None for a rate that stays")
         if self.choices < 1:
-            raise Refused("schedule.choices", self.choices, "1 is a draw at random, 5 nearly equal shares for all")
+            raise Refused("schedule.choices", self.choices, "1 is a draw at random, 3 gives all about equal time")
         check_limits(self.max_in_flight, self.max_staleness)
         check_discount(self.discount)
 
@@ -57,7 +57,7 @@ class Immediate:
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
         """An idle client for each free place."""
-        return draw_least_asked(fleet, self.max_in_flight - len(fleet.busy), self.choices)
+        return draw_least_worked(fleet, self.max_in_flight - len(fleet.busy), self.choices)
 
     def wake(self, fleet: Fleet) -> float | None:
         """Only answers count."""
