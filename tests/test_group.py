@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom import nearest
+from fedloom import kinds, nearest
 from fedloom.errors import Refused
 from fedloom.group import ByRegion, BySpeed, Given, Grouping, Groups, Member, NearIID, RandomGroups, drifted
 from fedloom.seeds import rng
@@ -236,6 +236,13 @@ def test_groups_that_cannot_be_kept_are_made_anew() -> None:
     assert how.again(before[1:], members, 0) == before
     fewer = how.again(before, gone, 0)  # the first group is empty, the others hold more than the even share
     assert fewer == how(gone, 0)
+
+
+@pytest.mark.parametrize("how", [NearIID, BySpeed, ByRegion, RandomGroups, Given])
+def test_a_grouping_needs_no_arguments_and_prints_as_python(how: Any) -> None:
+    kinds.check(how())
+    assert repr(how()).startswith(f"{how.__name__}(")
+    assert eval(repr(how()), {how.__name__: how}) == how()
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,12 @@ if TYPE_CHECKING:
     from fedloom.devicefile import AvailabilityFile, DeviceFile, FedScaleDevices
     from fedloom.errors import Refused
     from fedloom.faults import Faults
+    from fedloom.group import ByRegion, BySpeed, Given, Member, NearIID, RandomGroups
     from fedloom.hierarchy import Everybody, Hierarchy
+    from fedloom.histogram import noised, topics
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
+    from fedloom.plan.joint import Bandit, JointMemory, Scored, TimeAligned
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
     from fedloom.run import Run
     from fedloom.schedule.fedasync import FedAsync
@@ -75,9 +78,12 @@ _HOMES = {
     "devicefile": ("AvailabilityFile", "DeviceFile", "FedScaleDevices"),
     "errors": ("Refused",),
     "faults": ("Faults",),
+    "group": ("ByRegion", "BySpeed", "Given", "Member", "NearIID", "RandomGroups"),
     "hierarchy": ("Everybody", "Hierarchy"),
+    "histogram": ("noised", "topics"),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
+    "plan.joint": ("Bandit", "JointMemory", "Scored", "TimeAligned"),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
     "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
@@ -102,7 +108,10 @@ __all__ = [
     "Availability",
     "AvailabilityFile",
     "Averaged",
+    "Bandit",
     "ByClient",
+    "ByRegion",
+    "BySpeed",
     "Capabilities",
     "Capability",
     "ClientDirichlet",
@@ -131,6 +140,7 @@ __all__ = [
     "FixedRank",
     "FlexLoRA",
     "FoldedDelta",
+    "Given",
     "HLoRA",
     "Half",
     "HetLoRA",
@@ -139,12 +149,15 @@ __all__ = [
     "Hub",
     "Immediate",
     "Job",
+    "JointMemory",
     "LabelDirichlet",
     "Limits",
     "Link",
     "LoRA",
     "LoRAA2",
+    "Member",
     "Momentum",
+    "NearIID",
     "Noise",
     "Outcome",
     "Plan",
@@ -152,6 +165,7 @@ __all__ = [
     "ProductDelta",
     "QuantityDirichlet",
     "RaFLoRA",
+    "RandomGroups",
     "RandomRank",
     "RankByCapability",
     "RankByData",
@@ -161,11 +175,13 @@ __all__ = [
     "Rows",
     "Run",
     "Scaffold",
+    "Scored",
     "Server",
     "Shards",
     "Table",
     "Tickets",
     "Tier",
+    "TimeAligned",
     "Training",
     "World",
     "by_examples",
@@ -174,7 +190,9 @@ __all__ = [
     "constant",
     "cosine",
     "linear",
+    "noised",
     "prepare",
+    "topics",
     "uniform",
 ]
 
