@@ -141,7 +141,7 @@ class Edge:
         return self.state
 
     def _begin(self, now: float, task: Task) -> list[Command]:
-        """A fresh model of the outer task; what is known of the members stays. Raises ValueError if there is a task already."""
+        """At version 0 with the task's model; what is known of the members stays. Raises ValueError if there is a task already."""
         state, before = self.state, self.state.server
         if before.outer is not None:
             raise ValueError(f"task {task.id} came to an edge that works on task {before.outer.id}")
@@ -149,8 +149,8 @@ class Edge:
             state.waiting = task
             return []
         model = first(self.server.aggregator, task)
-        known = {"idle": before.idle, "seen": before.seen, "dispatched": before.dispatched, "pruned": before.pruned}
-        state.server = State(model, model, now=now, next_task=before.next_task, outer=task, **known)  # type: ignore[arg-type]
+        fresh = replace(before, model=model, first=model, now=now, version=0, undecided=False, stopped=False)
+        state.server = replace(fresh, asked=-1, failures=0, last_failure="", latest=None, outer=task)
         self._put()
         if state.empty:
             return self._told(self.server.stop("no member is left"))

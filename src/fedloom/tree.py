@@ -65,7 +65,8 @@ class Tree:
 
     def fleet(self) -> Fleet:
         """The root's view, with what all members have answered so far."""
-        return replace(self.root.fleet(), seen=self.state.seen, dispatched=self.state.dispatched)
+        own = self.state
+        return replace(self.root.fleet(), seen=own.seen, dispatched=own.dispatched, worked=own.worked)
 
     def handle(self, now: float, event: Event) -> list[Command]:
         """What to do about `event`, in the order in which it is to be done. Raises ValueError if time runs backwards."""

@@ -182,6 +182,11 @@ class Whole:
         return self._by_client(lambda server: server.dispatched)
 
     @property
+    def worked(self) -> Mapping[ClientId, float]:
+        """Seconds of each member's tasks so far."""
+        return self._by_client(lambda server: server.worked)
+
+    @property
     def seen(self) -> Mapping[ClientId, int]:
         """Examples that each member reported last."""
         return self._by_client(lambda server: server.seen)
