@@ -224,8 +224,7 @@ class Server:
                 state.arrived.append(Update(task, result, state.bases[number]))
                 self._release(number)
                 state.failures = 0
-                rank = server_rank(result.adapter)
-                if rank < task.budget.rank and task.start.rules.pruning:
+                if task.start.rules.pruning and (rank := server_rank(result.adapter)) < task.budget.rank:
                     state.pruned[client] = rank
                 state.seen[client] = result.examples
             case TaskFailed(_, number, reason):
