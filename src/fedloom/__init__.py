@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from fedloom.errors import Refused
     from fedloom.faults import Faults
     from fedloom.group import ByRegion, BySpeed, Given, Member, NearIID, RandomGroups
+    from fedloom.hierarchy import Everybody, Hierarchy
     from fedloom.histogram import noised, topics
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
@@ -59,9 +60,10 @@ if TYPE_CHECKING:
     from fedloom.schedule.immediate import Immediate
     from fedloom.schedule.rounds import Rounds
     from fedloom.schedule.staleness import Constant, Hinge, Polynomial
-    from fedloom.schedule.weights import by_examples, by_tokens, uniform
+    from fedloom.schedule.weights import by_examples, by_tokens, by_work, uniform
     from fedloom.server import Limits, Server
     from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
+    from fedloom.treestate import Link
     from fedloom.world import Capabilities, Capability, Tier, World
 
 __version__ = "0.1.0"
@@ -78,6 +80,7 @@ _HOMES = {
     "errors": ("Refused",),
     "faults": ("Faults",),
     "group": ("ByRegion", "BySpeed", "Given", "Member", "NearIID", "RandomGroups"),
+    "hierarchy": ("Everybody", "Hierarchy"),
     "histogram": ("noised", "topics"),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
@@ -86,9 +89,10 @@ _HOMES = {
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
     "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
-    "schedule.weights": ("by_examples", "by_tokens", "uniform"),
+    "schedule.weights": ("by_examples", "by_tokens", "by_work", "uniform"),
     "server": ("Limits", "Server"),
     "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
+    "treestate": ("Link",),
     "world": ("Capabilities", "Capability", "Tier", "World"),
 }
 _POLICIES = ("aggregate", "schedule")
@@ -123,6 +127,7 @@ __all__ = [
     "DepthByMemory",
     "DeviceFile",
     "Engine",
+    "Everybody",
     "Exact",
     "ExponentialDelays",
     "FLoRA",
@@ -145,6 +150,7 @@ __all__ = [
     "HLoRA",
     "Half",
     "HetLoRA",
+    "Hierarchy",
     "Hinge",
     "Hub",
     "Immediate",
@@ -152,6 +158,7 @@ __all__ = [
     "JointMemory",
     "LabelDirichlet",
     "Limits",
+    "Link",
     "LoRA",
     "LoRAA2",
     "Member",
@@ -185,6 +192,7 @@ __all__ = [
     "World",
     "by_examples",
     "by_tokens",
+    "by_work",
     "constant",
     "cosine",
     "linear",

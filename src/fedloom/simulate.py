@@ -19,6 +19,7 @@ from fedloom.faults import Vanished
 from fedloom.presence import Happening, Presence, Switched
 from fedloom.server import Server
 from fedloom.transfer import answered
+from fedloom.tree import Tree
 from fedloom.types import (
     Cancel,
     ClientId,
@@ -61,7 +62,7 @@ class Simulation:
     and after `drain` nothing but plain values.
     """
 
-    server: Server
+    server: Server | Tree
     trainer: Trainer
     world: Devices
     profiles: Mapping[ClientId, Profile]
