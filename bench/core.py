@@ -64,7 +64,7 @@ def roundtrip(model: Path, folder: Path, ranks: Sequence[int]) -> dict[str, floa
     hush()
     job = prepare(tiny_run(model))
     trained, names = job.execute(folder / "run").adapter, job.split.train.names
-    untrained = _logits(job, job.server.aggregator.init(_silent(trained)).adapter)
+    untrained = _logits(job, job.run.aggregator.init(_silent(trained)).adapter)
     errors = {}
     for rank in ranks:
         held = _logits(job, at_rank(trained, rank))

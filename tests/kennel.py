@@ -27,8 +27,11 @@ from fedloom import (
     FedIT,
     FedSA,
     FLoRA,
+    Hierarchy,
     Limits,
+    Link,
     Momentum,
+    RandomGroups,
     Rounds,
     checkpoint,
     prepare,
@@ -40,6 +43,11 @@ RUNS: tuple[dict[str, Any], ...] = (
     {"schedule": Rounds(cohort_size=3, over_selection=1.5), "aggregator": FLoRA(), "limits": Limits(versions=4)},
     {"schedule": FedBuff(buffer_size=2, max_in_flight=4), "transfer": DeltaInt8(), "aggregator": Averaged(FedSA())},
     {"schedule": FedBuff(buffer_size=3, max_in_flight=5, waiting=True), "aggregator": Momentum(FedIT())},
+    {
+        "schedule": FedFa(window=2, max_in_flight=2),
+        "hierarchy": Hierarchy(RandomGroups(groups=2), link=Link(1e6, 1e6)),
+        "limits": Limits(versions=6),
+    },
 )
 DEADLY = ("checkpoint", "before the rename", "trace", "metrics", "adapter")
 """Places in which a child kills itself."""

@@ -46,19 +46,24 @@ from fedloom import (
     checkpoint,
     prepare,
     resume,
+    tree,
 )
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.availability import Availability
 from fedloom.codec import Codec
 from fedloom.faults import Faults
+from fedloom.hierarchy import Hierarchy
 from fedloom.lora import whole
 from fedloom.metrics import Metrics
 from fedloom.places import Places
 from fedloom.presence import Presence
 from fedloom.resume import LOGS, NAME, REBUILT, Keeper, Progress, claimed, kept, log, restore
+from fedloom.server import Server
 from fedloom.simulate import Simulation
 from fedloom.trace import Trace, fingerprint
+from fedloom.tree import Tree
+from fedloom.treestate import Link
 from fedloom.types import Aggregator, Command, Event, Local, Model, Publish, Result, Schedule, Task
 from fedloom.values import declared, reachable
 from pairs import goes_together
@@ -90,6 +95,7 @@ OUTSIDE = {
     "file",
     "stays",
     "faults",
+    "edge_of",
 }
 """Fields that are no state, by a list of the test's own."""
 
@@ -124,6 +130,15 @@ class Toy:
     transfer: Codec | None
     unreliable: bool = False
     versions: int = 4
+    hierarchy: Hierarchy | None = None
+
+    def server(self) -> Server | Tree:
+        """At version 0; with a hierarchy, of two edges."""
+        given: dict[str, Any] = {"schedule": self.schedule, "method": self.method, "transfer": self.transfer}
+        given |= {"start": toys.fresh(4), "assign": Plan(RandomRank(2, 4), 3)}
+        given |= {"limits": Limits(versions=self.versions, evaluate_every=2)}
+        grown: Tree | None = toys.tree((4, 2), self.hierarchy, **given) if self.hierarchy else None
+        return grown or toys.server(**given)
 
     def snapshot(self, name: str, owners: Sequence[Any]) -> None:
         """All that these values hold, to the bit and with what is shared."""
@@ -133,14 +148,7 @@ class Toy:
 
     def run(self, stop: Callable[[int], bool] = lambda event: False, goes_on: bool = False) -> tuple[object, ...]:
         """From the start or from the checkpoint; where `stop` says so, write a checkpoint and raise Stopped."""
-        server = toys.server(
-            self.schedule,
-            self.method,
-            start=toys.fresh(4),
-            assign=Plan(RandomRank(2, 4), 3),
-            limits=Limits(versions=self.versions, evaluate_every=2),
-            transfer=self.transfer,
-        )
+        server = self.server()
         progress, stored = Progress(), checkpoint.load(self.folder / NAME) if goes_on else None
         self.folder.mkdir(exist_ok=True)
         with ExitStack() as opened:
@@ -148,7 +156,7 @@ class Toy:
             logs = [opened.enter_context(log(self.folder / name, size)) for name, size in sizes.items()]
             trace, metrics, count = (
                 Trace(logs[0]),
-                Metrics(logs[1], Places(self.schedule.max_in_flight)),
+                Metrics(logs[1], Places(tree.places(server)), server.edge_of if isinstance(server, Tree) else {}),
                 itertools.count(),
             )
 
@@ -172,7 +180,7 @@ class Toy:
             simulation = Simulation(
                 server, Remembering(), world, clients, evaluate, observe, presence=presence, settled=settled
             )
-            owners = (server.state, simulation, presence, metrics, progress)
+            owners = (*tree.owners(server), simulation, presence, metrics, progress)
             keeper = Keeper(self.folder, {"transfer": self.transfer}, 0.0, owners, logs)
             if stored:
                 hints = {name: hint for owner in owners for name, hint in kept(type(owner)).items()}
@@ -221,6 +229,27 @@ def test_a_run_stopped_between_any_two_events_goes_on_to_the_same_bytes(
 
     def toy(folder: Path) -> Toy:
         return Toy(folder, method, schedule, transfer, unreliable)
+
+    check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
+
+
+@pytest.mark.parametrize("above", toys.schedules(), ids=toys.called)
+@given(data=st.data(), stops=STOPS, transfer=CODECS, unreliable=st.booleans())
+@settings(max_examples=2, deadline=None)
+def test_so_does_a_run_with_edges(
+    tmp_path_factory: pytest.TempPathFactory,
+    above: Schedule,
+    data: st.DataObject,
+    stops: Sequence[int],
+    transfer: Codec | None,
+    unreliable: bool,
+) -> None:
+    method = data.draw(st.sampled_from([FedIT(), ProductDelta(), FLoRA(), Averaged(FedEx())]))
+    below = data.draw(st.sampled_from(toys.schedules()))
+    hierarchy = Hierarchy(rounds=2, schedule=below, link=data.draw(st.sampled_from([None, Link(2e4, 2e4)])))
+
+    def toy(folder: Path) -> Toy:
+        return Toy(folder, method, above, transfer, unreliable, hierarchy=hierarchy)
 
     check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
 

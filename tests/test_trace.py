@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import hashlib
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, get_args
 from weakref import ref
 
 import pytest
 import torch
 
 from fedloom import trace
+from fedloom.codec import DeltaInt8
 from fedloom.lora import Adapter, Factor, cut
 from fedloom.trace import Trace, fingerprint, line, written
 from fedloom.types import (
     Cancel,
+    ClientJoined,
     ClientLost,
+    Command,
     Dispatch,
     Evaluate,
+    Event,
     Model,
+    Profile,
+    Pruning,
     Publish,
     Reject,
+    Result,
+    Rules,
     Scored,
     Stop,
     TaskFailed,
     TimerFired,
+    Update,
     UpdateArrived,
 )
 from toys import adapter, make_result, make_task, make_update
@@ -114,6 +127,45 @@ def test_a_step_is_one_line_of_json(event: Any) -> None:
     assert step["time"] == 1.5
     assert step["event"]["type"] == type(event).__name__
     assert [command["type"] for command in step["commands"]] == [type(command).__name__ for command in COMMANDS]
+
+
+def encoded(value: object) -> object:
+    """What Python's own encoder is to make of a value: the rule of the trace, one level deep."""
+    if isinstance(value, Adapter):
+        return f"sha256:{fingerprint(value)}"
+    if isinstance(value, Update):
+        return value.task.id
+    if dataclasses.is_dataclass(value):
+        told = {"type": type(value).__name__} | {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        if isinstance(value, Model):
+            text = "".join(f"{name}:{fingerprint(value.memory[name])};" for name in sorted(value.memory))
+            told["memory"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}" if text else None
+        return told
+    assert isinstance(value, Mapping)
+    return dict(value)
+
+
+ODD = 'Zoë \U0001f9f5 \ud800 \x00\x7f\u2028 "\\/\n'
+RULES = Rules(("down", "dense"), ("up",), 3, 0.1, Pruning(1e-17, 0.99, 2))
+RICH = replace(make_task(ONE, 2), client=ODD, sent=1e22, seed=2**62 + 1)
+RICH = replace(
+    RICH, start=replace(RICH.start, slots=(0, 5), fold=ONE, seeded=("down",), rules=RULES, codec=DeltaInt8())
+)
+MEMORY = Model(ONE, 3, 0.25, fold=ONE, memory=MappingProxyType({"ö": ONE, "b": adapter(3)}))
+HOSTILE = Result(ONE, True, None, 10**30, MappingProxyType({ODD: 0.1, "b": [1, (2.5, {})], "c": -0.0, 3: "x"}), ONE)  # type: ignore[arg-type,dict-item]
+
+
+@pytest.mark.parametrize("now", [0, 0.1, 1e-300, 12345678.9])
+def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
+    """Byte for byte, for every event and command: what was written yesterday can be compared with what is written today."""
+    encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=encoded).encode
+    profile = Profile(ODD, 3, 1e300, tier="")
+    events = [*EVENTS, ClientJoined(profile), UpdateArrived(ODD, 7, HOSTILE), Scored(0, {}), TaskFailed(ODD, 1, ODD)]
+    commands = [*COMMANDS, Dispatch(RICH), Publish(2, MEMORY, ()), Evaluate(2, MEMORY), Reject(ODD, 2, ODD)]
+    assert {type(event) for event in events} == set(get_args(Event))
+    assert {type(command) for command in commands} == set(get_args(Command))
+    for event in events:
+        assert line(now, event, commands) == encode({"time": now, "event": event, "commands": commands})
 
 
 def test_a_step_tells_tensors_by_their_fingerprint_and_updates_by_their_task() -> None:

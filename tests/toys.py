@@ -293,3 +293,12 @@ class Quadratic:
         private = trained if start.rules.private else None
         result = make_result(given, steps=task.budget.steps, metrics=metrics, control=control)
         return result, replace(local, basis=start.basis, private=private)
+
+
+def tree(groups: Sequence[int], hierarchy: Any = None, **more: Any) -> Any:
+    """A tree over clients c0, c1, ... in groups of these sizes; `more` is about the root."""
+    from fedloom.hierarchy import Hierarchy
+
+    own, given = iter(profiles(sum(groups)).values()), Hierarchy() if hierarchy is None else hierarchy
+    members = {f"edge{k}": tuple(next(own) for _ in range(size)) for k, size in enumerate(groups)}
+    return given.over(server(**more), members)

@@ -45,9 +45,13 @@ if TYPE_CHECKING:
     from fedloom.devicefile import AvailabilityFile, DeviceFile, FedScaleDevices
     from fedloom.errors import Refused
     from fedloom.faults import Faults
+    from fedloom.group import ByRegion, BySpeed, Given, Member, NearIID, RandomGroups
+    from fedloom.hierarchy import Everybody, Hierarchy
+    from fedloom.histogram import noised, topics
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
     from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth, FullDepth
+    from fedloom.plan.joint import Bandit, JointMemory, Scored, TimeAligned
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
     from fedloom.run import Run
     from fedloom.schedule.fedasync import FedAsync
@@ -56,9 +60,10 @@ if TYPE_CHECKING:
     from fedloom.schedule.immediate import Immediate
     from fedloom.schedule.rounds import Rounds
     from fedloom.schedule.staleness import Constant, Hinge, Polynomial
-    from fedloom.schedule.weights import by_examples, by_tokens, uniform
+    from fedloom.schedule.weights import by_examples, by_tokens, by_work, uniform
     from fedloom.server import Limits, Server
     from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
+    from fedloom.treestate import Link
     from fedloom.world import Capabilities, Capability, Tier, World
 
 __version__ = "0.1.0"
@@ -74,15 +79,20 @@ _HOMES = {
     "devicefile": ("AvailabilityFile", "DeviceFile", "FedScaleDevices"),
     "errors": ("Refused",),
     "faults": ("Faults",),
+    "group": ("ByRegion", "BySpeed", "Given", "Member", "NearIID", "RandomGroups"),
+    "hierarchy": ("Everybody", "Hierarchy"),
+    "histogram": ("noised", "topics"),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
     "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth", "FullDepth"),
+    "plan.joint": ("Bandit", "JointMemory", "Scored", "TimeAligned"),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
     "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
-    "schedule.weights": ("by_examples", "by_tokens", "uniform"),
+    "schedule.weights": ("by_examples", "by_tokens", "by_work", "uniform"),
     "server": ("Limits", "Server"),
     "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
+    "treestate": ("Link",),
     "world": ("Capabilities", "Capability", "Tier", "World"),
 }
 _POLICIES = ("aggregate", "schedule")
@@ -100,7 +110,10 @@ __all__ = [
     "Availability",
     "AvailabilityFile",
     "Averaged",
+    "Bandit",
     "ByClient",
+    "ByRegion",
+    "BySpeed",
     "Capabilities",
     "Capability",
     "ClientDirichlet",
@@ -114,6 +127,7 @@ __all__ = [
     "DepthByMemory",
     "DeviceFile",
     "Engine",
+    "Everybody",
     "Exact",
     "ExponentialDelays",
     "FLoRA",
@@ -132,18 +146,24 @@ __all__ = [
     "FlexLoRA",
     "FoldedDelta",
     "FullDepth",
+    "Given",
     "HLoRA",
     "Half",
     "HetLoRA",
+    "Hierarchy",
     "Hinge",
     "Hub",
     "Immediate",
     "Job",
+    "JointMemory",
     "LabelDirichlet",
     "Limits",
+    "Link",
     "LoRA",
     "LoRAA2",
+    "Member",
     "Momentum",
+    "NearIID",
     "Noise",
     "Outcome",
     "Plan",
@@ -151,6 +171,7 @@ __all__ = [
     "ProductDelta",
     "QuantityDirichlet",
     "RaFLoRA",
+    "RandomGroups",
     "RandomRank",
     "RankByCapability",
     "RankByData",
@@ -160,19 +181,24 @@ __all__ = [
     "Rows",
     "Run",
     "Scaffold",
+    "Scored",
     "Server",
     "Shards",
     "Table",
     "Tickets",
     "Tier",
+    "TimeAligned",
     "Training",
     "World",
     "by_examples",
     "by_tokens",
+    "by_work",
     "constant",
     "cosine",
     "linear",
+    "noised",
     "prepare",
+    "topics",
     "uniform",
 ]
 

@@ -36,9 +36,12 @@ def form(task: Task, result: Result) -> str | None:
 
 
 def _numbers(task: Task, result: Result) -> str | None:
-    counts = {"examples": (result.examples, 1, 10**12), "tokens": (result.tokens, 0, 10**15)}
-    counts["steps"] = (result.steps, 1, task.budget.steps)
-    for name, (value, low, high) in counts.items():
+    counts = (
+        ("examples", result.examples, 1, 10**12),
+        ("tokens", result.tokens, 0, 10**15),
+        ("steps", result.steps, 1, task.budget.steps),
+    )
+    for name, value, low, high in counts:
         if type(value) is not int or not low <= value <= high:
             return f"{name} is {_told(value)}, expected a whole number from {low} to {high}"
     if not isinstance(result.metrics, Mapping):
@@ -91,44 +94,51 @@ def _adapter(asked: Adapter, given: Adapter) -> str | None:
     for name, factor in given.factors.items():
         if not isinstance(factor, Factor):
             return f"layer {name!r} holds a {type(factor).__name__}, not a factor"
-        reason = _tensor(f"{name}.down", asked.factors[name].down, factor.down) or _tensor(
-            f"{name}.up", asked.factors[name].up, factor.up
-        )
-        if reason:
-            return reason
-    return next(filter(None, (_tensor(name, asked.dense[name], got) for name, got in given.dense.items())), None)
+        own = asked.factors[name]
+        if reason := _tensor(own.down, factor.down):
+            return f"{name}.down {reason}"
+        if reason := _tensor(own.up, factor.up):
+            return f"{name}.up {reason}"
+    for name, tensor in given.dense.items():
+        if reason := _tensor(asked.dense[name], tensor):
+            return f"{name} {reason}"
+    return None
 
 
-def _tensor(name: str, asked: Tensor, given: Tensor) -> str | None:
+def _tensor(asked: Tensor, given: Tensor) -> str | None:
     if type(given) is not Tensor:  # a subclass may lack data, or shape, or do anything
-        return f"{name} is a {type(given).__name__}, not a plain tensor"
+        return f"is a {type(given).__name__}, not a plain tensor"
     if given.is_nested:
-        return f"{name} is a nested tensor"
+        return "is a nested tensor"
     if given.requires_grad:  # it would keep the graph behind it alive
-        return f"{name} requires a gradient; detach it"
+        return "requires a gradient; detach it"
     if given.layout != torch.strided or given.dtype != asked.dtype:
-        return f"{name} is {given.layout} {given.dtype}, expected strided {asked.dtype}"
+        return f"is {given.layout} {given.dtype}, expected strided {asked.dtype}"
     if given.shape != asked.shape:
-        return f"{name} has shape {tuple(given.shape)}, expected {tuple(asked.shape)}"
-    return None if given.device == asked.device else f"{name} is on {given.device}, expected {asked.device}"
+        return f"has shape {tuple(given.shape)}, expected {tuple(asked.shape)}"
+    return None if given.device == asked.device else f"is on {given.device}, expected {asked.device}"
 
 
 def _sizes(where: str, adapter: Adapter) -> str | None:
     """The first tensor that is not finite or too large."""
     for name, factor in adapter.factors.items():
-        reason = _size(f"{where}{name}.down", factor.down) or _size(f"{where}{name}.up", factor.up)
-        if reason:
-            return reason
-    return next(filter(None, (_size(f"{where}{name}", tensor) for name, tensor in adapter.dense.items())), None)
+        if reason := _size(factor.down):
+            return f"{where}{name}.down {reason}"
+        if reason := _size(factor.up):
+            return f"{where}{name}.up {reason}"
+    for name, tensor in adapter.dense.items():
+        if reason := _size(tensor):
+            return f"{where}{name} {reason}"
+    return None
 
 
-def _size(name: str, tensor: Tensor) -> str | None:
+def _size(tensor: Tensor) -> str | None:
     if float(torch.linalg.vector_norm(tensor, dtype=torch.float32)) < 0.5 * MAX_NORM:
         return None  # rounding cannot double a norm
     size = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
     if not math.isfinite(size):
-        return f"{name} is not finite"
-    return f"{name} has norm {size:.3g}, above the limit of {MAX_NORM:.0g}" if size > MAX_NORM else None
+        return "is not finite"
+    return f"has norm {size:.3g}, above the limit of {MAX_NORM:.0g}" if size > MAX_NORM else None
 
 
 def _told(value: object) -> str:

@@ -235,6 +235,7 @@ def _overridden(value: Run, settings: list[str] | None, seed: int | None) -> Run
 
 def _introduce(job: Job) -> None:
     from fedloom.data.partition import describe, statistics
+    from fedloom.tree import Tree
 
     run, shape = job.run, job.server.shape
     size = (shape.parameters + shape.embeddings) / 1e6
@@ -242,6 +243,9 @@ def _introduce(job: Job) -> None:
     out.print(
         f"{len(job.profiles)} clients, {type(run.aggregator).__name__}, {type(run.schedule).__name__}, seed {run.seed}"
     )
+    if isinstance(job.server, Tree):
+        sizes = Counter(job.server.edge_of.values()).values()
+        out.print(f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} clients, each led by an edge")
     out.print(describe(statistics(job.split.train, job.shards)))
     fleet = job.server.fleet()
     ranks = Counter(run.plan(profile, fleet).rank for profile in job.profiles.values())

@@ -18,6 +18,7 @@ from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
 from fedloom.layers import need_own_layers
 from fedloom.lora import Adapter, level, whole
+from fedloom.membership import devices, led
 from fedloom.metrics import Metrics
 from fedloom.places import Places
 from fedloom.plan.depth import check_blocks
@@ -38,6 +39,7 @@ from fedloom.train.settings import PLAIN
 from fedloom.train.texts import Encoded, encode
 from fedloom.train.trainer import PeftTrainer
 from fedloom.train.workers import Workers
+from fedloom.tree import Tree, owners, places
 from fedloom.types import Budget, ClientId, Command, Event, Model, Profile
 
 
@@ -62,7 +64,7 @@ class Job:
     train_texts: Encoded
     test_texts: Encoded
     tested: tuple[int, ...]
-    server: Server
+    server: Server | Tree
     kept: Cache = field(default_factory=Cache)
     stays: Stays | None = None
     begun: Begun | None = None
@@ -141,6 +143,7 @@ class Job:
             },
             "partition": statistics(self.split.train, self.shards),
             "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
+            **({"groups": self.server.groups.names} if isinstance(self.server, Tree) else {}),
             "baselines": {"majority": max(labels.count(label) for label in set(labels)) / len(labels)},
             "notes": self.begun.notes(notes, __version__) if self.begun else notes,
         }
@@ -172,7 +175,8 @@ class Job:
             sizes = self.begun.sizes if self.begun else dict.fromkeys(LOGS, 0)
             keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
             trace = Trace(keeper.logs[0])
-            metrics = Metrics(keeper.logs[1], Places(self.run.schedule.max_in_flight))
+            edge_of = self.server.edge_of if isinstance(self.server, Tree) else {}
+            metrics = Metrics(keeper.logs[1], Places(places(self.server)), edge_of)
             everyone: list[Observer] = [trace, metrics, *observers]
             shards = {shard.client: shard.train for shard in self.shards}
             inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, self.run.engine or PLAIN)
@@ -181,7 +185,7 @@ class Job:
             simulation = Simulation(
                 self.server,
                 trainer,
-                self.run.world,
+                devices(self.run),
                 self.profiles,
                 evaluate,
                 observe,
@@ -189,9 +193,9 @@ class Job:
                 presence=presence,
                 settled=keeper,
             )
-            owners = (self.server.state, simulation, presence, metrics, progress)
-            keeper.owners, keeper.drain = owners, simulation.drain
-            restore(self.begun.values if self.begun else {}, owners)
+            held = (*owners(self.server), simulation, presence, metrics, progress)
+            keeper.owners, keeper.drain = held, simulation.drain
+            restore(self.begun.values if self.begun else {}, held)
             reason = simulation.run()
             if self.server.state.failures >= self.run.limits.failures:
                 remedy = f"the run was given up: {reason}. Mend that, or allow for more"
@@ -229,31 +233,23 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
     top = run.plan.rank.largest
     engine = before.engine(run.engine or PLAIN) if before else run.engine or PLAIN
     base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, engine)
-    _check_aggregator(run, base, len(shards))
+    _check_aggregator(run, base, None if run.hierarchy else len(shards))
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
     model = run.aggregator.init(initial(base, top))
     _check_depth(run, base, model)
     sizes = {shard.client: len(shard.train) for shard in shards}
+    profiles = {profile.client: profile for profile in devices(run).profiles(sizes, run.seed)}
     job = Job(
         run=run,
         split=split,
         shards=tuple(shards),
-        profiles={profile.client: profile for profile in run.world.profiles(sizes, run.seed)},
+        profiles=profiles,
         base=base,
         train_texts=train,
         test_texts=test,
         tested=_sample(len(split.test), run.test_limit, run.seed),
-        server=Server(
-            model,
-            run.aggregator,
-            run.schedule,
-            run.plan,
-            shape=base.shape(),
-            limits=run.limits,
-            seed=run.seed,
-            transfer=run.transfer,
-        ),
+        server=led(run, _server(run, base, top), shards, split, profiles),
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
         begun=before,
     )
@@ -262,11 +258,25 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
     return job
 
 
-def _check_aggregator(run: Run, base: Base, clients: int) -> None:
-    """Raise Refused for a rank that the model is too small for, or another number of clients than there are."""
+def _server(run: Run, base: Base, rank: int) -> Server:
+    """At version 0, without a hierarchy."""
+    return Server(
+        run.aggregator.init(initial(base, rank)),
+        run.aggregator,
+        run.schedule,
+        run.plan,
+        shape=base.shape(),
+        limits=run.limits,
+        seed=run.seed,
+        transfer=run.transfer,
+    )
+
+
+def _check_aggregator(run: Run, base: Base, clients: int | None) -> None:
+    """Raise Refused for a rank that the model is too small for, or another number of clients than there are (None: not known yet)."""
     for layer in layers(run.aggregator):
         check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or run.plan.rank.largest)
-        if getattr(layer, "clients", clients) != clients:
+        if clients is not None and getattr(layer, "clients", clients) != clients:
             raise Refused(
                 "aggregator.clients",
                 getattr(layer, "clients", 0),

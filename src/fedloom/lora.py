@@ -89,7 +89,8 @@ def pad(factor: Factor, rank: int) -> Factor:
     """The same product at a higher rank, by zero directions."""
     extra = rank - factor.rank
     if not extra:
-        return Factor(factor.down.contiguous(), factor.up.contiguous())
+        whole = factor.down.is_contiguous() and factor.up.is_contiguous()
+        return factor if whole else Factor(factor.down.contiguous(), factor.up.contiguous())
     down = torch.cat([factor.down, factor.down.new_zeros(extra, factor.down.shape[1])])
     return Factor(down, torch.cat([factor.up, factor.up.new_zeros(factor.up.shape[0], extra)], 1))
 
@@ -170,7 +171,10 @@ def revive(factor: Factor, rank: int, seed: int) -> Factor:
     """
     if factor.rank < rank:
         factor = pad(factor, rank)
-    lengths = factor.down.norm(dim=1)
+    lengths = torch.linalg.vector_norm(factor.down, dim=1)
+    told = lengths.tolist()
+    if min(told) > 2 * NEGLIGIBLE * max(told):  # the rule below, and much cheaper to see
+        return factor
     present = lengths > NEGLIGIBLE * lengths.max()
     if bool(present.all()):
         return factor

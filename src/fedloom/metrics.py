@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 from fedloom import payload
 from fedloom.aggregate.averaged import last
 from fedloom.aggregate.combine import energy_shares
+from fedloom.edgetasks import EdgeTasks
 from fedloom.lora import Factor, cut, stack
 from fedloom.places import Places
 from fedloom.types import (
     Cancel,
+    ClientId,
     ClientLost,
     Command,
+    Discard,
     Dispatch,
     Evaluate,
     Event,
@@ -30,6 +33,7 @@ from fedloom.types import (
     TaskFailed,
     Update,
     UpdateArrived,
+    Within,
 )
 
 
@@ -103,10 +107,15 @@ class Metrics:
     `places` are the schedule's, `Places(schedule.max_in_flight)`. Energies are told where they cost little beside the work between
     two of them: for a version that ends a round (nobody is at work when it is made), and for one that is scored. An asynchronous
     run makes a version with every answer, and would spend more on them than on merging.
+
+    `edge_of` names the edge of each client (empty: there are none). Members' staleness is then counted in the versions of their edge,
+    and what a member receives is not compared with the run's model, which it was not cut from.
     """
 
     file: TextIO
     places: Places
+    edge_of: Mapping[ClientId, ClientId] = field(default_factory=dict)
+    edges: EdgeTasks = field(default_factory=EdgeTasks)
     traffic: Traffic = field(default_factory=Traffic)
     tasks: dict[int, Task] = field(default_factory=dict)
     arrived: dict[int, float] = field(default_factory=dict)
@@ -157,7 +166,7 @@ class Metrics:
     def _command(self, now: float, command: Command, scored: Collection[int]) -> None:
         match command:
             case Dispatch(task):
-                self.tasks[task.id], self.sent[task.id] = task, self._sent(task.start)
+                self.tasks[task.id], self.sent[task.id] = task, self._sent(task)
                 self.traffic.down += self.sent[task.id].size.total
                 self.traffic.dense_down += self.sent[task.id].size.dense
                 self.traffic.fold_down += self.sent[task.id].fold
@@ -167,17 +176,37 @@ class Metrics:
                 self._hold(model)
             case Publish(version, model, updates):
                 self._hold(model if version in scored or not self.places.working else None)
-                for update in updates:
-                    if update.task.id in self.tasks:
-                        self._ended(update.task.id, "merged", "", update)
+                self._merged(now, updates, self.version)
                 self._version(now, command)
                 self.version = version
+            case Within(_, _, Publish(version, _, updates)):
+                self._merged(now, updates, version - 1)
+            case Within(_, _, Discard(number, _, reason)):
+                self._ended(number, "unused", reason)
+            case Within():
+                self._write_all(self.edges.follow(now, command))
             case Stop():
                 for number in [number for number in self.arrived if number in self.tasks]:
                     self._ended(number, "unused", "the run ended before it was merged")
+                self._write_all(self.edges.left(now))
+
+    def _write_all(self, lines: Iterable[Mapping[str, object]]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def _merged(self, now: float, updates: Sequence[Update], version: int) -> None:
+        """Updates that are in the version after this one, some of them for the first time."""
+        for update in updates:
+            behind = version - update.task.version
+            if update.task.id in self.tasks:
+                self._ended(update.task.id, "merged", "", update, behind)
+            else:
+                self._write_all(self.edges.merged(now, update, behind))
 
     def _why(self, number: int, ended: bool) -> str:
         """Why a task was cancelled: a merge cancels before its version is published, the end of a run after the last one."""
+        if self.edge_of:
+            return "its edge does not wait for it any more"
         if ended:
             return "the run ended before it was answered"
         behind = self.version + 1 - self.tasks[number].version
@@ -189,20 +218,22 @@ class Metrics:
         if not start or not self.model or start.adapter is not self.model.adapter or start.fold is not self.model.fold:
             self.model, self.energy = start, energy(start) if start else 0.0
 
-    def _sent(self, start: Start) -> Sent:
+    def _sent(self, task: Task) -> Sent:
+        start = task.start
         size = payload.down(start)
         fold = size.total - payload.down(replace(start, fold=None)).total
-        return Sent(size, fold, kept(self.model, start, self.energy) if self.model else None)
+        return Sent(size, fold, kept(self.model, start, self.energy) if self.model and not self.edge_of else None)
 
     def _dropped(self, now: float, number: int, status: str, reason: str) -> None:
         self.arrived[number] = now
         self._ended(number, status, reason)
 
-    def _ended(self, number: int, status: str, reason: str, update: Update | None = None) -> None:
+    def _ended(self, number: int, status: str, reason: str, update: Update | None = None, behind: int = 0) -> None:
         task = self.tasks.pop(number, None)
         if task is None:
             return
         line: dict[str, object] = {"kind": "task", "id": number, "client": task.client, "version": task.version}
+        line |= {"edge": self.edge_of[task.client]} if self.edge_of else {}
         line |= {
             "rank": task.budget.rank,
             "depth": task.budget.depth,
@@ -219,7 +250,7 @@ class Metrics:
             line |= {
                 "tokens": update.result.tokens,
                 "steps": update.result.steps,
-                "staleness": self.version - task.version,
+                "staleness": behind,
             }
         self.write(line)
 

@@ -7,6 +7,7 @@ was not trained come back as they were sent, and the receiver has them already. 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -28,10 +29,10 @@ class Bytes:
 
 def down(start: Start) -> Bytes:
     """What a client receives. A control variate counts like the adapter, on the sides that the client trains for all."""
-    count = _whole(start.train, frozenset((*start.seeded, "dense")))
+    count = _whole(start.train, (*start.seeded, "dense"))
     count += sum(_folded(factor.up, factor.down) for factor in start.fold.factors.values()) if start.fold else 0
     dense = 0 if "dense" in start.seeded else sum(tensor.numel() for tensor in start.train.dense.values())
-    control, number = _whole(start.control, start.rules.kept), _plain(start).number
+    control, number = _control(start), _plain(start).number
     return Bytes(number * (count + dense + control), number * dense)
 
 
@@ -41,7 +42,7 @@ def up(task: Task, result: Result) -> Bytes:
     An answer that has not even the form of one, and will be refused, counts as if everything had been sent.
     """
     start, codec, count = task.start, task.start.codec or EXACT, 0
-    control = _plain(start).number * _whole(start.control, start.rules.kept)
+    control = _plain(start).number * _control(start)
     refused = form(task, result) is not None
     given = start.train if refused else result.adapter
     for name, factor in given.factors.items():
@@ -74,12 +75,14 @@ def _folded(up: Tensor, down: Tensor) -> int:
     return min(up.numel() + down.numel(), up.shape[0] * down.shape[1])
 
 
-def _whole(adapter: Adapter | None, without: frozenset[Side] = frozenset()) -> int:
+def _control(start: Start) -> int:
+    """Numbers of the control variate that are sent."""
+    return _whole(start.control, start.rules.kept) if start.control else 0
+
+
+def _whole(adapter: Adapter, without: Collection[Side]) -> int:
     """Numbers of an adapter, these sides apart."""
-    if adapter is None:
-        return 0
-    count = sum(
-        ("down" not in without) * factor.down.numel() + ("up" not in without) * factor.up.numel()
-        for factor in adapter.factors.values()
-    )
+    count, down, up = 0, "down" not in without, "up" not in without
+    for factor in adapter.factors.values():
+        count += (factor.down.numel() if down else 0) + (factor.up.numel() if up else 0)
     return count + (0 if "dense" in without else sum(tensor.numel() for tensor in adapter.dense.values()))

@@ -14,12 +14,14 @@ from fedloom.types import (
     ClientJoined,
     ClientLost,
     Command,
+    Discard,
     Dispatch,
     Event,
     Publish,
     Stop,
     TaskFailed,
     UpdateArrived,
+    Within,
 )
 
 
@@ -81,10 +83,12 @@ class Places:
                 self.working[task.client] = task.id
             case Cancel(_, client):
                 self._released(client)
-            case Publish(_, _, updates):
+            case Publish(_, _, updates) | Within(_, _, Publish(_, _, updates)):
                 for update in updates:
                     if self.held.get(update.task.client) == update.task.id:
                         del self.held[update.task.client]
+            case Within(_, _, Discard(number, client, _)) if self.held.get(client) == number:
+                del self.held[client]
             case Stop():
                 self.stopped = True
 

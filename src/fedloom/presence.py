@@ -13,6 +13,7 @@ from typing import TypeAlias
 from fedloom.availability import Stays
 from fedloom.faults import Faults, Vanished
 from fedloom.server import State
+from fedloom.treestate import Whole
 from fedloom.types import ClientId, ClientJoined, ClientLost, Event, Profile, Task, TaskFailed
 
 
@@ -66,7 +67,7 @@ class Presence:
     periods: dict[ClientId, int] = field(default_factory=dict)
     out: dict[ClientId, int] = field(default_factory=dict)
 
-    def happens(self, now: float, what: Happening, profile: Profile, state: State) -> After:
+    def happens(self, now: float, what: Happening, profile: Profile, state: State | Whole) -> After:
         """Carry it out; `profile` is the client's, `state` what the server believes."""
         client = profile.client
         match what:
@@ -92,7 +93,7 @@ class Presence:
         """Whether the answer to this task is sent although it was dropped."""
         return self.faults is not None and self.faults.comes_late(client, task, self.seed)
 
-    def _switch(self, now: float, profile: Profile, state: State) -> After:
+    def _switch(self, now: float, profile: Profile, state: State | Whole) -> After:
         """Into the next period that has a length."""
         client, length = profile.client, 0.0 if self.stays else math.inf
         while self.stays and not length:
@@ -108,11 +109,11 @@ class Presence:
         return self.periods.get(client, 0) % 2 == 0
 
 
-def _known(client: ClientId, state: State) -> bool:
+def _known(client: ClientId, state: State | Whole) -> bool:
     return client in state.working or client in state.idle
 
 
-def _joined(profile: Profile, state: State) -> After:
+def _joined(profile: Profile, state: State | Whole) -> After:
     """Who is back knows nothing of a task that the server believes it at work on, and says so."""
     if profile.client not in state.working:
         return After((ClientJoined(profile),))
@@ -121,7 +122,7 @@ def _joined(profile: Profile, state: State) -> After:
     return After((ClientJoined(profile), failed))
 
 
-def _lost(client: ClientId, state: State, back: float) -> After:
+def _lost(client: ClientId, state: State | Whole, back: float) -> After:
     if not _known(client, state):
         return NOTHING
     number = state.working[client][1] if client in state.working else None

@@ -17,14 +17,16 @@ from typing import Any
 
 import torch
 
-from fedloom import checkpoint, codec, manifest
+from fedloom import checkpoint, codec, group, hierarchy, manifest, treestate
 from fedloom import server as core
 from fedloom.cost import Shape
 from fedloom.errors import Refused
+from fedloom.hierarchy import Hierarchy
 from fedloom.report.read import read
 from fedloom.server import Limits, Server
 from fedloom.trace import line
-from fedloom.types import Aggregator, Assign, Command, Event, Model, Result, Schedule, UpdateArrived
+from fedloom.tree import Tree
+from fedloom.types import Aggregator, Assign, Command, Event, Model, Profile, Result, Schedule, UpdateArrived
 from fedloom.values import Malformed, Reader, reachable
 
 UPDATES = "updates"
@@ -39,7 +41,7 @@ class Archive:
     folder: Path
 
     @classmethod
-    def of(cls, folder: Path, server: Server) -> Archive:
+    def of(cls, folder: Path, server: Server | Tree) -> Archive:
         """For this server, which has done nothing yet, or goes on with what it did."""
         folder.mkdir(exist_ok=True)
         checkpoint.write(folder / f"{START}.safetensors", {"first": server.state.first, "shape": server.shape})
@@ -59,7 +61,7 @@ class Replayed:
     difference: str = ""
 
 
-def replay(folder: Path, server: Server | None = None) -> Replayed:
+def replay(folder: Path, server: Server | Tree | None = None) -> Replayed:
     """Feed the events of the run in `folder` to a fresh server and compare its trace, up to the first difference.
 
     The server is made from the manifest; give one where the run has policies of its own. A last line that a killed run left
@@ -90,9 +92,10 @@ def replay(folder: Path, server: Server | None = None) -> Replayed:
     return Replayed(len(lines))
 
 
-def fresh(folder: Path) -> Server:
+def fresh(folder: Path) -> Server | Tree:
     """The server with which the run in `folder` began, from its manifest and what it kept. Raises Refused."""
-    settings = read(folder).manifest["run"]
+    about = read(folder).manifest
+    settings = {"hierarchy": None, **about["run"]}
     reader = Reader(_names())
     try:
         asked = {
@@ -101,18 +104,22 @@ def fresh(folder: Path) -> Server:
             "plan": Assign,
             "limits": Limits,
             "transfer": codec.Codec | None,
+            "hierarchy": Hierarchy | None,
         }
         made = {name: reader.read(hint, settings[name]) for name, hint in asked.items()}
         if manifest.as_json(manifest.plain(made)) != {name: settings[name] for name in asked}:
             raise Malformed("its manifest does not say all of them")
         kept = checkpoint.load(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
+        profiles = (
+            {one: reader.read(Profile, told) for one, told in about["clients"].items()} if made["hierarchy"] else {}
+        )
     except (Malformed, KeyError, TypeError) as error:
         remedy = (
             f"its policies cannot be made from the manifest ({error}); in Python, replay(folder, server) takes your own"
         )
         raise Refused("replay", str(folder), remedy) from error
     torch.set_num_threads(settings["threads"])
-    return Server(
+    server = Server(
         kept["first"],
         made["aggregator"],
         made["schedule"],
@@ -122,13 +129,20 @@ def fresh(folder: Path) -> Server:
         seed=settings["seed"],
         transfer=made["transfer"],
     )
+    if made["hierarchy"] is None:
+        return server
+    groups = {edge: tuple(profiles[one] for one in own) for edge, own in about["groups"].items()}
+    over: Tree = made["hierarchy"].over(server, groups)
+    return over
 
 
 def _names() -> Mapping[str, Any]:
     """Classes and functions of the folders of policies, by name; these of the core too."""
     folders = [import_module(f"fedloom.{name}") for name in POLICIES]
     modules = [import_module(f"{one.__name__}.{info.name}") for one in folders for info in iter_modules(one.__path__)]
-    things = chain.from_iterable(vars(module).items() for module in (*modules, codec, core))
+    things = chain.from_iterable(
+        vars(module).items() for module in (*modules, codec, core, group, hierarchy, treestate)
+    )
     return {name: thing for name, thing in things if callable(thing)}
 
 

@@ -1,7 +1,8 @@
 """A run that was killed goes on where its last checkpoint stands, and ends in the same bytes as if nothing had happened.
 
 Between two events everything that a run has is in five values: the server's state, the simulation, who is away, the metrics'
-observer and the scores so far. All their fields are saved but those named in `REBUILT`, so a new field needs no line here.
+observer and the scores so far; a tree of servers has its edges beside the root's state. All their fields are saved but those
+named in `REBUILT`, so a new field needs no line here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fedloom.run import Run
 from fedloom.server import State
 from fedloom.simulate import Simulation, nothing
 from fedloom.train.settings import Engine
+from fedloom.treestate import Branches
 from fedloom.values import Malformed, declared
 
 NAME = "checkpoint.safetensors"
@@ -33,7 +35,7 @@ SHARE = 0.05
 """Of a run's time, that checkpoints may take."""
 SECONDS = 30.0
 """Between two checkpoints, or more where they take more than their share."""
-FIXED = ("computed", "model", "partition", "clients", "baselines")
+FIXED = ("computed", "model", "partition", "clients", "groups", "baselines")
 """Sections of the manifest that follow from the run and its data, and have to be the same when it goes on."""
 
 
@@ -46,11 +48,12 @@ class Progress:
 
 REBUILT: Mapping[type, frozenset[str]] = {
     State: frozenset(),
+    Branches: frozenset(),
     Simulation: frozenset(
         {"server", "trainer", "world", "profiles", "evaluate", "observe", "seed", "presence", "settled", "pending"}
     ),
     Presence: frozenset({"stays", "faults", "seed"}),
-    Metrics: frozenset({"file"}),
+    Metrics: frozenset({"file", "edge_of"}),
     Progress: frozenset(),
 }
 """Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`)."""
@@ -59,6 +62,11 @@ REBUILT: Mapping[type, frozenset[str]] = {
 def kept(kind: type) -> dict[str, Any]:
     """The fields of one of these types that a checkpoint holds, as "Type.field", with what they hold."""
     return {f"{kind.__name__}.{name}": hint for name, hint in declared(kind).items() if name not in REBUILT[kind]}
+
+
+def kinds(run: Run) -> list[type]:
+    """The types of the values that a run has."""
+    return [kind for kind in REBUILT if kind is not Branches or run.hierarchy]
 
 
 def given(run: Run) -> dict[str, object]:
@@ -153,7 +161,7 @@ class Begun:
 
     def check(self, about: Mapping[str, object]) -> None:
         """Raise Refused where the data or the model are not what they were when the run was begun."""
-        now = manifest.as_json({name: about[name] for name in FIXED})
+        now = manifest.as_json({name: about.get(name) for name in FIXED})
         changed = _changed({name: self.manifest.get(name) for name in FIXED}, now)
         if changed:
             remedy = f"its data or its model are not what they were when it was begun: {changed}"
@@ -177,9 +185,8 @@ def begun(folder: Path, run: Run) -> Begun:
         for name, size in sizes.items():
             if not (folder / name).is_file() or (folder / name).stat().st_size < size:
                 raise Malformed(f"{name} is shorter than when it was written")
-        return Begun(
-            folder, about, sizes, stored.read({n: h for kind in REBUILT for n, h in kept(kind).items()}, **given(run))
-        )
+        hints = {name: hint for kind in kinds(run) for name, hint in kept(kind).items()}
+        return Begun(folder, about, sizes, stored.read(hints, **given(run)))
     except Malformed as error:
         remedy = f"{NAME} cannot be used: {error}; remove it to begin again at version 0 in the same folder"
         raise Refused("--resume", str(folder), remedy) from error

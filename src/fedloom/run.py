@@ -11,6 +11,7 @@ from fedloom.data.examples import Source
 from fedloom.data.partition import LabelDirichlet, Partition
 from fedloom.errors import Refused
 from fedloom.faults import Faults
+from fedloom.hierarchy import Hierarchy
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RankByCapability
 from fedloom.schedule.rounds import Rounds
@@ -27,7 +28,8 @@ class Run:
     `model` is a hub name or a local folder, `data` where examples come from, `partition` how they are divided over clients.
     `aggregator` says HOW adapters are added, `schedule` WHEN and by whom, `plan` how much each client does, `world` how fast
     its devices are, `availability` when they can be reached (None: always), `faults` what goes wrong with their tasks (None:
-    nothing). `transfer` is how adapters travel: `Half()`, `DeltaInt8()`, or None, which is `Exact()`. `held_out` is the share
+    nothing). `hierarchy` puts clients into groups with an edge each, which are the clients of `schedule` then (None: there are no
+    groups). `transfer` is how adapters travel: `Half()`, `DeltaInt8()`, or None, which is `Exact()`. `held_out` is the share
     of each client's examples on which its own accuracy is measured (0: not at all), `test_limit` how many test examples score a
     version (None: all). `threads` is for torch, `engine` how training is computed (None: plain torch, one client after the other):
     both are a part of the last digits and therefore of the run.
@@ -45,6 +47,7 @@ class Run:
     world: Devices = field(default_factory=World)
     availability: Windows | None = None
     faults: Faults | None = None
+    hierarchy: Hierarchy | None = None
     transfer: Codec | None = field(default_factory=Half)
     limits: Limits = field(default_factory=Limits)
     held_out: float = 0.2

@@ -13,6 +13,7 @@ from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.check import fault
 from fedloom.codec import Codec
 from fedloom.cost import Shape
+from fedloom.edgemodel import inside
 from fedloom.errors import Refused
 from fedloom.indexed import IndexedTable
 from fedloom.layers import merged, started
@@ -38,12 +39,10 @@ from fedloom.types import (
     Publish,
     Reject,
     Schedule,
-    Scored,
     Start,
     Stop,
     Task,
     TaskFailed,
-    TimerFired,
     Update,
     UpdateArrived,
 )
@@ -54,7 +53,7 @@ class State:
     """All that changes in a server.
 
     `bases` are the models that the outstanding tasks were cut from, `pruned` the rank to which a client pruned itself, above which
-    it is asked for nothing.
+    it is asked for nothing. `outer` is an edge's own task.
     """
 
     model: Model
@@ -78,6 +77,7 @@ class State:
     dispatched: dict[ClientId, int] = field(default_factory=dict)
     worked: dict[ClientId, float] = field(default_factory=dict)
     pruned: dict[ClientId, int] = field(default_factory=dict)
+    outer: Task | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,13 +181,24 @@ class Server:
             latest=state.latest,
             retained=state.retained,
             first=state.first,
+            outer=state.outer,
         )
 
     def start(self, budget: Budget, seed: int) -> Start:
         """What a client with this budget would receive now, to the bit."""
         model = self.state.model
         below = self.shape.below(model.adapter.factors, budget.depth)
-        return handed(started(self.aggregator, model, budget, seed, below), self.transfer)
+        start = started(self.aggregator, model, budget, seed, below)
+        return handed(inside(start, self.state.outer), self.transfer)
+
+    def stop(self, reason: str) -> list[Command]:
+        """End it here: nothing that is under way counts any more."""
+        state = self.state
+        commands: list[Command] = [self._cancel(number) for number in tuple(state.busy)]
+        if state.asked < state.version:
+            commands.append(self._evaluate())
+        state.stopped = True
+        return [*commands, Stop(reason)]
 
     def _take(self, event: Event) -> Reject | None:
         """Write the event into the state, or refuse it and leave the state as it was."""
@@ -204,28 +215,24 @@ class Server:
                     state.failures, state.last_failure = state.failures + 1, f"client {client!r} was lost"
                 if client in state.idle:
                     state.idle.take(client)
+            case UpdateArrived(client, number) | TaskFailed(client, number) if (
+                client not in state.working or state.working[client][1] != number
+            ):
+                return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
             case UpdateArrived(client, number, result):
-                task = state.busy.get(number)
-                if task is None or task.client != client:
-                    return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
+                task = state.busy[number]
                 reason = fault(task, result)
                 if reason:
                     return Reject(client, number, reason)
                 state.arrived.append(Update(task, result, state.bases[number]))
                 self._release(number)
                 state.failures = 0
-                rank = server_rank(result.adapter)
-                if rank < task.budget.rank and task.start.rules.pruning:
+                if task.start.rules.pruning and (rank := server_rank(result.adapter)) < task.budget.rank:
                     state.pruned[client] = rank
                 state.seen[client] = result.examples
-            case TaskFailed(client, number, reason):
-                task = state.busy.get(number)
-                if task is None or task.client != client:
-                    return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
+            case TaskFailed(_, number, reason):
                 self._release(number)
                 state.failures, state.last_failure = state.failures + 1, reason
-            case Scored() | TimerFired():
-                pass
         return None
 
     def _release(self, number: int) -> Task:
@@ -248,11 +255,7 @@ class Server:
             fleet = self.fleet()
         reason = self._finished()
         if reason:
-            commands += [self._cancel(number) for number in tuple(state.busy)]
-            if state.asked < state.version:
-                commands.append(self._evaluate())
-            state.stopped = True
-            return [*commands, Stop(reason)]
+            return commands + self.stop(reason)
         return commands + [self._dispatch(client, fleet) for client in self.schedule.start(fleet)]
 
     def _merge(self, merge: Merge) -> list[Command]:

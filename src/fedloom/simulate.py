@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from fedloom.ahead import Overlapping, Pending, begun
+from fedloom.ahead import Pending, begun, overlaps
 from fedloom.errors import Refused
 from fedloom.faults import Vanished
 from fedloom.presence import Happening, Presence, Switched
 from fedloom.server import Server
 from fedloom.transfer import answered
+from fedloom.tree import Tree
 from fedloom.types import (
     Cancel,
     ClientId,
@@ -61,7 +62,7 @@ class Simulation:
     and after `drain` nothing but plain values.
     """
 
-    server: Server
+    server: Server | Tree
     trainer: Trainer
     world: Devices
     profiles: Mapping[ClientId, Profile]
@@ -106,7 +107,7 @@ class Simulation:
     def _tell(self, now: float, event: Event) -> Stop | None:
         local = self.flying.pop(event.task) if isinstance(event, UpdateArrived) else None
         commands = self.server.handle(now, event)
-        if isinstance(event, UpdateArrived) and local and not any(isinstance(c, Reject) for c in commands):
+        if isinstance(event, UpdateArrived) and local and Reject not in map(type, commands):
             self.locals[event.client] = local  # what a refused task left behind (moments of NaN, say) is not kept
         self.observe(now, event, commands)
         self._carry_out(now, commands)
@@ -138,8 +139,7 @@ class Simulation:
 
     def _carry_out(self, now: float, commands: Iterable[Command]) -> None:
         self._forget({command.task for command in commands if isinstance(command, Cancel)})
-        cohort = [command.task for command in commands if isinstance(command, Dispatch)]
-        if cohort:
+        if cohort := [command.task for command in commands if isinstance(command, Dispatch)]:
             self._train(now, cohort)
         for command in commands:
             match command:
@@ -180,14 +180,16 @@ class Simulation:
 
     def _train(self, now: float, cohort: list[Task]) -> None:
         """Have it trained, and wait for what can happen at once."""
-        turns = [self.server.state.dispatched[task.client] - 1 for task in cohort]
-        least = [self._least(task, turn) for task, turn in zip(cohort, turns, strict=True)]
-        due = [now + self._first(task, seconds) for task, seconds in zip(cohort, least, strict=True)]
-        work = [(task, self.locals.get(task.client, Local())) for task in cohort]
-        answers = begun(self.trainer, work, due)
-        for (task, before), turn, seconds, time, answer in zip(work, turns, least, due, answers, strict=True):
+        work, times = [], []
+        for task in cohort:
+            turn = self.server.state.dispatched[task.client] - 1
+            least = self._least(task, turn)
+            work.append((task, self.locals.get(task.client) or Local()))
+            times.append((now + self._first(task, least), turn, least))
+        answers = begun(self.trainer, work, [due for due, _, _ in times])
+        for (task, before), (due, turn, least), answer in zip(work, times, answers, strict=True):
             if task.client not in self.presence.out:  # else the server does not know yet that nobody is there
-                self._wait(time, Pending(task, before, turn, seconds, answer))
+                self._wait(due, Pending(task, before, turn, least, answer))
         self.drain(now)
 
     def drain(self, until: float = math.inf) -> None:
@@ -214,7 +216,7 @@ class Simulation:
 
     def _least(self, task: Task, turn: int) -> float:
         """The seconds that a task takes if training changes nothing and so little is sent; 0 if the trainer cannot foresee it."""
-        if not isinstance(self.trainer, Overlapping):
+        if not overlaps(self.trainer):
             return 0.0
         seconds: float = self._timed(task, self.trainer.least(task), turn).metrics["seconds"]
         return seconds

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from functools import cache
-from typing import TextIO
+from math import isfinite
+from types import NoneType
+from typing import Any, TextIO, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,59 +40,83 @@ def _digest(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def shallow(value: object) -> object:
-    """What JSON has no word for, one level deep: dataclasses by their fields, adapters by their fingerprint."""
-    kind = type(value)
-    if isinstance(value, Adapter):
-        return f"sha256:{fingerprint(value)}"
-    if isinstance(value, Update):
-        return value.task.id  # told in full when it arrived
-    if isinstance(value, Model):  # of a wrapper's memory, an adapter a client maybe, one hash for all
-        told = {name: getattr(value, name) for name in _fields(Model) or ()}
-        return {"type": "Model", **told, "memory": _hashed(value.memory)}
-    if (names := _fields(kind)) is not None:  # type: ignore[arg-type]  # mypy: a class is not hashable
-        return {"type": kind.__name__, **{name: getattr(value, name) for name in names}}
-    if isinstance(value, Mapping):
-        return {str(key): item for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return list(value)
+def line(now: float, event: Event, commands: Sequence[Command]) -> str:
+    """One step of a run as a line of JSON."""
+    return f'{{"time":{written(now)},"event":{written(event)},"commands":{written(commands)}}}'
+
+
+def written(value: object) -> str:
+    """A value as JSON: dataclasses by their fields, adapters by their fingerprint, a number that JSON does not know in words.
+
+    A client's NaN is refused by the server, and must not stop the trace that tells so.
+    """
+    return _WRITERS[type(value)](value)
+
+
+Writer: TypeAlias = Callable[[Any], str]
+
+
+class _Writers(dict[type, Writer]):
+    """How values of a class are written; found once of each, for one step is some sixty values of a few classes."""
+
+    def __missing__(self, kind: type) -> Writer:
+        self[kind] = _writer(kind)
+        return self[kind]
+
+
+def _writer(kind: type) -> Writer:
+    for known, write in _PLAIN.items():
+        if issubclass(kind, known):
+            return write
+    if is_dataclass(kind):
+        return _record(kind)
+    if issubclass(kind, Mapping):
+        return _table
+    if issubclass(kind, Sequence):
+        return _row
     raise TypeError(f"{kind.__name__} has no place in a trace, a tensor only inside an adapter")
 
 
+def _record(kind: type) -> Writer:
+    """A dataclass by its fields, after the name of its class: one expression, as a dataclass has an `__init__` of its own made."""
+    names = [field.name for field in fields(kind)]
+    places = {name: f"one.{name}" for name in names}
+    if issubclass(kind, Model):
+        places["memory"] = "hashed(one.memory)"
+    told = "".join(f',"{name}":{{writers[type(part := {place})](part)}}' for name, place in places.items())
+    source = f"""lambda one: f'{{{{"type":"{kind.__name__}"{told}}}}}'"""
+    made: Writer = eval(source, {"writers": _WRITERS, "hashed": _hashed})
+    return made
+
+
 def _hashed(memory: Mapping[str, Adapter]) -> str | None:
+    """Of a wrapper's memory, an adapter a client maybe, one hash for all."""
     if not memory:
         return None
     told = "".join(f"{name}:{fingerprint(memory[name])};" for name in sorted(memory))
     return f"sha256:{hashlib.sha256(told.encode()).hexdigest()}"
 
 
-@cache
-def _fields(kind: type) -> tuple[str, ...] | None:
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else None
+def _table(value: Mapping[object, object]) -> str:
+    told = [f"{_text(str(key))}:{_WRITERS[type(item)](item)}" for key, item in value.items()]
+    return f"{{{','.join(told)}}}"
 
 
-def written(value: object) -> object:
-    """A value as JSON would have it, all the way down."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # a client's NaN is refused by the server, and must not stop the trace that tells so
-    if value is None or isinstance(value, str | int | float):
-        return value
-    inner = shallow(value)
-    if isinstance(inner, dict):
-        return {key: written(item) for key, item in inner.items()}
-    return [written(item) for item in inner] if isinstance(inner, list) else inner
+def _row(value: Sequence[object]) -> str:
+    return f"[{','.join([_WRITERS[type(item)](item) for item in value])}]"
 
 
-def line(now: float, event: Event, commands: Sequence[Command]) -> str:
-    """One step of a run as a line of JSON."""
-    step = {"time": now, "event": event, "commands": commands}
-    try:
-        return _ENCODER.encode(step)
-    except (TypeError, ValueError):  # a NaN, or a name that is no text
-        return _ENCODER.encode(written(step))
-
-
-_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False, default=shallow)
+_text = json.JSONEncoder().encode
+_WRITERS = _Writers()
+_PLAIN: Mapping[type, Writer] = {
+    NoneType: lambda value: "null",
+    str: _text,
+    bool: lambda value: "true" if value else "false",
+    int: int.__repr__,
+    float: lambda value: float.__repr__(value) if isfinite(value) else f'"{value}"',
+    Adapter: lambda value: f'"sha256:{fingerprint(value)}"',
+    Update: lambda value: f"{value.task.id}",  # told in full when it arrived
+}
 
 
 class Trace:

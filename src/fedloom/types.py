@@ -41,12 +41,14 @@ class Budget:
     """What one task may cost: the LoRA rank to train at and the number of local optimiser steps.
 
     `depth` is how many transformer blocks are trained, counted from the output, with all that is adapted above them (None: all
-    that is adapted). What is not trained runs as a part of the base.
+    that is adapted). What is not trained runs as a part of the base. `rounds` are the versions that an edge makes of one task before
+    it reports: its members share the steps out among them.
     """
 
     rank: int
     steps: int
     depth: int | None = None
+    rounds: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,39 @@ class Scored:
     metrics: Mapping[str, float]
 
 
-Event: TypeAlias = ClientJoined | ClientLost | UpdateArrived | TaskFailed | TimerFired | Scored
+@dataclass(frozen=True, slots=True)
+class TaskReceived:
+    """To an edge: the task that its members are to do together."""
+
+    task: Task
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeLost:
+    """An edge died. `kept`: it comes back with its last inner version and goes on; else all that it did of its task is lost."""
+
+    edge: ClientId
+    kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeReturned:
+    """An edge that died is there again."""
+
+    edge: ClientId
+
+
+Event: TypeAlias = (
+    ClientJoined
+    | ClientLost
+    | UpdateArrived
+    | TaskFailed
+    | TimerFired
+    | Scored
+    | TaskReceived
+    | EdgeLost
+    | EdgeReturned
+)
 
 
 # Commands: what the driver must do -----------------------------------------------------------------------------------
@@ -288,7 +322,36 @@ class Stop:
     reason: str
 
 
-Command: TypeAlias = Dispatch | Cancel | Publish | Evaluate | Reject | Stop
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Of an edge: its answer to the task that it received."""
+
+    result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """An answer that was accepted, and is in no version, will be in none."""
+
+    task: int
+    client: ClientId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Within:
+    """What happens inside a tree of servers, about the outer `task` of this edge: it is told, and nobody has to do anything.
+
+    `Dispatch` and `Cancel` of the outer task, an edge's own `Publish`, `Discard` and `Report`, what the root rejects of it, and
+    `Stop`, where an edge ends its task without an answer.
+    """
+
+    edge: ClientId
+    task: int
+    what: Dispatch | Cancel | Publish | Discard | Report | Reject | Stop
+
+
+Command: TypeAlias = Dispatch | Cancel | Publish | Evaluate | Reject | Stop | Report | Discard | Within
 
 
 # Policies ------------------------------------------------------------------------------------------------------------
@@ -303,7 +366,7 @@ class Fleet:
     their sum: who draws from a stream named after it never draws the same twice. `worked` are the seconds that each client spent on
     tasks that have ended, answered or not. `latest` is the client whose accepted answer this
     is about (None: something else happened), `retained` how many of `arrived` (the first ones) the last merge kept, `first` the
-    model of version 0.
+    model of version 0. `outer` is the task that an edge is working on (None: this is no edge).
     """
 
     now: float
@@ -320,6 +383,7 @@ class Fleet:
     latest: ClientId | None = None
     retained: int = 0
     first: Model | None = None
+    outer: Task | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -160,6 +160,25 @@ class Capabilities:
         return priced(task, result, replace(profile, up_bps=bps, down_bps=bps), shape, 1.0 / mode)
 
 
+@dataclass(frozen=True, slots=True)
+class Near:
+    """The devices of `inner`, their links `times` as fast: to an edge that is nearer than the server."""
+
+    inner: Devices
+    times: float
+
+    def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
+        """The same devices."""
+        told = self.inner.profiles(examples, seed)
+        return tuple(replace(one, up_bps=one.up_bps * self.times, down_bps=one.down_bps * self.times) for one in told)
+
+    def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
+        """The same work; the messages take a part of the time, whatever the link is at that moment."""
+        far = replace(profile, up_bps=profile.up_bps / self.times, down_bps=profile.down_bps / self.times)
+        took = self.inner.seconds(task, result, far, shape, seed, turn)
+        return Seconds(took.down / self.times, took.train, took.up / self.times)
+
+
 def jittered(task: Task, jitter: float, seed: int) -> float:
     """How many times longer than usual this task is trained: log-normal with this deviation of the logarithm."""
     return rng(seed, "seconds", task.client, task.id).lognormvariate(0.0, jitter) if jitter else 1.0

@@ -21,6 +21,8 @@ STORMS = "laws/test_every_schedule.py"
 METHODS = "laws/test_every_aggregator.py"
 WINDOWS = "laws/test_windows.py"
 DEPTHS = "laws/test_every_depth.py"
+TREES = "laws/test_every_tree.py"
+EDGES = "test_tree.py"
 
 HURRIED = """
 import fedloom, hypothesis, pathlib
@@ -49,12 +51,8 @@ MUTANTS = [
     Mutant(
         "anyone may answer a task",
         "server.py",
-        """case UpdateArrived(client, number, result):
-                task = state.busy.get(number)
-                if task is None or task.client != client:""",
-        """case UpdateArrived(client, number, result):
-                task = state.busy.get(number)
-                if task is None:""",
+        "client not in state.working or state.working[client][1] != number",
+        "number not in state.busy",
         STORMS,
     ),
     Mutant(
@@ -112,6 +110,69 @@ MUTANTS = [
         "return due if due is not None and (fleet.arrived or due > fleet.now) else None",
         "return due",
         STORMS,
+    ),
+    Mutant(
+        "what an edge threw away is not said",
+        "edge.py",
+        "return [Discard(one.task.id, one.task.client, reason) for one in server.arrived[server.retained :]]",
+        "return []",
+        TREES,
+    ),
+    Mutant(
+        "an edge that comes back merges what it said was lost",
+        "edge.py",
+        "del state.server.arrived[state.server.retained :]",
+        "pass",
+        EDGES,
+    ),
+    Mutant(
+        "an edge counts members of earlier tasks",
+        "edge.py",
+        "self.state.shares, self.state.loss, self.state.due = {}, None, None",
+        "self.state.loss, self.state.due = None, None",
+        TREES,
+    ),
+    Mutant(
+        "edges number their tasks alike",
+        "tree.py",
+        "state.server.next_task = k * BLOCK + 1",
+        "state.server.next_task = 1",
+        TREES,
+    ),
+    Mutant(
+        "a report arrives although its task was dropped",
+        "tree.py",
+        "if entry[2].about != number",
+        "if True",
+        TREES,
+    ),
+    Mutant(
+        "an edge without members keeps its task",
+        "edge.py",
+        "if not state.server.stopped and state.empty:",
+        "if False:",
+        TREES,
+    ),
+    Mutant(
+        "a tree forgets what is on its way",
+        "tree.py",
+        "times += [self.branches.moving[0][0]] if self.branches.moving else []",
+        "",
+        TREES,
+    ),
+    Mutant(
+        "moments live on into the next task of the edge",
+        "edgemodel.py",
+        'basis=f"{outer.id}:{start.basis}"',
+        "basis=start.basis",
+        TREES,
+    ),
+    Mutant(
+        "members do all steps in every inner round",
+        "edge.py",
+        "outer.budget.steps // outer.budget.rounds",
+        "outer.budget.steps",
+        EDGES,
     ),
     Mutant(
         "weights do not sum to 1",

@@ -1,4 +1,4 @@
-"""What the methods share: a `Merge` spelt out as terms, plain means of tensors, sums of products cut to a rank."""
+"""What the methods share: a `Merge` spelt out as terms, means of factors, sums of products cut to a rank."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fedloom.aggregate.mean import mean
 from fedloom.errors import Refused
 from fedloom.lora import (
     Adapter,
@@ -85,15 +86,6 @@ def apart_terms(name: str, away: Iterable[tuple[float, Model]]) -> Iterator[tupl
         yield share, one.adapter.factors[name]
         if one.fold and name in one.fold.factors:
             yield share, one.fold.factors[name]
-
-
-def mean(pairs: list[tuple[float, Tensor]]) -> Tensor:
-    """The linear combination of tensors of one shape, added up in float64 and returned in the dtype of the first."""
-    first = pairs[0][1]
-    total = torch.zeros_like(first, dtype=torch.float64)
-    for coefficient, tensor in pairs:
-        total += tensor.to(torch.float64, copy=True).mul_(coefficient)
-    return total.to(first.dtype)
 
 
 def dense_mean(model: Adapter, pairs: list[tuple[float, Adapter]]) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ class RunLog:
     scores: tuple[Line, ...] = ()
     tasks: tuple[Line, ...] = ()
     clients: tuple[Line, ...] = ()
+    edges: tuple[Line, ...] = ()
 
 
 def read(folder: Path) -> RunLog:
@@ -52,7 +53,7 @@ def read(folder: Path) -> RunLog:
     def of(kind: str) -> tuple[Line, ...]:
         return tuple(line for line in lines if line.get("kind") == kind)
 
-    return RunLog(folder, manifest, of("version"), of("score"), of("task"), of("client"))
+    return RunLog(folder, manifest, of("version"), of("score"), of("task"), of("client"), of("edge"))
 
 
 def _left(folder: Path) -> bool:

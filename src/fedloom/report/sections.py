@@ -74,6 +74,9 @@ WAITING = """
 A place is one of the tasks that the schedule lets be under way at once; it waits while it is empty although a client is
 idle. Left, the mean number of places over time; right, how much of the run each client was without a task, which in a
 federation of more clients than places is also the turn of others."""
+GROUPED = """
+One row a group, led by an edge: means over the tasks that were merged. Weight is the group's share of examples times local steps,
+summed over all its reports; what a schedule makes of it is in its own weights."""
 STALENESS = """
 How many versions were made while a client trained: an answer improves a model that the server has meanwhile left behind.
 Left, over all updates, each where it was merged first; right, over all updates in a version, also those kept from before."""
@@ -103,6 +106,7 @@ def single(log: RunLog) -> list[Section]:
         ("Rank heterogeneity", _heterogeneity(log)),
         ("Activity", log.tasks and Part(ACTIVITY, svg=figures_clients.activity(log))),
         ("Waiting", pace.timed(log) and Part(WAITING, pace.waited(log), svg=figures_pace.waiting(log))),
+        ("Groups", log.edges and Part(GROUPED, grid=tables.groups(log))),
         ("Staleness", _staleness(log)),
         ("Participation", _participation(log)),
         ("Uploads and bytes", pace.timed(log) and Part(SPENDING, svg=figures_pace.spending(log))),

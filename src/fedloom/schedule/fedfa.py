@@ -90,9 +90,11 @@ class FedFa:
 
 def _latest(fleet: Fleet, dedup: bool) -> tuple[Update, ...]:
     """In order of arrival; with `dedup` each client's latest alone, beside those that no version was made of yet."""
+    if not dedup:
+        return tuple(fleet.arrived)
     latest = {update.task.client: place for place, update in enumerate(fleet.arrived)}
     return tuple(
         update
         for place, update in enumerate(fleet.arrived)
-        if not dedup or place >= fleet.retained or latest[update.task.client] == place
+        if place >= fleet.retained or latest[update.task.client] == place
     )

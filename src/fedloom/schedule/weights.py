@@ -20,6 +20,14 @@ def by_tokens(update: Update) -> float:
     return float(update.result.tokens)
 
 
+def by_work(update: Update) -> float:
+    """Training examples times the local steps done with each: n_g times the steps of a group, ParallelSFL's N_c tau_c.
+
+    Source: Liao et al., "ParallelSFL", arXiv 2410.01256, 2024, Eq. 18; for HierFedLoRA's groups, arXiv 2503.21213, 2025.
+    """
+    return float(update.result.examples * update.result.steps)
+
+
 def uniform(update: Update) -> float:
     """Every client alike."""
     return 1.0

@@ -1,0 +1,97 @@
+"""An outer task as the model that an edge begins with, and the model that it ends with as an answer to the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedloom.aggregate.wrap import Around
+from fedloom.lora import Adapter, Factor, joined, pad, server_rank, truncate_sum
+from fedloom.types import Aggregator, Budget, Merge, Model, Start, Task
+
+
+@dataclass(frozen=True, slots=True)
+class OneSided(Around):
+    """`inner`, but a method that trains its sides in turn stays at that of the outer task: the other has to come back as it was."""
+
+    inner: Aggregator
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """The wrapped merge; it is nobody else's turn yet."""
+        return replace(self.inner.merge(model, merge), phase=model.phase)
+
+
+def first(aggregator: Aggregator, task: Task) -> Model:
+    """The model with which an edge begins this task: all that the task holds of the layers that are trained."""
+    start = task.start
+    model = aggregator.init(start.train)
+    fold = _of(start.fold, start.train.factors) if start.fold else None
+    if fold and fold.factors:
+        model = replace(model, fold=fold if model.fold is None else joined(fold, model.fold))
+    return replace(model, phase=phase(aggregator, model, start) or 0)
+
+
+def inside(start: Start, outer: Task | None) -> Start:
+    """What a member receives of an edge that works on this outer task: layers that nobody trains are in the fold again.
+
+    Moments live through the rounds of one outer task, and no longer: it is a part of the basis.
+    """
+    if outer is None:
+        return start
+    start, fold = replace(start, basis=f"{outer.id}:{start.basis}"), outer.start.fold
+    others = fold.factors.keys() - outer.start.train.factors.keys() if fold else ()
+    if not fold or not others:
+        return start
+    rest = _of(fold, others)
+    return replace(start, fold=Adapter({**rest.factors, **(start.fold.factors if start.fold else {})}))
+
+
+def phase(aggregator: Aggregator, model: Model, start: Start) -> int | None:
+    """In which turn the method leaves alone what the outer task wants back as it was; None: in none."""
+    budget = Budget(server_rank(start.train), 1)
+    for turn in (0, 1):
+        if start.rules.kept <= aggregator.start(replace(model, phase=turn), budget, 0).rules.kept:
+            return turn
+    return None
+
+
+def reported(start: Start, model: Model) -> tuple[Adapter, float]:
+    """The model as an answer to this start, and the share of its energy that had to be cut.
+
+    What an edge folded is put into the adapter, as far as the rank of the task reaches; as long as nothing was, that is the adapter.
+    """
+    asked, given = start.train.factors, model.adapter.factors
+    mine, sent = (fold.factors if fold else {} for fold in (model.fold, start.fold))
+    grown = {name for name in asked if mine.get(name) is not sent.get(name)}
+    if not grown and all(given[name].rank == factor.rank for name, factor in asked.items()):
+        return model.adapter, 0.0
+    factors, before, after = {}, 0.0, 0.0
+    for name, factor in asked.items():
+        terms = [(1.0, given[name])]
+        terms += [(sign, fold[name]) for sign, fold in ((1.0, mine), (-1.0, sent)) if name in grown and name in fold]
+        kept, energy = truncate_sum(terms, factor.rank)
+        factors[name] = pad(kept, factor.rank)
+        before, after = before + energy, after + float(kept.up.double().square().sum())
+    return Adapter(factors, model.adapter.dense), max(0.0, 1.0 - after / before) if before > 0 else 0.0
+
+
+def onto(start: Start, given: Adapter) -> Adapter:
+    """The nearest answer that has the sides as they were sent that are to come back so: a method may have turned them inside."""
+    factors = dict(given.factors)
+    for name, asked in start.train.factors.items():
+        own = given.factors[name]
+        if "down" in start.rules.kept and not own.down.equal(asked.down):
+            up = own.up.double() @ (own.down.double() @ torch.linalg.pinv(asked.down.double()))
+            factors[name] = Factor(asked.down, up.to(own.up))
+        elif "up" in start.rules.kept and not own.up.equal(asked.up):
+            down = (torch.linalg.pinv(asked.up.double()) @ own.up.double()) @ own.down.double()
+            factors[name] = Factor(down.to(own.down), asked.up)
+    return Adapter(factors, given.dense)
+
+
+def _of(fold: Adapter, names: Iterable[str]) -> Adapter:
+    """These layers of a fold, in its own order."""
+    wanted = set(names)
+    return Adapter({name: factor for name, factor in fold.factors.items() if name in wanted})

@@ -1,0 +1,146 @@
+"""A hierarchy as a value: which clients are in which group, how a group works, how its edge hangs on the root.
+
+Source: HierFedLoRA, arXiv 2503.21213, 2025. The groups' frequencies may differ, and be chosen anew for each task (`rounds`); their
+depths come with `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias, cast
+
+from fedloom.aggregate.wrap import layers
+from fedloom.edge import Below, Edge
+from fedloom.edgemodel import phase
+from fedloom.errors import Refused
+from fedloom.group import Grouping, Member
+from fedloom.lora import server_rank
+from fedloom.schedule.rounds import Rounds
+from fedloom.server import Server
+from fedloom.tree import Tree
+from fedloom.treestate import Link, Roster
+from fedloom.types import Aggregator, Assign, Budget, ClientId, Fleet, Profile, Schedule
+
+InnerRounds: TypeAlias = Callable[[Profile, Fleet], int]
+"""(an edge's profile, the root's fleet) -> the versions that the edge makes of its next task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Everybody:
+    """One group of all clients."""
+
+    def __call__(self, members: Sequence[Member], seed: int) -> tuple[tuple[ClientId, ...], ...]:
+        """All of them, by name."""
+        return (tuple(sorted(member.client for member in members)),)
+
+
+@dataclass(frozen=True, slots=True)
+class Above:
+    """The plan of the root: an edge trains the whole model, for as many steps as `plan` says, in so many `rounds`.
+
+    The rank is not the plan's: what a weak member cannot hold, another one can, and each is asked for its own.
+    """
+
+    plan: Assign
+    rank: int
+    rounds: int | InnerRounds
+
+    def __call__(self, profile: Profile, fleet: Fleet) -> Budget:
+        """The budget of this edge's next task; never more rounds than steps."""
+        budget = self.plan(profile, fleet)
+        rounds = self.rounds if isinstance(self.rounds, int) else self.rounds(profile, fleet)
+        return replace(budget, rank=self.rank, rounds=max(1, min(rounds, budget.steps)))
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """Groups, each led by an edge, which is a client of the run's server.
+
+    `groups` says who is with whom. An edge makes `rounds` versions of a task, a number or a rule, by the inner `schedule` (None:
+    synchronous rounds of the whole group) and the inner `aggregator` (None: the run's method, without what is wrapped around it),
+    and reports. `plan` says what an edge may do (None: the steps of the run's plan, at the server's rank); the run's plan says what
+    each member may do, which shares the steps of a task out over its rounds. `link` is an edge's to the server (None: the edges
+    live on the server, and nothing travels); a member's link to its edge is `inner_speedup` times as fast as to the server.
+    """
+
+    groups: Grouping = field(default_factory=Everybody)
+    rounds: int | InnerRounds = 2
+    schedule: Schedule | None = None
+    aggregator: Aggregator | None = None
+    plan: Assign | None = None
+    link: Link | None = None
+    inner_speedup: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rounds, int) and self.rounds < 1:
+            raise Refused("hierarchy.rounds", self.rounds, "an edge makes at least 1 version of a task")
+        if not self.inner_speedup > 0:
+            raise Refused("hierarchy.inner_speedup", self.inner_speedup, "1.0: as fast as to the server, 10: ten times")
+
+    def grouped(self, members: Sequence[Member], seed: int) -> dict[ClientId, tuple[ClientId, ...]]:
+        """The groups by the names of their edges. Raises Refused unless each client is in exactly one."""
+        found = tuple(group for group in self.groups(members, seed) if group)
+        every = [client for group in found for client in group]
+        for client in {member.client for member in members} ^ set(every):
+            remedy = "is no client of this run" if client in every else "is in no group"
+            raise Refused("hierarchy.groups", client, f"this client {remedy}; each client belongs to exactly one")
+        if len(every) > len(set(every)):
+            twice = next(client for client in every if every.count(client) > 1)
+            raise Refused("hierarchy.groups", twice, "this client is in two groups; each belongs to exactly one")
+        width = len(str(len(found) - 1))
+        return {f"edge{k:0{width}d}": group for k, group in enumerate(found)}
+
+    def over(self, flat: Server, members: Mapping[ClientId, Sequence[Profile]]) -> Tree:
+        """The tree in the place of `flat`, which has done nothing yet. Raises Refused where the methods do not go together."""
+        rank = server_rank(flat.state.model.adapter)
+        inner = self.aggregator or cast(Aggregator, list(layers(flat.aggregator))[-1])
+        check(flat, inner, len(members))
+        root = Server(
+            flat.state.model,
+            flat.aggregator,
+            flat.schedule,
+            self.plan or Above(flat.assign, rank, self.rounds),
+            shape=flat.shape,
+            limits=flat.limits,
+            seed=flat.seed,
+            transfer=flat.transfer if self.link else None,
+        )
+        edges = {name: Edge(self._inner(flat, inner, len(own), len(members))) for name, own in members.items()}
+        return Tree(root, edges, Roster(members, self.link))
+
+    def _inner(self, flat: Server, method: Aggregator, size: int, edges: int) -> Server:
+        """The server of an edge with so many members. It gives a task up after its share of the failures that end the run."""
+        failures = max(size, flat.limits.failures // edges)
+        return Server(
+            flat.state.model,
+            method,
+            self.schedule or Rounds(cohort_size=size),
+            Below(flat.assign),
+            shape=flat.shape,
+            limits=replace(flat.limits, seconds=None, failures=failures, evaluate_every=0),
+            seed=flat.seed,
+            transfer=flat.transfer,
+        )
+
+
+def check(flat: Server, inner: Aggregator, edges: int) -> None:
+    """Raise Refused where what an edge makes of a task would be no answer to it, or a method counts other clients than there are."""
+    outer, model = flat.aggregator, flat.state.model
+    names = f"{type(inner).__name__} below {type(outer).__name__}"
+    for layer in layers(outer):
+        if getattr(layer, "clients", edges) != edges:
+            remedy = f"give clients={edges}: the clients of the server are the edges"
+            raise Refused("aggregator.clients", getattr(layer, "clients", 0), remedy)
+    if any(getattr(layer, "clients", None) for layer in layers(inner)):
+        raise Refused("hierarchy.aggregator", names, "a method that knows each client by name belongs above the edges")
+    for turn in (0, 1):
+        start = outer.start(replace(model, phase=turn), Budget(server_rank(model.adapter), 1), 0)
+        if start.control is not None:
+            raise Refused("aggregator", type(outer).__name__, "an edge has no control variate; leave Scaffold out")
+        if phase(inner, inner.init(start.train), start) is None:
+            sides = " and ".join(sorted(start.rules.kept))
+            raise Refused("hierarchy.aggregator", names, f"above, {sides} must stay as sent; use the same method below")
+    if outer.space == "factor" and inner.space == "product":
+        remedy = "the edges would turn their factors, each in another way, and above they are averaged entry by entry"
+        raise Refused("hierarchy.aggregator", names, f"{remedy}; use the same method below")
