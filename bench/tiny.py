@@ -38,17 +38,15 @@ def tiny_encoder(folder: Path, **sizes: Any) -> Path:
     return _save_model(folder, BertModel, BertConfig(**config))
 
 
-def tiny_decoder(folder: Path) -> Path:
-    """A Llama of 19 thousand parameters without a head; its tokenizer, as Llama's, has no token to pad with."""
+def tiny_decoder(folder: Path, **sizes: Any) -> Path:
+    """A Llama of 19 thousand parameters or other `sizes`, without a head; its tokenizer, as Llama's, has no token to pad with."""
     from transformers import LlamaConfig, LlamaModel
 
     marks = ("<unk>", "<s>", "</s>")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     _save_tokenizer(folder, marks, names, "<s> $A", "<s> $A $B")
-    config = LlamaConfig(
-        vocab_size=len(marks + WORDS), num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=None, **SIZES
-    )
-    return _save_model(folder, LlamaModel, config)
+    config = {"vocab_size": len(marks + WORDS), "num_key_value_heads": 2, "pad_token_id": None, **SIZES, **sizes}
+    return _save_model(folder, LlamaModel, LlamaConfig(bos_token_id=1, eos_token_id=2, **config))
 
 
 def toy_rows(count: int, seed: int = 0) -> list[dict[str, str]]:

@@ -155,7 +155,7 @@ def test_a_newer_format_and_other_files_are_refused(whole: Path, tmp_path: Path)
         checkpoint.load(whole).read({"heap": list[tuple[float, int, TaskFailed]]})
 
 
-BUDGET = {"type": "Budget", "rank": 2, "steps": 3}
+BUDGET = {"type": "Budget", "rank": 2, "steps": 3, "depth": None}
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ BUDGET = {"type": "Budget", "rank": 2, "steps": 3}
         (Mapping[str, int], [["x", 1]]),
         (Budget, None),
         (Budget, BUDGET | {"rank": "2"}),
-        (Budget, BUDGET | {"depth": 2}),
+        (Budget, BUDGET | {"width": 2}),
         (Budget, {"type": "Budget", "rank": 2}),
         (Budget, {"type": "Profile", "rank": 2}),
         (Budget, {"type": "TimerFired"}),

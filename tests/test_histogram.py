@@ -20,16 +20,16 @@ ASKED = 20_000
 def test_a_noisy_histogram_is_as_private_as_it_says_and_no_noisier(epsilon: float) -> None:
     """P(answer in S | D) <= e^epsilon P(answer in S | D') for D, D' one example apart, in both directions, for every tail S.
 
-    Counted on answers to (6, 3) and to (7, 3), for tails that hold at least a tenth: the ratio then has a standard error of 3 %.
+    Counted on answers to (6, 3) and to (7, 3), for tails that hold at least a hundredth: the rarest ratios have an error of 10 %.
     """
     one, two = (Counter(noised((count, 3.0), epsilon, seed, "a")[0] for seed in range(ASKED)) for count in (6.0, 7.0))
     ratios = []
-    for edge in range(1, 16):
+    for edge in range(1, 25):
         for tail in (lambda value, edge=edge: value >= edge, lambda value, edge=edge: value < edge):
             ours, theirs = (sum(n for value, n in held.items() if tail(value)) / ASKED for held in (one, two))
-            if min(ours, theirs) > 0.1:
+            if min(ours, theirs) > 0.01:
                 ratios.append(abs(math.log(ours / theirs)))
-    assert max(ratios) < epsilon + 0.12
+    assert max(ratios) < epsilon + 0.3
     assert max(ratios) > 0.8 * epsilon  # half the noise would be twice epsilon, twice the noise half of it
 
 

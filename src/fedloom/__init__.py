@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from fedloom.histogram import noised, topics
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
+    from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth, FullDepth
     from fedloom.plan.joint import Bandit, JointMemory, Scored, TimeAligned
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
     from fedloom.run import Run
@@ -83,6 +84,7 @@ _HOMES = {
     "histogram": ("noised", "topics"),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
+    "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth", "FullDepth"),
     "plan.joint": ("Bandit", "JointMemory", "Scored", "TimeAligned"),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
@@ -121,6 +123,8 @@ __all__ = [
     "DelayClasses",
     "Delays",
     "DeltaInt8",
+    "DepthByCapability",
+    "DepthByMemory",
     "DeviceFile",
     "Engine",
     "Everybody",
@@ -137,9 +141,11 @@ __all__ = [
     "FedSA",
     "FedSVD",
     "FedScaleDevices",
+    "FixedDepth",
     "FixedRank",
     "FlexLoRA",
     "FoldedDelta",
+    "FullDepth",
     "Given",
     "HLoRA",
     "Half",

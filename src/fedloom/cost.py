@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,7 +12,9 @@ class Shape:
 
     `parameters` counts frozen weights that take part in a forward pass through matrix products (embeddings apart),
     `embeddings` the looked-up ones, `modules` the (d_out, d_in) of each adapted module, `dense` the parameters that are
-    trained and sent whole (a classification head), `hidden` and `layers` what activations are made of.
+    trained and sent whole (a classification head), `hidden` and `layers` what activations are made of. `depths` are, by name
+    and in the order of `modules`, the depths from which on these are trained: 1 in the top block, `layers` in the lowest, 0
+    above the blocks, one more than `layers` below them. Without them only the full depth, None, has a price.
     """
 
     parameters: int
@@ -20,31 +23,38 @@ class Shape:
     hidden: int
     modules: tuple[tuple[int, int], ...]
     dense: int
+    depths: Mapping[str, int] = field(default_factory=dict)
 
-    def adapter_parameters(self, rank: int) -> int:
-        """LoRA parameters at `rank`, the dense part not counted."""
-        return rank * sum(out + inner for out, inner in self.modules)
+    def below(self, names: Iterable[str], depth: int | None) -> frozenset[str]:
+        """Which of these adapted modules a client of this depth does not train."""
+        return frozenset() if depth is None else frozenset(name for name in names if self.depths[name] > depth)
 
-    def payload(self, rank: int) -> int:
-        """Bytes of one adapter on the wire in float32, dense part included."""
-        return 4 * (self.adapter_parameters(rank) + self.dense)
+    def adapter_parameters(self, rank: int, depth: int | None = None) -> int:
+        """LoRA parameters at `rank` that are trained at this depth, the dense part not counted."""
+        if depth is None:
+            return rank * sum(out + inner for out, inner in self.modules)
+        pairs = zip(self.modules, self.depths.values(), strict=True)
+        return rank * sum(out + inner for (out, inner), own in pairs if own <= depth)
+
+    def payload(self, rank: int, depth: int | None = None) -> int:
+        """Bytes of one answer on the wire in float32, dense part included."""
+        return 4 * (self.adapter_parameters(rank, depth) + self.dense)
 
     def train_flops(self, tokens: int, rank: int, depth: int | None = None) -> float:
         """Floating point operations to train on `tokens` (padding not counted) when the top `depth` layers are trained.
 
         A forward pass is 2 FLOP a weight and token; backward through frozen weights costs the same again, for the trained
-        layers only; LoRA factors cost three passes (forward, and two products backward).
+        layers only; LoRA factors cost three passes (forward, and two products backward), and those below are in the base.
         """
         share = 1.0 if depth is None else depth / self.layers
-        return tokens * (2.0 * self.parameters * (1.0 + share) + 6.0 * self.adapter_parameters(rank) * share)
+        return tokens * (2.0 * self.parameters * (1.0 + share) + 6.0 * self.adapter_parameters(rank, depth))
 
-    def train_memory(self, rank: int, batch_tokens: int) -> float:
+    def train_memory(self, rank: int, batch_tokens: int, depth: int | None = None) -> float:
         """Bytes to train: the float32 base, weights with gradients and two Adam moments, and activations of one batch.
 
-        About 16 hidden-sized float32 activations are kept a token and layer (attention and feed-forward, without
-        attention maps); an estimate for choosing ranks, not a measurement.
+        About 16 hidden-sized float32 activations are kept a token and trained layer (attention and feed-forward, without
+        attention maps); an estimate for choosing ranks and depths, not a measurement.
         """
-        trained = self.adapter_parameters(rank) + self.dense
-        return (
-            4.0 * (self.parameters + self.embeddings) + 16.0 * trained + 64.0 * batch_tokens * self.hidden * self.layers
-        )
+        trained = self.adapter_parameters(rank, depth) + self.dense
+        kept = self.layers if depth is None else depth
+        return 4.0 * (self.parameters + self.embeddings) + 16.0 * trained + 64.0 * batch_tokens * self.hidden * kept

@@ -16,10 +16,12 @@ from fedloom.clientscores import client_scores
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
+from fedloom.layers import need_own_layers
 from fedloom.lora import Adapter, level, whole
 from fedloom.membership import devices, led
 from fedloom.metrics import Metrics
 from fedloom.places import Places
+from fedloom.plan.depth import check_blocks
 from fedloom.presence import Presence
 from fedloom.replay import UPDATES, Archive
 from fedloom.report.html import write as write_report
@@ -234,6 +236,8 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
     _check_aggregator(run, base, None if run.hierarchy else len(shards))
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
+    model = run.aggregator.init(initial(base, top))
+    _check_depth(run, base, model)
     sizes = {shard.client: len(shard.train) for shard in shards}
     profiles = {profile.client: profile for profile in devices(run).profiles(sizes, run.seed)}
     job = Job(
@@ -278,6 +282,13 @@ def _check_aggregator(run: Run, base: Base, clients: int | None) -> None:
                 getattr(layer, "clients", 0),
                 f"give clients={clients}, the size of the federation",
             )
+
+
+def _check_depth(run: Run, base: Base, model: Model) -> None:
+    """Raise Refused for a depth that the model does not have, or a method that cannot have clients of different depth."""
+    check_blocks(run.plan.depth, base.shape())
+    if run.plan.depth.bounds is not None:
+        need_own_layers(run.aggregator, run.aggregator.start(model, Budget(1, 1), 0).rules)
 
 
 def _sample(size: int, limit: int | None, seed: int) -> tuple[int, ...]:

@@ -207,11 +207,12 @@ def compact(product: Factor | Tensor) -> Factor:
 
 
 def joined(adapter: Adapter, fold: Adapter | None) -> Adapter:
-    """Adapter and fold as one adapter, side by side."""
+    """Adapter and fold as one adapter, side by side; a layer that only one of them holds is as it is there."""
     if fold is None:
         return adapter
-    pairs = {name: [(1.0, factor), (1.0, fold.factors[name])] for name, factor in adapter.factors.items()}
-    return Adapter({name: stack(pair) for name, pair in pairs.items()}, adapter.dense)
+    own, more = adapter.factors, fold.factors
+    both = {name: stack([(1.0, factor), (1.0, more[name])]) for name, factor in own.items() if name in more}
+    return Adapter({**own, **more, **both}, adapter.dense)
 
 
 def whole(adapter: Adapter, fold: Adapter | None) -> Adapter:

@@ -54,7 +54,8 @@ def kept(model: Model, start: Start, whole: float) -> float | None:
         return None
     missing, (mine, sent) = 0.0, (fold.factors if fold else {} for fold in (model.fold, start.fold))
     for name, factor in model.adapter.factors.items():
-        terms = [(1.0, factor), (-1.0, start.train.factors[name]), *_apart(mine.get(name), sent.get(name))]
+        trained = [(-1.0, start.train.factors[name])] if name in start.train.factors else []
+        terms = [(1.0, factor), *trained, *_apart(mine.get(name), sent.get(name))]
         missing += _squares(stack(terms))
     return round(1.0 - missing / whole, 9)
 
@@ -233,7 +234,12 @@ class Metrics:
             return
         line: dict[str, object] = {"kind": "task", "id": number, "client": task.client, "version": task.version}
         line |= {"edge": self.edge_of[task.client]} if self.edge_of else {}
-        line |= {"rank": task.budget.rank, "sent": task.sent, "arrived": self.arrived.pop(number, None)}
+        line |= {
+            "rank": task.budget.rank,
+            "depth": task.budget.depth,
+            "sent": task.sent,
+            "arrived": self.arrived.pop(number, None),
+        }
         sent, up = self.sent.pop(number), self.uploaded.pop(number, payload.Bytes(0, 0))
         line |= {"status": status, "reason": reason, "kept": sent.kept}
         line |= {"bytes_down": sent.size.total, "bytes_down_dense": sent.size.dense, "bytes_down_fold": sent.fold}

@@ -16,6 +16,7 @@ from fedloom.cost import Shape
 from fedloom.edgemodel import inside
 from fedloom.errors import Refused
 from fedloom.indexed import IndexedTable
+from fedloom.layers import merged, started
 from fedloom.lora import server_rank
 from fedloom.seeds import derive
 from fedloom.transfer import handed
@@ -185,7 +186,9 @@ class Server:
 
     def start(self, budget: Budget, seed: int) -> Start:
         """What a client with this budget would receive now, to the bit."""
-        start = self.aggregator.start(self.state.model, budget, seed)
+        model = self.state.model
+        below = self.shape.below(model.adapter.factors, budget.depth)
+        start = started(self.aggregator, model, budget, seed, below)
         return handed(inside(start, self.state.outer), self.transfer)
 
     def stop(self, reason: str) -> list[Command]:
@@ -258,7 +261,7 @@ class Server:
     def _merge(self, merge: Merge) -> list[Command]:
         state = self.state
         commands: list[Command] = [self._cancel(number) for number in merge.cancel]
-        state.model = self.aggregator.merge(state.model, merge)
+        state.model = merged(self.aggregator, state.model, merge)
         state.version += 1
         state.arrived, state.retained = list(merge.retain), len(merge.retain)
         commands.append(Publish(state.version, state.model, tuple(update for _, update in merge.parts)))

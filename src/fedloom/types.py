@@ -40,11 +40,14 @@ class Profile:
 class Budget:
     """What one task may cost: the LoRA rank to train at and the number of local optimiser steps.
 
-    `rounds` are the versions that an edge makes of one task before it reports: its members share the steps out among them.
+    `depth` is how many transformer blocks are trained, counted from the output, with all that is adapted above them (None: all
+    that is adapted). What is not trained runs as a part of the base. `rounds` are the versions that an edge makes of one task before
+    it reports: its members share the steps out among them.
     """
 
     rank: int
     steps: int
+    depth: int | None = None
     rounds: int = 1
 
 

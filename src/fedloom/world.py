@@ -186,7 +186,7 @@ def jittered(task: Task, jitter: float, seed: int) -> float:
 
 def priced(task: Task, result: Result, profile: Profile, shape: Shape, slower: float = 1.0) -> Seconds:
     """Bytes over links and FLOP over speed, training `slower` times as long."""
-    train = slower * shape.train_flops(result.tokens, task.budget.rank) / profile.flops
+    train = slower * shape.train_flops(result.tokens, task.budget.rank, task.budget.depth) / profile.flops
     down, up = payload.down(task.start).total, payload.up(task, result).total
     return Seconds(8.0 * down / profile.down_bps, train, 8.0 * up / profile.up_bps)
 

@@ -25,14 +25,16 @@ def oracle(m: Averaged, r: Round) -> Values:
     """average <- (1 - a) average + a version, a = (focus + 1) / (t + focus), cut to the rank; the version is the inner rule's."""
     own = r.memory.get(LAST, r.own)
     folded = r.memory.get(FOLD, {})
-    fold = {layer: product(folded, layer) for layer in r.layers if f"{layer}.A" in folded}
+    fold = (
+        {layer: product(folded, layer) for layer in r.layers if f"{layer}.A" in folded} if LAST in r.memory else r.fold
+    )
     version = oracle_of(m.inner)(m.inner, replace(r, own=own, fold=fold))
     t = float(r.memory[COUNT][COUNT]) + 1 if COUNT in r.memory else 1.0
     a = (m.focus + 1) / (t + m.focus)
     wanted = {}
     for layer in r.layers:
         after = version[layer] if layer in version else product(version, layer)
-        wanted[layer] = best((1 - a) * product(r.own, layer) + a * after, r.rank)
+        wanted[layer] = best((1 - a) * (product(r.own, layer) + r.fold.get(layer, 0.0)) + a * after, r.rank)
     heads = [key for key in r.own if "." not in key]
     return wanted | {key: (1 - a) * r.own[key] + a * version[key] for key in heads}
 

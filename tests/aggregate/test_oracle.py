@@ -35,7 +35,7 @@ from fedloom.aggregate.scaffold import Scaffold
 from fedloom.lora import Adapter, Factor, cut
 from fedloom.types import Aggregator, Merge, Model, Task, Update
 from oracles import ORACLES, oracle_of
-from toys import LAYERS, distance, returned, sent
+from toys import distance, returned, sent
 
 TOP, BAR = 8, 1e-6
 MORE: list[Any] = [
@@ -129,8 +129,8 @@ def errors(model: Model, r: Round, wanted: Values) -> dict[str, float]:
         if name:
             scale = max(float(want.norm()), float(r.own[entry].norm()))
             found[key] = float((values(model.memory[name])[entry] - want).norm()) / scale
-        elif key in LAYERS:
-            fold = toys.product(model.fold.factors[key]) if model.fold else 0.0
+        elif key in model.adapter.factors:
+            fold = toys.product(model.fold.factors[key]) if model.fold and key in model.fold.factors else 0.0
             found[key] = distance({key: toys.product(model.adapter.factors[key]) + fold}, {key: want})
         elif key.endswith(".A"):
             alive = (want.norm(dim=1) + wanted[f"{key[:-2]}.B"].norm(dim=1) > 0)[:, None]

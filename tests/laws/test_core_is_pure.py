@@ -20,6 +20,7 @@ CORE = [
         "types",
         "indexed",
         "cost",
+        "layers",
         "seeds",
         "errors",
         "group",

@@ -20,6 +20,7 @@ PACKAGE = Path(fedloom.__file__).parent
 STORMS = "laws/test_every_schedule.py"
 METHODS = "laws/test_every_aggregator.py"
 WINDOWS = "laws/test_windows.py"
+DEPTHS = "laws/test_every_depth.py"
 TREES = "laws/test_every_tree.py"
 EDGES = "test_tree.py"
 
@@ -239,7 +240,7 @@ MUTANTS = [
     Mutant(
         "a merge forgets what was folded before",
         "aggregate/combine.py",
-        "before = [(1.0, model.fold.factors[name])] if model.fold else []",
+        "before = [(1.0, model.fold.factors[name])] if model.fold and name in model.fold.factors else []",
         "before = []",
         METHODS,
     ),
@@ -323,7 +324,7 @@ MUTANTS = [
     Mutant(
         "folds are forgotten in a window",
         "aggregate/combine.py",
-        """        if one.fold:
+        """        if one.fold and name in one.fold.factors:
             yield share, one.fold.factors[name]""",
         "",
         WINDOWS,
@@ -418,6 +419,76 @@ MUTANTS = [
         'int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1',
         "hash(text) % 2**63",
         "test_seeds.py",
+    ),
+    Mutant(
+        "a layer is divided by everybody",
+        "layers.py",
+        "parts = tuple((w / total if total > 0 else 1 / len(chosen), self.update(update)) for w, update in chosen)",
+        "parts = tuple((w, self.update(update)) for w, update in chosen)",
+        DEPTHS,
+    ),
+    Mutant(
+        "a layer that nobody trained is averaged with nothing",
+        "layers.py",
+        "if held else replace(piece, discarded=0.0)",
+        "if held else replace(piece, adapter=_without(piece.adapter, ()), memory={})",
+        DEPTHS,
+    ),
+    Mutant(
+        "a version cut twice is two versions",
+        "layers.py",
+        "            if known is whole:\n",
+        "            if False:\n",
+        DEPTHS,
+    ),
+    Mutant(
+        "layers of different memories are one",
+        "layers.py",
+        "found.setdefault((held, known), (held, []))",
+        "found.setdefault(held, (held, []))",
+        DEPTHS,
+    ),
+    Mutant(
+        "the head goes with the lowest layers",
+        "layers.py",
+        "dense=order[-1] in names)",
+        "dense=order[0] in names)",
+        DEPTHS,
+    ),
+    Mutant(
+        "what is not trained does not run",
+        "layers.py",
+        "fold=Adapter(fold) if any(factor.rank for factor in below.values()) else start.fold,",
+        "fold=start.fold,",
+        DEPTHS,
+    ),
+    Mutant(
+        "the fold of a layer is forgotten below",
+        "layers.py",
+        "fold[name] = stack([(1.0, fold[name]), (1.0, factor)]) if name in fold else factor",
+        "fold[name] = factor",
+        DEPTHS,
+    ),
+    Mutant(
+        "a step without learnt slope",
+        "plan/costmodel.py",
+        "covariance=(1 - gain) * (self.covariance + gain * deeper * longer),",
+        "covariance=self.covariance,",
+        "plan/test_costmodel.py",
+    ),
+    Mutant(
+        "depth is counted from the input",
+        "cost.py",
+        "for name in names if self.depths[name] > depth)",
+        "for name in names if self.layers + 1 - self.depths[name] > depth)",
+        "test_cost.py",
+    ),
+    Mutant(
+        "what is not sent back is paid for",
+        "cost.py",
+        "        return 4 * (self.adapter_parameters(rank, depth) + self.dense)",
+        "        return 4 * (self.adapter_parameters(rank) + self.dense)",
+        "test_cost.py",
     ),
 ]
 

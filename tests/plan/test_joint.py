@@ -266,6 +266,17 @@ def test_free_links_mean_as_many_averages_as_allowed() -> None:
         assert (one.rounds, one.depth, one.steps) == (10, 6, 20)
 
 
+def test_of_equals_the_deepest() -> None:
+    (one,) = Scored()([group(1.0, bps=math.inf, mass=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0))])
+    assert one.depth == 6
+
+
+def test_steps_end_where_drift_eats_what_another_one_gains() -> None:
+    """The peak of x (1 - drift x^2 delta^2) is at 1 / sqrt(3 drift) delta: 18.3 steps, of sixty that there is time for."""
+    (one,) = JointMemory(steps=60, most=1, ranks=(8,), drift=1e-3)([group(1.0, bps=math.inf, dispersion=1.0)])
+    assert one.steps == 18
+
+
 def test_a_reason_has_the_numbers_that_decided() -> None:
     (one,) = Scored()([group(1.0, 2.0, bps=math.inf)])
     assert one.why == (

@@ -186,7 +186,7 @@ def test_what_a_client_keeps_is_found_again_under_the_servers_directions() -> No
     """A task holds some of the directions: it writes those and leaves the others as earlier tasks left them."""
     one, two = adapter(2, 1), adapter(3, 2)
     kept = objective.put_back(objective.put_back(None, one, (1, 4)), two, (0, 4, 6))
-    for name, f in objective.taken(kept, (0, 1, 4, 5, 6, 9)).factors.items():
+    for name, f in objective.taken(kept, one, (0, 1, 4, 5, 6, 9)).factors.items():
         first, second = one.factors[name], two.factors[name]
         assert f.down[[0, 2, 4]].equal(second.down)
         assert f.up[:, [0, 2, 4]].equal(second.up)

@@ -66,10 +66,15 @@ class Averaged(Around):
 
 
 def last(model: Model) -> Model:
-    """The version that clients train on."""
+    """The version that clients train on; a layer that is in no average yet is what it was."""
     if LAST not in model.memory:
         return model
-    return replace(published(model), adapter=model.memory[LAST], fold=model.memory.get(FOLD))
+    version, fold = model.memory[LAST], model.memory.get(FOLD)
+    if rest := model.adapter.factors.keys() - version.factors.keys():
+        version = Adapter({**model.adapter.factors, **version.factors}, version.dense)
+        own = {name: factor for name, factor in (model.fold or Adapter({})).factors.items() if name in rest}
+        fold = Adapter({**own, **(fold.factors if fold else {})}) if own else fold
+    return replace(published(model), adapter=version, fold=fold)
 
 
 def published(model: Model) -> Model:

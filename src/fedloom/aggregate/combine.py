@@ -84,7 +84,7 @@ def apart_terms(name: str, away: Iterable[tuple[float, Model]]) -> Iterator[tupl
     """The same for one layer, as a sum of products, folds included."""
     for share, one in away:
         yield share, one.adapter.factors[name]
-        if one.fold:
+        if one.fold and name in one.fold.factors:
             yield share, one.fold.factors[name]
 
 
@@ -258,7 +258,7 @@ def folded(model: Model, pieces: Mapping[str, Sequence[tuple[float, Factor]]]) -
     """The model's fold with these products added, layer by layer, with no more directions than a layer can have."""
     factors = {}
     for name, terms in pieces.items():
-        before = [(1.0, model.fold.factors[name])] if model.fold else []
+        before = [(1.0, model.fold.factors[name])] if model.fold and name in model.fold.factors else []
         factors[name] = compact(total([*before, *terms]))
     return Adapter(factors)
 

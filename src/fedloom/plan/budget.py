@@ -1,20 +1,25 @@
-"""The plan of a run: a rule for the rank and a number of local steps make the budget of each task."""
+"""The plan of a run: a rule for the rank, a number of local steps and a rule for the depth make the budget of each task."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedloom.errors import Refused
+from fedloom.plan.depth import DepthRule, FullDepth
 from fedloom.plan.rank import FixedRank, RankRule
 from fedloom.types import Budget, Fleet, Profile
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Rank by `rank`; `local_steps` optimiser steps a task, whatever the client's data size (equal steps keep clients comparable)."""
+    """Rank by `rank`; `local_steps` optimiser steps a task, whatever the client's data size (equal steps keep clients comparable).
+
+    `depth` says how many blocks are trained, given the other two.
+    """
 
     rank: RankRule = field(default_factory=FixedRank)
     local_steps: int = 10
+    depth: DepthRule = field(default_factory=FullDepth)
 
     def __post_init__(self) -> None:
         if self.local_steps < 1:
@@ -22,4 +27,5 @@ class Plan:
 
     def __call__(self, profile: Profile, fleet: Fleet) -> Budget:
         """The budget of this client's next task."""
-        return Budget(self.rank(profile, fleet), self.local_steps)
+        budget = Budget(self.rank(profile, fleet), self.local_steps)
+        return replace(budget, depth=self.depth(profile, fleet, budget))

@@ -83,6 +83,7 @@ class Base:
             hidden=getattr(config, "hidden_size", 1),
             modules=tuple(convert.size(layer) for layer in adapted.values()),
             dense=dense,
+            depths=convert.depths(self.model),
         )
 
     def _heads(self) -> list[str]:

@@ -24,6 +24,34 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
+def blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
+    """The transformer blocks that hold adapted layers, and where the base model holds them; None if it has no such list."""
+    adapted = [*lora_layers(model)]
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, nn.ModuleList) and any(name.startswith(f"{path}.") for name in adapted):
+            return path, module
+    return None
+
+
+def depths(model: PeftModel) -> dict[str, int]:
+    """From which depth on each adapted layer is trained: 1 in the top block, 0 above the blocks, one more than there are below.
+
+    Empty where the model has no list of blocks that are passed once each (ALBERT passes one many times).
+    """
+    found, base = blocks(model), model.get_base_model()
+    if found is None or len(found[1]) != getattr(base.config, "num_hidden_layers", len(found[1])):
+        return {}
+    path, count = found[0], len(found[1])
+    order = {name: place for place, (name, _) in enumerate(base.named_modules())}
+
+    def depth(name: str) -> int:
+        if name.startswith(f"{path}."):
+            return count - int(name.removeprefix(f"{path}.").split(".")[0])
+        return 0 if order[name] > order[path] else count + 1
+
+    return {name: depth(name) for name in lora_layers(model)}
+
+
 def size(layer: LoraLayer) -> tuple[int, int]:
     """(d_out, d_in) of an adapted layer."""
     out, inner = layer.out_features, layer.in_features

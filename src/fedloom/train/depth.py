@@ -99,17 +99,14 @@ class Tower:
 
 def tower(base: Base, trained: Collection[str]) -> Tower | None:
     """The blocks, if some of them lie below all the layers that are trained; None if nothing does."""
-    model = base.model.get_base_model()
-    adapted = [*convert.lora_layers(base.model)]
-    for path, blocks in model.named_modules():
-        inside = [n for n in adapted if n.startswith(f"{path}.")]
-        if isinstance(blocks, nn.ModuleList) and inside:
-            if any(name not in inside for name in trained):
-                return None
-            first = min((int(name.removeprefix(f"{path}.").split(".")[0]) for name in trained), default=len(blocks) - 1)
-            owner, _, name = path.rpartition(".")
-            return Tower(model.get_submodule(owner), name, blocks, first) if first else None  # type: ignore[arg-type]
-    return None
+    found, depths = convert.blocks(base.model), convert.depths(base.model)
+    if found is None or any(name not in depths for name in trained):
+        return None
+    path, blocks = found
+    first = len(blocks) - max(1, *(depths[name] for name in trained), 1)
+    owner, _, name = path.rpartition(".")
+    holder = base.model.get_base_model().get_submodule(owner)
+    return Tower(holder, name, blocks, first) if first > 0 else None  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

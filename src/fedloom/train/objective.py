@@ -130,18 +130,22 @@ def unflat(tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
     return Adapter(factors, {name: tensors[name] for name in like.dense})
 
 
-def taken(kept: Adapter, slots: Sequence[int]) -> Adapter:
-    """The server's directions `slots` of what a client keeps: zeros where it has none yet."""
-    held = torch.tensor(list(slots))
-    full = {n: pad(f, max(f.rank, max(slots) + 1)) for n, f in kept.factors.items()}
-    return Adapter({n: Factor(f.down[held], f.up[:, held]) for n, f in full.items()}, kept.dense)
+def taken(kept: Adapter, like: Adapter, slots: Sequence[int]) -> Adapter:
+    """The server's directions `slots` of what a client keeps, in the layers of `like`: zeros where it has none yet."""
+    held, factors = torch.tensor(list(slots)), {}
+    for name, factor in like.factors.items():
+        own = kept.factors.get(name, Factor(factor.down[:0], factor.up[:, :0]))
+        full = pad(own, max(own.rank, max(slots) + 1))
+        factors[name] = Factor(full.down[held], full.up[:, held])
+    return Adapter(factors, kept.dense)
 
 
 def put_back(kept: Adapter | None, new: Adapter, slots: Sequence[int]) -> Adapter:
-    """What a client keeps, by the server's directions: `new` in these, the others as they were."""
-    held, factors = torch.tensor(list(slots)), {}
+    """What a client keeps, by the server's directions: `new` in these, the others, and other layers, as they were."""
+    held, known = torch.tensor(list(slots)), kept.factors if kept else {}
+    factors = dict(known)
     for name, factor in new.factors.items():
-        before = kept.factors[name] if kept else Factor(factor.down[:0], factor.up[:, :0])
+        before = known.get(name, Factor(factor.down[:0], factor.up[:, :0]))
         full = pad(before, max(before.rank, max(slots) + 1))
         factors[name] = Factor(full.down.index_copy(0, held, factor.down), full.up.index_copy(1, held, factor.up))
     return Adapter(factors, new.dense)

@@ -243,7 +243,7 @@ def personal(start: Start, local: Local) -> Adapter:
     """What the client runs: what it was sent, with its own private sides in their place if it has some already."""
     if local.private is None or not start.rules.private:
         return start.train
-    own = objective.taken(local.private, directions(start))
+    own = objective.taken(local.private, start.train, directions(start))
     return objective.mixed(start.train, own, frozenset(start.rules.private))
 
 
@@ -263,7 +263,9 @@ def directions(start: Start) -> Sequence[int]:
 def controlled(start: Start, local: Local) -> Adapter:
     """The client's own control variate in the directions of this start; zero where it has none yet."""
     assert start.control is not None
-    return objective.taken(local.control, directions(start)) if local.control else each(torch.zeros_like, start.control)
+    if local.control is None:
+        return each(torch.zeros_like, start.control)
+    return objective.taken(local.control, start.control, directions(start))
 
 
 def _moments(weights: Weights, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -1,0 +1,151 @@
+"""How many blocks a client trains, counted from the output. A rule is a value that is called with (profile, fleet, budget).
+
+The budget that it is given has the rank and the steps of the task. Depth as in HierFedLoRA (arXiv 2503.21213) and LEGEND (arXiv
+2412.20004): what lies below the trained blocks runs, is not trained and is not sent back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedloom.cost import Shape
+from fedloom.errors import Refused
+from fedloom.plan.costmodel import CostModel
+from fedloom.types import Budget, Fleet, Profile
+
+
+class DepthRule(Protocol):
+    """(profile, fleet, budget) -> depth, None for all that is adapted; `bounds` are what it can give."""
+
+    @property
+    def bounds(self) -> tuple[int, int | None] | None:
+        """The lowest and the highest depth (None: as high as the model allows) that the rule can give; None: always all."""
+        ...
+
+    def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int | None:
+        """The depth of this client's next task."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FullDepth:
+    """Every client trains all that is adapted."""
+
+    @property
+    def bounds(self) -> None:
+        """Always all."""
+        return None
+
+    def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> None:
+        """All, whoever asks."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class FixedDepth:
+    """One depth for every client."""
+
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        _check("plan.depth.depth", self.depth)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The depth itself."""
+        return self.depth, self.depth
+
+    def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int:
+        """The depth, whoever asks."""
+        return self.depth
+
+
+@dataclass(frozen=True, slots=True)
+class DepthByMemory:
+    """The deepest at which training, at the rank of the task, fits the client's memory; `least` where none fits.
+
+    `batch_tokens` is the size of the batch that memory is reckoned with.
+    """
+
+    batch_tokens: int = 2048
+    least: int = 1
+
+    def __post_init__(self) -> None:
+        _check("plan.depth.least", self.least)
+
+    @property
+    def bounds(self) -> tuple[int, None]:
+        """From `least` on."""
+        return self.least, None
+
+    def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int:
+        """The deepest that fits, else the least."""
+
+        def fits(depth: int) -> bool:
+            return fleet.shape.train_memory(budget.rank, self.batch_tokens, depth) <= profile.memory
+
+        return _deepest(fleet.shape, self.least, fits)
+
+
+@dataclass(frozen=True, slots=True)
+class DepthByCapability:
+    """The deepest that fits the client's memory and lets it answer within `seconds`; `least` where none does.
+
+    Source: after LEGEND (Liu et al., arXiv 2412.20004): the more capable a device, the deeper it trains, so that all answer at
+    about the same time. The time is that of download, steps and upload in float32, as the client's profile tells them.
+    """
+
+    seconds: float = 30.0
+    batch_tokens: int = 2048
+    least: int = 1
+
+    def __post_init__(self) -> None:
+        _check("plan.depth.least", self.least)
+        if not self.seconds > 0:
+            raise Refused("plan.depth.seconds", self.seconds, "give the positive seconds that a task may take")
+
+    @property
+    def bounds(self) -> tuple[int, None]:
+        """From `least` on."""
+        return self.least, None
+
+    def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int:
+        """The deepest that fits, else the least."""
+        shape, rank = fleet.shape, budget.rank
+        cost = CostModel.of(profile, shape, rank, self.batch_tokens)
+
+        def fits(depth: int) -> bool:
+            memory = shape.train_memory(rank, self.batch_tokens, depth)
+            return memory <= profile.memory and cost.task_seconds(shape, rank, depth, budget.steps) <= self.seconds
+
+        return _deepest(shape, self.least, fits)
+
+
+def check_blocks(rule: DepthRule, shape: Shape) -> None:
+    """Raise Refused for a depth that this model does not have."""
+    if rule.bounds is None:
+        return
+    least, most = rule.bounds
+    if not shape.depths:
+        raise Refused("plan.depth", rule, "the model has no list of blocks, each passed once; choose FullDepth()")
+    if max(least, most or 0) > shape.layers:
+        raise Refused(
+            "plan.depth", max(least, most or 0), f"the model has {shape.layers} blocks; choose at most that many"
+        )
+    if least < min(shape.depths.values()):
+        raise Refused(
+            "plan.depth",
+            least,
+            f"the top {least} blocks hold nothing adapted; choose at least {min(shape.depths.values())}",
+        )
+
+
+def _deepest(shape: Shape, least: int, fits: Callable[[int], bool]) -> int:
+    return max((depth for depth in range(least, shape.layers + 1) if fits(depth)), default=least)
+
+
+def _check(field: str, depth: int) -> None:
+    if depth < 1:
+        raise Refused(field, depth, "a depth is a whole number of at least 1, counted from the output")
