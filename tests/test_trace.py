@@ -25,7 +25,10 @@ from fedloom.types import (
     ClientJoined,
     ClientLost,
     Command,
+    Discard,
     Dispatch,
+    EdgeLost,
+    EdgeReturned,
     Evaluate,
     Event,
     Model,
@@ -33,14 +36,17 @@ from fedloom.types import (
     Pruning,
     Publish,
     Reject,
+    Report,
     Result,
     Rules,
     Scored,
     Stop,
     TaskFailed,
+    TaskReceived,
     TimerFired,
     Update,
     UpdateArrived,
+    Within,
 )
 from toys import adapter, make_result, make_task, make_update
 
@@ -161,7 +167,9 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=encoded).encode
     profile = Profile(ODD, 3, 1e300, tier="")
     events = [*EVENTS, ClientJoined(profile), UpdateArrived(ODD, 7, HOSTILE), Scored(0, {}), TaskFailed(ODD, 1, ODD)]
+    events += [TaskReceived(RICH), EdgeLost(ODD, kept=True), EdgeReturned(ODD)]
     commands = [*COMMANDS, Dispatch(RICH), Publish(2, MEMORY, ()), Evaluate(2, MEMORY), Reject(ODD, 2, ODD)]
+    commands += [Report(HOSTILE), Discard(3, ODD, ODD), Within(ODD, 9, Publish(2, MEMORY, (make_update(ONE, 2, 5),)))]
     assert {type(event) for event in events} == set(get_args(Event))
     assert {type(command) for command in commands} == set(get_args(Command))
     for event in events:

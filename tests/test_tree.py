@@ -20,6 +20,7 @@ from fedloom.aggregate.momentum import Momentum
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.check import fault
+from fedloom.cost import Shape
 from fedloom.edge import Below, Edge
 from fedloom.edgemodel import reported
 from fedloom.group import Given, Member
@@ -216,6 +217,35 @@ def test_layers_that_nobody_trains_are_in_the_fold_of_every_member(method: Aggre
     (result,) = (command.result for command in commands if isinstance(command, Report))
     assert fault(task, result) is None
     assert result.adapter.factors.keys() == {"value"}
+
+
+@pytest.mark.parametrize("method", [FedIT(), HLoRA(), FoldedDelta(), FLoRA()], ids=toys.called)
+def test_the_depth_of_an_edge_is_the_most_that_its_members_train(method: Aggregator) -> None:
+    """Two blocks of three at the edge, one at a member that can no more: what nobody trained keeps its value at the root."""
+    blocks = {"low": (6, 5), "middle": (5, 6), "top": (4, 5)}
+    shape = Shape(100, 10, 3, 6, tuple(blocks.values()), 3, depths={"low": 3, "middle": 2, "top": 1})
+
+    def member(profile: Profile, fleet: Fleet) -> Budget:
+        return Budget(3, 4, depth=1 if profile.client == "c0" else 3)
+
+    hierarchy = Hierarchy(plan=lambda profile, fleet: Budget(4, 4, rounds=2, depth=2))
+    more: dict[str, Any] = {"method": method, "assign": member, "shape": shape, "schedule": Rounds(cohort_size=1)}
+    tree = toys.tree((2,), hierarchy, start=toys.adapter(4, 1, blocks), limits=Limits(versions=1), **more)
+    for profile in toys.profiles(2).values():
+        tree.handle(0.0, ClientJoined(profile))
+    before, trained = tree.state.model, {}
+    commands = tree.handle(0.0, TimerFired())
+    for _ in range(2):
+        for one in tasks_of(commands):
+            trained[one.client] = set(one.start.train.factors)
+            commands = answer(tree, 1.0, one)
+    assert trained == {"c0": {"top"}, "c1": {"middle", "top"}}
+    (report,) = within(commands, Report)
+    assert report.what.result.adapter.factors.keys() == {"middle", "top"}
+    after = next(command.model for command in commands if isinstance(command, Publish))
+    moved = {name: float((toys.function(after)[name] - toys.function(before)[name]).norm()) for name in blocks}
+    assert moved["low"] < 1e-5
+    assert min(moved["middle"], moved["top"]) > 0.1
 
 
 # What survives what --------------------------------------------------------------------------------------------------------

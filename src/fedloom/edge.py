@@ -238,7 +238,7 @@ class Edge:
 class Below:
     """The plan of an edge: `plan` says what each member may do, and the outer task what all of them may at most.
 
-    The steps of the outer task are shared out over its rounds.
+    The steps of the outer task are shared out over its rounds; nobody trains deeper than the edge.
     """
 
     plan: Assign
@@ -249,4 +249,5 @@ class Below:
         if outer is None:
             return own
         rank, steps = min(own.rank, outer.budget.rank), max(1, outer.budget.steps // outer.budget.rounds)
-        return replace(own, rank=rank, steps=steps, rounds=1)
+        depths = [depth for depth in (own.depth, outer.budget.depth) if depth is not None]
+        return replace(own, rank=rank, steps=steps, rounds=1, depth=min(depths, default=None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,28 +23,17 @@ class OneSided(Around):
 
 
 def first(aggregator: Aggregator, task: Task) -> Model:
-    """The model with which an edge begins this task: all that the task holds of the layers that are trained."""
+    """The model with which an edge begins this task: all that the task holds, also layers that are in the fold alone."""
     start = task.start
     model = aggregator.init(start.train)
-    fold = _of(start.fold, start.train.factors) if start.fold else None
-    if fold and fold.factors:
-        model = replace(model, fold=fold if model.fold is None else joined(fold, model.fold))
+    if start.fold is not None:
+        model = replace(model, fold=joined(start.fold, model.fold))
     return replace(model, phase=phase(aggregator, model, start) or 0)
 
 
 def inside(start: Start, outer: Task | None) -> Start:
-    """What a member receives of an edge that works on this outer task: layers that nobody trains are in the fold again.
-
-    Moments live through the rounds of one outer task, and no longer: it is a part of the basis.
-    """
-    if outer is None:
-        return start
-    start, fold = replace(start, basis=f"{outer.id}:{start.basis}"), outer.start.fold
-    others = fold.factors.keys() - outer.start.train.factors.keys() if fold else ()
-    if not fold or not others:
-        return start
-    rest = _of(fold, others)
-    return replace(start, fold=Adapter({**rest.factors, **(start.fold.factors if start.fold else {})}))
+    """What a member receives of an edge that works on this outer task: moments live through its rounds, and no longer."""
+    return start if outer is None else replace(start, basis=f"{outer.id}:{start.basis}")
 
 
 def phase(aggregator: Aggregator, model: Model, start: Start) -> int | None:
@@ -89,9 +77,3 @@ def onto(start: Start, given: Adapter) -> Adapter:
             down = (torch.linalg.pinv(asked.up.double()) @ own.up.double()) @ own.down.double()
             factors[name] = Factor(down.to(own.down), asked.up)
     return Adapter(factors, given.dense)
-
-
-def _of(fold: Adapter, names: Iterable[str]) -> Adapter:
-    """These layers of a fold, in its own order."""
-    wanted = set(names)
-    return Adapter({name: factor for name, factor in fold.factors.items() if name in wanted})

@@ -39,7 +39,7 @@ class Everybody:
 class Above:
     """The plan of the root: an edge trains the whole model, for as many steps as `plan` says, in so many `rounds`.
 
-    The rank is not the plan's: what a weak member cannot hold, another one can, and each is asked for its own.
+    Rank and depth are not the plan's: what a weak member cannot hold, another one can, and each is asked for its own.
     """
 
     plan: Assign
@@ -50,7 +50,7 @@ class Above:
         """The budget of this edge's next task; never more rounds than steps."""
         budget = self.plan(profile, fleet)
         rounds = self.rounds if isinstance(self.rounds, int) else self.rounds(profile, fleet)
-        return replace(budget, rank=self.rank, rounds=max(1, min(rounds, budget.steps)))
+        return replace(budget, rank=self.rank, rounds=max(1, min(rounds, budget.steps)), depth=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,8 +188,8 @@ class Server:
         """What a client with this budget would receive now, to the bit."""
         model = self.state.model
         below = self.shape.below(model.adapter.factors, budget.depth)
-        start = started(self.aggregator, model, budget, seed, below)
-        return handed(inside(start, self.state.outer), self.transfer)
+        start = inside(started(self.aggregator, model, budget, seed, below), self.state.outer)
+        return handed(start, self.transfer)
 
     def stop(self, reason: str) -> list[Command]:
         """End it here: nothing that is under way counts any more."""
@@ -292,8 +292,7 @@ class Server:
         if budget.rank > state.pruned.get(client, budget.rank):
             budget = replace(budget, rank=state.pruned[client])
         number, state.next_task = state.next_task, state.next_task + 1
-        start = self.start(budget, derive(self.seed, "start", number))
-        seed = derive(self.seed, "task", number)
+        start, seed = self.start(budget, derive(self.seed, "start", number)), derive(self.seed, "task", number)
         task = Task(number, client, state.version, start, budget, seed, state.now)
         state.busy[number], state.bases[number] = task, state.model
         state.working[client] = (state.idle.take(client), number)

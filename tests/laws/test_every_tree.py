@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -95,7 +96,7 @@ def planted(above: Schedule, below: Schedule, **more: Any) -> Tree:
 def snapshot(tree: Tree) -> object:
     """Everything but the clocks, tensors by their sha256."""
     states = [tree.root.state, *(edge.server for edge in tree.branches.edges.values())]
-    told = [{name: value for name, value in written(state).items() if name != "now"} for state in states]  # type: ignore[attr-defined]
+    told = [{name: value for name, value in json.loads(written(state)).items() if name != "now"} for state in states]
     edges = [(edge.shares, edge.down, edge.waiting and edge.waiting.id) for edge in tree.branches.edges.values()]
     return told, written(edges), [(time, entry.about) for time, _, entry in tree.branches.moving]
 
