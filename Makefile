@@ -4,6 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # One BLAS thread a process: small matrices on many threads are several times slower. The demo sets torch's threads itself.
 export OMP_NUM_THREADS ?= 1
+# Which tests `make test` runs, in pytest's words.
+MARK ?= not gpu
 
 .PHONY: help demo test check bench clean
 .DEFAULT_GOAL := help
@@ -24,7 +26,7 @@ demo: .venv/ready ## fine-tune a real encoder across eight clients of different 
 	@$(BIN)/fedloom demo
 
 test: .venv/ready ## every test that needs no GPU
-	@$(BIN)/python -m pytest -n 2 -m 'not gpu'
+	@$(BIN)/python -m pytest -n 2 -m '$(MARK)'
 
 check: .venv/ready ## format, lint, types, import contracts, fast tests
 	@$(BIN)/ruff format --check --quiet . || (echo "run: $(BIN)/ruff format ." && false)
