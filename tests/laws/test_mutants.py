@@ -394,11 +394,18 @@ MUTANTS = [
         "schedule/test_fedasync.py",
     ),
     Mutant(
-        "frequent clients step further",
-        "schedule/immediate.py",
-        "rarity = mean / fleet.dispatched.get(update.task.client, 1)",
-        "rarity = fleet.dispatched.get(update.task.client, 1) / mean",
-        "schedule/test_immediate.py",
+        "whoever worked most goes on",
+        "schedule/draw.py",
+        "return sorted(drawn, key=seconds)",
+        "return sorted(drawn, key=seconds, reverse=True)",
+        "schedule/test_draw.py",
+    ),
+    Mutant(
+        "the seconds of earlier tasks are forgotten",
+        "server.py",
+        "self.state.worked.get(task.client, 0.0) + self.state.now - task.sent",
+        "self.state.now - task.sent",
+        "test_server.py",
     ),
     Mutant(
         "work is aborted a version late",
