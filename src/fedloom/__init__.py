@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from fedloom.histogram import noised, topics
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
-    from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth, FullDepth
+    from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth
     from fedloom.plan.joint import Bandit, JointMemory, Scored, TimeAligned
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
     from fedloom.run import Run
@@ -84,7 +84,7 @@ _HOMES = {
     "histogram": ("noised", "topics"),
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
-    "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth", "FullDepth"),
+    "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth"),
     "plan.joint": ("Bandit", "JointMemory", "Scored", "TimeAligned"),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
@@ -145,7 +145,6 @@ __all__ = [
     "FixedRank",
     "FlexLoRA",
     "FoldedDelta",
-    "FullDepth",
     "Given",
     "HLoRA",
     "Half",

@@ -286,8 +286,8 @@ def _check_aggregator(run: Run, base: Base, clients: int | None) -> None:
 
 def _check_depth(run: Run, base: Base, model: Model) -> None:
     """Raise Refused for a depth that the model does not have, or a method that cannot have clients of different depth."""
-    check_blocks(run.plan.depth, base.shape())
-    if run.plan.depth.bounds is not None:
+    if run.plan.depth is not None:
+        check_blocks(run.plan.depth, base.shape())
         need_own_layers(run.aggregator, run.aggregator.start(model, Budget(1, 1), 0).rules)
 
 

@@ -32,14 +32,14 @@ def need_own_layers(aggregator: Aggregator, rules: Rules) -> None:
             type(aggregator).__name__,
             "its clients keep a side of each layer, which the server has no base of",
         )
-        raise Refused("plan.depth", name, f"{remedy}; use FullDepth(), or a method that shares all it trains")
+        raise Refused("plan.depth", name, f"{remedy}; leave plan.depth out, or use a method that shares all it trains")
     for layer in layers(aggregator):
         why = "it divides a layer's changes by all clients, also by those who never train it"
         if getattr(layer, "adds_noise", False):
             why = "its noise is made for one mean of all layers, not for a mean of each"
         elif not getattr(layer, "remembers_changes", False):
             continue
-        raise Refused("plan.depth", type(layer).__name__, f"{why}; use FullDepth() or leave the wrapper out")
+        raise Refused("plan.depth", type(layer).__name__, f"{why}; leave plan.depth or the wrapper out")
 
 
 def started(aggregator: Aggregator, model: Model, budget: Budget, seed: int, below: Collection[str]) -> Start:

@@ -246,4 +246,4 @@ def test_methods_that_need_all_layers_are_refused_and_no_others(method: Any) -> 
         return
     with pytest.raises(Refused, match=r"plan\.depth") as refused:
         need_own_layers(method, rules)
-    assert "FullDepth()" in refused.value.remedy
+    assert "plan.depth" in refused.value.remedy

@@ -11,7 +11,7 @@ from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.plan.budget import Plan
 from fedloom.plan.costmodel import CostModel
-from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth, FullDepth
+from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth
 from fedloom.plan.rank import FixedRank
 from fedloom.types import Budget, Profile
 
@@ -24,7 +24,6 @@ MEMORY = {depth: SHAPE.train_memory(2, 64, depth) for depth in range(1, 7)}
 
 def test_without_a_rule_everybody_trains_everything() -> None:
     assert Plan(FixedRank(2), 5)(CLIENT, FLEET) == Budget(2, 5, None)
-    assert FullDepth().bounds is None
 
 
 def test_the_fixed_depth_is_everybodys() -> None:

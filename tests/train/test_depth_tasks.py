@@ -23,7 +23,7 @@ from bench.tiny import SIZES, WORDS, tiny_decoder, tiny_encoder
 from fedloom.errors import Refused
 from fedloom.layers import lowered
 from fedloom.lora import Adapter
-from fedloom.plan.depth import DepthByMemory, FixedDepth, FullDepth, check_blocks
+from fedloom.plan.depth import DepthByMemory, FixedDepth, check_blocks
 from fedloom.train import convert, together
 from fedloom.train.base import Base, initial
 from fedloom.train.evaluate import score
@@ -187,7 +187,7 @@ def test_what_is_adapted_above_the_blocks_is_trained_at_every_depth(folders: dic
 
 def test_a_depth_that_the_model_does_not_have_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     shape = base_of(folders["encoder"]).shape()
-    for rule in (FullDepth(), FixedDepth(4), DepthByMemory(least=4)):
+    for rule in (FixedDepth(4), DepthByMemory(least=4)):
         check_blocks(rule, shape)
     for rule in (FixedDepth(5), DepthByMemory(least=5)):
         with pytest.raises(Refused, match=r"plan\.depth = 5: the model has 4 blocks"):
@@ -202,6 +202,5 @@ def test_a_depth_that_the_model_does_not_have_is_refused(folders: dict[str, Path
     shared = base_of(
         saved(AlbertModel(config), folders["encoder"], tmp_path / "albert"), target_modules=("query",)
     ).shape()
-    check_blocks(FullDepth(), shared)
-    with pytest.raises(Refused, match=r"no list of blocks.*FullDepth"):
+    with pytest.raises(Refused, match=r"no list of blocks.*leave plan.depth out"):
         check_blocks(FixedDepth(1), shared)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from fedloom.errors import Refused
-from fedloom.plan.depth import DepthRule, FullDepth
+from fedloom.plan.depth import DepthRule
 from fedloom.plan.rank import FixedRank, RankRule
 from fedloom.types import Budget, Fleet, Profile
 
@@ -14,12 +14,12 @@ from fedloom.types import Budget, Fleet, Profile
 class Plan:
     """Rank by `rank`; `local_steps` optimiser steps a task, whatever the client's data size (equal steps keep clients comparable).
 
-    `depth` says how many blocks are trained, given the other two.
+    `depth` says how many blocks are trained, given the other two (None: all that is adapted).
     """
 
     rank: RankRule = field(default_factory=FixedRank)
     local_steps: int = 10
-    depth: DepthRule = field(default_factory=FullDepth)
+    depth: DepthRule | None = None
 
     def __post_init__(self) -> None:
         if self.local_steps < 1:
@@ -28,4 +28,4 @@ class Plan:
     def __call__(self, profile: Profile, fleet: Fleet) -> Budget:
         """The budget of this client's next task."""
         budget = Budget(self.rank(profile, fleet), self.local_steps)
-        return replace(budget, depth=self.depth(profile, fleet, budget))
+        return replace(budget, depth=self.depth(profile, fleet, budget)) if self.depth else budget

@@ -17,30 +17,16 @@ from fedloom.types import Budget, Fleet, Profile
 
 
 class DepthRule(Protocol):
-    """(profile, fleet, budget) -> depth, None for all that is adapted; `bounds` are what it can give."""
+    """(profile, fleet, budget) -> depth; `bounds` are what it can give."""
 
     @property
-    def bounds(self) -> tuple[int, int | None] | None:
-        """The lowest and the highest depth (None: as high as the model allows) that the rule can give; None: always all."""
+    def bounds(self) -> tuple[int, int | None]:
+        """The lowest and the highest depth (None: as high as the model allows) that the rule can give."""
         ...
 
-    def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int | None:
+    def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int:
         """The depth of this client's next task."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class FullDepth:
-    """Every client trains all that is adapted."""
-
-    @property
-    def bounds(self) -> None:
-        """Always all."""
-        return None
-
-    def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> None:
-        """All, whoever asks."""
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +111,9 @@ class DepthByCapability:
 
 def check_blocks(rule: DepthRule, shape: Shape) -> None:
     """Raise Refused for a depth that this model does not have."""
-    if rule.bounds is None:
-        return
     least, most = rule.bounds
     if not shape.depths:
-        raise Refused("plan.depth", rule, "the model has no list of blocks, each passed once; choose FullDepth()")
+        raise Refused("plan.depth", rule, "the model has no list of blocks, each passed once; leave plan.depth out")
     if max(least, most or 0) > shape.layers:
         raise Refused(
             "plan.depth", max(least, most or 0), f"the model has {shape.layers} blocks; choose at most that many"
