@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
     from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth, FullDepth
+    from fedloom.plan.grouped import Planned
     from fedloom.plan.joint import Bandit, JointMemory, Scored, TimeAligned
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
     from fedloom.run import Run
@@ -85,6 +86,7 @@ _HOMES = {
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
     "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth", "FullDepth"),
+    "plan.grouped": ("Planned",),
     "plan.joint": ("Bandit", "JointMemory", "Scored", "TimeAligned"),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
@@ -167,6 +169,7 @@ __all__ = [
     "Noise",
     "Outcome",
     "Plan",
+    "Planned",
     "Polynomial",
     "ProductDelta",
     "QuantityDirichlet",

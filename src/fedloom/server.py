@@ -33,6 +33,7 @@ from fedloom.types import (
     Evaluate,
     Event,
     Fleet,
+    GroupLog,
     Merge,
     Model,
     Profile,
@@ -53,7 +54,7 @@ class State:
     """All that changes in a server.
 
     `bases` are the models that the outstanding tasks were cut from, `pruned` the rank to which a client pruned itself, above which
-    it is asked for nothing. `outer` is an edge's own task.
+    it is asked for nothing. `outer` is an edge's own task, `groups` what the root of a tree knows of those of its edges.
     """
 
     model: Model
@@ -78,6 +79,7 @@ class State:
     worked: dict[ClientId, float] = field(default_factory=dict)
     pruned: dict[ClientId, int] = field(default_factory=dict)
     outer: Task | None = None
+    groups: dict[ClientId, GroupLog] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,7 @@ class Server:
             retained=state.retained,
             first=state.first,
             outer=state.outer,
+            groups=MappingProxyType(state.groups),
         )
 
     def start(self, budget: Budget, seed: int) -> Start:
