@@ -92,8 +92,8 @@ def state(log: GroupLog, shape: Shape, batch_tokens: int) -> GroupState:
 def device(profile: Profile, log: GroupLog, shape: Shape, batch_tokens: int) -> Device:
     """A member by what it did in its group's tasks, oldest first.
 
-    Sizes are those of float32 without folds, in what is learnt and in what is told from it; so a codec counts as a faster link, a fold
-    as a slower one.
+    Sizes are those of float32 without folds, in what is learnt and in what is told from it; so a codec counts as a faster link, a
+    fold as a slower one.
     """
     spent = [one for told in log.told for one in told.spent if one.client == profile.client and one.train > 0]
     cost = CostModel.of(profile, shape, spent[-1].rank if spent else RANK, batch_tokens)
