@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth, FullDepth
     from fedloom.plan.grouped import Planned
     from fedloom.plan.joint import Bandit, JointMemory, Scored, TimeAligned
+    from fedloom.plan.paced import Paced
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
     from fedloom.run import Run
     from fedloom.schedule.fedasync import FedAsync
@@ -87,6 +88,7 @@ _HOMES = {
     "plan.budget": ("Plan",),
     "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth", "FullDepth"),
     "plan.grouped": ("Planned",),
+    "plan.paced": ("Paced",),
     "plan.joint": ("Bandit", "JointMemory", "Scored", "TimeAligned"),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
@@ -168,6 +170,7 @@ __all__ = [
     "NearIID",
     "Noise",
     "Outcome",
+    "Paced",
     "Plan",
     "Planned",
     "Polynomial",

@@ -86,6 +86,7 @@ def state(log: GroupLog, shape: Shape, batch_tokens: int) -> GroupState:
         mass=mass(log, shape),
         energy=log.told[-1].energy if log.told else (),
         observed=tuple(observed(log.told, shape)),
+        barrier=followed([barrier(told) for told in log.told]),
     )
 
 
@@ -133,6 +134,12 @@ def observed(told: tuple[Told, ...], shape: Shape) -> Iterator[Observed]:
         if before.loss is not None and after.loss is not None and after.seconds > 0:
             depth = after.budget.depth or shape.layers
             yield Observed(after.budget.rounds, depth, (before.loss - after.loss) / after.seconds)
+
+
+def barrier(told: Told) -> float:
+    """Seconds of an inner round in which even the busiest member waited."""
+    own = max((one.down + one.train + one.up for one in told.spent), default=0.0)
+    return max(0.0, told.seconds - told.down - told.up - own) / told.budget.rounds
 
 
 def followed(values: list[float]) -> float:
