@@ -58,6 +58,8 @@ CLIENTS, GROUPS, H, TOTAL = 80, 8, 10, 80
 """`H` steps of a client in a global round of groups, `TOTAL` in a run: as many in every run whose rule does not choose the steps."""
 STEP, ADAPTER = 0.25, 9.6e6
 """What the models stand for: seconds of a whole step on a weak device at full power, bits of a whole adapter of rank 8."""
+TOKENS = 128
+"""Of a batch, about, that a plan reckons with before it has seen one."""
 STEADY = 3
 """Scores in a row that count together: with skewed labels one alone swings."""
 EDGES = {"near": 10.0, "far": 1.0}
@@ -151,7 +153,7 @@ def grouped(plan: Planned | None, groups: object = NearIID(GROUPS), rounds: int 
     return Method(hierarchy=hierarchy, **more)  # type: ignore[arg-type]
 
 
-SCORED, OURS, ACROSS = Planned(Paced(Scored(H))), "hierfedlora", "fedfa-across"
+SCORED, OURS, ACROSS = Planned(Paced(Scored(H)), batch_tokens=TOKENS), "hierfedlora", "fedfa-across"
 BASELINES = ("fedit-5", "fedit-10", "fedit-20", "hetlora", "flora", "legend")
 METHODS: dict[str, Method] = {
     "fedit-5": Method(5),
@@ -159,17 +161,17 @@ METHODS: dict[str, Method] = {
     "fedit-20": Method(20),
     "hetlora": Method(aggregator=HetLoRA(), rank=RankOfClass()),
     "flora": Method(aggregator=FLoRA(), rank=RankOfClass()),
-    "legend": Method(rank=RankOfClass(), within=0.75),
-    "depth-only": Method(within=0.75),
+    "legend": Method(rank=RankOfClass(), within=0.7),
+    "depth-only": Method(within=0.7),
     OURS: grouped(SCORED),
     "groups-only": grouped(None, rounds=5),
     "fixed-rounds": grouped(replace(SCORED, rounds=5)),
     "fixed-depth": grouped(replace(SCORED, depth=1)),
-    "no-joint": grouped(Planned(TimeAligned(H, 5, work_grows=False))),
-    "unpaced": grouped(Planned(Scored(H))),
-    "work-grows": grouped(Planned(TimeAligned(H, 5))),
+    "no-joint": grouped(replace(SCORED, rule=TimeAligned(H, 5, work_grows=False))),
+    "unpaced": grouped(replace(SCORED, rule=Scored(H))),
+    "work-grows": grouped(replace(SCORED, rule=TimeAligned(H, 5))),
     "random-groups": grouped(SCORED, RandomGroups(GROUPS)),
-    "joint-memory": grouped(Planned(JointMemory(H, 5, ranks=(2, 4, 8)))),
+    "joint-memory": grouped(replace(SCORED, rule=JointMemory(H, 5, ranks=(2, 4, 8)))),
     ACROSS: grouped(SCORED, across=True),
 }
 """FedIT is flat FedAvg with so many steps; the best of them counts. From `groups-only` on: what ours is without one of its parts."""
@@ -185,8 +187,7 @@ def cell(name: str, seed: int) -> Run:
         hierarchy = replace(hierarchy, link=link, inner_speedup=EDGES[network])
     weigh = uniform if isinstance(method.aggregator, HetLoRA) else by_work if hierarchy else by_examples
     whole = method.steps * STEP + 2 * ADAPTER / 1.55e7
-    tokens = study.batch * study.length
-    depth: DepthRule = DepthByCapability(method.within * whole, tokens) if method.within else FullDepth()
+    depth: DepthRule = DepthByCapability(method.within * whole, TOKENS) if method.within else FullDepth()
     schedule: Schedule = Rounds(GROUPS if hierarchy else CLIENTS, weigh=weigh)
     each = GROUPS if method.across else 1
     return Run(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 import toys
 from fedloom import (
@@ -18,6 +19,7 @@ from fedloom import (
     JointMemory,
     Limits,
     Link,
+    Paced,
     Plan,
     Planned,
     Refused,
@@ -27,7 +29,7 @@ from fedloom import (
     World,
 )
 from fedloom.plan.groupcost import Choice, Observed
-from fedloom.plan.grouped import device, mass, observed, state
+from fedloom.plan.grouped import barrier, device, mass, observed, state
 from fedloom.plan.joint import Joint
 from fedloom.simulate import Simulation
 from fedloom.told import KEPT
@@ -38,6 +40,7 @@ SHAPE = replace(toys.SHAPE, layers=2, depths={"query": 2, "value": 1})
 RULES: tuple[Joint, ...] = (
     TimeAligned(8, 4, rank=4),
     Scored(8, 4, rank=4),
+    Paced(Scored(8, 4, rank=4)),
     Bandit(8, rank=4, cuts=2),
     JointMemory(8, 4, ranks=(2, 4)),
 )
@@ -101,6 +104,32 @@ def test_dispersion_follows_the_spread_and_rewards_the_loss() -> None:
     log = replace(LOG, told=tasks)
     assert state(log, SHAPE, 50).dispersion ** 2 == pytest.approx(0.8 * (0.8 * 0.5 + 0.2 * 1.0))
     assert [*observed(tasks, SHAPE)] == [Observed(4, 1, pytest.approx(0.05))]
+
+
+def test_what_inner_rounds_waited_is_learnt() -> None:
+    """30 s on the edge's side, 3 + 16 + 6 of them the busiest member's own: 5 s in 2 rounds, seen in each group's time."""
+    log = replace(LOG, told=(told(Budget(4, 8, None, 2), seconds=34.0, down=1.0, up=3.0),))
+    assert barrier(log.told[0]) == pytest.approx(2.5)
+    found = state(log, SHAPE, 50)
+    without = replace(found, barrier=0.0)
+    one = Choice(4, 2, 4, 8)
+    assert found.seconds(one) == pytest.approx(without.seconds(one) + 4 * 2.5)
+
+
+def test_a_pace_is_the_one_that_earns_most_a_second() -> None:
+    """Against every other time: no limit gives all groups together more score a second. Slow links: few rounds; free ones: many."""
+    rule = Paced(Scored(8, 8, rank=4))
+    for times, fewer in ((2e3, True), (1e9, False)):
+        link = {"up_bps": times, "down_bps": times}
+        log = GroupLog(EDGE, tuple(replace(one, **link) for one in LOG.members))
+        groups = [replace(state(log, SHAPE, 5), dispersion=0.9), replace(state(log, SHAPE, 20), dispersion=0.5)]
+        plan = rule(groups)
+        others = [
+            tuple(rule.inner.within(one, limit) for one in groups) for limit in torch.logspace(-2, 5, 200).tolist()
+        ]
+        assert rule.earned(groups, plan) >= max(rule.earned(groups, other) for other in others) - 1e-12
+        assert (plan[0].rounds < 8) is fewer
+    assert rule(()) == ()
 
 
 @pytest.mark.parametrize("rule", RULES, ids=toys.called)
