@@ -170,7 +170,7 @@ def groups(log: RunLog) -> Grid:
 
 def reasons(log: RunLog) -> Grid:
     """Why each group got its last task as it was, where a rule said so."""
-    why = {line.get("edge"): str(line["why"]) for line in log.edges if line.get("why")}
+    why = {str(line["edge"]): str(line["why"]) for line in log.edges if line.get("why")}
     return Grid(("Group", "Why its last task was as it was"), tuple((label(edge), why[edge]) for edge in sorted(why)))
 
 
