@@ -4,8 +4,10 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # One BLAS thread a process: small matrices on many threads are several times slower. The demo sets torch's threads itself.
 export OMP_NUM_THREADS ?= 1
+# Which tests `make test` runs, in pytest's words.
+MARK ?= not gpu and not mutants
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test mutants check bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,7 +26,10 @@ demo: .venv/ready ## fine-tune a real encoder across eight clients of different 
 	@$(BIN)/fedloom demo
 
 test: .venv/ready ## every test that needs no GPU
-	@$(BIN)/python -m pytest -n 2 -m 'not gpu'
+	@$(BIN)/python -m pytest -n 2 -m '$(MARK)'
+
+mutants: .venv/ready ## whether the laws notice each of some sixty bugs, a quarter of an hour
+	@$(BIN)/python -m pytest -n 2 -m slow tests/laws/test_mutants.py
 
 check: .venv/ready ## format, lint, types, import contracts, fast tests
 	@$(BIN)/ruff format --check --quiet . || (echo "run: $(BIN)/ruff format ." && false)

@@ -45,6 +45,7 @@ VARIANTS = {
     "ca2fl": Method(FedBuff(10, discount=Constant()), CA2FL(FedIT(), CLIENTS)),
     "fadas-0.01": Method(FedBuff(10, discount=Constant(), delay_threshold=1), FADAS(FedIT(), 1e-2)),
     "fadas-0.001": Method(FedBuff(10, discount=Constant(), delay_threshold=1), FADAS(FedIT(), 1e-3)),
+    "fadas-0.03": Method(FedBuff(10, discount=Constant(), delay_threshold=1), FADAS(FedIT(), 3e-2)),
     "ours-0.1": Method(Immediate(0.1), Averaged(FedIT())),
     "ours-0.4": Method(Immediate(0.4, discount=Polynomial(0.5)), Averaged(FedIT())),
 }

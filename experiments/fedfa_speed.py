@@ -105,7 +105,7 @@ STEP = 1 / (IN_FLIGHT + (10 - 1) / 2)
 MORE: dict[str, Method] = {
     **{f"fedfa-{window}": Method(FedFa(window), rates=(1e-2, 1e-2)) for window in (3, 5, 20)},
     "fedfa-delta": Method(FedFa(10, delta_rate=0.1), rates=(5e-3, 5e-3)),
-    "ca2fl": Method(FedBuff(10, discount=Constant()), CA2FL(FedIT(), CLIENTS), rates=(5e-3, 5e-3)),
+    "ca2fl": Method(FedBuff(10, discount=Constant()), CA2FL(FedIT(), CLIENTS), rates=(5e-3, 1e-2)),
     "fadas": Method(FedBuff(10, discount=Constant(), delay_threshold=1), FADAS(FedIT(), 1e-2), rates=(5e-3, 5e-3)),
     "ours-at-random": Method(
         Immediate(0.4, discount=Polynomial(0.5), choices=1), Averaged(FedIT()), rates=(5e-3, 5e-3)

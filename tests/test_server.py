@@ -89,6 +89,10 @@ def test_seconds_at_work_count_however_a_task_ended() -> None:
     server.handle(4.0, ClientLost(lost.client))
     assert server.fleet().worked == {answered.client: 1.5, failed.client: 2.0, lost.client: 4.0}
     assert outstanding.client not in server.fleet().worked
+    server, commands = started(clients=1, schedule=Rounds(cohort_size=1))
+    (second,) = tasks(answer(server, 1.0, tasks(commands)[0]))
+    answer(server, 3.0, second)
+    assert server.fleet().worked == {second.client: 3.0}
 
 
 def test_every_task_has_its_own_seed_and_the_seed_of_the_run_decides_it() -> None:

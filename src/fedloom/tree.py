@@ -222,8 +222,8 @@ class Tree:
         """Nothing more is heard of this outer task."""
         self.branches.moving = [entry for entry in self.branches.moving if entry[2].about != number]
         heapq.heapify(self.branches.moving)
-        own = [Within(edge, number, c) if isinstance(c, Discard) else c for c in self._edge(edge).give_up(now)]
-        return list[Command](own)
+        commands = self._edge(edge).give_up(now)
+        return [Within(edge, number, one) if isinstance(one, Discard) else one for one in commands]
 
     def _send(self, arrives: float, message: Down | Up) -> None:
         heapq.heappush(self.branches.moving, (arrives, self.branches.made, message))
