@@ -164,6 +164,7 @@ METHODS: dict[str, Method] = {
     "legend": Method(rank=RankOfClass(), within=0.7),
     "depth-only": Method(within=0.7),
     OURS: grouped(SCORED),
+    "with-ranks": grouped(SCORED, rank=RankOfClass()),
     "groups-only": grouped(None, rounds=5),
     "fixed-rounds": grouped(replace(SCORED, rounds=5)),
     "fixed-depth": grouped(replace(SCORED, depth=1)),
@@ -174,7 +175,8 @@ METHODS: dict[str, Method] = {
     "joint-memory": grouped(replace(SCORED, rule=JointMemory(H, 5, ranks=(2, 4, 8)))),
     ACROSS: grouped(SCORED, across=True),
 }
-"""FedIT is flat FedAvg with so many steps; the best of them counts. From `groups-only` on: what ours is without one of its parts."""
+"""FedIT is flat FedAvg with so many steps; the best of them counts. `with-ranks`: ours at the ranks of
+`legend`; from `groups-only` on it is without one of its parts."""
 
 
 def cell(name: str, seed: int) -> Run:
