@@ -155,7 +155,7 @@ def test_a_newer_format_and_other_files_are_refused(whole: Path, tmp_path: Path)
         checkpoint.load(whole).read({"heap": list[tuple[float, int, TaskFailed]]})
 
 
-BUDGET = {"type": "Budget", "rank": 2, "steps": 3, "rounds": 1, "depth": None}
+BUDGET = {"type": "Budget", "rank": 2, "steps": 3, "rounds": 1, "depth": None, "why": ""}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,23 @@ import torch
 
 import toys
 from bench.same_bytes import COMPARED
-from fedloom import FedFa, Hierarchy, HLoRA, Limits, Link, Plan, RandomRank, Refused, Rounds, World, by_work, prepare
+from fedloom import (
+    FedFa,
+    Hierarchy,
+    HLoRA,
+    Limits,
+    Link,
+    Paced,
+    Plan,
+    Planned,
+    RandomRank,
+    Refused,
+    Rounds,
+    Scored,
+    World,
+    by_work,
+    prepare,
+)
 from fedloom.group import Given
 from fedloom.membership import devices
 from fedloom.override import override
@@ -74,7 +90,42 @@ def test_the_report_has_a_row_for_each_group(recorded: Path, tmp_path: Path) -> 
     assert [row[-1].replace("\u00a0", " ") for row in grid.rows] == ["50.0 %", "50.0 %"]
     page = write([recorded], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Seconds inside" in page
+    assert "Why its last task" not in page
     assert write([recorded, recorded], tmp_path / "two.html").is_file()
+
+
+@pytest.fixture(scope="module")
+def planned(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run whose root plans; tests must not write into it."""
+    out = tmp_path_factory.mktemp("planned") / "out"
+    prepare(planning(encoder)).execute(out, keep_updates=True)
+    return out
+
+
+def planning(encoder: Path) -> Any:
+    """Two groups; the root chooses rounds and depth of each."""
+    plan = Planned(Paced(Scored(4, 4, rank=4)), batch_tokens=100)
+    return led(
+        encoder, schedule=Rounds(2, weigh=by_work), hierarchy=Hierarchy(GROUPS, plan=plan), limits=Limits(versions=4)
+    )
+
+
+def test_a_plan_is_in_the_folder_and_in_the_report(planned: Path, tmp_path: Path) -> None:
+    log = read(planned)
+    assert len(log.edges) == 8
+    assert all("gradient mass" in line["why"] and line["rank"] == 4 for line in log.edges)
+    assert {line["depth"] for line in log.edges} <= {None, 1}
+    assert "Why its last task" in write([planned], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert b'"why":"gradient mass' in (planned / "trace.jsonl").read_bytes()
+
+
+def test_a_planned_run_replays_and_goes_on_to_the_same_files(encoder: Path, planned: Path, tmp_path: Path) -> None:
+    """Law 10: what the plan knows is in the checkpoint, and follows from the answers alone."""
+    assert replay(planned) == Replayed((planned / "trace.jsonl").read_bytes().count(b"\n"))
+    out = interrupted(planning(encoder), tmp_path / "out", version=3, checkpoint_seconds=0.0)
+    prepare(planning(encoder), resume=out).execute(report=False)
+    for name in (*COMPARED, "manifest.json"):
+        assert (out / name).read_bytes() == (planned / name).read_bytes(), name
 
 
 def test_a_recorded_run_gives_the_same_bytes_without_its_model(recorded: Path) -> None:

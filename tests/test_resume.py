@@ -27,21 +27,25 @@ import toys
 from bench.same_bytes import COMPARED
 from fedloom import (
     Averaged,
+    Bandit,
     DeltaInt8,
     FedEx,
     FedFa,
     FedSA,
     FLoRA,
     Half,
+    JointMemory,
     Limits,
     Momentum,
     Plan,
+    Planned,
     ProductDelta,
     RandomRank,
     Refused,
     Rounds,
     Rows,
     Scaffold,
+    Scored,
     World,
     checkpoint,
     prepare,
@@ -57,6 +61,7 @@ from fedloom.hierarchy import Hierarchy
 from fedloom.lora import whole
 from fedloom.metrics import Metrics
 from fedloom.places import Places
+from fedloom.plan.joint import Joint
 from fedloom.presence import Presence
 from fedloom.resume import LOGS, NAME, REBUILT, Keeper, Progress, claimed, kept, log, restore
 from fedloom.server import Server
@@ -137,6 +142,7 @@ class Toy:
         given: dict[str, Any] = {"schedule": self.schedule, "method": self.method, "transfer": self.transfer}
         given |= {"start": toys.fresh(4), "assign": Plan(RandomRank(2, 4), 3)}
         given |= {"limits": Limits(versions=self.versions, evaluate_every=2)}
+        given |= {"shape": replace(toys.SHAPE, layers=2, depths={"query": 2, "value": 1})}
         grown: Tree | None = toys.tree((4, 2), self.hierarchy, **given) if self.hierarchy else None
         return grown or toys.server(**given)
 
@@ -250,6 +256,23 @@ def test_so_does_a_run_with_edges(
 
     def toy(folder: Path) -> Toy:
         return Toy(folder, method, above, transfer, unreliable, hierarchy=hierarchy)
+
+    check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
+
+
+@pytest.mark.parametrize(
+    "rule", [Scored(6, 3, rank=4), Bandit(6, (1, 3), 2, 4), JointMemory(6, 3, (2, 4))], ids=toys.called
+)
+@given(stops=STOPS, unreliable=st.booleans(), linked=st.booleans())
+@settings(max_examples=2, deadline=None)
+def test_so_does_a_run_whose_root_plans(
+    tmp_path_factory: pytest.TempPathFactory, rule: Joint, stops: Sequence[int], unreliable: bool, linked: bool
+) -> None:
+    """What a plan knows is in the state: after a stop it chooses the same, and says the same why."""
+    hierarchy = Hierarchy(plan=Planned(rule, batch_tokens=50), link=Link(2e4, 2e4) if linked else None)
+
+    def toy(folder: Path) -> Toy:
+        return Toy(folder, FedIT(), FedFa(2, 2), None, unreliable, hierarchy=hierarchy)
 
     check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
 

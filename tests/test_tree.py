@@ -248,6 +248,32 @@ def test_the_depth_of_an_edge_is_the_most_that_its_members_train(method: Aggrega
     assert min(moved["middle"], moved["top"]) > 0.1
 
 
+def test_a_layer_that_no_member_of_an_edge_trained_is_none_of_its_contribution() -> None:
+    """Law 8: of two edges with the whole model, one whose members train the top alone has no part in the mean of the lower layer."""
+    shape = Shape(100, 10, 2, 6, ((6, 5), (4, 5)), 3, depths={"low": 2, "top": 1})
+
+    def member(profile: Profile, fleet: Fleet) -> Budget:
+        return Budget(4, 4, depth=1 if profile.client == "c0" else None)
+
+    start = toys.adapter(4, 1, {"low": (6, 5), "top": (4, 5)})
+    more: dict[str, Any] = {"assign": member, "shape": shape, "schedule": Rounds(2), "limits": Limits(versions=1)}
+    tree = toys.tree((1, 1), Hierarchy(rounds=1, link=Link(1e3, 1e3)), start=start, **more)
+    for profile in toys.profiles(2).values():
+        tree.handle(0.0, ClientJoined(profile))
+    tree.handle(0.0, TimerFired())
+    commands, answers = tree.handle(tree.wake(), TimerFired()), {}
+    for one in tasks_of(commands):
+        answers[one.client] = toys.changed(one.start, one.id)
+        arrived = UpdateArrived(one.client, one.id, toys.make_result(answers[one.client], steps=4))
+        (report,) = within(tree.handle(tree.branches.now, arrived), Report)
+        assert report.what.result.adapter.factors.keys() == answers[one.client].factors.keys()
+    while not tree.state.stopped:
+        commands = tree.handle(tree.wake(), TimerFired())
+    after = tree.state.model.adapter.factors
+    assert torch.allclose(after["low"].up, answers["c1"].factors["low"].up), "not averaged with what c0 was sent"
+    assert torch.allclose(after["top"].up, sum(w * answers[c].factors["top"].up for c, w in (("c0", 0.5), ("c1", 0.5))))
+
+
 # What survives what --------------------------------------------------------------------------------------------------------
 
 

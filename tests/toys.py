@@ -274,7 +274,8 @@ class Quadratic:
         generator = torch.Generator().manual_seed(task.seed)
         for name, factor in begin.factors.items():
             down, up = factor.down.double(), factor.up.double()
-            rest = target[name] - (product(start.fold.factors[name]) if start.fold else 0.0)
+            folded = start.fold.factors.get(name) if start.fold else None
+            rest = target[name] - (product(folded) if folded else 0.0)
             for _ in range(task.budget.steps):
                 noise = 0.01 * torch.randn(target[name].shape, generator=generator, dtype=torch.float64)
                 slope = up @ down - rest + noise

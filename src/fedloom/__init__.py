@@ -51,7 +51,9 @@ if TYPE_CHECKING:
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
     from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth
+    from fedloom.plan.grouped import Planned
     from fedloom.plan.joint import Bandit, JointMemory, Scored, TimeAligned
+    from fedloom.plan.paced import Paced
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
     from fedloom.run import Run
     from fedloom.schedule.fedasync import FedAsync
@@ -85,6 +87,8 @@ _HOMES = {
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
     "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth"),
+    "plan.grouped": ("Planned",),
+    "plan.paced": ("Paced",),
     "plan.joint": ("Bandit", "JointMemory", "Scored", "TimeAligned"),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
@@ -165,7 +169,9 @@ __all__ = [
     "NearIID",
     "Noise",
     "Outcome",
+    "Paced",
     "Plan",
+    "Planned",
     "Polynomial",
     "ProductDelta",
     "QuantityDirichlet",

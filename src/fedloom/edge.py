@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from fedloom.edgemodel import OneSided, first, onto, reported
+from fedloom.lora import Adapter
 from fedloom.server import Server, State
+from fedloom.told import Gathered
 from fedloom.transfer import answered
 from fedloom.types import (
     Assign,
@@ -25,6 +27,7 @@ from fedloom.types import (
     Event,
     Fleet,
     Local,
+    Model,
     Profile,
     Publish,
     Reject,
@@ -55,13 +58,16 @@ class EdgeState:
     """All that changes in an edge.
 
     `server` is stopped while the edge has no task. `shares` are those of the answers in the model, by task; `loss` is the members'
-    mean of the last version. `local` stays here between the tasks of the edge, as it does at any client. `due` is when the edge has
-    to look again. While it is `down`, a task that reaches it is `waiting`.
+    mean of the last version, `trained` the layers that a member trained, `gathered` what the root's plan will want to know. `local`
+    stays here between the tasks of the edge, as it does at any client. `due` is when the edge has to look again. While it is
+    `down`, a task that reaches it is `waiting`.
     """
 
     server: State
     shares: dict[int, Share] = field(default_factory=dict)
     loss: float | None = None
+    trained: list[str] = field(default_factory=list)
+    gathered: Gathered = field(default_factory=Gathered)
     local: Local = field(default_factory=Local)
     due: float | None = None
     down: bool = False
@@ -81,8 +87,9 @@ class Edge:
     and what came too late to be merged is discarded.
     """
 
-    def __init__(self, server: Server) -> None:
-        """`server` is the policies of the edge; what it holds is replaced with each task."""
+    def __init__(self, server: Server, tells: bool = False) -> None:
+        """`server` is the policies of the edge; what it holds is replaced with each task. `tells`: the root's plan learns."""
+        self.tells = tells
         server.state.stopped = True
         server.aggregator = OneSided(server.aggregator)
         self.server, self.state = server, EdgeState(server.state)
@@ -174,8 +181,8 @@ class Edge:
         told = list[Command]()
         for command in commands:
             match command:
-                case Publish(_, _, updates):
-                    self._count(updates)
+                case Publish(_, model, updates):
+                    self._count(model, updates)
                     told.append(command)
                 case Stop(reason):
                     told += self._end(reason)
@@ -185,17 +192,23 @@ class Edge:
                     told.append(command)
         return told
 
-    def _count(self, updates: Sequence[Update]) -> None:
+    def _count(self, model: Model, updates: Sequence[Update]) -> None:
         """Each answer once, however often it is merged."""
-        for update in updates:
+        known = self.state.shares.keys()
+        for update in [update for update in updates if update.task.id not in known]:
             made = update.result
+            self.state.trained += [name for name in made.adapter.factors if name not in self.state.trained]
+            if self.tells:
+                self.state.gathered.add(update)
             self.state.shares[update.task.id] = Share(update.task.client, made.examples, made.steps, made.tokens)
         losses = [update.result.metrics["loss"] for update in updates if "loss" in update.result.metrics]
         self.state.loss = sum(losses) / len(losses) if losses else None
+        if self.tells:
+            self.state.gathered.look(model, updates)
 
     def _end(self, reason: str) -> list[Command]:
         """Report what there is; without any version, give up."""
-        done: Command = Report(self._result()) if self.state.server.version else Stop(reason)
+        done: Command = self._report() if self.state.server.version else Stop(reason)
         commands = [*self._discards("its edge reported before it was merged"), done]
         self._close()
         return commands
@@ -216,9 +229,20 @@ class Edge:
         server = self.state.server
         server.outer, server.stopped, server.arrived, server.retained = None, True, [], 0
         self.state.shares, self.state.loss, self.state.due = {}, None, None
+        self.state.trained, self.state.gathered = [], Gathered()
+
+    def _report(self) -> Report:
+        """The answer, and what a plan that learns is told."""
+        state, outer = self.state, self.state.server.outer
+        assert outer is not None
+        told = state.gathered.told(outer.budget, state.server.model, state.loss) if self.tells else None
+        return Report(self._result(), told)
 
     def _result(self) -> Result:
-        """The answer to the outer task, and what it took: n_g, and the steps that an example was trained for."""
+        """The answer to the outer task, and what it took: n_g, and the steps that an example was trained for.
+
+        What no member trained is as it was sent and not in the answer: it is no contribution.
+        """
         state, task = self.state, self.state.server.outer
         assert task is not None
         shares = state.shares.values()
@@ -231,7 +255,12 @@ class Edge:
         steps = max(1, min(task.budget.steps, round(work / examples)))
         result = Result(adapter, examples, sum(share.tokens for share in shares), steps, metrics)
         result, state.local = answered(task, state.local, result, Local(task.start.basis))
-        return result
+        held = {name: factor for name, factor in result.adapter.factors.items() if name in state.trained}
+        return (
+            replace(result, adapter=Adapter(held, result.adapter.dense))
+            if len(held) < len(task.start.train.factors)
+            else result
+        )
 
 
 @dataclass(frozen=True, slots=True)

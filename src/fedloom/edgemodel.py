@@ -8,7 +8,7 @@ import torch
 
 from fedloom.aggregate.wrap import Around
 from fedloom.lora import Adapter, Factor, joined, pad, server_rank, truncate_sum
-from fedloom.types import Aggregator, Budget, Merge, Model, Start, Task
+from fedloom.types import Aggregator, Budget, Merge, Model, Result, Start, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,15 @@ def first(aggregator: Aggregator, task: Task) -> Model:
 def inside(start: Start, outer: Task | None) -> Start:
     """What a member receives of an edge that works on this outer task: moments live through its rounds, and no longer."""
     return start if outer is None else replace(start, basis=f"{outer.id}:{start.basis}")
+
+
+def narrowed(task: Task, result: Result) -> Task:
+    """An outer task as it was answered: without the layers that no member trained."""
+    asked, given = task.start.train, result.adapter.factors
+    if asked.factors.keys() == given.keys():
+        return task
+    train = Adapter({name: factor for name, factor in asked.factors.items() if name in given}, asked.dense)
+    return replace(task, start=replace(task.start, train=train))
 
 
 def phase(aggregator: Aggregator, model: Model, start: Start) -> int | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fedloom import payload
+from fedloom.edgemodel import narrowed
 from fedloom.types import Cancel, ClientId, Dispatch, Reject, Report, Result, Stop, Task, Update, Within
 
 
@@ -54,10 +55,11 @@ class EdgeTasks:
             return
         task, result = asked.task, asked.result
         line: dict[str, object] = {"kind": "edge", "id": number, "edge": asked.edge, "version": task.version}
-        line |= {"rank": task.budget.rank, "sent": task.sent, "reported": asked.reported, "ended": now}
+        line |= {name: getattr(task.budget, name) for name in ("rank", "depth", "why")}
+        line |= {"sent": task.sent, "reported": asked.reported, "ended": now}
         line |= {"status": status, "reason": reason, "bytes_down": payload.down(task.start).total}
         if result is not None:
             line |= {name: result.metrics.get(name) for name in ("members", "rounds", "loss", "cut")}
             line |= {"examples": result.examples, "steps": result.steps, "work": result.examples * result.steps}
-            line |= {"bytes_up": payload.up(task, result).total}
+            line |= {"bytes_up": payload.up(narrowed(task, result), result).total}
         yield line

@@ -15,7 +15,9 @@ from fedloom.edge import Below, Edge
 from fedloom.edgemodel import phase
 from fedloom.errors import Refused
 from fedloom.group import Grouping, Member
+from fedloom.layers import need_own_layers
 from fedloom.lora import server_rank
+from fedloom.plan.grouped import Planned
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Server
 from fedloom.tree import Tree
@@ -60,7 +62,8 @@ class Hierarchy:
     `groups` says who is with whom. An edge makes `rounds` versions of a task, a number or a rule, by the inner `schedule` (None:
     synchronous rounds of the whole group) and the inner `aggregator` (None: the run's method, without what is wrapped around it),
     and reports. `plan` says what an edge may do (None: the steps of the run's plan, at the server's rank); the run's plan says what
-    each member may do, which shares the steps of a task out over its rounds. `link` is an edge's to the server (None: the edges
+    each member may do, which shares the steps of a task out over its rounds. `Planned()` chooses rounds, steps, depth and rank for
+    each group from what is known of all; `rounds` says nothing then. `link` is an edge's to the server (None: the edges
     live on the server, and nothing travels); a member's link to its edge is `inner_speedup` times as fast as to the server.
     """
 
@@ -106,8 +109,13 @@ class Hierarchy:
             seed=flat.seed,
             transfer=flat.transfer if self.link else None,
         )
-        edges = {name: Edge(self._inner(flat, inner, len(own), len(members))) for name, own in members.items()}
-        return Tree(root, edges, Roster(members, self.link))
+        learns = isinstance(self.plan, Planned)
+        edges = {name: Edge(self._inner(flat, inner, len(own), len(members)), learns) for name, own in members.items()}
+        tree = Tree(root, edges, Roster(members, self.link))
+        if isinstance(self.plan, Planned):
+            need_own_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
+            self.plan.check(tree.root.fleet())
+        return tree
 
     def _inner(self, flat: Server, method: Aggregator, size: int, edges: int) -> Server:
         """The server of an edge with so many members. It gives a task up after its share of the failures that end the run."""

@@ -257,6 +257,13 @@ def norm(factor: Factor) -> float:
     return float(_core(factor).norm())
 
 
+def change(new: Factor, old: Factor) -> Factor:
+    """The difference of the products. At one rank as B'A' - BA = (B' - B) A' + B (A' - A): nothing cancels where they are near."""
+    if new.rank != old.rank:
+        return stack([(1.0, new), (-1.0, old)])
+    return Factor(torch.cat([new.down, new.down - old.down]), torch.cat([new.up - old.up, old.up], 1))
+
+
 def _sides(factor: Factor) -> tuple[int, int]:
     """d_out and d_in."""
     return factor.up.shape[0], factor.down.shape[1]

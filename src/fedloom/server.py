@@ -33,6 +33,7 @@ from fedloom.types import (
     Evaluate,
     Event,
     Fleet,
+    GroupLog,
     Merge,
     Model,
     Profile,
@@ -53,7 +54,7 @@ class State:
     """All that changes in a server.
 
     `bases` are the models that the outstanding tasks were cut from, `pruned` the rank to which a client pruned itself, above which
-    it is asked for nothing. `outer` is an edge's own task.
+    it is asked for nothing. `outer` is an edge's own task, `groups` what the root of a tree knows of those of its edges.
     """
 
     model: Model
@@ -78,6 +79,7 @@ class State:
     worked: dict[ClientId, float] = field(default_factory=dict)
     pruned: dict[ClientId, int] = field(default_factory=dict)
     outer: Task | None = None
+    groups: dict[ClientId, GroupLog] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,7 @@ class Server:
             retained=state.retained,
             first=state.first,
             outer=state.outer,
+            groups=MappingProxyType(state.groups),
         )
 
     def start(self, budget: Budget, seed: int) -> Start:
@@ -239,9 +242,8 @@ class Server:
         """Close a task; its client is idle again."""
         task = self.state.busy.pop(number)
         del self.state.bases[number]
-        profile, _ = self.state.working.pop(task.client)
         self.state.worked[task.client] = self.state.worked.get(task.client, 0.0) + self.state.now - task.sent
-        self.state.idle.put(task.client, profile)
+        self.state.idle.put(task.client, self.state.working.pop(task.client)[0])
         return task
 
     def _decide(self) -> list[Command]:
@@ -253,8 +255,7 @@ class Server:
         while state.version < self.limits.versions and (merge := self.schedule.merge(fleet)):
             commands += self._merge(merge)
             fleet = self.fleet()
-        reason = self._finished()
-        if reason:
+        if reason := self._finished():
             return commands + self.stop(reason)
         return commands + [self._dispatch(client, fleet) for client in self.schedule.start(fleet)]
 
@@ -289,8 +290,7 @@ class Server:
     def _dispatch(self, client: ClientId, fleet: Fleet) -> Dispatch:
         state = self.state
         budget = self.assign(state.idle[client], fleet)
-        if budget.rank > state.pruned.get(client, budget.rank):
-            budget = replace(budget, rank=state.pruned[client])
+        budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
         number, state.next_task = state.next_task, state.next_task + 1
         start, seed = self.start(budget, derive(self.seed, "start", number)), derive(self.seed, "task", number)
         task = Task(number, client, state.version, start, budget, seed, state.now)

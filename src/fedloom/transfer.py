@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedloom.check import fault
 from fedloom.codec import EXACT, HALF, Block, Codec, rounded
-from fedloom.lora import Adapter, Factor, cut_to, each, norm, only, rebuilt, server_rank, tensors
+from fedloom.lora import Adapter, Factor, change, cut_to, each, norm, only, rebuilt, server_rank, tensors
 from fedloom.types import Local, Result, Start, Task
 
 Rows = tuple[int, ...] | None
@@ -187,11 +187,6 @@ def _errors(start: Adapter, exact: Adapter, received: Adapter) -> dict[str, floa
 
 
 def _size(one: Adapter, other: Adapter | None) -> float:
-    """Frobenius norm of the products' difference, as B'A' - BA = (B' - B) A' + B (A' - A): nothing cancels where they are near."""
-    total = 0.0
-    for name, new in one.factors.items():
-        if other is not None:
-            old = other.factors[name]
-            new = Factor(torch.cat([new.down, new.down - old.down]), torch.cat([new.up - old.up, old.up], 1))
-        total += norm(new) ** 2
-    return math.sqrt(total)
+    """Frobenius norm of the products, or of their difference."""
+    pairs = ((new, other and other.factors[name]) for name, new in one.factors.items())
+    return math.sqrt(sum(norm(change(new, old) if old else new) ** 2 for new, old in pairs))

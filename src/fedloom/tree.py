@@ -15,7 +15,9 @@ from dataclasses import replace
 from fedloom import payload
 from fedloom.cost import Shape
 from fedloom.edge import Edge
+from fedloom.edgemodel import narrowed
 from fedloom.server import Server, State
+from fedloom.told import KEPT, timed
 from fedloom.treestate import BLOCK, Branches, Down, Roster, Up, Whole
 from fedloom.types import (
     Cancel,
@@ -29,6 +31,7 @@ from fedloom.types import (
     EdgeReturned,
     Event,
     Fleet,
+    GroupLog,
     Publish,
     Reject,
     Report,
@@ -39,6 +42,7 @@ from fedloom.types import (
     TaskFailed,
     TaskReceived,
     TimerFired,
+    Told,
     UpdateArrived,
     Within,
 )
@@ -56,6 +60,7 @@ class Tree:
         for k, state in enumerate(self.branches.edges.values()):
             state.server.next_task = k * BLOCK + 1
         root.state.next_task = len(self._edges) * BLOCK + 1
+        root.state.groups = {edge: GroupLog(groups.profile(edge), tuple(own)) for edge, own in groups.members.items()}
         self.state = Whole(root.state, self.branches, self.edge_of)
 
     @property
@@ -155,9 +160,11 @@ class Tree:
             match message:
                 case Down(edge, task):
                     commands += self._inside(edge, self._edge(edge).handle(now, TaskReceived(task)), now)
-                case Up(edge, number, result):
-                    task = self.root.state.busy[number]
-                    commands += self._root(now, UpdateArrived(edge, number, self._timed(task, result, time)))
+                case Up(edge, number, result, told):
+                    answer = self._timed(self.root.state.busy[number], result, time)
+                    if told is not None:
+                        self._learn(edge, timed(told, answer.metrics))
+                    commands += self._root(now, UpdateArrived(edge, number, answer))
         return commands
 
     def _inside(self, edge: ClientId, commands: Sequence[Command], now: float) -> list[Command]:
@@ -166,10 +173,11 @@ class Tree:
         told = list[Command]()
         for command in commands:
             match command:
-                case Report(result):
+                case Report(result, learnt):
                     told.append(Within(edge, number, command))
-                    size = payload.up(self.root.state.busy[number], result).total
-                    self._send(now + self.groups.seconds_up(size), Up(edge, number, result))
+                    task = self.root.state.busy[number] = narrowed(self.root.state.busy[number], result)
+                    size = payload.up(task, result).total
+                    self._send(now + self.groups.seconds_up(size), Up(edge, number, result, learnt))
                 case Stop(reason):
                     if self.branches.edges[edge].empty:
                         told += self._gone(now, edge, reason)
@@ -228,6 +236,11 @@ class Tree:
         seconds = arrives - task.sent
         parts = {"seconds_down": down, "seconds_train": max(0.0, seconds - down - up), "seconds_up": up}
         return replace(result, metrics={**result.metrics, "seconds": seconds, **parts})
+
+    def _learn(self, edge: ClientId, told: Told) -> None:
+        """What the root knows of a group now."""
+        known = self.root.state.groups[edge]
+        self.root.state.groups[edge] = replace(known, told=(*known.told, told)[-KEPT:])
 
     def _number(self, edge: ClientId) -> int:
         """The root's task of this edge; 0: none."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 from fedloom.edge import EdgeState
 from fedloom.errors import Refused
 from fedloom.server import State
-from fedloom.types import ClientId, Model, Profile, Result, Task
+from fedloom.types import ClientId, Model, Profile, Result, Task, Told
 
 BLOCK = 1_000_000_000
 """Numbers of tasks that each server of a tree has for itself."""
@@ -73,11 +73,12 @@ class Down:
 
 @dataclass(frozen=True, slots=True)
 class Up:
-    """An edge's answer on its way to the root."""
+    """An edge's answer on its way to the root, and what it told."""
 
     edge: ClientId
     about: int
     result: Result
+    told: Told | None = None
 
 
 @dataclass(slots=True)

@@ -42,13 +42,14 @@ class Budget:
 
     `depth` is how many transformer blocks are trained, counted from the output, with all that is adapted above them (None: all
     that is adapted). What is not trained runs as a part of the base. `rounds` are the versions that an edge makes of one task before
-    it reports: its members share the steps out among them.
+    it reports: its members share the steps out among them. `why` says in a sentence what decided, where a rule weighed something.
     """
 
     rank: int
     steps: int
     depth: int | None = None
     rounds: int = 1
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,49 @@ class Local:
     private: Adapter | None = None
     control: Adapter | None = None
     residual: Adapter | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a member did in one task of its edge, all its answers together: seconds on its links and in training, by what it did."""
+
+    client: ClientId
+    rank: int
+    depth: int | None
+    answers: int
+    steps: int
+    down: float
+    train: float
+    up: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What an edge tells the root beside its answer to a task with this `budget`, for plans that learn.
+
+    `mass` is, by layer, the squared change of a member a step; `spread` the share of the members' squared changes that cancels in
+    their mean; both of the last inner version. `energy` is that of each direction of the answer, largest first; `loss` the
+    members' mean. `seconds` are those of the whole task, and of them `down` and `up` on the link of the edge, as the root saw them.
+    """
+
+    budget: Budget
+    spent: tuple[Spent, ...]
+    mass: Mapping[str, float]
+    spread: float
+    energy: tuple[float, ...]
+    loss: float | None
+    seconds: float = 0.0
+    down: float = 0.0
+    up: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLog:
+    """What the root knows of a group: its edge and its members before training, and what the edge told last, oldest first."""
+
+    edge: Profile
+    members: tuple[Profile, ...]
+    told: tuple[Told, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,9 +368,10 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Of an edge: its answer to the task that it received."""
+    """Of an edge: its answer to the task that it received, and what it `told` beside it, if the root's plan learns."""
 
     result: Result
+    told: Told | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,7 +411,8 @@ class Fleet:
     their sum: who draws from a stream named after it never draws the same twice. `worked` are the seconds that each client spent on
     tasks that have ended, answered or not. `latest` is the client whose accepted answer this
     is about (None: something else happened), `retained` how many of `arrived` (the first ones) the last merge kept, `first` the
-    model of version 0. `outer` is the task that an edge is working on (None: this is no edge).
+    model of version 0. `outer` is the task that an edge is working on (None: this is no edge), `groups` what the root of a tree knows
+    of those behind its clients, which are edges.
     """
 
     now: float
@@ -384,6 +430,7 @@ class Fleet:
     retained: int = 0
     first: Model | None = None
     outer: Task | None = None
+    groups: Mapping[ClientId, GroupLog] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,10 @@ Source: HierFedLoRA, arXiv 2503.21213, 2025, and ParallelSFL, arXiv 2410.01256, 
 member receives the adapter, does its share of the `steps`, and answers; the edge waits for the slowest of them, and at both ends for
 its own link to the server:
 
-    T = max over members of (steps * t_i(depth) + rounds * link_i) + link of the edge.
+    T = max over members of (steps * t_i(depth) + rounds * (link_i + barrier)) + link of the edge.
+
+The barrier is our own: where links and speeds change all the time another member is the last in each inner round, and the sum of
+these maxima is more than the largest sum. It is what was seen to be missing, 0 until then.
 """
 
 from __future__ import annotations
@@ -82,7 +85,8 @@ class GroupState:
     `up_bps` and `down_bps` are the link between edge and server. `dispersion` is delta_g, the distance of the members' updates
     from their mean, per local step and unit of learning rate. `mass` is the squared norm of the gradients in each layer from the
     output down, `energy` that of each direction of the update, largest first; empty: nothing is known yet, all count alike.
-    `observed` is what was tried, oldest first.
+    `observed` is what was tried, oldest first. `barrier` are the seconds that an inner round was seen to take beyond the members'
+    own.
     """
 
     members: tuple[Device, ...]
@@ -93,6 +97,7 @@ class GroupState:
     mass: tuple[float, ...] = ()
     energy: tuple[float, ...] = ()
     observed: tuple[Observed, ...] = field(default=())
+    barrier: float = 0.0
 
     def __post_init__(self) -> None:
         depths = {len(member.seconds) for member in self.members}
@@ -110,9 +115,9 @@ class GroupState:
         return len(self.members[0].seconds)
 
     def links(self, depth: int, rank: int) -> tuple[float, ...]:
-        """Seconds that each member spends on its link in one inner round."""
+        """Seconds that each member spends on its link, and at the barrier, in one inner round."""
         up, down = 8.0 * self.sizes.up(depth, rank), 8.0 * self.sizes.down(depth, rank)
-        return tuple(up / member.up_bps + down / member.down_bps for member in self.members)
+        return tuple(up / member.up_bps + down / member.down_bps + self.barrier for member in self.members)
 
     def outer(self, depth: int, rank: int) -> float:
         """Seconds that the edge spends on its link in a global round."""

@@ -87,9 +87,10 @@ class Scored:
     def __call__(self, groups: Sequence[GroupState]) -> tuple[Choice, ...]:
         """A choice for each group."""
         limit = pace(groups, divisors(self.steps, self.most)[-1], self.steps, self.rank)
-        return tuple(self._of(group, limit) for group in groups)
+        return tuple(self.within(group, limit) for group in groups)
 
-    def _of(self, group: GroupState, limit: float) -> Choice:
+    def within(self, group: GroupState, limit: float) -> Choice:
+        """The choice of a group that has so many seconds."""
         every = [Choice(self.most, depth, self.rank, self.steps) for depth in group.depths(self.rank)]
         timely = [replace(one, rounds=divided(group, limit, one)) for one in every]
         curve = [one for one in timely if one.rounds] or [replace(every[0], rounds=1)]

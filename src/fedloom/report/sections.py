@@ -106,7 +106,7 @@ def single(log: RunLog) -> list[Section]:
         ("Rank heterogeneity", _heterogeneity(log)),
         ("Activity", log.tasks and Part(ACTIVITY, svg=figures_clients.activity(log))),
         ("Waiting", pace.timed(log) and Part(WAITING, pace.waited(log), svg=figures_pace.waiting(log))),
-        ("Groups", log.edges and Part(GROUPED, grid=tables.groups(log))),
+        ("Groups", _groups(log)),
         ("Staleness", _staleness(log)),
         ("Participation", _participation(log)),
         ("Uploads and bytes", pace.timed(log) and Part(SPENDING, svg=figures_pace.spending(log))),
@@ -138,6 +138,12 @@ def _kept(*found: tuple[str, object]) -> list[Section]:
     rows = [(title, part if isinstance(part, tuple) else (part,)) for title, part in found]
     kept = [(title, tuple(part for part in parts if isinstance(part, Part))) for title, parts in rows]
     return [Section(title, parts) for title, parts in kept if parts]
+
+
+def _groups(log: RunLog) -> tuple[object, ...]:
+    """What each edge did, and why."""
+    why = tables.reasons(log)
+    return (log.edges and Part(GROUPED, grid=tables.groups(log)), why.rows and Part("", grid=why, kind="words"))
 
 
 def _heterogeneity(log: RunLog) -> tuple[object, ...]:

@@ -152,18 +152,26 @@ def _tier(log: RunLog, tier: str, members: set[str], ways: Sequence[str]) -> tup
 
 def groups(log: RunLog) -> Grid:
     """One row a group: who is in it, how its edge worked, and its share of the weight that all reports had."""
-    head = ("Group", "Clients", "Examples", "Tasks", "Merged", "Inner rounds", "Steps", "Seconds inside", "on the link")
+    head = ("Group", "Clients", "Examples", "Tasks", "Merged", "Inner rounds", "Steps", "Rank", "Depth")
+    head += ("Seconds inside", "on the link")  # type: ignore[assignment]
     merged = [line for line in log.edges if line.get("status") == "merged"]
     whole = sum(number(line.get("work")) for line in merged)
     rows = []
     for edge, members in log.manifest.get("groups", {}).items():
         asked, own = ([line for line in lines if line.get("edge") == edge] for lines in (log.edges, merged))
-        means = [mean(number(line.get(key)) for line in own) for key in ("examples", "rounds", "steps")]
+        means = [mean(number(line.get(key)) for line in own) for key in ("examples", "rounds", "steps", "rank")]
         inside, link = (mean(_seconds(line, parts) for line in own) for parts in (("train",), ("down", "up")))
         weight = sum(number(line["work"]) for line in own) / whole if whole else math.nan
-        figures = (short(means[1]), short(means[2]), short(inside), short(link), percent(weight))
+        depths = sorted({str(line.get("depth") or "all") for line in own})
+        figures = (*map(short, means[1:]), ", ".join(depths) or NONE, short(inside), short(link), percent(weight))
         rows.append((label(edge), str(len(members)), count(means[0]), f"{len(asked):,}", f"{len(own):,}", *figures))
     return Grid((*head, "Weight"), tuple(rows))
+
+
+def reasons(log: RunLog) -> Grid:
+    """Why each group got its last task as it was, where a rule said so."""
+    why = {str(line["edge"]): str(line["why"]) for line in log.edges if line.get("why")}
+    return Grid(("Group", "Why its last task was as it was"), tuple((label(edge), why[edge]) for edge in sorted(why)))
 
 
 def _seconds(line: Line, parts: Sequence[str]) -> float:
