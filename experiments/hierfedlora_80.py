@@ -48,7 +48,6 @@ from fedloom import (
 )
 from fedloom.data.examples import Source
 from fedloom.embedded import minilm
-from fedloom.plan.depth import DepthRule
 from fedloom.plan.rank import RankRule
 from fedloom.types import Aggregator, Fleet, Profile, Schedule
 from fedloom.world import MIDDLE, STRONG, WEAK, Capabilities
