@@ -141,7 +141,7 @@ def test_with_fifty_at_work_fedfa_is_not_slower(window: int) -> None:
 
 @pytest.mark.slow
 def test_at_equal_local_rate_they_do_not() -> None:
-    """FedFa with window 1 moves a tenth as far an answer as FedBuff: 2 theta = 0.4."""
+    """FedFa with window 1 moves a tenth as far an answer as FedBuff: 2 theta = 0.4, of which 0.33 is there after 3,600 answers."""
     fedfa, fedbuff = rates(1, 10, (0,), 3600, equal=False)
-    assert fedfa == pytest.approx(-0.4, rel=0.15)
+    assert -0.42 <= fedfa <= -0.28
     assert fedbuff == pytest.approx(-1.0, rel=0.1)
