@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
-import gc
 import os
 import signal
 import subprocess
