@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from fedfa_speed import CLIENTS, SPLITS, Method, cell, final, reached, start
-from grid import Grid, Line, main
+from fedfa_speed import CLIENTS, SPLITS, Method, cell, final, reached
+from grid import Grid, Line, main, start
 
 from fedloom import (
     CA2FL,

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from statistics import median
 
-from grid import SHARED, Grid, Line, main
+from grid import SHARED, Grid, Line, main, start
 
 from fedloom import (
     CA2FL,
@@ -233,11 +233,6 @@ def summary(found: Sequence[Line]) -> Line:
 def _median(values: Iterable[float]) -> float | None:
     known = [*values]
     return round(median(known), 2) if known else None
-
-
-def start(run: Run) -> Run:
-    """Until the first scored version."""
-    return replace(run, limits=replace(run.limits, versions=run.limits.evaluate_every))
 
 
 def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:

@@ -150,6 +150,11 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
     }
 
 
+def start(run: Run) -> Run:
+    """Until the first scored version."""
+    return replace(run, limits=replace(run.limits, versions=run.limits.evaluate_every))
+
+
 def processor() -> str:
     """The kind of processor, with its instructions."""
     about = manifest.machine()

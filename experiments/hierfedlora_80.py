@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean, median
 
-from grid import SHARED, Grid, Line, interval, main
+from grid import SHARED, Grid, Line, interval, main, start
 
 from fedloom import (
     DepthByCapability,
@@ -271,11 +271,6 @@ def summary(found: Sequence[Line]) -> Line:
         "best_baseline": best,
         "fedfa_across_groups_speedup": ratio(near, across),
     }
-
-
-def start(run: Run) -> Run:
-    """Until the first scored version."""
-    return replace(run, limits=replace(run.limits, versions=run.limits.evaluate_every))
 
 
 def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
