@@ -12,7 +12,9 @@ class Examples:
     """Labelled texts, one tuple per column, all of one length.
 
     `pairs` holds second sentences (for tasks such as paraphrase), `clients` the client that each example came from;
-    either is None where the data have no such column. `labels[i]` indexes `names`.
+    either is None where the data have no such column. `labels[i]` indexes `names`. Where text is to be generated, `answers` holds
+    the reference answers, `texts` the requests, `pairs` the context that each request comes with (empty: none), and a label is the
+    kind of task.
     """
 
     texts: tuple[str, ...]
@@ -20,6 +22,7 @@ class Examples:
     labels: tuple[int, ...]
     names: tuple[str, ...]
     clients: tuple[str, ...] | None
+    answers: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -33,6 +36,7 @@ class Examples:
             labels=tuple(self.labels[i] for i in at),
             names=self.names,
             clients=None if self.clients is None else tuple(self.clients[i] for i in at),
+            answers=None if self.answers is None else tuple(self.answers[i] for i in at),
         )
 
 

@@ -11,29 +11,41 @@ from transformers import PreTrainedTokenizerBase
 
 from fedloom.data.examples import Examples
 
+IGNORED = -100
+"""The label of a token that is not to be predicted, as torch and transformers have it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of each example, with its label; `extras` are the tokenizer's other columns (segment ids)."""
+    """Token ids of each example, with its label; `extras` are the tokenizer's other columns (segment ids).
+
+    Where text is generated, `begins` is where the answer's tokens begin in each example: they, the end mark included, are what is
+    predicted.
+    """
 
     ids: tuple[tuple[int, ...], ...]
     extras: dict[str, tuple[tuple[int, ...], ...]]
     labels: tuple[int, ...]
     pad: int
     left: bool
+    begins: tuple[int, ...] | None = None
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
         """Tokens of these examples."""
         return [len(self.ids[i]) for i in indices]
 
     def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """Model inputs of these examples, padded to the longest of them, with `labels`."""
+        """Model inputs of these examples, padded to the longest of them, with `labels` (rows,), or (rows, tokens) to predict."""
         width = max(self.lengths(indices))
         mask = [self._padded([1] * len(self.ids[i]), width, 0) for i in indices]
         inputs = {"input_ids": [self._padded(self.ids[i], width, self.pad) for i in indices], "attention_mask": mask}
         for name, column in self.extras.items():
             inputs[name] = [self._padded(column[i], width, 0) for i in indices]
-        inputs["labels"] = [self.labels[i] for i in indices]  # type: ignore[misc]
+        if self.begins is None:
+            inputs["labels"] = [self.labels[i] for i in indices]  # type: ignore[misc]
+        else:
+            wanted = [[*[IGNORED] * self.begins[i], *self.ids[i][self.begins[i] :]] for i in indices]
+            inputs["labels"] = [self._padded(row, width, IGNORED) for row in wanted]
         return {name: torch.tensor(rows, device=device) for name, rows in inputs.items()}
 
     def real(self, index: int, width: int) -> slice:
