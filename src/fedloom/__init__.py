@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from fedloom.schedule.staleness import Constant, Hinge, Polynomial
     from fedloom.schedule.weights import by_examples, by_tokens, by_work, uniform
     from fedloom.server import Limits, Server
-    from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
+    from fedloom.train.settings import Engine, Generation, LoRA, Training, constant, cosine, linear
     from fedloom.treestate import Link
     from fedloom.world import Capabilities, Capability, Tier, World
 
@@ -95,7 +95,7 @@ _HOMES = {
     "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
     "schedule.weights": ("by_examples", "by_tokens", "by_work", "uniform"),
     "server": ("Limits", "Server"),
-    "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
+    "train.settings": ("Engine", "Generation", "LoRA", "Training", "constant", "cosine", "linear"),
     "treestate": ("Link",),
     "world": ("Capabilities", "Capability", "Tier", "World"),
 }
@@ -149,6 +149,7 @@ __all__ = [
     "FixedRank",
     "FlexLoRA",
     "FoldedDelta",
+    "Generation",
     "Given",
     "HLoRA",
     "Half",

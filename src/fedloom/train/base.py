@@ -218,10 +218,15 @@ def check_rank(base: Base, field: str, rank: int) -> None:
             raise Refused(field, rank, f"layer {name} is {size[0]} x {size[1]}; choose ranks of at most {min(size)}")
 
 
+def most_tokens(base: Base, otherwise: int) -> int:
+    """The longest text that the model reads, or `otherwise` where nothing limits it to less."""
+    positions = getattr(base.model.get_base_model().config, "max_position_embeddings", otherwise)
+    return min(positions, base.tokenizer.model_max_length)
+
+
 def check_length(base: Base, max_length: int, longest: int) -> None:
     """Raise Refused if the model cannot read a text of `longest` tokens, which `max_length` let through."""
-    positions = getattr(base.model.get_base_model().config, "max_position_embeddings", longest)
-    most = min(positions, base.tokenizer.model_max_length)
+    most = most_tokens(base, longest)
     if longest > most:
         raise Refused(
             "training.max_length", max_length, f"a text has {longest} tokens, the model reads {most}; set {most}"
