@@ -102,7 +102,7 @@ def test_an_example_without_an_answer_costs_nothing_and_breaks_nothing(generator
     base = writer_of(generator)
     texts = answered(base)
     none = replace(texts, begins=(len(texts.ids[0]), *texts.begins[1:]))  # type: ignore[misc]
-    found = loss.each(base, none.batch([0, 1], base.device))
+    found = loss.each(base, none.batch([0, 1], base.device)).detach()
     assert float(found[0]) == 0.0
     assert bool(found.isfinite().all())
 
