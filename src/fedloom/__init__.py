@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedloom.aggregate.scaffold import Scaffold
     from fedloom.availability import Availability
     from fedloom.codec import DeltaInt8, Exact, Half
+    from fedloom.data.instructions import Instructions
     from fedloom.data.load import Hub, Rows, Table
     from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
@@ -73,6 +74,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "availability": ("Availability",),
     "codec": ("DeltaInt8", "Exact", "Half"),
+    "data.instructions": ("Instructions",),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
@@ -158,6 +160,7 @@ __all__ = [
     "Hinge",
     "Hub",
     "Immediate",
+    "Instructions",
     "Job",
     "JointMemory",
     "LabelDirichlet",
