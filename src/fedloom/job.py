@@ -32,6 +32,7 @@ from fedloom.simulate import Observer, Simulation
 from fedloom.trace import Trace
 from fedloom.train.base import Base, check_length, initial, load
 from fedloom.train.depth import Cache
+from fedloom.train.dialogue import notes as told
 from fedloom.train.evaluate import score
 from fedloom.train.export import save
 from fedloom.train.settings import PLAIN
@@ -121,7 +122,9 @@ class Job:
         """The manifest, without the status."""
         settings, shape = manifest.plain(self.run), self.server.shape
         rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
-        notes = manifest.notes(rules, head=shape.dense > 0)
+        fitted = {"training": self.train_texts.fitted, "test": self.test_texts.fitted}
+        notes = [*self.split.notes, *told(self.base.tokenizer, self.run.training.max_length, fitted)]
+        notes += manifest.notes(rules, head=shape.dense > 0)
         ranks = range(1, self.run.plan.rank.largest + 1)
         return {
             "fedloom": __version__,

@@ -10,6 +10,7 @@ import torch
 
 from fedloom.lora import Adapter
 from fedloom.train.base import Base, most_tokens
+from fedloom.train.dialogue import Form
 from fedloom.train.pretrained import quiet
 from fedloom.train.texts import Encoded
 
@@ -43,7 +44,7 @@ def _written(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int)
     model: Any = base.model.eval().get_base_model()
     tokenizer: Any = base.tokenizer
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]))
-    found = dict[int, str]()
+    found, ends = dict[int, str](), _ends(model, tokenizer)
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         width = max(len(requests[i]) for i in chosen)
@@ -57,7 +58,7 @@ def _written(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int)
                 do_sample=False,
                 num_beams=1,
                 pad_token_id=pad,
-                eos_token_id=_ends(model, tokenizer) or None,
+                eos_token_id=ends or None,
             )
         for i, row in zip(chosen, rows, strict=True):
             found[i] = tokenizer.decode(row[width:], skip_special_tokens=True).strip()
@@ -65,10 +66,9 @@ def _written(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int)
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Marks that end an answer: the model's own, and the one that the references end with."""
+    """Marks that end an answer: the model's own, and those that the references end with."""
     own = model.generation_config.eos_token_id
-    marks = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
-    return sorted(marks - {None})
+    return sorted({*(own if isinstance(own, list) else [own]), *Form.of(tokenizer).ends} - {None})
 
 
 def figures(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
