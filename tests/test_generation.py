@@ -74,8 +74,6 @@ def test_a_run_learns_to_answer_and_says_how_well(written: Path) -> None:
 def test_the_base_of_a_client_is_the_model_before_training(written: Path) -> None:
     log = read(written)
     assert len(log.clients) == 3
-    held = [line["held_out"] * line["tokens"] for line in log.clients]
-    assert all(held)
     assert all(0 <= line["base_accuracy"] <= 1 for line in log.clients)
     assert all(line["perplexity"] < line["base_perplexity"] for line in log.clients)
 
