@@ -167,5 +167,3 @@ def test_texts_of_data_and_model_stay_texts(written: Path, tmp_path: Path) -> No
 def test_how_much_to_write_is_checked(wrong: Callable[[], Generation]) -> None:
     with pytest.raises(Refused, match="generation"):
         wrong()
-
-

@@ -53,7 +53,9 @@ def answered(base: Base, count: int = 60, left: bool = False) -> Encoded:
     """Requests with their answers and an end mark."""
     tokenizer, ids, begins = base.tokenizer, [], []
     for row in toy_answers(count):
-        request, answer = (tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("instruction", "answer"))
+        request, answer = (
+            tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("instruction", "answer")
+        )
         ids.append((1, *request, *answer, 2))
         begins.append(1 + len(request))
     return Encoded(tuple(ids), {}, (0,) * count, tokenizer.pad_token_id, left, tuple(begins))

@@ -50,8 +50,7 @@ def _line(
     job: Job, shard: Shard, rank: int, scores: Scores | AnswerScores, before: Mapping[str, float]
 ) -> dict[str, object]:
     line: dict[str, object] = {"kind": "client", "client": shard.client, "tier": job.profiles[shard.client].tier}
-    line |= {"rank": rank, "held_out": len(shard.held_out)}
-    return line | scores.figures() | before
+    return {**line, "rank": rank, "held_out": len(shard.held_out), **scores.figures(), **before}
 
 
 def _commonest(job: Job, shard: Shard) -> dict[str, float]:

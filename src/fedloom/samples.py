@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def sample_lines(job: Job) -> list[dict[str, object]]:
-    """For each of a few test examples the answers before and after, then a line with the figures of all; nothing to write: no lines."""
+    """For each of a few test examples the answers before and after, then the figures of all; none where labels are chosen."""
     asked, test, model = job.run.generation or Generation(), job.split.test, job.server.state.model
     if test.answers is None or asked.examples == 0:
         return []

@@ -46,7 +46,8 @@ def test_the_base_alone_writes_as_before_any_training(generator: Path) -> None:
     base = writer_of(generator)
     texts, start = answered(base), initial(base, 4)
     before = write(base, start, texts, [3, 5], 8)  # `up` is zero
-    base.put(lively(start), fold=Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in start.factors.items()}))
+    fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in start.factors.items()})
+    base.put(lively(start), fold=fold)
     assert write(base, None, texts, [3, 5], 8) == before
     assert write(base, lively(start), texts, [3, 5], 8) != before
 

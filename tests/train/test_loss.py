@@ -32,7 +32,8 @@ def model(request: pytest.FixtureRequest, kind: str, generator: Path, decoder: P
     if kind == "headless":
         return decoder
     hush()
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # type: ignore[arg-type]
     config = GPT2Config(vocab_size=len(WORDS) + 4, initializer_range=0.2, bos_token_id=1, eos_token_id=2, **sizes)
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
@@ -150,10 +151,8 @@ def test_training_the_top_layers_has_the_gradients_of_the_whole_model(model: Pat
     close(ours, gradients(base, task, loss.mean(base, texts.batch(batch, base.device))))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "encoder"])
-def test_computing_layers_again_changes_no_gradient(
-    kind: str, model: Path, request: pytest.FixtureRequest
-) -> None:
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_computing_layers_again_changes_no_gradient(model: Path) -> None:
     found = []
     for checkpointing in (False, True):
         base = writer_of(model, engine=replace(PLAIN, checkpointing=checkpointing))

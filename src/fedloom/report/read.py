@@ -58,9 +58,8 @@ def read(folder: Path) -> RunLog:
     def of(kind: str) -> tuple[Line, ...]:
         return tuple(line for line in lines if line.get("kind") == kind)
 
-    written = of("generation")[-1:] or (None,)
-    kinds = map(of, ("version", "score", "task", "client", "edge", "sample"))
-    return RunLog(folder, manifest, *kinds, *written)
+    parts = (of("version"), of("score"), of("task"), of("client"), of("edge"), of("sample"))
+    return RunLog(folder, manifest, *parts, written=next(reversed(of("generation")), None))
 
 
 def _left(folder: Path) -> bool:

@@ -41,7 +41,7 @@ PERPLEXITY = """
 Perplexity is the exponential of the mean loss of a token of the reference answers: how many tokens the model wavers between, as it
 were. 1 would be a model that knows the answers by heart; a curve that falls earlier got there with less."""
 SAMPLES = """
-Test requests, drawn at random; what the model writes by itself, taking the likeliest token each time, before training and at the end."""
+Test requests, drawn at random; what the model writes by itself, the likeliest token each time, before training and at the end."""
 LOSS = """
 Training loss is measured on the clients' own examples while they train (of many versions the mean of neighbours is drawn), test
 loss on the merged model. A test loss that rises while the training loss still falls is overfitting."""

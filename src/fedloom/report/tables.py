@@ -104,11 +104,11 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
 
 def _written(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     """Of a model that writes."""
-    before, told = facts.perplexity(facts.first(log)), log.written
+    before, told = facts.perplexity(facts.first(log)), log.written or {}
     rows = [("Test perplexity", short(facts.perplexity(facts.final(log))), f"{short(before)} before training")]
     for name, key in (("Exact answers", "exact_match"), ("ROUGE-L", "rouge_l")) if told else ():
-        share, base = (percent(number(told.get(key))) for key in (key, f"base_{key}")) if told else (NONE, NONE)
-        rows.append((name, share, f"{base} before training; {plural(int(number(told['examples'])), 'answer')}"))
+        share, base = (percent(number(told.get(f"{when}{key}"))) for when in ("", "base_"))
+        rows.append((name, share, f"{base} before training; {plural(int(told.get('examples', 0)), 'answer')}"))
     return tuple(rows)
 
 
@@ -157,12 +157,21 @@ def _traffic(log: RunLog, way: str) -> tuple[str, str]:
 
 def tiers(log: RunLog) -> Grid:
     """One row a tier: who is in it, how well it is served and what it pays; folds only where there are any."""
-    head = ("Tier", "Clients", "Rank", f"Mean {facts.measure(log)}", "Worst client", "Tasks", "Merged", "Seconds a task")
+    who = ("Tier", "Clients", "Rank", f"Mean {facts.measure(log)}", "Worst client")
     folds = any(number(task.get("bytes_down_fold")) > 0 for task in log.tasks)
-    traffic = ("Up", "of it head", "Down", "of it head", *(["of it fold"] if folds else []))
+    traffic = (
+        "Tasks",
+        "Merged",
+        "Seconds a task",
+        "Up",
+        "of it head",
+        "Down",
+        "of it head",
+        *(["of it fold"] if folds else []),
+    )
     ways = ("bytes_up", "bytes_up_dense", "bytes_down", "bytes_down_dense", *(["bytes_down_fold"] if folds else []))
     rows = (_tier(log, tier, set(who), ways) for tier, who in facts.tiers(log).items())
-    return Grid(head + traffic, tuple(rows))
+    return Grid(who + traffic, tuple(rows))
 
 
 def _tier(log: RunLog, tier: str, members: set[str], ways: Sequence[str]) -> tuple[str, ...]:

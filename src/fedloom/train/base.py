@@ -79,17 +79,22 @@ class Base:
         return next(self.model.parameters()).device
 
     @property
+    def head(self) -> nn.Module | None:
+        """What gives the logits of the next token; None where the model chooses a label."""
+        return self.model.get_base_model().get_output_embeddings() if self.labels is None else None  # type: ignore[operator]
+
+    @property
     def words(self) -> int:
         """Numbers that the model gives for one token: the vocabulary, or 1 where it chooses a label for the whole text."""
-        head = self.model.get_base_model().get_output_embeddings() if self.labels is None else None
-        return len(head.weight) if head is not None else 1
+        weight = getattr(self.head, "weight", None)
+        return len(weight) if isinstance(weight, Tensor) else 1
 
     def shape(self) -> Shape:
         """Sizes of the model, for costs."""
         base = self.model.get_base_model()
         adapted = convert.lora_layers(self.model)
         own = [p for n, p in base.named_parameters() if "lora_" not in n and "modules_to_save" not in n]
-        head = getattr(base.get_output_embeddings(), "weight", None)  # tied to an embedding, it is multiplied by all the same
+        head = getattr(self.head, "weight", None)  # where it is an embedding too, it is multiplied all the same
         tables = [m.weight for m in base.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
         looked_up = sum(weight.numel() for weight in tables)
         first = next(iter(self.model.peft_config))
@@ -124,14 +129,15 @@ def load(
     more = pretrained.four_bit(place) if engine.four_bit else {}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        write = labels is None
-        model, fresh = pretrained.generator(name, **more) if write else pretrained.classifier(name, labels, **more)
+        model, fresh = (
+            pretrained.generator(name, **more) if labels is None else pretrained.classifier(name, labels, **more)
+        )
         tokenizer = pretrained.tokenizer(name)
-        if write:
-            tokenizer.padding_side = "right"  # so that a token's position is its number, also where positions are learnt
+        if labels is None:
+            tokenizer.padding_side = "right"  # a token's position is its number then, also where positions are learnt
         model.config.pad_token_id = tokenizer.pad_token_id
         _check_targets(model, lora)
-        reads_first = engine.first_token and not write and first_token.install(model)
+        reads_first = engine.first_token and labels is not None and first_token.install(model)
         biggest = max(max(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
         if rank > biggest:  # before peft makes matrices of it
             raise Refused("plan.rank", rank, f"no layer of the model is that large; choose ranks below {biggest}")
@@ -163,7 +169,7 @@ def _settled(model: PeftModel, place: torch.device, engine: Engine) -> PeftModel
 def _checkpointed(model: PreTrainedModel, engine: Engine) -> None:
     if engine.checkpointing:
         try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         except ValueError as error:
             remedy = f"{type(model).__name__} cannot compute its layers again; leave it off"
             raise Refused("engine.checkpointing", True, remedy) from error
@@ -245,4 +251,5 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise Refused("device", name, f"this machine has no such device ({pretrained.first_line(error)}); choose cpu") from error
+        remedy = f"this machine has no such device ({pretrained.first_line(error)}); choose cpu"
+        raise Refused("device", name, remedy) from error

@@ -64,7 +64,9 @@ class _Fed(nn.Module):
         return super().__getattr__(name) if name in ("block", "hidden") else getattr(self.block, name)
 
     def forward(self, *args: Any, **named: Any) -> Any:
-        return self.block(self.hidden, *args[1:], **named) if args else self.block(**{**named, "hidden_states": self.hidden})
+        if args:
+            return self.block(self.hidden, *args[1:], **named)
+        return self.block(**{**named, "hidden_states": self.hidden})
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, pad, truncate
 from fedloom.train import convert
-from fedloom.train.base import Base, load, quiet
+from fedloom.train.base import Base, load
+from fedloom.train.pretrained import quiet
 from fedloom.train.settings import LoRA
 
 CARD = """# LoRA adapter, fine-tuned federatedly with fedloom
@@ -46,7 +47,8 @@ def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Pa
     """Write `adapter` as a PEFT folder that `PeftModel.from_pretrained` loads."""
     slot = base.put(adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(base.model, adapter_name=slot, save_embedding_layers=False)  # no look at the hub
+    # "auto" would ask the hub whether the vocabulary has grown
+    weights = get_peft_model_state_dict(base.model, adapter_name=slot, save_embedding_layers=False)
     weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     safetensors.torch.save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
     config = copy.deepcopy(base.model.peft_config[slot])

@@ -30,7 +30,7 @@ def write(
     most: int,
     fold: Adapter | None = None,
 ) -> list[str]:
-    """Greedy answers of at most `most` tokens to the requests of these examples, by the adapter over base and fold or the base alone."""
+    """Greedy answers of at most `most` tokens to these examples' requests, by the adapter over base and fold, or the base alone."""
     assert texts.begins is not None
     requests = [texts.ids[i][: texts.begins[i]] for i in indices]
     if adapter is None:

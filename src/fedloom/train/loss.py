@@ -81,8 +81,8 @@ def _only(base: Base, asked: Tensor) -> Iterator[bool]:
 
     Several clients' heads are told apart by the rows of a batch.
     """
-    head = base.model.get_base_model().get_output_embeddings()
-    if isinstance(head, LoraLayer | ModulesToSaveWrapper):
+    head = base.head
+    if head is None or isinstance(head, LoraLayer | ModulesToSaveWrapper):
         yield False
         return
 

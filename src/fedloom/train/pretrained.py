@@ -36,8 +36,8 @@ def generator(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
     """
     model, fresh = _loaded(AutoModelForCausalLM, name, "generation", **more)
     if reads_ahead(model):
-        remedy = f"{type(model).__name__} sees the words that it is to predict; give a decoder such as Qwen/Qwen2.5-0.5B"
-        raise Refused("model", name, remedy)
+        remedy = "sees the words that it is to predict; give a decoder such as Qwen/Qwen2.5-0.5B"
+        raise Refused("model", name, f"{type(model).__name__} {remedy}")
     return model, fresh
 
 
@@ -47,12 +47,12 @@ def four_bit(device: torch.device) -> dict[str, Any]:
     Raises Refused where this machine cannot do that.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise Refused("engine.four_bit", True, "4-bit layers need an NVIDIA GPU: set device='cuda', or leave four_bit off")
+        raise Refused("engine.four_bit", True, "it needs an NVIDIA GPU: set device='cuda', or leave it off")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise Refused("engine.four_bit", True, "bitsandbytes is not installed: pip install 'fedloom[four-bit]'")
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -62,7 +62,7 @@ def four_bit(device: torch.device) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def reads_ahead(model: PreTrainedModel) -> bool:
+def reads_ahead(model: Any) -> bool:
     """Whether what a model says of a token depends on tokens after it. Asked of the model itself, by changing the last of a few."""
     words, training = model.config.get_text_config().vocab_size, model.training
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6]]) % words
@@ -96,12 +96,12 @@ def _loaded(kind: Any, name: str, use: str, **more: Any) -> tuple[PreTrainedMode
 
 
 def _remedy(name: str, use: str, error: Exception) -> str:
+    if "Unrecognized configuration class" in str(error):
+        return f"transformers has no model of this architecture for {use}; choose another model"
     if Path(name).is_dir():
         return f"the folder holds no model that transformers can load for {use} ({first_line(error)})"
     if os.sep in name and not Path(name).exists() and name.count("/") != 1:
         return "there is no such folder; give one, or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
-    if "Unrecognized configuration class" in str(error):
-        return f"transformers has no model of this architecture for {use}; choose another model"
     return f"neither a local folder nor a model of the hub ({first_line(error)}); check the name and the network"
 
 
