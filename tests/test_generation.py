@@ -14,18 +14,27 @@ import pytest
 from bench.same_bytes import COMPARED
 from bench.tiny import toy_answers
 from fedloom import (
+    Engine,
     FedFa,
+    FedSA,
     FixedDepth,
+    FixedRank,
+    FLoRA,
     Generation,
+    Hierarchy,
     Instructions,
     LabelDirichlet,
     Limits,
     LoRA,
+    LoRAA2,
     Plan,
     ProductDelta,
+    RandomGroups,
     RankByCapability,
     Refused,
+    Rounds,
     Run,
+    Scaffold,
     Training,
     prepare,
 )
@@ -161,6 +170,30 @@ def test_texts_of_data_and_model_stay_texts(written: Path, tmp_path: Path) -> No
     assert "<script" not in page
     assert "\x1b" not in page
     assert "a\nb" in page
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"aggregator": FLoRA(), "lora": LoRA(target_modules="all-linear")},
+        {"aggregator": LoRAA2()},
+        {"aggregator": Scaffold(clients=3), "schedule": Rounds(cohort_size=3)},
+        {"hierarchy": Hierarchy(RandomGroups(2)), "schedule": Rounds(cohort_size=2)},
+        {"engine": Engine(checkpointing=True, bfloat16=True, together=4)},
+    ],
+    ids=["folds", "chosen directions", "control variates", "groups", "engine"],
+)
+def test_other_methods_and_ways_to_compute_learn_too(generator: Path, tmp_path: Path, more: dict[str, Any]) -> None:
+    run = small(generator, limits=Limits(versions=3), generation=Generation(2, 4), **more)
+    scores = read(prepare(run).execute(tmp_path / "run", report=False).folder).scores
+    assert scores[-1]["perplexity"] < 0.9 * scores[0]["perplexity"]
+
+
+def test_a_client_with_a_private_side_is_scored_with_its_own(generator: Path, tmp_path: Path) -> None:
+    plan = Plan(FixedRank(4), local_steps=8)
+    run = small(generator, aggregator=FedSA(), plan=plan, schedule=Rounds(cohort_size=3), limits=Limits(versions=3))
+    log = read(prepare(run).execute(tmp_path / "run", report=False).folder)
+    assert all(line["perplexity"] < 0.9 * line["base_perplexity"] for line in log.clients)
 
 
 @pytest.mark.parametrize("wrong", [lambda: Generation(examples=-1), lambda: Generation(max_new_tokens=0)])
