@@ -31,6 +31,7 @@ from fedloom.seeds import derive, rng
 from fedloom.server import Server
 from fedloom.simulate import Observer, Simulation
 from fedloom.trace import Trace
+from fedloom.train import dialogue
 from fedloom.train.base import Base, check_length, check_rank, initial, load
 from fedloom.train.depth import Cache
 from fedloom.train.evaluate import score
@@ -122,7 +123,9 @@ class Job:
         """The manifest, without the status."""
         settings, shape = manifest.plain(self.run), self.server.shape
         labels = self.split.test.labels
-        notes = manifest.notes(self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules)
+        fitted = {"training": self.train_texts.fitted, "test": self.test_texts.fitted}
+        notes = [*self.split.notes, *dialogue.notes(self.base.tokenizer, self.run.training.max_length, fitted)]
+        notes += manifest.notes(self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules)
         ranks = range(1, self.run.plan.rank.largest + 1)
         return {
             "fedloom": __version__,
