@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedloom.aggregate.scaffold import Scaffold
     from fedloom.availability import Availability
     from fedloom.codec import DeltaInt8, Exact, Half
+    from fedloom.data.instructions import Instructions
     from fedloom.data.load import Hub, Rows, Table
     from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     from fedloom.schedule.staleness import Constant, Hinge, Polynomial
     from fedloom.schedule.weights import by_examples, by_tokens, by_work, uniform
     from fedloom.server import Limits, Server
-    from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
+    from fedloom.train.settings import Engine, Generation, LoRA, Training, constant, cosine, linear
     from fedloom.treestate import Link
     from fedloom.world import Capabilities, Capability, Tier, World
 
@@ -73,6 +74,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "availability": ("Availability",),
     "codec": ("DeltaInt8", "Exact", "Half"),
+    "data.instructions": ("Instructions",),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
@@ -95,7 +97,7 @@ _HOMES = {
     "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
     "schedule.weights": ("by_examples", "by_tokens", "by_work", "uniform"),
     "server": ("Limits", "Server"),
-    "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
+    "train.settings": ("Engine", "Generation", "LoRA", "Training", "constant", "cosine", "linear"),
     "treestate": ("Link",),
     "world": ("Capabilities", "Capability", "Tier", "World"),
 }
@@ -149,6 +151,7 @@ __all__ = [
     "FixedRank",
     "FlexLoRA",
     "FoldedDelta",
+    "Generation",
     "Given",
     "HLoRA",
     "Half",
@@ -157,6 +160,7 @@ __all__ = [
     "Hinge",
     "Hub",
     "Immediate",
+    "Instructions",
     "Job",
     "JointMemory",
     "LabelDirichlet",
