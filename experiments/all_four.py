@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import mean, median
 
+from fedloom.data.context import labels, quality, words
 from grid import Grid, Line, interval, main, start
 from hierfedlora_80 import CLIENTS, EDGES, GROUPS, SCORED, STUDIES, RankOfClass, Study, final, ratio, reaches
 
@@ -39,8 +40,7 @@ from fedloom import (
     by_tokens,
     by_work,
 )
-from fedloom.data.context import labels, quality, words
-from fedloom.types import Aggregator, Schedule
+from fedloom.types import Schedule
 
 H, ROUNDS_ = 10, 8
 """Local steps of a task, and tasks of each client in a run that does not choose its steps."""
