@@ -62,9 +62,12 @@ class Summary:
         return round(sum(self.lengths))
 
     def median(self) -> float:
-        """The length that half of the texts do not reach, to within its bin."""
-        half = np.cumsum(self.lengths) * 2 >= sum(self.lengths)
-        return float(middles(LENGTHS)[int(half.argmax())])
+        """The length that half of the texts do not reach, as if lengths were spread evenly within a bin."""
+        below = np.cumsum(self.lengths)
+        k = int((below * 2 >= below[-1]).argmax())
+        ends = (*LENGTHS, LENGTHS[-1])
+        share = (below[-1] / 2 - below[k] + self.lengths[k]) / (self.lengths[k] or 1.0)
+        return float(ends[k] + share * (ends[k + 1] - ends[k]))
 
 
 def summarise(client: str, examples: Examples, measure: Measure = words, unit: str = "words") -> Summary:

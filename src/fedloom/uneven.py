@@ -126,7 +126,7 @@ def _deal(counts: Floats, seed: int, epsilon: float | None) -> Floats:
     dealt: Floats = np.array(rows)
     if epsilon is not None:
         dealt = np.array([noised(row, epsilon, seed, str(k)) for k, row in enumerate(dealt.tolist())])
-    return dealt[dealt.sum(axis=1) > 0]
+    return np.asarray(dealt[dealt.sum(axis=1) > 0])
 
 
 def _alpha(excess: float, counts: Floats, seed: int) -> float:
