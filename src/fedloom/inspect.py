@@ -166,10 +166,11 @@ def _show(out: Console, summaries: Sequence[Summary], name: str, notes: Sequence
     if found is not None:
         out.print(_table(context.axes(found)))
     out.print(_table(context.clients(summaries, 10)))
-    for axis, text in context.expected(found).rows if found else ():
-        out.print(f"{axis}: {text}", markup=False)
-    if found is not None and context.expected(found).rows:
-        out.print(context.HEDGE.replace("\n", " ").strip(), markup=False, style="dim")
+    likely = context.expected(found) if found is not None else []
+    for how, text in likely:
+        out.print(f"{how} {text}", markup=False)
+    if likely:
+        out.print(" ".join(context.HEDGE.split()), markup=False, style="dim")
     out.print(f"\nPage     {context.write(summaries, found, name, notes, page)}", markup=False, soft_wrap=True)
 
 

@@ -71,13 +71,13 @@ class Summary:
 
 
 def summarise(client: str, examples: Examples, measure: Measure = words, unit: str = "words") -> Summary:
-    """What there is to tell of these examples."""
+    """What there is to tell of these examples; of labels nothing, where the only one has no name."""
     named = np.bincount(examples.labels, minlength=len(examples.names)).tolist()
     return Summary(
         client,
         _histogram(measure(examples), LENGTHS),
         unit,
-        dict(zip(examples.names, map(float, named), strict=True)) if len(examples.names) > 1 else None,
+        dict(zip(examples.names, map(float, named), strict=True)) if any(examples.names) else None,
         None if examples.quality is None else _histogram([-value for value in examples.quality], LOSSES),
     )
 

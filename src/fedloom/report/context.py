@@ -14,7 +14,7 @@ from fedloom.report.facts import label
 from fedloom.report.html import deliver, render
 from fedloom.report.sections import Part, Section
 from fedloom.report.tables import Grid
-from fedloom.report.words import NONE, count, plural, short
+from fedloom.report.words import NONE, count, plural
 from fedloom.summary import LOSSES, Summary, middles
 from fedloom.uneven import Index, Unevenness, label_table
 
@@ -35,8 +35,8 @@ them for what to watch, not for a forecast."""
 MEASURED = """
 Lengths and labels: the mean Jensen-Shannon divergence (bits; 0 alike, at most 1) between a client and all clients together, lengths
 over ten bins of equal weight. Quality: how far the clients' means lie from the mean of all, in standard deviations. Sizes: standard
-deviation over mean. Chance is what the same texts give when they are dealt out at random, mean of 40 deals. The last but one column
-names the concentration of a Dirichlet draw that would be as uneven: the smaller, the more uneven."""
+deviation over mean. Chance is what the same texts give when they are dealt out at random, mean of 40 deals. Like
+Dirichlet: the concentration of a Dirichlet draw that would be as uneven; the smaller, the more uneven."""
 LENGTHS = """
 Above, all texts; below, one row a client, darker where more of its texts are, with a stroke at its median. Rows that look alike are
 even."""
@@ -110,12 +110,14 @@ def _alpha(index: Index) -> str:
     return "above 100" if index.alpha > 99 else "below 0.01" if index.alpha < 0.0101 else f"{index.alpha:.2g}"
 
 
-def expected(found: Unevenness) -> Grid:
-    """What to expect of each axis that is uneven by more than a trace."""
-    felt = [
-        axis for axis, index in indices(found) if level(axis, index).split()[0] in ("mildly", "clearly", "strongly")
+def expected(found: Unevenness) -> list[tuple[str, str]]:
+    """Of each axis that is uneven by more than a trace: that it is, and what to expect."""
+    felt = [(axis, level(axis, index)) for axis, index in indices(found)]
+    return [
+        (f"{AXES[axis].capitalize()}: {how}.", EXPECTED[axis])
+        for axis, how in felt
+        if how.split()[0] in ("mildly", "clearly", "strongly")
     ]
-    return Grid(("Axis", "What to expect"), tuple((AXES[axis].capitalize(), EXPECTED[axis]) for axis in felt))
 
 
 def clients(summaries: Sequence[Summary], most: int = CLIENTS) -> Grid:
@@ -150,8 +152,6 @@ def _mean_quality(own: Summary) -> float:
 def _tiles(summaries: Sequence[Summary], found: Unevenness | None) -> Iterator[tuple[str, str, str]]:
     sizes = sorted(own.examples for own in summaries)
     yield "Clients", count(len(summaries)), f"{count(sizes[0])} to {count(sizes[-1])} examples each"
-    medians = sorted(own.median() for own in summaries)
-    yield "Median length", f"{short(medians[0])} to {short(medians[-1])}", f"{summaries[0].unit}, over clients"
     for axis, index in indices(found) if found else ():
         beside = f"{index.chance[0]:.3f} by chance; " if axis != "quantity" else ""
         yield AXES[axis].capitalize(), f"{index.value:.3f}", f"{beside}{level(axis, index)}"
@@ -160,9 +160,9 @@ def _tiles(summaries: Sequence[Summary], found: Unevenness | None) -> Iterator[t
 def _sections(summaries: Sequence[Summary], found: Unevenness | None) -> Iterator[tuple[str, tuple[Part, ...]]]:
     if found is not None:
         likely = expected(found)
-        none = "" if likely.rows else "Nothing: on every axis the clients are about as even as chance makes them."
+        none = Part("", "Nothing: on every axis the clients are about as even as chance makes them.")
         yield "How uneven", (Part(MEASURED, grid=axes(found)),)
-        yield "What to expect", (Part(HEDGE if likely.rows else "", none, grid=likely, kind="words"),)
+        yield "What to expect", tuple(Part(text, how) for how, text in likely) + ((Part(HEDGE),) if likely else (none,))
     yield "Lengths", (Part(LENGTHS if len(summaries) > 1 else "", svg=figures_context.lengths(summaries)),)
     if all(own.quality for own in summaries):
         yield "Quality", (Part(QUALITY, svg=figures_context.qualities(summaries)),)
