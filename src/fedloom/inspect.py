@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from fedloom.report.tables import Grid
     from fedloom.summary import Summary
 
-JUDGED = 100
-"""Examples of a client that a model judges, at most: enough for a mean, and it takes a while."""
+JUDGED, FEWEST, LONGEST = 300, 8, 128
+"""Examples that a model judges, over all clients and of each one; and the tokens of them that it reads. It takes a while."""
 
 
 def inspect(
@@ -84,10 +84,11 @@ def inspect(
         _tell(out, examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
         return
     parts = _parts(examples, data[0].name)
-    summaries = [_summary(name, own, model) for name, own in parts.items()]
-    if model is None:
-        notes.append("Quality was not measured: name a language model with --model.")
-        out.print(notes[-1], markup=False, soft_wrap=True)
+    judged = max(FEWEST, JUDGED // len(parts))
+    unmeasured = "Quality was not measured: name a language model with --model."
+    notes.append(unmeasured if model is None else f"{model} judges at most {judged} examples of each client.")
+    out.print(notes[-1], markup=False, soft_wrap=True)
+    summaries = [_summary(name, own, model, judged) for name, own in parts.items()]
     _show(out, summaries, data[0].name, notes, page)
 
 
@@ -119,7 +120,7 @@ def _parts(examples: Examples, name: str) -> Mapping[str, Examples]:
     return {client: examples.take(part) for client, part in ByClient().split(examples, 0).items()}
 
 
-def _summary(name: str, examples: Examples, model: str | None) -> Summary:
+def _summary(name: str, examples: Examples, model: str | None, judged: int = JUDGED) -> Summary:
     from fedloom.summary import summarise
 
     if model is None:
@@ -127,9 +128,9 @@ def _summary(name: str, examples: Examples, model: str | None) -> Summary:
     from fedloom.seeds import rng
     from fedloom.train.quality import Tokens, scores
 
-    some = examples.take(sorted(rng(0, "judged", name).sample(range(len(examples)), min(JUDGED, len(examples)))))
-    judged = summarise(name, replace(some, quality=scores(some, model)))
-    return replace(summarise(name, examples, Tokens(model), f"tokens of {model}"), quality=judged.quality)
+    some = examples.take(sorted(rng(0, "judged", name).sample(range(len(examples)), min(judged, len(examples)))))
+    seen = summarise(name, replace(some, quality=scores(some, model, LONGEST)))
+    return replace(summarise(name, examples, Tokens(model), f"tokens of {model}"), quality=seen.quality)
 
 
 def _tell(
