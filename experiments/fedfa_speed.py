@@ -2,11 +2,11 @@
 
     python experiments/fedfa_speed.py [--quick [--cell NAME]] [--summary] [--workers N] [--only PATTERN ...]
 
-50 clients, 20 at work at once, AG News with a small BERT of which LoRA of rank 8 adapts the upper layer, 5 local steps of 16
-texts a task. IID and label Dirichlet 0.1; three device models: mild and heavy delays in three classes (half of the clients, a
-third, a sixth), and log-normal speeds. Every run ends after as many uploads, and is scored every 20 uploads. Cells are
-METHOD/SPLIT/DEVICES. Each method's learning rate and its server's rate are the best of a small grid on a seed of its own
-(`fedfa_rates.py`).
+50 clients, 20 at work at once, AG News and SST-2 with a small BERT, MRPC with MiniLM, of which LoRA of rank 8 adapts the top layer,
+5 local steps of 16 texts a task. IID and label Dirichlet 0.1; three device models: mild and heavy delays in three classes (half of
+the clients, a third, a sixth), and log-normal speeds. Every run ends after as many uploads, and is scored every 20 uploads. Cells
+are METHOD/SPLIT/DEVICES, AG News where the split names no data. Each method's learning rate and its server's rate are the best of a
+small grid on a seed of its own (`fedfa_rates.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from statistics import median
+from typing import Any
 
 from grid import SHARED, Grid, Line, main, start
 
@@ -45,6 +46,7 @@ from fedloom import (
 )
 from fedloom.data.partition import Partition
 from fedloom.delays import FAST, SLOWER, DelayClass, DelayClasses, Delays
+from fedloom.embedded import minilm
 from fedloom.types import Aggregator, Schedule
 from fedloom.world import Devices
 
@@ -62,39 +64,72 @@ DEVICES: dict[str, Devices] = {
     "lognormal": Delays(sigma=1.0, jitter=0.3),
     "heavy": DelayClasses((FAST, SLOWER, DelayClass("slow", 1.0, 50.0, 80.0)), concentration=None),
 }
-SPLITS: dict[str, Partition] = {"iid": IID(CLIENTS), "dir0.1": LabelDirichlet(CLIENTS, 0.1)}
-UPPER = r".*layer\.1\..*(query|value|dense)"
-"""The upper of the two layers: what lies below is computed once a text and kept."""
+FOLDER, TINY = SHARED / "data", str(SHARED / "models" / "bert-tiny-local")
 
 
-MODEL = str(SHARED / "models" / "bert-tiny-local")
-DATA = Table(
-    SHARED / "data" / "agnews" / "train_part.tsv.gz",
-    SHARED / "data" / "agnews" / "test.tsv.gz",
+@dataclass(frozen=True)
+class Study:
+    """Texts divided over clients, with the target accuracy, fixed before the runs on the tuning seed.
+
+    `modules` are those of the top layer: what lies below is computed once a text and kept.
+    """
+
+    data: Table
+    partition: Partition
+    target: float
+    model: str = TINY
+    modules: str = r".*layer\.1\..*(query|value|dense)"
+    length: int = 64
+    rate: float | None = None
+    """Of every method, where none has been tuned."""
+
+
+AGNEWS = Table(
+    FOLDER / "agnews" / "train_part.tsv.gz",
+    FOLDER / "agnews" / "test.tsv.gz",
     text="text",
     test_text=("title", "description"),
 )
-TARGETS = {"iid": 0.78, "dir0.1": 0.55}
-"""Fixed before the runs, on the tuning seed."""
+SST2 = Table(FOLDER / "sst2" / "train.tsv.gz", FOLDER / "sst2" / "dev.tsv.gz", text="sentence")
+MRPC = Table(FOLDER / "mrpc" / "train.tsv.gz", FOLDER / "mrpc" / "test.tsv.gz", text="sentence1", pair="sentence2")
+UNIFORM, SKEWED = IID(CLIENTS), LabelDirichlet(CLIENTS, 0.1)
+MINILM: dict[str, Any] = {
+    "model": str(minilm()),
+    "modules": r".*layer\.5\..*(query|value|dense)",
+    "length": 96,
+    "rate": 1e-3,
+}
+SPLITS: dict[str, Study] = {
+    "iid": Study(AGNEWS, UNIFORM, 0.78),
+    "dir0.1": Study(AGNEWS, SKEWED, 0.55),
+    "sst2-iid": Study(SST2, UNIFORM, 0.60),
+    "sst2-dir0.1": Study(SST2, SKEWED, 0.55),
+    "mrpc-iid": Study(MRPC, UNIFORM, 0.70, **MINILM),
+    "mrpc-dir0.1": Study(MRPC, SKEWED, 0.68, **MINILM),
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A schedule and an aggregator, with the rate of local training by split."""
+    """A schedule and an aggregator, with the rate of local training by split, in their order; of AG News alone: its two for all."""
 
     schedule: Schedule
     aggregator: Aggregator = field(default_factory=FedIT)
-    rates: tuple[float, float] = (5e-3, 1e-2)
+    rates: tuple[float, ...] = (5e-3, 1e-2)
+
+    def rate(self, split: str) -> float:
+        """The rate of local training."""
+        return SPLITS[split].rate or self.rates[[*SPLITS].index(split) % len(self.rates)]
 
 
 METHODS: dict[str, Method] = {
     FEDAVG: Method(Rounds(IN_FLIGHT, weigh=uniform)),
     STRONG: Method(Rounds(IN_FLIGHT, over_selection=1.3, weigh=uniform)),
     SEMI: Method(FedBuff(IN_FLIGHT, waiting=True)),
-    "fedbuff": Method(FedBuff(10), rates=(5e-3, 5e-3)),
+    "fedbuff": Method(FedBuff(10), rates=(5e-3, 5e-3, 5e-3, 1e-2)),
     "fedbuff-half": Method(FedBuff(10, server_learning_rate=0.5)),
-    "fedasync": Method(FedAsync()),
-    "fedfa": Method(FedFa(10), rates=(1e-2, 1e-2)),
+    "fedasync": Method(FedAsync(), rates=(5e-3, 1e-2, 5e-3, 5e-3)),
+    "fedfa": Method(FedFa(10), rates=(1e-2, 1e-2, 5e-3, 1e-2)),
     OURS: Method(Immediate(0.4, discount=Polynomial(0.5)), Averaged(FedIT()), rates=(5e-3, 5e-3)),
 }
 """Their rates are the best of `fedfa_rates.py`; both server rates of FedBuff are here, because each was best on one split."""
@@ -127,17 +162,17 @@ def per_version(schedule: Schedule) -> int:
 
 def cell(method: Method, split: str, devices: str, name: str, seed: int) -> Run:
     """One run."""
-    uploads = per_version(method.schedule)
+    uploads, study = per_version(method.schedule), SPLITS[split]
     return Run(
         name=name.replace("/", "-"),
-        model=MODEL,
-        data=DATA,
-        partition=SPLITS[split],
+        model=study.model,
+        data=study.data,
+        partition=study.partition,
         aggregator=method.aggregator,
         schedule=method.schedule,
         plan=Plan(FixedRank(8), 5),
-        lora=LoRA(target_modules=UPPER, dropout=0.0),
-        training=Training(learning_rate=method.rates[list(SPLITS).index(split)], max_length=64, keep_moments=False),
+        lora=LoRA(target_modules=study.modules, dropout=0.0),
+        training=Training(learning_rate=method.rate(split), max_length=study.length, keep_moments=False),
         world=DEVICES[devices],
         limits=Limits(versions=UPLOADS // uploads, evaluate_every=EVERY // uploads),
         held_out=0.0,
@@ -160,7 +195,7 @@ def cells() -> dict[str, partial[Run]]:
 
 def reached(line: Line) -> tuple[float, float] | None:
     """Virtual seconds and uploads to the target: the middle of the first `STEADY` scores whose mean is there; None if never."""
-    goal, curve = TARGETS[line["cell"].split("/")[1]], line["curve"]
+    goal, curve = SPLITS[line["cell"].split("/")[1]].target, line["curve"]
     each = line["uploads"] / curve[-1][0]
     for first in range(len(curve) - STEADY + 1):
         versions, times, scores = zip(*curve[first : first + STEADY], strict=True)
@@ -199,7 +234,7 @@ def speedups(found: Sequence[Line], ours: str, others: Sequence[str]) -> dict[st
 
 
 def summary(found: Sequence[Line]) -> Line:
-    """The figures of the comparison, over AG News; every pair by split and devices before that."""
+    """The figures of the comparison, over AG News; every pair by split and devices, of all data, before that."""
     pairs = {
         "fedfa_vs_fedavg": speedups(found, "fedfa", [FEDAVG]),
         "fedfa_vs_semi_async": speedups(found, "fedfa", [SEMI]),
@@ -208,6 +243,11 @@ def summary(found: Sequence[Line]) -> Line:
     }
     for name, ratios in pairs.items():
         print(f"{name:20s}", "  ".join(f"{place}: {ratio:g}" for place, ratio in ratios.items()))
+    found = [line for line in found if SPLITS[line["cell"].split("/")[1]].data is AGNEWS]
+    pairs = {
+        name: {place: ratio for place, ratio in ratios.items() if SPLITS[place.split("/")[0]].data is AGNEWS}
+        for name, ratios in pairs.items()
+    }
     heavy = {name: [r for place, r in ratios.items() if place.endswith("heavy")] for name, ratios in pairs.items()}
     gaps = [
         100 * (final(one) - final(other))

@@ -52,7 +52,7 @@ from fedloom.plan.rank import RankRule
 from fedloom.types import Aggregator, Fleet, Profile, Schedule
 from fedloom.world import MIDDLE, STRONG, WEAK, Capabilities
 
-CLIENTS, GROUPS, H, TOTAL = 80, 8, 10, 80
+CLIENTS, GROUPS, H, TOTAL = 80, 8, 10, 160
 """`H` steps of a client in a global round of groups, `TOTAL` in a run: as many in every run whose rule does not choose the steps."""
 STEP, ADAPTER = 0.25, 9.6e6
 """What the models stand for: seconds of a whole step on a weak device at full power, bits of a whole adapter of rank 8."""
@@ -148,7 +148,7 @@ class Method:
 def grouped(plan: Planned | None, groups: object = NearIID(GROUPS), rounds: int = 1, **more: object) -> Method:
     """A method with groups."""
     hierarchy = Hierarchy(groups, rounds=rounds, plan=plan)  # type: ignore[arg-type]
-    return Method(hierarchy=hierarchy, **more)  # type: ignore[arg-type]
+    return Method(hierarchy=hierarchy, **{"rank": RankOfClass(), **more})  # type: ignore[arg-type]
 
 
 SCORED, OURS, ACROSS = Planned(Paced(Scored(H)), batch_tokens=TOKENS), "hierfedlora", "fedfa-across"
@@ -162,7 +162,7 @@ METHODS: dict[str, Method] = {
     "legend": Method(rank=RankOfClass(), within=0.7),
     "depth-only": Method(within=0.7),
     OURS: grouped(SCORED),
-    "with-ranks": grouped(SCORED, rank=RankOfClass()),
+    "equal-ranks": grouped(SCORED, rank=FixedRank(8)),
     "groups-only": grouped(None, rounds=5),
     "fixed-rounds": grouped(replace(SCORED, rounds=5)),
     "fixed-depth": grouped(replace(SCORED, depth=1)),
@@ -173,8 +173,8 @@ METHODS: dict[str, Method] = {
     "joint-memory": grouped(replace(SCORED, rule=JointMemory(H, 5, ranks=(2, 4, 8)))),
     ACROSS: grouped(SCORED, across=True),
 }
-"""FedIT is flat FedAvg with so many steps; the best of them counts. `with-ranks`: ours at the ranks of
-`legend`; from `groups-only` on it is without one of its parts."""
+"""FedIT is flat FedAvg with so many steps; the best of them counts. Ours has the ranks of `legend`, `equal-ranks` those of FedIT; from
+`groups-only` on it is without one of its parts."""
 
 
 def cell(name: str, seed: int) -> Run:

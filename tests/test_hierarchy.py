@@ -113,10 +113,10 @@ def planning(encoder: Path) -> Any:
 def test_a_plan_is_in_the_folder_and_in_the_report(planned: Path, tmp_path: Path) -> None:
     log = read(planned)
     assert len(log.edges) == 8
-    assert all("gradient mass" in line["why"] and line["rank"] == 4 for line in log.edges)
+    assert all("gradient norm" in line["why"] and line["rank"] == 4 for line in log.edges)
     assert {line["depth"] for line in log.edges} <= {None, 1}
     assert "Why its last task" in write([planned], tmp_path / "page.html").read_text(encoding="utf-8")
-    assert b'"why":"gradient mass' in (planned / "trace.jsonl").read_bytes()
+    assert b'"why":"gradient norm' in (planned / "trace.jsonl").read_bytes()
 
 
 def test_a_planned_run_replays_and_goes_on_to_the_same_files(encoder: Path, planned: Path, tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ class Gathered:
             whole += sum(size * changes[k][name] for size, k in held) / total
             before = updates[held[0][1]].base
             common += norm(change(model.adapter.factors[name], before.adapter.factors[name])) ** 2 if before else 0.0
+        heads = [{n: v / one.result.steps for n, v in dense_squares(one).items()} for one in updates]
+        for name in heads[0]:
+            mass[name] = sum(size * head[name] for size, head in zip(sizes, heads, strict=True)) / sum(sizes)
         self.mass = mass
         if whole > 0 and all(update.base and update.base.fold is model.fold for update in updates):
             self.spread = max(0.0, 1.0 - common / whole)
@@ -56,6 +59,12 @@ def squares(update: Update) -> dict[str, float]:
     """The squared Frobenius norm of what a client changed in each layer."""
     begun = update.task.start.train.factors
     return {name: norm(change(new, begun[name])) ** 2 for name, new in update.result.adapter.factors.items()}
+
+
+def dense_squares(update: Update) -> dict[str, float]:
+    """The same of what is trained whole, the head."""
+    begun = update.task.start.train.dense
+    return {name: float((new - begun[name]).norm()) ** 2 for name, new in update.result.adapter.dense.items()}
 
 
 def timed(told: Told, metrics: Mapping[str, float]) -> Told:

@@ -96,6 +96,8 @@ def test_mass_is_what_a_layer_was_last_seen_to_change_and_the_mean_where_it_was_
     first, second = told(mass={"query": 3.0, "value": 1.0}), told(mass={"value": 5.0})
     assert mass(replace(LOG, told=(first, second)), SHAPE) == (5.0, 3.0)
     assert mass(replace(LOG, told=(second,)), SHAPE) == (5.0, 5.0)
+    with_head = told(mass={"query": 3.0, "value": 1.0, "head": 2.0})
+    assert mass(replace(LOG, told=(with_head,)), SHAPE) == (3.0, 3.0), "the head is trained at any depth"
 
 
 def test_dispersion_follows_the_spread_and_rewards_the_loss() -> None:
@@ -152,7 +154,7 @@ def test_a_run_follows_its_rule(rule: Joint) -> None:
         learnt = one.what.told
         assert {spent.client for spent in learnt.spent} == {c.client for c in tree.groups.members[one.edge]}
         assert all(spent.train > 0 and spent.answers == learnt.budget.rounds for spent in learnt.spent)
-        assert set(learnt.mass) == ({"value"} if learnt.budget.depth == 1 else {"query", "value"})
+        assert set(learnt.mass) == {"head", "value"} | (set() if learnt.budget.depth == 1 else {"query"})
         assert 0 <= learnt.spread <= 1
         assert math.fsum(learnt.energy) == pytest.approx(1.0, abs=0.2)
 

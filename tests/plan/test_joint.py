@@ -147,7 +147,7 @@ def test_scored_takes_the_best_on_the_curve_of_equal_time(fleet: list[GroupState
                 if one.seconds(Choice(f, depth, 8, 20)) <= end * (1 + 1e-9):
                     total = sum(one.mass)
                     mass = sum(one.mass[:depth]) / total if total else depth / 6
-                    scores[f, depth] = mass - drift * (20 / f * one.dispersion) ** 2
+                    scores[f, depth] = math.sqrt(mass) - drift * (20 / f * one.dispersion) ** 2
         if scores:
             assert scores[choice.rounds, choice.depth] == pytest.approx(max(scores.values()), abs=1e-9)
         else:
@@ -280,7 +280,7 @@ def test_steps_end_where_drift_eats_what_another_one_gains() -> None:
 def test_a_reason_has_the_numbers_that_decided() -> None:
     (one,) = Scored()([group(1.0, 2.0, bps=math.inf)])
     assert one.why == (
-        "gradient mass 1.00 less drift 0 is the best of 6 depths; 10 rounds of 2 steps at depth 6 take 80 s, "
+        "gradient norm 1.00 less drift 0 is the best of 6 depths; 10 rounds of 2 steps at depth 6 take 80 s, "
         "the fastest group 80 s; the slowest of 2 members needs 4 s a step"
     )
 

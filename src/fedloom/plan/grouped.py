@@ -112,20 +112,24 @@ def _followed(cost: CostModel, one: Spent, shape: Shape) -> CostModel:
 
 
 def mass(log: GroupLog, shape: Shape) -> tuple[float, ...]:
-    """By depth, from the output down, what each layer was last seen to change; one that was never seen counts as their mean."""
+    """By depth, from the output down, what each layer was last seen to change; one that was never seen counts as their mean.
+
+    The head is trained at any depth, and counts with the first.
+    """
     latest = dict[str, float]()
     for told in log.told:
         latest |= told.mass
     if not latest:
         return ()
     seen: Mapping[int, float] = {
-        depth: math.fsum(value for name, value in latest.items() if shape.depths[name] == depth)
+        depth: math.fsum(value for name, value in latest.items() if shape.depths.get(name) == depth)
         for depth in range(1, shape.layers + 1)
-        if any(shape.depths[name] == depth for name in latest)
+        if any(shape.depths.get(name) == depth for name in latest)
     }
-    usual = math.fsum(seen.values()) / len(seen)
-    holds = set(shape.depths.values())
-    return tuple(seen.get(depth, usual if depth in holds else 0.0) for depth in range(1, shape.layers + 1))
+    usual = math.fsum(seen.values()) / max(1, len(seen))
+    holds, head = set(shape.depths.values()), math.fsum(v for name, v in latest.items() if name not in shape.depths)
+    first, *lower = (seen.get(depth, usual if depth in holds else 0.0) for depth in range(1, shape.layers + 1))
+    return (first + head, *lower)
 
 
 def observed(told: tuple[Told, ...], shape: Shape) -> Iterator[Observed]:

@@ -4,7 +4,7 @@ Source: HierFedLoRA (Liu, Liao, H. Xu, Y. Xu, arXiv 2503.21213, 2025) couples th
 was not to be had; these are the three rules of our reconstruction, and a fourth of our own:
 
 - `TimeAligned`: everybody is done when the fastest group is (closed form; ParallelSFL, arXiv 2410.01256, 2024, Eq. 17).
-- `Scored`, the default: of all choices that take as long, the one with the most gradient mass and the least drift.
+- `Scored`, the default: of all choices that take as long, the one that follows the most of the gradient with the least drift.
 - `Bandit`: no gradient statistics; it learns from what its choices earned.
 - `JointMemory`: rank and steps too, within every member's memory.
 
@@ -68,10 +68,11 @@ class TimeAligned:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Along the curve of equal time, deeper against more often: the highest G(d) - drift * (steps / f)^2 * delta_g^2.
+    """Along the curve of equal time, deeper against more often: the highest sqrt(G(d)) - drift * (steps / f)^2 * delta_g^2.
 
-    All groups do `steps`; f divides them and is at most `most`. G(d) is the share of the gradients' mass in the top d layers, what
-    is below is lost; the second term is how far members drift apart between two averages of the group, from the bound for
+    All groups do `steps`; f divides them and is at most `most`. G(d) is the share of the changes' mass in the top d layers and the
+    head, what is below is lost. A step of AdamW has a length of its own, and then the loss falls by the norm of the gradient that it
+    follows, which is the root of its mass; the second term is how far members drift apart between two averages of the group, from the bound for
     hierarchical averaging. `drift` is gamma * eta^2, with eta the learning rate; at 0 depth is all that counts.
     """
 
@@ -95,13 +96,13 @@ class Scored:
         timely = [replace(one, rounds=divided(group, limit, one)) for one in every]
         curve = [one for one in timely if one.rounds] or [replace(every[0], rounds=1)]
         best = max(curve, key=lambda one: (self.score(group, one), one.depth))
-        won, lost = group.covered(best.depth), drift(self.drift, group, best)
-        why = f"gradient mass {won:.2f} less drift {lost:.2g} is the best of {len(curve)} depths; "
+        won, lost = math.sqrt(group.covered(best.depth)), drift(self.drift, group, best)
+        why = f"gradient norm {won:.2f} less drift {lost:.2g} is the best of {len(curve)} depths; "
         return timed(group, replace(best, why=why), limit)
 
     def score(self, group: GroupState, choice: Choice) -> float:
         """What is maximised."""
-        return group.covered(choice.depth) - drift(self.drift, group, choice)
+        return math.sqrt(group.covered(choice.depth)) - drift(self.drift, group, choice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ class Bandit:
 class JointMemory:
     """Rounds, depth, rank and steps at once: the most progress in the time of the fastest group, within every member's memory.
 
-    Progress of a global round is steps * (G(d) E(r) - drift * (steps / f)^2 * delta_g^2): every step is worth the share of the
+    Progress of a global round is steps * (sqrt(G(d) E(r)) - drift * (steps / f)^2 * delta_g^2): every step is worth the share of the
     gradient that depth d and rank r can follow, E(r) being the energy of the first r directions, less the drift of `Scored`. The time
     is that of the fastest group at `most` rounds, `steps` steps, and the greatest depth and rank that its memory holds. Our own.
     """
@@ -189,7 +190,7 @@ class JointMemory:
         return choice.steps * (self._worth(group, choice) - drift(self.drift, group, choice))
 
     def _worth(self, group: GroupState, choice: Choice) -> float:
-        return group.covered(choice.depth) * share(group.energy, choice.rank, max(self.ranks))
+        return math.sqrt(group.covered(choice.depth) * share(group.energy, choice.rank, max(self.ranks)))
 
     def _held(self, group: GroupState) -> tuple[int, ...]:
         """Ranks at which one layer at least can be trained; raises Refused if there is none."""
