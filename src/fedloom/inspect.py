@@ -86,7 +86,7 @@ def inspect(
     parts = _parts(examples, data[0].name)
     judged = max(FEWEST, JUDGED // len(parts))
     unmeasured = "Quality was not measured: name a language model with --model."
-    notes.append(unmeasured if model is None else f"{model} judges at most {judged} examples of each client.")
+    notes.append(unmeasured if model is None else f"{Path(model).name} judges at most {judged} examples of each client.")
     out.print(notes[-1], markup=False, soft_wrap=True)
     summaries = [_summary(name, own, model, judged) for name, own in parts.items()]
     _show(out, summaries, data[0].name, notes, page)
@@ -130,7 +130,7 @@ def _summary(name: str, examples: Examples, model: str | None, judged: int = JUD
 
     some = examples.take(sorted(rng(0, "judged", name).sample(range(len(examples)), min(judged, len(examples)))))
     seen = summarise(name, replace(some, quality=scores(some, model, LONGEST)))
-    return replace(summarise(name, examples, Tokens(model), f"tokens of {model}"), quality=seen.quality)
+    return replace(summarise(name, examples, Tokens(model), f"tokens of {Path(model).name}"), quality=seen.quality)
 
 
 def _tell(
