@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from fedloom.aggregate.scaffold import Scaffold
     from fedloom.availability import Availability
     from fedloom.codec import DeltaInt8, Exact, Half
+    from fedloom.data.axes import LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew
+    from fedloom.data.context import labels, quality, samples, words
+    from fedloom.data.corrupted import Corrupted
     from fedloom.data.instructions import Instructions
     from fedloom.data.load import Hub, Rows, Table
     from fedloom.data.mixture import ClientDirichlet
@@ -75,6 +78,9 @@ _HOMES = {
     "availability": ("Availability",),
     "codec": ("DeltaInt8", "Exact", "Half"),
     "data.instructions": ("Instructions",),
+    "data.axes": ("LengthDirichlet", "Mixture", "QualityDirichlet", "Shuffled", "Skew"),
+    "data.context": ("labels", "quality", "samples", "words"),
+    "data.corrupted": ("Corrupted",),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
@@ -125,6 +131,7 @@ __all__ = [
     "ClientDirichlet",
     "Clip",
     "Constant",
+    "Corrupted",
     "DelayClass",
     "DelayClasses",
     "Delays",
@@ -164,11 +171,13 @@ __all__ = [
     "Job",
     "JointMemory",
     "LabelDirichlet",
+    "LengthDirichlet",
     "Limits",
     "Link",
     "LoRA",
     "LoRAA2",
     "Member",
+    "Mixture",
     "Momentum",
     "NearIID",
     "Noise",
@@ -178,6 +187,7 @@ __all__ = [
     "Planned",
     "Polynomial",
     "ProductDelta",
+    "QualityDirichlet",
     "QuantityDirichlet",
     "RaFLoRA",
     "RandomGroups",
@@ -193,6 +203,8 @@ __all__ = [
     "Scored",
     "Server",
     "Shards",
+    "Shuffled",
+    "Skew",
     "Table",
     "Tickets",
     "Tier",
@@ -204,11 +216,15 @@ __all__ = [
     "by_work",
     "constant",
     "cosine",
+    "labels",
     "linear",
     "noised",
     "prepare",
+    "quality",
+    "samples",
     "topics",
     "uniform",
+    "words",
 ]
 
 
