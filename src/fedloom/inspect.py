@@ -86,7 +86,9 @@ def inspect(
     parts = _parts(examples, data[0].name)
     judged = max(FEWEST, JUDGED // len(parts))
     unmeasured = "Quality was not measured: name a language model with --model."
-    notes.append(unmeasured if model is None else f"{Path(model).name} judges at most {judged} examples of each client.")
+    notes.append(
+        unmeasured if model is None else f"{Path(model).name} judges at most {judged} examples of each client."
+    )
     out.print(notes[-1], markup=False, soft_wrap=True)
     summaries = [_summary(name, own, model, judged) for name, own in parts.items()]
     _show(out, summaries, data[0].name, notes, page)
