@@ -97,7 +97,7 @@ def inspect(
 def _load(path: Path, clients: str | None, columns: Sequence[str]) -> tuple[Examples, list[str]]:
     """The examples of a table, and what was taken for what."""
     from fedloom.data.guess import as_examples, guessed
-    from fedloom.data.load import _read
+    from fedloom.data.read import read
 
     given = {} if clients is None else {"client": clients}
     for setting in columns:
@@ -105,7 +105,7 @@ def _load(path: Path, clients: str | None, columns: Sequence[str]) -> tuple[Exam
         if not equals:
             raise Refused("--column", setting, "write it as WHAT=NAME, such as text=message")
         given[role] = name
-    raw = _read(path, None)
+    raw = read(path, None)
     roles = guessed(raw, given)
     said = ", ".join(f"{role} from “{name}”{'' if role in given else ' (guessed)'}" for role, name in roles.items())
     notes = [f"Read {path.name}: {said}."]
