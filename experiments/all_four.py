@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import mean, median
 
-from fedloom.data.context import labels, quality, words
 from grid import Grid, Line, interval, main, start
 from hierfedlora_80 import CLIENTS, EDGES, GROUPS, SCORED, STUDIES, RankOfClass, Study, final, ratio, reaches
 
@@ -40,6 +39,7 @@ from fedloom import (
     by_tokens,
     by_work,
 )
+from fedloom.data.context import labels, quality, words
 from fedloom.types import Schedule
 
 H, ROUNDS_ = 10, 8

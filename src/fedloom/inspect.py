@@ -63,7 +63,7 @@ def inspect(
 
     Example: [bold]fedloom inspect tickets.csv --clients company --column text=message[/bold]
     """
-    from fedloom.summary import read
+    from fedloom.summary import read as read_summary
 
     out = Console(highlight=False)
     if client_summary is None and (epsilon is not None or labels is not None):
@@ -73,7 +73,7 @@ def inspect(
         if len(told) < len(data) or clients or columns or model or client_summary:
             raise Refused("DATA", str(told[0]), "summaries stand alone: neither tables nor settings beside them")
         notes = [f"Read {len(told)} summaries; no text was needed."]
-        _show(out, [read(_text(path), str(path)) for path in told], "Federation", notes, page)
+        _show(out, [read_summary(_text(path), str(path)) for path in told], "Federation", notes, page)
         return
     if len(data) > 1:
         raise Refused("DATA", str(data[1]), "give one table, or several summaries (.json)")
