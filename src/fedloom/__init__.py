@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from fedloom.aggregate.scaffold import Scaffold
     from fedloom.availability import Availability
     from fedloom.codec import DeltaInt8, Exact, Half
+    from fedloom.data.axes import LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew
+    from fedloom.data.context import labels, quality, samples, words
+    from fedloom.data.corrupted import Corrupted
     from fedloom.data.load import Hub, Rows, Table
     from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
@@ -73,6 +76,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "availability": ("Availability",),
     "codec": ("DeltaInt8", "Exact", "Half"),
+    "data.axes": ("LengthDirichlet", "Mixture", "QualityDirichlet", "Shuffled", "Skew"),
+    "data.context": ("labels", "quality", "samples", "words"),
+    "data.corrupted": ("Corrupted",),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
@@ -123,6 +129,7 @@ __all__ = [
     "ClientDirichlet",
     "Clip",
     "Constant",
+    "Corrupted",
     "DelayClass",
     "DelayClasses",
     "Delays",
@@ -160,11 +167,13 @@ __all__ = [
     "Job",
     "JointMemory",
     "LabelDirichlet",
+    "LengthDirichlet",
     "Limits",
     "Link",
     "LoRA",
     "LoRAA2",
     "Member",
+    "Mixture",
     "Momentum",
     "NearIID",
     "Noise",
@@ -174,6 +183,7 @@ __all__ = [
     "Planned",
     "Polynomial",
     "ProductDelta",
+    "QualityDirichlet",
     "QuantityDirichlet",
     "RaFLoRA",
     "RandomGroups",
@@ -189,6 +199,8 @@ __all__ = [
     "Scored",
     "Server",
     "Shards",
+    "Shuffled",
+    "Skew",
     "Table",
     "Tickets",
     "Tier",
@@ -200,11 +212,15 @@ __all__ = [
     "by_work",
     "constant",
     "cosine",
+    "labels",
     "linear",
     "noised",
     "prepare",
+    "quality",
+    "samples",
     "topics",
     "uniform",
+    "words",
 ]
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedloom.errors import Refused
+from fedloom.inspect import inspect
 from fedloom.terminal import resumption, watcher
 
 if TYPE_CHECKING:
@@ -183,6 +184,9 @@ def export(
     place = create(target or folder / name)
     done = save(base, at_rank(adapter, rank), names, place) if rank else save_merged(base, adapter, names, place)
     out.print(f"{'Model' if merged else 'Adapter'}  {done}")
+
+
+app.command()(inspect)
 
 
 def main() -> NoReturn:

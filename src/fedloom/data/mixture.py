@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedloom.data.examples import Examples
+from fedloom.data.partition import Indices, named
 from fedloom.errors import Refused
 from fedloom.seeds import derive
 
@@ -39,13 +40,12 @@ class ClientDirichlet:
             raise Refused("partition.size", self.size, f"{len(examples)} training examples give at most {most} to each")
         draw, labels = np.random.default_rng(derive(seed, "partition", "mixture")), np.array(examples.labels)
         left = [draw.permutation(np.flatnonzero(labels == label)).tolist() for label in np.unique(labels)]
-        width = max(2, len(str(self.clients - 1)))
-        return {f"c{number:0{width}}": self._take(left, draw) for number in range(self.clients)}
+        return named([self._take(left, draw) for _ in range(self.clients)])
 
-    def _take(self, left: list[list[int]], draw: np.random.Generator) -> tuple[int, ...]:
+    def _take(self, left: list[list[int]], draw: np.random.Generator) -> Indices:
         """One client's examples, taken out of the piles `left` of each label."""
         wanted = draw.multinomial(self.size, draw.dirichlet([self.alpha] * len(left)))
         own = [pile.pop() for pile, count in zip(left, wanted, strict=True) for _ in range(min(count, len(pile)))]
         while len(own) < self.size:
             own.append(max(left, key=len).pop())
-        return tuple(sorted(own))
+        return np.array(own)

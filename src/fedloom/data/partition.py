@@ -21,7 +21,11 @@ REDRAWS = 20  # draws of an uneven split before the smallest clients are filled 
 
 
 class Partition(Protocol):
-    """A way to divide: client id -> indices of its training examples, every example at exactly one client."""
+    """A way to divide: client id -> indices of its training examples, every example at no more than one client.
+
+    Every example is at exactly one, unless the partition promises sizes (`ClientDirichlet.size`, `equal` of those along an axis):
+    what does not fit into them stays unused.
+    """
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]: ...
 
@@ -33,11 +37,11 @@ class IID:
     clients: int = 20
 
     def __post_init__(self) -> None:
-        _check(self.clients)
+        check(self.clients)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        _enough(examples, self.clients, 1)
-        return _named(np.array_split(_draw(seed, "iid").permutation(len(examples)), self.clients))
+        enough(examples, self.clients, 1)
+        return named(np.array_split(generator(seed, "iid").permutation(len(examples)), self.clients))
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,20 @@ class LabelDirichlet:
     smallest: int = 8
 
     def __post_init__(self) -> None:
-        _check(self.clients, self.alpha, self.smallest)
+        check(self.clients, self.alpha, self.smallest)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        _enough(examples, self.clients, self.smallest)
+        enough(examples, self.clients, self.smallest)
         labels = np.array(examples.labels)
 
         def deal(attempt: int) -> list[Indices]:
-            draw = _draw(seed, "label", str(attempt))
+            draw = generator(seed, "label", str(attempt))
             piles = [
                 _pour(draw, np.flatnonzero(labels == label), self.clients, self.alpha) for label in np.unique(labels)
             ]
             return [np.concatenate(pile) for pile in zip(*piles, strict=True)]
 
-        return _named(_at_least(self.smallest, deal, _draw(seed, "label", "repair")))
+        return named(at_least(self.smallest, deal, generator(seed, "label", "repair")))
 
 
 @dataclass(frozen=True)
@@ -81,17 +85,17 @@ class Shards:
     per_client: int = 2
 
     def __post_init__(self) -> None:
-        _check(self.clients)
+        check(self.clients)
         if self.per_client < 1:
             raise Refused("partition.per_client", self.per_client, "choose a whole number of at least 1")
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        _enough(examples, self.clients, self.per_client)
-        draw, labels = _draw(seed, "shards"), np.array(examples.labels)
+        enough(examples, self.clients, self.per_client)
+        draw, labels = generator(seed, "shards"), np.array(examples.labels)
         shuffled = draw.permutation(len(examples))  # so that equal labels are in random order
         shards = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], self.clients * self.per_client)
         dealt = np.split(draw.permutation(len(shards)), self.clients)
-        return _named([np.concatenate([shards[i] for i in hand]) for hand in dealt])
+        return named([np.concatenate([shards[i] for i in hand]) for hand in dealt])
 
 
 @dataclass(frozen=True)
@@ -106,15 +110,15 @@ class QuantityDirichlet:
     smallest: int = 8
 
     def __post_init__(self) -> None:
-        _check(self.clients, self.alpha, self.smallest)
+        check(self.clients, self.alpha, self.smallest)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        _enough(examples, self.clients, self.smallest)
+        enough(examples, self.clients, self.smallest)
 
         def deal(attempt: int) -> list[Indices]:
-            return _pour(_draw(seed, "quantity", str(attempt)), np.arange(len(examples)), self.clients, self.alpha)
+            return _pour(generator(seed, "quantity", str(attempt)), np.arange(len(examples)), self.clients, self.alpha)
 
-        return _named(_at_least(self.smallest, deal, _draw(seed, "quantity", "repair")))
+        return named(at_least(self.smallest, deal, generator(seed, "quantity", "repair")))
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,7 @@ def hold_out(
             )
         if not all(0 <= index < len(examples) for index in part):
             raise Refused("partition.client", client, f"has an index outside the {len(examples)} examples")
-        shuffled = _draw(seed, "held out", client).permutation(part).tolist()
+        shuffled = generator(seed, "held out", client).permutation(part).tolist()
         cut = min(max(1, round(share * len(part))), len(part) - 1) if share else 0
         shards.append(Shard(client, tuple(sorted(shuffled[cut:])), tuple(sorted(shuffled[:cut]))))
     return tuple(shards)
@@ -178,9 +182,6 @@ def statistics(examples: Examples, shards: tuple[Shard, ...]) -> dict[str, Any]:
     """
     held = [shard.train + shard.held_out for shard in shards]
     counts = np.array([np.bincount([examples.labels[i] for i in own], minlength=len(examples.names)) for own in held])
-    sizes = counts.sum(axis=1)
-    shares, whole = counts / sizes[:, None], counts.sum(axis=0) / sizes.sum()
-    divergence = _bits((shares + whole) / 2) - (_bits(shares) + _bits(whole)) / 2
     clients = {
         shard.client: {
             "examples": len(shard.train),
@@ -193,8 +194,8 @@ def statistics(examples: Examples, shards: tuple[Shard, ...]) -> dict[str, Any]:
     return {
         "clients": clients,
         "label_names": list(examples.names),
-        "label_js": round(max(float(divergence.mean()), 0.0), 4),
-        "size_cv": round(float(sizes.std() / sizes.mean()), 4),
+        "label_js": round(divergence(counts), 4),
+        "size_cv": round(variation(counts.sum(axis=1)), 4),
     }
 
 
@@ -227,17 +228,30 @@ def describe(stats: Mapping[str, Any], most: int = 16) -> Table:
     return table
 
 
+def divergence(counts: npt.NDArray[Any]) -> float:
+    """Mean over rows (clients) of the Jensen-Shannon divergence, in bits, between a row's shares and those of all rows together."""
+    sizes = counts.sum(axis=1)
+    shares, whole = counts / sizes[:, None], counts.sum(axis=0) / sizes.sum()
+    apart = _bits((shares + whole) / 2) - (_bits(shares) + _bits(whole)) / 2
+    return max(float(apart.mean()), 0.0)
+
+
+def variation(sizes: npt.NDArray[Any]) -> float:
+    """Standard deviation over mean."""
+    return float(sizes.std() / sizes.mean())
+
+
 def _bits(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Entropy over the last axis, in bits."""
     logs = np.log2(shares, where=shares > 0, out=np.zeros_like(shares))
     return np.asarray(-(shares * logs).sum(axis=-1))
 
 
-def _draw(seed: int, *names: str) -> np.random.Generator:
+def generator(seed: int, *names: str) -> np.random.Generator:
     return np.random.default_rng(derive(seed, "partition", *names))
 
 
-def _check(clients: int, alpha: float = 1.0, smallest: int = 1) -> None:
+def check(clients: int, alpha: float = 1.0, smallest: int = 1) -> None:
     for field, value in (("clients", clients), ("smallest", smallest)):
         if value < 1:
             raise Refused(f"partition.{field}", value, "choose a whole number of at least 1")
@@ -245,13 +259,13 @@ def _check(clients: int, alpha: float = 1.0, smallest: int = 1) -> None:
         raise Refused("partition.alpha", alpha, "choose a number above 0; the smaller, the more uneven")
 
 
-def _enough(examples: Examples, clients: int, each: int) -> None:
+def enough(examples: Examples, clients: int, each: int) -> None:
     if len(examples) < clients * each:
         remedy = f"{len(examples)} training examples cannot give {each} to each; choose at most {len(examples) // each}"
         raise Refused("partition.clients", clients, remedy)
 
 
-def _named(piles: Sequence[Indices]) -> dict[str, tuple[int, ...]]:
+def named(piles: Sequence[Indices]) -> dict[str, tuple[int, ...]]:
     """Client ids c00, c01, ... of equal width, so that they sort by number."""
     width = max(2, len(str(len(piles) - 1)))
     return {f"c{number:0{width}}": tuple(sorted(pile.tolist())) for number, pile in enumerate(piles)}
@@ -263,7 +277,7 @@ def _pour(draw: np.random.Generator, members: Indices, clients: int, alpha: floa
     return np.split(draw.permutation(members), cuts.round().astype(int))
 
 
-def _at_least(smallest: int, deal: Callable[[int], list[Indices]], draw: np.random.Generator) -> list[Indices]:
+def at_least(smallest: int, deal: Callable[[int], list[Indices]], draw: np.random.Generator) -> list[Indices]:
     """The first of some deals that gives everyone `smallest`, or the best of them, filled up from the largest piles."""
     deals: list[list[Indices]] = []
     for attempt in range(REDRAWS):

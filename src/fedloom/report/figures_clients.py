@@ -124,9 +124,12 @@ def _phases(task: Line, row: int, second: float, until: float) -> list[tuple[str
 
 
 @picture(3.9)
-def partition(figure: Figure, log: RunLog) -> str:
-    """Who holds what: above the number of examples, below the mix of labels, largest client first."""
-    held: Mapping[str, Line] = log.manifest["partition"]["clients"]
+def partition(figure: Figure, part: Line) -> str:
+    """Who holds what: above the number of examples, below the mix of labels, largest client first.
+
+    `part` is as `fedloom.data.partition.statistics` gives it.
+    """
+    held: Mapping[str, Line] = part["clients"]
     order = sorted(held, key=lambda name: (-number(held[name].get("examples")), name))
     shown = spread(order, SHOWN_BARS)
     top, low = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.7])
@@ -134,10 +137,11 @@ def partition(figure: Figure, log: RunLog) -> str:
     test = [number(held[name].get("held_out", 0)) for name in shown]
     sizes = [("training", MUTED, [(0.0, n) for n in train]), ("held out", PALE, list(zip(train, test, strict=True)))]
     _columns(top, sizes)
-    top.legend(handles=_swatches(sizes), loc="upper right", ncols=2)
+    if any(test):
+        top.legend(handles=_swatches(sizes), loc="upper right", ncols=2)
     top.set_ylabel("examples")
     top.set_ylim(bottom=0)
-    mix = _mix(log, shown)
+    mix = _mix(part, shown)
     _columns(low, mix)
     low.legend(handles=_swatches(mix)[::-1], loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1)
     low.set_ylabel("labels")
@@ -161,9 +165,8 @@ def _swatches(kinds: Sequence[Kind]) -> list[Patch]:
     return [Patch(color=color, label=key(text)) for text, color, _ in kinds]
 
 
-def _mix(log: RunLog, shown: Sequence[str]) -> list[Kind]:
+def _mix(part: Line, shown: Sequence[str]) -> list[Kind]:
     """Label, colour and (start, height) in every shown client's bar; beyond nine labels the rarer ones become one."""
-    part = log.manifest["partition"]
     counts = {name: [number(n) for n in part["clients"][name].get("labels", [])] for name in shown}
     width = max(map(len, counts.values()), default=0)
     known = [str(name) for name in part.get("label_names", [])]

@@ -24,7 +24,11 @@ def write(folders: Sequence[Path], out: Path) -> Path:
     """Writes the report of one run, or the comparison of several, to `out`; a reader never sees half a page."""
     if not folders:
         raise Refused("run folders", [], "name at least one run folder")
-    text = page([read(Path(folder)) for folder in folders])
+    return deliver(page([read(Path(folder)) for folder in folders]), out)
+
+
+def deliver(text: str, out: Path) -> Path:
+    """Puts a page where it belongs, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -37,16 +41,8 @@ def write(folders: Sequence[Path], out: Path) -> Path:
 
 def page(logs: Sequence[RunLog]) -> str:
     """The page as text: the same runs give the same text."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    here = resources.files("fedloom.report")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["drawn"] = Markup
-    template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
     one = logs[0] if len(logs) == 1 else None
-    return template.render(
-        css=(here / "page.css").read_text(encoding="utf-8"),
+    return render(
         title=facts.names(logs)[0] if one else f"{len(logs)} runs compared",
         status=str(one.manifest["status"]) if one else "",
         sentence=facts.sentence(one) if one else facts.verdict(logs),
@@ -56,6 +52,18 @@ def page(logs: Sequence[RunLog]) -> str:
         sections=sections.single(one) if one else sections.comparison(logs),
         version=logs[0].manifest["fedloom"],
     )
+
+
+def render(**told: object) -> str:
+    """The page that says this; the template's words are the arguments."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    here = resources.files("fedloom.report")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["drawn"] = Markup
+    template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
+    return template.render(css=(here / "page.css").read_text(encoding="utf-8"), **told)
 
 
 def _warning(log: RunLog, *, named: bool) -> str:

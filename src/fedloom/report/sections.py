@@ -178,7 +178,7 @@ def _partition(log: RunLog) -> Part:
     told = log.manifest["partition"]
     mixes, sizes = (short(number(told.get(name))) for name in ("label_js", "size_cv"))
     measured = f"Distance of the label mixes (Jensen-Shannon): {mixes}; variation of the sizes: {sizes}; 0 is alike."
-    return Part(f"{PARTITION} {measured}", svg=figures_clients.partition(log))
+    return Part(f"{PARTITION} {measured}", svg=figures_clients.partition(told))
 
 
 def _load(log: RunLog) -> Part:
