@@ -49,6 +49,27 @@ def tiny_decoder(folder: Path, **sizes: Any) -> Path:
     return _save_model(folder, LlamaModel, LlamaConfig(bos_token_id=1, eos_token_id=2, **config))
 
 
+def tiny_generator(folder: Path, **sizes: Any) -> Path:
+    """The same Llama with a head that writes, tied to its embedding, and a token to pad with; its requests are plain texts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    marks = ("<unk>", "<s>", "</s>", "<pad>")
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    _save_tokenizer(folder, marks, names, "<s> $A", "<s> $A $B")
+    config = {"vocab_size": len(marks + WORDS), "num_key_value_heads": 2, "tie_word_embeddings": True, **SIZES, **sizes}
+    return _save_model(folder, LlamaForCausalLM, LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3, **config))
+
+
+def toy_answers(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Requests that speak of a pet or of a colour; the answer says which, and that word twice."""
+    topics = {"pet": PETS, "colour": COLOURS}
+    rows = []
+    for row in toy_rows(count, seed):
+        word = next(word for word in row["text"].split() if word in topics[row["label"]])
+        rows.append({"instruction": row["text"], "answer": f"the {word} is {word}", "kind": row["label"]})
+    return rows
+
+
 def toy_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Sentences of 3 to 12 words that speak of a pet or of a colour; which of the two is the label."""
     draw = random.Random(seed)

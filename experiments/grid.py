@@ -132,7 +132,7 @@ def carry_out(cell: str, seed: int, run: Run) -> Line:
         "cell": cell,
         "seed": seed,
         "accuracy": last["accuracy"],
-        "f1": last["f1"],
+        **{name: last[name] for name in ("f1", "perplexity") if name in last},
         "curve": [[line["version"], line["time"], line["accuracy"]] for line in log.scores],
         "losses": [line["loss"] for line in versions],
         "bytes_up": versions[-1]["bytes_up"] if versions else 0,

@@ -24,6 +24,14 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama that writes text, its head tied to its embedding, and its tokenizer."""
+    from bench.tiny import tiny_generator
+
+    return tiny_generator(tmp_path_factory.mktemp("generator"))
+
+
+@pytest.fixture(scope="session")
 def finished(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of three rounds at ranks 2, 4 and 8; tests must not write into it."""
     from bench.tiny import tiny_run

@@ -9,16 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.tiny import tiny_run, toy_rows
+from bench.tiny import tiny_run, toy_answers, toy_rows
 from fedloom.data.examples import Examples
 from fedloom.lora import Adapter, Factor
 from fedloom.train.base import Base, load
-from fedloom.train.settings import LoRA, Training
+from fedloom.train.settings import PLAIN, Engine, LoRA, Training
 from fedloom.train.texts import Encoded, encode
 from fedloom.train.trainer import PeftTrainer
 from fedloom.types import Budget, Start, Task
 
-__all__ = ["base_of", "examples", "frozen", "lively", "logits", "same", "task_of", "tiny_run", "toy_rows", "trainer_of"]
+__all__ = [
+    "answered",
+    "base_of",
+    "examples",
+    "frozen",
+    "lively",
+    "logits",
+    "same",
+    "task_of",
+    "tiny_run",
+    "toy_rows",
+    "trainer_of",
+    "writer_of",
+    "writing_trainer",
+]
 
 
 def examples(count: int = 60) -> Examples:
@@ -29,6 +43,28 @@ def examples(count: int = 60) -> Examples:
 
 def base_of(model: Path, rank: int = 4, **lora: Any) -> Base:
     return load(str(model), 2, LoRA(**({"dropout": 0.0} | lora)), rank, seed=3)
+
+
+def writer_of(model: Path, rank: int = 4, engine: Engine = PLAIN, **lora: Any) -> Base:
+    return load(str(model), None, LoRA(**({"dropout": 0.0} | lora)), rank, seed=3, engine=engine)
+
+
+def answered(base: Base, count: int = 60, left: bool = False) -> Encoded:
+    """Requests with their answers and an end mark."""
+    tokenizer, ids, begins = base.tokenizer, [], []
+    for row in toy_answers(count):
+        request, answer = (
+            tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("instruction", "answer")
+        )
+        ids.append((1, *request, *answer, 2))
+        begins.append(1 + len(request))
+    return Encoded(tuple(ids), {}, (0,) * count, tokenizer.pad_token_id, left, tuple(begins))
+
+
+def writing_trainer(base: Base, count: int = 60, **training: Any) -> PeftTrainer:
+    """Two clients, `a` with the first half of the examples and `b` with the second."""
+    shards = {"a": tuple(range(count // 2)), "b": tuple(range(count // 2, count))}
+    return PeftTrainer(base, answered(base, count), shards, Training(**({"learning_rate": 1e-2} | training)))
 
 
 def trainer_of(base: Base, count: int = 60, **training: Any) -> PeftTrainer:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fedloom.data.axes import LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew
     from fedloom.data.context import labels, quality, samples, words
     from fedloom.data.corrupted import Corrupted
+    from fedloom.data.instructions import Instructions
     from fedloom.data.load import Hub, Rows, Table
     from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     from fedloom.schedule.staleness import Constant, Hinge, Polynomial
     from fedloom.schedule.weights import by_examples, by_tokens, by_work, uniform
     from fedloom.server import Limits, Server
-    from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
+    from fedloom.train.settings import Engine, Generation, LoRA, Training, constant, cosine, linear
     from fedloom.treestate import Link
     from fedloom.world import Capabilities, Capability, Tier, World
 
@@ -79,6 +80,7 @@ _HOMES = {
     "data.axes": ("LengthDirichlet", "Mixture", "QualityDirichlet", "Shuffled", "Skew"),
     "data.context": ("labels", "quality", "samples", "words"),
     "data.corrupted": ("Corrupted",),
+    "data.instructions": ("Instructions",),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
@@ -101,7 +103,7 @@ _HOMES = {
     "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
     "schedule.weights": ("by_examples", "by_tokens", "by_work", "uniform"),
     "server": ("Limits", "Server"),
-    "train.settings": ("Engine", "LoRA", "Training", "constant", "cosine", "linear"),
+    "train.settings": ("Engine", "Generation", "LoRA", "Training", "constant", "cosine", "linear"),
     "treestate": ("Link",),
     "world": ("Capabilities", "Capability", "Tier", "World"),
 }
@@ -156,6 +158,7 @@ __all__ = [
     "FixedRank",
     "FlexLoRA",
     "FoldedDelta",
+    "Generation",
     "Given",
     "HLoRA",
     "Half",
@@ -164,6 +167,7 @@ __all__ = [
     "Hinge",
     "Hub",
     "Immediate",
+    "Instructions",
     "Job",
     "JointMemory",
     "LabelDirichlet",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedloom.aggregate.averaged import published
 from fedloom.data.partition import Shard
 from fedloom.seeds import derive
-from fedloom.train.evaluate import Scores, score
+from fedloom.train.evaluate import AnswerScores, Scores, score
 from fedloom.train.trainer import personal
 from fedloom.transfer import handed
 from fedloom.types import Budget, ClientId, Local
@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 
 
 def client_scores(job: Job, locals_: Mapping[ClientId, Local]) -> list[dict[str, object]]:
-    """For each client: the model that it would run, at its rank, on its held-out part, beside its commonest label's share.
+    """For each client: the model that it would run, at its rank, on its held-out part, beside its commonest label's share, or, where
+    text is written, beside what the base reached before any training.
 
     Clients of one rank are predicted together, so the base is loaded once a rank and not once a client; where something
     stays private (FedSA), each has a model of its own.
     """
     run, fleet, state = job.run, job.server.fleet(), job.server.state
+    if not run.held_out:
+        return []
     asked = {client: run.plan(profile, fleet).rank for client, profile in job.profiles.items()}
     ranks = {client: min(rank, state.pruned.get(client, rank)) for client, rank in asked.items()}
+    before = _before(job)
     lines = []
     for rank in sorted(set(ranks.values())):
         start = run.aggregator.start(published(state.model), Budget(rank, 1), derive(run.seed, "final"))
@@ -38,14 +42,32 @@ def client_scores(job: Job, locals_: Mapping[ClientId, Local]) -> list[dict[str,
             for shard in group:
                 own = scores.at(range(first, first + len(shard.held_out)))
                 first += len(shard.held_out)
-                lines.append(_line(job, shard, rank, own))
+                lines.append(_line(job, shard, rank, own, before.get(shard.client) or _commonest(job, shard)))
     return sorted(lines, key=lambda line: str(line["client"]))
 
 
-def _line(job: Job, shard: Shard, rank: int, scores: Scores) -> dict[str, object]:
+def _line(
+    job: Job, shard: Shard, rank: int, scores: Scores | AnswerScores, before: Mapping[str, float]
+) -> dict[str, object]:
+    line: dict[str, object] = {"kind": "client", "client": shard.client, "tier": job.profiles[shard.client].tier}
+    return {**line, "rank": rank, "held_out": len(shard.held_out), **scores.figures(), **before}
+
+
+def _commonest(job: Job, shard: Shard) -> dict[str, float]:
+    """What a client would reach by always answering the commonest label of its training examples."""
     labels = [job.split.train.labels[i] for i in shard.train]
     commonest = max(sorted(set(labels)), key=labels.count)
     guessed = sum(job.split.train.labels[i] == commonest for i in shard.held_out) / len(shard.held_out)
-    line: dict[str, object] = {"kind": "client", "client": shard.client, "tier": job.profiles[shard.client].tier}
-    line |= {"rank": rank, "held_out": len(shard.held_out)}
-    return line | scores.figures(job.base.labels) | {"base_accuracy": guessed}
+    return {"base_accuracy": guessed}
+
+
+def _before(job: Job) -> dict[ClientId, dict[str, float]]:
+    """What the base writes without an adapter, scored for each client; empty where labels are chosen."""
+    if job.base.labels is not None:
+        return {}
+    scores, first, found = score(job.base, None, job.train_texts, [i for s in job.shards for i in s.held_out]), 0, {}
+    for shard in job.shards:
+        own = scores.at(range(first, first + len(shard.held_out))).figures()
+        first += len(shard.held_out)
+        found[shard.client] = {"base_accuracy": own["accuracy"], "base_perplexity": own["perplexity"]}
+    return found

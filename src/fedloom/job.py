@@ -9,30 +9,30 @@ from pathlib import Path
 
 import torch
 
-from fedloom import __version__, folder, kinds, manifest
-from fedloom.aggregate.wrap import layers, need_fresh_answers
+from fedloom import __version__, fitting, folder, kinds, manifest
+from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.availability import Stays
 from fedloom.clientscores import client_scores
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out, statistics
 from fedloom.errors import Refused
-from fedloom.layers import need_own_layers
 from fedloom.lora import Adapter, level, whole
 from fedloom.membership import devices, led
 from fedloom.metrics import Metrics
 from fedloom.places import Places
-from fedloom.plan.depth import check_blocks
 from fedloom.presence import Presence
 from fedloom.replay import UPDATES, Archive
 from fedloom.report.html import write as write_report
 from fedloom.resume import LOGS, NAME, SECONDS, Begun, Keeper, Progress, begun, claimed, given, log, restore
 from fedloom.run import Run
+from fedloom.samples import sample_lines
 from fedloom.seeds import derive, rng
 from fedloom.server import Server
 from fedloom.simulate import Observer, Simulation
 from fedloom.trace import Trace
-from fedloom.train.base import Base, check_length, check_rank, initial, load
+from fedloom.train.base import Base, check_length, initial, load
 from fedloom.train.depth import Cache
+from fedloom.train.dialogue import notes as told
 from fedloom.train.evaluate import score
 from fedloom.train.export import save
 from fedloom.train.settings import PLAIN
@@ -116,13 +116,15 @@ class Job:
         """Figures on the test examples."""
         room = self.run.engine.cache if self.run.engine else 0
         scores = score(self.base, model.adapter, self.test_texts, self.tested, model.fold, self.kept, room)
-        return {**scores.figures(self.base.labels), "examples": len(self.tested)}
+        return {**scores.figures(), "examples": len(self.tested)}
 
     def about(self) -> dict[str, object]:
         """The manifest, without the status."""
         settings, shape = manifest.plain(self.run), self.server.shape
-        labels = self.split.test.labels
-        notes = manifest.notes(self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules)
+        rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
+        fitted = {"training": self.train_texts.fitted, "test": self.test_texts.fitted}
+        notes = [*self.split.notes, *told(self.base.tokenizer, self.run.training.max_length, fitted)]
+        notes += manifest.notes(rules, head=shape.dense > 0)
         ranks = range(1, self.run.plan.rank.largest + 1)
         return {
             "fedloom": __version__,
@@ -135,7 +137,7 @@ class Job:
             "computed": self.base.computed,
             "model": {
                 "name": self.run.model,
-                "labels": len(self.split.train.names),
+                "labels": self.base.labels,
                 "parameters": shape.parameters + shape.embeddings,
                 "adapted_modules": list(self.server.state.model.adapter.factors),
                 "lora_parameters_by_rank": {str(rank): shape.adapter_parameters(rank) for rank in ranks},
@@ -144,7 +146,7 @@ class Job:
             "partition": statistics(self.split.train, self.shards),
             "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
             **({"groups": self.server.groups.names} if isinstance(self.server, Tree) else {}),
-            "baselines": {"majority": max(labels.count(label) for label in set(labels)) / len(labels)},
+            "baselines": {} if self.base.labels is None else {"majority": manifest.majority(self.split.test.labels)},
             "notes": self.begun.notes(notes, __version__) if self.begun else notes,
         }
 
@@ -200,7 +202,7 @@ class Job:
             if self.server.state.failures >= self.run.limits.failures:
                 remedy = f"the run was given up: {reason}. Mend that, or allow for more"
                 raise Refused("limits.failures", self.run.limits.failures, remedy)
-            for line in client_scores(self, simulation.locals) if self.run.held_out else ():
+            for line in (*client_scores(self, simulation.locals), *sample_lines(self)):
                 metrics.write(line)
         return reason
 
@@ -232,12 +234,12 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
     top = run.plan.rank.largest
     engine = before.engine(run.engine or PLAIN) if before else run.engine or PLAIN
-    base = load(run.model, len(split.train.names), run.lora, top, derive(run.seed, "model"), run.device, engine)
-    _check_aggregator(run, base, None if run.hierarchy else len(shards))
+    base = load(run.model, fitting.labels(run, split), run.lora, top, derive(run.seed, "model"), run.device, engine)
+    fitting.check_aggregator(run, base, None if run.hierarchy else len(shards))
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
     model = run.aggregator.init(initial(base, top))
-    _check_depth(run, base, model)
+    fitting.check_depth(run, base, model)
     sizes = {shard.client: len(shard.train) for shard in shards}
     profiles = {profile.client: profile for profile in devices(run).profiles(sizes, run.seed)}
     job = Job(
@@ -270,25 +272,6 @@ def _server(run: Run, base: Base, rank: int) -> Server:
         seed=run.seed,
         transfer=run.transfer,
     )
-
-
-def _check_aggregator(run: Run, base: Base, clients: int | None) -> None:
-    """Raise Refused for a rank that the model is too small for, or another number of clients than there are (None: not known yet)."""
-    for layer in layers(run.aggregator):
-        check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or run.plan.rank.largest)
-        if clients is not None and getattr(layer, "clients", clients) != clients:
-            raise Refused(
-                "aggregator.clients",
-                getattr(layer, "clients", 0),
-                f"give clients={clients}, the size of the federation",
-            )
-
-
-def _check_depth(run: Run, base: Base, model: Model) -> None:
-    """Raise Refused for a depth that the model does not have, or a method that cannot have clients of different depth."""
-    if run.plan.depth is not None:
-        check_blocks(run.plan.depth, base.shape())
-        need_own_layers(run.aggregator, run.aggregator.start(model, Budget(1, 1), 0).rules)
 
 
 def _sample(size: int, limit: int | None, seed: int) -> tuple[int, ...]:

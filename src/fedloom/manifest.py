@@ -94,15 +94,20 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def notes(rules: Rules) -> list[str]:
-    """What a reader of the figures has to know about a method with these rules."""
+def majority(labels: Sequence[int]) -> float:
+    """The share of the commonest label: what always giving that one would reach."""
+    return max(labels.count(label) for label in set(labels)) / len(labels)
+
+
+def notes(rules: Rules, head: bool) -> list[str]:
+    """What a reader of the figures has to know about a method with these rules; `head`: whether the model has one of its own."""
     found = []
     if rules.private:
         sides = " and ".join({"dense": "the head"}.get(side, f"`{side}`") for side in rules.private)
         found.append(
             f"Every client has a model of its own ({sides} stay there): the test accuracy says nothing, read the clients'."
         )
-    if "dense" in rules.frozen:
+    if "dense" in rules.frozen and head:
         found.append("The head is not trained: if the model came without one, it stays random.")
     return found
 

@@ -16,7 +16,7 @@ from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RankByCapability
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Limits
-from fedloom.train.settings import Engine, LoRA, Training
+from fedloom.train.settings import Engine, Generation, LoRA, Training
 from fedloom.types import Aggregator, Schedule
 from fedloom.world import Devices, World
 
@@ -32,7 +32,8 @@ class Run:
     groups). `transfer` is how adapters travel: `Half()`, `DeltaInt8()`, or None, which is `Exact()`. `held_out` is the share
     of each client's examples on which its own accuracy is measured (0: not at all), `test_limit` how many test examples score a
     version (None: all). `threads` is for torch, `engine` how training is computed (None: plain torch, one client after the other):
-    both are a part of the last digits and therefore of the run.
+    both are a part of the last digits and therefore of the run. `generation` is, where the data have answers to write, how many
+    are written at the end (None: `Generation()`).
     """
 
     model: str
@@ -56,6 +57,7 @@ class Run:
     device: str = "cpu"
     threads: int = 1
     engine: Engine | None = field(default_factory=Engine)
+    generation: Generation | None = None
 
     def __post_init__(self) -> None:
         if self.test_limit is not None and self.test_limit < 1:

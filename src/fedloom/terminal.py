@@ -39,6 +39,8 @@ def watcher(progress: Progress, job: Job) -> Observer:
         shown["time"] = f"{now:,.0f} virtual s"
         if isinstance(event, Scored):
             shown["accuracy"] = f"acc {100 * event.metrics['accuracy']:.1f} %"
+            if "perplexity" in event.metrics:
+                shown["accuracy"] = f"ppl {event.metrics['perplexity']:.1f}"
         for command in commands:
             if isinstance(command, Publish):
                 version = command.version

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, DistilBertConfig, DistilBertModel, GPT2Config, GPT2Model
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from bench.tiny import SIZES, WORDS
 from fedloom.errors import Refused
-from fedloom.train.base import initial, load
-from fedloom.train.settings import LoRA
+from fedloom.train import kernel
+from fedloom.train.base import Base, initial, load
+from fedloom.train.evaluate import score
+from fedloom.train.pretrained import four_bit, reads_ahead
+from fedloom.train.settings import Engine, LoRA
 from fedloom.train.texts import encode
-from tiny import base_of, examples, logits, same
+from tiny import answered, base_of, examples, lively, logits, same
 
 
 def other(model: Any, encoder: Path, folder: Path) -> Path:
@@ -131,3 +144,84 @@ def test_a_rank_above_the_smaller_side_is_refused(encoder: Path, decoder: Path) 
     assert "at most 32" in refusal(encoder, rank=33).remedy
     assert "at most 16" in refusal(decoder, rank=17).remedy  # Llama's v_proj is 16 x 32
     load(str(decoder), 2, LoRA(), 16, seed=0)
+
+
+def written_by(model: Path, **engine: Any) -> Base:
+    return load(str(model), None, LoRA(dropout=0.0), 4, seed=3, engine=Engine("torch", **engine))
+
+
+def test_a_model_that_writes_has_no_head_of_its_own_and_pads_right(generator: Path) -> None:
+    base = written_by(generator)
+    assert initial(base, 4).dense == {}
+    assert base.tokenizer.padding_side == "right"
+    assert base.words == len(WORDS) + 4
+    assert base.computed["first_token"] is False
+
+
+def test_a_tied_head_counts_as_what_it_costs(generator: Path) -> None:
+    shape, head = written_by(generator).shape(), 32 * (len(WORDS) + 4)
+    assert shape.embeddings == 0
+    model = written_by(generator).model
+    own = sum(p.numel() for n, p in model.get_base_model().named_parameters() if "lora_" not in n)
+    assert shape.parameters == own > head
+
+
+def test_a_checkpoint_without_a_head_to_write_with_gets_one_that_is_trained(decoder: Path) -> None:
+    assert [*initial(written_by(decoder), 4).dense] == ["lm_head.weight"]
+
+
+def test_a_classifier_of_a_kind_that_can_write_may_be_named(generator: Path, tmp_path: Path) -> None:
+    model = LlamaForSequenceClassification.from_pretrained(generator, num_labels=3)
+    base = written_by(other(model, generator, tmp_path))  # the head is the embedding
+    assert initial(base, 4).dense == {}
+
+
+def test_what_cannot_write_is_refused_with_a_remedy(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="BertLMHeadModel sees the words that it is to predict; give a decoder"):
+        written_by(encoder)
+    sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+    distil = other(DistilBertModel(DistilBertConfig(vocab_size=40, **sizes)), encoder, tmp_path)
+    with pytest.raises(Refused, match="no model of this architecture for generation"):
+        written_by(distil)
+
+
+def test_a_decoder_reads_from_left_to_right(generator: Path) -> None:
+    assert not reads_ahead(LlamaForCausalLM.from_pretrained(generator))
+
+
+def test_four_bits_need_a_gpu_and_its_library(generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Refused, match=r"engine\.four_bit .* NVIDIA GPU"):
+        written_by(generator, four_bit=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(Refused, match=r"pip install 'fedloom\[four-bit\]'"):
+            four_bit(torch.device("cuda"))
+    with pytest.raises(Refused, match="choose one"):
+        Engine(four_bit=True, bfloat16=True)
+
+
+def test_layers_that_cannot_be_computed_again_are_refused(generator: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(Refused, match=r"engine\.checkpointing"):
+        written_by(generator, checkpointing=True)
+
+
+@pytest.mark.parametrize("kind", ["generator", "decoder"])
+def test_in_bfloat16_only_frozen_layers_are_so(request: pytest.FixtureRequest, kind: str) -> None:
+    base, exact = (written_by(request.getfixturevalue(kind), bfloat16=half) for half in (True, False))
+    model = base.model.get_base_model()
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    assert model.get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.bfloat16
+    start, figures = lively(initial(exact, 4)), []
+    for one in (base, exact):
+        figures.append(score(one, start, answered(one), range(20)).figures())
+        assert all(f.up.dtype == torch.float32 for f in initial(one, 4).factors.values())
+    assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=0.02)
+
+
+@pytest.mark.skipif(not kernel.available(), reason="this build of torch has no oneDNN linear operator")
+def test_the_other_kernel_gives_a_writing_model_the_same_loss(generator: Path) -> None:
+    plain, fast = written_by(generator), load(str(generator), None, LoRA(), 4, 3, engine=Engine("onednn"))
+    start = lively(initial(plain, 4))
+    told = [score(base, start, answered(base), range(20)).figures()["loss"] for base in (plain, fast)]
+    assert told[0] == pytest.approx(told[1], rel=1e-5)

@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
 
 from bench.core import ROUNDTRIP_BAR, roundtrip
+from bench.tiny import toy_answers
+from fedloom import IID, Instructions, Limits, prepare
+from fedloom.cli import app
 from fedloom.errors import Refused
 from fedloom.train.base import initial
 from fedloom.train.export import at_rank, open_run, save, save_merged
+from fedloom.train.generate import write
 from fedloom.train.texts import encode
-from tiny import base_of, examples, frozen, lively, logits, same
+from tiny import answered, base_of, examples, frozen, lively, logits, same, tiny_run, writer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -94,3 +99,38 @@ def test_a_run_folder_gives_back_base_adapter_and_labels(finished: Path, tmp_pat
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="holds no adapter"):
         open_run(tmp_path)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
+def test_others_write_the_same_text_token_for_token(
+    elsewhere: Path, generator: Path, targets: tuple[str, ...] | str
+) -> None:
+    base = writer_of(generator, target_modules=targets)
+    adapter, texts, some = lively(initial(base, 4)), answered(base), [0, 7, 3, 12]
+    ours = write(base, adapter, texts, some, 12)
+    assert len(set(ours)) > 1
+    card = (save(base, adapter, ("",), Path("out")) / "README.md").read_text(encoding="utf-8")
+    code, use = (part.partition("```")[0] for part in card.split("```python")[1:])
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert "Labels" not in card
+    merged = AutoModelForCausalLM.from_pretrained(save_merged(base, adapter, ("",), Path("merged")))
+    for model in (names["model"], merged):
+        for i, text in zip(some, ours, strict=True):
+            ids = torch.tensor([texts.ids[i][: texts.begins[i]]])  # type: ignore[index]
+            told = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=3)  # type: ignore[attr-defined]
+            assert names["tokenizer"].decode(told[0, ids.shape[1] :], skip_special_tokens=True).strip() == text  # type: ignore[attr-defined]
+    names["request"] = "my cat is here"
+    exec(use, names)
+
+
+def test_a_run_that_wrote_is_opened_and_exported(generator: Path, tmp_path: Path) -> None:
+    run = tiny_run(generator, data=Instructions(toy_answers(80)), partition=IID(2), limits=Limits(versions=1))
+    outcome = prepare(run).execute(tmp_path / "run", report=False)
+    base, adapter, _ = open_run(outcome.folder)
+    assert base.labels is None
+    assert same(adapter, outcome.adapter)
+    for way in (["--rank", "2"], ["--merged"]):
+        assert CliRunner().invoke(app, ["export", str(outcome.folder), *way]).exit_code == 0
+    assert "AutoModelForCausalLM" in (outcome.folder / "adapter-r2" / "README.md").read_text(encoding="utf-8")
+    AutoModelForCausalLM.from_pretrained(outcome.folder / "merged")

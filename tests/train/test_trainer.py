@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from fedloom.lora import Adapter, cut, pad
-from fedloom.train.base import initial
+from fedloom.train.base import initial, load
+from fedloom.train.settings import Engine, LoRA
 from fedloom.train.texts import encode
 from fedloom.types import Local
 from tiny import base_of, examples, frozen, lively, logits, same, task_of, trainer_of
@@ -116,3 +117,13 @@ def test_the_loss_goes_down_on_what_can_be_learnt(request: pytest.FixtureRequest
     ((result, _),) = trainer.train([(task_of(initial(base, 8), steps=80), Local())])
     ((longer, _),) = trainer.train([(task_of(result.adapter, steps=5, number=2), Local())])
     assert longer.metrics["loss"] < 0.75 * result.metrics["first_loss"]
+
+
+def test_computing_layers_again_gives_the_same_bytes_dropout_included(encoder: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        engine = Engine("torch", checkpointing=checkpointing)
+        base = load(str(encoder), 2, LoRA(dropout=0.1), 4, seed=3, engine=engine)
+        ((result, _),) = trainer_of(base).train([(task_of(lively(initial(base, 4))), Local())])
+        found.append(result.adapter)
+    assert same(*found)

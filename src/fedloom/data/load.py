@@ -1,37 +1,14 @@
-"""Labelled texts from a file, from the Hugging Face hub, or from any Python rows, always as a `Split`.
-
-Files are read with pyarrow and the standard library instead of `datasets`: both refuse ragged rows by name, and neither
-leaves a copy in a cache.
-"""
+"""Labelled texts from a file, from the Hugging Face hub, or from any Python rows, always as a `Split`."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
-
-from fedloom.data.examples import Examples, Split
+from fedloom.data.examples import Examples, Split, limited, set_aside
+from fedloom.data.read import Given, Raw, by_number, column, gather, label_values, read
 from fedloom.errors import Refused
-from fedloom.seeds import rng
-
-Row = Mapping[str, object]
-Columns = Mapping[str, list[object]]
-
-
-class Raw(NamedTuple):
-    """Columns as they were found, and where, for messages."""
-
-    columns: Columns
-    where: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +51,8 @@ class Table(Layout):
     quoted: bool | None = None
 
     def load(self, seed: int) -> Split:
-        test = None if self.test is None else _read(Path(self.test), self.quoted)
-        return _split(self, _read(Path(self.path), self.quoted), test, seed)
+        test = None if self.test is None else read(Path(self.test), self.quoted)
+        return _split(self, read(Path(self.path), self.quoted), test, seed)
 
 
 @dataclass(frozen=True)
@@ -114,70 +91,17 @@ class Hub(Layout):
 class Rows(Layout):
     """Any Python rows (mappings of column to value), or a function that gives them anew at each load."""
 
-    rows: Iterable[Row] | Callable[[], Iterable[Row]]
-    test: Iterable[Row] | Callable[[], Iterable[Row]] | None = None
+    rows: Given
+    test: Given | None = None
 
     def load(self, seed: int) -> Split:
-        test = None if self.test is None else _gather(self.test, "the test rows")
-        return _split(self, _gather(self.rows, "the rows"), test, seed)
-
-
-def _read(path: Path, quoted: bool | None) -> Raw:
-    """The columns of a file; every value of a CSV or TSV is text."""
-    where, zipped = str(path), path.suffix.lower() == ".gz"
-    suffix = (path.with_suffix("") if zipped else path).suffix.lower()
-    if suffix not in (".csv", ".tsv", ".jsonl", ".parquet"):
-        raise Refused("data.path", where, "use a .csv, .tsv, .jsonl or .parquet file, gzipped (.gz) or not")
-    try:
-        content = gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
-        if not content.strip():
-            raise Refused("data.path", where, "the file is empty")
-        if suffix == ".jsonl":
-            lines = content.decode("utf-8-sig").split("\n")
-            return _gather([json.loads(line) for line in lines if line.strip()], where)
-        if suffix == ".parquet":
-            table = pa.parquet.read_table(io.BytesIO(content))
-        else:
-            table = _delimited(
-                content, "\t" if suffix == ".tsv" else ",", suffix == ".csv" if quoted is None else quoted
-            )
-    except FileNotFoundError as error:
-        raise Refused("data.path", where, "there is no such file") from error
-    except json.JSONDecodeError as error:
-        raise Refused("data.path", where, f"a line is not JSON ({error.msg}): {error.doc[:60]!r}") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, pa.ArrowException) as error:
-        raise Refused("data.path", where, f"cannot be read ({str(error).partition(chr(10))[0]})") from error
-    if len(set(table.column_names)) < table.num_columns:
-        raise Refused("data.path", where, f"rename the repeated column in {', '.join(table.column_names)}")
-    return Raw(table.to_pydict(), where)
-
-
-def _delimited(content: bytes, delimiter: str, quoted: bool) -> pa.Table:
-    """The table of a CSV or TSV file, all text, empty fields as empty texts."""
-    parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted)
-    reader = pa.csv.open_csv(io.BytesIO(content), parse_options=parse)
-    types = dict.fromkeys(reader.schema.names, pa.string())
-    convert = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=False)
-    return pa.csv.read_csv(io.BytesIO(content), parse_options=parse, convert_options=convert)
-
-
-def _gather(rows: Iterable[Row] | Callable[[], Iterable[Row]], where: str) -> Raw:
-    """Rows turned to columns; what a row lacks is None."""
-    if isinstance(rows, Iterator):
-        raise Refused(
-            "data.rows", where, "an iterator can be read once only; give a list, or a function that returns one"
-        )
-    listed = list(rows() if callable(rows) else rows)
-    for number, row in enumerate(listed, 1):
-        if not isinstance(row, Mapping):
-            raise Refused("data.path", where, f"row {number} is {row!r:.60}; give one object of columns per row")
-    names = dict.fromkeys(name for row in listed for name in row)
-    return Raw({name: [row.get(name) for row in listed] for name in names}, where)
+        test = None if self.test is None else gather(self.test, "the test rows")
+        return _split(self, gather(self.rows, "the rows"), test, seed)
 
 
 def _split(layout: Layout, train: Raw, test: Raw | None, seed: int, own: Mapping[str, str] | None = None) -> Split:
     """Both halves under one label map: the user's, else the data set's `own`, else the sorted training labels."""
-    raw = _labels(train, layout.label)
+    raw = label_values(train, "label", layout.label)
     known = _label_map(layout.labels or own, raw)
     learn = _examples(layout, layout.text, train, raw, known)
     if len(learn.names) < 2:
@@ -185,37 +109,15 @@ def _split(layout: Layout, train: Raw, test: Raw | None, seed: int, own: Mapping
             "data.label", layout.label, f"there is one label only ({learn.names[0]}); nothing is to be learnt"
         )
     if test is None:
-        aside = _stratified(learn.labels, layout.test_share, seed)
-        if not aside:
-            remedy = f"too few of the {len(learn)} examples; choose a larger share or give test data"
-            raise Refused("data.test_share", layout.test_share, remedy)
-        check = learn.take(sorted(aside))
-        learn = learn.take(i for i in range(len(learn)) if i not in aside)
-    else:
-        asked = layout if layout.client in test.columns else replace(layout, client=None)
-        check = _examples(asked, layout.test_text or layout.text, test, _labels(test, layout.label), known)
-    if layout.limit is not None and layout.limit < len(learn):
-        learn = learn.take(sorted(rng(seed, "limit").sample(range(len(learn)), layout.limit)))
-    return Split(learn, check)
-
-
-def _column(raw: Raw, field: str, name: str) -> list[object]:
-    """A column without missing values. Raises Refused."""
-    if not any(raw.columns.values()):
-        raise Refused("data.path", raw.where, "there are no rows")
-    if name not in raw.columns:
-        remedy = f"no such column in {raw.where}; the columns are {', '.join(raw.columns)}"
-        raise Refused(f"data.{field}", name, remedy)
-    for number, value in enumerate(raw.columns[name], 1):
-        if value is None or (isinstance(value, float) and value != value):
-            remedy = f"the value in row {number} of {raw.where} is missing; fill or drop the row"
-            raise Refused(f"data.{field}", name, remedy)
-    return raw.columns[name]
+        return set_aside(learn, layout.test_share, layout.limit, seed)
+    asked = layout if layout.client in test.columns else replace(layout, client=None)
+    check = _examples(asked, layout.test_text or layout.text, test, label_values(test, "label", layout.label), known)
+    return Split(limited(learn, layout.limit, seed), check)
 
 
 def _texts(raw: Raw, field: str, names: str | tuple[str, ...]) -> tuple[str, ...]:
     """The texts of one column, or of several joined by ". "; none is empty. Raises Refused."""
-    each = [_column(raw, field, name) for name in (names.split("+") if isinstance(names, str) else names)]
+    each = [column(raw, field, name) for name in (names.split("+") if isinstance(names, str) else names)]
     texts = []
     for number, parts in enumerate(zip(*each, strict=True), 1):
         words = [part for part in parts if isinstance(part, str)]
@@ -229,31 +131,14 @@ def _texts(raw: Raw, field: str, names: str | tuple[str, ...]) -> tuple[str, ...
     return tuple(texts)
 
 
-def _labels(raw: Raw, name: str) -> list[str]:
-    """The label values as text. Raises Refused."""
-    labels = []
-    for number, value in enumerate(_column(raw, "label", name), 1):
-        whole = int(value) if isinstance(value, float) and value.is_integer() else value
-        if not isinstance(whole, int | str) or whole == "":
-            remedy = f"row {number} of {raw.where} holds {value!r:.60}; a label is a word or a whole number"
-            raise Refused("data.label", name, remedy)
-        labels.append(str(whole))
-    return labels
-
-
 def _label_map(given: tuple[str, ...] | Mapping[str, str] | None, raw: list[str]) -> Mapping[str, str]:
     """Each label value's name, in the order of the label numbers."""
     if isinstance(given, Mapping):
         known = {str(value): name for value, name in given.items()}
     else:
-        values = given or sorted(set(raw), key=_by_number)
+        values = given or sorted(set(raw), key=by_number)
         known = {str(value): str(value) for value in values}
     return known
-
-
-def _by_number(value: str) -> tuple[float, str]:
-    """Sorts whole numbers by size, before words by letter."""
-    return (float(value) if value.removeprefix("-").isdecimal() else float("inf")), value
 
 
 def _examples(
@@ -272,14 +157,5 @@ def _examples(
         pairs=None if layout.pair is None else _texts(raw, "pair", layout.pair),
         labels=tuple(names.index(known[value]) for value in labels),
         names=names,
-        clients=None if layout.client is None else tuple(map(str, _column(raw, "client", layout.client))),
+        clients=None if layout.client is None else tuple(map(str, column(raw, "client", layout.client))),
     )
-
-
-def _stratified(labels: tuple[int, ...], share: float, seed: int) -> set[int]:
-    """Indices of a random `share` of each label, rounded; each label keeps at least one example outside."""
-    aside: set[int] = set()
-    for label in set(labels):
-        members = [i for i, other in enumerate(labels) if other == label]
-        aside.update(rng(seed, "test_share", label).sample(members, min(round(share * len(members)), len(members) - 1)))
-    return aside

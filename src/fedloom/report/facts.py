@@ -50,6 +50,26 @@ def accuracy(score: Line | None) -> float:
     return number(score.get("accuracy")) if score else math.nan
 
 
+def perplexity(score: Line | None) -> float:
+    """How many words a model that writes wavers between, as it were; of one that chooses labels, not-a-number."""
+    return number(score.get("perplexity")) if score else math.nan
+
+
+def writes(*logs: RunLog) -> bool:
+    """Whether all the models write text, and none chooses a label."""
+    return all(log.manifest["model"].get("labels", 0) is None for log in logs)
+
+
+def measure(*logs: RunLog) -> str:
+    """What the scores are the accuracy of: labels, or the tokens of reference answers, each predicted from the right ones before."""
+    return "token accuracy" if writes(*logs) else "accuracy"
+
+
+def baseline(log: RunLog) -> str:
+    """What a client's score is held against."""
+    return "the model before training" if writes(log) else "always answering their commonest label"
+
+
 def final(log: RunLog) -> Line | None:
     return log.scores[-1] if log.scores else None
 
@@ -64,6 +84,8 @@ def best(log: RunLog) -> float:
 
 def margin(score: Line | None) -> float:
     """The sampling error of a score (95 %): how far another draw of as many test examples would move it by chance."""
+    if score and "accuracy_error" in score:  # of tokens, which are not drawn one by one
+        return 1.96 * number(score["accuracy_error"])
     share, count = accuracy(score), number(score.get("examples")) if score else math.nan
     return 1.96 * math.sqrt(max(0.0, share * (1 - share)) / count) if count > 0 else math.nan
 
@@ -128,19 +150,29 @@ def sentence(log: RunLog) -> str:
     score, begin, done, what = final(log), accuracy(first(log)), rounds(log), noun(log)
     if score is None:
         used = f"After {plural(done, what)}" if done else f"The run ended before its first {what};"
-        return f"{used} no accuracy was measured."
-    shown = f"{percent(accuracy(score))} of the {int(number(score.get('examples'))):,} test examples correctly"
+        return f"{used} no {measure(log)} was measured."
+    shown = f"{'predicts' if writes(log) else 'classifies'} {_shown(score)}"
     if score.get("version") == 0:
-        return f"The untrained model classifies {shown}; no trained version was scored ({plural(done, what)} done)."
+        return f"The untrained model {shown}; no trained version was scored ({plural(done, what)} done)."
     used = f"{short(number(score.get('time')))} virtual seconds"
     uploads = at_version(log, score.get("version"), "uploads")
     used += f", {plural(int(uploads), 'upload')}" if uploads > 0 else ""
     sent = f"{size(at_version(log, score.get('version'), 'bytes_up'))} up"
-    text = f"After {plural(int(score['version']), what)} ({used}, {sent}) the model classifies {shown}"
+    text = f"After {plural(int(score['version']), what)} ({used}, {sent}) the model {shown}"
+    before = perplexity(first(log))
     text += "" if math.isnan(begin) else f"; it started at {percent(begin)}"
+    text += "" if math.isnan(before) else f" and {short(before)}"
     ranks = client_ranks(log)
     text += f"; the largest client rank is {ranks[-1]}." if ranks else "."
     return text if score["version"] == done else f"{text} {what.capitalize()} {done} was not scored."
+
+
+def _shown(score: Line) -> str:
+    count = f"{int(number(score.get('examples'))):,}"
+    if "perplexity" not in score:
+        return f"{percent(accuracy(score))} of the {count} test examples correctly"
+    asked = f"{int(number(score.get('tokens'))):,} tokens of {count} test answers correctly"
+    return f"{percent(accuracy(score))} of the {asked}, at a perplexity of {short(perplexity(score))}"
 
 
 def verdict(logs: Sequence[RunLog]) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of how a run went: accuracy, training loss, and how the adapter's energy spreads over its directions.
+"""The pictures of how a run went: accuracy, perplexity, training loss, and how the adapter's energy spreads over its directions.
 
 Each takes one run or several and returns an SVG text; what is not recorded leaves a gap, never an error.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from fedloom.report import facts
 from fedloom.report.facts import accuracy, client_ranks, effective_rank, final, mean, names, noun, spectra, spent
 from fedloom.report.read import Line, RunLog
 from fedloom.report.style import MUTED, OTHER, SERIES, curve, key, look, percent_axis, picture, thinned
-from fedloom.report.words import BYTES, SPANS, number, percent, scale
+from fedloom.report.words import BYTES, SPANS, number, percent, scale, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,8 +48,34 @@ def legend(figure: Figure, axes: Axes, logs: Sequence[RunLog]) -> None:
 
 @picture(2.7)
 def accuracies(figure: Figure, logs: Sequence[RunLog]) -> str:
-    """Test accuracy against what was spent for it: rounds (uploads, where a version is no round), virtual time, bytes sent up."""
-    panels = figure.subplots(1, 3, sharey=True)
+    """Test accuracy against what was spent for it."""
+    what = f"test {facts.measure(*logs)}"
+    panels, unit = _progress(figure, logs, accuracy)
+    for axes in panels:
+        _baselines(axes, logs)
+    percent_axis(panels[0])
+    panels[0].set_ylabel(what)
+    ends = ", ".join(f"{n} {percent(accuracy(final(log)))}" for n, log in zip(names(logs), logs, strict=True))
+    return f"{what.capitalize()} against {unit}s, virtual time and bytes sent up. Final: {ends}."
+
+
+@picture(2.7)
+def perplexities(figure: Figure, logs: Sequence[RunLog]) -> str:
+    """Test perplexity against the same, on an axis of ratios."""
+    from matplotlib.ticker import LogFormatter
+
+    panels, unit = _progress(figure, logs, facts.perplexity)
+    panels[0].set_yscale("log")
+    panels[0].yaxis.set_major_formatter(LogFormatter())
+    panels[0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    panels[0].set_ylabel("test perplexity")
+    ends = ", ".join(f"{n} {short(facts.perplexity(final(log)))}" for n, log in zip(names(logs), logs, strict=True))
+    return f"Test perplexity against {unit}s, virtual time and bytes sent up. Final: {ends}."
+
+
+def _progress(figure: Figure, logs: Sequence[RunLog], of: Callable[[Line], float]) -> tuple[Sequence[Axes], str]:
+    """A figure of each score against rounds (uploads, where a version is no round; which of the two), virtual time, bytes sent up."""
+    panels: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
     unit = measure(logs)
     second, span = scale([number(score.get("time")) for log in logs for score in log.scores], SPANS)
     byte, size = scale([sent for log in logs for sent in spent(log, log.scores, "bytes_up")], BYTES)
@@ -59,16 +86,12 @@ def accuracies(figure: Figure, logs: Sequence[RunLog]) -> str:
         )
         times, sent = [number(score.get("time")) / second for score in scores], spent(log, scores, "bytes_up")
         for axes, x in zip(panels, (counted, times, [b / byte for b in sent]), strict=True):
-            curve(axes, x, [accuracy(score) for score in scores], label=key(name), **look(index))
+            curve(axes, x, [of(score) for score in scores], label=key(name), **look(index))
     for axes, title in zip(panels, (f"by {unit}", f"by virtual time ({span})", f"by traffic up ({size})"), strict=True):
-        _baselines(axes, logs)
         axes.set_title(title)
     whole(panels[0], f"by {unit}", "")
-    percent_axis(panels[0])
-    panels[0].set_ylabel("test accuracy")
     legend(figure, panels[0], logs)
-    ends = ", ".join(f"{n} {percent(accuracy(final(log)))}" for n, log in zip(names(logs), logs, strict=True))
-    return f"Test accuracy against {unit}s, virtual time and bytes sent up. Final: {ends}."
+    return panels, unit
 
 
 def _baselines(axes: Axes, logs: Sequence[RunLog]) -> None:

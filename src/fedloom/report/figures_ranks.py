@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedloom.report import ranks
-from fedloom.report.facts import accuracy, mean, noun
+from fedloom.report.facts import accuracy, mean, measure, noun, writes
 from fedloom.report.figures import whole
 from fedloom.report.figures_clients import named
 from fedloom.report.ranks import Group
@@ -109,19 +109,20 @@ def clients(figure: Figure, log: RunLog) -> str:
     axes = figure.subplots()
     shown = [(group, SERIES[i % len(SERIES)]) for i, group in enumerate(ranks.groups(log)) if group.clients]
     rows = [line for group, _ in shown for line in group.clients]
+    beside = "before training" if writes(log) else "always its commonest label"
     base, first = [number(line.get("base_accuracy")) for line in rows], 0
     axes.vlines(range(len(rows)), base, [accuracy(line) for line in rows], color="#c9ced6", linewidth=1.2)
-    axes.plot(base, "_", color=MUTED, markersize=6, markeredgewidth=1.4, label="always its commonest label")
+    axes.plot(base, "_", color=MUTED, markersize=6, markeredgewidth=1.4, label=beside)
     for group, colour in shown:
         _tier(axes, group, first, colour, 5 if len(rows) <= 150 else 3)
         first += len(group.clients)
     named(axes, [str(line["client"]) for line in rows], f"{len(rows)} clients, by rank, tier and accuracy")
     percent_axis(axes)
     axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("held-out accuracy")
+    axes.set_ylabel(f"held-out {measure(log)}")
     handles, texts = axes.get_legend_handles_labels()
     figure.legend([*handles[1:], handles[0]], [*texts[1:], texts[0]], loc="outside upper left", ncols=3)
-    return f"Held-out accuracy of {plural(len(rows), 'client')} by rank and tier, each beside its base rate."
+    return f"Held-out {measure(log)} of {plural(len(rows), 'client')} by rank and tier, each beside its base rate."
 
 
 def _tier(axes: Axes, group: Group, first: int, colour: str, dot: float) -> None:

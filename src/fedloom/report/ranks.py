@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
 
-from fedloom.report.facts import accuracy, label, mean, noun, tiers
+from fedloom.report.facts import accuracy, baseline, label, mean, noun, tiers
 from fedloom.report.read import Line, RunLog
 from fedloom.report.words import number, percent, plural, short, size
 
@@ -191,7 +191,7 @@ def served(log: RunLog) -> str:
     low, high = ends(known)
     if low == high:
         base, of = mean(number(line.get("base_accuracy")) for line in known), plural(len(known), "client")
-        beside = "" if math.isnan(base) else f"; always answering their commonest label would give {percent(base)}"
+        beside = "" if math.isnan(base) else f"; {baseline(log)} would give {percent(base)}"
         return (
             f"On held-out examples {of} of {span(low)} reach {percent(mean(map(accuracy, known)))} on average{beside}."
         )
@@ -200,7 +200,7 @@ def served(log: RunLog) -> str:
     return (
         f"On their held-out examples {plural(len(ours), 'client')} of {span(low)} reach {percent(mean(ours))}"
         f" on average, {plural(len(theirs), 'client')} of {span(high)} {percent(mean(theirs))}:"
-        f" {_judged(gap, doubt, min(len(ours), len(theirs)))}{_gains(known, low, high)}"
+        f" {_judged(gap, doubt, min(len(ours), len(theirs)))}{_gains(known, low, high, baseline(log))}"
     )
 
 
@@ -217,12 +217,12 @@ def _judged(gap: float, doubt: float, fewest: int) -> str:
     return f"{text} That is more than two standard errors: clients of low rank are served {verdict}."
 
 
-def _gains(known: Sequence[Line], low: Sequence[int], high: Sequence[int]) -> str:
-    """How far both are above always answering the client's commonest label, which clients differ in."""
+def _gains(known: Sequence[Line], low: Sequence[int], high: Sequence[int], base: str) -> str:
+    """How far both are above what needs no training, which clients differ in."""
     gains = [
         mean(accuracy(line) - number(line.get("base_accuracy")) for line in _of(known, ranks)) for ranks in (low, high)
     ]
     if any(map(math.isnan, gains)):
         return ""
     ours, theirs = (f"{100 * abs(gain):.1f} points {'below' if gain < 0 else 'above'}" for gain in gains)
-    return f" The first are {ours} what always answering their commonest label would give, the second {theirs} it."
+    return f" The first are {ours} what {base} would give, the second {theirs} it."

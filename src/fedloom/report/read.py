@@ -32,7 +32,10 @@ _EMPTY: Line = {
 
 @dataclass(frozen=True, slots=True)
 class RunLog:
-    """What a run has written down so far; every section of `manifest` is present, an unwritten one is empty."""
+    """What a run has written down so far; every section of `manifest` is present, an unwritten one is empty.
+
+    `samples` are answers that the model wrote, and `written` the figures of them.
+    """
 
     folder: Path
     manifest: Line
@@ -41,6 +44,8 @@ class RunLog:
     tasks: tuple[Line, ...] = ()
     clients: tuple[Line, ...] = ()
     edges: tuple[Line, ...] = ()
+    samples: tuple[Line, ...] = ()
+    written: Line | None = None
 
 
 def read(folder: Path) -> RunLog:
@@ -53,7 +58,8 @@ def read(folder: Path) -> RunLog:
     def of(kind: str) -> tuple[Line, ...]:
         return tuple(line for line in lines if line.get("kind") == kind)
 
-    return RunLog(folder, manifest, of("version"), of("score"), of("task"), of("client"), of("edge"))
+    parts = (of("version"), of("score"), of("task"), of("client"), of("edge"), of("sample"))
+    return RunLog(folder, manifest, *parts, written=next(reversed(of("generation")), None))
 
 
 def _left(folder: Path) -> bool:

@@ -37,6 +37,11 @@ class Section:
 CURVES = """
 The same scores of the global model three times: against rounds (or uploads, where a version is no round), against virtual
 time and against bytes sent by clients; dashed lines are baselines. A curve that rises earlier got there with less."""
+PERPLEXITY = """
+Perplexity is the exponential of the mean loss of a token of the reference answers: how many tokens the model wavers between, as it
+were. 1 would be a model that knows the answers by heart; a curve that falls earlier got there with less."""
+SAMPLES = """
+Test requests, drawn at random; what the model writes by itself, the likeliest token each time, before training and at the end."""
 LOSS = """
 Training loss is measured on the clients' own examples while they train (of many versions the mean of neighbours is drawn), test
 loss on the merged model. A test loss that rises while the training loss still falls is overfitting."""
@@ -62,7 +67,7 @@ PAID = """
 Bytes: the mean of one task, down over all tasks, up over those that were answered."""
 SERVED = """
 A dot is the final model, as a client of that rank receives it, on that client's own held-out examples; the dash is what
-it would reach by always answering its commonest label. A line is the mean of the clients, its band one standard error.
+it would reach {}. A line is the mean of the clients, its band one standard error.
 Tiers differ in more than their rank (speed, data, how often they took part), so a gap need not come from the rank."""
 TIERS = """
 Slowest tier first, sums over all tasks. What is neither head nor fold is adapter; the time is the mean of receiving,
@@ -92,7 +97,7 @@ made while a client trained."""
 SPENDING = "Answers that the server accepted, and bytes of all messages, so far."
 
 PARTITION = """
-Above, how many examples each client holds; below, the mix of labels among them. The more the columns differ, the
+Above, how many examples each client holds; below, the mix of {} among them. The more the columns differ, the
 harder the averaging."""
 
 
@@ -100,7 +105,9 @@ def single(log: RunLog) -> list[Section]:
     """The full report of one run; what was not recorded is left out."""
     chosen = tables.settings(log)
     return _kept(
-        ("Accuracy", log.scores and Part(CURVES, svg=figures.accuracies([log]))),
+        (facts.measure(log).capitalize(), log.scores and Part(CURVES, svg=figures.accuracies([log]))),
+        ("Perplexity", facts.writes(log) and log.scores and Part(PERPLEXITY, svg=figures.perplexities([log]))),
+        ("Answers", log.samples and Part(SAMPLES, grid=tables.samples(log), kind="texts")),
         ("Loss", log.versions and Part(LOSS, svg=figures.losses([log]))),
         ("Rank and energy", facts.spectra(log) and Part(ENERGY, svg=figures.energy(log))),
         ("Rank heterogeneity", _heterogeneity(log)),
@@ -122,11 +129,12 @@ def comparison(logs: Sequence[RunLog]) -> list[Section]:
     """Several runs side by side: what they reached and cost, their curves, and the settings in which they differ."""
     collapse = any(facts.spectra(log) for log in logs)
     timed, alike = all(map(pace.timed, logs)), all(facts.tiers(log) == facts.tiers(logs[0]) for log in logs)
-    differ = tables.differences(logs)
+    differ, scored = tables.differences(logs), any(log.scores for log in logs)
     return _kept(
         ("Summary", Part(SUMMARY, grid=tables.runs(logs))),
         ("Different settings", Part(DIFFERENT if differ.rows else "None.", grid=differ, kind="words")),
-        ("Accuracy", any(log.scores for log in logs) and Part(CURVES, svg=figures.accuracies(logs))),
+        (facts.measure(*logs).capitalize(), scored and Part(CURVES, svg=figures.accuracies(logs))),
+        ("Perplexity", facts.writes(*logs) and scored and Part(PERPLEXITY, svg=figures.perplexities(logs))),
         ("Loss", any(log.versions for log in logs) and Part(LOSSES, svg=figures.losses(logs))),
         ("Waiting and staleness", timed and Part(PACES, svg=figures_pace.paces(logs))),
         ("Participation", timed and alike and Part(PARTICIPATION_OF, svg=figures_pace.participations(logs))),
@@ -149,13 +157,14 @@ def _groups(log: RunLog) -> tuple[object, ...]:
 def _heterogeneity(log: RunLog) -> tuple[object, ...]:
     """What each rank is given and pays, how it is served, and the same by tier as a table."""
     used, by_tier = ranks.used(log), tables.tiers(log)
+    before = "without any training" if facts.writes(log) else "by always answering its commonest label"
     one = f"There is only one rank: every client trains at rank {used[0]}." if len(used) == 1 else ""
     shares, paid = ranks.kept(log), ranks.paid(log)
     given = " ".join(text for text in (one, ranks.received(log), paid, ranks.rounded(log)) if text)
     return (
         (paid or shares)
         and Part(f"{GIVEN if shares else ''}{PAID if paid else ''}", given, svg=figures_ranks.handed(log)),
-        log.clients and Part(SERVED, ranks.served(log), svg=figures_ranks.clients(log)),
+        log.clients and Part(SERVED.format(before), ranks.served(log), svg=figures_ranks.clients(log)),
         by_tier.rows and Part(TIERS, grid=by_tier),
     )
 
@@ -178,15 +187,18 @@ def _partition(log: RunLog) -> Part:
     told = log.manifest["partition"]
     mixes, sizes = (short(number(told.get(name))) for name in ("label_js", "size_cv"))
     measured = f"Distance of the label mixes (Jensen-Shannon): {mixes}; variation of the sizes: {sizes}; 0 is alike."
-    return Part(f"{PARTITION} {measured}", svg=figures_clients.partition(told))
+    mix = "kinds of task" if facts.writes(log) else "labels"
+    return Part(f"{PARTITION.format(mix)} {measured}", svg=figures_clients.partition(told))
 
 
 def _load(log: RunLog) -> Part:
     model = log.manifest["model"]
     labels = model.get("labels", len(log.manifest["partition"].get("label_names", [])))
+    kind, more = ("CausalLM", "") if facts.writes(log) else ("SequenceClassification", f", num_labels={labels}")
     code = f"""from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelFor{kind}
 
-base = AutoModelForSequenceClassification.from_pretrained({str(model.get("name", "MODEL"))!r}, num_labels={labels})
+base = AutoModelFor{kind}.from_pretrained({str(model.get("name", "MODEL"))!r}{more})
 model = PeftModel.from_pretrained(base, {str(log.folder / "adapter")!r})"""
-    return Part("Loads the adapter and the head of this run onto its base model.", code=code)
+    head = "" if facts.writes(log) else " and the head"
+    return Part(f"Loads the adapter{head} of this run onto its base model.", code=code)

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING
 from fedloom.report import facts, pace
 from fedloom.report.facts import accuracy, label, mean
 from fedloom.report.read import Line, RunLog
-from fedloom.report.words import NONE, count, number, percent, seconds, short, size
+from fedloom.report.words import NONE, count, number, percent, plural, seconds, short, size
 
 if TYPE_CHECKING:
     import rich.table
+
+
+QUOTED = 800
+"""Characters of a sample that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,8 @@ def runs(logs: Sequence[RunLog]) -> Grid:
         (name, *_figures(log), *(_price(log, target) if shared else ()))
         for name, log in zip(facts.names(logs), logs, strict=True)
     ]
-    head = ("Run", "Status", "Seed", f"{facts.noun(*logs).capitalize()}s", "Accuracy", "Best", "Worst client")
+    head = ("Run", "Status", "Seed", f"{facts.noun(*logs).capitalize()}s", facts.measure(*logs).capitalize(), "Best")
+    head += ("Perplexity", "Worst client")  # type: ignore[assignment]
     head += ("Time", "Uploads", "Waiting", "Staleness", "Up", "Not merged", *shared)  # type: ignore[assignment]
     same = {"Status": "finished", "Seed": rows[0][2], "Staleness": "0"}
     kept = [k for k, name in enumerate(head) if {row[k] for row in rows} - {same.get(name, NONE), NONE}]
@@ -51,6 +56,7 @@ def _figures(log: RunLog) -> tuple[str, ...]:
         str(facts.rounds(log)),
         percent(accuracy(facts.final(log))),
         percent(facts.best(log)),
+        short(facts.perplexity(facts.final(log))),
         percent(accuracy(facts.worst(log))),
         seconds(facts.elapsed(log)),
         count(facts.last(log, "uploads")),
@@ -83,8 +89,9 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     rank = (f"{facts.effective_rank(energy):.1f}", f"of {len(energy)} directions") if energy else (NONE, none)
     losses = ", ".join(f"{count} {status}" for status, count in sorted(unmerged.items()))
     return (
-        ("Test accuracy", percent(accuracy(score)), chance),
+        (f"Test {facts.measure(log)}", percent(accuracy(score)), chance),
         ("Before training", percent(accuracy(facts.first(log))), "; ".join(bases)),
+        *(_written(log) if facts.writes(log) else ()),
         ("Worst client", percent(accuracy(worst)), who),
         (f"{facts.noun(log).capitalize()}s", f"{facts.rounds(log):,}", f"{short(facts.elapsed(log))} virtual seconds"),
         ("Sent up", *_traffic(log, "bytes_up")),
@@ -93,6 +100,33 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
         ("Effective rank", *rank),
         *(_pace(log) if pace.timed(log) else ()),
     )
+
+
+def _written(log: RunLog) -> tuple[tuple[str, str, str], ...]:
+    """Of a model that writes."""
+    before, told = facts.perplexity(facts.first(log)), log.written or {}
+    rows = [("Test perplexity", short(facts.perplexity(facts.final(log))), f"{short(before)} before training")]
+    for name, key in (("Exact answers", "exact_match"), ("ROUGE-L", "rouge_l")) if told else ():
+        share, base = (percent(number(told.get(f"{when}{key}"))) for when in ("", "base_"))
+        rows.append((name, share, f"{base} before training; {plural(int(told.get('examples', 0)), 'answer')}"))
+    return tuple(rows)
+
+
+def samples(log: RunLog) -> Grid:
+    """Requests, with the reference answer and what the model wrote before and after training."""
+    rows = (
+        (
+            _quoted("\n\n".join(filter(None, (line.get("request"), line.get("context"))))),
+            *(_quoted(line.get(key)) for key in ("reference", "before", "after")),
+        )
+        for line in log.samples
+    )
+    return Grid(("Request", "Reference", "Before", "After"), tuple(rows))
+
+
+def _quoted(text: object) -> str:
+    """A text of the data or the model, of several lines, cut to a length that a table can hold."""
+    return "\n".join(label(line, QUOTED) for line in str(text or "").splitlines())[:QUOTED] or NONE
 
 
 def _pace(log: RunLog) -> tuple[tuple[str, str, str], ...]:
@@ -123,12 +157,21 @@ def _traffic(log: RunLog, way: str) -> tuple[str, str]:
 
 def tiers(log: RunLog) -> Grid:
     """One row a tier: who is in it, how well it is served and what it pays; folds only where there are any."""
-    head = ("Tier", "Clients", "Rank", "Mean accuracy", "Worst client", "Tasks", "Merged", "Seconds a task")
+    who = ("Tier", "Clients", "Rank", f"Mean {facts.measure(log)}", "Worst client")
     folds = any(number(task.get("bytes_down_fold")) > 0 for task in log.tasks)
-    traffic = ("Up", "of it head", "Down", "of it head", *(["of it fold"] if folds else []))
+    traffic = (
+        "Tasks",
+        "Merged",
+        "Seconds a task",
+        "Up",
+        "of it head",
+        "Down",
+        "of it head",
+        *(["of it fold"] if folds else []),
+    )
     ways = ("bytes_up", "bytes_up_dense", "bytes_down", "bytes_down_dense", *(["bytes_down_fold"] if folds else []))
     rows = (_tier(log, tier, set(who), ways) for tier, who in facts.tiers(log).items())
-    return Grid(head + traffic, tuple(rows))
+    return Grid(who + traffic, tuple(rows))
 
 
 def _tier(log: RunLog, tier: str, members: set[str], ways: Sequence[str]) -> tuple[str, ...]:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.lora import Adapter
-from fedloom.train import convert, first_token, kernel
+from fedloom.train import convert, first_token, kernel, pretrained
+from fedloom.train.pretrained import quiet
 from fedloom.train.settings import PLAIN, Engine, LoRA
 
 HEADS = ("classifier", "score")
@@ -28,7 +25,7 @@ HEADS = ("classifier", "score")
 
 @dataclass(slots=True)
 class Base:
-    """The model with its tokenizer.
+    """The model with its tokenizer; `labels` is None where it writes text and does not choose one of so many.
 
     `fold` is what is added to the frozen base now, `pristine` the base without it, `computed` how it computes (for the manifest).
     """
@@ -36,7 +33,7 @@ class Base:
     model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     lora: LoRA
-    labels: int
+    labels: int | None
     name: str
     fold: Adapter | None = None
     computed: dict[str, object] = field(default_factory=dict)
@@ -46,15 +43,12 @@ class Base:
         """The PEFT adapter of this rank, made at first use."""
         slot = f"r{rank}"
         if slot not in self.model.peft_config:
-            self.model.add_adapter(slot, _config(self.lora, rank, self._heads()))
+            self.model.add_adapter(slot, _config(self.lora, rank, self.labels, self._heads()))
         return slot
 
     def put(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
         """Load an adapter into the slot of its rank, over the base with `fold` added, and make it active; returns the slot."""
-        if fold is not self.fold:
-            self.pristine = self.pristine or convert.base_weights(self.model)
-            convert.add_to_base(self.model, self.pristine, fold)
-            self.fold = fold
+        self._add(fold)
         rank = max(factor.rank for factor in adapter.factors.values())
         slot = self.slot(rank)
         with quiet():
@@ -62,22 +56,52 @@ class Base:
         convert.write(self.model, slot, adapter, scaling or self.lora.scaling)
         return slot
 
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, the model is what it was before any training: without adapter and fold."""
+        self._add(None)
+        with self.model.disable_adapter():  # type: ignore[no-untyped-call]
+            yield
+
+    def _add(self, fold: Adapter | None) -> None:
+        if fold is self.fold:
+            return
+        if any(convert.quantised(p) for p in self.model.parameters()):
+            remedy = "what is folded into the base cannot be added to 4 bits: train all layers, and choose a method without folds"
+            raise Refused("engine.four_bit", True, remedy)
+        self.pristine = self.pristine or convert.base_weights(self.model)
+        convert.add_to_base(self.model, self.pristine, fold)
+        self.fold = fold
+
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return next(self.model.parameters()).device
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What gives the logits of the next token; None where the model chooses a label."""
+        return self.model.get_base_model().get_output_embeddings() if self.labels is None else None  # type: ignore[operator]
+
+    @property
+    def words(self) -> int:
+        """Numbers that the model gives for one token: the vocabulary, or 1 where it chooses a label for the whole text."""
+        weight = getattr(self.head, "weight", None)
+        return len(weight) if isinstance(weight, Tensor) else 1
 
     def shape(self) -> Shape:
         """Sizes of the model, for costs."""
         base = self.model.get_base_model()
         adapted = convert.lora_layers(self.model)
         own = [p for n, p in base.named_parameters() if "lora_" not in n and "modules_to_save" not in n]
-        looked_up = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Embedding))
+        head = getattr(self.head, "weight", None)  # where it is an embedding too, it is multiplied all the same
+        tables = [m.weight for m in base.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
+        looked_up = sum(weight.numel() for weight in tables)
         first = next(iter(self.model.peft_config))
         dense = sum(p.numel() for p in convert.dense_parameters(self.model, first).values())
         config = base.config
         return Shape(
-            parameters=sum(p.numel() for p in own) - looked_up,
+            parameters=sum(map(convert.numbers, own)) - looked_up,
             embeddings=looked_up,
             layers=getattr(config, "num_hidden_layers", 1),
             hidden=getattr(config, "hidden_size", 1),
@@ -91,35 +115,39 @@ class Base:
         return sorted(set(getattr(first, "modules_to_save", None) or ()) - set(HEADS))
 
 
-def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str = "cpu", engine: Engine = PLAIN) -> Base:
+def load(
+    name: str, labels: int | None, lora: LoRA, rank: int, seed: int, device: str = "cpu", engine: Engine = PLAIN
+) -> Base:
     """A pretrained model by hub name or local folder, adapted at `rank`; head and LoRA initialised from `seed`.
 
-    Raises Refused if the model or the tokenizer cannot be loaded, or has no such target modules, or `rank` is too high.
+    It chooses one of `labels`, or with None writes text. Raises Refused if the model or the tokenizer cannot be loaded, or has no
+    such target modules, or `rank` is too high.
     """
     place = _device(device)
     if engine.kernel == "onednn" and not kernel.available():
         raise Refused("engine.kernel", engine.kernel, "this build of torch has no such kernel; choose fastest")
+    more = pretrained.four_bit(place) if engine.four_bit else {}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, fresh = _pretrained(name, labels)
-        tokenizer = _tokenizer(name)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        model, fresh = (
+            pretrained.generator(name, **more) if labels is None else pretrained.classifier(name, labels, **more)
+        )
+        tokenizer = pretrained.tokenizer(name)
+        if labels is None:
+            tokenizer.padding_side = "right"  # a token's position is its number then, also where positions are learnt
         model.config.pad_token_id = tokenizer.pad_token_id
         _check_targets(model, lora)
-        reads_first = engine.first_token and first_token.install(model)
+        reads_first = engine.first_token and labels is not None and first_token.install(model)
         biggest = max(max(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
         if rank > biggest:  # before peft makes matrices of it
             raise Refused("plan.rank", rank, f"no layer of the model is that large; choose ranks below {biggest}")
         try:
-            adapted = get_peft_model(model, _config(lora, rank, _new_modules(model, fresh)), adapter_name=f"r{rank}")
+            config = _config(lora, rank, labels, _new_modules(model, fresh))
+            adapted = get_peft_model(model, config, adapter_name=f"r{rank}")
         except ValueError as error:
             raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
-    for (
-        parameter
-    ) in adapted.parameters():  # out of the mapped file: products of unaligned numbers have other last digits
-        parameter.data = parameter.data.clone()
-    base = Base(adapted.to(place), tokenizer, lora, labels, name)
+        _checkpointed(model, engine)
+    base = Base(_settled(adapted, place, engine), tokenizer, lora, labels, name)
     _check_linear(base)
     chosen = kernel.fastest() if engine.kernel == "fastest" and place.type == "cpu" else engine.kernel
     if engine.bfloat16 or chosen == "onednn":
@@ -129,32 +157,39 @@ def load(name: str, labels: int, lora: LoRA, rank: int, seed: int, device: str =
     return base
 
 
+def _settled(model: PeftModel, place: torch.device, engine: Engine) -> PeftModel:
+    """At its place, in memory of its own: in a mapped file, products of unaligned numbers have other last digits."""
+    if engine.four_bit:  # already there
+        return model
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.to(place)
+
+
+def _checkpointed(model: PreTrainedModel, engine: Engine) -> None:
+    if engine.checkpointing:
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            remedy = f"{type(model).__name__} cannot compute its layers again; leave it off"
+            raise Refused("engine.checkpointing", True, remedy) from error
+
+
 def initial(base: Base, rank: int) -> Adapter:
     """The adapter with which a run starts: PEFT's own initialisation, up = 0 and down random."""
     return convert.read(base.model, base.slot(rank))
 
 
-def _config(lora: LoRA, rank: int, heads: list[str]) -> LoraConfig:
+def _config(lora: LoRA, rank: int, labels: int | None, heads: list[str]) -> LoraConfig:
     targets = list(lora.target_modules) if isinstance(lora.target_modules, tuple) else lora.target_modules
     return LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType.CAUSAL_LM if labels is None else TaskType.SEQ_CLS,
         r=rank,
         lora_alpha=lora.scaling * rank,  # type: ignore[arg-type]  # PEFT only divides it by r
         lora_dropout=lora.dropout,
         target_modules=targets,
         modules_to_save=heads,
     )
-
-
-def _pretrained(name: str, labels: int) -> tuple[PreTrainedModel, set[str]]:
-    """The model and the names of its parameters that were not in the checkpoint (the new head)."""
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, num_labels=labels, output_loading_info=True, dtype=torch.float32, trust_remote_code=False
-        )
-    except Exception as error:  # transformers, safetensors and the hub client each have their own
-        raise Refused("model", name, _load_remedy(name, error)) from error
-    return model, set(info["missing_keys"])
 
 
 def _new_modules(model: PreTrainedModel, fresh: set[str]) -> list[str]:
@@ -165,28 +200,6 @@ def _new_modules(model: PreTrainedModel, fresh: set[str]) -> list[str]:
         owners = accumulate(key.split(".")[:-1], "{}.{}".format)
         heads |= {next((o for o in owners if not any(name.startswith(f"{o}.") for name in known)), HEADS[0])}
     return sorted(heads - set(HEADS))
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # as above, and tokenizers
-        raise Refused("model", name, f"its tokenizer cannot be loaded ({_first_line(error)})") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there is none
-        raise Refused("model", name, "it comes without a tokenizer; add tokenizer.json and tokenizer_config.json")
-    return tokenizer
-
-
-def _load_remedy(name: str, error: Exception) -> str:
-    if Path(name).is_dir():
-        return f"the folder holds no model that transformers can load for classification ({_first_line(error)})"
-    if os.sep in name and not Path(name).exists() and name.count("/") != 1:
-        return "there is no such folder; give one, or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
-    return f"neither a local folder nor a model of the hub ({_first_line(error)}); check the name and the network"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
 
 
 def _target_remedy(model: nn.Module) -> str:
@@ -211,10 +224,15 @@ def check_rank(base: Base, field: str, rank: int) -> None:
             raise Refused(field, rank, f"layer {name} is {size[0]} x {size[1]}; choose ranks of at most {min(size)}")
 
 
+def most_tokens(base: Base, otherwise: int) -> int:
+    """The longest text that the model reads, or `otherwise` where nothing limits it to less."""
+    positions = getattr(base.model.get_base_model().config, "max_position_embeddings", otherwise)
+    return min(positions, base.tokenizer.model_max_length)
+
+
 def check_length(base: Base, max_length: int, longest: int) -> None:
     """Raise Refused if the model cannot read a text of `longest` tokens, which `max_length` let through."""
-    positions = getattr(base.model.get_base_model().config, "max_position_embeddings", longest)
-    most = min(positions, base.tokenizer.model_max_length)
+    most = most_tokens(base, longest)
     if longest > most:
         raise Refused(
             "training.max_length", max_length, f"a text has {longest} tokens, the model reads {most}; set {most}"
@@ -233,20 +251,5 @@ def _device(name: str) -> torch.device:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise Refused("device", name, f"this machine has no such device ({_first_line(error)}); choose cpu") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The libraries' reports and advice are not for our users: what matters is in the manifest or an error."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        remedy = f"this machine has no such device ({pretrained.first_line(error)}); choose cpu"
+        raise Refused("device", name, remedy) from error

@@ -7,6 +7,7 @@ a power of two, the default, the conversion is exact to the bit; otherwise it ro
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import prod
 from typing import cast
 
 import torch
@@ -58,6 +59,17 @@ def size(layer: LoraLayer) -> tuple[int, int]:
     if not isinstance(out, int) or not isinstance(inner, int):
         raise TypeError(f"{type(layer).__name__} has no two sizes")
     return out, inner
+
+
+def quantised(parameter: Tensor) -> bool:
+    """Whether it is in 4 bits, several numbers in one entry."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def numbers(parameter: Tensor) -> int:
+    """How many numbers a parameter holds."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else prod(state.shape)
 
 
 def dense_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:

@@ -52,6 +52,23 @@ class _Reached(Exception):
     """Ends a forward pass at the first trained block."""
 
 
+class _Fed(nn.Module):
+    """A block that is given `hidden`, whatever comes to it."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor) -> None:
+        super().__init__()
+        self.block, self.hidden = block, hidden
+
+    def __getattr__(self, name: str) -> Any:
+        """A model may ask its blocks what they are, for instance which attention they have."""
+        return super().__getattr__(name) if name in ("block", "hidden") else getattr(self.block, name)
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        if args:
+            return self.block(self.hidden, *args[1:], **named)
+        return self.block(**{**named, "hidden_states": self.hidden})
+
+
 @dataclass(frozen=True, slots=True)
 class Tower:
     """The blocks of a transformer, where the model holds them, and the first one that is trained."""
@@ -63,20 +80,16 @@ class Tower:
 
     @contextmanager
     def fed(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, a forward pass begins at the first trained block, with `hidden` (batch, tokens, hidden size)."""
+        """Inside, a forward pass begins at the first trained block, with `hidden` (batch, tokens, hidden size).
 
-        def replace(
-            _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            return ((hidden, *args[1:]), named) if args else (args, {**named, "hidden_states": hidden})
-
-        hook = self.blocks[self.first].register_forward_pre_hook(replace, with_kwargs=True)
-        setattr(self.owner, self.name, nn.ModuleList(self.blocks[self.first :]))
+        No hook: the block may be computed again in the backward pass, outside (`Engine.checkpointing`).
+        """
+        lowest, *above = self.blocks[self.first :]
+        setattr(self.owner, self.name, nn.ModuleList([_Fed(lowest, hidden), *above]))
         try:
             yield
         finally:
             setattr(self.owner, self.name, self.blocks)
-            hook.remove()
 
     @torch.no_grad()
     def below(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

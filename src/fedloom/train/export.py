@@ -13,29 +13,42 @@ from peft import LoraConfig, get_peft_model_state_dict
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, pad, truncate
 from fedloom.train import convert
-from fedloom.train.base import Base, load, quiet
+from fedloom.train.base import Base, load
+from fedloom.train.pretrained import quiet
 from fedloom.train.settings import LoRA
 
 CARD = """# LoRA adapter, fine-tuned federatedly with fedloom
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
-base = AutoModelForSequenceClassification.from_pretrained({name!r}, num_labels={labels}, pad_token_id={pad})
+base = {kind}.from_pretrained({name!r}{more})
 model = PeftModel.from_pretrained(base, {folder!r})
-tokenizer = AutoTokenizer.from_pretrained({name!r}, pad_token={token!r})
+tokenizer = AutoTokenizer.from_pretrained({name!r}{token})
 ```
 
-Labels in order: {names}
+{use}
 """
+
+WRITES = """\
+A request is written as in training (the model's chat template, where it has one) and answered by
+
+```python
+inputs = tokenizer(request, return_tensors="pt", add_special_tokens=False)
+written = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+Several requests at once are padded on the left: `AutoTokenizer.from_pretrained(..., padding_side="left")`."""
 
 
 def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
     """Write `adapter` as a PEFT folder that `PeftModel.from_pretrained` loads."""
     slot = base.put(adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = get_peft_model_state_dict(base.model, adapter_name=slot)
+    # "auto" would ask the hub whether the vocabulary has grown
+    weights = get_peft_model_state_dict(base.model, adapter_name=slot, save_embedding_layers=False)
     weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     safetensors.torch.save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
     config = copy.deepcopy(base.model.peft_config[slot])
@@ -44,10 +57,19 @@ def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Pa
     if isinstance(targets, set):  # would be written in another order each time
         setattr(config, "target_modules", sorted(targets))  # noqa: B010  # mypy does not see the field
     config.save_pretrained(str(folder))
-    pad = {"pad": base.tokenizer.pad_token_id, "token": base.tokenizer.pad_token}  # a decoder's own has none
-    card = CARD.format(name=base.name, labels=len(names), folder=folder.name, names=", ".join(names), **pad)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(_card(base, names, folder.name), encoding="utf-8")
     return folder
+
+
+def _card(base: Base, names: Sequence[str], folder: str) -> str:
+    token = f", pad_token={base.tokenizer.pad_token!r}"  # a decoder's own has none
+    if base.labels is None:
+        told = {"kind": "AutoModelForCausalLM", "more": "", "use": WRITES}
+    else:
+        more = f", num_labels={len(names)}, pad_token_id={base.tokenizer.pad_token_id}"
+        use = f"Labels in order: {', '.join(names)}"
+        told = {"kind": "AutoModelForSequenceClassification", "more": more, "use": use}
+    return CARD.format(name=base.name, folder=folder, token=token, **told)
 
 
 def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
@@ -55,8 +77,9 @@ def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path
     base.put(adapter)
     with quiet():
         model = copy.deepcopy(base.model).merge_and_unload()
-        model.config.id2label = dict(enumerate(names))
-        model.config.label2id = {name: index for index, name in enumerate(names)}
+        if base.labels is not None:
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {name: index for index, name in enumerate(names)}
         model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
     return folder
@@ -81,7 +104,8 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
         config = LoraConfig.from_pretrained(str(run / "adapter"))
         targets = None if config.target_modules is None else tuple(sorted(config.target_modules))
         lora = LoRA(targets, config.lora_alpha / config.r, config.lora_dropout)
-        base = load(name, len(names), lora, 1, seed)  # the stored adapter brings its own rank
+        labels = about["model"].get("labels", len(names))  # null: it writes text
+        base = load(name, labels, lora, 1, seed)  # the stored adapter brings its own rank
         return base, _read(base, run / "adapter"), names
     except Refused:
         raise

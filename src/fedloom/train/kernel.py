@@ -49,10 +49,14 @@ def fastest() -> str:
 def install(model: nn.Module, bfloat16: bool = False) -> int:
     """Let every frozen `nn.Linear` of the model compute through oneDNN, or in bfloat16; returns how many there are.
 
-    Not a head that PEFT keeps beside its trained copies: it is what each further copy is made of.
+    Not a head that PEFT keeps beside its trained copies: it is what each further copy is made of. Nor, in bfloat16, one that is
+    also an embedding: what it gives would make the whole model compute so.
     """
     heads = [m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
     spared = {id(inner) for head in heads for inner in head.modules()}
+    if bfloat16:
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        spared |= {id(m) for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in tables}
     linear = [m for m in model.modules() if type(m) is nn.Linear and id(m) not in spared]
     frozen = [m for m in linear if not m.weight.requires_grad]
     for layer in frozen:

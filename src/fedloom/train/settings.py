@@ -32,6 +32,23 @@ class LoRA:
 
 
 @dataclass(frozen=True, slots=True)
+class Generation:
+    """What a run that generates text writes with its final model: answers to so many test examples, and how long they may be.
+
+    An answer ends with the model's end mark, after `max_new_tokens`, or where the model can read no further.
+    """
+
+    examples: int = 8
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.examples < 0:
+            raise Refused("generation.examples", self.examples, "how many test examples to answer, 0 for none")
+        if self.max_new_tokens < 1:
+            raise Refused("generation.max_new_tokens", self.max_new_tokens, "an answer holds at least 1 token")
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """How training is computed: this changes its time and the last digits, never the method.
 
@@ -40,7 +57,9 @@ class Engine:
     whose head reads only the first token computes only that. `together` is the most clients that train in one pass (1: one after
     the other, None: what pays, tiny steps on a CPU and most on a GPU). `cache` is how many bytes of activations to keep of the layers
     below the trained ones. `bfloat16` keeps the frozen linear layers in bfloat16: half the memory, and faster where the hardware
-    has it, but no longer exact.
+    has it, but no longer exact. `four_bit` keeps them in 4 bits (QLoRA): an eighth of the memory, on an NVIDIA GPU with
+    bitsandbytes. `checkpointing` keeps only what goes into each layer and computes the rest again in the backward pass: a third
+    more time for a fraction of the activations, with the same gradients.
     """
 
     kernel: str = "fastest"
@@ -48,6 +67,8 @@ class Engine:
     together: int | None = None
     cache: int = 2_000_000_000
     bfloat16: bool = False
+    checkpointing: bool = False
+    four_bit: bool = False
 
     def __post_init__(self) -> None:
         if self.kernel not in ("fastest", "torch", "onednn"):
@@ -56,6 +77,8 @@ class Engine:
             raise Refused("engine.together", self.together, "at least 1 client in a pass, or None for what pays")
         if self.cache < 0:
             raise Refused("engine.cache", self.cache, "bytes of activations to keep, 0 for none")
+        if self.four_bit and self.bfloat16:
+            raise Refused("engine.bfloat16", True, "choose one: layers in 4 bits, or in bfloat16")
 
 
 PLAIN = Engine("torch", first_token=False, together=1, cache=0)

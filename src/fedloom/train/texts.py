@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.data.examples import Examples
+from fedloom.train.dialogue import Fitted, tokenised
 
 IGNORED = -100
 """The label of a token that is not to be predicted, as torch and transformers have it."""
@@ -20,7 +21,7 @@ class Encoded:
     """Token ids of each example, with its label; `extras` are the tokenizer's other columns (segment ids).
 
     Where text is generated, `begins` is where the answer's tokens begin in each example: they, the end mark included, are what is
-    predicted.
+    predicted. `fitted` counts what happened to the examples on the way.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -29,6 +30,7 @@ class Encoded:
     pad: int
     left: bool
     begins: tuple[int, ...] | None = None
+    fitted: Fitted | None = None
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
         """Tokens of these examples."""
@@ -59,14 +61,17 @@ class Encoded:
 
 
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenise single sentences or pairs, cut at `max_length` tokens."""
+    """Tokenise single sentences or pairs, cut at `max_length` tokens, or requests with their answers, made to fit in as many."""
+    pad, left = tokenizer.pad_token_id or 0, tokenizer.padding_side == "left"
+    if examples.answers is not None:
+        ids, begins, fitted = tokenised(examples, tokenizer, max_length)
+        return Encoded(ids, {}, examples.labels, pad, left, begins, fitted)
     pairs = list(examples.pairs) if examples.pairs is not None else None
     columns = tokenizer(
         list(examples.texts), pairs, truncation=True, max_length=max_length, return_attention_mask=False
     )
     extras = {name: _frozen(rows) for name, rows in columns.items() if name != "input_ids"}
-    pad = tokenizer.pad_token_id or 0
-    return Encoded(_frozen(columns["input_ids"]), extras, examples.labels, pad, tokenizer.padding_side == "left")
+    return Encoded(_frozen(columns["input_ids"]), extras, examples.labels, pad, left)
 
 
 def _frozen(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

@@ -17,10 +17,9 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn import functional
 
 from fedloom.lora import Adapter, Factor, cut, pad
-from fedloom.train import convert, objective
+from fedloom.train import convert, loss, objective
 from fedloom.train.base import Base
 from fedloom.train.settings import Training
 from fedloom.train.texts import Encoded
@@ -31,6 +30,9 @@ TOKENS = {"cpu": 2048}
 
 SMALL = {"cpu": 32768}
 """Tokens times hidden size of one client's step above which its own products keep a CPU busy: 256 tokens of bert-tiny."""
+
+LOGITS = 2**28
+"""Numbers that say what comes next, in one pass, tokens times vocabulary: a gigabyte."""
 
 LEAST, MOST = 4, 16
 """Clients in one pass: with fewer on a CPU, the gain was below a tenth; more gained nothing."""
@@ -55,7 +57,7 @@ def most(base: Base, tokens: float) -> int:
     """How many clients to train in one pass if a step of one has this many tokens: 1 where a common pass gains nothing."""
     if tokens * base.shape().hidden > SMALL.get(base.device.type, math.inf):
         return 1
-    room = int(TOKENS.get(base.device.type, 16384) / max(1.0, tokens))
+    room = int(min(TOKENS.get(base.device.type, 16384), LOGITS / base.words) / max(1.0, tokens))
     return min(MOST, room) if room >= LEAST else 1
 
 
@@ -156,12 +158,10 @@ def _added(
 
 
 def _losses(base: Base, texts: Encoded, plan: Sequence[Sequence[int]]) -> Tensor:
-    """Each client's mean cross-entropy (clients,) on its batch; a smaller batch is filled up with rows that do not count."""
+    """Each client's mean loss (clients,) on its batch; a smaller batch is filled up with rows that do not count."""
     size = max(len(batch) for batch in plan)
     inputs = texts.batch([i for batch in plan for i in [*batch, *[batch[0]] * (size - len(batch))]], base.device)
-    labels = inputs.pop("labels")
-    logits = base.model(**inputs).logits.float()
-    each = functional.cross_entropy(logits, labels, reduction="none").view(len(plan), size)
+    each = loss.each(base, inputs).view(len(plan), size)
     counts = torch.tensor([len(batch) for batch in plan], device=base.device)
     counted = torch.arange(size, device=base.device) < counts[:, None]
     return (each * counted).sum(1) / counts

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedloom.ahead import Answer
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, each, server_rank
-from fedloom.train import convert, depth, objective, together
+from fedloom.train import convert, depth, loss, objective, together
 from fedloom.train.base import Base
 from fedloom.train.batches import batches
 from fedloom.train.depth import Cache
@@ -158,7 +158,7 @@ class PeftTrainer:
         start = task.start
         slot = self.base.put(begin, start.scaling, start.fold)
         weights = released(convert.parameters(self.base.model, slot), start)
-        loss = self._loss(task, [*begin.factors])
+        loss_of = self._loss(task, [*begin.factors])
         optimiser = self._optimiser(weights, start, local)
         amends, control = list[Amend](), None
         if start.control is not None:
@@ -172,7 +172,7 @@ class PeftTrainer:
             amends.append(objective.masked(weights, chosen))
         with torch.random.fork_rng():  # after the slot was made, which draws
             torch.manual_seed(task.seed)
-            losses += self._steps(plan, loss, weights, optimiser, amends, start.rules)
+            losses += self._steps(plan, loss_of, weights, optimiser, amends, start.rules)
         after = objective.unflat(control.after(), start.control) if control and start.control else None
         moments = _moments(weights, optimiser) if self.training.keep_moments else {}
         self.cache.trim(self.engine.cache)
@@ -180,16 +180,15 @@ class PeftTrainer:
 
     def _loss(self, task: Task, trained: Sequence[str]) -> Loss:
         """The mean loss of a batch; where only the top layers are trained, from what comes out below them."""
-        model, place = self.base.model, depth.tower(self.base, trained)
+        place = depth.tower(self.base, trained)
         if place is None:
-            return lambda batch: model(**self.texts.batch(batch, self.base.device)).loss
+            return lambda batch: loss.mean(self.base, self.texts.batch(batch, self.base.device))
         room, shard = self.engine.cache, self.shards[task.client]
         below = depth.features(self.base, self.texts, place, shard, task.start.fold, self.cache, room)
 
         def fed(batch: Sequence[int]) -> Tensor:
             with place.fed(below.of(batch)):
-                loss: Tensor = model(**self.texts.batch(batch, self.base.device)).loss
-            return loss
+                return loss.mean(self.base, self.texts.batch(batch, self.base.device))
 
         return fed
 
@@ -209,10 +208,11 @@ class PeftTrainer:
         for step, batch in enumerate(plan):
             for group, factor in zip(optimiser.param_groups, factors, strict=True):
                 group["lr"] = factor * self.training.rate(step, len(plan))
-            loss = loss_of(batch)
-            losses.append(float(loss.detach()))
+            found = loss_of(batch)
+            losses.append(float(found.detach()))
             optimiser.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss if rules.pruning is None else loss + objective.penalty(weights, rules.pruning))
+            extra = None if rules.pruning is None else objective.penalty(weights, rules.pruning)
+            torch.autograd.backward(found if extra is None else found + extra)
             for amend in amends:
                 amend()
             nn.utils.clip_grad_norm_(weights.values(), self.training.clip)

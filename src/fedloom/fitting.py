@@ -1,0 +1,40 @@
+"""Whether the settings of a run fit its data and its model, which only a run that is made ready knows."""
+
+from __future__ import annotations
+
+from fedloom.aggregate.wrap import layers
+from fedloom.data.examples import Split
+from fedloom.errors import Refused
+from fedloom.layers import need_own_layers
+from fedloom.plan.depth import check_blocks
+from fedloom.run import Run
+from fedloom.train.base import Base, check_rank
+from fedloom.types import Budget, Model
+
+
+def labels(run: Run, split: Split) -> int | None:
+    """How many labels the model chooses from; None: it writes answers. Raises Refused for `generation` where there are none."""
+    if split.train.answers is not None:
+        return None
+    if run.generation:
+        raise Refused("generation", run.generation, "the data have labels and no answers to write; leave it out")
+    return len(split.train.names)
+
+
+def check_aggregator(run: Run, base: Base, clients: int | None) -> None:
+    """Raise Refused for a rank that the model is too small for, or another number of clients than there are (None: not known yet)."""
+    for layer in layers(run.aggregator):
+        check_rank(base, "aggregator.rank", getattr(layer, "rank", None) or run.plan.rank.largest)
+        if clients is not None and getattr(layer, "clients", clients) != clients:
+            raise Refused(
+                "aggregator.clients",
+                getattr(layer, "clients", 0),
+                f"give clients={clients}, the size of the federation",
+            )
+
+
+def check_depth(run: Run, base: Base, model: Model) -> None:
+    """Raise Refused for a depth that the model does not have, or a method that cannot have clients of different depth."""
+    if run.plan.depth is not None:
+        check_blocks(run.plan.depth, base.shape())
+        need_own_layers(run.aggregator, run.aggregator.start(model, Budget(1, 1), 0).rules)

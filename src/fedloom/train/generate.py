@@ -1,0 +1,119 @@
+"""What a model writes by itself, greedily, and how near that comes to the reference answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fedloom.lora import Adapter
+from fedloom.train.base import Base, most_tokens
+from fedloom.train.dialogue import Form
+from fedloom.train.pretrained import quiet
+from fedloom.train.texts import Encoded
+
+BATCH = 16
+"""Answers written together; a row that has ended waits for the others."""
+
+NUMBER = re.compile(r"####\s*([-+]?[\d,.]*\d)")
+"""The result of a worked answer, as GSM8K marks it (Cobbe et al., arXiv 2110.14168)."""
+
+
+@torch.no_grad()
+def write(
+    base: Base,
+    adapter: Adapter | None,
+    texts: Encoded,
+    indices: Sequence[int],
+    most: int,
+    fold: Adapter | None = None,
+) -> list[str]:
+    """Greedy answers of at most `most` tokens to these examples' requests, by the adapter over base and fold, or the base alone."""
+    assert texts.begins is not None
+    requests = [texts.ids[i][: texts.begins[i]] for i in indices]
+    if adapter is None:
+        with base.bare():
+            return _written(base, requests, texts.pad, most)
+    base.put(adapter, fold=fold)
+    return _written(base, requests, texts.pad, most)
+
+
+def _written(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int) -> list[str]:
+    model: Any = base.model.eval().get_base_model()
+    tokenizer: Any = base.tokenizer
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i]))
+    found, ends = dict[int, str](), _ends(model, tokenizer)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        width = max(len(requests[i]) for i in chosen)
+        filled = [[pad] * (width - len(requests[i])) + list(requests[i]) for i in chosen]
+        mask = [[0] * (width - len(requests[i])) + [1] * len(requests[i]) for i in chosen]
+        with quiet():
+            rows = model.generate(
+                input_ids=torch.tensor(filled, device=base.device),
+                attention_mask=torch.tensor(mask, device=base.device),
+                max_new_tokens=min(most, most_tokens(base, width + most) - width),
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+                eos_token_id=ends or None,
+            )
+        for i, row in zip(chosen, rows, strict=True):
+            found[i] = tokenizer.decode(row[width:], skip_special_tokens=True).strip()
+    return [found[i] for i in range(len(requests))]
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """Marks that end an answer: the model's own, and those that the references end with."""
+    own = model.generation_config.eos_token_id
+    return sorted({*(own if isinstance(own, list) else [own]), *Form.of(tokenizer).ends} - {None})
+
+
+def figures(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Exact match, and ROUGE-L (F1 of the longest common subsequence of words; Lin 2004, section 3), both means over the answers."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    pairs = [*zip(written, references, strict=True)]
+    overlaps = [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
+    count = max(1, len(pairs))
+    return {"exact_match": sum(exact(*pair) for pair in pairs) / count, "rouge_l": sum(overlaps) / count}
+
+
+def exact(text: str, reference: str) -> bool:
+    """Whether an answer is the right one: the number behind `####` where the reference has one, else the same words.
+
+    >>> exact("2 + 2 = 4, so\\n#### 1,004.0", "#### 1004"), exact("Yes, Paris.", "yes paris"), exact("42", "#### 42")
+    (True, True, False)
+    """
+    wanted = result(reference)
+    if wanted is not None:
+        return result(text) == wanted
+    return (words(text) or text.split()) == (words(reference) or reference.split())
+
+
+def result(text: str) -> float | None:
+    """The number behind the last `####`; None where there is none."""
+    found = NUMBER.findall(text)
+    try:
+        return float(found[-1].replace(",", "")) if found else None
+    except ValueError:  # 1.2.3
+        return None
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, of any script, without case and punctuation.
+
+    >>> words("It's  Zürich!")
+    ['it', 's', 'zürich']
+    """
+    return re.findall(r"\w+", text.casefold())
+
+
+class _Words:
+    """Our words for a library whose own are Latin letters only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return words(text)

@@ -1,0 +1,96 @@
+"""How wrong a model is: on labels the cross-entropy of each example, on texts that of each token of each answer.
+
+The loss of an example is the mean over its answer's tokens, that of a batch the mean over its examples: a long answer weighs no more
+than a short one, as one label weighs no more than another. Logits are made only where a token is to be predicted: a vocabulary is
+large, and of a small model they would be most of the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedloom.train.base import Base
+from fedloom.train.texts import IGNORED
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The tokens to predict in a batch of `rows` examples: logits (tokens, vocabulary), the right ones, and whose they are (both
+    (tokens,))."""
+
+    logits: Tensor
+    wanted: Tensor
+    row: Tensor
+    rows: int
+
+    def losses(self) -> Tensor:
+        """Cross-entropy of each token."""
+        return functional.cross_entropy(self.logits.float(), self.wanted, reduction="none")
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Of values (tokens,), the sum over each example's tokens."""
+        return torch.zeros(self.rows, dtype=values.dtype, device=values.device).index_add(0, self.row, values)
+
+    def counts(self) -> Tensor:
+        """How many tokens each example has to predict."""
+        return self.summed(torch.ones_like(self.wanted))
+
+
+def mean(base: Base, inputs: dict[str, Tensor]) -> Tensor:
+    """The mean loss of a batch."""
+    if base.labels is not None:
+        loss: Tensor = base.model(**inputs).loss
+        return loss
+    return each(base, inputs).mean()
+
+
+def each(base: Base, inputs: dict[str, Tensor]) -> Tensor:
+    """The loss of each example (rows,)."""
+    if base.labels is None:
+        found = answered(base, inputs)
+        return found.summed(found.losses()) / found.counts().clamp_min(1)
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    return functional.cross_entropy(base.model(**inputs).logits.float(), labels, reduction="none")
+
+
+def answered(base: Base, inputs: dict[str, Tensor]) -> Answered:
+    """What the model says of each token that `inputs["labels"]` (rows, tokens) asks for, from the tokens before it."""
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    asked = torch.zeros_like(labels, dtype=torch.bool)
+    asked[:, :-1] = (labels[:, 1:] != IGNORED) & inputs["attention_mask"][:, :-1].bool()
+    with _only(base, asked) as cut:
+        logits = base.model(**inputs, use_cache=False).logits
+    row, column = asked.nonzero(as_tuple=True)
+    return Answered(logits if cut else logits[asked], labels[row, column + 1], row, len(labels))
+
+
+@contextmanager
+def _only(base: Base, asked: Tensor) -> Iterator[bool]:
+    """Inside, the model's head is applied where `asked` (rows, tokens) only; or everywhere, if it is trained itself.
+
+    Several clients' heads are told apart by the rows of a batch.
+    """
+    head = base.head
+    if head is None or isinstance(head, LoraLayer | ModulesToSaveWrapper):
+        yield False
+        return
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0][asked], *args[1:])
+
+    hook = head.register_forward_pre_hook(gather)
+    try:
+        yield True
+    finally:
+        hook.remove()

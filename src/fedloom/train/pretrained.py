@@ -1,0 +1,126 @@
+"""A pretrained model and its tokenizer, as transformers loads them, or the reason why it cannot be had."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from fedloom.errors import Refused
+
+
+def classifier(name: str, labels: int, **more: Any) -> tuple[PreTrainedModel, set[str]]:
+    """A model that predicts one of `labels`, and the names of its parameters that were not in the checkpoint (the new head)."""
+    return _loaded(AutoModelForSequenceClassification, name, "classification", num_labels=labels, **more)
+
+
+def generator(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
+    """A model that writes text from left to right, and the names of its parameters that were not in the checkpoint.
+
+    Raises Refused for one that reads ahead, as an encoder does even where transformers puts a head for generation on it.
+    """
+    model, fresh = _loaded(AutoModelForCausalLM, name, "generation", **more)
+    if reads_ahead(model):
+        remedy = "sees the words that it is to predict; give a decoder such as Qwen/Qwen2.5-0.5B"
+        raise Refused("model", name, f"{type(model).__name__} {remedy}")
+    return model, fresh
+
+
+def four_bit(device: torch.device) -> dict[str, Any]:
+    """What to load a model with so that its linear layers are in 4 bits (QLoRA, arXiv 2305.14314: NF4, quantised twice).
+
+    Raises Refused where this machine cannot do that.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise Refused("engine.four_bit", True, "it needs an NVIDIA GPU: set device='cuda', or leave it off")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise Refused("engine.four_bit", True, "bitsandbytes is not installed: pip install 'fedloom[four-bit]'")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+@torch.no_grad()
+def reads_ahead(model: Any) -> bool:
+    """Whether what a model says of a token depends on tokens after it. Asked of the model itself, by changing the last of a few."""
+    words, training = model.config.get_text_config().vocab_size, model.training
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6]]) % words
+    logits: Tensor = model.eval()(input_ids=ids.to(model.device)).logits.float()
+    model.train(training)
+    one, other = logits[:, :-1]
+    return float((one - other).abs().max()) > 1e-3 * float(one.abs().max())
+
+
+def tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a token to pad with."""
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers, tokenizers and the hub client each have their own
+        raise Refused("model", name, f"its tokenizer cannot be loaded ({first_line(error)})") from error
+    if len(found) <= len(found.all_special_tokens):  # what transformers makes up where there is none
+        raise Refused("model", name, "it comes without a tokenizer; add tokenizer.json and tokenizer_config.json")
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def _loaded(kind: Any, name: str, use: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
+    try:
+        model, info = kind.from_pretrained(
+            name, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **more
+        )
+    except Exception as error:  # transformers, safetensors and the hub client each have their own
+        raise Refused("model", name, _remedy(name, use, error)) from error
+    return model, set(info["missing_keys"])
+
+
+def _remedy(name: str, use: str, error: Exception) -> str:
+    if "Unrecognized configuration class" in str(error):
+        return f"transformers has no model of this architecture for {use}; choose another model"
+    if Path(name).is_dir():
+        return f"the folder holds no model that transformers can load for {use} ({first_line(error)})"
+    if os.sep in name and not Path(name).exists() and name.count("/") != 1:
+        return "there is no such folder; give one, or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
+    return f"neither a local folder nor a model of the hub ({first_line(error)}); check the name and the network"
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The libraries' reports and advice are not for our users: what matters is in the manifest or an error."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
