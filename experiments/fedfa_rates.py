@@ -2,9 +2,9 @@
 
     python experiments/fedfa_rates.py [--summary] [--workers N]
 
-AG News and SST-2, log-normal devices, 300 uploads; SST-2 with the methods of the first block only, at two rates. Where a method has a server rate of its own, two values of it. What is chosen is the earliest time
-to the experiment's target, and among those that never get there the best end. The synchronous methods learn alike, whatever their
-clocks say: they share FedAvg's rate.
+AG News and SST-2 (the methods of the first block, at two rates), log-normal devices, 300 uploads. Where a method has a server rate of
+its own, two values of it. What is chosen is the earliest time to the experiment's target, and among those that never get there the
+best end. The synchronous methods learn alike, whatever their clocks say: they share FedAvg's rate.
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ METHODS: dict[str, Method] = {
     "joint-memory": grouped(replace(SCORED, rule=JointMemory(H, 5, ranks=(2, 4, 8)))),
     ACROSS: grouped(SCORED, across=True),
 }
-"""FedIT is flat FedAvg with so many steps; the best of them counts. Ours has the ranks of `legend`, `equal-ranks` those of FedIT; from
-`groups-only` on it is without one of its parts."""
+"""FedIT is flat FedAvg with so many steps; the best of them counts. Ours has the ranks of `legend`, `equal-ranks` those of FedIT;
+from `groups-only` on it is without one of its parts."""
 
 
 def cell(name: str, seed: int) -> Run:
@@ -225,9 +225,14 @@ def cells() -> dict[str, partial[Run]]:
 
 
 def reached(line: Line) -> float:
-    """Virtual seconds until the mean of `STEADY` scores in a row is at the target, by the last of them; infinite: never."""
+    """Virtual seconds to the target; infinite: never."""
     _, data, split, _ = line["cell"].split("/")
-    goal, scores = STUDIES[data].targets[split], line["curve"][1:]
+    return reaches(line, STUDIES[data].targets[split])
+
+
+def reaches(line: Line, goal: float) -> float:
+    """Virtual seconds until the mean of `STEADY` scores in a row is `goal`, by the last of them; infinite: never."""
+    scores = line["curve"][1:]
     for last in range(STEADY, len(scores) + 1):
         if mean(score for _, _, score in scores[last - STEADY : last]) >= goal:
             return float(scores[last - 1][1])

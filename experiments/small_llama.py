@@ -139,7 +139,7 @@ def train(model: LlamaForCausalLM, texts: Encoded, seed: int, minutes: float, st
 def loss_of(model: LlamaForCausalLM, texts: Encoded) -> float:
     """Mean cross-entropy of an answer's token, over all answers' tokens."""
     total, count = 0.0, 0
-    model.eval()
+    model.train(False)
     for start in range(0, len(texts.ids), 32):
         inputs = texts.batch(range(start, min(start + 32, len(texts.ids))), torch.device("cpu"))
         labels = inputs.pop("labels")[:, 1:]

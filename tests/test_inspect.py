@@ -11,7 +11,7 @@ import pytest
 
 from fedloom import cli
 from fedloom.data.guess import as_examples, guessed
-from fedloom.data.load import Raw
+from fedloom.data.read import Raw
 from fedloom.errors import Refused
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -78,10 +78,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "availability": ("Availability",),
     "codec": ("DeltaInt8", "Exact", "Half"),
+    "data.instructions": ("Instructions",),
     "data.axes": ("LengthDirichlet", "Mixture", "QualityDirichlet", "Shuffled", "Skew"),
     "data.context": ("labels", "quality", "samples", "words"),
     "data.corrupted": ("Corrupted",),
-    "data.instructions": ("Instructions",),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from fedloom.report.tables import Grid
     from fedloom.summary import Summary
 
-JUDGED = 100
-"""Examples of a client that a model judges, at most: enough for a mean, and it takes a while."""
+JUDGED, FEWEST, LONGEST = 300, 8, 128
+"""Examples that a model judges, over all clients and of each one; and the tokens of them that it reads. It takes a while."""
 
 
 def inspect(
@@ -63,7 +63,7 @@ def inspect(
 
     Example: [bold]fedloom inspect tickets.csv --clients company --column text=message[/bold]
     """
-    from fedloom.summary import read
+    from fedloom.summary import read as read_summary
 
     out = Console(highlight=False)
     if client_summary is None and (epsilon is not None or labels is not None):
@@ -73,7 +73,7 @@ def inspect(
         if len(told) < len(data) or clients or columns or model or client_summary:
             raise Refused("DATA", str(told[0]), "summaries stand alone: neither tables nor settings beside them")
         notes = [f"Read {len(told)} summaries; no text was needed."]
-        _show(out, [read(_text(path), str(path)) for path in told], "Federation", notes, page)
+        _show(out, [read_summary(_text(path), str(path)) for path in told], "Federation", notes, page)
         return
     if len(data) > 1:
         raise Refused("DATA", str(data[1]), "give one table, or several summaries (.json)")
@@ -84,17 +84,20 @@ def inspect(
         _tell(out, examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
         return
     parts = _parts(examples, data[0].name)
-    summaries = [_summary(name, own, model) for name, own in parts.items()]
-    if model is None:
-        notes.append("Quality was not measured: name a language model with --model.")
-        out.print(notes[-1], markup=False, soft_wrap=True)
+    judged = max(FEWEST, JUDGED // len(parts))
+    unmeasured = "Quality was not measured: name a language model with --model."
+    notes.append(
+        unmeasured if model is None else f"{Path(model).name} judges at most {judged} examples of each client."
+    )
+    out.print(notes[-1], markup=False, soft_wrap=True)
+    summaries = [_summary(name, own, model, judged) for name, own in parts.items()]
     _show(out, summaries, data[0].name, notes, page)
 
 
 def _load(path: Path, clients: str | None, columns: Sequence[str]) -> tuple[Examples, list[str]]:
     """The examples of a table, and what was taken for what."""
     from fedloom.data.guess import as_examples, guessed
-    from fedloom.data.load import _read
+    from fedloom.data.read import read
 
     given = {} if clients is None else {"client": clients}
     for setting in columns:
@@ -102,7 +105,7 @@ def _load(path: Path, clients: str | None, columns: Sequence[str]) -> tuple[Exam
         if not equals:
             raise Refused("--column", setting, "write it as WHAT=NAME, such as text=message")
         given[role] = name
-    raw = _read(path, None)
+    raw = read(path, None)
     roles = guessed(raw, given)
     said = ", ".join(f"{role} from “{name}”{'' if role in given else ' (guessed)'}" for role, name in roles.items())
     notes = [f"Read {path.name}: {said}."]
@@ -119,7 +122,7 @@ def _parts(examples: Examples, name: str) -> Mapping[str, Examples]:
     return {client: examples.take(part) for client, part in ByClient().split(examples, 0).items()}
 
 
-def _summary(name: str, examples: Examples, model: str | None) -> Summary:
+def _summary(name: str, examples: Examples, model: str | None, judged: int = JUDGED) -> Summary:
     from fedloom.summary import summarise
 
     if model is None:
@@ -127,9 +130,9 @@ def _summary(name: str, examples: Examples, model: str | None) -> Summary:
     from fedloom.seeds import rng
     from fedloom.train.quality import Tokens, scores
 
-    some = examples.take(sorted(rng(0, "judged", name).sample(range(len(examples)), min(JUDGED, len(examples)))))
-    judged = summarise(name, replace(some, quality=scores(some, model)))
-    return replace(summarise(name, examples, Tokens(model), f"tokens of {model}"), quality=judged.quality)
+    some = examples.take(sorted(rng(0, "judged", name).sample(range(len(examples)), min(judged, len(examples)))))
+    seen = summarise(name, replace(some, quality=scores(some, model, LONGEST)))
+    return replace(summarise(name, examples, Tokens(model), f"tokens of {Path(model).name}"), quality=seen.quality)
 
 
 def _tell(

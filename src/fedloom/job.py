@@ -30,9 +30,9 @@ from fedloom.seeds import derive, rng
 from fedloom.server import Server
 from fedloom.simulate import Observer, Simulation
 from fedloom.trace import Trace
+from fedloom.train import dialogue
 from fedloom.train.base import Base, check_length, initial, load
 from fedloom.train.depth import Cache
-from fedloom.train.dialogue import notes as told
 from fedloom.train.evaluate import score
 from fedloom.train.export import save
 from fedloom.train.settings import PLAIN
@@ -123,7 +123,7 @@ class Job:
         settings, shape = manifest.plain(self.run), self.server.shape
         rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
         fitted = {"training": self.train_texts.fitted, "test": self.test_texts.fitted}
-        notes = [*self.split.notes, *told(self.base.tokenizer, self.run.training.max_length, fitted)]
+        notes = [*self.split.notes, *dialogue.notes(self.base.tokenizer, self.run.training.max_length, fitted)]
         notes += manifest.notes(rules, head=shape.dense > 0)
         ranks = range(1, self.run.plan.rank.largest + 1)
         return {

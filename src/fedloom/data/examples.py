@@ -24,8 +24,8 @@ class Examples:
     `pairs` holds second sentences (for tasks such as paraphrase), `clients` the client that each example came from;
     either is None where the data have no such column. `labels[i]` indexes `names`. Where text is to be generated, `answers` holds
     the reference answers, `texts` the requests, `pairs` the context that each request comes with (empty: none), `before` the turns
-    of the conversation that a request ends, and a label is the kind of task. `quality` says how good each text is,
-    higher is better, on whatever scale its maker has; 0 is untouched where texts were damaged on purpose.
+    of the conversation that a request ends, and a label is the kind of task. `quality` says how good each text is, higher is better,
+    on whatever scale its maker has; 0 is untouched where texts were damaged on purpose.
     """
 
     texts: tuple[str, ...]
@@ -34,8 +34,8 @@ class Examples:
     names: tuple[str, ...]
     clients: tuple[str, ...] | None
     answers: tuple[str, ...] | None = None
-    quality: tuple[float, ...] | None = None
     before: tuple[tuple[Turn, ...], ...] | None = None
+    quality: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -50,8 +50,8 @@ class Examples:
             names=self.names,
             clients=None if self.clients is None else tuple(self.clients[i] for i in at),
             answers=None if self.answers is None else tuple(self.answers[i] for i in at),
-            quality=None if self.quality is None else tuple(self.quality[i] for i in at),
             before=None if self.before is None else tuple(self.before[i] for i in at),
+            quality=None if self.quality is None else tuple(self.quality[i] for i in at),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedloom.data.examples import Examples
-from fedloom.data.load import Raw
+from fedloom.data.read import Raw
 from fedloom.errors import Refused
 
 ROLES: Mapping[str, tuple[str, ...]] = {

@@ -71,9 +71,9 @@ class Scored:
     """Along the curve of equal time, deeper against more often: the highest sqrt(G(d)) - drift * (steps / f)^2 * delta_g^2.
 
     All groups do `steps`; f divides them and is at most `most`. G(d) is the share of the changes' mass in the top d layers and the
-    head, what is below is lost. A step of AdamW has a length of its own, and then the loss falls by the norm of the gradient that it
-    follows, which is the root of its mass; the second term is how far members drift apart between two averages of the group, from the bound for
-    hierarchical averaging. `drift` is gamma * eta^2, with eta the learning rate; at 0 depth is all that counts.
+    head; what is below is lost. A step of AdamW has a length of its own, so that the loss falls by the norm of the gradient that
+    it follows, the root of its mass. The second term is how far members drift apart between two averages of the group, from the
+    bound for hierarchical averaging. `drift` is gamma * eta^2, with eta the learning rate; at 0 depth is all that counts.
     """
 
     steps: int = 20

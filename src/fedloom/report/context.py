@@ -124,7 +124,7 @@ def clients(summaries: Sequence[Summary], most: int = CLIENTS) -> Grid:
     """One row a client, largest first; of more than `most` the middle is left out."""
     order = sorted(summaries, key=lambda own: (-own.examples, own.client))
     cut = [*order[: most // 2], None, *order[len(order) - most // 2 :]] if len(order) > most else order
-    head = ["Client", "Examples", f"Median {summaries[0].unit}"]
+    head = ["Client", "Examples", f"Median {summaries[0].unit.split()[0]}"]
     has_labels, has_quality = any(own.labels for own in summaries), any(own.quality for own in summaries)
     head += [*(["Commonest labels"] if has_labels else []), *(["Mean quality"] if has_quality else [])]
     rows = []

@@ -7,7 +7,7 @@ apart, so that what is trained is what the model will be asked: the tokens of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 from jinja2 import TemplateError
@@ -28,6 +28,7 @@ HAPPENED = {
     "context": "the middle of the context is taken out to fit {limit}",
     "before": "the oldest turns of the conversation are left out to fit {limit}",
     "request": "the middle of the request is taken out to fit {limit}",
+    "form": "the beginning of the prompt is cut off to fit {limit}: not even its template fits",
     "answer": "the end of the answer is cut off to fit {limit}; such an answer has no end mark",
     "wordless": "the answer has no tokens in this tokenizer",
     "mended": "half characters (lone surrogates) are replaced",
@@ -51,6 +52,7 @@ class Fitted:
     context: int = 0
     before: int = 0
     request: int = 0
+    form: int = 0
     answer: int = 0
     wordless: int = 0
     mended: int = 0
@@ -61,22 +63,23 @@ class Form:
     """How a tokenizer's model is asked, and how it ends what it says.
 
     `lead` is what a plain text begins with, `ends` the tokens at which an answer ends: none where the tokenizer has no end mark
-    and no chat template that sets one.
+    and no chat template that sets one. `after` is how many tokens the chat template writes behind its end mark.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    lead: Tokens
-    ends: frozenset[int]
+    lead: Tokens = ()
+    ends: frozenset[int] = frozenset()
+    after: int = 0
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Form:
         """The form that this tokenizer's model takes."""
         first, mark = tokenizer.bos_token_id, tokenizer.eos_token_id
         lead = (first,) if not tokenizer.chat_template and first in tokenizer("a")["input_ids"][:1] else ()
-        bare = cls(tokenizer, lead, frozenset())
-        (closing,) = bare.tokens([bare.written(Asked("a"), "a")])
-        special = [token for token in closing if token in tokenizer.all_special_ids]
-        return replace(bare, ends=frozenset({*special[-1:], mark} - {None}))
+        form = cls(tokenizer, lead, frozenset({mark} - {None}))
+        (probe,) = form.tokens([form.written(Asked("a"), "a")])
+        last = max((place for place, token in enumerate(probe) if token in tokenizer.all_special_ids), default=None)
+        return form if last is None else replace(form, ends=form.ends | {probe[last]}, after=len(probe) - 1 - last)
 
     def text(self, asked: Asked) -> str:
         """The prompt as text, from where the model goes on. Raises Refused for a conversation that the template does not take."""
@@ -95,7 +98,8 @@ class Form:
 
     def tokens(self, texts: Iterable[str]) -> list[Tokens]:
         """Token ids of texts, without marks that the tokenizer would add."""
-        rows = self.tokenizer([_mended(text) for text in texts], add_special_tokens=False, return_attention_mask=False)
+        given = [_mended(text) for text in texts]
+        rows = self.tokenizer(given, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [tuple(row) for row in rows["input_ids"]]
 
     def prompts(self, asked: Sequence[Asked]) -> list[Tokens]:
@@ -103,9 +107,9 @@ class Form:
         return [(*self.lead, *row) for row in self.tokens(map(self.text, asked))]
 
     def ended(self, answer: Tokens) -> Tokens:
-        """Up to and with its last end mark, which is added where it lacks one and the tokenizer has one."""
-        last = max((place for place, token in enumerate(answer) if token in self.ends), default=None)
-        if last is not None:
+        """Up to and with its end mark, which is added where it lacks one and the tokenizer has one."""
+        last = len(answer) - 1 - self.after
+        if last >= 0 and answer[last] in self.ends:
             return answer[: last + 1]
         mark = self.tokenizer.eos_token_id
         return answer if mark is None else (*answer, mark)
@@ -122,12 +126,12 @@ class Form:
         return self._shortened(asked, asked.request, lambda text: asked._replace(request=text), room)
 
     def _shortened(self, asked: Asked, text: str, put: Callable[[str], Asked], room: int) -> Asked:
-        """With as much of `text` as there is room for, found by bisection; with nothing of it if even that is too much."""
+        """With as much of `text` as there is room for, found by doubling and halving; with nothing if even that is too much."""
         if self._size(asked) <= room:
             return asked
         kept, most = 0, len(text)
         while most - kept > 1:
-            middle = (kept + most) // 2
+            middle = min((kept + most) // 2, max(2 * kept, room, 1))  # long texts are not tokenised in halves first
             kept, most = (middle, most) if self._size(put(_around(text, middle))) <= room else (kept, middle)
         return put(_around(text, kept))
 
@@ -165,32 +169,34 @@ def tokenised(
     ends = [form.ended(row) for row in form.tokens(map(form.written, asked, answers))]
     ids, begins, happened = [], [], dict.fromkeys(HAPPENED, 0)
     for one, start, end, answer in zip(asked, prompts, ends, answers, strict=True):
-        left = one
+        left, room = one, max_length - min(len(end), max_length // 2)
         if len(start) + len(end) > max_length:
-            room = max_length - min(len(end), max_length // 2)
             left = form.fit(one, max_length - len(end), room)
-            start = form.prompts([left])[0][-room:]
-        ids.append((*start, *end[: max_length - len(start)]))
-        begins.append(len(start))
+            (start,) = form.prompts([left])
         for name in Asked._fields:
             happened[name] += getattr(left, name) != getattr(one, name)
-        happened["answer"] += len(start) + len(end) > max_length
+        happened["form"] += len(start) > room
         happened["wordless"] += form.ends.issuperset(end)
         happened["mended"] += any(text != _mended(text) for text in (one.request, one.context, answer))
+        start = start[-room:]
+        happened["answer"] += len(start) + len(end) > max_length
+        ids.append((*start, *end[: max_length - len(start)]))
+        begins.append(len(start))
     return tuple(ids), tuple(begins), Fitted(len(asked), **happened)
 
 
 def notes(tokenizer: PreTrainedTokenizerBase, max_length: int, fitted: Mapping[str, Fitted | None]) -> list[str]:
     """What a reader of the figures has to know of the way from examples to tokens; `fitted` by what the examples are for."""
     limit = f"training.max_length={max_length}"
+    counted = [(which, counts) for which, counts in fitted.items() if counts is not None]
+    if not counted:
+        return []
     found = [
-        f"{count} of {counts.examples} {which} examples: {HAPPENED[name].format(limit=limit)}."
-        for which, counts in fitted.items()
-        for name, count in (asdict(counts).items() if counts else ())
-        if name in HAPPENED and count
+        f"{getattr(counts, name)} of {counts.examples} {which} examples: {what.format(limit=limit)}."
+        for which, counts in counted
+        for name, what in HAPPENED.items()
+        if getattr(counts, name)
     ]
-    if not any(fitted.values()):
-        return found
     if not tokenizer.chat_template:
         found.append(
             "The tokenizer has no chat template: requests are written as ### Instruction, ### Input, ### Response."

@@ -23,7 +23,7 @@ from fedloom.data.context import read_together
 from fedloom.data.examples import Examples, Source, Split
 from fedloom.data.tickets import Tickets
 from fedloom.errors import Refused
-from fedloom.train.base import quiet
+from fedloom.train.pretrained import quiet
 from fedloom.train.texts import IGNORED
 
 PASSES = 7  # of a masked model: about the share of tokens that it has learnt to fill in
@@ -109,7 +109,11 @@ def _losses(model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], m
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none").sum(1)
+    """The summed loss of each row; of a vocabulary only where there is something to foresee."""
+    at = labels != IGNORED
+    losses = torch.zeros(labels.shape)
+    losses[at] = cross_entropy(logits[at].float(), labels[at], reduction="none")
+    return losses.sum(1)
 
 
 @cache

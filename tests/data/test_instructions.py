@@ -1,0 +1,164 @@
+"""Instructions with reference answers: what comes out of rows, files and conversations, and a sentence for all that is no answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedloom.data.examples import Turn
+from fedloom.data.instructions import Instructions
+from fedloom.data.partition import ByClient, LabelDirichlet
+from fedloom.errors import Refused
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+ROWS: list[dict[str, Any]] = [
+    {
+        "instruction": f"Add one to {i}.",
+        "context": f"The number is {i}." if i % 3 else "",
+        "answer": str(i + 1),
+        "kind": "odd" if i % 2 else "even",
+        "who": i % 4,
+        "part": ("train", "train", "dev", "test")[i % 4],
+    }
+    for i in range(40)
+]
+COLUMNS: dict[str, Any] = {"context": "context", "kind": "kind", "client": "who"}
+
+
+def _talk(*messages: tuple[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in messages]}
+
+
+TALKS = [
+    _talk(("user", f"Say {i}."), ("assistant", f"{i}."), ("user", "Again."), ("assistant", f"{i}, again."))
+    for i in range(10)
+]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_files_and_rows_give_the_same_split(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith("jsonl"):
+        path.write_text("\n".join(json.dumps(row) for row in ROWS))
+    else:
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    split = Instructions(path, **COLUMNS).load(3)
+    assert split == Instructions(ROWS, **COLUMNS).load(3) == Instructions(lambda: iter(ROWS), **COLUMNS).load(3)
+    assert split.train.names == ("even", "odd")
+    assert (len(split.train), len(split.test), split.notes) == (32, 8, ())
+    known = {row["instruction"]: row for row in ROWS}
+    some = split.train
+    assert some.pairs is not None
+    assert some.answers is not None
+    assert some.clients is not None
+    for text, pair, label, answer, client in zip(
+        some.texts, some.pairs, some.labels, some.answers, some.clients, strict=True
+    ):
+        row = known[text]
+        wanted = (row["context"], row["kind"], row["answer"], str(row["who"]))
+        assert (pair, some.names[label], answer, client) == wanted
+
+
+def test_a_column_can_say_what_is_tested_on() -> None:
+    split = Instructions(ROWS, split="part").load(0)
+    assert split.train.texts == tuple(row["instruction"] for row in ROWS if row["part"] == "train")
+    assert split.test.texts == tuple(row["instruction"] for row in ROWS if row["part"] == "test")
+    assert split.notes == ("10 rows are neither trained nor tested on (split: dev).",)
+    assert split.train.pairs is None
+
+
+def test_test_rows_may_lack_the_clients_and_have_kinds_of_their_own() -> None:
+    test = [{"instruction": "Sing.", "answer": "La", "kind": "art"}]
+    split = Instructions(ROWS, test, client="who", kind="kind", limit=5).load(0)
+    assert (split.test.clients, split.test.labels, len(split.train)) == (None, (0,), 5)
+    assert split.train.names == split.test.names == ("art", "even", "odd")
+
+
+def test_rows_without_an_answer_are_left_out_and_told() -> None:
+    silent: list[dict[str, Any]] = [
+        {"instruction": f"{i}?", "answer": answer} for i, answer in enumerate(("", " \n", None))
+    ]
+    split = Instructions([*ROWS, *silent], test=[*silent, *ROWS[:4]]).load(0)
+    assert (len(split.train), len(split.test)) == (40, 4)
+    assert split.notes == (
+        "3 of 43 training rows have no answer and are left out.",
+        "3 of 7 test rows have no answer and are left out.",
+    )
+    assert Instructions([*ROWS, *silent]).load(0).notes == ("3 of 43 rows have no answer and are left out.",)
+
+
+def test_a_conversation_ends_with_the_last_answer() -> None:
+    told = _talk(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
+    split = Instructions(TALKS, test=[told, _talk(("user", "Anybody?"))], messages="messages").load(0)
+    assert split.train.before is not None
+    assert split.train.before[2] == (Turn("user", "Say 2."), Turn("assistant", "2."))
+    assert (split.train.texts[2], split.train.answers and split.train.answers[2]) == ("Again.", "2, again.")
+    assert (split.test.texts, split.test.answers, split.test.before) == (
+        ("Hi",),
+        ("Hello",),
+        ((Turn("system", "Be brief."),),),
+    )
+    assert split.notes == ("1 of 2 test rows have no answer and are left out.",)
+
+
+def test_conversations_come_from_files_and_are_taken_with_their_turns(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(TALKS), tmp_path / "talks.parquet")
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, TALKS)))
+    rows = Instructions(TALKS, messages="messages").load(1)
+    assert Instructions(tmp_path / "talks.parquet", messages="messages").load(1) == rows
+    assert Instructions(tmp_path / "talks.jsonl", messages="messages").load(1) == rows
+    assert rows.train.before is not None
+    assert rows.train.take([3, 1]).before == (rows.train.before[3], rows.train.before[1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "said"),
+    [
+        (ROWS, {"instruction": "question"}, r"data\.instruction = 'question'.*the columns are instruction, context"),
+        (ROWS, {"answer": "output"}, r"data\.answer = 'output'.*no such column"),
+        (ROWS, {"context": "input"}, r"data\.context = 'input'.*no such column"),
+        (ROWS, {"messages": "chat"}, r"data\.messages = 'chat'.*no such column"),
+        (ROWS, {"messages": "answer"}, r"data\.messages.*row 1 of the rows holds '1'; give a list of messages"),
+        (ROWS, {"answer": "who"}, r"data\.answer.*row 1 of the rows holds 0, not text"),
+        (ROWS, {"split": "kind"}, r'data\.split.*no row of the rows says "train" there, but even, odd'),
+        ([{"instruction": " ", "answer": "a"}], {}, r"data\.instruction.*the text in row 1 of the rows is empty"),
+        ([{"instruction": "a", "answer": None}], {}, r"data\.answer.*none of the 1 rows has an answer"),
+        (
+            [_talk(("assistant", "Hi"))],
+            {"messages": "messages"},
+            r"data\.messages.*no message of the user comes before",
+        ),
+        ([_talk(("tool", "Hi"))], {"messages": "messages"}, r'data\.messages.*give "role" \(system, user, assistant\)'),
+        ([_talk(("user", ["Hi"]))], {"messages": "messages"}, r'data\.messages.*"content", a text'),
+        ([], {}, r"data\.path.*there are no rows"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(rows: list[dict[str, Any]], more: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refused, match=f"(?s){said}"):
+        Instructions(rows, **more).load(0)
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(Refused, match=r"data\.test_share"):
+        Instructions(ROWS, test_share=1.0)
+    with pytest.raises(Refused, match=r"data\.limit"):
+        Instructions(ROWS, limit=0)
+    with pytest.raises(Refused, match=r"data\.split"):
+        Instructions(ROWS, ROWS, split="part")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
+def test_public_data_sets_can_be_read_and_divided() -> None:
+    dolly = Instructions(
+        SHARED / "dolly/clients.jsonl.gz", context="context", answer="response", client="client", kind="category"
+    )
+    train = dolly.load(0).train
+    assert len(ByClient().split(train, 0)) == 9
+    assert len(LabelDirichlet(8, 0.3).split(train, 0)) == 8
+    gsm = Instructions(SHARED / "gsm8k/train.jsonl.gz", instruction="question").load(0).train
+    assert all("####" in answer for answer in gsm.answers or ())
