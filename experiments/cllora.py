@@ -10,12 +10,14 @@ damaged texts, evenly); at every seed both begin with the same model and are mea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from statistics import mean
 
 from cut import cut
-from fedfa_speed import SST2
+from fedfa_speed import AGNEWS, SST2, TINY
+from generation_data import MODEL, natural_instructions
 from grid import Grid, Line, interval, main, start
 
 from fedloom import (
@@ -39,7 +41,6 @@ from fedloom import (
     by_examples,
     by_text,
     by_tokens,
-
     uniform,
     words,
 )
@@ -55,6 +56,10 @@ CLIENTS, COHORT, LAST = 20, 10, 4
 """A run's figures are means over its `LAST` scored versions: a single one is noisier."""
 
 
+WHERE = {"global": "accuracy", "local": "local"}
+FIGURES = ("accuracy", "worst", "local", "own", "gain")
+
+
 @dataclass(frozen=True)
 class Texts:
     """A data set with a model, and how it is trained; `rate` is the best of a few on the tuning seed."""
@@ -65,13 +70,18 @@ class Texts:
     length: int
     rate: float
     steps: int = 10
-    rounds: int = 14
+    rounds: int = 12
     every: int = 2
+    tested: int | None = None
 
     @property
     def damaged(self) -> Corrupted:
-        """Three tenths of the texts damaged a little, three tenths badly and with half of their labels (answers) wrong."""
-        return Corrupted(Corrupted(self.data, share=0.6, delete=0.3), share=0.3, delete=0.5, swap=0.5)
+        """Three tenths of the texts with half of their sentences out of order, three tenths with all, and half of these labels wrong.
+
+        Nothing is left out of a text, so that the worse ones are not shorter too.
+        """
+        worse = Corrupted(self.data, share=0.6, delete=0.0, shuffle=0.5)
+        return Corrupted(worse, share=0.3, delete=0.0, shuffle=1.0, swap=0.5)
 
 
 def top(layer: int) -> str:
@@ -81,9 +91,19 @@ def top(layer: int) -> str:
 
 SENTENCES = replace(SST2, limit=4000)
 TEXTS = {
-    "sst2": Texts(SENTENCES, cut(6), top(5), 44, 2e-3),
-    "sst2-4": Texts(SENTENCES, cut(4), top(3), 44, 2e-3),
-    "sst2-2": Texts(SENTENCES, cut(2), top(1), 44, 2e-3),
+    "agnews": Texts(AGNEWS, TINY, top(1), 121, 5e-3, tested=2000),
+    "instructions": Texts(
+        replace(natural_instructions(), limit=3000),
+        str(MODEL),
+        r".*layers\.5\..*_proj",
+        160,
+        2e-3,
+        rounds=8,
+        tested=300,
+    ),
+    "sst2": Texts(SENTENCES, cut(6), top(5), 44, 5e-3, rounds=20),
+    "sst2-4": Texts(SENTENCES, cut(4), top(3), 44, 5e-3, rounds=20),
+    "sst2-2": Texts(SENTENCES, cut(2), top(1), 44, 5e-3, rounds=20),
 }
 ALPHAS = (0.1, 0.5, 1.0, 10.0)
 
@@ -147,6 +167,7 @@ def cell(texts: Texts, axis: str, alpha: float, remedy: Remedy, seed: int) -> Ru
         training=training,
         limits=Limits(versions=texts.rounds, evaluate_every=texts.every),
         held_out=0.1,
+        test_limit=texts.tested,
         seed=seed,
     )
 
@@ -167,13 +188,9 @@ def cells() -> dict[str, partial[Run]]:
 
 @dataclass(frozen=True)
 class Look:
-    """A study of the run, with how uneven its clients really are."""
+    """A study of a run, with how uneven its clients really are."""
 
-    job: Job
-    study: Study = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "study", Study.of(self.job, common=300))
+    study: Study
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """As the study does."""
@@ -181,27 +198,100 @@ class Look:
 
     def figures(self) -> Line:
         """Of all rounds, and the indices of unevenness."""
-        train = self.job.split.train
-        found = unevenness([summarise(shard.client, train.take(shard.train)) for shard in self.job.shards])
-        told = {name: one and round(one.value, 4) for name, one in asdict(found).items()} if False else {
-            "length": round(found.length.value, 4),
-            "quantity": round(found.quantity.value, 4),
-            "quality": found.quality and round(found.quality.value, 4),
-        }
-        return {"rounds": [asdict(one) for one in self.study.rounds()], "uneven": told}
+        job, train = self.study.job, self.study.job.split.train
+        found = unevenness([summarise(shard.client, train.take(shard.train)) for shard in job.shards])
+        indices = {"length": found.length, "quantity": found.quantity, "quality": found.quality}
+        uneven = {name: round(index.value, 4) for name, index in indices.items() if index}
+        return {"rounds": [asdict(one) for one in self.study.rounds()], "uneven": uneven}
 
 
-def probe(job: Job) -> Look:
-    return Look(job)
+def look(job: Job) -> Look:
+    """What looks on at a run."""
+    return Look(Study.of(job, common=300))
 
+
+def at_the_end(line: Line, name: str) -> float | None:
+    """The mean of this figure over the last `LAST` versions that have one, in percent."""
+    known = [one[name] if name != "worst" else min(one["bins"]) for one in line["rounds"]]
+    last = [value for value in known if value is not None][-LAST:]
+    return 100 * mean(last) if last else None
+
+
+def compared_with(name: str) -> str | None:
+    """The cell that one is compared with: a remedy with the same clients without it, these with clients who are alike."""
+    texts, axis, *rest = name.split("/")
+    if not rest:
+        return None
+    return "/".join((texts, axis, rest[0])) if rest[1:] else f"{texts}/{AXES[axis].control}"
+
+
+def differences(found: Sequence[Line], one: str, other: str, name: str) -> list[float]:
+    """Points by which this figure is higher in `one` than in `other`, seed by seed."""
+    by = {(line["cell"], line["seed"]): at_the_end(line, name) for line in found}
+    pairs = [(by.get((one, seed)), by.get((other, seed))) for seed in GRID.seeds]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def summary(found: Sequence[Line]) -> Line:
+    """The effects of the axes at alpha 0.1, and of shuffled lengths."""
+    effects = []
+    for texts in TEXTS:
+        for axis, (where, figure) in product(("length", "quality", "quantity"), WHERE.items()):
+            points = differences(found, f"{texts}/{axis}/0.1", f"{texts}/{AXES[axis].control}", figure)
+            if len(points) > 1:
+                about = {"texts": texts, "axis": axis, "where": where, "effect_points": round(mean(points), 2)}
+                effects.append(about | {"interval": interval(points), "seeds": len(points)})
+    first = next(iter(TEXTS))
+    return {
+        "effects": effects,
+        "null_interval": interval(differences(found, f"{first}/null/0.1", f"{first}/iid", "accuracy")),
+    }
+
+
+def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
+    """A Markdown table: a row a cell, each figure as the mean difference to what it is compared with."""
+    rows = [
+        "| clients | compared with | seeds | unevenness: length, quality, amount | accuracy | global effect | worst bin "
+        "| local effect | own texts | gain of training |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        if own := [line for line in found if line["cell"] == name]:
+            rows.append(_row(found, name, own))
+    return "\n".join(rows)
+
+
+def _row(found: Sequence[Line], name: str, own: Sequence[Line]) -> str:
+    other = compared_with(name)
+    indices = [[line["uneven"].get(axis) for line in own] for axis in ("length", "quality", "quantity")]
+    uneven = ", ".join("–" if None in index else f"{mean(index):.2f}" for index in indices)
+    level = mean(at_the_end(line, "accuracy") or 0.0 for line in own)
+    effects = [_told(differences(found, name, other, figure)) if other else _level(own, figure) for figure in FIGURES]
+    columns = (
+        name.replace("/", ", "),
+        (other or "–").replace("/", ", "),
+        str(len(own)),
+        uneven,
+        f"{level:.1f} %",
+        *effects,
+    )
+    return f"| {' | '.join(columns)} |"
+
+
+def _level(own: Sequence[Line], figure: str) -> str:
+    known = [value for line in own if (value := at_the_end(line, figure)) is not None]
+    return f"({mean(known):.1f})" if known else "–"
+
+
+def _told(points: Sequence[float]) -> str:
+    if not points:
+        return "–"
+    around = interval(points)
+    return f"{mean(points):+.1f}" + (f" [{around[0]:+.1f}, {around[1]:+.1f}]" if around else "")
+
+
+CELLS = cells()
+GRID = Grid("cllora", CELLS, (0, 1, 2, 3, 4, 5, 6, 7), 0.0, start, summary, table=shown, probe=look)
 
 if __name__ == "__main__":
-    import sys, time, statistics
-    from grid import carry_out
-    c = cells()
-    for name, rate in [a.split("@") for a in sys.argv[1:]]:
-        t=time.process_time(); w=time.time()
-        run = c[name](100); run = replace(run, training=replace(run.training, learning_rate=float(rate)))
-        line = carry_out(name, 100, run, probe)
-        print(name, rate, "cpu %.1f wall %.1f" % (time.process_time()-t, time.time()-w), line["uneven"], flush=True)
-        for r in line["rounds"]: print("  ", r["version"], *(f"{x:.3f}" if x is not None else "-" for x in (r["accuracy"], r["local"], r["own"], r["gain"], *r["bins"])), flush=True)
+    main(GRID)

@@ -55,8 +55,8 @@ class Grid:
     """Cells by name, the seeds to run them with, the start of a run that `--quick` re-runs, and what to print of the lines.
 
     `target` is an accuracy fixed before the runs; `usual` the cells that are run without `--only`, where a whole grid would
-    take a machine with an accelerator (None: all). `table` writes the results down (None: `rows_of`), `probe` makes what looks on at a
-    run (None: nobody).
+    take a machine with an accelerator (None: all). `table` writes the results down (None: `rows_of`), `probe` makes what looks on
+    at a run (None: nobody).
     """
 
     name: str
