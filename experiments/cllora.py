@@ -17,7 +17,7 @@ from statistics import mean
 
 from cut import cut
 from fedfa_speed import AGNEWS, SST2, TINY
-from generation_data import MODEL, natural_instructions
+from generation_data import MODEL, Row, federation_rows, natural_instructions
 from grid import Grid, Line, interval, main, start
 
 from fedloom import (
@@ -26,6 +26,7 @@ from fedloom import (
     Corrupted,
     FedIT,
     FixedRank,
+    Instructions,
     Job,
     LengthDirichlet,
     Limits,
@@ -49,6 +50,7 @@ from fedloom.data.examples import Source
 from fedloom.data.partition import Partition
 from fedloom.schedule.weights import Weigh
 from fedloom.summary import summarise
+from fedloom.train.settings import Generation
 from fedloom.types import Command, Event
 from fedloom.uneven import unevenness
 
@@ -72,7 +74,13 @@ class Texts:
     steps: int = 10
     rounds: int = 12
     every: int = 2
+    batch: int = 16
     tested: int | None = None
+
+    @property
+    def generation(self) -> Generation | None:
+        """What is written at the end: nothing."""
+        return Generation(examples=0) if isinstance(self.data, Instructions) else None
 
     @property
     def damaged(self) -> Corrupted:
@@ -89,17 +97,29 @@ def top(layer: int) -> str:
     return rf".*layer\.{layer}\..*(query|value|dense)"
 
 
+SHORT = 45
+
+
+def short_rows() -> list[Row]:
+    """Instructions of at most `SHORT` words with context and answer, the shorter half: so that few are cut."""
+    return [
+        row for row in federation_rows() if len(f"{row['instruction']} {row['input']} {row['output']}".split()) <= SHORT
+    ]
+
+
 SENTENCES = replace(SST2, limit=4000)
 TEXTS = {
     "agnews": Texts(AGNEWS, TINY, top(1), 121, 5e-3, tested=2000),
     "instructions": Texts(
-        replace(natural_instructions(), limit=3000),
+        replace(natural_instructions(short_rows), limit=800),
         str(MODEL),
         r".*layers\.5\..*_proj",
-        160,
-        2e-3,
-        rounds=8,
-        tested=300,
+        256,
+        2e-2,
+        steps=5,
+        rounds=6,
+        batch=8,
+        tested=150,
     ),
     "sst2": Texts(SENTENCES, cut(6), top(5), 44, 5e-3, rounds=20),
     "sst2-4": Texts(SENTENCES, cut(4), top(3), 44, 5e-3, rounds=20),
@@ -153,7 +173,11 @@ def cell(texts: Texts, axis: str, alpha: float, remedy: Remedy, seed: int) -> Ru
     partition = AXES[axis].clients(alpha) if axis in AXES else IID(CLIENTS)
     worse = "damaged" in (axis, axis in AXES and AXES[axis].control)
     training = Training(
-        learning_rate=texts.rate, max_length=texts.length, keep_moments=False, stratified=remedy.stratified
+        learning_rate=texts.rate,
+        batch_size=texts.batch,
+        max_length=texts.length,
+        keep_moments=False,
+        stratified=remedy.stratified,
     )
     return Run(
         name="cllora",
@@ -168,6 +192,7 @@ def cell(texts: Texts, axis: str, alpha: float, remedy: Remedy, seed: int) -> Ru
         limits=Limits(versions=texts.rounds, evaluate_every=texts.every),
         held_out=0.1,
         test_limit=texts.tested,
+        generation=texts.generation,
         seed=seed,
     )
 
@@ -207,7 +232,7 @@ class Look:
 
 def look(job: Job) -> Look:
     """What looks on at a run."""
-    return Look(Study.of(job, common=300))
+    return Look(Study.of(job, common=min(300, len(job.tested) // 3)))
 
 
 def at_the_end(line: Line, name: str) -> float | None:
