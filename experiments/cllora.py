@@ -42,10 +42,10 @@ from fedloom import (
     by_examples,
     by_text,
     by_tokens,
+    ones,
     uniform,
     words,
 )
-from fedloom.data.context import samples
 from fedloom.data.examples import Source
 from fedloom.data.partition import Partition
 from fedloom.schedule.weights import Weigh
@@ -142,8 +142,8 @@ def _length(alpha: float, equal: Callable[..., Sequence[float]] = words) -> Leng
 
 AXES = {
     "length": Axis(_length),
-    "length-n": Axis(partial(_length, equal=samples)),
-    "quality": Axis(lambda alpha: QualityDirichlet(CLIENTS, alpha, equal=samples), "damaged"),
+    "length-n": Axis(partial(_length, equal=ones)),
+    "quality": Axis(lambda alpha: QualityDirichlet(CLIENTS, alpha, equal=ones), "damaged"),
     "quantity": Axis(lambda alpha: QuantityDirichlet(CLIENTS, alpha)),
     "null": Axis(lambda alpha: Shuffled(_length(alpha))),
 }
