@@ -57,17 +57,16 @@ from fedloom.uneven import unevenness
 CLIENTS, COHORT, LAST = 20, 10, 4
 """A run's figures are means over its `LAST` scored versions: a single one is noisier."""
 
-
 WHERE = {"global": "accuracy", "local": "local"}
 FIGURES = ("accuracy", "worst", "local", "own", "gain")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """A data set with a model, and how it is trained; `rate` is the best of a few on the tuning seed."""
+    """A data set with a model, made when it is first asked for, and how it is trained."""
 
     data: Source
-    model: str
+    model: Callable[[], str]
     modules: str
     length: int
     rate: float
@@ -109,10 +108,10 @@ def short_rows() -> list[Row]:
 
 SENTENCES = replace(SST2, limit=4000)
 TEXTS = {
-    "agnews": Texts(AGNEWS, TINY, top(1), 121, 5e-3, tested=2000),
+    "agnews": Texts(AGNEWS, lambda: TINY, top(1), 121, 5e-3, tested=2000),
     "instructions": Texts(
         replace(natural_instructions(short_rows), limit=800),
-        str(MODEL),
+        lambda: str(MODEL),
         r".*layers\.5\..*_proj",
         256,
         2e-2,
@@ -121,9 +120,9 @@ TEXTS = {
         batch=8,
         tested=150,
     ),
-    "sst2": Texts(SENTENCES, cut(6), top(5), 44, 5e-3, rounds=20),
-    "sst2-4": Texts(SENTENCES, cut(4), top(3), 44, 5e-3, rounds=20),
-    "sst2-2": Texts(SENTENCES, cut(2), top(1), 44, 5e-3, rounds=20),
+    "sst2": Texts(SENTENCES, partial(cut, 6), top(5), 44, 5e-3, rounds=20),
+    "sst2-4": Texts(SENTENCES, partial(cut, 4), top(3), 44, 5e-3, rounds=20),
+    "sst2-2": Texts(SENTENCES, partial(cut, 2), top(1), 44, 5e-3, rounds=20),
 }
 ALPHAS = (0.1, 0.5, 1.0, 10.0)
 
@@ -171,7 +170,7 @@ REMEDIES = {
 def cell(texts: Texts, axis: str, alpha: float, remedy: Remedy, seed: int) -> Run:
     """One run."""
     partition = AXES[axis].clients(alpha) if axis in AXES else IID(CLIENTS)
-    worse = "damaged" in (axis, axis in AXES and AXES[axis].control)
+    control = AXES[axis].control if axis in AXES else axis
     training = Training(
         learning_rate=texts.rate,
         batch_size=texts.batch,
@@ -181,8 +180,8 @@ def cell(texts: Texts, axis: str, alpha: float, remedy: Remedy, seed: int) -> Ru
     )
     return Run(
         name="cllora",
-        model=texts.model,
-        data=texts.damaged if worse else texts.data,
+        model=texts.model(),
+        data=texts.damaged if control == "damaged" else texts.data,
         partition=partition,
         aggregator=FedIT(),
         schedule=Rounds(COHORT, weigh=remedy.weigh),
