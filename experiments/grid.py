@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from fedloom import Run, manifest, prepare
+from fedloom import Job, Run, manifest, prepare
 from fedloom.report.read import read
+from fedloom.types import Command, Event
 
 RESULTS = Path(__file__).parents[1] / "results"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -39,12 +40,23 @@ T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8:
 Line = dict[str, Any]
 
 
+class Probe(Protocol):
+    """An observer of a run, with figures of its own for the run's line of results."""
+
+    def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
+        """As any observer."""
+
+    def figures(self) -> Line:
+        """What it found."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Cells by name, the seeds to run them with, the start of a run that `--quick` re-runs, and what to print of the lines.
 
     `target` is an accuracy fixed before the runs; `usual` the cells that are run without `--only`, where a whole grid would
-    take a machine with an accelerator (None: all). `table` writes the results down (None: `rows_of`).
+    take a machine with an accelerator (None: all). `table` writes the results down (None: `rows_of`), `probe` makes what looks on
+    at a run (None: nobody).
     """
 
     name: str
@@ -55,6 +67,7 @@ class Grid:
     summary: Callable[[Sequence[Line]], Line]
     usual: Sequence[str] | None = None
     table: Callable[[Sequence[Line], Iterable[str], float], str] | None = None
+    probe: Callable[[Job], Probe] | None = None
 
 
 def main(grid: Grid) -> None:
@@ -105,7 +118,7 @@ def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, (RESULTS / f"{grid.name}.jsonl").open("a") as file:
         runs = [(cell, seed, replace(grid.cells[cell](seed), device=device)) for cell, seed in todo]
-        futures = {pool.submit(carry_out, *one): one[:2] for one in runs}
+        futures = {pool.submit(carry_out, *one, grid.probe): one[:2] for one in runs}
         for done, future in enumerate(as_completed(futures), 1):
             if future.exception():
                 failed.append(futures[future])
@@ -121,14 +134,17 @@ def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int
         raise SystemExit(f"failed: {failed}")
 
 
-def carry_out(cell: str, seed: int, run: Run) -> Line:
+def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | None = None) -> Line:
     """One run as a line of results."""
     with tempfile.TemporaryDirectory() as scratch:
-        outcome = prepare(run).execute(Path(scratch) / "run")
+        job = prepare(run)
+        looking = [probe(job)] if probe else []
+        outcome = job.execute(Path(scratch) / "run", looking, report=False)
         log = read(outcome.folder)
     last, versions = outcome.scores[-1], log.versions
     clients = [float(line["accuracy"]) for line in log.clients] or [0.0]
     return {
+        **{name: value for one in looking for name, value in one.figures().items()},
         "cell": cell,
         "seed": seed,
         "accuracy": last["accuracy"],

@@ -66,8 +66,9 @@ if TYPE_CHECKING:
     from fedloom.schedule.immediate import Immediate
     from fedloom.schedule.rounds import Rounds
     from fedloom.schedule.staleness import Constant, Hinge, Polynomial
-    from fedloom.schedule.weights import by_examples, by_tokens, by_work, uniform
+    from fedloom.schedule.weights import ByQuality, by_examples, by_text, by_tokens, by_work, uniform
     from fedloom.server import Limits, Server
+    from fedloom.study import Study
     from fedloom.train.settings import Engine, Generation, LoRA, Training, constant, cosine, linear
     from fedloom.treestate import Link
     from fedloom.world import Capabilities, Capability, Tier, World
@@ -101,8 +102,9 @@ _HOMES = {
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
     "run": ("Run",),
     "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
-    "schedule.weights": ("by_examples", "by_tokens", "by_work", "uniform"),
+    "schedule.weights": ("ByQuality", "by_examples", "by_text", "by_tokens", "by_work", "uniform"),
     "server": ("Limits", "Server"),
+    "study": ("Study",),
     "train.settings": ("Engine", "Generation", "LoRA", "Training", "constant", "cosine", "linear"),
     "treestate": ("Link",),
     "world": ("Capabilities", "Capability", "Tier", "World"),
@@ -124,6 +126,7 @@ __all__ = [
     "Averaged",
     "Bandit",
     "ByClient",
+    "ByQuality",
     "ByRegion",
     "BySpeed",
     "Capabilities",
@@ -205,6 +208,7 @@ __all__ = [
     "Shards",
     "Shuffled",
     "Skew",
+    "Study",
     "Table",
     "Tickets",
     "Tier",
@@ -212,6 +216,7 @@ __all__ = [
     "Training",
     "World",
     "by_examples",
+    "by_text",
     "by_tokens",
     "by_work",
     "constant",

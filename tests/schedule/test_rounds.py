@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from fedloom.errors import Refused
 from fedloom.schedule.rounds import Rounds
-from fedloom.schedule.weights import by_examples, by_tokens, normalised, uniform
+from fedloom.schedule.weights import ByQuality, by_examples, by_text, by_tokens, normalised, uniform
 from fedloom.types import Fleet, Task, Update
 from toys import adapter, fleet, make_result, make_task, profiles
 
@@ -144,6 +145,31 @@ def test_weights_by_examples_tokens_or_alike() -> None:
         assert [update.task.id for _, update in parts] == [1, 2]
         assert [weight for weight, _ in parts] == pytest.approx(wanted)
         assert sum(weight for weight, _ in parts) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_the_weight_of_a_clients_text_does_not_depend_on_how_long_it_trained() -> None:
+    """CLLoRA's p_k in proportion to the sum of lengths: 30 texts of 5 tokens are as much as 10 texts of 15."""
+
+    def answer(examples: int, length: int, steps: int) -> Update:
+        return Update(task(1), make_result(SMALL, examples, tokens=16 * steps * length, steps=steps))
+
+    assert by_text(answer(30, 5, 4)) == by_text(answer(10, 15, 8))
+    assert by_text(answer(30, 5, 4)) == pytest.approx(by_text(answer(15, 5, 4)) * 2)
+    assert by_text(Update(task(1), make_result(SMALL, 5, tokens=0, steps=0))) == 0.0
+
+
+def test_a_loss_discounts_a_client_by_its_exponential() -> None:
+    def answer(**metrics: float) -> Update:
+        return Update(task(1), make_result(SMALL, 10, metrics=metrics))
+
+    poor, good, silent = answer(loss=1.5), answer(loss=0.5), answer()
+    weigh = ByQuality(sharpness=2.0)
+    assert weigh(good) / weigh(poor) == pytest.approx(math.exp(2.0))
+    assert weigh(silent) == by_examples(silent)
+    assert ByQuality(sharpness=0.0)(poor) == by_examples(poor)
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(Refused, match="sharpness"):
+            ByQuality(bad)
 
 
 def test_the_schedule_weighs_as_it_was_told() -> None:

@@ -44,3 +44,20 @@ def test_buckets_pad_far_less() -> None:
     plain, bucketed = (padded(lengths, epoch(lengths, 16, bucket, 3, 0)) for bucket in (False, True))
     assert sum(lengths) / plain < 0.6
     assert sum(lengths) / bucketed > 0.85
+
+
+@given(LENGTHS, st.integers(1, 20), st.integers(0, 5))
+def test_a_stratified_pass_holds_every_index_once(lengths: list[int], size: int, number: int) -> None:
+    made = epoch(lengths, size, True, seed=1, number=number, stratified=True)
+    assert sorted(i for batch in made for i in batch) == list(range(len(lengths)))
+    assert max(map(len, made)) - min(map(len, made)) <= 1
+    assert max(map(len, made)) <= size
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(0, 5))
+def test_a_stratified_batch_has_one_example_of_each_stratum(count: int, size: int, number: int) -> None:
+    """As many lengths as examples: the k-th shortest of every batch is among the k-th `count` shortest of all."""
+    lengths = list(range(count * size))
+    random.Random(number).shuffle(lengths)
+    for batch in epoch(lengths, size, True, seed=1, number=number, stratified=True):
+        assert [own // count for own in sorted(lengths[i] for i in batch)] == list(range(size))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
+from fedloom.errors import Refused
 from fedloom.types import Update
 
 Weigh: TypeAlias = Callable[[Update], float]
@@ -16,8 +19,16 @@ def by_examples(update: Update) -> float:
 
 
 def by_tokens(update: Update) -> float:
-    """Tokens trained on in this task, padding not counted."""
+    """Tokens trained on in this task, padding not counted: after as many steps, the length of the client's texts."""
     return float(update.result.tokens)
+
+
+def by_text(update: Update) -> float:
+    """The tokens that the client holds, judged from those it trained on: CLLoRA's p_k in proportion to the sum of lengths.
+
+    Examples times tokens a step. Source: Zhang et al., "CLLoRA", arXiv 2502.18910, 2025, whose aggregation is open; weights are ours.
+    """
+    return update.result.examples * update.result.tokens / max(1, update.result.steps)
 
 
 def by_work(update: Update) -> float:
@@ -26,6 +37,26 @@ def by_work(update: Update) -> float:
     Source: Liao et al., "ParallelSFL", arXiv 2410.01256, 2024, Eq. 18; for HierFedLoRA's groups, arXiv 2503.21213, 2025.
     """
     return float(update.result.examples * update.result.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class ByQuality:
+    """Examples, discounted by how badly the client's texts fit the model: n_k exp(-`sharpness` loss_k).
+
+    The loss is the mean one of local training as the client reports it; in nats, so that with a sharpness of 1 it is the geometric
+    mean of the chances that the model gave to the right answers. All that the server knows of quality is this number, and it
+    cannot tell bad texts from hard ones, nor an honest report from another. Who reports none is not discounted.
+    """
+
+    sharpness: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sharpness < math.inf:
+            raise Refused("schedule.weigh.sharpness", self.sharpness, "0 weighs by examples alone, 2 is a start")
+
+    def __call__(self, update: Update) -> float:
+        """The weight of this answer."""
+        return update.result.examples * math.exp(-self.sharpness * update.result.metrics.get("loss", 0.0))
 
 
 def uniform(update: Update) -> float:

@@ -110,6 +110,8 @@ class Training:
     `keep_moments` carries Adam's moments over to the client's next task while its factors keep their basis; after a merge
     that rotated them (HLoRA, raFLoRA) they are always dropped. `proximal` is FedProx's mu: the loss gains
     proximal / 2 * |change|^2, which keeps a client near what it was sent. (SCAFFOLD is a wrapper: `Scaffold(inner=FedIT())`.)
+    `bucket` puts texts of like length into a batch, to save padding; `stratified`, which goes before it, texts of all the client's
+    lengths into each.
     """
 
     learning_rate: float = 5e-4
@@ -122,6 +124,7 @@ class Training:
     bucket: bool = True
     keep_moments: bool = True
     proximal: float = 0.0
+    stratified: bool = False
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:

@@ -94,8 +94,9 @@ class PeftTrainer:
 
     def _plan(self, task: Task) -> list[list[int]]:
         """The batches of a task, as examples."""
-        shard, size, bucket = self.shards[task.client], self.training.batch_size, self.training.bucket
-        plan = batches(self.texts.lengths(shard), size, task.budget.steps, bucket, task.seed)
+        shard, how = self.shards[task.client], self.training
+        lengths, steps = self.texts.lengths(shard), task.budget.steps
+        plan = batches(lengths, how.batch_size, steps, how.bucket, task.seed, how.stratified)
         return [[shard[i] for i in batch] for batch in plan]
 
     def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
