@@ -41,7 +41,7 @@ from fedloom.data.partition import Partition
 from fedloom.types import Aggregator, Schedule
 
 ROUNDS, STEPS = 6, 4
-"""Rounds of a run, and local steps of a task."""
+"""Rounds of a run that has a study's cohort in each, and local steps of a task."""
 DEFAULT, BOUND = "product-delta/natural", "centralised/natural"
 BY_DEVICE = Plan(RankByCapability(ranks=(2, 4, 8), upload_seconds=1.5), STEPS)
 """Rank 2 on a phone, 4 on a laptop, 8 on a workstation: half, three tenths and a fifth of the clients."""
@@ -67,36 +67,40 @@ STUDIES = {
             test_share=0.05,
             limit=1800,
         ),
-        5,
+        6,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """How answers are added and what each client does; `waiting`: in rounds, or else each answer makes a version."""
+    """How answers are added, what each client does, and into how many rounds the same tasks are divided (None: nobody waits)."""
 
     aggregator: Aggregator
     plan: Plan
+    rounds: int | None = ROUNDS
     rate: float = 1e-2
-    waiting: bool = True
     central: bool = False
 
 
+RANK8 = Plan(FixedRank(8), STEPS)
 METHODS = {
-    "centralised": Method(FedIT(), Plan(FixedRank(8), STEPS), central=True),
-    "fedit": Method(FedIT(), Plan(FixedRank(8), STEPS)),
+    "centralised": Method(FedIT(), RANK8, rate=2e-3, central=True),
+    "fedit": Method(FedIT(), RANK8),
     "product-delta": Method(ProductDelta(), BY_DEVICE),
-    "fedfa": Method(FedIT(), Plan(FixedRank(8), STEPS), waiting=False),
-    "depth": Method(FedIT(), Plan(FixedRank(8), STEPS, FixedDepth(3))),
+    "fedfa": Method(FedIT(), RANK8, rounds=None),
+    "fedit-often": Method(FedIT(), RANK8, rounds=2 * ROUNDS),
+    "depth": Method(FedIT(), replace(RANK8, depth=FixedDepth(3))),
 }
+"""`fedit-often` is FedIT with half of the clients in twice as many rounds; `depth` trains the upper three of six layers."""
 
 
 def cell(method: Method, study: Study, name: str, seed: int) -> Run:
     """One run."""
+    tasks, plan = ROUNDS * study.cohort, method.plan
     partition: Partition = ByClient()
-    schedule: Schedule = Rounds(study.cohort) if method.waiting else FedFa(window=5, max_in_flight=study.cohort)
-    plan, versions = method.plan, ROUNDS if method.waiting else ROUNDS * study.cohort
+    versions = method.rounds or tasks
+    schedule: Schedule = Rounds(tasks // versions) if method.rounds else FedFa(window=5, max_in_flight=study.cohort)
     if method.central:
         partition, schedule, plan = IID(1), Rounds(1), replace(plan, local_steps=STEPS * study.cohort)
     return Run(

@@ -1,4 +1,4 @@
-"""The rates of the instructions experiment: FedIT and centralised training on the same small grid, on a seed of their own.
+"""The rates of the instructions experiment: FedIT and centralised training on a small grid, on a seed of their own.
 
     python experiments/instructions_rates.py [--summary] [--workers N]
 
@@ -7,16 +7,16 @@ Natural Instructions. What is chosen is the lowest perplexity at the end. The ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from grid import Grid, Line, main
-from instructions import METHODS, STUDIES, cell, shortened, shown
+from instructions import METHODS, STUDIES, cell, shortened
 
 from fedloom import Run
 
-RATES, TUNED, SEED = (5e-3, 1e-2), ("centralised", "fedit"), 100
+RATES, SEED = {"centralised": (2e-3, 5e-3, 1e-2), "fedit": (5e-3, 1e-2, 2e-2)}, 100
 
 
 def tried(name: str, rate: float, seed: int) -> Run:
@@ -24,12 +24,23 @@ def tried(name: str, rate: float, seed: int) -> Run:
     return cell(replace(METHODS[name], rate=rate), STUDIES["natural"], f"{name}/natural@{rate:g}", seed)
 
 
-CELLS = {f"{name}/natural@{rate:g}": partial(tried, name, rate) for name in TUNED for rate in RATES}
+CELLS = {f"{name}/natural@{rate:g}": partial(tried, name, rate) for name, rates in RATES.items() for rate in rates}
 
 
 def summary(found: Sequence[Line]) -> Line:
     """The perplexity at the end by method and rate."""
     return {line["cell"]: round(line["perplexities"][-1], 2) for line in found}
+
+
+def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
+    """A Markdown table: a row a cell."""
+    by = {line["cell"]: line["perplexities"] for line in found}
+    rows = [
+        [name.replace("/natural@", " | "), *(f"{by[name][at]:,.1f}" for at in (0, -1))] for name in names if name in by
+    ]
+    return "\n".join(
+        ["| method | rate | base | end |", "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    )
 
 
 GRID = Grid("instructions_rates", CELLS, (SEED,), 0.0, shortened, summary, table=shown)
