@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.data.axes import LengthDirichlet, QualityDirichlet, Shuffled
-from fedloom.data.context import quality, samples
+from fedloom.data.context import ones, quality
 from fedloom.data.examples import Examples
 from fedloom.data.partition import IID, LabelDirichlet, Partition, QuantityDirichlet
 from fedloom.errors import Refused
@@ -97,8 +97,8 @@ def test_a_random_deal_is_as_uneven_as_chance_which_is_known(seed: int) -> None:
 def test_every_index_sees_its_own_axis_and_no_other() -> None:
     examples = corpus()
     axes: dict[str, Partition] = {
-        "length": LengthDirichlet(CLIENTS, 0.2, equal=samples),
-        "quality": QualityDirichlet(CLIENTS, 0.2, equal=samples),
+        "length": LengthDirichlet(CLIENTS, 0.2, equal=ones),
+        "quality": QualityDirichlet(CLIENTS, 0.2, equal=ones),
         "quantity": QuantityDirichlet(CLIENTS, 0.3),
         "labels": LabelDirichlet(CLIENTS, 0.2),
     }
@@ -108,7 +108,7 @@ def test_every_index_sees_its_own_axis_and_no_other() -> None:
         for other in {"length", "quality", "labels"} - {axis}:
             index = getattr(found, other)
             assert index.value < 2 * index.chance[1], (axis, other)
-    null = measured(Shuffled(LengthDirichlet(CLIENTS, 0.2, equal=samples)), examples)
+    null = measured(Shuffled(LengthDirichlet(CLIENTS, 0.2, equal=ones)), examples)
     assert null.length.value < 1.5 * null.length.chance[1]
 
 
@@ -132,7 +132,7 @@ def test_a_summary_comes_back_from_its_file_and_holds_no_word() -> None:
     """The bytes that leave a client, with noise and without: no word of the texts is among them."""
     secret = ("Adamson", "pneumonia", "Tuesday", "discharged", "42", "milligrams")
     texts = tuple(" ".join(secret[i % 6 :] + secret[: i % 6]) for i in range(60))
-    examples = Examples(texts, texts, (0, 1) * 30, ("plus", "minus"), ("ward",) * 60, texts, (-0.5,) * 60)
+    examples = Examples(texts, texts, (0, 1) * 30, ("plus", "minus"), ("ward",) * 60, texts, quality=(-0.5,) * 60)
     own = summarise("ward", examples)
     assert own.median() == pytest.approx(18, abs=2)
     for summary in (own, private(own, 1.0, 7, ("plus", "minus", "none"))):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fedloom.availability import Availability
     from fedloom.codec import DeltaInt8, Exact, Half
     from fedloom.data.axes import LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew
-    from fedloom.data.context import labels, quality, samples, words
+    from fedloom.data.context import labels, ones, quality, words
     from fedloom.data.corrupted import Corrupted
     from fedloom.data.instructions import Instructions
     from fedloom.data.load import Hub, Rows, Table
@@ -77,10 +77,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "availability": ("Availability",),
     "codec": ("DeltaInt8", "Exact", "Half"),
-    "data.instructions": ("Instructions",),
     "data.axes": ("LengthDirichlet", "Mixture", "QualityDirichlet", "Shuffled", "Skew"),
-    "data.context": ("labels", "quality", "samples", "words"),
+    "data.context": ("labels", "ones", "quality", "words"),
     "data.corrupted": ("Corrupted",),
+    "data.instructions": ("Instructions",),
     "data.load": ("Hub", "Rows", "Table"),
     "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
@@ -219,9 +219,9 @@ __all__ = [
     "labels",
     "linear",
     "noised",
+    "ones",
     "prepare",
     "quality",
-    "samples",
     "topics",
     "uniform",
     "words",

@@ -25,8 +25,8 @@ from fedloom.values import Malformed, Reader
 Floats: TypeAlias = npt.NDArray[np.float64]
 LENGTHS = tuple(sorted({round(2 ** (k / 4)) for k in range(57)}))
 """Where the bins of lengths begin, four to a doubling, from 1 to 16,384; the last one has no end."""
-LOSSES = (0.0, *(0.05 * 2 ** (k / 2) for k in range(18)))
-"""Where the bins of quality begin, counted downwards from 0 (the best), two to a doubling."""
+LOSSES = (0.0, *(0.05 * 2 ** (k / 4) for k in range(37)))
+"""Where the bins of quality begin, counted downwards from 0 (the best), four to a doubling."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ DEALS = 40
 """Random deals of all examples that chance is judged by."""
 ALPHAS = 10 ** np.linspace(2, -2, 17)
 DRAWS = 20  # Dirichlet draws for each alpha
+LEAST = 1e-6  # of all texts: a client with less has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +136,10 @@ def _alpha(excess: float, counts: Floats, seed: int) -> float:
     expected = []
     for alpha in ALPHAS.tolist():
         draw = np.random.default_rng(derive(seed, "alpha", f"{alpha:.3g}"))
-        shares = (draw.dirichlet([alpha] * len(counts), len(whole)) for _ in range(DRAWS))
-        expected.append(np.mean([divergence((whole[:, None] * own).T + 1e-12) for own in shares]))
-    return float(np.exp(np.interp(excess, expected, np.log(ALPHAS))))
+        drawn = [(draw.dirichlet([alpha] * len(counts), len(whole)) * whole[:, None]).T for _ in range(DRAWS)]
+        expected.append(np.mean([divergence(own[own.sum(axis=1) > LEAST]) for own in drawn]))
+    rising = np.maximum.accumulate(expected)
+    return float(np.exp(np.interp(excess, rising, np.log(ALPHAS))))
 
 
 def _alpha_of_sizes(cv: float, clients: int) -> float:

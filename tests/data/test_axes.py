@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.data.axes import Along, LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew, raked
-from fedloom.data.context import Measure, labels, samples, words
+from fedloom.data.context import Measure, labels, ones, words
 from fedloom.data.examples import Examples
 from fedloom.errors import Refused
 
@@ -33,7 +33,7 @@ def partitions(draw: st.DrawFn, equal: Measure | None) -> Along:
     kinds: tuple[Along, ...] = (
         LengthDirichlet(clients, alpha, 4, bins, equal),
         QualityDirichlet(clients, alpha, 4, bins, equal),
-        Mixture(clients, (Skew(words, alpha, bins), Skew(samples, 1.0), Skew(labels, 0.5, None)), 4, equal),
+        Mixture(clients, (Skew(words, alpha, bins), Skew(ones, 1.0), Skew(labels, 0.5, None)), 4, equal),
     )
     return draw(st.sampled_from(kinds))
 
@@ -51,9 +51,9 @@ def test_with_nothing_held_equal_every_example_has_one_owner(data: st.DataObject
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.data(), st.integers(150, 400), st.integers(0, 2**40), st.sampled_from([samples, words]))
+@given(st.data(), st.integers(150, 400), st.integers(0, 2**40), st.sampled_from([ones, words]))
 def test_what_is_held_equal_is_equal(data: st.DataObject, size: int, seed: int, equal: Measure) -> None:
-    """Methods 2b, modes L-n and L-tok: the same sum at all clients, exactly of samples, of words to within one that was left out."""
+    """Methods 2b, modes L-n and L-tok: the same sum at all clients, exactly of ones, of words to within one that was left out."""
     how, examples = data.draw(partitions(equal)), corpus(size)
     for partition in (how, Shuffled(how)):
         parts = partition.split(examples, seed)  # type: ignore[attr-defined]
@@ -62,7 +62,7 @@ def test_what_is_held_equal_is_equal(data: st.DataObject, size: int, seed: int, 
         assert set(owned) <= set(range(size))
         weights = equal(examples)
         totals = [sum(weights[i] for i in part) for part in parts.values()]
-        assert max(totals) - min(totals) <= (0 if equal is samples else 60)
+        assert max(totals) - min(totals) <= (0 if equal is ones else 60)
         assert parts == partition.split(examples, seed)  # type: ignore[attr-defined]
 
 
@@ -77,7 +77,7 @@ def test_little_is_thrown_away_to_hold_totals_equal() -> None:
     examples = corpus(4000)
     plain = LengthDirichlet(20, 0.1, smallest=1).split(examples, 0)
     assert 20 * min(map(len, plain.values())) < 0.2 * 4000
-    for equal in (samples, words):
+    for equal in (ones, words):
         kept = LengthDirichlet(20, 0.1, equal=equal).split(examples, 0)
         weights = equal(examples)
         assert sum(weights[i] for part in kept.values() for i in part) > 0.95 * sum(weights)
@@ -85,16 +85,16 @@ def test_little_is_thrown_away_to_hold_totals_equal() -> None:
 
 def test_length_is_skewed_and_label_is_not() -> None:
     examples = corpus(4000)
-    parts = LengthDirichlet(10, 0.1, equal=samples).split(examples, 0)
+    parts = LengthDirichlet(10, 0.1, equal=ones).split(examples, 0)
     assert np.std(means(words, examples, parts)) > 6
     assert np.std(means(labels, examples, parts)) < 0.1
-    even = LengthDirichlet(10, 1000.0, equal=samples).split(examples, 0)
+    even = LengthDirichlet(10, 1000.0, equal=ones).split(examples, 0)
     assert np.std(means(words, examples, even)) < 2
 
 
 def test_shuffled_keeps_the_sizes_and_loses_the_axis() -> None:
     examples = corpus(4000)
-    how = LengthDirichlet(10, 0.1, equal=samples)
+    how = LengthDirichlet(10, 0.1, equal=ones)
     parts, null = how.split(examples, 3), Shuffled(how).split(examples, 3)
     assert [len(part) for part in parts.values()] == [len(part) for part in null.values()]
     assert (
@@ -108,10 +108,10 @@ def test_shuffled_keeps_the_sizes_and_loses_the_axis() -> None:
 
 def test_both_axes_of_a_mixture_are_skewed() -> None:
     examples = corpus(4000, kinds=2)
-    parts = Mixture(8, (Skew(words, 0.2), Skew(labels, 0.2, None)), equal=samples).split(examples, 1)
+    parts = Mixture(8, (Skew(words, 0.2), Skew(labels, 0.2, None)), equal=ones).split(examples, 1)
     assert np.std(means(words, examples, parts)) > 6
     assert np.std(means(labels, examples, parts)) > 0.25
-    sizes = [len(part) for part in Mixture(8, (Skew(samples, 0.3),)).split(examples, 1).values()]
+    sizes = [len(part) for part in Mixture(8, (Skew(ones, 0.3),)).split(examples, 1).values()]
     assert np.std(sizes) > 0.5 * np.mean(sizes)
 
 
@@ -132,7 +132,7 @@ def test_bins_are_quantiles_and_equal_values_stay_together() -> None:
     assert Skew(words, bins=2).bin(examples).tolist() == [0, 0, 0, 1, 1, 1]
     assert len(set(Skew(words, bins=6).bin(examples)[:3].tolist())) == 1
     assert Skew(labels, bins=None).bin(examples).tolist() == [1, 1, 2, 0, 0, 2]
-    assert len(set(Skew(samples).bin(examples).tolist())) == 1
+    assert len(set(Skew(ones).bin(examples).tolist())) == 1
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from fedloom import (
     World,
 )
 from fedloom.plan.groupcost import Choice, Observed
-from fedloom.plan.grouped import barrier, device, mass, observed, state
+from fedloom.plan.grouped import barrier, device, mass, observed, state, surprise
 from fedloom.plan.joint import Joint
 from fedloom.simulate import Simulation
 from fedloom.told import KEPT
@@ -70,6 +70,17 @@ def asked(log: Log) -> list[Budget]:
     """The budgets of the edges' tasks."""
     told = [command for _, _, commands in log.steps for command in commands if isinstance(command, Within)]
     return [one.what.task.budget for one in told if isinstance(one.what, Dispatch)]
+
+
+def test_links_that_stay_surprise_nobody_and_one_slow_draw_does() -> None:
+    """A task whose slowest link took as long as links are known to take adds nothing to an inner round; a slower one, what it was more."""
+    known = state(LOG, SHAPE, 50)
+    usual = max(known.links(known.layers, TASK.rank))
+    (spent,) = told().spent
+    as_known = replace(spent, down=usual / 2, up=usual / 2, answers=1)
+    assert surprise(told(spent=(as_known,)), known) == pytest.approx(0.0, abs=1e-9)
+    assert surprise(told(spent=(replace(as_known, up=usual / 2 + 7.0),)), known) == pytest.approx(7.0)
+    assert surprise(told(spent=()), known) == 0.0
 
 
 def test_before_anything_was_told_profiles_tell() -> None:

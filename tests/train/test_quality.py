@@ -96,8 +96,10 @@ def test_tokens_count_and_a_judged_source_brings_quality(causal: str) -> None:
     assert split.test.quality is None
 
 
-def test_what_predicts_no_words_is_refused(encoder: Path) -> None:
-    with pytest.raises(Refused, match="predicts no words"):
+def test_what_predicts_no_words_is_refused(encoder: Path, decoder: Path) -> None:
+    with pytest.raises(Refused, match="predict"):
         scores(dialogues(), str(encoder))
+    with pytest.raises(Refused, match="predicts words"):
+        scores(dialogues(), str(decoder))
     with pytest.raises(Refused, match="cannot be loaded"):
         Tokens("/nowhere")(dialogues())

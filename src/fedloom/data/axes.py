@@ -31,7 +31,7 @@ class Skew:
     """The clients' shares along one axis: quantile `bins` of what is measured, the shares of each from Dirichlet(alpha).
 
     Equal values are in one bin, so there may be fewer; `bins=None` gives each value its own. A measure that is the same for all
-    (`samples`) has one bin: its skew is one of sizes.
+    (`ones`) has one bin: its skew is one of sizes.
     """
 
     of: Measure = words
@@ -76,7 +76,7 @@ class Along(Protocol):
 class LengthDirichlet:
     """Clients whose texts differ in length: quantile bins of `measure`, each divided by Dirichlet(alpha).
 
-    `equal=samples` gives all clients as many examples (their amounts of text then differ), `equal=words` as many words, or tokens
+    `equal=ones` gives all clients as many examples (their amounts of text then differ), `equal=words` as many words, or tokens
     with the measure `Tokens` (their numbers of examples then differ), to within one example; some stay unused for that. None holds
     nothing equal and uses every example, and then every client has `smallest` of them. Source: CLLoRA, as at the top of this file.
     """
@@ -128,7 +128,7 @@ class QualityDirichlet:
 class Mixture:
     """Clients that differ along several axes at once: a client's share of a cell is the product of its shares on each axis.
 
-    So each axis keeps its own alpha whatever the others are. `Skew(samples, alpha)` makes the sizes differ, and
+    So each axis keeps its own alpha whatever the others are. `Skew(ones, alpha)` makes the sizes differ, and
     `Skew(labels, alpha, None)` the labels.
     """
 

@@ -12,7 +12,7 @@ Measure: TypeAlias = Callable[[Examples], Sequence[float]]
 """One number per example. `fedloom.train.quality.Tokens` counts tokens in the same way as `words` counts words."""
 
 
-def samples(examples: Examples) -> Sequence[float]:
+def ones(examples: Examples) -> Sequence[float]:
     """1 for every example: of the samples a client holds, the sum is their number."""
     return (1,) * len(examples)
 
@@ -42,4 +42,6 @@ def quality(examples: Examples) -> Sequence[float]:
 def read_together(examples: Examples) -> list[tuple[str, ...]]:
     """Every text of each example, in the order in which a model reads them."""
     columns = (examples.texts, examples.pairs, examples.answers)
-    return list(zip(*(column for column in columns if column is not None), strict=True))
+    each = zip(*(column for column in columns if column is not None), strict=True)
+    before = examples.before or ((),) * len(examples)
+    return [(*(turn.content for turn in turns), *parts) for turns, parts in zip(before, each, strict=True)]

@@ -77,16 +77,14 @@ def state(log: GroupLog, shape: Shape, batch_tokens: int) -> GroupState:
         lambda depth, rank: shape.payload(rank),
         lambda depth, rank: shape.train_memory(rank, batch_tokens, depth),
     )
-    return GroupState(
-        tuple(device(one, log, shape, batch_tokens) for one in log.members),
-        sizes,
-        up,
-        down,
+    known = GroupState(tuple(device(one, log, shape, batch_tokens) for one in log.members), sizes, up, down)
+    return replace(
+        known,
         dispersion=math.sqrt(followed([told.spread for told in log.told])),
         mass=mass(log, shape),
         energy=log.told[-1].energy if log.told else (),
         observed=tuple(observed(log.told, shape)),
-        barrier=followed([barrier(told) for told in log.told]),
+        barrier=followed([max(barrier(told), surprise(told, known)) for told in log.told]),
     )
 
 
@@ -144,6 +142,19 @@ def barrier(told: Told) -> float:
     """Seconds of an inner round in which even the busiest member waited."""
     own = max((one.down + one.train + one.up for one in told.spent), default=0.0)
     return max(0.0, told.seconds - told.down - told.up - own) / told.budget.rounds
+
+
+def surprise(told: Told, known: GroupState) -> float:
+    """Seconds by which the slowest links of a task were slower than the slowest that is known.
+
+    It is nothing where links stay as they are. Where they are drawn anew each time some member has a slow one in every inner round,
+    and an average does not tell.
+    """
+    if not told.spent:
+        return 0.0
+    slowest = max((one.down + one.up) / one.answers for one in told.spent)
+    depth = told.budget.depth or known.layers
+    return max(0.0, slowest - max(replace(known, barrier=0.0).links(depth, told.budget.rank)))
 
 
 def followed(values: list[float]) -> float:

@@ -32,7 +32,7 @@ def lengths(figure: Figure, summaries: Sequence[Summary]) -> str:
 def qualities(figure: Figure, summaries: Sequence[Summary]) -> str:
     """How good the texts of each client are; clients with the best on top."""
     counts = np.array([own.quality for own in summaries])
-    marks = {k: f"{-edge:.2g}" for k, edge in enumerate(LOSSES) if k % 2}
+    marks = {k: f"{-edge:.2g}" for k, edge in enumerate(LOSSES) if k % 4 == 1}
     return _heat(figure, summaries, counts, marks | {0: "0"}, "quality (the best on the left)")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -39,6 +40,11 @@ def generator(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
         remedy = "sees the words that it is to predict; give a decoder such as Qwen/Qwen2.5-0.5B"
         raise Refused("model", name, f"{type(model).__name__} {remedy}")
     return model, fresh
+
+
+def filler(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
+    """A model that fills in what is hidden in a text, and the names of its parameters that were not in the checkpoint."""
+    return _loaded(AutoModelForMaskedLM, name, "filling in", **more)
 
 
 def four_bit(device: torch.device) -> dict[str, Any]:

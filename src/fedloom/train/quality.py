@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig
 
 from fedloom.data.context import read_together
 from fedloom.data.examples import Examples, Source, Split
 from fedloom.data.tickets import Tickets
 from fedloom.errors import Refused
-from fedloom.train.pretrained import quiet
+from fedloom.train.pretrained import filler, generator, quiet, tokenizer
 from fedloom.train.texts import IGNORED
 
 PASSES = 7  # of a masked model: about the share of tokens that it has learnt to fill in
@@ -64,29 +64,29 @@ def scores(examples: Examples, name: str, longest: int = 256) -> tuple[float, ..
         Refused: the model cannot be loaded, or does not predict words.
     """
     model, masked = _model(name)
-    tokenizer = _tokenizer(name)
-    rows = [_row(tokenizer, parts, examples.answers is not None, masked, longest) for parts in read_together(examples)]
+    own = _tokenizer(name)
+    rows = [_row(own, parts, examples.answers is not None, masked, longest) for parts in read_together(examples)]
     found = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     for at in range(0, len(order), ROWS):
         batch = order[at : at + ROWS]
-        for i, loss in zip(batch, _losses(model, tokenizer, [rows[i] for i in batch], masked), strict=True):
+        for i, loss in zip(batch, _losses(model, own, [rows[i] for i in batch], masked), strict=True):
             found[i] = -loss
     return tuple(found)
 
 
-def _row(tokenizer: Any, parts: Sequence[str], answered: bool, masked: bool, longest: int) -> tuple[list[int], int]:
+def _row(own: Any, parts: Sequence[str], answered: bool, masked: bool, longest: int) -> tuple[list[int], int]:
     """Token ids, and where what is to be foreseen begins."""
     before, wanted = (" ".join(parts[:-1]), parts[-1]) if answered else ("", " ".join(parts))
-    first = tokenizer.cls_token_id if masked else tokenizer.bos_token_id
+    first = own.cls_token_id if masked else own.bos_token_id
     start = [] if first is None else [first]
-    told, said = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (before, wanted))
+    told, said = (own(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (before, wanted))
     said = said[: longest // 2 if told else longest - 2]
     told = told[: max(0, longest - 2 - len(said))]
     return [*start, *told, *said], len(start) + len(told)
 
 
-def _losses(model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], masked: bool) -> list[float]:
+def _losses(model: Any, own: Any, rows: Sequence[tuple[list[int], int]], masked: bool) -> list[float]:
     """The mean loss of the tokens that are to be foreseen in each row."""
     width = max(1, *(len(ids) for ids, _ in rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -101,7 +101,7 @@ def _losses(model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], m
         sums = torch.zeros(len(rows))
         for turn in range(PASSES):
             now = torch.where(torch.arange(width) % PASSES == turn, labels, IGNORED)
-            hidden = torch.where(now == IGNORED, ids, tokenizer.mask_token_id)
+            hidden = torch.where(now == IGNORED, ids, own.mask_token_id)
             sums += _sums(model(input_ids=hidden, attention_mask=seen).logits, now)
     counts = (labels != IGNORED).sum(1)
     worst = math.log(model.config.vocab_size)
@@ -118,26 +118,24 @@ def _sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 @cache
 def _tokenizer(name: str) -> Any:
-    try:
-        with quiet():
-            return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers, tokenizers and the hub client each have their own
-        raise Refused("--model", name, "its tokenizer cannot be loaded; check the name and the network") from error
+    with quiet():
+        return tokenizer(name)
 
 
 @cache
 def _model(name: str) -> tuple[Any, bool]:
     """The model, and whether it is a masked one."""
+    model: Any
+    with quiet():
+        masked = _is_masked(name)
+        model, fresh = filler(name) if masked else generator(name)
+    if fresh:
+        raise Refused("model", name, "it comes without the head that predicts words; name a language model")
+    return model.eval(), masked
+
+
+def _is_masked(name: str) -> bool:
     try:
-        with quiet():
-            kinds = " ".join(AutoConfig.from_pretrained(name).architectures or ())
-            masked = "MaskedLM" in kinds
-            if not masked and "CausalLM" not in kinds and "LMHeadModel" not in kinds:
-                remedy = f"it is a {kinds or 'model of unknown kind'}, which predicts no words; name a language model"
-                raise Refused("--model", name, remedy)
-            kind = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-            return kind.from_pretrained(name, dtype=torch.float32, trust_remote_code=False).eval(), masked
-    except Refused:
-        raise
-    except Exception as error:  # as above
-        raise Refused("--model", name, "it cannot be loaded; check the name and the network") from error
+        return "MaskedLM" in " ".join(AutoConfig.from_pretrained(name).architectures or ())
+    except Exception:  # whatever is wrong with it, loading the model says it better
+        return False
