@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from fedloom import Job, Run, manifest, prepare
-from fedloom.report.read import read
+from fedloom.report.read import RunLog, read
 from fedloom.types import Command, Event
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -148,7 +148,8 @@ def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | No
         "cell": cell,
         "seed": seed,
         "accuracy": last["accuracy"],
-        **{name: last[name] for name in ("f1", "perplexity") if name in last},
+        **({"f1": last["f1"]} if "f1" in last else {}),
+        **answered(log),
         "curve": [[line["version"], line["time"], line["accuracy"]] for line in log.scores],
         "losses": [line["loss"] for line in versions],
         "bytes_up": versions[-1]["bytes_up"] if versions else 0,
@@ -164,6 +165,13 @@ def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | No
         "run_hash": hashed(run),
         "machine": processor() if run.device == "cpu" else f"{run.device} ({processor()})",
     }
+
+
+def answered(log: RunLog) -> Line:
+    """Of a run that writes text: the perplexity of each scored version, the base first, and the figures of its answers."""
+    if "perplexity" not in log.scores[-1]:
+        return {}
+    return {"perplexities": [line["perplexity"] for line in log.scores], "written": log.written}
 
 
 def start(run: Run) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import pytest
 from bench.same_bytes import COMPARED
 from bench.tiny import toy_answers
 from fedloom import (
+    ByClient,
     Engine,
     FedFa,
+    FedIT,
     FedSA,
     FixedDepth,
     FixedRank,
@@ -170,6 +173,45 @@ def test_texts_of_data_and_model_stay_texts(written: Path, tmp_path: Path) -> No
     assert "<script" not in page
     assert "\x1b" not in page
     assert "a\nb" in page
+
+
+@pytest.mark.slow
+def test_rows_as_they_are_become_a_report(generator: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, str | None]] = [
+        {**row, "client": "ab"[number % 2], "split": "test" if number % 5 == 0 else "train"}
+        for number, row in enumerate(toy_answers(100))
+    ]
+    for row in rows:
+        row["answer"] = f"{row['answer']} <b>&</b>"
+    for number in (1, 2, 3, 5):  # 5 is a row to test on
+        rows[number]["answer"] = ("", None, "  ")[number % 3]
+    run = Run(
+        model=str(generator),
+        data=Instructions(rows, client="client", kind="kind", split="split"),
+        partition=ByClient(),
+        aggregator=FedIT(),
+        schedule=Rounds(cohort_size=2),
+        plan=Plan(FixedRank(4), local_steps=6),
+        training=Training(learning_rate=1e-2),
+        limits=Limits(versions=2),
+        generation=Generation(examples=3, max_new_tokens=8),
+    )
+    log = read(prepare(run).execute(tmp_path / "run").folder)
+    assert [line["version"] for line in log.scores] == [0, 1, 2]
+    first, *_, last = (line["perplexity"] for line in log.scores)
+    assert last < 0.9 * first
+    assert log.scores[-1]["examples"] == 19
+    assert {line["client"] for line in log.tasks} == {"a", "b"}
+    assert "3 of 80 training rows have no answer and are left out." in log.manifest["notes"]
+    assert "1 of 20 test rows have no answer and are left out." in log.manifest["notes"]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "left out" in page
+    assert len(log.samples) == 3
+    for line in log.samples:
+        assert line["reference"].endswith("<b>&</b>")
+        assert html.escape(line["reference"]) in page
+        assert html.escape(line["after"]) in page
+        assert line["reference"] not in page
 
 
 @pytest.mark.parametrize(
