@@ -73,7 +73,7 @@ def asked(log: Log) -> list[Budget]:
 
 
 def test_links_that_stay_surprise_nobody_and_one_slow_draw_does() -> None:
-    """A task whose slowest link took as long as links are known to take adds nothing to an inner round; a slower one, what it was more."""
+    """A task whose slowest link took as long as is known adds nothing to an inner round; a slower one, what it was more."""
     known = state(LOG, SHAPE, 50)
     usual = max(known.links(known.layers, TASK.rank))
     (spent,) = told().spent
