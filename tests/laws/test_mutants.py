@@ -269,7 +269,7 @@ MUTANTS = [
     Mutant(
         "what inner rounds wait is not learnt",
         "plan/grouped.py",
-        "barrier=followed([max(barrier(told), surprise(told, known)) for told in log.told]),
+        "barrier=followed([max(barrier(told), surprise(told, known)) for told in log.told]),",
         "",
         "plan/test_grouped.py",
     ),
