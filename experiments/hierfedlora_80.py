@@ -129,8 +129,8 @@ class RankOfClass:
         return max(self.weak, self.middle, self.strong)
 
     def __call__(self, profile: Profile, fleet: Fleet) -> int:
-        """By the name of the class."""
-        return {"weak": self.weak, "middle": self.middle, "strong": self.strong}[profile.tier]
+        """By the name of the class; an edge is asked too, and has the highest."""
+        return {"weak": self.weak, "middle": self.middle}.get(profile.tier, self.largest)
 
 
 @dataclass(frozen=True)
