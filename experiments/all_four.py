@@ -16,7 +16,7 @@ from functools import partial
 from statistics import mean, median
 
 from grid import Grid, Line, interval, main, start
-from hierfedlora_80 import CLIENTS, EDGES, GROUPS, SCORED, STUDIES, RankOfClass, Study, final, ratio, reaches
+from hierfedlora_80 import CLIENTS, EDGES, GROUPS, SCORED, STUDIES, RankOfClass, Study, final, ratio, reaches, told
 
 from fedloom import (
     Corrupted,
@@ -155,13 +155,8 @@ def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
     ]
     for name in names:
         if own := [line for line in found if line["cell"] == name]:
-            took, ends = median(map(reached, own)), [100 * final(line) for line in own]
             columns = (
-                name.replace("/", ", "),
-                str(len(own)),
-                f"{took:,.0f}" if math.isfinite(took) else "never",
-                f"{sum(math.isfinite(reached(line)) for line in own)} of {len(own)}",
-                f"{median(ends):.1f} % ({min(ends):.1f}–{max(ends):.1f})",
+                *told(name, own, [reached(line) for line in own]),
                 f"{100 * median(line['worst_client'] for line in own):.0f} %",
                 f"{median(line['virtual_seconds'] for line in own):,.0f}",
                 f"{median(traffic(line) for line in own) / 1e6:.0f}",

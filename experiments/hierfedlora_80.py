@@ -278,6 +278,18 @@ def summary(found: Sequence[Line]) -> Line:
     }
 
 
+def told(name: str, own: Sequence[Line], times: Sequence[float]) -> tuple[str, ...]:
+    """The first columns of a cell's row: its name, seeds, median time to the target, how many got there, accuracy at the end."""
+    took, ends = median(times), [100 * final(line) for line in own]
+    return (
+        name.replace("/", ", "),
+        str(len(own)),
+        f"{took:,.0f}" if math.isfinite(took) else "never",
+        f"{sum(map(math.isfinite, times))} of {len(own)}",
+        f"{median(ends):.1f} % ({min(ends):.1f}–{max(ends):.1f})",
+    )
+
+
 def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
     """A Markdown table: a row a cell, medians over seeds."""
     rows = [
@@ -287,13 +299,8 @@ def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
     ]
     for name in names:
         if own := [line for line in found if line["cell"] == name]:
-            took, ends = median(map(reached, own)), [100 * final(line) for line in own]
             columns = (
-                name.replace("/", ", "),
-                str(len(own)),
-                f"{took:,.0f}" if math.isfinite(took) else "never",
-                f"{sum(math.isfinite(reached(line)) for line in own)} of {len(own)}",
-                f"{median(ends):.1f} % ({min(ends):.1f}–{max(ends):.1f})",
+                *told(name, own, [reached(line) for line in own]),
                 f"{median(line['virtual_seconds'] for line in own):,.0f}",
                 f"{median(line['bytes_up'] for line in own) / 1e6:.1f}",
             )

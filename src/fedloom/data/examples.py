@@ -73,6 +73,14 @@ class Source(Protocol):
     def load(self, seed: int) -> Split: ...
 
 
+def check_shares(test_share: float, limit: int | None) -> None:
+    """Raise Refused for what `set_aside` and `limited` cannot do."""
+    if not 0 < test_share < 1:
+        raise Refused("data.test_share", test_share, "choose a share between 0 and 1")
+    if limit is not None and limit < 1:
+        raise Refused("data.limit", limit, "choose a whole number of at least 1, or leave it out")
+
+
 def set_aside(examples: Examples, share: float, limit: int | None, seed: int) -> Split:
     """A random `share` of each label to test on, rounded; each label keeps at least one example. Raises Refused if none."""
     aside: set[int] = set()

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
-from fedloom.data.examples import Examples, Split, Turn, limited, set_aside
+from fedloom.data.examples import Examples, Split, Turn, check_shares, limited, set_aside
 from fedloom.data.read import Given, Raw, by_number, column, gather, label_values, read
 from fedloom.errors import Refused
 
@@ -41,10 +41,7 @@ class Instructions:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.test_share < 1:
-            raise Refused("data.test_share", self.test_share, "choose a share between 0 and 1")
-        if self.limit is not None and self.limit < 1:
-            raise Refused("data.limit", self.limit, "choose a whole number of at least 1, or leave it out")
+        check_shares(self.test_share, self.limit)
         if self.split is not None and self.test is not None:
             raise Refused("data.split", self.split, "data.test gives the test rows already; leave out one of the two")
 

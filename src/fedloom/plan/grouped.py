@@ -145,7 +145,7 @@ def barrier(told: Told) -> float:
 
 
 def surprise(told: Told, known: GroupState) -> float:
-    """Seconds by which the slowest links of a task were slower than the slowest that is known.
+    """Seconds by which the slowest links of a task were slower than the slowest that is known (`known` has no barrier yet).
 
     It is nothing where links stay as they are. Where they are drawn anew each time some member has a slow one in every inner round,
     and an average does not tell.
@@ -154,7 +154,7 @@ def surprise(told: Told, known: GroupState) -> float:
         return 0.0
     slowest = max((one.down + one.up) / one.answers for one in told.spent)
     depth = told.budget.depth or known.layers
-    return max(0.0, slowest - max(replace(known, barrier=0.0).links(depth, told.budget.rank)))
+    return max(0.0, slowest - max(known.links(depth, told.budget.rank)))
 
 
 def followed(values: list[float]) -> float:
