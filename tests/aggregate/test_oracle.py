@@ -133,7 +133,7 @@ def errors(model: Model, r: Round, wanted: Values) -> dict[str, float]:
             fold = toys.product(model.fold.factors[key]) if model.fold and key in model.fold.factors else 0.0
             found[key] = distance({key: toys.product(model.adapter.factors[key]) + fold}, {key: want})
         elif key.endswith(".A"):
-            alive = (want.norm(dim=1) + wanted[f"{key[:-2]}.B"].norm(dim=1) > 0)[:, None]
+            alive = (want.norm(dim=1) + wanted[f"{key[:-2]}.B"].norm(dim=1) > 1e-12)[:, None]
             found[key] = distance({key: own[key] * alive}, {key: want})
         else:
             found[key] = distance({key: own[key]}, {key: want})
