@@ -66,7 +66,7 @@ SIMULATED: tuple[type, ...] = (Simulation, Presence)
 
 def kept(kind: type) -> dict[str, Any]:
     """The fields of one of these types that a checkpoint holds, as "Type.field", with what they hold."""
-    rebuilt: frozenset[str] = REBUILT[kind] if kind in REBUILT else kind.rebuilt  # type: ignore[attr-defined]
+    rebuilt: frozenset[str] = getattr(kind, "rebuilt", None) or REBUILT[kind]
     return {f"{kind.__name__}.{name}": hint for name, hint in declared(kind).items() if name not in rebuilt}
 
 
