@@ -170,6 +170,8 @@ def decode_reply(data: bytes, limit: int, tasks: Mapping[int, Task]) -> Word | t
     for name in ("flops", "up_bps", "down_bps", "memory"):
         _in_range(f"profile.{name}", getattr(profile, name), 1.0, 1e30)
     _in_range("profile.tier", len(profile.tier), 0, LONGEST)
+    for name, value, least, most in _sizes(profile.most) if profile.most else ():
+        _in_range(f"profile.most.{name}", value, least, most)
     _in_range("incarnation", word.incarnation, 0, MOST)
     return word
 
@@ -196,20 +198,25 @@ def _check(task: Task) -> None:
         raise Malformed("the control variate has other shapes than what is trained")
 
 
+def _sizes(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
+    """The numbers of a budget, with the least and the most that they can be."""
+    yield "rank", budget.rank, 1, 2**20
+    yield "steps", budget.steps, 1, 10**9
+    yield "depth", 1 if budget.depth is None else budget.depth, 1, 2**20
+    yield "rounds", budget.rounds, 1, 10**9
+    yield "why", len(budget.why), 0, 100 * LONGEST
+
+
 def _ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a task, with the least and the most that they can be."""
-    start, budget, pruning = task.start, task.budget, task.start.rules.pruning
+    """The numbers of a task."""
+    start, pruning = task.start, task.start.rules.pruning
+    yield from _sizes(task.budget)
     yield "task", task.id, 1, MOST
     yield "version", task.version, 0, MOST
     yield "seed", task.seed, 0, MOST
     yield "sent", task.sent, -1e18, 1e18
     yield "basis", len(start.basis), 0, LONGEST
     yield "scaling", 1.0 if start.scaling is None else start.scaling, 1e-9, 1e9
-    yield "rank", budget.rank, 1, 2**20
-    yield "steps", budget.steps, 1, 10**9
-    yield "depth", 1 if budget.depth is None else budget.depth, 1, 2**20
-    yield "rounds", budget.rounds, 1, 10**9
-    yield "why", len(budget.why), 0, 100 * LONGEST
     yield "select", 1 if start.rules.select is None else start.rules.select, 1, MOST
     yield "up_rate", start.rules.up_rate, 1e-9, 1e9
     if pruning is not None:
