@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from fedloom.run import Run
 from fedloom.samples import sample_lines
 from fedloom.seeds import derive, rng
 from fedloom.server import Server
-from fedloom.simulate import Observer, Simulation
+from fedloom.simulate import Evaluator, Observer, Simulation
 from fedloom.trace import Trace
 from fedloom.train import dialogue
 from fedloom.train.base import Base, check_length, initial, load
@@ -50,6 +51,23 @@ class Outcome:
     folder: Path
     scores: tuple[Mapping[str, float], ...]
     adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a driver needs to carry out a job: how versions are scored, who is told each step, who writes checkpoints."""
+
+    job: Job
+    keeper: Keeper
+    metrics: Metrics
+    progress: Progress
+    evaluate: Evaluator
+    observe: Observer
+
+    def going_on(self, *driver: object) -> None:
+        """Checkpoints hold these values of the driver too; what the last one held is put back into them, the server and the metrics."""
+        self.keeper.owners = (*owners(self.job.server), *driver, self.metrics, self.progress)
+        restore(self.job.begun.values if self.job.begun else {}, self.keeper.owners)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +108,35 @@ class Job:
         Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed". Both, and
         one that was killed, can go on: `prepare(run, resume=folder).execute()`.
         """
-        torch.set_num_threads(self.run.threads)
         asked = Workers.of(workers)
+        drive = partial(self._simulate, asked)
+        return self.record(drive, out, observers, {"workers": str(asked)}, report, checkpoint_seconds, keep_updates)
+
+    def record(
+        self,
+        drive: Callable[[Recording], str],
+        out: Path | None = None,
+        observers: Sequence[Observer] = (),
+        about: Mapping[str, object] | None = None,
+        report: bool = True,
+        checkpoint_seconds: float = SECONDS,
+        keep_updates: bool = False,
+    ) -> Outcome:
+        """Fill the run folder with what happens while `drive` carries the run out, which returns the reason of its end.
+
+        `about` are more lines of the manifest, the rest is as for `execute`.
+        """
+        torch.set_num_threads(self.run.threads)
         out = self._place(out)
-        about = {**self.about(), "workers": str(asked)}
         with claimed(out):
-            folder.write_json(out / "manifest.json", {**about, "status": "running", "status_reason": ""})
+            said = {**self.about(), **(about or {})}
+            folder.write_json(out / "manifest.json", {**said, "status": "running", "status_reason": ""})
             status, reason, progress = "failed", "the process ended without a word", Progress()
             keeper = Keeper(out, given=given(self.run), seconds=checkpoint_seconds)
             try:
-                reason = self._simulate(keeper, [*observers, *self._archive(out, keep_updates)], asked, progress)
+                with ExitStack() as opened:
+                    watching = [*observers, *self._archive(out, keep_updates)]
+                    reason = drive(self._recording(opened, keeper, watching, progress))
                 status = "finished"
             except KeyboardInterrupt:
                 status, reason = "interrupted", "stopped by Ctrl-C"
@@ -108,7 +145,8 @@ class Job:
                 reason = f"{type(error).__name__}: {error}"
                 raise
             finally:
-                self._close(out, {**about, "status": status, "status_reason": reason}, report)
+                clients = {client: manifest.plain(profile) for client, profile in self.profiles.items()}
+                self._close(out, {**said, "clients": clients, "status": status, "status_reason": reason}, report)
         model = self.server.state.model
         return Outcome(out, tuple(progress.scores), whole(model.adapter, model.fold))
 
@@ -143,12 +181,16 @@ class Job:
                 "lora_parameters_by_rank": {str(rank): shape.adapter_parameters(rank) for rank in ranks},
                 "dense_parameters": shape.dense,
             },
-            "partition": statistics(self.split.train, self.shards),
+            "partition": statistics(self.split.train, self.shards) if self.shards else self._names(),
             "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
             **({"groups": self.server.groups.names} if isinstance(self.server, Tree) else {}),
             "baselines": {} if self.base.labels is None else {"majority": manifest.majority(self.split.test.labels)},
             "notes": self.begun.notes(notes, __version__) if self.begun else notes,
         }
+
+    def _names(self) -> Mapping[str, object]:
+        """Of data that lie elsewhere the labels are known."""
+        return {"clients": {}, "label_names": list(self.split.train.names)}
 
     def _place(self, out: Path | None) -> Path:
         """The folder to write: that of the run that goes on, or a new one."""
@@ -164,7 +206,11 @@ class Job:
             return []
         return [Archive.of(out / UPDATES, self.server)]
 
-    def _simulate(self, keeper: Keeper, observers: Sequence[Observer], workers: Workers, progress: Progress) -> str:
+    def _recording(
+        self, opened: ExitStack, keeper: Keeper, observers: Sequence[Observer], progress: Progress
+    ) -> Recording:
+        """The logs of the run, opened until the end of the block, and who writes them."""
+
         def evaluate(model: Model) -> Mapping[str, float]:
             progress.scores.append(self.evaluate(model))
             return progress.scores[-1]
@@ -173,38 +219,42 @@ class Job:
             for observer in everyone:
                 observer(now, event, commands)
 
-        with ExitStack() as opened:
-            sizes = self.begun.sizes if self.begun else dict.fromkeys(LOGS, 0)
-            keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
-            trace = Trace(keeper.logs[0])
-            edge_of = self.server.edge_of if isinstance(self.server, Tree) else {}
-            metrics = Metrics(keeper.logs[1], Places(places(self.server)), edge_of)
-            everyone: list[Observer] = [trace, metrics, *observers]
-            shards = {shard.client: shard.train for shard in self.shards}
-            inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, self.run.engine or PLAIN)
-            trainer = opened.enter_context(workers.carrying_out(inner))
+        sizes = self.begun.sizes if self.begun else dict.fromkeys(LOGS, 0)
+        keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
+        edge_of = self.server.edge_of if isinstance(self.server, Tree) else {}
+        metrics = Metrics(keeper.logs[1], Places(places(self.server)), edge_of)
+        everyone: list[Observer] = [Trace(keeper.logs[0]), metrics, *observers]
+        return Recording(self, keeper, metrics, progress, evaluate, observe)
+
+    def _simulate(self, workers: Workers, recording: Recording) -> str:
+        shards = {shard.client: shard.train for shard in self.shards}
+        inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, self.run.engine or PLAIN)
+        with workers.carrying_out(inner) as trainer:
             presence = Presence(self.stays, self.run.faults, self.run.seed)
             simulation = Simulation(
                 self.server,
                 trainer,
                 devices(self.run),
                 self.profiles,
-                evaluate,
-                observe,
+                recording.evaluate,
+                recording.observe,
                 seed=self.run.seed,
                 presence=presence,
-                settled=keeper,
+                settled=recording.keeper,
             )
-            held = (*owners(self.server), simulation, presence, metrics, progress)
-            keeper.owners, keeper.drain = held, simulation.drain
-            restore(self.begun.values if self.begun else {}, held)
+            recording.keeper.drain = simulation.drain
+            recording.going_on(simulation, presence)
             reason = simulation.run()
-            if self.server.state.failures >= self.run.limits.failures:
-                remedy = f"the run was given up: {reason}. Mend that, or allow for more"
-                raise Refused("limits.failures", self.run.limits.failures, remedy)
+            self.check_failures(reason)
             for line in (*client_scores(self, simulation.locals), *sample_lines(self)):
-                metrics.write(line)
+                recording.metrics.write(line)
         return reason
+
+    def check_failures(self, reason: str) -> None:
+        """Raise Refused if the run ended because so many tasks failed."""
+        if self.server.state.failures >= self.run.limits.failures:
+            remedy = f"the run was given up: {reason}. Mend that, or allow for more"
+            raise Refused("limits.failures", self.run.limits.failures, remedy)
 
     def _close(self, out: Path, about: Mapping[str, object], report: bool) -> None:
         """The adapter of the last version, the final manifest, the report: also for a run that was cut short.

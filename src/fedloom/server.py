@@ -289,7 +289,7 @@ class Server:
 
     def _dispatch(self, client: ClientId, fleet: Fleet) -> Dispatch:
         state = self.state
-        budget = self.assign(state.idle[client], fleet)
+        budget = within(self.assign(state.idle[client], fleet), state.idle[client].most)
         budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
         number, state.next_task = state.next_task, state.next_task + 1
         start, seed = self.start(budget, derive(self.seed, "start", number)), derive(self.seed, "task", number)
@@ -298,3 +298,16 @@ class Server:
         state.working[client] = (state.idle.take(client), number)
         state.dispatched[client] = state.dispatched.get(client, 0) + 1
         return Dispatch(task)
+
+
+def within(budget: Budget, most: Budget | None) -> Budget:
+    """The budget, made smaller where the client does not let a task be so large.
+
+    >>> within(Budget(8, 10), Budget(4, 20, depth=2))
+    Budget(rank=4, steps=10, depth=2, rounds=1, why='')
+    """
+    if most is None:
+        return budget
+    depths = [depth for depth in (budget.depth, most.depth) if depth is not None]
+    rank, steps = min(budget.rank, most.rank), min(budget.steps, most.steps)
+    return replace(budget, rank=rank, steps=steps, depth=min(depths, default=None))
