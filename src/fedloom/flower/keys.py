@@ -1,7 +1,7 @@
 """Who may speak: our own certificate authority and server certificate for TLS, and a key for each site.
 
-In the server's folder: `keys/ca.crt` (give it to every site), `keys/ca.key`, `keys/server.crt`, `keys/server.key`, and in `sites/` the
-public key of each site, named after it. A site makes its key itself; the private half never leaves it.
+In the server's folder: `keys/ca.crt` (give it to every site), `keys/ca.key`, `keys/server.crt`, `keys/server.key`, and in `sites/`
+the public key of each site, named after it. A site makes its key itself; the private half never leaves it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def new(folder: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> Path:
     """
     keys = folder / "keys"
     if (keys / "ca.key").exists():
-        raise Refused("FOLDER", str(folder), "it has an authority already; `fedloom keys renew` makes a new server certificate")
+        raise Refused(
+            "FOLDER", str(folder), "it has an authority already; `fedloom keys renew` makes a new server certificate"
+        )
     for part in (folder, keys, folder / "sites"):
         part.mkdir(mode=0o700, parents=True, exist_ok=True)
     key, name = ec.generate_private_key(ec.SECP384R1()), _named("fedloom authority")
