@@ -120,7 +120,9 @@ def test_a_name_is_a_plain_word(authority: Path, tmp_path: Path, name: str) -> N
 
 
 def test_what_is_no_key_of_ours_is_refused(authority: Path, tmp_path: Path) -> None:
-    (tmp_path / "ed.pub").write_text("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPbpZ7wKyoxEgwnlqzAZ4ZY2bWn3zBqH0YBcyVmCvBzB x\n")
+    (tmp_path / "ed.pub").write_text(
+        "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPbpZ7wKyoxEgwnlqzAZ4ZY2bWn3zBqH0YBcyVmCvBzB x\n"
+    )
     (tmp_path / "junk.pub").write_bytes(bytes(range(256)))
     private, _ = keys.site("one", tmp_path)
     for path in (tmp_path / "ed.pub", tmp_path / "junk.pub", tmp_path / "none.pub", private):

@@ -52,6 +52,26 @@ class Seat:
                 raise Refused(name, str(path), "there is no such file; see `fedloom keys`")
 
 
+def seat(config: Path, insecure: bool) -> Seat:
+    """The seat that a site's settings describe.
+
+    Raises:
+        Refused: they lack key or authority, and `insecure` was not said.
+    """
+    from fedloom.flower.site import read  # heavy: it reads data
+
+    site = read(config)
+    if not insecure and (site.ca is None or site.key is None):
+        raise Refused(
+            "key",
+            str(site.key),
+            "name the site's `key` and the server's `ca` (see `fedloom keys`); on one machine, --insecure",
+        )
+    worker = [program("fedloom"), "worker", "--config", str(config.resolve())]
+    secure = {} if insecure else {"ca": site.ca, "key": site.key}
+    return Seat(site.server, site.folder.resolve(), site.socket.resolve(), worker, **secure)
+
+
 def parts(seat: Seat, runtime: int) -> list[list[Part]]:
     """The processes of a site. SuperNode and executor live and die together.
 

@@ -32,7 +32,8 @@ from fedloom.flower.processes import (
 from fedloom.folder import write_json
 
 APP = "fedloom.flower.serverapp:app"
-TICK = 0.5
+TICK, AGAIN = 0.5, 5.0
+"""Seconds between two looks, and after Flower has said no."""
 QUICK, MOST_QUICK = 60.0, 5
 """A ServerApp that ends within so many seconds came to nothing; after so many of those in a row we give up."""
 STARTS = 180.0
@@ -54,6 +55,7 @@ class Server:
     app: str = APP
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", self.folder.resolve())  # Flower's processes want whole paths
         if self.insecure and not loopback(self.host):
             raise Refused(
                 "--insecure",
@@ -129,6 +131,8 @@ class Serving:
     since: float = 0.0
     quick: int = 0
     up: bool = False
+    trouble: str = ""
+    pause: float = 0.0
     here: set[str] = field(default_factory=set)
     nodes: dict[str, int] = field(default_factory=dict)
 
@@ -139,7 +143,7 @@ class Serving:
             Refused: the run cannot be carried out, or comes to nothing again and again.
         """
         self.supervisor.look()
-        if not listens("127.0.0.1", self.control.port):
+        if time.monotonic() < self.pause or not listens("127.0.0.1", self.control.port):
             return None
         if not self.up:
             self.up = True
@@ -148,8 +152,10 @@ class Serving:
             self._admit()
             self._announce()
             return self._follow()
-        except Unwilling as error:  # the SuperLink has just gone, or says no: the next look asks again
-            self.say(f"Flower: {error}")
+        except Unwilling as error:  # the SuperLink has just gone, or says no: ask again
+            if str(error) != self.trouble:
+                self.say(f"Flower says: {error}")
+            self.trouble, self.pause = str(error), time.monotonic() + AGAIN
             return None
 
     def _admit(self) -> None:
