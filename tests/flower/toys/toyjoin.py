@@ -8,11 +8,19 @@ from pathlib import Path
 
 from fedloom.flower.join import Seat, join
 
-server, place, seconds, *pair = sys.argv[1:]
-folder = Path(place)
-ca, key = map(Path, pair) if pair else (None, None)
-worker = [sys.executable, str(Path(__file__).with_name("toyworker.py")), str(folder / "w.sock"), seconds]
-try:
-    join(Seat(server, folder, folder / "w.sock", worker, ca, key), partial(print, flush=True))
-except KeyboardInterrupt:
-    print("STOPPED", flush=True)
+
+def main() -> None:
+    """Until it is stopped."""
+    server, place, seconds, *pair = sys.argv[1:]
+    folder = Path(place)
+    ca, key = map(Path, pair) if pair else (None, None)
+    worker = [sys.executable, str(Path(__file__).with_name("toyworker.py")), str(folder / "w.sock"), seconds]
+    say = partial(print, flush=True)
+    try:
+        join(Seat(server, folder, folder / "w.sock", worker, ca, key), say)
+    except KeyboardInterrupt:
+        say("STOPPED")
+
+
+if __name__ == "__main__":
+    main()
