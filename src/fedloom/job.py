@@ -65,7 +65,7 @@ class Recording:
     observe: Observer
 
     def going_on(self, *driver: object) -> None:
-        """Checkpoints hold these values of the driver too; what the last one held is put back into them, the server and the metrics."""
+        """Checkpoints hold these values of the driver too; what the last one held is put back into all of them."""
         self.keeper.owners = (*owners(self.job.server), *driver, self.metrics, self.progress)
         restore(self.job.begun.values if self.job.begun else {}, self.keeper.owners)
 

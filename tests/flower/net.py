@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from fedloom import wire
@@ -19,10 +19,14 @@ from toys import Quadratic
 
 @dataclass
 class Site:
-    """A worker with a journal of its last answer. It keeps count of what it trained, and of whose `Local` it went on from."""
+    """A worker with a journal of its last answer. It keeps count of what it trained, and of whose `Local` it went on from.
+
+    Every `unusable`-th task has an answer that the server must refuse.
+    """
 
     profile: Profile
     seconds: float = 1.0
+    unusable: int = 9
     trainer: Quadratic = field(default_factory=Quadratic)
     local: Local = field(default_factory=Local)
     last: tuple[int, str, bytes, Local] | None = None
@@ -42,15 +46,13 @@ class Site:
             self.local = self.last[3]
             self.kept.append(ask.settled)
         ((result, local),) = self.trainer.train([(task, self.local)])
+        if task.id % self.unusable == 0:
+            result = replace(result, examples=0)
         told, left = answered(task, self.local, result, local)
-        answer = wire.encode(task, type(result)(result.adapter, *_plain(told)), owed(task.start, self.local))
+        answer = wire.encode(task, replace(result, metrics=told.metrics), owed(task.start, self.local))
         self.trained[key] += 1
         self.last = (*key, answer, left)
         return answer
-
-
-def _plain(told: object) -> tuple[object, ...]:
-    return told.examples, told.tokens, told.steps, told.metrics, told.control  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -99,10 +101,13 @@ class Net:
             self._put(self.time + 5 * draw(), Reply(message, node, error="it did not get there"))
             return message
         begin = max(self.time, self.free.get(node, 0.0), self.back.get(node, 0.0))
-        self.free[node] = begin + site.seconds * (0.5 + draw())
+        takes = 0.2 if isinstance(decode(body, 2**30), Hello) else site.seconds
+        self.free[node] = begin + takes * (0.5 + draw())
         answer = site.answer(body)
         lost = draw() < self.trouble.unanswered
-        self._put(self.free[node], Reply(message, node, None, "the answer was lost") if lost else Reply(message, node, answer))
+        self._put(
+            self.free[node], Reply(message, node, None, "the answer was lost") if lost else Reply(message, node, answer)
+        )
         if draw() < self.trouble.twice:
             self._put(self.free[node] + 3 * draw(), Reply(message, node, site.answer(body) if not lost else answer))
         return message

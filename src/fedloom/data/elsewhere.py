@@ -18,7 +18,7 @@ def scored(source: Source, seed: int) -> Split:
 
 
 def _here(source: Source) -> Source:
-    known = {field.name for field in fields(source)} if is_dataclass(source) else set()
+    known: set[str] = {field.name for field in fields(source)} if is_dataclass(source) else set()
     path, test = (getattr(source, name, None) for name in ("path", "test"))
     if {"path", "test"} <= known and isinstance(path, str | Path) and test is not None and not Path(path).exists():
         here: Source = replace(source, path=test)  # type: ignore[type-var]

@@ -136,7 +136,7 @@ class Status:
         from prometheus_client import CollectorRegistry, start_http_server
 
         registry = CollectorRegistry()
-        registry.register(_Figures(self))
+        registry.register(Figures(self))
         try:
             server, thread = start_http_server(port, "127.0.0.1", registry)
         except OSError as error:
@@ -150,7 +150,7 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class _Figures:
+class Figures:
     """Collected when asked for, so that nothing is counted twice."""
 
     status: Status
@@ -200,11 +200,12 @@ def shown(told: Mapping[str, Any], age: float) -> Group:
     """For the terminal; `age` is for how many seconds nothing was written."""
     traffic, scores = told["traffic"], told["scores"]
     lines = [
-        f"[bold]{escape(told['run'])}[/bold]  version {told['version']} of {told['versions']}, {told['seconds']:,.0f} s",
+        f"[bold]{escape(told['run'])}[/bold]  version {told['version']} of {told['versions']}, {told['seconds']:,.0f} s, "
+        f"start {told['incarnation']} of the server",
         f"Waits {escape(told['waits'])}",
         f"{told['accepted']} answers accepted, {told['rejected']} refused, {told['failed']} tasks failed, "
-        f"mean staleness {told['mean_staleness'] or 0:g}, since the server's start {told['incarnation']}",
-        f"{traffic['bytes_down'] / 1e6:,.1f} MB down, {traffic['bytes_up'] / 1e6:,.1f} MB up, {traffic['resent']} messages sent again",
+        f"mean staleness {told['mean_staleness'] or 0:g}",
+        f"{traffic['bytes_down'] / 1e6:,.1f} MB down, {traffic['bytes_up'] / 1e6:,.1f} MB up, {traffic['resent']} tasks sent again",
     ]
     if scores:
         lines.append("Scores " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
