@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-
-from fedloom.errors import Refused
 
 out = Console(highlight=False)
 
@@ -35,6 +34,10 @@ def serve(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the Run; may be repeated."),
     ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Begin when so many clients are there; more may come later.")] = 1,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of this machine at which Prometheus may ask.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the deployment in this folder.")] = False,
     host: Annotated[
         str | None, typer.Option(help="The address to listen at; every one of this machine if left out.")
@@ -50,18 +53,23 @@ def serve(
     """
     from fedloom.flower.serve import Server
     from fedloom.flower.serve import serve as carry_out
+    from fedloom.override import override
+    from fedloom.runfile import run_of
 
-    if not file.is_file():
-        raise Refused("RUNFILE", str(file), "there is no such file; give a Python file with a value `run = Run(...)`")
-    place = folder.resolve()
-    server = Server(place, host or ("127.0.0.1" if insecure else "0.0.0.0"), port, insecure)
-    facts = {"runfile": str(file.resolve()), "settings": settings or []}
+    override(run_of(file), settings or [])  # a slip is told before anything is started
+    server = Server(folder, host or ("127.0.0.1" if insecure else "0.0.0.0"), port, insecure)
+    facts = {
+        "runfile": str(file.resolve()),
+        "settings": settings or [],
+        "clients": clients,
+        "metrics_port": metrics_port,
+    }
     try:
         reason = carry_out(server, facts, resume, _say)
     except KeyboardInterrupt:
         out.print(f"Go on    fedloom serve {file} --folder {folder} --resume", soft_wrap=True)
         raise
-    out.print(f"The run has ended: {reason}", soft_wrap=True)
+    out.print(f"The run has ended: {reason}\nAdapter  {folder / 'run' / 'adapter'}", soft_wrap=True)
 
 
 def join(
@@ -154,6 +162,6 @@ def mount(app: typer.Typer) -> None:
 
 
 def _say(line: str) -> None:
-    from datetime import datetime
+    from rich.markup import escape
 
-    out.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] {line}".replace("[", "\\[", 0), soft_wrap=True)
+    out.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] {escape(line)}", soft_wrap=True)

@@ -32,8 +32,8 @@ from fedloom.flower.processes import (
 from fedloom.folder import write_json
 
 APP = "fedloom.flower.serverapp:app"
-TICK, AGAIN = 0.5, 5.0
-"""Seconds between two looks, and after Flower has said no."""
+TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
+"""Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""
 QUICK, MOST_QUICK = 60.0, 5
 """A ServerApp that ends within so many seconds came to nothing; after so many of those in a row we give up."""
 STARTS = 180.0
@@ -132,6 +132,8 @@ class Serving:
     quick: int = 0
     up: bool = False
     trouble: str = ""
+    line: str = ""
+    relayed: float = -RELAY
     pause: float = 0.0
     here: set[str] = field(default_factory=set)
     nodes: dict[str, int] = field(default_factory=dict)
@@ -151,6 +153,7 @@ class Serving:
         try:
             self._admit()
             self._announce()
+            self._relay()
             return self._follow()
         except Unwilling as error:  # the SuperLink has just gone, or says no: ask again
             if str(error) != self.trouble:
@@ -186,6 +189,17 @@ class Serving:
             told = "has come" if came == "Activated" else "has left"
             self.say(f"{name} {told}; {len(self.here)} here" + (f" of {len(of)}" if of else ""))
 
+    def _relay(self) -> None:
+        """What the driver says that it waits for, when that has changed, and not too often."""
+        note = self.server.folder / "status.json"
+        if time.monotonic() < self.relayed + RELAY or not note.exists():
+            return
+        told = json.loads(note.read_bytes())
+        line = f"version {told['version']} of {told['versions']}; waits {told['waits']}"
+        if line != self.line:
+            self.say(line)
+            self.line, self.relayed = line, time.monotonic()
+
     def _follow(self) -> str | None:
         """Submit the app, wait for its word, and submit it again where it was killed."""
         if not self.run:
@@ -198,7 +212,7 @@ class Serving:
             if word.reason:
                 return word.reason
             if word.refused:
-                raise Refused("RUNFILE", str(self.server.folder), word.refused)
+                raise Refused("RUNFILE", str(self.server.folder), f"it cannot be carried out: {word.refused}")
         elif word.lives if word is not None else lived < STARTS:
             return None
         said = (word.failed if word else "") or ("it was killed" if word else "it did not start")
