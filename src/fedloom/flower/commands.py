@@ -39,10 +39,7 @@ def serve(
         int | None, typer.Option(min=1, max=65535, help="Port of this machine at which Prometheus may ask.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the deployment in this folder.")] = False,
-    host: Annotated[
-        str | None, typer.Option(help="The address to listen at; every one of this machine if left out.")
-    ] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that sites connect to.")] = 8080,
+    port: Annotated[str, typer.Option(metavar="[HOST:]PORT", help="Where sites connect to.")] = "8080",
     insecure: Insecure = False,
 ) -> None:
     """Carry out a Run on real machines: the server. Sites come with [bold]fedloom join[/bold], at any time.
@@ -51,13 +48,17 @@ def serve(
 
     Example: [bold]fedloom keys new DIR --host server.example.org[/bold], then [bold]fedloom serve mine.py --folder DIR[/bold]
     """
+    from fedloom.errors import Refused
     from fedloom.flower.serve import Server
     from fedloom.flower.serve import serve as carry_out
     from fedloom.override import override
     from fedloom.runfile import run_of
 
     override(run_of(file), settings or [])  # a slip is told before anything is started
-    server = Server(folder, host or ("127.0.0.1" if insecure else "0.0.0.0"), port, insecure)
+    host, _, number = port.rpartition(":")
+    if not number.isdigit():
+        raise Refused("--port", port, "give a port, or an address of this machine and a port: 10.0.0.5:8080")
+    server = Server(folder, host or ("127.0.0.1" if insecure else "0.0.0.0"), int(number), insecure)
     facts = {
         "runfile": str(file.resolve()),
         "settings": settings or [],

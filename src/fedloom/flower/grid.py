@@ -45,7 +45,7 @@ def unpacked(content: RecordDict) -> bytes:
     """
     match list(content.values()):
         case [ArrayRecord() as record] if list(record) == [NAME]:
-            return record[NAME].data
+            return bytes(record[NAME].data)
     raise ValueError("the content of the message is not one array of bytes")
 
 

@@ -24,9 +24,9 @@ app = ServerApp()
 @app.main()  # type: ignore[untyped-decorator, arg-type]
 def main(grid: HttpGrid, context: Context) -> None:
     """Carry out the deployment of the folder that the run's configuration names, and leave word of how it ended."""
-    from fedloom.flower import deploy  # type: ignore[attr-defined, unused-ignore]
+    from fedloom.flower.deploy import run  # heavy
 
-    carry_out(grid, context, deploy.run)
+    carry_out(grid, context, run)
 
 
 def carry_out(grid: HttpGrid, context: Context, run: Callable[[Link, Path], str]) -> None:
