@@ -65,7 +65,7 @@ class Recording:
     observe: Observer
 
     def going_on(self, *driver: object) -> None:
-        """Checkpoints hold these values of the driver too; what the last one held is put back into them, the server and the metrics."""
+        """Checkpoints hold these values of the driver too; what the last one held is put back into all of them."""
         self.keeper.owners = (*owners(self.job.server), *driver, self.metrics, self.progress)
         restore(self.job.begun.values if self.job.begun else {}, self.keeper.owners)
 
@@ -279,20 +279,27 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
     kinds.check(run)
     need_fresh_answers(run.aggregator, run.schedule)
     before = begun(resume, run) if resume else None
-    torch.set_num_threads(run.threads)
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
+    job = made_ready(run, split, shards, before)
+    if before:
+        before.check(job.about())
+    return job
+
+
+def made_ready(run: Run, split: Split, shards: Sequence[Shard], before: Begun | None) -> Job:
+    """The job over data that are divided already; without shards its clients are not known yet, and their data lie elsewhere."""
+    torch.set_num_threads(run.threads)
     top = run.plan.rank.largest
     engine = before.engine(run.engine or PLAIN) if before else run.engine or PLAIN
     base = load(run.model, fitting.labels(run, split), run.lora, top, derive(run.seed, "model"), run.device, engine)
-    fitting.check_aggregator(run, base, None if run.hierarchy else len(shards))
+    fitting.check_aggregator(run, base, None if run.hierarchy or not shards else len(shards))
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
-    model = run.aggregator.init(initial(base, top))
-    fitting.check_depth(run, base, model)
+    fitting.check_depth(run, base, run.aggregator.init(initial(base, top)))
     sizes = {shard.client: len(shard.train) for shard in shards}
-    profiles = {profile.client: profile for profile in devices(run).profiles(sizes, run.seed)}
-    job = Job(
+    profiles = {profile.client: profile for profile in devices(run).profiles(sizes, run.seed)} if shards else {}
+    return Job(
         run=run,
         split=split,
         shards=tuple(shards),
@@ -305,9 +312,6 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
         begun=before,
     )
-    if before:
-        before.check(job.about())
-    return job
 
 
 def _server(run: Run, base: Base, rank: int) -> Server:

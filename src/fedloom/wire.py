@@ -40,6 +40,10 @@ class Malformed(ValueError):
     """Bytes that are no answer; the text says why."""
 
 
+class Unasked(Malformed):
+    """An answer to a task that nobody waits for (any more)."""
+
+
 class Manifest(BaseModel):
     """What goes beside the numbers."""
 
@@ -93,7 +97,7 @@ def decode(data: bytes, limit: int, tasks: Mapping[int, Task]) -> tuple[ClientId
     manifest, flat = _read(data)
     task = tasks.get(manifest.task)
     if task is None:
-        raise Malformed(f"task {manifest.task} is not outstanding")
+        raise Unasked(f"task {manifest.task} is not outstanding")
     adapter, control = unpack(task.start, _parcel(task.start, manifest, flat))
     numbers = (manifest.examples, manifest.tokens, manifest.steps, manifest.metrics)
     return manifest.client, manifest.task, Result(adapter, *numbers, control)

@@ -13,7 +13,7 @@ wire a task is sent at least once, in the model its answer counts once:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from logging import getLogger
 from typing import ClassVar
@@ -35,6 +35,7 @@ from fedloom.types import (
     Dispatch,
     Evaluate,
     Event,
+    Model,
     Profile,
     Reject,
     Result,
@@ -45,7 +46,7 @@ from fedloom.types import (
     TimerFired,
     UpdateArrived,
 )
-from fedloom.wire import Malformed
+from fedloom.wire import Malformed, Unasked
 
 LOG = getLogger("fedloom.server")
 LARGEST = 2**31
@@ -78,6 +79,15 @@ class Patience:
                 raise Refused(f"patience.{name}", value, "give positive seconds")
 
 
+def unscored(model: Model) -> Mapping[str, float]:
+    """No figures."""
+    return {}
+
+
+def unseen(now: float, event: Event, commands: list[Command]) -> None:
+    """Nobody looks on."""
+
+
 @dataclass(slots=True)
 class Traffic:
     """What went over the link since the server started: messages and their bytes, each resend counted."""
@@ -107,13 +117,13 @@ class Deployment:
     server: Server | Tree
     link: Link
     terms: Terms
-    evaluate: Evaluator
-    observe: Observer
     profiles: dict[ClientId, Profile]
     least: int = 1
     patience: Patience = Patience()
-    settled: Callable[[], None] = nothing
     clock: Callable[[], float] = time.monotonic
+    evaluate: Evaluator = unscored
+    observe: Observer = unseen
+    settled: Callable[[], None] = nothing
     here: dict[ClientId, Profile] = field(default_factory=dict)
     accepted: dict[ClientId, int] = field(default_factory=dict)
     tasks: dict[int, Task] = field(default_factory=dict)
@@ -164,6 +174,10 @@ class Deployment:
         self.traffic.bytes_up += len(reply.body)
         try:
             told = decode_reply(reply.body, LARGEST, self.tasks)
+        except Unasked:
+            self.traffic.late += 1
+            self._ask_again(sent.node)
+            return None
         except Malformed as error:
             return self._unusable(now, sent, str(error))
         if isinstance(told, Welcome):
@@ -189,16 +203,12 @@ class Deployment:
         return self._failed(now, self.tasks[sent.task], error, gone=True)
 
     def _unusable(self, now: float, sent: Sent, reason: str) -> Stop | None:
-        """A reply that answers nothing: late, if its task is settled, or no answer at all."""
-        if sent.task is not None and sent.task not in self.tasks:
-            self.traffic.late += 1
-            self._ask_again(sent.node)
-            return None
+        """A reply that is none: what was asked counts as failed."""
         LOG.error("a reply of node %s cannot be used: %s", sent.node, reason)
-        if sent.task is None:
-            self._rest(now, sent.node, reason)
-            return None
-        return self._failed(now, self.tasks[sent.task], reason)
+        if sent.task in self.tasks and not sent.given_up:
+            return self._failed(now, self.tasks[sent.task], reason)
+        self._rest(now, sent.node, reason)
+        return None
 
     def _welcome(self, now: float, number: int, profile: Profile) -> Stop | None:
         node, client = self.sites.nodes.get(number), profile.client

@@ -57,7 +57,11 @@ class Sites:
     def free(self, now: float) -> list[tuple[int, Node]]:
         """The nodes that have nothing to do and are not left alone, in order of their numbers."""
         busy = {sent.node for sent in self.under_way.values() if not sent.given_up}
-        return [(number, self.nodes[number]) for number in sorted(self.nodes.keys() - busy) if self.nodes[number].rests <= now]
+        return [
+            (number, self.nodes[number])
+            for number in sorted(self.nodes.keys() - busy)
+            if self.nodes[number].rests <= now
+        ]
 
     def of(self, client: ClientId) -> int | None:
         """The node of this client."""
