@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 import time
 from pathlib import Path
 
-from fedloom.flower.pipe import LENGTH, received
+from fedloom.flower.pipe import Listener
 
 
 def main() -> None:
     """Until it is stopped."""
     path, seconds = Path(sys.argv[1]), float(sys.argv[2])
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX) as door:
-        door.bind(str(path))
-        door.listen()
-        while True:
-            line, _ = door.accept()
-            with line:
-                try:
-                    size = received(line, LENGTH)
-                    body = received(line, int.from_bytes(size, "big"))
-                    time.sleep(seconds)
-                    line.sendall(size + body)
-                except OSError:
-                    pass
+
+    def answer(body: bytes) -> bytes:
+        time.sleep(seconds)
+        return body
+
+    Listener(path, 2**30).serve(answer, lambda: b"", lambda size: b"")
 
 
 if __name__ == "__main__":
