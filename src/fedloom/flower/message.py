@@ -77,8 +77,9 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A task, which nobody waits for after `seconds`. `settled` is the client's last task whose answer the server accepted (0: none):
-    what a later one left behind at the site is void.
+    """A task, which nobody waits for after `seconds` (0: somebody always does).
+
+    `settled` is the client's last task whose answer the server accepted (0: none): what a later one left behind at the site is void.
     """
 
     terms: Terms
@@ -98,7 +99,7 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The site will not, or could not, and why; `task` None: it is about the run. `lasting`: asking again will not help."""
+    """The site will not, or could not, and why; `task` None: it is about the run. `lasting`: it holds for other tasks too."""
 
     client: ClientId
     task: int | None
