@@ -15,7 +15,6 @@ from fedloom.errors import Refused
 from fedloom.flower import deploy
 from fedloom.flower.worker import Worker
 from fedloom.job import Job, prepare
-from fedloom.lora import tensors
 from fedloom.plan.rank import RandomRank
 from fedloom.replay import replay
 from fedloom.report.read import read
