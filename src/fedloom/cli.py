@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedloom.errors import Refused
+from fedloom.flower.commands import mount
 from fedloom.inspect import inspect
 from fedloom.terminal import resumption, watcher
 
@@ -187,6 +188,7 @@ def export(
 
 
 app.command()(inspect)
+mount(app)
 
 
 def main() -> NoReturn:
