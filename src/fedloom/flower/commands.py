@@ -1,4 +1,4 @@
-"""The commands of a deployment: `fedloom serve`, `fedloom join`, `fedloom keys`."""
+"""The commands of a deployment: `fedloom serve`, `fedloom join`, `fedloom status`, `fedloom keys`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
 
 out = Console(highlight=False)
 
@@ -82,6 +82,30 @@ def join(
     from fedloom.flower.join import seat
 
     take_part(seat(config, insecure), _say)
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder, as given to `fedloom serve`.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")] = False,
+) -> None:
+    """What a deployment is doing: versions, who is there and at work, staleness, bytes, and what it waits for."""
+    import time
+
+    from rich.live import Live
+
+    from fedloom.flower.status import read, shown
+
+    def now() -> ConsoleRenderable:
+        told = read(folder)
+        return shown(told, time.time() - told["at"])
+
+    if not watch:
+        out.print(now())
+        return
+    with Live(now(), console=out) as live:
+        while True:
+            time.sleep(1.0)
+            live.update(now())
 
 
 @keys_app.command("new")
@@ -159,6 +183,7 @@ def mount(app: typer.Typer) -> None:
     """Add the commands of a deployment to `fedloom`."""
     app.command()(serve)
     app.command()(join)
+    app.command()(status)
     app.add_typer(keys_app, name="keys")
 
 
