@@ -1,4 +1,6 @@
-"""The commands of a deployment: `fedloom serve`, `fedloom join`, `fedloom status`, `fedloom keys`."""
+"""The commands of a deployment: `fedloom serve`, `fedloom join`, `fedloom status`, `fedloom worker`, `fedloom shards`,
+`fedloom keys`.
+"""
 
 from __future__ import annotations
 
@@ -108,6 +110,69 @@ def status(
             live.update(now())
 
 
+def worker(
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="The site's settings, site.toml.")],
+) -> None:
+    """The part of a site that trains; [bold]fedloom join[/bold] starts it, beside what talks to the server.
+
+    It keeps the model and the data in memory and listens at a Unix socket in the site's folder, which only its user can open. It asks
+    nobody for anything: what it trains, it is sent, and only as far as the settings allow. A task that was done is not done again,
+    also if the worker was killed in between. A line of JSON on stderr tells each thing that happens.
+
+    The least that the settings say:
+
+    \b
+        name = "ward-7"
+        server = "fed.example.org:8080"
+        ca = "ca.crt"
+        key = "ward-7"
+        \\[model]
+        path = "/models/all-MiniLM-L6-v2"
+        \\[table]
+        path = "notes.csv"
+        text = "note"
+        label = "diagnosis"
+
+    All fields, and how to limit what a server may ask for: docs/site.md.
+    """
+    import os
+    import signal
+    import sys
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a site asks no hub
+    from fedloom.flower import logs
+    from fedloom.flower.site import read
+
+    site = read(config)  # a slip is told before anything is loaded
+    from fedloom.flower.worker import serve
+
+    logs.to_stderr()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    serve(site)
+
+
+def shards(
+    file: Annotated[Path, typer.Argument(metavar="RUNFILE", help="A Python file with a value `run = Run(...)`.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to; must not exist yet.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the Run; may be repeated."),
+    ] = None,
+) -> None:
+    """Write each simulated client's training examples and settings to a folder of its own, as if it were a site.
+
+    So a run that was simulated can be repeated with real processes, to the same numbers, and a deployment tried on one machine.
+
+    Example: [bold]fedloom shards mine.py --out sites[/bold], then [bold]fedloom join --config sites/c00/site.toml --insecure[/bold]
+    """
+    from fedloom.flower.shards import write
+    from fedloom.override import override
+    from fedloom.runfile import run_of
+
+    for site in write(override(run_of(file), settings or []), folder):
+        out.print(site, soft_wrap=True)
+
+
 @keys_app.command("new")
 def keys_new(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")], hosts: Hosts, days: Days = 397
@@ -184,6 +249,8 @@ def mount(app: typer.Typer) -> None:
     app.command()(serve)
     app.command()(join)
     app.command()(status)
+    app.command()(worker)
+    app.command()(shards)
     app.add_typer(keys_app, name="keys")
 
 

@@ -82,10 +82,14 @@ class Listener:
             os.umask(before)
         self.door.listen(128)
 
-    def serve(self, answer: Callable[[bytes], bytes], status: Callable[[], bytes]) -> None:
-        """Answer until `close`: one message at a time, in this thread; status at once. Neither may raise."""
+    def serve(
+        self, answer: Callable[[bytes], bytes], status: Callable[[], bytes], excess: Callable[[int], bytes]
+    ) -> None:
+        """Answer until `close`: one message at a time, in this thread; at once what the status is, and what is said to a message
+        of so many bytes, which are too many. None of the three may raise.
+        """
         for _ in range(AT_ONCE):
-            threading.Thread(target=self._read, args=(status,), daemon=True).start()
+            threading.Thread(target=self._read, args=(status, excess), daemon=True).start()
         while (come := self.waiting.get()) is not None:
             line, body = come
             reply = answer(body)
@@ -101,33 +105,37 @@ class Listener:
         self.path.unlink(missing_ok=True)
         self.waiting.put(None)
 
-    def _read(self, status: Callable[[], bytes]) -> None:
+    def _read(self, status: Callable[[], bytes], excess: Callable[[int], bytes]) -> None:
         while True:
             try:
                 line, _ = self.door.accept()
             except OSError:  # closed
                 return
             try:
-                self._take(line, status)
+                said = self._taken(line, status, excess)
             except OSError as error:
                 LOG.warning("a frame was refused: %s", error)
+                said = NONE, str(error).encode()
+            if said is not None:
                 with closing(line), suppress(OSError):
-                    _send_away(line, str(error))
+                    _say_and_hear_out(line, *said)
 
-    def _take(self, line: socket.socket, status: Callable[[], bytes]) -> None:
+    def _taken(
+        self, line: socket.socket, status: Callable[[], bytes], excess: Callable[[int], bytes]
+    ) -> tuple[int, bytes] | None:
+        """What is to be said at once; None: a message has come, and waits. Raises OSError."""
         line.settimeout(PATIENCE)
         kind, length = _head(line)
         if kind == STATUS and not length:
-            with closing(line):
-                _send(line, STATUS, status())
-        elif kind != ANSWER:
+            return STATUS, status()
+        if kind != ANSWER:
             raise Broken(f"there is no request {kind}")
-        elif length > self.limit:
-            raise Broken(f"a message of {length} bytes, above the limit of {self.limit}")
-        elif self.waiting.qsize() >= IN_LINE:
+        if length > self.limit:
+            return ANSWER, excess(length)
+        if self.waiting.qsize() >= IN_LINE:
             raise Broken(f"busy, and {IN_LINE} messages wait already")
-        else:
-            self.waiting.put((line, _body(line, length)))
+        self.waiting.put((line, _body(line, length)))
+        return None
 
 
 def _send(line: socket.socket, kind: int, body: bytes) -> None:
@@ -154,10 +162,10 @@ def _body(line: socket.socket, length: int) -> bytes:
     return b"".join(parts)
 
 
-def _send_away(line: socket.socket, reason: str) -> None:
-    """Say why, and hear the rest out, for a while: who is still sending would not get the reason."""
+def _say_and_hear_out(line: socket.socket, kind: int, body: bytes) -> None:
+    """Who is still sending would not get what is said if the line were closed at once."""
     line.settimeout(1.0)
-    _send(line, NONE, reason.encode())
+    _send(line, kind, body)
     line.shutdown(socket.SHUT_WR)
     for _ in range(1000):
         if not line.recv(PIECE):

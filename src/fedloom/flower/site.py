@@ -27,6 +27,12 @@ def _placed(path: Path, info: ValidationInfo) -> Path:
     return Path((info.context or {}).get("folder", ".")) / path.expanduser()
 
 
+def _found(path: str, info: ValidationInfo) -> str:
+    """A folder there, or what a hub calls a model, of which the cache of this machine has a copy."""
+    here = _placed(Path(path), info)
+    return str(here) if here.exists() else path
+
+
 Place: TypeAlias = Annotated[Path, AfterValidator(_placed)]
 
 
@@ -37,13 +43,13 @@ class _Section(BaseModel):
 class Copy(_Section):
     """The site's own copy of the base model. `name` is what the server calls it; by default the last part of `path` has to agree."""
 
-    path: Place
+    path: Annotated[str, AfterValidator(_found)]
     name: str | None = None
     device: str = "cpu"
 
     def is_of(self, called: str) -> bool:
         """Whether the server's model is this one, by name."""
-        return called == self.name if self.name else Path(called).name == self.path.name
+        return called == self.name if self.name else Path(called).name == Path(self.path).name
 
 
 class LabelledFile(_Section):
@@ -190,7 +196,7 @@ def _reasons(site: Site, ask: Ask, hour: float) -> Iterator[str]:
     if not any(fnmatchcase(terms.run, name) for name in limits.runs):
         yield f"this site takes part in runs named {' or '.join(limits.runs)}, not in {terms.run!r}"
     if not site.model.is_of(terms.model):
-        yield f"the run trains {terms.model!r}, this site has {site.model.name or site.model.path.name!r}"
+        yield f"the run trains {terms.model!r}, this site has {site.model.name or site.model.path!r}"
     if site.table and terms.labels is None:
         yield "the run writes text, the data of this site have labels"
     if site.instructions and terms.labels is not None:

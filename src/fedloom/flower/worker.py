@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from logging import getLogger
@@ -20,8 +21,9 @@ from fedloom import wire
 from fedloom.errors import Refused
 from fedloom.flower.journal import Done, Journal
 from fedloom.flower.message import Hello, Refusal, Terms, Welcome, Work, decode, encode, encode_reply
+from fedloom.flower.pipe import Listener
 from fedloom.flower.site import Site, refusal
-from fedloom.folder import write_json
+from fedloom.folder import lock, write_json
 from fedloom.lora import Adapter
 from fedloom.seeds import derive
 from fedloom.train.base import Base, check_length, initial, load
@@ -94,6 +96,10 @@ class Worker:
         told = {"name": self.site.name, "pid": os.getpid(), "doing": self.doing, "run": terms and terms.run}
         counts = {"trained": self.trained, "repeated": self.repeated, "refused": self.refused}
         return json.dumps({**told, **counts}).encode()
+
+    def excess(self, size: int) -> bytes:
+        """What is said to a message of so many bytes, which is above the limit and was not read."""
+        return self._refuse(None, f"a message of {size} bytes: this site allows {self.site.limits.bytes}", True)
 
     def _refuse(self, task: int | None, reason: str, lasting: bool) -> bytes:
         LOG.warning("refused: %s", reason)
@@ -224,3 +230,19 @@ def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def serve(site: Site) -> None:
+    """Answer at the site's socket until the process is stopped. Raises Refused where another worker does that, or nobody can."""
+    site.folder.mkdir(parents=True, exist_ok=True)
+    with (site.folder / "worker.lock").open("w") as held:
+        if not lock(held):
+            raise Refused("folder", str(site.folder), "another worker of this site is running; stop it first")
+        try:
+            listener = Listener(site.socket, site.limits.bytes)
+        except OSError as error:
+            raise Refused("folder", str(site.folder), f"no socket can be made there: {error}") from error
+        worker = Worker(site)
+        with closing(listener):
+            LOG.info("%s listens at %s", site.name, site.socket)
+            listener.serve(worker.answer, worker.status, worker.excess)
