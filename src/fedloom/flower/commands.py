@@ -27,9 +27,9 @@ def worker(
         server = "fed.example.org:8080"
         ca = "ca.crt"
         key = "ward-7"
-        [model]
+        \\[model]
         path = "/models/all-MiniLM-L6-v2"
-        [table]
+        \\[table]
         path = "notes.csv"
         text = "note"
         label = "diagnosis"
