@@ -28,7 +28,7 @@ from fedloom.train.texts import encode as tokenise
 from fedloom.train.trainer import PeftTrainer
 from fedloom.transfer import answered
 from fedloom.types import Aggregator, Budget, Local, Result
-from flower.sites import site_at, task_of, terms_of, trainer_of
+from flower_sites import site_at, task_of, terms_of, trainer_of
 from tiny import same
 
 LIMIT = 10**8

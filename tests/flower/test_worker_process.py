@@ -24,7 +24,7 @@ from fedloom.flower.message import Refusal, Work, decode_reply, encode
 from fedloom.flower.site import Site
 from fedloom.flower.worker import Worker, serve
 from fedloom.types import Budget, Result
-from flower.sites import site_at, task_of, terms_of, trainer_of
+from flower_sites import site_at, task_of, terms_of, trainer_of
 from tiny import same
 
 pytestmark = pytest.mark.slow

@@ -1,14 +1,87 @@
-"""The commands of a deployment: `fedloom worker`, `fedloom shards`."""
+"""The commands of a deployment: `fedloom serve`, `join`, `worker`, `status`, `shards`, `keys`."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
 
 out = Console(highlight=False)
+
+Insecure = Annotated[
+    bool,
+    typer.Option("--insecure", help="Without TLS and keys, to try things on one machine: loopback addresses only."),
+]
+Hosts = Annotated[
+    list[str],
+    typer.Option(
+        "--host", metavar="NAME", help="Host name or address by which sites reach the server; may be repeated."
+    ),
+]
+Days = Annotated[int, typer.Option("--days", min=1, help="Days until the server's certificate ends.")]
+Of = Annotated[Path, typer.Option("--folder", metavar="DIR", help="The server's folder.")]
+
+keys_app = typer.Typer(no_args_is_help=True, help="Who may speak: the server's certificate, the sites' keys.")
+
+
+def serve(
+    file: Annotated[Path, typer.Argument(metavar="RUNFILE", help="A Python file with a value `run = Run(...)`.")],
+    folder: Of,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the Run; may be repeated."),
+    ] = None,
+    clients: Annotated[int, typer.Option(min=1, help="Begin when so many clients are there; more may come later.")] = 1,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of this machine at which Prometheus may ask.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the deployment in this folder.")] = False,
+    port: Annotated[str, typer.Option(metavar="[HOST:]PORT", help="Where sites connect to.")] = "8080",
+    insecure: Insecure = False,
+) -> None:
+    """Carry out a Run on real machines: the server. Sites come with [bold]fedloom join[/bold], at any time.
+
+    What is killed is started again and goes on from the last checkpoint; Ctrl-C ends all, [bold]--resume[/bold] goes on.
+
+    Example: [bold]fedloom keys new DIR --host server.example.org[/bold], then [bold]fedloom serve mine.py --folder DIR[/bold]
+    """
+    from fedloom.errors import Refused
+    from fedloom.flower.serve import Server
+    from fedloom.flower.serve import serve as carry_out
+    from fedloom.override import override
+    from fedloom.runfile import run_of
+
+    override(run_of(file), settings or [])  # a slip is told before anything is started
+    host, _, number = port.rpartition(":")
+    if not number.isdigit():
+        raise Refused("--port", port, "give a port, or an address of this machine and a port: 10.0.0.5:8080")
+    server = Server(folder, host or ("127.0.0.1" if insecure else "0.0.0.0"), int(number), insecure)
+    facts = {
+        "runfile": str(file.resolve()),
+        "settings": settings or [],
+        "clients": clients,
+        "metrics_port": metrics_port,
+    }
+    try:
+        reason = carry_out(server, facts, resume, _say)
+    except KeyboardInterrupt:
+        out.print(f"Go on    fedloom serve {file} --folder {folder} --resume", soft_wrap=True)
+        raise
+    out.print(f"The run has ended: {reason}\nAdapter  {folder / 'run' / 'adapter'}", soft_wrap=True)
+
+
+def join(
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="The site's settings, site.toml.")],
+    insecure: Insecure = False,
+) -> None:
+    """Take part in a deployment: one site. Runs what is installed here, on the data named in the settings, until stopped."""
+    from fedloom.flower.join import join as take_part
+    from fedloom.flower.join import seat
+
+    take_part(seat(config, insecure), _say)
 
 
 def worker(
@@ -52,6 +125,30 @@ def worker(
     serve(site)
 
 
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder, as given to `fedloom serve`.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")] = False,
+) -> None:
+    """What a deployment is doing: versions, who is there and at work, staleness, bytes, and what it waits for."""
+    import time
+
+    from rich.live import Live
+
+    from fedloom.flower.status import read, shown
+
+    def now() -> ConsoleRenderable:
+        told = read(folder)
+        return shown(told, time.time() - told["at"])
+
+    if not watch:
+        out.print(now())
+        return
+    with Live(now(), console=out) as live:
+        while True:
+            time.sleep(1.0)
+            live.update(now())
+
+
 def shards(
     file: Annotated[Path, typer.Argument(metavar="RUNFILE", help="A Python file with a value `run = Run(...)`.")],
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to; must not exist yet.")],
@@ -74,7 +171,88 @@ def shards(
         out.print(site, soft_wrap=True)
 
 
+@keys_app.command("new")
+def keys_new(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")], hosts: Hosts, days: Days = 397
+) -> None:
+    """At the server: make a certificate authority and the server's certificate."""
+    from fedloom.flower import keys
+
+    certificate = keys.new(folder, hosts, days)
+    out.print(f"Give     {certificate} to every site (it is no secret)", soft_wrap=True)
+    out.print(f"Ends     {keys.expiry(folder / 'keys' / 'server.crt'):%Y-%m-%d}; fedloom keys renew makes a new one")
+
+
+@keys_app.command("renew")
+def keys_renew(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")], hosts: Hosts, days: Days = 397
+) -> None:
+    """At the server: a new certificate; sites need nothing new. Restart the server after it."""
+    from fedloom.flower import keys
+
+    out.print(f"Ends     {keys.expiry(keys.renew(folder, hosts, days)):%Y-%m-%d}")
+
+
+@keys_app.command("site")
+def keys_site(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the site is called.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the two halves.")] = Path(),
+) -> None:
+    """At a site: make its key."""
+    from fedloom.flower import keys
+
+    private, public = keys.site(name, folder)
+    out.print(f"Keep     {private} (secret)", soft_wrap=True)
+    out.print(
+        f"Send     {public} to the server, for: fedloom keys add {public.name} --name {name} --folder DIR",
+        soft_wrap=True,
+    )
+
+
+@keys_app.command("add")
+def keys_add(
+    public: Annotated[Path, typer.Argument(metavar="PUB", help="The public half of a site's key.")],
+    name: Annotated[str, typer.Option("--name", help="What the server calls the site.")],
+    folder: Of,
+) -> None:
+    """At the server: let a site in. A server that runs needs no restart."""
+    from fedloom.flower import keys
+
+    entry = keys.add(public, name, folder)
+    out.print(f"{entry.name} may come, with key {entry.fingerprint}", soft_wrap=True)
+
+
+@keys_app.command("remove")
+def keys_remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The site, as the server calls it.")], folder: Of
+) -> None:
+    """At the server: let a site in no longer. If it is to come back, it needs a new key."""
+    from fedloom.flower import keys
+
+    keys.remove(name, folder)
+    out.print(f"{name} may come no longer")
+
+
+@keys_app.command("list")
+def keys_list(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]) -> None:
+    """At the server: the sites that may come."""
+    from fedloom.flower import keys
+
+    for entry in keys.listed(folder):
+        out.print(f"{entry.name:20s} {entry.fingerprint}", soft_wrap=True)
+
+
 def mount(app: typer.Typer) -> None:
     """Add the commands of a deployment to `fedloom`."""
+    app.command()(serve)
+    app.command()(join)
     app.command()(worker)
+    app.command()(status)
     app.command()(shards)
+    app.add_typer(keys_app, name="keys")
+
+
+def _say(line: str) -> None:
+    from rich.markup import escape
+
+    out.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] {escape(line)}", soft_wrap=True)
