@@ -1,6 +1,4 @@
-"""The commands of a deployment: `fedloom serve`, `fedloom join`, `fedloom status`, `fedloom worker`, `fedloom shards`,
-`fedloom keys`.
-"""
+"""The commands of a deployment: `fedloom serve`, `join`, `worker`, `status`, `shards`, `keys`."""
 
 from __future__ import annotations
 
@@ -86,30 +84,6 @@ def join(
     take_part(seat(config, insecure), _say)
 
 
-def status(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder, as given to `fedloom serve`.")],
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")] = False,
-) -> None:
-    """What a deployment is doing: versions, who is there and at work, staleness, bytes, and what it waits for."""
-    import time
-
-    from rich.live import Live
-
-    from fedloom.flower.status import read, shown
-
-    def now() -> ConsoleRenderable:
-        told = read(folder)
-        return shown(told, time.time() - told["at"])
-
-    if not watch:
-        out.print(now())
-        return
-    with Live(now(), console=out) as live:
-        while True:
-            time.sleep(1.0)
-            live.update(now())
-
-
 def worker(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="The site's settings, site.toml.")],
 ) -> None:
@@ -149,6 +123,30 @@ def worker(
     logs.to_stderr()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     serve(site)
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder, as given to `fedloom serve`.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")] = False,
+) -> None:
+    """What a deployment is doing: versions, who is there and at work, staleness, bytes, and what it waits for."""
+    import time
+
+    from rich.live import Live
+
+    from fedloom.flower.status import read, shown
+
+    def now() -> ConsoleRenderable:
+        told = read(folder)
+        return shown(told, time.time() - told["at"])
+
+    if not watch:
+        out.print(now())
+        return
+    with Live(now(), console=out) as live:
+        while True:
+            time.sleep(1.0)
+            live.update(now())
 
 
 def shards(
@@ -248,8 +246,8 @@ def mount(app: typer.Typer) -> None:
     """Add the commands of a deployment to `fedloom`."""
     app.command()(serve)
     app.command()(join)
-    app.command()(status)
     app.command()(worker)
+    app.command()(status)
     app.command()(shards)
     app.add_typer(keys_app, name="keys")
 
