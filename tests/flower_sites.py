@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from bench.tiny import toy_answers, toy_rows
+from fedloom.codec import Codec
 from fedloom.data.examples import Examples
 from fedloom.flower.message import Terms
 from fedloom.flower.site import Site, read
+from fedloom.seeds import derive
+from fedloom.train.base import initial, load
 from fedloom.train.settings import PLAIN, LoRA, Training
+from fedloom.train.texts import encode as tokenise
+from fedloom.train.trainer import PeftTrainer
+from fedloom.transfer import handed
+from fedloom.types import Aggregator, Budget, Task
+from tiny import lively
 
 LABELS = ("colour", "pet")
 HASH = "0123456789ab"
@@ -44,3 +52,16 @@ def site_at(
 def labelled(rows: Sequence[Any]) -> Examples:
     """The same rows as a simulation has them."""
     return Examples(tuple(r["text"] for r in rows), None, tuple(LABELS.index(r["label"]) for r in rows), LABELS, None)
+
+
+def trainer_of(model: Path, terms: Terms) -> PeftTrainer:
+    """The simulation's, for a client whose shard is the second half of the run's examples."""
+    base = load(str(model), 2, terms.lora, terms.rank, derive(terms.seed, "model"), engine=terms.engine)
+    texts = tokenise(labelled([*toy_rows(40, 1), *toy_rows(40)]), base.tokenizer, terms.training.max_length)
+    return PeftTrainer(base, texts, {"ward": tuple(range(40, 80))}, terms.training, terms.engine)
+
+
+def task_of(method: Aggregator, trainer: PeftTrainer, codec: Codec | None, number: int, rank: int = 4) -> Task:
+    model = method.init(lively(initial(trainer.base, 4)))
+    start = handed(method.start(model, Budget(rank, 3), 7), codec)
+    return Task(number, "ward", number, start, Budget(rank, 3), 100 + number, 1.5)

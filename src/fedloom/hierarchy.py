@@ -96,26 +96,34 @@ class Hierarchy:
 
     def over(self, flat: Server, members: Mapping[ClientId, Sequence[Profile]]) -> Tree:
         """The tree in the place of `flat`, which has done nothing yet. Raises Refused where the methods do not go together."""
-        rank = server_rank(flat.state.model.adapter)
-        inner = self.aggregator or cast(Aggregator, list(layers(flat.aggregator))[-1])
-        check(flat, inner, len(members))
-        root = Server(
+        edges = {name: self.edge(flat, len(own), len(members)) for name, own in members.items()}
+        tree = Tree(self.root(flat, len(members)), edges, Roster(members, self.link))
+        if isinstance(self.plan, Planned):
+            need_own_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
+            self.plan.check(tree.root.fleet())
+        return tree
+
+    def root(self, flat: Server, edges: int) -> Server:
+        """The server over so many edges. Raises Refused where the methods do not go together."""
+        check(flat, self._method(flat), edges)
+        return Server(
             flat.state.model,
             flat.aggregator,
             flat.schedule,
-            self.plan or Above(flat.assign, rank, self.rounds),
+            self.plan or Above(flat.assign, server_rank(flat.state.model.adapter), self.rounds),
             shape=flat.shape,
             limits=flat.limits,
             seed=flat.seed,
             transfer=flat.transfer if self.link else None,
         )
-        learns = isinstance(self.plan, Planned)
-        edges = {name: Edge(self._inner(flat, inner, len(own), len(members)), learns) for name, own in members.items()}
-        tree = Tree(root, edges, Roster(members, self.link))
-        if isinstance(self.plan, Planned):
-            need_own_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
-            self.plan.check(tree.root.fleet())
-        return tree
+
+    def edge(self, flat: Server, size: int, edges: int) -> Edge:
+        """One of so many edges, over `size` members."""
+        return Edge(self._inner(flat, self._method(flat), size, edges), isinstance(self.plan, Planned))
+
+    def _method(self, flat: Server) -> Aggregator:
+        """That of the edges."""
+        return self.aggregator or cast(Aggregator, list(layers(flat.aggregator))[-1])
 
     def _inner(self, flat: Server, method: Aggregator, size: int, edges: int) -> Server:
         """The server of an edge with so many members. It gives a task up after its share of the failures that end the run."""

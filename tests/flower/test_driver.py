@@ -44,7 +44,7 @@ from fedloom.trace import Trace
 from fedloom.train.settings import PLAIN, LoRA, Training
 from fedloom.tree import owners
 from fedloom.types import Command, Event, Model, Profile
-from flower.net import Net, Site, Trouble
+from flower_net import Net, Site, Trouble
 
 TERMS = Terms("storm", "0" * 12, "toy", 2, LoRA(), Training(), PLAIN, 1, 0, ("no", "yes"))
 QUICK = Patience(task=60.0, away=15.0, pause=5.0, again=0.5, poll=0.25, look=1.0)

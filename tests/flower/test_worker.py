@@ -13,39 +13,25 @@ from typing import Any
 import pytest
 
 import toys
-from bench.tiny import toy_rows
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.fedsa import FedSA
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.check import fault
 from fedloom.codec import Codec, DeltaInt8, Half
-from fedloom.flower.message import Hello, Refusal, Terms, Welcome, Work, decode_reply, encode
+from fedloom.flower.message import Hello, Refusal, Welcome, Work, decode_reply, encode
 from fedloom.flower.worker import Worker
 from fedloom.lora import Adapter, Factor
 from fedloom.seeds import derive
-from fedloom.train.base import initial, load
+from fedloom.train.base import load
 from fedloom.train.settings import LoRA
 from fedloom.train.texts import encode as tokenise
 from fedloom.train.trainer import PeftTrainer
-from fedloom.transfer import answered, handed
-from fedloom.types import Aggregator, Budget, Local, Result, Task
-from flower_sites import labelled, site_at, terms_of
-from tiny import lively, same
+from fedloom.transfer import answered
+from fedloom.types import Aggregator, Budget, Local, Result
+from flower_sites import site_at, task_of, terms_of, trainer_of
+from tiny import same
 
 LIMIT = 10**8
-
-
-def trainer_of(model: Path, terms: Terms) -> PeftTrainer:
-    """The simulation's, for a client whose shard is the second half of the run's examples."""
-    base = load(str(model), 2, terms.lora, terms.rank, derive(terms.seed, "model"), engine=terms.engine)
-    texts = tokenise(labelled([*toy_rows(40, 1), *toy_rows(40)]), base.tokenizer, terms.training.max_length)
-    return PeftTrainer(base, texts, {"ward": tuple(range(40, 80))}, terms.training, terms.engine)
-
-
-def task_of(method: Aggregator, trainer: PeftTrainer, codec: Codec | None, number: int, rank: int = 4) -> Task:
-    model = method.init(lively(initial(trainer.base, 4)))
-    start = handed(method.start(model, Budget(rank, 3), 7), codec)
-    return Task(number, "ward", number, start, Budget(rank, 3), 100 + number, 1.5)
 
 
 def asked(worker: Worker, work: Work | Hello) -> Any:

@@ -1,4 +1,4 @@
-"""The commands of a deployment: `fedloom serve`, `join`, `worker`, `shards` and `keys`."""
+"""The commands of a deployment: `fedloom serve`, `join`, `worker`, `status`, `shards`, `keys`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
 
 out = Console(highlight=False)
 
@@ -100,9 +100,9 @@ def worker(
         server = "fed.example.org:8080"
         ca = "ca.crt"
         key = "ward-7"
-        [model]
+        \\[model]
         path = "/models/all-MiniLM-L6-v2"
-        [table]
+        \\[table]
         path = "notes.csv"
         text = "note"
         label = "diagnosis"
@@ -123,6 +123,30 @@ def worker(
     logs.to_stderr()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     serve(site)
+
+
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder, as given to `fedloom serve`.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")] = False,
+) -> None:
+    """What a deployment is doing: versions, who is there and at work, staleness, bytes, and what it waits for."""
+    import time
+
+    from rich.live import Live
+
+    from fedloom.flower.status import read, shown
+
+    def now() -> ConsoleRenderable:
+        told = read(folder)
+        return shown(told, time.time() - told["at"])
+
+    if not watch:
+        out.print(now())
+        return
+    with Live(now(), console=out) as live:
+        while True:
+            time.sleep(1.0)
+            live.update(now())
 
 
 def shards(
@@ -223,6 +247,7 @@ def mount(app: typer.Typer) -> None:
     app.command()(serve)
     app.command()(join)
     app.command()(worker)
+    app.command()(status)
     app.command()(shards)
     app.add_typer(keys_app, name="keys")
 

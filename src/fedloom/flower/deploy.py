@@ -53,7 +53,7 @@ class Order:
             patience = Patience(**told.get("patience", {}))
             port, settings = told.get("metrics_port"), tuple(told.get("settings", ()))
             return cls(told["runfile"], settings, int(told.get("clients", 1)), patience, port)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise Refused(
                 "folder", str(folder), f"it holds no usable {ORDER} ({error}); `fedloom serve` writes one"
             ) from error

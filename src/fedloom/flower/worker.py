@@ -77,7 +77,7 @@ class Worker:
             task = ask.task.id if isinstance(ask, Work) else None
             if reason := refusal(self.site, ask, self.hour()):
                 return self._refuse(task, reason, True)
-            self.doing = f"task {task} of {ask.terms.run}" if task else f"getting ready for {ask.terms.run}"
+            self.doing = f"getting ready for {ask.terms.run}"
             return self._work(ask) if isinstance(ask, Work) else self._welcome(ask)
         except wire.Malformed as error:
             return self._refuse(None, f"the message is none: {error}", True)
@@ -132,6 +132,7 @@ class Worker:
             return known.answer.numpy().tobytes()
         warm, before = self._ready(ask.terms), self._before(ask)
         _check_fits(warm, task.start)
+        self.doing = f"task {task.id} of {ask.terms.run}"
         began = time.perf_counter()
         ((result, local),) = warm.trainer.train([(task, before)])
         seconds = time.perf_counter() - began

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
+from typing import Any
 
 from fedloom import wire
 from fedloom.flower.link import Reply
@@ -15,6 +16,9 @@ from fedloom.trace import fingerprint
 from fedloom.transfer import answered, owed
 from fedloom.types import Local, Profile
 from toys import Quadratic
+
+VALUES: dict[str, Any] = {}
+"""Run values that a run file of a test has from here, by name."""
 
 
 @dataclass

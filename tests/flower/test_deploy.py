@@ -1,0 +1,170 @@
+"""A deployment over real workers in this process: the simulation's adapter, a trace that replays, a folder that goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.tiny import tiny_run
+from fedloom import DeltaInt8, Engine, FedFa, FedSA, FixedRank, Limits, Plan, ProductDelta, Rounds, Scaffold
+from fedloom.errors import Refused
+from fedloom.flower import deploy
+from fedloom.flower.worker import Worker
+from fedloom.job import Job, prepare
+from fedloom.plan.rank import RandomRank
+from fedloom.replay import replay
+from fedloom.report.read import read
+from fedloom.run import Run
+from fedloom.types import Profile
+from flower_net import VALUES, Net
+from flower_sites import site_at
+
+MIXED = Plan(RandomRank(2, 8), local_steps=3)
+
+
+@dataclass
+class Real:
+    """A site of the net with a real worker."""
+
+    worker: Worker
+    profile: Profile = field(init=False)
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.profile = Profile(self.worker.site.name, 1)
+
+    def answer(self, body: bytes) -> bytes:
+        return self.worker.answer(body)
+
+
+def run_of(encoder: Path, **more: Any) -> Run:
+    given: dict[str, Any] = {"name": "parity", "plan": MIXED, "schedule": Rounds(4), "held_out": 0.0, "threads": 1}
+    run: Run = tiny_run(encoder, **(given | more))
+    return run
+
+
+def folder_of(tmp_path: Path, run: Run, **more: Any) -> Path:
+    """The folder of a deployment, as `fedloom serve` makes it; the run file has the value from here."""
+    folder = tmp_path / "deployment"
+    folder.mkdir()
+    VALUES[str(folder)] = run
+    (tmp_path / "run.py").write_text(f"from flower_net import VALUES\n\nrun = VALUES[{str(folder)!r}]\n")
+    told = {"runfile": str(tmp_path / "run.py"), "clients": 6, **more}
+    (folder / "deployment.json").write_text(json.dumps(told))
+    return folder
+
+
+def net_of(tmp_path: Path, job: Job, encoder: Path) -> Net:
+    """A worker for each client of the simulation, with its shard as a file."""
+    train, found = job.split.train, {}
+    for number, shard in enumerate(job.shards):
+        rows = [{"text": train.texts[i], "label": train.names[train.labels[i]]} for i in shard.train]
+        site = site_at(tmp_path / shard.client, encoder, rows)
+        copy = site.model.model_copy(update={"name": job.run.model})
+        site = site.model_copy(update={"name": shard.client, "model": copy})
+        found[number] = Real(Worker(site), seconds=1.0 + number)
+    return Net(found)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "codec"),
+    [(ProductDelta(), None), (ProductDelta(), DeltaInt8()), (FedSA(), None), (Scaffold(clients=6), None)],
+    ids=str,
+)
+def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: Any, codec: Any) -> None:
+    """Synchronous rounds, in which no order is left to chance, at mixed ranks: the same numbers, to the bit.
+
+    `together=1`: a simulation trains clients in one pass where it can, and each site alone; dropout then draws other masks.
+    """
+    run = run_of(encoder, aggregator=method, transfer=codec, engine=Engine(together=1))
+    job = prepare(run)
+    simulated = job.execute(tmp_path / "simulated", report=False)
+    folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    assert deploy.run(net, folder, net.pause, net.clock) == "3 versions made"
+    there = adapter_at(folder / "run")
+    here = adapter_at(simulated.folder)
+    assert there.keys() == here.keys()
+    assert all(there[name].equal(here[name]) for name in here)
+    assert replay(folder / "run").difference == ""
+    log = read(folder / "run")
+    assert log.manifest["status"] == "finished"
+    assert set(log.manifest["clients"]) == set(job.profiles)
+    assert [line["accuracy"] for line in log.scores] == [score["accuracy"] for score in simulated.scores]
+    assert (folder / "run" / "report.html").is_file()
+
+
+def adapter_at(folder: Path) -> dict[str, Any]:
+    import safetensors.torch
+
+    found: dict[str, Any] = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+    return found
+
+
+class Killed(BaseException):
+    """As by kill -9: nothing of the process gets to say a word."""
+
+
+@pytest.mark.parametrize("after", [5, 23])
+def test_a_server_that_was_killed_goes_on_in_its_folder(encoder: Path, tmp_path: Path, after: int) -> None:
+    run = run_of(encoder, schedule=FedFa(3), limits=Limits(versions=20, evaluate_every=5))
+    folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    sent, send = 0, net.send
+
+    def dies(node: int, body: bytes) -> str:
+        nonlocal sent
+        sent += 1
+        if sent == 6 + after:
+            raise Killed
+        return send(node, body)
+
+    net.send = dies  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        deploy.run(net, folder, net.pause, net.clock)
+    net.forget()
+    net.send = send  # type: ignore[method-assign]
+    net.pause(100.0)
+    assert deploy.run(net, folder, net.pause, net.clock) == "20 versions made"
+    assert replay(folder / "run").difference == ""
+    lines = [json.loads(line) for line in (folder / "run" / "trace.jsonl").read_text().splitlines()]
+    counted = [line["event"]["task"] for line in lines if line["event"]["type"] == "UpdateArrived"]
+    assert len(counted) == len(set(counted)) >= 20
+    trained = sum(site.worker.trained for site in net.sites.values())  # type: ignore[attr-defined]
+    assert trained <= len(counted) + 6  # nothing that counted was trained twice
+    assert deploy.run(net, folder) == "20 versions made"  # a finished one has nothing left to do
+
+
+def test_sites_of_other_limits_train_at_their_own_rank(encoder: Path, tmp_path: Path) -> None:
+    run = run_of(encoder, plan=Plan(FixedRank(8), local_steps=3))
+    folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    for number, rank in enumerate([2, 4, 8, 8, 4, 2]):
+        worker = net.sites[number].worker  # type: ignore[attr-defined]
+        worker.site = worker.site.model_copy(update={"limits": worker.site.limits.model_copy(update={"rank": rank})})
+    deploy.run(net, folder, net.pause, net.clock)
+    ranks = {str(task["client"]): task["rank"] for task in read(folder / "run").tasks}
+    known = [net.sites[number].profile.client for number in range(6)]
+    assert {client: ranks[client] for client in ranks} == {
+        client: rank for client, rank in zip(known, [2, 4, 8, 8, 4, 2], strict=True) if client in ranks
+    }
+    assert len(set(ranks.values())) > 1
+
+
+def test_the_training_file_need_not_be_at_the_server(encoder: Path, tmp_path: Path) -> None:
+    from bench.tiny import toy_rows
+    from fedloom import Table
+
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, toy_rows(20))))
+    run = run_of(encoder, data=Table(tmp_path / "nowhere.jsonl", tmp_path / "test.jsonl"))
+    job, profiles = deploy.made_for_serving(run, tmp_path / "none")
+    assert (len(job.split.train), len(job.split.test), profiles) == (0, 20, {})
+    assert job.split.train.names == ("colour", "pet")
+
+
+@pytest.mark.parametrize("told", ["", "[]", '{"settings": []}', '{"runfile": "x", "patience": {"task": -1}}'])
+def test_a_folder_without_an_order_is_refused(tmp_path: Path, told: str) -> None:
+    (tmp_path / "deployment.json").write_text(told)
+    with pytest.raises(Refused):
+        deploy.Order.of(tmp_path)
