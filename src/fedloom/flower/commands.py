@@ -99,7 +99,7 @@ def worker(
         name = "ward-7"
         server = "fed.example.org:8080"
         ca = "ca.crt"
-        key = "ward-7"
+        key = "ward-7.key"
         \\[model]
         path = "/models/all-MiniLM-L6-v2"
         \\[table]
