@@ -76,12 +76,18 @@ def serve(
 def join(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="The site's settings, site.toml.")],
     insecure: Insecure = False,
+    idle: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Ask for work so often when idle, not every 3 s: changes a constant in Flower."
+        ),
+    ] = None,
 ) -> None:
     """Take part in a deployment: one site. Runs what is installed here, on the data named in the settings, until stopped."""
     from fedloom.flower.join import join as take_part
     from fedloom.flower.join import seat
 
-    take_part(seat(config, insecure), _say)
+    take_part(seat(config, insecure, idle), _say)
 
 
 def worker(
