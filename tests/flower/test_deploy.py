@@ -224,7 +224,8 @@ def test_a_region_is_the_server_of_its_sites_and_a_site_of_the_server_above(enco
         folder = tmp_path / f"region{number}"
         folder.mkdir()
         site_at(folder / "above", encoder)
-        text = (folder / "above" / "site.toml").read_text().replace("ward", f"region{number}")
+        text = (folder / "above" / "site.toml").read_text().replace("ward", f"region{number}").partition("[table]")[0]
+        text = "region = true\n" + text
         (folder / "above" / "site.toml").write_text(text.replace("/at/the/server/tiny", str(encoder)))
         own = Net({k: whole_net.sites[k] for k in range(3 * number, 3 * number + 3)})
 
