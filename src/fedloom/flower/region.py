@@ -211,14 +211,17 @@ def run(link: Link, folder: Path, order: Order, pause: Callable[[float], None], 
         running = Deployment(led, link, region.terms, profiles, order.clients, order.patience, clock)
         trace = opened.enter_context(going_on(place, value, led, running))
         keeper = Keeper(place, given(value), 0.0, (led, running), [trace])
-        running.observe = Trace(trace)
+        status, writes = Status(folder, running, led.edge.server.limits), Trace(trace)
+
+        def observe(now: float, event: Event, commands: list[Command]) -> None:
+            writes(now, event, commands)
+            status(now, event, commands)
 
         def settled() -> None:
             region.reported(led)
             keeper()
 
-        running.settled, region.running = settled, running
-        status = Status(folder, running, led.edge.server.limits)
+        running.observe, running.settled, region.running = observe, settled, running
         between = status.between(pause)
         opened.enter_context(status.exported(order.metrics_port))
         while True:
