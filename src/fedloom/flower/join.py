@@ -107,6 +107,23 @@ def parts(seat: Seat, runtime: int) -> list[list[Part]]:
     ]
 
 
+def upward(config: Path, insecure: bool) -> list[list[Part]]:
+    """The processes that take a region to the server above it; in the place of a worker, its ServerApp answers.
+
+    Raises:
+        Refused: as `seat`, or the settings are not those of a region.
+    """
+    from fedloom.flower.site import read
+
+    if not read(config).region:
+        raise Refused(
+            "--above", str(config), "these are the settings of a site with data; a region's say `region = true`"
+        )
+    place = seat(config, insecure)
+    secret(place.folder / "flower" / "secret")
+    return parts(place, free_port())[1:]
+
+
 def join(seat: Seat, say: Callable[[str], None]) -> None:
     """Take part until stopped: ends with KeyboardInterrupt.
 

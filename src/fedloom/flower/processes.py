@@ -264,6 +264,7 @@ def terminable() -> Iterator[None]:
 def secret(path: Path) -> Path:
     """A new random secret in a file that only its owner reads."""
     path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_bytes(secrets.token_bytes(32))
     return path
