@@ -184,6 +184,9 @@ def _warm(site: Site, terms: Terms) -> Warm:
     examples = site.examples(terms.labels)
     labels, seed = None if terms.labels is None else len(terms.labels), derive(terms.seed, "model")
     base = load(str(site.model.path), labels, terms.lora, terms.rank, seed, site.model.device, terms.engine)
+    if terms.weights and base.fingerprint() not in ("", terms.weights):
+        remedy = f"its weights are not those of the run's {terms.model!r}: get a copy of the same model"
+        raise Refused("model.path", site.model.path, remedy)
     texts = tokenise(examples, base.tokenizer, terms.training.max_length)
     check_length(base, terms.training.max_length, max(map(len, texts.ids)))
     shards = {site.name: tuple(range(len(examples)))}
