@@ -13,11 +13,11 @@ import pytest
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 
+from fedloom.flower import pipe
 from fedloom.flower.executor import BROKEN, Lost, answer, asked
 from fedloom.flower.grid import packed, unpacked
-from fedloom.flower.pipe import ANSWER, HEAD, MARK
 
-Serve = Callable[[Callable[[bytes], bytes | None]], str]
+Serve = Callable[[Callable[[bytes], bytes | None]], Path]
 
 
 def message_of(content: RecordDict) -> Message:
@@ -31,10 +31,9 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     """Starts a worker of ours: it answers as told, or goes away in the middle (None)."""
     opened: list[socket.socket] = []
 
-    def start(reply: Callable[[bytes], bytes | None]) -> str:
-        path = str(tmp_path / "worker.sock")
+    def start(reply: Callable[[bytes], bytes | None]) -> Path:
         door = socket.socket(socket.AF_UNIX)
-        door.bind(path)
+        door.bind(str(tmp_path / "worker.sock"))
         door.listen()
         opened.append(door)
 
@@ -45,13 +44,13 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
                 except OSError:
                     return
                 with line:
-                    with line.makefile("rb") as told:
-                        body = reply(told.read(HEAD.unpack(told.read(HEAD.size))[2]))
+                    _, _, length = pipe.HEAD.unpack(line.recv(pipe.HEAD.size, socket.MSG_WAITALL))
+                    body = reply(line.recv(length, socket.MSG_WAITALL) if length else b"")
                     if body is not None:
-                        line.sendall(HEAD.pack(MARK, ANSWER, len(body)) + body)
+                        line.sendall(pipe.HEAD.pack(pipe.MARK, pipe.ANSWER, len(body)) + body)
 
         threading.Thread(target=loop, daemon=True).start()
-        return path
+        return tmp_path / "worker.sock"
 
     yield start
     for door in opened:
@@ -68,13 +67,13 @@ def test_bytes_go_through_whatever_they_are(serve: Serve) -> None:
 
 def test_a_message_waits_for_a_worker_that_is_being_restarted(serve: Serve, tmp_path: Path) -> None:
     threading.Timer(0.3, lambda: serve(lambda body: body + b"!")).start()
-    assert asked(str(tmp_path / "worker.sock"), b"hello", 10.0) == b"hello!"
+    assert asked(tmp_path / "worker.sock", b"hello", 10.0) == b"hello!"
 
 
 def test_the_wait_for_a_worker_ends(tmp_path: Path) -> None:
     begun = time.monotonic()
     with pytest.raises(Lost, match="no worker at this site for 0 seconds"):
-        asked(str(tmp_path / "worker.sock"), b"hello", 0.3)
+        asked(tmp_path / "worker.sock", b"hello", 0.3)
     assert time.monotonic() - begun < 3
 
 
@@ -94,7 +93,7 @@ def test_a_message_that_kills_every_worker_is_given_up(serve: Serve) -> None:
 
 def test_what_is_no_message_of_ours_is_answered_with_an_error_and_reaches_no_worker(tmp_path: Path) -> None:
     strange = message_of(RecordDict({"c": ConfigRecord({"import": "os"})}))
-    reply = answer(strange, str(tmp_path / "none.sock"), 0.1)
+    reply = answer(strange, tmp_path / "none.sock", 0.1)
     assert reply.has_error()
     assert "not one array of bytes" in reply.error.reason
 

@@ -64,14 +64,14 @@ def main(words: Sequence[str] | None = None) -> None:
     """Serve until the process is stopped; ends with an error when a message was taken and could not be answered."""
     parser = argparse.ArgumentParser(prog="fedloom.flower.executor", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runtime", required=True, help="the SuperNode's Runtime API, host:port on this machine")
-    parser.add_argument("--socket", required=True, help="the worker's Unix socket")
+    parser.add_argument("--socket", type=Path, required=True, help="the worker's Unix socket")
     parser.add_argument("--secret", type=Path, help="file with the secret that the SuperNode was started with")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a message waits for the worker")
     given = parser.parse_args(words)
     serve(given.runtime, given.socket, given.secret.read_bytes() if given.secret else None, given.patience)
 
 
-def serve(runtime: str, socket: str, secret: bytes | None, patience: float = PATIENCE) -> None:
+def serve(runtime: str, socket: Path, secret: bytes | None, patience: float = PATIENCE) -> None:
     """Take one task after the other. The SuperNode hands out one at a time."""
     signed = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []
     asking = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
@@ -88,7 +88,7 @@ def serve(runtime: str, socket: str, secret: bytes | None, patience: float = PAT
                 time.sleep(POLL)
 
 
-def carry_out(runtime: str, token: str, socket: str, patience: float) -> None:
+def carry_out(runtime: str, token: str, socket: Path, patience: float) -> None:
     """Pull the message that `token` stands for, and push the worker's answer, or an error in its place."""
     with connected(runtime, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)]) as supernode, beating(supernode):
         message, context = pulled(supernode)
@@ -119,7 +119,7 @@ def pulled(supernode: RuntimeHttpClient) -> tuple[Message, Context]:
     return message, context
 
 
-def answer(message: Message, socket: str, patience: float) -> Message:
+def answer(message: Message, socket: Path, patience: float) -> Message:
     """The worker's answer to a message, as a message."""
     try:
         return Message(packed(asked(socket, unpacked(message.content), patience)), reply_to=message)
@@ -127,7 +127,7 @@ def answer(message: Message, socket: str, patience: float) -> Message:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
 
 
-def asked(socket: str, body: bytes, patience: float) -> bytes:
+def asked(socket: Path, body: bytes, patience: float) -> bytes:
     """The worker's answer. It may be away for `patience` seconds, and may die `BROKEN` times.
 
     Raises:
@@ -136,7 +136,7 @@ def asked(socket: str, body: bytes, patience: float) -> bytes:
     until, broken = time.monotonic() + patience, 0
     while True:
         try:
-            return ask(Path(socket), body, None)
+            return ask(socket, body)
         except (FileNotFoundError, ConnectionRefusedError):
             if time.monotonic() > until:
                 raise Lost(f"no worker at this site for {patience:.0f} seconds") from None

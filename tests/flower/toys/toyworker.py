@@ -17,7 +17,7 @@ def main() -> None:
         time.sleep(seconds)
         return body
 
-    Listener(path, 2**31).serve(answer, lambda: b"{}", lambda size: b"")
+    Listener(path, 2**30).serve(answer, lambda: b"", lambda size: b"")
 
 
 if __name__ == "__main__":
