@@ -238,7 +238,7 @@ def _memory(device: torch.device) -> float:
 
 def serve(site: Site) -> None:
     """Answer at the site's socket until the process is stopped. Raises Refused where another worker does that, or nobody can."""
-    site.folder.mkdir(parents=True, exist_ok=True)
+    site.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there was learnt from the data
     with (site.folder / "worker.lock").open("w") as held:
         if not lock(held):
             raise Refused("folder", str(site.folder), "another worker of this site is running; stop it first")
