@@ -33,6 +33,8 @@ from flwr.supercore.retry import RetryInvoker, constant
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode import start_client_internal
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime import run_clientapp
 
 from fedloom.flower import executor, grid, node
@@ -50,6 +52,9 @@ SIGNATURES: dict[Callable[..., object], str] = {
     RuntimeHttpClient.PullObject: "self, request",
     RuntimeHttpClient.ConfirmMessageReceived: "self, request",
     RuntimeHttpClient.SendTaskHeartbeat: "self, request",
+    FleetHttpClient.from_server_address: "server_address, insecure, root_certificates, interceptors, retry_invoker",
+    FleetHttpClient.DeactivateNode: "self, request",
+    NodeAuthHttpInterceptor.__init__: "self, private_key, public_key",
     RuntimeTokenHttpInterceptor.__init__: "self, token",
     RuntimeVersionHttpInterceptor.__init__: "self, component_name",
     SuperExecAuthHttpInterceptor.__init__: "self, master_secret, protected_methods",

@@ -97,7 +97,11 @@ def parts(seat: Seat, runtime: int) -> list[list[Part]]:
     return [
         [Part("worker", seat.worker, given)],
         [
-            Part("supernode", [sys.executable, "-m", "fedloom.flower.node", *idle, "--", *node], given),
+            Part(
+                "supernode",
+                [sys.executable, "-m", "fedloom.flower.node", *idle, "--was", str(_was(seat)), "--", *node],
+                given,
+            ),
             Part("executor", [sys.executable, "-m", "fedloom.flower.executor", *execute], given),
         ],
     ]
@@ -135,6 +139,7 @@ def join(seat: Seat, say: Callable[[str], None]) -> None:
                 supervisor.look()
                 for line in log.lines():
                     if "SuperNode ID:" in line:
+                        _was(seat).write_text(line.rpartition(":")[2].strip(), encoding="utf-8")
                         say(f"the server at {seat.server} has let this site in")
                         silent = False
                     elif "retrying in" in line and not silent:
@@ -143,6 +148,11 @@ def join(seat: Seat, say: Callable[[str], None]) -> None:
                 time.sleep(TICK)
         finally:
             supervisor.stop()
+
+
+def _was(seat: Seat) -> Path:
+    """Where the node id is kept that the site has at the server."""
+    return seat.folder / "flower" / "node"
 
 
 def plain(line: str) -> str:

@@ -88,7 +88,8 @@ class Supervisor:
                 unit.delay = self._wait.first if now - unit.begun > self._wait.steady else unit.delay
                 unit.due = time.monotonic() + unit.delay
                 for part, code in ended:
-                    self._say(f"{part.name} {_ending(code)}; again in {unit.delay:.0f} s{self._last_words(part)}")
+                    words = self._last_words(part) if code and code > 0 else ""
+                    self._say(f"{part.name} {_ending(code)}; again in {unit.delay:.0f} s{words}")
                 unit.delay = min(2 * unit.delay, self._wait.most)
             if not unit.running and now >= unit.due:
                 self._start(unit)
