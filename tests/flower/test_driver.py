@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -32,8 +32,9 @@ from fedloom import (
     Scaffold,
     checkpoint,
 )
-from fedloom.flower.driver import Deployment, Patience
-from fedloom.flower.message import Hello, Refusal, Terms, decode, encode_reply
+from fedloom.flower.driven import Patience
+from fedloom.flower.driver import Deployment
+from fedloom.flower.message import Hello, Refusal, Terms, Work, decode, encode_reply
 from fedloom.flower.status import Figures, Status, read, shown
 from fedloom.metrics import Metrics
 from fedloom.places import Places
@@ -346,3 +347,40 @@ def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     figures = {one.name: one for one in Figures(status).collect()}
     assert figures["fedloom_version"].samples[0].value == told["version"]
     assert figures["fedloom_answers_accepted"].samples[0].value == status.accepted > 0
+
+
+def test_what_was_lost_without_a_word_is_sent_again_ever_more_seldom() -> None:
+    net = Net(sites(2))
+    lost, send = list[float](), net.send
+
+    def silent(node: int, body: bytes) -> str:
+        if node == 101 and isinstance(decode(body, 2**30), Work) and len(lost) < 3:
+            lost.append(net.time)
+            return f"lost{len(lost)}"
+        return send(node, body)
+
+    net.send = silent  # type: ignore[method-assign]
+    patience = replace(QUICK, task=None, doubt=5.0)
+    running = deployment(net, patience=patience, server={"schedule": FedFa(2), "limits": Limits(versions=500)})
+    turns(running, net, 60)
+    first, second, third = lost
+    assert 5 <= second - first <= 6
+    assert 10 <= third - second <= 11
+    assert net.sites[101].trained
+    assert all(count == 1 for count in net.sites[101].trained.values())
+
+
+def test_a_site_that_cannot_read_a_task_fails_it() -> None:
+    net = Net(sites(2))
+    answer = net.sites[100].answer
+
+    def small(body: bytes) -> bytes:
+        reads = isinstance(decode(body, 2**30), Hello)
+        return answer(body) if reads else encode_reply(Refusal("c0", None, "the message is above 1 MB", True))
+
+    net.sites[100].answer = small  # type: ignore[method-assign]
+    running = deployment(net, server={"schedule": FedFa(2)})
+    turns(running, net, 12)
+    assert "above 1 MB" in running.server.state.last_failure or running.server.state.version > 0
+    assert 2 <= running.traffic.refused <= 3  # once a pause
+    assert not [task for task in running.tasks.values() if task.client == "c0"]

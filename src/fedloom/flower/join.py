@@ -126,7 +126,7 @@ def upward(config: Path, insecure: bool) -> list[list[Part]]:
 
     if not read(config).region:
         raise Refused(
-            "--above", str(config), "these are the settings of a site with data; a region's say `region = true`"
+            "--config", str(config), "these are the settings of a site with data; a region's say `region = true`"
         )
     place = seat(config, insecure)
     secret(place.folder / "flower" / "secret")
