@@ -11,15 +11,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean, median
 
 from grid import Grid, Line, interval, main, start
-from hierfedlora_80 import CLIENTS, EDGES, GROUPS, SCORED, STUDIES, RankOfClass, Study, final, ratio, reaches, told
+from hierfedlora_80 import (
+    AT_ONCE,
+    CLIENTS,
+    EARNED,
+    EDGES,
+    ENDLESS,
+    GROUPS,
+    SCORED,
+    SECONDS,
+    STUDIES,
+    RankOfClass,
+    Study,
+    final,
+    ratio,
+    reaches,
+    told,
+)
 
 from fedloom import (
+    Averaged,
     Corrupted,
+    DeltaInt8,
     FedFa,
     FedIT,
     FixedRank,
@@ -47,18 +65,25 @@ H, ROUNDS_ = 10, 8
 AXES = Mixture(CLIENTS, (Skew(labels, 0.3, None), Skew(words, 0.5, 5), Skew(quality, 0.5, 5)))
 TARGET = {"agnews": 0.65}
 """Fixed before the runs, on the tuning seed."""
-FEDAVG, ALL = "fedavg-lora", "all-four"
+FEDAVG, ALL = "fedavg-lora", "at-once-int8"
 SINGLES = ("hlora", "fedfa", "hierfedlora", "cllora")
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which of the four a run has: exact sums over mixed ranks, no waiting, planned groups, weights by what is in the texts."""
+    """Which of the four a run has: exact sums over mixed ranks, no waiting, planned groups, weights by what is in the texts.
+
+    `at_once` is our own way to do the second and the third: each answer is a step, an average of the versions is published, groups
+    are planned by what training earned (`hierfedlora_80.EARNED`); an answer is not weighed, so texts of all lengths are in each
+    batch in the place of weights by tokens. With `int8` answers travel as differences in eight bits.
+    """
 
     hlora: bool = False
     fedfa: bool = False
     groups: bool = False
     context: bool = False
+    at_once: bool = False
+    int8: bool = False
 
 
 METHODS = {
@@ -71,7 +96,9 @@ METHODS = {
     "hlora+groups": Method(hlora=True, groups=True),
     "fedfa+groups": Method(fedfa=True, groups=True),
     "without-context": Method(hlora=True, fedfa=True, groups=True),
-    ALL: Method(True, True, True, True),
+    "all-four": Method(True, True, True, True),
+    "at-once": Method(True, True, True, True, at_once=True),
+    ALL: Method(True, True, True, True, at_once=True, int8=True),
 }
 
 
@@ -84,32 +111,40 @@ def cell(name: str, seed: int) -> Run:
     schedule: Schedule = Rounds(GROUPS if method.groups else CLIENTS, weigh=weigh)
     if method.fedfa:
         schedule = FedFa(GROUPS // 2, GROUPS, weigh=weigh) if method.groups else FedFa(20, CLIENTS, weigh=weigh)
+    limits = Limits(versions=each * ROUNDS_, evaluate_every=each)
+    if method.at_once:
+        schedule, limits = AT_ONCE, Limits(ENDLESS, SECONDS["near"], evaluate_every=GROUPS)
+    exact = ProductDelta() if method.hlora else FedIT()
     return Run(
         name=name.replace("/", "-"),
         model=study.model,
         data=Corrupted(study.data, 0.5, delete=0.2, swap=0.1),
         partition=AXES,
-        aggregator=ProductDelta() if method.hlora else FedIT(),
+        aggregator=Averaged(exact) if method.at_once else exact,
         schedule=schedule,
         plan=Plan(RankOfClass() if method.hlora else FixedRank(8), H),
         lora=LoRA(target_modules=study.modules, dropout=0.0),
         training=Training(
-            learning_rate=study.rate, batch_size=study.batch, max_length=study.length, keep_moments=False
+            learning_rate=study.rate,
+            batch_size=study.batch,
+            max_length=study.length,
+            keep_moments=False,
+            stratified=method.at_once and method.context,
         ),
         world=study.world,
-        hierarchy=groups(study) if method.groups else None,
-        limits=Limits(versions=each * ROUNDS_, evaluate_every=each),
-        transfer=None,
+        hierarchy=groups(study, EARNED if method.at_once else Hierarchy(plan=SCORED)) if method.groups else None,
+        limits=limits,
+        transfer=DeltaInt8() if method.int8 else None,
         held_out=0.1,
         test_limit=500,
         seed=seed,
     )
 
 
-def groups(study: Study) -> Hierarchy:
+def groups(study: Study, planned: Hierarchy) -> Hierarchy:
     """Near-IID groups with an edge near their clients."""
     link = Link(1e8 * study.small, 1e8 * study.small)
-    return Hierarchy(NearIID(GROUPS), plan=SCORED, link=link, inner_speedup=EDGES["near"])
+    return replace(planned, groups=NearIID(GROUPS), link=link, inner_speedup=EDGES["near"])
 
 
 def reached(line: Line) -> float:
