@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -38,6 +40,8 @@ QUICK, MOST_QUICK = 60.0, 5
 """A ServerApp that ends within so many seconds came to nothing; after so many of those in a row we give up."""
 STARTS = 180.0
 """Seconds in which a submitted app must have started."""
+ROOM = 2**24
+"""Bytes that must be free on the disk before a ServerApp is begun."""
 
 MOVED = re.compile(r"\[Fleet\.(?:De)?[Aa]ctivateNode\] (Activated|Deactivated) node_id=(\d+)")
 
@@ -135,6 +139,7 @@ class Serving:
     line: str = ""
     relayed: float = -RELAY
     pause: float = 0.0
+    full: bool = False
     here: set[str] = field(default_factory=set)
     nodes: dict[str, int] = field(default_factory=dict)
 
@@ -150,16 +155,30 @@ class Serving:
         if not self.up:
             self.up = True
             self.say(f"the server listens at {self.server.host}:{self.server.port}")
+        self._look_for_room()
         try:
             self._admit()
             self._announce()
             self._relay()
             return self._follow()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.pause = time.monotonic() + AGAIN
+            return None
         except Unwilling as error:  # the SuperLink has just gone, or says no: ask again
             if str(error) != self.trouble:
                 self.say(f"Flower says: {error}")
             self.trouble, self.pause = str(error), time.monotonic() + AGAIN
             return None
+
+    def _look_for_room(self) -> None:
+        """Say that the disk is full, and that it is so no longer. No ServerApp is begun in between: it could write no checkpoint."""
+        full = shutil.disk_usage(self.server.folder).free < ROOM
+        if full != self.full:
+            where = f"the disk of {self.server.folder}"
+            self.say(f"{where} is full; the run goes on when there is room" if full else f"{where} has room again")
+        self.full = full
 
     def _admit(self) -> None:
         """Let in the sites whose keys were added, and no longer those whose keys were removed."""
@@ -203,6 +222,8 @@ class Serving:
     def _follow(self) -> str | None:
         """Submit the app, wait for its word, and submit it again where it was killed."""
         if not self.run:
+            if self.full:
+                return None
             self.attempt, self.since = self.attempt + 1, time.monotonic()
             self.run = self.control.submit(self.server.folder, self.attempt)
             write_json(self.server.home / "run.json", {"run": self.run, "attempt": self.attempt})
@@ -216,7 +237,7 @@ class Serving:
         elif word.lives if word is not None else lived < STARTS:
             return None
         said = (word.failed if word else "") or ("it was killed" if word else "it did not start")
-        self.quick = self.quick + 1 if lived < QUICK else 0
+        self.quick = self.quick + 1 if lived < QUICK and not self.full else 0
         if self.quick >= MOST_QUICK:
             raise Refused(
                 "RUNFILE", str(self.server.folder), f"the run ends as soon as it begins: {said}; see logs/serverapp.log"
