@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
 from fedloom.aggregate.wrap import layers
+from fedloom.codec import Codec
 from fedloom.edge import Below, Edge
 from fedloom.edgemodel import phase
 from fedloom.errors import Refused
@@ -97,14 +98,15 @@ class Hierarchy:
     def over(self, flat: Server, members: Mapping[ClientId, Sequence[Profile]]) -> Tree:
         """The tree in the place of `flat`, which has done nothing yet. Raises Refused where the methods do not go together."""
         edges = {name: self.edge(flat, len(own), len(members)) for name, own in members.items()}
-        tree = Tree(self.root(flat, len(members)), edges, Roster(members, self.link))
+        root = self.root(flat, len(members), flat.transfer if self.link else None)
+        tree = Tree(root, edges, Roster(members, self.link))
         if isinstance(self.plan, Planned):
             need_own_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
             self.plan.check(tree.root.fleet())
         return tree
 
-    def root(self, flat: Server, edges: int) -> Server:
-        """The server over so many edges. Raises Refused where the methods do not go together."""
+    def root(self, flat: Server, edges: int, transfer: Codec | None) -> Server:
+        """The server over so many edges, by a `transfer` of its own. Raises Refused where the methods do not go together."""
         check(flat, self._method(flat), edges)
         return Server(
             flat.state.model,
@@ -114,7 +116,7 @@ class Hierarchy:
             shape=flat.shape,
             limits=flat.limits,
             seed=flat.seed,
-            transfer=flat.transfer if self.link else None,
+            transfer=transfer,
         )
 
     def edge(self, flat: Server, size: int, edges: int) -> Edge:

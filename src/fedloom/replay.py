@@ -131,6 +131,9 @@ def fresh(folder: Path) -> Server | Tree:
     )
     if made["hierarchy"] is None:
         return server
+    if "regions" in about:  # its edges are elsewhere
+        root: Server = made["hierarchy"].root(server, about["regions"], made["transfer"])
+        return root
     groups = {edge: tuple(profiles[one] for one in own) for edge, own in about["groups"].items()}
     over: Tree = made["hierarchy"].over(server, groups)
     return over

@@ -71,8 +71,9 @@ def kept(kind: type) -> dict[str, Any]:
 
 
 def kinds(run: Run, driver: Sequence[type] = SIMULATED) -> list[type]:
-    """The types of the values that a run has, with those of its driver."""
-    return [State, *([Branches] if run.hierarchy else []), *driver, Metrics, Progress]
+    """The types of the values that a run has, with those of its driver. Edges are simulated beside the root, or are elsewhere."""
+    edges = [Branches] if run.hierarchy and driver is SIMULATED else []
+    return [State, *edges, *driver, Metrics, Progress]
 
 
 def given(run: Run) -> dict[str, object]:
@@ -115,7 +116,7 @@ class Keeper:
             os.fsync(log.fileno())
             about[Path(log.name).name] = os.fstat(log.fileno()).st_size
         values = {name: getattr(owner, _field(name)) for owner in self.owners for name in kept(type(owner))}
-        about |= {"version": values["State.version"], "time": values["State.now"]}
+        about |= {"version": values.get("State.version", 0), "time": values.get("State.now", 0.0)}
         return checkpoint.write(self.folder / NAME, values, about, **self.given)
 
 

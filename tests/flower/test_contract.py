@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+import time
 from collections.abc import Callable
 
 import flwr
@@ -31,9 +33,11 @@ from flwr.supercore.retry import RetryInvoker, constant
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 from flwr.supernode import start_client_internal
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime import run_clientapp
 
-from fedloom.flower import executor, grid
+from fedloom.flower import executor, grid, node
 
 SIGNATURES: dict[Callable[..., object], str] = {
     Array.__init__: "self, *args, dtype, shape, stype, data, ndarray, torch_tensor",
@@ -48,6 +52,9 @@ SIGNATURES: dict[Callable[..., object], str] = {
     RuntimeHttpClient.PullObject: "self, request",
     RuntimeHttpClient.ConfirmMessageReceived: "self, request",
     RuntimeHttpClient.SendTaskHeartbeat: "self, request",
+    FleetHttpClient.from_server_address: "server_address, insecure, root_certificates, interceptors, retry_invoker",
+    FleetHttpClient.DeactivateNode: "self, request",
+    NodeAuthHttpInterceptor.__init__: "self, private_key, public_key",
     RuntimeTokenHttpInterceptor.__init__: "self, token",
     RuntimeVersionHttpInterceptor.__init__: "self, component_name",
     SuperExecAuthHttpInterceptor.__init__: "self, master_secret, protected_methods",
@@ -99,6 +106,17 @@ def test_the_waits_are_those_that_our_figures_name() -> None:
     assert source.count("time.sleep(0.5)") == 2
     assert HEARTBEAT_DEFAULT_INTERVAL == 30
     assert executor.HEARTBEAT < 2 * HEARTBEAT_DEFAULT_INTERVAL
+
+
+def test_an_idle_supernode_can_be_hastened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that its loop takes from the module `time` is `sleep`."""
+    used = re.findall(r"\btime\.(\w+)", inspect.getsource(start_client_internal))
+    assert used == ["sleep"] * 3
+    monkeypatch.setattr(start_client_internal, "time", time)
+    node.hasten(0.05)
+    begun = time.monotonic()
+    start_client_internal.time.sleep(3)
+    assert time.monotonic() - begun < 1
 
 
 @pytest.mark.parametrize("size", [0, 1, 5 * 2**20, 5 * 2**20 + 1])

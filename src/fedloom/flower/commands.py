@@ -38,6 +38,10 @@ def serve(
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of this machine at which Prometheus may ask.")
     ] = None,
+    above: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Lead a region: the settings by which it is a site of the server above."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the deployment in this folder.")] = False,
     port: Annotated[str, typer.Option(metavar="[HOST:]PORT", help="Where sites connect to.")] = "8080",
     insecure: Insecure = False,
@@ -49,6 +53,7 @@ def serve(
     Example: [bold]fedloom keys new DIR --host server.example.org[/bold], then [bold]fedloom serve mine.py --folder DIR[/bold]
     """
     from fedloom.errors import Refused
+    from fedloom.flower.join import upward
     from fedloom.flower.serve import Server
     from fedloom.flower.serve import serve as carry_out
     from fedloom.override import override
@@ -64,9 +69,10 @@ def serve(
         "settings": settings or [],
         "clients": clients,
         "metrics_port": metrics_port,
+        "above": above and str(above.resolve()),
     }
     try:
-        reason = carry_out(server, facts, resume, _say)
+        reason = carry_out(server, facts, resume, _say, upward(above, insecure) if above else ())
     except KeyboardInterrupt:
         out.print(f"Go on    fedloom serve {file} --folder {folder} --resume", soft_wrap=True)
         raise
@@ -76,12 +82,18 @@ def serve(
 def join(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="The site's settings, site.toml.")],
     insecure: Insecure = False,
+    idle: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="Ask for work so often when idle, not every 3 s: changes a constant in Flower."
+        ),
+    ] = None,
 ) -> None:
     """Take part in a deployment: one site. Runs what is installed here, on the data named in the settings, until stopped."""
     from fedloom.flower.join import join as take_part
     from fedloom.flower.join import seat
 
-    take_part(seat(config, insecure), _say)
+    take_part(seat(config, insecure, idle), _say)
 
 
 def worker(

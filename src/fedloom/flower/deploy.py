@@ -4,63 +4,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fedloom import kinds, manifest
 from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.data.elsewhere import scored
 from fedloom.errors import Refused
-from fedloom.flower.driver import Deployment, Patience
+from fedloom.flower import region
+from fedloom.flower.driver import Deployment
 from fedloom.flower.link import Link
 from fedloom.flower.message import Terms
+from fedloom.flower.order import RUN, Order
 from fedloom.flower.status import Status
+from fedloom.hierarchy import Hierarchy
 from fedloom.job import Job, Recording, made_ready
-from fedloom.override import override
+from fedloom.plan.grouped import Planned
 from fedloom.resume import FIXED, begun
 from fedloom.run import Run
-from fedloom.runfile import run_of
 from fedloom.samples import sample_lines
+from fedloom.server import Server
 from fedloom.train.settings import PLAIN
+from fedloom.tree import Tree
 from fedloom.types import ClientId, Profile
 
-ORDER, RUN = "deployment.json", "run"
 SAME = tuple(section for section in FIXED if section not in ("clients", "partition"))
 """Sections of the manifest that are there before any client is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be deployed: the run file with its `--set` settings, the clients to wait for before it begins, how long to wait.
-
-    `metrics_port` is where the server tells its figures to Prometheus, on this machine only (None: nowhere).
-    """
-
-    runfile: str
-    settings: tuple[str, ...] = ()
-    clients: int = 1
-    patience: Patience = field(default_factory=Patience)
-    metrics_port: int | None = None
-
-    @classmethod
-    def of(cls, folder: Path) -> Order:
-        """From the folder of a deployment. Raises Refused where there is none."""
-        path = folder / ORDER
-        try:
-            told: Mapping[str, Any] = json.loads(path.read_bytes())
-            patience = Patience(**told.get("patience", {}))
-            port, settings = told.get("metrics_port"), tuple(told.get("settings", ()))
-            return cls(told["runfile"], settings, int(told.get("clients", 1)), patience, port)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise Refused(
-                "folder", str(folder), f"it holds no usable {ORDER} ({error}); `fedloom serve` writes one"
-            ) from error
-
-    def run(self) -> Run:
-        """The Run value."""
-        return override(run_of(Path(self.runfile)), self.settings)
 
 
 def run(
@@ -68,9 +38,12 @@ def run(
 ) -> str:
     """Carry out the run of a deployment's folder, or go on with it; returns the reason of its end. Raises Refused."""
     order, target = Order.of(folder), folder / RUN
+    if order.above:
+        region.run(link, folder, order, pause, clock)
     if reason := finished(target):
         return reason
-    job, profiles = made_for_serving(order.run(), target)
+    job, profiles = made_for_serving(order.run(), target, order.clients)
+    assert isinstance(job.server, Server)
     deployment = Deployment(job.server, link, terms(job), profiles, order.clients, order.patience, clock)
     status = Status(folder, deployment, job.run.limits)
 
@@ -88,7 +61,9 @@ def run(
         return reason
 
     with status.exported(order.metrics_port):
-        job.record(drive, target, [status], {"deployed": True}, checkpoint_seconds=0.0, keep_updates=True)
+        regions = {"regions": order.clients} if job.run.hierarchy else {}
+        about = {"deployed": True, **regions}
+        job.record(drive, target, [status], about, checkpoint_seconds=0.0, keep_updates=True)
     return finished(target)
 
 
@@ -99,22 +74,33 @@ def finished(target: Path) -> str:
     return str(about["status_reason"]) if about.get("status") == "finished" else ""
 
 
-def made_for_serving(value: Run, target: Path) -> tuple[Job, dict[ClientId, Profile]]:
-    """The job without clients or their data, new or going on in the folder, and the table that its clients will stand in."""
+def made_for_serving(value: Run, target: Path, clients: int = 1) -> tuple[Job, dict[ClientId, Profile]]:
+    """The job without clients or their data, new or going on in the folder, and the table that its clients will stand in.
+
+    Where the run has a hierarchy, its clients are that many regions.
+    """
     kinds.check(value)
     need_fresh_answers(value.aggregator, value.schedule)
-    if value.hierarchy:
-        raise Refused(
-            "hierarchy",
-            value.hierarchy,
-            "groups need all clients before the run begins; deploy it without, or simulate",
-        )
     before = begun(target, value, (Deployment,)) if (target / "manifest.json").is_file() else None
     profiles = dict[ClientId, Profile]()
     job = replace(made_ready(value, scored(value.data, value.seed), (), before), profiles=profiles)
+    if value.hierarchy:
+        job = replace(job, server=over_regions(value, value.hierarchy, job.server, clients))
     if before:
         before.check(job.about(), SAME)
     return job, profiles
+
+
+def over_regions(value: Run, hierarchy: Hierarchy, flat: Server | Tree, regions: int) -> Server:
+    """The server over regions. Raises Refused for what a region cannot tell it yet."""
+    if isinstance(hierarchy.plan, Planned):
+        remedy = "it learns from what edges tell beside their answers, which does not travel yet; give another plan, or simulate"
+        raise Refused("hierarchy.plan", hierarchy.plan, remedy)
+    if value.plan.depth is not None:
+        remedy = "regions report whole models only; leave it out, or simulate"
+        raise Refused("plan.depth", value.plan.depth, remedy)
+    assert isinstance(flat, Server)
+    return hierarchy.root(flat, regions, value.transfer)
 
 
 def terms(job: Job) -> Terms:

@@ -16,16 +16,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from logging import getLogger
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from fedloom.errors import Refused
 from fedloom.flower.link import Link, Reply
 from fedloom.flower.message import Hello, Refusal, Terms, Welcome, Work, decode_reply, encode
 from fedloom.flower.sites import Node, Sent, Sites
 from fedloom.payload import down, up
-from fedloom.server import Server
+from fedloom.server import State
 from fedloom.simulate import Evaluator, Observer, nothing
-from fedloom.tree import Tree
 from fedloom.types import (
     Cancel,
     ClientId,
@@ -53,6 +52,23 @@ LARGEST = 2**31
 """Bytes of an answer, at most."""
 TRIES = 8
 """After so many failed deliveries a task counts as failed."""
+
+
+class Driven(Protocol):
+    """What is driven: a server, or an edge in the place of one."""
+
+    @property
+    def state(self) -> State:
+        """Of the server."""
+        ...
+
+    def handle(self, now: float, event: Event) -> list[Command]:
+        """As `Server.handle`."""
+        ...
+
+    def wake(self) -> float | None:
+        """As `Server.wake`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +130,7 @@ class Deployment:
         {"server", "link", "terms", "evaluate", "observe", "profiles", "least", "patience", "settled", "clock"}
         | {"traffic", "sites", "failed", "looked", "began", "changed"}
     )
-    server: Server | Tree
+    server: Driven
     link: Link
     terms: Terms
     profiles: dict[ClientId, Profile]
@@ -157,6 +173,10 @@ class Deployment:
             self.changed = False
         self._send(now)
         return None
+
+    def happens(self, event: Event) -> Stop | None:
+        """Something that no link tells of."""
+        return self._tell(self.elapsed, event)
 
     # What happened ------------------------------------------------------------------------------------------------------
 

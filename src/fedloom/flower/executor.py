@@ -43,7 +43,7 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 from fedloom.flower.grid import fetched, packed, unpacked
 from fedloom.flower.pipe import ask
 
-POLL = 0.1
+POLL = 0.2
 """Seconds between two questions whether there is a task, over loopback."""
 HEARTBEAT = 10.0
 """Seconds; the SuperNode gives a task up after 60 without one."""

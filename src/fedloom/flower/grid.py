@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
@@ -25,8 +27,8 @@ LIFETIME = 14 * 24 * 3600.0
 """Seconds until Flower forgets a message. Deadlines are the driver's: this one only lies beyond them all."""
 DOWNLOADS = 32
 """Replies that are fetched at once."""
-PATIENCE = 0.2
-"""Seconds that `collect` gives the replies it has just been told of; later ones are in the next call."""
+ASK = 0.2
+"""Seconds between two questions for news."""
 
 SOON, LATER = 0.05, 1.0
 """Seconds between two looks at whether a piece has been uploaded, at first and at most."""
@@ -66,6 +68,9 @@ def fetched(client: RuntimeHttpClient, tree: ObjectTree, node: Node, run: int) -
 class GridLink:
     """`Link` over `grid`, which is connected to a SuperLink; a site's name is what its key was registered under.
 
+    A thread asks for news all the time, whatever the driver does meanwhile. Flower tells of a lost message only while its node is
+    away, which may be seconds, and drops a finished reply whose node has left before it was asked for.
+
     Flower announces a reply before its bytes are uploaded, and `Grid.pull_messages` then waits for them: minutes, over a slow
     line, in which no other client would be served. So the announcements are read here and each reply is fetched by a thread,
     through the client that the Grid holds; `tests/flower/test_contract.py` pins what that takes.
@@ -76,6 +81,8 @@ class GridLink:
         self._sent: dict[str, int] = {}
         self._came: SimpleQueue[Reply] = SimpleQueue()
         self._pool = ThreadPoolExecutor(DOWNLOADS, "fetch")
+        self._asking = threading.Thread(target=self._ask, name="ask", daemon=True)
+        self._trouble: BaseException | None = None
         self._refused = 0
 
     def nodes(self) -> Mapping[int, str | None]:
@@ -88,6 +95,8 @@ class GridLink:
         number = next(iter(self._grid.push_messages([message])), "")
         if number:
             self._sent[number] = node
+            if self._asking.ident is None:
+                self._asking.start()
         else:
             self._refused += 1
             number = f"refused-{self._refused}"
@@ -95,16 +104,9 @@ class GridLink:
         return number
 
     def collect(self) -> list[Reply]:
-        """The replies that are there, each once."""
-        if self._sent:
-            asking = PullAppMessagesRequest(message_ids=list(self._sent))
-            told = self._grid._runtime_client.PullMessages(asking)
-            news = [
-                self._pool.submit(self._fetch, number, node, tree)
-                for message, tree in zip(told.messages_list, told.message_object_trees, strict=True)
-                if (node := self._sent.pop(number := message.metadata.reply_to_message_id, None)) is not None
-            ]
-            wait(news, PATIENCE)
+        """The replies that are there, each once. What went wrong in asking for them is raised here."""
+        if self._trouble:
+            raise self._trouble
         return list(self._drained())
 
     def _drained(self) -> Iterator[Reply]:
@@ -113,6 +115,19 @@ class GridLink:
                 yield self._came.get_nowait()
             except Empty:
                 return
+
+    def _ask(self) -> None:
+        try:
+            while True:
+                if waiting := list(self._sent):
+                    told = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=waiting))
+                    for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
+                        number = message.metadata.reply_to_message_id
+                        if (node := self._sent.pop(number, None)) is not None:
+                            self._pool.submit(self._fetch, number, node, tree)
+                time.sleep(ASK)
+        except BaseException as error:
+            self._trouble = error
 
     def _fetch(self, number: str, node: int, tree: ObjectTree) -> None:
         client, here, run = self._grid._runtime_client, self._grid.node, self._grid.run.run_id

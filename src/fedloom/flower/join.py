@@ -34,7 +34,10 @@ PLAIN = {
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """What a site must know to join: the server, whom it trusts, who it is, where its files are, how its worker is started."""
+    """What a site must know to join: the server, whom it trusts, who it is, where its files are, how its worker is started.
+
+    `idle` are the seconds between two questions for work, at most (None: as Flower has it, three).
+    """
 
     server: str
     folder: Path
@@ -42,17 +45,20 @@ class Seat:
     worker: Sequence[str]
     ca: Path | None = None
     key: Path | None = None
+    idle: float | None = None
 
     def __post_init__(self) -> None:
         host = self.server.rpartition(":")[0]
         if (self.ca is None or self.key is None) and not loopback(host):
             raise Refused("--insecure", self.server, "without key and TLS a site speaks to its own machine only")
+        if self.idle is not None and not 0.05 <= self.idle <= 3.0:
+            raise Refused("--idle", self.idle, "choose 0.05 to 3 seconds")
         for name, path in (("ca", self.ca), ("key", self.key)):
             if path is not None and not path.is_file():
                 raise Refused(name, str(path), "there is no such file; see `fedloom keys`")
 
 
-def seat(config: Path, insecure: bool) -> Seat:
+def seat(config: Path, insecure: bool, idle: float | None = None) -> Seat:
     """The seat that a site's settings describe.
 
     Raises:
@@ -69,7 +75,7 @@ def seat(config: Path, insecure: bool) -> Seat:
         )
     worker = [program("fedloom"), "worker", "--config", str(config.resolve())]
     secure = {} if insecure else {"ca": site.ca, "key": site.key}
-    return Seat(site.server, site.folder.resolve(), site.socket.resolve(), worker, **secure)
+    return Seat(site.server, site.folder.resolve(), site.socket.resolve(), worker, idle=idle, **secure)
 
 
 def parts(seat: Seat, runtime: int) -> list[list[Part]]:
@@ -86,14 +92,36 @@ def parts(seat: Seat, runtime: int) -> list[list[Part]]:
         node.append("--insecure")
     else:
         node += ["--root-certificates", str(seat.ca), "--auth-supernode-private-key", str(seat.key)]
+    idle = [] if seat.idle is None else ["--idle", str(seat.idle)]
     execute = ["--runtime", f"127.0.0.1:{runtime}", "--socket", str(seat.socket), "--secret", shared]
     return [
         [Part("worker", seat.worker, given)],
         [
-            Part("supernode", [program("flower-supernode"), *node], given),
+            Part(
+                "supernode",
+                [sys.executable, "-m", "fedloom.flower.node", *idle, "--was", str(_was(seat)), "--", *node],
+                given,
+            ),
             Part("executor", [sys.executable, "-m", "fedloom.flower.executor", *execute], given),
         ],
     ]
+
+
+def upward(config: Path, insecure: bool) -> list[list[Part]]:
+    """The processes that take a region to the server above it; in the place of a worker, its ServerApp answers.
+
+    Raises:
+        Refused: as `seat`, or the settings are not those of a region.
+    """
+    from fedloom.flower.site import read
+
+    if not read(config).region:
+        raise Refused(
+            "--above", str(config), "these are the settings of a site with data; a region's say `region = true`"
+        )
+    place = seat(config, insecure)
+    secret(place.folder / "flower" / "secret")
+    return parts(place, free_port())[1:]
 
 
 def join(seat: Seat, say: Callable[[str], None]) -> None:
@@ -111,6 +139,7 @@ def join(seat: Seat, say: Callable[[str], None]) -> None:
                 supervisor.look()
                 for line in log.lines():
                     if "SuperNode ID:" in line:
+                        _was(seat).write_text(line.rpartition(":")[2].strip(), encoding="utf-8")
                         say(f"the server at {seat.server} has let this site in")
                         silent = False
                     elif "retrying in" in line and not silent:
@@ -119,6 +148,11 @@ def join(seat: Seat, say: Callable[[str], None]) -> None:
                 time.sleep(TICK)
         finally:
             supervisor.stop()
+
+
+def _was(seat: Seat) -> Path:
+    """Where the node id is kept that the site has at the server."""
+    return seat.folder / "flower" / "node"
 
 
 def plain(line: str) -> str:

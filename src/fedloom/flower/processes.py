@@ -71,6 +71,7 @@ class Supervisor:
     ) -> None:
         self._units = [Unit(parts) for parts in units]
         self._logs, self._say, self._wait = logs, say, wait or Backoff()
+        self._born = dict[str, int]()
         logs.mkdir(parents=True, exist_ok=True)
 
     def look(self) -> None:
@@ -87,7 +88,8 @@ class Supervisor:
                 unit.delay = self._wait.first if now - unit.begun > self._wait.steady else unit.delay
                 unit.due = time.monotonic() + unit.delay
                 for part, code in ended:
-                    self._say(f"{part.name} {_ending(code)}; again in {unit.delay:.0f} s{self._last_words(part)}")
+                    words = self._last_words(part) if code and code > 0 else ""
+                    self._say(f"{part.name} {_ending(code)}; again in {unit.delay:.0f} s{words}")
                 unit.delay = min(2 * unit.delay, self._wait.most)
             if not unit.running and now >= unit.due:
                 self._start(unit)
@@ -113,6 +115,7 @@ class Supervisor:
 
     def _child(self, part: Part) -> subprocess.Popen[bytes]:
         with (self._logs / f"{part.name}.log").open("ab") as log:
+            self._born[part.name] = log.tell()
             return subprocess.Popen(
                 part.command,
                 env=dict(part.environment),
@@ -139,13 +142,14 @@ class Supervisor:
         unit.running = []
 
     def _last_words(self, part: Part) -> str:
-        """What Flower said on leaving, if it did."""
-        lines = tail(self._logs / f"{part.name}.log").splitlines()
+        """What Flower said on leaving, if it did, or else its last error."""
+        lines = Reader(self._logs / f"{part.name}.log", self._born.get(part.name, 0)).lines()
         for number in range(len(lines) - 1, -1, -1):
             if "Exit Code: " in lines[number]:
-                said = [line.strip() for line in lines[number : number + 4] if line.strip()]
+                said = [line for line in lines[number : number + 4] if line]
                 return ": " + " ".join(said).partition("Exit Code: ")[2]
-        return ""
+        errors = [line for line in lines if "ERROR" in line or "Error: " in line]
+        return f": {errors[-1]}" if errors else ""
 
 
 def die_with(parent: int) -> None:
@@ -260,6 +264,7 @@ def terminable() -> Iterator[None]:
 def secret(path: Path) -> Path:
     """A new random secret in a file that only its owner reads."""
     path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_bytes(secrets.token_bytes(32))
     return path

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -249,8 +249,11 @@ class Serving:
         return None
 
 
-def serve(server: Server, facts: Mapping[str, object], resume: bool, say: Say) -> str:
-    """Carry out a deployment; returns why it ended. `facts` are written to `deployment.json` for the ServerApp.
+def serve(
+    server: Server, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[Part]] = ()
+) -> str:
+    """Carry out a deployment; returns why it ended. `facts` are written to `deployment.json` for the ServerApp, and `more` are
+    processes to keep alive beside it.
 
     Raises:
         Refused: the folder is in use, or has a deployment already, or has none to resume, or the run cannot be carried out.
@@ -265,7 +268,7 @@ def serve(server: Server, facts: Mapping[str, object], resume: bool, say: Say) -
         inner = server.port if server.insecure else free_port()
         control = Control(server.home, inner, None if server.insecure else server.folder / "keys" / "ca.crt")
         control.prepare(server.app)
-        supervisor = Supervisor(parts(server, inner), server.folder / "logs", say)
+        supervisor = Supervisor([*parts(server, inner), *map(list, more)], server.folder / "logs", say)
         log = Reader(server.folder / "logs" / "superlink.log").skip()
         serving = Serving(server, control, supervisor, say, log, last(server.folder), nodes=_known(server))
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import traceback
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from flwr.serverapp import ServerApp
 from flwr.superlink.grid import HttpGrid
 
 from fedloom.errors import Refused
+from fedloom.flower import logs
 from fedloom.flower.attempt import Word, leave
 from fedloom.flower.grid import GridLink
 from fedloom.flower.link import Link
@@ -53,7 +53,4 @@ def _log_to(path: Path) -> None:
     with path.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    log, handler = logging.getLogger("fedloom"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    logs.to_stderr()

@@ -138,7 +138,10 @@ class Speed(_Section):
 
 
 class Site(_Section):
-    """A site, as `site.toml` says it: who it is, where the server is, its model and its data, what it allows."""
+    """A site, as `site.toml` says it: who it is, where the server is, its model and its data, what it allows.
+
+    A `region` has no data: it leads sites of its own, and is started by `fedloom serve --above`.
+    """
 
     name: str = Field(min_length=1, max_length=200)
     server: str = Field(min_length=1)
@@ -146,6 +149,7 @@ class Site(_Section):
     key: Place | None = None
     folder: Annotated[Place, Field(validate_default=True)] = Path("state")
     model: Copy
+    region: bool = False
     table: LabelledFile | None = None
     instructions: AnsweredFile | None = None
     limits: Limits = Limits()
@@ -153,7 +157,10 @@ class Site(_Section):
 
     @model_validator(mode="after")
     def _one_file(self) -> Site:
-        if (self.table is None) == (self.instructions is None):
+        files = (self.table is not None) + (self.instructions is not None)
+        if self.region and files:
+            raise ValueError("a region has no data of its own: leave out the section, or `region`")
+        if not self.region and files != 1:
             raise ValueError("give either a section [table] or a section [instructions]")
         return self
 

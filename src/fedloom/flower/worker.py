@@ -124,7 +124,7 @@ class Worker:
 
     def _work(self, ask: Work) -> bytes:
         """The answer: from the journal if the task was done, else trained now and written down before it is given out."""
-        run, task, mark = ask.terms.run_hash, ask.task, _mark(ask)
+        run, task, mark = ask.terms.run_hash, ask.task, marked(ask)
         known = self.journal.done(run, task.id)
         if known is not None and known.mark == mark:
             LOG.info("task %d was done before: the same answer again", task.id)
@@ -191,7 +191,7 @@ def _warm(site: Site, terms: Terms) -> Warm:
     return Warm(terms, base, trainer, _sizes(initial(base, terms.rank)))
 
 
-def _mark(ask: Work) -> str:
+def marked(ask: Work) -> str:
     """Names what was asked, whenever and by whichever start of the server."""
     return hashlib.sha256(encode(replace(ask, incarnation=0, seconds=0.0))).hexdigest()
 
