@@ -3,15 +3,15 @@
     python -m bench.chaos [--quick] [--seed N]
 
 `fedloom serve` and four `fedloom join`, with TLS and keys, on a tiny model that learns toy sentences (FedFa, a window of four).
-At moments drawn from the seed (when the run has made so many versions, and up to 1.5 s later) `kill -9` hits a worker, a SuperNode,
-the ServerApp or the SuperLink: ten times each, or 2, 1, 1 and 1 with `--quick`. Once the gate stops for ten seconds, so that no byte gets
-through between server and sites, and once the disk of the server's folder is full until the server has said so (a tmpfs of its own;
-left out where this process is not root). Where the part of a kill is not there, because it was killed just before, the kill waits.
+At moments drawn from the seed (when the run has made so many versions, and up to 1.5 s later) `kill -9` hits a worker, a
+SuperNode, the ServerApp or the SuperLink: ten times each, or 2, 1, 1 and 1 with `--quick`. Once the gate stops for ten seconds, so
+that no byte gets through between server and sites, and once the disk of the server's folder is full until the server has said so (a
+tmpfs of its own; left out where this process is not root). Where the part is not there, because it was killed just before, the kill waits.
 
 Afterwards the trace is audited: `lost` are accepted answers that are in no version, `double_counted` those that counted twice,
 `unfinished` tasks of which the trace does not tell the end, and runs that did not end. The trace must replay to the byte. A kill is
 `recovered` if an answer was accepted later: from that site, or from any if it hit the server. The accuracy is held against
-undisturbed runs of the same seed: 2 more (4 in the long form) give the noise. The last line is one JSON object.
+undisturbed runs of the same seed (three; one with `--quick`), which give the noise. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from bench.tiny import hush, settle
 from fedloom.replay import replay
 
 SITES, STEPS = 4, 40
+"""Of a task: about half a second."""
 AT_SITES = ("worker", "supernode")
 FULL = {"worker": 10, "supernode": 10, "serverapp": 10, "superlink": 10}
 QUICK = {"worker": 2, "supernode": 1, "serverapp": 1, "superlink": 1}
@@ -46,8 +47,8 @@ CUT = 10.0
 """Seconds."""
 DISK = "192m"
 """Of the server's folder; a run fills a few megabytes of it."""
-LATEST = {"supernode": 0.4}
-"""Share of the versions after which no more such kills are drawn: the lease of a SuperNode is a minute, in which others go on."""
+LATEST = {"supernode": 0.5, "worker": 0.6}
+"""Share of the versions after which no more such kills are drawn, by default 0.75: what comes later could not be seen to recover."""
 
 
 @dataclass(slots=True)
@@ -189,7 +190,9 @@ def audit(lines: Sequence[Mapping[str, Any]], folder: Path) -> Audit:
 
 def accuracy(lines: Sequence[Mapping[str, Any]]) -> float:
     """Of the last version."""
-    return float(next(line["event"]["metrics"]["accuracy"] for line in reversed(lines) if line["event"]["type"] == "Scored"))
+    return float(
+        next(line["event"]["metrics"]["accuracy"] for line in reversed(lines) if line["event"]["type"] == "Scored")
+    )
 
 
 def recovered(blow: Blow, lines: Sequence[Mapping[str, Any]]) -> bool:
@@ -199,11 +202,13 @@ def recovered(blow: Blow, lines: Sequence[Mapping[str, Any]]) -> bool:
     return blow.place in arrived or (blow.place == "server" and bool(arrived))
 
 
-def carried_out(folder: Path, versions: int, seed: int, counts: Mapping[str, int] | None, seconds: float) -> Storm:
+def carried_out(
+    folder: Path, versions: int, seed: int, counts: Mapping[str, int] | None, seconds: float, sites: int = SITES
+) -> Storm:
     """One run, with what befell it; its folder is kept at `kept`."""
     folder.mkdir()
     with disk(folder / "server"):
-        run = make(folder, SITES, versions, STEPS, seed)
+        run = make(folder, sites, versions, STEPS, seed)
         storm, end = Storm(run, drawn(counts, versions, run.names, seed) if counts else []), time.monotonic() + seconds
         with running(run):
             while not run.over() and time.monotonic() < end:
@@ -231,11 +236,11 @@ def main() -> None:
 
 
 def stormed(
-    place: Path, versions: int, seed: int, counts: Mapping[str, int], calm: int, seconds: float
+    place: Path, versions: int, seed: int, counts: Mapping[str, int], calm: int, seconds: float, sites: int = SITES
 ) -> dict[str, int]:
     """The figures of one storm, beside `calm` undisturbed runs."""
     began = time.monotonic()
-    storm = carried_out(place / "storm", versions, seed, counts, seconds)
+    storm = carried_out(place / "storm", versions, seed, counts, seconds, sites)
     folder, took = place / "storm" / "kept", time.monotonic() - began
     lines = [json.loads(line) for line in (folder / "trace.jsonl").read_bytes().split(b"\n")[:-1]]
     found = audit(lines, folder)
@@ -244,7 +249,9 @@ def stormed(
     told = json.loads((folder / "manifest.json").read_bytes())
     ended = told["status"] == "finished" and not storm.coming
     print(f"{took:.0f} s; {told['status']}: {told['status_reason']}; {len(found.accepted)} answers accepted")
-    print(f"fallen: {dict(Counter(blow.part for blow in storm.fallen))}; not recovered: {[b for b in storm.fallen if b not in back]}")
+    print(
+        f"fallen: {dict(Counter(blow.part for blow in storm.fallen))}; not recovered: {[b for b in storm.fallen if b not in back]}"
+    )
     print(f"replay: {found.replayed or 'the same to the byte'}")
     figures = [accuracy(_calm(place / f"calm{k}", versions, seed)) for k in range(calm)]
     if figures and ended:

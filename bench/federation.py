@@ -1,6 +1,6 @@
 """A federation on this machine for benches and tests: a run file, a folder for the server and one for each site, real processes.
 
-TLS and keys are on: everything is made by the commands that a newcomer types.
+TLS and keys are on. What stands in the settings is what a newcomer would write there.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bench.tiny import tiny_encoder, toy_rows
-from fedloom.flower import attempt
+from fedloom.flower import attempt, keys, shards
 from fedloom.flower.processes import free_port, program
+from fedloom.runfile import run_of
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
@@ -76,8 +77,8 @@ class Federation:
         self._begin("server", "serve", str(self.folder / "run.py"), *given, *words)
 
     def join(self, name: str) -> None:
-        """`fedloom join` for this site."""
-        self._begin(name, "join", "--config", str(self.folder / "sites" / name / "site.toml"))
+        """`fedloom join` for this site, which asks for work five times a second."""
+        self._begin(name, "join", "--config", str(self.folder / "sites" / name / "site.toml"), "--idle", "0.2")
 
     def _begin(self, place: str, *words: str) -> None:
         command = [*self.inside.get(place, ()), program("fedloom"), *words]
@@ -89,7 +90,7 @@ class Federation:
         return (self.folder / f"{place}.out").read_text(encoding="utf-8", errors="replace")
 
     def pid(self, place: str, part: str) -> int | None:
-        """The process of a part, while it runs: of the server "superlink", "gate" or "serverapp", of a site "worker" or "supernode"."""
+        """The process of a part, while it runs: "superlink", "gate", "serverapp" of the server, "worker", "supernode" of a site."""
         if part == "serverapp":
             word = attempt.heard(self.server, attempt.last(self.server)) if self.server.exists() else None
             return word.pid if word and word.lives and not word.ended else None
@@ -137,23 +138,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def fedloom(*words: object) -> str:
-    """What a command prints."""
-    done = subprocess.run(
-        [program("fedloom"), *map(str, words)], env=environment(), stdout=subprocess.PIPE, text=True, check=True
-    )
-    return done.stdout
-
-
 def make(folder: Path, clients: int, versions: int, steps: int, seed: int = 0, host: str = "127.0.0.1") -> Federation:
     """A run of a tiny model on toy sentences that needs some eighty answers to learn them; its sites, keys and settings."""
     tiny_encoder(folder / "model")
     for name, rows in (("train", toy_rows(1000, 1)), ("test", toy_rows(400, 2))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "run.py").write_text(RUNFILE.format(clients=clients, versions=versions, steps=steps, seed=seed))
-    fedloom("shards", folder / "run.py", "--out", folder / "sites")
+    shards.write(run_of(folder / "run.py"), folder / "sites")
     made = Federation(folder, sorted(one.name for one in (folder / "sites").iterdir()), free_port(), host)
-    fedloom("keys", "new", made.server, "--host", host)
+    keys.new(made.server, [host])
     for name in made.names:
         let_in(made, name)
     return made
@@ -162,10 +155,10 @@ def make(folder: Path, clients: int, versions: int, steps: int, seed: int = 0, h
 def let_in(made: Federation, name: str) -> None:
     """A key for this site, and settings that name it."""
     site = made.folder / "sites" / name
-    fedloom("keys", "site", name, "--out", site)
-    fedloom("keys", "add", site / f"{name}.pub", "--name", name, "--folder", made.server)
+    private, public = keys.site(name, site)
+    keys.add(public, name, made.server)
     lines = (site / "site.toml").read_text().splitlines()
-    own = {"server": f"{made.host}:{made.port}", "ca": str(made.server / "keys" / "ca.crt"), "key": f"{name}.key"}
+    own = {"server": f"{made.host}:{made.port}", "ca": str(made.server / "keys" / "ca.crt"), "key": private.name}
     kept = [line for line in lines if not re.match(r"(# )?(server|ca|key) = ", line)]
     (site / "site.toml").write_text("\n".join([f"{key} = {json.dumps(value)}" for key, value in own.items()] + kept))
 
