@@ -6,7 +6,8 @@
 At moments drawn from the seed (when the run has made so many versions, and up to 1.5 s later) `kill -9` hits a worker, a
 SuperNode, the ServerApp or the SuperLink: ten times each, or 2, 1, 1 and 1 with `--quick`. Once the gate stops for ten seconds, so
 that no byte gets through between server and sites, and once the disk of the server's folder is full until the server has said so (a
-tmpfs of its own; left out where this process is not root). Where the part is not there, because it was killed just before, the kill waits.
+tmpfs of its own; left out where this process is not root). Where a part is not there, because it was killed just before, the kill
+waits.
 
 Afterwards the trace is audited: `lost` are accepted answers that are in no version, `double_counted` those that counted twice,
 `unfinished` tasks of which the trace does not tell the end, and runs that did not end. The trace must replay to the byte. A kill is
