@@ -4,7 +4,7 @@
 
 Each host has its own network stack and a cable to one bridge. The slow site takes five times as many steps a task, which is as long
 as a machine five times slower takes: the limits of the others cap the run's plan. The bad line delays each packet by 60 to 100 ms
-(there and back) and loses 2 % (netem); where the kernel has no netem it carries 256 kbit/s, and what would wait longer than 60 ms is
+(there and back) and loses 2 % (netem); where the kernel has no netem it carries 192 kbit/s, and what would wait longer than 30 ms is
 dropped (tbf). In the middle of the run the cable of another site is pulled for ten seconds. FedFa, a window of four.
 
 A site is idle from the end of one task to the start of the next, as its executor's log tells. First the run is carried out by one
@@ -33,7 +33,8 @@ from bench.federation import Federation, make
 from bench.tiny import hush, settle
 from fedloom.replay import replay
 
-SITES, TIMES, STEPS = 4, 5, 60
+SITES, TIMES, STEPS = 4, 5, 300
+"""A task of the fast sites is some seconds long: still short for a real one, against which what Flower takes is less."""
 SLOW, POOR, PULLED = 0, 1, 3
 CUT = 10.0
 """Seconds for which a cable is pulled."""
@@ -85,7 +86,7 @@ def slow_down(host: str) -> str:
     """Make the line of this host a bad one, both ways; returns the kernel's word for how."""
     ways = (
         ["netem", "delay", "40ms", "10ms", "loss", "1%"],
-        ["tbf", "rate", "256kbit", "burst", "3kb", "latency", "60ms"],
+        ["tbf", "rate", "192kbit", "burst", "1600", "latency", "30ms"],
     )
     for way in ways:
         try:

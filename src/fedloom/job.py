@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from fedloom import __version__, fitting, folder, kinds, manifest
+from fedloom import fitting, folder, kinds, manifest
+from fedloom.about import told
 from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.availability import Stays
 from fedloom.clientscores import client_scores
 from fedloom.data.examples import Split
-from fedloom.data.partition import Shard, hold_out, statistics
+from fedloom.data.partition import Shard, hold_out
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, level, whole
 from fedloom.membership import devices, led
@@ -27,11 +28,10 @@ from fedloom.report.html import write as write_report
 from fedloom.resume import LOGS, NAME, SECONDS, Begun, Keeper, Progress, begun, claimed, given, log, restore
 from fedloom.run import Run
 from fedloom.samples import sample_lines
-from fedloom.seeds import derive, rng
+from fedloom.seeds import derive
 from fedloom.server import Server
 from fedloom.simulate import Evaluator, Observer, Simulation
 from fedloom.trace import Trace
-from fedloom.train import dialogue
 from fedloom.train.base import Base, check_length, initial, load
 from fedloom.train.depth import Cache
 from fedloom.train.evaluate import score
@@ -41,7 +41,7 @@ from fedloom.train.texts import Encoded, encode
 from fedloom.train.trainer import PeftTrainer
 from fedloom.train.workers import Workers
 from fedloom.tree import Tree, owners, places
-from fedloom.types import Budget, ClientId, Command, Event, Model, Profile
+from fedloom.types import ClientId, Command, Event, Model, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,39 +158,7 @@ class Job:
 
     def about(self) -> dict[str, object]:
         """The manifest, without the status."""
-        settings, shape = manifest.plain(self.run), self.server.shape
-        rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
-        fitted = {"training": self.train_texts.fitted, "test": self.test_texts.fitted}
-        notes = [*self.split.notes, *dialogue.notes(self.base.tokenizer, self.run.training.max_length, fitted)]
-        notes += manifest.notes(rules, head=shape.dense > 0)
-        ranks = range(1, self.run.plan.rank.largest + 1)
-        return {
-            "fedloom": __version__,
-            "name": self.run.name,
-            "seed": self.run.seed,
-            "run_hash": manifest.digest(settings),
-            "run": settings,
-            "versions": manifest.versions(),
-            "machine": manifest.machine(),
-            "computed": self.base.computed,
-            "model": {
-                "name": self.run.model,
-                "labels": self.base.labels,
-                "parameters": shape.parameters + shape.embeddings,
-                "adapted_modules": list(self.server.state.model.adapter.factors),
-                "lora_parameters_by_rank": {str(rank): shape.adapter_parameters(rank) for rank in ranks},
-                "dense_parameters": shape.dense,
-            },
-            "partition": statistics(self.split.train, self.shards) if self.shards else self._names(),
-            "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
-            **({"groups": self.server.groups.names} if isinstance(self.server, Tree) else {}),
-            "baselines": {} if self.base.labels is None else {"majority": manifest.majority(self.split.test.labels)},
-            "notes": self.begun.notes(notes, __version__) if self.begun else notes,
-        }
-
-    def _names(self) -> Mapping[str, object]:
-        """Of data that lie elsewhere the labels are known."""
-        return {"clients": {}, "label_names": list(self.split.train.names)}
+        return told(self)
 
     def _place(self, out: Path | None) -> Path:
         """The folder to write: that of the run that goes on, or a new one."""
@@ -307,7 +275,7 @@ def made_ready(run: Run, split: Split, shards: Sequence[Shard], before: Begun | 
         base=base,
         train_texts=train,
         test_texts=test,
-        tested=_sample(len(split.test), run.test_limit, run.seed),
+        tested=fitting.tested(len(split.test), run.test_limit, run.seed),
         server=led(run, _server(run, base, top), shards, split, profiles),
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
         begun=before,
@@ -326,9 +294,3 @@ def _server(run: Run, base: Base, rank: int) -> Server:
         seed=run.seed,
         transfer=run.transfer,
     )
-
-
-def _sample(size: int, limit: int | None, seed: int) -> tuple[int, ...]:
-    if limit is None or limit >= size:
-        return tuple(range(size))
-    return tuple(sorted(rng(seed, "test").sample(range(size), limit)))

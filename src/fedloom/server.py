@@ -18,6 +18,7 @@ from fedloom.errors import Refused
 from fedloom.indexed import IndexedTable
 from fedloom.layers import merged, started
 from fedloom.lora import server_rank
+from fedloom.plan.budget import within
 from fedloom.seeds import derive
 from fedloom.transfer import handed
 from fedloom.types import (
@@ -104,9 +105,7 @@ class Limits:
         if self.failures < 1:
             raise Refused("limits.failures", self.failures, "how many tasks may fail in a row: at least 1")
         if self.evaluate_every < 0:
-            raise Refused(
-                "limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions, 0: the last alone"
-            )
+            raise Refused("limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions; 0: the last")
 
 
 class Server:
@@ -298,16 +297,3 @@ class Server:
         state.working[client] = (state.idle.take(client), number)
         state.dispatched[client] = state.dispatched.get(client, 0) + 1
         return Dispatch(task)
-
-
-def within(budget: Budget, most: Budget | None) -> Budget:
-    """The budget, made smaller where the client does not let a task be so large.
-
-    >>> within(Budget(8, 10), Budget(4, 20, depth=2))
-    Budget(rank=4, steps=10, depth=2, rounds=1, why='')
-    """
-    if most is None:
-        return budget
-    depths = [depth for depth in (budget.depth, most.depth) if depth is not None]
-    rank, steps = min(budget.rank, most.rank), min(budget.steps, most.steps)
-    return replace(budget, rank=rank, steps=steps, depth=min(depths, default=None))

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import flwr
 import pytest
@@ -117,6 +119,18 @@ def test_an_idle_supernode_can_be_hastened(monkeypatch: pytest.MonkeyPatch) -> N
     begun = time.monotonic()
     start_client_internal.time.sleep(3)
     assert time.monotonic() - begun < 1
+
+
+def test_a_supernode_says_which_node_it_is(tmp_path: Path) -> None:
+    source = inspect.getsource(start_client_internal)
+    assert 'log(INFO, "SuperNode ID: %s", node_id)' in source
+    handler = node.Note(tmp_path / "node")
+    logging.getLogger("flwr").addHandler(handler)
+    try:
+        start_client_internal.log(logging.INFO, "SuperNode ID: %s", 17)
+    finally:
+        logging.getLogger("flwr").removeHandler(handler)
+    assert (tmp_path / "node").read_text() == "17"
 
 
 @pytest.mark.parametrize("size", [0, 1, 5 * 2**20, 5 * 2**20 + 1])

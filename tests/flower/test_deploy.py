@@ -78,7 +78,12 @@ def net_of(tmp_path: Path, job: Job, encoder: Path) -> Net:
 
 @pytest.mark.parametrize(
     ("method", "codec"),
-    [(ProductDelta(), None), (ProductDelta(), DeltaInt8()), (FedSA(), None), (Scaffold(clients=6), None)],
+    [
+        (ProductDelta(), DeltaInt8()),
+        pytest.param(ProductDelta(), None, marks=pytest.mark.slow),
+        pytest.param(FedSA(), None, marks=pytest.mark.slow),
+        pytest.param(Scaffold(clients=6), None, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: Any, codec: Any) -> None:
@@ -114,7 +119,7 @@ class Killed(BaseException):
     """As by kill -9: nothing of the process gets to say a word."""
 
 
-@pytest.mark.parametrize("after", [5, 23])
+@pytest.mark.parametrize("after", [5, pytest.param(23, marks=pytest.mark.slow)])
 def test_a_server_that_was_killed_goes_on_in_its_folder(encoder: Path, tmp_path: Path, after: int) -> None:
     run = run_of(encoder, schedule=FedFa(3), limits=Limits(versions=20, evaluate_every=5))
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
@@ -210,6 +215,7 @@ class Above:
                     time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_region_is_the_server_of_its_sites_and_a_site_of_the_server_above(encoder: Path, tmp_path: Path) -> None:
     """Two regions of three sites, each with a net of its own in a thread; the server above, killed once. Inner rounds: 2."""
     run = run_of(encoder, hierarchy=Hierarchy(rounds=2), schedule=FedFa(2), limits=Limits(versions=6))

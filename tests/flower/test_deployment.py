@@ -156,6 +156,18 @@ def test_who_is_refused(secured: tuple[Stage, Path, Path]) -> None:
     until(lambda: "may come no longer" in stage.said("serve"), 30, stage.said("serve"))
     until(lambda: stage.said("stranger").count("does not know this site's key") > 1, 60, stage.said("stranger"))
 
+    keys.add(public, "late", stage.server)
+    until(
+        lambda: "late cannot be let in" in stage.said("serve"),
+        30,
+        "Flower takes a removed key never again, and we say so",
+    )
+    keys.remove("late", stage.server)
+    (stage.server / "sites" / "junk.pub").write_text("no key")
+    until(lambda: "junk.pub" in stage.said("serve"), 30, "a file that is no key is told of")
+    (stage.server / "sites" / "junk.pub").unlink()
+    stage.more(60, "and nobody else suffers from either")
+
     keys.renew(stage.server, ["localhost"], days=-1)
     os.kill(stage.pid("fedloom.flower.gate", stage.server), signal.SIGKILL)
     until(lambda: "certificate is not one of the authority" in stage.said("one"), 60, stage.said("one"))

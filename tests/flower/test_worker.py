@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import toys
+from bench.tiny import tiny_encoder
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.fedsa import FedSA
 from fedloom.aggregate.scaffold import Scaffold
@@ -278,6 +279,17 @@ def test_a_task_of_another_base_or_another_client_is_refused(encoder: Path, tmp_
         assert reason in told.reason
     told = asked(worker, replace(works[0], task=replace(task, client="clinic")))
     assert told.reason == "this site is 'ward', the task is for 'clinic'"
+
+
+def test_a_model_with_other_weights_is_refused(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
+    other = tiny_encoder(tmp_path / "other", initializer_range=0.3)
+    right, wrong = (load(str(path), 2, terms_of().lora, 4, 3).fingerprint() for path in (encoder, other))
+    assert right != wrong
+    worker = Worker(site_at(tmp_path / "site", encoder))
+    assert isinstance(asked(worker, Hello(terms_of(weights=right), 1)), Welcome)
+    told = asked(worker, replace(works[0], terms=terms_of(weights=wrong)))
+    assert isinstance(told, Refusal)
+    assert "its weights are not those of the run's '/at/the/server/tiny'" in told.reason
 
 
 def test_trouble_in_training_is_told_and_the_next_task_is_done(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console, ConsoleRenderable
+
+from fedloom.flower.keycommands import keys_app
 
 out = Console(highlight=False)
 
@@ -15,16 +17,7 @@ Insecure = Annotated[
     bool,
     typer.Option("--insecure", help="Without TLS and keys, to try things on one machine: loopback addresses only."),
 ]
-Hosts = Annotated[
-    list[str],
-    typer.Option(
-        "--host", metavar="NAME", help="Host name or address by which sites reach the server; may be repeated."
-    ),
-]
-Days = Annotated[int, typer.Option("--days", min=1, help="Days until the server's certificate ends.")]
 Of = Annotated[Path, typer.Option("--folder", metavar="DIR", help="The server's folder.")]
-
-keys_app = typer.Typer(no_args_is_help=True, help="Who may speak: the server's certificate, the sites' keys.")
 
 
 def serve(
@@ -32,15 +25,15 @@ def serve(
     folder: Of,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the Run; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Replace a field of the Run; may be repeated. Also patience.task=3600: seconds.",
+        ),
     ] = None,
     clients: Annotated[int, typer.Option(min=1, help="Begin when so many clients are there; more may come later.")] = 1,
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of this machine at which Prometheus may ask.")
-    ] = None,
-    above: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Lead a region: the settings by which it is a site of the server above."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the deployment in this folder.")] = False,
     port: Annotated[str, typer.Option(metavar="[HOST:]PORT", help="Where sites connect to.")] = "8080",
@@ -52,29 +45,66 @@ def serve(
 
     Example: [bold]fedloom keys new DIR --host server.example.org[/bold], then [bold]fedloom serve mine.py --folder DIR[/bold]
     """
-    from fedloom.errors import Refused
+    _carry_out(file, folder, port, insecure, resume, _facts(file, settings, clients) | {"metrics_port": metrics_port})
+
+
+def region(
+    file: Annotated[Path, typer.Argument(metavar="RUNFILE", help="The run file, the same as at the server above.")],
+    folder: Of,
+    config: Annotated[
+        Path,
+        typer.Option(
+            "--config", metavar="FILE", help="How it is a site of the server above: site.toml, region = true."
+        ),
+    ],
+    clients: Annotated[int, typer.Option(min=1, help="Begin when so many sites of the region are there.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the deployment in this folder.")] = False,
+    port: Annotated[str, typer.Option(metavar="[HOST:]PORT", help="Where the region's sites connect to.")] = "8080",
+    insecure: Insecure = False,
+) -> None:
+    """Lead a region: the server of its own sites, and a site of the server above. For a Run with a hierarchy.
+
+    Its keys are two: those of a server in its folder, for its sites, and that of a site in its settings. Runs until stopped.
+    """
     from fedloom.flower.join import upward
-    from fedloom.flower.serve import Server
-    from fedloom.flower.serve import serve as carry_out
+
+    facts = _facts(file, None, clients) | {"above": str(config.resolve())}
+    _carry_out(file, folder, port, insecure, resume, facts, upward(config, insecure))
+
+
+def _facts(file: Path, settings: list[str] | None, clients: int) -> dict[str, object]:
+    """What the server is to know. Settings of `patience` are its own, all others the run's; a slip is told before anything starts."""
+    from fedloom.errors import Refused
+    from fedloom.flower.driven import Patience
     from fedloom.override import override
     from fedloom.runfile import run_of
 
-    override(run_of(file), settings or [])  # a slip is told before anything is started
+    own = [one for one in settings or [] if one.startswith("patience.")]
+    rest = [one for one in settings or [] if one not in own]
+    override(run_of(file), rest)
+    try:
+        patience = {one[9:].partition("=")[0].strip(): float(one.partition("=")[2]) for one in own}
+        Patience(**patience)
+    except (TypeError, ValueError) as error:
+        raise Refused("--set", " ".join(own), f"{error}; for instance patience.task=3600, in seconds") from error
+    return {"runfile": str(file.resolve()), "settings": rest, "clients": clients, "patience": patience}
+
+
+def _carry_out(
+    file: Path, folder: Path, port: str, insecure: bool, resume: bool, facts: dict[str, object], more: Any = ()
+) -> None:
+    from fedloom.errors import Refused
+    from fedloom.flower.serve import Server, serve
+
     host, _, number = port.rpartition(":")
     if not number.isdigit():
         raise Refused("--port", port, "give a port, or an address of this machine and a port: 10.0.0.5:8080")
     server = Server(folder, host or ("127.0.0.1" if insecure else "0.0.0.0"), int(number), insecure)
-    facts = {
-        "runfile": str(file.resolve()),
-        "settings": settings or [],
-        "clients": clients,
-        "metrics_port": metrics_port,
-        "above": above and str(above.resolve()),
-    }
     try:
-        reason = carry_out(server, facts, resume, _say, upward(above, insecure) if above else ())
+        reason = serve(server, facts, resume, _say, more)
     except KeyboardInterrupt:
-        out.print(f"Go on    fedloom serve {file} --folder {folder} --resume", soft_wrap=True)
+        what = "region" if more else "serve"
+        out.print(f"Go on    the same fedloom {what} {file} --folder {folder}, with --resume", soft_wrap=True)
         raise
     out.print(f"The run has ended: {reason}\nAdapter  {folder / 'run' / 'adapter'}", soft_wrap=True)
 
@@ -183,80 +213,10 @@ def shards(
         out.print(site, soft_wrap=True)
 
 
-@keys_app.command("new")
-def keys_new(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")], hosts: Hosts, days: Days = 397
-) -> None:
-    """At the server: make a certificate authority and the server's certificate."""
-    from fedloom.flower import keys
-
-    certificate = keys.new(folder, hosts, days)
-    out.print(f"Give     {certificate} to every site (it is no secret)", soft_wrap=True)
-    out.print(f"Ends     {keys.expiry(folder / 'keys' / 'server.crt'):%Y-%m-%d}; fedloom keys renew makes a new one")
-
-
-@keys_app.command("renew")
-def keys_renew(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")], hosts: Hosts, days: Days = 397
-) -> None:
-    """At the server: a new certificate; sites need nothing new. Restart the server after it."""
-    from fedloom.flower import keys
-
-    out.print(f"Ends     {keys.expiry(keys.renew(folder, hosts, days)):%Y-%m-%d}")
-
-
-@keys_app.command("site")
-def keys_site(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the site is called.")],
-    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the two halves.")] = Path(),
-) -> None:
-    """At a site: make its key."""
-    from fedloom.flower import keys
-
-    private, public = keys.site(name, folder)
-    out.print(f"Keep     {private} (secret)", soft_wrap=True)
-    out.print(
-        f"Send     {public} to the server, for: fedloom keys add {public.name} --name {name} --folder DIR",
-        soft_wrap=True,
-    )
-
-
-@keys_app.command("add")
-def keys_add(
-    public: Annotated[Path, typer.Argument(metavar="PUB", help="The public half of a site's key.")],
-    name: Annotated[str, typer.Option("--name", help="What the server calls the site.")],
-    folder: Of,
-) -> None:
-    """At the server: let a site in. A server that runs needs no restart."""
-    from fedloom.flower import keys
-
-    entry = keys.add(public, name, folder)
-    out.print(f"{entry.name} may come, with key {entry.fingerprint}", soft_wrap=True)
-
-
-@keys_app.command("remove")
-def keys_remove(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The site, as the server calls it.")], folder: Of
-) -> None:
-    """At the server: let a site in no longer. If it is to come back, it needs a new key."""
-    from fedloom.flower import keys
-
-    keys.remove(name, folder)
-    out.print(f"{name} may come no longer")
-
-
-@keys_app.command("list")
-def keys_list(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]) -> None:
-    """At the server: the sites that may come."""
-    from fedloom.flower import keys
-
-    for entry in keys.listed(folder):
-        out.print(f"{entry.name:20s} {entry.fingerprint}", soft_wrap=True)
-
-
 def mount(app: typer.Typer) -> None:
     """Add the commands of a deployment to `fedloom`."""
     app.command()(serve)
+    app.command()(region)
     app.command()(join)
     app.command()(worker)
     app.command()(status)

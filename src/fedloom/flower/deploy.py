@@ -117,4 +117,5 @@ def terms(job: Job) -> Terms:
         seed=value.seed,
         labels=None if job.base.labels is None else names,
         rank=value.plan.rank.largest,
+        weights=job.base.fingerprint(),
     )

@@ -13,17 +13,15 @@ wire a task is sent at least once, in the model its answer counts once:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from logging import getLogger
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
-from fedloom.errors import Refused
+from fedloom.flower.driven import Driven, Patience, Traffic, timed, unscored, unseen
 from fedloom.flower.link import Link, Reply
 from fedloom.flower.message import Hello, Refusal, Terms, Welcome, Work, decode_reply, encode
 from fedloom.flower.sites import Node, Sent, Sites
-from fedloom.payload import down, up
-from fedloom.server import State
 from fedloom.simulate import Evaluator, Observer, nothing
 from fedloom.types import (
     Cancel,
@@ -34,10 +32,8 @@ from fedloom.types import (
     Dispatch,
     Evaluate,
     Event,
-    Model,
     Profile,
     Reject,
-    Result,
     Scored,
     Stop,
     Task,
@@ -52,69 +48,6 @@ LARGEST = 2**31
 """Bytes of an answer, at most."""
 TRIES = 8
 """After so many failed deliveries a task counts as failed."""
-
-
-class Driven(Protocol):
-    """What is driven: a server, or an edge in the place of one."""
-
-    @property
-    def state(self) -> State:
-        """Of the server."""
-        ...
-
-    def handle(self, now: float, event: Event) -> list[Command]:
-        """As `Server.handle`."""
-        ...
-
-    def wake(self) -> float | None:
-        """As `Server.wake`."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long a deployment waits, in seconds.
-
-    A task whose answer is not there after `task` is given to somebody else (None: never). A client that cannot be reached is waited
-    for `away` seconds, in which its task is kept, before it counts as lost. A site that refused to work is asked again after `pause`,
-    one that a message did not get to after `again`, and twice that the next time. The link is looked at every `poll`, for new
-    sites every `look`.
-    """
-
-    task: float | None = None
-    away: float = 180.0
-    pause: float = 60.0
-    again: float = 2.0
-    poll: float = 0.2
-    look: float = 2.0
-
-    def __post_init__(self) -> None:
-        for name in ("task", "away", "pause", "again", "poll", "look"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise Refused(f"patience.{name}", value, "give positive seconds")
-
-
-def unscored(model: Model) -> Mapping[str, float]:
-    """No figures."""
-    return {}
-
-
-def unseen(now: float, event: Event, commands: list[Command]) -> None:
-    """Nobody looks on."""
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What went over the link since the server started: messages and their bytes, each resend counted."""
-
-    sent: int = 0
-    resent: int = 0
-    received: int = 0
-    late: int = 0
-    refused: int = 0
-    bytes_down: int = 0
-    bytes_up: int = 0
 
 
 @dataclass(slots=True)
@@ -135,7 +68,7 @@ class Deployment:
     terms: Terms
     profiles: dict[ClientId, Profile]
     least: int = 1
-    patience: Patience = Patience()
+    patience: Patience = field(default_factory=Patience)
     clock: Callable[[], float] = time.monotonic
     evaluate: Evaluator = unscored
     observe: Observer = unseen
@@ -187,7 +120,7 @@ class Deployment:
         return None
 
     def _reply(self, now: float, reply: Reply) -> Stop | None:
-        sent = self.sites.under_way.pop(reply.message, Sent(reply.node, None))
+        sent = self.sites.under_way.pop(reply.message, Sent(reply.node, None, now))
         if reply.body is None:
             return self._undelivered(now, sent, reply.error)
         self.traffic.received += 1
@@ -196,7 +129,7 @@ class Deployment:
             told = decode_reply(reply.body, LARGEST, self.tasks)
         except Unasked:
             self.traffic.late += 1
-            self._ask_again(sent.node)
+            self.sites.ask_again(sent.node, self.here)
             return None
         except Malformed as error:
             return self._unusable(now, sent, str(error))
@@ -208,7 +141,7 @@ class Deployment:
         node = self.sites.nodes.get(sent.node)
         if client != self.tasks[number].client or (node and node.client not in (None, client)):
             return self._unusable(now, sent, f"{client!r} answers task {number} of {self.tasks[number].client!r}")
-        return self._tell(now, UpdateArrived(client, number, _timed(self.tasks[number], result, now)))
+        return self._tell(now, UpdateArrived(client, number, timed(self.tasks[number], result, now)))
 
     def _undelivered(self, now: float, sent: Sent, error: str) -> Stop | None:
         """Sent again when the node has rested, unless that was so too often."""
@@ -227,7 +160,7 @@ class Deployment:
         LOG.error("a reply of node %s cannot be used: %s", sent.node, reason)
         if sent.task in self.tasks and not sent.given_up:
             return self._failed(now, self.tasks[sent.task], reason)
-        self._rest(now, sent.node, reason)
+        self.sites.rest(now + self.patience.pause, sent.node, reason)
         return None
 
     def _welcome(self, now: float, number: int, profile: Profile) -> Stop | None:
@@ -235,10 +168,14 @@ class Deployment:
         if node is None:
             return None
         if node.name not in (None, client):
-            self._rest(now, number, f"it says that it is {client!r}, and its key is that of {node.name!r}")
+            self.sites.rest(
+                now + self.patience.pause,
+                number,
+                f"it says that it is {client!r}, and its key is that of {node.name!r}",
+            )
             return None
         if self.sites.of(client) not in (None, number):
-            self._rest(now, number, f"there is another {client!r} already")
+            self.sites.rest(now + self.patience.pause, number, f"there is another {client!r} already")
             return None
         node.client, node.why = client, ""
         self.sites.missing.pop(client, None)
@@ -253,15 +190,19 @@ class Deployment:
         return self._tell_all(now, map(ClientJoined, joining))
 
     def _refused(self, now: float, sent: Sent, told: Refusal) -> Stop | None:
-        """A task that a site will not do; if the reason lasts, the site is left alone for a while and its client is gone."""
+        """A task that a site will not do; if the reason lasts, the site is left alone for a while and its client is gone.
+
+        A site that could not read the message does not know which task it was.
+        """
         self.traffic.refused += 1
+        number = sent.task if told.task is None else told.task
         LOG.warning("node %s refuses: %s", sent.node, told.reason)
-        if told.task is None or told.lasting:
-            self._rest(now, sent.node, told.reason)
-        if told.task not in self.tasks:
-            self._ask_again(sent.node)
+        if number is None or told.lasting:
+            self.sites.rest(now + self.patience.pause, sent.node, told.reason)
+        if number not in self.tasks:
+            self.sites.ask_again(sent.node, self.here)
             return None
-        return self._failed(now, self.tasks[told.task], told.reason, gone=told.lasting)
+        return self._failed(now, self.tasks[number], told.reason, gone=told.lasting)
 
     def _failed(self, now: float, task: Task, reason: str, gone: bool = False) -> Stop | None:
         stop = self._tell(now, TaskFailed(task.client, task.id, reason))
@@ -277,7 +218,12 @@ class Deployment:
         return next((stop for client in lost if (stop := self._lost(now, client))), None)
 
     def _overdue(self, now: float) -> Stop | None:
-        """Tasks that nobody waits for any more. Their sites count again when they have answered."""
+        """Tasks that nobody waits for any more. Their sites count again when they have answered.
+
+        What was sent long ago may be lost without a word: it is sent again, ever more seldom, and a site that still works on it has
+        the answer ready when it comes to the second.
+        """
+        self.sites.doubt(now, self.patience.doubt)
         if self.patience.task is None:
             return None
         late = [task.client for task in self.tasks.values() if now > task.sent + self.patience.task]
@@ -294,17 +240,6 @@ class Deployment:
         if (number := self.sites.of(client)) is not None:
             self.sites.nodes[number].client = None
         return self._tell(now, ClientLost(client)) if self.opened else None
-
-    def _rest(self, now: float, number: int, why: str) -> None:
-        LOG.warning("node %s is left alone for %g s: %s", number, self.patience.pause, why)
-        if node := self.sites.nodes.get(number):
-            node.rests, node.why = now + self.patience.pause, why
-
-    def _ask_again(self, number: int) -> None:
-        """Who it is, and whether it may work: its last task is settled without it."""
-        node = self.sites.nodes.get(number)
-        if node and node.client not in self.here:
-            node.client = None
 
     # What the server does about it --------------------------------------------------------------------------------------
 
@@ -360,16 +295,6 @@ class Deployment:
         return Work(self.terms, self.incarnation, task, seconds, settled)
 
     def _post(self, number: int, task: int | None, body: bytes) -> None:
-        self.sites.under_way[self.link.send(number, body)] = Sent(number, task)
+        self.sites.under_way[self.link.send(number, body)] = Sent(number, task, self.elapsed)
         self.traffic.sent += 1
         self.traffic.bytes_down += len(body)
-
-
-def _timed(task: Task, result: Result, now: float) -> Result:
-    """With the seconds from sending to here; what was not training was spent on the links, in proportion to the bytes."""
-    total = now - task.sent
-    train = min(result.metrics.get("seconds_train", 0.0), total)
-    sizes = down(task.start).total, up(task, result).total
-    share = sizes[0] / sum(sizes) if sum(sizes) else 0.5
-    parts = {"seconds_down": share * (total - train), "seconds_up": (1 - share) * (total - train)}
-    return replace(result, metrics={**result.metrics, "seconds": total, "seconds_train": train, **parts})

@@ -99,7 +99,16 @@ def parts(seat: Seat, runtime: int) -> list[list[Part]]:
         [
             Part(
                 "supernode",
-                [sys.executable, "-m", "fedloom.flower.node", *idle, "--was", str(_was(seat)), "--", *node],
+                [
+                    sys.executable,
+                    "-m",
+                    "fedloom.flower.node",
+                    *idle,
+                    "--was",
+                    str(seat.folder / "flower" / "node"),
+                    "--",
+                    *node,
+                ],
                 given,
             ),
             Part("executor", [sys.executable, "-m", "fedloom.flower.executor", *execute], given),
@@ -117,7 +126,7 @@ def upward(config: Path, insecure: bool) -> list[list[Part]]:
 
     if not read(config).region:
         raise Refused(
-            "--above", str(config), "these are the settings of a site with data; a region's say `region = true`"
+            "--config", str(config), "these are the settings of a site with data; a region's say `region = true`"
         )
     place = seat(config, insecure)
     secret(place.folder / "flower" / "secret")
@@ -139,7 +148,6 @@ def join(seat: Seat, say: Callable[[str], None]) -> None:
                 supervisor.look()
                 for line in log.lines():
                     if "SuperNode ID:" in line:
-                        _was(seat).write_text(line.rpartition(":")[2].strip(), encoding="utf-8")
                         say(f"the server at {seat.server} has let this site in")
                         silent = False
                     elif "retrying in" in line and not silent:
@@ -148,11 +156,6 @@ def join(seat: Seat, say: Callable[[str], None]) -> None:
                 time.sleep(TICK)
         finally:
             supervisor.stop()
-
-
-def _was(seat: Seat) -> Path:
-    """Where the node id is kept that the site has at the server."""
-    return seat.folder / "flower" / "node"
 
 
 def plain(line: str) -> str:

@@ -36,7 +36,8 @@ class Terms:
 
     `run` is its name, `run_hash` names its settings (`manifest.digest`), `model` is what the server calls the base, of which the site
     has a copy of its own, and `rank` the largest rank of the run. `labels` are the names that the model chooses from, None where it
-    writes text. `threads` is for torch, `seed` the run's.
+    writes text. `threads` is for torch, `seed` the run's. `weights` tells copies of the base from another model
+    (`Base.fingerprint`; "" is not compared).
     """
 
     run: str
@@ -49,6 +50,7 @@ class Terms:
     threads: int
     seed: int
     labels: tuple[str, ...] | None
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if self.training.decay not in DECAYS:
@@ -57,6 +59,8 @@ class Terms:
             raise Refused("training.decay", name, remedy)
         if not re.fullmatch("[0-9a-f]{12}", self.run_hash):
             raise Refused("run_hash", self.run_hash, "twelve hex digits, as a manifest has them")
+        if not re.fullmatch("([0-9a-f]{12})?", self.weights):
+            raise Refused("weights", self.weights, "twelve hex digits, or none")
         for field, text in (("name", self.run), ("model", self.model), *(("labels", one) for one in self.labels or ())):
             if not 0 < len(text) <= 10 * LONGEST:
                 raise Refused(field, text, f"1 to {10 * LONGEST} characters")

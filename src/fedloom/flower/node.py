@@ -41,6 +41,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 KEY = "--auth-supernode-private-key"
 
 
+TOLD = "SuperNode ID: "
 GAP = 2.0
 """Seconds between giving a place back and taking it again, in which the server must notice that the message was lost."""
 
@@ -54,6 +55,19 @@ def give_back(number: int, server: str, authority: Path, key: Path) -> None:
     with FleetHttpClient.from_server_address(server, False, str(authority), interceptors) as client:
         client.DeactivateNode(DeactivateNodeRequest(node_id=number))
     time.sleep(GAP)
+
+
+class Note(logging.Handler):
+    """Writes down the node id when the SuperNode tells it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Of a line of Flower's log."""
+        if (said := record.getMessage()).startswith(TOLD):
+            self._path.write_text(said.removeprefix(TOLD), encoding="utf-8")
 
 
 def hasten(longest: float) -> None:
@@ -83,6 +97,8 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         with suppress(httpx.HTTPError, OSError, ValueError):  # it had left in order, or the server is away
             give_back(int(given.was.read_text()), server, Path(authority), Path(key))
     threading.excepthook = end
+    if given.was:
+        logging.getLogger("flwr").addHandler(Note(given.was))
     sys.argv = ["flower-supernode", *rest]
     code = 1
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import Refused
-from fedloom.flower.driver import Patience
+from fedloom.flower.driven import Patience
 from fedloom.override import override
 from fedloom.run import Run
 from fedloom.runfile import run_of

@@ -135,10 +135,11 @@ class Serving:
     since: float = 0.0
     quick: int = 0
     up: bool = False
-    trouble: str = ""
+    names: dict[str, str] = field(default_factory=dict)
+    troubles: dict[str, str] = field(default_factory=dict)
+    pauses: dict[str, float] = field(default_factory=dict)
     line: str = ""
     relayed: float = -RELAY
-    pause: float = 0.0
     full: bool = False
     here: set[str] = field(default_factory=set)
     nodes: dict[str, int] = field(default_factory=dict)
@@ -150,26 +151,35 @@ class Serving:
             Refused: the run cannot be carried out, or comes to nothing again and again.
         """
         self.supervisor.look()
-        if time.monotonic() < self.pause or not listens("127.0.0.1", self.control.port):
+        if not listens("127.0.0.1", self.control.port):
             return None
         if not self.up:
             self.up = True
             self.say(f"the server listens at {self.server.host}:{self.server.port}")
         self._look_for_room()
+        self._try(self._admit)
+        self._announce()
+        self._relay()
+        return self._try(self._follow)
+
+    def _try(self, step: Callable[[], str | None]) -> str | None:
+        """A step that Flower may refuse: the SuperLink has just gone, or says no. It is tried again, and told once.
+
+        As it is where the disk is full, of which `_look_for_room` tells.
+        """
+        name = step.__name__
+        if time.monotonic() < self.pauses.get(name, 0.0):
+            return None
         try:
-            self._admit()
-            self._announce()
-            self._relay()
-            return self._follow()
+            return step()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self.pause = time.monotonic() + AGAIN
-            return None
-        except Unwilling as error:  # the SuperLink has just gone, or says no: ask again
-            if str(error) != self.trouble:
-                self.say(f"Flower says: {error}")
-            self.trouble, self.pause = str(error), time.monotonic() + AGAIN
+            self.pauses[name] = time.monotonic() + AGAIN
+        except Unwilling as error:
+            if str(error) != self.troubles.get(name):
+                self.say(f"not yet: {error}")
+            self.troubles[name], self.pauses[name] = str(error), time.monotonic() + AGAIN
             return None
 
     def _look_for_room(self) -> None:
@@ -184,24 +194,39 @@ class Serving:
         """Let in the sites whose keys were added, and no longer those whose keys were removed."""
         if self.server.insecure:
             return
-        listed = {entry.fingerprint: entry for entry in keys.listed(self.server.folder)}
-        before = dict(self.nodes)
-        for fingerprint in sorted(listed.keys() - before.keys()):
-            entry = listed[fingerprint]
-            self.nodes[fingerprint] = self.control.register(entry.path, entry.name)
-            self.say(f"{entry.name} may come (key {fingerprint})")
-        for fingerprint in sorted(before.keys() - listed.keys()):
-            self.control.unregister(self.nodes.pop(fingerprint))
-            self.say(f"the holder of key {fingerprint} may come no longer")
-        if self.nodes != before:
+        try:
+            listed = {entry.fingerprint: entry for entry in keys.listed(self.server.folder)}
+        except Refused as error:  # a file in `sites` that is no key
+            raise Unwilling(str(error)) from error
+        self.names = {fingerprint: entry.name for fingerprint, entry in listed.items()}
+        refused = None
+        for fingerprint in sorted(listed.keys() ^ self.nodes.keys()):
+            try:
+                self._change(fingerprint, listed.get(fingerprint))
+            except Unwilling as error:
+                refused = error
             write_json(self.server.home / "nodes.json", self.nodes)
+        if refused:
+            raise refused
         if not listed and not self.run:
             self.say("no site may come yet: `fedloom keys add PUB --name NAME` lets one in, also while this runs")
 
+    def _change(self, fingerprint: str, entry: keys.Registered | None) -> None:
+        """Let in the holder of a key, or (None) no longer."""
+        if entry is None:
+            self.control.unregister(self.nodes[fingerprint])
+            del self.nodes[fingerprint]
+            self.say(f"the holder of key {fingerprint} may come no longer")
+            return
+        try:
+            self.nodes[fingerprint] = self.control.register(entry.path, entry.name)
+        except Unwilling as error:
+            raise Unwilling(f"{entry.name} cannot be let in: {error}") from error
+        self.say(f"{entry.name} may come (key {fingerprint})")
+
     def _announce(self) -> None:
         """Who came and who left, from the SuperLink's log."""
-        names = {entry.fingerprint: entry.name for entry in keys.listed(self.server.folder)}
-        of = {node: names.get(fingerprint) for fingerprint, node in self.nodes.items()}
+        of = {node: self.names.get(fingerprint) for fingerprint, node in self.nodes.items()}
         for came, number in (found.groups() for line in self.log.lines() if (found := MOVED.search(line))):
             name = of.get(int(number)) or f"node {number}"
             (self.here.add if came == "Activated" else self.here.discard)(name)

@@ -140,7 +140,7 @@ class Speed(_Section):
 class Site(_Section):
     """A site, as `site.toml` says it: who it is, where the server is, its model and its data, what it allows.
 
-    A `region` has no data: it leads sites of its own, and is started by `fedloom serve --above`.
+    A `region` has no data: it leads sites of its own, and is started by `fedloom region`.
     """
 
     name: str = Field(min_length=1, max_length=200)

@@ -184,6 +184,9 @@ def _warm(site: Site, terms: Terms) -> Warm:
     examples = site.examples(terms.labels)
     labels, seed = None if terms.labels is None else len(terms.labels), derive(terms.seed, "model")
     base = load(str(site.model.path), labels, terms.lora, terms.rank, seed, site.model.device, terms.engine)
+    if terms.weights and base.fingerprint() not in ("", terms.weights):
+        remedy = f"its weights are not those of the run's {terms.model!r}: get a copy of the same model"
+        raise Refused("model.path", site.model.path, remedy)
     texts = tokenise(examples, base.tokenizer, terms.training.max_length)
     check_length(base, terms.training.max_length, max(map(len, texts.ids)))
     shards = {site.name: tuple(range(len(examples)))}
@@ -235,7 +238,7 @@ def _memory(device: torch.device) -> float:
 
 def serve(site: Site) -> None:
     """Answer at the site's socket until the process is stopped. Raises Refused where another worker does that, or nobody can."""
-    site.folder.mkdir(parents=True, exist_ok=True)
+    site.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there was learnt from the data
     with (site.folder / "worker.lock").open("w") as held:
         if not lock(held):
             raise Refused("folder", str(site.folder), "another worker of this site is running; stop it first")
