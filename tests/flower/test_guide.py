@@ -36,7 +36,7 @@ def blocks(first: str) -> list[str]:
 
 def place(folder: Path) -> dict[str, str]:
     """A folder with the run file of the page and its data, or other data where MRPC is not at hand; the environment there."""
-    [run] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    run, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     if MRPC.is_dir():
         (folder / "mrpc").symlink_to(MRPC)
     else:
