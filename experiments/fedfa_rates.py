@@ -34,7 +34,7 @@ from fedloom import (
 )
 
 RATES, SEED, UPLOADS = (5e-3, 1e-2, 2e-2), 100, 300
-TUNED = {"iid": RATES, "dir0.1": RATES, "sst2-iid": RATES[:2], "sst2-dir0.1": RATES[:2], "mrpc-iid": (1e-3, 3e-3)}
+TUNED = {"iid": RATES, "dir0.1": RATES, "sst2-iid": RATES[:2], "sst2-dir0.1": RATES[:2], "mrpc-iid": (1e-3, 3e-3, 1e-2)}
 FEW = ("fedavg", "fedbuff", "fedasync", "fedfa", "ours-0.4")
 VARIANTS = {
     "fedavg": Method(Rounds(20, weigh=uniform)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedloom.errors import Refused
+from fedloom.flower.commands import mount
 from fedloom.inspect import inspect
 from fedloom.terminal import resumption, watcher
 
@@ -98,12 +98,13 @@ def run(
     Example: [bold]fedloom run experiments/tickets.py --set schedule.cohort_size=2 --workers 2 --out runs/mine[/bold]
     """
     from fedloom import folder, prepare
+    from fedloom.runfile import run_of
     from fedloom.train.workers import Workers
 
     Workers.of(workers)  # a slip is told before anything is loaded
     if resume and out_dir:
         raise Refused("--out", str(out_dir), "a run goes on in its own folder; give --resume alone")
-    value = _overridden(_run_of(file), settings, seed)
+    value = _overridden(run_of(file), settings, seed)
     target = resume or folder.vacant(out_dir or folder.free(Path("runs"), value.name))
     job = prepare(value, resume)
     _introduce(job)
@@ -187,6 +188,7 @@ def export(
 
 
 app.command()(inspect)
+mount(app)
 
 
 def main() -> NoReturn:
@@ -210,25 +212,6 @@ def main() -> NoReturn:
             "[bold yellow]fedloom:[/bold yellow] interrupted; a run folder made so far says so and can be reported on"
         )
     sys.exit(code or 0)
-
-
-def _run_of(file: Path) -> Run:
-    """The Run value of a Python file."""
-    from fedloom.run import Run
-
-    if not file.is_file():
-        raise Refused("FILE", str(file), "there is no such file; give a Python file with a value `run = Run(...)`")
-    sys.path.insert(0, str(file.parent.resolve()))  # as `python FILE` would
-    try:
-        value = runpy.run_path(str(file)).get("run")
-        value = value() if callable(value) else value
-    except (Refused, KeyboardInterrupt):
-        raise
-    except (Exception, SystemExit) as error:
-        raise Refused("FILE", str(file), f"it stopped with {type(error).__name__}: {error}") from error
-    if not isinstance(value, Run):
-        raise Refused("FILE", str(file), "it defines no `run`; end it with `run = Run(...)`")
-    return value
 
 
 def _overridden(value: Run, settings: list[str] | None, seed: int | None) -> Run:

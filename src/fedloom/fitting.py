@@ -8,6 +8,7 @@ from fedloom.errors import Refused
 from fedloom.layers import need_own_layers
 from fedloom.plan.depth import check_blocks
 from fedloom.run import Run
+from fedloom.seeds import rng
 from fedloom.train.base import Base, check_rank
 from fedloom.types import Budget, Model
 
@@ -38,3 +39,10 @@ def check_depth(run: Run, base: Base, model: Model) -> None:
     if run.plan.depth is not None:
         check_blocks(run.plan.depth, base.shape())
         need_own_layers(run.aggregator, run.aggregator.start(model, Budget(1, 1), 0).rules)
+
+
+def tested(size: int, limit: int | None, seed: int) -> tuple[int, ...]:
+    """At most `limit` of `size` test examples, drawn from the seed, in their order."""
+    if limit is None or limit >= size:
+        return tuple(range(size))
+    return tuple(sorted(rng(seed, "test").sample(range(size), limit)))

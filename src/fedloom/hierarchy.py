@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
 from fedloom.aggregate.wrap import layers
+from fedloom.codec import Codec
 from fedloom.edge import Below, Edge
 from fedloom.edgemodel import phase
 from fedloom.errors import Refused
@@ -96,26 +97,35 @@ class Hierarchy:
 
     def over(self, flat: Server, members: Mapping[ClientId, Sequence[Profile]]) -> Tree:
         """The tree in the place of `flat`, which has done nothing yet. Raises Refused where the methods do not go together."""
-        rank = server_rank(flat.state.model.adapter)
-        inner = self.aggregator or cast(Aggregator, list(layers(flat.aggregator))[-1])
-        check(flat, inner, len(members))
-        root = Server(
-            flat.state.model,
-            flat.aggregator,
-            flat.schedule,
-            self.plan or Above(flat.assign, rank, self.rounds),
-            shape=flat.shape,
-            limits=flat.limits,
-            seed=flat.seed,
-            transfer=flat.transfer if self.link else None,
-        )
-        learns = isinstance(self.plan, Planned)
-        edges = {name: Edge(self._inner(flat, inner, len(own), len(members)), learns) for name, own in members.items()}
+        edges = {name: self.edge(flat, len(own), len(members)) for name, own in members.items()}
+        root = self.root(flat, len(members), flat.transfer if self.link else None)
         tree = Tree(root, edges, Roster(members, self.link))
         if isinstance(self.plan, Planned):
             need_own_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
             self.plan.check(tree.root.fleet())
         return tree
+
+    def root(self, flat: Server, edges: int, transfer: Codec | None) -> Server:
+        """The server over so many edges, by a `transfer` of its own. Raises Refused where the methods do not go together."""
+        check(flat, self._method(flat), edges)
+        return Server(
+            flat.state.model,
+            flat.aggregator,
+            flat.schedule,
+            self.plan or Above(flat.assign, server_rank(flat.state.model.adapter), self.rounds),
+            shape=flat.shape,
+            limits=flat.limits,
+            seed=flat.seed,
+            transfer=transfer,
+        )
+
+    def edge(self, flat: Server, size: int, edges: int) -> Edge:
+        """One of so many edges, over `size` members."""
+        return Edge(self._inner(flat, self._method(flat), size, edges), isinstance(self.plan, Planned))
+
+    def _method(self, flat: Server) -> Aggregator:
+        """That of the edges."""
+        return self.aggregator or cast(Aggregator, list(layers(flat.aggregator))[-1])
 
     def _inner(self, flat: Server, method: Aggregator, size: int, edges: int) -> Server:
         """The server of an edge with so many members. It gives a task up after its share of the failures that end the run."""

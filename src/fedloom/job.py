@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from fedloom import __version__, fitting, folder, kinds, manifest
+from fedloom import fitting, folder, kinds, manifest
+from fedloom.about import told
 from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.availability import Stays
 from fedloom.clientscores import client_scores
 from fedloom.data.examples import Split
-from fedloom.data.partition import Shard, hold_out, statistics
+from fedloom.data.partition import Shard, hold_out
 from fedloom.errors import Refused
 from fedloom.lora import Adapter, level, whole
 from fedloom.membership import devices, led
@@ -26,11 +28,10 @@ from fedloom.report.html import write as write_report
 from fedloom.resume import LOGS, NAME, SECONDS, Begun, Keeper, Progress, begun, claimed, given, log, restore
 from fedloom.run import Run
 from fedloom.samples import sample_lines
-from fedloom.seeds import derive, rng
+from fedloom.seeds import derive
 from fedloom.server import Server
-from fedloom.simulate import Observer, Simulation
+from fedloom.simulate import Evaluator, Observer, Simulation
 from fedloom.trace import Trace
-from fedloom.train import dialogue
 from fedloom.train.base import Base, check_length, initial, load
 from fedloom.train.depth import Cache
 from fedloom.train.evaluate import score
@@ -40,7 +41,7 @@ from fedloom.train.texts import Encoded, encode
 from fedloom.train.trainer import PeftTrainer
 from fedloom.train.workers import Workers
 from fedloom.tree import Tree, owners, places
-from fedloom.types import Budget, ClientId, Command, Event, Model, Profile
+from fedloom.types import ClientId, Command, Event, Model, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,23 @@ class Outcome:
     folder: Path
     scores: tuple[Mapping[str, float], ...]
     adapter: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a driver needs to carry out a job: how versions are scored, who is told each step, who writes checkpoints."""
+
+    job: Job
+    keeper: Keeper
+    metrics: Metrics
+    progress: Progress
+    evaluate: Evaluator
+    observe: Observer
+
+    def going_on(self, *driver: object) -> None:
+        """Checkpoints hold these values of the driver too; what the last one held is put back into all of them."""
+        self.keeper.owners = (*owners(self.job.server), *driver, self.metrics, self.progress)
+        restore(self.job.begun.values if self.job.begun else {}, self.keeper.owners)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,16 +108,35 @@ class Job:
         Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed". Both, and
         one that was killed, can go on: `prepare(run, resume=folder).execute()`.
         """
-        torch.set_num_threads(self.run.threads)
         asked = Workers.of(workers)
+        drive = partial(self._simulate, asked)
+        return self.record(drive, out, observers, {"workers": str(asked)}, report, checkpoint_seconds, keep_updates)
+
+    def record(
+        self,
+        drive: Callable[[Recording], str],
+        out: Path | None = None,
+        observers: Sequence[Observer] = (),
+        about: Mapping[str, object] | None = None,
+        report: bool = True,
+        checkpoint_seconds: float = SECONDS,
+        keep_updates: bool = False,
+    ) -> Outcome:
+        """Fill the run folder with what happens while `drive` carries the run out, which returns the reason of its end.
+
+        `about` are more lines of the manifest, the rest is as for `execute`.
+        """
+        torch.set_num_threads(self.run.threads)
         out = self._place(out)
-        about = {**self.about(), "workers": str(asked)}
         with claimed(out):
-            folder.write_json(out / "manifest.json", {**about, "status": "running", "status_reason": ""})
+            said = {**self.about(), **(about or {})}
+            folder.write_json(out / "manifest.json", {**said, "status": "running", "status_reason": ""})
             status, reason, progress = "failed", "the process ended without a word", Progress()
             keeper = Keeper(out, given=given(self.run), seconds=checkpoint_seconds)
             try:
-                reason = self._simulate(keeper, [*observers, *self._archive(out, keep_updates)], asked, progress)
+                with ExitStack() as opened:
+                    watching = [*observers, *self._archive(out, keep_updates)]
+                    reason = drive(self._recording(opened, keeper, watching, progress))
                 status = "finished"
             except KeyboardInterrupt:
                 status, reason = "interrupted", "stopped by Ctrl-C"
@@ -108,7 +145,8 @@ class Job:
                 reason = f"{type(error).__name__}: {error}"
                 raise
             finally:
-                self._close(out, {**about, "status": status, "status_reason": reason}, report)
+                clients = {client: manifest.plain(profile) for client, profile in self.profiles.items()}
+                self._close(out, {**said, "clients": clients, "status": status, "status_reason": reason}, report)
         model = self.server.state.model
         return Outcome(out, tuple(progress.scores), whole(model.adapter, model.fold))
 
@@ -120,35 +158,7 @@ class Job:
 
     def about(self) -> dict[str, object]:
         """The manifest, without the status."""
-        settings, shape = manifest.plain(self.run), self.server.shape
-        rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
-        fitted = {"training": self.train_texts.fitted, "test": self.test_texts.fitted}
-        notes = [*self.split.notes, *dialogue.notes(self.base.tokenizer, self.run.training.max_length, fitted)]
-        notes += manifest.notes(rules, head=shape.dense > 0)
-        ranks = range(1, self.run.plan.rank.largest + 1)
-        return {
-            "fedloom": __version__,
-            "name": self.run.name,
-            "seed": self.run.seed,
-            "run_hash": manifest.digest(settings),
-            "run": settings,
-            "versions": manifest.versions(),
-            "machine": manifest.machine(),
-            "computed": self.base.computed,
-            "model": {
-                "name": self.run.model,
-                "labels": self.base.labels,
-                "parameters": shape.parameters + shape.embeddings,
-                "adapted_modules": list(self.server.state.model.adapter.factors),
-                "lora_parameters_by_rank": {str(rank): shape.adapter_parameters(rank) for rank in ranks},
-                "dense_parameters": shape.dense,
-            },
-            "partition": statistics(self.split.train, self.shards),
-            "clients": {client: manifest.plain(profile) for client, profile in self.profiles.items()},
-            **({"groups": self.server.groups.names} if isinstance(self.server, Tree) else {}),
-            "baselines": {} if self.base.labels is None else {"majority": manifest.majority(self.split.test.labels)},
-            "notes": self.begun.notes(notes, __version__) if self.begun else notes,
-        }
+        return told(self)
 
     def _place(self, out: Path | None) -> Path:
         """The folder to write: that of the run that goes on, or a new one."""
@@ -164,7 +174,11 @@ class Job:
             return []
         return [Archive.of(out / UPDATES, self.server)]
 
-    def _simulate(self, keeper: Keeper, observers: Sequence[Observer], workers: Workers, progress: Progress) -> str:
+    def _recording(
+        self, opened: ExitStack, keeper: Keeper, observers: Sequence[Observer], progress: Progress
+    ) -> Recording:
+        """The logs of the run, opened until the end of the block, and who writes them."""
+
         def evaluate(model: Model) -> Mapping[str, float]:
             progress.scores.append(self.evaluate(model))
             return progress.scores[-1]
@@ -173,38 +187,42 @@ class Job:
             for observer in everyone:
                 observer(now, event, commands)
 
-        with ExitStack() as opened:
-            sizes = self.begun.sizes if self.begun else dict.fromkeys(LOGS, 0)
-            keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
-            trace = Trace(keeper.logs[0])
-            edge_of = self.server.edge_of if isinstance(self.server, Tree) else {}
-            metrics = Metrics(keeper.logs[1], Places(places(self.server)), edge_of)
-            everyone: list[Observer] = [trace, metrics, *observers]
-            shards = {shard.client: shard.train for shard in self.shards}
-            inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, self.run.engine or PLAIN)
-            trainer = opened.enter_context(workers.carrying_out(inner))
+        sizes = self.begun.sizes if self.begun else dict.fromkeys(LOGS, 0)
+        keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
+        edge_of = self.server.edge_of if isinstance(self.server, Tree) else {}
+        metrics = Metrics(keeper.logs[1], Places(places(self.server)), edge_of)
+        everyone: list[Observer] = [Trace(keeper.logs[0]), metrics, *observers]
+        return Recording(self, keeper, metrics, progress, evaluate, observe)
+
+    def _simulate(self, workers: Workers, recording: Recording) -> str:
+        shards = {shard.client: shard.train for shard in self.shards}
+        inner = PeftTrainer(self.base, self.train_texts, shards, self.run.training, self.run.engine or PLAIN)
+        with workers.carrying_out(inner) as trainer:
             presence = Presence(self.stays, self.run.faults, self.run.seed)
             simulation = Simulation(
                 self.server,
                 trainer,
                 devices(self.run),
                 self.profiles,
-                evaluate,
-                observe,
+                recording.evaluate,
+                recording.observe,
                 seed=self.run.seed,
                 presence=presence,
-                settled=keeper,
+                settled=recording.keeper,
             )
-            held = (*owners(self.server), simulation, presence, metrics, progress)
-            keeper.owners, keeper.drain = held, simulation.drain
-            restore(self.begun.values if self.begun else {}, held)
+            recording.keeper.drain = simulation.drain
+            recording.going_on(simulation, presence)
             reason = simulation.run()
-            if self.server.state.failures >= self.run.limits.failures:
-                remedy = f"the run was given up: {reason}. Mend that, or allow for more"
-                raise Refused("limits.failures", self.run.limits.failures, remedy)
+            self.check_failures(reason)
             for line in (*client_scores(self, simulation.locals), *sample_lines(self)):
-                metrics.write(line)
+                recording.metrics.write(line)
         return reason
+
+    def check_failures(self, reason: str) -> None:
+        """Raise Refused if the run ended because so many tasks failed."""
+        if self.server.state.failures >= self.run.limits.failures:
+            remedy = f"the run was given up: {reason}. Mend that, or allow for more"
+            raise Refused("limits.failures", self.run.limits.failures, remedy)
 
     def _close(self, out: Path, about: Mapping[str, object], report: bool) -> None:
         """The adapter of the last version, the final manifest, the report: also for a run that was cut short.
@@ -229,20 +247,27 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
     kinds.check(run)
     need_fresh_answers(run.aggregator, run.schedule)
     before = begun(resume, run) if resume else None
-    torch.set_num_threads(run.threads)
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
+    job = made_ready(run, split, shards, before)
+    if before:
+        before.check(job.about())
+    return job
+
+
+def made_ready(run: Run, split: Split, shards: Sequence[Shard], before: Begun | None) -> Job:
+    """The job over data that are divided already; without shards its clients are not known yet, and their data lie elsewhere."""
+    torch.set_num_threads(run.threads)
     top = run.plan.rank.largest
     engine = before.engine(run.engine or PLAIN) if before else run.engine or PLAIN
     base = load(run.model, fitting.labels(run, split), run.lora, top, derive(run.seed, "model"), run.device, engine)
-    fitting.check_aggregator(run, base, None if run.hierarchy else len(shards))
+    fitting.check_aggregator(run, base, None if run.hierarchy or not shards else len(shards))
     train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
-    model = run.aggregator.init(initial(base, top))
-    fitting.check_depth(run, base, model)
+    fitting.check_depth(run, base, run.aggregator.init(initial(base, top)))
     sizes = {shard.client: len(shard.train) for shard in shards}
-    profiles = {profile.client: profile for profile in devices(run).profiles(sizes, run.seed)}
-    job = Job(
+    profiles = {profile.client: profile for profile in devices(run).profiles(sizes, run.seed)} if shards else {}
+    return Job(
         run=run,
         split=split,
         shards=tuple(shards),
@@ -250,14 +275,11 @@ def prepare(run: Run, resume: Path | None = None) -> Job:
         base=base,
         train_texts=train,
         test_texts=test,
-        tested=_sample(len(split.test), run.test_limit, run.seed),
+        tested=fitting.tested(len(split.test), run.test_limit, run.seed),
         server=led(run, _server(run, base, top), shards, split, profiles),
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
         begun=before,
     )
-    if before:
-        before.check(job.about())
-    return job
 
 
 def _server(run: Run, base: Base, rank: int) -> Server:
@@ -272,9 +294,3 @@ def _server(run: Run, base: Base, rank: int) -> Server:
         seed=run.seed,
         transfer=run.transfer,
     )
-
-
-def _sample(size: int, limit: int | None, seed: int) -> tuple[int, ...]:
-    if limit is None or limit >= size:
-        return tuple(range(size))
-    return tuple(sorted(rng(seed, "test").sample(range(size), limit)))

@@ -28,8 +28,8 @@ def devices(run: Run) -> Devices:
 def led(
     run: Run, flat: Server, shards: Sequence[Shard], split: Split, profiles: Mapping[ClientId, Profile]
 ) -> Server | Tree:
-    """The server of the run: with edges, if it has a hierarchy. Raises Refused where the groups are none."""
-    if run.hierarchy is None:
+    """The server of the run: with edges, if it has a hierarchy, and clients. Raises Refused where the groups are none."""
+    if run.hierarchy is None or not shards:
         return flat
     tokens = run.plan.local_steps * run.training.batch_size * run.training.max_length
     members = []

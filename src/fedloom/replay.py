@@ -26,12 +26,21 @@ from fedloom.report.read import read
 from fedloom.server import Limits, Server
 from fedloom.trace import line
 from fedloom.tree import Tree
-from fedloom.types import Aggregator, Assign, Command, Event, Model, Profile, Result, Schedule, UpdateArrived
+from fedloom.types import Aggregator, Assign, ClientId, Command, Event, Model, Profile, Result, Schedule, UpdateArrived
 from fedloom.values import Malformed, Reader, reachable
 
 UPDATES = "updates"
 START = "start"
 POLICIES = ("aggregate", "schedule", "plan")
+ASKED: Mapping[str, Any] = {
+    "aggregator": Aggregator,
+    "schedule": Schedule,
+    "plan": Assign,
+    "limits": Limits,
+    "transfer": codec.Codec | None,
+    "hierarchy": Hierarchy | None,
+}
+"""What of a run's settings its server is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,45 +104,34 @@ def replay(folder: Path, server: Server | Tree | None = None) -> Replayed:
 def fresh(folder: Path) -> Server | Tree:
     """The server with which the run in `folder` began, from its manifest and what it kept. Raises Refused."""
     about = read(folder).manifest
-    settings = {"hierarchy": None, **about["run"]}
-    reader = Reader(_names())
+    settings, reader = {"hierarchy": None, **about["run"]}, Reader(_names())
     try:
-        asked = {
-            "aggregator": Aggregator,
-            "schedule": Schedule,
-            "plan": Assign,
-            "limits": Limits,
-            "transfer": codec.Codec | None,
-            "hierarchy": Hierarchy | None,
-        }
-        made = {name: reader.read(hint, settings[name]) for name, hint in asked.items()}
-        if manifest.as_json(manifest.plain(made)) != {name: settings[name] for name in asked}:
+        made = {name: reader.read(hint, settings[name]) for name, hint in ASKED.items()}
+        if manifest.as_json(manifest.plain(made)) != {name: settings[name] for name in ASKED}:
             raise Malformed("its manifest does not say all of them")
         kept = checkpoint.load(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
-        profiles = (
-            {one: reader.read(Profile, told) for one, told in about["clients"].items()} if made["hierarchy"] else {}
-        )
+        known = about["clients"].items() if made["hierarchy"] else ()
+        profiles = {one: reader.read(Profile, told) for one, told in known}
     except (Malformed, KeyError, TypeError) as error:
         remedy = (
             f"its policies cannot be made from the manifest ({error}); in Python, replay(folder, server) takes your own"
         )
         raise Refused("replay", str(folder), remedy) from error
     torch.set_num_threads(settings["threads"])
-    server = Server(
-        kept["first"],
-        made["aggregator"],
-        made["schedule"],
-        made["plan"],
-        shape=kept["shape"],
-        limits=made["limits"],
-        seed=settings["seed"],
-        transfer=made["transfer"],
-    )
-    if made["hierarchy"] is None:
-        return server
-    groups = {edge: tuple(profiles[one] for one in own) for edge, own in about["groups"].items()}
-    over: Tree = made["hierarchy"].over(server, groups)
-    return over
+    policies = (made["aggregator"], made["schedule"], made["plan"])
+    more = {"limits": made["limits"], "seed": settings["seed"], "transfer": made["transfer"]}
+    return _led(Server(kept["first"], *policies, shape=kept["shape"], **more), made["hierarchy"], about, profiles)
+
+
+def _led(
+    flat: Server, over: Hierarchy | None, about: Mapping[str, Any], profiles: Mapping[ClientId, Profile]
+) -> Server | Tree:
+    """With its edges, or over regions, where these are elsewhere."""
+    if over is None:
+        return flat
+    if "regions" in about:
+        return over.root(flat, about["regions"], flat.transfer)
+    return over.over(flat, {edge: tuple(profiles[one] for one in own) for edge, own in about["groups"].items()})
 
 
 def _names() -> Mapping[str, Any]:

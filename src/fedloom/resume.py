@@ -56,17 +56,24 @@ REBUILT: Mapping[type, frozenset[str]] = {
     Metrics: frozenset({"file", "edge_of"}),
     Progress: frozenset(),
 }
-"""Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`)."""
+"""Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`).
+
+Another driver than the simulation names its own in `rebuilt`.
+"""
+
+SIMULATED: tuple[type, ...] = (Simulation, Presence)
 
 
 def kept(kind: type) -> dict[str, Any]:
     """The fields of one of these types that a checkpoint holds, as "Type.field", with what they hold."""
-    return {f"{kind.__name__}.{name}": hint for name, hint in declared(kind).items() if name not in REBUILT[kind]}
+    rebuilt: frozenset[str] = getattr(kind, "rebuilt", None) or REBUILT[kind]
+    return {f"{kind.__name__}.{name}": hint for name, hint in declared(kind).items() if name not in rebuilt}
 
 
-def kinds(run: Run) -> list[type]:
-    """The types of the values that a run has."""
-    return [kind for kind in REBUILT if kind is not Branches or run.hierarchy]
+def kinds(run: Run, driver: Sequence[type] = SIMULATED) -> list[type]:
+    """The types of the values that a run has, with those of its driver. Edges are simulated beside the root, or are elsewhere."""
+    edges = [Branches] if run.hierarchy and driver is SIMULATED else []
+    return [State, *edges, *driver, Metrics, Progress]
 
 
 def given(run: Run) -> dict[str, object]:
@@ -109,7 +116,7 @@ class Keeper:
             os.fsync(log.fileno())
             about[Path(log.name).name] = os.fstat(log.fileno()).st_size
         values = {name: getattr(owner, _field(name)) for owner in self.owners for name in kept(type(owner))}
-        about |= {"version": values["State.version"], "time": values["State.now"]}
+        about |= {"version": values.get("State.version", 0), "time": values.get("State.now", 0.0)}
         return checkpoint.write(self.folder / NAME, values, about, **self.given)
 
 
@@ -159,17 +166,19 @@ class Begun:
         )
         return list(dict.fromkeys([*own, *self.manifest["notes"], *([told] if changed else [])]))
 
-    def check(self, about: Mapping[str, object]) -> None:
+    def check(self, about: Mapping[str, object], sections: Sequence[str] = FIXED) -> None:
         """Raise Refused where the data or the model are not what they were when the run was begun."""
-        now = manifest.as_json({name: about.get(name) for name in FIXED})
-        changed = _changed({name: self.manifest.get(name) for name in FIXED}, now)
+        now = manifest.as_json({name: about.get(name) for name in sections})
+        changed = _changed({name: self.manifest.get(name) for name in sections}, now)
         if changed:
             remedy = f"its data or its model are not what they were when it was begun: {changed}"
             raise Refused("--resume", str(self.folder), remedy)
 
 
-def begun(folder: Path, run: Run) -> Begun:
-    """The unfinished run in `folder`. Raises Refused if there is none, if it was another run, or if its checkpoint is damaged."""
+def begun(folder: Path, run: Run, driver: Sequence[type] = SIMULATED) -> Begun:
+    """The unfinished run in `folder`, which such a driver began. Raises Refused if there is none, if it was another run, or if its
+    checkpoint is damaged.
+    """
     about = read(folder).manifest
     if about["status"] == "finished":
         raise Refused("--resume", str(folder), f"its run is finished ({about['status_reason']}); nothing is left to do")
@@ -185,7 +194,7 @@ def begun(folder: Path, run: Run) -> Begun:
         for name, size in sizes.items():
             if not (folder / name).is_file() or (folder / name).stat().st_size < size:
                 raise Malformed(f"{name} is shorter than when it was written")
-        hints = {name: hint for kind in kinds(run) for name, hint in kept(kind).items()}
+        hints = {name: hint for kind in kinds(run, driver) for name, hint in kept(kind).items()}
         return Begun(folder, about, sizes, stored.read(hints, **given(run)))
     except Malformed as error:
         remedy = f"{NAME} cannot be used: {error}; remove it to begin again at version 0 in the same folder"

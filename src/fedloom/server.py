@@ -18,6 +18,7 @@ from fedloom.errors import Refused
 from fedloom.indexed import IndexedTable
 from fedloom.layers import merged, started
 from fedloom.lora import server_rank
+from fedloom.plan.budget import within
 from fedloom.seeds import derive
 from fedloom.transfer import handed
 from fedloom.types import (
@@ -104,9 +105,7 @@ class Limits:
         if self.failures < 1:
             raise Refused("limits.failures", self.failures, "how many tasks may fail in a row: at least 1")
         if self.evaluate_every < 0:
-            raise Refused(
-                "limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions, 0: the last alone"
-            )
+            raise Refused("limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions; 0: the last")
 
 
 class Server:
@@ -289,7 +288,7 @@ class Server:
 
     def _dispatch(self, client: ClientId, fleet: Fleet) -> Dispatch:
         state = self.state
-        budget = self.assign(state.idle[client], fleet)
+        budget = within(self.assign(state.idle[client], fleet), state.idle[client].most)
         budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
         number, state.next_task = state.next_task, state.next_task + 1
         start, seed = self.start(budget, derive(self.seed, "start", number)), derive(self.seed, "task", number)

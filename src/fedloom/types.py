@@ -24,19 +24,6 @@ Side: TypeAlias = Literal["down", "up", "dense"]
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
-    """What the server knows of a client before it has trained: its data size, its speed, its links, its memory."""
-
-    client: ClientId
-    examples: int
-    flops: float = 1e10
-    up_bps: float = 1e7
-    down_bps: float = 1e7
-    memory: float = 8e9
-    tier: str = "default"
-
-
-@dataclass(frozen=True, slots=True)
 class Budget:
     """What one task may cost: the LoRA rank to train at and the number of local optimiser steps.
 
@@ -50,6 +37,23 @@ class Budget:
     depth: int | None = None
     rounds: int = 1
     why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What the server knows of a client before it has trained: its data size, its speed, its links, its memory.
+
+    `most` is the largest rank, depth and number of steps that it lets a task have (None: whatever the plan says).
+    """
+
+    client: ClientId
+    examples: int
+    flops: float = 1e10
+    up_bps: float = 1e7
+    down_bps: float = 1e7
+    memory: float = 8e9
+    tier: str = "default"
+    most: Budget | None = None
 
 
 @dataclass(frozen=True, slots=True)

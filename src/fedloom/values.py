@@ -102,6 +102,9 @@ class Reader:
             return self.read(rest[0], data)
         if type(data) in rest:
             return data
+        rows = [kind for kind in rest if get_origin(kind) is tuple]
+        if isinstance(data, list) and len(rows) == 1:
+            return self.read(rows[0], data)
         made = self.thing(data)
         if not any(fits(made, kind) for kind in rest):
             raise Malformed(f"a {type(made).__name__} has no place here")

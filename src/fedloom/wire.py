@@ -26,6 +26,8 @@ from fedloom.types import ClientId, Result, Start, Task
 
 FORMAT = 2
 HEADER = "fedloom"
+LARGEST = 2**23
+"""Bytes of a header: more than the manifest of any model has, and few enough for any machine to read."""
 Form: TypeAlias = Literal["f32", "f16", "i8"]
 BUFFERS: dict[Form, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "i8": torch.int8}
 
@@ -36,6 +38,10 @@ Entry: TypeAlias = tuple[Form, Exponent, list[StrictInt] | None]
 
 class Malformed(ValueError):
     """Bytes that are no answer; the text says why."""
+
+
+class Unasked(Malformed):
+    """An answer to a task that nobody waits for (any more)."""
 
 
 class Manifest(BaseModel):
@@ -58,14 +64,14 @@ class Manifest(BaseModel):
 def encode(task: Task, result: Result, residual: Adapter | None = None) -> bytes:
     """The answer as bytes; the same answer gives the same bytes. `residual` is what earlier answers lost (`transfer.owed`)."""
     parcel = pack(task.start, result, residual)
-    buffers: dict[Form, list[Tensor]] = {form: [] for form in BUFFERS}
+    parts: dict[Form, list[Tensor]] = {form: [] for form in BUFFERS}
     entries = list[Entry]()
     for which, block in parcel.blocks:
         form = next(form for form, dtype in BUFFERS.items() if block is None or block.numbers.dtype == dtype)
         entries.append((form, block.exponent if block else 0, None if which is None else list(which)))
         if block is not None:
-            buffers[form].append(block.numbers.reshape(-1))
-            buffers["f32"] += [] if block.scales is None else [block.scales]
+            parts[form].append(block.numbers.reshape(-1))
+            parts["f32"] += [] if block.scales is None else [block.scales]
     manifest = Manifest(
         format=FORMAT,
         task=task.id,
@@ -78,7 +84,7 @@ def encode(task: Task, result: Result, residual: Adapter | None = None) -> bytes
         layout=digest(parcel.rank, layout(task.start, parcel.rank)),
         tensors=entries,
     )
-    flat: dict[str, Tensor] = {form: torch.cat(parts) for form, parts in buffers.items() if parts}
+    flat: dict[str, Tensor] = {form: torch.cat(every) for form, every in parts.items() if every}
     return safetensors.torch.save(flat, {HEADER: manifest.model_dump_json()})
 
 
@@ -91,7 +97,7 @@ def decode(data: bytes, limit: int, tasks: Mapping[int, Task]) -> tuple[ClientId
     manifest, flat = _read(data)
     task = tasks.get(manifest.task)
     if task is None:
-        raise Malformed(f"task {manifest.task} is not outstanding")
+        raise Unasked(f"task {manifest.task} is not outstanding")
     adapter, control = unpack(task.start, _parcel(task.start, manifest, flat))
     numbers = (manifest.examples, manifest.tokens, manifest.steps, manifest.metrics)
     return manifest.client, manifest.task, Result(adapter, *numbers, control)
@@ -103,22 +109,47 @@ def digest(rank: int, asked: list[tuple[str, Tensor]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _read(data: bytes) -> tuple[Manifest, dict[str, Tensor]]:
+def header(data: bytes) -> dict[str, str]:
+    """The texts in a safetensors file that holds no other buffers than ours, by name. Raises Malformed."""
+    size = int.from_bytes(data[:8], "little")
+    if size > LARGEST:
+        raise Malformed(f"not a safetensors file, or a header of {size} bytes, above the limit of {LARGEST}")
+    try:
+        told = json.loads(data[8 : 8 + size])
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"not a safetensors file: {type(error).__name__} in its header") from error
+    texts = told.get("__metadata__") if isinstance(told, dict) else None
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise Malformed("no manifest in the file")
+    if odd := sorted(told.keys() - {"__metadata__", *BUFFERS}):
+        raise Malformed(f"{odd[0]!r:.60} is no buffer of an answer")
+    return texts
+
+
+def buffers(data: bytes) -> dict[str, Tensor]:
+    """The flat buffers of such a file. Raises Malformed."""
     try:
         flat = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"][HEADER]
-        manifest = Manifest.model_validate_json(header)
     except SafetensorError as error:
         raise Malformed(f"not a safetensors file: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise Malformed(f"manifest field {'.'.join(map(str, first['loc'])) or '?'}: {first['msg']}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise Malformed(f"no manifest in the file: {type(error).__name__}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # types and shapes that torch does not have
+        raise Malformed(f"not a safetensors file: {type(error).__name__}") from error
     for name, tensor in flat.items():
         if name not in BUFFERS or tensor.dtype != BUFFERS[name] or tensor.ndim != 1:
             raise Malformed(f"{name!r} is a {tensor.ndim}-dimensional buffer of {tensor.dtype}")
-    return manifest, flat
+    return flat
+
+
+def _read(data: bytes) -> tuple[Manifest, dict[str, Tensor]]:
+    text = header(data).get(HEADER)
+    if text is None:
+        raise Malformed("no manifest in the file")
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Malformed(f"manifest field {'.'.join(map(str, first['loc'])) or '?'}: {first['msg']}") from error
+    return manifest, buffers(data)
 
 
 def _parcel(start: Start, manifest: Manifest, flat: Mapping[str, Tensor]) -> Parcel:

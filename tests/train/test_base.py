@@ -225,3 +225,10 @@ def test_the_other_kernel_gives_a_writing_model_the_same_loss(generator: Path) -
     start = lively(initial(plain, 4))
     told = [score(base, start, answered(base), range(20)).figures()["loss"] for base in (plain, fast)]
     assert told[0] == pytest.approx(told[1], rel=1e-5)
+
+
+def test_a_fingerprint_is_that_of_the_model_and_not_of_its_adapters(encoder: Path, decoder: Path) -> None:
+    one = base_of(encoder)
+    before = one.fingerprint()
+    one.put(lively(initial(one, 4)))
+    assert one.fingerprint() == before == base_of(encoder, rank=8).fingerprint() != base_of(decoder).fingerprint()

@@ -122,7 +122,7 @@ def base_weights(model: PeftModel) -> dict[str, Tensor]:
     """
     taken = {}
     for name, layer in lora_layers(model).items():
-        weight = _base_weight(layer)
+        weight = base_weight(layer)
         taken[name] = weight.data
         weight.data = weight.data.clone()
     return taken
@@ -132,7 +132,7 @@ def base_weights(model: PeftModel) -> dict[str, Tensor]:
 def add_to_base(model: PeftModel, pristine: Mapping[str, Tensor], fold: Adapter | None) -> None:
     """Set the frozen weights of the adapted layers to `pristine` plus the fold's products."""
     for name, layer in lora_layers(model).items():
-        weight = _base_weight(layer)
+        weight = base_weight(layer)
         factor = fold.factors.get(name) if fold is not None else None
         if factor is None:
             weight.copy_(pristine[name])
@@ -142,7 +142,8 @@ def add_to_base(model: PeftModel, pristine: Mapping[str, Tensor], fold: Adapter 
         weight.copy_(pristine[name] + turned)
 
 
-def _base_weight(layer: LoraLayer) -> Tensor:
+def base_weight(layer: LoraLayer) -> Tensor:
+    """The frozen weight below an adapter, (out, in), or (in, out) where the layer is a Conv1D."""
     return cast(Tensor, layer.get_base_layer().weight)
 
 

@@ -66,6 +66,8 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
     if examples.answers is not None:
         ids, begins, fitted = tokenised(examples, tokenizer, max_length)
         return Encoded(ids, {}, examples.labels, pad, left, begins, fitted)
+    if not len(examples):
+        return Encoded((), {}, (), pad, left)
     pairs = list(examples.pairs) if examples.pairs is not None else None
     columns = tokenizer(
         list(examples.texts), pairs, truncation=True, max_length=max_length, return_attention_mask=False

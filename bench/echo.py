@@ -1,0 +1,117 @@
+"""What `bench.deploy` measures with: a ServerApp that times messages, and a worker that gives back what it gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import ServerApp
+from flwr.superlink.grid import HttpGrid
+
+from fedloom.flower.join import Seat, join
+from fedloom.flower.link import Link
+from fedloom.flower.pipe import Listener
+from fedloom.flower.serverapp import carry_out
+
+app = ServerApp()
+POLL = 0.05
+HERTZ, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+
+
+@app.main()  # type: ignore[untyped-decorator, arg-type]
+def main(grid: HttpGrid, context: Context) -> None:
+    """Measure as `deployment.json` says."""
+    carry_out(grid, context, measure)
+
+
+def measure(link: Link, folder: Path) -> str:
+    """Times and figures to `figures.json`."""
+    told = json.loads((folder / "deployment.json").read_text())
+    while len(here := {name: node for node, name in link.nodes().items() if name}) < told["sites"]:
+        time.sleep(0.5)
+    figures: dict[str, Any] = {}
+    for name in ("plain", "hasty"):
+        figures[name] = {size: trips(link, here[name], size, count, folder) for size, count in told["counts"].items()}
+    figures["superlink_mb"] = memory(folder, "flower-superlink")
+    figures["crowd"] = crowd(link, here, told["seconds"], folder)
+    (folder / "figures.json").write_text(json.dumps(figures))
+    return "measured"
+
+
+def trips(link: Link, node: int, megabytes: str, count: int, folder: Path) -> dict[str, float]:
+    """Seconds of the median, the shortest and the longest round trip, and CPU seconds of all processes for one."""
+    seconds, size = [], int(float(megabytes) * 1e6) or 100
+    before = cpu(folder)
+    for _ in range(count):
+        body, begun = os.urandom(size), time.monotonic()
+        link.send(node, body)
+        while not (replies := link.collect()):
+            time.sleep(POLL)
+        seconds.append(time.monotonic() - begun)
+        assert replies[0].body == body, replies[0].error
+    used = (cpu(folder) - before) / count
+    return {"median": median(seconds), "least": min(seconds), "most": max(seconds), "cpu": used}
+
+
+def crowd(link: Link, here: Mapping[str, int], seconds: float, folder: Path) -> dict[str, float]:
+    """All sites at once, each with one small message under way: messages a second, and cores in use."""
+    begun, before, came = time.monotonic(), cpu(folder), 0
+    for node in here.values():
+        link.send(node, os.urandom(100))
+    while (now := time.monotonic() - begun) < seconds:
+        for reply in link.collect():
+            came += reply.body is not None
+            link.send(reply.node, os.urandom(100))
+        time.sleep(POLL)
+    return {"sites": len(here), "rate": came / now, "cores": (cpu(folder) - before) / now}
+
+
+def cpu(folder: Path) -> float:
+    """CPU seconds so far of this process and of all that belong to the deployment: those that name its folder."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    fields = [stat.rpartition(")")[2].split() for stat, _ in processes(folder)]
+    return own.ru_utime + own.ru_stime + sum(int(field[11]) + int(field[12]) for field in fields) / HERTZ
+
+
+def memory(folder: Path, name: str) -> float:
+    """Megabytes that a process of the deployment has in memory."""
+    [stat] = [stat for stat, words in processes(folder) if name in words]
+    return int(stat.rpartition(")")[2].split()[21]) * PAGE / 1e6
+
+
+def processes(folder: Path) -> list[tuple[str, str]]:
+    """Of each process of the deployment, `stat` and command line."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (place / "cmdline").read_text().replace("\0", " ")
+            if str(folder.parent) in words and "bench.deploy" not in words and int(place.name) != os.getpid():
+                found.append(((place / "stat").read_text(), words))
+        except (OSError, UnicodeDecodeError):
+            continue
+    return found
+
+
+def site(server: str, folder: Path, ca: Path, key: Path, idle: float | None) -> None:
+    """Take part with a worker that gives back what it gets, until stopped."""
+    worker = [sys.executable, "-m", "bench.echo", str(folder / "w.sock")]
+    with suppress(KeyboardInterrupt):
+        join(Seat(server, folder, folder / "w.sock", worker, ca, key, idle), partial(print, flush=True))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        Listener(Path(sys.argv[1]), 2**30).serve(lambda body: body, lambda: b"{}", lambda size: b"")
+    else:
+        address, place, authority, private, pause = sys.argv[1:]
+        site(address, Path(place), Path(authority), Path(private), float(pause) if pause != "-" else None)

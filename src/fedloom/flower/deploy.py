@@ -1,0 +1,121 @@
+"""The server's side of a deployment: a folder, a run file, a link. What carries the messages is not known here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from fedloom import kinds, manifest
+from fedloom.aggregate.wrap import need_fresh_answers
+from fedloom.data.elsewhere import scored
+from fedloom.errors import Refused
+from fedloom.flower import region
+from fedloom.flower.driver import Deployment
+from fedloom.flower.link import Link
+from fedloom.flower.message import Terms
+from fedloom.flower.order import RUN, Order
+from fedloom.flower.status import Status
+from fedloom.hierarchy import Hierarchy
+from fedloom.job import Job, Recording, made_ready
+from fedloom.plan.grouped import Planned
+from fedloom.resume import FIXED, begun
+from fedloom.run import Run
+from fedloom.samples import sample_lines
+from fedloom.server import Server
+from fedloom.train.settings import PLAIN
+from fedloom.tree import Tree
+from fedloom.types import ClientId, Profile
+
+SAME = tuple(section for section in FIXED if section not in ("clients", "partition"))
+"""Sections of the manifest that are there before any client is."""
+
+
+def run(
+    link: Link, folder: Path, pause: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic
+) -> str:
+    """Carry out the run of a deployment's folder, or go on with it; returns the reason of its end. Raises Refused."""
+    order, target = Order.of(folder), folder / RUN
+    if order.above:
+        region.run(link, folder, order, pause, clock)
+    if reason := finished(target):
+        return reason
+    job, profiles = made_for_serving(order.run(), target, order.clients)
+    assert isinstance(job.server, Server)
+    deployment = Deployment(job.server, link, terms(job), profiles, order.clients, order.patience, clock)
+    status = Status(folder, deployment, job.run.limits)
+
+    def drive(recording: Recording) -> str:
+        deployment.evaluate, deployment.observe, deployment.settled = (
+            recording.evaluate,
+            recording.observe,
+            recording.keeper,
+        )
+        recording.going_on(deployment)
+        reason = deployment.run(status.between(pause))
+        job.check_failures(reason)
+        for line in sample_lines(job):
+            recording.metrics.write(line)
+        return reason
+
+    with status.exported(order.metrics_port):
+        regions = {"regions": order.clients} if job.run.hierarchy else {}
+        about = {"deployed": True, **regions}
+        job.record(drive, target, [status], about, checkpoint_seconds=0.0, keep_updates=True)
+    return finished(target)
+
+
+def finished(target: Path) -> str:
+    """The reason for which the run in this folder ended, "" if it has not."""
+    path = target / "manifest.json"
+    about = json.loads(path.read_bytes()) if path.is_file() else {}
+    return str(about["status_reason"]) if about.get("status") == "finished" else ""
+
+
+def made_for_serving(value: Run, target: Path, clients: int = 1) -> tuple[Job, dict[ClientId, Profile]]:
+    """The job without clients or their data, new or going on in the folder, and the table that its clients will stand in.
+
+    Where the run has a hierarchy, its clients are that many regions.
+    """
+    kinds.check(value)
+    need_fresh_answers(value.aggregator, value.schedule)
+    before = begun(target, value, (Deployment,)) if (target / "manifest.json").is_file() else None
+    profiles = dict[ClientId, Profile]()
+    job = replace(made_ready(value, scored(value.data, value.seed), (), before), profiles=profiles)
+    if value.hierarchy:
+        job = replace(job, server=over_regions(value, value.hierarchy, job.server, clients))
+    if before:
+        before.check(job.about(), SAME)
+    return job, profiles
+
+
+def over_regions(value: Run, hierarchy: Hierarchy, flat: Server | Tree, regions: int) -> Server:
+    """The server over regions. Raises Refused for what a region cannot tell it yet."""
+    if isinstance(hierarchy.plan, Planned):
+        remedy = "it learns from what edges tell beside their answers, which does not travel yet; give another plan, or simulate"
+        raise Refused("hierarchy.plan", hierarchy.plan, remedy)
+    if value.plan.depth is not None:
+        remedy = "regions report whole models only; leave it out, or simulate"
+        raise Refused("plan.depth", value.plan.depth, remedy)
+    assert isinstance(flat, Server)
+    return hierarchy.root(flat, regions, value.transfer)
+
+
+def terms(job: Job) -> Terms:
+    """What a site must know of the run."""
+    value, names = job.run, job.split.train.names
+    return Terms(
+        run=value.name,
+        run_hash=manifest.digest(manifest.plain(value)),
+        model=value.model,
+        lora=value.lora,
+        training=value.training,
+        engine=value.engine or PLAIN,
+        threads=value.threads,
+        seed=value.seed,
+        labels=None if job.base.labels is None else names,
+        rank=value.plan.rank.largest,
+        weights=job.base.fingerprint(),
+    )

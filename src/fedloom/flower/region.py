@@ -1,0 +1,270 @@
+"""A region: the server of its own sites, and a site of the server above it. An edge (`fedloom.edge`) between two engines.
+
+What comes from above is answered through a Unix socket, as a worker answers; what the region has its sites do goes over a link of
+its own, by the driver of every deployment. It trains nothing and sees no text: it adds what its sites made of a task, as often as the
+task says, and reports. Terms come from above and are passed on as they are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from logging import getLogger
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import ClassVar, NoReturn, TextIO
+
+import torch
+
+from fedloom import checkpoint, wire
+from fedloom.edge import Edge, EdgeState
+from fedloom.errors import Refused
+from fedloom.flower.driver import Deployment
+from fedloom.flower.journal import Done, Journal
+from fedloom.flower.link import Link
+from fedloom.flower.message import Ask, Hello, Refusal, Terms, Welcome, Work, decode, encode, encode_reply
+from fedloom.flower.order import RUN, Order
+from fedloom.flower.pipe import Listener
+from fedloom.flower.site import Site, read, refusal
+from fedloom.flower.status import Status
+from fedloom.flower.worker import marked, time_of_day
+from fedloom.folder import at_once
+from fedloom.hierarchy import Hierarchy
+from fedloom.resume import LOGS, NAME, Keeper, claimed, given, kept, log, restore
+from fedloom.run import Run
+from fedloom.seeds import derive
+from fedloom.server import Server, State
+from fedloom.trace import Trace
+from fedloom.train.base import initial, load
+from fedloom.types import ClientId, Command, Event, Local, Profile, Report, Stop, Task, TaskReceived
+
+LOG = getLogger("fedloom.server")
+ABOVE = "above.bin"
+"""The last question from above: its terms are what a region that was restarted begins with."""
+
+
+@dataclass(slots=True)
+class Led:
+    """An edge in the place of a server, as the driver sees it: it never stops, and how a task ended is put down in `done`.
+
+    `mark` names what was asked from above, `begun` is when (seconds of the region).
+    """
+
+    rebuilt: ClassVar[frozenset[str]] = frozenset({"edge", "done"})
+    edge: Edge
+    inner: EdgeState
+    mark: str = ""
+    begun: float = 0.0
+    done: tuple[Task, Report | Stop] | None = None
+
+    @property
+    def state(self) -> State:
+        """The server's inside the edge."""
+        return self.inner.server
+
+    def handle(self, now: float, event: Event) -> list[Command]:
+        """As the edge does; that it gives its task up stops nobody else."""
+        self.edge.state = self.inner
+        if isinstance(event, TaskReceived) and self.state.outer is not None:
+            self.edge.give_up(now)
+        outer = event.task if isinstance(event, TaskReceived) else self.state.outer
+        commands = self.edge.handle(now, event)
+        for command in commands:
+            if isinstance(command, Report | Stop) and outer is not None:
+                self.done = outer, command
+        return [command for command in commands if not isinstance(command, Stop)]
+
+    def wake(self) -> float | None:
+        """When the edge wants to look."""
+        return self.inner.due
+
+
+@dataclass(slots=True)
+class Region:
+    """What is asked from above, between the thread that listens and the one that drives.
+
+    `terms` are those of the run, once somebody has asked; `running` works for them. A task waits in `asked` with the place for its
+    answer until the driver's thread takes it.
+    """
+
+    site: Site
+    folder: Path
+    least: int
+    terms: Terms | None = None
+    running: Deployment | None = None
+    asked: SimpleQueue[tuple[Work, SimpleQueue[bytes]]] = field(default_factory=SimpleQueue)
+    waiting: tuple[int, SimpleQueue[bytes]] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.folder / ABOVE).exists():
+            self.terms = decode((self.folder / ABOVE).read_bytes(), self.site.limits.bytes).terms
+
+    @property
+    def journal(self) -> Journal:
+        """Of reports."""
+        return Journal(self.folder / "reports")
+
+    def answer(self, body: bytes) -> bytes:
+        """The reply to a message from above, whatever it is: never raises."""
+        try:
+            ask = decode(body, self.site.limits.bytes)
+        except wire.Malformed as error:
+            return self._refuse(None, f"the message is none: {error}", True)
+        task = ask.task.id if isinstance(ask, Work) else None
+        if reason := self._unwilling(ask):
+            return self._refuse(task, reason, True)
+        if isinstance(ask, Hello):
+            return self._welcome(ask)
+        reply: SimpleQueue[bytes] = SimpleQueue()
+        self.asked.put((ask, reply))
+        return reply.get()
+
+    def turn(self, led: Led) -> None:
+        """A turn of the driver, with what was asked before it, and what came out of it."""
+        assert self.running is not None
+        with suppress(Empty):
+            self._take(led, *self.asked.get_nowait())
+        self.running.turn()
+        if led.done is not None and self.waiting is not None and self.waiting[0] == led.done[0].id:
+            self.waiting[1].put(self._reply(led.mark, *led.done))
+            led.done, self.waiting = None, None
+
+    def reported(self, led: Led) -> None:
+        """Write a report down: before a checkpoint says that the task is over."""
+        if led.done is None or self.terms is None or self.running is None or not isinstance(led.done[1], Report):
+            return
+        task, report = led.done[0], led.done[1]
+        result = report.result
+        if result.adapter.factors.keys() != task.start.train.factors.keys():
+            led.done = task, Stop("its sites trained some of the layers only, which cannot be reported yet")
+            return
+        metrics = {**result.metrics, "seconds_train": self.running.elapsed - led.begun}
+        data = wire.encode(task, replace(result, metrics=metrics))
+        kept = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.journal.keep(self.terms.run_hash, task.id, Done(led.mark, kept, Local()), 0)
+
+    def _take(self, led: Led, work: Work, reply: SimpleQueue[bytes]) -> None:
+        """Begin with a task, go on with the one that was begun before a restart, or give the same answer again."""
+        assert self.running is not None
+        self.waiting, mark = (work.task.id, reply), marked(work)
+        known = self.journal.done(work.terms.run_hash, work.task.id)
+        if known is not None and known.mark == mark:
+            led.done, self.waiting = None, None
+            reply.put(known.answer.numpy().tobytes())
+        elif led.state.outer is None or led.mark != mark:
+            led.mark, led.begun, led.done = mark, self.running.elapsed, None
+            self.running.happens(TaskReceived(work.task))
+
+    def _reply(self, mark: str, task: Task, ended: Report | Stop) -> bytes:
+        """What goes up about a task that has ended."""
+        known = self.journal.done(self.terms.run_hash, task.id) if self.terms else None
+        if isinstance(ended, Report) and known is not None and known.mark == mark:
+            return known.answer.numpy().tobytes()
+        reason = ended.reason if isinstance(ended, Stop) else "its report was lost"
+        return self._refuse(task.id, f"the region gave the task up: {reason}", False)
+
+    def _unwilling(self, ask: Ask) -> str | None:
+        """Why nothing is done about it."""
+        if reason := refusal(self.site, ask, time_of_day()):
+            return reason
+        if self.terms is None:
+            self.terms = ask.terms
+            with at_once(self.folder / ABOVE) as draft:
+                draft.write_bytes(encode(Hello(ask.terms, 0)))
+        if ask.terms != self.terms:
+            return "the region works for another run, or for other settings of it: start it anew in another folder"
+        if self.running is None:
+            return "the region is getting ready"
+        if (few := self.least - len(self.running.here)) > 0:
+            return f"the region waits for {few} more of {self.least} sites"
+        return None
+
+    def _welcome(self, ask: Hello) -> bytes:
+        """All its sites as one client: the examples of all, the speed and the memory of the least."""
+        assert self.running is not None
+        own, speed = list(self.running.here.values()), self.site.speed
+        flops, memory = min(one.flops for one in own), min(one.memory for one in own)
+        examples = sum(one.examples for one in own)
+        profile = Profile(self.site.name, examples, flops, speed.up_bps, speed.down_bps, memory, "region")
+        return encode_reply(Welcome(profile, ask.incarnation))
+
+    def _refuse(self, task: int | None, reason: str, lasting: bool) -> bytes:
+        LOG.warning("refused: %s", reason)
+        return encode_reply(Refusal(self.site.name, task, " ".join(reason.split())[:1000], lasting))
+
+
+def run(link: Link, folder: Path, order: Order, pause: Callable[[float], None], clock: Callable[[], float]) -> NoReturn:
+    """Be the region of `order.above`, until stopped. Raises Refused."""
+    value, place = order.run(), folder / RUN
+    if value.hierarchy is None:
+        raise Refused(
+            "hierarchy", None, "a region leads a group; give the Run a Hierarchy, the same as at the server above"
+        )
+    place.mkdir(exist_ok=True)
+    region = Region(read(Path(str(order.above))), place, order.clients)
+    with claimed(place), listening(region), ExitStack() as opened:
+        while region.terms is None:
+            pause(order.patience.poll)
+        led, profiles = led_by(value, value.hierarchy, region), dict[ClientId, Profile]()
+        running = Deployment(led, link, region.terms, profiles, order.clients, order.patience, clock)
+        trace = opened.enter_context(going_on(place, value, led, running))
+        keeper = Keeper(place, given(value), 0.0, (led, running), [trace])
+        status, writes = Status(folder, running, led.edge.server.limits), Trace(trace)
+
+        def observe(now: float, event: Event, commands: list[Command]) -> None:
+            writes(now, event, commands)
+            status(now, event, commands)
+
+        def settled() -> None:
+            region.reported(led)
+            keeper()
+
+        running.observe, running.settled, region.running = observe, settled, running
+        between = status.between(pause)
+        opened.enter_context(status.exported(order.metrics_port))
+        while True:
+            region.turn(led)
+            between(order.patience.poll)
+
+
+def led_by(value: Run, hierarchy: Hierarchy, region: Region) -> Led:
+    """The edge of this region. The base model is loaded for its shape alone."""
+    terms = region.terms
+    assert terms is not None
+    labels, seed = None if terms.labels is None else len(terms.labels), derive(terms.seed, "model")
+    base = load(str(region.site.model.path), labels, terms.lora, terms.rank, seed, engine=terms.engine)
+    model = value.aggregator.init(initial(base, terms.rank))
+    flat = Server(
+        model,
+        value.aggregator,
+        value.schedule,
+        value.plan,
+        shape=base.shape(),
+        limits=value.limits,
+        seed=derive(value.seed, "region", region.site.name),
+        transfer=value.transfer,
+    )
+    edge = hierarchy.edge(flat, region.least, 1)
+    return Led(edge, edge.state)
+
+
+def going_on(place: Path, value: Run, led: Led, running: Deployment) -> TextIO:
+    """The trace, after what the last checkpoint knows of it; that is put back into edge and driver."""
+    if not (place / NAME).exists():
+        return log(place / LOGS[0], 0)
+    stored = checkpoint.load(place / NAME)
+    hints = {name: hint for kind in (Led, Deployment) for name, hint in kept(kind).items()}
+    restore(stored.read(hints, **given(value)), (led, running))
+    return log(place / LOGS[0], stored.about[LOGS[0]])
+
+
+@contextmanager
+def listening(region: Region) -> Iterator[None]:
+    """Inside, what comes from above is answered, by a thread of its own."""
+    region.site.folder.mkdir(parents=True, exist_ok=True)
+    with closing(Listener(region.site.socket, region.site.limits.bytes)) as listener:
+        status, excess = (lambda: b"{}"), (lambda size: region.answer(b""))
+        threading.Thread(target=listener.serve, args=(region.answer, status, excess), daemon=True).start()
+        yield

@@ -1,0 +1,323 @@
+"""The server of a deployment: starts Flower's processes, lets the sites in, and sees the run through whatever is killed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from pathlib import Path
+
+from fedloom.errors import Refused
+from fedloom.flower import keys
+from fedloom.flower.attempt import heard, last
+from fedloom.flower.control import Control, Unwilling
+from fedloom.flower.processes import (
+    Part,
+    Reader,
+    Supervisor,
+    alone,
+    environment,
+    free_port,
+    listens,
+    program,
+    secret,
+    terminable,
+)
+from fedloom.folder import write_json
+
+APP = "fedloom.flower.serverapp:app"
+TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
+"""Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""
+QUICK, MOST_QUICK = 60.0, 5
+"""A ServerApp that ends within so many seconds came to nothing; after so many of those in a row we give up."""
+STARTS = 180.0
+"""Seconds in which a submitted app must have started."""
+ROOM = 2**24
+"""Bytes that must be free on the disk before a ServerApp is begun."""
+
+MOVED = re.compile(r"\[Fleet\.(?:De)?[Aa]ctivateNode\] (Activated|Deactivated) node_id=(\d+)")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a deployment lives and how it is reached."""
+
+    folder: Path
+    host: str = "0.0.0.0"
+    port: int = 8080
+    insecure: bool = False
+    app: str = APP
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", self.folder.resolve())  # Flower's processes want whole paths
+        if self.insecure and not loopback(self.host):
+            raise Refused(
+                "--insecure",
+                self.host,
+                "without keys and TLS the server listens on this machine only; --host 127.0.0.1",
+            )
+        if not self.insecure:
+            certificate = self.folder / "keys" / "server.crt"
+            if not certificate.exists():
+                raise Refused(
+                    "--folder", str(self.folder), f"no keys; first `fedloom keys new {self.folder} --host NAME`"
+                )
+            if keys.expiry(certificate) < datetime.now(UTC):
+                raise Refused(
+                    "--folder", str(self.folder), "the server's certificate has expired; `fedloom keys renew`"
+                )
+
+    @property
+    def home(self) -> Path:
+        """Flower's part of the folder."""
+        return self.folder / "flower"
+
+
+def loopback(host: str) -> bool:
+    """Whether a host is this machine, seen from itself."""
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def parts(server: Server, inner: int) -> list[list[Part]]:
+    """The processes at the server: SuperLink at port `inner` of loopback, the gate before it, SuperExec."""
+    given, pki = environment(server.home), server.folder / "keys"
+    shared = ["--superexec-auth-secret-file", str(server.home / "secret")]
+    link = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(inner),
+        "--isolation",
+        "process",
+        "--disable-runtime-dependency-installation",
+    ]
+    link += ["--database", str(server.home / "state.db"), *shared]
+    execute = ["--runtime-api-address", f"127.0.0.1:{inner}", *shared]
+    if server.insecure:
+        link, execute, gate = [*link, "--insecure"], [*execute, "--insecure"], []
+    else:
+        tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key"]
+        link += [word if word.startswith("--") else str(pki / word) for word in tls] + ["--enable-supernode-auth"]
+        execute += ["--root-certificates", str(pki / "ca.crt")]
+        listen = ["--listen", f"{server.host}:{server.port}", "--to", str(inner), "--keys", str(pki)]
+        gate = [[Part("gate", [sys.executable, "-m", "fedloom.flower.gate", *listen], given)]]
+    return [
+        [Part("superlink", [program("flower-superlink"), *link], given)],
+        *gate,
+        [Part("superexec", [program("flower-superexec"), *execute], given)],
+    ]
+
+
+@dataclass(slots=True)
+class Serving:
+    """One `fedloom serve`: what it has started and learnt so far."""
+
+    server: Server
+    control: Control
+    supervisor: Supervisor
+    say: Say
+    log: Reader
+    attempt: int
+    run: int = 0
+    since: float = 0.0
+    quick: int = 0
+    up: bool = False
+    names: dict[str, str] = field(default_factory=dict)
+    troubles: dict[str, str] = field(default_factory=dict)
+    pauses: dict[str, float] = field(default_factory=dict)
+    line: str = ""
+    relayed: float = -RELAY
+    full: bool = False
+    here: set[str] = field(default_factory=set)
+    nodes: dict[str, int] = field(default_factory=dict)
+
+    def look(self) -> str | None:
+        """One look at everything; returns why the run ended, once it has.
+
+        Raises:
+            Refused: the run cannot be carried out, or comes to nothing again and again.
+        """
+        self.supervisor.look()
+        if not listens("127.0.0.1", self.control.port):
+            return None
+        if not self.up:
+            self.up = True
+            self.say(f"the server listens at {self.server.host}:{self.server.port}")
+        self._look_for_room()
+        self._try(self._admit)
+        self._announce()
+        self._relay()
+        return self._try(self._follow)
+
+    def _try(self, step: Callable[[], str | None]) -> str | None:
+        """A step that Flower may refuse: the SuperLink has just gone, or says no. It is tried again, and told once.
+
+        As it is where the disk is full, of which `_look_for_room` tells.
+        """
+        name = step.__name__
+        if time.monotonic() < self.pauses.get(name, 0.0):
+            return None
+        try:
+            return step()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.pauses[name] = time.monotonic() + AGAIN
+        except Unwilling as error:
+            if str(error) != self.troubles.get(name):
+                self.say(f"not yet: {error}")
+            self.troubles[name], self.pauses[name] = str(error), time.monotonic() + AGAIN
+            return None
+
+    def _look_for_room(self) -> None:
+        """Say that the disk is full, and that it is so no longer. No ServerApp is begun in between: it could write no checkpoint."""
+        full = shutil.disk_usage(self.server.folder).free < ROOM
+        if full != self.full:
+            where = f"the disk of {self.server.folder}"
+            self.say(f"{where} is full; the run goes on when there is room" if full else f"{where} has room again")
+        self.full = full
+
+    def _admit(self) -> None:
+        """Let in the sites whose keys were added, and no longer those whose keys were removed."""
+        if self.server.insecure:
+            return
+        try:
+            listed = {entry.fingerprint: entry for entry in keys.listed(self.server.folder)}
+        except Refused as error:  # a file in `sites` that is no key
+            raise Unwilling(str(error)) from error
+        self.names = {fingerprint: entry.name for fingerprint, entry in listed.items()}
+        refused = None
+        for fingerprint in sorted(listed.keys() ^ self.nodes.keys()):
+            try:
+                self._change(fingerprint, listed.get(fingerprint))
+            except Unwilling as error:
+                refused = error
+            write_json(self.server.home / "nodes.json", self.nodes)
+        if refused:
+            raise refused
+        if not listed and not self.run:
+            self.say("no site may come yet: `fedloom keys add PUB --name NAME` lets one in, also while this runs")
+
+    def _change(self, fingerprint: str, entry: keys.Registered | None) -> None:
+        """Let in the holder of a key, or (None) no longer."""
+        if entry is None:
+            self.control.unregister(self.nodes[fingerprint])
+            del self.nodes[fingerprint]
+            self.say(f"the holder of key {fingerprint} may come no longer")
+            return
+        try:
+            self.nodes[fingerprint] = self.control.register(entry.path, entry.name)
+        except Unwilling as error:
+            raise Unwilling(f"{entry.name} cannot be let in: {error}") from error
+        self.say(f"{entry.name} may come (key {fingerprint})")
+
+    def _announce(self) -> None:
+        """Who came and who left, from the SuperLink's log."""
+        of = {node: self.names.get(fingerprint) for fingerprint, node in self.nodes.items()}
+        for came, number in (found.groups() for line in self.log.lines() if (found := MOVED.search(line))):
+            name = of.get(int(number)) or f"node {number}"
+            (self.here.add if came == "Activated" else self.here.discard)(name)
+            told = "has come" if came == "Activated" else "has left"
+            self.say(f"{name} {told}; {len(self.here)} here" + (f" of {len(of)}" if of else ""))
+
+    def _relay(self) -> None:
+        """What the driver says that it waits for, when that has changed, and not too often."""
+        note = self.server.folder / "status.json"
+        if time.monotonic() < self.relayed + RELAY or not note.exists():
+            return
+        told = json.loads(note.read_bytes())
+        line = f"version {told['version']} of {told['versions']}; waits {told['waits']}"
+        if line != self.line:
+            self.say(line)
+            self.line, self.relayed = line, time.monotonic()
+
+    def _follow(self) -> str | None:
+        """Submit the app, wait for its word, and submit it again where it was killed."""
+        if not self.run:
+            if self.full:
+                return None
+            self.attempt, self.since = self.attempt + 1, time.monotonic()
+            self.run = self.control.submit(self.server.folder, self.attempt)
+            write_json(self.server.home / "run.json", {"run": self.run, "attempt": self.attempt})
+            return None
+        word, lived = heard(self.server.folder, self.attempt), time.monotonic() - self.since
+        if word is not None and word.ended:
+            if word.reason:
+                return word.reason
+            if word.refused:
+                raise Refused("RUNFILE", str(self.server.folder), f"it cannot be carried out: {word.refused}")
+        elif word.lives if word is not None else lived < STARTS:
+            return None
+        said = (word.failed if word else "") or ("it was killed" if word else "it did not start")
+        self.quick = self.quick + 1 if lived < QUICK and not self.full else 0
+        if self.quick >= MOST_QUICK:
+            raise Refused(
+                "RUNFILE", str(self.server.folder), f"the run ends as soon as it begins: {said}; see logs/serverapp.log"
+            )
+        self.say(f"the ServerApp ended ({said}); a new one goes on from the last checkpoint")
+        with suppress(Unwilling):  # it may have ended in Flower's eyes, too
+            self.control.halt(self.run)
+        self.run = 0
+        return None
+
+
+def serve(
+    server: Server, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[Part]] = ()
+) -> str:
+    """Carry out a deployment; returns why it ended. `facts` are written to `deployment.json` for the ServerApp, and `more` are
+    processes to keep alive beside it.
+
+    Raises:
+        Refused: the folder is in use, or has a deployment already, or has none to resume, or the run cannot be carried out.
+    """
+    note = server.folder / "deployment.json"
+    if note.exists() != resume:
+        remedy = "there is no deployment to go on with" if resume else "it has a deployment; --resume goes on with it"
+        raise Refused("--folder", str(server.folder), remedy)
+    with alone(server.home / "lock", server.folder):
+        write_json(note, {**facts, "insecure": server.insecure})
+        secret(server.home / "secret")
+        inner = server.port if server.insecure else free_port()
+        control = Control(server.home, inner, None if server.insecure else server.folder / "keys" / "ca.crt")
+        control.prepare(server.app)
+        supervisor = Supervisor([*parts(server, inner), *map(list, more)], server.folder / "logs", say)
+        log = Reader(server.folder / "logs" / "superlink.log").skip()
+        serving = Serving(server, control, supervisor, say, log, last(server.folder), nodes=_known(server))
+        try:
+            with terminable():
+                _halt_earlier(serving)
+                while (reason := serving.look()) is None:
+                    time.sleep(TICK)
+                return reason
+        finally:
+            supervisor.stop()
+
+
+def _known(server: Server) -> dict[str, int]:
+    """The node ids of the keys that the SuperLink's database has."""
+    known = server.home / "nodes.json"
+    return json.loads(known.read_text()) if known.exists() and (server.home / "state.db").exists() else {}
+
+
+def _halt_earlier(serving: Serving) -> None:
+    """Stop the Flower run of a server that was killed; what it left at the sites is dropped."""
+    note = serving.server.home / "run.json"
+    if note.exists():
+        while not listens("127.0.0.1", serving.control.port):
+            serving.supervisor.look()
+            time.sleep(TICK)
+        with suppress(Unwilling):
+            serving.control.halt(json.loads(note.read_text())["run"])

@@ -1,0 +1,56 @@
+"""The ServerApp that a deployment submits to Flower. It carries no code: it names this module, installed at the server."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import ServerApp
+from flwr.superlink.grid import HttpGrid
+
+from fedloom.errors import Refused
+from fedloom.flower import logs
+from fedloom.flower.attempt import Word, leave
+from fedloom.flower.grid import GridLink
+from fedloom.flower.link import Link
+from fedloom.flower.processes import die_with
+
+app = ServerApp()
+
+
+@app.main()  # type: ignore[untyped-decorator, arg-type]
+def main(grid: HttpGrid, context: Context) -> None:
+    """Carry out the deployment of the folder that the run's configuration names, and leave word of how it ended."""
+    from fedloom.flower.deploy import run  # heavy
+
+    carry_out(grid, context, run)
+
+
+def carry_out(grid: HttpGrid, context: Context, run: Callable[[Link, Path], str]) -> None:
+    """`run` over a link, with a log, and with a word to the server that waits for it."""
+    die_with(os.getppid())
+    folder, attempt = Path(str(context.run_config["folder"])), int(str(context.run_config["attempt"]))
+    _log_to(folder / "logs" / "serverapp.log")
+    pid = os.getpid()
+    leave(folder, attempt, Word(pid))
+    try:
+        leave(folder, attempt, Word(pid, reason=run(GridLink(grid), folder)))
+    except Refused as error:
+        leave(folder, attempt, Word(pid, refused=str(error)))
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        leave(folder, attempt, Word(pid, failed=f"{type(error).__name__}: {error}"))
+        raise
+
+
+def _log_to(path: Path) -> None:
+    """What this process says goes there; Flower would throw it away."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    logs.to_stderr()
