@@ -19,13 +19,17 @@ from statistics import mean, median
 from grid import SHARED, Grid, Line, interval, main, start
 
 from fedloom import (
+    Averaged,
     DepthByCapability,
+    Earned,
     FedFa,
     FedIT,
+    FixedDepth,
     FixedRank,
     FLoRA,
     HetLoRA,
     Hierarchy,
+    Immediate,
     JointMemory,
     LabelDirichlet,
     Limits,
@@ -35,6 +39,7 @@ from fedloom import (
     Paced,
     Plan,
     Planned,
+    Polynomial,
     RandomGroups,
     Rounds,
     Run,
@@ -61,6 +66,9 @@ TOKENS = 128
 STEADY = 3
 """Scores in a row that count together: with skewed labels one alone swings."""
 EDGES = {"near": 10.0, "far": 1.0}
+SECONDS = {"near": 40.0, "far": 100.0}
+"""In which our runs end, which do as many steps as they find right; all others take longer."""
+ENDLESS = 10**6
 
 
 @dataclass(frozen=True)
@@ -135,14 +143,19 @@ class RankOfClass:
 
 @dataclass(frozen=True)
 class Method:
-    """What differs. `legend` is the time, in shares of a weak device's whole task, in which depth lets everybody answer."""
+    """What differs. `legend` is the time, in shares of a weak device's whole task, in which depth lets everybody answer.
+
+    `schedule` stands at the server (None: everybody waits for everybody), `timed`: a run ends by `SECONDS`.
+    """
 
     steps: int = H
     aggregator: Aggregator = field(default_factory=FedIT)
     rank: RankRule = field(default_factory=lambda: FixedRank(8))
     within: float | None = None
     hierarchy: Hierarchy | None = None
-    across: bool = False
+    schedule: Schedule | None = None
+    depth: int | None = None
+    timed: bool = False
 
 
 def grouped(plan: Planned | None, groups: object = NearIID(GROUPS), rounds: int = 1, **more: object) -> Method:
@@ -151,7 +164,13 @@ def grouped(plan: Planned | None, groups: object = NearIID(GROUPS), rounds: int 
     return Method(hierarchy=hierarchy, **{"rank": RankOfClass(), **more})  # type: ignore[arg-type]
 
 
-SCORED, OURS, ACROSS = Planned(Paced(Scored(H)), batch_tokens=TOKENS), "hierfedlora", "fedfa-across"
+SCORED = Planned(Paced(Scored(H)), batch_tokens=TOKENS)
+ACROSS = FedFa(GROUPS // 2, GROUPS, weigh=by_work)
+AT_ONCE = Immediate(0.4, GROUPS, 6 * GROUPS, Polynomial(0.5))
+FIRST = Rounds(7, over_selection=10 / 7)
+"""Inside a group: all ten start, the first seven answers count."""
+EARNED = Hierarchy(NearIID(GROUPS), schedule=FIRST, plan=Planned(Earned(), batch_tokens=TOKENS))
+OURS = Method(aggregator=Averaged(FedIT()), rank=RankOfClass(), hierarchy=EARNED, schedule=AT_ONCE, timed=True)
 BASELINES = ("fedit-5", "fedit-10", "fedit-20", "hetlora", "flora", "legend")
 METHODS: dict[str, Method] = {
     "fedit-5": Method(5),
@@ -161,7 +180,7 @@ METHODS: dict[str, Method] = {
     "flora": Method(aggregator=FLoRA(), rank=RankOfClass()),
     "legend": Method(rank=RankOfClass(), within=0.7),
     "depth-only": Method(within=0.7),
-    OURS: grouped(SCORED),
+    "hierfedlora": grouped(SCORED),
     "equal-ranks": grouped(SCORED, rank=FixedRank(8)),
     "groups-only": grouped(None, rounds=5),
     "fixed-rounds": grouped(replace(SCORED, rounds=5)),
@@ -171,10 +190,19 @@ METHODS: dict[str, Method] = {
     "work-grows": grouped(replace(SCORED, rule=TimeAligned(H, 5))),
     "random-groups": grouped(SCORED, RandomGroups(GROUPS)),
     "joint-memory": grouped(replace(SCORED, rule=JointMemory(H, 5, ranks=(2, 4, 8)))),
-    ACROSS: grouped(SCORED, across=True),
+    "fedfa-across": grouped(SCORED, schedule=ACROSS),
+    "ours": OURS,
+    "ours-synchronous": replace(OURS, schedule=None),
+    "ours-fedfa": replace(OURS, schedule=ACROSS),
+    "ours-unaveraged": replace(OURS, aggregator=FedIT()),
+    "ours-for-all-ten": replace(OURS, hierarchy=replace(EARNED, schedule=None)),
+    "ours-weighed": replace(OURS, hierarchy=replace(EARNED, plan=SCORED)),
+    "ours-random-groups": replace(OURS, hierarchy=replace(EARNED, groups=RandomGroups(GROUPS))),
+    "ours-ungrouped": replace(OURS, hierarchy=None, schedule=replace(AT_ONCE, max_in_flight=CLIENTS), depth=1),
+    "legend-averaged": Method(aggregator=Averaged(FedIT()), rank=RankOfClass(), within=0.7),
 }
-"""FedIT is flat FedAvg with so many steps; the best of them counts. Ours has the ranks of `legend`, `equal-ranks` those of FedIT;
-from `groups-only` on it is without one of its parts."""
+"""FedIT is flat FedAvg with so many steps; the best of them counts. `hierfedlora` has the ranks of `legend`, `equal-ranks` those of
+FedIT; from `groups-only` on it is without one of its parts, from `ours-synchronous` on ours is."""
 
 
 def cell(name: str, seed: int) -> Run:
@@ -188,23 +216,26 @@ def cell(name: str, seed: int) -> Run:
     weigh = uniform if isinstance(method.aggregator, HetLoRA) else by_work if hierarchy else by_examples
     whole = method.steps * STEP + 2 * ADAPTER / 1.55e7
     depth = DepthByCapability(method.within * whole, TOKENS) if method.within else None
-    schedule: Schedule = Rounds(GROUPS if hierarchy else CLIENTS, weigh=weigh)
-    each = GROUPS if method.across else 1
+    places = GROUPS if hierarchy else CLIENTS
+    each = places if method.schedule else 1
+    limits = Limits(each * (TOTAL // method.steps), evaluate_every=each)
+    if method.timed:
+        limits = replace(limits, versions=ENDLESS, seconds=SECONDS[network])
     return Run(
         name=name.replace("/", "-"),
         model=study.model,
         data=study.data,
         partition=LabelDirichlet(CLIENTS, SPLITS[split]),
         aggregator=method.aggregator,
-        schedule=FedFa(GROUPS // 2, GROUPS, weigh=by_work) if method.across else schedule,
-        plan=Plan(method.rank, method.steps, depth),
+        schedule=method.schedule or Rounds(places, weigh=weigh),
+        plan=Plan(method.rank, method.steps, FixedDepth(method.depth) if method.depth else depth),
         lora=LoRA(target_modules=study.modules, dropout=0.0),
         training=Training(
             learning_rate=study.rate, batch_size=study.batch, max_length=study.length, keep_moments=False
         ),
         world=study.world,
         hierarchy=hierarchy,
-        limits=Limits(versions=each * (TOTAL // method.steps), evaluate_every=each),
+        limits=limits,
         transfer=None,
         held_out=0.0,
         test_limit=500,
@@ -261,12 +292,12 @@ def summary(found: Sequence[Line]) -> Line:
     times = {name: seconds(found, name, f"{place}/far") for name in BASELINES}
     known = {name: time for name, time in times.items() if math.isfinite(time)}
     best = min(known, key=known.__getitem__, default=None)
-    far, near = (seconds(found, OURS, f"{place}/{network}") for network in ("far", "near"))
+    far, near = (seconds(found, "ours", f"{place}/{network}") for network in ("far", "near"))
     ends = {(line["cell"], line["seed"]): 100 * final(line) for line in found}
     seeds = sorted({line["seed"] for line in found})
-    pairs = [((f"{OURS}/{place}/far", seed), (f"{best}/{place}/far", seed)) for seed in seeds]
+    pairs = [((f"ours/{place}/far", seed), (f"{best}/{place}/far", seed)) for seed in seeds]
     gains = [ends[one] - ends[other] for one, other in pairs if one in ends and other in ends]
-    across = seconds(found, ACROSS, f"{place}/near")
+    waiting, across = (seconds(found, f"ours-{name}", f"{place}/near") for name in ("synchronous", "fedfa"))
     return {
         "seeds": len(seeds),
         "speedup_vs_best_baseline": ratio(known[best], far) if best else None,
@@ -274,7 +305,7 @@ def summary(found: Sequence[Line]) -> Line:
         "accuracy_gain_points": round(mean(gains), 2) if gains else None,
         "interval": interval(gains),
         "best_baseline": best,
-        "fedfa_across_groups_speedup": ratio(near, across),
+        "fedfa_across_groups_speedup": ratio(waiting, across),
     }
 
 

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from fedloom.job import Job, Outcome, prepare
     from fedloom.plan.budget import Plan
     from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth
+    from fedloom.plan.earned import Earned
     from fedloom.plan.grouped import Planned
     from fedloom.plan.joint import Bandit, JointMemory, Scored, TimeAligned
     from fedloom.plan.paced import Paced
@@ -96,6 +97,7 @@ _HOMES = {
     "job": ("Job", "Outcome", "prepare"),
     "plan.budget": ("Plan",),
     "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth"),
+    "plan.earned": ("Earned",),
     "plan.grouped": ("Planned",),
     "plan.paced": ("Paced",),
     "plan.joint": ("Bandit", "JointMemory", "Scored", "TimeAligned"),
@@ -142,6 +144,7 @@ __all__ = [
     "DepthByCapability",
     "DepthByMemory",
     "DeviceFile",
+    "Earned",
     "Engine",
     "Everybody",
     "Exact",

@@ -23,12 +23,20 @@ class Gathered:
 
     def add(self, update: Update) -> None:
         """An answer that is in a version for the first time."""
-        budget, made = update.task.budget, update.result
-        before = self.spent.get(update.task.client, Spent(update.task.client, 0, None, 0, 0, 0.0, 0.0, 0.0))
-        took = (made.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up"))
-        sums = (old + new for old, new in zip((before.down, before.train, before.up), took, strict=True))
-        self.spent[update.task.client] = Spent(
-            before.client, budget.rank, budget.depth, before.answers + 1, before.steps + made.steps, *sums
+        budget, made, client = update.task.budget, update.result, update.task.client
+        loss = made.metrics.get("loss")
+        before = self.spent.get(client, Spent(client, 0, None, 0, 0, 0.0, 0.0, 0.0, loss))
+        down, train, up = (made.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up"))
+        self.spent[client] = replace(
+            before,
+            rank=budget.rank,
+            depth=budget.depth,
+            answers=before.answers + 1,
+            steps=before.steps + made.steps,
+            down=before.down + down,
+            train=before.train + train,
+            up=before.up + up,
+            ended=loss,
         )
 
     def look(self, model: Model, updates: Sequence[Update]) -> None:

@@ -175,7 +175,10 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a member did in one task of its edge, all its answers together: seconds on its links and in training, by what it did."""
+    """What a member did in one task of its edge, all its answers together: seconds on its links and in training, by what it did.
+
+    `began` and `ended` are the loss of its first and of its last answer; None: it told none.
+    """
 
     client: ClientId
     rank: int
@@ -185,6 +188,8 @@ class Spent:
     down: float
     train: float
     up: float
+    began: float | None = None
+    ended: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

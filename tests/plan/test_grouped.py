@@ -12,6 +12,7 @@ import torch
 import toys
 from fedloom import (
     Bandit,
+    Earned,
     FedFa,
     FedSA,
     FixedRank,
@@ -29,7 +30,7 @@ from fedloom import (
     World,
 )
 from fedloom.plan.groupcost import Choice, Observed
-from fedloom.plan.grouped import barrier, device, mass, observed, state, surprise
+from fedloom.plan.grouped import barrier, device, earned, fell, mass, observed, state, surprise
 from fedloom.plan.joint import Joint
 from fedloom.simulate import Simulation
 from fedloom.told import KEPT
@@ -43,6 +44,7 @@ RULES: tuple[Joint, ...] = (
     Paced(Scored(8, 4, rank=4)),
     Bandit(8, rank=4, cuts=2),
     JointMemory(8, 4, ranks=(2, 4)),
+    Earned(8, 4, rank=4, patience=2),
 )
 EDGE, SLOW = Profile("edge0", 30, 1e4, 1e5, 1e5), Profile("c0", 10, 1e4, 1e4, 1e4)
 LOG = GroupLog(EDGE, (SLOW, replace(SLOW, client="c1", flops=2e4)))
@@ -117,6 +119,16 @@ def test_dispersion_follows_the_spread_and_rewards_the_loss() -> None:
     log = replace(LOG, told=tasks)
     assert state(log, SHAPE, 50).dispersion ** 2 == pytest.approx(0.8 * (0.8 * 0.5 + 0.2 * 1.0))
     assert [*observed(tasks, SHAPE)] == [Observed(4, 1, pytest.approx(0.05))]
+
+
+def test_a_choice_earned_what_its_members_own_losses_fell() -> None:
+    """Mean fall from an answer to the next, by rounds, by seconds: (0.6 / 3 + 0.1) / 2 * 4 / 10; one answer tells nothing."""
+    (spent,) = told().spent
+    three = replace(spent, answers=4, began=1.0, ended=0.4)
+    two, one = replace(spent, answers=2, began=0.5, ended=0.4), replace(spent, answers=1, began=9.0, ended=9.0)
+    tasks = (told(Budget(4, 8, 1, 4), spent=(three, two, one)), told(spent=(one,)))
+    assert [fell(member) for member in (three, two, one)] == pytest.approx([0.2, 0.1, None])
+    assert [*earned(tasks, SHAPE)] == [Observed(4, 1, pytest.approx(0.06))]
 
 
 def test_what_inner_rounds_waited_is_learnt() -> None:

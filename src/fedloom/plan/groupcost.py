@@ -85,8 +85,9 @@ class GroupState:
     `up_bps` and `down_bps` are the link between edge and server. `dispersion` is delta_g, the distance of the members' updates
     from their mean, per local step and unit of learning rate. `mass` is the squared norm of the gradients in each layer from the
     output down, `energy` that of each direction of the update, largest first; empty: nothing is known yet, all count alike.
-    `observed` is what was tried, oldest first. `barrier` are the seconds that an inner round was seen to take beyond the members'
-    own.
+    `observed` is what was tried, oldest first, by the loss from task to task; `earned` the same by the loss inside a task, if
+    it had two rounds; so many `tasks` are remembered. `barrier` are the seconds that an inner round was seen to take beyond the
+    members' own.
     """
 
     members: tuple[Device, ...]
@@ -98,6 +99,8 @@ class GroupState:
     energy: tuple[float, ...] = ()
     observed: tuple[Observed, ...] = field(default=())
     barrier: float = 0.0
+    earned: tuple[Observed, ...] = field(default=())
+    tasks: int = 0
 
     def __post_init__(self) -> None:
         depths = {len(member.seconds) for member in self.members}

@@ -85,6 +85,8 @@ def state(log: GroupLog, shape: Shape, batch_tokens: int) -> GroupState:
         energy=log.told[-1].energy if log.told else (),
         observed=tuple(observed(log.told, shape)),
         barrier=followed([max(barrier(told), surprise(told, known)) for told in log.told]),
+        earned=tuple(earned(log.told, shape)),
+        tasks=len(log.told),
     )
 
 
@@ -136,6 +138,22 @@ def observed(told: tuple[Told, ...], shape: Shape) -> Iterator[Observed]:
         if before.loss is not None and after.loss is not None and after.seconds > 0:
             depth = after.budget.depth or shape.layers
             yield Observed(after.budget.rounds, depth, (before.loss - after.loss) / after.seconds)
+
+
+def earned(told: tuple[Told, ...], shape: Shape) -> Iterator[Observed]:
+    """What choices earned without other groups: by how much members' own losses fell between rounds of one task, a second."""
+    for one in told:
+        falls = [fall for fall in map(fell, one.spent) if fall is not None]
+        if falls and one.seconds > 0:
+            depth = one.budget.depth or shape.layers
+            yield Observed(one.budget.rounds, depth, math.fsum(falls) / len(falls) * one.budget.rounds / one.seconds)
+
+
+def fell(spent: Spent) -> float | None:
+    """By how much a member's loss fell from one of its answers to the next; None: it answered once, or told no loss."""
+    if spent.answers < 2 or spent.began is None or spent.ended is None:
+        return None
+    return (spent.began - spent.ended) / (spent.answers - 1)
 
 
 def barrier(told: Told) -> float:
