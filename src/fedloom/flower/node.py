@@ -3,7 +3,8 @@
     python -m fedloom.flower.node [--was FILE] [--idle SECONDS] -- ARGUMENTS OF flower-supernode
 
 Where the SuperNode's loop fails, by a certificate that has just expired or an answer 500 of the server, its main thread ends but its
-HTTP thread keeps the process: it would sit there for good and look alive. Here it ends, and `fedloom join` starts it again.
+HTTP thread keeps the process: it would sit there for good and look alive. So it would where the thread of its heartbeats ends, by an
+answer 500 of a server whose disk is full. Here it ends, and `fedloom join` starts it again.
 
 A SuperNode that was killed holds its place at the server for a minute, in which no other process may take it, not even its successor.
 `--was` names the file with the node id that this site had: it is given back first, with the site's own key, so that a restart takes
@@ -19,6 +20,7 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -73,6 +75,13 @@ def hasten(longest: float) -> None:
     start_client_internal.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, longest)))
 
 
+def end(failed: threading.ExceptHookArgs) -> NoReturn:
+    """End the process by which a thread has just ended."""
+    threading.__excepthook__(failed)
+    logging.shutdown()
+    os._exit(1)
+
+
 def main(words: Sequence[str] | None = None) -> NoReturn:
     """Run the SuperNode; never returns, and leaves no thread."""
     parser = argparse.ArgumentParser(prog="fedloom.flower.node", description=(__doc__ or "").partition("\n")[0])
@@ -87,6 +96,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         server, authority, key = (rest[rest.index(word) + 1] for word in ("--superlink", "--root-certificates", KEY))
         with suppress(httpx.HTTPError, OSError, ValueError):  # it had left in order, or the server is away
             give_back(int(given.was.read_text()), server, Path(authority), Path(key))
+    threading.excepthook = end
     if given.was:
         logging.getLogger("flwr").addHandler(Note(given.was))
     sys.argv = ["flower-supernode", *rest]

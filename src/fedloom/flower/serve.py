@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +40,8 @@ QUICK, MOST_QUICK = 60.0, 5
 """A ServerApp that ends within so many seconds came to nothing; after so many of those in a row we give up."""
 STARTS = 180.0
 """Seconds in which a submitted app must have started."""
+ROOM = 2**24
+"""Bytes that must be free on the disk before a ServerApp is begun."""
 
 MOVED = re.compile(r"\[Fleet\.(?:De)?[Aa]ctivateNode\] (Activated|Deactivated) node_id=(\d+)")
 
@@ -136,6 +140,7 @@ class Serving:
     pauses: dict[str, float] = field(default_factory=dict)
     line: str = ""
     relayed: float = -RELAY
+    full: bool = False
     here: set[str] = field(default_factory=set)
     nodes: dict[str, int] = field(default_factory=dict)
 
@@ -151,23 +156,39 @@ class Serving:
         if not self.up:
             self.up = True
             self.say(f"the server listens at {self.server.host}:{self.server.port}")
+        self._look_for_room()
         self._try(self._admit)
         self._announce()
         self._relay()
         return self._try(self._follow)
 
     def _try(self, step: Callable[[], str | None]) -> str | None:
-        """A step that Flower may refuse: the SuperLink has just gone, or says no. It is tried again, and told once."""
+        """A step that Flower may refuse: the SuperLink has just gone, or says no. It is tried again, and told once.
+
+        As it is where the disk is full, of which `_look_for_room` tells.
+        """
         name = step.__name__
         if time.monotonic() < self.pauses.get(name, 0.0):
             return None
         try:
             return step()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.pauses[name] = time.monotonic() + AGAIN
         except Unwilling as error:
             if str(error) != self.troubles.get(name):
                 self.say(f"not yet: {error}")
             self.troubles[name], self.pauses[name] = str(error), time.monotonic() + AGAIN
-            return None
+        return None
+
+    def _look_for_room(self) -> None:
+        """Say that the disk is full, and that it is so no longer. No ServerApp is begun in between: it could write no checkpoint."""
+        full = shutil.disk_usage(self.server.folder).free < ROOM
+        if full != self.full:
+            where = f"the disk of {self.server.folder}"
+            self.say(f"{where} is full; the run goes on when there is room" if full else f"{where} has room again")
+        self.full = full
 
     def _admit(self) -> None:
         """Let in the sites whose keys were added, and no longer those whose keys were removed."""
@@ -226,6 +247,8 @@ class Serving:
     def _follow(self) -> str | None:
         """Submit the app, wait for its word, and submit it again where it was killed."""
         if not self.run:
+            if self.full:
+                return None
             self.attempt, self.since = self.attempt + 1, time.monotonic()
             self.run = self.control.submit(self.server.folder, self.attempt)
             write_json(self.server.home / "run.json", {"run": self.run, "attempt": self.attempt})
@@ -239,7 +262,7 @@ class Serving:
         elif word.lives if word is not None else lived < STARTS:
             return None
         said = (word.failed if word else "") or ("it was killed" if word else "it did not start")
-        self.quick = self.quick + 1 if lived < QUICK else 0
+        self.quick = self.quick + 1 if lived < QUICK and not self.full else 0
         if self.quick >= MOST_QUICK:
             raise Refused(
                 "RUNFILE", str(self.server.folder), f"the run ends as soon as it begins: {said}; see logs/serverapp.log"

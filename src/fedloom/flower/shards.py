@@ -69,8 +69,8 @@ def _settings(run: Run, name: str, examples: Examples) -> str:
     lines = [
         f"name = {_text(name)}",
         'server = "127.0.0.1:8080"',
-        '# ca = "ca.crt"  # whom this site trusts, and how it is known: see `fedloom keys`',
-        f"# key = {_text(name + '.key')}",
+        'ca = "ca.crt"  # whom this site trusts, and how it is known: see `fedloom keys`; not looked at by `join --insecure`',
+        f"key = {_text(name + '.key')}",
         "",
         "[model]",
         f"path = {_text(path)}",
