@@ -173,7 +173,17 @@ def summary(found: Sequence[Line]) -> Line:
         "accuracy_gain_points": round(mean(gains), 2) if gains else None,
         "interval": interval(gains),
         "traffic_ratio": round(mean(traffic(one) / traffic(other) for one, other in pairs), 3) if pairs else None,
+        "traffic_to_target_ratio": _ratio_to_target(found, f"{ALL}/{data}", f"{FEDAVG}/{data}"),
     }
+
+
+def _ratio_to_target(found: Sequence[Line], one: str, other: str) -> float | None:
+    """Medians of the bytes until the target, a run that never got there with all of its own; bytes go evenly with the run's time."""
+    bytes_ = [
+        [traffic(line) * min(1.0, reached(line) / line["curve"][-1][1]) for line in found if line["cell"] == cell_]
+        for cell_ in (one, other)
+    ]
+    return round(median(bytes_[0]) / median(bytes_[1]), 3) if all(bytes_) else None
 
 
 def traffic(line: Line) -> float:
