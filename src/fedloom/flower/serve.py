@@ -180,7 +180,7 @@ class Serving:
             if str(error) != self.troubles.get(name):
                 self.say(f"not yet: {error}")
             self.troubles[name], self.pauses[name] = str(error), time.monotonic() + AGAIN
-            return None
+        return None
 
     def _look_for_room(self) -> None:
         """Say that the disk is full, and that it is so no longer. No ServerApp is begun in between: it could write no checkpoint."""
