@@ -73,10 +73,12 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="three sites and few repeats, two minutes")
+    parser.add_argument("--sites", type=int, help="so many sites (a site takes some 300 MB here)")
     given = parser.parse_args()
     here = str(Path(__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([here, f"{here}/src", os.environ.get("PYTHONPATH", "")])
     sites, counts, seconds = (3, QUICK, 15.0) if given.quick else (8, FULL, 60.0)
+    sites = given.sites or sites
     with tempfile.TemporaryDirectory() as folder:
         figures = measured(Path(folder), sites, counts, seconds)
     show(figures)
