@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.flower import keys
+from fedloom.flower.place import Server
 from fedloom.flower.processes import free_port
-from fedloom.flower.serve import Server, serve
+from fedloom.flower.serve import serve
 
 IDLE = "0.2"
 QUICK = {"0": 4, "1": 2, "8": 2, "64": 2}

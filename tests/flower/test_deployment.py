@@ -23,8 +23,8 @@ import pytest
 from fedloom.errors import Refused
 from fedloom.flower import keys
 from fedloom.flower.join import Seat
+from fedloom.flower.place import Server
 from fedloom.flower.processes import free_port, program
-from fedloom.flower.serve import Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 ROOT, TOYS = Path(__file__).parents[2], Path(__file__).parent / "toys"

@@ -94,7 +94,8 @@ def _carry_out(
     file: Path, folder: Path, port: str, insecure: bool, resume: bool, facts: dict[str, object], more: Any = ()
 ) -> None:
     from fedloom.errors import Refused
-    from fedloom.flower.serve import Server, serve
+    from fedloom.flower.place import Server
+    from fedloom.flower.serve import serve
 
     host, _, number = port.rpartition(":")
     if not number.isdigit():

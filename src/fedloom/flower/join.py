@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedloom.errors import Refused
+from fedloom.flower.place import loopback
 from fedloom.flower.processes import (
     Part,
     Reader,
@@ -20,7 +21,6 @@ from fedloom.flower.processes import (
     secret,
     terminable,
 )
-from fedloom.flower.serve import loopback
 
 TICK = 0.5
 PLAIN = {

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.errors import Refused
-from fedloom.flower.serve import Server, serve
+from fedloom.flower.place import Server
+from fedloom.flower.serve import serve
 
 
 def main() -> None:
