@@ -119,7 +119,8 @@ class Killed(BaseException):
     """As by kill -9: nothing of the process gets to say a word."""
 
 
-@pytest.mark.parametrize("after", [5, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [5, 23])
 def test_a_server_that_was_killed_goes_on_in_its_folder(encoder: Path, tmp_path: Path, after: int) -> None:
     run = run_of(encoder, schedule=FedFa(3), limits=Limits(versions=20, evaluate_every=5))
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
@@ -148,6 +149,7 @@ def test_a_server_that_was_killed_goes_on_in_its_folder(encoder: Path, tmp_path:
     assert deploy.run(net, folder) == "20 versions made"  # a finished one has nothing left to do
 
 
+@pytest.mark.slow
 def test_sites_of_other_limits_train_at_their_own_rank(encoder: Path, tmp_path: Path) -> None:
     run = run_of(encoder, plan=Plan(FixedRank(8), local_steps=3))
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
