@@ -5,9 +5,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # One BLAS thread a process: small matrices on many threads are several times slower. The demo sets torch's threads itself.
 export OMP_NUM_THREADS ?= 1
 # Which tests `make test` runs, in pytest's words.
-MARK ?= not gpu and not mutants
+MARK ?= not gpu and not mutants and not federation
 
-.PHONY: help demo test mutants check bench clean
+.PHONY: help demo test mutants federation check bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,6 +30,9 @@ test: .venv/ready ## every test that needs no GPU
 
 mutants: .venv/ready ## whether the laws notice each of some sixty bugs, a quarter of an hour
 	@$(BIN)/python -m pytest -n 2 -m slow tests/laws/test_mutants.py
+
+federation: .venv/ready ## deployments of real processes that take minutes: the guide's own commands, whatever is killed
+	@$(BIN)/python -m pytest -m federation tests/flower
 
 check: .venv/ready ## format, lint, types, import contracts, fast tests
 	@$(BIN)/ruff format --check --quiet . || (echo "run: $(BIN)/ruff format ." && false)

@@ -176,6 +176,7 @@ def test_who_is_refused(secured: tuple[Stage, Path, Path]) -> None:
     stage.more(LEASE, "a new certificate under the same authority")
 
 
+@pytest.mark.federation
 def test_whatever_is_killed_comes_back_and_nothing_is_left(secured: tuple[Stage, Path, Path]) -> None:
     """kill -9 of each process; at last of the supervisors."""
     stage, ca, private = secured

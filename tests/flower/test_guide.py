@@ -71,6 +71,7 @@ def test_the_page_has_three_terminals_with_one_command_each() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.federation
 def test_the_page_works(tmp_path: Path) -> None:
     """An adapter comes out of sites of ranks 4 and 8, and the trace replays; first without keys, then with them."""
     try:
