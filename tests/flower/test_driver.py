@@ -31,6 +31,7 @@ from fedloom import (
     Rounds,
     Scaffold,
     checkpoint,
+    wire,
 )
 from fedloom.flower.driven import Patience
 from fedloom.flower.driver import Deployment
@@ -41,10 +42,10 @@ from fedloom.places import Places
 from fedloom.replay import Archive, replay
 from fedloom.resume import LOGS, NAME, Keeper, Progress, kept, log, restore
 from fedloom.server import Limits, Server, State
-from fedloom.trace import Trace
+from fedloom.trace import Trace, fingerprint
 from fedloom.train.settings import PLAIN, LoRA, Training
 from fedloom.tree import owners
-from fedloom.types import Command, Event, Model, Profile
+from fedloom.types import Command, Event, Model, Profile, Task
 from flower_net import Net, Site, Trouble
 
 TERMS = Terms("storm", "0" * 12, "toy", 2, LoRA(), Training(), PLAIN, 1, 0, ("no", "yes"))
@@ -384,3 +385,36 @@ def test_a_site_that_cannot_read_a_task_fails_it() -> None:
     assert "above 1 MB" in running.server.state.last_failure or running.server.state.version > 0
     assert 2 <= running.traffic.refused <= 3  # once a pause
     assert not [task for task in running.tasks.values() if task.client == "c0"]
+
+
+def test_nobody_speaks_for_the_task_of_another() -> None:
+    """A site that answers, or refuses, each task of its own as if it were the other's does the other no harm."""
+    for refuses in (True, False):
+        net = Net(sites(2))
+        honest, own = net.sites[101].answer, net.sites[100].answer
+        seen: list[Work] = []
+
+        def watched(body: bytes, honest: Any = honest, seen: list[Work] = seen) -> bytes:
+            ask = decode(body, 2**30)
+            seen += [ask] if isinstance(ask, Work) else []
+            return honest(body)
+
+        def false(body: bytes, own: Any = own, seen: list[Work] = seen, refuses: bool = refuses) -> bytes:
+            if isinstance(decode(body, 2**30), Hello) or not seen:
+                return own(body)
+            other = seen[-1].task
+            return encode_reply(Refusal("c1", other.id, "no", True)) if refuses else returned_bytes(other)
+
+        net.sites[101].answer, net.sites[100].answer = watched, false  # type: ignore[method-assign]
+        running = deployment(net, server={"schedule": FedFa(2)})
+        turns(running, net, 40)
+        assert "c1" in running.here
+        assert not refuses or running.traffic.late == 0  # no honest answer came to a task that another had ended
+        assert net.sites[101].trained.keys() == {(one.task.id, fingerprint(one.task.start.train)) for one in seen}
+        assert running.accepted["c1"] >= seen[-2].task.id
+        assert running.server.state.version > 3
+
+
+def returned_bytes(task: Task) -> bytes:
+    """An answer to this task, whoever sends it."""
+    return wire.encode(task, toys.make_result(task.start.train))

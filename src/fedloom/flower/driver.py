@@ -138,8 +138,7 @@ class Deployment:
         if isinstance(told, Refusal):
             return self._refused(now, sent, told)
         client, number, result = told
-        node = self.sites.nodes.get(sent.node)
-        if client != self.tasks[number].client or (node and node.client not in (None, client)):
+        if number != sent.task or client != self.tasks[number].client:
             return self._unusable(now, sent, f"{client!r} answers task {number} of {self.tasks[number].client!r}")
         return self._tell(now, UpdateArrived(client, number, timed(self.tasks[number], result, now)))
 
@@ -192,10 +191,9 @@ class Deployment:
     def _refused(self, now: float, sent: Sent, told: Refusal) -> Stop | None:
         """A task that a site will not do; if the reason lasts, the site is left alone for a while and its client is gone.
 
-        A site that could not read the message does not know which task it was.
+        Which task it is follows from the message that is replied to: nobody refuses what was sent to another.
         """
-        self.traffic.refused += 1
-        number = sent.task if told.task is None else told.task
+        self.traffic.refused, number = self.traffic.refused + 1, sent.task
         LOG.warning("node %s refuses: %s", sent.node, told.reason)
         if number is None or told.lasting:
             self.sites.rest(now + self.patience.pause, sent.node, told.reason)
