@@ -66,6 +66,8 @@ class Hierarchy:
     each member may do, which shares the steps of a task out over its rounds. `Planned()` chooses rounds, steps, depth and rank for
     each group from what is known of all; `rounds` says nothing then. `link` is an edge's to the server (None: the edges
     live on the server, and nothing travels); a member's link to its edge is `inner_speedup` times as fast as to the server.
+    Groups know how many examples of each label a client has; with `topics` how many of each of so many topics, which are found in
+    what the base model makes of the texts: for data without labels.
     """
 
     groups: Grouping = field(default_factory=Everybody)
@@ -75,12 +77,15 @@ class Hierarchy:
     plan: Assign | None = None
     link: Link | None = None
     inner_speedup: float = 1.0
+    topics: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.rounds, int) and self.rounds < 1:
             raise Refused("hierarchy.rounds", self.rounds, "an edge makes at least 1 version of a task")
         if not self.inner_speedup > 0:
             raise Refused("hierarchy.inner_speedup", self.inner_speedup, "1.0: as fast as to the server, 10: ten times")
+        if self.topics < 0:
+            raise Refused("hierarchy.topics", self.topics, "0: groups are told labels, 16: that many topics instead")
 
     def grouped(self, members: Sequence[Member], seed: int) -> dict[ClientId, tuple[ClientId, ...]]:
         """The groups by the names of their edges. Raises Refused unless each client is in exactly one."""

@@ -276,7 +276,7 @@ def made_ready(run: Run, split: Split, shards: Sequence[Shard], before: Begun | 
         train_texts=train,
         test_texts=test,
         tested=fitting.tested(len(split.test), run.test_limit, run.seed),
-        server=led(run, _server(run, base, top), shards, split, profiles),
+        server=led(run, _server(run, base, top), base, train, shards, len(split.train.names), profiles),
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
         begun=before,
     )

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedloom.cost import Shape
-from fedloom.data.examples import Split
 from fedloom.data.partition import Shard
 from fedloom.group import Member
+from fedloom.histogram import topics as found
 from fedloom.server import Server
+from fedloom.train.base import Base
+from fedloom.train.embed import embeddings
+from fedloom.train.texts import Encoded
 from fedloom.tree import Tree
 from fedloom.types import ClientId, Profile
 from fedloom.world import Devices, Near
@@ -26,20 +29,37 @@ def devices(run: Run) -> Devices:
 
 
 def led(
-    run: Run, flat: Server, shards: Sequence[Shard], split: Split, profiles: Mapping[ClientId, Profile]
+    run: Run,
+    flat: Server,
+    base: Base,
+    texts: Encoded,
+    shards: Sequence[Shard],
+    names: int,
+    profiles: Mapping[ClientId, Profile],
 ) -> Server | Tree:
-    """The server of the run: with edges, if it has a hierarchy, and clients. Raises Refused where the groups are none."""
+    """The server of the run: with edges, if it has a hierarchy, and clients, whose examples are among `texts`, of `names` labels.
+
+    Raises Refused where the groups are none.
+    """
     if run.hierarchy is None or not shards:
         return flat
     tokens = run.plan.local_steps * run.training.batch_size * run.training.max_length
-    members = []
+    members, counts = [], kinds(run.hierarchy.topics, base, texts, shards, names, run.seed)
     for shard in shards:
-        counts = Counter(split.train.labels[i] for i in shard.train)
-        labels = tuple(float(counts[label]) for label in range(len(split.train.names)))
         took = seconds(flat.shape, profiles[shard.client], run.plan.rank.largest, tokens)
-        members.append(Member(shard.client, len(shard.train), took, labels))
+        members.append(Member(shard.client, len(shard.train), took, counts[shard.client]))
     groups = run.hierarchy.grouped(members, run.seed)
     return run.hierarchy.over(flat, {edge: tuple(profiles[one] for one in own) for edge, own in groups.items()})
+
+
+def kinds(
+    topics: int, base: Base, texts: Encoded, shards: Sequence[Shard], names: int, seed: int
+) -> dict[ClientId, tuple[float, ...]]:
+    """How many training examples of each label a client has, or of each of so many topics, for which embeddings are pooled."""
+    if topics:
+        return found({shard.client: embeddings(base, texts, shard.train) for shard in shards}, topics, seed)
+    counts = {shard.client: Counter(texts.labels[i] for i in shard.train) for shard in shards}
+    return {client: tuple(float(own[k]) for k in range(names)) for client, own in counts.items()}
 
 
 def seconds(shape: Shape, profile: Profile, rank: int, tokens: int) -> float:
