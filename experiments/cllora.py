@@ -10,7 +10,7 @@ damaged texts, evenly); at every seed both begin with the same model and are mea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from statistics import mean
@@ -32,6 +32,7 @@ from fedloom import (
     Limits,
     LoRA,
     Plan,
+    ProductDelta,
     QualityDirichlet,
     QuantityDirichlet,
     Rounds,
@@ -51,7 +52,7 @@ from fedloom.data.partition import Partition
 from fedloom.schedule.weights import Weigh
 from fedloom.summary import summarise
 from fedloom.train.settings import Generation
-from fedloom.types import Command, Event
+from fedloom.types import Aggregator, Command, Event
 from fedloom.uneven import unevenness
 
 CLIENTS, COHORT, LAST = 20, 10, 4
@@ -151,10 +152,11 @@ AXES = {
 
 @dataclass(frozen=True)
 class Remedy:
-    """How answers are weighed and batches are made."""
+    """How answers are weighed and added, and batches are made."""
 
     weigh: Weigh = by_examples
     stratified: bool = False
+    aggregator: Aggregator = field(default_factory=FedIT)
 
 
 PLAIN = Remedy()
@@ -164,6 +166,7 @@ REMEDIES = {
     "by_text": Remedy(by_text),
     "by_quality": Remedy(ByQuality()),
     "stratified": Remedy(stratified=True),
+    "products": Remedy(aggregator=ProductDelta()),
 }
 
 
@@ -183,7 +186,7 @@ def cell(texts: Texts, axis: str, alpha: float, remedy: Remedy, seed: int) -> Ru
         model=texts.model(),
         data=texts.damaged if control == "damaged" else texts.data,
         partition=partition,
-        aggregator=FedIT(),
+        aggregator=remedy.aggregator,
         schedule=Rounds(COHORT, weigh=remedy.weigh),
         plan=Plan(FixedRank(8), texts.steps),
         lora=LoRA(target_modules=texts.modules, dropout=0.0),

@@ -155,6 +155,11 @@ def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | No
         "bytes_up": versions[-1]["bytes_up"] if versions else 0,
         "bytes_up_dense": versions[-1]["bytes_up_dense"] if versions else 0,
         "bytes_down": versions[-1]["bytes_down"] if versions else 0,
+        **(
+            {"bytes_edges": sum(line["bytes_down"] + line.get("bytes_up", 0) for line in log.edges)}
+            if log.edges
+            else {}
+        ),
         "virtual_seconds": versions[-1]["time"] if versions else 0.0,
         "energy2": next((sum(line["energy"][:2]) for line in reversed(versions) if line["energy"]), None),
         "uploads": versions[-1]["uploads"] if versions else 0,
