@@ -73,7 +73,10 @@ ENDLESS = 10**6
 
 @dataclass(frozen=True)
 class Study:
-    """A data set and a model; `flop` are those of a step of full depth, `bits` those of an adapter of rank 8."""
+    """A data set and a model; `flop` are those of a step of full depth, `bits` those of an adapter of rank 8.
+
+    `total` are the steps of a client in a run.
+    """
 
     data: Source
     model: str
@@ -84,6 +87,7 @@ class Study:
     length: int = 32
     rate: float = 5e-3
     modules: str | None = r".*layer.*(query|value|dense)"
+    total: int = TOTAL
 
     @property
     def world(self) -> Capabilities:
@@ -110,6 +114,7 @@ SPLITS = {"dir0.1": 0.1, "dir0.5": 0.5, "dir1": 1.0}
 STUDIES: dict[str, Study] = {
     "agnews": Study(AGNEWS, TINY, 2.3e8, 1.057e6, {"dir0.1": 0.60, "dir0.5": 0.70, "dir1": 0.72}),
     "sst2": Study(SST2, TINY, 1e8, 1.057e6, {"dir0.1": 0.60, "dir0.5": 0.65, "dir1": 0.65}),
+    "agnews-minilm": Study(AGNEWS, str(minilm()), 5.9e9, 9.46e6, {"dir0.1": 0.70}, rate=2e-3, total=TOTAL // 4),
     "mrpc": Study(
         MRPC,
         str(minilm()),
@@ -218,9 +223,9 @@ def cell(name: str, seed: int) -> Run:
     depth = DepthByCapability(method.within * whole, TOKENS) if method.within else None
     places = GROUPS if hierarchy else CLIENTS
     each = places if method.schedule else 1
-    limits = Limits(each * (TOTAL // method.steps), evaluate_every=each)
+    limits = Limits(each * (study.total // method.steps), evaluate_every=each)
     if method.timed:
-        limits = replace(limits, versions=ENDLESS, seconds=SECONDS[network])
+        limits = replace(limits, versions=ENDLESS, seconds=SECONDS[network] * study.total / TOTAL)
     return Run(
         name=name.replace("/", "-"),
         model=study.model,

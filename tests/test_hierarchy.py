@@ -32,7 +32,8 @@ from fedloom import (
     by_work,
     prepare,
 )
-from fedloom.group import Given
+from fedloom.group import Given, Member
+from fedloom.histogram import noised
 from fedloom.membership import devices
 from fedloom.override import override
 from fedloom.replay import Replayed, fresh, replay
@@ -150,6 +151,29 @@ def test_an_interrupted_run_goes_on_to_the_same_files(encoder: Path, recorded: P
     job.execute(report=False)
     for name in (*COMPARED, "manifest.json"):
         assert (out / name).read_bytes() == (recorded / name).read_bytes(), name
+
+
+@dataclass(frozen=True)
+class Overheard:
+    """A grouping that keeps what it was told."""
+
+    told: list[Member] = field(default_factory=list)
+
+    def __call__(self, members: Sequence[Member], seed: int) -> tuple[tuple[str, ...], ...]:
+        self.told.extend(members)
+        return (tuple(sorted(member.client for member in members)),)
+
+
+def test_with_epsilon_groups_are_told_noisy_counts_and_nothing_else(encoder: Path) -> None:
+    true, noisy = Overheard(), Overheard()
+    prepare(led(encoder, hierarchy=Hierarchy(true)))
+    job = prepare(led(encoder, hierarchy=Hierarchy(noisy, epsilon=0.5)))
+    assert [sum(member.labels) for member in true.told] == [len(shard.train) for shard in job.shards]
+    expected = [noised(member.labels, 0.5, job.run.seed, member.client) for member in true.told]
+    assert [member.labels for member in noisy.told] == expected
+    assert expected != [member.labels for member in true.told]
+    with pytest.raises(Refused, match=r"hierarchy\.epsilon"):
+        Hierarchy(epsilon=-1.0)
 
 
 def test_another_grouping_is_another_run(encoder: Path, tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ class Hierarchy:
     each group from what is known of all; `rounds` says nothing then. `link` is an edge's to the server (None: the edges
     live on the server, and nothing travels); a member's link to its edge is `inner_speedup` times as fast as to the server.
     Groups know how many examples of each label a client has; with `topics` how many of each of so many topics, which are found in
-    what the base model makes of the texts: for data without labels.
+    what the base model makes of the texts: for data without labels. With `epsilon` a client tells no more than noisy counts, which
+    are `epsilon`-differentially private for one example (`histogram.noised`); 0: the true ones.
     """
 
     groups: Grouping = field(default_factory=Everybody)
@@ -78,6 +79,7 @@ class Hierarchy:
     link: Link | None = None
     inner_speedup: float = 1.0
     topics: int = 0
+    epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.rounds, int) and self.rounds < 1:
@@ -86,6 +88,8 @@ class Hierarchy:
             raise Refused("hierarchy.inner_speedup", self.inner_speedup, "1.0: as fast as to the server, 10: ten times")
         if self.topics < 0:
             raise Refused("hierarchy.topics", self.topics, "0: groups are told labels, 16: that many topics instead")
+        if not self.epsilon >= 0:
+            raise Refused("hierarchy.epsilon", self.epsilon, "0: groups are told true counts, 1.0: noisy ones")
 
     def grouped(self, members: Sequence[Member], seed: int) -> dict[ClientId, tuple[ClientId, ...]]:
         """The groups by the names of their edges. Raises Refused unless each client is in exactly one."""

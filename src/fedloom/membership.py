@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fedloom.cost import Shape
 from fedloom.data.partition import Shard
 from fedloom.group import Member
+from fedloom.histogram import noised
 from fedloom.histogram import topics as found
 from fedloom.server import Server
 from fedloom.train.base import Base
@@ -19,6 +20,7 @@ from fedloom.types import ClientId, Profile
 from fedloom.world import Devices, Near
 
 if TYPE_CHECKING:
+    from fedloom.hierarchy import Hierarchy
     from fedloom.run import Run
 
 
@@ -44,7 +46,7 @@ def led(
     if run.hierarchy is None or not shards:
         return flat
     tokens = run.plan.local_steps * run.training.batch_size * run.training.max_length
-    members, counts = [], kinds(run.hierarchy.topics, base, texts, shards, names, run.seed)
+    members, counts = [], told(run.hierarchy, base, texts, shards, names, run.seed)
     for shard in shards:
         took = seconds(flat.shape, profiles[shard.client], run.plan.rank.largest, tokens)
         members.append(Member(shard.client, len(shard.train), took, counts[shard.client]))
@@ -52,14 +54,18 @@ def led(
     return run.hierarchy.over(flat, {edge: tuple(profiles[one] for one in own) for edge, own in groups.items()})
 
 
-def kinds(
-    topics: int, base: Base, texts: Encoded, shards: Sequence[Shard], names: int, seed: int
+def told(
+    how: Hierarchy, base: Base, texts: Encoded, shards: Sequence[Shard], names: int, seed: int
 ) -> dict[ClientId, tuple[float, ...]]:
-    """How many training examples of each label a client has, or of each of so many topics, for which embeddings are pooled."""
-    if topics:
-        return found({shard.client: embeddings(base, texts, shard.train) for shard in shards}, topics, seed)
-    counts = {shard.client: Counter(texts.labels[i] for i in shard.train) for shard in shards}
-    return {client: tuple(float(own[k]) for k in range(names)) for client, own in counts.items()}
+    """How many training examples of each label a client says that it has, or of each topic, for which embeddings are pooled."""
+    if how.topics:
+        counts = found({shard.client: embeddings(base, texts, shard.train) for shard in shards}, how.topics, seed)
+    else:
+        by = {shard.client: Counter(texts.labels[i] for i in shard.train) for shard in shards}
+        counts = {client: tuple(float(own[k]) for k in range(names)) for client, own in by.items()}
+    if not how.epsilon:
+        return counts
+    return {client: noised(own, how.epsilon, seed, client) for client, own in counts.items()}
 
 
 def seconds(shape: Shape, profile: Profile, rank: int, tokens: int) -> float:
