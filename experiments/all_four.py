@@ -249,13 +249,13 @@ def traffic(line: Line) -> float:
 
 def at_the_server(line: Line) -> float:
     """Bytes over the links of the server: of all clients, or where there are edges of these."""
-    return float(line["bytes_edges"]) if "bytes_edges" in line else traffic(line)
+    return float(line.get("bytes_edges", line["bytes_up"] + line["bytes_down"]))
 
 
 def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
     """A Markdown table: a row a cell, medians over seeds."""
     rows = [
-        "| method, data | seeds | virtual seconds to the target | reached | accuracy at the end (range) | worst client "
+        "| method, data | seeds | virtual seconds to the target | reached | accuracy at the end (range) | worst tenth of clients "
         "| perplexity at the end | virtual seconds in all | MB, both ways | of these at the server |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -263,14 +263,26 @@ def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
         if own := [line for line in found if line["cell"] == name]:
             columns = (
                 *told(name, own, [reached(line) for line in own]),
-                f"{100 * median(line['worst_client'] for line in own):.0f} %",
+                worst(own),
                 perplexity(own),
                 f"{median(line['virtual_seconds'] for line in own):,.0f}",
                 f"{median(traffic(line) for line in own) / 1e6:.0f}",
-                f"{median(at_the_server(line) for line in own) / 1e6:.0f}",
+                servers(own),
             )
             rows.append(f"| {' | '.join(columns)} |")
     return "\n".join(rows)
+
+
+def servers(own: Sequence[Line]) -> str:
+    """Megabytes at the server, median over seeds; earlier lines of runs with edges do not tell them."""
+    known = [line for line in own if "bytes_edges" in line or not METHODS[line["cell"].split("/")[0]].groups]
+    return f"{median(map(at_the_server, known)) / 1e6:.0f}" if known else "–"
+
+
+def worst(own: Sequence[Line]) -> str:
+    """Mean accuracy of the worst tenth of the clients, on what each holds out of its own: median over seeds."""
+    known = [line["worst_tenth"] for line in own if "worst_tenth" in line]
+    return f"{100 * median(known):.0f} %" if known else "–"
 
 
 def perplexity(own: Sequence[Line]) -> str:

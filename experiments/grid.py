@@ -142,7 +142,7 @@ def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | No
         outcome = job.execute(Path(scratch) / "run", looking, report=False)
         log = read(outcome.folder)
     last, versions = outcome.scores[-1], log.versions
-    clients = [float(line["accuracy"]) for line in log.clients] or [0.0]
+    clients = sorted(float(line["accuracy"]) for line in log.clients) or [0.0]
     return {
         **{name: value for one in looking for name, value in one.figures().items()},
         "cell": cell,
@@ -165,7 +165,8 @@ def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | No
         "uploads": versions[-1]["uploads"] if versions else 0,
         "waiting": versions[-1]["waiting_seconds"] if versions else 0.0,
         "staleness": statistics.mean(line["staleness"] for line in versions) if versions else 0.0,
-        "worst_client": min(clients),
+        "worst_client": clients[0],
+        "worst_tenth": statistics.mean(clients[: max(1, len(clients) // 10)]),
         "mean_client": sum(clients) / len(clients),
         "run_hash": hashed(run),
         "machine": processor() if run.device == "cpu" else f"{run.device} ({processor()})",
