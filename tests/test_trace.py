@@ -21,13 +21,16 @@ from fedloom.codec import DeltaInt8
 from fedloom.lora import Adapter, Factor, cut
 from fedloom.trace import Trace, fingerprint, line, written
 from fedloom.types import (
+    Budget,
     Cancel,
     ClientJoined,
     ClientLost,
     Command,
     Discard,
     Dispatch,
+    EdgeJoined,
     EdgeLost,
+    EdgeReported,
     EdgeReturned,
     Evaluate,
     Event,
@@ -40,10 +43,12 @@ from fedloom.types import (
     Result,
     Rules,
     Scored,
+    Spent,
     Stop,
     TaskFailed,
     TaskReceived,
     TimerFired,
+    Told,
     Update,
     UpdateArrived,
     Within,
@@ -159,6 +164,7 @@ RICH = replace(
 )
 MEMORY = Model(ONE, 3, 0.25, fold=ONE, memory=MappingProxyType({"ö": ONE, "b": adapter(3)}))
 HOSTILE = Result(ONE, True, None, 10**30, MappingProxyType({ODD: 0.1, "b": [1, (2.5, {})], "c": -0.0, 3: "x"}), ONE)  # type: ignore[arg-type,dict-item]
+TOLD = Told(Budget(4, 2), (Spent(ODD, 4, None, 1, 2, 0.5, 1e-300, 0.0, None, 1.0),), {ODD: 0.1}, 0.5, (1.0, 0.0), None)
 
 
 @pytest.mark.parametrize("now", [0, 0.1, 1e-300, 12345678.9])
@@ -168,6 +174,11 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
     profile = Profile(ODD, 3, 1e300, tier="")
     events = [*EVENTS, ClientJoined(profile), UpdateArrived(ODD, 7, HOSTILE), Scored(0, {}), TaskFailed(ODD, 1, ODD)]
     events += [TaskReceived(RICH), EdgeLost(ODD, kept=True), EdgeReturned(ODD)]
+    events += [
+        EdgeJoined(profile, (profile,)),
+        EdgeReported(ODD, 7, HOSTILE, TOLD, (profile,)),
+        EdgeReported(ODD, 7, HOSTILE),
+    ]
     commands = [*COMMANDS, Dispatch(RICH), Publish(2, MEMORY, ()), Evaluate(2, MEMORY), Reject(ODD, 2, ODD)]
     commands += [Report(HOSTILE), Discard(3, ODD, ODD), Within(ODD, 9, Publish(2, MEMORY, (make_update(ONE, 2, 5),)))]
     assert {type(event) for event in events} == set(get_args(Event))

@@ -6,12 +6,21 @@ from typing import TYPE_CHECKING
 
 from fedloom import __version__, manifest
 from fedloom.data.partition import statistics
+from fedloom.server import Server
 from fedloom.train import dialogue
 from fedloom.tree import Tree
 from fedloom.types import Budget
 
 if TYPE_CHECKING:
     from fedloom.job import Job
+
+
+def groups(server: Server | Tree) -> dict[str, object]:
+    """Who is in which group, as far as it is known: the regions of a deployment say it when they join."""
+    if isinstance(server, Tree):
+        return {"groups": server.groups.names}
+    known = server.state.groups
+    return {"groups": {edge: [one.client for one in known[edge].members] for edge in sorted(known)}} if known else {}
 
 
 def told(job: Job) -> dict[str, object]:
@@ -42,7 +51,7 @@ def told(job: Job) -> dict[str, object]:
         },
         "partition": statistics(job.split.train, job.shards) if job.shards else elsewhere,
         "clients": {client: manifest.plain(profile) for client, profile in job.profiles.items()},
-        **({"groups": job.server.groups.names} if isinstance(job.server, Tree) else {}),
+        **groups(job.server),
         "baselines": {} if job.base.labels is None else {"majority": manifest.majority(job.split.test.labels)},
         "notes": job.begun.notes(notes, __version__) if job.begun else notes,
     }

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from fedloom.cost import Shape
 from fedloom.lora import Adapter, Factor, cut_to, server_rank
-from fedloom.types import Result, Start, Task
+from fedloom.types import Result, Spent, Start, Task, Told
 
 MAX_NORM = 1e5
 """Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; what is beyond would drown the others."""
+MAX_MEMBERS, MAX_DIRECTIONS = 10_000, 4096
+"""Of what an edge tells: members of a group, and directions whose energy is told."""
+MAX_SECONDS, MIN_SECONDS, MAX_LOSS, MAX_MASS = 1e9, 1e-9, 1e12, 1e30
+"""Of what members did: a plan divides by their seconds, and squares how their losses fell."""
 
 
 def fault(task: Task, result: Result) -> str | None:
@@ -26,6 +31,53 @@ def fault(task: Task, result: Result) -> str | None:
         or (_sizes("control variate: ", result.control) if result.control else None)
         or _kept(task.start, result.adapter)
     )
+
+
+def untellable(task: Task, told: Told, shape: Shape) -> str | None:
+    """Why an edge that is elsewhere cannot have `told` this of its task, in words; None if it can.
+
+    All that a plan reckons with is of the size that it can be, so that no plan is brought to a number that is none.
+    """
+    if told.budget != task.budget:
+        return f"it tells of another budget than that of task {task.id}"
+    if not len(told.spent) <= MAX_MEMBERS or len({one.client for one in told.spent}) < len(told.spent):
+        return f"it tells of {len(told.spent)} members, expected at most {MAX_MEMBERS}, each of them once"
+    if odd := sorted(told.mass.keys() - shape.depths.keys() - task.start.train.dense.keys()):
+        return f"it tells how {odd[0]!r:.60} changed, which is no layer of the model"
+    if len(told.energy) > MAX_DIRECTIONS:
+        return f"it tells of {len(told.energy)} directions, expected at most {MAX_DIRECTIONS}"
+    known = [("spread", told.spread, 0, 1), ("loss", told.loss, -MAX_LOSS, MAX_LOSS)]
+    known += [("mass", value, 0, MAX_MASS) for value in told.mass.values()]
+    known += [("energy", value, 0, 1) for value in told.energy]
+    known += [(name, getattr(told, name), 0, MAX_SECONDS) for name in ("seconds", "down", "up")]
+    return _out_of_range(known) or next(filter(None, (_unspendable(task, one) for one in told.spent)), None)
+
+
+def _unspendable(task: Task, spent: Spent) -> str | None:
+    """Why no member can have done this."""
+    deepest = task.budget.depth or 2**20  # a site may say that it lets a task be deeper than the model is
+    known: list[tuple[str, float | None, float, float]] = [
+        ("name's length", len(spent.client), 1, 200),
+        ("rank", spent.rank, 1, task.budget.rank),
+        ("depth", spent.depth, 1, deepest),
+        ("answers", spent.answers, 1, 10**9),
+        ("steps", spent.steps, 1, task.budget.steps * min(max(spent.answers, 1), 10**9)),
+        ("seconds of training", spent.train, MIN_SECONDS if spent.train else 0, MAX_SECONDS),
+        ("seconds down", spent.down, 0, MAX_SECONDS),
+        ("seconds up", spent.up, 0, MAX_SECONDS),
+        ("first loss", spent.began, -MAX_LOSS, MAX_LOSS),
+        ("last loss", spent.ended, -MAX_LOSS, MAX_LOSS),
+    ]
+    reason = _out_of_range(known)
+    return reason and f"member {spent.client!r:.60}: {reason}"
+
+
+def _out_of_range(known: Iterable[tuple[str, float | None, float, float]]) -> str | None:
+    """The first number (None: not told) that is not from its least to its most, or none at all."""
+    for name, value, least, most in known:
+        if value is not None and not least <= value <= most:
+            return f"{name} is {_told(value)}, expected {least:g} to {most:g}"
+    return None
 
 
 def form(task: Task, result: Result) -> str | None:

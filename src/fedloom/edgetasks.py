@@ -7,7 +7,30 @@ from dataclasses import dataclass, field
 
 from fedloom import payload
 from fedloom.edgemodel import narrowed
-from fedloom.types import Cancel, ClientId, Dispatch, Reject, Report, Result, Stop, Task, Update, Within
+from fedloom.types import (
+    Cancel,
+    ClientId,
+    ClientLost,
+    Command,
+    Dispatch,
+    EdgeJoined,
+    EdgeReported,
+    Event,
+    Reject,
+    Report,
+    Result,
+    Stop,
+    Task,
+    TaskFailed,
+    Update,
+    UpdateArrived,
+    Within,
+)
+
+
+def answered(task: Task, event: UpdateArrived) -> Task:
+    """The task as it was answered: an edge may leave out layers."""
+    return narrowed(task, event.result) if isinstance(event, EdgeReported) else task
 
 
 @dataclass(slots=True)
@@ -22,9 +45,35 @@ class Asked:
 
 @dataclass(slots=True)
 class EdgeTasks:
-    """Follows the tasks of edges. A line tells what an edge was asked for and what it did; `work` is the weight of `by_work`."""
+    """Follows the tasks of edges. A line tells what an edge was asked for and what it did; `work` is the weight of `by_work`.
+
+    `elsewhere` are those edges that are, whose tasks are dispatched as those of any client.
+    """
 
     open: dict[int, Asked] = field(default_factory=dict)
+    elsewhere: list[ClientId] = field(default_factory=list)
+
+    def heard(self, now: float, event: Event, refused: bool) -> Iterator[dict[str, object]]:
+        """The lines of tasks of edges elsewhere that end here without being merged."""
+        match event:
+            case EdgeJoined(profile) if not refused and profile.client not in self.elsewhere:
+                self.elsewhere.append(profile.client)
+            case EdgeReported(edge, number, result) if not refused and number in self.open:
+                yield from self.follow(now, Within(edge, number, Report(result)))
+            case TaskFailed(edge, number, reason) if not refused and edge in self.elsewhere:
+                yield from self._ended(now, number, "failed", reason)
+            case ClientLost(edge) if edge in self.elsewhere:
+                lost = [n for n, asked in self.open.items() if asked.edge == edge and asked.reported is None]
+                for number in lost:
+                    yield from self._ended(now, number, "failed", "the edge was lost")
+
+    def told(self, now: float, command: Command) -> Iterator[dict[str, object]]:
+        """The same by what edges elsewhere are told."""
+        match command:
+            case Dispatch(task) if task.client in self.elsewhere:
+                yield from self.follow(now, Within(task.client, task.id, command))
+            case Cancel(number, edge) if edge in self.elsewhere:
+                yield from self.follow(now, Within(edge, number, command))
 
     def follow(self, now: float, within: Within) -> Iterator[dict[str, object]]:
         """The line of a task that ends here without being merged."""

@@ -6,9 +6,10 @@ depths come with `plan`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypeVar, cast
 
 from fedloom.aggregate.wrap import layers
 from fedloom.codec import Codec
@@ -19,11 +20,14 @@ from fedloom.group import Grouping, Member
 from fedloom.layers import need_own_layers
 from fedloom.lora import server_rank
 from fedloom.plan.grouped import Planned
+from fedloom.regions import OverRegions
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Server
 from fedloom.tree import Tree
 from fedloom.treestate import Link, Roster
-from fedloom.types import Aggregator, Assign, Budget, ClientId, Fleet, Profile, Schedule
+from fedloom.types import Aggregator, Assign, Budget, ClientId, Fleet, GroupLog, Profile, Schedule
+
+S = TypeVar("S", bound=Server)
 
 InnerRounds: TypeAlias = Callable[[Profile, Fleet], int]
 """(an edge's profile, the root's fleet) -> the versions that the edge makes of its next task."""
@@ -107,17 +111,28 @@ class Hierarchy:
     def over(self, flat: Server, members: Mapping[ClientId, Sequence[Profile]]) -> Tree:
         """The tree in the place of `flat`, which has done nothing yet. Raises Refused where the methods do not go together."""
         edges = {name: self.edge(flat, len(own), len(members)) for name, own in members.items()}
-        root = self.root(flat, len(members), flat.transfer if self.link else None)
+        root = self.root(flat, len(members), flat.transfer if self.link else None, Server)
         tree = Tree(root, edges, Roster(members, self.link))
-        if isinstance(self.plan, Planned):
-            need_own_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
-            self.plan.check(tree.root.fleet())
+        self._check(flat, tree.root.fleet())
         return tree
 
-    def root(self, flat: Server, edges: int, transfer: Codec | None) -> Server:
+    def over_regions(self, flat: Server, regions: int) -> OverRegions:
+        """The server in the place of `flat` whose edges are elsewhere, so many of them. Raises Refused as `over`."""
+        made = self.root(flat, regions, flat.transfer, OverRegions)
+        able = Profile("region", 1, memory=math.inf)
+        self._check(flat, replace(made.fleet(), groups={able.client: GroupLog(able, (able,))}))
+        return made
+
+    def _check(self, flat: Server, fleet: Fleet) -> None:
+        """Raise Refused where a plan of groups asks for what the method, the model or a client of these groups cannot have."""
+        if isinstance(self.plan, Planned):
+            need_own_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
+            self.plan.check(fleet)
+
+    def root(self, flat: Server, edges: int, transfer: Codec | None, kind: type[S]) -> S:
         """The server over so many edges, by a `transfer` of its own. Raises Refused where the methods do not go together."""
         check(flat, self._method(flat), edges)
-        return Server(
+        return kind(
             flat.state.model,
             flat.aggregator,
             flat.schedule,

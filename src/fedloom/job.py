@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fedloom import fitting, folder, kinds, manifest
-from fedloom.about import told
+from fedloom.about import groups, told
 from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.availability import Stays
 from fedloom.clientscores import client_scores
@@ -146,7 +146,8 @@ class Job:
                 raise
             finally:
                 clients = {client: manifest.plain(profile) for client, profile in self.profiles.items()}
-                self._close(out, {**said, "clients": clients, "status": status, "status_reason": reason}, report)
+                now = {**groups(self.server), "clients": clients, "status": status, "status_reason": reason}
+                self._close(out, {**said, **now}, report)
         model = self.server.state.model
         return Outcome(out, tuple(progress.scores), whole(model.adapter, model.fold))
 

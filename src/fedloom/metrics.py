@@ -11,7 +11,7 @@ from typing import TextIO
 from fedloom import payload
 from fedloom.aggregate.averaged import last
 from fedloom.aggregate.combine import energy_shares
-from fedloom.edgetasks import EdgeTasks
+from fedloom.edgetasks import EdgeTasks, answered
 from fedloom.lora import Factor, cut, stack
 from fedloom.places import Places
 from fedloom.types import (
@@ -136,7 +136,8 @@ class Metrics:
                 if number not in rejected:
                     self.arrived[number] = now
                     self.uploads += 1
-                size = payload.up(self.tasks[number], event.result)
+                task = self.tasks[number]
+                size = payload.up(answered(task, event), event.result)
                 self.uploaded[number] = size
                 self.traffic.up += size.total
                 self.traffic.dense_up += size.dense
@@ -147,11 +148,13 @@ class Metrics:
                     self._dropped(now, number, "lost", "the client is gone")
             case Scored(version, figures):
                 self.write({"kind": "score", "version": version, "time": now, **figures})
+        self._write_all(self.edges.heard(now, event, bool(rejected)))
         self.places.take(now, event, refused=bool(rejected))
         scored = {command.version for command in commands if isinstance(command, Evaluate)}
         merged = max((k for k, command in enumerate(commands) if isinstance(command, Publish)), default=0)
         for k, command in enumerate(commands):
             self.places.follow(command)
+            self._write_all(self.edges.told(now, command))
             if isinstance(command, Cancel):
                 self.cancelled += 1
                 self._dropped(now, command.task, "cancelled", self._why(command.task, ended=k >= merged))
@@ -198,10 +201,8 @@ class Metrics:
         """Updates that are in the version after this one, some of them for the first time."""
         for update in updates:
             behind = version - update.task.version
-            if update.task.id in self.tasks:
-                self._ended(update.task.id, "merged", "", update, behind)
-            else:
-                self._write_all(self.edges.merged(now, update, behind))
+            self._ended(update.task.id, "merged", "", update, behind)
+            self._write_all(self.edges.merged(now, update, behind))
 
     def _why(self, number: int, ended: bool) -> str:
         """Why a task was cancelled: a merge cancels before its version is published, the end of a run after the last one."""

@@ -26,7 +26,20 @@ from fedloom.report.read import read
 from fedloom.server import Limits, Server
 from fedloom.trace import line
 from fedloom.tree import Tree
-from fedloom.types import Aggregator, Assign, ClientId, Command, Event, Model, Profile, Result, Schedule, UpdateArrived
+from fedloom.types import (
+    Aggregator,
+    Assign,
+    ClientId,
+    Command,
+    EdgeReported,
+    Event,
+    Model,
+    Profile,
+    Result,
+    Schedule,
+    Told,
+    UpdateArrived,
+)
 from fedloom.values import Malformed, Reader, reachable
 
 UPDATES = "updates"
@@ -130,7 +143,7 @@ def _led(
     if over is None:
         return flat
     if "regions" in about:
-        return over.root(flat, about["regions"], flat.transfer)
+        return over.over_regions(flat, about["regions"])
     return over.over(flat, {edge: tuple(profiles[one] for one in own) for edge, own in about["groups"].items()})
 
 
@@ -151,10 +164,14 @@ def _event(recorded: bytes, updates: Path) -> tuple[float, Event]:
         raise Malformed("it tells no event")
     reader, event = Reader(reachable(Event)), dict(told["event"])
     now = reader.read(float, told.get("time"))
-    if event.get("type") != UpdateArrived.__name__:
+    if event.get("type") not in (UpdateArrived.__name__, EdgeReported.__name__):
         return now, reader.read(Event, event)
     client, task = reader.read(str, event.get("client")), reader.read(int, event.get("task"))
     file = updates / f"{task}.safetensors"
     if not file.is_file():
         raise Malformed(f"the answer to task {task} was not kept")
-    return now, UpdateArrived(client, task, checkpoint.load(file).read({"result": Result})["result"])
+    result = checkpoint.load(file).read({"result": Result})["result"]
+    if event["type"] == UpdateArrived.__name__:
+        return now, UpdateArrived(client, task, result)
+    told = reader.read(Told | None, event.get("told"))
+    return now, EdgeReported(client, task, result, told, reader.read(tuple[Profile, ...], event.get("members")))

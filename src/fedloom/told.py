@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedloom.aggregate.combine import energy_shares
 from fedloom.lora import change, norm
-from fedloom.types import Budget, ClientId, Model, Spent, Told, Update
+from fedloom.types import Budget, ClientId, GroupLog, Model, Spent, Told, Update
 
 KEPT = 8
 """Of a group's tasks, that the root remembers: moving averages with a gain of 0.2 have forgotten the others."""
@@ -73,6 +73,11 @@ def dense_squares(update: Update) -> dict[str, float]:
     """The same of what is trained whole, the head."""
     begun = update.task.start.train.dense
     return {name: float((new - begun[name]).norm()) ** 2 for name, new in update.result.adapter.dense.items()}
+
+
+def learnt(known: GroupLog, told: Told) -> GroupLog:
+    """What the root knows of a group now."""
+    return replace(known, told=(*known.told, told)[-KEPT:])
 
 
 def timed(told: Told, metrics: Mapping[str, float]) -> Told:

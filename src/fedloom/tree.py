@@ -17,7 +17,7 @@ from fedloom.cost import Shape
 from fedloom.edge import Edge
 from fedloom.edgemodel import narrowed
 from fedloom.server import Server, State
-from fedloom.told import KEPT, timed
+from fedloom.told import learnt, timed
 from fedloom.treestate import BLOCK, Branches, Down, Roster, Up, Whole
 from fedloom.types import (
     Cancel,
@@ -238,9 +238,7 @@ class Tree:
         return replace(result, metrics={**result.metrics, "seconds": seconds, **parts})
 
     def _learn(self, edge: ClientId, told: Told) -> None:
-        """What the root knows of a group now."""
-        known = self.root.state.groups[edge]
-        self.root.state.groups[edge] = replace(known, told=(*known.told, told)[-KEPT:])
+        self.root.state.groups[edge] = learnt(self.root.state.groups[edge], told)
 
     def _number(self, edge: ClientId) -> int:
         """The root's task of this edge; 0: none."""

@@ -308,10 +308,30 @@ class EdgeReturned:
     edge: ClientId
 
 
+@dataclass(frozen=True, slots=True)
+class EdgeJoined(ClientJoined):
+    """An edge that is elsewhere is reachable, and idle; `members` are those that it leads, if it says who they are."""
+
+    members: tuple[Profile, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeReported(UpdateArrived):
+    """An edge that is elsewhere answers a task, with the layers that a member trained, and what it `told` beside (None: nothing).
+
+    `members` are those that it leads now (empty: it does not say).
+    """
+
+    told: Told | None = None
+    members: tuple[Profile, ...] = ()
+
+
 Event: TypeAlias = (
     ClientJoined
     | ClientLost
     | UpdateArrived
+    | EdgeJoined
+    | EdgeReported
     | TaskFailed
     | TimerFired
     | Scored

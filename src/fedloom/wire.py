@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Annotated, Literal, TypeAlias
 
@@ -19,13 +20,17 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fedloom import values
 from fedloom.codec import LOWEST, Block
+from fedloom.edgemodel import narrowed
 from fedloom.lora import Adapter
+from fedloom.telling import Telling, read, written
 from fedloom.transfer import Parcel, Rows, layout, pack, rows_of, unpack
 from fedloom.types import ClientId, Result, Start, Task
 
 FORMAT = 2
-HEADER = "fedloom"
+HEADER, TOLD = "fedloom", "fedloom-told"
+"""Of the manifest, and of what an edge tells beside its answer."""
 LARGEST = 2**23
 """Bytes of a header: more than the manifest of any model has, and few enough for any machine to read."""
 Form: TypeAlias = Literal["f32", "f16", "i8"]
@@ -59,10 +64,16 @@ class Manifest(BaseModel):
     rank: StrictInt = Field(ge=0)
     layout: str
     tensors: list[Entry]
+    layers: list[StrictInt] | None = Field(default=None, min_length=1)
 
 
-def encode(task: Task, result: Result, residual: Adapter | None = None) -> bytes:
-    """The answer as bytes; the same answer gives the same bytes. `residual` is what earlier answers lost (`transfer.owed`)."""
+def encode(task: Task, result: Result, residual: Adapter | None = None, telling: Telling | None = None) -> bytes:
+    """The answer as bytes; the same answer gives the same bytes. `residual` is what earlier answers lost (`transfer.owed`).
+
+    An edge's answer may hold some layers only, which are told by their places among those of the task, in order of name.
+    """
+    asked, task = sorted(task.start.train.factors), narrowed(task, result)
+    held = task.start.train.factors
     parcel = pack(task.start, result, residual)
     parts: dict[Form, list[Tensor]] = {form: [] for form in BUFFERS}
     entries = list[Entry]()
@@ -83,14 +94,16 @@ def encode(task: Task, result: Result, residual: Adapter | None = None) -> bytes
         rank=parcel.rank,
         layout=digest(parcel.rank, layout(task.start, parcel.rank)),
         tensors=entries,
+        layers=None if len(held) == len(asked) else [place for place, name in enumerate(asked) if name in held],
     )
     flat: dict[str, Tensor] = {form: torch.cat(every) for form, every in parts.items() if every}
-    return safetensors.torch.save(flat, {HEADER: manifest.model_dump_json()})
+    texts = {HEADER: manifest.model_dump_json(exclude={"layers"} if manifest.layers is None else None)}
+    return safetensors.torch.save(flat, texts | ({} if telling is None else {TOLD: written(telling)}))
 
 
 def decode(data: bytes, limit: int, tasks: Mapping[int, Task]) -> tuple[ClientId, int, Result]:
     """(client, task, result) of such bytes; `tasks` are those that may be answered. Raises Malformed with the reason, whatever
-    the bytes are.
+    the bytes are. Which layers it holds is not judged here.
     """
     if len(data) > limit:
         raise Malformed(f"{len(data)} bytes, above the limit of {limit}")
@@ -98,9 +111,19 @@ def decode(data: bytes, limit: int, tasks: Mapping[int, Task]) -> tuple[ClientId
     task = tasks.get(manifest.task)
     if task is None:
         raise Unasked(f"task {manifest.task} is not outstanding")
+    task = _held(task, manifest.layers)
     adapter, control = unpack(task.start, _parcel(task.start, manifest, flat))
     numbers = (manifest.examples, manifest.tokens, manifest.steps, manifest.metrics)
     return manifest.client, manifest.task, Result(adapter, *numbers, control)
+
+
+def beside(data: bytes) -> Telling | None:
+    """What an edge tells beside its answer; None: nothing. Raises Malformed, whatever the bytes are."""
+    text = header(data).get(TOLD)
+    try:
+        return None if text is None else read(text)
+    except values.Malformed as error:
+        raise Malformed(str(error)) from error
 
 
 def digest(rank: int, asked: list[tuple[str, Tensor]]) -> str:
@@ -150,6 +173,18 @@ def _read(data: bytes) -> tuple[Manifest, dict[str, Tensor]]:
         first = error.errors()[0]
         raise Malformed(f"manifest field {'.'.join(map(str, first['loc'])) or '?'}: {first['msg']}") from error
     return manifest, buffers(data)
+
+
+def _held(task: Task, places: list[int] | None) -> Task:
+    """The task with these of its layers alone. Raises Malformed."""
+    if places is None:
+        return task
+    train, names = task.start.train, sorted(task.start.train.factors)
+    if not all(0 <= place < len(names) for place in places) or any(a >= b for a, b in pairwise(places)):
+        raise Malformed("no such layers")
+    held = {names[place] for place in places}
+    kept = Adapter({name: factor for name, factor in train.factors.items() if name in held}, train.dense)
+    return replace(task, start=replace(task.start, train=kept))
 
 
 def _parcel(start: Start, manifest: Manifest, flat: Mapping[str, Tensor]) -> Parcel:

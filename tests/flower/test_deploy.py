@@ -3,77 +3,30 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.tiny import tiny_run
-from fedloom import DeltaInt8, Engine, FedFa, FedSA, FixedRank, Hierarchy, Limits, Plan, ProductDelta, Rounds, Scaffold
+from fedloom import DeltaInt8, Engine, FedFa, FedSA, FixedRank, Limits, Plan, ProductDelta, Rounds, Scaffold
 from fedloom.errors import Refused
 from fedloom.flower import deploy
 from fedloom.flower.order import Order
-from fedloom.flower.pipe import ask
-from fedloom.flower.worker import Worker
-from fedloom.job import Job, prepare
+from fedloom.job import prepare
 from fedloom.plan.rank import RandomRank
 from fedloom.replay import replay
 from fedloom.report.read import read
 from fedloom.run import Run
-from fedloom.types import Profile
-from flower_net import VALUES, Net
-from flower_sites import site_at
+from flower_regions import Killed, folder_of, net_of
 
 MIXED = Plan(RandomRank(2, 8), local_steps=3)
-
-
-@dataclass
-class Real:
-    """A site of the net with a real worker."""
-
-    worker: Worker
-    profile: Profile = field(init=False)
-    seconds: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.profile = Profile(self.worker.site.name, 1)
-
-    def answer(self, body: bytes) -> bytes:
-        return self.worker.answer(body)
 
 
 def run_of(encoder: Path, **more: Any) -> Run:
     given: dict[str, Any] = {"name": "parity", "plan": MIXED, "schedule": Rounds(4), "held_out": 0.0, "threads": 1}
     run: Run = tiny_run(encoder, **(given | more))
     return run
-
-
-def folder_of(tmp_path: Path, run: Run, **more: Any) -> Path:
-    """The folder of a deployment, as `fedloom serve` makes it; the run file has the value from here."""
-    folder = tmp_path / "deployment"
-    folder.mkdir()
-    VALUES[str(folder)] = run
-    (tmp_path / "run.py").write_text(f"from flower_net import VALUES\n\nrun = VALUES[{str(folder)!r}]\n")
-    told = {"runfile": str(tmp_path / "run.py"), "clients": 6, **more}
-    (folder / "deployment.json").write_text(json.dumps(told))
-    return folder
-
-
-def net_of(tmp_path: Path, job: Job, encoder: Path) -> Net:
-    """A worker for each client of the simulation, with its shard as a file."""
-    train, found = job.split.train, {}
-    for number, shard in enumerate(job.shards):
-        rows = [{"text": train.texts[i], "label": train.names[train.labels[i]]} for i in shard.train]
-        site = site_at(tmp_path / shard.client, encoder, rows)
-        copy = site.model.model_copy(update={"name": job.run.model})
-        site = site.model_copy(update={"name": shard.client, "model": copy})
-        found[number] = Real(Worker(site), seconds=1.0 + number)
-    return Net(found)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -113,10 +66,6 @@ def adapter_at(folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
     return found
-
-
-class Killed(BaseException):
-    """As by kill -9: nothing of the process gets to say a word."""
 
 
 @pytest.mark.slow
@@ -181,119 +130,3 @@ def test_a_folder_without_an_order_is_refused(tmp_path: Path, told: str) -> None
     (tmp_path / "deployment.json").write_text(told)
     with pytest.raises(Refused):
         Order.of(tmp_path)
-
-
-ONE = threading.Lock()
-"""Of server and regions, which are processes of their own elsewhere, one at a time does something here."""
-
-
-@contextmanager
-def freed() -> Iterator[None]:
-    """Inside, the others may."""
-    ONE.release()
-    try:
-        yield
-    finally:
-        ONE.acquire()
-
-
-@dataclass
-class Above:
-    """A region as a site of the net above: it is asked through its socket."""
-
-    socket: Path
-    profile: Profile
-    seconds: float = 1.0
-
-    def answer(self, body: bytes) -> bytes:
-        until = time.monotonic() + 20
-        while True:
-            try:
-                with freed():
-                    return ask(self.socket, body, 60.0)
-            except (FileNotFoundError, ConnectionRefusedError):
-                assert time.monotonic() < until
-                with freed():
-                    time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_a_region_is_the_server_of_its_sites_and_a_site_of_the_server_above(encoder: Path, tmp_path: Path) -> None:
-    """Two regions of three sites, each with a net of its own in a thread; the server above, killed once. Inner rounds: 2."""
-    run = run_of(encoder, hierarchy=Hierarchy(rounds=2), schedule=FedFa(2), limits=Limits(versions=6))
-    job, members = prepare(run_of(encoder)), dict[int, Any]()
-    whole_net = net_of(tmp_path, job, encoder)
-    stop = threading.Event()
-
-    class Over(BaseException):
-        pass
-
-    def regional(number: int) -> None:
-        folder = tmp_path / f"region{number}"
-        folder.mkdir()
-        site_at(folder / "above", encoder)
-        text = (folder / "above" / "site.toml").read_text().replace("ward", f"region{number}").partition("[table]")[0]
-        text = "region = true\n" + text
-        (folder / "above" / "site.toml").write_text(text.replace("/at/the/server/tiny", str(encoder)))
-        own = Net({k: whole_net.sites[k] for k in range(3 * number, 3 * number + 3)})
-
-        def pause(seconds: float) -> None:
-            own.pause(seconds)
-            with freed():
-                time.sleep(0.001)
-            if stop.is_set():
-                raise Over
-
-        VALUES[str(folder)] = run
-        (folder / "run.py").write_text(f"from flower_net import VALUES\n\nrun = VALUES[{str(folder)!r}]\n")
-        told = {"runfile": str(folder / "run.py"), "clients": 3, "above": str(folder / "above" / "site.toml")}
-        (folder / "deployment.json").write_text(json.dumps(told))
-        with suppress(Over), ONE:
-            deploy.run(own, folder, pause, own.clock)
-        members[number] = own
-
-    threads = [threading.Thread(target=regional, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    try:
-        sockets = [tmp_path / f"region{number}" / "above" / "state" / "worker.sock" for number in (0, 1)]
-        above = Net({k: Above(sockets[k], Profile(f"region{k}", 1)) for k in (0, 1)}, named=False)  # type: ignore[misc]
-        folder = folder_of(tmp_path, run, clients=2, patience={"pause": 1.0})
-        send, sent = above.send, 0
-
-        def dies(node: int, body: bytes) -> str:
-            nonlocal sent
-            sent += 1
-            if sent == 8:
-                raise Killed
-            return send(node, body)
-
-        above.send = dies  # type: ignore[method-assign]
-
-        def slowly(seconds: float) -> None:
-            above.pause(seconds)
-            with freed():
-                time.sleep(0.01)
-
-        with pytest.raises(Killed), ONE:
-            deploy.run(above, folder, slowly, above.clock)
-        above.forget()
-        with ONE:
-            assert deploy.run(above, folder, slowly, above.clock) == "6 versions made"
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert replay(folder / "run").difference == ""
-    log = read(folder / "run")
-    merged = [task for task in log.tasks if task["status"] == "merged"]
-    assert {task["client"] for task in merged} == {"region0", "region1"}
-    for number in (0, 1):
-        lines = (tmp_path / f"region{number}" / "run" / "trace.jsonl").read_text().splitlines()
-        events = [json.loads(line) for line in lines]
-        outer = [line["event"]["task"]["id"] for line in events if line["event"]["type"] == "TaskReceived"]
-        reports = [c for line in events for c in line["commands"] if c["type"] == "Report"]
-        assert len(outer) == len(set(outer))  # nothing that came twice was begun twice
-        assert len(reports) in (len(outer), len(outer) - 1)
-        assert all(report["result"]["metrics"]["rounds"] == 2 for report in reports)
-        assert all(report["result"]["metrics"]["members"] == 3 for report in reports)

@@ -11,25 +11,21 @@ from pathlib import Path
 from fedloom import kinds, manifest
 from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.data.elsewhere import scored
-from fedloom.errors import Refused
 from fedloom.flower import region
 from fedloom.flower.driver import Deployment
 from fedloom.flower.link import Link
 from fedloom.flower.message import Terms
 from fedloom.flower.order import RUN, Order
 from fedloom.flower.status import Status
-from fedloom.hierarchy import Hierarchy
 from fedloom.job import Job, Recording, made_ready
-from fedloom.plan.grouped import Planned
 from fedloom.resume import FIXED, begun
 from fedloom.run import Run
 from fedloom.samples import sample_lines
 from fedloom.server import Server
 from fedloom.train.settings import PLAIN
-from fedloom.tree import Tree
 from fedloom.types import ClientId, Profile
 
-SAME = tuple(section for section in FIXED if section not in ("clients", "partition"))
+SAME = tuple(section for section in FIXED if section not in ("clients", "partition", "groups"))
 """Sections of the manifest that are there before any client is."""
 
 
@@ -44,7 +40,8 @@ def run(
         return reason
     job, profiles = made_for_serving(order.run(), target, order.clients)
     assert isinstance(job.server, Server)
-    deployment = Deployment(job.server, link, terms(job), profiles, order.clients, order.patience, clock)
+    over = job.run.hierarchy is not None
+    deployment = Deployment(job.server, link, terms(job), profiles, order.clients, order.patience, clock, over=over)
     status = Status(folder, deployment, job.run.limits)
 
     def drive(recording: Recording) -> str:
@@ -61,7 +58,7 @@ def run(
         return reason
 
     with status.exported(order.metrics_port):
-        regions = {"regions": order.clients} if job.run.hierarchy else {}
+        regions = {"regions": order.clients} if over else {}
         about = {"deployed": True, **regions}
         job.record(drive, target, [status], about, checkpoint_seconds=0.0, keep_updates=True)
     return finished(target)
@@ -85,22 +82,11 @@ def made_for_serving(value: Run, target: Path, clients: int = 1) -> tuple[Job, d
     profiles = dict[ClientId, Profile]()
     job = replace(made_ready(value, scored(value.data, value.seed), (), before), profiles=profiles)
     if value.hierarchy:
-        job = replace(job, server=over_regions(value, value.hierarchy, job.server, clients))
+        assert isinstance(job.server, Server)
+        job = replace(job, server=value.hierarchy.over_regions(job.server, clients))
     if before:
         before.check(job.about(), SAME)
     return job, profiles
-
-
-def over_regions(value: Run, hierarchy: Hierarchy, flat: Server | Tree, regions: int) -> Server:
-    """The server over regions. Raises Refused for what a region cannot tell it yet."""
-    if isinstance(hierarchy.plan, Planned):
-        remedy = "it learns from what edges tell beside their answers, which does not travel yet; give another plan, or simulate"
-        raise Refused("hierarchy.plan", hierarchy.plan, remedy)
-    if value.plan.depth is not None:
-        remedy = "regions report whole models only; leave it out, or simulate"
-        raise Refused("plan.depth", value.plan.depth, remedy)
-    assert isinstance(flat, Server)
-    return hierarchy.root(flat, regions, value.transfer)
 
 
 def terms(job: Job) -> Terms:

@@ -6,10 +6,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from fedloom import told, wire
+from fedloom.edgemodel import narrowed
 from fedloom.errors import Refused
+from fedloom.flower.message import Word, check_profiles, decode_reply
 from fedloom.payload import down, up
 from fedloom.server import State
-from fedloom.types import Command, Event, Model, Result, Task
+from fedloom.types import (
+    ClientJoined,
+    Command,
+    EdgeJoined,
+    EdgeReported,
+    Event,
+    Model,
+    Profile,
+    Result,
+    Task,
+    UpdateArrived,
+)
+
+LARGEST = 2**31
+"""Bytes of an answer, at most."""
+REGION = "region"
+"""The tier of a region's profile."""
 
 
 class Driven(Protocol):
@@ -74,6 +93,28 @@ class Traffic:
     refused: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
+
+
+def heard(body: bytes, tasks: Mapping[int, Task], now: float, over: bool) -> Word | UpdateArrived:
+    """What a site said, its answer to one of these tasks as an event; `over`: sites are regions. Raises Malformed."""
+    said = decode_reply(body, LARGEST, tasks)
+    if not isinstance(said, tuple):
+        return said
+    client, number, result = said
+    if not over:
+        return UpdateArrived(client, number, timed(tasks[number], result, now))
+    result, telling = timed(narrowed(tasks[number], result), result, now), wire.beside(body)
+    if telling is None:
+        return EdgeReported(client, number, result)
+    check_profiles(telling.members)
+    return EdgeReported(client, number, result, told.timed(telling.told, result.metrics), telling.members)
+
+
+def joined(profile: Profile, members: tuple[Profile, ...], over: bool) -> ClientJoined:
+    """The event of a client that is there; `over`: it is a region with these members, or a site that stands for a group of one."""
+    if not over:
+        return ClientJoined(profile)
+    return EdgeJoined(profile, members if profile.tier == REGION else (profile,))
 
 
 def timed(task: Task, result: Result, now: float) -> Result:

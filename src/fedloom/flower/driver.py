@@ -18,15 +18,14 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import ClassVar
 
-from fedloom.flower.driven import Driven, Patience, Traffic, timed, unscored, unseen
+from fedloom.flower.driven import Driven, Patience, Traffic, heard, joined, unscored, unseen
 from fedloom.flower.link import Link, Reply
-from fedloom.flower.message import Hello, Refusal, Terms, Welcome, Work, decode_reply, encode
+from fedloom.flower.message import Hello, Refusal, Terms, Welcome, Work, encode
 from fedloom.flower.sites import Node, Sent, Sites
 from fedloom.simulate import Evaluator, Observer, nothing
 from fedloom.types import (
     Cancel,
     ClientId,
-    ClientJoined,
     ClientLost,
     Command,
     Dispatch,
@@ -44,8 +43,6 @@ from fedloom.types import (
 from fedloom.wire import Malformed, Unasked
 
 LOG = getLogger("fedloom.server")
-LARGEST = 2**31
-"""Bytes of an answer, at most."""
 TRIES = 8
 """After so many failed deliveries a task counts as failed."""
 
@@ -54,14 +51,15 @@ TRIES = 8
 class Deployment:
     """One run on real machines.
 
-    `profiles` are all clients that ever joined, `here` those that the server counts on, `accepted` the last task of each whose answer
-    was accepted, `tasks` those dispatched and not yet answered. The run begins when `least` clients are there (`opened`). Seconds of
-    the run are those of `clock`; after a restart they go on from `elapsed`, so that the time a server was away does not count.
+    `profiles` are all clients that ever joined, `here` those that the server counts on, `led` whom each of them leads: with `over`
+    clients are regions. `accepted` is the last task of each whose answer was accepted, `tasks` are those dispatched and not yet
+    answered. The run begins when `least` clients are there (`opened`). Seconds of the run are those of `clock`; after a restart they
+    go on from `elapsed`, so that the time a server was away does not count.
     """
 
     rebuilt: ClassVar[frozenset[str]] = frozenset(
         {"server", "link", "terms", "evaluate", "observe", "profiles", "least", "patience", "settled", "clock"}
-        | {"traffic", "sites", "failed", "looked", "began", "changed"}
+        | {"traffic", "sites", "failed", "looked", "began", "changed", "over"}
     )
     server: Driven
     link: Link
@@ -73,7 +71,9 @@ class Deployment:
     evaluate: Evaluator = unscored
     observe: Observer = unseen
     settled: Callable[[], None] = nothing
+    over: bool = False
     here: dict[ClientId, Profile] = field(default_factory=dict)
+    led: dict[ClientId, tuple[Profile, ...]] = field(default_factory=dict)
     accepted: dict[ClientId, int] = field(default_factory=dict)
     tasks: dict[int, Task] = field(default_factory=dict)
     opened: bool = False
@@ -126,7 +126,7 @@ class Deployment:
         self.traffic.received += 1
         self.traffic.bytes_up += len(reply.body)
         try:
-            told = decode_reply(reply.body, LARGEST, self.tasks)
+            told = heard(reply.body, self.tasks, now, self.over)
         except Unasked:
             self.traffic.late += 1
             self.sites.ask_again(sent.node, self.here)
@@ -134,13 +134,13 @@ class Deployment:
         except Malformed as error:
             return self._unusable(now, sent, str(error))
         if isinstance(told, Welcome):
-            return self._welcome(now, sent.node, told.profile)
+            return self._welcome(now, sent.node, told.profile, told.members)
         if isinstance(told, Refusal):
             return self._refused(now, sent, told)
-        client, number, result = told
+        client, number = told.client, told.task
         if number != sent.task or client != self.tasks[number].client:
             return self._unusable(now, sent, f"{client!r} answers task {number} of {self.tasks[number].client!r}")
-        return self._tell(now, UpdateArrived(client, number, timed(self.tasks[number], result, now)))
+        return self._tell(now, told)
 
     def _undelivered(self, now: float, sent: Sent, error: str) -> Stop | None:
         """Sent again when the node has rested, unless that was so too often."""
@@ -162,31 +162,29 @@ class Deployment:
         self.sites.rest(now + self.patience.pause, sent.node, reason)
         return None
 
-    def _welcome(self, now: float, number: int, profile: Profile) -> Stop | None:
-        node, client = self.sites.nodes.get(number), profile.client
+    def _welcome(self, now: float, number: int, profile: Profile, members: tuple[Profile, ...]) -> Stop | None:
+        node, client, until = self.sites.nodes.get(number), profile.client, now + self.patience.pause
         if node is None:
             return None
         if node.name not in (None, client):
-            self.sites.rest(
-                now + self.patience.pause,
-                number,
-                f"it says that it is {client!r}, and its key is that of {node.name!r}",
-            )
+            reason = f"it says that it is {client!r}, and its key is that of {node.name!r}"
+            self.sites.rest(until, number, reason)
             return None
         if self.sites.of(client) not in (None, number):
-            self.sites.rest(now + self.patience.pause, number, f"there is another {client!r} already")
+            self.sites.rest(until, number, f"there is another {client!r} already")
             return None
         node.client, node.why = client, ""
         self.sites.missing.pop(client, None)
-        if self.here.get(client) == profile:
+        if self.here.get(client) == profile and self.led.get(client) == members:
             return None
         LOG.info("%s is there: %d examples", client, profile.examples)
-        self.here[client] = self.profiles[client] = profile
+        self.here[client], self.led[client] = profile, members
+        self.profiles[client] = profile
         if not self.opened and len(self.here) < self.least:
             return None
-        joining = [profile] if self.opened else [self.here[one] for one in sorted(self.here)]
+        joining = [client] if self.opened else sorted(self.here)
         self.opened = True
-        return self._tell_all(now, map(ClientJoined, joining))
+        return self._tell_all(now, [joined(self.here[one], self.led[one], self.over) for one in joining])
 
     def _refused(self, now: float, sent: Sent, told: Refusal) -> Stop | None:
         """A task that a site will not do; if the reason lasts, the site is left alone for a while and its client is gone.
@@ -273,6 +271,9 @@ class Deployment:
                     self.tasks.pop(number, None)
                 case Evaluate(version, model):
                     events.append(Scored(version, self.evaluate(model)))
+                case Reject(client, 0, reason):
+                    self.sites.turn_away(self.elapsed + self.patience.pause, client, reason)
+                    events += [ClientLost(client)] if self.here.pop(client, None) else []
                 case Reject(client, number, reason) if number in self.tasks:
                     events.append(TaskFailed(client, number, reason))
         return events

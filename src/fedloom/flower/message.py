@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fedloom import wire
+from fedloom.check import MAX_MEMBERS
 from fedloom.codec import DeltaInt8, Exact, Half
 from fedloom.errors import Refused
 from fedloom.flower.form import opened, sealed
@@ -95,10 +96,14 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The site will work for this run. `incarnation` is that of the `Hello` which it answers."""
+    """The site will work for this run. `incarnation` is that of the `Hello` which it answers.
+
+    A region says who its `members` are where the plan learns of them.
+    """
 
     profile: Profile
     incarnation: int
+    members: tuple[Profile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,16 +174,22 @@ def decode_reply(data: bytes, limit: int, tasks: Mapping[int, Task]) -> Word | t
         if len(word.reason) > 10 * LONGEST:
             raise Malformed(f"a reason of {len(word.reason)} characters")
         return word
-    profile = word.profile
-    _name("profile.client", profile.client)
-    _in_range("profile.examples", profile.examples, 1, 10**12)
-    for name in ("flops", "up_bps", "down_bps", "memory"):
-        _in_range(f"profile.{name}", getattr(profile, name), 1.0, 1e30)
-    _in_range("profile.tier", len(profile.tier), 0, LONGEST)
-    for name, value, least, most in _sizes(profile.most) if profile.most else ():
-        _in_range(f"profile.most.{name}", value, least, most)
+    check_profiles((word.profile, *word.members))
     _in_range("incarnation", word.incarnation, 0, MOST)
     return word
+
+
+def check_profiles(told: Sequence[Profile]) -> None:
+    """Raise Malformed for what no site is, or more of them than a region has."""
+    _in_range("members", len(told), 0, MAX_MEMBERS + 1)
+    for profile in told:
+        _name("profile.client", profile.client)
+        _in_range("profile.examples", profile.examples, 1, 10**12)
+        for name in ("flops", "up_bps", "down_bps", "memory"):
+            _in_range(f"profile.{name}", getattr(profile, name), 1.0, 1e30)
+        _in_range("profile.tier", len(profile.tier), 0, LONGEST)
+        for name, value, least, most in _sizes(profile.most) if profile.most else ():
+            _in_range(f"profile.most.{name}", value, least, most)
 
 
 # Checks --------------------------------------------------------------------------------------------------------------

@@ -14,15 +14,16 @@ from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import ClassVar, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import torch
 
 from fedloom import checkpoint, wire
-from fedloom.edge import Edge, EdgeState
 from fedloom.errors import Refused
+from fedloom.flower.driven import REGION
 from fedloom.flower.driver import Deployment
 from fedloom.flower.journal import Done, Journal
+from fedloom.flower.led import Led
 from fedloom.flower.link import Link
 from fedloom.flower.message import Ask, Hello, Refusal, Terms, Welcome, Work, decode, encode, encode_reply
 from fedloom.flower.order import RUN, Order
@@ -35,7 +36,8 @@ from fedloom.hierarchy import Hierarchy
 from fedloom.resume import LOGS, NAME, Keeper, claimed, given, kept, log, restore
 from fedloom.run import Run
 from fedloom.seeds import derive
-from fedloom.server import Server, State
+from fedloom.server import Server
+from fedloom.telling import Telling
 from fedloom.trace import Trace
 from fedloom.train.base import initial, load
 from fedloom.types import ClientId, Command, Event, Local, Profile, Report, Stop, Task, TaskReceived
@@ -46,47 +48,11 @@ ABOVE = "above.bin"
 
 
 @dataclass(slots=True)
-class Led:
-    """An edge in the place of a server, as the driver sees it: it never stops, and how a task ended is put down in `done`.
-
-    `mark` names what was asked from above, `begun` is when (seconds of the region).
-    """
-
-    rebuilt: ClassVar[frozenset[str]] = frozenset({"edge", "done"})
-    edge: Edge
-    inner: EdgeState
-    mark: str = ""
-    begun: float = 0.0
-    done: tuple[Task, Report | Stop] | None = None
-
-    @property
-    def state(self) -> State:
-        """The server's inside the edge."""
-        return self.inner.server
-
-    def handle(self, now: float, event: Event) -> list[Command]:
-        """As the edge does; that it gives its task up stops nobody else."""
-        self.edge.state = self.inner
-        if isinstance(event, TaskReceived) and self.state.outer is not None:
-            self.edge.give_up(now)
-        outer = event.task if isinstance(event, TaskReceived) else self.state.outer
-        commands = self.edge.handle(now, event)
-        for command in commands:
-            if isinstance(command, Report | Stop) and outer is not None:
-                self.done = outer, command
-        return [command for command in commands if not isinstance(command, Stop)]
-
-    def wake(self) -> float | None:
-        """When the edge wants to look."""
-        return self.inner.due
-
-
-@dataclass(slots=True)
 class Region:
     """What is asked from above, between the thread that listens and the one that drives.
 
-    `terms` are those of the run, once somebody has asked; `running` works for them. A task waits in `asked` with the place for its
-    answer until the driver's thread takes it.
+    `terms` are those of the run, once somebody has asked; `running` works for them. `tells`: the plan above learns. A task waits in
+    `asked` with the place for its answer until the driver's thread takes it.
     """
 
     site: Site
@@ -94,6 +60,7 @@ class Region:
     least: int
     terms: Terms | None = None
     running: Deployment | None = None
+    tells: bool = False
     asked: SimpleQueue[tuple[Work, SimpleQueue[bytes]]] = field(default_factory=SimpleQueue)
     waiting: tuple[int, SimpleQueue[bytes]] | None = None
 
@@ -105,6 +72,12 @@ class Region:
     def journal(self) -> Journal:
         """Of reports."""
         return Journal(self.folder / "reports")
+
+    @property
+    def members(self) -> tuple[Profile, ...]:
+        """Its sites, as far as a plan of groups reckons with them."""
+        assert self.running is not None
+        return tuple(replace(one, most=None) for _, one in sorted(self.running.here.items()))
 
     def answer(self, body: bytes) -> bytes:
         """The reply to a message from above, whatever it is: never raises."""
@@ -135,13 +108,10 @@ class Region:
         """Write a report down: before a checkpoint says that the task is over."""
         if led.done is None or self.terms is None or self.running is None or not isinstance(led.done[1], Report):
             return
-        task, report = led.done[0], led.done[1]
-        result = report.result
-        if result.adapter.factors.keys() != task.start.train.factors.keys():
-            led.done = task, Stop("its sites trained some of the layers only, which cannot be reported yet")
-            return
+        task, (result, told) = led.done[0], (led.done[1].result, led.done[1].told)
         metrics = {**result.metrics, "seconds_train": self.running.elapsed - led.begun}
-        data = wire.encode(task, replace(result, metrics=metrics))
+        telling = None if told is None else Telling(told, self.members)
+        data = wire.encode(task, replace(result, metrics=metrics), telling=telling)
         kept = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         self.journal.keep(self.terms.run_hash, task.id, Done(led.mark, kept, Local()), 0)
 
@@ -177,18 +147,19 @@ class Region:
             return "the region works for another run, or for other settings of it: start it anew in another folder"
         if self.running is None:
             return "the region is getting ready"
-        if (few := self.least - len(self.running.here)) > 0:
-            return f"the region waits for {few} more of {self.least} sites"
-        return None
+        if not self.running.opened:
+            return f"the region waits for {self.least - len(self.running.here)} more of {self.least} sites"
+        return None if self.running.here else "none of the region's sites can be reached"
 
     def _welcome(self, ask: Hello) -> bytes:
         """All its sites as one client: the examples of all, the speed and the memory of the least."""
         assert self.running is not None
-        own, speed = list(self.running.here.values()), self.site.speed
+        own, speed = self.members, self.site.speed
         flops, memory = min(one.flops for one in own), min(one.memory for one in own)
         examples = sum(one.examples for one in own)
-        profile = Profile(self.site.name, examples, flops, speed.up_bps, speed.down_bps, memory, "region")
-        return encode_reply(Welcome(profile, ask.incarnation))
+        links, most = (speed.up_bps, speed.down_bps), self.site.limits.most
+        profile = Profile(self.site.name, examples, flops, *links, memory, REGION, most)
+        return encode_reply(Welcome(profile, ask.incarnation, own if self.tells else ()))
 
     def _refuse(self, task: int | None, reason: str, lasting: bool) -> bytes:
         LOG.warning("refused: %s", reason)
@@ -208,6 +179,7 @@ def run(link: Link, folder: Path, order: Order, pause: Callable[[float], None], 
         while region.terms is None:
             pause(order.patience.poll)
         led, profiles = led_by(value, value.hierarchy, region), dict[ClientId, Profile]()
+        region.tells = led.edge.tells
         running = Deployment(led, link, region.terms, profiles, order.clients, order.patience, clock)
         trace = opened.enter_context(going_on(place, value, led, running))
         keeper = Keeper(place, given(value), 0.0, (led, running), [trace])
@@ -247,7 +219,7 @@ def led_by(value: Run, hierarchy: Hierarchy, region: Region) -> Led:
         transfer=value.transfer,
     )
     edge = hierarchy.edge(flat, region.least, 1)
-    return Led(edge, edge.state)
+    return Led(edge, edge.state, hierarchy.plan if edge.tells else None)
 
 
 def going_on(place: Path, value: Run, led: Led, running: Deployment) -> TextIO:

@@ -80,6 +80,12 @@ class Sites:
         if node in self.nodes:
             self.nodes[node].rests, self.nodes[node].why = until, why
 
+    def turn_away(self, until: float, client: ClientId, why: str) -> None:
+        """Nobody counts on this client, who is asked later who it is."""
+        if (number := self.of(client)) is not None:
+            self.rest(until, number, why)
+            self.nodes[number].client = None
+
     def ask_again(self, node: int, here: Mapping[ClientId, object]) -> None:
         """Who it is, and whether it may work: its last task is settled without it."""
         if node in self.nodes and self.nodes[node].client not in here:

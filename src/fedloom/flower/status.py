@@ -20,12 +20,13 @@ from fedloom import folder as folders
 from fedloom.errors import Refused
 from fedloom.flower.driver import Deployment
 from fedloom.server import Limits
-from fedloom.types import Command, Event, Publish, Reject, Scored, TaskFailed, UpdateArrived
+from fedloom.types import Command, Event, Publish, Reject, Scored, Task, TaskFailed, UpdateArrived
 
 LOG = getLogger("fedloom.server")
 NAME = "status.json"
 EVERY = 1.0
 """Seconds between two writings of the file."""
+HEADINGS = {"since": "for s", "stale": "versions behind"}
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class Status:
                 "task": work[client].id if client in work else None,
                 "since": round(running.elapsed - work[client].sent, 1) if client in work else None,
                 "rank": work[client].budget.rank if client in work else None,
+                **(led(work.get(client)) if running.over else {}),
                 "stale": state.version - work[client].version if client in work else None,
             }
             for client in sorted(running.here)
@@ -211,12 +213,29 @@ def shown(told: Mapping[str, Any], age: float) -> Group:
         lines.append("Scores " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     if age > 60:
         lines.append(f"[yellow]Nothing was written for {age:,.0f} s: is the server still running?[/yellow]")
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("client", "reached", "answers", "task", "for s", "rank", "versions behind"):
-        table.add_column(heading, justify="left" if heading == "client" else "right")
-    for name, client in told["clients"].items():
-        cells = (
-            "–" if client[key] is None else f"{client[key]:g}" for key in ("answers", "task", "since", "rank", "stale")
-        )
+    why = [f"{escape(name)}: {escape(client['why'])}" for name, client in told["clients"].items() if client.get("why")]
+    return Group(*lines, _table(told["clients"]), *why)
+
+
+def _table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row a client, or a region."""
+    table, over = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)), any("rounds" in one for one in clients.values())
+    keys = ("answers", "task", "since", "rank", *(("depth", "rounds", "steps") if over else ()), "stale")
+    for heading in ("region" if over else "client", "reached", *keys):
+        table.add_column(HEADINGS.get(heading, heading), justify="right" if heading in ("reached", *keys) else "left")
+    for name, client in clients.items():
+        cells = (str(client[key]) if isinstance(client[key], str) else _number(client[key]) for key in keys)
         table.add_row(escape(name), "yes" if client["reached"] else "no", *cells)
-    return Group(*lines, table)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
+
+
+def led(task: Task | None) -> dict[str, object]:
+    """What a region was asked for, and why."""
+    if task is None:
+        return dict.fromkeys(("depth", "rounds", "steps", "why"))
+    budget = task.budget
+    return {"depth": budget.depth or "all", "rounds": budget.rounds, "steps": budget.steps, "why": budget.why}

@@ -106,7 +106,7 @@ def device(profile: Profile, log: GroupLog, shape: Shape, batch_tokens: int) -> 
 
 
 def _followed(cost: CostModel, one: Spent, shape: Shape) -> CostModel:
-    cost = cost.observed(shape.layers if one.depth is None else one.depth, one.steps, one.train)
+    cost = cost.observed(min(one.depth or shape.layers, shape.layers), one.steps, one.train)
     cost = cost.uploaded(one.answers * shape.payload(one.rank, one.depth), one.up)
     return cost.downloaded(one.answers * shape.payload(one.rank), one.down)
 

@@ -207,7 +207,8 @@ def groups(log: RunLog) -> Grid:
         weight = sum(number(line["work"]) for line in own) / whole if whole else math.nan
         depths = sorted({str(line.get("depth") or "all") for line in own})
         figures = (*map(short, means[1:]), ", ".join(depths) or NONE, short(inside), short(link), percent(weight))
-        rows.append((label(edge), str(len(members)), count(means[0]), f"{len(asked):,}", f"{len(own):,}", *figures))
+        clients = len(members) or max((int(number(line.get("members"))) for line in own), default=0)
+        rows.append((label(edge), str(clients), count(means[0]), f"{len(asked):,}", f"{len(own):,}", *figures))
     return Grid((*head, "Weight"), tuple(rows))
 
 

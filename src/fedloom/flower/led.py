@@ -1,0 +1,68 @@
+"""An edge in the place of a server, for the driver of a deployment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from fedloom.edge import Edge, EdgeState
+from fedloom.regions import unplanned
+from fedloom.server import State
+from fedloom.types import (
+    Assign,
+    ClientJoined,
+    Command,
+    Event,
+    GroupLog,
+    Profile,
+    Reject,
+    Report,
+    Stop,
+    Task,
+    TaskReceived,
+)
+
+
+@dataclass(slots=True)
+class Led:
+    """An edge in the place of a server, as the driver sees it: it never stops, and how a task ended is put down in `done`.
+
+    `plan` is that of the groups, if it learns: a site that it has nothing for is not let join. `mark` names what was asked from
+    above, `begun` is when (seconds of the region).
+    """
+
+    rebuilt: ClassVar[frozenset[str]] = frozenset({"edge", "plan", "done"})
+    edge: Edge
+    inner: EdgeState
+    plan: Assign | None = None
+    mark: str = ""
+    begun: float = 0.0
+    done: tuple[Task, Report | Stop] | None = None
+
+    @property
+    def state(self) -> State:
+        """The server's inside the edge."""
+        return self.inner.server
+
+    def handle(self, now: float, event: Event) -> list[Command]:
+        """As the edge does; that it gives its task up stops nobody else."""
+        self.edge.state = self.inner
+        if isinstance(event, ClientJoined) and (reason := self._unfit(event.profile)):
+            return [Reject(event.profile.client, 0, reason)]
+        if isinstance(event, TaskReceived) and self.state.outer is not None:
+            self.edge.give_up(now)
+        outer = event.task if isinstance(event, TaskReceived) else self.state.outer
+        commands = self.edge.handle(now, event)
+        for command in commands:
+            if isinstance(command, Report | Stop) and outer is not None:
+                self.done = outer, command
+        return [command for command in commands if not isinstance(command, Stop)]
+
+    def wake(self) -> float | None:
+        """When the edge wants to look."""
+        return self.inner.due
+
+    def _unfit(self, site: Profile) -> str | None:
+        """Why the plan of the groups has nothing for one with this site in it."""
+        alone = GroupLog(site, (replace(site, most=None),))
+        return self.plan and unplanned(self.plan, self.edge.server.fleet(), alone)

@@ -1,0 +1,189 @@
+"""Regions with real workers in one process: each is a thread with a net of its own, and is asked through its socket.
+
+Server and regions, which are processes of their own elsewhere, do something one at a time here: who waits lets the others.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedloom.flower import deploy
+from fedloom.flower.pipe import ask
+from fedloom.flower.worker import Worker
+from fedloom.job import Job
+from fedloom.run import Run
+from fedloom.types import Profile
+from flower_net import VALUES, Net
+from flower_sites import site_at
+
+ONE = threading.Lock()
+
+
+class Killed(BaseException):
+    """As by kill -9: nothing of the process gets to say a word."""
+
+
+class Over(BaseException):
+    """The test has ended."""
+
+
+@dataclass
+class Real:
+    """A site of the net with a real worker."""
+
+    worker: Worker
+    profile: Profile = field(init=False)
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.profile = Profile(self.worker.site.name, 1)
+
+    def answer(self, body: bytes) -> bytes:
+        return self.worker.answer(body)
+
+
+def net_of(tmp_path: Path, job: Job, encoder: Path) -> Net:
+    """A worker for each client of the simulation, with its shard as a file."""
+    train, found = job.split.train, {}
+    for number, shard in enumerate(job.shards):
+        rows = [{"text": train.texts[i], "label": train.names[train.labels[i]]} for i in shard.train]
+        site = site_at(tmp_path / shard.client, encoder, rows)
+        copy = site.model.model_copy(update={"name": job.run.model})
+        site = site.model_copy(update={"name": shard.client, "model": copy})
+        found[number] = Real(Worker(site), seconds=1.0 + number)
+    return Net(found)  # type: ignore[arg-type]
+
+
+def folder_of(tmp_path: Path, run: Run, name: str = "deployment", **more: Any) -> Path:
+    """The folder of a deployment, as `fedloom serve` makes it; the run file has the value from here."""
+    folder = tmp_path / name
+    folder.mkdir()
+    VALUES[str(folder)] = run
+    (folder / "run.py").write_text(f"from flower_net import VALUES\n\nrun = VALUES[{str(folder)!r}]\n")
+    told = {"runfile": str(folder / "run.py"), "clients": 6, **more}
+    (folder / "deployment.json").write_text(json.dumps(told))
+    return folder
+
+
+@contextmanager
+def freed() -> Iterator[None]:
+    """Inside, the others may."""
+    ONE.release()
+    try:
+        yield
+    finally:
+        ONE.acquire()
+
+
+@dataclass
+class Above:
+    """A region as a site of the net above. `said` are its answers by what was asked."""
+
+    socket: Path
+    profile: Profile
+    seconds: float = 1.0
+    said: dict[bytes, bytes] = field(default_factory=dict)
+
+    def answer(self, body: bytes) -> bytes:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                with freed():
+                    self.said[body] = ask(self.socket, body, 5.0)
+                    return self.said[body]
+            except OSError:  # it is not there (any more)
+                assert time.monotonic() < until
+                with freed():
+                    time.sleep(0.05)
+
+
+class Country:
+    """Two regions of as many sites each, and the server above. `dies` may end a region's process, at any message that it sends."""
+
+    def __init__(self, tmp_path: Path, encoder: Path, run: Run, sites: Net) -> None:
+        self.tmp_path, self.encoder, self.run, self.stop = tmp_path, encoder, run, threading.Event()
+        half = len(sites.sites) // 2
+        self.below = [Net({k: sites.sites[k] for k in range(n * half, (n + 1) * half)}) for n in (0, 1)]
+        self.folders = [self._region(n, half) for n in (0, 1)]
+        sockets = [tmp_path / f"site{n}" / "state" / "worker.sock" for n in (0, 1)]
+        self.above = Net({n: Above(sockets[n], Profile(f"region{n}", 1)) for n in (0, 1)}, named=False)  # type: ignore[misc]
+        self.starts = [0, 0]
+        self.dies: Callable[[int, int], bool] = lambda region, sent: False
+        self.folder = folder_of(tmp_path, run, clients=2, patience={"pause": 1.0})
+
+    def serve(self) -> str:
+        """As `fedloom serve`, to the end."""
+
+        def slowly(seconds: float) -> None:
+            self.above.pause(seconds)
+            with freed():
+                time.sleep(0.01)
+
+        with ONE:
+            return deploy.run(self.above, self.folder, slowly, self.above.clock)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Inside, the regions are there."""
+        threads = [threading.Thread(target=self._lead, args=(n,)) for n in (0, 1)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self.stop.set()
+            for thread in threads:
+                thread.join()
+
+    def steps(self, number: int) -> list[dict[str, Any]]:
+        """The trace of a region."""
+        return [json.loads(line) for line in (self.folders[number] / "run" / "trace.jsonl").read_text().splitlines()]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What arrived at the server above from regions, and was not refused."""
+        lines = [json.loads(line) for line in (self.folder / "run" / "trace.jsonl").read_text().splitlines()]
+        told = [one["event"] for one in lines if not any(command["type"] == "Reject" for command in one["commands"])]
+        return [event for event in told if event["type"] == "EdgeReported"]
+
+    def _region(self, number: int, size: int) -> Path:
+        site_at(self.tmp_path / f"site{number}", self.encoder)
+        path = self.tmp_path / f"site{number}" / "site.toml"
+        text = path.read_text().replace("ward", f"region{number}").partition("[table]")[0]
+        path.write_text("region = true\n" + text.replace("/at/the/server/tiny", self.run.model))
+        return folder_of(self.tmp_path, self.run, f"region{number}", clients=size, above=str(path))
+
+    def _lead(self, number: int) -> None:
+        own, sent = self.below[number], 0
+        send = own.send
+
+        def mortal(node: int, body: bytes) -> str:
+            nonlocal sent
+            sent += 1
+            if self.dies(number, sent):
+                raise Killed
+            return send(node, body)
+
+        def pause(seconds: float) -> None:
+            own.pause(seconds)
+            with freed():
+                time.sleep(0.001)
+            if self.stop.is_set():
+                raise Over
+
+        own.send = mortal  # type: ignore[method-assign]
+        while True:
+            self.starts[number] += 1
+            try:
+                with ONE:
+                    deploy.run(own, self.folders[number], pause, own.clock)
+            except Killed:
+                own.forget()
+            except Over:
+                return
