@@ -72,6 +72,13 @@ def folder_of(tmp_path: Path, run: Run, name: str = "deployment", **more: Any) -
     return folder
 
 
+def adapter_at(folder: Path) -> dict[str, Any]:
+    import safetensors.torch
+
+    found: dict[str, Any] = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+    return found
+
+
 @contextmanager
 def freed() -> Iterator[None]:
     """Inside, the others may."""

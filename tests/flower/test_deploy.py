@@ -18,7 +18,7 @@ from fedloom.plan.rank import RandomRank
 from fedloom.replay import replay
 from fedloom.report.read import read
 from fedloom.run import Run
-from flower_regions import Killed, folder_of, net_of
+from flower_regions import Killed, adapter_at, folder_of, net_of
 
 MIXED = Plan(RandomRank(2, 8), local_steps=3)
 
@@ -59,13 +59,6 @@ def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: A
     assert set(log.manifest["clients"]) == set(job.profiles)
     assert [line["accuracy"] for line in log.scores] == [score["accuracy"] for score in simulated.scores]
     assert (folder / "run" / "report.html").is_file()
-
-
-def adapter_at(folder: Path) -> dict[str, Any]:
-    import safetensors.torch
-
-    found: dict[str, Any] = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
-    return found
 
 
 @pytest.mark.slow

@@ -57,6 +57,12 @@ def region(
             "--config", metavar="FILE", help="How it is a site of the server above: site.toml, region = true."
         ),
     ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="As given to the server above; patience is the region's own."
+        ),
+    ] = None,
     clients: Annotated[int, typer.Option(min=1, help="Begin when so many sites of the region are there.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the deployment in this folder.")] = False,
     port: Annotated[str, typer.Option(metavar="[HOST:]PORT", help="Where the region's sites connect to.")] = "8080",
@@ -68,7 +74,7 @@ def region(
     """
     from fedloom.flower.join import upward
 
-    facts = _facts(file, None, clients) | {"above": str(config.resolve())}
+    facts = _facts(file, settings, clients) | {"above": str(config.resolve())}
     _carry_out(file, folder, port, insecure, resume, facts, upward(config, insecure))
 
 

@@ -19,6 +19,7 @@ from typing import NoReturn, TextIO
 import torch
 
 from fedloom import checkpoint, wire
+from fedloom.codec import Codec
 from fedloom.errors import Refused
 from fedloom.flower.driven import REGION
 from fedloom.flower.driver import Deployment
@@ -51,8 +52,8 @@ ABOVE = "above.bin"
 class Region:
     """What is asked from above, between the thread that listens and the one that drives.
 
-    `terms` are those of the run, once somebody has asked; `running` works for them. `tells`: the plan above learns. A task waits in
-    `asked` with the place for its answer until the driver's thread takes it.
+    `terms` are those of the run, once somebody has asked; `running` works for them. `tells`: the plan above learns. `codec` is
+    that of the run. A task waits in `asked` with the place for its answer until the driver's thread takes it.
     """
 
     site: Site
@@ -61,6 +62,7 @@ class Region:
     terms: Terms | None = None
     running: Deployment | None = None
     tells: bool = False
+    codec: Codec | None = None
     asked: SimpleQueue[tuple[Work, SimpleQueue[bytes]]] = field(default_factory=SimpleQueue)
     waiting: tuple[int, SimpleQueue[bytes]] | None = None
 
@@ -109,6 +111,9 @@ class Region:
         if led.done is None or self.terms is None or self.running is None or not isinstance(led.done[1], Report):
             return
         task, (result, told) = led.done[0], (led.done[1].result, led.done[1].told)
+        known = self.journal.done(self.terms.run_hash, task.id)
+        if known is not None and known.mark == led.mark:  # maybe it was given out
+            return
         metrics = {**result.metrics, "seconds_train": self.running.elapsed - led.begun}
         telling = None if told is None else Telling(told, self.members)
         data = wire.encode(task, replace(result, metrics=metrics), telling=telling)
@@ -125,7 +130,8 @@ class Region:
             reply.put(known.answer.numpy().tobytes())
         elif led.state.outer is None or led.mark != mark:
             led.mark, led.begun, led.done = mark, self.running.elapsed, None
-            self.running.happens(TaskReceived(work.task))
+            start = replace(work.task.start, codec=self.codec)  # the one that a checkpoint names
+            self.running.happens(TaskReceived(replace(work.task, start=start)))
 
     def _reply(self, mark: str, task: Task, ended: Report | Stop) -> bytes:
         """What goes up about a task that has ended."""
@@ -147,6 +153,8 @@ class Region:
             return "the region works for another run, or for other settings of it: start it anew in another folder"
         if self.running is None:
             return "the region is getting ready"
+        if isinstance(ask, Work) and ask.task.start.codec != self.codec:
+            return f"the task travels by {ask.task.start.codec}, the run file here says {self.codec}: it is another one"
         if not self.running.opened:
             return f"the region waits for {self.least - len(self.running.here)} more of {self.least} sites"
         return None if self.running.here else "none of the region's sites can be reached"
@@ -179,7 +187,7 @@ def run(link: Link, folder: Path, order: Order, pause: Callable[[float], None], 
         while region.terms is None:
             pause(order.patience.poll)
         led, profiles = led_by(value, value.hierarchy, region), dict[ClientId, Profile]()
-        region.tells = led.edge.tells
+        region.tells, region.codec = led.edge.tells, value.transfer
         running = Deployment(led, link, region.terms, profiles, order.clients, order.patience, clock)
         trace = opened.enter_context(going_on(place, value, led, running))
         keeper = Keeper(place, given(value), 0.0, (led, running), [trace])
