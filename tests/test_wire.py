@@ -18,6 +18,7 @@ from fedloom import payload
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.check import fault
 from fedloom.codec import Codec, DeltaInt8, Exact, Half
+from fedloom.edgemodel import narrowed
 from fedloom.lora import Adapter, Factor, cut, each, rebuilt, tensors
 from fedloom.trace import fingerprint
 from fedloom.transfer import answered, handed
@@ -146,6 +147,26 @@ def test_an_answer_that_pruned_itself_arrives_at_its_rank(codec: Codec | None) -
     back = through(task, make_result(pruned))
     assert {factor.rank for factor in back.adapter.factors.values()} == {3}
     assert fault(task, back) is not None, "nobody allowed it here, and the server says so"
+
+
+@every_codec
+def test_an_answer_of_some_layers_arrives_with_these_and_takes_no_bytes_for_others(codec: Codec | None) -> None:
+    task = task_for(adapter(4), codec)
+    whole = make_result(changed(task.start, 1))
+    for held in (["query"], ["value"]):
+        factors = {name: whole.adapter.factors[name] for name in held}
+        some = replace(whole, adapter=Adapter(factors, whole.adapter.dense))
+        back = through(task, some)
+        assert list(back.adapter.factors) == held
+        alone = answered(narrowed(task, some), Local(), some, Local())[0]
+        assert fingerprint(back.adapter) == fingerprint(alone.adapter)
+        assert len(encode(task, some)) < len(encode(task, whole))
+        assert "query" in str(fault(task, back)) or "value" in str(fault(task, back)), "a client was asked for all"
+
+
+@pytest.mark.parametrize("layers", [[], [2], [-1], [1, 0], [0, 0], ["only"], "only", [10**400], [True]])
+def test_layers_that_the_task_has_not_are_refused(layers: Any) -> None:
+    refused(packed(MANIFEST | {"layers": layers}))
 
 
 def test_the_same_result_gives_the_same_bytes_twice() -> None:

@@ -9,7 +9,24 @@ from typing import Any
 import pytest
 
 from bench.tiny import tiny_run
-from fedloom import DeltaInt8, Engine, FedFa, FedSA, FixedRank, Limits, Plan, ProductDelta, Rounds, Scaffold
+from fedloom import (
+    ACE,
+    DeltaInt8,
+    Engine,
+    FedFa,
+    FedSA,
+    FixedRank,
+    Half,
+    Hierarchy,
+    Limits,
+    Plan,
+    Planned,
+    ProductDelta,
+    Rounds,
+    Scaffold,
+    Scored,
+    Training,
+)
 from fedloom.errors import Refused
 from fedloom.flower import deploy
 from fedloom.flower.order import Order
@@ -21,6 +38,17 @@ from fedloom.run import Run
 from flower_regions import Killed, adapter_at, folder_of, net_of
 
 MIXED = Plan(RandomRank(2, 8), local_steps=3)
+
+
+class Own(Half):
+    """A codec that no site knows."""
+
+    __slots__ = ()
+
+
+def mine(done: float) -> float:
+    """A learning rate that no site knows."""
+    return 1.0
 
 
 def run_of(encoder: Path, **more: Any) -> Run:
@@ -116,6 +144,28 @@ def test_the_training_file_need_not_be_at_the_server(encoder: Path, tmp_path: Pa
     job, profiles = deploy.made_for_serving(run, tmp_path / "none")
     assert (len(job.split.train), len(job.split.test), profiles) == (0, 20, {})
     assert job.split.train.names == ("colour", "pet")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"hierarchy": Hierarchy(plan=Planned(Scored(rank=16)))}, "the server's rank is 8"),
+        ({"hierarchy": Hierarchy(plan=Planned(Scored(rank=8), depth=3))}, "the model has 2 blocks"),
+        ({"hierarchy": Hierarchy(plan=Planned()), "aggregator": FedSA()}, "keep a side of each layer"),
+        ({"hierarchy": Hierarchy(), "aggregator": Scaffold(clients=2)}, "no control variate"),
+        ({"hierarchy": Hierarchy(), "aggregator": ACE(clients=6)}, "give clients=2"),
+        ({"transfer": Own()}, "no code travels to a site"),
+        ({"training": Training(decay=mine)}, "no code travels to a site"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_what_cannot_be_deployed_is_refused_when_it_is_served(
+    encoder: Path, tmp_path: Path, more: dict[str, Any], why: str
+) -> None:
+    """In one sentence, before anybody is waited for or anything is written."""
+    with pytest.raises(Refused, match=why):
+        deploy.terms(deploy.made_for_serving(run_of(encoder, **more), tmp_path / "none", 2)[0])
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("told", ["", "[]", '{"settings": []}', '{"runfile": "x", "patience": {"task": -1}}'])

@@ -108,7 +108,13 @@ def test_what_a_codec_made_fit_for_float16_takes_two_bytes_a_number_and_an_ident
 
 def test_replies_arrive() -> None:
     welcome = Welcome(Profile("ward-7", 1200, 2.5e10, tier="cpu", most=Budget(8, 100, 4)), 2)
-    for word in (welcome, Refusal("ward-7", None, "not at this hour", False), Refusal("ward-7", 7, "rank", True)):
+    leads = replace(welcome, members=(welcome.profile, Profile("ward-8", 3)))
+    for word in (
+        welcome,
+        leads,
+        Refusal("ward-7", None, "not at this hour", False),
+        Refusal("ward-7", 7, "rank", True),
+    ):
         assert decode_reply(message.encode_reply(word), LIMIT, {}) == word
     task = work_for(Start(adapter(4), "0")).task
     result = make_result(changed(task.start, 1))
@@ -317,7 +323,8 @@ def test_a_flipped_byte_is_refused_or_stays_in_its_place(position: int, mask: in
      Refusal("x", 7, "y" * 2001, True), Welcome(Profile("", 3), 1), Welcome(Profile("x", 0), 1),
      Welcome(Profile("x", 3, flops=0.0), 1), Welcome(Profile("x", 3, memory=float("inf")), 1),
      Welcome(Profile("x", 3, most=Budget(0, 1)), 1), Welcome(Profile("x", 3, most=Budget(1, 1, depth=0)), 1),
-     Welcome(Profile("x", 3), -1)],
+     Welcome(Profile("x", 3), -1), Welcome(Profile("x", 3), 1, (Profile("y", 0),)),
+     Welcome(Profile("x", 3), 1, (Profile("y", 1),) * 10_001)],
 )  # fmt: skip
 def test_a_reply_out_of_its_range_is_refused(word: message.Word) -> None:
     with pytest.raises(Malformed):

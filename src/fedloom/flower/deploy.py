@@ -14,7 +14,7 @@ from fedloom.data.elsewhere import scored
 from fedloom.flower import region
 from fedloom.flower.driver import Deployment
 from fedloom.flower.link import Link
-from fedloom.flower.message import Terms
+from fedloom.flower.message import Terms, check_codec
 from fedloom.flower.order import RUN, Order
 from fedloom.flower.status import Status
 from fedloom.job import Job, Recording, made_ready
@@ -77,6 +77,7 @@ def made_for_serving(value: Run, target: Path, clients: int = 1) -> tuple[Job, d
     Where the run has a hierarchy, its clients are that many regions.
     """
     kinds.check(value)
+    check_codec(value.transfer)
     need_fresh_answers(value.aggregator, value.schedule)
     before = begun(target, value, (Deployment,)) if (target / "manifest.json").is_file() else None
     profiles = dict[ClientId, Profile]()

@@ -15,7 +15,7 @@ import torch
 
 from fedloom import wire
 from fedloom.check import MAX_MEMBERS
-from fedloom.codec import DeltaInt8, Exact, Half
+from fedloom.codec import Codec, DeltaInt8, Exact, Half
 from fedloom.errors import Refused
 from fedloom.flower.form import opened, sealed
 from fedloom.lora import Adapter, tensors
@@ -136,10 +136,15 @@ KNOWN: Mapping[str, Any] = {
 
 def encode(ask: Ask) -> bytes:
     """The ask as bytes; the same ask gives the same bytes. Raises Refused for a codec that sites do not know."""
-    if isinstance(ask, Work) and type(ask.task.start.codec) not in (NoneType, *CODECS):
-        remedy = "no code travels to a site; choose Exact(), Half() or DeltaInt8()"
-        raise Refused("transfer", ask.task.start.codec, remedy)
+    if isinstance(ask, Work):
+        check_codec(ask.task.start.codec)
     return sealed(ASK, ask)
+
+
+def check_codec(codec: Codec | None) -> None:
+    """Raise Refused for one that sites do not know."""
+    if type(codec) not in (NoneType, *CODECS):
+        raise Refused("transfer", codec, "no code travels to a site; choose Exact(), Half() or DeltaInt8()")
 
 
 def decode(data: bytes, limit: int) -> Ask:
