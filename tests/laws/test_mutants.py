@@ -267,6 +267,27 @@ MUTANTS = [
         "test_tree.py",
     ),
     Mutant(
+        "what a region tells is learnt unseen",
+        "regions.py",
+        "if reason := untellable(asked, event.told, self.shape):",
+        "if reason := None:",
+        "test_regions.py",
+    ),
+    Mutant(
+        "a region is planned for whatever its members are",
+        "regions.py",
+        "        return str(error)",
+        "        return None",
+        "test_regions.py",
+    ),
+    Mutant(
+        "a region's report counts for layers that nobody trained",
+        "regions.py",
+        "        self.state.busy[event.task] = task\n",
+        "",
+        "test_regions.py",
+    ),
+    Mutant(
         "what inner rounds wait is not learnt",
         "plan/grouped.py",
         "barrier=followed([max(barrier(told), surprise(told, known)) for told in log.told]),",
