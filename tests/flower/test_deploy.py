@@ -17,6 +17,8 @@ from bench.tiny import tiny_run
 from fedloom import DeltaInt8, Engine, FedFa, FedSA, FixedRank, Hierarchy, Limits, Plan, ProductDelta, Rounds, Scaffold
 from fedloom.errors import Refused
 from fedloom.flower import deploy
+from fedloom.flower.link import Reply
+from fedloom.flower.message import Exam, Marks, decode_any, encode_reply
 from fedloom.flower.order import Order
 from fedloom.flower.pipe import ask
 from fedloom.flower.worker import Worker
@@ -48,7 +50,7 @@ class Real:
 
 
 def run_of(encoder: Path, **more: Any) -> Run:
-    given: dict[str, Any] = {"name": "parity", "plan": MIXED, "schedule": Rounds(4), "held_out": 0.0, "threads": 1}
+    given: dict[str, Any] = {"name": "parity", "plan": MIXED, "schedule": Rounds(4), "threads": 1}
     run: Run = tiny_run(encoder, **(given | more))
     return run
 
@@ -65,10 +67,13 @@ def folder_of(tmp_path: Path, run: Run, **more: Any) -> Path:
 
 
 def net_of(tmp_path: Path, job: Job, encoder: Path) -> Net:
-    """A worker for each client of the simulation, with its shard as a file."""
+    """A worker for each client of the simulation, with its examples as a file."""
     train, found = job.split.train, {}
     for number, shard in enumerate(job.shards):
-        rows = [{"text": train.texts[i], "label": train.names[train.labels[i]]} for i in shard.train]
+        rows = [
+            {"text": train.texts[i], "label": train.names[train.labels[i]]}
+            for i in sorted(shard.train + shard.held_out)
+        ]
         site = site_at(tmp_path / shard.client, encoder, rows)
         copy = site.model.model_copy(update={"name": job.run.model})
         site = site.model_copy(update={"name": shard.client, "model": copy})
@@ -87,7 +92,8 @@ def net_of(tmp_path: Path, job: Job, encoder: Path) -> Net:
     ids=str,
 )
 def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: Any, codec: Any) -> None:
-    """Synchronous rounds, in which no order is left to chance, at mixed ranks: the same numbers, to the bit.
+    """Synchronous rounds, in which no order is left to chance, at mixed ranks: the same numbers, to the bit; and of each client the
+    same scores on the same examples held out.
 
     `together=1`: a simulation trains clients in one pass where it can, and each site alone; dropout then draws other masks.
     """
@@ -106,6 +112,12 @@ def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: A
     assert set(log.manifest["clients"]) == set(job.profiles)
     assert [line["accuracy"] for line in log.scores] == [score["accuracy"] for score in simulated.scores]
     assert (folder / "run" / "report.html").is_file()
+    wanted = [{**line, "tier": "site"} for line in read(simulated.folder).clients]
+    assert len(wanted) == 6
+    for line, want in zip(log.clients, wanted, strict=True):
+        assert line["loss"] == pytest.approx(want["loss"], rel=1e-5)  # clients of one rank are predicted together there
+        assert {**line, "loss": 0} == {name: value for name, value in {**want, "loss": 0}.items() if name != "f1"}
+    assert not log.unscored
 
 
 def adapter_at(folder: Path) -> dict[str, Any]:
@@ -297,3 +309,52 @@ def test_a_region_is_the_server_of_its_sites_and_a_site_of_the_server_above(enco
         assert len(reports) in (len(outer), len(outer) - 1)
         assert all(report["result"]["metrics"]["rounds"] == 2 for report in reports)
         assert all(report["result"]["metrics"]["members"] == 3 for report in reports)
+
+
+def test_who_declines_or_says_nothing_is_left_out_of_the_scores_and_told_of(encoder: Path, tmp_path: Path) -> None:
+    """Of six sites: one declines, one sends garbage, one is silent, one gets it at the second try, one goes away."""
+    run = run_of(encoder, limits=Limits(versions=1), schedule=Rounds(6))
+    folder = folder_of(tmp_path, run, patience={"task": 100.0, "away": 20.0})
+    net = net_of(tmp_path, prepare(run), encoder)
+    no = net.sites[0].worker.site.limits.model_copy(update={"scores": False})  # type: ignore[attr-defined]
+    net.sites[0].worker.site = net.sites[0].worker.site.model_copy(update={"limits": no})  # type: ignore[attr-defined]
+    send, exams = net.send, list[int]()
+
+    def troubled(node: int, body: bytes) -> str:
+        if not isinstance(exam := decode_any(body, 2**30), Exam):
+            return send(node, body)
+        exams.append(node)
+        name = f"exam{len(exams)}"
+        if node == 1:
+            marks = Marks(exam.client, 10, 10, 11, 1.0, 0)
+            net._put(net.time + 1, Reply(name, node, encode_reply(marks)))
+        elif node == 3 and exams.count(3) == 1:
+            net._put(net.time + 1, Reply(name, node, None, "the line was cut"))
+        elif node == 4:
+            net.back[4] = 1e9
+        elif node != 2:
+            return send(node, body)
+        return name
+
+    net.send = troubled  # type: ignore[method-assign]
+    deploy.run(net, folder, net.pause, net.clock)
+    log = read(folder / "run")
+    assert [line["client"] for line in log.clients] == ["c03", "c05"]
+    why = {line["client"]: line["reason"] for line in log.unscored}
+    assert list(why) == ["c00", "c01", "c02", "c04"]
+    assert "limits.scores" in why["c00"]
+    assert "right is 11, expected 0 to 10" in why["c01"]
+    assert why["c02"] == "no answer within 100 s"
+    assert why["c04"] == "it went away"
+    assert sorted(exams) == [0, 1, 2, 3, 3, 4, 5]
+    assert log.tasks[0]["status"] == "merged"
+    assert "4 of 6 clients" in (folder / "run" / "report.html").read_text()
+
+
+def test_nobody_is_asked_where_nothing_is_held_out(encoder: Path, tmp_path: Path) -> None:
+    run = run_of(encoder, limits=Limits(versions=1), held_out=0.0)
+    folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    deploy.run(net, folder, net.pause, net.clock)
+    log = read(folder / "run")
+    assert (log.clients, log.unscored) == ((), ())
+    assert log.manifest["clients"]["c00"]["examples"] == 32

@@ -200,7 +200,7 @@ def shards(
         typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the Run; may be repeated."),
     ] = None,
 ) -> None:
-    """Write each simulated client's training examples and settings to a folder of its own, as if it were a site.
+    """Write each simulated client's examples and settings to a folder of its own, as if it were a site.
 
     So a run that was simulated can be repeated with real processes, to the same numbers, and a deployment tried on one machine.
 

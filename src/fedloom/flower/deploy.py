@@ -14,6 +14,7 @@ from fedloom.data.elsewhere import scored
 from fedloom.errors import Refused
 from fedloom.flower import region
 from fedloom.flower.driver import Deployment
+from fedloom.flower.examiner import held_out_lines
 from fedloom.flower.link import Link
 from fedloom.flower.message import Terms
 from fedloom.flower.order import RUN, Order
@@ -56,7 +57,7 @@ def run(
         recording.going_on(deployment)
         reason = deployment.run(status.between(pause))
         job.check_failures(reason)
-        for line in sample_lines(job):
+        for line in (*held_out_lines(job, deployment, status.between(pause)), *sample_lines(job)):
             recording.metrics.write(line)
         return reason
 
@@ -118,4 +119,5 @@ def terms(job: Job) -> Terms:
         labels=None if job.base.labels is None else names,
         rank=value.plan.rank.largest,
         weights=job.base.fingerprint(),
+        held_out=value.held_out,
     )

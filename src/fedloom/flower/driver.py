@@ -287,10 +287,9 @@ class Deployment:
                 self._post(number, task.id, encode(self._work(task, node)))
 
     def _work(self, task: Task, node: Node) -> Work:
-        seconds, settled = self.patience.task or 0.0, self.accepted.get(task.client, 0)
         if any(sent.task == task.id for sent in self.sites.under_way.values()) or task.id in self.failed:
             self.traffic.resent += 1
-        return Work(self.terms, self.incarnation, task, seconds, settled)
+        return Work(self.terms, self.incarnation, task, self.accepted.get(task.client, 0))
 
     def _post(self, number: int, task: int | None, body: bytes) -> None:
         self.sites.under_way[self.link.send(number, body)] = Sent(number, task, self.elapsed)

@@ -1,4 +1,4 @@
-"""What server and site say to each other, as bytes (`form`): a question, a task, an answer, a refusal.
+"""What server and site say to each other, as bytes (`form`): a question, a task, an exam, an answer, marks, a refusal.
 
 An answer to a task is `wire.encode`'s: it needs no names and shapes, for the server has the task.
 """
@@ -6,18 +6,16 @@ An answer to a task is `wire.encode`'s: it needs no names and shapes, for the se
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypeAlias
-
-import torch
 
 from fedloom import wire
 from fedloom.codec import DeltaInt8, Exact, Half
 from fedloom.errors import Refused
 from fedloom.flower.form import opened, sealed
-from fedloom.lora import Adapter, tensors
+from fedloom.flower.ranges import LONGEST, MOST, check_all, check_name, check_start, in_range, of_task, sizes
 from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
 from fedloom.types import Budget, ClientId, Profile, Pruning, Result, Rules, Start, Task
 from fedloom.wire import Malformed
@@ -25,9 +23,6 @@ from fedloom.wire import Malformed
 ASK, WORD = "fedloom-ask", "fedloom-word"
 DECAYS = (constant, linear, cosine)
 CODECS = (Exact, Half, DeltaInt8)
-LONGEST = 200
-"""Characters of a name."""
-MOST = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +32,7 @@ class Terms:
     `run` is its name, `run_hash` names its settings (`manifest.digest`), `model` is what the server calls the base, of which the site
     has a copy of its own, and `rank` the largest rank of the run. `labels` are the names that the model chooses from, None where it
     writes text. `threads` is for torch, `seed` the run's. `weights` tells copies of the base from another model
-    (`Base.fingerprint`; "" is not compared).
+    (`Base.fingerprint`; "" is not compared). `held_out` is the share of its examples that a site does not train on (`Exam`).
     """
 
     run: str
@@ -51,6 +46,7 @@ class Terms:
     seed: int
     labels: tuple[str, ...] | None
     weights: str = ""
+    held_out: float = 0.0
 
     def __post_init__(self) -> None:
         if self.training.decay not in DECAYS:
@@ -69,6 +65,8 @@ class Terms:
                 raise Refused(field, number, f"a whole number from 1 to {most}")
         if abs(self.seed) > MOST:
             raise Refused("seed", self.seed, "a whole number of 64 bits")
+        if not 0 <= self.held_out < 1:
+            raise Refused("held_out", self.held_out, "a share of at least 0 and below 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A task, which nobody waits for after `seconds` (0: somebody always does).
+    """A task.
 
     `settled` is the client's last task whose answer the server accepted (0: none): what a later one left behind at the site is void.
     """
@@ -89,7 +87,20 @@ class Work:
     terms: Terms
     incarnation: int
     task: Task
-    seconds: float
+    settled: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """How good is this model on what the site of `client` holds out? Nothing is trained.
+
+    `start` is what a task that began from the run's last version would begin with, `settled` as in `Work`.
+    """
+
+    terms: Terms
+    incarnation: int
+    client: ClientId
+    start: Start
     settled: int
 
 
@@ -111,14 +122,32 @@ class Refusal:
     lasting: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What an exam came to, in counts and sums over the examples held out.
+
+    `asked` are its predictions (one an example, or one a token of the reference answers), `right` those that were, `loss` the sum of
+    their cross-entropies. `base_right` would be right without any training: by always answering the commonest label of the examples
+    trained on, or, where text is written, by the base alone, whose `base_loss` is told too (else 0).
+    """
+
+    client: ClientId
+    examples: int
+    asked: int
+    right: int
+    loss: float
+    base_right: int
+    base_loss: float = 0.0
+
+
 Ask: TypeAlias = Hello | Work
 Word: TypeAlias = Welcome | Refusal
 
 KNOWN: Mapping[str, Any] = {
     one.__name__: one
     for one in (
-        *(Hello, Work, Terms, LoRA, Training, Engine, Task, Start, Budget, Rules, Pruning),
-        *(Welcome, Refusal, Profile),
+        *(Hello, Work, Exam, Terms, LoRA, Training, Engine, Task, Start, Budget, Rules, Pruning),
+        *(Welcome, Refusal, Marks, Profile),
         *CODECS,
         *DECAYS,
     )
@@ -129,29 +158,44 @@ KNOWN: Mapping[str, Any] = {
 # Asks ----------------------------------------------------------------------------------------------------------------
 
 
-def encode(ask: Ask) -> bytes:
+def encode(ask: Ask | Exam) -> bytes:
     """The ask as bytes; the same ask gives the same bytes. Raises Refused for a codec that sites do not know."""
-    if isinstance(ask, Work) and type(ask.task.start.codec) not in (NoneType, *CODECS):
+    start = ask.task.start if isinstance(ask, Work) else ask.start if isinstance(ask, Exam) else None
+    if start and type(start.codec) not in (NoneType, *CODECS):
         remedy = "no code travels to a site; choose Exact(), Half() or DeltaInt8()"
-        raise Refused("transfer", ask.task.start.codec, remedy)
+        raise Refused("transfer", start.codec, remedy)
     return sealed(ASK, ask)
 
 
 def decode(data: bytes, limit: int) -> Ask:
     """The ask that such bytes are. Raises Malformed with the reason, whatever the bytes are; memory: a few times `limit`."""
-    ask: Ask = opened(data, limit, ASK, Hello | Work, KNOWN)
-    _in_range("incarnation", ask.incarnation, 0, MOST)
+    ask: Ask = _decoded(data, limit, Hello | Work)
+    return ask
+
+
+def decode_any(data: bytes, limit: int) -> Ask | Exam:
+    """The same for a site that has examples, of which some may be held out."""
+    ask: Ask | Exam = _decoded(data, limit, Hello | Work | Exam)
+    return ask
+
+
+def _decoded(data: bytes, limit: int, kinds: Any) -> Any:
+    ask = opened(data, limit, ASK, kinds, KNOWN)
+    in_range("incarnation", ask.incarnation, 0, MOST)
+    if isinstance(ask, Hello):
+        return ask
+    in_range("settled", ask.settled, 0, MOST)
+    check_name("client", ask.task.client if isinstance(ask, Work) else ask.client)
     if isinstance(ask, Work):
-        _in_range("settled", ask.settled, 0, MOST)
-        _in_range("seconds", ask.seconds, 0.0, 1e9)
-        _check(ask.task)
+        check_all(of_task(ask.task))
+    check_start(ask.task.start if isinstance(ask, Work) else ask.start)
     return ask
 
 
 # Replies -------------------------------------------------------------------------------------------------------------
 
 
-def encode_reply(word: Word) -> bytes:
+def encode_reply(word: Word | Marks) -> bytes:
     """The reply as bytes; an answer to a task is made by `wire.encode`."""
     return sealed(WORD, word)
 
@@ -164,85 +208,40 @@ def decode_reply(data: bytes, limit: int, tasks: Mapping[int, Task]) -> Word | t
         return wire.decode(data, limit, tasks)
     word: Word = opened(data, limit, WORD, Welcome | Refusal, KNOWN)
     if isinstance(word, Refusal):
-        _name("client", word.client)
-        _in_range("task", 1 if word.task is None else word.task, 1, MOST)
-        if len(word.reason) > 10 * LONGEST:
-            raise Malformed(f"a reason of {len(word.reason)} characters")
+        _check_refusal(word)
         return word
     profile = word.profile
-    _name("profile.client", profile.client)
-    _in_range("profile.examples", profile.examples, 1, 10**12)
+    check_name("profile.client", profile.client)
+    in_range("profile.examples", profile.examples, 1, 10**12)
     for name in ("flops", "up_bps", "down_bps", "memory"):
-        _in_range(f"profile.{name}", getattr(profile, name), 1.0, 1e30)
-    _in_range("profile.tier", len(profile.tier), 0, LONGEST)
-    for name, value, least, most in _sizes(profile.most) if profile.most else ():
-        _in_range(f"profile.most.{name}", value, least, most)
-    _in_range("incarnation", word.incarnation, 0, MOST)
+        in_range(f"profile.{name}", getattr(profile, name), 1.0, 1e30)
+    in_range("profile.tier", len(profile.tier), 0, LONGEST)
+    for name, value, least, most in sizes(profile.most) if profile.most else ():
+        in_range(f"profile.most.{name}", value, least, most)
+    in_range("incarnation", word.incarnation, 0, MOST)
     return word
 
 
-# Checks --------------------------------------------------------------------------------------------------------------
+def decode_marks(data: bytes, limit: int, exam: Exam) -> Marks | Refusal:
+    """What the site said to this exam. Raises Malformed, whatever the bytes are."""
+    word: Marks | Refusal = opened(data, limit, WORD, Marks | Refusal, KNOWN)
+    if word.client != exam.client:
+        raise Malformed(f"{word.client!r:.60} answers the exam of {exam.client!r}")
+    if isinstance(word, Refusal):
+        _check_refusal(word)
+        return word
+    labelled = exam.terms.labels is not None
+    in_range("examples", word.examples, 1, 10**12)
+    in_range("asked", word.asked, word.examples if labelled else 1, word.examples if labelled else MOST)
+    in_range("right", word.right, 0, word.asked)
+    in_range("base_right", word.base_right, 0, word.asked)
+    in_range("loss", word.loss, 0.0, 1e30)
+    in_range("base_loss", word.base_loss, 0.0, 0.0 if labelled else 1e30)
+    return word
 
 
-def _check(task: Task) -> None:
-    """Raise Malformed for a task that no server gives."""
-    start = task.start
-    _name("client", task.client)
-    for name, value, least, most in _ranges(task):
-        _in_range(name, value, least, most)
-    if not start.train.factors:
-        raise Malformed("there is nothing to train")
-    for where, adapter in (("train", start.train), ("fold", start.fold), ("control", start.control)):
-        for name, factor in adapter.factors.items() if adapter else ():
-            if factor.down.ndim != 2 or factor.up.ndim != 2 or factor.up.shape[1] != len(factor.down):
-                raise Malformed(f"{where}: {name!r:.60} is no product of two matrices")
-    rank = max(factor.rank for factor in start.train.factors.values())
-    if start.slots is not None and (not _ascending(start.slots) or len(start.slots) != rank):
-        raise Malformed("slots are not as many numbers in order as there are directions")
-    if start.control and _shapes(start.control) != _shapes(start.train):
-        raise Malformed("the control variate has other shapes than what is trained")
-
-
-def _sizes(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a budget, with the least and the most that they can be."""
-    yield "rank", budget.rank, 1, 2**20
-    yield "steps", budget.steps, 1, 10**9
-    yield "depth", 1 if budget.depth is None else budget.depth, 1, 2**20
-    yield "rounds", budget.rounds, 1, 10**9
-    yield "why", len(budget.why), 0, 100 * LONGEST
-
-
-def _ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a task."""
-    start, pruning = task.start, task.start.rules.pruning
-    yield from _sizes(task.budget)
-    yield "task", task.id, 1, MOST
-    yield "version", task.version, 0, MOST
-    yield "seed", task.seed, 0, MOST
-    yield "sent", task.sent, -1e18, 1e18
-    yield "basis", len(start.basis), 0, LONGEST
-    yield "scaling", 1.0 if start.scaling is None else start.scaling, 1e-9, 1e9
-    yield "select", 1 if start.rules.select is None else start.rules.select, 1, MOST
-    yield "up_rate", start.rules.up_rate, 1e-9, 1e9
-    if pruning is not None:
-        yield "strength", pruning.strength, 0.0, 1e9
-        yield "keep", pruning.keep, 0.0, 1.0
-        yield "least", pruning.least, 1, 2**20
-
-
-def _in_range(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise Malformed(f"{name} is {str(value)[:40]}, expected {least} to {most}")
-
-
-def _name(field: str, text: str) -> None:
-    if not 0 < len(text) <= LONGEST:
-        raise Malformed(f"{field} has {len(text)} characters, expected 1 to {LONGEST}")
-
-
-def _ascending(numbers: Sequence[int]) -> bool:
-    return all(one < other for one, other in zip((-1, *numbers), (*numbers, MOST), strict=True))
-
-
-def _shapes(adapter: Adapter) -> Mapping[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors(adapter).items()}
+def _check_refusal(word: Refusal) -> None:
+    check_name("client", word.client)
+    in_range("task", 1 if word.task is None else word.task, 1, MOST)
+    if len(word.reason) > 10 * LONGEST:
+        raise Malformed(f"a reason of {len(word.reason)} characters")

@@ -204,6 +204,16 @@ def served(log: RunLog) -> str:
     )
 
 
+def missing(log: RunLog) -> str:
+    """Who gave no score, and why; of many clients some."""
+    if not log.unscored:
+        return ""
+    told = "; ".join(f"{label(line['client'])}: {label(line['reason'], 160)}" for line in log.unscored[:MOST])
+    more = f"; and {len(log.unscored) - MOST} more" if len(log.unscored) > MOST else ""
+    whole = plural(len(log.clients) + len(log.unscored), "client")
+    return f"{len(log.unscored)} of {whole} gave no score ({told}{more})."
+
+
 def _judged(gap: float, doubt: float, fewest: int) -> str:
     points, way = f"{100 * abs(gap):.1f}", "apart" if abs(gap) < 5e-4 else "lower" if gap < 0 else "higher"
     verdict = "worse" if gap < 0 else "better"

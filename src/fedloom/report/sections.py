@@ -160,11 +160,13 @@ def _heterogeneity(log: RunLog) -> tuple[object, ...]:
     before = "without any training" if facts.writes(log) else "by always answering its commonest label"
     one = f"There is only one rank: every client trains at rank {used[0]}." if len(used) == 1 else ""
     shares, paid = ranks.kept(log), ranks.paid(log)
+    served = " ".join(text for text in (ranks.served(log), ranks.missing(log)) if text)
     given = " ".join(text for text in (one, ranks.received(log), paid, ranks.rounded(log)) if text)
     return (
         (paid or shares)
         and Part(f"{GIVEN if shares else ''}{PAID if paid else ''}", given, svg=figures_ranks.handed(log)),
-        log.clients and Part(SERVED.format(before), ranks.served(log), svg=figures_ranks.clients(log)),
+        log.clients and Part(SERVED.format(before), served, svg=figures_ranks.clients(log)),
+        not log.clients and served and Part("", served),
         by_tier.rows and Part(TIERS, grid=by_tier),
     )
 
