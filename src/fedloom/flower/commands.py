@@ -107,7 +107,10 @@ def _carry_out(
         what = "region" if more else "serve"
         out.print(f"Go on    the same fedloom {what} {file} --folder {folder}, with --resume", soft_wrap=True)
         raise
-    out.print(f"The run has ended: {reason}\nAdapter  {folder / 'run' / 'adapter'}", soft_wrap=True)
+    run = folder / "run"
+    out.print(
+        f"The run has ended: {reason}\nReport   {run / 'report.html'}\nAdapter  {run / 'adapter'}", soft_wrap=True
+    )
 
 
 def join(

@@ -113,7 +113,7 @@ class Examiner:
 
 
 def held_out_lines(job: Job, running: Deployment, pause: Callable[[float], None]) -> Iterator[dict[str, object]]:
-    """For each client that is there its line, as after a simulation (`clientscores`), or why it has none.
+    """For each client that ever was there its line, as after a simulation (`clientscores`), or why it has none.
 
     Regions are not asked: they have no examples.
     """
@@ -130,12 +130,12 @@ def held_out_lines(job: Job, running: Deployment, pause: Callable[[float], None]
     }
     examiner = Examiner(running, exams)
     examiner.ask(pause)
-    for client in sorted(exams):
+    for client in sorted(ranks):
         line = {"client": client, "tier": job.profiles[client].tier, "rank": ranks[client]}
         if client in examiner.marks:
             yield {"kind": "client", **line, **figures(examiner.marks[client], job.base.labels is None)}
         else:
-            yield {"kind": "unscored", **line, "reason": examiner.without[client]}
+            yield {"kind": "unscored", **line, "reason": examiner.without.get(client, "it was gone before the end")}
 
 
 def figures(marks: Marks, writes: bool) -> dict[str, float]:
