@@ -26,6 +26,7 @@ from fedloom.resume import FIXED, begun
 from fedloom.run import Run
 from fedloom.samples import sample_lines
 from fedloom.server import Server
+from fedloom.trace import fingerprint
 from fedloom.train.settings import PLAIN
 from fedloom.tree import Tree
 from fedloom.types import ClientId, Profile
@@ -120,4 +121,5 @@ def terms(job: Job) -> Terms:
         rank=value.plan.rank.largest,
         weights=job.base.fingerprint(),
         held_out=value.held_out,
+        first=fingerprint(job.server.state.first.adapter),
     )

@@ -21,6 +21,7 @@ from typing import ClassVar
 from fedloom.flower.driven import Driven, Patience, Traffic, timed, unscored, unseen
 from fedloom.flower.link import Link, Reply
 from fedloom.flower.message import Hello, Refusal, Terms, Welcome, Work, decode_reply, encode
+from fedloom.flower.seeded import left_out
 from fedloom.flower.sites import Node, Sent, Sites
 from fedloom.simulate import Evaluator, Observer, nothing
 from fedloom.types import (
@@ -134,7 +135,7 @@ class Deployment:
         except Malformed as error:
             return self._unusable(now, sent, str(error))
         if isinstance(told, Welcome):
-            return self._welcome(now, sent.node, told.profile)
+            return self._welcome(now, sent.node, told)
         if isinstance(told, Refusal):
             return self._refused(now, sent, told)
         client, number, result = told
@@ -162,8 +163,8 @@ class Deployment:
         self.sites.rest(now + self.patience.pause, sent.node, reason)
         return None
 
-    def _welcome(self, now: float, number: int, profile: Profile) -> Stop | None:
-        node, client = self.sites.nodes.get(number), profile.client
+    def _welcome(self, now: float, number: int, told: Welcome) -> Stop | None:
+        node, profile, client = self.sites.nodes.get(number), told.profile, told.profile.client
         if node is None:
             return None
         if node.name not in (None, client):
@@ -176,7 +177,7 @@ class Deployment:
         if self.sites.of(client) not in (None, number):
             self.sites.rest(now + self.patience.pause, number, f"there is another {client!r} already")
             return None
-        node.client, node.why = client, ""
+        node.client, node.why, node.seeded = client, "", told.seeded
         self.sites.missing.pop(client, None)
         if self.here.get(client) == profile:
             return None
@@ -289,7 +290,8 @@ class Deployment:
     def _work(self, task: Task, node: Node) -> Work:
         if any(sent.task == task.id for sent in self.sites.under_way.values()) or task.id in self.failed:
             self.traffic.resent += 1
-        return Work(self.terms, self.incarnation, task, self.accepted.get(task.client, 0))
+        work = Work(self.terms, self.incarnation, task, self.accepted.get(task.client, 0))
+        return left_out(work, self.server.state.first.adapter) if node.seeded else work
 
     def _post(self, number: int, task: int | None, body: bytes) -> None:
         self.sites.under_way[self.link.send(number, body)] = Sent(number, task, self.elapsed)

@@ -17,7 +17,7 @@ from fedloom.errors import Refused
 from fedloom.flower.form import opened, sealed
 from fedloom.flower.ranges import LONGEST, MOST, check_all, check_name, check_start, in_range, of_task, sizes
 from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
-from fedloom.types import Budget, ClientId, Profile, Pruning, Result, Rules, Start, Task
+from fedloom.types import Budget, ClientId, Profile, Pruning, Result, Rules, Side, Start, Task
 from fedloom.wire import Malformed
 
 ASK, WORD = "fedloom-ask", "fedloom-word"
@@ -32,7 +32,8 @@ class Terms:
     `run` is its name, `run_hash` names its settings (`manifest.digest`), `model` is what the server calls the base, of which the site
     has a copy of its own, and `rank` the largest rank of the run. `labels` are the names that the model chooses from, None where it
     writes text. `threads` is for torch, `seed` the run's. `weights` tells copies of the base from another model
-    (`Base.fingerprint`; "" is not compared). `held_out` is the share of its examples that a site does not train on (`Exam`).
+    (`Base.fingerprint`; "" is not compared). `held_out` is the share of its examples that a site does not train on (`Exam`),
+    `first` the sha256 of the adapter that the run began with ("": not told).
     """
 
     run: str
@@ -47,6 +48,7 @@ class Terms:
     labels: tuple[str, ...] | None
     weights: str = ""
     held_out: float = 0.0
+    first: str = ""
 
     def __post_init__(self) -> None:
         if self.training.decay not in DECAYS:
@@ -57,6 +59,8 @@ class Terms:
             raise Refused("run_hash", self.run_hash, "twelve hex digits, as a manifest has them")
         if not re.fullmatch("([0-9a-f]{12})?", self.weights):
             raise Refused("weights", self.weights, "twelve hex digits, or none")
+        if not re.fullmatch("([0-9a-f]{64})?", self.first):
+            raise Refused("first", self.first, "64 hex digits, or none")
         for field, text in (("name", self.run), ("model", self.model), *(("labels", one) for one in self.labels or ())):
             if not 0 < len(text) <= 10 * LONGEST:
                 raise Refused(field, text, f"1 to {10 * LONGEST} characters")
@@ -82,12 +86,14 @@ class Work:
     """A task.
 
     `settled` is the client's last task whose answer the server accepted (0: none): what a later one left behind at the site is void.
+    `left_out` are sides of the start that the site has already (`seeded`).
     """
 
     terms: Terms
     incarnation: int
     task: Task
     settled: int
+    left_out: tuple[Side, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +112,11 @@ class Exam:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The site will work for this run. `incarnation` is that of the `Hello` which it answers."""
+    """The site will work for this run. `incarnation` is that of the `Hello` which it answers; `seeded`: it drew `Terms.first` too."""
 
     profile: Profile
     incarnation: int
+    seeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +195,9 @@ def _decoded(data: bytes, limit: int, kinds: Any) -> Any:
     check_name("client", ask.task.client if isinstance(ask, Work) else ask.client)
     if isinstance(ask, Work):
         check_all(of_task(ask.task))
-    check_start(ask.task.start if isinstance(ask, Work) else ask.start)
+        check_start(ask.task.start, ask.left_out)
+    else:
+        check_start(ask.start)
     return ask
 
 

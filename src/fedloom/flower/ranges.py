@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from fedloom.lora import Adapter, tensors
-from fedloom.types import Budget, Start, Task
+from fedloom.types import Budget, Side, Start, Task
 from fedloom.wire import Malformed
 
 LONGEST = 200
@@ -15,9 +16,25 @@ LONGEST = 200
 MOST = 2**63 - 1
 
 
-def check_start(start: Start) -> None:
-    """Raise Malformed for a start that no server gives."""
+def side_of(name: str) -> Side:
+    """Of a tensor, by its flat name (`lora.tensors`)."""
+    return "dense" if name.startswith("dense:") else "up" if name.endswith(".up") else "down"
+
+
+def is_void(tensor: Tensor) -> bool:
+    """Whether it is a place without numbers (`form`)."""
+    return tensor.ndim > 0 and not any(tensor.stride())
+
+
+def check_start(start: Start, left_out: Sequence[Side] = ()) -> None:
+    """Raise Malformed for a start that no server gives; these sides have no numbers."""
     check_all(_of_start(start))
+    if not {*left_out} <= {*start.seeded} or len({*left_out}) != len(left_out):
+        raise Malformed("a side was left out that does not follow from the seed")
+    for where, adapter in (("train", start.train), ("fold", start.fold), ("control", start.control)):
+        for name, tensor in tensors(adapter).items() if adapter else ():
+            if is_void(tensor) != (where == "train" and side_of(name) in left_out):
+                raise Malformed(f"{where}: {name!r:.60} has no numbers, or has some and should not")
     if not start.train.factors:
         raise Malformed("there is nothing to train")
     for where, adapter in (("train", start.train), ("fold", start.fold), ("control", start.control)):

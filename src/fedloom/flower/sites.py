@@ -13,12 +13,15 @@ LOG = getLogger("fedloom.server")
 
 @dataclass(slots=True)
 class Node:
-    """A node that can be reached: the name of its key, who it is once it has said so, until when it is left alone, and why."""
+    """A node that can be reached: the name of its key, who it is once it has said so, until when it is left alone, and why; whether
+    it has what follows from the seed (`seeded`).
+    """
 
     name: str | None
     client: ClientId | None = None
     rests: float = 0.0
     why: str = ""
+    seeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,12 @@ from fedloom.flower.exam import sat
 from fedloom.flower.journal import Done, Journal
 from fedloom.flower.message import Exam, Hello, Refusal, Terms, Welcome, Work, decode_any, encode, encode_reply
 from fedloom.flower.pipe import Listener
+from fedloom.flower.seeded import filled
 from fedloom.flower.site import Site, divided, refusal
 from fedloom.folder import lock, write_json
 from fedloom.lora import Adapter
 from fedloom.seeds import derive
+from fedloom.trace import fingerprint
 from fedloom.train.base import Base, check_length, initial, load
 from fedloom.train.texts import encode as tokenise
 from fedloom.train.trainer import PeftTrainer
@@ -53,7 +55,12 @@ class Warm:
     base: Base
     shard: Shard
     trainer: PeftTrainer
-    sizes: dict[str, tuple[int, ...]]
+    first: Adapter
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Of the layers and the head."""
+        return _sizes(self.first)
 
 
 @dataclass(slots=True)
@@ -124,19 +131,20 @@ class Worker:
             most=self.site.limits.most,
         )
         LOG.info("takes part in %s with %d examples at %.3g FLOP/s", ask.terms.run, profile.examples, profile.flops)
-        return encode_reply(Welcome(profile, ask.incarnation))
+        return encode_reply(Welcome(profile, ask.incarnation, ask.terms.first == fingerprint(warm.first)))
 
     def _work(self, ask: Work) -> bytes:
         """The answer: from the journal if the task was done, else trained now and written down before it is given out."""
-        run, task, mark = ask.terms.run_hash, ask.task, marked(ask)
-        known = self.journal.done(run, task.id)
+        run, number, mark = ask.terms.run_hash, ask.task.id, marked(ask)
+        known = self.journal.done(run, number)
         if known is not None and known.mark == mark:
-            LOG.info("task %d was done before: the same answer again", task.id)
+            LOG.info("task %d was done before: the same answer again", number)
             self.repeated += 1
             return known.answer.numpy().tobytes()
         warm, before = self._ready(ask.terms), self._before(ask)
-        _check_fits(warm, task.start)
-        self.doing = f"task {task.id} of {ask.terms.run}"
+        _check_fits(warm, ask.task.start)
+        task = filled(ask, warm.first).task
+        self.doing = f"task {number} of {ask.terms.run}"
         began = time.perf_counter()
         ((result, local),) = warm.trainer.train([(task, before)])
         seconds = time.perf_counter() - began
@@ -144,9 +152,9 @@ class Worker:
         result = replace(result, metrics={**received.metrics, "seconds_train": seconds})
         data = wire.encode(task, result, owed(task.start, before))
         kept = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self.journal.keep(run, task.id, Done(mark, kept, local), ask.settled)
+        self.journal.keep(run, number, Done(mark, kept, local), ask.settled)
         self.trained += 1
-        told = (task.id, result.steps, task.budget.rank, seconds, len(data))
+        told = (number, result.steps, task.budget.rank, seconds, len(data))
         LOG.info("task %d: %d steps at rank %d in %.1f s, an answer of %d bytes", *told)
         return data
 
@@ -204,7 +212,7 @@ def _warm(site: Site, terms: Terms) -> Warm:
     check_length(base, terms.training.max_length, max(map(len, texts.ids)))
     shard = divided(site, examples, terms)
     trainer = PeftTrainer(base, texts, {site.name: shard.train}, terms.training, terms.engine)
-    return Warm(terms, base, shard, trainer, _sizes(initial(base, terms.rank)))
+    return Warm(terms, base, shard, trainer, initial(base, terms.rank))
 
 
 def marked(ask: Work) -> str:
