@@ -11,7 +11,7 @@ from typing import Any
 
 from fedloom import wire
 from fedloom.flower.link import Reply
-from fedloom.flower.message import Hello, Welcome, decode, encode_reply
+from fedloom.flower.message import Hello, Welcome, Work, decode, decode_any, encode_reply
 from fedloom.trace import fingerprint
 from fedloom.transfer import answered, owed
 from fedloom.types import Local, Profile
@@ -105,7 +105,7 @@ class Net:
             self._put(self.time + 5 * draw(), Reply(message, node, error="it did not get there"))
             return message
         begin = max(self.time, self.free.get(node, 0.0), self.back.get(node, 0.0))
-        takes = 0.2 if isinstance(decode(body, 2**30), Hello) else site.seconds
+        takes = site.seconds if isinstance(decode_any(body, 2**30), Work) else 0.2
         self.free[node] = begin + takes * (0.5 + draw())
         answer = site.answer(body)
         lost = draw() < self.trouble.unanswered

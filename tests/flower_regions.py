@@ -16,11 +16,10 @@ from typing import Any
 
 from fedloom.flower import deploy
 from fedloom.flower.pipe import ask
-from fedloom.flower.worker import Worker
-from fedloom.job import Job
 from fedloom.run import Run
 from fedloom.types import Profile
-from flower_net import VALUES, Net
+from flower_net import Net
+from flower_runs import folder_of
 from flower_sites import site_at
 
 ONE = threading.Lock()
@@ -32,44 +31,6 @@ class Killed(BaseException):
 
 class Over(BaseException):
     """The test has ended."""
-
-
-@dataclass
-class Real:
-    """A site of the net with a real worker."""
-
-    worker: Worker
-    profile: Profile = field(init=False)
-    seconds: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.profile = Profile(self.worker.site.name, 1)
-
-    def answer(self, body: bytes) -> bytes:
-        return self.worker.answer(body)
-
-
-def net_of(tmp_path: Path, job: Job, encoder: Path) -> Net:
-    """A worker for each client of the simulation, with its shard as a file."""
-    train, found = job.split.train, {}
-    for number, shard in enumerate(job.shards):
-        rows = [{"text": train.texts[i], "label": train.names[train.labels[i]]} for i in shard.train]
-        site = site_at(tmp_path / shard.client, encoder, rows)
-        copy = site.model.model_copy(update={"name": job.run.model})
-        site = site.model_copy(update={"name": shard.client, "model": copy})
-        found[number] = Real(Worker(site), seconds=1.0 + number)
-    return Net(found)  # type: ignore[arg-type]
-
-
-def folder_of(tmp_path: Path, run: Run, name: str = "deployment", **more: Any) -> Path:
-    """The folder of a deployment, as `fedloom serve` makes it; the run file has the value from here."""
-    folder = tmp_path / name
-    folder.mkdir()
-    VALUES[str(folder)] = run
-    (folder / "run.py").write_text(f"from flower_net import VALUES\n\nrun = VALUES[{str(folder)!r}]\n")
-    told = {"runfile": str(folder / "run.py"), "clients": 6, **more}
-    (folder / "deployment.json").write_text(json.dumps(told))
-    return folder
 
 
 def adapter_at(folder: Path) -> dict[str, Any]:

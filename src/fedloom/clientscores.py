@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedloom.aggregate.averaged import published
 from fedloom.data.partition import Shard
+from fedloom.plan.budget import within
 from fedloom.seeds import derive
 from fedloom.train.evaluate import AnswerScores, Scores, score
 from fedloom.train.trainer import personal
 from fedloom.transfer import handed
-from fedloom.types import Budget, ClientId, Local
+from fedloom.types import Budget, ClientId, Local, Start
 
 if TYPE_CHECKING:
     from fedloom.job import Job
@@ -24,16 +25,13 @@ def client_scores(job: Job, locals_: Mapping[ClientId, Local]) -> list[dict[str,
     Clients of one rank are predicted together, so the base is loaded once a rank and not once a client; where something
     stays private (FedSA), each has a model of its own.
     """
-    run, fleet, state = job.run, job.server.fleet(), job.server.state
-    if not run.held_out:
+    if not job.run.held_out:
         return []
-    asked = {client: run.plan(profile, fleet).rank for client, profile in job.profiles.items()}
-    ranks = {client: min(rank, state.pruned.get(client, rank)) for client, rank in asked.items()}
+    ranks = last_ranks(job)
     before = _before(job)
     lines = []
     for rank in sorted(set(ranks.values())):
-        start = run.aggregator.start(published(state.model), Budget(rank, 1), derive(run.seed, "final"))
-        start = handed(start, run.transfer)
+        start = last_start(job, rank)
         members = [shard for shard in job.shards if ranks[shard.client] == rank]
         for group in [[one] for one in members] if start.rules.private else [members]:
             adapter = personal(start, locals_.get(group[0].client, Local()))
@@ -46,6 +44,27 @@ def client_scores(job: Job, locals_: Mapping[ClientId, Local]) -> list[dict[str,
     return sorted(lines, key=lambda line: str(line["client"]))
 
 
+def last_ranks(job: Job) -> dict[ClientId, int]:
+    """The rank at which each client would be given its next task."""
+    fleet, pruned = job.server.fleet(), job.server.state.pruned
+    asked = {
+        client: within(job.run.plan(profile, fleet), profile.most).rank for client, profile in job.profiles.items()
+    }
+    return {client: min(rank, pruned.get(client, rank)) for client, rank in asked.items()}
+
+
+def last_start(job: Job, rank: int) -> Start:
+    """The last model as a client of this rank receives it."""
+    run, model = job.run, published(job.server.state.model)
+    return handed(run.aggregator.start(model, Budget(rank, 1), derive(run.seed, "final")), run.transfer)
+
+
+def guessed(trained: Sequence[int], held_out: Sequence[int]) -> int:
+    """How many of the labels held out are the commonest one of those trained on."""
+    commonest = max(sorted(set(trained)), key=trained.count)
+    return held_out.count(commonest)
+
+
 def _line(
     job: Job, shard: Shard, rank: int, scores: Scores | AnswerScores, before: Mapping[str, float]
 ) -> dict[str, object]:
@@ -55,10 +74,8 @@ def _line(
 
 def _commonest(job: Job, shard: Shard) -> dict[str, float]:
     """What a client would reach by always answering the commonest label of its training examples."""
-    labels = [job.split.train.labels[i] for i in shard.train]
-    commonest = max(sorted(set(labels)), key=labels.count)
-    guessed = sum(job.split.train.labels[i] == commonest for i in shard.held_out) / len(shard.held_out)
-    return {"base_accuracy": guessed}
+    trained, held_out = ([job.split.train.labels[i] for i in part] for part in (shard.train, shard.held_out))
+    return {"base_accuracy": guessed(trained, held_out) / len(held_out)}
 
 
 def _before(job: Job) -> dict[ClientId, dict[str, float]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ LOCKED = "trace.jsonl"
 """The file that the process which carries out a run holds a lock of."""
 DRAFT = ".draft"
 """How the name of a file ends that is not written to its end."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def vacant(path: Path) -> Path:
@@ -45,17 +48,45 @@ def free(parent: Path, name: str) -> Path:
 
 @contextmanager
 def at_once(path: Path) -> Iterator[Path]:
-    """A draft to write, which then takes the place of `path`, whole or not at all, also where the power fails."""
+    """A draft to write, which then takes the place of `path`, whole or not at all, also where the power fails.
+
+    Where the disk has no room for it, the draft is removed and the error names `path` (`full`).
+    """
     draft = path.with_suffix(DRAFT)
-    yield draft
-    for place in (draft, path.parent):
-        opened = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-        if place is draft:
-            draft.replace(path)
+    try:
+        yield draft
+        for place in (draft, path.parent):
+            opened = os.open(place, os.O_RDONLY)
+            try:
+                os.fsync(opened)
+            finally:
+                os.close(opened)
+            if place is draft:
+                draft.replace(path)
+    except Exception as error:
+        if (lack := _lack(error)) is None:
+            raise
+        draft.unlink(missing_ok=True)
+        raise OSError(lack.errno, lack.strerror, str(path)) from error
+
+
+def full(error: BaseException | None) -> OSError | None:
+    """That a disk or a quota is full, if this error or one that it came from says so: the first one that names a file."""
+    found = None
+    while error is not None:
+        if (lack := _lack(error)) is not None and (found is None or lack.filename):
+            found = lack
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _lack(error: BaseException) -> OSError | None:
+    """The error itself, if it says that a disk is full; libraries in Rust say it in their text."""
+    if isinstance(error, OSError):
+        return error if error.errno in NO_ROOM else None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else 0
+    return OSError(number, os.strerror(number)) if number in NO_ROOM else None
 
 
 def lock(file: IO[Any], shared: bool = False) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from bench.tiny import tiny_run
 from fedloom import (
     ACE,
     DeltaInt8,
@@ -22,7 +21,6 @@ from fedloom import (
     Plan,
     Planned,
     ProductDelta,
-    Rounds,
     Scaffold,
     Scored,
     Training,
@@ -31,13 +29,10 @@ from fedloom.errors import Refused
 from fedloom.flower import deploy
 from fedloom.flower.order import Order
 from fedloom.job import prepare
-from fedloom.plan.rank import RandomRank
 from fedloom.replay import replay
 from fedloom.report.read import read
-from fedloom.run import Run
-from flower_regions import Killed, adapter_at, folder_of, net_of
-
-MIXED = Plan(RandomRank(2, 8), local_steps=3)
+from flower_regions import Killed, adapter_at
+from flower_runs import folder_of, net_of, run_of
 
 
 class Own(Half):
@@ -51,12 +46,6 @@ def mine(done: float) -> float:
     return 1.0
 
 
-def run_of(encoder: Path, **more: Any) -> Run:
-    given: dict[str, Any] = {"name": "parity", "plan": MIXED, "schedule": Rounds(4), "held_out": 0.0, "threads": 1}
-    run: Run = tiny_run(encoder, **(given | more))
-    return run
-
-
 @pytest.mark.parametrize(
     ("method", "codec"),
     [
@@ -68,7 +57,8 @@ def run_of(encoder: Path, **more: Any) -> Run:
     ids=str,
 )
 def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: Any, codec: Any) -> None:
-    """Synchronous rounds, in which no order is left to chance, at mixed ranks: the same numbers, to the bit.
+    """Synchronous rounds, in which no order is left to chance, at mixed ranks: the same numbers, to the bit; and of each client the
+    same scores on the same examples held out.
 
     `together=1`: a simulation trains clients in one pass where it can, and each site alone; dropout then draws other masks.
     """
@@ -86,7 +76,13 @@ def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: A
     assert log.manifest["status"] == "finished"
     assert set(log.manifest["clients"]) == set(job.profiles)
     assert [line["accuracy"] for line in log.scores] == [score["accuracy"] for score in simulated.scores]
-    assert (folder / "run" / "report.html").is_file()
+    assert "virtual time" not in (folder / "run" / "report.html").read_text()
+    wanted = [{**line, "tier": "site"} for line in read(simulated.folder).clients]
+    assert len(wanted) == 6
+    for line, want in zip(log.clients, wanted, strict=True):
+        assert line["loss"] == pytest.approx(want["loss"], rel=1e-5)  # clients of one rank are predicted together there
+        assert {**line, "loss": 0} == {name: value for name, value in {**want, "loss": 0}.items() if name != "f1"}
+    assert not log.unscored
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ class Region(Site):
     def answer(self, body: bytes) -> bytes:
         ask = decode(body, 2**30)
         if isinstance(ask, Hello):
-            return encode_reply(Welcome(self.profile, ask.incarnation, self.members))
+            return encode_reply(Welcome(self.profile, ask.incarnation, members=self.members))
         if self.reported[0] != ask.task.id:
             self.asked[ask.task.id] += 1
             self.reported = ask.task.id, self.led(ask.task)

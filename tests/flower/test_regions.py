@@ -35,7 +35,8 @@ from fedloom.replay import replay
 from fedloom.report.read import read
 from fedloom.run import Run
 from fedloom.types import Result
-from flower_regions import Country, Killed, adapter_at, net_of
+from flower_regions import Country, Killed, adapter_at
+from flower_runs import net_of
 
 EARNED = Hierarchy(plan=Planned(Earned(steps=2, most=2, rank=4, patience=1), batch_tokens=64))
 

@@ -16,7 +16,7 @@ from fedloom.codec import DeltaInt8
 from fedloom.data.examples import Examples
 from fedloom.data.instructions import Instructions
 from fedloom.data.load import Rows
-from fedloom.data.partition import IID, ByClient, hold_out
+from fedloom.data.partition import IID, ByClient
 from fedloom.errors import Refused
 from fedloom.flower.deploy import terms
 from fedloom.flower.message import Work, decode_reply, encode
@@ -48,8 +48,7 @@ SOURCES = {
 def shards_of(run: Run) -> dict[str, Examples]:
     split = run.data.load(run.seed)
     parts = run.partition.split(split.train, run.seed)
-    shards = hold_out(parts, split.train, run.held_out, run.seed)
-    return {shard.client: split.train.take(shard.train) for shard in shards}
+    return {client: split.train.take(part) for client, part in parts.items()}
 
 
 @pytest.mark.parametrize("data", SOURCES.values(), ids=SOURCES)
@@ -83,7 +82,7 @@ def test_workers_repeat_a_run_to_the_bit(encoder: Path, tmp_path: Path, method: 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
         if isinstance(event, UpdateArrived) and event.task in tasks:
             task = tasks[event.task]
-            reply = workers[event.client].answer(encode(Work(terms(job), 1, task, 60.0, settled[event.client])))
+            reply = workers[event.client].answer(encode(Work(terms(job), 1, task, settled[event.client])))
             _, number, result = decode_reply(reply, 10**8, tasks)  # type: ignore[misc]
             assert fingerprint(result.adapter) == fingerprint(event.result.adapter)
             assert (

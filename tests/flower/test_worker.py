@@ -70,7 +70,7 @@ def test_a_worker_answers_to_the_bit_as_a_simulation_s_client(
         task = task_of(method, trainer, codec, number)
         ((trained, after),) = trainer.train([(task, local)])
         wanted, after = answered(task, local, trained, after)
-        given = result_of(worker, Work(terms, 1, task, 60.0, {1: 0, 2: 1, 5: 2}[number]))
+        given = result_of(worker, Work(terms, 1, task, {1: 0, 2: 1, 5: 2}[number]))
         assert fault(task, given) is None
         assert alike(given, wanted)
         assert given.metrics["seconds_train"] > 0
@@ -89,7 +89,7 @@ def test_a_worker_that_writes_text_answers_alike(generator: Path, tmp_path: Path
     trainer = PeftTrainer(base, texts, {"ward": tuple(range(40))}, terms.training, terms.engine)
     task = task_of(FedIT(), trainer, Half(), 1)
     ((trained, after),) = trainer.train([(task, Local())])
-    assert alike(result_of(worker, Work(terms, 1, task, 60.0, 0)), answered(task, Local(), trained, after)[0])
+    assert alike(result_of(worker, Work(terms, 1, task, 0)), answered(task, Local(), trained, after)[0])
 
 
 # Once, however often it is sent --------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def works(encoder: Path) -> list[Work]:
     """Three tasks of one client, each answer accepted."""
     trainer = trainer_of(encoder, terms_of())
     tasks = [task_of(FedIT(), trainer, Half(), number) for number in (1, 2, 3)]
-    return [Work(terms_of(), 1, task, 60.0, settled) for settled, task in enumerate(tasks)]
+    return [Work(terms_of(), 1, task, settled) for settled, task in enumerate(tasks)]
 
 
 def test_a_task_that_is_sent_again_gets_the_same_bytes_and_is_not_trained(
@@ -108,7 +108,7 @@ def test_a_task_that_is_sent_again_gets_the_same_bytes_and_is_not_trained(
 ) -> None:
     worker = Worker(site_at(tmp_path, encoder))
     first, second = (worker.answer(encode(work)) for work in works[:2])
-    assert worker.answer(encode(replace(works[1], incarnation=4, seconds=1.0))) == second
+    assert worker.answer(encode(replace(works[1], incarnation=4))) == second
     assert worker.answer(encode(works[0])) == first
     assert (worker.trained, worker.repeated) == (2, 2)
     reborn = Worker(worker.site)  # as after kill -9

@@ -66,9 +66,7 @@ def tasks(encoder: Path) -> list[Work]:
     """Three tasks of a second or so, each answer accepted."""
     trainer = trainer_of(encoder, terms_of())
     plain = [task_of(FedIT(), trainer, DeltaInt8(), number) for number in (1, 2, 3)]
-    return [
-        Work(terms_of(), 1, replace(task, budget=Budget(4, STEPS)), 60.0, settled) for settled, task in enumerate(plain)
-    ]
+    return [Work(terms_of(), 1, replace(task, budget=Budget(4, STEPS)), settled) for settled, task in enumerate(plain)]
 
 
 def result(work: Work, reply: bytes) -> Result:

@@ -7,22 +7,28 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedloom.folder import write_json
+from fedloom.folder import at_once, full
+
+SIZE = 4096
+"""Bytes of a word at least, so that the last one fits into the place of the first where the disk has become full."""
 
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """The process, and at its end one of: why the run ended, why the run file cannot be carried out, what went wrong."""
+    """The process, and at its end one of: why the run ended, why the run file cannot be carried out, what went wrong, what could not
+    be written because the disk is full.
+    """
 
     pid: int
     reason: str = ""
     refused: str = ""
     failed: str = ""
+    full: str = ""
 
     @property
     def ended(self) -> bool:
         """Whether it said how."""
-        return bool(self.reason or self.refused or self.failed)
+        return bool(self.reason or self.refused or self.failed or self.full)
 
     @property
     def lives(self) -> bool:
@@ -37,15 +43,23 @@ class Word:
 
 
 def leave(folder: Path, attempt: int, word: Word) -> None:
-    """Write the word of the deployment's n-th attempt."""
-    write_json(_place(folder, attempt), asdict(word))
+    """Write the word of the deployment's n-th attempt. Raises OSError."""
+    place, text = _place(folder, attempt), json.dumps(asdict(word)).encode().ljust(SIZE)
+    try:
+        with at_once(place) as draft:
+            draft.write_bytes(text)
+    except OSError as error:
+        if not full(error) or not place.exists() or place.stat().st_size < len(text):
+            raise
+        with place.open("r+b", buffering=0) as file:
+            file.write(text.ljust(place.stat().st_size))
 
 
 def heard(folder: Path, attempt: int) -> Word | None:
-    """The word of an attempt, or None while it has not begun."""
+    """The word of an attempt, or None while it has not begun, or is just being written."""
     try:
         return Word(**json.loads(_place(folder, attempt).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -113,7 +113,10 @@ def _carry_out(
         what = "region" if more else "serve"
         out.print(f"Go on    the same fedloom {what} {file} --folder {folder}, with --resume", soft_wrap=True)
         raise
-    out.print(f"The run has ended: {reason}\nAdapter  {folder / 'run' / 'adapter'}", soft_wrap=True)
+    run = folder / "run"
+    out.print(
+        f"The run has ended: {reason}\nReport   {run / 'report.html'}\nAdapter  {run / 'adapter'}", soft_wrap=True
+    )
 
 
 def join(
@@ -206,7 +209,7 @@ def shards(
         typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the Run; may be repeated."),
     ] = None,
 ) -> None:
-    """Write each simulated client's training examples and settings to a folder of its own, as if it were a site.
+    """Write each simulated client's examples and settings to a folder of its own, as if it were a site.
 
     So a run that was simulated can be repeated with real processes, to the same numbers, and a deployment tried on one machine.
 

@@ -13,6 +13,7 @@ from fedloom.aggregate.wrap import need_fresh_answers
 from fedloom.data.elsewhere import scored
 from fedloom.flower import region
 from fedloom.flower.driver import Deployment
+from fedloom.flower.examiner import held_out_lines
 from fedloom.flower.link import Link
 from fedloom.flower.message import Terms, check_codec
 from fedloom.flower.order import RUN, Order
@@ -22,6 +23,7 @@ from fedloom.resume import FIXED, begun
 from fedloom.run import Run
 from fedloom.samples import sample_lines
 from fedloom.server import Server
+from fedloom.trace import fingerprint
 from fedloom.train.settings import PLAIN
 from fedloom.types import ClientId, Profile
 
@@ -53,7 +55,7 @@ def run(
         recording.going_on(deployment)
         reason = deployment.run(status.between(pause))
         job.check_failures(reason)
-        for line in sample_lines(job):
+        for line in (*held_out_lines(job, deployment, status.between(pause)), *sample_lines(job)):
             recording.metrics.write(line)
         return reason
 
@@ -105,4 +107,6 @@ def terms(job: Job) -> Terms:
         labels=None if job.base.labels is None else names,
         rank=value.plan.rank.largest,
         weights=job.base.fingerprint(),
+        held_out=value.held_out,
+        first=fingerprint(job.server.state.first.adapter),
     )

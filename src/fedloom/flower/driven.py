@@ -9,7 +9,8 @@ from typing import Protocol
 from fedloom import told, wire
 from fedloom.edgemodel import narrowed
 from fedloom.errors import Refused
-from fedloom.flower.message import Word, check_profiles, decode_reply
+from fedloom.flower.message import Word, decode_reply
+from fedloom.flower.ranges import check_profiles
 from fedloom.payload import down, up
 from fedloom.server import State
 from fedloom.types import (

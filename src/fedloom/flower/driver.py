@@ -21,6 +21,7 @@ from typing import ClassVar
 from fedloom.flower.driven import Driven, Patience, Traffic, heard, joined, unscored, unseen
 from fedloom.flower.link import Link, Reply
 from fedloom.flower.message import Hello, Refusal, Terms, Welcome, Work, encode
+from fedloom.flower.seeded import left_out
 from fedloom.flower.sites import Node, Sent, Sites
 from fedloom.simulate import Evaluator, Observer, nothing
 from fedloom.types import (
@@ -134,7 +135,7 @@ class Deployment:
         except Malformed as error:
             return self._unusable(now, sent, str(error))
         if isinstance(told, Welcome):
-            return self._welcome(now, sent.node, told.profile, told.members)
+            return self._welcome(now, sent.node, told)
         if isinstance(told, Refusal):
             return self._refused(now, sent, told)
         client, number = told.client, told.task
@@ -162,8 +163,9 @@ class Deployment:
         self.sites.rest(now + self.patience.pause, sent.node, reason)
         return None
 
-    def _welcome(self, now: float, number: int, profile: Profile, members: tuple[Profile, ...]) -> Stop | None:
-        node, client, until = self.sites.nodes.get(number), profile.client, now + self.patience.pause
+    def _welcome(self, now: float, number: int, told: Welcome) -> Stop | None:
+        node, profile, client = self.sites.nodes.get(number), told.profile, told.profile.client
+        until = now + self.patience.pause
         if node is None:
             return None
         if node.name not in (None, client):
@@ -173,17 +175,16 @@ class Deployment:
         if self.sites.of(client) not in (None, number):
             self.sites.rest(until, number, f"there is another {client!r} already")
             return None
-        node.client, node.why = client, ""
+        node.client, node.why, node.seeded = client, "", told.seeded
         self.sites.missing.pop(client, None)
-        if self.here.get(client) == profile and self.led.get(client) == members:
+        if self.here.get(client) == profile and self.led.get(client) == told.members:
             return None
         LOG.info("%s is there: %d examples", client, profile.examples)
-        self.here[client], self.led[client] = profile, members
+        self.here[client], self.led[client] = profile, told.members
         self.profiles[client] = profile
         if not self.opened and len(self.here) < self.least:
             return None
-        joining = [client] if self.opened else sorted(self.here)
-        self.opened = True
+        joining, self.opened = [client] if self.opened else sorted(self.here), True
         return self._tell_all(now, [joined(self.here[one], self.led[one], self.over) for one in joining])
 
     def _refused(self, now: float, sent: Sent, told: Refusal) -> Stop | None:
@@ -288,10 +289,10 @@ class Deployment:
                 self._post(number, task.id, encode(self._work(task, node)))
 
     def _work(self, task: Task, node: Node) -> Work:
-        seconds, settled = self.patience.task or 0.0, self.accepted.get(task.client, 0)
         if any(sent.task == task.id for sent in self.sites.under_way.values()) or task.id in self.failed:
             self.traffic.resent += 1
-        return Work(self.terms, self.incarnation, task, seconds, settled)
+        work = Work(self.terms, self.incarnation, task, self.accepted.get(task.client, 0))
+        return left_out(work, self.server.state.first.adapter) if node.seeded else work
 
     def _post(self, number: int, task: int | None, body: bytes) -> None:
         self.sites.under_way[self.link.send(number, body)] = Sent(number, task, self.elapsed)

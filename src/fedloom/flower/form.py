@@ -18,15 +18,16 @@ from torch import Tensor
 
 from fedloom import kinds, values, wire
 from fedloom.codec import LOWEST, Block, half
+from fedloom.flower.ranges import is_void
 from fedloom.lora import Adapter, Factor
 from fedloom.wire import Malformed
 
 FORMAT = 1
 
-Form: TypeAlias = Literal["f32", "f16", "eye"]
+Form: TypeAlias = Literal["f32", "f16", "eye", "void"]
 Told: TypeAlias = tuple[Form, int, bool, tuple[int, ...]]
 """Of one tensor: the buffer that holds it, the exponent of float16, whether its columns come first, its shape. "eye" is an
-identity, which takes no numbers.
+identity, which takes no numbers, "void" a tensor in whose place the receiver puts what it has: zeros of no memory (all strides 0).
 """
 TABLES = tuple[dict[str, tuple[Told, Told]], dict[str, Told]]
 """Of an adapter: `down` and `up` of each layer, and its dense tensors."""
@@ -58,6 +59,8 @@ def _tensor(tensor: Tensor, parts: Mapping[Form, list[Tensor]]) -> list[object]:
     if tensor.dtype != torch.float32:
         raise TypeError(f"a tensor of {tensor.dtype} has no place in a message")
     plain = tensor.detach().cpu()
+    if is_void(plain):
+        return ["void", 0, False, [*plain.shape]]
     if plain.ndim == 2 and len(plain) > 1 and plain.shape[0] == plain.shape[1] and plain.equal(torch.eye(len(plain))):
         return ["eye", 0, False, [*plain.shape]]
     turned = plain.ndim == 2 and plain.stride(0) < plain.stride(1)  # products round by the order in memory
@@ -125,6 +128,8 @@ class _Numbers:
             if self.room < 0 or len(shape) != 2 or shape[0] != shape[1]:
                 raise Malformed("an identity that is too large, or not square")
             return torch.eye(shape[0])
+        if form == "void":
+            return torch.zeros(()).expand(shape)
         buffer = self.left.get(form, torch.zeros(0))
         if len(buffer) < count:
             raise Malformed(f"buffer {form} is too short")

@@ -1,4 +1,4 @@
-"""What server and site say to each other, as bytes (`form`): a question, a task, an answer, a refusal.
+"""What server and site say to each other, as bytes (`form`): a question, a task, an exam, an answer, marks, a refusal.
 
 An answer to a task is `wire.encode`'s: it needs no names and shapes, for the server has the task.
 """
@@ -6,29 +6,23 @@ An answer to a task is `wire.encode`'s: it needs no names and shapes, for the se
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypeAlias
 
-import torch
-
 from fedloom import wire
-from fedloom.check import MAX_MEMBERS
 from fedloom.codec import Codec, DeltaInt8, Exact, Half
 from fedloom.errors import Refused
 from fedloom.flower.form import opened, sealed
-from fedloom.lora import Adapter, tensors
+from fedloom.flower.ranges import LONGEST, MOST, check_all, check_name, check_profiles, check_start, in_range, of_task
 from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
-from fedloom.types import Budget, ClientId, Profile, Pruning, Result, Rules, Start, Task
+from fedloom.types import Budget, ClientId, Profile, Pruning, Result, Rules, Side, Start, Task
 from fedloom.wire import Malformed
 
 ASK, WORD = "fedloom-ask", "fedloom-word"
 DECAYS = (constant, linear, cosine)
 CODECS = (Exact, Half, DeltaInt8)
-LONGEST = 200
-"""Characters of a name."""
-MOST = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +32,8 @@ class Terms:
     `run` is its name, `run_hash` names its settings (`manifest.digest`), `model` is what the server calls the base, of which the site
     has a copy of its own, and `rank` the largest rank of the run. `labels` are the names that the model chooses from, None where it
     writes text. `threads` is for torch, `seed` the run's. `weights` tells copies of the base from another model
-    (`Base.fingerprint`; "" is not compared).
+    (`Base.fingerprint`; "" is not compared). `held_out` is the share of its examples that a site does not train on (`Exam`),
+    `first` the sha256 of the adapter that the run began with ("": not told).
     """
 
     run: str
@@ -52,6 +47,8 @@ class Terms:
     seed: int
     labels: tuple[str, ...] | None
     weights: str = ""
+    held_out: float = 0.0
+    first: str = ""
 
     def __post_init__(self) -> None:
         if self.training.decay not in DECAYS:
@@ -62,6 +59,8 @@ class Terms:
             raise Refused("run_hash", self.run_hash, "twelve hex digits, as a manifest has them")
         if not re.fullmatch("([0-9a-f]{12})?", self.weights):
             raise Refused("weights", self.weights, "twelve hex digits, or none")
+        if not re.fullmatch("([0-9a-f]{64})?", self.first):
+            raise Refused("first", self.first, "64 hex digits, or none")
         for field, text in (("name", self.run), ("model", self.model), *(("labels", one) for one in self.labels or ())):
             if not 0 < len(text) <= 10 * LONGEST:
                 raise Refused(field, text, f"1 to {10 * LONGEST} characters")
@@ -70,6 +69,8 @@ class Terms:
                 raise Refused(field, number, f"a whole number from 1 to {most}")
         if abs(self.seed) > MOST:
             raise Refused("seed", self.seed, "a whole number of 64 bits")
+        if not 0 <= self.held_out < 1:
+            raise Refused("held_out", self.held_out, "a share of at least 0 and below 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,27 +83,43 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A task, which nobody waits for after `seconds` (0: somebody always does).
+    """A task.
 
     `settled` is the client's last task whose answer the server accepted (0: none): what a later one left behind at the site is void.
+    `left_out` are sides of the start that the site has already (`seeded`).
     """
 
     terms: Terms
     incarnation: int
     task: Task
-    seconds: float
+    settled: int
+    left_out: tuple[Side, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """How good is this model on what the site of `client` holds out? Nothing is trained.
+
+    `start` is what a task that began from the run's last version would begin with, `settled` as in `Work`.
+    """
+
+    terms: Terms
+    incarnation: int
+    client: ClientId
+    start: Start
     settled: int
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The site will work for this run. `incarnation` is that of the `Hello` which it answers.
+    """The site will work for this run. `incarnation` is that of the `Hello` which it answers; `seeded`: it drew `Terms.first` too.
 
     A region says who its `members` are where the plan learns of them.
     """
 
     profile: Profile
     incarnation: int
+    seeded: bool = False
     members: tuple[Profile, ...] = ()
 
 
@@ -116,14 +133,32 @@ class Refusal:
     lasting: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What an exam came to, in counts and sums over the examples held out.
+
+    `asked` are its predictions (one an example, or one a token of the reference answers), `right` those that were, `loss` the sum of
+    their cross-entropies. `base_right` would be right without any training: by always answering the commonest label of the examples
+    trained on, or, where text is written, by the base alone, whose `base_loss` is told too (else 0).
+    """
+
+    client: ClientId
+    examples: int
+    asked: int
+    right: int
+    loss: float
+    base_right: int
+    base_loss: float = 0.0
+
+
 Ask: TypeAlias = Hello | Work
 Word: TypeAlias = Welcome | Refusal
 
 KNOWN: Mapping[str, Any] = {
     one.__name__: one
     for one in (
-        *(Hello, Work, Terms, LoRA, Training, Engine, Task, Start, Budget, Rules, Pruning),
-        *(Welcome, Refusal, Profile),
+        *(Hello, Work, Exam, Terms, LoRA, Training, Engine, Task, Start, Budget, Rules, Pruning),
+        *(Welcome, Refusal, Marks, Profile),
         *CODECS,
         *DECAYS,
     )
@@ -134,10 +169,10 @@ KNOWN: Mapping[str, Any] = {
 # Asks ----------------------------------------------------------------------------------------------------------------
 
 
-def encode(ask: Ask) -> bytes:
+def encode(ask: Ask | Exam) -> bytes:
     """The ask as bytes; the same ask gives the same bytes. Raises Refused for a codec that sites do not know."""
-    if isinstance(ask, Work):
-        check_codec(ask.task.start.codec)
+    if isinstance(ask, Work | Exam):
+        check_codec(ask.task.start.codec if isinstance(ask, Work) else ask.start.codec)
     return sealed(ASK, ask)
 
 
@@ -149,19 +184,35 @@ def check_codec(codec: Codec | None) -> None:
 
 def decode(data: bytes, limit: int) -> Ask:
     """The ask that such bytes are. Raises Malformed with the reason, whatever the bytes are; memory: a few times `limit`."""
-    ask: Ask = opened(data, limit, ASK, Hello | Work, KNOWN)
-    _in_range("incarnation", ask.incarnation, 0, MOST)
+    ask: Ask = _decoded(data, limit, Hello | Work)
+    return ask
+
+
+def decode_any(data: bytes, limit: int) -> Ask | Exam:
+    """The same for a site that has examples, of which some may be held out."""
+    ask: Ask | Exam = _decoded(data, limit, Hello | Work | Exam)
+    return ask
+
+
+def _decoded(data: bytes, limit: int, kinds: Any) -> Any:
+    ask = opened(data, limit, ASK, kinds, KNOWN)
+    in_range("incarnation", ask.incarnation, 0, MOST)
+    if isinstance(ask, Hello):
+        return ask
+    in_range("settled", ask.settled, 0, MOST)
+    check_name("client", ask.task.client if isinstance(ask, Work) else ask.client)
     if isinstance(ask, Work):
-        _in_range("settled", ask.settled, 0, MOST)
-        _in_range("seconds", ask.seconds, 0.0, 1e9)
-        _check(ask.task)
+        check_all(of_task(ask.task))
+        check_start(ask.task.start, ask.left_out)
+    else:
+        check_start(ask.start)
     return ask
 
 
 # Replies -------------------------------------------------------------------------------------------------------------
 
 
-def encode_reply(word: Word) -> bytes:
+def encode_reply(word: Word | Marks) -> bytes:
     """The reply as bytes; an answer to a task is made by `wire.encode`."""
     return sealed(WORD, word)
 
@@ -174,91 +225,33 @@ def decode_reply(data: bytes, limit: int, tasks: Mapping[int, Task]) -> Word | t
         return wire.decode(data, limit, tasks)
     word: Word = opened(data, limit, WORD, Welcome | Refusal, KNOWN)
     if isinstance(word, Refusal):
-        _name("client", word.client)
-        _in_range("task", 1 if word.task is None else word.task, 1, MOST)
-        if len(word.reason) > 10 * LONGEST:
-            raise Malformed(f"a reason of {len(word.reason)} characters")
+        _check_refusal(word)
         return word
     check_profiles((word.profile, *word.members))
-    _in_range("incarnation", word.incarnation, 0, MOST)
+    in_range("incarnation", word.incarnation, 0, MOST)
     return word
 
 
-def check_profiles(told: Sequence[Profile]) -> None:
-    """Raise Malformed for what no site is, or more of them than a region has."""
-    _in_range("members", len(told), 0, MAX_MEMBERS + 1)
-    for profile in told:
-        _name("profile.client", profile.client)
-        _in_range("profile.examples", profile.examples, 1, 10**12)
-        for name in ("flops", "up_bps", "down_bps", "memory"):
-            _in_range(f"profile.{name}", getattr(profile, name), 1.0, 1e30)
-        _in_range("profile.tier", len(profile.tier), 0, LONGEST)
-        for name, value, least, most in _sizes(profile.most) if profile.most else ():
-            _in_range(f"profile.most.{name}", value, least, most)
+def decode_marks(data: bytes, limit: int, exam: Exam) -> Marks | Refusal:
+    """What the site said to this exam. Raises Malformed, whatever the bytes are."""
+    word: Marks | Refusal = opened(data, limit, WORD, Marks | Refusal, KNOWN)
+    if word.client != exam.client:
+        raise Malformed(f"{word.client!r:.60} answers the exam of {exam.client!r}")
+    if isinstance(word, Refusal):
+        _check_refusal(word)
+        return word
+    labelled = exam.terms.labels is not None
+    in_range("examples", word.examples, 1, 10**12)
+    in_range("asked", word.asked, word.examples if labelled else 1, word.examples if labelled else MOST)
+    in_range("right", word.right, 0, word.asked)
+    in_range("base_right", word.base_right, 0, word.asked)
+    in_range("loss", word.loss, 0.0, 1e30)
+    in_range("base_loss", word.base_loss, 0.0, 0.0 if labelled else 1e30)
+    return word
 
 
-# Checks --------------------------------------------------------------------------------------------------------------
-
-
-def _check(task: Task) -> None:
-    """Raise Malformed for a task that no server gives."""
-    start = task.start
-    _name("client", task.client)
-    for name, value, least, most in _ranges(task):
-        _in_range(name, value, least, most)
-    if not start.train.factors:
-        raise Malformed("there is nothing to train")
-    for where, adapter in (("train", start.train), ("fold", start.fold), ("control", start.control)):
-        for name, factor in adapter.factors.items() if adapter else ():
-            if factor.down.ndim != 2 or factor.up.ndim != 2 or factor.up.shape[1] != len(factor.down):
-                raise Malformed(f"{where}: {name!r:.60} is no product of two matrices")
-    rank = max(factor.rank for factor in start.train.factors.values())
-    if start.slots is not None and (not _ascending(start.slots) or len(start.slots) != rank):
-        raise Malformed("slots are not as many numbers in order as there are directions")
-    if start.control and _shapes(start.control) != _shapes(start.train):
-        raise Malformed("the control variate has other shapes than what is trained")
-
-
-def _sizes(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a budget, with the least and the most that they can be."""
-    yield "rank", budget.rank, 1, 2**20
-    yield "steps", budget.steps, 1, 10**9
-    yield "depth", 1 if budget.depth is None else budget.depth, 1, 2**20
-    yield "rounds", budget.rounds, 1, 10**9
-    yield "why", len(budget.why), 0, 100 * LONGEST
-
-
-def _ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a task."""
-    start, pruning = task.start, task.start.rules.pruning
-    yield from _sizes(task.budget)
-    yield "task", task.id, 1, MOST
-    yield "version", task.version, 0, MOST
-    yield "seed", task.seed, 0, MOST
-    yield "sent", task.sent, -1e18, 1e18
-    yield "basis", len(start.basis), 0, LONGEST
-    yield "scaling", 1.0 if start.scaling is None else start.scaling, 1e-9, 1e9
-    yield "select", 1 if start.rules.select is None else start.rules.select, 1, MOST
-    yield "up_rate", start.rules.up_rate, 1e-9, 1e9
-    if pruning is not None:
-        yield "strength", pruning.strength, 0.0, 1e9
-        yield "keep", pruning.keep, 0.0, 1.0
-        yield "least", pruning.least, 1, 2**20
-
-
-def _in_range(name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise Malformed(f"{name} is {str(value)[:40]}, expected {least} to {most}")
-
-
-def _name(field: str, text: str) -> None:
-    if not 0 < len(text) <= LONGEST:
-        raise Malformed(f"{field} has {len(text)} characters, expected 1 to {LONGEST}")
-
-
-def _ascending(numbers: Sequence[int]) -> bool:
-    return all(one < other for one, other in zip((-1, *numbers), (*numbers, MOST), strict=True))
-
-
-def _shapes(adapter: Adapter) -> Mapping[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors(adapter).items()}
+def _check_refusal(word: Refusal) -> None:
+    check_name("client", word.client)
+    in_range("task", 1 if word.task is None else word.task, 1, MOST)
+    if len(word.reason) > 10 * LONGEST:
+        raise Malformed(f"a reason of {len(word.reason)} characters")

@@ -167,7 +167,7 @@ class Region:
         examples = sum(one.examples for one in own)
         links, most = (speed.up_bps, speed.down_bps), self.site.limits.most
         profile = Profile(self.site.name, examples, flops, *links, memory, REGION, most)
-        return encode_reply(Welcome(profile, ask.incarnation, own if self.tells else ()))
+        return encode_reply(Welcome(profile, ask.incarnation, members=own if self.tells else ()))
 
     def _refuse(self, task: int | None, reason: str, lasting: bool) -> bytes:
         LOG.warning("refused: %s", reason)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 import shutil
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 
 from fedloom.errors import Refused
 from fedloom.flower import keys
-from fedloom.flower.attempt import heard, last
+from fedloom.flower.attempt import Word, heard, last
 from fedloom.flower.control import Control, Unwilling
 from fedloom.flower.place import Server, parts
 from fedloom.flower.processes import (
@@ -26,7 +25,7 @@ from fedloom.flower.processes import (
     secret,
     terminable,
 )
-from fedloom.folder import write_json
+from fedloom.folder import full, write_json
 
 TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
 """Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""
@@ -36,6 +35,11 @@ STARTS = 180.0
 """Seconds in which a submitted app must have started."""
 ROOM = 2**24
 """Bytes that must be free on the disk before a ServerApp is begun."""
+CLEARING = 30.0
+"""Seconds until a new ServerApp is begun after one that found the disk full, although there was so much room."""
+NOTE = "deployment.json"
+"""What was ordered, in the folder of the server (`fedloom.flower.order`, which is heavy)."""
+GO_ON = "then go on with `fedloom serve ... --resume`"
 
 MOVED = re.compile(r"\[Fleet\.(?:De)?[Aa]ctivateNode\] (Activated|Deactivated) node_id=(\d+)")
 
@@ -71,7 +75,7 @@ class Serving:
         Raises:
             Refused: the run cannot be carried out, or comes to nothing again and again.
         """
-        self.supervisor.look()
+        self._try(self.supervisor.look)
         if not listens("127.0.0.1", self.control.port):
             return None
         if not self.up:
@@ -94,7 +98,7 @@ class Serving:
         try:
             return step()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not full(error):
                 raise
             self.pauses[name] = time.monotonic() + AGAIN
         except Unwilling as error:
@@ -105,11 +109,14 @@ class Serving:
 
     def _look_for_room(self) -> None:
         """Say that the disk is full, and that it is so no longer. No ServerApp is begun in between: it could write no checkpoint."""
-        full = shutil.disk_usage(self.server.folder).free < ROOM
-        if full != self.full:
+        crammed = shutil.disk_usage(self.server.folder).free < ROOM
+        if crammed != self.full:
             where = f"the disk of {self.server.folder}"
-            self.say(f"{where} is full; the run goes on when there is room" if full else f"{where} has room again")
-        self.full = full
+            if crammed:
+                self.say(f"{where} is full; free space there, and the run goes on (ended before: {GO_ON})")
+            else:
+                self.say(f"{where} has room again")
+        self.full = crammed
 
     def _admit(self) -> None:
         """Let in the sites whose keys were added, and no longer those whose keys were removed."""
@@ -182,17 +189,30 @@ class Serving:
                 raise Refused("RUNFILE", str(self.server.folder), f"it cannot be carried out: {word.refused}")
         elif word.lives if word is not None else lived < STARTS:
             return None
-        said = (word.failed if word else "") or ("it was killed" if word else "it did not start")
+        said = self._why(word)
         self.quick = self.quick + 1 if lived < QUICK and not self.full else 0
         if self.quick >= MOST_QUICK:
-            raise Refused(
-                "RUNFILE", str(self.server.folder), f"the run ends as soon as it begins: {said}; see logs/serverapp.log"
-            )
+            raise self._vain(word, said)
         self.say(f"the ServerApp ended ({said}); a new one goes on from the last checkpoint")
         with suppress(Unwilling):  # it may have ended in Flower's eyes, too
             self.control.halt(self.run)
         self.run = 0
+        if word is not None and word.full:
+            self.pauses[self._follow.__name__] = time.monotonic() + CLEARING
         return None
+
+    def _why(self, word: Word | None) -> str:
+        """Why a ServerApp ended that did not carry the run out."""
+        if word is not None and (word.failed or word.full):
+            return word.failed or f"the disk is full: {word.full} could not be written"
+        return ("it was killed" if word else "it did not start") + (", and the disk is full" if self.full else "")
+
+    def _vain(self, word: Word | None, said: str) -> Refused:
+        """That the run came to nothing again and again."""
+        if word is not None and word.full:
+            return no_room(self.server, word.full)
+        remedy = f"the run ends as soon as it begins: {said}; see logs/serverapp.log"
+        return Refused("RUNFILE", str(self.server.folder), remedy)
 
 
 def serve(
@@ -202,9 +222,27 @@ def serve(
     processes to keep alive beside it.
 
     Raises:
-        Refused: the folder is in use, or has a deployment already, or has none to resume, or the run cannot be carried out.
+        Refused: the folder is in use, or has a deployment already, or has none to resume, or its disk is full, or the run cannot be
+            carried out.
     """
-    note = server.folder / "deployment.json"
+    try:
+        return _serve(server, facts, resume, say, more)
+    except OSError as error:
+        if not (lack := full(error)):
+            raise
+        raise no_room(server, lack.filename or str(server.home)) from error
+
+
+def no_room(server: Server, path: str) -> Refused:
+    """That the disk has no room for this file, and what to do."""
+    again = GO_ON if (server.folder / NOTE).exists() else "then give the same command again"
+    return Refused(
+        "--folder", str(server.folder), f"its disk is full: {path} could not be written; free space, {again}"
+    )
+
+
+def _serve(server: Server, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[Part]]) -> str:
+    note = server.folder / NOTE
     if note.exists() != resume:
         remedy = "there is no deployment to go on with" if resume else "it has a deployment; --resume goes on with it"
         raise Refused("--folder", str(server.folder), remedy)

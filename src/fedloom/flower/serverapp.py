@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from flwr.app import Context
@@ -17,6 +18,7 @@ from fedloom.flower.attempt import Word, leave
 from fedloom.flower.grid import GridLink
 from fedloom.flower.link import Link
 from fedloom.flower.processes import die_with
+from fedloom.folder import full
 
 app = ServerApp()
 
@@ -42,8 +44,11 @@ def carry_out(grid: HttpGrid, context: Context, run: Callable[[Link, Path], str]
         leave(folder, attempt, Word(pid, refused=str(error)))
         raise
     except Exception as error:
-        traceback.print_exc()
-        leave(folder, attempt, Word(pid, failed=f"{type(error).__name__}: {error}"))
+        lack = full(error)
+        told = {"full": str(lack.filename or folder)} if lack else {"failed": f"{type(error).__name__}: {error}"}
+        leave(folder, attempt, Word(pid, **told))
+        with suppress(OSError):  # the log is on the same disk
+            traceback.print_exc()
         raise
 
 

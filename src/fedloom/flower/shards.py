@@ -8,7 +8,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fedloom.data.examples import Examples
-from fedloom.data.partition import hold_out
 from fedloom.folder import create
 from fedloom.run import Run
 
@@ -16,15 +15,14 @@ ROWS = "rows.jsonl"
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """A folder for each client with its training examples, in the order of its shard, and a `site.toml`; returns these files.
+    """A folder for each client with its examples, in their order, and a `site.toml`; returns these files.
 
-    What the run holds out of each client's data stays out. Raises Refused if there is something at `folder` already.
+    A site holds the same of them out as its client did. Raises Refused if there is something at `folder` already.
     """
     split = run.data.load(run.seed)
     parts = run.partition.split(split.train, run.seed)
-    shards = hold_out(parts, split.train, run.held_out, run.seed)
     create(folder)
-    return [_site(run, one.client, split.train.take(one.train), folder / _plain(one.client)) for one in shards]
+    return [_site(run, client, split.train.take(part), folder / _plain(client)) for client, part in parts.items()]
 
 
 def _plain(name: str) -> str:

@@ -14,10 +14,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedloom.data.examples import Examples
 from fedloom.data.instructions import Instructions
 from fedloom.data.load import Table
+from fedloom.data.partition import Shard, hold_out
 from fedloom.errors import Refused
-from fedloom.flower.message import Ask, Work
+from fedloom.flower.message import Ask, Exam, Terms, Work
 from fedloom.lora import server_rank
-from fedloom.types import Budget, Task
+from fedloom.types import Budget, ClientId, Start, Task
 
 HOURS = r"([01]?\d|2[0-4]):([0-5]\d)-([01]?\d|2[0-4]):([0-5]\d)"
 
@@ -100,7 +101,8 @@ class AnsweredFile(_Section):
 
 class Limits(_Section):
     """What the site lets a server ask for: the largest rank, depth (layers trained, from the top) and number of steps of a task,
-    megabytes of a message; which runs, by name (`*` stands for anything); at which hours, by the clock of the machine.
+    megabytes of a message; which runs, by name (`*` stands for anything); at which hours, by the clock of the machine; whether the
+    server may be told how the run's last model does on examples that were held out, in counts. If not, none are held out.
     """
 
     rank: int = Field(default=64, ge=1)
@@ -109,6 +111,7 @@ class Limits(_Section):
     megabytes: float = Field(default=512.0, gt=0)
     runs: tuple[str, ...] = Field(default=("*",), min_length=1)
     hours: str | None = Field(default=None, pattern=f"^{HOURS}$")
+    scores: bool = True
 
     @property
     def most(self) -> Budget:
@@ -176,6 +179,16 @@ class Site(_Section):
         return file.examples(labels)
 
 
+def divided(site: Site, examples: Examples, terms: Terms) -> Shard:
+    """What the site trains on and what it holds out, by number: the same at every start, and those of a simulation with these rows.
+
+    Nothing is held out where the run or the site does not want it, nor of a single example.
+    """
+    share = terms.held_out if site.limits.scores and len(examples) > 1 else 0.0
+    (shard,) = hold_out({site.name: tuple(range(len(examples)))}, examples, share, terms.seed)
+    return shard
+
+
 def read(path: Path) -> Site:
     """The site of this file. Raises Refused with the field, its value and what it should be."""
     try:
@@ -193,12 +206,12 @@ def read(path: Path) -> Site:
         raise Refused(field, value, f"{remedy[:1].lower()}{remedy[1:]}; docs/site.md lists all fields") from error
 
 
-def refusal(site: Site, ask: Ask, hour: float) -> str | None:
+def refusal(site: Site, ask: Ask | Exam, hour: float) -> str | None:
     """Why the site does not do what is asked, in a sentence; None if it does. `hour` is the time of day there, 0 to 24."""
     return next(_reasons(site, ask, hour), None)
 
 
-def _reasons(site: Site, ask: Ask, hour: float) -> Iterator[str]:
+def _reasons(site: Site, ask: Ask | Exam, hour: float) -> Iterator[str]:
     terms, limits = ask.terms, site.limits
     if not any(fnmatchcase(terms.run, name) for name in limits.runs):
         yield f"this site takes part in runs named {' or '.join(limits.runs)}, not in {terms.run!r}"
@@ -211,15 +224,25 @@ def _reasons(site: Site, ask: Ask, hour: float) -> Iterator[str]:
     if not limits.awake(hour):
         yield f"this site works at {limits.hours}, and it is {int(hour):02}:{int(hour % 1 * 60):02} there"
     if isinstance(ask, Work):
+        yield from _not_ours(site, ask.task.client, ask.task.start)
         yield from _too_much(site, ask.task)
+    if isinstance(ask, Exam):
+        yield from _not_ours(site, ask.client, ask.start)
+        if not limits.scores:
+            yield "this site tells no scores (limits.scores)"
+
+
+def _not_ours(site: Site, client: ClientId, start: Start) -> Iterator[str]:
+    if client != site.name:
+        yield f"this site is {site.name!r}, the task is for {client!r}"
+    if (rank := server_rank(start.train)) > site.limits.rank:
+        yield f"the task has rank {rank}, this site allows {site.limits.rank}"
 
 
 def _too_much(site: Site, task: Task) -> Iterator[str]:
     limits, budget = site.limits, task.budget
-    if task.client != site.name:
-        yield f"this site is {site.name!r}, the task is for {task.client!r}"
-    if (rank := max(budget.rank, server_rank(task.start.train))) > limits.rank:
-        yield f"the task has rank {rank}, this site allows {limits.rank}"
+    if budget.rank > limits.rank:
+        yield f"the task has rank {budget.rank}, this site allows {limits.rank}"
     if limits.depth is not None and (budget.depth is None or budget.depth > limits.depth):
         yield f"the task trains {budget.depth or 'all'} layers, this site allows {limits.depth}"
     if budget.steps > limits.steps:

@@ -13,12 +13,15 @@ LOG = getLogger("fedloom.server")
 
 @dataclass(slots=True)
 class Node:
-    """A node that can be reached: the name of its key, who it is once it has said so, until when it is left alone, and why."""
+    """A node that can be reached: the name of its key, who it is once it has said so, until when it is left alone, and why; whether
+    it has what follows from the seed (`seeded`).
+    """
 
     name: str | None
     client: ClientId | None = None
     rests: float = 0.0
     why: str = ""
+    seeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,14 @@ class Sent:
 
 @dataclass(slots=True)
 class Sites:
-    """The nodes that can be reached now, the messages under way, and since when each missing client is missing."""
+    """The nodes that can be reached now, the messages under way, since when each missing client is missing, and, when the run has
+    ended, whose scores are still awaited.
+    """
 
     nodes: dict[int, Node] = field(default_factory=dict)
     under_way: dict[str, Sent] = field(default_factory=dict)
     missing: dict[ClientId, float] = field(default_factory=dict)
+    scoring: tuple[ClientId, ...] = ()
 
     def seen(self, now: float, present: Mapping[int, str | None], clients: Mapping[ClientId, object]) -> None:
         """The nodes that the engine sees now; who of `clients` is behind none of them is missing."""

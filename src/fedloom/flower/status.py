@@ -95,6 +95,8 @@ class Status:
     def waits(self) -> str:
         """What it waits for, in words."""
         running = self.deployment
+        if running.sites.scoring:
+            return f"for what the last version reaches at {', '.join(running.sites.scoring)}"
         resting = [
             f"{node.client or node.name or number}: {node.why}"
             for number, node in running.sites.nodes.items()

@@ -18,14 +18,18 @@ from logging import getLogger
 import torch
 
 from fedloom import wire
+from fedloom.data.partition import Shard
 from fedloom.errors import Refused
+from fedloom.flower.exam import sat
 from fedloom.flower.journal import Done, Journal
-from fedloom.flower.message import Hello, Refusal, Terms, Welcome, Work, decode, encode, encode_reply
+from fedloom.flower.message import Exam, Hello, Refusal, Terms, Welcome, Work, decode_any, encode, encode_reply
 from fedloom.flower.pipe import Listener
-from fedloom.flower.site import Site, refusal
+from fedloom.flower.seeded import filled
+from fedloom.flower.site import Site, divided, refusal
 from fedloom.folder import lock, write_json
 from fedloom.lora import Adapter
 from fedloom.seeds import derive
+from fedloom.trace import fingerprint
 from fedloom.train.base import Base, check_length, initial, load
 from fedloom.train.texts import encode as tokenise
 from fedloom.train.trainer import PeftTrainer
@@ -45,12 +49,18 @@ def time_of_day() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Warm:
-    """What is kept from task to task while the terms stay the same."""
+    """What is kept from task to task while the terms stay the same. The trainer knows of nothing that is held out."""
 
     terms: Terms
     base: Base
+    shard: Shard
     trainer: PeftTrainer
-    sizes: dict[str, tuple[int, ...]]
+    first: Adapter
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Of the layers and the head."""
+        return _sizes(self.first)
 
 
 @dataclass(slots=True)
@@ -73,11 +83,13 @@ class Worker:
         """The reply to a message, whatever it is: never raises."""
         task = None
         try:
-            ask = decode(body, self.site.limits.bytes)
+            ask = decode_any(body, self.site.limits.bytes)
             task = ask.task.id if isinstance(ask, Work) else None
             if reason := refusal(self.site, ask, self.hour()):
                 return self._refuse(task, reason, True)
             self.doing = f"getting ready for {ask.terms.run}"
+            if isinstance(ask, Exam):
+                return self._exam(ask)
             return self._work(ask) if isinstance(ask, Work) else self._welcome(ask)
         except wire.Malformed as error:
             return self._refuse(None, f"the message is none: {error}", True)
@@ -108,10 +120,9 @@ class Worker:
 
     def _welcome(self, ask: Hello) -> bytes:
         warm, speed = self._ready(ask.terms), self.site.speed
-        (shard,) = warm.trainer.shards.values()
         profile = Profile(
             client=self.site.name,
-            examples=len(shard),
+            examples=len(warm.shard.train),
             flops=speed.flops or self._flops(warm),
             up_bps=speed.up_bps,
             down_bps=speed.down_bps,
@@ -119,20 +130,21 @@ class Worker:
             tier="site",
             most=self.site.limits.most,
         )
-        LOG.info("takes part in %s with %d examples at %.3g FLOP/s", ask.terms.run, len(shard), profile.flops)
-        return encode_reply(Welcome(profile, ask.incarnation))
+        LOG.info("takes part in %s with %d examples at %.3g FLOP/s", ask.terms.run, profile.examples, profile.flops)
+        return encode_reply(Welcome(profile, ask.incarnation, ask.terms.first == fingerprint(warm.first)))
 
     def _work(self, ask: Work) -> bytes:
         """The answer: from the journal if the task was done, else trained now and written down before it is given out."""
-        run, task, mark = ask.terms.run_hash, ask.task, marked(ask)
-        known = self.journal.done(run, task.id)
+        run, number, mark = ask.terms.run_hash, ask.task.id, marked(ask)
+        known = self.journal.done(run, number)
         if known is not None and known.mark == mark:
-            LOG.info("task %d was done before: the same answer again", task.id)
+            LOG.info("task %d was done before: the same answer again", number)
             self.repeated += 1
             return known.answer.numpy().tobytes()
         warm, before = self._ready(ask.terms), self._before(ask)
-        _check_fits(warm, task.start)
-        self.doing = f"task {task.id} of {ask.terms.run}"
+        _check_fits(warm, ask.task.start)
+        task = filled(ask, warm.first).task
+        self.doing = f"task {number} of {ask.terms.run}"
         began = time.perf_counter()
         ((result, local),) = warm.trainer.train([(task, before)])
         seconds = time.perf_counter() - began
@@ -140,13 +152,22 @@ class Worker:
         result = replace(result, metrics={**received.metrics, "seconds_train": seconds})
         data = wire.encode(task, result, owed(task.start, before))
         kept = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self.journal.keep(run, task.id, Done(mark, kept, local), ask.settled)
+        self.journal.keep(run, number, Done(mark, kept, local), ask.settled)
         self.trained += 1
-        told = (task.id, result.steps, task.budget.rank, seconds, len(data))
+        told = (number, result.steps, task.budget.rank, seconds, len(data))
         LOG.info("task %d: %d steps at rank %d in %.1f s, an answer of %d bytes", *told)
         return data
 
-    def _before(self, ask: Work) -> Local:
+    def _exam(self, ask: Exam) -> bytes:
+        """What the last model reaches on what is held out here."""
+        warm = self._ready(ask.terms)
+        _check_fits(warm, ask.start)
+        self.doing = f"the exam of {ask.terms.run}"
+        marks = sat(warm.base, warm.trainer.texts, warm.shard, ask, self._before(ask))
+        LOG.info("exam: %d of %d right on %d examples held out", marks.right, marks.asked, marks.examples)
+        return encode_reply(marks)
+
+    def _before(self, ask: Work | Exam) -> Local:
         """What stayed here of the last task whose answer was accepted."""
         last = self.journal.done(ask.terms.run_hash, ask.settled) if ask.settled else None
         if ask.settled and last is None:
@@ -189,14 +210,14 @@ def _warm(site: Site, terms: Terms) -> Warm:
         raise Refused("model.path", site.model.path, remedy)
     texts = tokenise(examples, base.tokenizer, terms.training.max_length)
     check_length(base, terms.training.max_length, max(map(len, texts.ids)))
-    shards = {site.name: tuple(range(len(examples)))}
-    trainer = PeftTrainer(base, texts, shards, terms.training, terms.engine)
-    return Warm(terms, base, trainer, _sizes(initial(base, terms.rank)))
+    shard = divided(site, examples, terms)
+    trainer = PeftTrainer(base, texts, {site.name: shard.train}, terms.training, terms.engine)
+    return Warm(terms, base, shard, trainer, initial(base, terms.rank))
 
 
 def marked(ask: Work) -> str:
     """Names what was asked, whenever and by whichever start of the server."""
-    return hashlib.sha256(encode(replace(ask, incarnation=0, seconds=0.0))).hexdigest()
+    return hashlib.sha256(encode(replace(ask, incarnation=0))).hexdigest()
 
 
 def _sizes(adapter: Adapter) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedloom.report.read import Line, RunLog
-from fedloom.report.words import number, percent, plural, short, size
+from fedloom.report.words import lasting, number, percent, plural, short, size
+
+SIMULATED = ("partition", "world", "availability", "faults")
+"""Settings that only a simulation has a use for."""
 
 
 def label(text: object, length: int = 28) -> str:
@@ -44,6 +47,26 @@ def last(log: RunLog, key: str) -> float:
 def elapsed(log: RunLog) -> float:
     ends = [line.get(key) for lines, key in ((log.versions, "time"), (log.tasks, "arrived")) for line in lines]
     return max((t for t in map(number, ends) if not math.isnan(t)), default=0.0)
+
+
+def deployed(*logs: RunLog) -> bool:
+    """Whether any of them was carried out on real machines."""
+    return any(log.manifest.get("deployed") for log in logs)
+
+
+def clock(*logs: RunLog) -> str:
+    """What their time is called."""
+    return "time" if deployed(*logs) else "virtual time"
+
+
+def took(log: RunLog, seconds: float) -> str:
+    """So many seconds of the run, in words."""
+    return lasting(seconds) if deployed(log) else f"{short(seconds)} virtual seconds"
+
+
+def chosen(log: RunLog) -> Line:
+    """The settings that say something about the run: on real machines not those of the simulated world."""
+    return {key: value for key, value in log.manifest["run"].items() if not (deployed(log) and key in SIMULATED)}
 
 
 def accuracy(score: Line | None) -> float:
@@ -111,6 +134,14 @@ def worst(log: RunLog) -> Line | None:
     return min(known, key=accuracy, default=None)
 
 
+def whose(log: RunLog, line: Line) -> str:
+    """The client of this score, with its tier, or beside how many sites gave none."""
+    name, lacking = label(line["client"]), len(log.unscored)
+    if not deployed(log):
+        return f"{name} ({label(line.get('tier'))})"
+    return f"{name}; {lacking} of {len(log.clients) + lacking} gave no score" if lacking else name
+
+
 def client_ranks(log: RunLog) -> list[int]:
     """The ranks that clients trained at, or could have where no task was recorded."""
     used = {int(line["rank"]) for line in (*log.tasks, *log.clients)}
@@ -154,11 +185,13 @@ def sentence(log: RunLog) -> str:
     shown = f"{'predicts' if writes(log) else 'classifies'} {_shown(score)}"
     if score.get("version") == 0:
         return f"The untrained model {shown}; no trained version was scored ({plural(done, what)} done)."
-    used = f"{short(number(score.get('time')))} virtual seconds"
+    who = plural(len(log.manifest["clients"]), "region" if "regions" in log.manifest else "site")
+    used = took(log, number(score.get("time"))) + (f", {who}" if deployed(log) else "")
     uploads = at_version(log, score.get("version"), "uploads")
     used += f", {plural(int(uploads), 'upload')}" if uploads > 0 else ""
     sent = f"{size(at_version(log, score.get('version'), 'bytes_up'))} up"
-    text = f"After {plural(int(score['version']), what)} ({used}, {sent}) the model {shown}"
+    real = " on real machines" if deployed(log) else ""
+    text = f"After {plural(int(score['version']), what)}{real} ({used}, {sent}) the model {shown}"
     before = perplexity(first(log))
     text += "" if math.isnan(begin) else f"; it started at {percent(begin)}"
     text += "" if math.isnan(before) else f" and {short(before)}"

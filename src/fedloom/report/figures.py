@@ -56,7 +56,7 @@ def accuracies(figure: Figure, logs: Sequence[RunLog]) -> str:
     percent_axis(panels[0])
     panels[0].set_ylabel(what)
     ends = ", ".join(f"{n} {percent(accuracy(final(log)))}" for n, log in zip(names(logs), logs, strict=True))
-    return f"{what.capitalize()} against {unit}s, virtual time and bytes sent up. Final: {ends}."
+    return f"{what.capitalize()} against {unit}s, {facts.clock(*logs)} and bytes sent up. Final: {ends}."
 
 
 @picture(2.7)
@@ -70,11 +70,11 @@ def perplexities(figure: Figure, logs: Sequence[RunLog]) -> str:
     panels[0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     panels[0].set_ylabel("test perplexity")
     ends = ", ".join(f"{n} {short(facts.perplexity(final(log)))}" for n, log in zip(names(logs), logs, strict=True))
-    return f"Test perplexity against {unit}s, virtual time and bytes sent up. Final: {ends}."
+    return f"Test perplexity against {unit}s, {facts.clock(*logs)} and bytes sent up. Final: {ends}."
 
 
 def _progress(figure: Figure, logs: Sequence[RunLog], of: Callable[[Line], float]) -> tuple[Sequence[Axes], str]:
-    """A figure of each score against rounds (uploads, where a version is no round; which of the two), virtual time, bytes sent up."""
+    """A figure of each score against rounds (uploads, where a version is no round; which of the two), time, bytes sent up."""
     panels: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
     unit = measure(logs)
     second, span = scale([number(score.get("time")) for log in logs for score in log.scores], SPANS)
@@ -87,7 +87,8 @@ def _progress(figure: Figure, logs: Sequence[RunLog], of: Callable[[Line], float
         times, sent = [number(score.get("time")) / second for score in scores], spent(log, scores, "bytes_up")
         for axes, x in zip(panels, (counted, times, [b / byte for b in sent]), strict=True):
             curve(axes, x, [of(score) for score in scores], label=key(name), **look(index))
-    for axes, title in zip(panels, (f"by {unit}", f"by virtual time ({span})", f"by traffic up ({size})"), strict=True):
+    clock = facts.clock(*logs)
+    for axes, title in zip(panels, (f"by {unit}", f"by {clock} ({span})", f"by traffic up ({size})"), strict=True):
         axes.set_title(title)
     whole(panels[0], f"by {unit}", "")
     legend(figure, panels[0], logs)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from fedloom.report.facts import elapsed, label, tiers
+from fedloom.report.facts import clock, elapsed, label, tiers
 from fedloom.report.read import Line, RunLog
 from fedloom.report.style import INK, KINDS, MUTED, OTHER, PALE, SERIES, Box, boxes, key, percent_axis, picture
 from fedloom.report.words import SPANS, number, plural, scale, short
@@ -83,7 +83,7 @@ def activity(figure: Figure, log: RunLog) -> str:
     axes.set_ylim(-0.7, len(row) - 0.3)
     axes.grid(visible=False)
     axes.set_xlim(0, until / second or None)
-    axes.set_xlabel(f"virtual time ({unit})")
+    axes.set_xlabel(f"{clock(log)} ({unit})")
     cut = f", the first {short(100 * until / elapsed(log))} % of the run" if len(tasks) < len(mine) else ""
     some = (
         f"{len(shown)} of {len(order):,} clients, evenly from slow to fast"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedloom.report import pace
-from fedloom.report.facts import label, names, tiers
+from fedloom.report.facts import clock, label, names, tiers
 from fedloom.report.figures import from_zero, legend
 from fedloom.report.figures_clients import named, spread
 from fedloom.report.read import Line, RunLog
@@ -33,7 +33,7 @@ STRETCHES, COLUMNS, BARS = 240, 200, 40
 
 @picture(2.4)
 def spending(figure: Figure, log: RunLog) -> str:
-    """Uploads and bytes by virtual time."""
+    """Uploads and bytes by time."""
     left, right = figure.subplots(1, 2)
     _uploads(left, [log])
     lines = thinned(pace.ends(log))
@@ -44,15 +44,15 @@ def spending(figure: Figure, log: RunLog) -> str:
         curve(right, [t / second for t in x], [b / byte for b in y], label=way, marker=None, **look(index))
     right.legend(loc="upper left")
     right.set_title(f"Bytes ({unit})")
-    right.set_xlabel(f"virtual time ({span})")
+    right.set_xlabel(f"{clock(log)} ({span})")
     from_zero(right)
     total = [number(log.versions[-1].get(f"bytes_{way}")) for way in ("up", "down")]
-    return f"Uploads and bytes by virtual time; in the end {size(total[0])} up and {size(total[1])} down."
+    return f"Uploads and bytes by {clock(log)}; in the end {size(total[0])} up and {size(total[1])} down."
 
 
 @picture(5.0)
 def paces(figure: Figure, logs: Sequence[RunLog]) -> str:
-    """Several runs: uploads, waiting, and bytes by virtual time, and how stale updates were."""
+    """Several runs: uploads, waiting, and bytes by time, and how stale updates were."""
     (uploads, bytes_up), (waiting, stale) = figure.subplots(2, 2)
     _uploads(uploads, logs)
     second, span = _span(logs)
@@ -68,12 +68,12 @@ def paces(figure: Figure, logs: Sequence[RunLog]) -> str:
         )
     for axes, title in ((bytes_up, f"Bytes up ({unit})"), (waiting, f"Waiting: empty places times time ({lost})")):
         axes.set_title(title)
-        axes.set_xlabel(f"virtual time ({span})")
+        axes.set_xlabel(f"{clock(*logs)} ({span})")
         from_zero(axes)
     _titled(stale, "Staleness: share of the updates")
     legend(figure, uploads, logs)
     told = ", ".join(f"{name} {percent(pace.waiting(log))}" for name, log in zip(names(logs), logs, strict=True))
-    return f"Uploads, bytes and waiting by virtual time, and staleness. Of the places' time waited: {told}."
+    return f"Uploads, bytes and waiting by {clock(*logs)}, and staleness. Of the places' time waited: {told}."
 
 
 def _span(logs: Sequence[RunLog]) -> tuple[float, str]:
@@ -90,7 +90,7 @@ def _uploads(axes: Axes, logs: Sequence[RunLog]) -> None:
         x, y = _from_origin(thinned(pace.ends(log)), "uploads")
         curve(axes, [t / second for t in x], y, label=key(name), marker=None, **look(index))
     axes.set_title("Uploads")
-    axes.set_xlabel(f"virtual time ({span})")
+    axes.set_xlabel(f"{clock(*logs)} ({span})")
     from_zero(axes)
 
 
@@ -135,7 +135,7 @@ def staleness(figure: Figure, log: RunLog) -> str:
         values = [number(line.get(field)) for line in lines]
         curve(right, [number(line["time"]) / second for line in lines], values, label=text, marker=None, **look(index))
     right.set_title("In a version")
-    right.set_xlabel(f"virtual time ({span})")
+    right.set_xlabel(f"{clock(log)} ({span})")
     from_zero(right)
     right.legend(loc="lower right", ncols=2)
     return f"Histogram of staleness, and its mean and maximum in every version. {pace.stale(log)}"
@@ -162,10 +162,10 @@ def waiting(figure: Figure, log: RunLog) -> str:
         left.set_xlim(0, x[-1])
     from_zero(left)
     left.set_title("Places")
-    left.set_xlabel(f"virtual time ({span})")
+    left.set_xlabel(f"{clock(log)} ({span})")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3)
     idle = _idle(right, log)
-    return f"Places at work and waiting by virtual time. {pace.waited(log)} {idle}"
+    return f"Places at work and waiting by {clock(log)}. {pace.waited(log)} {idle}"
 
 
 def _idle(axes: Axes, log: RunLog) -> str:
@@ -202,11 +202,14 @@ def _named(axes: Axes, shown: Sequence[pace.Part], rows: Sequence[pace.Part]) ->
 
 @picture(2.8)
 def participation(figure: Figure, log: RunLog) -> str:
-    """Updates by tier and by client, beside an equal share and the share of the examples."""
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
+    """Updates by tier, where there are several, and by client, beside an equal share and the share of the examples."""
     rows, order = pace.parts(log), list(tiers(log))
-    _by_tier(left, [log], ["updates"])
-    left.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.1), ncols=3, handlelength=1, borderaxespad=0)
+    if len(order) > 1:
+        left, right = figure.subplots(1, 2, width_ratios=[1, 1.6])
+        _by_tier(left, [log], ["updates"])
+        left.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.1), ncols=3, handlelength=1, borderaxespad=0)
+    else:
+        right = figure.subplots()
     shown = spread(rows, COLUMNS)
     _columns(right, shown, order, [len(rows) * row.updates for row in shown])
     held = [len(rows) * row.examples for row in shown]
@@ -218,7 +221,7 @@ def participation(figure: Figure, log: RunLog) -> str:
     right.set_ylim(0, 1.4 * max((top for top in tops if top == top), default=1.0))
     right.set_title("Updates of a client, in equal shares")
     right.legend(loc="upper right", ncols=2 if len(order) > 2 else 1, handlelength=1.2)
-    return f"Shares of the merged updates by tier and client. {pace.took_part(rows, log)}"
+    return f"Shares of the merged updates by {'tier and ' if len(order) > 1 else ''}client. {pace.took_part(rows, log)}"
 
 
 @picture(2.6)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedloom.report import ranks
-from fedloom.report.facts import accuracy, mean, measure, noun, writes
+from fedloom.report.facts import accuracy, deployed, mean, measure, noun, writes
 from fedloom.report.figures import whole
 from fedloom.report.figures_clients import named
 from fedloom.report.ranks import Group
@@ -36,7 +36,7 @@ def handed(figure: Figure, log: RunLog) -> str:
         told.append(f"Share of the global model's energy in a task, in the end: {last}.")
     if shown:
         _bytes(panels[1], shown)
-        told.append(f"Bytes of a task by tier: {'; '.join(f'{group.name} {_cost(group)}' for group in shown)}.")
+        told.append(f"Bytes of a task: {'; '.join(f'{group.name} {_cost(group)}' for group in shown)}.")
     return " ".join(told)
 
 
@@ -116,13 +116,14 @@ def clients(figure: Figure, log: RunLog) -> str:
     for group, colour in shown:
         _tier(axes, group, first, colour, 5 if len(rows) <= 150 else 3)
         first += len(group.clients)
-    named(axes, [str(line["client"]) for line in rows], f"{len(rows)} clients, by rank, tier and accuracy")
+    order = "rank and accuracy" if deployed(log) else "rank, tier and accuracy"
+    named(axes, [str(line["client"]) for line in rows], f"{len(rows)} clients, by {order}")
     percent_axis(axes)
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel(f"held-out {measure(log)}")
     handles, texts = axes.get_legend_handles_labels()
     figure.legend([*handles[1:], handles[0]], [*texts[1:], texts[0]], loc="outside upper left", ncols=3)
-    return f"Held-out {measure(log)} of {plural(len(rows), 'client')} by rank and tier, each beside its base rate."
+    return f"Held-out {measure(log)} of {plural(len(rows), 'client')} by rank, each beside its base rate."
 
 
 def _tier(axes: Axes, group: Group, first: int, colour: str, dot: float) -> None:

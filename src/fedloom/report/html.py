@@ -11,10 +11,12 @@ from fedloom.errors import Refused
 from fedloom.report import facts, sections, tables
 from fedloom.report.read import RunLog, read
 
+SIMULATION, DEPLOYMENT = "fedloom run FILE --resume FOLDER", "fedloom serve FILE --folder FOLDER --resume"
+"""What goes on with a run."""
 STATUS = {
     "finished": "",
     "running": "This run has not finished: what follows is what it has written so far.",
-    "killed": "This run was ended from outside: what follows is incomplete. `fedloom run FILE --resume FOLDER` goes on with it.",
+    "killed": f"This run was ended from outside: what follows is incomplete. `{SIMULATION}` goes on with it.",
     "interrupted": "This run was interrupted: what follows is incomplete.",
     "failed": "This run failed: what follows is incomplete.",
 }
@@ -70,6 +72,7 @@ def _warning(log: RunLog, *, named: bool) -> str:
     """Why the numbers of a run are not its final ones; empty for a finished run."""
     status, reason = str(log.manifest["status"]), str(log.manifest["status_reason"])
     text = STATUS.get(status, f"The status of this run is “{status}”: what follows may be incomplete.")
+    text = text.replace(SIMULATION, DEPLOYMENT) if facts.deployed(log) else text
     if not text:
         return ""
     who = f"{facts.label(log.manifest['name'], 48)}: " if named else ""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
 
-from fedloom.report.facts import accuracy, baseline, label, mean, noun, tiers
+from fedloom.report.facts import accuracy, baseline, deployed, label, mean, noun, tiers
 from fedloom.report.read import Line, RunLog
 from fedloom.report.words import number, percent, plural, short, size
 
@@ -51,7 +51,8 @@ def groups(log: RunLog) -> list[Group]:
         own = [line for home, line in rows if home == tier and line["rank"] in ranks]
         tasks, clients = ([line for line in own if line["kind"] == kind] for kind in ("task", "client"))
         clients.sort(key=lambda line: (math.isnan(accuracy(line)), accuracy(line), str(line.get("client"))))
-        found.append(Group(f"{label(tier, 18)}, {span(ranks)}", ranks, tuple(tasks), tuple(clients)))
+        name = span(ranks) if deployed(log) else f"{label(tier, 18)}, {span(ranks)}"
+        found.append(Group(name, ranks, tuple(tasks), tuple(clients)))
     return found
 
 
@@ -92,7 +93,9 @@ def kept(log: RunLog) -> dict[int, list[tuple[int, float]]]:
 
 
 def at_rank(log: RunLog, rank: int) -> str:
-    """The tiers in which this rank is used."""
+    """The tiers in which this rank is used; real machines have none."""
+    if deployed(log):
+        return ""
     found = {tier for tier, line in _at_home(log) if line["rank"] == rank}
     return ", ".join(label(tier, 18) for tier in tiers(log) if tier in found)
 
@@ -196,12 +199,23 @@ def served(log: RunLog) -> str:
             f"On held-out examples {of} of {span(low)} reach {percent(mean(map(accuracy, known)))} on average{beside}."
         )
     ours, theirs = ([accuracy(line) for line in _of(known, ranks)] for ranks in (low, high))
+    verb, how = ("reaches", "") if len(ours) == 1 else ("reach", " on average")
     gap, doubt = mean(ours) - mean(theirs), math.hypot(error(ours), error(theirs))
     return (
-        f"On their held-out examples {plural(len(ours), 'client')} of {span(low)} reach {percent(mean(ours))}"
-        f" on average, {plural(len(theirs), 'client')} of {span(high)} {percent(mean(theirs))}:"
+        f"On their held-out examples {plural(len(ours), 'client')} of {span(low)} {verb} {percent(mean(ours))}{how}"
+        f", {plural(len(theirs), 'client')} of {span(high)} {percent(mean(theirs))}:"
         f" {_judged(gap, doubt, min(len(ours), len(theirs)))}{_gains(known, low, high, baseline(log))}"
     )
+
+
+def missing(log: RunLog) -> str:
+    """Who gave no score, and why; of many clients some."""
+    if not log.unscored:
+        return ""
+    told = "; ".join(f"{label(line['client'])}: {label(line['reason'], 160)}" for line in log.unscored[:MOST])
+    more = f"; and {len(log.unscored) - MOST} more" if len(log.unscored) > MOST else ""
+    whole = plural(len(log.clients) + len(log.unscored), "client")
+    return f"{len(log.unscored)} of {whole} gave no score ({told}{more})."
 
 
 def _judged(gap: float, doubt: float, fewest: int) -> str:

@@ -34,7 +34,8 @@ _EMPTY: Line = {
 class RunLog:
     """What a run has written down so far; every section of `manifest` is present, an unwritten one is empty.
 
-    `samples` are answers that the model wrote, and `written` the figures of them.
+    `samples` are answers that the model wrote, and `written` the figures of them. `unscored` are clients of a deployment that gave no
+    score at the end.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class RunLog:
     clients: tuple[Line, ...] = ()
     edges: tuple[Line, ...] = ()
     samples: tuple[Line, ...] = ()
+    unscored: tuple[Line, ...] = ()
     written: Line | None = None
 
 
@@ -58,7 +60,7 @@ def read(folder: Path) -> RunLog:
     def of(kind: str) -> tuple[Line, ...]:
         return tuple(line for line in lines if line.get("kind") == kind)
 
-    parts = (of("version"), of("score"), of("task"), of("client"), of("edge"), of("sample"))
+    parts = (of("version"), of("score"), of("task"), of("client"), of("edge"), of("sample"), of("unscored"))
     return RunLog(folder, manifest, *parts, written=next(reversed(of("generation")), None))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.report import facts, figures, figures_clients, figures_pace, figures_ranks, pace, ranks, tables
+from fedloom.report import facts, figures, figures_clients, figures_pace, figures_ranks, pace, ranks, sites, tables
 from fedloom.report.read import RunLog
 from fedloom.report.tables import Grid
 from fedloom.report.words import number, short
@@ -35,8 +35,8 @@ class Section:
 
 
 CURVES = """
-The same scores of the global model three times: against rounds (or uploads, where a version is no round), against virtual
-time and against bytes sent by clients; dashed lines are baselines. A curve that rises earlier got there with less."""
+The same scores of the global model three times: against rounds (or uploads, where a version is no round), against {}
+and against bytes sent by clients; dashed lines are baselines. A curve that rises earlier got there with less."""
 PERPLEXITY = """
 Perplexity is the exponential of the mean loss of a token of the reference answers: how many tokens the model wavers between, as it
 were. 1 would be a model that knows the answers by heart; a curve that falls earlier got there with less."""
@@ -68,13 +68,18 @@ Bytes: the mean of one task, down over all tasks, up over those that were answer
 SERVED = """
 A dot is the final model, as a client of that rank receives it, on that client's own held-out examples; the dash is what
 it would reach {}. A line is the mean of the clients, its band one standard error.
-Tiers differ in more than their rank (speed, data, how often they took part), so a gap need not come from the rank."""
+Clients differ in more than their rank (speed, data, how often they took part), so a gap need not come from the rank."""
 TIERS = """
 Slowest tier first, sums over all tasks. What is neither head nor fold is adapter; the time is the mean of receiving,
 training and sending together."""
 ACTIVITY = """
-One row a client, slowest tier on top; white is idle, hatched work was thrown away, and fine vertical lines are merges (where
+One row a client{}; white is idle, hatched work was thrown away, and fine vertical lines are merges (where
 there are few enough to be told apart)."""
+LINKS = """
+Down and up are what of a task was not training, divided as its bytes were: the engine's own waiting is in them."""
+SITES = """
+Sums over all tasks; the time is the mean of receiving, training and sending together; speed and memory are what the
+site said of itself."""
 WAITING = """
 A place is one of the tasks that the schedule lets be under way at once; it waits while it is empty although a client is
 idle. Left, the mean number of places over time; right, how much of the run each client was without a task, which in a
@@ -88,14 +93,24 @@ Left, over all updates, each where it was merged first; right, over all updates 
 PARTICIPATION = """
 Whose updates made the model. A server that never waits hears fast clients more often; a tier is heard as it should be where its
 bar is as high as its share of the clients, or of the examples. Right, a dash is the client's share of the examples."""
+PARTICIPATION_ONE = """
+Whose updates made the model. A server that never waits hears fast clients more often. A dash is the client's share of the
+examples."""
 PARTICIPATION_OF = """
 Whose updates made the model: a tier is heard as it should be where its bar is as high as its share of the clients, or of the
 examples."""
 PACES = """
 Waiting is a schedule's places that are empty although a client is idle, times how long; staleness is the number of versions
 made while a client trained."""
+SENDING = """
+Answers that the server accepted, and bytes of tasks and answers, so far. The heads of messages, and what was sent again, are not
+counted; `fedloom status` tells all that went over the link since the server was started last."""
 SPENDING = "Answers that the server accepted, and bytes of all messages, so far."
 
+AGAIN = "A row can be given again as --set KEY=VALUE."
+UNUSED = (
+    f" Settings of a simulated world ({', '.join(facts.SIMULATED)}) play no part on real machines and are left out."
+)
 PARTITION = """
 Above, how many examples each client holds; below, the mix of {} among them. The more the columns differ, the
 harder the averaging."""
@@ -105,22 +120,32 @@ def single(log: RunLog) -> list[Section]:
     """The full report of one run; what was not recorded is left out."""
     chosen = tables.settings(log)
     return _kept(
-        (facts.measure(log).capitalize(), log.scores and Part(CURVES, svg=figures.accuracies([log]))),
+        (
+            facts.measure(log).capitalize(),
+            log.scores and Part(CURVES.format(facts.clock(log)), svg=figures.accuracies([log])),
+        ),
         ("Perplexity", facts.writes(log) and log.scores and Part(PERPLEXITY, svg=figures.perplexities([log]))),
         ("Answers", log.samples and Part(SAMPLES, grid=tables.samples(log), kind="texts")),
         ("Loss", log.versions and Part(LOSS, svg=figures.losses([log]))),
         ("Rank and energy", facts.spectra(log) and Part(ENERGY, svg=figures.energy(log))),
         ("Rank heterogeneity", _heterogeneity(log)),
-        ("Activity", log.tasks and Part(ACTIVITY, svg=figures_clients.activity(log))),
+        ("Sites", facts.deployed(log) and log.manifest["clients"] and Part(SITES, grid=sites.table(log))),
+        (
+            "Activity",
+            log.tasks and Part(_acting(log), svg=figures_clients.activity(log)),
+        ),
         ("Waiting", pace.timed(log) and Part(WAITING, pace.waited(log), svg=figures_pace.waiting(log))),
         ("Groups", _groups(log)),
         ("Staleness", _staleness(log)),
         ("Participation", _participation(log)),
-        ("Uploads and bytes", pace.timed(log) and Part(SPENDING, svg=figures_pace.spending(log))),
+        (
+            "Uploads and bytes",
+            pace.timed(log) and Part(SENDING if facts.deployed(log) else SPENDING, svg=figures_pace.spending(log)),
+        ),
         ("Data", log.manifest["partition"].get("clients") and _partition(log)),
         ("Use the result", log.versions and _load(log)),
         ("Model", log.manifest["model"] and Part("", grid=tables.model(log), kind="words")),
-        ("Settings", chosen.rows and Part("A row can be given again as --set KEY=VALUE.", grid=chosen, kind="words")),
+        ("Settings", chosen.rows and Part(AGAIN + (UNUSED if facts.deployed(log) else ""), grid=chosen, kind="words")),
         ("Versions and machine", Part("", grid=tables.environment(log), kind="words")),
     )
 
@@ -133,7 +158,10 @@ def comparison(logs: Sequence[RunLog]) -> list[Section]:
     return _kept(
         ("Summary", Part(SUMMARY, grid=tables.runs(logs))),
         ("Different settings", Part(DIFFERENT if differ.rows else "None.", grid=differ, kind="words")),
-        (facts.measure(*logs).capitalize(), scored and Part(CURVES, svg=figures.accuracies(logs))),
+        (
+            facts.measure(*logs).capitalize(),
+            scored and Part(CURVES.format(facts.clock(*logs)), svg=figures.accuracies(logs)),
+        ),
         ("Perplexity", facts.writes(*logs) and scored and Part(PERPLEXITY, svg=figures.perplexities(logs))),
         ("Loss", any(log.versions for log in logs) and Part(LOSSES, svg=figures.losses(logs))),
         ("Waiting and staleness", timed and Part(PACES, svg=figures_pace.paces(logs))),
@@ -160,13 +188,19 @@ def _heterogeneity(log: RunLog) -> tuple[object, ...]:
     before = "without any training" if facts.writes(log) else "by always answering its commonest label"
     one = f"There is only one rank: every client trains at rank {used[0]}." if len(used) == 1 else ""
     shares, paid = ranks.kept(log), ranks.paid(log)
+    served = " ".join(text for text in (ranks.served(log), ranks.missing(log)) if text)
     given = " ".join(text for text in (one, ranks.received(log), paid, ranks.rounded(log)) if text)
     return (
         (paid or shares)
         and Part(f"{GIVEN if shares else ''}{PAID if paid else ''}", given, svg=figures_ranks.handed(log)),
-        log.clients and Part(SERVED.format(before), ranks.served(log), svg=figures_ranks.clients(log)),
-        by_tier.rows and Part(TIERS, grid=by_tier),
+        log.clients and Part(SERVED.format(before), served, svg=figures_ranks.clients(log)),
+        not log.clients and served and Part("", served),
+        by_tier.rows and not facts.deployed(log) and Part(TIERS, grid=by_tier),
     )
+
+
+def _acting(log: RunLog) -> str:
+    return ACTIVITY.format("") + LINKS if facts.deployed(log) else ACTIVITY.format(", slowest tier on top")
 
 
 def _staleness(log: RunLog) -> object:
@@ -177,9 +211,9 @@ def _staleness(log: RunLog) -> object:
 
 
 def _participation(log: RunLog) -> object:
-    rows = pace.parts(log)
+    rows, caption = pace.parts(log), PARTICIPATION if len(facts.tiers(log)) > 1 else PARTICIPATION_ONE
     return any(row.updates > 0 for row in rows) and Part(
-        PARTICIPATION, pace.took_part(rows, log), svg=figures_pace.participation(log)
+        caption, pace.took_part(rows, log), svg=figures_pace.participation(log)
     )
 
 

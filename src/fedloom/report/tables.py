@@ -82,7 +82,7 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     spectra = facts.spectra(log)
     bases = [f"{label(name)} {percent(number(value))}" for name, value in log.manifest["baselines"].items()]
     chance = f"± {100 * facts.margin(score):.1f} points (95 %)" if score else "not measured"
-    who = f"{label(worst['client'])} ({label(worst.get('tier'))})" if worst else "not measured"
+    who = facts.whose(log, worst) if worst else "not measured"
     energy = spectra[-1]["energy"] if spectra else []
     told = any(line.get("energy") is not None for line in log.versions)
     none = "the server's product is zero" if told else "not measured" if log.versions else "no merge yet"
@@ -93,7 +93,7 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
         ("Before training", percent(accuracy(facts.first(log))), "; ".join(bases)),
         *(_written(log) if facts.writes(log) else ()),
         ("Worst client", percent(accuracy(worst)), who),
-        (f"{facts.noun(log).capitalize()}s", f"{facts.rounds(log):,}", f"{short(facts.elapsed(log))} virtual seconds"),
+        (f"{facts.noun(log).capitalize()}s", f"{facts.rounds(log):,}", facts.took(log, facts.elapsed(log))),
         ("Sent up", *_traffic(log, "bytes_up")),
         ("Sent down", *_traffic(log, "bytes_down")),
         ("Tasks merged", f"{merged:,} of {len(log.tasks):,}", losses or "none lost"),
@@ -136,7 +136,7 @@ def _pace(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     most, absent = (len(rows) * rows[0].updates, sum(row.updates == 0 for row in rows)) if rows else (math.nan, 0)
     hour = 3600 * uploads / facts.elapsed(log) if facts.elapsed(log) > 0 else math.nan
     return (
-        ("Uploads", count(uploads), f"{short(hour)} in a virtual hour"),
+        ("Uploads", count(uploads), f"{short(hour)} in {'an' if facts.deployed(log) else 'a virtual'} hour"),
         ("Waiting", percent(pace.waiting(log)), f"of the places' time, {short(lost)} seconds"),
         ("Staleness", short(pace.mean_staleness(log)), f"versions on average, at most {oldest:,}"),
         ("Busiest client", f"{short(most)} ×", f"an equal share of the updates; {absent:,} clients had none"),
@@ -224,7 +224,7 @@ def _seconds(line: Line, parts: Sequence[str]) -> float:
 
 def settings(log: RunLog) -> Grid:
     """Every setting of the run under its dotted key."""
-    return Grid(("Key", "Value"), tuple(_flat("", log.manifest["run"])))
+    return Grid(("Key", "Value"), tuple(_flat("", facts.chosen(log))))
 
 
 def differences(logs: Sequence[RunLog]) -> Grid:

@@ -66,6 +66,18 @@ def seconds(span: float) -> str:
     return NONE if math.isnan(span) else f"{short(span)}\u00a0s"
 
 
+def lasting(span: float) -> str:
+    """In the unit that fits.
+
+    >>> lasting(26.07), lasting(5400), lasting(259_200)
+    ('26.1\\xa0s', '90\\xa0min', '72\\xa0h')
+    """
+    if math.isnan(span):
+        return NONE
+    second, unit = scale([span], SPANS)
+    return f"{short(span / second)}\u00a0{unit}"
+
+
 def plural(count: int, noun: str) -> str:
     """
     >>> plural(1, "round"), plural(1200, "round")

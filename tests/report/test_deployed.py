@@ -1,0 +1,92 @@
+"""The report of a run on real machines: seconds that passed, sites and no tiers, nothing of a simulated world."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.report.html import page
+from fedloom.report.read import RunLog, read
+
+Fake = Callable[..., Path]
+UNSCORED = {"kind": "unscored", "client": "c01", "tier": "site", "rank": 4, "reason": "no answer within 900 s"}
+RUN = {"schedule": {"type": "FedFa", "window": 4}, "partition": {"type": "IID", "clients": 4}, "faults": None,
+       "world": {"type": "World", "jitter": 0.2}, "availability": None}  # fmt: skip
+
+
+def deployed(folder: Path, **more: Any) -> RunLog:
+    """The same run as if it had been carried out on real machines."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    known = {client: {**profile, "tier": "site", "memory": 8e9} for client, profile in manifest["clients"].items()}
+    manifest["partition"] = {"clients": {}, "label_names": ["a", "b"]}
+    manifest |= {"deployed": True, "clients": known, "run": RUN, "notes": [], **more}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, "tier": "site"} if line["kind"] == "client" else line for line in lines]
+    lines = [line for line in lines if line["kind"] != "client" or line["client"] != "c01"] + [UNSCORED]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return read(folder)
+
+
+def words(text: str) -> str:
+    """What a reader reads, in the pictures too."""
+    labels = re.findall(r'aria-label="([^"]*)"', text)
+    return " ".join([*re.sub(r"<style>.*?</style>|<[^>]*>", " ", text, flags=re.DOTALL).split(), *labels])
+
+
+def test_the_page_speaks_of_sites_and_of_seconds_that_passed(fake: Fake) -> None:
+    simulated = words(page([read(fake("run"))]))
+    log = deployed(fake("real"))
+    told = words(page([log]))
+    for word in (
+        "virtual",
+        "tier",
+        "Tier",
+        "phone",
+        "laptop",
+        "jitter",
+        "partition.clients",
+        "faults.",
+        "Share by tier",
+    ):
+        assert word not in told.replace("(partition, world, availability, faults)", ""), word
+    for word in ("virtual time", "slowest tier on top", "Slowest tier first"):
+        assert word in simulated, word
+    assert (
+        f"on real machines ({told.split('on real machines (')[1].split(',')[0]}, {len(log.manifest['clients'])} sites"
+        in told
+    )
+    assert "schedule.window" in told
+    assert "Sites" in told
+    for client in log.manifest["clients"]:
+        assert client in told
+    assert f"1 of {len(log.manifest['clients'])} clients gave no score (c01: no answer within 900 s)" in told
+    assert f"; 1 of {len(log.manifest['clients'])} gave no score" in told
+
+
+def test_a_deployment_that_was_ended_goes_on_with_serve(fake: Fake) -> None:
+    told = words(page([deployed(fake("real"), status="killed")]))
+    assert "fedloom serve FILE --folder FOLDER --resume" in told
+    assert "fedloom run FILE" not in told
+
+
+def test_where_nobody_gave_a_score_that_is_told(fake: Fake) -> None:
+    folder = fake("real")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines if line["kind"] != "client")
+    )
+    told = words(page([deployed(folder)]))
+    assert "1 of 1 client gave no score (c01: no answer within 900 s)" in told
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, False)])
+def test_a_comparison_names_its_time(fake: Fake, kinds: tuple[bool, bool]) -> None:
+    folders = [fake(f"run{k}") for k in range(2)]
+    logs = [deployed(folder) if real else read(folder) for folder, real in zip(folders, kinds, strict=True)]
+    assert ("virtual" in words(page(logs))) == (not any(kinds))
