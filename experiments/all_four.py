@@ -90,8 +90,8 @@ class Work:
 INSTRUCTIONS = Study(
     replace(natural_instructions(short_rows), limit=1600),
     str(MODEL),
-    flop=4.2e9,
-    bits=2.1e6,
+    flop=4.1e9,
+    bits=2.62e6,
     targets={},
     length=96,
     rate=1e-2,
