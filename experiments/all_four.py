@@ -100,7 +100,7 @@ INSTRUCTIONS = Study(
 """The upper two of six layers are adapted, so depth is 1 or 2 as on AG News; what lies below is computed once a text and kept."""
 WORKS = {
     "agnews": Work(STUDIES["agnews"], H, 8, SECONDS["near"], 0.65),
-    "instructions": Work(INSTRUCTIONS, 4, 6, 20.0, 100.0, topics=16),
+    "instructions": Work(INSTRUCTIONS, 4, 6, 20.0, 55.0, topics=16),
 }
 FEDAVG, ALL = "fedavg-lora", "at-once-int8"
 SINGLES = ("hlora", "fedfa", "hierfedlora", "cllora")
