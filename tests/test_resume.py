@@ -100,7 +100,7 @@ OUTSIDE = {
     "file",
     "stays",
     "faults",
-    "edge_of",
+    "edges_by_number",
 }
 """Fields that are no state, by a list of the test's own."""
 
@@ -162,7 +162,11 @@ class Toy:
             logs = [opened.enter_context(log(self.folder / name, size)) for name, size in sizes.items()]
             trace, metrics, count = (
                 Trace(logs[0]),
-                Metrics(logs[1], Places(tree.places(server)), server.edge_of if isinstance(server, Tree) else {}),
+                Metrics(
+                    logs[1],
+                    Places(tree.places(server)),
+                    tuple(server.branches.edges) if isinstance(server, Tree) else (),
+                ),
                 itertools.count(),
             )
 

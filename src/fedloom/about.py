@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 
 def groups(server: Server | Tree) -> dict[str, object]:
-    """Who is in which group, as far as it is known: the regions of a deployment say it when they join."""
+    """Who is in which group at the beginning, as far as it is known (the regions of a deployment say it when they join), and by what
+    clients are compared where groups are made again.
+    """
     if isinstance(server, Tree):
-        return {"groups": server.groups.names}
+        again = server.regrouping
+        return {"groups": server.groups.names, **({"compared": manifest.plain(again.compared)} if again else {})}
     known = server.state.groups
     return {"groups": {edge: [one.client for one in known[edge].members] for edge in sorted(known)}} if known else {}
 

@@ -87,9 +87,12 @@ class Edge:
     and what came too late to be merged is discarded.
     """
 
-    def __init__(self, server: Server, tells: bool = False) -> None:
-        """`server` is the policies of the edge; what it holds is replaced with each task. `tells`: the root's plan learns."""
-        self.tells = tells
+    def __init__(self, server: Server, tells: bool = False, times: bool = False) -> None:
+        """`server` is the policies of the edge; what it holds is replaced with each task.
+
+        `tells`: the root's plan learns. `times`: the root wants to know how long members take, and no more.
+        """
+        self.tells, self.looks = tells or times, tells
         server.state.stopped = True
         server.aggregator = OneSided(server.aggregator)
         self.server, self.state = server, EdgeState(server.state)
@@ -203,7 +206,7 @@ class Edge:
             self.state.shares[update.task.id] = Share(update.task.client, made.examples, made.steps, made.tokens)
         losses = [update.result.metrics["loss"] for update in updates if "loss" in update.result.metrics]
         self.state.loss = sum(losses) / len(losses) if losses else None
-        if self.tells:
+        if self.looks:
             self.state.gathered.look(model, updates)
 
     def _end(self, reason: str) -> list[Command]:

@@ -7,7 +7,8 @@ Source: Liu, Liao, H. Xu and Y. Xu, HierFedLoRA, arXiv 2503.21213, 2025 (near-II
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -185,18 +186,53 @@ class NearIID:
 
 
 def drifted(before: Sequence[Member], now: Sequence[Member], threshold: float = 0.25) -> bool:
-    """Whether clients' times have moved so far apart that groups made of the old ones are out of date.
+    """Whether clients' times have moved so far apart that groups made of the old ones are out of date: `drift` above `threshold`."""
+    old, new = ({member.client: member.seconds for member in members} for members in (before, now))
+    return drift(old, new) > threshold
+
+
+def drift(before: Mapping[ClientId, float], now: Mapping[ClientId, float]) -> float:
+    """By which share clients' seconds have moved apart; inf if no client is in both.
 
     Compared is each client's time relative to all others': if everybody becomes twice as slow nobody waits longer for anybody.
-    True if the mean of |log(now / before) - its mean| exceeds log(1 + threshold), or if no client is in both.
+    It is exp(mean of |log(now / before) - its mean|) - 1, so 0.25 if half the clients became 1.25 times slower, half as much faster.
     """
-    old = {member.client: member.seconds for member in before}
-    pairs = [(old[member.client], member.seconds) for member in now if member.client in old]
-    if not pairs:
-        return True
-    moves = [math.log(max(seconds, 1e-9) / max(was, 1e-9)) for was, seconds in pairs]
+    moves = [math.log(max(now[one], 1e-9) / max(was, 1e-9)) for one, was in before.items() if one in now]
+    if not moves:
+        return math.inf
     centre = fmean(moves)
-    return fmean(abs(move - centre) for move in moves) > math.log1p(threshold)
+    return math.expm1(fmean(abs(move - centre) for move in moves))
+
+
+def checked(groups: Groups, members: Sequence[Member]) -> Groups:
+    """The groups that are not empty. Raises Refused unless each client is in exactly one."""
+    found = tuple(group for group in groups if group)
+    every = [client for group in found for client in group]
+    for client in {member.client for member in members} ^ set(every):
+        remedy = "is no client of this run" if client in every else "is in no group"
+        raise Refused("hierarchy.groups", client, f"this client {remedy}; each client belongs to exactly one")
+    if len(every) > len(set(every)):
+        twice = next(client for client in every if every.count(client) > 1)
+        raise Refused("hierarchy.groups", twice, "this client is in two groups; each belongs to exactly one")
+    return found
+
+
+def matched(before: Groups, after: Groups) -> Groups:
+    """The groups `after` in the order of `before`, so that few clients change their number: the largest overlaps first.
+
+    Raises Refused if there are more or fewer than before.
+    """
+    if len(after) != len(before):
+        remedy = f"asked anew it makes so many, and there are {len(before)} edges; make always as many, or leave regroup out"
+        raise Refused("hierarchy.groups", len(after), remedy)
+    old = {client: number for number, group in enumerate(before) for client in group}
+    common = Counter((number, old[client]) for number, group in enumerate(after) for client in group if client in old)
+    places = dict[int, int]()
+    for (number, place), _ in sorted(common.items(), key=lambda entry: (-entry[1], entry[0])):
+        if number not in places.values() and place not in places:
+            places[place] = number
+    rest = iter(sorted(set(range(len(after))) - set(places.values())))
+    return tuple(after[places[place] if place in places else next(rest)] for place in range(len(before)))
 
 
 def by_name(members: Sequence[Member], groups: int) -> dict[ClientId, Member]:

@@ -16,11 +16,12 @@ from fedloom.codec import Codec
 from fedloom.edge import Below, Edge
 from fedloom.edgemodel import phase
 from fedloom.errors import Refused
-from fedloom.group import Grouping, Member
+from fedloom.group import Grouping, Member, checked
 from fedloom.layers import need_own_layers
 from fedloom.lora import server_rank
 from fedloom.plan.grouped import Planned
 from fedloom.regions import OverRegions
+from fedloom.regroup import Compared, Regrouping
 from fedloom.schedule.rounds import Rounds
 from fedloom.server import Server
 from fedloom.tree import Tree
@@ -72,7 +73,8 @@ class Hierarchy:
     live on the server, and nothing travels); a member's link to its edge is `inner_speedup` times as fast as to the server.
     Groups know how many examples of each label a client has; with `topics` how many of each of so many topics, which are found in
     what the base model makes of the texts: for data without labels. With `epsilon` a client tells no more than noisy counts, which
-    are `epsilon`-differentially private for one example (`histogram.noised`); 0: the true ones.
+    are `epsilon`-differentially private for one example (`histogram.noised`); 0: the true ones. With `regroup` the groups are made
+    again after a version of the server when clients' times have drifted by more than this share (`group.drift`); 0: never.
     """
 
     groups: Grouping = field(default_factory=Everybody)
@@ -84,6 +86,7 @@ class Hierarchy:
     inner_speedup: float = 1.0
     topics: int = 0
     epsilon: float = 0.0
+    regroup: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.rounds, int) and self.rounds < 1:
@@ -94,25 +97,28 @@ class Hierarchy:
             raise Refused("hierarchy.topics", self.topics, "0: groups are told labels, 16: that many topics instead")
         if not self.epsilon >= 0:
             raise Refused("hierarchy.epsilon", self.epsilon, "0: groups are told true counts, 1.0: noisy ones")
+        if not 0 <= self.regroup < math.inf:
+            raise Refused(
+                "hierarchy.regroup", self.regroup, "0: groups stay, 0.1: made again when times drifted by 10 %"
+            )
 
     def grouped(self, members: Sequence[Member], seed: int) -> dict[ClientId, tuple[ClientId, ...]]:
         """The groups by the names of their edges. Raises Refused unless each client is in exactly one."""
-        found = tuple(group for group in self.groups(members, seed) if group)
-        every = [client for group in found for client in group]
-        for client in {member.client for member in members} ^ set(every):
-            remedy = "is no client of this run" if client in every else "is in no group"
-            raise Refused("hierarchy.groups", client, f"this client {remedy}; each client belongs to exactly one")
-        if len(every) > len(set(every)):
-            twice = next(client for client in every if every.count(client) > 1)
-            raise Refused("hierarchy.groups", twice, "this client is in two groups; each belongs to exactly one")
+        found = checked(self.groups(members, seed), members)
         width = len(str(len(found) - 1))
         return {f"edge{k:0{width}d}": group for k, group in enumerate(found)}
 
-    def over(self, flat: Server, members: Mapping[ClientId, Sequence[Profile]]) -> Tree:
-        """The tree in the place of `flat`, which has done nothing yet. Raises Refused where the methods do not go together."""
-        edges = {name: self.edge(flat, len(own), len(members)) for name, own in members.items()}
+    def over(
+        self, flat: Server, members: Mapping[ClientId, Sequence[Profile]], compared: Compared | None = None
+    ) -> Tree:
+        """The tree in the place of `flat`, which has done nothing yet. `compared` is what groups are made again with.
+
+        Raises Refused where the methods do not go together.
+        """
+        most = sum(map(len, members.values())) if self.regroup else 0
+        edges = {name: self.edge(flat, len(own), len(members), most) for name, own in members.items()}
         root = self.root(flat, len(members), flat.transfer if self.link else None, Server)
-        tree = Tree(root, edges, Roster(members, self.link))
+        tree = Tree(root, edges, Roster(members, self.link), self._regrouping(compared, flat.seed))
         self._check(flat, tree.root.fleet())
         return tree
 
@@ -143,21 +149,30 @@ class Hierarchy:
             transfer=transfer,
         )
 
-    def edge(self, flat: Server, size: int, edges: int) -> Edge:
-        """One of so many edges, over `size` members."""
-        return Edge(self._inner(flat, self._method(flat), size, edges), isinstance(self.plan, Planned))
+    def edge(self, flat: Server, size: int, edges: int, most: int = 0) -> Edge:
+        """One of so many edges, over `size` members, who may become `most`."""
+        inner = self._inner(flat, size, edges, Rounds(cohort_size=max(size, most)))
+        return Edge(inner, isinstance(self.plan, Planned), self.regroup > 0)
+
+    def _regrouping(self, compared: Compared | None, seed: int) -> Regrouping | None:
+        """Raises ValueError if nobody said how clients compare."""
+        if not self.regroup:
+            return None
+        if compared is None:
+            raise ValueError("groups are made again with what is known of all clients: say with what they are compared")
+        return Regrouping(self.groups, self.regroup, compared, seed)
 
     def _method(self, flat: Server) -> Aggregator:
         """That of the edges."""
         return self.aggregator or cast(Aggregator, list(layers(flat.aggregator))[-1])
 
-    def _inner(self, flat: Server, method: Aggregator, size: int, edges: int) -> Server:
+    def _inner(self, flat: Server, size: int, edges: int, everybody: Rounds) -> Server:
         """The server of an edge with so many members. It gives a task up after its share of the failures that end the run."""
         failures = max(size, flat.limits.failures // edges)
         return Server(
             flat.state.model,
-            method,
-            self.schedule or Rounds(cohort_size=size),
+            self._method(flat),
+            self.schedule or everybody,
             Below(flat.assign),
             shape=flat.shape,
             limits=replace(flat.limits, seconds=None, failures=failures, evaluate_every=0),

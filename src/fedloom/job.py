@@ -190,8 +190,8 @@ class Job:
 
         sizes = self.begun.sizes if self.begun else dict.fromkeys(LOGS, 0)
         keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
-        edge_of = self.server.edge_of if isinstance(self.server, Tree) else {}
-        metrics = Metrics(keeper.logs[1], Places(places(self.server)), edge_of)
+        edges = tuple(self.server.branches.edges) if isinstance(self.server, Tree) else ()
+        metrics = Metrics(keeper.logs[1], Places(places(self.server)), edges)
         everyone: list[Observer] = [Trace(keeper.logs[0]), metrics, *observers]
         return Recording(self, keeper, metrics, progress, evaluate, observe)
 

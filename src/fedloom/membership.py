@@ -11,6 +11,7 @@ from fedloom.data.partition import Shard
 from fedloom.group import Member
 from fedloom.histogram import noised
 from fedloom.histogram import topics as found
+from fedloom.regroup import Compared
 from fedloom.server import Server
 from fedloom.train.base import Base
 from fedloom.train.embed import embeddings
@@ -45,13 +46,15 @@ def led(
     """
     if run.hierarchy is None or not shards:
         return flat
-    tokens = run.plan.local_steps * run.training.batch_size * run.training.max_length
+    steps, top = run.plan.local_steps, run.plan.rank.largest
+    tokens = steps * run.training.batch_size * run.training.max_length
     members, counts = [], told(run.hierarchy, base, texts, shards, names, run.seed)
     for shard in shards:
-        took = seconds(flat.shape, profiles[shard.client], run.plan.rank.largest, tokens)
+        took = seconds(flat.shape, profiles[shard.client], top, tokens)
         members.append(Member(shard.client, len(shard.train), took, counts[shard.client]))
     groups = run.hierarchy.grouped(members, run.seed)
-    return run.hierarchy.over(flat, {edge: tuple(profiles[one] for one in own) for edge, own in groups.items()})
+    profiled = {edge: tuple(profiles[one] for one in own) for edge, own in groups.items()}
+    return run.hierarchy.over(flat, profiled, Compared(tuple(members), top, steps, tokens))
 
 
 def told(

@@ -14,6 +14,7 @@ from fedloom.aggregate.combine import energy_shares
 from fedloom.edgetasks import EdgeTasks, answered
 from fedloom.lora import Factor, cut, stack
 from fedloom.places import Places
+from fedloom.treestate import BLOCK
 from fedloom.types import (
     Cancel,
     ClientId,
@@ -24,7 +25,9 @@ from fedloom.types import (
     Evaluate,
     Event,
     Model,
+    Moved,
     Publish,
+    Regroup,
     Reject,
     Scored,
     Start,
@@ -108,13 +111,13 @@ class Metrics:
     two of them: for a version that ends a round (nobody is at work when it is made), and for one that is scored. An asynchronous
     run makes a version with every answer, and would spend more on them than on merging.
 
-    `edge_of` names the edge of each client (empty: there are none). Members' staleness is then counted in the versions of their edge,
-    and what a member receives is not compared with the run's model, which it was not cut from.
+    `edges_by_number` names the edges (empty: there are none), which the numbers of tasks tell. Members' staleness is then counted in
+    the versions of their edge, and what a member receives is not compared with the run's model, which it was not cut from.
     """
 
     file: TextIO
     places: Places
-    edge_of: Mapping[ClientId, ClientId] = field(default_factory=dict)
+    edges_by_number: Sequence[ClientId] = ()
     edges: EdgeTasks = field(default_factory=EdgeTasks)
     traffic: Traffic = field(default_factory=Traffic)
     tasks: dict[int, Task] = field(default_factory=dict)
@@ -188,6 +191,12 @@ class Metrics:
                 self._ended(number, "unused", reason)
             case Within():
                 self._write_all(self.edges.follow(now, command))
+            case Regroup(version, drift, threshold, moves):
+                moving = [[move.client, move.edge, move.to] for move in moves]
+                line = {"kind": "regroup", "version": version, "time": now, "drift": drift, "threshold": threshold}
+                self.write({**line, "moves": moving})
+            case Moved(move):
+                self.write({"kind": "move", "time": now, "client": move.client, "edge": move.edge, "to": move.to})
             case Stop():
                 for number in [number for number in self.arrived if number in self.tasks]:
                     self._ended(number, "unused", "the run ended before it was merged")
@@ -206,7 +215,7 @@ class Metrics:
 
     def _why(self, number: int, ended: bool) -> str:
         """Why a task was cancelled: a merge cancels before its version is published, the end of a run after the last one."""
-        if self.edge_of:
+        if self.edges_by_number:
             return "its edge does not wait for it any more"
         if ended:
             return "the run ended before it was answered"
@@ -223,7 +232,9 @@ class Metrics:
         start = task.start
         size = payload.down(start)
         fold = size.total - payload.down(replace(start, fold=None)).total
-        return Sent(size, fold, kept(self.model, start, self.energy) if self.model and not self.edge_of else None)
+        return Sent(
+            size, fold, kept(self.model, start, self.energy) if self.model and not self.edges_by_number else None
+        )
 
     def _dropped(self, now: float, number: int, status: str, reason: str) -> None:
         self.arrived[number] = now
@@ -234,7 +245,7 @@ class Metrics:
         if task is None:
             return
         line: dict[str, object] = {"kind": "task", "id": number, "client": task.client, "version": task.version}
-        line |= {"edge": self.edge_of[task.client]} if self.edge_of else {}
+        line |= {"edge": self.edges_by_number[(number - 1) // BLOCK]} if self.edges_by_number else {}
         line |= {
             "rank": task.budget.rank,
             "depth": task.budget.depth,

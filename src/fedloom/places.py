@@ -17,6 +17,7 @@ from fedloom.types import (
     Discard,
     Dispatch,
     Event,
+    Moved,
     Publish,
     Stop,
     TaskFailed,
@@ -89,6 +90,8 @@ class Places:
                         del self.held[update.task.client]
             case Within(_, _, Discard(number, client, _)) if self.held.get(client) == number:
                 del self.held[client]
+            case Moved(_, places):
+                self.total = places
             case Stop():
                 self.stopped = True
 

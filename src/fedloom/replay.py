@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from fedloom import checkpoint, codec, group, hierarchy, manifest, treestate
+from fedloom import checkpoint, codec, group, hierarchy, manifest, regroup, treestate
 from fedloom import server as core
 from fedloom.cost import Shape
 from fedloom.errors import Refused
 from fedloom.hierarchy import Hierarchy
+from fedloom.regroup import Compared
 from fedloom.report.read import read
 from fedloom.server import Limits, Server
 from fedloom.trace import line
@@ -125,6 +126,8 @@ def fresh(folder: Path) -> Server | Tree:
         kept = checkpoint.load(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
         known = about["clients"].items() if made["hierarchy"] else ()
         profiles = {one: reader.read(Profile, told) for one, told in known}
+        again = made["hierarchy"] and made["hierarchy"].regroup
+        compared = reader.read(Compared, about["compared"]) if again else None
     except (Malformed, KeyError, TypeError) as error:
         remedy = (
             f"its policies cannot be made from the manifest ({error}); in Python, replay(folder, server) takes your own"
@@ -133,18 +136,24 @@ def fresh(folder: Path) -> Server | Tree:
     torch.set_num_threads(settings["threads"])
     policies = (made["aggregator"], made["schedule"], made["plan"])
     more = {"limits": made["limits"], "seed": settings["seed"], "transfer": made["transfer"]}
-    return _led(Server(kept["first"], *policies, shape=kept["shape"], **more), made["hierarchy"], about, profiles)
+    flat = Server(kept["first"], *policies, shape=kept["shape"], **more)
+    return _led(flat, made["hierarchy"], about, profiles, compared)
 
 
 def _led(
-    flat: Server, over: Hierarchy | None, about: Mapping[str, Any], profiles: Mapping[ClientId, Profile]
+    flat: Server,
+    over: Hierarchy | None,
+    about: Mapping[str, Any],
+    profiles: Mapping[ClientId, Profile],
+    compared: Compared | None,
 ) -> Server | Tree:
     """With its edges, or over regions, where these are elsewhere."""
     if over is None:
         return flat
     if "regions" in about:
         return over.over_regions(flat, about["regions"])
-    return over.over(flat, {edge: tuple(profiles[one] for one in own) for edge, own in about["groups"].items()})
+    members = {edge: tuple(profiles[one] for one in own) for edge, own in about["groups"].items()}
+    return over.over(flat, members, compared)
 
 
 def _names() -> Mapping[str, Any]:
@@ -152,7 +161,7 @@ def _names() -> Mapping[str, Any]:
     folders = [import_module(f"fedloom.{name}") for name in POLICIES]
     modules = [import_module(f"{one.__name__}.{info.name}") for one in folders for info in iter_modules(one.__path__)]
     things = chain.from_iterable(
-        vars(module).items() for module in (*modules, codec, core, group, hierarchy, treestate)
+        vars(module).items() for module in (*modules, codec, core, group, hierarchy, regroup, treestate)
     )
     return {name: thing for name, thing in things if callable(thing)}
 

@@ -35,7 +35,7 @@ SHARE = 0.05
 """Of a run's time, that checkpoints may take."""
 SECONDS = 30.0
 """Between two checkpoints, or more where they take more than their share."""
-FIXED = ("computed", "model", "partition", "clients", "groups", "baselines")
+FIXED = ("computed", "model", "partition", "clients", "groups", "compared", "baselines")
 """Sections of the manifest that follow from the run and its data, and have to be the same when it goes on."""
 
 
@@ -53,7 +53,7 @@ REBUILT: Mapping[type, frozenset[str]] = {
         {"server", "trainer", "world", "profiles", "evaluate", "observe", "seed", "presence", "settled", "pending"}
     ),
     Presence: frozenset({"stays", "faults", "seed"}),
-    Metrics: frozenset({"file", "edge_of"}),
+    Metrics: frozenset({"file", "edges_by_number"}),
     Progress: frozenset(),
 }
 """Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`).

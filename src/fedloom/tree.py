@@ -16,6 +16,7 @@ from fedloom import payload
 from fedloom.cost import Shape
 from fedloom.edge import Edge
 from fedloom.edgemodel import narrowed
+from fedloom.regroup import Regrouping, change, ready
 from fedloom.server import Server, State
 from fedloom.told import learnt, timed
 from fedloom.treestate import BLOCK, Branches, Down, Roster, Up, Whole
@@ -32,13 +33,12 @@ from fedloom.types import (
     Event,
     Fleet,
     GroupLog,
+    Moved,
     Publish,
     Reject,
     Report,
-    Result,
     Scored,
     Stop,
-    Task,
     TaskFailed,
     TaskReceived,
     TimerFired,
@@ -51,17 +51,28 @@ from fedloom.types import (
 class Tree:
     """The root and its edges as one server."""
 
-    def __init__(self, root: Server, edges: Mapping[ClientId, Edge], groups: Roster) -> None:
-        """`root` and `edges` have done nothing yet; the order of the edges is that of their numbers."""
-        self.root, self.groups = root, groups
+    def __init__(
+        self, root: Server, edges: Mapping[ClientId, Edge], groups: Roster, regrouping: Regrouping | None = None
+    ) -> None:
+        """`root` and `edges` have done nothing yet; the order of the edges is that of their numbers. `groups` are the first ones."""
+        self.root, self.groups, self.regrouping = root, groups, regrouping
         self._edges = dict(edges)
-        self.edge_of = {one.client: edge for edge, own in groups.members.items() for one in own}
-        self.branches = Branches({name: edge.state for name, edge in edges.items()})
+        of = {one.client: edge for edge, own in groups.members.items() for one in own}
+        self.branches = Branches({name: edge.state for name, edge in edges.items()}, of)
+        if regrouping is not None:
+            self.branches.grouped = {one.client: one.seconds for one in regrouping.compared.members}
         for k, state in enumerate(self.branches.edges.values()):
             state.server.next_task = k * BLOCK + 1
         root.state.next_task = len(self._edges) * BLOCK + 1
-        root.state.groups = {edge: GroupLog(groups.profile(edge), tuple(own)) for edge, own in groups.members.items()}
-        self.state = Whole(root.state, self.branches, self.edge_of)
+        root.state.groups = {
+            edge: GroupLog(groups.profile(edge, own), tuple(own)) for edge, own in groups.members.items()
+        }
+        self.state = Whole(root.state, self.branches)
+
+    @property
+    def edge_of(self) -> Mapping[ClientId, ClientId]:
+        """The edge of each client, now."""
+        return self.branches.edge_of
 
     @property
     def shape(self) -> Shape:
@@ -145,27 +156,43 @@ class Tree:
         return commands if kept else commands + self._gone(now, edge, "the edge was lost")
 
     def _known(self, now: float, edge: ClientId) -> None:
-        """An edge joins with its first member."""
+        """An edge joins with its first member; one with other members is another client than before."""
         state, root = self.branches.edges[edge], self.root.state
-        if not state.empty and not state.down and edge not in root.idle and edge not in root.working:
-            self.root.handle(now, ClientJoined(self.groups.profile(edge)))
+        known = root.working[edge][0] if edge in root.working else root.idle.get(edge)
+        if known != root.groups[edge].edge and (known or not (state.empty or state.down)):
+            self.root.handle(now, ClientJoined(root.groups[edge].edge))
 
     # Between root and edges ----------------------------------------------------------------------------------------------
 
     def _deliver(self, now: float) -> list[Command]:
-        """Messages that have arrived, in order, and what follows at once."""
-        commands = list[Command]()
+        """Messages that have arrived, in order, and what follows at once; members move before their edge's next task."""
+        commands = self._move(now)
         while self.branches.moving and self.branches.moving[0][0] <= now and not self.root.state.stopped:
             time, _, message = heapq.heappop(self.branches.moving)
             match message:
                 case Down(edge, task):
                     commands += self._inside(edge, self._edge(edge).handle(now, TaskReceived(task)), now)
                 case Up(edge, number, result, told):
-                    answer = self._timed(self.root.state.busy[number], result, time)
+                    answer = self.groups.timed(self.root.state.busy[number], result, time)
                     if told is not None:
                         self._learn(edge, timed(told, answer.metrics))
                     commands += self._root(now, UpdateArrived(edge, number, answer))
+            commands += self._move(now)
         return commands
+
+    def _move(self, now: float) -> list[Command]:
+        """Whoever is to be in another group and can leave now: for edges, a member that is lost here and joins there."""
+        root, branches = self.root.state, self.branches
+        moves = ready(root.groups, branches) if branches.leaving and not root.stopped else []
+        for move in moves:
+            here = branches.edges[move.edge].server.idle.get(move.client)
+            self._edge(move.edge).handle(now, ClientLost(move.client))
+            change(root, branches, self.groups, move)
+            if here:
+                self._edge(move.to).handle(now, ClientJoined(here))
+        for edge in dict.fromkeys(edge for move in moves for edge in (move.edge, move.to)):
+            self._known(now, edge)
+        return [Moved(move, places(self)) for move in moves]
 
     def _inside(self, edge: ClientId, commands: Sequence[Command], now: float) -> list[Command]:
         """An edge's commands as the tree's: those for members as they are, the others told; its answer goes to the root."""
@@ -206,6 +233,11 @@ class Tree:
                 case Reject(edge, number, reason):
                     told.append(Within(edge, number, command))
                     told += self._root(now, TaskFailed(edge, number, reason))
+                case Publish(version):
+                    told.append(command)
+                    if self.regrouping and not self.root.state.stopped:
+                        asked = self.regrouping.ask(self.root.state.groups, self.branches, version)
+                        told += [asked] if asked else []
                 case _:
                     told.append(command)
         return told
@@ -229,16 +261,10 @@ class Tree:
         heapq.heappush(self.branches.moving, (arrives, self.branches.made, message))
         self.branches.made += 1
 
-    def _timed(self, task: Task, result: Result, arrives: float) -> Result:
-        """With the seconds that it took, as a client reports them."""
-        down = self.groups.seconds_down(payload.down(task.start).total)
-        up = self.groups.seconds_up(payload.up(task, result).total)
-        seconds = arrives - task.sent
-        parts = {"seconds_down": down, "seconds_train": max(0.0, seconds - down - up), "seconds_up": up}
-        return replace(result, metrics={**result.metrics, "seconds": seconds, **parts})
-
     def _learn(self, edge: ClientId, told: Told) -> None:
         self.root.state.groups[edge] = learnt(self.root.state.groups[edge], told)
+        if self.regrouping is not None:
+            self.regrouping.learn(self.root.state.groups, self.branches, edge, self.root.shape)
 
     def _number(self, edge: ClientId) -> int:
         """The root's task of this edge; 0: none."""
@@ -247,7 +273,7 @@ class Tree:
 
     def places(self, edge: ClientId) -> int:
         """The most members of this edge that may be at work at once."""
-        return min(len(self.groups.members[edge]), self._edges[edge].server.schedule.max_in_flight)
+        return min(len(self.root.state.groups[edge].members), self._edges[edge].server.schedule.max_in_flight)
 
     def _edge(self, name: ClientId) -> Edge:
         edge = self._edges[name]

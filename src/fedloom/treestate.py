@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TypeVar
 
+from fedloom import payload
 from fedloom.edge import EdgeState
 from fedloom.errors import Refused
 from fedloom.server import State
@@ -32,7 +33,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Roster:
-    """Who belongs to which edge: the profiles of its members by the edge's name. No `link`: the edges live where the root does."""
+    """Who belongs to which edge at first: the profiles of its members by its name. No `link`: the edges live where the root does."""
 
     members: Mapping[ClientId, Sequence[Profile]]
     link: Link | None = None
@@ -42,9 +43,9 @@ class Roster:
         """The clients of each edge."""
         return {edge: [one.client for one in own] for edge, own in self.members.items()}
 
-    def profile(self, edge: ClientId) -> Profile:
-        """An edge as the root sees it: the examples of all members, the speed and the memory of the least of them."""
-        own, link = self.members[edge], self.link
+    def profile(self, edge: ClientId, own: Sequence[Profile]) -> Profile:
+        """An edge of these members as the root sees it: the examples of all, the speed and the memory of the least of them."""
+        link = self.link
         up, down = (link.up_bps, link.down_bps) if link else (math.inf, math.inf)
         flops, memory = min(one.flops for one in own), min(one.memory for one in own)
         return Profile(edge, sum(one.examples for one in own), flops, up, down, memory, "edge")
@@ -56,6 +57,14 @@ class Roster:
     def seconds_up(self, size: int) -> float:
         """Of so many bytes from an edge."""
         return 8.0 * size / self.link.up_bps if self.link else 0.0
+
+    def timed(self, task: Task, result: Result, arrives: float) -> Result:
+        """An edge's answer with the seconds that it took, as a client reports them."""
+        down = self.seconds_down(payload.down(task.start).total)
+        up = self.seconds_up(payload.up(task, result).total)
+        seconds = arrives - task.sent
+        parts = {"seconds_down": down, "seconds_train": max(0.0, seconds - down - up), "seconds_up": up}
+        return replace(result, metrics={**result.metrics, "seconds": seconds, **parts})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +92,20 @@ class Up:
 
 @dataclass(slots=True)
 class Branches:
-    """All that changes in a tree beside the root's state: its edges by name, and `moving`, messages by their time of arrival."""
+    """All that changes in a tree beside the root's state: its edges by name, and `moving`, messages by their time of arrival.
+
+    `edge_of` names the edge of each client. Where groups are made anew, `leaving` names the edge to which a client is to move,
+    `grouped` the times of all clients by which the groups were made last, `seconds` those measured since.
+    """
 
     edges: dict[ClientId, EdgeState]
+    edge_of: dict[ClientId, ClientId]
     now: float = 0.0
     made: int = 0
     moving: list[tuple[float, int, Down | Up]] = field(default_factory=list)
+    leaving: dict[ClientId, ClientId] = field(default_factory=dict)
+    grouped: dict[ClientId, float] = field(default_factory=dict)
+    seconds: dict[ClientId, float] = field(default_factory=dict)
 
 
 K = TypeVar("K")
@@ -122,9 +139,9 @@ class Routed(Mapping[K, V]):
 class Whole:
     """The state of a tree as its driver sees it: the model is the root's, the clients are those of all edges."""
 
-    def __init__(self, root: State, branches: Branches, of: Mapping[ClientId, ClientId]) -> None:
-        """`of` names the edge of each client."""
-        self._root, self._branches, self._of = root, branches, of
+    def __init__(self, root: State, branches: Branches) -> None:
+        """All of it."""
+        self._root, self._branches = root, branches
 
     @property
     def model(self) -> Model:
@@ -198,7 +215,7 @@ class Whole:
         return self._by_client(lambda server: server.pruned)
 
     def _by_client(self, table: Callable[[State], Mapping[ClientId, V]]) -> Mapping[ClientId, V]:
-        edges, of = self._branches.edges, self._of
+        edges, of = self._branches.edges, self._branches.edge_of
 
         def at(client: ClientId) -> Mapping[ClientId, V] | None:
             return table(edges[of[client]].server) if client in of else None

@@ -214,11 +214,15 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class GroupLog:
-    """What the root knows of a group: its edge and its members before training, and what the edge told last, oldest first."""
+    """What the root knows of a group: its edge and its members before training, and what the edge told last, oldest first.
+
+    `past` is what members who came from another group did before; in `told` a line of a member who has left names nobody.
+    """
 
     edge: Profile
     members: tuple[Profile, ...]
     told: tuple[Told, ...] = ()
+    past: Mapping[ClientId, tuple[Spent, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,7 +429,39 @@ class Within:
     what: Dispatch | Cancel | Publish | Discard | Report | Reject | Stop
 
 
-Command: TypeAlias = Dispatch | Cancel | Publish | Evaluate | Reject | Stop | Report | Discard | Within
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A client goes from its `edge` `to` another one."""
+
+    client: ClientId
+    edge: ClientId
+    to: ClientId
+
+
+@dataclass(frozen=True, slots=True)
+class Regroup:
+    """After this version the groups were made anew, since clients' times had drifted by more than `threshold`: these are to move.
+
+    `drift` is `group.drift` of the times now from those at which the groups were made before.
+    """
+
+    version: int
+    drift: float
+    threshold: float
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """This move is done; `places` are the most clients that may be at work at once from now on."""
+
+    move: Move
+    places: int
+
+
+Command: TypeAlias = (
+    Dispatch | Cancel | Publish | Evaluate | Reject | Stop | Report | Discard | Within | Regroup | Moved
+)
 
 
 # Policies ------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from fedloom.plan.rank import RandomRank
 from fedloom.server import Limits
 from fedloom.trace import line, written
 from fedloom.tree import Tree
-from fedloom.treestate import Link, Whole
+from fedloom.treestate import BLOCK, Link, Whole
 from fedloom.types import (
     Cancel,
     ClientJoined,
@@ -38,6 +38,7 @@ from fedloom.types import (
     EdgeLost,
     EdgeReturned,
     Event,
+    Moved,
     Publish,
     Reject,
     Report,
@@ -111,8 +112,10 @@ def sapling(tree: Tree) -> Tree:
         edge.server.state = edge.state.server
         other._edges[name].server = twin(edge.server)
         edges[name] = replace(edge.state, server=other._edges[name].server.state, shares=dict(edge.state.shares))
-    other.branches = replace(tree.branches, edges=edges, moving=list(tree.branches.moving))
-    other.state = Whole(other.root.state, other.branches, tree.edge_of)
+    mine = tree.branches
+    copies = {name: type(getattr(mine, name))(getattr(mine, name)) for name in ("edge_of", "leaving", "seconds")}
+    other.branches = replace(mine, edges=edges, moving=list(mine.moving), **copies)
+    other.state = Whole(other.root.state, other.branches)
     return other
 
 
@@ -133,6 +136,7 @@ class Storm:
         self.counted: set[int] = set()
         self.ended: set[int] = set()
         self.down: set[str] = set()
+        self.home = dict(tree.edge_of)
 
     def step(self, kind: str, pick: int, later: float) -> None:
         """One event of this kind; `pick` chooses whom it is about."""
@@ -212,7 +216,8 @@ class Storm:
                 assert task.id not in self.tasks, "a task id was used twice"
                 assert task.client in self.present - set(self.outstanding.values())
                 assert task.sent == self.now
-                assert self.tree.edge_of[task.client] not in self.down
+                assert self.home[task.client] not in self.down
+                assert self.home[task.client] == f"edge{(task.id - 1) // BLOCK}"
                 self.tasks[task.id] = task
                 self.outstanding[task.id] = task.client
             case Cancel(number, client):
@@ -225,6 +230,11 @@ class Storm:
                 self.counted |= set(reports)
             case Within(_, number, what):
                 self.inside(number, what)
+            case Moved(move):
+                assert move.client not in self.outstanding.values(), "it is at work"
+                assert move.client not in {self.tasks[mine].client for mine in self.waiting}, "its answer counts here"
+                assert self.home[move.client] == move.edge != move.to
+                self.home[move.client] = move.to
             case Stop():
                 self.stopped = True
             case Reject():
@@ -276,6 +286,12 @@ class Storm:
         assert self.waiting <= arrived <= self.waiting | self.merged.keys()
         root = self.tree.root.state
         assert set(root.busy) | {one.task.id for one in root.arrived} | self.counted | self.ended == self.outer.keys()
+        assert self.home == self.tree.edge_of
+        assert {edge: {one.client for one in log.members} for edge, log in root.groups.items()} == {
+            edge: {client for client, own in self.home.items() if own == edge} for edge in set(self.home.values())
+        }, "an edge lost its last member"
+        for edge, profile in [*root.idle.items(), *((edge, own) for edge, (own, _) in root.working.items())]:
+            assert profile == root.groups[edge].edge, "the root knows an edge by other members"
         self.check_wake()
 
     def check_wake(self) -> None:

@@ -12,6 +12,7 @@ travel in the fold), memory is `Shape.train_memory(rank, batch_tokens, depth)`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fedloom.cost import Shape
@@ -94,6 +95,14 @@ class CostModel:
         """From dispatch to arrival, in float32 and with nothing in the fold but the layers below."""
         links = self.download_seconds(shape.payload(rank)) + self.upload_seconds(shape.payload(rank, depth))
         return links + steps * self.step_seconds(depth)
+
+
+def moving(values: Iterable[float]) -> float:
+    """What is known after these, oldest first: a plain mean at first, then a moving one; 0 of none."""
+    known = 0.0
+    for seen, value in enumerate(values):
+        known = _followed(known, value, seen)
+    return known
 
 
 def _gain(seen: int) -> float:

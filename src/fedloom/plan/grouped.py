@@ -19,7 +19,7 @@ from fedloom.plan.costmodel import GAIN, CostModel
 from fedloom.plan.depth import FixedDepth, check_blocks
 from fedloom.plan.groupcost import Device, GroupState, Observed, Sizes
 from fedloom.plan.joint import Joint, Scored
-from fedloom.types import Budget, Fleet, GroupLog, Profile, Spent, Told
+from fedloom.types import Budget, ClientId, Fleet, GroupLog, Profile, Spent, Told
 
 RANK = 8
 """Of a client before it was seen; it adds little to the time of a step."""
@@ -96,13 +96,19 @@ def device(profile: Profile, log: GroupLog, shape: Shape, batch_tokens: int) -> 
     Sizes are those of float32 without folds, in what is learnt and in what is told from it; so a codec counts as a faster link, a
     fold as a slower one.
     """
-    spent = [one for told in log.told for one in told.spent if one.client == profile.client and one.train > 0]
+    spent = [one for one in history(log, profile.client) if one.train > 0]
     cost = CostModel.of(profile, shape, spent[-1].rank if spent else RANK, batch_tokens)
     for one in spent:
         cost = _followed(cost, one, shape)
     seconds = tuple(cost.step_seconds(depth) for depth in range(1, shape.layers + 1))
     up, down = (8.0 / link if link > 0 else math.inf for link in (cost.up, cost.down))
     return Device(profile.client, seconds, up, down, profile.memory)
+
+
+def history(log: GroupLog, client: ClientId) -> tuple[Spent, ...]:
+    """What a member did, oldest first: in other groups before, then in this one."""
+    here = (one for told in log.told for one in told.spent if one.client == client)
+    return (*log.past.get(client, ()), *here)
 
 
 def _followed(cost: CostModel, one: Spent, shape: Shape) -> CostModel:
@@ -165,12 +171,14 @@ def barrier(told: Told) -> float:
 def surprise(told: Told, known: GroupState) -> float:
     """Seconds by which the slowest links of a task were slower than the slowest that is known (`known` has no barrier yet).
 
+    Those of members who have left since say nothing of the group.
     It is nothing where links stay as they are. Where they are drawn anew each time some member has a slow one in every inner round,
     and an average does not tell.
     """
-    if not told.spent:
+    links = [(one.down + one.up) / one.answers for one in told.spent if one.client]
+    if not links:
         return 0.0
-    slowest = max((one.down + one.up) / one.answers for one in told.spent)
+    slowest = max(links)
     depth = told.budget.depth or known.layers
     return max(0.0, slowest - max(known.links(depth, told.budget.rank)))
 

@@ -1,0 +1,120 @@
+"""Laws 6, 7 and 8 in storms in which clients' times drift and groups are made anew: nothing is lost or counted twice by a move.
+
+The books are those of `test_every_tree`; beside them stands who is in which group, which only `Moved` may change.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import toys
+from fedloom.group import BySpeed, Grouping, Groups, Member, NearIID
+from fedloom.hierarchy import Hierarchy
+from fedloom.plan.budget import Plan
+from fedloom.plan.rank import RandomRank
+from fedloom.regroup import Compared
+from fedloom.server import Limits
+from fedloom.tree import Tree
+from fedloom.treestate import Link
+from fedloom.types import Command, Moved, Regroup, Schedule, UpdateArrived
+from laws.test_every_schedule import good
+from laws.test_every_tree import GROUPS, NAMES, PLAIN, PROFILES, START, STORM, Storm
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """The slowest apart, the quickest apart, everybody else together: groups of other sizes than before."""
+
+    def __call__(self, members: Sequence[Member], seed: int) -> Groups:
+        """Sorted by seconds."""
+        first, *rest, last = (m.client for m in sorted(members, key=lambda m: (m.seconds, m.client)))
+        return ((last,), tuple(rest), (first,))
+
+
+GROUPINGS: tuple[Grouping, ...] = (BySpeed(3), Uneven(), NearIID(3, waiting=1.0, largest=6))
+MEMBERS = tuple(Member(name, PROFILES[name].examples, 1.0, (1.0 + k % 3, 1.0)) for k, name in enumerate(NAMES))
+
+
+def planted(above: Schedule, below: Schedule | None, grouping: Grouping, link: Link | None, rounds: int = 2) -> Tree:
+    """A tree of three edges whose groups are made anew at the least drift."""
+    hierarchy = Hierarchy(grouping, rounds, below, link=link, regroup=1e-6)
+    given: dict[str, Any] = {"start": START, "assign": Plan(RandomRank(1, 3), 4), "limits": Limits(versions=8)}
+    own = iter(PROFILES.values())
+    members = {f"edge{k}": tuple(next(own) for _ in range(size)) for k, size in enumerate(GROUPS)}
+    return hierarchy.over(toys.server(above, **given), members, Compared(MEMBERS, 3, 4, 100))
+
+
+class Drifting(Storm):
+    """Each answer took another time."""
+
+    def __init__(self, tree: Tree, seed: int) -> None:
+        """Nobody is there yet."""
+        super().__init__(tree)
+        self.dice, self.asked, self.moves = random.Random(seed), 0, 0
+
+    def answer(self, number: int) -> None:
+        """A good answer, which counts."""
+        client, task = self.outstanding.pop(number), self.tasks[number]
+        self.waiting.add(number)
+        took = {f"seconds_{part}": self.dice.lognormvariate(0.0, 2.0) for part in ("down", "train", "up")}
+        self.tell(UpdateArrived(client, number, replace(good(task), metrics=took)))
+
+    def follow(self, command: Command) -> None:
+        """Write one command into the books."""
+        if isinstance(command, Regroup):
+            assert command.drift > command.threshold == 1e-6
+            assert {move.client: move.edge for move in command.moves}.items() <= self.home.items()
+            self.asked += 1
+            return
+        self.moves += isinstance(command, Moved)
+        super().follow(command)
+
+
+def blown(tree: Tree, script: list[tuple[str, int, float]], seed: int) -> Drifting:
+    storm = Drifting(tree, seed)
+    for event in [("join", k, 0.0) for k in range(8)] + script:
+        storm.step(*event)
+    storm.finish(NAMES[len(script) % len(NAMES)])
+    return storm
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=toys.called)
+@pytest.mark.parametrize("above", PLAIN, ids=lambda one: type(one).__name__)
+@given(data=st.data(), script=STORM, seed=st.integers(0, 99))
+@settings(max_examples=5, deadline=None, derandomize=True)
+def test_a_storm_with_drift(
+    above: Schedule, grouping: Grouping, data: st.DataObject, script: list[tuple[str, int, float]], seed: int
+) -> None:
+    below = data.draw(st.sampled_from((None, *PLAIN)))
+    blown(planted(above, below, grouping, data.draw(st.sampled_from((None, Link(2e4, 1e4))))), script, seed)
+
+
+@pytest.mark.parametrize("link", [None, Link(2e4, 1e4)], ids=["near", "far"])
+@pytest.mark.parametrize("above", PLAIN, ids=lambda one: type(one).__name__)
+def test_a_calm_sea_with_drift_moves_clients(above: Schedule, link: Link | None) -> None:
+    """Without it the storms could pass because nothing ever moves."""
+    asked = moves = 0
+    for grouping in GROUPINGS:
+        storm = blown(planted(above, None, grouping, link), [("answer", k % 8, 1.0) for k in range(60)], 3)
+        asked, moves = asked + storm.asked, moves + storm.moves
+    assert asked >= 3
+    assert moves >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("above", toys.schedules(), ids=toys.called)
+@given(data=st.data(), script=STORM, seed=st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_a_storm_with_drift_of_every_pair(
+    above: Schedule, data: st.DataObject, script: list[tuple[str, int, float]], seed: int
+) -> None:
+    below, grouping = data.draw(st.sampled_from((None, *toys.schedules()))), data.draw(st.sampled_from(GROUPINGS))
+    link, rounds = data.draw(st.sampled_from((None, Link(2e4, 1e4)))), data.draw(st.integers(1, 4))
+    blown(planted(above, below, grouping, link, rounds), script, seed)
