@@ -57,6 +57,7 @@ from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.availability import Availability
 from fedloom.codec import Codec
 from fedloom.faults import Faults
+from fedloom.group import BySpeed, NearIID
 from fedloom.hierarchy import Hierarchy
 from fedloom.lora import whole
 from fedloom.metrics import Metrics
@@ -260,6 +261,28 @@ def test_so_does_a_run_with_edges(
 
     def toy(folder: Path) -> Toy:
         return Toy(folder, method, above, transfer, unreliable, hierarchy=hierarchy)
+
+    check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
+
+
+@pytest.mark.parametrize("above", toys.schedules(), ids=toys.called)
+@given(data=st.data(), stops=STOPS, unreliable=st.booleans())
+@settings(max_examples=2, deadline=None)
+def test_so_does_a_run_whose_groups_are_made_again(
+    tmp_path_factory: pytest.TempPathFactory,
+    above: Schedule,
+    data: st.DataObject,
+    stops: Sequence[int],
+    unreliable: bool,
+) -> None:
+    """A checkpoint holds the present groups, the times that they were made of, and who is still to move."""
+    below, plan = data.draw(st.sampled_from([None, *toys.schedules()])), Planned(Scored(6, 3, rank=4), batch_tokens=50)
+    how: dict[str, Any] = {"link": data.draw(st.sampled_from([None, Link(2e4, 2e4)])), "schedule": below}
+    how |= {"plan": data.draw(st.sampled_from([None, plan])), "regroup": 1e-6}
+    hierarchy = Hierarchy(data.draw(st.sampled_from([BySpeed(2), NearIID(2, waiting=1.0, largest=5)])), **how)
+
+    def toy(folder: Path) -> Toy:
+        return Toy(folder, FedIT(), above, None, unreliable, hierarchy=hierarchy)
 
     check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
 

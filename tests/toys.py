@@ -302,4 +302,15 @@ def tree(groups: Sequence[int], hierarchy: Any = None, **more: Any) -> Any:
 
     own, given = iter(profiles(sum(groups)).values()), Hierarchy() if hierarchy is None else hierarchy
     members = {f"edge{k}": tuple(next(own) for _ in range(size)) for k, size in enumerate(groups)}
-    return given.over(server(**more), members)
+    return given.over(server(**more), members, compared(sum(groups)) if given.regroup else None)
+
+
+def compared(count: int) -> Any:
+    """Clients c0, c1, ... of which nothing is known but their labels; a task of 4 steps at rank 3."""
+    from fedloom.group import Member
+    from fedloom.regroup import Compared
+
+    members = (
+        Member(name, one.examples, 1.0, (1.0 + k % 3, 1.0)) for k, (name, one) in enumerate(profiles(count).items())
+    )
+    return Compared(tuple(members), 3, 4, 100)

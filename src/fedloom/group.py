@@ -223,7 +223,9 @@ def matched(before: Groups, after: Groups) -> Groups:
     Raises Refused if there are more or fewer than before.
     """
     if len(after) != len(before):
-        remedy = f"asked anew it makes so many, and there are {len(before)} edges; make always as many, or leave regroup out"
+        remedy = (
+            f"asked anew it makes so many, and there are {len(before)} edges; make always as many, or leave regroup out"
+        )
         raise Refused("hierarchy.groups", len(after), remedy)
     old = {client: number for number, group in enumerate(before) for client in group}
     common = Counter((number, old[client]) for number, group in enumerate(after) for client in group if client in old)

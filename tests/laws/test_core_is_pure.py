@@ -29,6 +29,7 @@ CORE = [
         "server",
         "edge",
         "edgemodel",
+        "regroup",
         "tree",
         "treestate",
         "hierarchy",

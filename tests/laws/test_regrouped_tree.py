@@ -19,13 +19,12 @@ from fedloom.group import BySpeed, Grouping, Groups, Member, NearIID
 from fedloom.hierarchy import Hierarchy
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
-from fedloom.regroup import Compared
 from fedloom.server import Limits
 from fedloom.tree import Tree
 from fedloom.treestate import Link
 from fedloom.types import Command, Moved, Regroup, Schedule, UpdateArrived
 from laws.test_every_schedule import good
-from laws.test_every_tree import GROUPS, NAMES, PLAIN, PROFILES, START, STORM, Storm
+from laws.test_every_tree import GROUPS, NAMES, PLAIN, START, STORM, Storm
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,14 @@ class Uneven:
 
 
 GROUPINGS: tuple[Grouping, ...] = (BySpeed(3), Uneven(), NearIID(3, waiting=1.0, largest=6))
-MEMBERS = tuple(Member(name, PROFILES[name].examples, 1.0, (1.0 + k % 3, 1.0)) for k, name in enumerate(NAMES))
 
 
 def planted(above: Schedule, below: Schedule | None, grouping: Grouping, link: Link | None, rounds: int = 2) -> Tree:
     """A tree of three edges whose groups are made anew at the least drift."""
     hierarchy = Hierarchy(grouping, rounds, below, link=link, regroup=1e-6)
     given: dict[str, Any] = {"start": START, "assign": Plan(RandomRank(1, 3), 4), "limits": Limits(versions=8)}
-    own = iter(PROFILES.values())
-    members = {f"edge{k}": tuple(next(own) for _ in range(size)) for k, size in enumerate(GROUPS)}
-    return hierarchy.over(toys.server(above, **given), members, Compared(MEMBERS, 3, 4, 100))
+    tree: Tree = toys.tree(GROUPS, hierarchy, schedule=above, **given)
+    return tree
 
 
 class Drifting(Storm):
@@ -102,7 +99,8 @@ def test_a_calm_sea_with_drift_moves_clients(above: Schedule, link: Link | None)
     """Without it the storms could pass because nothing ever moves."""
     asked = moves = 0
     for grouping in GROUPINGS:
-        storm = blown(planted(above, None, grouping, link), [("answer", k % 8, 1.0) for k in range(60)], 3)
+        calm = [step for k in range(150) for step in (("timer", 0, 0.0), ("answer", k % 8, 1.0))]
+        storm = blown(planted(above, None, grouping, link), calm, 3)
         asked, moves = asked + storm.asked, moves + storm.moves
     assert asked >= 3
     assert moves >= 3

@@ -48,6 +48,8 @@ class RunLog:
     samples: tuple[Line, ...] = ()
     unscored: tuple[Line, ...] = ()
     written: Line | None = None
+    regroups: tuple[Line, ...] = ()
+    moves: tuple[Line, ...] = ()
 
 
 def read(folder: Path) -> RunLog:
@@ -61,7 +63,8 @@ def read(folder: Path) -> RunLog:
         return tuple(line for line in lines if line.get("kind") == kind)
 
     parts = (of("version"), of("score"), of("task"), of("client"), of("edge"), of("sample"), of("unscored"))
-    return RunLog(folder, manifest, *parts, written=next(reversed(of("generation")), None))
+    written = next(reversed(of("generation")), None)
+    return RunLog(folder, manifest, *parts, written=written, regroups=of("regroup"), moves=of("move"))
 
 
 def _left(folder: Path) -> bool:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.report import facts, figures, figures_clients, figures_pace, figures_ranks, pace, ranks, sites, tables
+from fedloom.report import (
+    facts,
+    figures,
+    figures_clients,
+    figures_pace,
+    figures_ranks,
+    pace,
+    ranks,
+    regrouped,
+    sites,
+    tables,
+)
 from fedloom.report.read import RunLog
 from fedloom.report.tables import Grid
 from fedloom.report.words import number, short
@@ -87,6 +98,9 @@ federation of more clients than places is also the turn of others."""
 GROUPED = """
 One row a group, led by an edge: means over the tasks that were merged. Weight is the group's share of examples times local steps,
 summed over all its reports; what a schedule makes of it is in its own weights."""
+REGROUPED = """
+Groups that were made again because the times of clients had drifted apart since they were made; above, clients are counted as they
+were grouped at first. A client moves as soon as the edge that it leaves has no task."""
 STALENESS = """
 How many versions were made while a client trained: an answer improves a model that the server has meanwhile left behind.
 Left, over all updates, each where it was merged first; right, over all updates in a version, also those kept from before."""
@@ -179,7 +193,12 @@ def _kept(*found: tuple[str, object]) -> list[Section]:
 def _groups(log: RunLog) -> tuple[object, ...]:
     """What each edge did, and why."""
     why = tables.reasons(log)
-    return (log.edges and Part(GROUPED, grid=tables.groups(log)), why.rows and Part("", grid=why, kind="words"))
+    again = regrouped.regroupings(log)
+    return (
+        log.edges and Part(GROUPED, grid=tables.groups(log)),
+        again.rows and Part(REGROUPED, grid=again, kind="words"),
+        why.rows and Part("", grid=why, kind="words"),
+    )
 
 
 def _heterogeneity(log: RunLog) -> tuple[object, ...]:
