@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import toys
-from bench.same_bytes import COMPARED
 from fedloom import (
     BySpeed,
-    Capabilities,
     FedFa,
     FixedRank,
     Given,
     Hierarchy,
-    HLoRA,
     Limits,
-    Link,
     NearIID,
     Plan,
     Refused,
     Rounds,
     World,
     by_work,
-    prepare,
 )
 from fedloom.cost import Shape
 from fedloom.edge import EdgeState
-from fedloom.flower.deploy import over_regions
 from fedloom.group import Groups, drift, drifted, matched
 from fedloom.membership import seconds
 from fedloom.plan.grouped import history
 from fedloom.regroup import Compared, estimated, ready
-from fedloom.replay import Replayed, fresh, replay
-from fedloom.report.html import write
-from fedloom.report.read import read
-from fedloom.report.regrouped import regroupings
 from fedloom.server import State
 from fedloom.simulate import Simulation
 from fedloom.tree import Tree
@@ -60,8 +49,6 @@ from fedloom.types import (
     Within,
 )
 from fedloom.world import Devices, Seconds
-from test_hierarchy import led
-from test_resume import interrupted
 from test_simulate import QUADRATIC, Log
 
 SHAPE = Shape(1000, 100, 2, 10, ((12, 10), (10, 14)), 3, depths={"query": 2, "value": 1})
@@ -264,78 +251,10 @@ def test_a_client_that_is_away_is_taken_in_where_it_moved_to() -> None:
     )
 
 
-# A real run -------------------------------------------------------------------------------------------------------------------
-
-
-def regrouping(encoder: Path, **more: Any) -> Any:
-    """FedFa over two near-IID groups of devices whose speeds change all the time."""
-    how: dict[str, Any] = {"rounds": 2, "link": Link(1e6, 1e6), "inner_speedup": 4.0, "regroup": 0.1} | more
-    world = Capabilities(mode_tasks=3)
-    return led(encoder, hierarchy=Hierarchy(NearIID(2, waiting=1.0), **how), world=world, limits=Limits(versions=10))
-
-
-@pytest.fixture(scope="module")
-def recorded(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, its answers kept; tests must not write into it."""
-    out = tmp_path_factory.mktemp("regrouped") / "out"
-    prepare(regrouping(encoder)).execute(out, keep_updates=True)
-    return out
-
-
-def test_the_folder_and_the_report_tell_each_regrouping(recorded: Path, tmp_path: Path) -> None:
-    log = read(recorded)
-    assert log.moves, "else this is no test"
-    home = {client: edge for edge, own in log.manifest["groups"].items() for client in own}
-    lines = [(line["sent"], 1, line["client"], line["edge"]) for line in log.tasks]
-    lines += [(line["time"], 0, line["client"], line["to"]) for line in log.moves]
-    for _, is_task, client, edge in sorted(lines):
-        assert home.get(client) == edge or not is_task, "a task has the edge in which it was done"
-        home[client] = edge
-    rows = regroupings(log).rows
-    assert len(rows) == len(log.regroups)
-    assert all("more than 10.0" in row[2] for row in rows)
-    assert sum(int(row[1].split()[0]) for row in rows) == len(log.moves)
-    page = write([recorded], tmp_path / "page.html").read_text(encoding="utf-8")
-    assert rows[0][2] in page
-    assert "were made again" in page
-    assert log.manifest["compared"]["members"][0]["client"] == "c00"
-
-
-def test_it_replays_and_goes_on_to_the_same_files(encoder: Path, recorded: Path, tmp_path: Path) -> None:
-    """Interrupted after the first regrouping, before the last."""
-    assert isinstance(fresh(recorded), Tree)
-    assert replay(recorded) == Replayed((recorded / "trace.jsonl").read_bytes().count(b"\n"))
-    first = read(recorded).regroups[0]["version"]
-    assert first < 8
-    out = interrupted(regrouping(encoder), tmp_path / "out", version=first + 2, checkpoint_seconds=0.0)
-    prepare(regrouping(encoder), resume=out).execute(report=False)
-    for name in (*COMPARED, "manifest.json"):
-        assert (out / name).read_bytes() == (recorded / name).read_bytes(), name
-
-
-def test_a_manifest_without_what_clients_are_compared_with_is_refused(recorded: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (out / "updates").mkdir(parents=True)
-    for name in ("trace.jsonl", "updates/start.safetensors"):
-        (out / name).write_bytes((recorded / name).read_bytes())
-    text = (recorded / "manifest.json").read_text(encoding="utf-8")
-    (out / "manifest.json").write_text(text.replace('"compared"', '"other"'), encoding="utf-8")
-    with pytest.raises(Refused, match="compared"):
-        replay(out)
-
-
-def test_the_hash_of_a_run_that_keeps_its_groups_is_what_it_was(encoder: Path) -> None:
-    from fedloom.manifest import digest, plain
-
-    before: Any = plain(regrouping(encoder, regroup=0.0))
-    assert before["hierarchy"].pop("regroup") == 0.0
-    assert digest(before) == digest(plain(regrouping(encoder, regroup=0.0))) != digest(plain(regrouping(encoder)))
-
-
 # What is refused ----------------------------------------------------------------------------------------------------------------
 
 
-def test_what_makes_no_sense_is_refused(encoder: Path) -> None:
+def test_what_makes_no_sense_is_refused() -> None:
     for wrong in (-0.1, math.inf, math.nan):
         with pytest.raises(Refused, match=r"hierarchy\.regroup"):
             Hierarchy(regroup=wrong)
@@ -343,9 +262,3 @@ def test_what_makes_no_sense_is_refused(encoder: Path) -> None:
         Hierarchy(regroup=0.1).over(toys.server(), {"edge0": tuple(ALIKE.values())})
     with pytest.raises(Refused, match="is in no group"):
         drifting(Hierarchy(lambda members, seed: (("c0",), ("c1",), ("c2",)), regroup=0.1))
-
-
-def test_regions_keep_their_sites(encoder: Path) -> None:
-    run = regrouping(encoder)
-    with pytest.raises(Refused, match=r"hierarchy\.regroup.*sites stay with the region"):
-        over_regions(run, run.hierarchy, toys.server(method=HLoRA()), 2)

@@ -23,6 +23,7 @@ METHODS = "laws/test_every_aggregator.py"
 WINDOWS = "laws/test_windows.py"
 DEPTHS = "laws/test_every_depth.py"
 TREES = "laws/test_every_tree.py"
+REGROUPED = "laws/test_regrouped_tree.py"
 EDGES = "test_tree.py"
 
 HURRIED = """
@@ -532,6 +533,55 @@ MUTANTS = [
         "        return 4 * (self.adapter_parameters(rank, depth) + self.dense)",
         "        return 4 * (self.adapter_parameters(rank) + self.dense)",
         "test_cost.py",
+    ),
+    Mutant(
+        "a client moves while its edge is at work",
+        "regroup.py",
+        "if branches.edges[branches.edge_of[client]].server.outer is None",
+        "if True",
+        REGROUPED,
+    ),
+    Mutant(
+        "an edge loses its last member",
+        "regroup.py",
+        "for one in who if not after[one.edge]",
+        "for one in who if False",
+        REGROUPED,
+    ),
+    Mutant(
+        "a client that moved is still counted on where it was",
+        "tree.py",
+        "self._edge(move.edge).handle(now, ClientLost(move.client))",
+        "pass",
+        REGROUPED,
+    ),
+    Mutant(
+        "a client that moved is not taken in",
+        "tree.py",
+        "self._edge(move.to).handle(now, ClientJoined(here))",
+        "pass",
+        REGROUPED,
+    ),
+    Mutant(
+        "the root knows an edge by the members that it had",
+        "tree.py",
+        "if known != root.groups[edge].edge and",
+        "if known is None and",
+        REGROUPED,
+    ),
+    Mutant(
+        "the tasks of a client that moved begin anew",
+        "regroup.py",
+        'for table in ("seen", "dispatched", "worked", "pruned"):',
+        'for table in ("seen", "worked", "pruned"):',
+        "test_regroup.py",
+    ),
+    Mutant(
+        "what a member did is forgotten when it moves",
+        "regroup.py",
+        "_remembering(after, move.client, history(before, move.client))",
+        "after",
+        "test_regroup.py",
     ),
 ]
 
