@@ -28,7 +28,7 @@ from fedloom.edge import EdgeState
 from fedloom.group import Groups, drift, drifted, matched
 from fedloom.membership import seconds
 from fedloom.plan.grouped import history
-from fedloom.regroup import Compared, estimated, ready
+from fedloom.regroup import Compared, estimated, ready, wanted
 from fedloom.server import State
 from fedloom.simulate import Simulation
 from fedloom.tree import Tree
@@ -129,6 +129,14 @@ def test_a_member_leaves_when_its_edge_has_no_task_and_is_not_left_alone() -> No
     assert scene((("a", "b"), ("c", "d")), {"b": "e1"}, away="b") == ["b"]
     assert scene((("a", "b"), ("c",)), {"b": "e1", "c": "e0"}, away="b") == ["b"]
     assert scene((("a",), ("b", "c"), ("d",)), {"a": "e1", "b": "e2", "d": "e0"}) == ["a", "b", "d"]
+
+
+def test_groups_are_made_again_from_those_that_were_asked_for() -> None:
+    """Half of an exchange is done, and its groups have other sizes for a while; that is no reason to deal anew."""
+    model = toys.server().state.model
+    edges = {f"e{k}": EdgeState(State(model, model)) for k in range(2)}
+    of = {"a": "e1", "b": "e0", "c": "e1", "d": "e1"}
+    assert wanted(Branches(edges, of, leaving={"c": "e0"})) == (("b", "c"), ("a", "d"))
 
 
 # A run that drifts --------------------------------------------------------------------------------------------------------------

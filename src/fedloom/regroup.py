@@ -60,11 +60,14 @@ class Regrouping:
 
     def learn(self, logs: Logs, branches: Branches, edge: ClientId, shape: Shape) -> None:
         """After the root heard from this edge: lines of members who have left go to where they are now, and times are new."""
+        members = histories(logs[edge])
         for one in logs[edge].told[-1].spent:
+            did: Sequence[Spent] = members[one.client]
             if (here := branches.edge_of[one.client]) != edge:
                 logs[here] = _remembering(logs[here], one.client, (one,))
                 logs[edge] = _without(logs[edge], one.client)
-            if (took := self.compared.seconds(history(logs[here], one.client), shape)) > 0:
+                did = history(logs[here], one.client)
+            if (took := self.compared.seconds(did, shape)) > 0:
                 branches.seconds[one.client] = took
 
     def ask(self, logs: Logs, branches: Branches, version: int) -> Regroup | None:
@@ -72,20 +75,37 @@ class Regrouping:
         now = estimated(branches.grouped, branches.seconds)
         if not (found := drift(branches.grouped, now)) > self.threshold:
             return None
-        present = tuple(tuple(one.client for one in log.members) for log in logs.values())
         members = [replace(one, seconds=now[one.client]) for one in self.compared.members]
-        wanted = zip(logs, matched(present, checked(self._groups(present, members), members)), strict=True)
-        homes = {client: edge for edge, group in wanted for client in group}
+        before = wanted(branches)
+        after = matched(before, checked(self._groups(before, members), members))
+        homes = {client: edge for edge, group in zip(branches.edges, after, strict=True) for client in group}
         branches.grouped = now
         branches.leaving = {one: homes[one] for one in sorted(homes) if homes[one] != branches.edge_of[one]}
         moves = tuple(Move(one, branches.edge_of[one], to) for one, to in branches.leaving.items())
         return Regroup(version, found, self.threshold, moves)
 
-    def _groups(self, present: Groups, members: Sequence[Member]) -> Groups:
-        """From the present ones, where the grouping can do that."""
+    def _groups(self, before: Groups, members: Sequence[Member]) -> Groups:
+        """From those before, where the grouping can do that."""
         again = getattr(self.grouping, "again", None)
-        found: Groups = again(present, members, self.seed) if again else self.grouping(members, self.seed)
+        found: Groups = again(before, members, self.seed) if again else self.grouping(members, self.seed)
         return found
+
+
+def wanted(branches: Branches) -> Groups:
+    """The groups as they were made last, also where a member has not moved yet: their sizes are those that were asked for."""
+    groups: dict[ClientId, list[ClientId]] = {edge: [] for edge in branches.edges}
+    for client, edge in branches.edge_of.items():
+        groups[branches.leaving.get(client, edge)].append(client)
+    return tuple(map(tuple, groups.values()))
+
+
+def histories(log: GroupLog) -> dict[ClientId, list[Spent]]:
+    """What each member did, as `history` has it, of all at once."""
+    found = {client: list(spent) for client, spent in log.past.items()}
+    for told in log.told:
+        for one in told.spent:
+            found.setdefault(one.client, []).append(one)
+    return found
 
 
 def estimated(before: Mapping[ClientId, float], measured: Mapping[ClientId, float]) -> dict[ClientId, float]:
