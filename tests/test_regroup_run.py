@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import toys
 from bench.same_bytes import COMPARED
 from fedloom import (
     Capabilities,
     Hierarchy,
-    HLoRA,
     Limits,
     Link,
     NearIID,
     Refused,
     prepare,
 )
-from fedloom.flower.deploy import over_regions
+from fedloom.flower.deploy import made_for_serving
 from fedloom.replay import Replayed, fresh, replay
 from fedloom.report.html import write
 from fedloom.report.read import read
@@ -94,7 +95,26 @@ def test_the_hash_of_a_run_that_keeps_its_groups_is_what_it_was(encoder: Path) -
     assert digest(before) == digest(plain(regrouping(encoder, regroup=0.0))) != digest(plain(regrouping(encoder)))
 
 
-def test_regions_keep_their_sites(encoder: Path) -> None:
-    run = regrouping(encoder)
-    with pytest.raises(Refused, match=r"hierarchy\.regroup.*sites stay with the region"):
-        over_regions(run, run.hierarchy, toys.server(method=HLoRA()), 2)
+def test_regions_keep_their_sites(encoder: Path, tmp_path: Path) -> None:
+    """`fedloom serve` says so before anything starts, and so does what it starts."""
+    said = r"hierarchy\.regroup.*sites stay with the region"
+    with pytest.raises(Refused, match=said):
+        made_for_serving(regrouping(encoder), tmp_path / "none", 2)
+    file = tmp_path / "mine.py"
+    text = "from fedloom import Hierarchy, Rows, Run\nrun = Run('m', Rows([{'text': 'a', 'label': 'b'}]), hierarchy=Hierarchy())\n"
+    file.write_text(text, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-c",
+        "from fedloom.cli import main; main()",
+        "serve",
+        str(file),
+        "--folder",
+        str(tmp_path / "server"),
+    ]
+    command += ["--set", "hierarchy.regroup=0.1", "--insecure"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 2
+    assert re.search(said, ran.stderr), ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert not (tmp_path / "server").exists()

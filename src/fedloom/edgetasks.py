@@ -16,6 +16,9 @@ from fedloom.types import (
     EdgeJoined,
     EdgeReported,
     Event,
+    Move,
+    Moved,
+    Regroup,
     Reject,
     Report,
     Result,
@@ -112,3 +115,15 @@ class EdgeTasks:
             line |= {"examples": result.examples, "steps": result.steps, "work": result.examples * result.steps}
             line |= {"bytes_up": payload.up(narrowed(task, result), result).total}
         yield line
+
+
+def regrouped(now: float, command: Regroup | Moved) -> dict[str, object]:
+    """The line of groups that were made again, or of a client that moved."""
+    if isinstance(command, Moved):
+        return {"kind": "move", "time": now, **_move(command.move)}
+    line = {"kind": "regroup", "version": command.version, "time": now, "drift": command.drift}
+    return {**line, "threshold": command.threshold, "moves": [_move(one) for one in command.moves]}
+
+
+def _move(move: Move) -> dict[str, object]:
+    return {"client": move.client, "edge": move.edge, "to": move.to}

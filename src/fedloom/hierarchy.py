@@ -201,3 +201,10 @@ def check(flat: Server, inner: Aggregator, edges: int) -> None:
     if outer.space == "factor" and inner.space == "product":
         remedy = "the edges would turn their factors, each in another way, and above they are averaged entry by entry"
         raise Refused("hierarchy.aggregator", names, f"{remedy}; use the same method below")
+
+
+def need_lasting_groups(hierarchy: Hierarchy | None) -> None:
+    """Raise Refused where groups are made again although members stay where they are: a deployment has regions."""
+    if hierarchy and hierarchy.regroup:
+        remedy = "sites stay with the region where they are; leave it out, or simulate"
+        raise Refused("hierarchy.regroup", hierarchy.regroup, remedy)

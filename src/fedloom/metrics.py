@@ -11,7 +11,7 @@ from typing import TextIO
 from fedloom import payload
 from fedloom.aggregate.averaged import last
 from fedloom.aggregate.combine import energy_shares
-from fedloom.edgetasks import EdgeTasks, answered
+from fedloom.edgetasks import EdgeTasks, answered, regrouped
 from fedloom.lora import Factor, cut, stack
 from fedloom.places import Places
 from fedloom.treestate import BLOCK
@@ -191,12 +191,8 @@ class Metrics:
                 self._ended(number, "unused", reason)
             case Within():
                 self._write_all(self.edges.follow(now, command))
-            case Regroup(version, drift, threshold, moves):
-                moving = [[move.client, move.edge, move.to] for move in moves]
-                line = {"kind": "regroup", "version": version, "time": now, "drift": drift, "threshold": threshold}
-                self.write({**line, "moves": moving})
-            case Moved(move):
-                self.write({"kind": "move", "time": now, "client": move.client, "edge": move.edge, "to": move.to})
+            case Regroup() | Moved():
+                self.write(regrouped(now, command))
             case Stop():
                 for number in [number for number in self.arrived if number in self.tasks]:
                     self._ended(number, "unused", "the run ended before it was merged")

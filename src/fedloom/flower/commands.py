@@ -82,12 +82,13 @@ def _facts(file: Path, settings: list[str] | None, clients: int) -> dict[str, ob
     """What the server is to know. Settings of `patience` are its own, all others the run's; a slip is told before anything starts."""
     from fedloom.errors import Refused
     from fedloom.flower.driven import Patience
+    from fedloom.hierarchy import need_lasting_groups
     from fedloom.override import override
     from fedloom.runfile import run_of
 
     own = [one for one in settings or [] if one.startswith("patience.")]
     rest = [one for one in settings or [] if one not in own]
-    override(run_of(file), rest)
+    need_lasting_groups(override(run_of(file), rest).hierarchy)
     try:
         patience = {one[9:].partition("=")[0].strip(): float(one.partition("=")[2]) for one in own}
         Patience(**patience)

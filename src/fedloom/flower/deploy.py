@@ -18,6 +18,7 @@ from fedloom.flower.link import Link
 from fedloom.flower.message import Terms, check_codec
 from fedloom.flower.order import RUN, Order
 from fedloom.flower.status import Status
+from fedloom.hierarchy import need_lasting_groups
 from fedloom.job import Job, Recording, made_ready
 from fedloom.resume import FIXED, begun
 from fedloom.run import Run
@@ -80,6 +81,7 @@ def made_for_serving(value: Run, target: Path, clients: int = 1) -> tuple[Job, d
     """
     kinds.check(value)
     check_codec(value.transfer)
+    need_lasting_groups(value.hierarchy)
     need_fresh_answers(value.aggregator, value.schedule)
     before = begun(target, value, (Deployment,)) if (target / "manifest.json").is_file() else None
     profiles = dict[ClientId, Profile]()

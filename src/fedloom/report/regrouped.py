@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fedloom.report.facts import label
 from fedloom.report.read import Line, RunLog
 from fedloom.report.tables import Grid
@@ -16,7 +18,8 @@ def regroupings(log: RunLog) -> Grid:
     rows = []
     for k, line in enumerate(log.regroups):
         wanted, done = line["moves"], _done(log, k)
-        told = [f"{label(client, 16)}: {label(edge, 16)} → {label(to, 16)}" for client, edge, to in wanted[:NAMED]]
+        moves = [tuple(label(name, 16) for name in _move(one)) for one in wanted[:NAMED]]
+        told = [f"{client}: {edge} → {to}" for client, edge, to in moves]
         more = f", {len(wanted) - NAMED} more" if len(wanted) > NAMED else ""
         limit = percent(number(line["threshold"]))
         why = f"times had drifted by {percent(number(line['drift']))}, more than {limit}"
@@ -28,13 +31,9 @@ def regroupings(log: RunLog) -> Grid:
 
 def _done(log: RunLog, k: int) -> int:
     """Moves between this regrouping and the next."""
-    until = number(log.regroups[k + 1]["time"]) if k + 1 < len(log.regroups) else float("inf")
-    wanted = {tuple(move) for move in log.regroups[k]["moves"]}
-    return sum(_in(line, number(log.regroups[k]["time"]), until) and _move(line) in wanted for line in log.moves)
-
-
-def _in(line: Line, since: float, until: float) -> bool:
-    return since <= number(line["time"]) <= until
+    since, wanted = number(log.regroups[k]["time"]), [_move(line) for line in log.regroups[k]["moves"]]
+    until = number(log.regroups[k + 1]["time"]) if k + 1 < len(log.regroups) else math.inf
+    return sum(since <= number(line["time"]) <= until and _move(line) in wanted for line in log.moves)
 
 
 def _move(line: Line) -> tuple[str, str, str]:
