@@ -35,9 +35,12 @@ from fedloom.types import (
     Evaluate,
     Event,
     Model,
+    Move,
+    Moved,
     Profile,
     Pruning,
     Publish,
+    Regroup,
     Reject,
     Report,
     Result,
@@ -181,6 +184,7 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
     ]
     commands = [*COMMANDS, Dispatch(RICH), Publish(2, MEMORY, ()), Evaluate(2, MEMORY), Reject(ODD, 2, ODD)]
     commands += [Report(HOSTILE), Discard(3, ODD, ODD), Within(ODD, 9, Publish(2, MEMORY, (make_update(ONE, 2, 5),)))]
+    commands += [Regroup(3, 0.25, 0.1, (Move(ODD, "e0", "e1"),)), Moved(Move(ODD, "e0", "e1"), 4)]
     assert {type(event) for event in events} == set(get_args(Event))
     assert {type(command) for command in commands} == set(get_args(Command))
     for event in events:
