@@ -158,7 +158,7 @@ class Edge:
         if state.down:
             state.waiting = task
             return []
-        model = first(self.server.aggregator, task)
+        model = first(self.server.aggregator, task.start)
         fresh = replace(before, model=model, first=model, now=now, version=0, undecided=False, stopped=False)
         state.server = replace(fresh, asked=-1, failures=0, last_failure="", latest=None, outer=task)
         self._put()

@@ -22,9 +22,8 @@ class OneSided(Around):
         return replace(self.inner.merge(model, merge), phase=model.phase)
 
 
-def first(aggregator: Aggregator, task: Task) -> Model:
-    """The model with which an edge begins this task: all that the task holds, also layers that are in the fold alone."""
-    start = task.start
+def first(aggregator: Aggregator, start: Start) -> Model:
+    """The model with which an edge begins what starts so: all that it was sent, also layers that are in the fold alone."""
     model = aggregator.init(start.train)
     if start.fold is not None:
         model = replace(model, fold=joined(start.fold, model.fold))

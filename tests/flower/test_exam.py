@@ -59,7 +59,7 @@ def test_an_exam_and_its_marks_arrive(encoder: Path) -> None:
     assert isinstance(back, Exam)
     assert encode(back) == data
     with pytest.raises(Malformed, match="a Exam has no place here"):
-        decode(data, LIMIT)  # as a region, which has no examples
+        decode(data, LIMIT)  # who expects none
     marks = Marks("ward", 10, 10, 7, 3.5, 5)
     assert decode_marks(encode_reply(marks), LIMIT, exam) == marks
     with pytest.raises(Malformed):
@@ -87,7 +87,9 @@ def test_marks_that_cannot_be_are_refused(encoder: Path, wrong: dict[str, Any]) 
         decode_marks(data, len(data) - 1, exam)
 
 
-@pytest.mark.parametrize(("field", "value"), [("client", ""), ("settled", -1), ("incarnation", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("client", ""), ("settled", -1), ("incarnation", -1), ("seconds", 0.0), ("seconds", 1e10)]
+)
 def test_an_exam_out_of_its_range_is_refused(encoder: Path, field: str, value: Any) -> None:
     exam = exam_of(FedIT(), encoder)
     with pytest.raises(Malformed, match=field):

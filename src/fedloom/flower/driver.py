@@ -115,12 +115,10 @@ class Deployment:
     # What happened ------------------------------------------------------------------------------------------------------
 
     def _collect(self, now: float) -> Stop | None:
-        for reply in self.link.collect():
-            if stop := self._reply(now, reply):
-                return stop
-        return None
+        return next((stop for reply in self.link.collect() if (stop := self.arrived(now, reply))), None)
 
-    def _reply(self, now: float, reply: Reply) -> Stop | None:
+    def arrived(self, now: float, reply: Reply) -> Stop | None:
+        """What the link has brought: to a task, or to the question who is there."""
         sent = self.sites.under_way.pop(reply.message, Sent(reply.node, None, now))
         if reply.body is None:
             return self._undelivered(now, sent, reply.error)

@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 
 from fedloom.clientscores import last_ranks, last_start
-from fedloom.flower.driven import LARGEST
+from fedloom.flower.driven import LARGEST, REGION
 from fedloom.flower.driver import TRIES, Deployment
 from fedloom.flower.link import Reply
-from fedloom.flower.message import Exam, Marks, decode_marks, encode
+from fedloom.flower.message import Exam, Marks, Refusal, decode_marks, encode
+from fedloom.flower.sheet import Seat, Sheet, decode_sheet
 from fedloom.job import Job
+from fedloom.plan.budget import within
 from fedloom.train.evaluate import LARGEST as HOPELESS
-from fedloom.types import ClientId
+from fedloom.types import Budget, ClientId
 from fedloom.wire import Malformed
 
 LOG = getLogger("fedloom.server")
+
+
+def useless(reply: Reply) -> None:
+    """The run has ended: what is said to a task is of no use any more."""
 
 
 @dataclass(slots=True)
 class Examiner:
     """Asks each client of `exams` once, again where the message got lost; `marks` are the answers, `without` why there is none.
 
-    `rests` says until when a client is not asked again, `away` since when its node cannot be reached.
+    Replies to what else was asked go to `others`. `rests` says until when a client is not asked again, `away` since when its node
+    cannot be reached.
     """
 
     running: Deployment
     exams: Mapping[ClientId, Exam]
-    marks: dict[ClientId, Marks] = field(default_factory=dict)
+    others: Callable[[Reply], object] = useless
+    marks: dict[ClientId, Marks | Sheet] = field(default_factory=dict)
     without: dict[ClientId, str] = field(default_factory=dict)
     under_way: dict[str, ClientId] = field(default_factory=dict)
     tries: dict[ClientId, int] = field(default_factory=dict)
@@ -38,27 +46,31 @@ class Examiner:
     looked: float = -math.inf
 
     def ask(self, pause: Callable[[float], None]) -> None:
-        """Until each has answered, declined, gone, or said nothing in the seconds that a task may take (`Patience.doubt`, if there
-        is no such limit).
-        """
-        running = self.running
-        seconds, clock = running.patience.task or running.patience.doubt, running.clock
+        """Until each has answered, declined, gone, or said nothing in the seconds that it is waited for."""
+        running, clock = self.running, self.running.clock
         node_of = {client: number for client in self.exams if (number := running.sites.of(client)) is not None}
         self.without |= dict.fromkeys(self.exams.keys() - node_of, "it could not be reached")
-        until = clock() + seconds
+        began = clock()
         while waits := sorted(self.exams.keys() - self.marks.keys() - self.without.keys()):
             running.sites.scoring = tuple(waits)
             now = clock()
             for reply in running.link.collect():
                 self._hear(now, reply)
             self._look(now, node_of)
-            if now > until:
-                self.without |= dict.fromkeys(set(waits) - self.marks.keys(), f"no answer within {seconds:g} s")
             for client in waits:
+                if client not in self.marks and now > began + self._seconds(client):
+                    self.without.setdefault(client, f"no answer within {self._seconds(client):g} s")
                 if self._due(now, client):
                     self._post(client, node_of[client])
             pause(running.patience.poll)
         running.sites.scoring = ()
+
+    def _leads(self, client: ClientId) -> bool:
+        """Whether it is a region, and has others sit the exam."""
+        return self.running.over and self.running.profiles[client].tier == REGION
+
+    def _seconds(self, client: ClientId) -> float:
+        return self.exams[client].seconds * (2 if self._leads(client) else 1)
 
     def _due(self, now: float, client: ClientId) -> bool:
         ended = client in self.marks or client in self.without or client in self.away
@@ -85,7 +97,8 @@ class Examiner:
 
     def _hear(self, now: float, reply: Reply) -> None:
         client = self.under_way.pop(reply.message, None)
-        if client is None:  # the answer to a task that has become useless
+        if client is None:
+            self.others(reply)
             return
         if reply.body is None:
             self._undelivered(now, client, reply.error)
@@ -93,12 +106,13 @@ class Examiner:
         self.running.traffic.received += 1
         self.running.traffic.bytes_up += len(reply.body)
         try:
-            told = decode_marks(reply.body, LARGEST, self.exams[client])
+            heard = decode_sheet if self._leads(client) else decode_marks
+            told = heard(reply.body, LARGEST, self.exams[client])
         except Malformed as error:
             LOG.error("what %s says to the exam cannot be used: %s", client, error)
             self.without[client] = f"its answer could not be used: {error}"
             return
-        if isinstance(told, Marks):
+        if not isinstance(told, Refusal):
             self.marks[client] = told
         else:
             LOG.warning("%s declines the exam: %s", client, told.reason)
@@ -116,9 +130,10 @@ class Examiner:
 def held_out_lines(job: Job, running: Deployment, pause: Callable[[float], None]) -> Iterator[dict[str, object]]:
     """For each client that ever was there its line, as after a simulation (`clientscores`), or why it has none.
 
-    Regions are not asked: they have no examples.
+    A region has no examples: in its place there are its sites, each with the region as its `edge`.
     """
-    ranks = last_ranks(job) if job.run.held_out and not job.run.hierarchy else {}
+    ranks = _ranks(job) if job.run.held_out else {}
+    seconds = running.patience.task or running.patience.doubt
     exams = {
         client: Exam(
             running.terms,
@@ -126,17 +141,36 @@ def held_out_lines(job: Job, running: Deployment, pause: Callable[[float], None]
             client,
             last_start(job, ranks[client]),
             running.accepted.get(client, 0),
+            seconds,
         )
         for client in sorted(ranks.keys() & running.here.keys())
     }
-    examiner = Examiner(running, exams)
+    examiner, writes = Examiner(running, exams), job.base.labels is None
     examiner.ask(pause)
     for client in sorted(ranks):
-        line = {"client": client, "tier": job.profiles[client].tier, "rank": ranks[client]}
-        if client in examiner.marks:
-            yield {"kind": "client", **line, **figures(examiner.marks[client], job.base.labels is None)}
+        told, tier = examiner.marks.get(client), job.profiles[client].tier
+        if isinstance(told, Sheet):
+            yield from (_line(seat, "site", writes, {"edge": client}) for seat in told.seats)
         else:
-            yield {"kind": "unscored", **line, "reason": examiner.without.get(client, "it was gone before the end")}
+            reason = examiner.without.get(client, "it was gone before the end")
+            yield _line(Seat(client, ranks[client], told, reason), tier, writes, {})
+
+
+def _ranks(job: Job) -> dict[ClientId, int]:
+    """The rank at which each client is asked: a region at the largest, which it cuts to that of each site."""
+    led = {client for client, one in job.profiles.items() if job.run.hierarchy and one.tier == REGION}
+    most = Budget(job.run.plan.rank.largest, 1)
+    whole = {client: within(most, job.profiles[client].most).rank for client in led}
+    alone = {client: one for client, one in job.profiles.items() if client not in led}
+    return last_ranks(replace(job, profiles=alone)) | whole
+
+
+def _line(seat: Seat, tier: str, writes: bool, more: Mapping[str, object]) -> dict[str, object]:
+    """Of `metrics.jsonl`."""
+    line = {"client": seat.client, "tier": tier, "rank": seat.rank, **more}
+    if seat.marks is None:
+        return {"kind": "unscored", **line, "reason": seat.reason}
+    return {"kind": "client", **line, **figures(seat.marks, writes)}
 
 
 def figures(marks: Marks, writes: bool) -> dict[str, float]:

@@ -13,6 +13,7 @@ from fedloom.types import (
     ClientJoined,
     Command,
     Event,
+    Fleet,
     GroupLog,
     Profile,
     Reject,
@@ -61,6 +62,11 @@ class Led:
     def wake(self) -> float | None:
         """When the edge wants to look."""
         return self.inner.due
+
+    def fleet(self) -> Fleet:
+        """What the server inside knows, whatever task the edge has."""
+        self.edge.server.state = self.state  # also one that was restored
+        return replace(self.edge.server.fleet(), outer=None)
 
     def _unfit(self, site: Profile) -> str | None:
         """Why the plan of the groups has nothing for one with this site in it."""

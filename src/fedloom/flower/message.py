@@ -100,7 +100,8 @@ class Work:
 class Exam:
     """How good is this model on what the site of `client` holds out? Nothing is trained.
 
-    `start` is what a task that began from the run's last version would begin with, `settled` as in `Work`.
+    `start` is what a task that began from the run's last version would begin with, `settled` as in `Work`. An answer is waited for
+    `seconds`; one of a region, which asks its sites and waits as long for each, twice that.
     """
 
     terms: Terms
@@ -108,6 +109,7 @@ class Exam:
     client: ClientId
     start: Start
     settled: int
+    seconds: float = 900.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +191,7 @@ def decode(data: bytes, limit: int) -> Ask:
 
 
 def decode_any(data: bytes, limit: int) -> Ask | Exam:
-    """The same for a site that has examples, of which some may be held out."""
+    """The same, or an exam on what is held out."""
     ask: Ask | Exam = _decoded(data, limit, Hello | Work | Exam)
     return ask
 
@@ -205,6 +207,7 @@ def _decoded(data: bytes, limit: int, kinds: Any) -> Any:
         check_all(of_task(ask.task))
         check_start(ask.task.start, ask.left_out)
     else:
+        in_range("seconds", ask.seconds, 1e-9, 1e9)
         check_start(ask.start)
     return ask
 
@@ -225,7 +228,7 @@ def decode_reply(data: bytes, limit: int, tasks: Mapping[int, Task]) -> Word | t
         return wire.decode(data, limit, tasks)
     word: Word = opened(data, limit, WORD, Welcome | Refusal, KNOWN)
     if isinstance(word, Refusal):
-        _check_refusal(word)
+        check_refusal(word)
         return word
     check_profiles((word.profile, *word.members))
     in_range("incarnation", word.incarnation, 0, MOST)
@@ -238,8 +241,14 @@ def decode_marks(data: bytes, limit: int, exam: Exam) -> Marks | Refusal:
     if word.client != exam.client:
         raise Malformed(f"{word.client!r:.60} answers the exam of {exam.client!r}")
     if isinstance(word, Refusal):
-        _check_refusal(word)
+        check_refusal(word)
         return word
+    check_marks(word, exam)
+    return word
+
+
+def check_marks(word: Marks, exam: Exam) -> None:
+    """Raise Malformed for what no site can come to in this exam."""
     labelled = exam.terms.labels is not None
     in_range("examples", word.examples, 1, 10**12)
     in_range("asked", word.asked, word.examples if labelled else 1, word.examples if labelled else MOST)
@@ -247,10 +256,10 @@ def decode_marks(data: bytes, limit: int, exam: Exam) -> Marks | Refusal:
     in_range("base_right", word.base_right, 0, word.asked)
     in_range("loss", word.loss, 0.0, 1e30)
     in_range("base_loss", word.base_loss, 0.0, 0.0 if labelled else 1e30)
-    return word
 
 
-def _check_refusal(word: Refusal) -> None:
+def check_refusal(word: Refusal) -> None:
+    """Raise Malformed for one that no site says."""
     check_name("client", word.client)
     in_range("task", 1 if word.task is None else word.task, 1, MOST)
     if len(word.reason) > 10 * LONGEST:

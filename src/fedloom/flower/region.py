@@ -2,7 +2,7 @@
 
 What comes from above is answered through a Unix socket, as a worker answers; what the region has its sites do goes over a link of
 its own, by the driver of every deployment. It trains nothing and sees no text: it adds what its sites made of a task, as often as the
-task says, and reports. Terms come from above and are passed on as they are.
+task says, and reports; an exam it passes on to them, and tells what each said. Terms come from above and are passed on as they are.
 """
 
 from __future__ import annotations
@@ -26,9 +26,23 @@ from fedloom.flower.driver import Deployment
 from fedloom.flower.journal import Done, Journal
 from fedloom.flower.led import Led
 from fedloom.flower.link import Link
-from fedloom.flower.message import Ask, Hello, Refusal, Terms, Welcome, Work, decode, encode, encode_reply
+from fedloom.flower.message import (
+    Ask,
+    Exam,
+    Hello,
+    Refusal,
+    Terms,
+    Welcome,
+    Work,
+    decode,
+    decode_any,
+    encode,
+    encode_reply,
+)
 from fedloom.flower.order import RUN, Order
+from fedloom.flower.passedon import sat_below
 from fedloom.flower.pipe import Listener
+from fedloom.flower.sheet import encode_sheet
 from fedloom.flower.site import Site, read, refusal
 from fedloom.flower.status import Status
 from fedloom.flower.worker import marked, time_of_day
@@ -53,7 +67,7 @@ class Region:
     """What is asked from above, between the thread that listens and the one that drives.
 
     `terms` are those of the run, once somebody has asked; `running` works for them. `tells`: the plan above learns. `codec` is
-    that of the run. A task waits in `asked` with the place for its answer until the driver's thread takes it.
+    that of the run. A task, or an exam, waits in `asked` with the place for its answer until the driver's thread takes it.
     """
 
     site: Site
@@ -63,7 +77,7 @@ class Region:
     running: Deployment | None = None
     tells: bool = False
     codec: Codec | None = None
-    asked: SimpleQueue[tuple[Work, SimpleQueue[bytes]]] = field(default_factory=SimpleQueue)
+    asked: SimpleQueue[tuple[Work | Exam, SimpleQueue[bytes]]] = field(default_factory=SimpleQueue)
     waiting: tuple[int, SimpleQueue[bytes]] | None = None
 
     def __post_init__(self) -> None:
@@ -84,7 +98,7 @@ class Region:
     def answer(self, body: bytes) -> bytes:
         """The reply to a message from above, whatever it is: never raises."""
         try:
-            ask = decode(body, self.site.limits.bytes)
+            ask = decode_any(body, self.site.limits.bytes)
         except wire.Malformed as error:
             return self._refuse(None, f"the message is none: {error}", True)
         task = ask.task.id if isinstance(ask, Work) else None
@@ -96,11 +110,15 @@ class Region:
         self.asked.put((ask, reply))
         return reply.get()
 
-    def turn(self, led: Led) -> None:
+    def turn(self, led: Led, pause: Callable[[float], None]) -> None:
         """A turn of the driver, with what was asked before it, and what came out of it."""
         assert self.running is not None
         with suppress(Empty):
-            self._take(led, *self.asked.get_nowait())
+            ask, reply = self.asked.get_nowait()
+            if isinstance(ask, Exam):
+                reply.put(encode_sheet(sat_below(ask, led, self.running, pause)))
+            else:
+                self._take(led, ask, reply)
         self.running.turn()
         if led.done is not None and self.waiting is not None and self.waiting[0] == led.done[0].id:
             self.waiting[1].put(self._reply(led.mark, *led.done))
@@ -141,7 +159,7 @@ class Region:
         reason = ended.reason if isinstance(ended, Stop) else "its report was lost"
         return self._refuse(task.id, f"the region gave the task up: {reason}", False)
 
-    def _unwilling(self, ask: Ask) -> str | None:
+    def _unwilling(self, ask: Ask | Exam) -> str | None:
         """Why nothing is done about it."""
         if reason := refusal(self.site, ask, time_of_day()):
             return reason
@@ -153,8 +171,9 @@ class Region:
             return "the region works for another run, or for other settings of it: start it anew in another folder"
         if self.running is None:
             return "the region is getting ready"
-        if isinstance(ask, Work) and ask.task.start.codec != self.codec:
-            return f"the task travels by {ask.task.start.codec}, the run file here says {self.codec}: it is another one"
+        start = None if isinstance(ask, Hello) else ask.task.start if isinstance(ask, Work) else ask.start
+        if start and start.codec != self.codec:
+            return f"the task travels by {start.codec}, the run file here says {self.codec}: it is another one"
         if not self.running.opened:
             return f"the region waits for {self.least - len(self.running.here)} more of {self.least} sites"
         return None if self.running.here else "none of the region's sites can be reached"
@@ -205,7 +224,7 @@ def run(link: Link, folder: Path, order: Order, pause: Callable[[float], None], 
         between = status.between(pause)
         opened.enter_context(status.exported(order.metrics_port))
         while True:
-            region.turn(led)
+            region.turn(led, between)
             between(order.patience.poll)
 
 

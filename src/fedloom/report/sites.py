@@ -10,7 +10,7 @@ from fedloom.report.words import NONE, count, number, percent, short, size
 
 
 def table(log: RunLog) -> Grid:
-    """Every client that ever was there, by name."""
+    """Every client that ever was there, by name; a region's score is the mean of its sites'."""
     head = ("Site", "Examples", "GFLOP/s", "Memory", "Rank", f"{facts.measure(log).capitalize()}", "Tasks", "Merged")
     known = log.manifest["clients"]
     rows = tuple(_row(log, client, known[client]) for client in sorted(known))
@@ -19,8 +19,8 @@ def table(log: RunLog) -> Grid:
 
 def _row(log: RunLog, client: str, known: Line) -> tuple[str, ...]:
     tasks = [task for task in log.tasks if task.get("client") == client]
-    end = next((line for line in log.clients if line.get("client") == client), None)
-    ranks = sorted({int(line["rank"]) for line in (*tasks, *([end] if end else []))})
+    ends = [line for line in log.clients if line.get("edge", line.get("client")) == client]
+    ranks = sorted({int(line["rank"]) for line in (*tasks, *ends)})
     spent = [sum(map(number, task["seconds"].values())) for task in tasks if task.get("seconds")]
     return (
         label(client),
@@ -28,7 +28,7 @@ def _row(log: RunLog, client: str, known: Line) -> tuple[str, ...]:
         short(number(known.get("flops")) / 1e9),
         size(number(known.get("memory"))),
         ", ".join(map(str, ranks)) or NONE,
-        percent(accuracy(end)),
+        percent(mean(map(accuracy, ends))),
         count(float(len(tasks))),
         count(float(sum(task.get("status") == "merged" for task in tasks))),
         short(mean(spent)),
