@@ -123,6 +123,7 @@ def test_a_run_with_labels_beside_one_with_answers_is_compared_by_accuracy(
     assert "<h2>Perplexity</h2>" not in page
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_two_workers_write_the_same_bytes(written: Path, generator: Path, tmp_path: Path) -> None:
     # law 9
     prepare(small(generator)).execute(tmp_path / "two", workers=2)

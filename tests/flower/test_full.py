@@ -104,6 +104,7 @@ def lived(folder: Path, attempt: int, run: Any) -> int | None:
     return child.exitcode
 
 
+@pytest.mark.slow
 def test_a_run_without_room_says_what_it_could_not_write_and_goes_on_with_room(
     encoder: Path, tmp_path: Path, small: Path
 ) -> None:

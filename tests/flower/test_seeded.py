@@ -142,6 +142,7 @@ def test_a_site_that_drew_other_numbers_says_so(encoder: Path, tmp_path: Path) -
         replace(work.terms, first="x")
 
 
+@pytest.mark.slow
 def test_a_deployment_sends_what_its_simulation_counts(encoder: Path, tmp_path: Path) -> None:
     run = run_of(encoder, aggregator=FFA(), held_out=0.0)
     simulated = prepare(run).execute(tmp_path / "simulated", report=False)
