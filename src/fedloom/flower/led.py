@@ -46,14 +46,14 @@ class Led:
         return self.inner.server
 
     def handle(self, now: float, event: Event) -> list[Command]:
-        """As the edge does; that it gives its task up stops nobody else."""
+        """As the edge does; that it gives its task up, for a new one too, stops nobody else."""
         self.edge.state = self.inner
         if isinstance(event, ClientJoined) and (reason := self._unfit(event.profile)):
             return [Reject(event.profile.client, 0, reason)]
-        if isinstance(event, TaskReceived) and self.state.outer is not None:
-            self.edge.give_up(now)
+        replaces = isinstance(event, TaskReceived) and self.state.outer is not None
+        dropped = self.edge.give_up(now) if replaces else []
         outer = event.task if isinstance(event, TaskReceived) else self.state.outer
-        commands = self.edge.handle(now, event)
+        commands = [*dropped, *self.edge.handle(now, event)]
         for command in commands:
             if isinstance(command, Report | Stop) and outer is not None:
                 self.done = outer, command

@@ -23,6 +23,7 @@ from fedloom.codec import Codec
 from fedloom.errors import Refused
 from fedloom.flower.driven import REGION
 from fedloom.flower.driver import Deployment
+from fedloom.flower.fit import misfit
 from fedloom.flower.journal import Done, Journal
 from fedloom.flower.led import Led
 from fedloom.flower.link import Link
@@ -48,6 +49,7 @@ from fedloom.flower.status import Status
 from fedloom.flower.worker import marked, time_of_day
 from fedloom.folder import at_once
 from fedloom.hierarchy import Hierarchy
+from fedloom.lora import Adapter
 from fedloom.resume import LOGS, NAME, Keeper, claimed, given, kept, log, restore
 from fedloom.run import Run
 from fedloom.seeds import derive
@@ -67,7 +69,8 @@ class Region:
     """What is asked from above, between the thread that listens and the one that drives.
 
     `terms` are those of the run, once somebody has asked; `running` works for them. `tells`: the plan above learns. `codec` is
-    that of the run. A task, or an exam, waits in `asked` with the place for its answer until the driver's thread takes it.
+    that of the run, `first` the adapter with which it begins, by the model here. A task, or an exam, waits in `asked` with the
+    place for its answer until the driver's thread takes it.
     """
 
     site: Site
@@ -77,6 +80,7 @@ class Region:
     running: Deployment | None = None
     tells: bool = False
     codec: Codec | None = None
+    first: Adapter | None = None
     asked: SimpleQueue[tuple[Work | Exam, SimpleQueue[bytes]]] = field(default_factory=SimpleQueue)
     waiting: tuple[int, SimpleQueue[bytes]] | None = None
 
@@ -174,6 +178,8 @@ class Region:
         start = None if isinstance(ask, Hello) else ask.task.start if isinstance(ask, Work) else ask.start
         if start and start.codec != self.codec:
             return f"the task travels by {start.codec}, the run file here says {self.codec}: it is another one"
+        if start and self.first and (reason := misfit(self.first, start)):
+            return str(Refused("model", ask.terms.model, reason))
         if not self.running.opened:
             return f"the region waits for {self.least - len(self.running.here)} more of {self.least} sites"
         return None if self.running.here else "none of the region's sites can be reached"
@@ -206,7 +212,7 @@ def run(link: Link, folder: Path, order: Order, pause: Callable[[float], None], 
         while region.terms is None:
             pause(order.patience.poll)
         led, profiles = led_by(value, value.hierarchy, region), dict[ClientId, Profile]()
-        region.tells, region.codec = led.edge.tells, value.transfer
+        region.tells, region.codec, region.first = led.edge.tells, value.transfer, led.state.first.adapter
         running = Deployment(led, link, region.terms, profiles, order.clients, order.patience, clock)
         trace = opened.enter_context(going_on(place, value, led, running))
         keeper = Keeper(place, given(value), 0.0, (led, running), [trace])

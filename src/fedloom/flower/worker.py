@@ -21,6 +21,7 @@ from fedloom import wire
 from fedloom.data.partition import Shard
 from fedloom.errors import Refused
 from fedloom.flower.exam import sat
+from fedloom.flower.fit import misfit
 from fedloom.flower.journal import Done, Journal
 from fedloom.flower.message import Exam, Hello, Refusal, Terms, Welcome, Work, decode_any, encode, encode_reply
 from fedloom.flower.pipe import Listener
@@ -56,11 +57,6 @@ class Warm:
     shard: Shard
     trainer: PeftTrainer
     first: Adapter
-
-    @property
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Of the layers and the head."""
-        return _sizes(self.first)
 
 
 @dataclass(slots=True)
@@ -220,23 +216,10 @@ def marked(ask: Work) -> str:
     return hashlib.sha256(encode(replace(ask, incarnation=0))).hexdigest()
 
 
-def _sizes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Of each layer, whatever its rank, and of the dense tensors."""
-    layers = {name: (factor.up.shape[0], factor.down.shape[1]) for name, factor in adapter.factors.items()}
-    return layers | {f"dense:{name}": tuple(tensor.shape) for name, tensor in adapter.dense.items()}
-
-
 def _check_fits(warm: Warm, start: Start) -> None:
     """Raise Refused for a task of another base model."""
-    for adapter in (start.train, start.fold):
-        for name, size in _sizes(adapter).items() if adapter else ():
-            if warm.sizes.get(name) != size:
-                has = (
-                    f"the copy here has {warm.sizes[name]}" if name in warm.sizes else "the copy here has no such layer"
-                )
-                raise Refused(
-                    "model", warm.terms.model, f"the server's has {name} of {size}, {has}: it is another model"
-                )
+    if reason := misfit(warm.first, start):
+        raise Refused("model", warm.terms.model, reason)
 
 
 def _measured(warm: Warm, client: str, rank: int) -> float:
