@@ -242,6 +242,35 @@ def _interrupting(now: float, event: object, commands: list[Any]) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
+    fedloom: Fedloom, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest of the end finds no room: the kernel says so."""
+    path = run_file("run = tiny_run(model)", encoder)
+    options = ("--set", "limits.versions=3", "--keep-updates", "--no-report")
+    assert fedloom("run", path, *options, "--out", "alone").code == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("fedloom.resume.Keeper.__call__", Keeper.write)
+        patched.setattr("fedloom.cli.watcher", lambda *_: _filling)
+        said = fedloom("run", path, *options, "--out", "out")
+    assert said.code == 2
+    assert "Traceback" not in said.err
+    command = f"fedloom run mine.py {' '.join(options)} --resume out"
+    assert f"Go on    {command}\n" in said.err
+    assert said.err.endswith("fedloom: the disk is full: out/manifest.json could not be written; make room\n")
+    assert not list(Path("out").glob("*.draft"))
+    said = fedloom(*shlex.split(command)[1:])
+    assert said.code == 0, said.err
+    for name in COMPARED:
+        assert Path("out", name).read_bytes() == Path("alone", name).read_bytes(), name
+
+
+def _filling(now: float, event: object, commands: list[Any]) -> None:
+    if any(type(command).__name__ == "Publish" and command.version == 2 for command in commands):
+        Path("out", "manifest.draft").symlink_to("/dev/full")
+
+
 def test_a_recorded_run_is_replayed_and_a_changed_line_is_found(fedloom: Fedloom, encoder: Path) -> None:
     path = run_file("run = tiny_run(model, limits=Limits(versions=1))", encoder)
     assert fedloom("run", path, "--out", "out", "--keep-updates", "--no-report").code == 0

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fedloom.errors import Refused
 from fedloom.flower.commands import mount
+from fedloom.folder import full
 from fedloom.inspect import inspect
 from fedloom.terminal import resumption, watcher
 
@@ -110,7 +111,7 @@ def run(
     _introduce(job)
     try:
         outcome = _carry_out(job, target, workers, pictures, keep_updates=keep_updates)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, OSError):
         err.print(f"Go on    {_escaped(resumption(sys.argv, target))}", soft_wrap=True)
         raise
     _summarise([outcome.folder])
@@ -206,7 +207,11 @@ def main() -> NoReturn:
         if hasattr(error, "format_message"):  # click's own usage errors
             err.print(f"[bold red]fedloom:[/bold red] {_escaped(error.format_message())}", soft_wrap=True)
             sys.exit(2)
-        raise
+        if not (lack := full(error)):
+            raise
+        reason = f"the disk is full: {lack.filename or 'a file'} could not be written; make room"
+        err.print(f"[bold red]fedloom:[/bold red] {_escaped(reason)}", soft_wrap=True)
+        sys.exit(2)
     if code == INTERRUPTED:
         err.print(
             "[bold yellow]fedloom:[/bold yellow] interrupted; a run folder made so far says so and can be reported on"
