@@ -25,6 +25,8 @@ from fedloom.flower.serverapp import carry_out
 
 app = ServerApp()
 POLL = 0.05
+SERVER = {"flower-superlink": "superlink", "flower.gate": "gate", "flower-superexec": "superexec"}
+"""Processes at the server, by a word of their command."""
 HERTZ, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 
 
@@ -39,11 +41,10 @@ def measure(link: Link, folder: Path) -> str:
     told = json.loads((folder / "deployment.json").read_text())
     while len(here := {name: node for node, name in link.nodes().items() if name}) < told["sites"]:
         time.sleep(0.5)
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"crowd": crowd(link, here, told["seconds"], folder)}
     for name in ("plain", "hasty"):
         figures[name] = {size: trips(link, here[name], size, count, folder) for size, count in told["counts"].items()}
-    figures["superlink_mb"] = memory(folder, "flower-superlink")
-    figures["crowd"] = crowd(link, here, told["seconds"], folder)
+    figures["superlink_mb"] = memory(folder, "superlink")
     (folder / "figures.json").write_text(json.dumps(figures))
     return "measured"
 
@@ -51,7 +52,7 @@ def measure(link: Link, folder: Path) -> str:
 def trips(link: Link, node: int, megabytes: str, count: int, folder: Path) -> dict[str, float]:
     """Seconds of the median, the shortest and the longest round trip, and CPU seconds of all processes for one."""
     seconds, size = [], int(float(megabytes) * 1e6) or 100
-    before = cpu(folder)
+    before = sum(cpu(folder).values())
     for _ in range(count):
         body, begun = os.urandom(size), time.monotonic()
         link.send(node, body)
@@ -59,34 +60,52 @@ def trips(link: Link, node: int, megabytes: str, count: int, folder: Path) -> di
             time.sleep(POLL)
         seconds.append(time.monotonic() - begun)
         assert replies[0].body == body, replies[0].error
-    used = (cpu(folder) - before) / count
+    used = (sum(cpu(folder).values()) - before) / count
     return {"median": median(seconds), "least": min(seconds), "most": max(seconds), "cpu": used}
 
 
-def crowd(link: Link, here: Mapping[str, int], seconds: float, folder: Path) -> dict[str, float]:
-    """All sites at once, each with one small message under way: messages a second, and cores in use."""
-    begun, before, came = time.monotonic(), cpu(folder), 0
+def crowd(link: Link, here: Mapping[str, int], seconds: float, folder: Path) -> dict[str, Any]:
+    """All sites at once, each with one small message under way: messages a second, and cores in use, by process."""
     for node in here.values():
         link.send(node, os.urandom(100))
+    begun, before, came, left = time.monotonic(), cpu(folder), 0, len(here)
     while (now := time.monotonic() - begun) < seconds:
         for reply in link.collect():
             came += reply.body is not None
             link.send(reply.node, os.urandom(100))
         time.sleep(POLL)
-    return {"sites": len(here), "rate": came / now, "cores": (cpu(folder) - before) / now}
+    used, told = cpu(folder), {name: memory(folder, name) for name in ("superlink", "gate")}
+    told["left"] = free()
+    while left:  # so that no answer is taken for one of the next measurement
+        left -= len(link.collect())
+        time.sleep(POLL)
+    cores = {name: (used[name] - before[name]) / now for name in used}
+    return {"sites": len(here), "rate": came / now, "cores": cores, "mb": told}
 
 
-def cpu(folder: Path) -> float:
-    """CPU seconds so far of this process and of all that belong to the deployment: those that name its folder."""
+def cpu(folder: Path) -> dict[str, float]:
+    """CPU seconds so far of this process, the server's others, and all sites together: what names the deployment's folder."""
     own = resource.getrusage(resource.RUSAGE_SELF)
-    fields = [stat.rpartition(")")[2].split() for stat, _ in processes(folder)]
-    return own.ru_utime + own.ru_stime + sum(int(field[11]) + int(field[12]) for field in fields) / HERTZ
+    spent = {"serverapp": own.ru_utime + own.ru_stime, **dict.fromkeys((*SERVER.values(), "sites"), 0.0)}
+    for stat, words in processes(folder):
+        part = next((part for word, part in SERVER.items() if word in words), "sites")
+        fields = stat.rpartition(")")[2].split()
+        spent[part] += (int(fields[11]) + int(fields[12])) / HERTZ
+    return spent
 
 
 def memory(folder: Path, name: str) -> float:
-    """Megabytes that a process of the deployment has in memory."""
-    [stat] = [stat for stat, words in processes(folder) if name in words]
+    """Megabytes that a process of the server has in memory."""
+    [stat] = [
+        stat for stat, words in processes(folder) if any(word in words and SERVER[word] == name for word in SERVER)
+    ]
     return int(stat.rpartition(")")[2].split()[21]) * PAGE / 1e6
+
+
+def free() -> float:
+    """Megabytes that the machine has left."""
+    [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")]
+    return int(line.split()[1]) / 1e3
 
 
 def processes(folder: Path) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """What our doors take from Flower beyond its public API, as it is in the pinned version. A new version fails here first.
 
-`executor.py` runs in place of Flower's own client processes, `grid.py` reads announcements itself (decision record 0022).
+`executor.py` runs in place of Flower's own client processes, `grid.py` reads announcements itself (decision record 0022), `roster.py`
+asks Control itself.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 import flwr
 import pytest
 from flwr.app import Array, Message, MessageType
+from flwr.cli.supernode.register import try_load_public_key
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto
-from flwr.proto import runtime_pb2
+from flwr.proto import control_pb2, runtime_pb2
 from flwr.proto.node_pb2 import Node, NodeInfo
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import NodeStatus, TaskType
+from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.heartbeat import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
@@ -56,6 +59,11 @@ SIGNATURES: dict[Callable[..., object], str] = {
     RuntimeHttpClient.SendTaskHeartbeat: "self, request",
     FleetHttpClient.from_server_address: "server_address, insecure, root_certificates, interceptors, retry_invoker",
     FleetHttpClient.DeactivateNode: "self, request",
+    ControlHttpClient.from_server_address: "server_address, insecure, root_certificates, interceptors, retry_invoker",
+    ControlHttpClient.ListNodes: "self, request",
+    ControlHttpClient.RegisterNode: "self, request",
+    ControlHttpClient.UnregisterNode: "self, request",
+    try_load_public_key: "public_key_path",
     NodeAuthHttpInterceptor.__init__: "self, private_key, public_key",
     RuntimeTokenHttpInterceptor.__init__: "self, token",
     RuntimeVersionHttpInterceptor.__init__: "self, component_name",
@@ -91,11 +99,16 @@ def test_messages_of_the_runtime_api_have_the_fields_we_read() -> None:
         runtime_pb2.PullTaskInputResponse: {"context"},
         runtime_pb2.PullAppMessagesRequest: {"message_ids"},
         runtime_pb2.PullAppMessagesResponse: {"messages_list", "message_object_trees"},
-        NodeInfo: {"node_id", "name"},
+        NodeInfo: {"node_id", "name", "public_key", "status"},
+        control_pb2.ListNodesResponse: {"nodes_info"},
+        control_pb2.RegisterNodeRequest: {"public_key", "name"},
+        control_pb2.RegisterNodeResponse: {"node_id"},
+        control_pb2.UnregisterNodeRequest: {"node_id"},
         Node: {"node_id"},
     }
     for message, wanted in fields.items():
         assert wanted <= set(message.DESCRIPTOR.fields_by_name), message
+    assert NodeStatus.UNREGISTERED == "unregistered"
     assert isinstance(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, int)
     assert (TaskType.CLIENT_APP, SubStatus.COMPLETED, MessageType.TRAIN) == ("flwr-clientapp", "completed", "train")
     assert isinstance(inspect.getattr_static(HttpGrid, "_runtime_client"), property)

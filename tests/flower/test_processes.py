@@ -14,7 +14,7 @@ import pytest
 
 from fedloom.errors import Refused
 from fedloom.flower import processes
-from fedloom.flower.processes import Backoff, Part, Reader, Supervisor, alone
+from fedloom.flower.processes import Backoff, Part, Reader, Supervisor, alone, terminable
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 PARENT = [
@@ -160,3 +160,24 @@ def test_a_reader_sees_each_whole_line_once_also_when_the_log_is_shortened(
     monkeypatch.setattr(processes, "KEPT_LOG", 4)
     processes._shorten(log)
     assert log.read_text() == "ree\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_comes_in_a_finaliser_is_not_lost(number: signal.Signals) -> None:
+    """Python prints what is raised there, and goes on."""
+
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+            for _ in range(1000):  # Python calls the handler between two instructions
+                pass
+
+    before = signal.getsignal(number)
+    with terminable() as asked_to_stop:
+        asked_to_stop()
+        one = Finalised()
+        del one
+        with pytest.raises(KeyboardInterrupt):
+            asked_to_stop()
+    assert signal.getsignal(number) is before

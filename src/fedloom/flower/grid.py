@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
@@ -16,7 +17,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, pull_and_inflate_object_from_tree
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
@@ -91,8 +92,9 @@ class GridLink:
 
     def send(self, node: int, body: bytes) -> str:
         """Hand `body` over to the SuperLink. While the SuperLink is away this waits for it."""
-        message = Message(packed(body), node, MessageType.TRAIN, ttl=LIFETIME)
-        number = next(iter(self._grid.push_messages([message])), "")
+        message, number = Message(packed(body), node, MessageType.TRAIN, ttl=LIFETIME), ""
+        with suppress(ObjectPushError):  # a machine so busy that it took minutes
+            number = next(iter(self._grid.push_messages([message])), "")
         if number:
             self._sent[number] = node
             if self._asking.ident is None:

@@ -139,12 +139,13 @@ def join(seat: Seat, say: Callable[[str], None]) -> None:
     Raises:
         Refused: another process holds the folder.
     """
-    with alone(seat.folder / "flower" / "lock", seat.folder), terminable():
+    with alone(seat.folder / "flower" / "lock", seat.folder), terminable() as asked_to_stop:
         secret(seat.folder / "flower" / "secret")
         supervisor = Supervisor(parts(seat, free_port()), seat.folder / "logs", lambda line: say(plain(line)))
         log, silent = Reader(seat.folder / "logs" / "supernode.log").skip(), False
         try:
             while True:
+                asked_to_stop()
                 supervisor.look()
                 for line in log.lines():
                     if "SuperNode ID:" in line:

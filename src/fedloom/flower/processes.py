@@ -248,17 +248,28 @@ def alone(note: Path, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM, which systemd and containers send, ends as Ctrl-C does: in order."""
+def terminable() -> Iterator[Callable[[], None]]:
+    """SIGTERM, which systemd and containers send, ends as Ctrl-C does: in order.
+
+    What is yielded has to be called now and then, too: Python drops what a signal raises where it comes in a finaliser.
+    """
+    asked = False
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal asked
+        asked = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    def look() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield look
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def secret(path: Path) -> Path:

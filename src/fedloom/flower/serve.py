@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fedloom.errors import Refused
 from fedloom.flower import keys
 from fedloom.flower.attempt import Word, heard, last
-from fedloom.flower.control import Control, Unwilling
+from fedloom.flower.control import Coming, Control, Unwilling
 from fedloom.flower.place import Server, parts
 from fedloom.flower.processes import (
     Part,
@@ -127,30 +127,26 @@ class Serving:
         except Refused as error:  # a file in `sites` that is no key
             raise Unwilling(str(error)) from error
         self.names = {fingerprint: entry.name for fingerprint, entry in listed.items()}
-        refused = None
-        for fingerprint in sorted(listed.keys() ^ self.nodes.keys()):
-            try:
-                self._change(fingerprint, listed.get(fingerprint))
-            except Unwilling as error:
-                refused = error
-            write_json(self.server.home / "nodes.json", self.nodes)
-        if refused:
-            raise refused
+        coming = {key: Coming(str(one.path), one.name) for key, one in listed.items() if key not in self.nodes}
+        going = {key: node for key, node in self.nodes.items() if key not in listed}
+        if coming or going:
+            self._change(coming, going)
         if not listed and not self.run:
             self.say("no site may come yet: `fedloom keys add PUB --name NAME` lets one in, also while this runs")
 
-    def _change(self, fingerprint: str, entry: keys.Registered | None) -> None:
-        """Let in the holder of a key, or (None) no longer."""
-        if entry is None:
-            self.control.unregister(self.nodes[fingerprint])
+    def _change(self, coming: Mapping[str, Coming], going: Mapping[str, int]) -> None:
+        """Let in the holders of these keys, and those no longer."""
+        done = self.control.change(coming, going)
+        self.nodes.update(done.come)
+        for fingerprint in done.gone:
             del self.nodes[fingerprint]
+        write_json(self.server.home / "nodes.json", self.nodes)
+        for fingerprint in done.come:
+            self.say(f"{coming[fingerprint].name} may come (key {fingerprint})")
+        for fingerprint in done.gone:
             self.say(f"the holder of key {fingerprint} may come no longer")
-            return
-        try:
-            self.nodes[fingerprint] = self.control.register(entry.path, entry.name)
-        except Unwilling as error:
-            raise Unwilling(f"{entry.name} cannot be let in: {error}") from error
-        self.say(f"{entry.name} may come (key {fingerprint})")
+        if done.refused:
+            raise Unwilling("; ".join(done.refused.values()))
 
     def _announce(self) -> None:
         """Who came and who left, from the SuperLink's log."""
@@ -256,9 +252,10 @@ def _serve(server: Server, facts: Mapping[str, object], resume: bool, say: Say, 
         log = Reader(server.folder / "logs" / "superlink.log").skip()
         serving = Serving(server, control, supervisor, say, log, last(server.folder), nodes=_known(server))
         try:
-            with terminable():
+            with terminable() as asked_to_stop:
                 _halt_earlier(serving)
                 while (reason := serving.look()) is None:
+                    asked_to_stop()
                     time.sleep(TICK)
                 return reason
         finally:
