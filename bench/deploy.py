@@ -7,7 +7,7 @@ same up. `plain` is a site as it is by default: an idle SuperNode of Flower asks
 0.5 s, and both constants are Flower's. `hasty` is one that was joined with `--idle 0.2`. Messages a second: all sites at once, each
 with one small message under way, all of them as by default but one (`--idle`: otherwise). CPU seconds are of all processes, server
 and sites, for one round trip; cores in use are told by process, because in earnest the sites' are elsewhere. All on one machine, over
-loopback. The last line is one JSON object.
+loopback, the sites' processes after the server's (nice). The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def measured(folder: Path, sites: int, counts: dict[str, int], seconds: float, i
         (folder / name).mkdir()
         pause = {"plain": "-", "hasty": IDLE}.get(name, idle)
         words = [f"localhost:{port}", str(folder / name), str(ca), str(private), pause]
-        commands.append([sys.executable, "-m", "bench.echo", *words])
+        commands.append(["nice", "-n", "19", sys.executable, "-m", "bench.echo", *words])
 
     def heard(line: str) -> None:
         """One site after the other: in earnest each has a machine of its own to start on."""
@@ -78,10 +78,8 @@ def show(figures: dict[str, Any]) -> None:
     crowd = figures["crowd"]
     cores = ", ".join(f"{name} {used:.2f}" for name, used in crowd["cores"].items())
     print(f"{crowd['rate']:.2f} messages a second with {crowd['sites']} sites; cores in use: {cores}")
-    print(
-        f"SuperLink after the largest: {figures['superlink_mb']:.0f} MB; with the crowd {crowd['superlink_mb']:.0f} MB"
-    )
-    print(f"gate with the crowd: {crowd['gate_mb']:.0f} MB; the machine had {crowd['free_mb']:.0f} MB left\n")
+    print(f"SuperLink after the largest: {figures['superlink_mb']:.0f} MB")
+    print("with all sites, MB: " + ", ".join(f"{name} {size:.0f}" for name, size in crowd["mb"].items()) + "\n")
 
 
 def main() -> None:

@@ -66,18 +66,21 @@ def trips(link: Link, node: int, megabytes: str, count: int, folder: Path) -> di
 
 def crowd(link: Link, here: Mapping[str, int], seconds: float, folder: Path) -> dict[str, Any]:
     """All sites at once, each with one small message under way: messages a second, and cores in use, by process."""
+    begun, before, came, waiting = time.monotonic(), cpu(folder), 0, 0
     for node in here.values():
         link.send(node, os.urandom(100))
-    begun, before, came, left = time.monotonic(), cpu(folder), 0, len(here)
+        waiting += 1
     while (now := time.monotonic() - begun) < seconds:
         for reply in link.collect():
-            came += reply.body is not None
-            link.send(reply.node, os.urandom(100))
+            came, waiting = came + (reply.body is not None), waiting - 1
+            if time.monotonic() < begun + seconds:
+                link.send(reply.node, os.urandom(100))
+                waiting += 1
         time.sleep(POLL)
     used, told = cpu(folder), {name: memory(folder, name) for name in ("superlink", "gate")}
     told["left"] = free()
-    while left:  # so that no answer is taken for one of the next measurement
-        left -= len(link.collect())
+    while waiting:  # so that no answer is taken for one of the next measurement
+        waiting -= len(link.collect())
         time.sleep(POLL)
     cores = {name: (used[name] - before[name]) / now for name in used}
     return {"sites": len(here), "rate": came / now, "cores": cores, "mb": told}

@@ -126,7 +126,8 @@ def join(
     idle: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="Ask for work so often when idle, not every 3 s: changes a constant in Flower."
+            metavar="SECONDS",
+            help="Ask for work so often when idle, not every 3 s: less for short tasks, more where there are many sites.",
         ),
     ] = None,
 ) -> None:

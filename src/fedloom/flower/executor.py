@@ -44,7 +44,7 @@ from fedloom.flower.grid import fetched, packed, unpacked
 from fedloom.flower.pipe import ask
 
 POLL = 0.2
-"""Seconds between two questions whether there is a task, over loopback."""
+"""Seconds between two looks, over loopback."""
 HEARTBEAT = 10.0
 """Seconds; the SuperNode gives a task up after 60 without one."""
 PATIENCE = 600.0
@@ -67,11 +67,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--socket", type=Path, required=True, help="the worker's Unix socket")
     parser.add_argument("--secret", type=Path, help="file with the secret that the SuperNode was started with")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a message waits for the worker")
+    parser.add_argument("--ask", type=float, default=POLL, help="seconds between two questions whether there is a task")
     given = parser.parse_args(words)
-    serve(given.runtime, given.socket, given.secret.read_bytes() if given.secret else None, given.patience)
+    secret = given.secret.read_bytes() if given.secret else None
+    serve(given.runtime, given.socket, secret, given.patience, given.ask)
 
 
-def serve(runtime: str, socket: Path, secret: bytes | None, patience: float = PATIENCE) -> None:
+def serve(runtime: str, socket: Path, secret: bytes | None, patience: float = PATIENCE, pause: float = POLL) -> None:
     """Take one task after the other. The SuperNode hands out one at a time."""
     signed = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []
     asking = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
@@ -85,7 +87,7 @@ def serve(runtime: str, socket: Path, secret: bytes | None, patience: float = PA
             if token:
                 carry_out(runtime, token, socket, patience)
             else:
-                time.sleep(POLL)
+                time.sleep(pause)
 
 
 def carry_out(runtime: str, token: str, socket: Path, patience: float) -> None:

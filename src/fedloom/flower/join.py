@@ -23,6 +23,8 @@ from fedloom.flower.processes import (
 )
 
 TICK = 0.5
+IDLE = 3.0
+"""Seconds between two questions of an idle SuperNode for work, as Flower has it."""
 PLAIN = {
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one of the authority that this site trusts, is for another "
     "name, or has expired",
@@ -36,7 +38,7 @@ PLAIN = {
 class Seat:
     """What a site must know to join: the server, whom it trusts, who it is, where its files are, how its worker is started.
 
-    `idle` are the seconds between two questions for work, at most (None: as Flower has it, three).
+    `idle` are the seconds between two questions for work (None: as Flower has it, three).
     """
 
     server: str
@@ -51,8 +53,8 @@ class Seat:
         host = self.server.rpartition(":")[0]
         if (self.ca is None or self.key is None) and not loopback(host):
             raise Refused("--insecure", self.server, "without key and TLS a site speaks to its own machine only")
-        if self.idle is not None and not 0.05 <= self.idle <= 3.0:
-            raise Refused("--idle", self.idle, "choose 0.05 to 3 seconds")
+        if self.idle is not None and not 0.05 <= self.idle <= 60.0:
+            raise Refused("--idle", self.idle, "choose 0.05 to 60 seconds")
         for name, path in (("ca", self.ca), ("key", self.key)):
             if path is not None and not path.is_file():
                 raise Refused(name, str(path), "there is no such file; see `fedloom keys`")
@@ -94,6 +96,7 @@ def parts(seat: Seat, runtime: int) -> list[list[Part]]:
         node += ["--root-certificates", str(seat.ca), "--auth-supernode-private-key", str(seat.key)]
     idle = [] if seat.idle is None else ["--idle", str(seat.idle)]
     execute = ["--runtime", f"127.0.0.1:{runtime}", "--socket", str(seat.socket), "--secret", shared]
+    execute += ["--ask", f"{min(max((seat.idle or IDLE) / 6, 0.1), 2.0):.2f}"]
     return [
         [Part("worker", seat.worker, given)],
         [

@@ -42,6 +42,8 @@ KEY = "--auth-supernode-private-key"
 
 
 TOLD = "SuperNode ID: "
+QUESTION = 3
+"""Seconds between two questions for work, as Flower has it."""
 GAP = 2.0
 """Seconds between giving a place back and taking it again, in which the server must notice that the message was lost."""
 
@@ -70,9 +72,11 @@ class Note(logging.Handler):
             self._path.write_text(said.removeprefix(TOLD), encoding="utf-8")
 
 
-def hasten(longest: float) -> None:
-    """Let the SuperNode's loop never sleep longer than so many seconds."""
-    start_client_internal.time = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, longest)))
+def pace(idle: float) -> None:
+    """Let the idle SuperNode wait so many seconds between two questions for work, and look for a reply no more seldom than that."""
+    start_client_internal.time = SimpleNamespace(
+        sleep=lambda seconds: time.sleep(idle if seconds == QUESTION else min(seconds, idle))
+    )
 
 
 def end(failed: threading.ExceptHookArgs) -> NoReturn:
@@ -85,13 +89,13 @@ def end(failed: threading.ExceptHookArgs) -> NoReturn:
 def main(words: Sequence[str] | None = None) -> NoReturn:
     """Run the SuperNode; never returns, and leaves no thread."""
     parser = argparse.ArgumentParser(prog="fedloom.flower.node", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--idle", type=float, help="seconds between two questions for work, at most")
+    parser.add_argument("--idle", type=float, help="seconds between two questions for work")
     parser.add_argument("--was", type=Path, help="file with the node id that the site had")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
     given = parser.parse_args(words)
     rest = given.rest[given.rest[:1] == ["--"] :]
     if given.idle is not None:
-        hasten(given.idle)
+        pace(given.idle)
     if given.was and given.was.exists() and KEY in rest:
         server, authority, key = (rest[rest.index(word) + 1] for word in ("--superlink", "--root-certificates", KEY))
         with suppress(httpx.HTTPError, OSError, ValueError):  # it had left in order, or the server is away
