@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from flwr.proto.node_pb2 import Node, NodeInfo
 from flwr.supercore.constant import NodeStatus, TaskType
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.heartbeat import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
@@ -151,14 +153,17 @@ def test_a_supernode_says_which_node_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "node").read_text() == "17"
 
 
-@pytest.mark.parametrize("size", [0, 1, 5 * 2**20, 5 * 2**20 + 1])
-def test_a_body_comes_back_as_it_was(size: int) -> None:
-    body = bytes(size)
+@pytest.mark.parametrize(
+    ("size", "parts"), [(0, 2), (1, 2), (grid.SHORT, 2), (grid.SHORT + 1, 4), (5 * 2**20, 4), (5 * 2**20 + 1, 5)]
+)
+def test_a_body_comes_back_as_it_was_in_as_few_parts_as_can_be(size: int, parts: int) -> None:
+    body = os.urandom(size)
     content = grid.packed(body)
     assert grid.unpacked(content) == body
+    assert len(get_all_nested_objects(content)) == parts
 
 
 def test_content_of_another_form_is_refused() -> None:
-    for content in (flwr.app.RecordDict(), flwr.app.RecordDict({"body": flwr.app.ConfigRecord({"body": b"x"})})):
+    for content in (flwr.app.RecordDict(), flwr.app.RecordDict({"body": flwr.app.ConfigRecord({"body": "x"})})):
         with pytest.raises(ValueError, match="not one array"):
             grid.unpacked(content)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
-from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
@@ -31,12 +31,19 @@ DOWNLOADS = 32
 ASK = 0.2
 """Seconds between two questions for news, at least; a busy SuperLink is asked in at most a fifth of the time."""
 
+SHORT = 2**20
+"""Bytes of a body that travels in one piece."""
 SOON, LATER = 0.05, 1.0
 """Seconds between two looks at whether a piece has been uploaded, at first and at most."""
 
 
 def packed(body: bytes) -> RecordDict:
-    """A body as Flower's content; Flower cuts it into pieces of 5 MB, each sent once."""
+    """A body as Flower's content; a large one Flower cuts into pieces of 5 MB, each sent once.
+
+    Each part of a content is asked for by itself, so a short one has as few as there can be.
+    """
+    if len(body) <= SHORT:
+        return RecordDict({NAME: ConfigRecord({NAME: body})})
     return RecordDict({NAME: ArrayRecord({NAME: Array("uint8", (len(body),), NAME, body)})})
 
 
@@ -49,6 +56,8 @@ def unpacked(content: RecordDict) -> bytes:
     match list(content.values()):
         case [ArrayRecord() as record] if list(record) == [NAME]:
             return bytes(record[NAME].data)
+        case [ConfigRecord() as record] if list(record) == [NAME] and isinstance(body := record[NAME], bytes):
+            return body
     raise ValueError("the content of the message is not one array of bytes")
 
 
