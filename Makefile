@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 # Which tests `make test` runs, in pytest's words.
 MARK ?= not gpu and not mutants and not federation
 
-.PHONY: help demo test mutants federation check bench clean
+.PHONY: help demo test mutants storms federation check bench clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,6 +30,9 @@ test: .venv/ready ## every test that needs no GPU
 
 mutants: .venv/ready ## whether the laws notice each of some sixty bugs, a quarter of an hour
 	@$(BIN)/python -m pytest -n 2 -m slow tests/laws/test_mutants.py
+
+storms: .venv/ready ## the laws' random storms with ten times as many examples, an hour
+	@STORMS=10 $(BIN)/python -m pytest -n 2 -m slow tests/laws tests/flower/test_driver.py tests/flower/test_over.py
 
 federation: .venv/ready ## deployments of real processes that take minutes: the guide's own commands, whatever is killed
 	@$(BIN)/python -m pytest -m federation tests/flower

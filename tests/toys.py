@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ from fedloom.server import Limits, Server
 from fedloom.train.trainer import personal
 from fedloom.types import Aggregator, Budget, Fleet, Local, Merge, Model, Profile, Result, Schedule, Start, Task, Update
 
+STORMS = int(os.environ.get("STORMS", "1"))
+"""So many times as many examples in the slow storms (`make storms`)."""
 torch.set_num_threads(1)  # matrices this small are slower on two cores
 
 LAYERS = {"query": (12, 10), "value": (10, 14)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -111,8 +112,9 @@ def run(
     _introduce(job)
     try:
         outcome = _carry_out(job, target, workers, pictures, keep_updates=keep_updates)
-    except (KeyboardInterrupt, OSError):
-        err.print(f"Go on    {_escaped(resumption(sys.argv, target))}", soft_wrap=True)
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or full(error):
+            err.print(_escaped(_what_is_left(target)), soft_wrap=True)
         raise
     _summarise([outcome.folder])
     page = outcome.folder / "report.html" if pictures else f"{sys.argv[0]} report {outcome.folder}"
@@ -253,6 +255,13 @@ def _carry_out(job: Job, folder: Path, workers: str = "1", report: bool = True, 
     columns = (TextColumn("{task.description}"), BarColumn(8), TextColumn("{task.fields[now]}"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
         return job.execute(folder, [watcher(progress, job)], workers, report, **more)
+
+
+def _what_is_left(folder: Path) -> str:
+    """To be done where a run was stopped: the rest of it, or its report alone."""
+    path = folder / "manifest.json"
+    over = path.exists() and json.loads(path.read_bytes()).get("status") == "finished"
+    return f"Report   {sys.argv[0]} report {folder}" if over else f"Go on    {resumption(sys.argv, folder)}"
 
 
 def _summarise(folders: list[Path]) -> None:

@@ -206,7 +206,6 @@ def test_whatever_is_killed_comes_back_and_nothing_is_left(secured: tuple[Stage,
         supervisor.wait()
     until(lambda: not running(str(stage.folder)), 20, f"left: {running(str(stage.folder))}")
 
-    (stage.server / "flower" / "nodes.json").unlink()  # as if killed when a key was taken and not written down
     server = stage.serve("resume")
     stage.join("one", ca, private)
     assert stage.more(LEASE, "after a restart of all")["node"] == first["node"]

@@ -69,7 +69,7 @@ def test_an_answer_counts_once_and_none_is_lost(
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "schedule", "codec"), METHODS, ids=lambda one: type(one).__name__)
 @given(storm=STORM)
-@settings(max_examples=15, deadline=None, phases=(Phase.reuse, Phase.generate))
+@settings(max_examples=8 * toys.STORMS, deadline=None, phases=(Phase.reuse, Phase.generate))
 def test_nor_in_more_storms_with_whatever_a_client_keeps(
     method: Any, schedule: Any, codec: Any, storm: dict[str, Any], tmp_path_factory: Any
 ) -> None:

@@ -45,6 +45,7 @@ def test_a_region_refuses_a_task_and_an_exam_of_another_model_before_its_sites_s
         Work(terms_of(), 1, replace(task, start=strange), 0),
         Exam(terms_of(), 1, "ward", strange, 0, 10.0),
     ):
+        assert "it is another model" in str(region._unwilling(ask))
         told = decode_reply(region.answer(encode(ask)), 2**20, {})
         assert isinstance(told, Refusal)
         assert told.lasting

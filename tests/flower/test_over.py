@@ -109,7 +109,7 @@ def test_a_report_counts_once_and_what_was_told_is_known_after_every_restart(
 
 @pytest.mark.slow
 @given(storm=STORM)
-@settings(max_examples=25, deadline=None, phases=(Phase.reuse, Phase.generate))
+@settings(max_examples=12 * toys.STORMS, deadline=None, phases=(Phase.reuse, Phase.generate))
 def test_nor_is_it_otherwise_in_more_storms(storm: dict[str, Any], tmp_path_factory: Any) -> None:
     weathered(tmp_path_factory.mktemp("storm"), **storm)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,35 +34,60 @@ def control(tmp_path: Path) -> Iterator[Control]:
 
 
 @pytest.mark.slow
-def test_keys_are_taken_at_once_and_a_change_may_be_said_again(control: Control, tmp_path: Path) -> None:
+def test_who_is_listed_may_come_and_nobody_else_however_often_it_is_said(control: Control, tmp_path: Path) -> None:
     files = {name: keys.site(name, tmp_path / "sites")[1] for name in ("north", "south")}
     junk = tmp_path / "junk.pub"
     junk.write_text("no key")
-    come = {name: Coming(str(path), name) for name, path in files.items()}
-    done = control.change({**come, "junk": Coming(str(junk), "junk")}, {})
-    assert done.come.keys() == {"north", "south"}
-    assert done.come["north"] != done.come["south"]
-    assert "junk cannot be let in" in done.refused["junk"]
+    both = {name: Coming(str(path), name) for name, path in files.items()}
+    done = control.admit(both)
+    assert done.nodes.keys() == {"north", "south"}
+    assert done.nodes["north"] != done.nodes["south"]
+    assert control.admit(both) == done, "as if its answer had been lost"
 
-    again = control.change(come, {})
-    assert again.come == done.come, "as if its answer had been lost"
-    assert not again.refused
+    some = control.admit({"north": both["north"], "junk": Coming(str(junk), "junk")})
+    assert "junk cannot be let in" in some.refused["junk"]
+    assert some.nodes == {"north": done.nodes["north"]}
+    assert control.admit(both) == done, "south was not put out while a key could not be read"
 
-    gone = {"north": done.come["north"]}
-    assert control.change({}, gone).gone == ["north"]
-    assert control.change({}, gone).gone == ["north"], "also twice"
-    back = control.change({"north": come["north"]}, {})
-    assert "already in use" in back.refused["north"], "Flower takes the key of who went never again"
+    assert control.admit({"south": both["south"]}).nodes == {"south": done.nodes["south"]}
+    back = control.admit(both)
+    assert back.nodes == {"south": done.nodes["south"]}
+    assert "north cannot be let in" in back.refused["north"], "Flower takes the key of who went never again"
+    assert control.admit({}).nodes == {}
 
 
 @pytest.mark.slow
-def test_a_superlink_that_is_away_or_hangs_is_told_of(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_superlink_that_is_away_is_told_of(control: Control) -> None:
     nobody = Control(control.home, free_port(), control.certificate)
-    with pytest.raises(Unwilling, match="does not answer"):
-        nobody.change({}, {})
-    with pytest.raises(Unwilling):
-        nobody.halt(1)
-    monkeypatch.setattr(controlled, "TIMEOUT", 0.2)
-    for ask in (lambda: control.change({}, {}), lambda: control.halt(1), lambda: control.submit(control.home, 1)):
-        with pytest.raises(Unwilling, match="did not answer within"):
+    nobody.prepare("toy:app")
+    for ask in (lambda: nobody.admit({}), lambda: nobody.submit(control.home, 1)):
+        with pytest.raises(Unwilling, match=r"does not answer|navailable|onnect"):
             ask()
+
+
+def test_what_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controlled, "TIMEOUT", 0.2)
+    with pytest.raises(Unwilling, match="did not answer within"):
+        Control(tmp_path, free_port(), None)._run(["sleep", "60"])
+
+
+def test_before_a_run_is_submitted_all_others_are_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose number nobody was told; one that is over is left alone, and nothing is begun while one cannot be stopped."""
+    asked, stuck = list[tuple[str, ...]](), False
+
+    def ask(self: Control, *words: str) -> dict[str, Any]:
+        asked.append(words[:2])
+        if words[0] == "stop" and stuck:
+            raise Unwilling("not now")
+        runs = [{"run-id": "3", "status": "finished:failed"}, {"run-id": "4", "status": "running"}]
+        return {"list": {"runs": runs}, "run": {"run-id": "5"}}.get(words[0], {})
+
+    monkeypatch.setattr(Control, "_ask", ask)
+    control = Control(tmp_path, 1, None)
+    assert control.submit(tmp_path, 1) == 5
+    assert [words[0] for words in asked] == ["list", "stop", "run"]
+    assert asked[1] == ("stop", "4")
+    stuck = True
+    with pytest.raises(Unwilling):
+        control.submit(tmp_path, 2)
+    assert asked[-1] == ("stop", "4")

@@ -46,6 +46,6 @@ def test_a_storm(method: Aggregator, schedule: Schedule, script: list[tuple[str,
 @pytest.mark.slow
 @all_pairs
 @given(script=STORM)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8 * toys.STORMS, deadline=None)
 def test_a_storm_of_every_pair(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
     blown(method, schedule, script)

@@ -290,7 +290,7 @@ def test_a_storm(schedule: Schedule, script: list[tuple[str, int, float]]) -> No
 @pytest.mark.slow
 @every_schedule
 @given(script=STORM)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150 * toys.STORMS, deadline=None)
 def test_a_long_storm(schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
     weather(schedule, script)
 

@@ -314,7 +314,7 @@ class Storm:
             self.lose(client)
         if survivor not in self.present:
             self.join(survivor)
-        for _ in range(300):
+        for _ in range(1000):
             if self.stopped:
                 return
             wake = self.tree.wake()
@@ -346,7 +346,7 @@ def test_a_storm(above: Schedule, below: Schedule, script: list[tuple[str, int, 
 @pytest.mark.slow
 @pytest.mark.parametrize("above", toys.schedules(), ids=toys.called)
 @given(data=st.data(), script=STORM)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30 * toys.STORMS, deadline=None)
 def test_a_storm_of_every_pair(above: Schedule, data: st.DataObject, script: list[tuple[str, int, float]]) -> None:
     below = data.draw(st.sampled_from(toys.schedules()))
     method = data.draw(st.sampled_from((FedIT(), ProductDelta())))

@@ -388,17 +388,17 @@ MUTANTS = [
         "schedule/test_fedfa.py",
     ),
     Mutant(
-        "a version of nothing new",
-        "schedule/fedfa.py",
-        "len(fleet.arrived) > fleet.retained, len",
-        "len(fleet.arrived) > 0, len",
-        "schedule/test_fedfa.py",
-    ),
-    Mutant(
         "FedFa begins with the model of today",
         "schedule/fedfa.py",
         "anchor=None if self.delta_rate or filled == 1.0 else fleet.first",
         "anchor=None",
+        "schedule/test_fedfa.py",
+    ),
+    Mutant(
+        "a version of nothing new",
+        "schedule/fedfa.py",
+        "len(fleet.arrived) > fleet.retained, len",
+        "len(fleet.arrived) > 0, len",
         "schedule/test_fedfa.py",
     ),
     Mutant(

@@ -109,7 +109,7 @@ def test_a_calm_sea_with_drift_moves_clients(above: Schedule, link: Link | None)
 @pytest.mark.slow
 @pytest.mark.parametrize("above", toys.schedules(), ids=toys.called)
 @given(data=st.data(), script=STORM, seed=st.integers(0, 99))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10 * toys.STORMS, deadline=None)
 def test_a_storm_with_drift_of_every_pair(
     above: Schedule, data: st.DataObject, script: list[tuple[str, int, float]], seed: int
 ) -> None:

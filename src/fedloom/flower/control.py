@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,10 @@ class Coming:
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
-    """What came of a change, by the fingerprint of a key: the node that its holder is, who is let in no longer, why not."""
+class Admitted:
+    """Who may come now, by the fingerprint of the key the node that its holder is; and why somebody who is listed may not."""
 
-    come: dict[str, int] = field(default_factory=dict)
-    gone: list[str] = field(default_factory=list)
+    nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
 
@@ -78,37 +76,29 @@ class Control:
         (self.home / "config.toml").write_text(connection, encoding="utf-8")
         (self.home / "app" / "pyproject.toml").write_text(APP.format(app=app), encoding="utf-8")
 
-    def change(self, come: Mapping[str, Coming], go: Mapping[str, int]) -> Changed:
-        """Accept these keys, and those of these nodes no longer; it may be said twice. Flower takes a key that went never again.
+    def admit(self, listed: Mapping[str, Coming]) -> Admitted:
+        """Accept these keys, by their fingerprints, and no others. Flower takes the key of who went never again.
 
-        Raises Unwilling where the SuperLink cannot be asked.
+        Raises Unwilling where the SuperLink cannot be asked; then it is not known who may come.
         """
         where = [str(self.port), *([] if self.certificate is None else [str(self.certificate)])]
-        told = json.dumps({"come": {key: asdict(one) for key, one in come.items()}, "go": dict(go)})
+        told = json.dumps({key: asdict(one) for key, one in listed.items()})
         done = self._run([sys.executable, "-m", "fedloom.flower.roster", *where], told)
         if done.returncode:
             raise Unwilling((done.stderr or done.stdout).strip()[-500:])
-        return Changed(**json.loads(done.stdout))
+        return Admitted(**json.loads(done.stdout))
 
     def submit(self, folder: Path, attempt: int) -> int:
-        """Start a Flower run of the app; returns its number."""
-        config = f"folder={json.dumps(str(folder))} attempt={attempt}"
-        try:
-            return int(self._ask("run", str(self.home / "app"), HERE, "--run-config", config)["run-id"])
-        except Unwilling:
-            with suppress(Unwilling):  # one whose number was not told would hold the folder against the next
-                self._halt_all()
-            raise
+        """Start a Flower run of the app; returns its number.
 
-    def halt(self, run: int) -> None:
-        """Stop a Flower run, so that what it left at the sites is dropped."""
-        self._ask("stop", str(run), HERE)
-
-    def _halt_all(self) -> None:
-        """Stop every Flower run; nobody else has one here."""
+        All others are stopped first, and what they left at the sites is dropped: also one whose number was never told, because the
+        SuperLink ended or hung. It would hold the folder against this one.
+        """
         for run in self._ask("list", HERE).get("runs", []):
             if not str(run["status"]).startswith("finished"):
-                self.halt(int(run["run-id"]))
+                self._ask("stop", str(run["run-id"]), HERE)
+        config = f"folder={json.dumps(str(folder))} attempt={attempt}"
+        return int(self._ask("run", str(self.home / "app"), HERE, "--run-config", config)["run-id"])
 
     def _ask(self, *words: str) -> Mapping[str, Any]:
         """Flower's command line."""

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from queue import Empty, SimpleQueue
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -29,7 +28,9 @@ LIFETIME = 14 * 24 * 3600.0
 DOWNLOADS = 32
 """Replies that are fetched at once."""
 ASK = 0.2
-"""Seconds between two questions for news, at least; a busy SuperLink is asked in at most a fifth of the time."""
+"""Seconds between two questions for news."""
+SELDOM = 2.0
+"""Seconds at most: a busy SuperLink is asked in no more than a fifth of the time."""
 
 SHORT = 2**20
 """Bytes of a body that travels in one piece."""
@@ -102,8 +103,11 @@ class GridLink:
     def send(self, node: int, body: bytes) -> str:
         """Hand `body` over to the SuperLink. While the SuperLink is away this waits for it."""
         message, number = Message(packed(body), node, MessageType.TRAIN, ttl=LIFETIME), ""
-        with suppress(ObjectPushError):  # a machine so busy that it took minutes
+        reason = "the SuperLink did not take the message"
+        try:
             number = next(iter(self._grid.push_messages([message])), "")
+        except ObjectPushError as error:  # a machine so busy that it took minutes
+            reason = f"the SuperLink did not get all of the message: {error}"
         if number:
             self._sent[number] = node
             if self._asking.ident is None:
@@ -111,7 +115,7 @@ class GridLink:
         else:
             self._refused += 1
             number = f"refused-{self._refused}"
-            self._came.put(Reply(number, node, None, "the SuperLink did not take the message"))
+            self._came.put(Reply(number, node, None, reason))
         return number
 
     def collect(self) -> list[Reply]:
@@ -137,7 +141,7 @@ class GridLink:
                         number = message.metadata.reply_to_message_id
                         if (node := self._sent.pop(number, None)) is not None:
                             self._pool.submit(self._fetch, number, node, tree)
-                time.sleep(max(ASK, 4 * (time.monotonic() - begun)))
+                time.sleep(min(max(ASK, 4 * (time.monotonic() - begun)), SELDOM))
         except BaseException as error:
             self._trouble = error
 

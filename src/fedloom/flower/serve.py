@@ -7,7 +7,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fedloom.errors import Refused
@@ -68,6 +67,7 @@ class Serving:
     full: bool = False
     here: set[str] = field(default_factory=set)
     nodes: dict[str, int] = field(default_factory=dict)
+    told: bool = False
 
     def look(self) -> str | None:
         """One look at everything; returns why the run ended, once it has.
@@ -127,23 +127,19 @@ class Serving:
         except Refused as error:  # a file in `sites` that is no key
             raise Unwilling(str(error)) from error
         self.names = {fingerprint: entry.name for fingerprint, entry in listed.items()}
-        coming = {key: Coming(str(one.path), one.name) for key, one in listed.items() if key not in self.nodes}
-        going = {key: node for key, node in self.nodes.items() if key not in listed}
-        if coming or going:
-            self._change(coming, going)
+        if not self.told or listed.keys() != self.nodes.keys():
+            self._tell({key: Coming(str(one.path), one.name) for key, one in listed.items()})
         if not listed and not self.run:
             self.say("no site may come yet: `fedloom keys add PUB --name NAME` lets one in, also while this runs")
 
-    def _change(self, coming: Mapping[str, Coming], going: Mapping[str, int]) -> None:
-        """Let in the holders of these keys, and those no longer."""
-        done = self.control.change(coming, going)
-        self.nodes.update(done.come)
-        for fingerprint in done.gone:
-            del self.nodes[fingerprint]
-        write_json(self.server.home / "nodes.json", self.nodes)
-        for fingerprint in done.come:
-            self.say(f"{coming[fingerprint].name} may come (key {fingerprint})")
-        for fingerprint in done.gone:
+    def _tell(self, listed: Mapping[str, Coming]) -> None:
+        """Let the SuperLink know who may come, until it has said that it does."""
+        before, self.told = self.nodes, False
+        done = self.control.admit(listed)
+        self.nodes, self.told = done.nodes, True
+        for fingerprint in sorted(done.nodes.keys() - before.keys()):
+            self.say(f"{listed[fingerprint].name} may come (key {fingerprint})")
+        for fingerprint in sorted(before.keys() - done.nodes.keys()):
             self.say(f"the holder of key {fingerprint} may come no longer")
         if done.refused:
             raise Unwilling("; ".join(done.refused.values()))
@@ -175,7 +171,6 @@ class Serving:
                 return None
             self.attempt, self.since = self.attempt + 1, time.monotonic()
             self.run = self.control.submit(self.server.folder, self.attempt)
-            write_json(self.server.home / "run.json", {"run": self.run, "attempt": self.attempt})
             return None
         word, lived = heard(self.server.folder, self.attempt), time.monotonic() - self.since
         if word is not None and word.ended:
@@ -190,8 +185,6 @@ class Serving:
         if self.quick >= MOST_QUICK:
             raise self._vain(word, said)
         self.say(f"the ServerApp ended ({said}); a new one goes on from the last checkpoint")
-        with suppress(Unwilling):  # it may have ended in Flower's eyes, too
-            self.control.halt(self.run)
         self.run = 0
         if word is not None and word.full:
             self.pauses[self._follow.__name__] = time.monotonic() + CLEARING
@@ -250,30 +243,12 @@ def _serve(server: Server, facts: Mapping[str, object], resume: bool, say: Say, 
         control.prepare(server.app)
         supervisor = Supervisor([*parts(server, inner), *map(list, more)], server.folder / "logs", say)
         log = Reader(server.folder / "logs" / "superlink.log").skip()
-        serving = Serving(server, control, supervisor, say, log, last(server.folder), nodes=_known(server))
+        serving = Serving(server, control, supervisor, say, log, last(server.folder))
         try:
             with terminable() as asked_to_stop:
-                _halt_earlier(serving)
                 while (reason := serving.look()) is None:
                     asked_to_stop()
                     time.sleep(TICK)
                 return reason
         finally:
             supervisor.stop()
-
-
-def _known(server: Server) -> dict[str, int]:
-    """The node ids of the keys that the SuperLink's database has."""
-    known = server.home / "nodes.json"
-    return json.loads(known.read_text()) if known.exists() and (server.home / "state.db").exists() else {}
-
-
-def _halt_earlier(serving: Serving) -> None:
-    """Stop the Flower run of a server that was killed; what it left at the sites is dropped."""
-    note = serving.server.home / "run.json"
-    if note.exists():
-        while not listens("127.0.0.1", serving.control.port):
-            serving.supervisor.look()
-            time.sleep(TICK)
-        with suppress(Unwilling):
-            serving.control.halt(json.loads(note.read_text())["run"])
