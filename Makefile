@@ -31,7 +31,7 @@ test: .venv/ready ## every test that needs no GPU
 mutants: .venv/ready ## whether the laws notice each of some sixty bugs, a quarter of an hour
 	@$(BIN)/python -m pytest -n 2 -m slow tests/laws/test_mutants.py
 
-storms: .venv/ready ## the laws' random storms with ten times as many examples, an hour
+storms: .venv/ready ## the laws' random storms with ten times as many examples
 	@STORMS=10 $(BIN)/python -m pytest -n 2 -m slow tests/laws tests/flower/test_driver.py tests/flower/test_over.py
 
 federation: .venv/ready ## deployments of real processes that take minutes: the guide's own commands, whatever is killed

@@ -55,7 +55,7 @@ def read(path: Path) -> bytes:
     key = load_ssh_public_key(path.read_bytes())
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ValueError("it is no key of an elliptic curve")
-    return public_key_to_bytes(key)
+    return bytes(public_key_to_bytes(key))
 
 
 def _reason(error: httpx.HTTPStatusError) -> str:
