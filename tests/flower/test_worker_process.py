@@ -78,7 +78,7 @@ def result(work: Work, reply: bytes) -> Result:
 def test_kill_9_in_training_and_after_it(encoder: Path, tmp_path: Path) -> None:
     calm, site = Worker(site_at(tmp_path / "calm", encoder)), site_at(tmp_path / "stormy", encoder)
     draw = random.Random(0)
-    for work in tasks(encoder):
+    for work in tasks(encoder)[:2]:
         body = encode(work)
         wanted = result(work, calm.answer(body))
         with running(site) as process:  # in the middle
