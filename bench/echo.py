@@ -91,17 +91,19 @@ def cpu(folder: Path) -> dict[str, float]:
     own = resource.getrusage(resource.RUSAGE_SELF)
     spent = {"serverapp": own.ru_utime + own.ru_stime, **dict.fromkeys((*SERVER.values(), "sites"), 0.0)}
     for stat, words in processes(folder):
-        part = next((part for word, part in SERVER.items() if word in words), "sites")
         fields = stat.rpartition(")")[2].split()
-        spent[part] += (int(fields[11]) + int(fields[12])) / HERTZ
+        spent[part_of(words)] += (int(fields[11]) + int(fields[12])) / HERTZ
     return spent
+
+
+def part_of(command: str) -> str:
+    """Whose process it is: the server's part, or the sites'."""
+    return next((part for word, part in SERVER.items() if word in command), "sites")
 
 
 def memory(folder: Path, name: str) -> float:
     """Megabytes that a process of the server has in memory."""
-    [stat] = [
-        stat for stat, words in processes(folder) if any(word in words and SERVER[word] == name for word in SERVER)
-    ]
+    [stat] = [stat for stat, words in processes(folder) if part_of(words) == name]
     return int(stat.rpartition(")")[2].split()[21]) * PAGE / 1e6
 
 
