@@ -27,11 +27,11 @@ import torch
 
 from bench import dense
 from bench.clients import ALPHA, MIXED, Case, make_clients, server_call, worst_gap
-from bench.degenerate import CASES, measure
 from bench.memory import HONEST_MALLOC, extra_peak
 from bench.timing import Time, against, ratio, sample, show, spread, under
-from fedloom.lora import Factor
-from fedloom.lowrank import svd
+from fedloom.core.lora import Factor
+from fedloom.core.truncated_svd import svd
+from tests.support.degenerate import CASES, measure
 
 CALLS = 10
 

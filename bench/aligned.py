@@ -20,10 +20,13 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from bench.skewed import fleet
-from fedloom.group import BySpeed, Grouping, Groups, Member, NearIID, RandomGroups
-from fedloom.plan.groupcost import Choice, Device, GroupState, Sizes
-from fedloom.plan.joint import Joint, JointMemory, Scored, TimeAligned
-from fedloom.seeds import rng
+from fedloom.core.seeds import rng
+from fedloom.hierarchy.grouping import BySpeed, Grouping, Groups, Member, NearIID, RandomGroups
+from fedloom.hierarchy.joint_plan.gradient_score import Scored
+from fedloom.hierarchy.joint_plan.group_cost import Choice, Device, GroupState, Sizes
+from fedloom.hierarchy.joint_plan.joint_memory import JointMemory
+from fedloom.hierarchy.joint_plan.shared import Joint
+from fedloom.hierarchy.joint_plan.time_aligned import TimeAligned
 
 LAYERS, BITS, RANK = 12, 9.6e6, 8
 LOW_BPS, HIGH_BPS = 1e6, 3e7

@@ -25,11 +25,11 @@ import torch
 
 from bench.memory import HONEST_MALLOC, extra_peak
 from bench.timing import sample, spread
-from bench.tiny import settle, tiny_generator
 from fedloom.train import loss
-from fedloom.train.base import Base, initial, load
+from fedloom.train.base_model import Base, initial, load
 from fedloom.train.settings import Engine, LoRA
-from fedloom.train.texts import Encoded
+from fedloom.train.tokenised import Encoded
+from tests.support.tiny_models import settle, tiny_generator
 
 SHAPE = {
     "hidden_size": 256,

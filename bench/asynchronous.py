@@ -26,7 +26,7 @@ from bench.memory import HONEST_MALLOC, extra_peak
 from bench.simulate import Case, compare, per_event, say
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.product_delta import ProductDelta
-from fedloom.types import Aggregator
+from fedloom.core.policies import Aggregator
 
 FEW, MANY, RATIO_BAR = 1_000, 10_000, 1.3
 METHODS: dict[str, Aggregator] = {"FedIT": FedIT(), "ProductDelta": ProductDelta()}

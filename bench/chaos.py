@@ -35,9 +35,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from bench.federation import Federation, make, running, until
-from bench.tiny import hush, settle
-from fedloom.replay import replay
+from fedloom.runs.replay import replay
+from tests.support.federation import Federation, make, running, until
+from tests.support.tiny_models import hush, settle
 
 SITES, STEPS = 4, 40
 """Of a task: about half a second."""

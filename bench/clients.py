@@ -9,8 +9,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from fedloom.aggregate.combine import best
-from fedloom.lora import Factor, energy, stack
+from fedloom.aggregate.shared.product_space import best
+from fedloom.core.lora import Factor, energy, stack
 
 ALPHA = 16.0
 MIXED = (2, 4, 8, 16, 32, 64)

@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.energy import FEDERATION, ROUNDS, energies
-from bench.malformed import malformed
-from bench.same_bytes import start_twins
-from bench.tiny import RANKS, hush, settle, tiny_decoder, tiny_encoder, tiny_run
-from fedloom.lora import Adapter, Factor
+from fedloom.core.lora import Adapter, Factor
+from tests.support.energy import FEDERATION, ROUNDS, energies
+from tests.support.malformed import malformed
+from tests.support.same_bytes import start_twins
+from tests.support.tiny_models import RANKS, hush, settle, tiny_decoder, tiny_encoder, tiny_run
 
 ROUNDTRIP_BAR = 1e-5
 ENERGY_BAR = 0.01
@@ -58,7 +58,7 @@ def roundtrip_error(ranks: Sequence[int]) -> float:
 
 def roundtrip(model: Path, folder: Path, ranks: Sequence[int]) -> dict[str, float]:
     """A run on this model, exported at each rank and merged: how far each is from the adapter in memory."""
-    from fedloom.job import prepare
+    from fedloom.runs.prepare import prepare
     from fedloom.train.export import at_rank, save, save_merged
 
     hush()

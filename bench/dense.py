@@ -15,7 +15,7 @@ import torch
 from bench.clients import Case, drawn, server_call, weighted, worst_gap
 from bench.memory import HONEST_MALLOC, peak
 from bench.timing import Time, against, ratio, sample, show, under
-from fedloom.lora import stack
+from fedloom.core.lora import stack
 
 QUICK = (Case(4096, drawn(50), time_bar=40), Case(4096, (8,) * 50, time_bar=100))
 FULL = (*QUICK, Case(4096, drawn(50), time_bar=80, wide=11008))

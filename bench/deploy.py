@@ -21,10 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedloom.flower import keys
-from fedloom.flower.place import Server
-from fedloom.flower.processes import free_port
-from fedloom.flower.serve import serve
+from fedloom.deploy.flower import keys
+from fedloom.deploy.flower.serve import serve
+from fedloom.deploy.flower.server_processes import Server
+from fedloom.deploy.flower.supervisor import free_port
 
 IDLE = "0.2"
 MANY = 8

@@ -32,15 +32,15 @@ from statistics import median
 
 from bench.memory import HONEST_MALLOC, peak
 from bench.timing import sample, spread, under
-from bench.tiny import settle
 from bench.train import BATCH, RANK, SIX, model_folder, texts_of
-from fedloom.layers import lowered
-from fedloom.lora import Adapter, Factor
-from fedloom.plan.costmodel import CostModel
-from fedloom.train.base import Base, initial, load
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.partial_depth import lowered
+from fedloom.core.types import Budget, Local, Profile, Start, Task
+from fedloom.plan.client_cost import CostModel
+from fedloom.train.base_model import Base, initial, load
 from fedloom.train.settings import Engine, LoRA, Training
 from fedloom.train.trainer import PeftTrainer
-from fedloom.types import Budget, Local, Profile, Start, Task
+from tests.support.tiny_models import settle
 
 DEPTHS, SEEN, SHARD = range(1, 7), (1, 3, 6), 32
 STEPS, BAR = SHARD // BATCH, 0.2

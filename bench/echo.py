@@ -18,10 +18,10 @@ from flwr.app import Context
 from flwr.serverapp import ServerApp
 from flwr.superlink.grid import HttpGrid
 
-from fedloom.flower.join import Seat, join
-from fedloom.flower.link import Link
-from fedloom.flower.pipe import Listener
-from fedloom.flower.serverapp import carry_out
+from fedloom.deploy.flower.join import Seat, join
+from fedloom.deploy.flower.server_app import carry_out
+from fedloom.deploy.link import Link
+from fedloom.deploy.site.worker_socket import Listener
 
 app = ServerApp()
 POLL = 0.05

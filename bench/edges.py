@@ -22,21 +22,23 @@ from statistics import median
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.cost import Shape
-from fedloom.hierarchy import Hierarchy
-from fedloom.lora import Adapter, Factor
+from fedloom.core.events import Command, Event, UpdateArrived
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.model_shape import Shape
+from fedloom.core.policies import Schedule
+from fedloom.core.seeds import rng
+from fedloom.core.server import Limits, Server
+from fedloom.core.types import Local, Profile, Result, Task
+from fedloom.hierarchy.hierarchy import Hierarchy
+from fedloom.hierarchy.tree import Tree
+from fedloom.hierarchy.tree_state import Link
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.rounds import Rounds
-from fedloom.schedule.weights import by_work
-from fedloom.seeds import rng
-from fedloom.server import Limits, Server
-from fedloom.simulate import Simulation
-from fedloom.tree import Tree
-from fedloom.treestate import Link
-from fedloom.types import Command, Event, Local, Profile, Result, Schedule, Task, UpdateArrived
-from fedloom.world import Capabilities, Devices, Near, World
+from fedloom.schedule.shared.weights import by_work
+from fedloom.simulate.devices import Capabilities, Devices, Near, World
+from fedloom.simulate.simulation import Simulation
 
 RANK, STEPS, INNER, TOKENS = 8, 20, 4, 1000
 WIDE = {f"layer{k}": (1875, 1875) for k in range(10)}

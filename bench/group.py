@@ -26,10 +26,10 @@ import torch
 from bench import aligned, topical
 from bench.skewed import fleet
 from bench.timing import against
-from fedloom.group import Grouping, Groups, Member, NearIID, RandomGroups
-from fedloom.histogram import noised
-from fedloom.nearest import divergence
-from fedloom.seeds import rng
+from fedloom.core.seeds import rng
+from fedloom.data.private_histogram import noised
+from fedloom.hierarchy.grouping import Grouping, Groups, Member, NearIID, RandomGroups
+from fedloom.hierarchy.near_iid import divergence
 
 SIZE, DEALS = 10, 20
 EPSILONS = (10.0, 1.0, 0.3, 0.1, 0.03)

@@ -29,9 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.federation import Federation, make
-from bench.tiny import hush, settle
-from fedloom.replay import replay
+from fedloom.runs.replay import replay
+from tests.support.federation import Federation, make
+from tests.support.tiny_models import hush, settle
 
 SITES, TIMES, STEPS = 4, 5, 300
 """A task of the fast sites is some seconds long: still short for a real one, against which what Flower takes is less."""

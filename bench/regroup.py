@@ -26,22 +26,24 @@ import torch
 
 from bench.edges import INNER, RANK, STEPS, TOKENS, Moved, server
 from bench.skewed import fleet
-from fedloom.cost import Shape
-from fedloom.group import Member, NearIID
-from fedloom.hierarchy import Hierarchy
-from fedloom.membership import seconds
-from fedloom.metrics import Metrics
-from fedloom.places import Places
-from fedloom.regroup import Compared
+from fedloom.core.events import Command, Event
+from fedloom.core.model_shape import Shape
+from fedloom.core.policies import Schedule
+from fedloom.core.seeds import rng
+from fedloom.core.types import Profile, Result, Task
+from fedloom.hierarchy.grouping import Member, NearIID
+from fedloom.hierarchy.hierarchy import Hierarchy
+from fedloom.hierarchy.regrouping import Compared
+from fedloom.hierarchy.tree import Tree, places
+from fedloom.hierarchy.tree_state import Link
+from fedloom.runs.build_groups import seconds
+from fedloom.runs.metrics import Metrics
+from fedloom.runs.slot_usage import Places
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.rounds import Rounds
-from fedloom.schedule.weights import by_work
-from fedloom.seeds import rng
-from fedloom.simulate import Simulation
-from fedloom.tree import Tree, places
-from fedloom.treestate import Link
-from fedloom.types import Command, Event, Profile, Result, Schedule, Task
-from fedloom.world import Capabilities, Devices, Near, Seconds
+from fedloom.schedule.shared.weights import by_work
+from fedloom.simulate.devices import Capabilities, Devices, Near, Seconds
+from fedloom.simulate.simulation import Simulation
 
 GROUPS, NEAR, SLOWER, SHARE, THRESHOLD = 8, 10.0, 4.0, 0.1, 0.1
 PLATFORM, LINK = Capabilities(low_bps=1e5, high_bps=3e6, modes=(1.0,)), Link(1e7, 1e7)

@@ -32,33 +32,20 @@ from typing import ClassVar, Literal
 import torch
 
 from bench.memory import resident
-from fedloom.aggregate.combine import leading
 from fedloom.aggregate.fedit import FedIT
-from fedloom.cost import Shape
-from fedloom.lora import Adapter, Factor
+from fedloom.aggregate.shared.factor_space import leading
+from fedloom.core.events import ClientJoined, Command, Event, UpdateArrived
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.model_shape import Shape
+from fedloom.core.policies import Aggregator, Merge, Observer
+from fedloom.core.server import Limits, Server
+from fedloom.core.types import Budget, ClientId, Local, Model, Profile, Result, Start, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
+from fedloom.runs.trace import Trace
 from fedloom.schedule.fedfa import FedFa
-from fedloom.server import Limits, Server
-from fedloom.simulate import Observer, Simulation
-from fedloom.trace import Trace
-from fedloom.types import (
-    Aggregator,
-    Budget,
-    ClientId,
-    ClientJoined,
-    Command,
-    Event,
-    Local,
-    Merge,
-    Model,
-    Profile,
-    Result,
-    Start,
-    Task,
-    UpdateArrived,
-)
-from fedloom.world import World
+from fedloom.simulate.devices import World
+from fedloom.simulate.simulation import Simulation
 
 PLACES, STORE, MANY, MILLION = 100, 64, 100_000, 1_000_000
 EVENTS_BAR, FLOATS_BAR, RATIO_BAR = 20_000, 10_000, 1.3

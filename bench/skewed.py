@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import cache
 
+from fedloom.core.seeds import rng
 from fedloom.data.examples import Examples
 from fedloom.data.partition import LabelDirichlet
-from fedloom.group import Member
-from fedloom.seeds import rng
-from fedloom.world import Capabilities
+from fedloom.hierarchy.grouping import Member
+from fedloom.simulate.devices import Capabilities
 
 EXAMPLES, ALPHA = 120_000, 0.1
 STEP_SECONDS = 0.5  # of the slowest class

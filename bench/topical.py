@@ -23,13 +23,13 @@ from statistics import fmean, median
 import torch
 from torch import Tensor
 
-from bench.tiny import hush
 from fedloom.data.examples import Examples
 from fedloom.data.partition import LabelDirichlet
-from fedloom.embedded import minilm
-from fedloom.group import Groups, Member, NearIID, RandomGroups
-from fedloom.histogram import topics
-from fedloom.nearest import divergence
+from fedloom.data.private_histogram import topics
+from fedloom.hierarchy.grouping import Groups, Member, NearIID, RandomGroups
+from fedloom.hierarchy.near_iid import divergence
+from fedloom.train.demo_model import minilm
+from tests.support.tiny_models import hush
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEXTS, TOKENS, SIZE, DEALS, SEEDS = 12, 48, 10, 20, range(3)

@@ -27,15 +27,15 @@ from typing import Any
 import torch
 
 from bench.timing import Time, sample, spread
-from bench.tiny import hush, settle
 from bench.workers import workers2
-from fedloom.lora import Adapter
-from fedloom.seeds import rng
-from fedloom.train.base import Base, initial, load
+from fedloom.core.lora import Adapter
+from fedloom.core.seeds import rng
+from fedloom.core.types import Budget, Local, Result, Start, Task
+from fedloom.train.base_model import Base, initial, load
 from fedloom.train.settings import Engine, LoRA, Training
-from fedloom.train.texts import Encoded
+from fedloom.train.tokenised import Encoded
 from fedloom.train.trainer import PeftTrainer
-from fedloom.types import Budget, Local, Result, Start, Task
+from tests.support.tiny_models import hush, settle
 
 MRPC = Path(__file__).parents[2] / "shared" / "data" / "mrpc" / "train.tsv.gz"
 CLIENTS, SHARD, BATCH, RANK, LONGEST = 8, 64, 16, 8, 128
@@ -51,7 +51,7 @@ def model_folder(hidden: int, layers: int, heads: int) -> Path:
     """A BERT with random weights, MiniLM's tokenizer and no dropout."""
     from transformers import AutoTokenizer, BertConfig, BertModel
 
-    from fedloom.embedded import minilm
+    from fedloom.train.demo_model import minilm
 
     hush()
     folder = Path(tempfile.mkdtemp())
@@ -74,7 +74,7 @@ def texts_of(base: Base, count: int) -> Encoded:
     """Pairs of MRPC as token ids, or random ids of lengths like theirs (log-normal, mean 53)."""
     if MRPC.exists():
         from fedloom import Table
-        from fedloom.train.texts import encode
+        from fedloom.train.tokenised import encode
 
         examples = Table(MRPC, text="sentence1", pair="sentence2").load(0).train
         every = encode(examples, base.tokenizer, LONGEST)

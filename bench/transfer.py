@@ -24,12 +24,12 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from bench.tiny import hush, settle
-from fedloom import wire
-from fedloom.codec import Codec, DeltaInt8, Exact, Half
-from fedloom.lora import Adapter, Factor, each, tensors
-from fedloom.transfer import answered, handed
-from fedloom.types import Budget, Local, Result, Start, Task
+from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
+from fedloom.core.lora import Adapter, Factor, each, tensors
+from fedloom.core.transfer import answered, handed
+from fedloom.core.types import Budget, Local, Result, Start, Task
+from fedloom.deploy.messages import answer as wire
+from tests.support.tiny_models import hush, settle
 
 CODECS: tuple[Codec, ...] = (Exact(), Half(), DeltaInt8())
 DRIFT = 0.02
@@ -118,9 +118,9 @@ def row(
 
 def real(codec: Codec) -> dict[str, Any]:
     """Two rounds of the demo's federation: what its answers lost, by round, and the bytes up."""
-    from fedloom.demo import demo
-    from fedloom.job import prepare
-    from fedloom.report.read import read
+    from fedloom.cli.demo import demo
+    from fedloom.report.run_log import read
+    from fedloom.runs.prepare import prepare
 
     hush()
     run = demo()

@@ -36,23 +36,25 @@ from statistics import median
 import psutil
 import torch
 
-from bench.tiny import settle, tiny_encoder
 from fedloom.aggregate.product_delta import ProductDelta
-from fedloom.cost import Shape
-from fedloom.lora import Adapter
+from fedloom.core.fingerprint import fingerprint
+from fedloom.core.lora import Adapter
+from fedloom.core.model_shape import Shape
+from fedloom.core.policies import Trainer
+from fedloom.core.server import Limits, Server
+from fedloom.core.types import Budget, Local, Result, Start, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
+from fedloom.runs.trace import Trace
 from fedloom.schedule.fedfa import FedFa
-from fedloom.server import Limits, Server
-from fedloom.simulate import Simulation
-from fedloom.trace import Trace, fingerprint
-from fedloom.train.base import Base, initial, load
+from fedloom.simulate.devices import World
+from fedloom.simulate.simulation import Simulation
+from fedloom.train.base_model import Base, initial, load
 from fedloom.train.settings import LoRA, Training
-from fedloom.train.texts import Encoded
+from fedloom.train.tokenised import Encoded
 from fedloom.train.trainer import PeftTrainer
-from fedloom.train.workers import Workers
-from fedloom.types import Budget, Local, Result, Start, Task, Trainer
-from fedloom.world import World
+from fedloom.train.workers.pool import Workers
+from tests.support.tiny_models import settle, tiny_encoder
 
 CLIENTS, RANK, EXAMPLES, IN_FLIGHT = 8, 8, 64, 20
 BERT_MINI = {

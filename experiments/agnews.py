@@ -45,7 +45,7 @@ from fedloom import (
     Training,
     uniform,
 )
-from fedloom.types import Aggregator
+from fedloom.core.policies import Aggregator
 
 TARGET = 0.75
 """Fixed before the runs: what the first trials reached in about half of their rounds."""

@@ -65,8 +65,8 @@ from fedloom import (
     by_tokens,
     by_work,
 )
-from fedloom.data.context import labels, quality, words
-from fedloom.types import Schedule
+from fedloom.core.policies import Schedule
+from fedloom.data.text_measures import labels, quality, words
 
 AXES = Mixture(CLIENTS, (Skew(labels, 0.3, None), Skew(words, 0.5, 5), Skew(quality, 0.5, 5)))
 

@@ -19,6 +19,7 @@ from cut import cut
 from fedfa_speed import AGNEWS, SST2, TINY
 from generation_data import MODEL, Row, federation_rows, natural_instructions
 from grid import Grid, Line, interval, main, start
+from text_study import Study
 
 from fedloom import (
     IID,
@@ -38,7 +39,6 @@ from fedloom import (
     Rounds,
     Run,
     Shuffled,
-    Study,
     Training,
     by_examples,
     by_text,
@@ -47,13 +47,14 @@ from fedloom import (
     uniform,
     words,
 )
+from fedloom.core.events import Command, Event
+from fedloom.core.policies import Aggregator
+from fedloom.data.client_summary import summarise
 from fedloom.data.examples import Source
+from fedloom.data.heterogeneity import unevenness
 from fedloom.data.partition import Partition
-from fedloom.schedule.weights import Weigh
-from fedloom.summary import summarise
+from fedloom.schedule.shared.weights import Weigh
 from fedloom.train.settings import Generation
-from fedloom.types import Aggregator, Command, Event
-from fedloom.uneven import unevenness
 
 CLIENTS, COHORT, LAST = 20, 10, 4
 """A run's figures are means over its `LAST` scored versions: a single one is noisier."""

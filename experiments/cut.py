@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fedloom.embedded import minilm
+from fedloom.train.demo_model import minilm
 
 MODELS = Path(__file__).parents[1] / "models"
 WHOLE = 6

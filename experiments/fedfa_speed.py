@@ -44,11 +44,11 @@ from fedloom import (
     Training,
     uniform,
 )
+from fedloom.core.policies import Aggregator, Schedule
 from fedloom.data.partition import Partition
-from fedloom.delays import FAST, SLOWER, DelayClass, DelayClasses, Delays
-from fedloom.embedded import minilm
-from fedloom.types import Aggregator, Schedule
-from fedloom.world import Devices
+from fedloom.simulate.delays import FAST, SLOWER, DelayClass, DelayClasses, Delays
+from fedloom.simulate.devices import Devices
+from fedloom.train.demo_model import minilm
 
 CLIENTS, IN_FLIGHT, UPLOADS, EVERY, STEADY = 50, 20, 400, 20, 4
 """A target counts as reached with the mean of `STEADY` scores: skewed labels make a single one swing by twenty points."""

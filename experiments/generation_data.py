@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 
 from fedloom import Instructions
-from fedloom.data.read import read
-from fedloom.seeds import rng
+from fedloom.core.seeds import rng
+from fedloom.data.file_formats import read
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TASKS = SHARED / "natural_instructions" / "clients.jsonl.gz"

@@ -22,12 +22,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedloom.core.schema import plain
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from fedloom import Job, Run, manifest, prepare
-from fedloom.report.read import RunLog, read
-from fedloom.types import Command, Event
+from fedloom import Job, Run, prepare
+from fedloom.core.events import Command, Event
+from fedloom.report.run_log import RunLog, read
+from fedloom.runs import manifest
 
 RESULTS = Path(__file__).parents[1] / "results"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -102,7 +105,7 @@ def current(grid: Grid) -> list[Line]:
 
 def hashed(run: Run) -> str:
     """The hash that names the run's settings, wherever it is computed."""
-    return manifest.digest(manifest.plain(replace(run, device="cpu")))
+    return manifest.digest(plain(replace(run, device="cpu")))
 
 
 def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int | None, device: str) -> None:

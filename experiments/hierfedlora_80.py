@@ -51,11 +51,12 @@ from fedloom import (
     by_work,
     uniform,
 )
+from fedloom.core.policies import Aggregator, Fleet, Schedule
+from fedloom.core.types import Profile
 from fedloom.data.examples import Source
-from fedloom.embedded import minilm
 from fedloom.plan.rank import RankRule
-from fedloom.types import Aggregator, Fleet, Profile, Schedule
-from fedloom.world import MIDDLE, STRONG, WEAK, Capabilities
+from fedloom.simulate.devices import MIDDLE, STRONG, WEAK, Capabilities
+from fedloom.train.demo_model import minilm
 
 CLIENTS, GROUPS, H, TOTAL = 80, 8, 10, 160
 """`H` steps of a client in a global round of groups, `TOTAL` in a run: as many in every run whose rule does not choose the steps."""

@@ -47,11 +47,11 @@ from fedloom import (
     by_examples,
     uniform,
 )
+from fedloom.core.policies import Aggregator
 from fedloom.data.examples import Source
 from fedloom.data.partition import Partition
-from fedloom.embedded import minilm
 from fedloom.plan.rank import RankRule
-from fedloom.types import Aggregator
+from fedloom.train.demo_model import minilm
 
 DEFAULT = "product-delta"
 METHODS: dict[str, Aggregator] = {

@@ -37,8 +37,8 @@ from fedloom import (
     Run,
     Training,
 )
+from fedloom.core.policies import Aggregator, Schedule
 from fedloom.data.partition import Partition
-from fedloom.types import Aggregator, Schedule
 
 ROUNDS, STEPS = 6, 4
 """Rounds of a run that has a study's cohort in each, and local steps of a task."""

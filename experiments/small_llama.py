@@ -30,9 +30,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fedloom.core.seeds import derive, rng
 from fedloom.data.examples import Examples
-from fedloom.seeds import derive, rng
-from fedloom.train.texts import IGNORED, Encoded, encode
+from fedloom.train.tokenised import IGNORED, Encoded, encode
 
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 TEMPLATE = (

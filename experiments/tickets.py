@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedloom import ByClient, Limits, Plan, ProductDelta, RankByCapability, Rounds, Run, Tickets, Training
-from fedloom.embedded import minilm
+from fedloom.train.demo_model import minilm
 
 run = Run(
     name="tickets",

@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny BERT without a head, and its tokenizer."""
-    from bench.tiny import tiny_encoder
+    from tests.support.tiny_models import tiny_encoder
 
     return tiny_encoder(tmp_path_factory.mktemp("encoder"))
 
@@ -18,7 +18,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama without a head, and its tokenizer, which has no token to pad with."""
-    from bench.tiny import tiny_decoder
+    from tests.support.tiny_models import tiny_decoder
 
     return tiny_decoder(tmp_path_factory.mktemp("decoder"))
 
@@ -26,7 +26,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny Llama that writes text, its head tied to its embedding, and its tokenizer."""
-    from bench.tiny import tiny_generator
+    from tests.support.tiny_models import tiny_generator
 
     return tiny_generator(tmp_path_factory.mktemp("generator"))
 
@@ -34,8 +34,8 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of three rounds at ranks 2, 4 and 8; tests must not write into it."""
-    from bench.tiny import tiny_run
-    from fedloom.job import prepare
+    from fedloom.runs.prepare import prepare
+    from tests.support.tiny_models import tiny_run
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     prepare(tiny_run(encoder, name="finished", seed=5)).execute(out)

@@ -33,7 +33,7 @@ from statistics import median
 from typing import Any
 
 from bench.peers.venvs import Missing, python, version
-from fedloom.manifest import machine
+from fedloom.runs.manifest import machine
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "peers.jsonl"

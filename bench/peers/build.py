@@ -22,12 +22,13 @@ import torch
 
 from bench.peers import peer_fedloom
 from bench.peers.job import Settings
-from bench.tiny import hush
-from fedloom import Job, prepare
-from fedloom.embedded import minilm
+from fedloom import prepare
+from fedloom.core.events import Command, Dispatch, Event
+from fedloom.runs.prepare import PreparedRun
 from fedloom.train.batches import batches
-from fedloom.train.texts import Encoded
-from fedloom.types import Command, Dispatch, Event
+from fedloom.train.demo_model import minilm
+from fedloom.train.tokenised import Encoded
+from tests.support.tiny_models import hush
 
 TINY = Settings("tinybert-20", clients=20, cohort=4, rounds=5, steps=4, batch=16, rate=5e-3)
 MRPC = Settings("minilm-mrpc", clients=20, cohort=4, rounds=3, steps=8, batch=8, rate=1e-3)
@@ -144,7 +145,7 @@ def _tiny_model(folder: Path) -> None:
     BertModel(config).save_pretrained(folder)
 
 
-def _trained(job: Job) -> dict[str, torch.nn.Parameter]:
+def _trained(job: PreparedRun) -> dict[str, torch.nn.Parameter]:
     return {name: weight for name, weight in job.base.model.named_parameters() if weight.requires_grad}
 
 
@@ -164,7 +165,7 @@ def _columns(encoded: Encoded) -> dict[str, torch.Tensor]:
     }
 
 
-def _plan(job: Job, same: bool) -> list[list[tuple[str, list[list[int]]]]]:
+def _plan(job: PreparedRun, same: bool) -> list[list[tuple[str, list[list[int]]]]]:
     """Rounds of (client, batches of example ids), as fedloom starts them; its batches, or shuffled ones."""
     shards = {shard.client: shard.train for shard in job.shards}
     training, rounds = job.run.training, list[list[tuple[str, list[list[int]]]]]()

@@ -22,7 +22,7 @@ from fedloom import (
     prepare,
     uniform,
 )
-from fedloom.types import Command, Event, Publish, Stop
+from fedloom.core.events import Command, Event, Publish, Stop
 
 
 def define(folder: Path, full: bool = False) -> Run:

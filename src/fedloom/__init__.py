@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from importlib import import_module
+from importlib.metadata import version
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
@@ -35,81 +36,89 @@ if TYPE_CHECKING:
     from fedloom.aggregate.raflora import RaFLoRA
     from fedloom.aggregate.rolora import RoLoRA
     from fedloom.aggregate.scaffold import Scaffold
-    from fedloom.availability import Availability
-    from fedloom.codec import DeltaInt8, Exact, Half
-    from fedloom.data.axes import LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew
-    from fedloom.data.context import labels, ones, quality, words
+    from fedloom.core.codec import DeltaInt8, Exact, Half
+    from fedloom.core.errors import Refused
+    from fedloom.core.server import Limits, Server
+    from fedloom.data.client_dirichlet import ClientDirichlet
     from fedloom.data.corrupted import Corrupted
     from fedloom.data.instructions import Instructions
-    from fedloom.data.load import Hub, Rows, Table
-    from fedloom.data.mixture import ClientDirichlet
     from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
+    from fedloom.data.private_histogram import noised, topics
+    from fedloom.data.skew import LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew
+    from fedloom.data.table import Hub, Rows, Table
+    from fedloom.data.text_measures import labels, ones, quality, words
     from fedloom.data.tickets import Tickets
-    from fedloom.delays import LARGE_DELAYS, DelayClass, DelayClasses, Delays, ExponentialDelays
-    from fedloom.devicefile import AvailabilityFile, DeviceFile, FedScaleDevices
-    from fedloom.errors import Refused
-    from fedloom.faults import Faults
-    from fedloom.group import ByRegion, BySpeed, Given, Member, NearIID, RandomGroups
-    from fedloom.hierarchy import Everybody, Hierarchy
-    from fedloom.histogram import noised, topics
-    from fedloom.job import Job, Outcome, prepare
+    from fedloom.hierarchy.grouping import ByRegion, BySpeed, Given, Member, NearIID, RandomGroups
+    from fedloom.hierarchy.hierarchy import Everybody, Hierarchy
+    from fedloom.hierarchy.joint_plan.bandit import Bandit
+    from fedloom.hierarchy.joint_plan.best_round_time import Paced
+    from fedloom.hierarchy.joint_plan.gradient_score import Scored
+    from fedloom.hierarchy.joint_plan.joint_memory import JointMemory
+    from fedloom.hierarchy.joint_plan.joint_plan import Planned
+    from fedloom.hierarchy.joint_plan.loss_rate import Earned
+    from fedloom.hierarchy.joint_plan.time_aligned import TimeAligned
+    from fedloom.hierarchy.tree_state import Link
     from fedloom.plan.budget import Plan
     from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth
-    from fedloom.plan.earned import Earned
-    from fedloom.plan.grouped import Planned
-    from fedloom.plan.joint import Bandit, JointMemory, Scored, TimeAligned
-    from fedloom.plan.paced import Paced
     from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData
-    from fedloom.run import Run
+    from fedloom.runs.execute import Outcome
+    from fedloom.runs.job import Job
+    from fedloom.runs.prepare import prepare
+    from fedloom.runs.run import Run
     from fedloom.schedule.fedasync import FedAsync
     from fedloom.schedule.fedbuff import FedBuff
     from fedloom.schedule.fedfa import FedFa
     from fedloom.schedule.immediate import Immediate
     from fedloom.schedule.rounds import Rounds
-    from fedloom.schedule.staleness import Constant, Hinge, Polynomial
-    from fedloom.schedule.weights import ByQuality, by_examples, by_text, by_tokens, by_work, uniform
-    from fedloom.server import Limits, Server
-    from fedloom.study import Study
+    from fedloom.schedule.shared.staleness import Constant, Hinge, Polynomial
+    from fedloom.schedule.shared.weights import ByQuality, by_examples, by_text, by_tokens, by_work, uniform
+    from fedloom.simulate.availability import Availability
+    from fedloom.simulate.delays import LARGE_DELAYS, DelayClass, DelayClasses, Delays, ExponentialDelays
+    from fedloom.simulate.device_files import AvailabilityFile, DeviceFile, FedScaleDevices
+    from fedloom.simulate.devices import Capabilities, Capability, Tier, World
+    from fedloom.simulate.faults import Faults
     from fedloom.train.settings import Engine, Generation, LoRA, Training, constant, cosine, linear
-    from fedloom.treestate import Link
-    from fedloom.world import Capabilities, Capability, Tier, World
 
-__version__ = "0.1.0"
+__version__ = version("fedloom")
 
 _HOMES = {
-    "availability": ("Availability",),
-    "codec": ("DeltaInt8", "Exact", "Half"),
-    "data.axes": ("LengthDirichlet", "Mixture", "QualityDirichlet", "Shuffled", "Skew"),
-    "data.context": ("labels", "ones", "quality", "words"),
+    "core.codec": ("DeltaInt8", "Exact", "Half"),
+    "core.errors": ("Refused",),
+    "core.server": ("Limits", "Server"),
+    "data.client_dirichlet": ("ClientDirichlet",),
     "data.corrupted": ("Corrupted",),
     "data.instructions": ("Instructions",),
-    "data.load": ("Hub", "Rows", "Table"),
-    "data.mixture": ("ClientDirichlet",),
     "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
+    "data.private_histogram": ("noised", "topics"),
+    "data.skew": ("LengthDirichlet", "Mixture", "QualityDirichlet", "Shuffled", "Skew"),
+    "data.table": ("Hub", "Rows", "Table"),
+    "data.text_measures": ("labels", "ones", "quality", "words"),
     "data.tickets": ("Tickets",),
-    "delays": ("LARGE_DELAYS", "DelayClass", "DelayClasses", "Delays", "ExponentialDelays"),
-    "devicefile": ("AvailabilityFile", "DeviceFile", "FedScaleDevices"),
-    "errors": ("Refused",),
-    "faults": ("Faults",),
-    "group": ("ByRegion", "BySpeed", "Given", "Member", "NearIID", "RandomGroups"),
-    "hierarchy": ("Everybody", "Hierarchy"),
-    "histogram": ("noised", "topics"),
-    "job": ("Job", "Outcome", "prepare"),
+    "hierarchy.grouping": ("ByRegion", "BySpeed", "Given", "Member", "NearIID", "RandomGroups"),
+    "hierarchy.hierarchy": ("Everybody", "Hierarchy"),
+    "hierarchy.joint_plan.bandit": ("Bandit",),
+    "hierarchy.joint_plan.best_round_time": ("Paced",),
+    "hierarchy.joint_plan.gradient_score": ("Scored",),
+    "hierarchy.joint_plan.joint_memory": ("JointMemory",),
+    "hierarchy.joint_plan.joint_plan": ("Planned",),
+    "hierarchy.joint_plan.loss_rate": ("Earned",),
+    "hierarchy.joint_plan.time_aligned": ("TimeAligned",),
+    "hierarchy.tree_state": ("Link",),
     "plan.budget": ("Plan",),
     "plan.depth": ("DepthByCapability", "DepthByMemory", "FixedDepth"),
-    "plan.earned": ("Earned",),
-    "plan.grouped": ("Planned",),
-    "plan.paced": ("Paced",),
-    "plan.joint": ("Bandit", "JointMemory", "Scored", "TimeAligned"),
     "plan.rank": ("FixedRank", "RandomRank", "RankByCapability", "RankByData"),
-    "run": ("Run",),
-    "schedule.staleness": ("Constant", "Hinge", "Polynomial"),
-    "schedule.weights": ("ByQuality", "by_examples", "by_text", "by_tokens", "by_work", "uniform"),
-    "server": ("Limits", "Server"),
-    "study": ("Study",),
+    "runs.execute": ("Outcome",),
+    "runs.job": ("Job",),
+    "runs.prepare": ("prepare",),
+    "runs.run": ("Run",),
+    "schedule.shared.staleness": ("Constant", "Hinge", "Polynomial"),
+    "schedule.shared.weights": ("ByQuality", "by_examples", "by_text", "by_tokens", "by_work", "uniform"),
+    "simulate.availability": ("Availability",),
+    "simulate.delays": ("LARGE_DELAYS", "DelayClass", "DelayClasses", "Delays", "ExponentialDelays"),
+    "simulate.device_files": ("AvailabilityFile", "DeviceFile", "FedScaleDevices"),
+    "simulate.devices": ("Capabilities", "Capability", "Tier", "World"),
+    "simulate.faults": ("Faults",),
     "train.settings": ("Engine", "Generation", "LoRA", "Training", "constant", "cosine", "linear"),
-    "treestate": ("Link",),
-    "world": ("Capabilities", "Capability", "Tier", "World"),
 }
 _POLICIES = ("aggregate", "schedule")
 """Folders with one method a file: a public class in them is found by looking, so that a new file needs no line here."""
@@ -211,7 +220,6 @@ __all__ = [
     "Shards",
     "Shuffled",
     "Skew",
-    "Study",
     "Table",
     "Tickets",
     "Tier",

@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from equations import Round, Values, mean_of_last, now_last, redirected, told, values, where
 from fedloom.aggregate.ace import ACE
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.ffa import FFA
 from fedloom.aggregate.hetlora import HetLoRA
-from fedloom.aggregate.last_changes import CHANGE, TRAINED
-from fedloom.lora import Adapter, Factor
-from fedloom.types import Model, Update
-from oracles import oracle_of
-from toys import adapter, changed, mean_of, returned, sent
+from fedloom.aggregate.shared.client_changes import CHANGE, TRAINED
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.types import Model, Update
+from tests.support.equations import Round, Values, mean_of_last, now_last, redirected, told, values, where
+from tests.support.oracles import oracle_of
+from tests.support.toys import adapter, changed, mean_of, returned, sent
 
 
 def oracle(m: ACE, r: Round) -> Values:

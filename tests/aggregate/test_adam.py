@@ -9,8 +9,8 @@ import torch
 
 from fedloom.aggregate.adam import MEAN, SQUARE, Adam
 from fedloom.aggregate.ffa import FFA
-from fedloom.errors import Refused
-from toys import adapter, answers, mean_of, returned, sent
+from fedloom.core.errors import Refused
+from tests.support.toys import adapter, answers, mean_of, returned, sent
 
 
 def one_step(change: torch.Tensor, method: Adam) -> torch.Tensor:

@@ -7,18 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-import toys
-from equations import Round, Values, best, product
 from fedloom.aggregate.averaged import COUNT, FOLD, LAST, Averaged, last
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.flora import FLoRA
 from fedloom.aggregate.product_delta import ProductDelta
-from fedloom.errors import Refused
-from fedloom.lora import server_rank
-from fedloom.types import Aggregator, Budget, Model
-from oracles import oracle_of
-from toys import adapter, answers, distance, function, mean_of, products, weighted
+from fedloom.core.errors import Refused
+from fedloom.core.lora import server_rank
+from fedloom.core.policies import Aggregator
+from fedloom.core.types import Budget, Model
+from tests.support import toys
+from tests.support.equations import Round, Values, best, product
+from tests.support.oracles import oracle_of
+from tests.support.toys import adapter, answers, distance, function, mean_of, products, weighted
 
 
 def oracle(m: Averaged, r: Round) -> Values:

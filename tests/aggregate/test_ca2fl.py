@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import toys
-from equations import Round, Values, delta, last_change, mean_of_last, now_last, redirected, told, values
 from fedloom.aggregate.ace import ACE
 from fedloom.aggregate.ca2fl import CA2FL
 from fedloom.aggregate.clip import Clip
@@ -20,17 +18,20 @@ from fedloom.aggregate.fedplora import FedPLoRA
 from fedloom.aggregate.fedsa import FedSA
 from fedloom.aggregate.ffa import FFA
 from fedloom.aggregate.hlora import HLoRA
-from fedloom.aggregate.last_changes import CHANGE, COUNT, SUM, TRAINED
 from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.momentum import Momentum
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.rolora import RoLoRA
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, Factor, each
-from fedloom.types import Aggregator, Model, Update
-from oracles import dead, oracle_of
-from toys import adapter, answers, changed, mean_of, returned, sent
+from fedloom.aggregate.shared.client_changes import CHANGE, COUNT, SUM, TRAINED
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, Factor, each
+from fedloom.core.policies import Aggregator
+from fedloom.core.types import Model, Update
+from tests.support import toys
+from tests.support.equations import Round, Values, delta, last_change, mean_of_last, now_last, redirected, told, values
+from tests.support.oracles import dead, oracle_of
+from tests.support.toys import adapter, answers, changed, mean_of, returned, sent
 
 BOTH: Any = [CA2FL, ACE]
 

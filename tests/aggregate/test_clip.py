@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from equations import values
 from fedloom.aggregate.clip import Clip, clipped
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.ffa import FFA
 from fedloom.aggregate.flora import FLoRA
 from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.aggregate.raflora import RaFLoRA
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, cut
-from fedloom.types import Aggregator, Update
-from toys import adapter, answers, changed, distance, function, mean_of, returned, sent
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, cut
+from fedloom.core.policies import Aggregator
+from fedloom.core.types import Update
+from tests.support.equations import values
+from tests.support.toys import adapter, answers, changed, distance, function, mean_of, returned, sent
 
 
 def length(update: Update) -> float:

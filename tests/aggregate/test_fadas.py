@@ -11,17 +11,17 @@ import torch
 from hypothesis import assume
 from torch import Tensor
 
-import toys
-from equations import Round, Values, values
 from fedloom.aggregate.fadas import FADAS, LARGEST, MEAN, SQUARE, TIMES
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.fedsa import FedSA
 from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.rolora import RoLoRA
-from fedloom.errors import Refused
-from fedloom.types import Model
-from oracles import free_sides, oracle_of, stepped
-from toys import adapter, answers, mean_of, returned, sent
+from fedloom.core.errors import Refused
+from fedloom.core.types import Model
+from tests.support import toys
+from tests.support.equations import Round, Values, values
+from tests.support.oracles import free_sides, oracle_of, stepped
+from tests.support.toys import adapter, answers, mean_of, returned, sent
 
 
 def oracle(m: FADAS, r: Round) -> Values:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedloom.aggregate.fedex import FedEx
-from fedloom.lora import Adapter, Factor
-from toys import (
+from fedloom.core.lora import Adapter, Factor
+from tests.support.toys import (
     LAYERS,
     adapter,
     answers,

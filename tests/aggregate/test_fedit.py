@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.lora import Adapter, each, pad, tensors
-from toys import adapter, changed, make_update, mean_of, products, returned, sent
+from fedloom.core.lora import Adapter, each, pad, tensors
+from tests.support.toys import adapter, changed, make_update, mean_of, products, returned, sent
 
 WEIGHTS = (0.5, 0.3, 0.2)
 

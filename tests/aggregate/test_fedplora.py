@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedloom.aggregate.fedplora import FedPLoRA
-from fedloom.types import Update
-from toys import LAYERS, adapter, answers, distance, fresh, function, mean_of, sent
+from fedloom.core.types import Update
+from tests.support.toys import LAYERS, adapter, answers, distance, fresh, function, mean_of, sent
 
 METHOD = FedPLoRA()
 

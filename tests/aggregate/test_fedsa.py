@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from fedloom import payload
 from fedloom.aggregate.fedsa import FedSA
-from fedloom.check import fault
-from fedloom.lora import Adapter, Factor
-from toys import adapter, answers, changed, make_result, mean_of, sent
+from fedloom.core import message_size
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.validate_answer import fault
+from tests.support.toys import adapter, answers, changed, make_result, mean_of, sent
 
 METHOD = FedSA()
 
@@ -49,4 +49,4 @@ def test_what_goes_up_is_down_alone() -> None:
     model = METHOD.init(adapter(8))
     (update,) = answers(METHOD, model, (4,))
     inner = sum(f.down.shape[1] for f in model.adapter.factors.values())
-    assert payload.up(update.task, update.result) == payload.Bytes(total=4 * 4 * inner, dense=0)
+    assert message_size.up(update.task, update.result) == message_size.Bytes(total=4 * 4 * inner, dense=0)

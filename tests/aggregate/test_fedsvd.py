@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedloom.aggregate.fedsvd import FedSVD
-from fedloom.lora import Factor
-from toys import answers, best, distance, fresh, function, mean_of, products, returned, sent, weighted
+from fedloom.core.lora import Factor
+from tests.support.toys import answers, best, distance, fresh, function, mean_of, products, returned, sent, weighted
 
 METHOD, WEIGHTS = FedSVD(), (0.5, 0.3, 0.2)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fedloom import payload
 from fedloom.aggregate.ffa import FFA
-from toys import adapter, answers, distance, fresh, function, mean_of, products, returned, sent, weighted
+from fedloom.core import message_size
+from tests.support.toys import adapter, answers, distance, fresh, function, mean_of, products, returned, sent, weighted
 
 METHOD = FFA()
 
@@ -29,7 +29,7 @@ def test_down_is_never_trained_never_sent_and_never_changed() -> None:
     start = sent(METHOD, model, 4).start
     assert start.rules.frozen == start.seeded == ("down",)
     half = 4 * (4 * sum(f.up.shape[0] for f in start.train.factors.values()) + 3)
-    assert payload.down(start).total == half
+    assert message_size.down(start).total == half
 
 
 def test_a_low_rank_votes_for_the_servers_columns() -> None:

@@ -5,9 +5,22 @@ from __future__ import annotations
 import torch
 
 from fedloom.aggregate.flexlora import FlexLoRA
-from fedloom.lora import Adapter, Factor
-from fedloom.types import Model
-from toys import LAYERS, adapter, answers, best, distance, fresh, function, mean_of, products, returned, sent, weighted
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.types import Model
+from tests.support.toys import (
+    LAYERS,
+    adapter,
+    answers,
+    best,
+    distance,
+    fresh,
+    function,
+    mean_of,
+    products,
+    returned,
+    sent,
+    weighted,
+)
 
 METHOD, WEIGHTS = FlexLoRA(), (0.5, 0.3, 0.2)
 

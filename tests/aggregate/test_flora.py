@@ -6,8 +6,20 @@ import pytest
 import torch
 
 from fedloom.aggregate.flora import FLoRA
-from fedloom.types import Model
-from toys import LAYERS, adapter, answers, distance, fresh, function, mean_of, products, returned, sent, weighted
+from fedloom.core.types import Model
+from tests.support.toys import (
+    LAYERS,
+    adapter,
+    answers,
+    distance,
+    fresh,
+    function,
+    mean_of,
+    products,
+    returned,
+    sent,
+    weighted,
+)
 
 METHOD = FLoRA()
 WEIGHTS = (0.4, 0.3, 0.2, 0.1)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fedloom.aggregate.hetlora import HetLoRA, by_norm
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, Factor, cut, pad, scale
-from fedloom.schedule.weights import uniform
-from fedloom.types import Pruning, Update
-from toys import adapter, distance, fresh, function, make_update, mean_of, products, returned, sent
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, Factor, cut, pad, scale
+from fedloom.core.types import Pruning, Update
+from fedloom.schedule.shared.weights import uniform
+from tests.support.toys import adapter, distance, fresh, function, make_update, mean_of, products, returned, sent
 
 METHOD = HetLoRA()
 

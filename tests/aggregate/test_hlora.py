@@ -8,12 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import toys
-from fedloom.aggregate.combine import energy_shares
 from fedloom.aggregate.hlora import HLoRA
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, Factor
-from toys import LAYERS, adapter, best, changed, distance, make_update, mean_of, products, returned, sent, weighted
+from fedloom.aggregate.shared.product_space import energy_shares
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, Factor
+from tests.support import toys
+from tests.support.toys import (
+    LAYERS,
+    adapter,
+    best,
+    changed,
+    distance,
+    make_update,
+    mean_of,
+    products,
+    returned,
+    sent,
+    weighted,
+)
 
 RANKS = [2] * 10 + [4] * 6 + [8] * 4
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedloom import payload
 from fedloom.aggregate.lora_a2 import LoRAA2
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, Factor
-from fedloom.types import Task
-from toys import LAYERS, adapter, answers, mean_of, returned, sent
+from fedloom.core import message_size
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.types import Task
+from tests.support.toys import LAYERS, adapter, answers, mean_of, returned, sent
 
 METHOD = LoRAA2()
 
@@ -63,7 +63,7 @@ def test_changes_are_added_with_their_weight_whoever_else_chose_the_slot(as_delt
 def test_only_chosen_slots_are_uploaded() -> None:
     task = sent(METHOD, METHOD.init(adapter(8)), 1)
     update = returned(task, one_slot(task, "query", 5))
-    assert payload.up(task, update.result) == payload.Bytes(total=4 * LAYERS["query"][0], dense=0)
+    assert message_size.up(task, update.result) == message_size.Bytes(total=4 * LAYERS["query"][0], dense=0)
 
 
 def test_the_head_is_frozen_as_in_the_paper_if_that_is_asked_for() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedloom.aggregate.mean import SMALL, mean
+from fedloom.aggregate.shared.merge_terms import SMALL, mean
 
 COUNT = 7
 SHAPES = [(), (0,), (3,), (4, 5), (2, SMALL // COUNT // 2), (1, SMALL // COUNT + 1), (3, SMALL)]

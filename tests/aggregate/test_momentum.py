@@ -18,10 +18,10 @@ from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.momentum import VELOCITY, Momentum
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.aggregate.scaffold import Scaffold
-from fedloom.errors import Refused
-from fedloom.lora import Adapter
-from fedloom.types import Model
-from toys import adapter, answers, changed, distance, function, mean_of, returned, sent
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter
+from fedloom.core.types import Model
+from tests.support.toys import adapter, answers, changed, distance, function, mean_of, returned, sent
 
 
 def nudged(method: Any, model: Model) -> Model:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import toys
 from fedloom.aggregate.clip import Clip
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.fedplora import FedPLoRA
@@ -21,11 +20,13 @@ from fedloom.aggregate.momentum import Momentum
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.aggregate.scaffold import Scaffold
-from fedloom.aggregate.wrap import size
-from fedloom.errors import Refused
-from fedloom.lora import each
-from fedloom.types import Aggregator, Merge, Model
-from toys import adapter, answers, fresh, mean_of, returned, sent
+from fedloom.aggregate.shared.wrapper import size
+from fedloom.core.errors import Refused
+from fedloom.core.lora import each
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.types import Model
+from tests.support import toys
+from tests.support.toys import adapter, answers, fresh, mean_of, returned, sent
 
 WIDE = {"wide": (400, 300), "tall": (500, 200)}
 CLIP = Clip(FedIT(), 0.5)

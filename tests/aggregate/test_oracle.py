@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fedloom.aggregate
-import toys
-from equations import Round, Values, round_of, values
 from fedloom.aggregate.ace import ACE
 from fedloom.aggregate.adam import Adam
 from fedloom.aggregate.ca2fl import CA2FL
@@ -32,10 +30,13 @@ from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.aggregate.scaffold import Scaffold
-from fedloom.lora import Adapter, Factor, cut
-from fedloom.types import Aggregator, Merge, Model, Task, Update
-from oracles import ORACLES, oracle_of
-from toys import distance, returned, sent
+from fedloom.core.lora import Adapter, Factor, cut
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.types import Model, Task, Update
+from tests.support import toys
+from tests.support.equations import Round, Values, round_of, values
+from tests.support.oracles import ORACLES, oracle_of
+from tests.support.toys import distance, returned, sent
 
 TOP, BAR = 8, 1e-6
 MORE: list[Any] = [

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import toys
-from fedloom.aggregate.combine import energy_shares
 from fedloom.aggregate.raflora import RaFLoRA
-from fedloom.errors import Refused
-from fedloom.lora import Adapter
-from toys import adapter, best, distance, make_update, mean_of, products, returned, sent
+from fedloom.aggregate.shared.product_space import energy_shares
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter
+from tests.support import toys
+from tests.support.toys import adapter, best, distance, make_update, mean_of, products, returned, sent
 
 GLOBAL = (1, 2, 4, 6, 8)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fedloom.aggregate.rolora import RoLoRA
-from fedloom.lora import Adapter
-from fedloom.types import Model
-from toys import adapter, answers, distance, function, mean_of, products, sent, weighted
+from fedloom.core.lora import Adapter
+from fedloom.core.types import Model
+from tests.support.toys import adapter, answers, distance, function, mean_of, products, sent, weighted
 
 METHOD = RoLoRA()
 

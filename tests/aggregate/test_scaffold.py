@@ -11,10 +11,10 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.fedplora import FedPLoRA
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.scaffold import CONTROL, Scaffold
-from fedloom.errors import Refused
-from fedloom.lora import each
-from fedloom.types import Task, Update
-from toys import adapter, answers, changed, distance, function, mean_of, returned, sent
+from fedloom.core.errors import Refused
+from fedloom.core.lora import each
+from fedloom.core.types import Task, Update
+from tests.support.toys import adapter, answers, changed, distance, function, mean_of, returned, sent
 
 
 def ones(task: Task, by: float = 1.0) -> Update:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedloom.core.errors import Refused
 from fedloom.data.corrupted import Corrupted, damaged
 from fedloom.data.examples import Examples, Split
-from fedloom.errors import Refused
 
 
 class Given(dict[str, object]):

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from fedloom.core.errors import Refused
 from fedloom.data.examples import Turn
 from fedloom.data.instructions import Instructions
 from fedloom.data.partition import ByClient, LabelDirichlet
-from fedloom.errors import Refused
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 ROWS: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples
 from fedloom.data.partition import (
     IID,
@@ -27,7 +28,6 @@ from fedloom.data.partition import (
     hold_out,
     statistics,
 )
-from fedloom.errors import Refused
 
 
 def toy(size: int, labels: int = 4, clients: int | None = None) -> Examples:

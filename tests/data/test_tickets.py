@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples, Split
 from fedloom.data.partition import ByClient, hold_out, statistics
 from fedloom.data.tickets import INTENTS, TRADES, Tickets
-from fedloom.errors import Refused
 
 
 @pytest.fixture(scope="module")

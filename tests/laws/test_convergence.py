@@ -20,18 +20,19 @@ import pytest
 import torch
 from torch import Tensor
 
-import toys
-from drift import alike, point
 from fedloom.aggregate.fedit import FedIT
+from fedloom.core.policies import Schedule
+from fedloom.core.server import Limits
+from fedloom.core.types import Local, Model, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.fedfa import FedFa
-from fedloom.schedule.staleness import CONSTANT
-from fedloom.server import Limits
-from fedloom.simulate import Simulation
-from fedloom.types import Local, Model, Result, Schedule, Task
-from fedloom.world import World
+from fedloom.schedule.shared.staleness import CONSTANT
+from fedloom.simulate.devices import World
+from fedloom.simulate.simulation import Simulation
+from tests.support import toys
+from tests.support.drift import alike, point
 
 PROBLEMS, SIZE, CLIENTS, LOCAL_STEPS = 400, 3, 60, 5
 NOISE, SETTLED = 6.0, 5.0

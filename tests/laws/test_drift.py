@@ -12,15 +12,15 @@ from itertools import pairwise, product
 import pytest
 
 import fedloom.schedule
-import toys
-from drift import alike, path, slope
+from fedloom.core.policies import Schedule
 from fedloom.schedule.fedasync import FedAsync
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.immediate import Immediate
 from fedloom.schedule.rounds import Rounds
-from fedloom.schedule.staleness import CONSTANT, SQUARE_ROOT
-from fedloom.types import Schedule
+from fedloom.schedule.shared.staleness import CONSTANT, SQUARE_ROOT
+from tests.support import toys
+from tests.support.drift import alike, path, slope
 
 CONCURRENCY, WINDOWS = (1, 10, 20, 50), (1, 5, 10)
 

@@ -16,16 +16,17 @@ import pytest
 import torch
 
 import fedloom.aggregate
-import toys
 from fedloom.aggregate.ace import ACE
 from fedloom.aggregate.adam import Adam
 from fedloom.aggregate.clip import Clip
-from fedloom.aggregate.combine import energy_shares
 from fedloom.aggregate.fadas import FADAS
 from fedloom.aggregate.noise import Noise
-from fedloom.lora import Adapter, Factor, cut
-from fedloom.types import Aggregator, Merge, Model
-from toys import adapter, changed, distance, function, mean_of, products, returned, sent, weighted
+from fedloom.aggregate.shared.product_space import energy_shares
+from fedloom.core.lora import Adapter, Factor, cut
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.types import Model
+from tests.support import toys
+from tests.support.toys import adapter, changed, distance, function, mean_of, products, returned, sent, weighted
 
 TOP = 8
 RANKS = (2, 4, 8)

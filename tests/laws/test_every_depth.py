@@ -15,19 +15,20 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import toys
 from aggregate.test_oracle import BAR, FORMS, MORE, Answer, answered, errors
-from equations import Round, Values, round_of
 from fedloom.aggregate.averaged import Averaged, last
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.flora import FLoRA
-from fedloom.aggregate.wrap import layers as wrapped
-from fedloom.errors import Refused
-from fedloom.layers import lowered, merged, need_own_layers
-from fedloom.lora import Adapter, Factor
-from fedloom.trace import fingerprint
-from fedloom.types import Aggregator, Budget, Merge, Model, Start, Task, Update
-from oracles import oracle_of
+from fedloom.core.errors import Refused
+from fedloom.core.fingerprint import fingerprint
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.partial_depth import lowered, merged, need_own_layers
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.policies import layers as wrapped
+from fedloom.core.types import Budget, Model, Start, Task, Update
+from tests.support import toys
+from tests.support.equations import Round, Values, round_of
+from tests.support.oracles import oracle_of
 
 LAYERS = {"low": (12, 10), "middle": (9, 11), "top": (10, 14)}
 NAMES, TOP = [*LAYERS], 8

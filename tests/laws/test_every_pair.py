@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-import toys
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.flora import FLoRA
 from fedloom.aggregate.folded_delta import FoldedDelta
 from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.rolora import RoLoRA
+from fedloom.core.policies import Aggregator, Schedule
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
-from fedloom.types import Aggregator, Schedule
 from laws.test_every_schedule import STORM, weather
-from pairs import goes_together
+from tests.support import toys
+from tests.support.pairs import goes_together
 
 FEW: list[Any] = [FedEx(), FLoRA(), FoldedDelta(), LoRAA2(), RoLoRA()]
 PLAIN = [schedule for schedule in toys.schedules() if hasattr(schedule, "max_staleness")][:4]

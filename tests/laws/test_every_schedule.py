@@ -18,34 +18,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedloom.schedule
-import toys
-from fedloom.indexed import IndexedTable
-from fedloom.lora import Adapter, Factor
-from fedloom.schedule.rounds import Rounds
-from fedloom.server import Limits, Server
-from fedloom.trace import written
-from fedloom.types import (
+from fedloom.core.events import (
     Cancel,
     ClientJoined,
     ClientLost,
     Command,
     Dispatch,
     Event,
-    Fleet,
-    Merge,
-    Profile,
     Publish,
     Reject,
-    Result,
-    Schedule,
     Scored,
     Stop,
-    Task,
     TaskFailed,
     TimerFired,
     UpdateArrived,
 )
-from toys import make_result
+from fedloom.core.indexed_dict import IndexedTable
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.policies import Fleet, Merge, Schedule
+from fedloom.core.server import Limits, Server
+from fedloom.core.types import Profile, Result, Task
+from fedloom.runs.trace import written
+from fedloom.schedule.rounds import Rounds
+from tests.support import toys
+from tests.support.toys import make_result
 
 SCHEDULES = toys.schedules()
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=toys.called)

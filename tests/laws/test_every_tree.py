@@ -18,17 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedloom.schedule
-import toys
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.product_delta import ProductDelta
-from fedloom.hierarchy import Hierarchy
-from fedloom.plan.budget import Plan
-from fedloom.plan.rank import RandomRank
-from fedloom.server import Limits
-from fedloom.trace import line, written
-from fedloom.tree import Tree
-from fedloom.treestate import BLOCK, Link, Whole
-from fedloom.types import (
+from fedloom.core.events import (
     Cancel,
     ClientJoined,
     ClientLost,
@@ -42,16 +34,24 @@ from fedloom.types import (
     Publish,
     Reject,
     Report,
-    Schedule,
     Scored,
     Stop,
-    Task,
     TaskFailed,
     TimerFired,
     UpdateArrived,
     Within,
 )
+from fedloom.core.policies import Schedule
+from fedloom.core.server import Limits
+from fedloom.core.types import Task
+from fedloom.hierarchy.hierarchy import Hierarchy
+from fedloom.hierarchy.tree import Tree
+from fedloom.hierarchy.tree_state import BLOCK, Link, Whole
+from fedloom.plan.budget import Plan
+from fedloom.plan.rank import RandomRank
+from fedloom.runs.trace import line, written
 from laws.test_every_schedule import good, spoilt, twin
+from tests.support import toys
 
 KINDS = (
     "join",

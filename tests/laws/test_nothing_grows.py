@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
-import toys
-from fedloom.metrics import Metrics
-from fedloom.places import Places
+from fedloom.core.events import Command, Event
+from fedloom.core.policies import Schedule
+from fedloom.core.server import Limits, Server
+from fedloom.core.types import Local, Profile, Result, Task
+from fedloom.runs.metrics import Metrics
+from fedloom.runs.slot_usage import Places
+from fedloom.runs.trace import Trace
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.rounds import Rounds
-from fedloom.server import Limits, Server
-from fedloom.simulate import Simulation
-from fedloom.trace import Trace
-from fedloom.types import Command, Event, Local, Profile, Result, Schedule, Task
-from fedloom.world import World
+from fedloom.simulate.devices import World
+from fedloom.simulate.simulation import Simulation
+from tests.support import toys
 
 CLIENTS, VERSIONS = 12, 160
 PROFILES = toys.profiles(CLIENTS) | {"c0": Profile("c0", 10, flops=1e-3)}

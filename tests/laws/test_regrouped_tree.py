@@ -14,17 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import toys
-from fedloom.group import BySpeed, Grouping, Groups, Member, NearIID
-from fedloom.hierarchy import Hierarchy
+from fedloom.core.events import Command, Moved, Regroup, UpdateArrived
+from fedloom.core.policies import Schedule
+from fedloom.core.server import Limits
+from fedloom.hierarchy.grouping import BySpeed, Grouping, Groups, Member, NearIID
+from fedloom.hierarchy.hierarchy import Hierarchy
+from fedloom.hierarchy.tree import Tree
+from fedloom.hierarchy.tree_state import Link
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
-from fedloom.server import Limits
-from fedloom.tree import Tree
-from fedloom.treestate import Link
-from fedloom.types import Command, Moved, Regroup, Schedule, UpdateArrived
 from laws.test_every_schedule import good
 from laws.test_every_tree import GROUPS, NAMES, PLAIN, START, STORM, Storm
+from tests.support import toys
 
 
 @dataclass(frozen=True)

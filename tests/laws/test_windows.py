@@ -16,8 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import toys
-from equations import round_of, values
 from fedloom.aggregate.averaged import Averaged, last
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.fedsvd import FedSVD
@@ -29,17 +27,21 @@ from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.aggregate.rolora import RoLoRA
+from fedloom.core.events import ClientJoined, Dispatch, TimerFired, UpdateArrived
+from fedloom.core.policies import Aggregator, Merge, Schedule
+from fedloom.core.server import Limits, Server
+from fedloom.core.types import Model, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
 from fedloom.schedule.fedasync import FedAsync
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.fedfa import FedFa
-from fedloom.schedule.staleness import SQUARE_ROOT
-from fedloom.schedule.weights import by_examples
-from fedloom.server import Limits, Server
-from fedloom.types import Aggregator, ClientJoined, Dispatch, Merge, Model, Schedule, Task, TimerFired, UpdateArrived
+from fedloom.schedule.shared.staleness import SQUARE_ROOT
+from fedloom.schedule.shared.weights import by_examples
 from laws.test_every_schedule import Watched
-from oracles import oracle_of
+from tests.support import toys
+from tests.support.equations import round_of, values
+from tests.support.oracles import oracle_of
 
 FULL, UPLOADS, KEPT = 10, 40, 2e-5
 Matrices = Mapping[str, Tensor]

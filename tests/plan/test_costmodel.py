@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.cost import Shape
-from fedloom.plan.costmodel import CostModel
-from fedloom.types import Profile
+from fedloom.core.model_shape import Shape
+from fedloom.core.types import Profile
+from fedloom.plan.client_cost import CostModel
 
 SHAPE = Shape(600, 0, 6, 10, modules=((10, 10),) * 6, dense=5, depths={f"layer{k}": 6 - k for k in range(6)})
 PROFILE = Profile("c", 10, flops=1e3, up_bps=80.0, down_bps=160.0)

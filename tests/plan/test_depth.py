@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-import toys
-from fedloom.cost import Shape
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
+from fedloom.core.model_shape import Shape
+from fedloom.core.types import Budget, Profile
 from fedloom.plan.budget import Plan
-from fedloom.plan.costmodel import CostModel
+from fedloom.plan.client_cost import CostModel
 from fedloom.plan.depth import DepthByCapability, DepthByMemory, FixedDepth
 from fedloom.plan.rank import FixedRank
-from fedloom.types import Budget, Profile
+from tests.support import toys
 
 SHAPE = Shape(600, 0, 6, 10, modules=((10, 10),) * 6, dense=5, depths={f"layer{k}": 6 - k for k in range(6)})
 FLEET = toys.fleet(shape=SHAPE)

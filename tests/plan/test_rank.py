@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
+from fedloom.core.types import Budget, Profile
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank, RandomRank, RankByCapability, RankByData, RankRule
-from fedloom.types import Budget, Profile
-from toys import SHAPE, fleet
+from tests.support.toys import SHAPE, fleet
 
 CLIENT = Profile("a", 10)
 MEMORY = {rank: SHAPE.train_memory(rank, 2048) for rank in (2, 4, 8)}

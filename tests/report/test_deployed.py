@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedloom.report.html import page
-from fedloom.report.read import RunLog, read
+from fedloom.report.page import page
+from fedloom.report.run_log import RunLog, read
 
 Fake = Callable[..., Path]
 UNSCORED = {"kind": "unscored", "client": "c01", "tier": "site", "rank": 4, "reason": "no answer within 900 s"}

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-import toys
-from fedloom.aggregate.combine import energy_shares
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.fedplora import FedPLoRA
@@ -19,13 +17,17 @@ from fedloom.aggregate.flora import FLoRA
 from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.raflora import RaFLoRA
-from fedloom.lora import Adapter, Factor, whole
-from fedloom.metrics import Metrics, energy, kept
-from fedloom.places import Places
+from fedloom.aggregate.shared.product_space import energy_shares
+from fedloom.core.events import ClientJoined, Dispatch, Publish, TimerFired, UpdateArrived
+from fedloom.core.lora import Adapter, Factor, whole
+from fedloom.core.policies import Aggregator
+from fedloom.core.types import Budget, Model, Start
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
+from fedloom.runs.metrics import Metrics, energy, kept
+from fedloom.runs.slot_usage import Places
 from fedloom.schedule.rounds import Rounds
-from fedloom.types import Aggregator, Budget, ClientJoined, Dispatch, Model, Publish, Start, TimerFired, UpdateArrived
+from tests.support import toys
 
 RANK = 6
 
@@ -88,7 +90,7 @@ def test_a_model_without_energy_has_no_shares() -> None:
 
 def test_a_fold_costs_nothing_where_it_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("fedloom.metrics._squares", lambda factor: float(seen.append(factor.rank) or 0.0))
+    monkeypatch.setattr("fedloom.runs.metrics._squares", lambda factor: float(seen.append(factor.rank) or 0.0))
     for method in (FLoRA(), FedEx()):
         model = grown(method, 1, wide=(64, 64))
         assert model.fold is not None

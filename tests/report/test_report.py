@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
 from fedloom.report import facts, read, summary, tables, write
-from fedloom.resume import claimed
+from fedloom.runs.resume import claimed
 
 Fake = Callable[..., Path]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import toys
-from fedloom.indexed import Indexed
-from fedloom.types import Fleet, Merge, Profile, Task, Update
+from fedloom.core.indexed_dict import Indexed
+from fedloom.core.policies import Fleet, Merge
+from fedloom.core.types import Profile, Task, Update
+from tests.support import toys
 
 SMALL = toys.adapter(1, layers={"only": (2, 2)})
 

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.indexed import Indexed
-from fedloom.schedule.draw import draw, draw_least_worked
-from fedloom.types import Fleet, Profile
-from toys import fleet, profiles
+from fedloom.core.indexed_dict import Indexed
+from fedloom.core.policies import Fleet
+from fedloom.core.types import Profile
+from fedloom.schedule.shared.client_draw import draw, draw_least_worked
+from tests.support.toys import fleet, profiles
 
 
 def crowd(size: int, **more: int) -> Fleet:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from drift import alike, path
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
 from fedloom.schedule.fedasync import FedAsync
-from fedloom.schedule.staleness import CONSTANT, Discount, Hinge, Polynomial
+from fedloom.schedule.shared.staleness import CONSTANT, Discount, Hinge, Polynomial
 from schedule.tables import answer, at, numbers, task, told
+from tests.support.drift import alike, path
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from drift import alike, path
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Fleet
 from fedloom.schedule.fedbuff import FedBuff
-from fedloom.schedule.staleness import CONSTANT, SQUARE_ROOT
-from fedloom.schedule.weights import by_examples, by_tokens
-from fedloom.types import Fleet
+from fedloom.schedule.shared.staleness import CONSTANT, SQUARE_ROOT
+from fedloom.schedule.shared.weights import by_examples, by_tokens
 from schedule.tables import answer, at, task, told
+from tests.support.drift import alike, path
 
 
 @pytest.mark.parametrize("waiting", [False, True])

@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-import toys
-from drift import Steady, alike, path, point
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
+from fedloom.core.events import ClientJoined, Dispatch, TimerFired, UpdateArrived
+from fedloom.core.server import Limits, Server
+from fedloom.core.types import Local, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.fedfa import FedFa
-from fedloom.schedule.staleness import SQUARE_ROOT
-from fedloom.schedule.weights import by_examples
-from fedloom.server import Limits, Server
-from fedloom.types import ClientJoined, Dispatch, Local, Task, TimerFired, UpdateArrived
+from fedloom.schedule.shared.staleness import SQUARE_ROOT
+from fedloom.schedule.shared.weights import by_examples
 from schedule.tables import answer, at, numbers, task, told
+from tests.support import toys
+from tests.support.drift import Steady, alike, path, point
 
 FIRST = toys.server().state.model
 

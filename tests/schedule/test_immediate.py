@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
 from fedloom.schedule.immediate import Immediate
-from fedloom.schedule.staleness import Polynomial
+from fedloom.schedule.shared.staleness import Polynomial
 from schedule.tables import answer, at, numbers, told
 
 

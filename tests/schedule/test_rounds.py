@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Fleet
+from fedloom.core.types import Task, Update
 from fedloom.schedule.rounds import Rounds
-from fedloom.schedule.weights import ByQuality, by_examples, by_text, by_tokens, normalised, uniform
-from fedloom.types import Fleet, Task, Update
-from toys import adapter, fleet, make_result, make_task, profiles
+from fedloom.schedule.shared.weights import ByQuality, by_examples, by_text, by_tokens, normalised, uniform
+from tests.support.toys import adapter, fleet, make_result, make_task, profiles
 
 SMALL = adapter(1, layers={"only": (2, 2)})
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Schedule
 from fedloom.schedule.fedasync import FedAsync
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.immediate import Immediate
-from fedloom.schedule.staleness import CONSTANT, SQUARE_ROOT, Discount, Hinge, Polynomial, staleness, too_stale
+from fedloom.schedule.shared.staleness import CONSTANT, SQUARE_ROOT, Discount, Hinge, Polynomial, staleness, too_stale
 from fedloom.train.settings import linear
-from fedloom.types import Schedule
 from schedule.tables import answer, at, task
 
 LIMITED: list[Schedule] = [

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fedloom.ahead import Answer
-from fedloom.errors import Refused
-from fedloom.train.ship import loads
-from fedloom.train.workers import DEATHS, Cohorts, Worker, Workers, carry_out
-from lethal import Toy, toy_work
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Answer
+from fedloom.train.workers.pool import DEATHS, Cohorts, Workers
+from fedloom.train.workers.shared_memory import loads
+from fedloom.train.workers.worker import Worker, carry_out
+from tests.support.hazards import Toy, toy_work
 
 
 class Dead(Exception):

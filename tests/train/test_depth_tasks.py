@@ -19,18 +19,19 @@ from transformers import (
     GPT2Model,
 )
 
-from bench.tiny import SIZES, WORDS, tiny_decoder, tiny_encoder
-from fedloom.errors import Refused
-from fedloom.layers import lowered
-from fedloom.lora import Adapter
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter
+from fedloom.core.partial_depth import lowered
+from fedloom.core.types import Local, Task
 from fedloom.plan.depth import DepthByMemory, FixedDepth, check_blocks
-from fedloom.train import convert, together
-from fedloom.train.base import Base, initial
+from fedloom.train import peft_weights
+from fedloom.train.base_model import Base, initial
+from fedloom.train.engine import batched_clients
 from fedloom.train.evaluate import score
 from fedloom.train.settings import PLAIN
 from fedloom.train.trainer import PeftTrainer, released
-from fedloom.types import Local, Task
-from tiny import base_of, frozen, lively, same, task_of, trainer_of
+from tests.support.tiny_models import SIZES, WORDS, tiny_decoder, tiny_encoder
+from tests.support.tiny_runs import base_of, frozen, lively, same, task_of, trainer_of
 
 BLOCKS = 4
 MAKERS = {"encoder": tiny_encoder, "decoder": tiny_decoder}
@@ -61,7 +62,7 @@ def gradients(trainer: PeftTrainer, task: Task, batch: Sequence[int]) -> dict[st
     """What the trainer's loss says of one batch."""
     base, start = trainer.base, task.start
     slot = base.put(start.train, start.scaling, start.fold)
-    weights = released(convert.parameters(base.model, slot), start)
+    weights = released(peft_weights.parameters(base.model, slot), start)
     base.model.train()
     loss = trainer._loss(task, [*start.train.factors])(batch)
     return dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
@@ -136,8 +137,8 @@ def test_depth_does_not_change_what_is_scored(folders: dict[str, Path], kind: st
 def test_a_common_pass_is_for_tasks_of_one_depth(folders: dict[str, Path]) -> None:
     base = base_of(folders["encoder"])
     deeps = [deep(base, depth, number) for number, depth in enumerate((None, None, 4, 2, 2, 1), 1)]
-    assert together.key(deeps[0]) == together.key(deeps[2])  # the same layers
-    assert len({together.key(task) for task in deeps}) > 2
+    assert batched_clients.key(deeps[0]) == batched_clients.key(deeps[2])  # the same layers
+    assert len({batched_clients.key(task) for task in deeps}) > 2
     trainer = replace(trainer_of(base), engine=replace(PLAIN, together=8))
     groups = trainer.groups([(task, Local()) for task in deeps])
     assert [[task.id for task, _ in group] for group in groups] == [[1, 2, 3], [4], [5], [6]]

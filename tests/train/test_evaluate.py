@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedloom.lora import Adapter
+from fedloom.core.lora import Adapter
 from fedloom.train import evaluate
-from fedloom.train.base import initial
-from fedloom.train.depth import Cache
+from fedloom.train.base_model import initial
+from fedloom.train.engine.frozen_layers import Cache
 from fedloom.train.evaluate import BATCH, AnswerScores, Scores, score
-from fedloom.train.texts import encode
-from tiny import answered, base_of, examples, lively, logits, writer_of
+from fedloom.train.tokenised import encode
+from tests.support.tiny_runs import answered, base_of, examples, lively, logits, writer_of
 
 
 def scores(predicted: list[int], labels: list[int], classes: int = 2) -> Scores:

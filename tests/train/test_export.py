@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 from bench.core import ROUNDTRIP_BAR, roundtrip
-from bench.tiny import toy_answers
 from fedloom import IID, Instructions, Limits, prepare
-from fedloom.cli import app
-from fedloom.errors import Refused
-from fedloom.train.base import initial
+from fedloom.cli.main import app
+from fedloom.core.errors import Refused
+from fedloom.train.base_model import initial
 from fedloom.train.export import at_rank, open_run, save, save_merged
 from fedloom.train.generate import write
-from fedloom.train.texts import encode
-from tiny import answered, base_of, examples, frozen, lively, logits, same, tiny_run, writer_of
+from fedloom.train.tokenised import encode
+from tests.support.tiny_models import toy_answers
+from tests.support.tiny_runs import answered, base_of, examples, frozen, lively, logits, same, tiny_run, writer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

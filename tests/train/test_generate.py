@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedloom.lora import Adapter
+from fedloom.core.lora import Adapter
+from fedloom.core.types import Local
 from fedloom.train import generate
-from fedloom.train.base import Base, initial
+from fedloom.train.base_model import Base, initial
 from fedloom.train.generate import exact, figures, result, write
-from fedloom.types import Local
-from tiny import answered, lively, task_of, writer_of, writing_trainer
-from toys import factor
+from tests.support.tiny_runs import answered, lively, task_of, writer_of, writing_trainer
+from tests.support.toys import factor
 
 
 def by_hand(base: Base, request: tuple[int, ...], most: int) -> str:

@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bench.tiny import WORDS, hush
-from fedloom.lora import Adapter, cut
-from fedloom.train import convert, depth, loss
-from fedloom.train.base import Base, initial
+from fedloom.core.lora import Adapter, cut
+from fedloom.core.types import Local, Task
+from fedloom.train import loss, peft_weights
+from fedloom.train.base_model import Base, initial
+from fedloom.train.engine import frozen_layers
 from fedloom.train.settings import PLAIN
-from fedloom.train.texts import IGNORED
+from fedloom.train.tokenised import IGNORED
 from fedloom.train.trainer import released
-from fedloom.types import Local, Task
-from tiny import answered, frozen, lively, same, task_of, writer_of, writing_trainer
+from tests.support.tiny_models import WORDS, hush
+from tests.support.tiny_runs import answered, frozen, lively, same, task_of, writer_of, writing_trainer
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "gpt2", "headless"])
 
@@ -56,7 +57,7 @@ def by_hand(base: Base, texts: object, indices: list[int]) -> list[float]:
 
 def gradients(base: Base, task: Task, found: Tensor) -> list[Tensor]:
     slot = f"r{task.budget.rank}"
-    weights = released(convert.parameters(base.model, slot), task.start)
+    weights = released(peft_weights.parameters(base.model, slot), task.start)
     return [*torch.autograd.grad(found, [*weights.values()])]
 
 
@@ -141,10 +142,10 @@ def test_training_the_top_layers_has_the_gradients_of_the_whole_model(model: Pat
         task = task_of(Adapter(task.start.train.factors, whole.dense))
     base.put(task.start.train)
     base.model.train()
-    place = depth.tower(base, [*task.start.train.factors])
+    place = frozen_layers.tower(base, [*task.start.train.factors])
     assert place is not None
-    below, batch = depth.features(base, texts, place, range(30), None, depth.Cache(), 0), [7, 3, 20, 11]
-    released(convert.parameters(base.model, "r4"), task.start)
+    below, batch = frozen_layers.features(base, texts, place, range(30), None, frozen_layers.Cache(), 0), [7, 3, 20, 11]
+    released(peft_weights.parameters(base.model, "r4"), task.start)
     with place.fed(below.of(batch)):
         found = loss.mean(base, texts.batch(batch, base.device))
     ours = gradients(base, task, found)

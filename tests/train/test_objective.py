@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedloom.lora import Adapter, Factor
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.types import Pruning
 from fedloom.train import objective
-from fedloom.types import Pruning
-from toys import adapter, changed, fresh
+from tests.support.toys import adapter, changed, fresh
 
 
 def weights_of(of: Adapter) -> dict[str, nn.Parameter]:

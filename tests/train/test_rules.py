@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
-from bench.tiny import WORDS
-from fedloom.lora import Adapter, Factor, cut, whole
-from fedloom.train import convert, objective
-from fedloom.train.base import Base, initial
+from fedloom.core.lora import Adapter, Factor, cut, whole
+from fedloom.core.types import Local, Pruning, Result, Rules, Task
+from fedloom.train import objective, peft_weights
+from fedloom.train.base_model import Base, initial
 from fedloom.train.batches import batches
-from fedloom.train.texts import encode
+from fedloom.train.tokenised import encode
 from fedloom.train.trainer import PeftTrainer, controlled, personal
-from fedloom.types import Local, Pruning, Result, Rules, Task
-from tiny import base_of, examples, frozen, lively, logits, same, task_of, trainer_of
+from tests.support.tiny_models import WORDS
+from tests.support.tiny_runs import base_of, examples, frozen, lively, logits, same, task_of, trainer_of
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def gradient(trainer: PeftTrainer, task: Task) -> dict[str, Tensor]:
     """Of the loss on the first batch of the task, in PEFT's parametrisation (up / scaling)."""
     model, shard = trainer.base.model.train(), trainer.shards[task.client]
     (batch,) = batches(trainer.texts.lengths(shard), trainer.training.batch_size, 1, True, task.seed)
-    weights = convert.parameters(model, trainer.base.put(task.start.train))
+    weights = peft_weights.parameters(model, trainer.base.put(task.start.train))
     with torch.random.fork_rng():
         torch.manual_seed(task.seed)  # dropout
         loss = model(**trainer.texts.batch([shard[i] for i in batch], trainer.base.device)).loss

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
 from fedloom.train.settings import LoRA, Training, constant, cosine, linear
 
 

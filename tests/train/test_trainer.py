@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedloom.lora import Adapter, cut, pad
-from fedloom.train.base import initial, load
+from fedloom.core.lora import Adapter, cut, pad
+from fedloom.core.types import Local
+from fedloom.train.base_model import initial, load
 from fedloom.train.settings import Engine, LoRA
-from fedloom.train.texts import encode
-from fedloom.types import Local
-from tiny import base_of, examples, frozen, lively, logits, same, task_of, trainer_of
+from fedloom.train.tokenised import encode
+from tests.support.tiny_runs import base_of, examples, frozen, lively, logits, same, task_of, trainer_of
 
 
 def test_the_same_task_gives_the_same_bytes_in_any_company_and_order(encoder: Path) -> None:

@@ -16,10 +16,11 @@ from typing import ClassVar
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, blend, change, forgetting, need_factors, stepped, trained
-from fedloom.errors import Refused
-from fedloom.lora import each, only
-from fedloom.types import Aggregator, Merge, Model
+from fedloom.aggregate.shared.wrapper import Around, blend, change, forgetting, need_factors, stepped, trained
+from fedloom.core.errors import Refused
+from fedloom.core.lora import each, only
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.types import Model
 
 MEAN, SQUARE = "adam mean", "adam square"
 

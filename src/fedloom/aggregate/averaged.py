@@ -18,12 +18,14 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedloom.aggregate.combine import best, dense_mean
 from fedloom.aggregate.product_delta import ProductDelta
-from fedloom.aggregate.wrap import Around, forgetting, layers, need_method
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, pad, server_rank
-from fedloom.types import Aggregator, Budget, Merge, Model, Start, Update
+from fedloom.aggregate.shared.merge_terms import dense_mean
+from fedloom.aggregate.shared.product_space import best
+from fedloom.aggregate.shared.wrapper import Around, forgetting, need_method
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, pad, server_rank
+from fedloom.core.policies import Aggregator, Merge, layers
+from fedloom.core.types import Budget, Model, Start, Update
 
 LAST, FOLD, COUNT = "last version", "last fold", "versions averaged"
 

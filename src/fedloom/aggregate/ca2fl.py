@@ -20,10 +20,20 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.last_changes import blank, changes, instead, keeping, last, mean, need_changes, remembered
-from fedloom.aggregate.wrap import Around
-from fedloom.lora import Adapter, each
-from fedloom.types import Aggregator, Merge, Model
+from fedloom.aggregate.shared.client_changes import (
+    blank,
+    changes,
+    instead,
+    keeping,
+    last,
+    mean,
+    need_changes,
+    remembered,
+)
+from fedloom.aggregate.shared.wrapper import Around
+from fedloom.core.lora import Adapter, each
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.types import Model
 
 
 @dataclass(frozen=True, slots=True)

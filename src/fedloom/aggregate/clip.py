@@ -14,10 +14,11 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, need_method, size
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, cut, each
-from fedloom.types import Aggregator, Merge, Model, Update
+from fedloom.aggregate.shared.wrapper import Around, need_method, size
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, cut, each
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.types import Model, Update
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, blend, change, forgetting, need_factors, stepped, trained
-from fedloom.errors import Refused
-from fedloom.lora import each, only
-from fedloom.types import Aggregator, Merge, Model
+from fedloom.aggregate.shared.wrapper import Around, blend, change, forgetting, need_factors, stepped, trained
+from fedloom.core.errors import Refused
+from fedloom.core.lora import each, only
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.types import Model
 
 MEAN, SQUARE, LARGEST, TIMES = "fadas mean", "fadas square", "fadas largest square", "fadas merges"
 

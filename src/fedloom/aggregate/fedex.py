@@ -14,19 +14,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import (
-    apart,
-    apart_terms,
-    changes,
-    everyone,
-    folded,
-    leading,
-    moved_whole,
-    product_terms,
-    tail,
-)
-from fedloom.lora import Adapter, scale
-from fedloom.types import Budget, Merge, Model, Start
+from fedloom.aggregate.shared.factor_space import leading, moved_whole
+from fedloom.aggregate.shared.merge_terms import apart, apart_terms, changes, everyone
+from fedloom.aggregate.shared.product_space import folded, product_terms, tail
+from fedloom.core.lora import Adapter, scale
+from fedloom.core.policies import Merge
+from fedloom.core.types import Budget, Model, Start
 
 
 @dataclass(frozen=True, slots=True)

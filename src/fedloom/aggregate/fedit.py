@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import leading, padded_mean
-from fedloom.lora import Adapter
-from fedloom.types import Budget, Merge, Model, Start
+from fedloom.aggregate.shared.factor_space import leading, padded_mean
+from fedloom.core.lora import Adapter
+from fedloom.core.policies import Merge
+from fedloom.core.types import Budget, Model, Start
 
 
 @dataclass(frozen=True, slots=True)

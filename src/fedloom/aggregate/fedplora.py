@@ -15,10 +15,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedloom.aggregate.combine import moved, slot_weights, slots, tail
-from fedloom.lora import Adapter, server_rank
-from fedloom.seeds import rng
-from fedloom.types import Budget, Merge, Model, Start
+from fedloom.aggregate.shared.factor_space import moved
+from fedloom.aggregate.shared.merge_terms import slot_weights, slots
+from fedloom.aggregate.shared.product_space import tail
+from fedloom.core.lora import Adapter, server_rank
+from fedloom.core.policies import Merge
+from fedloom.core.seeds import rng
+from fedloom.core.types import Budget, Model, Start
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import leading, moved, slot_weights
-from fedloom.lora import Adapter
-from fedloom.types import Budget, Merge, Model, Rules, Start
+from fedloom.aggregate.shared.factor_space import leading, moved
+from fedloom.aggregate.shared.merge_terms import slot_weights
+from fedloom.core.lora import Adapter
+from fedloom.core.policies import Merge
+from fedloom.core.types import Budget, Model, Rules, Start
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import handed_out, merge_changes
-from fedloom.lora import Adapter, server_rank
-from fedloom.types import Budget, Merge, Model, Rules, Start
+from fedloom.aggregate.shared.product_space import handed_out, merge_changes
+from fedloom.core.lora import Adapter, server_rank
+from fedloom.core.policies import Merge
+from fedloom.core.types import Budget, Model, Rules, Start
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import everyone, handed_out, merge_products
-from fedloom.lora import Adapter, Factor, cut, server_rank, whole
-from fedloom.types import Budget, Merge, Model, Start
+from fedloom.aggregate.shared.merge_terms import everyone
+from fedloom.aggregate.shared.product_space import handed_out, merge_products
+from fedloom.core.lora import Adapter, Factor, cut, server_rank, whole
+from fedloom.core.policies import Merge
+from fedloom.core.types import Budget, Model, Start
 
 
 @dataclass(frozen=True, slots=True)

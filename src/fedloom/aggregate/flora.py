@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import apart, apart_terms, dense_mean, folded, terms
-from fedloom.lora import Adapter, fresh, scale
-from fedloom.seeds import derive
-from fedloom.types import Budget, Merge, Model, Start
+from fedloom.aggregate.shared.merge_terms import apart, apart_terms, dense_mean, terms
+from fedloom.aggregate.shared.product_space import folded
+from fedloom.core.lora import Adapter, fresh, scale
+from fedloom.core.policies import Merge
+from fedloom.core.seeds import derive
+from fedloom.core.types import Budget, Model, Start
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import leading, padded_mean
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, norm
-from fedloom.types import Budget, Merge, Model, Pruning, Rules, Start, Update
+from fedloom.aggregate.shared.factor_space import leading, padded_mean
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, norm
+from fedloom.core.policies import Merge
+from fedloom.core.types import Budget, Model, Pruning, Rules, Start, Update
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import check_rank, everyone, handed_out, merge_products
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, scale, server_rank
-from fedloom.types import Budget, Merge, Model, Start, Update
+from fedloom.aggregate.shared.merge_terms import check_rank, everyone
+from fedloom.aggregate.shared.product_space import handed_out, merge_products
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, scale, server_rank
+from fedloom.core.policies import Merge
+from fedloom.core.types import Budget, Model, Start, Update
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import added, apart, changes, everyone, leading, moved
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, server_rank
-from fedloom.types import Budget, Merge, Model, Rules, Start
+from fedloom.aggregate.shared.factor_space import added, leading, moved
+from fedloom.aggregate.shared.merge_terms import apart, changes, everyone
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, server_rank
+from fedloom.core.policies import Merge
+from fedloom.core.types import Budget, Model, Rules, Start
 
 
 @dataclass(frozen=True, slots=True)

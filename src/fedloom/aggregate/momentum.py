@@ -13,10 +13,11 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, change, forgetting, need_factors, stepped, trained
-from fedloom.errors import Refused
-from fedloom.lora import each, only
-from fedloom.types import Aggregator, Merge, Model
+from fedloom.aggregate.shared.wrapper import Around, change, forgetting, need_factors, stepped, trained
+from fedloom.core.errors import Refused
+from fedloom.core.lora import each, only
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.types import Model
 
 VELOCITY = "momentum"
 

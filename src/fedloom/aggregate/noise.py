@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregate.clip import Clip
-from fedloom.aggregate.wrap import Around, need_factors, trained
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, each, only
-from fedloom.seeds import derive
-from fedloom.types import Aggregator, ClientId, Merge, Model
+from fedloom.aggregate.shared.wrapper import Around, need_factors, trained
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, each, only
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.seeds import derive
+from fedloom.core.types import ClientId, Model
 
 COUNT = "noise"
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.combine import check_rank, handed_out, merge_changes
-from fedloom.lora import Adapter, server_rank
-from fedloom.types import Budget, Merge, Model, Start
+from fedloom.aggregate.shared.merge_terms import check_rank
+from fedloom.aggregate.shared.product_space import handed_out, merge_changes
+from fedloom.core.lora import Adapter, server_rank
+from fedloom.core.policies import Merge
+from fedloom.core.types import Budget, Model, Start
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,13 @@ from typing import ClassVar
 
 import torch
 
-from fedloom.aggregate.combine import held_by, slots
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.wrap import Around, layers, need_factors
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, Factor, each
-from fedloom.types import Aggregator, Budget, Merge, Model, Start
+from fedloom.aggregate.shared.merge_terms import held_by, slots
+from fedloom.aggregate.shared.wrapper import Around, need_factors
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, Factor, each
+from fedloom.core.policies import Aggregator, Merge, layers
+from fedloom.core.types import Budget, Model, Start
 
 CONTROL = "control"
 

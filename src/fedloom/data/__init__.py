@@ -1,1 +1,3 @@
 """Where examples come from, and how they are divided over clients."""
+
+from __future__ import annotations

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from fedloom.core.errors import Refused
+from fedloom.core.seeds import rng
 from fedloom.data.examples import Examples, Source, Split
 from fedloom.data.tickets import Tickets
-from fedloom.errors import Refused
-from fedloom.seeds import rng
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 

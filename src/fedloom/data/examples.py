@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from fedloom.errors import Refused
-from fedloom.seeds import rng
+from fedloom.core.errors import Refused
+from fedloom.core.seeds import rng
 
 
 class Turn(NamedTuple):

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
+from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples, Split, Turn, check_shares, limited, set_aside
-from fedloom.data.read import Given, Raw, by_number, column, gather, label_values, read
-from fedloom.errors import Refused
+from fedloom.data.file_formats import Given, Raw, by_number, column, gather, label_values, read
 
 ROLES = ("system", "user", "assistant")
 

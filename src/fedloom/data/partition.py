@@ -12,9 +12,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from fedloom.core.errors import Refused
+from fedloom.core.seeds import derive
 from fedloom.data.examples import Examples
-from fedloom.errors import Refused
-from fedloom.seeds import derive
 
 Indices = npt.NDArray[np.int64]
 REDRAWS = 20  # draws of an uneven split before the smallest clients are filled from the largest

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedloom.core.errors import Refused
+from fedloom.core.seeds import derive, rng
 from fedloom.data.examples import Examples, Split
-from fedloom.errors import Refused
-from fedloom.seeds import derive, rng
 
 INTENTS = ("access", "billing", "cancel", "fault", "refund", "status")
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Fleet
+from fedloom.core.types import Budget, Profile
 from fedloom.plan.depth import DepthRule
 from fedloom.plan.rank import FixedRank, RankRule
-from fedloom.types import Budget, Fleet, Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +30,3 @@ class Plan:
         """The budget of this client's next task."""
         budget = Budget(self.rank(profile, fleet), self.local_steps)
         return replace(budget, depth=self.depth(profile, fleet, budget)) if self.depth else budget
-
-
-def within(budget: Budget, most: Budget | None) -> Budget:
-    """The budget, made smaller where the client does not let a task be so large.
-
-    >>> within(Budget(8, 10), Budget(4, 20, depth=2))
-    Budget(rank=4, steps=10, depth=2, rounds=1, why='')
-    """
-    if most is None:
-        return budget
-    depths = [depth for depth in (budget.depth, most.depth) if depth is not None]
-    rank, steps = min(budget.rank, most.rank), min(budget.steps, most.steps)
-    return replace(budget, rank=rank, steps=steps, depth=min(depths, default=None))

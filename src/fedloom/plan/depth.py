@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedloom.cost import Shape
-from fedloom.errors import Refused
-from fedloom.plan.costmodel import CostModel
-from fedloom.types import Budget, Fleet, Profile
+from fedloom.core.errors import Refused
+from fedloom.core.model_shape import Shape
+from fedloom.core.policies import Fleet
+from fedloom.core.types import Budget, Profile
+from fedloom.plan.client_cost import CostModel
 
 
 class DepthRule(Protocol):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from fedloom.errors import Refused
-from fedloom.seeds import rng
-from fedloom.types import Fleet, Profile
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Fleet
+from fedloom.core.seeds import rng
+from fedloom.core.types import Profile
 
 
 class RankRule(Protocol):

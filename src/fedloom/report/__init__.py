@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedloom.report.html import write
-from fedloom.report.read import RunLog, read
+from fedloom.report.page import write
+from fedloom.report.run_log import RunLog, read
 from fedloom.report.tables import summary
 
 __all__ = ["RunLog", "read", "summary", "write"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from fedloom.report.read import Line, RunLog
-from fedloom.report.words import lasting, number, percent, plural, short, size
+from fedloom.report.numbers import lasting, number, percent, plural, short, size
+from fedloom.report.run_log import Line, RunLog
 
 SIMULATED = ("partition", "world", "availability", "faults")
 """Settings that only a simulation has a use for."""

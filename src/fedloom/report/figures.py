@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from fedloom.report import facts
 from fedloom.report.facts import accuracy, client_ranks, effective_rank, final, mean, names, noun, spectra, spent
-from fedloom.report.read import Line, RunLog
+from fedloom.report.numbers import BYTES, SPANS, number, percent, scale, short
+from fedloom.report.run_log import Line, RunLog
 from fedloom.report.style import MUTED, OTHER, SERIES, curve, key, look, percent_axis, picture, thinned
-from fedloom.report.words import BYTES, SPANS, number, percent, scale, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fedloom.report.facts import clock, elapsed, label, tiers
-from fedloom.report.read import Line, RunLog
+from fedloom.report.numbers import SPANS, number, plural, scale, short
+from fedloom.report.run_log import Line, RunLog
 from fedloom.report.style import INK, KINDS, MUTED, OTHER, PALE, SERIES, Box, boxes, key, percent_axis, picture
-from fedloom.report.words import SPANS, number, plural, scale, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

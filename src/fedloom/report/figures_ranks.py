@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fedloom.report import ranks
+from fedloom.report import rank_facts
 from fedloom.report.facts import accuracy, deployed, mean, measure, noun, writes
 from fedloom.report.figures import whole
 from fedloom.report.figures_clients import named
-from fedloom.report.ranks import Group
-from fedloom.report.read import RunLog
+from fedloom.report.numbers import BYTES, number, percent, plural, scale, size
+from fedloom.report.rank_facts import Group
+from fedloom.report.run_log import RunLog
 from fedloom.report.style import KINDS, MUTED, OTHER, SERIES, curve, key, percent_axis, picture
-from fedloom.report.words import BYTES, number, percent, plural, scale, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +25,8 @@ LINES = 6  # so many ranks can be told apart in one panel
 @picture(2.6)
 def handed(figure: Figure, log: RunLog) -> str:
     """What a task brings to a client of each rank, and what it moves: energy by version, bytes by tier."""
-    shares = ranks.kept(log)
-    shown = [group for group in ranks.groups(log) if ranks.load(group.tasks, "down")]
+    shares = rank_facts.kept(log)
+    shown = [group for group in rank_facts.groups(log) if rank_facts.load(group.tasks, "down")]
     figure.set_figheight(max(2.6, 0.95 + 0.42 * len(shown)))
     panels = figure.subplots(1, 2, width_ratios=[1, 1.25]) if shares and shown else [figure.subplots()] * 2
     told = []
@@ -41,7 +41,7 @@ def handed(figure: Figure, log: RunLog) -> str:
 
 
 def _cost(group: Group) -> str:
-    return ", ".join(f"{size(sum(ranks.load(group.tasks, way).values()))} {way}" for way in ranks.WAYS)
+    return ", ".join(f"{size(sum(rank_facts.load(group.tasks, way).values()))} {way}" for way in rank_facts.WAYS)
 
 
 def _energy(axes: Axes, log: RunLog, shares: Mapping[int, Sequence[tuple[int, float]]]) -> None:
@@ -50,7 +50,7 @@ def _energy(axes: Axes, log: RunLog, shares: Mapping[int, Sequence[tuple[int, fl
     colours = _colours(log, shown)
     for place, rank in enumerate(shown):
         x, y = zip(*shares[rank], strict=True)
-        home = ranks.at_rank(log, rank)
+        home = rank_facts.at_rank(log, rank)
         wide = 1.4 + 1.8 * (len(shown) - 1 - place) / max(1, len(shown) - 1)
         text = f"rank {rank}{f' ({home})' if home and len(home) < 30 else ''}"
         curve(axes, x, y, color=colours[rank], linewidth=wide, markersize=2 + wide, label=key(text))
@@ -71,7 +71,7 @@ def _shown(every: Sequence[int]) -> list[int]:
 
 def _colours(log: RunLog, shown: Sequence[int]) -> dict[int, str]:
     """A rank has the colour of the first tier that uses it, as in the picture of the clients."""
-    groups = ranks.groups(log)
+    groups = rank_facts.groups(log)
     first = {rank: i for i, group in reversed(list(enumerate(groups))) for rank in group.ranks}
     clear = len({first[rank] for rank in shown}) == len(shown)
     return {rank: SERIES[(first[rank] if clear else i) % len(SERIES)] for i, rank in enumerate(shown)}
@@ -79,7 +79,9 @@ def _colours(log: RunLog, shown: Sequence[int]) -> dict[int, str]:
 
 def _bytes(axes: Axes, shown: Sequence[Group]) -> None:
     """Two bars a group, down above up, each of its parts; the number beside it is the whole."""
-    loads = [(row, way, ranks.load(group.tasks, way)) for row, group in enumerate(shown) for way in ranks.WAYS]
+    loads = [
+        (row, way, rank_facts.load(group.tasks, way)) for row, group in enumerate(shown) for way in rank_facts.WAYS
+    ]
     byte, unit = scale([sum(load.values()) for _, _, load in loads], BYTES)
     for part, colour in PARTS.items():
         bars = [(load, row + (0.2 if way == "up" else -0.2)) for row, way, load in loads if load.get(part, 0) > 0]
@@ -107,7 +109,7 @@ def _bytes(axes: Axes, shown: Sequence[Group]) -> None:
 def clients(figure: Figure, log: RunLog) -> str:
     """Accuracy of every client with the final model at its own rank, beside its base rate, lowest rank first."""
     axes = figure.subplots()
-    shown = [(group, SERIES[i % len(SERIES)]) for i, group in enumerate(ranks.groups(log)) if group.clients]
+    shown = [(group, SERIES[i % len(SERIES)]) for i, group in enumerate(rank_facts.groups(log)) if group.clients]
     rows = [line for group, _ in shown for line in group.clients]
     beside = "before training" if writes(log) else "always its commonest label"
     base, first = [number(line.get("base_accuracy")) for line in rows], 0
@@ -130,7 +132,7 @@ def _tier(axes: Axes, group: Group, first: int, colour: str, dot: float) -> None
     """The clients of one group with their mean, and a band of one standard error around it."""
     values = [accuracy(line) for line in group.clients]
     known = [value for value in values if value == value]
-    middle, doubt = mean(known), ranks.error(known)
+    middle, doubt = mean(known), rank_facts.error(known)
     left, right = first - 0.42, first + len(values) - 0.58
     text = f"{group.name}: mean {percent(middle)}"
     if doubt == doubt:

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedloom.report import (
+    client_tables,
     facts,
     figures,
     figures_clients,
-    figures_pace,
     figures_ranks,
-    pace,
-    ranks,
-    regrouped,
-    sites,
+    figures_timeline,
+    rank_facts,
     tables,
+    timeline,
 )
-from fedloom.report.read import RunLog
+from fedloom.report.client_tables import groups, reasons, tiers
+from fedloom.report.numbers import number, short
+from fedloom.report.run_log import RunLog
 from fedloom.report.tables import Grid
-from fedloom.report.words import number, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +143,19 @@ def single(log: RunLog) -> list[Section]:
         ("Loss", log.versions and Part(LOSS, svg=figures.losses([log]))),
         ("Rank and energy", facts.spectra(log) and Part(ENERGY, svg=figures.energy(log))),
         ("Rank heterogeneity", _heterogeneity(log)),
-        ("Sites", facts.deployed(log) and log.manifest["clients"] and Part(SITES, grid=sites.table(log))),
+        ("Sites", facts.deployed(log) and log.manifest["clients"] and Part(SITES, grid=client_tables.table(log))),
         (
             "Activity",
             log.tasks and Part(_acting(log), svg=figures_clients.activity(log)),
         ),
-        ("Waiting", pace.timed(log) and Part(WAITING, pace.waited(log), svg=figures_pace.waiting(log))),
+        ("Waiting", timeline.timed(log) and Part(WAITING, timeline.waited(log), svg=figures_timeline.waiting(log))),
         ("Groups", _groups(log)),
         ("Staleness", _staleness(log)),
         ("Participation", _participation(log)),
         (
             "Uploads and bytes",
-            pace.timed(log) and Part(SENDING if facts.deployed(log) else SPENDING, svg=figures_pace.spending(log)),
+            timeline.timed(log)
+            and Part(SENDING if facts.deployed(log) else SPENDING, svg=figures_timeline.spending(log)),
         ),
         ("Data", log.manifest["partition"].get("clients") and _partition(log)),
         ("Use the result", log.versions and _load(log)),
@@ -167,7 +168,7 @@ def single(log: RunLog) -> list[Section]:
 def comparison(logs: Sequence[RunLog]) -> list[Section]:
     """Several runs side by side: what they reached and cost, their curves, and the settings in which they differ."""
     collapse = any(facts.spectra(log) for log in logs)
-    timed, alike = all(map(pace.timed, logs)), all(facts.tiers(log) == facts.tiers(logs[0]) for log in logs)
+    timed, alike = all(map(timeline.timed, logs)), all(facts.tiers(log) == facts.tiers(logs[0]) for log in logs)
     differ, scored = tables.differences(logs), any(log.scores for log in logs)
     return _kept(
         ("Summary", Part(SUMMARY, grid=tables.runs(logs))),
@@ -178,8 +179,8 @@ def comparison(logs: Sequence[RunLog]) -> list[Section]:
         ),
         ("Perplexity", facts.writes(*logs) and scored and Part(PERPLEXITY, svg=figures.perplexities(logs))),
         ("Loss", any(log.versions for log in logs) and Part(LOSSES, svg=figures.losses(logs))),
-        ("Waiting and staleness", timed and Part(PACES, svg=figures_pace.paces(logs))),
-        ("Participation", timed and alike and Part(PARTICIPATION_OF, svg=figures_pace.participations(logs))),
+        ("Waiting and staleness", timed and Part(PACES, svg=figures_timeline.paces(logs))),
+        ("Participation", timed and alike and Part(PARTICIPATION_OF, svg=figures_timeline.participations(logs))),
         ("Rank and energy", collapse and Part(ENERGIES, svg=figures.energies(logs))),
     )
 
@@ -192,10 +193,10 @@ def _kept(*found: tuple[str, object]) -> list[Section]:
 
 def _groups(log: RunLog) -> tuple[object, ...]:
     """What each edge did, and why."""
-    why = tables.reasons(log)
-    again = regrouped.regroupings(log)
+    why = reasons(log)
+    again = client_tables.regroupings(log)
     return (
-        log.edges and Part(GROUPED, grid=tables.groups(log)),
+        log.edges and Part(GROUPED, grid=groups(log)),
         again.rows and Part(REGROUPED, grid=again, kind="words"),
         why.rows and Part("", grid=why, kind="words"),
     )
@@ -203,12 +204,12 @@ def _groups(log: RunLog) -> tuple[object, ...]:
 
 def _heterogeneity(log: RunLog) -> tuple[object, ...]:
     """What each rank is given and pays, how it is served, and the same by tier as a table."""
-    used, by_tier = ranks.used(log), tables.tiers(log)
+    used, by_tier = rank_facts.used(log), tiers(log)
     before = "without any training" if facts.writes(log) else "by always answering its commonest label"
     one = f"There is only one rank: every client trains at rank {used[0]}." if len(used) == 1 else ""
-    shares, paid = ranks.kept(log), ranks.paid(log)
-    served = " ".join(text for text in (ranks.served(log), ranks.missing(log)) if text)
-    given = " ".join(text for text in (one, ranks.received(log), paid, ranks.rounded(log)) if text)
+    shares, paid = rank_facts.kept(log), rank_facts.paid(log)
+    served = " ".join(text for text in (rank_facts.served(log), rank_facts.missing(log)) if text)
+    given = " ".join(text for text in (one, rank_facts.received(log), paid, rank_facts.rounded(log)) if text)
     return (
         (paid or shares)
         and Part(f"{GIVEN if shares else ''}{PAID if paid else ''}", given, svg=figures_ranks.handed(log)),
@@ -224,15 +225,15 @@ def _acting(log: RunLog) -> str:
 
 def _staleness(log: RunLog) -> object:
     """A picture where something was stale."""
-    counts = pace.staleness(log)
-    svg = figures_pace.staleness(log) if any(counts) and pace.timed(log) else ""
-    return counts and Part(STALENESS if svg else "", pace.stale(log), svg=svg)
+    counts = timeline.staleness(log)
+    svg = figures_timeline.staleness(log) if any(counts) and timeline.timed(log) else ""
+    return counts and Part(STALENESS if svg else "", timeline.stale(log), svg=svg)
 
 
 def _participation(log: RunLog) -> object:
-    rows, caption = pace.parts(log), PARTICIPATION if len(facts.tiers(log)) > 1 else PARTICIPATION_ONE
+    rows, caption = timeline.parts(log), PARTICIPATION if len(facts.tiers(log)) > 1 else PARTICIPATION_ONE
     return any(row.updates > 0 for row in rows) and Part(
-        caption, pace.took_part(rows, log), svg=figures_pace.participation(log)
+        caption, timeline.took_part(rows, log), svg=figures_timeline.participation(log)
     )
 
 

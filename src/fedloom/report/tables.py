@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedloom.report import facts, pace
-from fedloom.report.facts import accuracy, label, mean
-from fedloom.report.read import Line, RunLog
-from fedloom.report.words import NONE, count, number, percent, plural, seconds, short, size
+from fedloom.report import facts, timeline
+from fedloom.report.facts import accuracy, label
+from fedloom.report.numbers import NONE, count, number, percent, plural, seconds, short, size
+from fedloom.report.run_log import Line, RunLog
 
 if TYPE_CHECKING:
     import rich.table
@@ -60,8 +60,8 @@ def _figures(log: RunLog) -> tuple[str, ...]:
         percent(accuracy(facts.worst(log))),
         seconds(facts.elapsed(log)),
         count(facts.last(log, "uploads")),
-        percent(pace.waiting(log)),
-        short(pace.mean_staleness(log)),
+        percent(timeline.waiting(log)),
+        short(timeline.mean_staleness(log)),
         size(facts.last(log, "bytes_up")),
         str(sum(task.get("status") != "merged" for task in log.tasks)),
     )
@@ -98,7 +98,7 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
         ("Sent down", *_traffic(log, "bytes_down")),
         ("Tasks merged", f"{merged:,} of {len(log.tasks):,}", losses or "none lost"),
         ("Effective rank", *rank),
-        *(_pace(log) if pace.timed(log) else ()),
+        *(_pace(log) if timeline.timed(log) else ()),
     )
 
 
@@ -131,14 +131,14 @@ def _quoted(text: object) -> str:
 
 def _pace(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     uploads, lost = facts.last(log, "uploads"), facts.last(log, "waiting_seconds")
-    oldest = max(pace.staleness(log), default=0)
-    rows = pace.parts(log)
+    oldest = max(timeline.staleness(log), default=0)
+    rows = timeline.parts(log)
     most, absent = (len(rows) * rows[0].updates, sum(row.updates == 0 for row in rows)) if rows else (math.nan, 0)
     hour = 3600 * uploads / facts.elapsed(log) if facts.elapsed(log) > 0 else math.nan
     return (
         ("Uploads", count(uploads), f"{short(hour)} in {'an' if facts.deployed(log) else 'a virtual'} hour"),
-        ("Waiting", percent(pace.waiting(log)), f"of the places' time, {short(lost)} seconds"),
-        ("Staleness", short(pace.mean_staleness(log)), f"versions on average, at most {oldest:,}"),
+        ("Waiting", percent(timeline.waiting(log)), f"of the places' time, {short(lost)} seconds"),
+        ("Staleness", short(timeline.mean_staleness(log)), f"versions on average, at most {oldest:,}"),
         ("Busiest client", f"{short(most)} ×", f"an equal share of the updates; {absent:,} clients had none"),
     )
 
@@ -153,73 +153,6 @@ def _traffic(log: RunLog, way: str) -> tuple[str, str]:
         else "before the first merge"
     )
     return size(total), split
-
-
-def tiers(log: RunLog) -> Grid:
-    """One row a tier: who is in it, how well it is served and what it pays; folds only where there are any."""
-    who = ("Tier", "Clients", "Rank", f"Mean {facts.measure(log)}", "Worst client")
-    folds = any(number(task.get("bytes_down_fold")) > 0 for task in log.tasks)
-    traffic = (
-        "Tasks",
-        "Merged",
-        "Seconds a task",
-        "Up",
-        "of it head",
-        "Down",
-        "of it head",
-        *(["of it fold"] if folds else []),
-    )
-    ways = ("bytes_up", "bytes_up_dense", "bytes_down", "bytes_down_dense", *(["bytes_down_fold"] if folds else []))
-    rows = (_tier(log, tier, set(who), ways) for tier, who in facts.tiers(log).items())
-    return Grid(who + traffic, tuple(rows))
-
-
-def _tier(log: RunLog, tier: str, members: set[str], ways: Sequence[str]) -> tuple[str, ...]:
-    tasks = [task for task in log.tasks if task.get("client") in members]
-    ends = [line for line in log.clients if line.get("client") in members]
-    worst = min(ends, key=accuracy, default=None)
-    ranks = sorted({int(line["rank"]) for line in (*tasks, *ends)})
-    spent = [sum(map(number, task["seconds"].values())) for task in tasks if task.get("seconds")]
-    return (
-        label(tier),
-        str(len(members)),
-        ", ".join(map(str, ranks)) or NONE,
-        percent(mean(map(accuracy, ends))),
-        f"{percent(accuracy(worst))} ({label(worst['client'], 16)})" if worst else NONE,
-        f"{len(tasks):,}",
-        f"{sum(task.get('status') == 'merged' for task in tasks):,}",
-        short(mean(spent)),
-        *(size(sum(number(task.get(way)) for task in tasks)) for way in ways),
-    )
-
-
-def groups(log: RunLog) -> Grid:
-    """One row a group: who is in it, how its edge worked, and its share of the weight that all reports had."""
-    head = ("Group", "Clients", "Examples", "Tasks", "Merged", "Inner rounds", "Steps", "Rank", "Depth")
-    head += ("Seconds inside", "on the link")  # type: ignore[assignment]
-    merged = [line for line in log.edges if line.get("status") == "merged"]
-    whole = sum(number(line.get("work")) for line in merged)
-    rows = []
-    for edge, members in log.manifest.get("groups", {}).items():
-        asked, own = ([line for line in lines if line.get("edge") == edge] for lines in (log.edges, merged))
-        means = [mean(number(line.get(key)) for line in own) for key in ("examples", "rounds", "steps", "rank")]
-        inside, link = (mean(_seconds(line, parts) for line in own) for parts in (("train",), ("down", "up")))
-        weight = sum(number(line["work"]) for line in own) / whole if whole else math.nan
-        depths = sorted({str(line.get("depth") or "all") for line in own})
-        figures = (*map(short, means[1:]), ", ".join(depths) or NONE, short(inside), short(link), percent(weight))
-        clients = len(members) or max((int(number(line.get("members"))) for line in own), default=0)
-        rows.append((label(edge), str(clients), count(means[0]), f"{len(asked):,}", f"{len(own):,}", *figures))
-    return Grid((*head, "Weight"), tuple(rows))
-
-
-def reasons(log: RunLog) -> Grid:
-    """Why each group got its last task as it was, where a rule said so."""
-    why = {str(line["edge"]): str(line["why"]) for line in log.edges if line.get("why")}
-    return Grid(("Group", "Why its last task was as it was"), tuple((label(edge), why[edge]) for edge in sorted(why)))
-
-
-def _seconds(line: Line, parts: Sequence[str]) -> float:
-    return sum(number(line.get("seconds", {}).get(part)) for part in parts)
 
 
 def settings(log: RunLog) -> Grid:

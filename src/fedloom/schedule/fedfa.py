@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedloom.errors import Refused
-from fedloom.schedule.draw import refill
-from fedloom.schedule.staleness import CONSTANT, Discount, check_discount, check_limits, staleness, too_stale
-from fedloom.schedule.weights import Weigh, normalised, uniform
-from fedloom.types import ClientId, Fleet, Merge, Update
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Fleet, Merge
+from fedloom.core.types import ClientId, Update
+from fedloom.schedule.shared.client_draw import refill
+from fedloom.schedule.shared.staleness import CONSTANT, Discount, check_discount, check_limits, staleness, too_stale
+from fedloom.schedule.shared.weights import Weigh, normalised, uniform
 
 
 @dataclass(frozen=True, slots=True)

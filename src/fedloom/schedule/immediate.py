@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.errors import Refused
-from fedloom.schedule.draw import draw_least_worked
-from fedloom.schedule.staleness import CONSTANT, Discount, check_discount, check_limits, staleness, too_stale
-from fedloom.types import ClientId, Fleet, Merge
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Fleet, Merge
+from fedloom.core.types import ClientId
+from fedloom.schedule.shared.client_draw import draw_least_worked
+from fedloom.schedule.shared.staleness import CONSTANT, Discount, check_discount, check_limits, staleness, too_stale
 
 
 @dataclass(frozen=True, slots=True)

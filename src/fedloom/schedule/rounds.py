@@ -10,10 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.errors import Refused
-from fedloom.schedule.weights import Weigh, by_examples, normalised
-from fedloom.seeds import rng
-from fedloom.types import ClientId, Fleet, Merge
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Fleet, Merge
+from fedloom.core.seeds import rng
+from fedloom.core.types import ClientId
+from fedloom.schedule.shared.weights import Weigh, by_examples, normalised
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,3 @@
 """Real training: transformers and peft live here and nowhere else."""
+
+from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from fedloom.seeds import rng
+from fedloom.core.seeds import rng
 
 POOL = 8
 """Batches that are sorted together. Larger pools pad less and mix less; 8 keeps about 90 % of the tokens useful."""

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedloom.lora import Adapter
-from fedloom.train import depth, loss
-from fedloom.train.base import Base
-from fedloom.train.depth import Cache
-from fedloom.train.texts import Encoded
+from fedloom.core.lora import Adapter
+from fedloom.train import loss
+from fedloom.train.base_model import Base
+from fedloom.train.engine import frozen_layers
+from fedloom.train.engine.frozen_layers import Cache
+from fedloom.train.tokenised import Encoded
 
 BATCH = 64
 """Examples predicted together; sorted by length, so padding is small."""
@@ -105,8 +106,8 @@ def score(
     place, below = None, None
     if adapter is not None:
         base.put(adapter, fold=fold)
-        place = depth.tower(base, [*adapter.factors]) if room else None
-        below = depth.features(base, texts, place, indices, fold, cache or Cache(), room) if place else None
+        place = frozen_layers.tower(base, [*adapter.factors]) if room else None
+        below = frozen_layers.features(base, texts, place, indices, fold, cache or Cache(), room) if place else None
     base.model.eval()
     lengths = texts.lengths(indices)
     order = sorted(range(len(indices)), key=lambda i: lengths[i])

@@ -10,10 +10,10 @@ from pathlib import Path
 import safetensors.torch
 from peft import LoraConfig, get_peft_model_state_dict
 
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, pad, truncate
-from fedloom.train import convert
-from fedloom.train.base import Base, load
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, pad, truncate
+from fedloom.train import peft_weights
+from fedloom.train.base_model import Base, load
 from fedloom.train.pretrained import quiet
 from fedloom.train.settings import LoRA
 
@@ -117,6 +117,6 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
 def _read(base: Base, folder: Path) -> Adapter:
     with quiet():
         base.model.load_adapter(str(folder), "stored")
-    stored = convert.read(base.model, "stored")
+    stored = peft_weights.read(base.model, "stored")
     base.model.delete_adapter("stored")
     return stored

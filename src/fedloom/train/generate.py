@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from fedloom.lora import Adapter
-from fedloom.train.base import Base, most_tokens
-from fedloom.train.dialogue import Form
+from fedloom.core.lora import Adapter
+from fedloom.train.base_model import Base, most_tokens
+from fedloom.train.chat_template import Form
 from fedloom.train.pretrained import quiet
-from fedloom.train.texts import Encoded
+from fedloom.train.tokenised import Encoded
 
 BATCH = 16
 """Answers written together; a row that has ended waits for the others."""

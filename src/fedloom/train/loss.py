@@ -18,8 +18,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedloom.train.base import Base
-from fedloom.train.texts import IGNORED
+from fedloom.train.base_model import Base
+from fedloom.train.tokenised import IGNORED
 
 
 @dataclass(frozen=True, slots=True)

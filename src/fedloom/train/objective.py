@@ -12,8 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedloom.lora import Adapter, Factor, cut, only, pad
-from fedloom.types import Pruning, Side
+from fedloom.core.lora import Adapter, Factor, cut, only, pad
+from fedloom.core.types import Pruning, Side
 
 Weights: TypeAlias = Mapping[str, nn.Parameter]
 Amend: TypeAlias = Callable[[], None]

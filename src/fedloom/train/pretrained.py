@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
 
 
 def classifier(name: str, labels: int, **more: Any) -> tuple[PreTrainedModel, set[str]]:

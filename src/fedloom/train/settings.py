@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fedloom.errors import Refused
+from fedloom.core.errors import Refused
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,18 +10,19 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedloom.ahead import Answer
-from fedloom.errors import Refused
-from fedloom.lora import Adapter, each, server_rank
-from fedloom.train import convert, depth, loss, objective, together
-from fedloom.train.base import Base
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, each, server_rank
+from fedloom.core.policies import Answer
+from fedloom.core.types import ClientId, Local, Result, Rules, Start, Task
+from fedloom.train import loss, objective, peft_weights
+from fedloom.train.base_model import Base
 from fedloom.train.batches import batches
-from fedloom.train.depth import Cache
+from fedloom.train.engine import batched_clients, frozen_layers
+from fedloom.train.engine.batched_clients import Member
+from fedloom.train.engine.frozen_layers import Cache
 from fedloom.train.objective import Amend, Weights
 from fedloom.train.settings import PLAIN, Engine, Training
-from fedloom.train.texts import Encoded
-from fedloom.train.together import Member
-from fedloom.types import ClientId, Local, Result, Rules, Start, Task
+from fedloom.train.tokenised import Encoded
 
 Group: TypeAlias = Sequence[tuple[Task, Local]]
 Loss: TypeAlias = Callable[[Sequence[int]], Tensor]
@@ -76,19 +77,21 @@ class PeftTrainer:
         if len(work) == 1:
             return [self._one(*work[0])]
         members = [Member(task, local, personal(task.start, local), self._plan(task)) for task, local in work]
-        trained = together.train(self.base, self.texts, self.training, members)
+        trained = batched_clients.train(self.base, self.texts, self.training, members)
         return [self._answer(m.task, m.local, m.plan, *one) for m, one in zip(members, trained, strict=True)]
 
     def _common(self, task: Task) -> object:
         """What tasks of one pass have in common; None for a task that must be trained alone."""
         alone = (
-            self.engine.together == 1 or self.training.proximal or depth.tower(self.base, [*task.start.train.factors])
+            self.engine.together == 1
+            or self.training.proximal
+            or frozen_layers.tower(self.base, [*task.start.train.factors])
         )
-        return None if alone else together.key(task)
+        return None if alone else batched_clients.key(task)
 
     def _most(self, task: Task) -> int:
         lengths = self.texts.lengths(self.shards[task.client])
-        return self.engine.together or together.most(
+        return self.engine.together or batched_clients.most(
             self.base, min(len(lengths), self.training.batch_size) * sum(lengths) / len(lengths)
         )
 
@@ -158,7 +161,7 @@ class PeftTrainer:
         """Train on these batches and add to `losses`; returns the adapter, optimiser moments, the new control variate."""
         start = task.start
         slot = self.base.put(begin, start.scaling, start.fold)
-        weights = released(convert.parameters(self.base.model, slot), start)
+        weights = released(peft_weights.parameters(self.base.model, slot), start)
         loss_of = self._loss(task, [*begin.factors])
         optimiser = self._optimiser(weights, start, local)
         amends, control = list[Amend](), None
@@ -177,15 +180,15 @@ class PeftTrainer:
         after = objective.unflat(control.after(), start.control) if control and start.control else None
         moments = _moments(weights, optimiser) if self.training.keep_moments else {}
         self.cache.trim(self.engine.cache)
-        return convert.read(self.base.model, slot, begin.factors), moments, after
+        return peft_weights.read(self.base.model, slot, begin.factors), moments, after
 
     def _loss(self, task: Task, trained: Sequence[str]) -> Loss:
         """The mean loss of a batch; where only the top layers are trained, from what comes out below them."""
-        place = depth.tower(self.base, trained)
+        place = frozen_layers.tower(self.base, trained)
         if place is None:
             return lambda batch: loss.mean(self.base, self.texts.batch(batch, self.base.device))
         room, shard = self.engine.cache, self.shards[task.client]
-        below = depth.features(self.base, self.texts, place, shard, task.start.fold, self.cache, room)
+        below = frozen_layers.features(self.base, self.texts, place, shard, task.start.fold, self.cache, room)
 
         def fed(batch: Sequence[int]) -> Tensor:
             with place.fed(below.of(batch)):

@@ -1,0 +1,161 @@
+"""What the clients' texts do to local training and to the global model, measured in the rounds that are scored.
+
+CLLoRA (Zhang et al. 2025, arXiv 2502.18910) divides texts along length, quality and amount, and asks of each what it does to the
+clients' own models and to the one made of them. An effect is the difference to a run whose clients are alike, seed by seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+from typing import TypeAlias
+
+from fedloom.core.events import Command, Dispatch, Evaluate, Event, Reject, UpdateArrived
+from fedloom.core.lora import Adapter
+from fedloom.core.seeds import rng
+from fedloom.core.types import ClientId, Task
+from fedloom.data.skew import Skew
+from fedloom.data.text_measures import words
+from fedloom.runs.job import Job
+from fedloom.train.engine.frozen_layers import Cache
+from fedloom.train.evaluate import AnswerScores, Scores, score
+from fedloom.train.tokenised import Encoded
+
+Bins: TypeAlias = tuple[tuple[int, ...], ...]
+"""Positions among some examples, bin by bin."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalScore:
+    """A client's model after a task that began from `version`: accuracy on the common test examples, and on its `own` held-out
+    ones (None: it has none)."""
+
+    version: int
+    client: ClientId
+    common: float
+    own: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalScore:
+    """A version: accuracy and mean loss on the test examples, accuracy in each bin of them, and on the `common` ones alone."""
+
+    version: int
+    accuracy: float
+    loss: float
+    bins: tuple[float, ...]
+    common: float
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A scored version with the tasks that began from it; accuracies, and None where there is nothing to take the mean of.
+
+    `local` is the mean over these tasks' clients on the common test examples, `own` that on their held-out parts, `gain` what local
+    training made of the version: `local` less the version's own accuracy on the common examples.
+    """
+
+    version: int
+    accuracy: float
+    loss: float
+    bins: tuple[float, ...]
+    local: float | None
+    own: float | None
+    gain: float | None
+
+    @property
+    def worst(self) -> float:
+        """The accuracy in the worst bin."""
+        return min(self.bins)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """An observer that scores, by bins, the versions that the run scores, and what clients make of them; the run takes no notice.
+
+    `bins` and `common` are positions among the examples that the run is tested on. A client's model is what it sent: where sides
+    stay private, that is not what it runs. Cost: for each answer a pass over the common examples and the client's held-out part.
+    """
+
+    job: Job
+    bins: Bins
+    common: tuple[int, ...]
+    tasks: dict[int, Task] = field(default_factory=dict)
+    locals: list[LocalScore] = field(default_factory=list)
+    versions: list[GlobalScore] = field(default_factory=list)
+    cache: Cache = field(default_factory=Cache)
+
+    @classmethod
+    def of(cls, job: Job, along: Skew | None = None, common: int = 200) -> Study:
+        """Of this run: bins `along` an axis of the test examples (None: quarters by length), and so many `common` ones."""
+        tested, size = job.split.test.take(job.tested), len(job.tested)
+        chosen = rng(job.run.seed, "study", "common").sample(range(size), min(common, size))
+        return cls(job, binned((along or Skew(words, bins=4)).bin(tested).tolist()), tuple(sorted(chosen)))
+
+    def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
+        """Score what this event brought."""
+        for command in commands:
+            if isinstance(command, Evaluate):
+                model, texts = command.model, self.job.test_texts
+                found = self._scores(model.adapter, model.fold, texts, self.job.tested)
+                self.versions.append(global_score(command.version, found, self.bins, self.common))
+        tasks = (command.task for command in commands if isinstance(command, Dispatch))
+        self.tasks.update((task.id, task) for task in tasks if self._scored(task.version))
+        task = self.tasks.pop(event.task, None) if isinstance(event, UpdateArrived) else None
+        if task and isinstance(event, UpdateArrived) and Reject not in map(type, commands):
+            self.locals.append(self._local(task, event.result.adapter))
+
+    def rounds(self) -> list[Round]:
+        """What was found so far, version by version."""
+        return rounds(self.versions, self.locals)
+
+    def _scored(self, version: int) -> bool:
+        return bool(self.versions) and self.versions[-1].version == version
+
+    def _local(self, task: Task, adapter: Adapter) -> LocalScore:
+        job, fold = self.job, task.start.fold
+        common = self._scores(adapter, fold, job.test_texts, [job.tested[i] for i in self.common])
+        held = next(shard.held_out for shard in job.shards if shard.client == task.client)
+        own = accuracy(self._scores(adapter, fold, job.train_texts, held)) if held else None
+        return LocalScore(task.version, task.client, accuracy(common), own)
+
+    def _scores(
+        self, adapter: Adapter, fold: Adapter | None, texts: Encoded, examples: Sequence[int]
+    ) -> Scores | AnswerScores:
+        room = self.job.run.engine.cache if self.job.run.engine else 0
+        found = score(self.job.base, adapter, texts, examples, fold, self.cache, room)
+        self.cache.trim(room)
+        return found
+
+
+def binned(numbers: Sequence[int]) -> Bins:
+    """The positions that have each number, lowest number first."""
+    return tuple(tuple(i for i, own in enumerate(numbers) if own == number) for number in sorted(set(numbers)))
+
+
+def accuracy(scores: Scores | AnswerScores) -> float:
+    """The share of labels, or of the answers' tokens, that are foreseen."""
+    return scores.figures()["accuracy"]
+
+
+def global_score(version: int, scores: Scores | AnswerScores, bins: Bins, common: Sequence[int]) -> GlobalScore:
+    """A version's scores by bins of the examples."""
+    by_bin = tuple(accuracy(scores.at(positions)) for positions in bins)
+    return GlobalScore(version, accuracy(scores), scores.figures()["loss"], by_bin, accuracy(scores.at(common)))
+
+
+def rounds(versions: Sequence[GlobalScore], locals_: Sequence[LocalScore]) -> list[Round]:
+    """Each version with the means of the tasks that began from it."""
+    found = []
+    for one in versions:
+        begun = [task for task in locals_ if task.version == one.version]
+        local, own = _mean(task.common for task in begun), _mean(task.own for task in begun)
+        gain = None if local is None else local - one.common
+        found.append(Round(one.version, one.accuracy, one.loss, one.bins, local, own, gain))
+    return found
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None

@@ -1,0 +1,141 @@
+"""What CA2FL and ACE remember: the last change of every client of a federation, in the server's directions.
+
+One adapter a client in `Model.memory`, zero where it has trained nothing so far, beside their sum and, for each direction and side,
+the number of clients to divide it by: all that do or may train it. A client not heard of counts with a change of zero, as in the
+papers; one that was heard of and has never trained this direction does not count there.
+
+The sum is kept up to date and not added up anew: a merge then costs as much as its answers, not as the federation. It does not
+drift, because changes are float32 and the sum is float64: what is taken away is what was added, and 29 spare bits keep sums exact
+as long as an entry's changes are within a factor of 2^29 / clients of each other. Memory: one float32 adapter a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedloom.aggregate.shared.merge_terms import held_by
+from fedloom.aggregate.shared.wrapper import need_factors
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, Factor, cut, each
+from fedloom.core.policies import Aggregator, Merge, layers
+from fedloom.core.types import Model, Update
+
+SUM, COUNT, CHANGE, TRAINED = "sum of last changes", "clients in the sum", "last change of ", "trained by "
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What an answer changed `by`, at the server's rank, and `where`: 1 for a direction and side that its client trained."""
+
+    update: Update
+    by: Adapter
+    where: Adapter
+
+
+def need_changes(wrapper: str, inner: Aggregator, clients: int) -> None:
+    """Raise Refused where a client's change cannot be kept entry by entry, or must not be."""
+    need_factors(wrapper, inner, "a client's last change is kept entry by entry")
+    for layer in layers(inner):
+        name = type(layer).__name__
+        if getattr(layer, "adds_noise", False):
+            remedy = "a remembered change counts again in later merges, which the noise is not made for; leave one out"
+            raise Refused(f"aggregator ({wrapper}).inner", name, remedy)
+        if getattr(layer, "remembers_changes", False):
+            remedy = "it remembers each client's last change too, and one correction is enough; leave one out"
+            raise Refused(f"aggregator ({wrapper}).inner", name, remedy)
+    if clients < 1:
+        raise Refused("aggregator.clients", clients, "the number of clients of the federation")
+
+
+def blank(like: Adapter, clients: int) -> dict[str, Adapter]:
+    """Nothing heard of anybody."""
+    zeros = each(lambda x: torch.zeros_like(x, dtype=torch.float64), like)
+    return {SUM: zeros, COUNT: _marks(like, float(clients))}
+
+
+def mean(memory: Mapping[str, Adapter]) -> Adapter:
+    """The mean of the last changes, in float64."""
+    return each(lambda sum_, count: sum_ / count.clamp_min(1.0), memory[SUM], memory[COUNT])
+
+
+def last(memory: Mapping[str, Adapter], one: Change) -> Adapter:
+    """The last change of the client who answers now, before this answer."""
+    return memory.get(CHANGE + one.update.task.client) or each(torch.zeros_like, one.by)
+
+
+def changes(model: Model, merge: Merge) -> dict[int, Change]:
+    """By task, what the answers changed; none that was trained before the basis was last drawn anew."""
+    updates = [update for _, update in merge.parts if update.base is None or update.base.basis == model.basis]
+    return {update.task.id: change(update, model.adapter) for update in updates}
+
+
+def change(update: Update, like: Adapter) -> Change:
+    """What this answer changed; where directions were the client's to select, those that it left alone were not trained."""
+    start, given = update.task.start, update.result.adapter
+    by, where = {}, {}
+    for name, own in like.factors.items():
+        got = given.factors[name]
+        sent, held = cut(start.train.factors[name], got.rank), held_by(start, got.rank).to(own.up.device)
+        down = torch.zeros_like(own.down).index_copy(0, held, got.down - sent.down)
+        up = torch.zeros_like(own.up).index_copy(1, held, got.up - sent.up)
+        trained = own.up.new_zeros(own.rank).index_fill(0, held, 1.0)
+        of_down, of_up = (trained * (side not in start.rules.kept) for side in ("down", "up"))
+        if start.rules.select is not None:
+            of_down, of_up = of_down * down.any(1), of_up * up.any(0)
+        by[name], where[name] = Factor(down, up), Factor(of_down[:, None], of_up[None])
+    dense = {name: given.dense[name] - start.train.dense[name] for name in like.dense}
+    free = {name: x.new_full((), float("dense" not in start.rules.kept)) for name, x in like.dense.items()}
+    return Change(update, Adapter(by, dense), Adapter(where, free))
+
+
+def instead(one: Change, by: Adapter) -> Update:
+    """The answer as if it had changed by this where it trained."""
+    start, given = one.update.task.start, one.update.result.adapter
+    moved, factors = each(lambda b, w: b * w, by, one.where), {}
+    for name, got in given.factors.items():
+        sent, held = cut(start.train.factors[name], got.rank), held_by(start, got.rank).to(got.up.device)
+        down = sent.down.double() + moved.factors[name].down[held]
+        up = sent.up.double() + moved.factors[name].up[:, held]
+        factors[name] = Factor(down.to(got.down), up.to(got.up))
+    dense = {name: (start.train.dense[name].double() + moved.dense[name]).to(x) for name, x in given.dense.items()}
+    return replace(one.update, result=replace(one.update.result, adapter=Adapter(factors, dense)))
+
+
+def remembered(memory: Mapping[str, Adapter], answers: Iterable[Change]) -> dict[str, Adapter]:
+    """The memory with these answers; of two answers of one client the later task is its last."""
+    new = {key: kept for key, kept in memory.items() if _ours(key)}
+    for one in sorted(answers, key=lambda one: one.update.task.id):
+        client, old = one.update.task.client, last(new, one)
+        known = new.get(TRAINED + client)
+        now = each(lambda d, o, w: torch.where(w > 0, d, o), one.by, old, one.where)
+        trained = each(torch.maximum, known, one.where) if known else one.where
+        counted = known or _marks(one.by, 1.0)
+        new[SUM] = each(lambda s, o, n: s - o.double() + n.double(), new[SUM], old, now)
+        new[COUNT] = each(lambda c, o, n: c - o + n, new[COUNT], counted, trained)
+        new[CHANGE + client], new[TRAINED + client] = now, trained
+    return new
+
+
+def keeping(after: Model, before: Model, memory: Mapping[str, Adapter], clients: int) -> Model:
+    """`after` with this memory, or with a blank one where its basis was drawn anew: entries then mean something else."""
+    others = {key: kept for key, kept in after.memory.items() if not _ours(key)}
+    kept = memory if after.basis == before.basis else blank(after.adapter, clients)
+    return replace(after, memory={**others, **kept})
+
+
+def _ours(key: str) -> bool:
+    return key in (SUM, COUNT) or key.startswith((CHANGE, TRAINED))
+
+
+def _marks(like: Adapter, value: float) -> Adapter:
+    """One number for each direction of a side and each dense tensor."""
+
+    def mark(x: Tensor, *shape: int) -> Tensor:
+        return x.new_full(shape, value)
+
+    factors = {name: Factor(mark(f.down, f.rank, 1), mark(f.up, 1, f.rank)) for name, f in like.factors.items()}
+    return Adapter(factors, {name: mark(x) for name, x in like.dense.items()})

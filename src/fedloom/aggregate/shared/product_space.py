@@ -1,0 +1,135 @@
+"""(to be written)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from fedloom.aggregate.shared.merge_terms import (
+    Reach,
+    apart,
+    apart_terms,
+    changes,
+    dense_mean,
+    everyone,
+    slots,
+    standing,
+    terms,
+    weigh,
+)
+from fedloom.core.lora import (
+    Adapter,
+    Factor,
+    balance,
+    compact,
+    cut,
+    energy,
+    joined,
+    pad,
+    revive,
+    server_rank,
+    total,
+    truncate_sum,
+)
+from fedloom.core.policies import Merge
+from fedloom.core.seeds import derive
+from fedloom.core.types import Budget, Model, Start
+
+
+def product_terms(name: str, model: Adapter, merge: Merge, reach: Tensor) -> Iterator[tuple[float, Factor]]:
+    """The weighted sum of products of one layer, term by term; direction i of an update weighs weight / reach[i].
+
+    With reach = 1 everywhere that is the plain mean of products. With `slot_weights` each direction is averaged over those
+    who hold it; a direction that nobody holds (reach 0) keeps the model's.
+    """
+    kept = torch.ones_like(reach) if merge.as_delta else torch.where(reach > 0, 1.0 - merge.step, 1.0)
+    share = merge.step / torch.where(reach > 0, reach, 1.0)
+    if bool(kept.any()):
+        yield 1.0, weigh(pad(standing(model, merge).factors[name], len(reach)), kept)
+    for weight, update in merge.parts:
+        yield 1.0, weigh(update.result.adapter.factors[name], weight * share)
+        if merge.as_delta:
+            yield 1.0, weigh(update.task.start.train.factors[name], -weight * share)
+
+
+def best(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float, float]:
+    """The best approximation of at most `rank` to a sum, and the energy (squared Frobenius norm) before and after."""
+    kept, before = truncate_sum(terms, rank)
+    return kept, before, float(kept.up.double().square().sum())
+
+
+def merge_changes(model: Model, merge: Merge, rank: int) -> Model:
+    """W + step * sum p_k (B_k A_k - what k received), for each client on top of the model that it was sent a part of."""
+    return merge_products(model, changes(merge), rank, everyone, apart(model, merge))
+
+
+def merge_products(
+    model: Model, merge: Merge, rank: int, reach: Reach, away: Sequence[tuple[float, Model]] = ()
+) -> Model:
+    """The next model: products added up layer by layer, each cut to its best `rank`; dense parts averaged.
+
+    A product of lower rank is padded with zero directions, so that the server's rank never shrinks by chance. `away` is added.
+    """
+    cuts = {}
+    for name, factor in model.adapter.factors.items():
+        top = max(factor.rank, *(update.result.adapter.factors[name].rank for _, update in merge.parts))
+        everything = chain(product_terms(name, model.adapter, merge, reach(name, merge, top)), apart_terms(name, away))
+        cuts[name] = best(everything, rank)
+    before = sum(energy for _, energy, _ in cuts.values())
+    after = sum(energy for _, _, energy in cuts.values())
+    discarded = max(0.0, 1.0 - after / before) if before > 0 else 0.0
+    full = {name: pad(factor, rank) for name, (factor, _, _) in cuts.items()}
+    dense = dense_mean(model.adapter, [*terms(model.adapter, merge), *((c, one.adapter) for c, one in away)])
+    return replace(model, adapter=Adapter(full, dense), basis=model.basis + 1, discarded=discarded)
+
+
+def handed_out(model: Model, budget: Budget, seed: int, balanced: bool) -> Start:
+    """The model's leading directions at the client's rank, each able to learn; for models kept sorted by `merge_products`.
+
+    `balanced` divides the singular value evenly over both sides; otherwise `up` carries it and `down` is orthonormal.
+    """
+    adapter, factors = model.adapter, {}
+    for name, sorted_ in adapter.factors.items():
+        factor = revive(cut(sorted_, budget.rank), budget.rank, derive(seed, name))
+        factors[name] = balance(factor) if balanced else factor
+    return Start(Adapter(factors, adapter.dense), basis=f"{model.basis}/{budget.rank}")
+
+
+def folded(model: Model, pieces: Mapping[str, Sequence[tuple[float, Factor]]]) -> Adapter:
+    """The model's fold with these products added, layer by layer, with no more directions than a layer can have."""
+    factors = {}
+    for name, added in pieces.items():
+        before = [(1.0, model.fold.factors[name])] if model.fold and name in model.fold.factors else []
+        factors[name] = compact(total([*before, *added]))
+    return Adapter(factors)
+
+
+def tail(model: Model, held: Iterable[int]) -> Adapter | None:
+    """What a client that trains only the directions `held` needs beside them to run the whole model; None if nothing.
+
+    Not compacted: that would be a dense product for every task, and a fold is never trained.
+    """
+    rank, without = server_rank(model.adapter), set(held)
+    rest = torch.tensor([i for i in range(rank) if i not in without], dtype=torch.long)
+    if not len(rest):
+        return model.fold
+    others = Adapter({name: slots(factor, rest) for name, factor in model.adapter.factors.items()})
+    return joined(model.fold, others) if model.fold else others
+
+
+def energy_shares(model: Model) -> list[float]:
+    """Share of energy per direction, largest first, summed over layers: the picture in which rank collapse is seen.
+
+    Of the whole model, fold included, for as many directions as the adapter has.
+    """
+    everything, kept = joined(model.adapter, model.fold), server_rank(model.adapter)
+    total = torch.zeros(server_rank(everything), dtype=torch.float64)
+    for factor in everything.factors.values():
+        values = energy(factor)
+        total[: len(values)] += values.cpu()
+    sum_ = float(total.sum())
+    return [float(value) / sum_ if sum_ > 0 else 0.0 for value in total[:kept]]

@@ -1,0 +1,200 @@
+"""`fedloom inspect`: how uneven a federation's texts are, before training, from the texts or from what clients tell of theirs."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedloom.core.errors import Refused
+
+if TYPE_CHECKING:
+    from fedloom.data.client_summary import Summary
+    from fedloom.data.examples import Examples
+    from fedloom.report.tables import Grid
+
+JUDGED, FEWEST, LONGEST = 300, 8, 128
+"""Examples that a model judges, over all clients and of each one; and the tokens of them that it reads. It takes a while."""
+
+
+def inspect(
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DATA...", help="A table (.csv, .tsv, .jsonl, .parquet, also .gz), or clients' summaries (.json)."
+        ),
+    ],
+    clients: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column that names clients.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--column", metavar="WHAT=NAME", help="What a column is: text, pair, answer or label; may be repeated."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A language model: counts tokens in its own, and judges quality.")
+    ] = None,
+    page: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where to write the page; it is written anew.")
+    ] = Path("inspect.html"),
+    client_summary: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write this one client's summary (.json), named as the file, and nothing else."
+        ),
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(metavar="E", help="Noise for the summary: E-differentially private for one example.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="With --epsilon: all labels there may be; else labels are not told."),
+    ] = None,
+) -> None:
+    """Tell how uneven clients' texts are in length, quality, amount and label, and what that may do. Nothing is trained.
+
+    Where texts must not leave a client, each one runs [bold]fedloom inspect DATA --client-summary NAME.json[/bold], which holds
+    counts and no text, and whoever has the summaries runs [bold]fedloom inspect *.json[/bold].
+
+    Example: [bold]fedloom inspect tickets.csv --clients company --column text=message[/bold]
+    """
+    from fedloom.data.client_summary import read as read_summary
+
+    out = Console(highlight=False)
+    if client_summary is None and (epsilon is not None or labels is not None):
+        raise Refused("--epsilon", epsilon, "noise and labels belong to a summary; add --client-summary FILE")
+    told = [path for path in data if path.suffix == ".json"]
+    if told:
+        if len(told) < len(data) or clients or columns or model or client_summary:
+            raise Refused("DATA", str(told[0]), "summaries stand alone: neither tables nor settings beside them")
+        notes = [f"Read {len(told)} summaries; no text was needed."]
+        _show(out, [read_summary(_text(path), str(path)) for path in told], "Federation", notes, page)
+        return
+    if len(data) > 1:
+        raise Refused("DATA", str(data[1]), "give one table, or several summaries (.json)")
+    examples, notes = _load(data[0], clients, columns or [])
+    for note in notes:
+        out.print(note, markup=False, soft_wrap=True)
+    if client_summary is not None:
+        _tell(out, examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
+        return
+    parts = _parts(examples, data[0].name)
+    judged = max(FEWEST, JUDGED // len(parts))
+    unmeasured = "Quality was not measured: name a language model with --model."
+    notes.append(
+        unmeasured if model is None else f"{Path(model).name} judges at most {judged} examples of each client."
+    )
+    out.print(notes[-1], markup=False, soft_wrap=True)
+    summaries = [_summary(name, own, model, judged) for name, own in parts.items()]
+    _show(out, summaries, data[0].name, notes, page)
+
+
+def _load(path: Path, clients: str | None, columns: Sequence[str]) -> tuple[Examples, list[str]]:
+    """The examples of a table, and what was taken for what."""
+    from fedloom.data.column_guess import as_examples, guessed
+    from fedloom.data.file_formats import read
+
+    given = {} if clients is None else {"client": clients}
+    for setting in columns:
+        role, equals, name = setting.partition("=")
+        if not equals:
+            raise Refused("--column", setting, "write it as WHAT=NAME, such as text=message")
+        given[role] = name
+    raw = read(path, None)
+    roles = guessed(raw, given)
+    said = ", ".join(f"{role} from “{name}”{'' if role in given else ' (guessed)'}" for role, name in roles.items())
+    notes = [f"Read {path.name}: {said}."]
+    if "client" not in roles:
+        notes.append("No column names clients: all of it is shown as one client. Name one with --clients COLUMN.")
+    return as_examples(raw, roles), notes
+
+
+def _parts(examples: Examples, name: str) -> Mapping[str, Examples]:
+    from fedloom.data.partition import ByClient
+
+    if examples.clients is None:
+        return {name: examples}
+    return {client: examples.take(part) for client, part in ByClient().split(examples, 0).items()}
+
+
+def _summary(name: str, examples: Examples, model: str | None, judged: int = JUDGED) -> Summary:
+    from fedloom.data.client_summary import summarise
+
+    if model is None:
+        return summarise(name, examples)
+    from fedloom.core.seeds import rng
+    from fedloom.train.text_quality import Tokens, scores
+
+    some = examples.take(sorted(rng(0, "judged", name).sample(range(len(examples)), min(judged, len(examples)))))
+    seen = summarise(name, replace(some, quality=scores(some, model, LONGEST)))
+    return replace(summarise(name, examples, Tokens(model), f"tokens of {Path(model).name}"), quality=seen.quality)
+
+
+def _tell(
+    out: Console, examples: Examples, target: Path, model: str | None, epsilon: float | None, labels: Sequence[str]
+) -> None:
+    """Write the summary of one client."""
+    from fedloom.data.client_summary import private, written
+
+    if target.suffix != ".json":
+        raise Refused("--client-summary", str(target), "end its name with .json")
+    if labels and epsilon is None:
+        raise Refused("--labels", ",".join(labels), "without --epsilon the client's own labels are told; leave it out")
+    summary = _summary(target.stem, examples, model)
+    if epsilon is not None:
+        summary = private(summary, epsilon, secrets.randbits(63), labels)
+    target.write_text(written(summary) + "\n", encoding="utf-8")
+    named = f"{len(summary.labels)} labels by name" if summary.labels else "no labels"
+    noise = f", with noise of epsilon {epsilon:g}" if epsilon is not None else ""
+    out.print(
+        f"\nSummary  {target}: client “{target.stem}”, counts of lengths{' and quality' if summary.quality else ''}, {named}{noise}; "
+        "no text is in it. Whoever has those of several clients runs fedloom inspect *.json",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _show(out: Console, summaries: Sequence[Summary], name: str, notes: Sequence[str], page: Path) -> None:
+    """In the terminal and as a page."""
+    from fedloom.data.heterogeneity import unevenness
+    from fedloom.report import heterogeneity_page
+
+    found = unevenness(summaries) if len(summaries) > 1 else None
+    out.print(f"\n{heterogeneity_page.sentence(summaries, found)}\n", style="bold", markup=False)
+    if found is not None:
+        out.print(_table(heterogeneity_page.axes(found)))
+    out.print(_table(heterogeneity_page.clients(summaries, 10)))
+    likely = heterogeneity_page.expected(found) if found is not None else []
+    for how, text in likely:
+        out.print(f"{how} {text}", markup=False)
+    if likely:
+        out.print(" ".join(heterogeneity_page.HEDGE.split()), markup=False, style="dim")
+    out.print(
+        f"\nPage     {heterogeneity_page.write(summaries, found, name, notes, page)}", markup=False, soft_wrap=True
+    )
+
+
+def _table(grid: Grid) -> object:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    wordy = ("Axis", "Client", "In words", "Commonest labels")
+    for head in grid.head:
+        table.add_column(Text(head), justify="left" if head in wordy else "right")
+    for row in grid.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused("DATA", str(path), "there is no such file, or it is not text") from error

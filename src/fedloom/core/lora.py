@@ -1,0 +1,293 @@
+"""LoRA factors and adapters, and the algebra on them.
+
+A large layer's dense (d_out, d_in) matrix is formed only where it is smaller than the factors that it is the product of.
+
+A factor stands for delta_W = up @ down exactly: the scaling alpha/r is folded into `up`, so that factors of different
+rank may be compared, added and cut without knowing anything else. Decompositions are in `lowrank.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import copysign
+
+import torch
+from torch import Tensor
+
+from fedloom.core.truncated_svd import grams, svd, svd_dense
+
+NEGLIGIBLE = 1e-6
+"""Length, relative to the longest, under which both sides of a direction are lost in the product's float32 rounding."""
+
+CHUNK = 1024
+"""Directions below which a product of thin factors is slower than their stack's."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """delta_W = up @ down of one linear layer; `down` is (rank, d_in), `up` is (d_out, rank)."""
+
+    down: Tensor
+    up: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Adapter:
+    """What is trained and sent: a factor for each adapted layer, and dense tensors (a classification head), whole.
+
+    Nobody writes into its tensors: what is known of an adapter (its sha256, that it was checked) stays true.
+    """
+
+    factors: Mapping[str, Factor]
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors under flat names: `NAME.down`, `NAME.up`, and `dense:NAME`."""
+    flat = {f"{name}.down": factor.down for name, factor in adapter.factors.items()}
+    flat |= {f"{name}.up": factor.up for name, factor in adapter.factors.items()}
+    return flat | {f"dense:{name}": tensor for name, tensor in adapter.dense.items()}
+
+
+def rebuilt(like: Adapter, flat: Mapping[str, Tensor]) -> Adapter:
+    """The adapter of such tensors, with the layers of `like` in their order."""
+    factors = {name: Factor(flat[f"{name}.down"], flat[f"{name}.up"]) for name in like.factors}
+    return Adapter(factors, {name: flat[f"dense:{name}"] for name in like.dense})
+
+
+def cut(factor: Factor, rank: int) -> Factor:
+    """The first `rank` directions; the best approximation of that rank if the factor came from `truncate`."""
+    return factor if rank >= factor.rank else Factor(factor.down[:rank], factor.up[:, :rank])
+
+
+def cut_to(adapter: Adapter, rank: int) -> Adapter:
+    """The first `rank` directions of every layer; the adapter itself, where it has no more."""
+    if all(factor.rank <= rank for factor in adapter.factors.values()):
+        return adapter
+    return Adapter({name: cut(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
+
+
+def only(sides: Collection[str], new: Adapter, old: Adapter) -> Adapter:
+    """`new` on these sides ("down", "up", "dense"), `old` on the others."""
+    factors = {
+        name: Factor(
+            new.factors[name].down if "down" in sides else factor.down,
+            new.factors[name].up if "up" in sides else factor.up,
+        )
+        for name, factor in old.factors.items()
+    }
+    return Adapter(factors, new.dense if "dense" in sides else old.dense)
+
+
+def pad(factor: Factor, rank: int) -> Factor:
+    """The same product at a higher rank, by zero directions."""
+    extra = rank - factor.rank
+    if not extra:
+        whole = factor.down.is_contiguous() and factor.up.is_contiguous()
+        return factor if whole else Factor(factor.down.contiguous(), factor.up.contiguous())
+    down = torch.cat([factor.down, factor.down.new_zeros(extra, factor.down.shape[1])])
+    return Factor(down, torch.cat([factor.up, factor.up.new_zeros(factor.up.shape[0], extra)], 1))
+
+
+def scale(factor: Factor, by: float | Tensor) -> Factor:
+    """The product times a number, or each direction times its own (a tensor of length rank)."""
+    return Factor(factor.down, factor.up * by)
+
+
+def stack(terms: Sequence[tuple[float, Factor]]) -> Factor:
+    """sum of coefficient * product, exactly; its rank is the sum of the ranks. Cost: one copy.
+
+    Each coefficient is split evenly over both sides, which keeps the stacked columns balanced and the decomposition
+    of the stack well conditioned.
+    """
+    roots = [abs(coefficient) ** 0.5 for coefficient, _ in terms]
+    signed = [copysign(root, coefficient) for root, (coefficient, _) in zip(roots, terms, strict=True)]
+    down = torch.cat([root * factor.down for root, (_, factor) in zip(roots, terms, strict=True)])
+    return Factor(down, torch.cat([root * factor.up for root, (_, factor) in zip(signed, terms, strict=True)], 1))
+
+
+def total(terms: Iterable[tuple[float, Factor]]) -> Factor | Tensor:
+    """sum of coefficient * product, exactly: a stack, or the matrix itself (d_out, d_in) where that has fewer directions.
+
+    Terms are taken one by one and added up in chunks, so that beside them never more is held than some three matrices of
+    that size, however many there are. The sum is in float32 or higher.
+    """
+    matrix, pending, width = None, list[tuple[float, Factor]](), 0
+    for coefficient, factor in terms:
+        pending.append((coefficient, factor))
+        width += factor.rank
+        if width >= max(CHUNK, *_sides(factor)):
+            matrix, pending, width = _formed(stack(pending), matrix), [], 0
+    if matrix is None and width < min(_sides(pending[0][1])):
+        return stack(pending)
+    return _formed(stack(pending), matrix) if pending or matrix is None else matrix
+
+
+def truncate(factor: Factor, rank: int) -> Factor:
+    """The best approximation of at most `rank` (Eckart-Young), directions sorted by energy.
+
+    `down` has orthonormal rows and `up` carries the singular values, so `cut` of the result is optimal at every lower
+    rank: one decomposition serves clients of all ranks.
+    """
+    left, values, right = svd(factor.up, factor.down, rank)
+    return Factor(right, left * values)
+
+
+def truncate_sum(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float]:
+    """`truncate` of a sum, and the sum's energy (squared Frobenius norm), good to 1e-6."""
+    sum_ = total(terms)
+    if isinstance(sum_, Tensor):
+        left, values, right = svd_dense(sum_, rank)
+        energy = sum(float(rows.double().square().sum()) for rows in torch.split(sum_, 512))
+    else:
+        near, energy = grams(sum_.up, sum_.down)
+        left, values, right = svd(sum_.up, sum_.down, rank, near)
+    return Factor(right, left * values), energy
+
+
+def balance(factor: Factor) -> Factor:
+    """The same product with both sides of each direction equally long, so that one step size suits both.
+
+    A direction with a (nearly) empty side stays as it is: scaling it would make the other side empty too.
+    """
+    up, down = factor.up.norm(dim=0), factor.down.norm(dim=1)
+    alive = torch.minimum(up, down) > NEGLIGIBLE * torch.maximum(up, down).max().clamp_min(1e-30)
+    root = torch.where(alive, (up / torch.where(alive, down, 1.0)).sqrt(), 1.0)
+    return Factor(factor.down * root[:, None], factor.up / root)
+
+
+def revive(factor: Factor, rank: int, seed: int) -> Factor:
+    """The same product at `rank` or more directions, every one of which can learn.
+
+    The gradient of `up` is proportional to `down` and that of `down` to `up`, so a direction is dead only if both are
+    (nearly) zero, as after `pad`; it then gets up = 0 and a random `down` row as long as its living neighbours (their
+    median; 1 if none lives), orthogonal to them where there is room. A fresh LoRA (up = 0, down random) is alive.
+    """
+    if factor.rank < rank:
+        factor = pad(factor, rank)
+    lengths = torch.linalg.vector_norm(factor.down, dim=1)
+    told = lengths.tolist()
+    if min(told) > 2 * NEGLIGIBLE * max(told):  # the rule below, and much cheaper to see
+        return factor
+    present = lengths > NEGLIGIBLE * lengths.max()
+    if bool(present.all()):
+        return factor
+    ups = factor.up.norm(dim=0)
+    dead = ~present & (ups <= NEGLIGIBLE * ups.max())
+    if not bool(dead.any()):
+        return factor
+    rows = _fresh_rows(factor.down[~dead], int(dead.sum()), seed)
+    down, up = factor.down.clone(), factor.up.clone()
+    down[dead] = rows * (lengths[present].median() if bool(present.any()) else 1.0)
+    up[:, dead] = 0.0
+    return Factor(down, up)
+
+
+def fresh(like: Factor, rank: int, seed: int) -> Factor:
+    """A LoRA at its start: `up` zero, `down` random orthogonal rows as long as those of `like` (their median)."""
+    rows = _fresh_rows(like.down[:0], rank, seed) * like.down.norm(dim=1).median()
+    return Factor(rows, like.up.new_zeros(like.up.shape[0], rank))
+
+
+def compact(product: Factor | Tensor) -> Factor:
+    """The same product with no more directions than a matrix of its size can have: a wide one as itself times identity."""
+    if isinstance(product, Factor):
+        if product.rank <= min(_sides(product)):
+            return product
+        product = _formed(product, None)
+    d_out, d_in = product.shape
+    eye = torch.eye(min(d_out, d_in), dtype=product.dtype, device=product.device)
+    return Factor(product, eye) if d_out <= d_in else Factor(eye, product)
+
+
+def joined(adapter: Adapter, fold: Adapter | None) -> Adapter:
+    """Adapter and fold as one adapter, side by side; a layer that only one of them holds is as it is there."""
+    if fold is None:
+        return adapter
+    own, more = adapter.factors, fold.factors
+    both = {name: stack([(1.0, factor), (1.0, more[name])]) for name, factor in own.items() if name in more}
+    return Adapter({**own, **more, **both}, adapter.dense)
+
+
+def whole(adapter: Adapter, fold: Adapter | None) -> Adapter:
+    """Adapter and fold as one adapter of no more directions than needed: the whole change of the base model."""
+    both = joined(adapter, fold)
+    return Adapter({name: compact(factor) for name, factor in both.factors.items()}, both.dense)
+
+
+def level(adapter: Adapter) -> Adapter:
+    """The same products with one rank for all layers, the highest of them, by zero directions."""
+    rank = server_rank(adapter)
+    return Adapter({name: pad(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
+
+
+def each(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
+    """`rule` on every tensor of adapters of one shape."""
+    first = adapters[0]
+    factors = {
+        name: Factor(
+            rule(*(adapter.factors[name].down for adapter in adapters)),
+            rule(*(adapter.factors[name].up for adapter in adapters)),
+        )
+        for name in first.factors
+    }
+    dense = {name: rule(*(adapter.dense[name] for adapter in adapters)) for name in first.dense}
+    return Adapter(factors, dense)
+
+
+def server_rank(adapter: Adapter) -> int:
+    """The highest rank of the adapter's layers: what the server keeps unless a method says otherwise."""
+    return max(factor.rank for factor in adapter.factors.values())
+
+
+def energy(factor: Factor) -> Tensor:
+    """Squared singular values of the product, largest first, (min(rank, d_out, d_in),) in float64."""
+    values: Tensor = torch.linalg.svdvals(_core(factor))
+    return values.square()
+
+
+def norm(factor: Factor) -> float:
+    """Frobenius norm of the product, in float64, safe where terms of a stack cancel."""
+    return float(_core(factor).norm())
+
+
+def change(new: Factor, old: Factor) -> Factor:
+    """The difference of the products. At one rank as B'A' - BA = (B' - B) A' + B (A' - A): nothing cancels where they are near."""
+    if new.rank != old.rank:
+        return stack([(1.0, new), (-1.0, old)])
+    return Factor(torch.cat([new.down, new.down - old.down]), torch.cat([new.up - old.up, old.up], 1))
+
+
+def _sides(factor: Factor) -> tuple[int, int]:
+    """d_out and d_in."""
+    return factor.up.shape[0], factor.down.shape[1]
+
+
+def _formed(factor: Factor, onto: Tensor | None) -> Tensor:
+    """The product itself in float32 or higher, added to `onto` in place."""
+    dtype = torch.promote_types(torch.promote_types(factor.up.dtype, factor.down.dtype), torch.float32)
+    matrix = factor.up.to(dtype) @ factor.down.to(dtype)
+    return matrix if onto is None else onto.add_(matrix)
+
+
+def _core(factor: Factor) -> Tensor:
+    """A matrix of at most (rank, rank) with the singular values of the product: R_u R_d^T of the QR of both sides."""
+    of_up: Tensor = torch.linalg.qr(factor.up.double(), mode="r").R
+    of_down: Tensor = torch.linalg.qr(factor.down.double().T, mode="r").R
+    return of_up @ of_down.T
+
+
+def _fresh_rows(living: Tensor, count: int, seed: int) -> Tensor:
+    """`count` random rows of length 1, orthogonal to `living` (k, d_in) and to each other if k + count <= d_in."""
+    generator = torch.Generator().manual_seed(seed)
+    fresh: Tensor = torch.randn(count, living.shape[1], generator=generator, dtype=torch.float64).to(living.device)
+    if len(living) + count <= living.shape[1]:
+        fresh = torch.linalg.qr(torch.cat([living.double(), fresh]).T)[0].T[-count:]
+    fresh = fresh / fresh.norm(dim=1, keepdim=True)
+    return fresh.to(living.dtype)

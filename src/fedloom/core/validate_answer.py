@@ -1,0 +1,200 @@
+"""What comes from outside is checked here before the core uses it. A fault is theirs, never an exception: it becomes a reason."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+import sys
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fedloom.core.lora import Adapter, Factor, cut_to, server_rank
+from fedloom.core.model_shape import Shape
+from fedloom.core.types import Result, Spent, Start, Task, Told
+
+MAX_NORM = 1e5
+"""Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; what is beyond would drown the others."""
+MAX_MEMBERS, MAX_DIRECTIONS = 10_000, 4096
+"""Of what an edge tells: members of a group, and directions whose energy is told."""
+MAX_SECONDS, MIN_SECONDS, MAX_LOSS, MAX_MASS = 1e9, 1e-9, 1e12, 1e30
+"""Of what members did: a plan divides by their seconds, and squares how their losses fell."""
+
+
+def fault(task: Task, result: Result) -> str | None:
+    """Why `result` is no answer to `task`, in words; None if it is one. Cost: one pass over the tensors. Never raises."""
+    return (
+        form(task, result)
+        or _numbers(task, result)
+        or _sizes("", result.adapter)
+        or (_sizes("control variate: ", result.control) if result.control else None)
+        or _kept(task.start, result.adapter)
+    )
+
+
+def untellable(task: Task, told: Told, shape: Shape) -> str | None:
+    """Why an edge that is elsewhere cannot have `told` this of its task, in words; None if it can.
+
+    All that a plan reckons with is of the size that it can be, so that no plan is brought to a number that is none.
+    """
+    if told.budget != task.budget:
+        return f"it tells of another budget than that of task {task.id}"
+    if not len(told.spent) <= MAX_MEMBERS or len({one.client for one in told.spent}) < len(told.spent):
+        return f"it tells of {len(told.spent)} members, expected at most {MAX_MEMBERS}, each of them once"
+    if odd := sorted(told.mass.keys() - shape.depths.keys() - task.start.train.dense.keys()):
+        return f"it tells how {odd[0]!r:.60} changed, which is no layer of the model"
+    if len(told.energy) > MAX_DIRECTIONS:
+        return f"it tells of {len(told.energy)} directions, expected at most {MAX_DIRECTIONS}"
+    known = [("spread", told.spread, 0, 1), ("loss", told.loss, -MAX_LOSS, MAX_LOSS)]
+    known += [("mass", value, 0, MAX_MASS) for value in told.mass.values()]
+    known += [("energy", value, 0, 1) for value in told.energy]
+    known += [(name, getattr(told, name), 0, MAX_SECONDS) for name in ("seconds", "down", "up")]
+    return _out_of_range(known) or next(filter(None, (_unspendable(task, one) for one in told.spent)), None)
+
+
+def _unspendable(task: Task, spent: Spent) -> str | None:
+    """Why no member can have done this."""
+    deepest = task.budget.depth or 2**20  # a site may say that it lets a task be deeper than the model is
+    known: list[tuple[str, float | None, float, float]] = [
+        ("name's length", len(spent.client), 1, 200),
+        ("rank", spent.rank, 1, task.budget.rank),
+        ("depth", spent.depth, 1, deepest),
+        ("answers", spent.answers, 1, 10**9),
+        ("steps", spent.steps, 1, task.budget.steps * min(max(spent.answers, 1), 10**9)),
+        ("seconds of training", spent.train, MIN_SECONDS if spent.train else 0, MAX_SECONDS),
+        ("seconds down", spent.down, 0, MAX_SECONDS),
+        ("seconds up", spent.up, 0, MAX_SECONDS),
+        ("first loss", spent.began, -MAX_LOSS, MAX_LOSS),
+        ("last loss", spent.ended, -MAX_LOSS, MAX_LOSS),
+    ]
+    reason = _out_of_range(known)
+    return reason and f"member {spent.client!r:.60}: {reason}"
+
+
+def _out_of_range(known: Iterable[tuple[str, float | None, float, float]]) -> str | None:
+    """The first number (None: not told) that is not from its least to its most, or none at all."""
+    for name, value, least, most in known:
+        if value is not None and not least <= value <= most:
+            return f"{name} is {_told(value)}, expected {least:g} to {most:g}"
+    return None
+
+
+def form(task: Task, result: Result) -> str | None:
+    """Why `result` has not even the form of an answer, its tensors' names, types and shapes. No number is looked at."""
+    if not isinstance(result, Result) or not isinstance(result.adapter, Adapter):
+        return f"the answer is a {type(result).__name__}, not a result with an adapter"
+    return _adapter(_pruned(task.start, result.adapter), result.adapter) or _control(task.start, result.control)
+
+
+def _numbers(task: Task, result: Result) -> str | None:
+    counts = (
+        ("examples", result.examples, 1, 10**12),
+        ("tokens", result.tokens, 0, 10**15),
+        ("steps", result.steps, 1, task.budget.steps),
+    )
+    for name, value, low, high in counts:
+        if type(value) is not int or not low <= value <= high:
+            return f"{name} is {_told(value)}, expected a whole number from {low} to {high}"
+    if not isinstance(result.metrics, Mapping):
+        return "metrics are not a mapping of names to numbers"
+    for name, number in result.metrics.items():
+        if not isinstance(name, str) or type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
+            return f"metric {_told(name)} is {_told(number)}, expected a finite number"
+    return None
+
+
+def _pruned(start: Start, given: Adapter) -> Adapter:
+    """What is asked for; where self-pruning is allowed, at the one rank between `least` and the full one that the client chose."""
+    if start.rules.pruning is None or not isinstance(given.factors, Mapping):
+        return start.train
+    first = next(iter(given.factors.values()), None)
+    if not isinstance(first, Factor) or type(first.down) is not Tensor or first.down.is_nested or first.down.dim() != 2:
+        return start.train
+    rank = max(min(start.rules.pruning.least, server_rank(start.train)), first.down.shape[0])
+    return cut_to(start.train, rank)
+
+
+def _kept(start: Start, given: Adapter) -> str | None:
+    """A side that was to stay as it is, and did not."""
+    asked = _pruned(start, given)
+    for side in sorted(start.rules.kept):
+        if side == "dense":
+            pairs = {name: (tensor, given.dense[name]) for name, tensor in asked.dense.items()}
+        else:
+            pairs = {n: (getattr(f, side), getattr(given.factors[n], side)) for n, f in asked.factors.items()}
+        for name, (sent, back) in pairs.items():
+            if not sent.equal(back):
+                return f"the {side} side of {name!r} was not to be changed"
+    return None
+
+
+def _control(start: Start, given: object) -> str | None:
+    if start.control is None:
+        return None if given is None else "a control variate was not asked for"
+    if not isinstance(given, Adapter):
+        return f"the control variate is a {type(given).__name__}, not an adapter"
+    reason = _adapter(start.control, given)
+    return reason and f"control variate: {reason}"
+
+
+def _adapter(asked: Adapter, given: Adapter) -> str | None:
+    for kind, wanted, got in (("layer", asked.factors, given.factors), ("dense tensor", asked.dense, given.dense)):
+        if not isinstance(got, Mapping) or wanted.keys() != got.keys():
+            odd = sorted(map(str, wanted.keys() ^ (got.keys() if isinstance(got, Mapping) else set())))
+            return f"{kind} {_told(odd[0]) if odd else '?'} is missing or was not asked for"
+    for name, factor in given.factors.items():
+        if not isinstance(factor, Factor):
+            return f"layer {name!r} holds a {type(factor).__name__}, not a factor"
+        own = asked.factors[name]
+        if reason := _tensor(own.down, factor.down):
+            return f"{name}.down {reason}"
+        if reason := _tensor(own.up, factor.up):
+            return f"{name}.up {reason}"
+    for name, tensor in given.dense.items():
+        if reason := _tensor(asked.dense[name], tensor):
+            return f"{name} {reason}"
+    return None
+
+
+def _tensor(asked: Tensor, given: Tensor) -> str | None:
+    if type(given) is not Tensor:  # a subclass may lack data, or shape, or do anything
+        return f"is a {type(given).__name__}, not a plain tensor"
+    if given.is_nested:
+        return "is a nested tensor"
+    if given.requires_grad:  # it would keep the graph behind it alive
+        return "requires a gradient; detach it"
+    if given.layout != torch.strided or given.dtype != asked.dtype:
+        return f"is {given.layout} {given.dtype}, expected strided {asked.dtype}"
+    if given.shape != asked.shape:
+        return f"has shape {tuple(given.shape)}, expected {tuple(asked.shape)}"
+    return None if given.device == asked.device else f"is on {given.device}, expected {asked.device}"
+
+
+def _sizes(where: str, adapter: Adapter) -> str | None:
+    """The first tensor that is not finite or too large."""
+    for name, factor in adapter.factors.items():
+        if reason := _size(factor.down):
+            return f"{where}{name}.down {reason}"
+        if reason := _size(factor.up):
+            return f"{where}{name}.up {reason}"
+    for name, tensor in adapter.dense.items():
+        if reason := _size(tensor):
+            return f"{where}{name} {reason}"
+    return None
+
+
+def _size(tensor: Tensor) -> str | None:
+    if float(torch.linalg.vector_norm(tensor, dtype=torch.float32)) < 0.5 * MAX_NORM:
+        return None  # rounding cannot double a norm
+    size = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    if not math.isfinite(size):
+        return "is not finite"
+    return f"has norm {size:.3g}, above the limit of {MAX_NORM:.0g}" if size > MAX_NORM else None
+
+
+def _told(value: object) -> str:
+    """A foreign value in a few words: its repr may be endless, and that of a huge int raises."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a whole number of {value.bit_length()} bits"
+    return reprlib.repr(value)

@@ -1,0 +1,135 @@
+"""What a client may tell of its texts in their place: histograms.
+
+No text is in them. Names of labels are, since labels must be compared.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedloom.core.errors import Refused
+from fedloom.core.schema import Malformed, Reader, plain
+from fedloom.core.seeds import derive
+from fedloom.data.examples import Examples
+from fedloom.data.private_histogram import noised
+from fedloom.data.text_measures import Measure, words
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+LENGTHS = tuple(sorted({round(2 ** (k / 4)) for k in range(57)}))
+"""Where the bins of lengths begin, four to a doubling, from 1 to 16,384; the last one has no end."""
+LOSSES = (0.0, *(0.05 * 2 ** (k / 4) for k in range(37)))
+"""Where the bins of quality begin, counted downwards from 0 (the best), four to a doubling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One client's counts: `lengths` by `LENGTHS`, `quality` by `LOSSES`, `labels` by name; None where there is nothing to tell.
+
+    `unit` is what lengths are counted in. `epsilon` is of the summary as a whole, None for true counts.
+    """
+
+    client: str
+    lengths: tuple[float, ...]
+    unit: str = "words"
+    labels: Mapping[str, float] | None = None
+    quality: tuple[float, ...] | None = None
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        told = [("lengths", self.lengths, LENGTHS), ("quality", self.quality or (0.0,) * len(LOSSES), LOSSES)]
+        for name, counts, edges in told:
+            if len(counts) != len(edges) or not all(0 <= count < math.inf for count in counts):
+                raise Refused(f"summary.{name}", self.client, f"it needs {len(edges)} counts of at least 0")
+        if not all(0 <= count < math.inf for count in (self.labels or {}).values()):
+            raise Refused("summary.labels", self.client, "it needs counts of at least 0")
+
+    @property
+    def histograms(self) -> int:
+        """How many it holds."""
+        return 1 + (self.labels is not None) + (self.quality is not None)
+
+    @property
+    def examples(self) -> int:
+        """How many; as noisy as the lengths."""
+        return round(sum(self.lengths))
+
+    def median(self) -> float:
+        """The length that half of the texts do not reach, as if lengths were spread evenly within a bin."""
+        below = np.cumsum(self.lengths)
+        k = int((below * 2 >= below[-1]).argmax())
+        ends = (*LENGTHS, LENGTHS[-1])
+        share = (below[-1] / 2 - below[k] + self.lengths[k]) / (self.lengths[k] or 1.0)
+        return float(ends[k] + share * (ends[k + 1] - ends[k]))
+
+
+def summarise(client: str, examples: Examples, measure: Measure = words, unit: str = "words") -> Summary:
+    """What there is to tell of these examples; of labels nothing, where the only one has no name."""
+    named = np.bincount(examples.labels, minlength=len(examples.names)).tolist()
+    return Summary(
+        client,
+        _histogram(measure(examples), LENGTHS),
+        unit,
+        dict(zip(examples.names, map(float, named), strict=True)) if any(examples.names) else None,
+        None if examples.quality is None else _histogram([-value for value in examples.quality], LOSSES),
+    )
+
+
+def private(summary: Summary, epsilon: float, seed: int, labels: Sequence[str] = ()) -> Summary:
+    """The summary with Laplace noise: epsilon-differentially private for one example added or removed, all histograms together.
+
+    `labels` names all labels that any client may have: which ones this client has must not show. Without them labels are not told.
+    The seed is the client's secret. See `fedloom.histogram.noised`.
+
+    Raises:
+        Refused: a label that is not among `labels`, or `epsilon` is not positive.
+    """
+    strange = sorted(set(summary.labels or ()) - set(labels)) if labels else []
+    if strange:
+        raise Refused("labels", strange[0], "a client has it and the list has not; name all labels")
+    told = (summary.lengths, *([summary.quality] if summary.quality else []))
+    named = [(summary.labels or {}).get(name, 0.0) for name in labels]
+    parts = len(told) + bool(named)
+
+    def noisy(counts: Sequence[float], what: str) -> tuple[float, ...]:
+        return noised(counts, epsilon / parts, derive(seed, "summary", what), summary.client)
+
+    return replace(
+        summary,
+        lengths=noisy(summary.lengths, "lengths"),
+        quality=noisy(summary.quality, "quality") if summary.quality else None,
+        labels=dict(zip(labels, noisy(named, "labels"), strict=True)) if labels else None,
+        epsilon=epsilon,
+    )
+
+
+def written(summary: Summary) -> str:
+    """As JSON."""
+    return json.dumps(plain(summary), indent=1)
+
+
+def read(text: str, where: str) -> Summary:
+    """From JSON. Raises Refused."""
+    try:
+        found: Summary = Reader({"Summary": Summary}).read(Summary, json.loads(text))
+        return found
+    except (json.JSONDecodeError, Malformed) as error:
+        remedy = f"this is no summary ({error}); write one with fedloom inspect DATA --client-summary FILE"
+        raise Refused("DATA", where, remedy) from error
+
+
+def middles(edges: Sequence[float]) -> Floats:
+    """What a bin stands for: the middle of it; the last one has no end and stands for its beginning."""
+    ends = np.array([*edges[1:], edges[-1]], dtype=np.float64)
+    return (np.array(edges) + ends) / 2
+
+
+def _histogram(values: Sequence[float], edges: Sequence[float]) -> tuple[float, ...]:
+    bins = np.searchsorted(edges, values, side="right") - 1
+    return tuple(map(float, np.bincount(bins.clip(0), minlength=len(edges)).tolist()))

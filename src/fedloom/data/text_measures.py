@@ -1,0 +1,47 @@
+"""What is measured of each example: its length, its quality, its label, or that it is one. Any function like these is an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from fedloom.core.errors import Refused
+from fedloom.data.examples import Examples
+
+Measure: TypeAlias = Callable[[Examples], Sequence[float]]
+"""One number per example. `fedloom.train.quality.Tokens` counts tokens in the same way as `words` counts words."""
+
+
+def ones(examples: Examples) -> Sequence[float]:
+    """1 for every example: of the samples a client holds, the sum is their number."""
+    return (1,) * len(examples)
+
+
+def words(examples: Examples) -> Sequence[float]:
+    """Words of all that a model reads of an example: request, context and reference answer."""
+    return tuple(sum(len(text.split()) for text in parts) for parts in read_together(examples))
+
+
+def labels(examples: Examples) -> Sequence[float]:
+    """The number of the label: an axis without an order, to be cut into `bins=None`."""
+    return examples.labels
+
+
+def quality(examples: Examples) -> Sequence[float]:
+    """The quality that the examples bring with them.
+
+    Raises:
+        Refused: they bring none.
+    """
+    if examples.quality is None:
+        remedy = "the examples bring no quality; damage some with Corrupted(source), or let a model judge them with Judged(source)"
+        raise Refused("data.quality", None, remedy)
+    return examples.quality
+
+
+def read_together(examples: Examples) -> list[tuple[str, ...]]:
+    """Every text of each example, in the order in which a model reads them."""
+    columns = (examples.texts, examples.pairs, examples.answers)
+    each = zip(*(column for column in columns if column is not None), strict=True)
+    before = examples.before or ((),) * len(examples)
+    return [(*(turn.content for turn in turns), *parts) for turns, parts in zip(before, each, strict=True)]

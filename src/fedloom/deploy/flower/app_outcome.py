@@ -1,0 +1,72 @@
+"""The word that a ServerApp leaves for the server that submitted it: that it lives, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedloom.core.files import at_once, full
+
+SIZE = 4096
+"""Bytes of a word at least, so that the last one fits into the place of the first where the disk has become full."""
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """The process, and at its end one of: why the run ended, why the run file cannot be carried out, what went wrong, what could not
+    be written because the disk is full.
+    """
+
+    pid: int
+    reason: str = ""
+    refused: str = ""
+    failed: str = ""
+    full: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it said how."""
+        return bool(self.reason or self.refused or self.failed or self.full)
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process is there (Linux: and is a ServerApp, since numbers of processes come again)."""
+        try:
+            os.kill(self.pid, 0)
+            return b"serverapp" in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+        except FileNotFoundError:
+            return not Path("/proc").is_dir()
+        except OSError:
+            return False
+
+
+def leave(folder: Path, attempt: int, word: Word) -> None:
+    """Write the word of the deployment's n-th attempt. Raises OSError."""
+    place, text = _place(folder, attempt), json.dumps(asdict(word)).encode().ljust(SIZE)
+    try:
+        with at_once(place) as draft:
+            draft.write_bytes(text)
+    except OSError as error:
+        if not full(error) or not place.exists() or place.stat().st_size < len(text):
+            raise
+        with place.open("r+b", buffering=0) as file:
+            file.write(text.ljust(place.stat().st_size))
+
+
+def heard(folder: Path, attempt: int) -> Word | None:
+    """The word of an attempt, or None while it has not begun, or is just being written."""
+    try:
+        return Word(**json.loads(_place(folder, attempt).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def last(folder: Path) -> int:
+    """The number of the latest attempt, 0 before the first."""
+    return max((int(path.stem.partition("-")[2]) for path in (folder / "flower").glob("attempt-*.json")), default=0)
+
+
+def _place(folder: Path, attempt: int) -> Path:
+    return folder / "flower" / f"attempt-{attempt}.json"

@@ -1,0 +1,200 @@
+"""The one executor of a site: takes a message from the SuperNode, hands its bytes to our worker, sends back what the worker says.
+
+    python -m fedloom.deploy.flower.executor --runtime ADDRESS --socket PATH --secret FILE
+
+On Flower's own path a site would install and import the app that the server sent, in a new process for every message. This
+executor does neither: what runs at a site is what was installed there. It stands on modules of Flower that are not its public
+API, so `tests/flower/test_contract.py` pins version and signatures (decision record 0022).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import context_from_proto
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.retry import RetryInvoker, constant
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
+
+from fedloom.deploy.flower.grid import fetched, packed, unpacked
+from fedloom.deploy.site.worker_socket import ask
+
+POLL = 0.2
+"""Seconds between two looks, over loopback."""
+HEARTBEAT = 10.0
+"""Seconds; the SuperNode gives a task up after 60 without one."""
+PATIENCE = 600.0
+"""Seconds that a message waits for a worker that is not there: it is being restarted, or loads a large model."""
+STORED = 10.0
+"""Seconds between a task and its message."""
+BROKEN = 3
+"""Times that the worker may die over one message before the message is answered with an error."""
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+
+class Lost(Exception):
+    """There is nothing to answer, or no answer; the text says why."""
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Serve until the process is stopped; ends with an error when a message was taken and could not be answered."""
+    parser = argparse.ArgumentParser(
+        prog="fedloom.deploy.flower.executor", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--runtime", required=True, help="the SuperNode's Runtime API, host:port on this machine")
+    parser.add_argument("--socket", type=Path, required=True, help="the worker's Unix socket")
+    parser.add_argument("--secret", type=Path, help="file with the secret that the SuperNode was started with")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a message waits for the worker")
+    parser.add_argument("--ask", type=float, default=POLL, help="seconds between two questions whether there is a task")
+    given = parser.parse_args(words)
+    secret = given.secret.read_bytes() if given.secret else None
+    serve(given.runtime, given.socket, secret, given.patience, given.ask)
+
+
+def serve(runtime: str, socket: Path, secret: bytes | None, patience: float = PATIENCE, pause: float = POLL) -> None:
+    """Take one task after the other. The SuperNode hands out one at a time."""
+    signed = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []
+    asking = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    with connected(runtime, "SuperExec", signed) as supernode:
+        _say("ready", runtime=runtime)
+        while True:
+            try:
+                token = supernode.AcquireTask(asking).token
+            except httpx.TransportError:
+                token = ""
+            if token:
+                carry_out(runtime, token, socket, patience)
+            else:
+                time.sleep(pause)
+
+
+def carry_out(runtime: str, token: str, socket: Path, patience: float) -> None:
+    """Pull the message that `token` stands for, and push the worker's answer, or an error in its place."""
+    with connected(runtime, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)]) as supernode, beating(supernode):
+        message, context = pulled(supernode)
+        begun, reply = time.monotonic(), answer(message, socket, patience)
+        _say(
+            "answered",
+            seconds=round(time.monotonic() - begun, 3),
+            error=reply.error.reason if reply.has_error() else "",
+        )
+        push_message(supernode, reply, context)
+        push_task_output(supernode, context, SubStatus.COMPLETED, "")
+
+
+def pulled(supernode: RuntimeHttpClient) -> tuple[Message, Context]:
+    """The message of the task, and whose it is. The app that comes with it stays where it is."""
+    context = context_from_proto(supernode.PullTaskInput(PullTaskInputRequest()).context)
+    until = time.monotonic() + STORED
+    while True:
+        told = supernode.PullMessages(PullAppMessagesRequest())
+        if told.messages_list:
+            break
+        if time.monotonic() > until:
+            raise Lost("the SuperNode told of a task and has no message for it")
+        time.sleep(POLL)  # it tells of the task before it stores the message
+    [tree] = told.message_object_trees
+    message = fetched(supernode, tree, Node(node_id=context.node_id), context.run_id)
+    message.metadata.__dict__["_message_id"] = tree.object_id  # it has none of its own while it travels; as Flower does
+    return message, context
+
+
+def answer(message: Message, socket: Path, patience: float) -> Message:
+    """The worker's answer to a message, as a message."""
+    try:
+        return Message(packed(asked(socket, unpacked(message.content), patience)), reply_to=message)
+    except (ValueError, Lost) as error:
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
+
+
+def asked(socket: Path, body: bytes, patience: float) -> bytes:
+    """The worker's answer. It may be away for `patience` seconds, and may die `BROKEN` times.
+
+    Raises:
+        Lost: more than that.
+    """
+    until, broken = time.monotonic() + patience, 0
+    while True:
+        try:
+            return ask(socket, body)
+        except (FileNotFoundError, ConnectionRefusedError):
+            if time.monotonic() > until:
+                raise Lost(f"no worker at this site for {patience:.0f} seconds") from None
+        except OSError as error:
+            broken += 1
+            until = time.monotonic() + patience
+            if broken == BROKEN:
+                raise Lost(f"the worker died {BROKEN} times over this message, at last with: {error}") from None
+        time.sleep(POLL)
+
+
+@contextmanager
+def connected(
+    runtime: str, component: str, interceptors: Sequence[ProtobufClientInterceptor]
+) -> Iterator[RuntimeHttpClient]:
+    """A client of the SuperNode's Runtime API; a call is tried for some seconds, then its error goes up."""
+    client = RuntimeHttpClient.from_server_address(
+        runtime,
+        insecure=True,  # loopback of this machine; `--secret` keeps other users of it out
+        root_certificates=None,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name=component), *interceptors],
+        retry_invoker=RetryInvoker(lambda: constant(0.2), httpx.TransportError, max_tries=10, max_time=10.0),
+    )
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@contextmanager
+def beating(supernode: RuntimeHttpClient) -> Iterator[None]:
+    """Tell the SuperNode that the task is worked on, as long as it is."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT):
+            try:
+                supernode.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            except httpx.HTTPError as error:
+                _say("no heartbeat", error=str(error))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _say(event: str, **facts: object) -> None:
+    line = {"time": round(time.time(), 3), "part": "executor", "event": event, **facts}
+    sys.stderr.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The only door of the server to the network: it lets sites at the calls that are made for sites, and at nothing else.
+
+    python -m fedloom.deploy.flower.gate --listen HOST:PORT --to PORT --keys FOLDER
+
+Flower's SuperLink serves three interfaces at one port: Fleet for the sites, Runtime for the server's own processes, Control for
+its owner. Without account servers anyone who reaches that port may, through Control, register a key or submit an app, which the
+server would then run. So the SuperLink listens on loopback, and this gate in front of it ends TLS and passes on Fleet's calls.
+It reads requests strictly (RFC 9112), so that none can hide in another's body; answers go back as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import ssl
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+REQUEST = re.compile(rb"POST /v1/fleet/[a-z-]{1,64} HTTP/1\.1")
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
+LENGTH = re.compile(rb"[0-9]{1,12}")
+HEAD, BODY, CHUNK = 2**15, 2**26, 2**16
+"""Bytes at most: of a request's head; of its body (Flower sends pieces of 5 MB); passed on at once."""
+IDLE, CONNECTIONS = 300.0, 1024
+
+
+class Refused(Exception):
+    """A request that is not for sites; the text is HTTP's status line."""
+
+
+def length_of(head: bytes) -> int:
+    """The length of the body behind a head, which ends before the empty line.
+
+    Raises:
+        Refused: it is no call of Fleet, or leaves any doubt about where it ends.
+    """
+    lines = head.split(b"\r\n")
+    if not REQUEST.fullmatch(lines[0]):
+        raise Refused("403 Forbidden")
+    fields = [FIELD.fullmatch(line) for line in lines[1:]]
+    named = [(found[1].lower(), found[2]) for found in fields if found]
+    lengths = [value for name, value in named if name == b"content-length"]
+    odd = any(name in (b"transfer-encoding", b"upgrade", b"expect") for name, _ in named)
+    if len(named) != len(fields) or odd or len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
+        raise Refused("400 Bad Request")
+    if int(lengths[0]) > BODY:
+        raise Refused("413 Content Too Large")
+    return int(lengths[0])
+
+
+class Gate:
+    """Passes requests from connections on to a SuperLink at `port` of loopback."""
+
+    def __init__(self, port: int, trusted: ssl.SSLContext) -> None:
+        self._port, self._trusted, self._open = port, trusted, 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, until either side ends it."""
+        self._open += 1
+        try:
+            if self._open <= CONNECTIONS:
+                await self._pass_on(reader, writer)
+        except Refused as error:
+            writer.write(f"HTTP/1.1 {error}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        except (OSError, ssl.SSLError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
+            pass
+        finally:
+            self._open -= 1
+            await _close(writer)
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await _head(reader)  # the first request is read before the SuperLink hears of the connection
+        length_of(head)
+        answers, asking = await asyncio.open_connection("127.0.0.1", self._port, ssl=self._trusted, limit=CHUNK)
+        back = asyncio.create_task(_copy(answers, writer))
+        there = asyncio.create_task(_requests(head, reader, asking))
+        try:
+            done, _ = await asyncio.wait({back, there}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (back, there):
+                task.cancel()
+            await asyncio.gather(back, there, return_exceptions=True)
+            await _close(asking)
+
+
+async def _requests(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while True:
+        left = length_of(head)
+        writer.write(head + b"\r\n\r\n")
+        while left:
+            piece = await asyncio.wait_for(reader.read(min(left, CHUNK)), IDLE)
+            if not piece:
+                return
+            left -= len(piece)
+            writer.write(piece)
+            await writer.drain()
+        await writer.drain()
+        head = await _head(reader)
+
+
+async def _head(reader: asyncio.StreamReader) -> bytes:
+    return (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), IDLE))[:-4]
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while piece := await reader.read(CHUNK):
+        writer.write(piece)
+        await writer.drain()
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError, ssl.SSLError, TimeoutError):
+        writer.close()
+        await asyncio.wait_for(writer.wait_closed(), 5.0)
+
+
+async def run(host: str, port: int, to: int, keys: Path) -> None:
+    """Listen until the process ends."""
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.minimum_version = ssl.TLSVersion.TLSv1_2
+    ours.load_cert_chain(keys / "server.crt", keys / "server.key")
+    trusted = ssl.create_default_context(cafile=str(keys / "ca.crt"))
+    server = await asyncio.start_server(Gate(to, trusted).serve, host, port, ssl=ours, limit=HEAD)
+    async with server:
+        await server.serve_forever()
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Listen until the process is stopped."""
+    parser = argparse.ArgumentParser(prog="fedloom.deploy.flower.gate", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--listen", required=True, help="host:port that sites connect to")
+    parser.add_argument("--to", type=int, required=True, help="the SuperLink's port on loopback")
+    parser.add_argument("--keys", type=Path, required=True, help="folder with ca.crt, server.crt and server.key")
+    given = parser.parse_args(words)
+    host, _, port = given.listen.rpartition(":")
+    asyncio.run(run(host.strip("[]"), int(port), given.to, given.keys))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""A Link over Flower's Grid. A message is one flat array of bytes, so that it travels in few pieces, and only data."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, pull_and_inflate_object_from_tree
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid import HttpGrid
+
+from fedloom.deploy.link import Reply
+
+NAME = "body"
+LIFETIME = 14 * 24 * 3600.0
+"""Seconds until Flower forgets a message. Deadlines are the driver's: this one only lies beyond them all."""
+DOWNLOADS = 32
+"""Replies that are fetched at once."""
+ASK = 0.2
+"""Seconds between two questions for news."""
+SELDOM = 2.0
+"""Seconds at most: a busy SuperLink is asked in no more than a fifth of the time."""
+
+SHORT = 2**20
+"""Bytes of a body that travels in one piece."""
+SOON, LATER = 0.05, 1.0
+"""Seconds between two looks at whether a piece has been uploaded, at first and at most."""
+
+
+def packed(body: bytes) -> RecordDict:
+    """A body as Flower's content; a large one Flower cuts into pieces of 5 MB, each sent once.
+
+    Each part of a content is asked for by itself, so a short one has as few as there can be.
+    """
+    if len(body) <= SHORT:
+        return RecordDict({NAME: ConfigRecord({NAME: body})})
+    return RecordDict({NAME: ArrayRecord({NAME: Array("uint8", (len(body),), NAME, body)})})
+
+
+def unpacked(content: RecordDict) -> bytes:
+    """The body in Flower's content.
+
+    Raises:
+        ValueError: there is none, or something beside it.
+    """
+    match list(content.values()):
+        case [ArrayRecord() as record] if list(record) == [NAME]:
+            return bytes(record[NAME].data)
+        case [ConfigRecord() as record] if list(record) == [NAME] and isinstance(body := record[NAME], bytes):
+            return body
+    raise ValueError("the content of the message is not one array of bytes")
+
+
+def fetched(client: RuntimeHttpClient, tree: ObjectTree, node: Node, run: int) -> Message:
+    """The message of which `tree` tells, as soon as all its pieces are there."""
+    return pull_and_inflate_object_from_tree(
+        tree,
+        make_pull_object_fn_protobuf(client.PullObject, node, run),
+        make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run),
+        return_type=Message,
+        max_time=None,
+        max_tries_per_object=None,
+        initial_backoff=SOON,
+        backoff_cap=LATER,
+    )
+
+
+class GridLink:
+    """`Link` over `grid`, which is connected to a SuperLink; a site's name is what its key was registered under.
+
+    A thread asks for news all the time, whatever the driver does meanwhile. Flower tells of a lost message only while its node is
+    away, which may be seconds, and drops a finished reply whose node has left before it was asked for.
+
+    Flower announces a reply before its bytes are uploaded, and `Grid.pull_messages` then waits for them: minutes, over a slow
+    line, in which no other client would be served. So the announcements are read here and each reply is fetched by a thread,
+    through the client that the Grid holds; `tests/flower/test_contract.py` pins what that takes.
+    """
+
+    def __init__(self, grid: HttpGrid) -> None:
+        self._grid = grid
+        self._sent: dict[str, int] = {}
+        self._came: SimpleQueue[Reply] = SimpleQueue()
+        self._pool = ThreadPoolExecutor(DOWNLOADS, "fetch")
+        self._asking = threading.Thread(target=self._ask, name="ask", daemon=True)
+        self._trouble: BaseException | None = None
+        self._refused = 0
+
+    def nodes(self) -> Mapping[int, str | None]:
+        """The nodes whose lease of about a minute is not over, with their names."""
+        return {node.node_id: node.name or None for node in self._grid.get_nodes()}
+
+    def send(self, node: int, body: bytes) -> str:
+        """Hand `body` over to the SuperLink. While the SuperLink is away this waits for it."""
+        message, number = Message(packed(body), node, MessageType.TRAIN, ttl=LIFETIME), ""
+        reason = "the SuperLink did not take the message"
+        try:
+            number = next(iter(self._grid.push_messages([message])), "")
+        except ObjectPushError as error:  # a machine so busy that it took minutes
+            reason = f"the SuperLink did not get all of the message: {error}"
+        if number:
+            self._sent[number] = node
+            if self._asking.ident is None:
+                self._asking.start()
+        else:
+            self._refused += 1
+            number = f"refused-{self._refused}"
+            self._came.put(Reply(number, node, None, reason))
+        return number
+
+    def collect(self) -> list[Reply]:
+        """The replies that are there, each once. What went wrong in asking for them is raised here."""
+        if self._trouble:
+            raise self._trouble
+        return list(self._drained())
+
+    def _drained(self) -> Iterator[Reply]:
+        while True:
+            try:
+                yield self._came.get_nowait()
+            except Empty:
+                return
+
+    def _ask(self) -> None:
+        try:
+            while True:
+                begun = time.monotonic()
+                if waiting := list(self._sent):
+                    told = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=waiting))
+                    for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
+                        number = message.metadata.reply_to_message_id
+                        if (node := self._sent.pop(number, None)) is not None:
+                            self._pool.submit(self._fetch, number, node, tree)
+                time.sleep(min(max(ASK, 4 * (time.monotonic() - begun)), SELDOM))
+        except BaseException as error:
+            self._trouble = error
+
+    def _fetch(self, number: str, node: int, tree: ObjectTree) -> None:
+        client, here, run = self._grid._runtime_client, self._grid.node, self._grid.run.run_id
+        try:
+            message = fetched(client, tree, here, run)
+            if message.has_error():
+                reply = Reply(number, node, None, f"{message.error.reason} (code {message.error.code})")
+            else:
+                reply = Reply(number, node, unpacked(message.content))
+        except Exception as error:  # whatever a site uploads, or fails to, is that site's affair
+            reply = Reply(number, node, None, f"{type(error).__name__}: {error}")
+        self._came.put(reply)

@@ -1,0 +1,176 @@
+"""A site of a deployment: SuperNode, executor and worker, kept alive together."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedloom.core.errors import Refused
+from fedloom.deploy.flower.server_processes import loopback
+from fedloom.deploy.flower.supervisor import (
+    Part,
+    Reader,
+    Supervisor,
+    alone,
+    environment,
+    free_port,
+    program,
+    secret,
+    terminable,
+)
+
+TICK = 0.5
+IDLE = 3.0
+"""Seconds between two questions of an idle SuperNode for work, as Flower has it."""
+PLAIN = {
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one of the authority that this site trusts, is for another "
+    "name, or has expired",
+    "[code: 2004]": "the server does not know this site's key, or counts on another process that holds it for a minute yet",
+    "[code: 2001]": "the server takes no site without a key",
+}
+"""What Flower says on leaving, and what it means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a site must know to join: the server, whom it trusts, who it is, where its files are, how its worker is started.
+
+    `idle` are the seconds between two questions for work (None: as Flower has it, three).
+    """
+
+    server: str
+    folder: Path
+    socket: Path
+    worker: Sequence[str]
+    ca: Path | None = None
+    key: Path | None = None
+    idle: float | None = None
+
+    def __post_init__(self) -> None:
+        host = self.server.rpartition(":")[0]
+        if (self.ca is None or self.key is None) and not loopback(host):
+            raise Refused("--insecure", self.server, "without key and TLS a site speaks to its own machine only")
+        if self.idle is not None and not 0.05 <= self.idle <= 60.0:
+            raise Refused("--idle", self.idle, "choose 0.05 to 60 seconds")
+        for name, path in (("ca", self.ca), ("key", self.key)):
+            if path is not None and not path.is_file():
+                raise Refused(name, str(path), "there is no such file; see `fedloom keys`")
+
+
+def seat(config: Path, insecure: bool, idle: float | None = None) -> Seat:
+    """The seat that a site's settings describe.
+
+    Raises:
+        Refused: they lack key or authority, and `insecure` was not said.
+    """
+    from fedloom.deploy.site.settings import read  # heavy: it reads data
+
+    site = read(config)
+    if not insecure and (site.ca is None or site.key is None):
+        raise Refused(
+            "key",
+            str(site.key),
+            "name the site's `key` and the server's `ca` (see `fedloom keys`); on one machine, --insecure",
+        )
+    worker = [program("fedloom"), "worker", "--config", str(config.resolve())]
+    secure = {} if insecure else {"ca": site.ca, "key": site.key}
+    return Seat(site.server, site.folder.resolve(), site.socket.resolve(), worker, idle=idle, **secure)
+
+
+def parts(seat: Seat, runtime: int) -> list[list[Part]]:
+    """The processes of a site. SuperNode and executor live and die together.
+
+    A SuperNode waits without end for the answer to a message that its executor took along; and one that leaves in order tells the
+    server at once that the message is lost. The worker goes on: it gives the same answer when it is asked again.
+    """
+    given = environment(seat.folder / "flower")
+    shared = str(seat.folder / "flower" / "secret")
+    node = ["--superlink", seat.server, "--host", "127.0.0.1", "--port", str(runtime), "--isolation", "process"]
+    node += ["--superexec-auth-secret-file", shared]
+    if seat.ca is None or seat.key is None:
+        node.append("--insecure")
+    else:
+        node += ["--root-certificates", str(seat.ca), "--auth-supernode-private-key", str(seat.key)]
+    idle = [] if seat.idle is None else ["--idle", str(seat.idle)]
+    execute = ["--runtime", f"127.0.0.1:{runtime}", "--socket", str(seat.socket), "--secret", shared]
+    execute += ["--ask", f"{min(max((seat.idle or IDLE) / 6, 0.1), 2.0):.2f}"]
+    return [
+        [Part("worker", seat.worker, given)],
+        [
+            Part(
+                "supernode",
+                [
+                    sys.executable,
+                    "-m",
+                    "fedloom.deploy.flower.supernode",
+                    *idle,
+                    "--was",
+                    str(seat.folder / "flower" / "node"),
+                    "--",
+                    *node,
+                ],
+                given,
+            ),
+            Part("executor", [sys.executable, "-m", "fedloom.deploy.flower.executor", *execute], given),
+        ],
+    ]
+
+
+def upward(config: Path, insecure: bool) -> list[list[Part]]:
+    """The processes that take a region to the server above it; in the place of a worker, its ServerApp answers.
+
+    Raises:
+        Refused: as `seat`, or the settings are not those of a region.
+    """
+    from fedloom.deploy.site.settings import read
+
+    if not read(config).region:
+        raise Refused(
+            "--config", str(config), "these are the settings of a site with data; a region's say `region = true`"
+        )
+    place = seat(config, insecure)
+    secret(place.folder / "flower" / "secret")
+    return parts(place, free_port())[1:]
+
+
+def join(seat: Seat, say: Callable[[str], None]) -> None:
+    """Take part until stopped: ends with KeyboardInterrupt.
+
+    Raises:
+        Refused: another process holds the folder.
+    """
+    with alone(seat.folder / "flower" / "lock", seat.folder), terminable() as asked_to_stop:
+        secret(seat.folder / "flower" / "secret")
+        supervisor = Supervisor(parts(seat, free_port()), seat.folder / "logs", lambda line: say(plain(line)))
+        log, silent = Reader(seat.folder / "logs" / "supernode.log").skip(), False
+        try:
+            while True:
+                asked_to_stop()
+                supervisor.look()
+                for line in log.lines():
+                    if "SuperNode ID:" in line:
+                        say(f"the server at {seat.server} has let this site in")
+                        silent = False
+                    elif "retrying in" in line and not silent:
+                        say(f"the server at {seat.server} does not answer; trying until it does")
+                        silent = True
+                time.sleep(TICK)
+        finally:
+            supervisor.stop()
+
+
+def plain(line: str) -> str:
+    """A supervisor's line with what it means."""
+    return (
+        "; ".join([line.partition(": ")[0], *(word for sign, word in PLAIN.items() if sign in line)])
+        if known(line)
+        else line
+    )
+
+
+def known(line: str) -> bool:
+    """Whether we have a plain word for it."""
+    return any(sign in line for sign in PLAIN)

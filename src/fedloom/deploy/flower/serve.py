@@ -1,0 +1,245 @@
+"""The server of a deployment: starts Flower's processes, lets the sites in, and sees the run through whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedloom.core.errors import Refused
+from fedloom.core.files import full, write_json
+from fedloom.deploy.flower import keys
+from fedloom.deploy.flower.app_outcome import Word, heard, last
+from fedloom.deploy.flower.server_processes import Server, parts
+from fedloom.deploy.flower.superlink import Coming, Control, Unwilling
+from fedloom.deploy.flower.supervisor import Part, Reader, Supervisor, alone, free_port, listens, secret, terminable
+
+TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
+"""Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""
+QUICK, MOST_QUICK = 60.0, 5
+"""A ServerApp that ends within so many seconds came to nothing; after so many of those in a row we give up."""
+STARTS = 180.0
+"""Seconds in which a submitted app must have started."""
+ROOM = 2**24
+"""Bytes that must be free on the disk before a ServerApp is begun."""
+CLEARING = 30.0
+"""Seconds until a new ServerApp is begun after one that found the disk full, although there was so much room."""
+NOTE = "deployment.json"
+"""What was ordered, in the folder of the server (`fedloom.flower.order`, which is heavy)."""
+GO_ON = "then go on with `fedloom serve ... --resume`"
+
+MOVED = re.compile(r"\[Fleet\.(?:De)?[Aa]ctivateNode\] (Activated|Deactivated) node_id=(\d+)")
+
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Serving:
+    """One `fedloom serve`: what it has started and learnt so far."""
+
+    server: Server
+    control: Control
+    supervisor: Supervisor
+    say: Say
+    log: Reader
+    attempt: int
+    run: int = 0
+    since: float = 0.0
+    quick: int = 0
+    up: bool = False
+    names: dict[str, str] = field(default_factory=dict)
+    troubles: dict[str, str] = field(default_factory=dict)
+    pauses: dict[str, float] = field(default_factory=dict)
+    line: str = ""
+    relayed: float = -RELAY
+    full: bool = False
+    here: set[str] = field(default_factory=set)
+    nodes: dict[str, int] = field(default_factory=dict)
+    told: bool = False
+
+    def look(self) -> str | None:
+        """One look at everything; returns why the run ended, once it has.
+
+        Raises:
+            Refused: the run cannot be carried out, or comes to nothing again and again.
+        """
+        self._try(self.supervisor.look)
+        if not listens("127.0.0.1", self.control.port):
+            return None
+        if not self.up:
+            self.up = True
+            self.say(f"the server listens at {self.server.host}:{self.server.port}")
+        self._look_for_room()
+        self._try(self._admit)
+        self._announce()
+        self._relay()
+        return self._try(self._follow)
+
+    def _try(self, step: Callable[[], str | None]) -> str | None:
+        """A step that Flower may refuse: the SuperLink has just gone, or says no. It is tried again, and told once.
+
+        As it is where the disk is full, of which `_look_for_room` tells.
+        """
+        name = step.__name__
+        if time.monotonic() < self.pauses.get(name, 0.0):
+            return None
+        try:
+            return step()
+        except OSError as error:
+            if not full(error):
+                raise
+            self.pauses[name] = time.monotonic() + AGAIN
+        except Unwilling as error:
+            if str(error) != self.troubles.get(name):
+                self.say(f"not yet: {error}")
+            self.troubles[name], self.pauses[name] = str(error), time.monotonic() + AGAIN
+        return None
+
+    def _look_for_room(self) -> None:
+        """Say that the disk is full, and that it is so no longer. No ServerApp is begun in between: it could write no checkpoint."""
+        crammed = shutil.disk_usage(self.server.folder).free < ROOM
+        if crammed != self.full:
+            where = f"the disk of {self.server.folder}"
+            if crammed:
+                self.say(f"{where} is full; free space there, and the run goes on (ended before: {GO_ON})")
+            else:
+                self.say(f"{where} has room again")
+        self.full = crammed
+
+    def _admit(self) -> None:
+        """Let in the sites whose keys were added, and no longer those whose keys were removed."""
+        if self.server.insecure:
+            return
+        try:
+            listed = {entry.fingerprint: entry for entry in keys.listed(self.server.folder)}
+        except Refused as error:  # a file in `sites` that is no key
+            raise Unwilling(str(error)) from error
+        self.names = {fingerprint: entry.name for fingerprint, entry in listed.items()}
+        if not self.told or listed.keys() != self.nodes.keys():
+            self._tell({key: Coming(str(one.path), one.name) for key, one in listed.items()})
+        if not listed and not self.run:
+            self.say("no site may come yet: `fedloom keys add PUB --name NAME` lets one in, also while this runs")
+
+    def _tell(self, listed: Mapping[str, Coming]) -> None:
+        """Let the SuperLink know who may come, until it has said that it does."""
+        before, self.told = self.nodes, False
+        done = self.control.admit(listed)
+        self.nodes, self.told = done.nodes, True
+        for fingerprint in sorted(done.nodes.keys() - before.keys()):
+            self.say(f"{listed[fingerprint].name} may come (key {fingerprint})")
+        for fingerprint in sorted(before.keys() - done.nodes.keys()):
+            self.say(f"the holder of key {fingerprint} may come no longer")
+        if done.refused:
+            raise Unwilling("; ".join(done.refused.values()))
+
+    def _announce(self) -> None:
+        """Who came and who left, from the SuperLink's log."""
+        of = {node: self.names.get(fingerprint) for fingerprint, node in self.nodes.items()}
+        for came, number in (found.groups() for line in self.log.lines() if (found := MOVED.search(line))):
+            name = of.get(int(number)) or f"node {number}"
+            (self.here.add if came == "Activated" else self.here.discard)(name)
+            told = "has come" if came == "Activated" else "has left"
+            self.say(f"{name} {told}; {len(self.here)} here" + (f" of {len(of)}" if of else ""))
+
+    def _relay(self) -> None:
+        """What the driver says that it waits for, when that has changed, and not too often."""
+        note = self.server.folder / "status.json"
+        if time.monotonic() < self.relayed + RELAY or not note.exists():
+            return
+        told = json.loads(note.read_bytes())
+        line = f"version {told['version']} of {told['versions']}; waits {told['waits']}"
+        if line != self.line:
+            self.say(line)
+            self.line, self.relayed = line, time.monotonic()
+
+    def _follow(self) -> str | None:
+        """Submit the app, wait for its word, and submit it again where it was killed."""
+        if not self.run:
+            if self.full:
+                return None
+            self.attempt, self.since = self.attempt + 1, time.monotonic()
+            self.run = self.control.submit(self.server.folder, self.attempt)
+            return None
+        word, lived = heard(self.server.folder, self.attempt), time.monotonic() - self.since
+        if word is not None and word.ended:
+            if word.reason:
+                return word.reason
+            if word.refused:
+                raise Refused("RUNFILE", str(self.server.folder), f"it cannot be carried out: {word.refused}")
+        elif word.lives if word is not None else lived < STARTS:
+            return None
+        said = self._why(word)
+        self.quick = self.quick + 1 if lived < QUICK and not self.full else 0
+        if self.quick >= MOST_QUICK:
+            raise self._vain(word, said)
+        self.say(f"the ServerApp ended ({said}); a new one goes on from the last checkpoint")
+        self.run = 0
+        if word is not None and word.full:
+            self.pauses[self._follow.__name__] = time.monotonic() + CLEARING
+        return None
+
+    def _why(self, word: Word | None) -> str:
+        """Why a ServerApp ended that did not carry the run out."""
+        if word is not None and (word.failed or word.full):
+            return word.failed or f"the disk is full: {word.full} could not be written"
+        return ("it was killed" if word else "it did not start") + (", and the disk is full" if self.full else "")
+
+    def _vain(self, word: Word | None, said: str) -> Refused:
+        """That the run came to nothing again and again."""
+        if word is not None and word.full:
+            return no_room(self.server, word.full)
+        remedy = f"the run ends as soon as it begins: {said}; see logs/serverapp.log"
+        return Refused("RUNFILE", str(self.server.folder), remedy)
+
+
+def serve(
+    server: Server, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[Part]] = ()
+) -> str:
+    """Carry out a deployment; returns why it ended. `facts` are written to `deployment.json` for the ServerApp, and `more` are
+    processes to keep alive beside it.
+
+    Raises:
+        Refused: the folder is in use, or has a deployment already, or has none to resume, or its disk is full, or the run cannot be
+            carried out.
+    """
+    try:
+        return _serve(server, facts, resume, say, more)
+    except OSError as error:
+        if not (lack := full(error)):
+            raise
+        raise no_room(server, lack.filename or str(server.home)) from error
+
+
+def no_room(server: Server, path: str) -> Refused:
+    """That the disk has no room for this file, and what to do."""
+    again = GO_ON if (server.folder / NOTE).exists() else "then give the same command again"
+    return Refused(
+        "--folder", str(server.folder), f"its disk is full: {path} could not be written; free space, {again}"
+    )
+
+
+def _serve(server: Server, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[Part]]) -> str:
+    note = server.folder / NOTE
+    if note.exists() != resume:
+        remedy = "there is no deployment to go on with" if resume else "it has a deployment; --resume goes on with it"
+        raise Refused("--folder", str(server.folder), remedy)
+    with alone(server.home / "lock", server.folder):
+        write_json(note, {**facts, "insecure": server.insecure})
+        secret(server.home / "secret")
+        inner = server.port if server.insecure else free_port()
+        control = Control(server.home, inner, None if server.insecure else server.folder / "keys" / "ca.crt")
+        control.prepare(server.app)
+        supervisor = Supervisor([*parts(server, inner), *map(list, more)], server.folder / "logs", say)
+        log = Reader(server.folder / "logs" / "superlink.log").skip()
+        serving = Serving(server, control, supervisor, say, log, last(server.folder))
+        try:
+            with terminable() as asked_to_stop:
+                while (reason := serving.look()) is None:
+                    asked_to_stop()
+                    time.sleep(TICK)
+                return reason
+        finally:
+            supervisor.stop()

@@ -1,0 +1,61 @@
+"""The ServerApp that a deployment submits to Flower. It carries no code: it names this module, installed at the server."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import ServerApp
+from flwr.superlink.grid import HttpGrid
+
+from fedloom.core.errors import Refused
+from fedloom.core.files import full
+from fedloom.deploy import json_log
+from fedloom.deploy.flower.app_outcome import Word, leave
+from fedloom.deploy.flower.grid import GridLink
+from fedloom.deploy.flower.supervisor import die_with
+from fedloom.deploy.link import Link
+
+app = ServerApp()
+
+
+@app.main()  # type: ignore[untyped-decorator, arg-type]
+def main(grid: HttpGrid, context: Context) -> None:
+    """Carry out the deployment of the folder that the run's configuration names, and leave word of how it ended."""
+    from fedloom.deploy.start import run  # heavy
+
+    carry_out(grid, context, run)
+
+
+def carry_out(grid: HttpGrid, context: Context, run: Callable[[Link, Path], str]) -> None:
+    """`run` over a link, with a log, and with a word to the server that waits for it."""
+    die_with(os.getppid())
+    folder, attempt = Path(str(context.run_config["folder"])), int(str(context.run_config["attempt"]))
+    _log_to(folder / "logs" / "serverapp.log")
+    pid = os.getpid()
+    leave(folder, attempt, Word(pid))
+    try:
+        leave(folder, attempt, Word(pid, reason=run(GridLink(grid), folder)))
+    except Refused as error:
+        leave(folder, attempt, Word(pid, refused=str(error)))
+        raise
+    except Exception as error:
+        lack = full(error)
+        told = {"full": str(lack.filename or folder)} if lack else {"failed": f"{type(error).__name__}: {error}"}
+        leave(folder, attempt, Word(pid, **told))
+        with suppress(OSError):  # the log is on the same disk
+            traceback.print_exc()
+        raise
+
+
+def _log_to(path: Path) -> None:
+    """What this process says goes there; Flower would throw it away."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    json_log.to_stderr()

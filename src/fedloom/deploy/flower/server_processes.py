@@ -1,0 +1,88 @@
+"""Where the server of a deployment lives: its folder, its address, and Flower's processes there."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from pathlib import Path
+
+from fedloom.core.errors import Refused
+from fedloom.deploy.flower import keys
+from fedloom.deploy.flower.supervisor import Part, environment, program
+
+APP = "fedloom.deploy.flower.server_app:app"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a deployment lives and how it is reached."""
+
+    folder: Path
+    host: str = "0.0.0.0"
+    port: int = 8080
+    insecure: bool = False
+    app: str = APP
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", self.folder.resolve())  # Flower's processes want whole paths
+        if self.insecure and not loopback(self.host):
+            raise Refused(
+                "--insecure",
+                self.host,
+                "without keys and TLS the server listens on this machine only; --host 127.0.0.1",
+            )
+        if not self.insecure:
+            certificate = self.folder / "keys" / "server.crt"
+            if not certificate.exists():
+                raise Refused(
+                    "--folder", str(self.folder), f"no keys; first `fedloom keys new {self.folder} --host NAME`"
+                )
+            if keys.expiry(certificate) < datetime.now(UTC):
+                raise Refused(
+                    "--folder", str(self.folder), "the server's certificate has expired; `fedloom keys renew`"
+                )
+
+    @property
+    def home(self) -> Path:
+        """Flower's part of the folder."""
+        return self.folder / "flower"
+
+
+def loopback(host: str) -> bool:
+    """Whether a host is this machine, seen from itself."""
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def parts(server: Server, inner: int) -> list[list[Part]]:
+    """The processes at the server: SuperLink at port `inner` of loopback, the gate before it, SuperExec."""
+    given, pki = environment(server.home), server.folder / "keys"
+    shared = ["--superexec-auth-secret-file", str(server.home / "secret")]
+    link = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(inner),
+        "--isolation",
+        "process",
+        "--disable-runtime-dependency-installation",
+    ]
+    link += ["--database", str(server.home / "state.db"), *shared]
+    execute = ["--runtime-api-address", f"127.0.0.1:{inner}", *shared]
+    if server.insecure:
+        link, execute, gate = [*link, "--insecure"], [*execute, "--insecure"], []
+    else:
+        tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key"]
+        link += [word if word.startswith("--") else str(pki / word) for word in tls] + ["--enable-supernode-auth"]
+        execute += ["--root-certificates", str(pki / "ca.crt")]
+        listen = ["--listen", f"{server.host}:{server.port}", "--to", str(inner), "--keys", str(pki)]
+        gate = [[Part("gate", [sys.executable, "-m", "fedloom.deploy.flower.gate", *listen], given)]]
+    return [
+        [Part("superlink", [program("flower-superlink"), *link], given)],
+        *gate,
+        [Part("superexec", [program("flower-superexec"), *execute], given)],
+    ]

@@ -1,0 +1,298 @@
+"""Processes that belong together: started, kept alive, stopped as a group, and none left when their parent is killed."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from fedloom.core.errors import Refused
+from fedloom.core.files import lock
+
+PR_SET_PDEATHSIG = 1
+GRACE = 12.0
+"""Seconds to end by itself after SIGTERM; Flower's processes take up to five to tell each other."""
+LARGEST_LOG = 2**24
+KEPT_LOG = 2**20
+LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A process to keep running: its name, which is also its log's, and its command."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    """Seconds before a restart: `first`, doubled up to `most`; from the start again for what has run for `steady` seconds."""
+
+    first: float = 1.0
+    most: float = 8.0
+    steady: float = 60.0
+
+
+@dataclass(slots=True)
+class Unit:
+    """Parts that live and die together: where one ends, the others are stopped and all are started anew."""
+
+    parts: Sequence[Part]
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    begun: float = 0.0
+    delay: float = 0.0
+    due: float = 0.0
+
+
+class Supervisor:
+    """Keeps units running; `look` must be called about once a second, from the thread that made the first call.
+
+    `say` hears of every end and restart. Logs are files named after the parts. As the children are asked for by the kernel to end
+    with this process (Linux), nothing is left even when it is killed.
+    """
+
+    def __init__(
+        self, units: Sequence[Sequence[Part]], logs: Path, say: Callable[[str], None], wait: Backoff | None = None
+    ) -> None:
+        self._units = [Unit(parts) for parts in units]
+        self._logs, self._say, self._wait = logs, say, wait or Backoff()
+        self._born = dict[str, int]()
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def look(self) -> None:
+        """Start what is due, notice what ended."""
+        for unit in self._units:
+            now = time.monotonic()
+            ended = [
+                (part, child.poll())
+                for part, child in zip(unit.parts, unit.running, strict=False)
+                if child.poll() is not None
+            ]
+            if ended:
+                self._stop(unit)
+                unit.delay = self._wait.first if now - unit.begun > self._wait.steady else unit.delay
+                unit.due = time.monotonic() + unit.delay
+                for part, code in ended:
+                    words = self._last_words(part) if code and code > 0 else ""
+                    self._say(f"{part.name} {_ending(code)}; again in {unit.delay:.0f} s{words}")
+                unit.delay = min(2 * unit.delay, self._wait.most)
+            if not unit.running and now >= unit.due:
+                self._start(unit)
+        for log in self._logs.glob("*.log"):
+            _shorten(log)
+
+    def pid(self, name: str) -> int | None:
+        """The process of a part, while it runs."""
+        for unit in self._units:
+            for part, child in zip(unit.parts, unit.running, strict=False):
+                if part.name == name and child.poll() is None:
+                    return child.pid
+        return None
+
+    def stop(self) -> None:
+        """End everything, what was started last first."""
+        for unit in reversed(self._units):
+            self._stop(unit)
+
+    def _start(self, unit: Unit) -> None:
+        unit.begun, unit.delay = time.monotonic(), unit.delay or self._wait.first
+        unit.running = [self._child(part) for part in unit.parts]
+
+    def _child(self, part: Part) -> subprocess.Popen[bytes]:
+        with (self._logs / f"{part.name}.log").open("ab") as log:
+            self._born[part.name] = log.tell()
+            return subprocess.Popen(
+                part.command,
+                env=dict(part.environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the supervisor, which ends the others in order
+                preexec_fn=partial(die_with, os.getpid()),
+            )
+
+    def _stop(self, unit: Unit) -> None:
+        for child in unit.running:
+            if child.poll() is None:
+                child.terminate()
+        until = time.monotonic() + GRACE
+        for child in unit.running:
+            try:
+                child.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+            with suppress(ProcessLookupError, PermissionError):  # its own children
+                os.killpg(child.pid, signal.SIGKILL)
+        unit.running = []
+
+    def _last_words(self, part: Part) -> str:
+        """What Flower said on leaving, if it did, or else its last error."""
+        lines = Reader(self._logs / f"{part.name}.log", self._born.get(part.name, 0)).lines()
+        for number in range(len(lines) - 1, -1, -1):
+            if "Exit Code: " in lines[number]:
+                said = [line for line in lines[number : number + 4] if line]
+                return ": " + " ".join(said).partition("Exit Code: ")[2]
+        errors = [line for line in lines if "ERROR" in line or "Error: " in line]
+        return f": {errors[-1]}" if errors else ""
+
+
+def die_with(parent: int) -> None:
+    """Ask the kernel (Linux) to end this process as soon as its parent is gone."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def program(name: str) -> str:
+    """A command that was installed with this Python."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Ours, with every call outside switched off and Flower's files in `home`."""
+    scripts = sysconfig.get_path("scripts")
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]),
+        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost,127.0.0.1,::1"])),
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        return int(door.getsockname()[1])
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether somebody takes connections there."""
+    try:
+        socket.create_connection((host, port), 1.0).close()
+    except OSError:
+        return False
+    return True
+
+
+@dataclass(slots=True)
+class Reader:
+    """Follows a log: what was written since it was read last."""
+
+    path: Path
+    read: int = 0
+
+    def lines(self) -> list[str]:
+        """The whole lines that are new."""
+        if not self.path.exists():
+            return []
+        if self.path.stat().st_size < self.read:
+            self.read = 0  # it was shortened
+        with self.path.open("rb") as file:
+            file.seek(self.read)
+            whole = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        self.read += sum(map(len, whole))
+        return [line.decode("utf-8", "replace").strip() for line in whole]
+
+    def skip(self) -> Reader:
+        """Begin at the end."""
+        self.read = self.path.stat().st_size if self.path.exists() else 0
+        return self
+
+
+def tail(path: Path, size: int = 4096) -> str:
+    """The last bytes of a file as text; of none, nothing."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+
+
+@contextmanager
+def alone(note: Path, folder: Path) -> Iterator[None]:
+    """Hold a folder against a second supervisor.
+
+    Raises:
+        Refused: there is one.
+    """
+    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with note.open("w") as file:
+        if not lock(file):
+            raise Refused("folder", str(folder), "another process of this kind runs on it")
+        yield
+
+
+@contextmanager
+def terminable() -> Iterator[Callable[[], None]]:
+    """SIGTERM, which systemd and containers send, ends as Ctrl-C does: in order.
+
+    What is yielded has to be called now and then, too: Python drops what a signal raises where it comes in a finaliser.
+    """
+    asked = False
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    def look() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    ours = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in ours}
+    try:
+        yield look
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def secret(path: Path) -> Path:
+    """A new random secret in a file that only its owner reads."""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_bytes(secrets.token_bytes(32))
+    return path
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"was killed ({signal.Signals(-code).name})"
+    return f"ended with code {code}"
+
+
+def _shorten(log: Path) -> None:
+    """Keep the end of a log that has grown large, in place: the process that writes it appends."""
+    if log.stat().st_size > LARGEST_LOG:
+        kept = tail(log, KEPT_LOG)
+        with log.open("r+b") as file:
+            file.truncate(0)
+        with log.open("ab") as file:
+            file.write(kept.encode())

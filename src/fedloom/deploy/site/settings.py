@@ -1,0 +1,249 @@
+"""What a site is and what it allows: `site.toml`, and the one question that is asked of it, whether a message may be obeyed."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+
+from fedloom.core.errors import Refused
+from fedloom.core.lora import server_rank
+from fedloom.core.types import Budget, ClientId, Start, Task
+from fedloom.data.examples import Examples
+from fedloom.data.instructions import Instructions
+from fedloom.data.partition import Shard, hold_out
+from fedloom.data.table import Table
+from fedloom.deploy.messages.messages import Ask, Exam, Terms, Work
+
+HOURS = r"([01]?\d|2[0-4]):([0-5]\d)-([01]?\d|2[0-4]):([0-5]\d)"
+
+
+def _placed(path: Path, info: ValidationInfo) -> Path:
+    """Paths are told from the folder of the file that they stand in."""
+    return Path((info.context or {}).get("folder", ".")) / path.expanduser()
+
+
+def _found(path: str, info: ValidationInfo) -> str:
+    """A folder there, or what a hub calls a model, of which the cache of this machine has a copy."""
+    here = _placed(Path(path), info)
+    return str(here) if here.exists() else path
+
+
+Place: TypeAlias = Annotated[Path, AfterValidator(_placed)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Copy(_Section):
+    """The site's own copy of the base model. `name` is what the server calls it; by default the last part of `path` has to agree."""
+
+    path: Annotated[str, AfterValidator(_found)]
+    name: str | None = None
+    device: str = "cpu"
+
+    def is_of(self, called: str) -> bool:
+        """Whether the server's model is this one, by name."""
+        return called == self.name if self.name else Path(called).name == Path(self.path).name
+
+
+class LabelledFile(_Section):
+    """Labelled texts, the columns as in `fedloom.Table`. `labels` are their values in the order of the run's labels, or for each
+    value the name that it has there; without them the values are the run's names.
+    """
+
+    path: Place
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    labels: tuple[str, ...] | dict[str, str] | None = None
+    quoted: bool | None = None
+
+    def examples(self, labels: tuple[str, ...] | None) -> Examples:
+        """All rows, under the run's labels. Raises Refused."""
+        if labels is None:
+            raise Refused("data.path", str(self.path), "the run writes text, and these data have labels")
+        own = self.labels or labels
+        names = own if isinstance(own, dict) else dict(zip(own, labels, strict=False))
+        if {*names.values()} != {*labels} or (isinstance(own, tuple) and len(own) != len(labels)):
+            remedy = (
+                f"the labels of the run are {', '.join(labels)}: give the data's values in that order, or name each"
+            )
+            raise Refused("table.labels", ", ".join(own), remedy)
+        named = {value: name for one in labels for value, name in names.items() if name == one}
+        how: dict[str, Any] = self.model_dump(exclude={"path", "labels"})
+        # nothing is set aside where test rows are given; they are not looked at here
+        return Table(self.path, self.path, labels=named, **how).load(0).train
+
+
+class AnsweredFile(_Section):
+    """Requests with reference answers, the columns as in `fedloom.Instructions`."""
+
+    path: Place
+    instruction: str = "instruction"
+    context: str | None = None
+    answer: str = "answer"
+    messages: str | None = None
+
+    def examples(self, labels: tuple[str, ...] | None) -> Examples:
+        """All rows that have an answer. Raises Refused."""
+        if labels is not None:
+            raise Refused("data.path", str(self.path), "the run chooses labels, and these data have answers")
+        how: dict[str, Any] = self.model_dump(exclude={"path"})
+        return Instructions(self.path, self.path, **how).load(0).train
+
+
+class Limits(_Section):
+    """What the site lets a server ask for: the largest rank, depth (layers trained, from the top) and number of steps of a task,
+    megabytes of a message; which runs, by name (`*` stands for anything); at which hours, by the clock of the machine; whether the
+    server may be told how the run's last model does on examples that were held out, in counts. If not, none are held out.
+    """
+
+    rank: int = Field(default=64, ge=1)
+    depth: int | None = Field(default=None, ge=1)
+    steps: int = Field(default=10_000, ge=1)
+    megabytes: float = Field(default=512.0, gt=0)
+    runs: tuple[str, ...] = Field(default=("*",), min_length=1)
+    hours: str | None = Field(default=None, pattern=f"^{HOURS}$")
+    scores: bool = True
+
+    @property
+    def most(self) -> Budget:
+        """The largest task."""
+        return Budget(self.rank, self.steps, self.depth)
+
+    @property
+    def bytes(self) -> int:
+        """Of a message, at most."""
+        return int(self.megabytes * 1e6)
+
+    def awake(self, hour: float) -> bool:
+        """Whether the site works at this time of day, 0 to 24; a window may reach over midnight."""
+        found = re.fullmatch(HOURS, self.hours or "0:00-24:00")
+        assert found is not None
+        first, last = (int(found[k]) + int(found[k + 1]) / 60 for k in (1, 3))
+        return first <= hour < last if first < last else hour >= first or hour < last
+
+
+class Speed(_Section):
+    """What the server is told of the machine: FLOP a second and bytes of memory (measured, if not given), links in bits a second."""
+
+    flops: float | None = Field(default=None, gt=0)
+    memory: float | None = Field(default=None, gt=0)
+    up_bps: float = Field(default=1e7, gt=0)
+    down_bps: float = Field(default=1e7, gt=0)
+
+
+class Site(_Section):
+    """A site, as `site.toml` says it: who it is, where the server is, its model and its data, what it allows.
+
+    A `region` has no data: it leads sites of its own, and is started by `fedloom region`.
+    """
+
+    name: str = Field(min_length=1, max_length=200)
+    server: str = Field(min_length=1)
+    ca: Place | None = None
+    key: Place | None = None
+    folder: Annotated[Place, Field(validate_default=True)] = Path("state")
+    model: Copy
+    region: bool = False
+    table: LabelledFile | None = None
+    instructions: AnsweredFile | None = None
+    limits: Limits = Limits()
+    speed: Speed = Speed()
+
+    @model_validator(mode="after")
+    def _one_file(self) -> Site:
+        files = (self.table is not None) + (self.instructions is not None)
+        if self.region and files:
+            raise ValueError("a region has no data of its own: leave out the section, or `region`")
+        if not self.region and files != 1:
+            raise ValueError("give either a section [table] or a section [instructions]")
+        return self
+
+    @property
+    def socket(self) -> Path:
+        """Where the worker listens."""
+        return self.folder / "worker.sock"
+
+    def examples(self, labels: tuple[str, ...] | None) -> Examples:
+        """The site's data for a run with these labels (None: it writes text). Raises Refused."""
+        file = self.table or self.instructions
+        assert file is not None
+        return file.examples(labels)
+
+
+def divided(site: Site, examples: Examples, terms: Terms) -> Shard:
+    """What the site trains on and what it holds out, by number: the same at every start, and those of a simulation with these rows.
+
+    Nothing is held out where the run or the site does not want it, nor of a single example.
+    """
+    share = terms.held_out if site.limits.scores and len(examples) > 1 else 0.0
+    (shard,) = hold_out({site.name: tuple(range(len(examples)))}, examples, share, terms.seed)
+    return shard
+
+
+def read(path: Path) -> Site:
+    """The site of this file. Raises Refused with the field, its value and what it should be."""
+    try:
+        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Site.model_validate(told, context={"folder": path.parent})
+    except OSError as error:
+        raise Refused("--config", str(path), f"it cannot be read ({error.strerror}); docs/site.md shows one") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refused("--config", str(path), f"it is not TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or str(path)
+        value = "" if isinstance(first["input"], dict) else first["input"]
+        remedy = first["msg"].removeprefix("Value error, ")
+        raise Refused(field, value, f"{remedy[:1].lower()}{remedy[1:]}; docs/site.md lists all fields") from error
+
+
+def refusal(site: Site, ask: Ask | Exam, hour: float) -> str | None:
+    """Why the site does not do what is asked, in a sentence; None if it does. `hour` is the time of day there, 0 to 24."""
+    return next(_reasons(site, ask, hour), None)
+
+
+def _reasons(site: Site, ask: Ask | Exam, hour: float) -> Iterator[str]:
+    terms, limits = ask.terms, site.limits
+    if not any(fnmatchcase(terms.run, name) for name in limits.runs):
+        yield f"this site takes part in runs named {' or '.join(limits.runs)}, not in {terms.run!r}"
+    if not site.model.is_of(terms.model):
+        yield f"the run trains {terms.model!r}, this site has {site.model.name or site.model.path!r}"
+    if site.table and terms.labels is None:
+        yield "the run writes text, the data of this site have labels"
+    if site.instructions and terms.labels is not None:
+        yield f"the run chooses among {len(terms.labels)} labels, the data of this site have answers"
+    if not limits.awake(hour):
+        yield f"this site works at {limits.hours}, and it is {int(hour):02}:{int(hour % 1 * 60):02} there"
+    if isinstance(ask, Work):
+        yield from _not_ours(site, ask.task.client, ask.task.start)
+        yield from _too_much(site, ask.task)
+    if isinstance(ask, Exam):
+        yield from _not_ours(site, ask.client, ask.start)
+        if not limits.scores:
+            yield "this site tells no scores (limits.scores)"
+
+
+def _not_ours(site: Site, client: ClientId, start: Start) -> Iterator[str]:
+    if client != site.name:
+        yield f"this site is {site.name!r}, the task is for {client!r}"
+    if (rank := server_rank(start.train)) > site.limits.rank:
+        yield f"the task has rank {rank}, this site allows {site.limits.rank}"
+
+
+def _too_much(site: Site, task: Task) -> Iterator[str]:
+    limits, budget = site.limits, task.budget
+    if budget.rank > limits.rank:
+        yield f"the task has rank {budget.rank}, this site allows {limits.rank}"
+    if limits.depth is not None and (budget.depth is None or budget.depth > limits.depth):
+        yield f"the task trains {budget.depth or 'all'} layers, this site allows {limits.depth}"
+    if budget.steps > limits.steps:
+        yield f"the task has {budget.steps} steps, this site allows {limits.steps}"

@@ -1,0 +1,85 @@
+"""What an edge learns of its members while they work, and tells the root: times, which layers change, how far members disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from fedloom.aggregate.shared.product_space import energy_shares
+from fedloom.core.lora import change, norm
+from fedloom.core.types import Budget, ClientId, GroupLog, Model, Spent, Told, Update
+
+KEPT = 8
+"""Of a group's tasks, that the root remembers: moving averages with a gain of 0.2 have forgotten the others."""
+
+
+@dataclass(slots=True)
+class Gathered:
+    """So far in one task of the edge; the names as in `Told`."""
+
+    spent: dict[ClientId, Spent] = field(default_factory=dict)
+    mass: Mapping[str, float] = field(default_factory=dict)
+    spread: float = 0.0
+
+    def add(self, update: Update) -> None:
+        """An answer that is in a version for the first time."""
+        budget, made, client = update.task.budget, update.result, update.task.client
+        loss = made.metrics.get("loss")
+        before = self.spent.get(client, Spent(client, 0, None, 0, 0, 0.0, 0.0, 0.0, loss))
+        down, train, up = (made.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up"))
+        self.spent[client] = replace(
+            before,
+            rank=budget.rank,
+            depth=budget.depth,
+            answers=before.answers + 1,
+            steps=before.steps + made.steps,
+            down=before.down + down,
+            train=before.train + train,
+            up=before.up + up,
+            ended=loss,
+        )
+
+    def look(self, model: Model, updates: Sequence[Update]) -> None:
+        """At a version and the answers in it: how much each layer changed, and how much of that is left in the version."""
+        changes = [squares(update) for update in updates]
+        sizes = [float(update.result.examples) for update in updates]
+        mass, common, whole = dict(self.mass), 0.0, 0.0
+        for name in dict.fromkeys(name for own in changes for name in own):
+            held = [(size, k) for k, size in enumerate(sizes) if name in changes[k]]
+            total = sum(size for size, _ in held)
+            mass[name] = sum(size * changes[k][name] / updates[k].result.steps for size, k in held) / total
+            whole += sum(size * changes[k][name] for size, k in held) / total
+            before = updates[held[0][1]].base
+            common += norm(change(model.adapter.factors[name], before.adapter.factors[name])) ** 2 if before else 0.0
+        heads = [{n: v / one.result.steps for n, v in dense_squares(one).items()} for one in updates]
+        for name in heads[0]:
+            mass[name] = sum(size * head[name] for size, head in zip(sizes, heads, strict=True)) / sum(sizes)
+        self.mass = mass
+        if whole > 0 and all(update.base and update.base.fold is model.fold for update in updates):
+            self.spread = max(0.0, 1.0 - common / whole)
+
+    def told(self, budget: Budget, model: Model, loss: float | None) -> Told:
+        """To the root, with the answer."""
+        return Told(budget, tuple(self.spent.values()), self.mass, self.spread, tuple(energy_shares(model)), loss)
+
+
+def squares(update: Update) -> dict[str, float]:
+    """The squared Frobenius norm of what a client changed in each layer."""
+    begun = update.task.start.train.factors
+    return {name: norm(change(new, begun[name])) ** 2 for name, new in update.result.adapter.factors.items()}
+
+
+def dense_squares(update: Update) -> dict[str, float]:
+    """The same of what is trained whole, the head."""
+    begun = update.task.start.train.dense
+    return {name: float((new - begun[name]).norm()) ** 2 for name, new in update.result.adapter.dense.items()}
+
+
+def learnt(known: GroupLog, told: Told) -> GroupLog:
+    """What the root knows of a group now."""
+    return replace(known, told=(*known.told, told)[-KEPT:])
+
+
+def timed(told: Told, metrics: Mapping[str, float]) -> Told:
+    """With the seconds that the root saw."""
+    return replace(told, seconds=metrics["seconds"], down=metrics["seconds_down"], up=metrics["seconds_up"])

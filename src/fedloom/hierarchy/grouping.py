@@ -1,0 +1,268 @@
+"""Who trains with whom: clients put into groups, each led by an edge.
+
+Source: Liu, Liao, H. Xu and Y. Xu, HierFedLoRA, arXiv 2503.21213, 2025 (near-IID groups); its predecessor ParallelSFL, arXiv
+2410.01256, 2024 (how they are found); the other groupings are what it is compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import TypeAlias
+
+import torch
+
+from fedloom.core.errors import Refused
+from fedloom.core.seeds import rng
+from fedloom.core.types import ClientId
+from fedloom.hierarchy import near_iid
+
+Groups: TypeAlias = tuple[tuple[ClientId, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What a grouping knows of a client.
+
+    `seconds` is the client's own time for one step or one round, whichever the caller measures, the same for all. `labels` counts
+    its examples by label (or by topic, where there are no labels): it may be noisy, and is empty where nobody asked. `region` is
+    where it is, or which link it hangs on.
+    """
+
+    client: ClientId
+    examples: int
+    seconds: float
+    labels: tuple[float, ...]
+    region: str = ""
+
+    def __post_init__(self) -> None:
+        if self.examples < 0:
+            raise Refused(
+                "member.examples", self.examples, f"client {self.client} holds a number of examples, 0 or more"
+            )
+        if not 0 <= self.seconds < math.inf:
+            raise Refused("member.seconds", self.seconds, f"give finite seconds of client {self.client}, 0 or more")
+        if not all(0 <= count < math.inf for count in self.labels):
+            raise Refused("member.labels", self.labels, f"the counts of client {self.client} are finite, 0 or more")
+
+
+Grouping: TypeAlias = Callable[[Sequence[Member], int], Groups]
+"""(members, seed) -> groups: every member in exactly one. The order of the members does not matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The groups that somebody wrote down, in that order."""
+
+    groups: Groups = ()
+
+    def __post_init__(self) -> None:
+        named = [client for group in self.groups for client in group]
+        twice = next((client for client in named if named.count(client) > 1), None)
+        if twice is not None:
+            raise Refused("grouping.groups", twice, "a client is in one group; it is named twice")
+        if not all(self.groups):
+            raise Refused("grouping.groups", self.groups, "a group has at least one client; leave the empty one out")
+
+    def __call__(self, members: Sequence[Member], seed: int) -> Groups:
+        """These groups, if they name just these members."""
+        named, there = {client for group in self.groups for client in group}, set(by_name(members, 1))
+        for client in sorted(there - named):
+            raise Refused("grouping.groups", client, "is in no group; name every client of the run")
+        for client in sorted(named - there):
+            raise Refused("grouping.groups", client, "is no client of the run; take it out")
+        return self.groups
+
+
+@dataclass(frozen=True, slots=True)
+class ByRegion:
+    """One group a region, in order of their names: clients beside each other, whose links to an edge are short."""
+
+    def __call__(self, members: Sequence[Member], seed: int) -> Groups:
+        """Every region's clients."""
+        regions = dict[str, list[ClientId]]()
+        for member in by_name(members, 1).values():
+            if not member.region:
+                raise Refused(
+                    "member.region", member.region, f"say where client {member.client} is, or group otherwise"
+                )
+            regions.setdefault(member.region, []).append(member.client)
+        return tuple(tuple(regions[region]) for region in sorted(regions))
+
+
+@dataclass(frozen=True, slots=True)
+class RandomGroups:
+    """So many groups at random, of sizes that differ by at most 1: what every other grouping must beat."""
+
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        some("groups", self.groups)
+
+    def __call__(self, members: Sequence[Member], seed: int) -> Groups:
+        """A draw that the seed alone decides."""
+        clients = list(by_name(members, self.groups))
+        rng(seed, "groups").shuffle(clients)
+        return tuple(tuple(sorted(group)) for group in cut(clients, self.groups))
+
+
+@dataclass(frozen=True, slots=True)
+class BySpeed:
+    """So many groups of equal speed, the fastest clients first: nobody waits long, whatever the labels (tiers, as in TiFL)."""
+
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        some("groups", self.groups)
+
+    def __call__(self, members: Sequence[Member], seed: int) -> Groups:
+        """Sorted by seconds, and cut into pieces of sizes that differ by at most 1."""
+        known = by_name(members, self.groups)
+        quickest = sorted(known, key=lambda client: (known[client].seconds, client))
+        return tuple(tuple(sorted(group)) for group in cut(quickest, self.groups))
+
+
+@dataclass(frozen=True, slots=True)
+class NearIID:
+    """Groups that each resemble all clients together, in labels, and in which nobody waits long (HierFedLoRA).
+
+    Minimises the sum over groups of `waiting` * waiting time + (1 - `waiting`) * KL of the group's labels from all, both
+    relative to random groups: a greedy construction, then swaps until none gains (see `nearest`). Groups have between
+    `smallest` and `largest` clients (None: the even share, rounded up).
+    """
+
+    groups: int = 8
+    waiting: float = 0.5
+    smallest: int = 1
+    largest: int | None = None
+
+    def __post_init__(self) -> None:
+        some("groups", self.groups)
+        some("smallest", self.smallest)
+        if not 0 <= self.waiting <= 1:
+            raise Refused("grouping.waiting", self.waiting, "the weight of waiting lies between 0 (labels alone) and 1")
+        if self.largest is not None and self.largest < self.smallest:
+            raise Refused("grouping.largest", self.largest, f"at least grouping.smallest, which is {self.smallest}")
+
+    def __call__(self, members: Sequence[Member], seed: int) -> Groups:
+        """New groups, from nothing. Cost: see `nearest.swapped`; 1,000 clients take seconds."""
+        known = by_name(members, self.groups)
+        fleet = self._fleet(list(known.values()), seed)
+        return named(list(known), near_iid.swapped(fleet, near_iid.built(fleet)), self.groups)
+
+    def again(self, before: Groups, members: Sequence[Member], seed: int, price: float = 0.05) -> Groups:
+        """The groups `before`, in their order, with as few clients as pays in another one.
+
+        New clients go where they add least; then swaps, each of which must lower the utility by `price` (a random group has 1).
+        From nothing, if `before` cannot be kept: another number of groups, or sizes that are out of bounds now.
+        """
+        known = by_name(members, self.groups)
+        clients, old = list(known), {client: number for number, group in enumerate(before) for client in group}
+        fleet = self._fleet(list(known.values()), seed)
+        if len(before) == self.groups:
+            group = near_iid.joined(fleet, torch.tensor([old.get(client, -1) for client in clients]))
+            sizes = torch.bincount(group, minlength=self.groups)
+            if fleet.smallest <= int(sizes.min()) and int(sizes.max()) <= fleet.largest:
+                return named(clients, near_iid.swapped(fleet, group, price), self.groups)
+        return self(members, seed)
+
+    def _fleet(self, members: Sequence[Member], seed: int) -> near_iid.Fleetwide:
+        """The members, in order of their names, as tensors."""
+        count, lengths = len(members), {len(member.labels) for member in members}
+        largest = self.largest if self.largest is not None else -(-count // self.groups)
+        if not self.smallest * self.groups <= count <= largest * self.groups:
+            bounds = f"{self.groups} groups of {self.smallest} to {largest} clients"
+            raise Refused("grouping.smallest", self.smallest, f"{count} clients do not make {bounds}")
+        if len(lengths) > 1 or 0 in lengths:
+            remedy = "histograms of all clients have the same labels, at least one; without labels use BySpeed"
+            raise Refused("member.labels", sorted(lengths), remedy)
+        labels = torch.tensor([member.labels for member in members], dtype=torch.float64)
+        seconds = torch.tensor([member.seconds for member in members], dtype=torch.float64)
+        return near_iid.Fleetwide(labels, seconds, self.groups, self.waiting, self.smallest, largest).measured(seed)
+
+
+def drifted(before: Sequence[Member], now: Sequence[Member], threshold: float = 0.25) -> bool:
+    """Whether clients' times have moved so far apart that groups made of the old ones are out of date: `drift` above `threshold`."""
+    old, new = ({member.client: member.seconds for member in members} for members in (before, now))
+    return drift(old, new) > threshold
+
+
+def drift(before: Mapping[ClientId, float], now: Mapping[ClientId, float]) -> float:
+    """By which share clients' seconds have moved apart; inf if no client is in both.
+
+    Compared is each client's time relative to all others': if everybody becomes twice as slow nobody waits longer for anybody.
+    It is exp(mean of |log(now / before) - its mean|) - 1, so 0.25 if half the clients became 1.25 times slower, half as much faster.
+    """
+    moves = [math.log(max(now[one], 1e-9) / max(was, 1e-9)) for one, was in before.items() if one in now]
+    if not moves:
+        return math.inf
+    centre = fmean(moves)
+    return math.expm1(fmean(abs(move - centre) for move in moves))
+
+
+def checked(groups: Groups, members: Sequence[Member]) -> Groups:
+    """The groups that are not empty. Raises Refused unless each client is in exactly one."""
+    found = tuple(group for group in groups if group)
+    every = [client for group in found for client in group]
+    for client in {member.client for member in members} ^ set(every):
+        remedy = "is no client of this run" if client in every else "is in no group"
+        raise Refused("hierarchy.groups", client, f"this client {remedy}; each client belongs to exactly one")
+    if len(every) > len(set(every)):
+        twice = next(client for client in every if every.count(client) > 1)
+        raise Refused("hierarchy.groups", twice, "this client is in two groups; each belongs to exactly one")
+    return found
+
+
+def matched(before: Groups, after: Groups) -> Groups:
+    """The groups `after` in the order of `before`, so that few clients change their number: the largest overlaps first.
+
+    Raises Refused if there are more or fewer than before.
+    """
+    if len(after) != len(before):
+        remedy = (
+            f"asked anew it makes so many, and there are {len(before)} edges; make always as many, or leave regroup out"
+        )
+        raise Refused("hierarchy.groups", len(after), remedy)
+    old = {client: number for number, group in enumerate(before) for client in group}
+    common = Counter((number, old[client]) for number, group in enumerate(after) for client in group if client in old)
+    places = dict[int, int]()
+    for (number, place), _ in sorted(common.items(), key=lambda entry: (-entry[1], entry[0])):
+        if number not in places.values() and place not in places:
+            places[place] = number
+    rest = iter(sorted(set(range(len(after))) - set(places.values())))
+    return tuple(after[places[place] if place in places else next(rest)] for place in range(len(before)))
+
+
+def by_name(members: Sequence[Member], groups: int) -> dict[ClientId, Member]:
+    """The members by client, in order of their names. Raises Refused if one is there twice, or fewer than groups are."""
+    known = {member.client: member for member in sorted(members, key=lambda member: member.client)}
+    if len(known) < len(members):
+        raise Refused("members", len(members), f"{len(members) - len(known)} of the clients are there twice")
+    if len(known) < max(groups, 1):
+        raise Refused("grouping.groups", groups, f"there are {len(known)} clients; make no more groups than clients")
+    return known
+
+
+def cut(clients: Sequence[ClientId], groups: int) -> Groups:
+    """In this order, into groups of sizes that differ by at most 1."""
+    share, rest = divmod(len(clients), groups)
+    ends = [number * share + min(number, rest) for number in range(groups + 1)]
+    return tuple(tuple(clients[begin:end]) for begin, end in pairwise(ends))
+
+
+def named(clients: Sequence[ClientId], group: torch.Tensor, groups: int) -> Groups:
+    """The clients of each group, by the numbers in `group`."""
+    held = group.tolist()
+    return tuple(
+        tuple(client for client, own in zip(clients, held, strict=True) if own == number) for number in range(groups)
+    )
+
+
+def some(field: str, value: int) -> None:
+    """Raises Refused if it is not a count."""
+    if value < 1:
+        raise Refused(f"grouping.{field}", value, "choose a whole number of at least 1")

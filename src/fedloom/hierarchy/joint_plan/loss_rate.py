@@ -1,0 +1,107 @@
+"""Depth by what training earned, steps and rounds by what a second brings: each group for itself, for groups that wait for nobody.
+
+Our own. What a layer weighs does not tell what it is worth: it may move far, and to and fro. So depths are tried, and compared by how
+much the members' own losses fell a second between the inner rounds of one task (`GroupState.earned`), in which no other group has a
+part. Losses are noisy: of the depths that earn about the most the shallowest is taken, as in the rule of one standard error
+(Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from statistics import fmean, variance
+
+from fedloom.core.errors import Refused
+from fedloom.hierarchy.joint_plan.group_cost import Choice, GroupState
+
+
+@dataclass(frozen=True, slots=True)
+class Earned:
+    """The depth that earns most a second, and of rounds f and steps p between two averages those that do most in that time.
+
+    p steps of a member are worth p (1 - drift delta^2 p^2 (1 + f^2 / n)): members drift apart with the square of the steps between
+    two averages, groups of n near-IID members with that of all their steps, and as their means n times less (the bound for
+    hierarchical averaging, as in `Scored`). So about the cube root of (seconds on the link / seconds of a step) are best: slow
+    members do few steps, slow links let all do more, and there are as many inner rounds as make the report cheap.
+
+    Depths are `cuts`, from the shallowest to the deepest that memory allows. All begin with the shallowest. A group that
+    remembers `patience` tasks, and none in which it measured one of these depths, tries that next, in two rounds or more; what
+    all groups measured decides. `steps` and `most` bound p and f.
+    """
+
+    steps: int = 20
+    most: int = 5
+    rank: int = 8
+    drift: float = 2e-3
+    cuts: int = 3
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "most", "rank", "cuts", "patience"):
+            if getattr(self, name) < 1:
+                raise Refused(f"joint.{name}", getattr(self, name), "choose a whole number of at least 1")
+        if not 0 <= self.drift < math.inf:
+            raise Refused("joint.drift", self.drift, "a finite number, 0 or more")
+
+    def __call__(self, groups: Sequence[GroupState]) -> tuple[Choice, ...]:
+        """A choice for each group."""
+        seen = earnings(groups)
+        return tuple(self._of(group, seen) for group in groups)
+
+    def depths(self, group: GroupState) -> tuple[int, ...]:
+        """Those that are tried, the shallowest first."""
+        first, *_, last = 2 * group.depths(self.rank)
+        return tuple(sorted({round(first + (last - first) * cut / max(1, self.cuts - 1)) for cut in range(self.cuts)}))
+
+    def worth(self, group: GroupState, rounds: int, part: int) -> float:
+        """Of `rounds` times `part` steps, in steps that do not drift; members that nothing is known of have nothing in common."""
+        delta = group.dispersion if group.mass else 1.0
+        lost = self.drift * (delta * part) ** 2 * (1.0 + rounds**2 / len(group.members))
+        return rounds * part * max(0.0, 1.0 - lost)
+
+    def _of(self, group: GroupState, seen: Mapping[int, Sequence[float]]) -> Choice:
+        depths, measured = self.depths(group), {one.depth for one in group.earned}
+        untried = [depth for depth in reversed(depths) if depth not in measured]
+        if len(depths) > 1 and untried and group.tasks >= self.patience:
+            return self._paced(group, untried[0], f"depth {untried[0]} is measured anew; ", 2)
+        depth = shallowest(depths, seen)
+        why = f"depth {depth} earned {fmean(seen[depth]):.2g} of loss a second; " if depth in seen else ""
+        return self._paced(group, depth, why, 1)
+
+    def _paced(self, group: GroupState, depth: int, why: str, least: int) -> Choice:
+        """At this depth, in `least` rounds or more."""
+        pairs = product(range(least, max(self.most, least) + 1), range(1, self.steps + 1))
+        every = [Choice(rounds, depth, self.rank, rounds * part) for rounds, part in pairs]
+
+        def rate(one: Choice) -> float:
+            return self.worth(group, one.rounds, one.steps // one.rounds) / group.seconds(one)
+
+        best = max(every, key=rate)
+        words = f"{best.rounds} rounds of {best.steps // best.rounds} steps take {group.seconds(best):.3g} s "
+        words += f"and are worth {rate(best):.3g} steps a second, the most of {len(every)} pairs"
+        return replace(best, why=why + words)
+
+
+def earnings(groups: Sequence[GroupState]) -> dict[int, list[float]]:
+    """By depth, what all groups earned a second."""
+    seen = dict[int, list[float]]()
+    for one in (one for group in groups for one in group.earned):
+        seen.setdefault(one.depth, []).append(one.reward)
+    return seen
+
+
+def shallowest(depths: Sequence[int], seen: Mapping[int, Sequence[float]]) -> int:
+    """The first that earned no less than the best by more than one standard error of the difference."""
+    known = [depth for depth in depths if len(seen.get(depth, ())) > 1]
+    if not known:
+        return depths[0]
+    best = max(known, key=lambda depth: fmean(seen[depth]))
+
+    def keeps_up(depth: int) -> bool:
+        error = math.sqrt(sum(variance(seen[one]) / len(seen[one]) for one in (depth, best)))
+        return fmean(seen[depth]) >= fmean(seen[best]) - error
+
+    return next(depth for depth in known if keeps_up(depth))

@@ -1,0 +1,107 @@
+"""When simulated clients can be reached: windows drawn at random, or read from a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedloom.core.errors import Refused
+from fedloom.core.seeds import rng
+from fedloom.core.types import ClientId
+
+
+class Stays(Protocol):
+    """The periods of each client in turn: available, away, available, ..."""
+
+    def stay(self, client: ClientId, period: int) -> float:
+        """Seconds of this period, which may be 0 or inf; even ones are available, odd ones away."""
+        ...
+
+
+class Windows(Protocol):
+    """When which client is available."""
+
+    def of(self, clients: Sequence[ClientId], seed: int) -> Stays:
+        """The periods of these clients. Raises Refused."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Every client comes and goes on its own: exponential times of mean `online` and `offline` seconds.
+
+    It is as if this had gone on for ever: at the start a client is there with probability online / (online + offline). With
+    `regular` the times are just so long, each client at its own phase (a phone that charges for eight hours a day).
+    """
+
+    online: float = 3600.0
+    offline: float = 3600.0
+    regular: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("online", "offline"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise Refused(f"availability.{name}", getattr(self, name), "positive seconds; None for always there")
+
+    def of(self, clients: Sequence[ClientId], seed: int) -> Stays:
+        """A rule for all clients alike."""
+        return _Drawn(self, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Period 0 is what is left of the window that is open at the start, or 0; period 1, then, what is left of the absence."""
+
+    rule: Availability
+    seed: int
+
+    def stay(self, client: ClientId, period: int) -> float:
+        length = self.rule.offline if period % 2 else self.rule.online
+        if self.rule.regular:
+            left = self._left(client)
+            return left[period] if period < 2 else length
+        if period == 0 and self._phase(client) >= self.rule.online:
+            return 0.0
+        return rng(self.seed, "stay", client, period).expovariate(1 / length)
+
+    def _phase(self, client: ClientId) -> float:
+        """A moment in the cycle, which begins with the window."""
+        return rng(self.seed, "phase", client).uniform(0.0, self.rule.online + self.rule.offline)
+
+    def _left(self, client: ClientId) -> tuple[float, float]:
+        phase, online = self._phase(client), self.rule.online
+        return (online - phase, self.rule.offline) if phase < online else (0.0, online + self.rule.offline - phase)
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """Periods that repeat: `cycles` has an even number of them for each client, of which at least one is positive."""
+
+    cycles: Mapping[ClientId, tuple[float, ...]]
+
+    def stay(self, client: ClientId, period: int) -> float:
+        """As the cycle says."""
+        cycle = self.cycles[client]
+        return cycle[period % len(cycle)]
+
+
+def cycle(windows: Sequence[tuple[float, float]], length: float) -> tuple[float, ...]:
+    """Windows (from, to), in order and within `length` seconds, as periods. Never, or always, is a period without an end.
+
+    >>> cycle([(2.0, 5.0), (6.0, 10.0)], 10.0)
+    (0.0, 2.0, 3.0, 1.0, 4.0, 0.0)
+    """
+    open_ = sum(end - start for start, end in windows)
+    if not 0 < open_ < length:
+        return (math.inf, 0.0) if open_ else (0.0, math.inf)
+    periods, now = list[float](), 0.0
+    for start, end in windows:
+        if start > now and not periods:
+            periods.append(0.0)
+        if periods:
+            periods.append(start - now)
+        periods.append(end - start)
+        now = end
+    return (*periods, length - now)

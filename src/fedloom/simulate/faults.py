@@ -1,0 +1,71 @@
+"""What goes wrong with tasks on the virtual clock: failures, drop-outs in the middle of work, answers that come too late."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedloom.core.errors import Refused
+from fedloom.core.events import TaskFailed
+from fedloom.core.seeds import rng
+from fedloom.core.types import ClientId, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Vanished:
+    """A client is cut off in the middle of this task. The server does not know it yet."""
+
+    client: ClientId
+    task: int
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Probabilities of what may go wrong with a task; every draw is named after the run's seed, the client and the task.
+
+    `fail`: the client gives up at a uniform moment of its work, and says so. `dropout`, and `dropout_per_second` of work: it
+    vanishes and its work is lost. It is back after an exponential time of mean `back_after` seconds (None: never). The server
+    hears of it `notice` seconds after it vanished; a client that is back earlier reconnects while the server believes it at
+    work, and reports the task as failed. `late`: the probability that work whose answer does not count any more (the task was
+    cancelled, the client lost) is finished all the same and its answer sent, when it is ready and the client back.
+    """
+
+    dropout: float = 0.05
+    dropout_per_second: float = 0.0
+    fail: float = 0.01
+    back_after: float | None = 60.0
+    notice: float = 0.0
+    late: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "fail", "late"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise Refused(f"faults.{name}", getattr(self, name), "a probability, from 0 to 1")
+        for name in ("dropout_per_second", "notice"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise Refused(f"faults.{name}", getattr(self, name), "0 or a positive number")
+        if self.back_after is not None and not 0 < self.back_after < math.inf:
+            raise Refused("faults.back_after", self.back_after, "mean seconds until a client is back, None for never")
+
+    def befalls(self, task: Task, seconds: float, seed: int) -> tuple[float, TaskFailed | Vanished] | None:
+        """What stops this task of so many seconds, and after how many; None: nothing does."""
+        draw = rng(seed, "fault", task.client, task.id)
+        fails, failing, drops, dropping, never = (draw.random() for _ in range(5))
+        moments = [failing * seconds if fails < self.fail else math.inf]
+        moments += [dropping * seconds if drops < self.dropout else math.inf]
+        moments += [-math.log1p(-never) / self.dropout_per_second if self.dropout_per_second else math.inf]
+        if min(moments) > seconds:
+            return None
+        if moments[0] == min(moments):
+            return moments[0], TaskFailed(task.client, task.id, "the device gave up")
+        return min(moments), Vanished(task.client, task.id)
+
+    def outage(self, client: ClientId, task: int, seed: int) -> float:
+        """Seconds that a client is away who vanished in this task."""
+        if not self.back_after:
+            return math.inf if self.back_after is None else 0.0
+        return rng(seed, "outage", client, task).expovariate(1 / self.back_after)
+
+    def comes_late(self, client: ClientId, task: int, seed: int) -> bool:
+        """Whether the answer is sent although the task was dropped."""
+        return self.late > 0 and rng(seed, "late", client, task).random() < self.late

@@ -1,0 +1,53 @@
+"""Conservative look-ahead: a task's answer is waited for when the virtual clock reaches the first moment at which it can matter.
+
+Until then its training may go on in other processes beside that of other tasks. How long a task takes at least is told by the
+device model for the least answer that can come, so the clock never passes a moment at which something should have happened.
+Order numbers are kept for a task's events when it is dispatched: ties in time are broken as if all had been known then.
+Source: the conservative synchronisation of Chandy and Misra 1979, lookahead in the words of Fujimoto 1990.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TypeGuard
+
+from fedloom.core.policies import Answer, Overlapping, Trainer
+from fedloom.core.types import Local, Result, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A task whose answer is not known yet; `before` is what was at its client, whose `turn`-th task it is.
+
+    It takes `least` seconds at least. `back`: it was dropped, and its answer is sent all the same when the client is back.
+    """
+
+    task: Task
+    before: Local
+    turn: int
+    least: float
+    answer: Answer
+    back: float | None = None
+
+
+def overlaps(trainer: Trainer) -> TypeGuard[Overlapping]:
+    """Whether it is `Overlapping`; asked of its class, and once of each: a protocol takes ten microseconds to answer."""
+    return _overlaps(type(trainer))
+
+
+@cache
+def _overlaps(kind: type[Trainer]) -> bool:
+    return issubclass(kind, Overlapping)
+
+
+def begun(trainer: Trainer, work: Sequence[tuple[Task, Local]], due: Sequence[float]) -> Sequence[Answer]:
+    """The answers of a cohort; a trainer that cannot overlap trains it here and now."""
+    if overlaps(trainer):
+        return trainer.begin(work, due)
+    return [partial(_itself, pair) for pair in trainer.train(work)]
+
+
+def _itself(answer: tuple[Result, Local]) -> tuple[Result, Local]:
+    return answer

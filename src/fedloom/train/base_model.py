@@ -1,0 +1,273 @@
+"""One frozen base model in memory for all simulated clients, with one PEFT slot for each LoRA rank in use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter
+from fedloom.core.model_shape import Shape
+from fedloom.train import peft_weights, pretrained
+from fedloom.train.engine import first_token, linear_kernel
+from fedloom.train.pretrained import quiet
+from fedloom.train.settings import PLAIN, Engine, LoRA
+
+HEADS = ("classifier", "score")
+"""Modules that PEFT trains and saves of its own accord where labels are predicted."""
+SAMPLE = 1000
+"""Numbers of a layer that tell a model from another, or twice as many."""
+
+
+@dataclass(slots=True)
+class Base:
+    """The model with its tokenizer; `labels` is None where it writes text and does not choose one of so many.
+
+    `fold` is what is added to the frozen base now, `pristine` the base without it, `computed` how it computes (for the manifest).
+    """
+
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    lora: LoRA
+    labels: int | None
+    name: str
+    fold: Adapter | None = None
+    computed: dict[str, object] = field(default_factory=dict)
+    pristine: dict[str, Tensor] = field(default_factory=dict)
+
+    def slot(self, rank: int) -> str:
+        """The PEFT adapter of this rank, made at first use."""
+        slot = f"r{rank}"
+        if slot not in self.model.peft_config:
+            self.model.add_adapter(slot, _config(self.lora, rank, self.labels, self._heads()))
+        return slot
+
+    def put(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
+        """Load an adapter into the slot of its rank, over the base with `fold` added, and make it active; returns the slot."""
+        self._add(fold)
+        rank = max(factor.rank for factor in adapter.factors.values())
+        slot = self.slot(rank)
+        with quiet():
+            self.model.set_adapter(slot)
+        peft_weights.write(self.model, slot, adapter, scaling or self.lora.scaling)
+        return slot
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Inside, the model is what it was before any training: without adapter and fold."""
+        self._add(None)
+        with self.model.disable_adapter():  # type: ignore[no-untyped-call]
+            yield
+
+    def _add(self, fold: Adapter | None) -> None:
+        if fold is self.fold:
+            return
+        if any(peft_weights.quantised(p) for p in self.model.parameters()):
+            remedy = "what is folded into the base cannot be added to 4 bits: train all layers, and choose a method without folds"
+            raise Refused("engine.four_bit", True, remedy)
+        self.pristine = self.pristine or peft_weights.base_weights(self.model)
+        peft_weights.add_to_base(self.model, self.pristine, fold)
+        self.fold = fold
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What gives the logits of the next token; None where the model chooses a label."""
+        return self.model.get_base_model().get_output_embeddings() if self.labels is None else None  # type: ignore[operator]
+
+    @property
+    def words(self) -> int:
+        """Numbers that the model gives for one token: the vocabulary, or 1 where it chooses a label for the whole text."""
+        weight = getattr(self.head, "weight", None)
+        return len(weight) if isinstance(weight, Tensor) else 1
+
+    def shape(self) -> Shape:
+        """Sizes of the model, for costs."""
+        base = self.model.get_base_model()
+        adapted = peft_weights.lora_layers(self.model)
+        own = [p for n, p in base.named_parameters() if "lora_" not in n and "modules_to_save" not in n]
+        head = getattr(self.head, "weight", None)  # where it is an embedding too, it is multiplied all the same
+        tables = [m.weight for m in base.modules() if isinstance(m, nn.Embedding) and m.weight is not head]
+        looked_up = sum(weight.numel() for weight in tables)
+        first = next(iter(self.model.peft_config))
+        dense = sum(p.numel() for p in peft_weights.dense_parameters(self.model, first).values())
+        config = base.config
+        return Shape(
+            parameters=sum(map(peft_weights.numbers, own)) - looked_up,
+            embeddings=looked_up,
+            layers=getattr(config, "num_hidden_layers", 1),
+            hidden=getattr(config, "hidden_size", 1),
+            modules=tuple(peft_weights.size(layer) for layer in adapted.values()),
+            dense=dense,
+            depths=peft_weights.depths(self.model),
+        )
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that name the frozen weights of the adapted layers, of which a sample is read: copies of one model have
+        the same. "" where they are in 4 bits, which not every machine rounds alike. Asked before a fold was added.
+        """
+        digest = hashlib.sha256()
+        for name, layer in peft_weights.lora_layers(self.model).items():
+            weight = peft_weights.base_weight(layer).detach()
+            if peft_weights.quantised(weight):
+                return ""
+            sample = weight.flatten()[:: max(1, weight.numel() // SAMPLE)]
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(sample.float().numpy(force=True).tobytes())
+        return digest.hexdigest()[:12]
+
+    def _heads(self) -> list[str]:
+        first = next(iter(self.model.peft_config.values()))
+        return sorted(set(getattr(first, "modules_to_save", None) or ()) - set(HEADS))
+
+
+def load(
+    name: str, labels: int | None, lora: LoRA, rank: int, seed: int, device: str = "cpu", engine: Engine = PLAIN
+) -> Base:
+    """A pretrained model by hub name or local folder, adapted at `rank`; head and LoRA initialised from `seed`.
+
+    It chooses one of `labels`, or with None writes text. Raises Refused if the model or the tokenizer cannot be loaded, or has no
+    such target modules, or `rank` is too high.
+    """
+    place = _device(device)
+    if engine.kernel == "onednn" and not linear_kernel.available():
+        raise Refused("engine.kernel", engine.kernel, "this build of torch has no such kernel; choose fastest")
+    more = pretrained.four_bit(place) if engine.four_bit else {}
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, fresh = (
+            pretrained.generator(name, **more) if labels is None else pretrained.classifier(name, labels, **more)
+        )
+        tokenizer = pretrained.tokenizer(name)
+        if labels is None:
+            tokenizer.padding_side = "right"  # a token's position is its number then, also where positions are learnt
+        model.config.pad_token_id = tokenizer.pad_token_id
+        _check_targets(model, lora)
+        reads_first = engine.first_token and labels is not None and first_token.install(model)
+        biggest = max(max(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
+        if rank > biggest:  # before peft makes matrices of it
+            raise Refused("plan.rank", rank, f"no layer of the model is that large; choose ranks below {biggest}")
+        try:
+            config = _config(lora, rank, labels, _new_modules(model, fresh))
+            adapted = get_peft_model(model, config, adapter_name=f"r{rank}")
+        except ValueError as error:
+            raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
+        _checkpointed(model, engine)
+    base = Base(_settled(adapted, place, engine), tokenizer, lora, labels, name)
+    _check_linear(base)
+    chosen = linear_kernel.fastest() if engine.kernel == "fastest" and place.type == "cpu" else engine.kernel
+    if engine.bfloat16 or chosen == "onednn":
+        linear_kernel.install(base.model, engine.bfloat16)
+    base.computed = {"kernel": chosen.replace("fastest", "torch"), "first_token": reads_first}
+    check_rank(base, "plan.rank", rank)
+    return base
+
+
+def _settled(model: PeftModel, place: torch.device, engine: Engine) -> PeftModel:
+    """At its place, in memory of its own: in a mapped file, products of unaligned numbers have other last digits."""
+    if engine.four_bit:  # already there
+        return model
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.to(place)
+
+
+def _checkpointed(model: PreTrainedModel, engine: Engine) -> None:
+    if engine.checkpointing:
+        try:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            remedy = f"{type(model).__name__} cannot compute its layers again; leave it off"
+            raise Refused("engine.checkpointing", True, remedy) from error
+
+
+def initial(base: Base, rank: int) -> Adapter:
+    """The adapter with which a run starts: PEFT's own initialisation, up = 0 and down random."""
+    return peft_weights.read(base.model, base.slot(rank))
+
+
+def _config(lora: LoRA, rank: int, labels: int | None, heads: list[str]) -> LoraConfig:
+    targets = list(lora.target_modules) if isinstance(lora.target_modules, tuple) else lora.target_modules
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM if labels is None else TaskType.SEQ_CLS,
+        r=rank,
+        lora_alpha=lora.scaling * rank,  # type: ignore[arg-type]  # PEFT only divides it by r
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        modules_to_save=heads,
+    )
+
+
+def _new_modules(model: PreTrainedModel, fresh: set[str]) -> list[str]:
+    """The highest modules that are new as a whole, beside `HEADS`: `pre_classifier`, or a masked LM's pooler."""
+    known = {name for name, _ in model.named_parameters()} - fresh
+    heads = set()
+    for key in fresh:
+        owners = accumulate(key.split(".")[:-1], "{}.{}".format)
+        heads |= {next((o for o in owners if not any(name.startswith(f"{o}.") for name in known)), HEADS[0])}
+    return sorted(heads - set(HEADS))
+
+
+def _target_remedy(model: nn.Module) -> str:
+    linear = (m for m in model.named_modules() if isinstance(m[1], nn.Linear) or "Conv1D" in type(m[1]).__name__)
+    names = [n for n, _ in linear if ".lora_" not in n and n.split(".")[0] not in HEADS]
+    leaves = sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in names})
+    return f"name linear layers of {type(model).__name__}: {', '.join(leaves)}"
+
+
+def _check_targets(model: PreTrainedModel, lora: LoRA) -> None:
+    """PEFT is content if one of the names is found; we want each of them."""
+    for target in lora.target_modules if isinstance(lora.target_modules, tuple) else ():
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
+            raise Refused("lora.target_modules", target, _target_remedy(model))
+
+
+def check_rank(base: Base, field: str, rank: int) -> None:
+    """Raise Refused if a layer is too small for this rank."""
+    for name, layer in peft_weights.lora_layers(base.model).items():
+        size = peft_weights.size(layer)
+        if rank > min(size):
+            raise Refused(field, rank, f"layer {name} is {size[0]} x {size[1]}; choose ranks of at most {min(size)}")
+
+
+def most_tokens(base: Base, otherwise: int) -> int:
+    """The longest text that the model reads, or `otherwise` where nothing limits it to less."""
+    positions = getattr(base.model.get_base_model().config, "max_position_embeddings", otherwise)
+    return min(positions, base.tokenizer.model_max_length)
+
+
+def check_length(base: Base, max_length: int, longest: int) -> None:
+    """Raise Refused if the model cannot read a text of `longest` tokens, which `max_length` let through."""
+    most = most_tokens(base, longest)
+    if longest > most:
+        raise Refused(
+            "training.max_length", max_length, f"a text has {longest} tokens, the model reads {most}; set {most}"
+        )
+
+
+def _check_linear(base: Base) -> None:
+    for name, layer in peft_weights.lora_layers(base.model).items():
+        inner = layer.get_base_layer()
+        if not isinstance(inner, nn.Linear) and "Conv1D" not in type(inner).__name__:
+            raise Refused("lora.target_modules", name, "only linear layers can be adapted")
+
+
+def _device(name: str) -> torch.device:
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        remedy = f"this machine has no such device ({pretrained.first_line(error)}); choose cpu"
+        raise Refused("device", name, remedy) from error

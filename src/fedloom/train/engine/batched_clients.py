@@ -1,0 +1,233 @@
+"""Several clients in one forward and backward pass over one frozen base, each with its own adapter, loss, clipping and AdamW state.
+
+The adapters are stacked, padded with zeros to the highest rank: a padded direction gets no gradient and stays zero. Rows of a batch
+are grouped by client, so a layer adds its clients' products in one `bmm`. Gradients are those of training one after the other, to
+rounding; dropout draws other numbers. It pays where a step is so small that calling operators costs more than their arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from fedloom.core.lora import Adapter, Factor, cut, pad
+from fedloom.core.types import Local, Task
+from fedloom.train import loss, objective, peft_weights
+from fedloom.train.base_model import Base
+from fedloom.train.settings import Training
+from fedloom.train.tokenised import Encoded
+
+TOKENS = {"cpu": 2048}
+"""Tokens in one pass up to which a common pass was measured to gain on a CPU; elsewhere 16384, which keeps memory small."""
+
+SMALL = {"cpu": 32768}
+"""Tokens times hidden size of one client's step above which its own products keep a CPU busy: 256 tokens of bert-tiny."""
+
+LOGITS = 2**28
+"""Numbers that say what comes next, in one pass, tokens times vocabulary: a gigabyte."""
+
+LEAST, MOST = 4, 16
+"""Clients in one pass: with fewer on a CPU, the gain was below a tenth; more gained nothing."""
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""Those of `torch.optim.AdamW`."""
+
+Moments = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One task of a common pass: what it begins with and the examples of its batches."""
+
+    task: Task
+    local: Local
+    begin: Adapter
+    plan: Sequence[Sequence[int]]
+
+
+def most(base: Base, tokens: float) -> int:
+    """How many clients to train in one pass if a step of one has this many tokens: 1 where a common pass gains nothing."""
+    if tokens * base.shape().hidden > SMALL.get(base.device.type, math.inf):
+        return 1
+    room = int(min(TOKENS.get(base.device.type, 16384), LOGITS / base.words) / max(1.0, tokens))
+    return min(MOST, room) if room >= LEAST else 1
+
+
+def key(task: Task) -> object:
+    """Tasks that may share a pass have the same; None if a task must be trained alone."""
+    rules, start = task.start.rules, task.start
+    if rules.select is not None or rules.pruning is not None or start.control is not None:
+        return None
+    return task.budget.steps, id(start.fold), rules.frozen, rules.up_rate, tuple(start.train.factors)
+
+
+def train(
+    base: Base, texts: Encoded, training: Training, members: Sequence[Member]
+) -> list[tuple[Adapter, Moments, list[float]]]:
+    """The adapter, the optimiser's moments and the losses of each. The members have the same `key`."""
+    start = members[0].task.start
+    slot = base.put(members[0].begin, start.scaling, start.fold)
+    weights = _stacked([member.begin for member in members], [_scaling(base, m) for m in members], base.device)
+    for name, weight in weights.items():
+        weight.requires_grad_(objective.side(name) not in start.rules.frozen)
+    trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+    optimiser = _AdamW(training, trained, members, start.rules.up_rate)
+    losses: list[list[float]] = []
+    with torch.random.fork_rng(), _added(base, slot, weights, len(members), members):
+        torch.manual_seed(members[0].task.seed)
+        base.model.train()
+        for step in range(len(members[0].plan)):
+            each = _losses(base, texts, [member.plan[step] for member in members])
+            losses.append(each.tolist())
+            slopes = torch.autograd.grad(each.sum(), [*trained.values()])
+            optimiser.step(dict(zip(trained, slopes, strict=True)), training.rate(step, len(members[0].plan)))
+    adapters = _apart(weights, members, base)
+    moments = optimiser.moments(members) if training.keep_moments else [{} for _ in members]
+    return [(adapters[k], moments[k], [line[k] for line in losses]) for k in range(len(members))]
+
+
+def _scaling(base: Base, member: Member) -> float:
+    return member.task.start.scaling or base.lora.scaling
+
+
+def _rank(member: Member) -> int:
+    return max(factor.rank for factor in member.begin.factors.values())
+
+
+def _stacked(adapters: Sequence[Adapter], scalings: Sequence[float], device: torch.device) -> dict[str, Tensor]:
+    """By the names of `convert.parameters`, with a leading dimension for the clients; `up` without the scaling, as PEFT has it."""
+    found, first = dict[str, Tensor](), adapters[0]
+    top = max(factor.rank for adapter in adapters for factor in adapter.factors.values())
+    for name in first.factors:
+        wide = [pad(adapter.factors[name], top) for adapter in adapters]
+        found[f"{name}.down"] = torch.stack([f.down for f in wide]).to(device)
+        found[f"{name}.up"] = torch.stack([f.up / s for f, s in zip(wide, scalings, strict=True)]).to(device)
+    return found | {name: torch.stack([a.dense[name] for a in adapters]).to(device) for name in first.dense}
+
+
+def _apart(weights: Mapping[str, Tensor], members: Sequence[Member], base: Base) -> list[Adapter]:
+    """The reverse of `_stacked`, each at its own rank."""
+    flat, adapters = {name: weight.detach().cpu() for name, weight in weights.items()}, []
+    for k, member in enumerate(members):
+        factors = {
+            name: cut(Factor(flat[f"{name}.down"][k], flat[f"{name}.up"][k] * _scaling(base, member)), factor.rank)
+            for name, factor in member.begin.factors.items()
+        }
+        own = {name: Factor(f.down.clone(), f.up.contiguous().clone()) for name, f in factors.items()}
+        adapters.append(Adapter(own, {name: flat[name][k].clone() for name in member.begin.dense}))
+    return adapters
+
+
+@contextmanager
+def _added(
+    base: Base, slot: str, weights: Mapping[str, Tensor], clients: int, members: Sequence[Member]
+) -> Iterator[None]:
+    """Inside, the model's layers and heads are those of the stacked adapters, and PEFT's are off."""
+    scales = torch.tensor([_scaling(base, m) for m in members], device=base.device)[:, None, None]
+    with ExitStack() as stack:
+        stack.enter_context(base.model.disable_adapter())  # type: ignore[no-untyped-call]
+        for name, layer in peft_weights.lora_layers(base.model).items():
+            if f"{name}.down" in weights:
+                down, up, drop = weights[f"{name}.down"], weights[f"{name}.up"], layer.lora_dropout[slot]
+
+                def add(_: Any, args: Any, out: Tensor, down: Any = down, up: Any = up, drop: Any = drop) -> Tensor:
+                    rows = drop(args[0]).reshape(clients, -1, down.shape[2])
+                    return cast(Tensor, out + (rows @ down.mT @ up.mT * scales).reshape(out.shape))
+
+                stack.callback(cast(nn.Module, layer).register_forward_hook(add).remove)
+        for name, head in base.model.get_base_model().named_modules():
+            if isinstance(head, ModulesToSaveWrapper):
+                inner = head.modules_to_save[slot]
+                own = {key: weights[f"{name}.{key}"] for key, _ in inner.named_parameters()}
+
+                def instead(_: Any, args: Any, out: Tensor, inner: nn.Module = inner, own: Any = own) -> Tensor:
+                    rows = args[0].reshape(clients, -1, *args[0].shape[1:])
+                    found = vmap(lambda p, x: functional_call(inner, p, (x,)), randomness="different")(own, rows)
+                    return cast(Tensor, found.reshape(-1, *found.shape[2:]))
+
+                stack.callback(head.register_forward_hook(instead).remove)
+        yield
+
+
+def _losses(base: Base, texts: Encoded, plan: Sequence[Sequence[int]]) -> Tensor:
+    """Each client's mean loss (clients,) on its batch; a smaller batch is filled up with rows that do not count."""
+    size = max(len(batch) for batch in plan)
+    inputs = texts.batch([i for batch in plan for i in [*batch, *[batch[0]] * (size - len(batch))]], base.device)
+    each = loss.each(base, inputs).view(len(plan), size)
+    counts = torch.tensor([len(batch) for batch in plan], device=base.device)
+    counted = torch.arange(size, device=base.device) < counts[:, None]
+    return (each * counted).sum(1) / counts
+
+
+class _AdamW:
+    """Clipping and AdamW for stacked weights: a norm and a count of steps for each client, as if each had its own."""
+
+    def __init__(
+        self, training: Training, weights: Mapping[str, Tensor], members: Sequence[Member], up_rate: float
+    ) -> None:
+        self.training, self.weights, self.up_rate = training, weights, up_rate
+        known = [m.local.moments if m.local.basis == m.task.start.basis else {} for m in members]
+        self.counts = {n: [float(k[n]["step"]) if n in k else 0.0 for k in known] for n in weights}
+        self.mean = {n: _filled(w, [k[n]["exp_avg"] if n in k else None for k in known]) for n, w in weights.items()}
+        self.square = {
+            n: _filled(w, [k[n]["exp_avg_sq"] if n in k else None for k in known]) for n, w in weights.items()
+        }
+
+    @torch.no_grad()
+    def step(self, slopes: Mapping[str, Tensor], rate: float) -> None:
+        """One step of every client at learning rate `rate`."""
+        norms = torch.stack([slope.flatten(1).square().sum(1) for slope in slopes.values()]).sum(0).sqrt()
+        shrink = (self.training.clip / (norms + 1e-6)).clamp(max=1.0)
+        for name, weight in self.weights.items():
+            shape = (-1, *[1] * (weight.ndim - 1))
+            slope, lr = slopes[name] * shrink.view(shape), rate * (self.up_rate if objective.side(name) == "up" else 1)
+            self.counts[name] = [count + 1 for count in self.counts[name]]
+            first, second = (
+                torch.tensor([1 - beta**count for count in self.counts[name]], device=weight.device).view(shape)
+                for beta in BETAS
+            )
+            self.mean[name].lerp_(slope, 1 - BETAS[0])
+            self.square[name].mul_(BETAS[1]).addcmul_(slope, slope, value=1 - BETAS[1])
+            weight.mul_(1 - lr * self.training.weight_decay)
+            weight.sub_(lr / first * self.mean[name] / ((self.square[name] / second).sqrt() + EPSILON))
+
+    def moments(self, members: Sequence[Member]) -> list[Moments]:
+        """The state of each client at its own rank, as `torch.optim.AdamW` keeps it."""
+        return [
+            {
+                name: {
+                    "step": torch.tensor(self.counts[name][k]),
+                    "exp_avg": _at_rank(name, self.mean[name][k], _rank(member)),
+                    "exp_avg_sq": _at_rank(name, self.square[name][k], _rank(member)),
+                }
+                for name in self.weights
+            }
+            for k, member in enumerate(members)
+        ]
+
+
+def _filled(like: Tensor, own: Sequence[Tensor | None]) -> Tensor:
+    """Zeros of the stack's shape, with what each client has in the corner of its rank."""
+    found = torch.zeros_like(like, requires_grad=False)
+    for row, tensor in zip(found, own, strict=True):
+        if tensor is not None:
+            row[tuple(slice(0, n) for n in tensor.shape)] = tensor.to(row)
+    return found
+
+
+def _at_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
+    match objective.side(name):
+        case "down":
+            return tensor[:rank].clone()
+        case "up":
+            return tensor[:, :rank].clone()
+        case _:
+            return tensor.clone()

@@ -1,0 +1,159 @@
+"""PEFT's adapter weights <-> our `Adapter`.
+
+PEFT keeps delta_W = scaling * B A with scaling = lora_alpha / r; we keep up = scaling * B and down = A. With a scaling that is
+a power of two, the default, the conversion is exact to the bit; otherwise it rounds once, 6e-8 relative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import prod
+from typing import cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from fedloom.core.lora import Adapter, Factor
+
+
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """The adapted layers under the names that the base model gives them, in the model's order (input to output)."""
+    base = model.get_base_model()
+    return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+
+
+def blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
+    """The transformer blocks that hold adapted layers, and where the base model holds them; None if it has no such list."""
+    adapted = [*lora_layers(model)]
+    for path, module in model.get_base_model().named_modules():
+        if isinstance(module, nn.ModuleList) and any(name.startswith(f"{path}.") for name in adapted):
+            return path, module
+    return None
+
+
+def depths(model: PeftModel) -> dict[str, int]:
+    """From which depth on each adapted layer is trained: 1 in the top block, 0 above the blocks, one more than there are below.
+
+    Empty where the model has no list of blocks that are passed once each (ALBERT passes one many times).
+    """
+    found, base = blocks(model), model.get_base_model()
+    if found is None or len(found[1]) != getattr(base.config, "num_hidden_layers", len(found[1])):
+        return {}
+    path, count = found[0], len(found[1])
+    order = {name: place for place, (name, _) in enumerate(base.named_modules())}
+
+    def depth(name: str) -> int:
+        if name.startswith(f"{path}."):
+            return count - int(name.removeprefix(f"{path}.").split(".")[0])
+        return 0 if order[name] > order[path] else count + 1
+
+    return {name: depth(name) for name in lora_layers(model)}
+
+
+def size(layer: LoraLayer) -> tuple[int, int]:
+    """(d_out, d_in) of an adapted layer."""
+    out, inner = layer.out_features, layer.in_features
+    if not isinstance(out, int) or not isinstance(inner, int):
+        raise TypeError(f"{type(layer).__name__} has no two sizes")
+    return out, inner
+
+
+def quantised(parameter: Tensor) -> bool:
+    """Whether it is in 4 bits, several numbers in one entry."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
+def numbers(parameter: Tensor) -> int:
+    """How many numbers a parameter holds."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else prod(state.shape)
+
+
+def dense_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
+    """Parameters that are trained and sent whole: those of PEFT's `modules_to_save` copies of this slot."""
+    found = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for inner, parameter in module.modules_to_save[slot].named_parameters():
+                found[f"{name}.{inner}"] = parameter
+    return found
+
+
+def parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
+    """Everything that training changes in this slot, by a name that does not depend on the slot."""
+    found: dict[str, nn.Parameter] = {}
+    for name, (down, up) in _weights(model, slot).items():
+        found |= {f"{name}.down": down, f"{name}.up": up}
+    return found | dense_parameters(model, slot)
+
+
+def read(model: PeftModel, slot: str, names: Collection[str] | None = None) -> Adapter:
+    """The slot's weights, of all layers or of these, as an adapter of its own memory, float32 on the CPU."""
+    layers, factors = lora_layers(model), {}
+    for name, (down, up) in _weights(model, slot).items():
+        if names is not None and name not in names:
+            continue
+        factors[name] = Factor(_copied(down), _copied(up.detach() * layers[name].scaling[slot]))
+    return Adapter(factors, {name: _copied(value) for name, value in dense_parameters(model, slot).items()})
+
+
+@torch.no_grad()
+def write(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None:
+    """Put an adapter of the slot's rank into the model, parametrised with `scaling`; a layer that it does not hold adds nothing."""
+    layers = lora_layers(model)
+    for name, (down, up) in _weights(model, slot).items():
+        layers[name].scaling[slot] = scaling
+        if name not in adapter.factors:
+            up.zero_()
+            continue
+        down.copy_(adapter.factors[name].down)
+        up.copy_(adapter.factors[name].up / scaling)
+    for name, value in dense_parameters(model, slot).items():
+        value.copy_(adapter.dense[name])
+
+
+def base_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The frozen weights of the adapted layers, (out, in). The model goes on with copies, which may be written to.
+
+    So what several processes share stays as it is, and a process that adds a fold pays for one copy of these layers.
+    """
+    taken = {}
+    for name, layer in lora_layers(model).items():
+        weight = base_weight(layer)
+        taken[name] = weight.data
+        weight.data = weight.data.clone()
+    return taken
+
+
+@torch.no_grad()
+def add_to_base(model: PeftModel, pristine: Mapping[str, Tensor], fold: Adapter | None) -> None:
+    """Set the frozen weights of the adapted layers to `pristine` plus the fold's products."""
+    for name, layer in lora_layers(model).items():
+        weight = base_weight(layer)
+        factor = fold.factors.get(name) if fold is not None else None
+        if factor is None:
+            weight.copy_(pristine[name])
+            continue
+        product = factor.up.to(weight.device) @ factor.down.to(weight.device)
+        turned = product.T if "Conv1D" in type(layer.get_base_layer()).__name__ else product  # it keeps (in, out)
+        weight.copy_(pristine[name] + turned)
+
+
+def base_weight(layer: LoraLayer) -> Tensor:
+    """The frozen weight below an adapter, (out, in), or (in, out) where the layer is a Conv1D."""
+    return cast(Tensor, layer.get_base_layer().weight)
+
+
+def _weights(model: PeftModel, slot: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """PEFT's A and B of each adapted layer."""
+    return {
+        name: (cast(nn.Parameter, layer.lora_A[slot].weight), cast(nn.Parameter, layer.lora_B[slot].weight))
+        for name, layer in lora_layers(model).items()
+    }
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()

@@ -1,0 +1,113 @@
+"""Workers as processes of this machine, started afresh (spawn: torch's threads do not survive a fork) over one copy of the base."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Trainer
+from fedloom.train.workers.pool import Workers
+from fedloom.train.workers.shared_memory import Shared, share
+from fedloom.train.workers.worker import Worker, carry_out
+
+MEMORY = Path("/dev/shm")
+"""Where the shared base lies if there is room; else in the folder for temporary files, of which memory holds one copy too."""
+
+
+class Processes:
+    """A crew of local processes."""
+
+    died = (BrokenProcessPool,)
+
+    def __init__(self, trainer: Trainer, asked: Workers) -> None:
+        self.size = asked.count or 1
+        places = (MEMORY, Path(tempfile.gettempdir()))
+        try:
+            self.shared = share(trainer, places)
+        except OSError as error:
+            remedy = (
+                f"no room for the shared base in {' or '.join(map(str, places))} ({error}); start a container "
+                "with a larger --shm-size, or set TMPDIR to a folder with room, or train with 1 worker"
+            )
+            raise Refused("workers", str(asked), remedy) from error
+
+        self.hired: list[Process] = []
+
+    def hire(self) -> Worker:
+        """A process of its own."""
+        self.hired.append(Process(self.shared))
+        return self.hired[-1]
+
+    def close(self) -> None:
+        """Free the memory, as far as this process itself does not use it."""
+        for process in self.hired:
+            process.pool.shutdown()
+        self.shared.file.close()
+
+
+class Process:
+    """One process, in a pool of its own, so that its death is its own. It lives while this process holds the `leash`."""
+
+    def __init__(self, shared: Shared) -> None:
+        context = get_context("spawn")
+        held, self.leash = context.Pipe(duplex=False)
+        self.pool = ProcessPoolExecutor(1, context, _begin, (shared, held, torch.get_num_threads()))
+
+    def submit(self, group: bytes) -> Future[bytes]:
+        """The first group starts the process."""
+        try:
+            with _no_interrupt():
+                return self.pool.submit(_train, group)
+        except BrokenProcessPool as error:
+            dead: Future[bytes] = Future()
+            dead.set_exception(error)
+            return dead
+
+    def stop(self) -> None:
+        """Let go of the leash."""
+        self.leash.close()
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """A process started here never hears Ctrl-C, which a terminal sends to all: this process ends it by the leash."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# Inside a worker process --------------------------------------------------------------------------------------------------
+
+_trainer: Trainer
+
+
+def _begin(shared: Shared, leash: Connection, threads: int) -> None:
+    global _trainer
+    threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
+    torch.set_num_threads(threads)
+    with shared.file:
+        _trainer = shared.get()
+
+
+def _end_with(leash: Connection) -> None:
+    """Nothing is ever sent: that the leash can be read means that its other end is closed, by us or by death."""
+    leash.poll(None)
+    os._exit(1)
+
+
+def _train(group: bytes) -> bytes:
+    return carry_out(_trainer, group)

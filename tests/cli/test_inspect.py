@@ -1,0 +1,173 @@
+"""`fedloom inspect`: what it says of tables and of summaries, and that no text leaves a client."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from fedloom.cli import main
+from fedloom.core.errors import Refused
+from fedloom.data.column_guess import as_examples, guessed
+from fedloom.data.file_formats import Raw
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+Fedloom = Callable[..., tuple[int | str | None, str]]
+
+
+@pytest.fixture
+def fedloom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedloom:
+    """The command in an empty folder: its exit code, and all that it said on one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int | str | None, str]:
+        monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main.main()
+        said = capsys.readouterr()
+        return stop.value.code, " ".join((said.out + said.err).split())
+
+    return call
+
+
+def table(name: str, rows: Sequence[Mapping[str, object]]) -> Path:
+    path = Path(name)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def wards(text: str = "message") -> list[dict[str, object]]:
+    """Two clients: one with short texts of one label, one with long texts of the other."""
+    short = [{"ward": "north", text: "patient Adamson discharged", "category": "out"}] * 60
+    return [*short, *[{"ward": "south", text: "patient Brightwater admitted " * 20, "category": "in"}] * 60]
+
+
+def test_a_table_is_looked_at_as_its_columns_are_named(fedloom: Fedloom) -> None:
+    path = table("wards.jsonl", wards())
+    code, said = fedloom("inspect", path, "--clients", "ward", "--column", "text=message")
+    assert code == 0
+    assert "client from “ward”, text from “message”, label from “category” (guessed)" in said
+    assert "2 clients, 120 examples: lengths strongly uneven, sizes even, labels strongly uneven." in said
+    assert said.count("0.311") == 2  # H(3/4, 1/4) - 1/2, of lengths and of labels
+    assert "CLLoRA reports that uneven lengths hardly touch local training" in said
+    assert "not for a forecast" in said
+    page = Path("inspect.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "Adamson" not in page
+
+
+def test_clients_tell_counts_and_no_words(fedloom: Fedloom) -> None:
+    """Federation: each client writes its own summary; joined, they say what the whole table says."""
+    rows = wards()
+    _, whole = fedloom("inspect", table("all.jsonl", rows), "--clients", "ward", "--column", "text=message")
+    for name, own in (("north", rows[:60]), ("south", rows[60:])):
+        code, said = fedloom(
+            "inspect", table(f"{name}.jsonl", own), "--column", "text=message", "--client-summary", f"{name}.json"
+        )
+        assert code == 0
+        assert "no text is in it" in said
+        told = Path(f"{name}.json").read_bytes().lower()
+        assert not any(word in told for word in (b"patient", b"adamson", b"brightwater", b"discharged", b"admitted"))
+    code, said = fedloom("inspect", "north.json", "south.json")
+    assert code == 0
+    assert "lengths strongly uneven, sizes even" in said
+    assert said[said.index("Axis") : said.index("Labels")] == whole[whole.index("Axis") : whole.index("Labels")]
+
+
+def test_noise_is_the_clients_own_secret(fedloom: Fedloom) -> None:
+    path = table("north.jsonl", wards()[:60])
+    told = []
+    for _ in range(2):
+        arguments = ("--column", "text=message", "--client-summary", "n.json", "--epsilon", "0.5", "--labels", "in,out")
+        code, said = fedloom("inspect", path, *arguments)
+        assert code == 0
+        assert "with noise of epsilon 0.5" in said
+        told.append(Path("n.json").read_text())
+    assert told[0] != told[1]
+    assert set(json.loads(told[0])["labels"]) == {"in", "out"}
+
+
+def test_without_clients_it_is_one(fedloom: Fedloom) -> None:
+    code, said = fedloom("inspect", table("one.jsonl", [{"text": "a b c"}, {"text": "d"}]))
+    assert code == 0
+    assert "shown as one client" in said
+    assert "shows only where there are several" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("none.csv",), "no such file"),
+        (("none.json",), "no such file"),
+        (("w.jsonl",), "--column text=NAME"),
+        (("w.jsonl", "--column", "message"), "WHAT=NAME"),
+        (("w.jsonl", "--column", "words=message"), "one of client, text"),
+        (("w.jsonl", "--column", "text=other"), "the columns are ward, message, category"),
+        (("w.jsonl", "w.jsonl"), "one table"),
+        (("w.jsonl", "--epsilon", "1"), "--client-summary FILE"),
+        (("w.jsonl", "--column", "text=message", "--client-summary", "x.csv"), ".json"),
+        (("w.jsonl", "--column", "text=message", "--client-summary", "x.json", "--labels", "a"), "without --epsilon"),
+        (("broken.json",), "no summary"),
+        (("broken.json", "w.jsonl"), "stand alone"),
+    ],
+)
+def test_a_slip_is_one_sentence(fedloom: Fedloom, arguments: tuple[str, ...], says: str) -> None:
+    table("w.jsonl", wards())
+    Path("broken.json").write_text("{}")
+    code, said = fedloom("inspect", *arguments)
+    assert code == 2
+    assert says in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("header", "roles"),
+    [
+        ("idx,label,id1,id2,sentence1,sentence2", {"text": "sentence1", "pair": "sentence2", "label": "label"}),
+        ("idx,label,sentence", {"text": "sentence", "label": "label"}),
+        (
+            "client,instruction,context,response,category",
+            {"client": "client", "text": "instruction", "pair": "context", "answer": "response", "label": "category"},
+        ),
+        (
+            "client,split,category,instruction,input,output",
+            {"client": "client", "text": "instruction", "pair": "input", "answer": "output", "label": "category"},
+        ),
+        ("idx,label,title,description", {"text": "title", "pair": "description", "label": "label"}),
+        ("question,answer", {"text": "question", "answer": "answer"}),
+    ],
+)
+def test_headers_of_known_tables_are_understood(header: str, roles: dict[str, str]) -> None:
+    assert guessed(Raw({name: ["x"] for name in header.split(",")}, "here"), {}) == roles
+
+
+def test_what_is_missing_is_an_empty_text_but_a_client_is_not() -> None:
+    raw = Raw({"text": ["a", None], "client": [3, None], "label": [str(k) for k in range(2)]}, "here")
+    with pytest.raises(Refused, match="row 2 names no client"):
+        as_examples(raw, {"text": "text", "client": "client"})
+    assert as_examples(raw, {"text": "text"}).texts == ("a", "")
+    with pytest.raises(Refused, match="no rows"):
+        as_examples(Raw({"text": []}, "here"), {"text": "text"})
+    many = Raw({"text": ["a"] * 300, "label": [str(k) for k in range(300)]}, "here")
+    assert "label" not in guessed(many, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mrpc/train.tsv.gz", "One client, 4,076 examples"),
+        ("sst2/train.tsv.gz", "One client, 67,349 examples"),
+        ("dolly/clients.jsonl.gz", "9 clients, 13,381 examples: lengths mildly uneven"),
+        ("natural_instructions/clients.jsonl.gz", "160 clients, 47,840 examples: lengths strongly uneven"),
+    ],
+)
+def test_real_tables(fedloom: Fedloom, name: str, says: str) -> None:
+    if not (SHARED / name).is_file():
+        pytest.skip("the data are not here")
+    code, said = fedloom("inspect", SHARED / name)
+    assert code == 0
+    assert says in said

@@ -1,0 +1,140 @@
+"""Codecs on bare rows: how far what arrives is from what was sent, at every size that float32 has."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedloom.core.codec import HALF, Block, Codec, DeltaInt8, Exact, Half, half, rounded
+from fedloom.core.lora import Factor, norm, stack
+
+CODECS: tuple[Codec, ...] = (Exact(), Half(), DeltaInt8())
+every_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
+INT8 = DeltaInt8()
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def arrives(codec: Codec, values: Tensor, base: Tensor | None = None) -> Tensor:
+    held = torch.zeros_like(values) if base is None else base
+    return codec.pack(values, held).values(held)
+
+
+FLOATS = st.floats(width=32, min_value=-(2.0**96), max_value=2.0**96)
+TENSORS = st.integers(1, 4).flatmap(
+    lambda width: st.lists(st.lists(FLOATS, min_size=width, max_size=width), min_size=1, max_size=4)
+).map(torch.tensor)  # fmt: skip
+
+
+@given(TENSORS)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_half_is_right_to_eleven_bits_near_the_top_and_never_overflows(values: Tensor) -> None:
+    got, top = arrives(HALF, values).double(), float(values.abs().max())
+    assert bool(got.isfinite().all())
+    room = torch.maximum(values.abs().double() * 2.0**-11, torch.tensor(max(top * 2.0**-38, 2.0**-149)).double())
+    assert bool(((got - values.double()).abs() <= room).all())
+
+
+@given(TENSORS)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_half_of_what_came_out_of_half_is_the_same(values: Tensor) -> None:
+    assert rounded(rounded(values)).equal(rounded(values))
+
+
+@pytest.mark.parametrize("top", [1 - 2.0**-11, 1 - 2.0**-12, 1 - 2.0**-13, 1.0, 1 - 2.0**-24])
+@pytest.mark.parametrize("exponent", [-126, -14, 0, 15, 16, 90])
+def test_an_entry_that_rounds_up_to_a_power_of_two_changes_nothing_the_second_time(top: float, exponent: int) -> None:
+    small = torch.arange(1.0, 200.0) * 2.0**-40
+    values = torch.cat([torch.tensor([top]), small])[None] * 2.0**exponent
+    assert rounded(rounded(values)).equal(rounded(values))
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-38, 1e-20, 6e-8, 1.0, 65504.0, 65520.0, 1e6, 1e29])
+def test_half_keeps_tensors_of_any_size(size: float) -> None:
+    values = (normal(4, 50).clamp(-2, 2) * size)[None].squeeze(0)
+    got = arrives(HALF, values)
+    assert bool(got.isfinite().all())
+    grain = 2.0**-150 / size  # half a step of the smallest float32
+    assert float((got.double() - values.double()).abs().max()) <= size * (2.0**-10 + grain)
+
+
+@every_codec
+def test_zero_is_zero(codec: Codec) -> None:
+    assert arrives(codec, torch.zeros(3, 5)).equal(torch.zeros(3, 5))
+    assert arrives(codec, torch.ones(3, 5), torch.ones(3, 5)).equal(torch.ones(3, 5))
+
+
+@every_codec
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 3.4e38, -(2.0**100)])
+def test_what_is_out_of_range_travels_as_it_is(codec: Codec, odd: float) -> None:
+    values = normal(3, 5)
+    values[1, 2] = odd
+    block = codec.pack(values, torch.zeros_like(values))
+    assert block.numbers.dtype == torch.float32
+    assert torch.equal(block.numbers.nan_to_num(9.0), values.nan_to_num(9.0))
+
+
+def test_a_difference_beyond_float32_travels_as_it_is() -> None:
+    values, base = torch.full((1, 2), 3e38), torch.full((1, 2), -3e38)
+    assert arrives(INT8, values, base).equal(values)
+
+
+@given(st.integers(0, 1000), st.floats(-44, 25), st.integers(1, 5))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_int8_is_right_to_half_a_step_of_its_row(seed: int, magnitude: float, rows: int) -> None:
+    base = normal(rows, 9, seed=seed)
+    delta = normal(rows, 9, seed=seed + 1) * 10.0 ** torch.linspace(magnitude, min(25.0, magnitude + 4), rows)[:, None]
+    values = base + delta
+    block = INT8.pack(values, base)
+    assert int(block.numbers.abs().max()) <= 127
+    assert block.scales is not None
+    error = (block.values(base).double() - values.double()).abs()
+    ulp = 2.0**-22 * torch.maximum(values.abs(), base.abs()).amax(1)
+    assert bool((error.amax(1) <= 0.5001 * block.scales.double() + ulp).all())
+
+
+def test_int8_gives_every_row_a_scale_of_its_own() -> None:
+    values = normal(3, 40) * torch.tensor([[1e-6], [1.0], [1e6]])
+    error = (arrives(INT8, values) - values).norm(dim=1) / values.norm(dim=1)
+    assert bool((error < 0.01).all())
+
+
+@every_codec
+def test_some_of_the_rows_are_the_same_numbers(codec: Codec) -> None:
+    values, base = normal(6, 7), normal(6, 7, seed=1)
+    block, some = codec.pack(values, base), torch.tensor([1, 4])
+    assert block.only(some).values(base[some]).equal(block.values(base)[some])
+
+
+def drifted(rank: int, size: int, by: float) -> tuple[Factor, Factor]:
+    """A trained adapter as LoRA leaves it (`up` small), and the same after it moved by this share of its entries."""
+    down, up = normal(rank, size) / size**0.5, 0.003 * normal(size, rank, seed=1)
+    return Factor(down, up), Factor(
+        down + by * normal(rank, size, seed=2) / size**0.5, up + by * 0.003 * normal(size, rank, seed=3)
+    )
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize(("codec", "low", "high"), [(Exact(), 0, 0), (Half(), 2e-4, 3.5e-4), (DeltaInt8(), 1e-4, 3e-4)])
+def test_the_product_after_two_percent_of_drift(codec: Codec, low: float, high: float, rank: int) -> None:
+    before, after = drifted(rank, 512, 0.02)
+    got = Factor(arrives(codec, after.down, before.down), arrives(codec, after.up.T, before.up.T).T)
+    error = norm(stack([(1.0, got), (-1.0, after)])) / norm(after)
+    assert low <= error <= max(high, 1e-12)
+
+
+def test_a_block_says_what_it_takes() -> None:
+    values = normal(4, 100)
+    assert [codec.pack(values, 0 * values).numbers.element_size() for codec in CODECS] == [4, 2, 1]
+    assert [codec.number for codec in CODECS] == [4, 2, 1]
+    scales = INT8.pack(values, 0 * values).scales
+    assert scales is not None
+    assert scales.nbytes == 4 * INT8.row
+    assert isinstance(half(values), Block)

@@ -1,0 +1,308 @@
+"""Depth from the server to the wire: what a shallow client is sent, what it may answer, what it costs; whole runs of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom import (
+    ACE,
+    DepthByCapability,
+    FedEx,
+    FedFa,
+    FedSA,
+    FixedDepth,
+    FlexLoRA,
+    FLoRA,
+    HLoRA,
+    Limits,
+    LoRAA2,
+    Momentum,
+    Noise,
+    Plan,
+    ProductDelta,
+    RankByCapability,
+    Refused,
+    Scaffold,
+    prepare,
+)
+from fedloom.aggregate.fedit import FedIT
+from fedloom.core import message_size
+from fedloom.core.codec import DeltaInt8, Exact, Half
+from fedloom.core.events import ClientJoined, Dispatch, TimerFired, UpdateArrived
+from fedloom.core.fingerprint import fingerprint
+from fedloom.core.lora import Adapter, Factor, tensors
+from fedloom.core.model_shape import Shape
+from fedloom.core.partial_depth import lowered, merged, started
+from fedloom.core.policies import Aggregator, Merge
+from fedloom.core.transfer import answered, handed
+from fedloom.core.types import Budget, Local, Model, Start, Task
+from fedloom.core.validate_answer import fault
+from fedloom.deploy.messages.answer import decode, encode
+from fedloom.plan.rank import FixedRank
+from fedloom.runs import checkpoint
+from fedloom.runs.replay import Replayed, replay
+from fedloom.simulate.devices import World
+from tests.support import toys
+from tests.support.same_bytes import COMPARED
+from tests.support.tiny_models import tiny_encoder
+from tests.support.tiny_runs import tiny_run
+
+LAYERS = {"low": (6, 5), "middle": (5, 7), "top": (4, 6)}
+SHAPE = Shape(100, 10, 3, 6, modules=tuple(LAYERS.values()), dense=3, depths={"low": 3, "middle": 2, "top": 1})
+
+
+def adapter(rank: int = 2, seed: int = 0) -> Adapter:
+    return toys.adapter(rank, seed, LAYERS)
+
+
+def lower(start: Adapter, *names: str, **more: Any) -> Start:
+    return lowered(Start(start, "0", **more), names)
+
+
+# What is sent down --------------------------------------------------------------------------------------------------
+
+
+def test_at_full_depth_a_start_is_itself() -> None:
+    start = Start(adapter(), "0")
+    assert lowered(start, ()) is start
+
+
+def test_lower_layers_are_stacked_beside_what_the_fold_holds() -> None:
+    train, fold = adapter(2, 1), toys.adapter(3, 2, {name: LAYERS[name] for name in ("low", "top")})
+    start = lower(train, "low", "middle", fold=Adapter(fold.factors))
+    assert [*start.train.factors] == ["top"]
+    assert start.fold is not None
+    assert start.train.factors["top"] is train.factors["top"]
+    assert start.fold.factors["top"] is fold.factors["top"]
+    assert start.fold.factors["middle"] is train.factors["middle"]
+    wanted = toys.product(train.factors["low"]) + toys.product(fold.factors["low"])
+    assert torch.allclose(toys.product(start.fold.factors["low"]), wanted)
+
+
+def test_directions_that_add_nothing_are_not_sent() -> None:
+    """LoRA begins with up = 0, and a revived direction too: its `down` is drawn for each task and would be no cache's key."""
+    zero = adapter(2)
+    zero = Adapter({n: Factor(f.down, torch.zeros_like(f.up)) for n, f in zero.factors.items()}, zero.dense)
+    fold = Adapter({"top": toys.factor(1, *LAYERS["top"])})
+    assert lower(zero, "low", "middle").fold is None
+    assert lower(zero, "low", "middle", fold=fold).fold is fold
+    half = {n: Factor(f.down, f.up * torch.tensor([1.0, 0.0])) for n, f in adapter(2).factors.items()}
+    start = lower(Adapter(half), "low")
+    assert start.fold is not None
+    assert start.fold.factors["low"].rank == 1
+
+
+def test_fewer_directions_are_to_select_where_fewer_layers_are_trained() -> None:
+    """LoRA-A2 selects r directions a layer on average (methods 5.1)."""
+    method = LoRAA2()
+    start = method.start(method.init(adapter(4)), Budget(2, 5), seed=1)
+    assert start.rules.select == 2 * 3
+    assert lowered(start, ("low", "middle")).rules.select == 2 * 1
+
+
+def test_control_variates_are_those_of_the_trained_layers() -> None:
+    method = Scaffold()
+    start = lowered(method.start(method.init(adapter(4)), Budget(2, 5), seed=1), ("low",))
+    assert start.control is not None
+    assert [*start.control.factors] == [*start.train.factors] == ["middle", "top"]
+
+
+@pytest.mark.parametrize("method", [ProductDelta(), FLoRA(), FedIT(), FedEx(), FlexLoRA()], ids=toys.called)
+def test_layers_that_only_the_fold_holds_run_and_stay(method: Aggregator) -> None:
+    """The model of an edge whose own task is shallow: its members run the layers below too, and no merge loses them."""
+    outer = lower(adapter(2), "low")
+    assert outer.fold is not None
+    model = replace(method.init(outer.train), fold=outer.fold)
+    for turn, names in enumerate([(), ("middle",), ()]):
+        start = started(method, model, Budget(2, 5), turn, names)
+        assert [*start.train.factors] == [name for name in ("middle", "top") if name not in names]
+        assert start.fold is not None
+        assert start.fold.factors["low"] is outer.fold.factors["low"]
+        task = Task(turn, "c", 0, start, Budget(2, 5), 0, 0.0)
+        after = merged(method, model, Merge(((1.0, toys.returned(task, toys.changed(start, turn))),)))
+        assert after.fold is not None
+        assert after.fold.factors["low"] is outer.fold.factors["low"]
+        assert [*after.adapter.factors] == ["middle", "top"]
+        assert after.fold is model.fold or isinstance(method, FLoRA | FedEx | FlexLoRA)
+        model = after
+
+
+# What comes back ----------------------------------------------------------------------------------------------------
+
+
+def server(method: Aggregator | None = None, depth: int | None = 2, **more: Any) -> Any:
+    plan = Plan(FixedRank(2), 5) if depth is None else Plan(FixedRank(2), 5, FixedDepth(depth))
+    return toys.server(method=method, assign=plan, shape=SHAPE, start=adapter(2), **more)
+
+
+def first_task(server: Any) -> Task:
+    for profile in toys.profiles(2).values():
+        server.handle(0.0, ClientJoined(profile))
+    return next(c.task for c in server.handle(0.0, TimerFired()) if isinstance(c, Dispatch))
+
+
+def test_the_server_sends_the_depth_that_the_plan_says() -> None:
+    for depth in (1, 2, 3, None):
+        task = first_task(server(depth=depth))
+        assert task.budget == Budget(2, 5, depth)
+        assert [*task.start.train.factors] == [*LAYERS][3 - (depth or 3) :]
+
+
+def test_an_answer_holds_the_trained_layers_and_no_others() -> None:
+    own = server(depth=2)
+    task = first_task(own)
+    whole = toys.changed(adapter(2), 1)
+    right = Adapter({n: f for n, f in whole.factors.items() if n != "low"}, whole.dense)
+    for wrong in (whole, Adapter({"top": whole.factors["top"]}, whole.dense)):
+        (reject,) = own.handle(1.0, UpdateArrived(task.client, task.id, toys.make_result(wrong)))
+        assert "was not asked for" in reject.reason
+    assert not own.handle(2.0, UpdateArrived(task.client, task.id, toys.make_result(right)))
+    assert len(own.state.arrived) == 1
+
+
+@pytest.mark.parametrize("codec", [None, Exact(), Half(), DeltaInt8()], ids=str)
+@pytest.mark.parametrize("method", [ProductDelta(), FLoRA(), Scaffold()], ids=toys.called)
+def test_an_answer_of_any_depth_goes_through_the_wire(method: Aggregator, codec: Any) -> None:
+    own = server(method, depth=1, transfer=codec)
+    task = first_task(own)
+    trained = toys.changed(task.start, 1)
+    control = task.start.control and toys.changed(task.start.control, 2)
+    result, _ = answered(task, Local(), toys.make_result(trained, control=control), Local())
+    _, _, back = decode(encode(task, toys.make_result(trained, control=control)), 10**6, {task.id: task})
+    assert fault(task, back) is None
+    assert fingerprint(back.adapter) == fingerprint(result.adapter)
+
+
+def test_bytes_are_those_of_what_is_sent(tmp_path: Path) -> None:
+    """Up: the trained layers and the head, r (d_out + d_in) numbers each. Down: besides, the lower layers in the smaller form."""
+    for depth, codec, number in ((1, Exact(), 4), (2, Exact(), 4), (2, Half(), 2), (3, Half(), 2)):
+        task = first_task(server(depth=depth, transfer=codec))
+        up = message_size.up(task, toys.make_result(toys.changed(task.start, 1)))
+        assert up.total == number * SHAPE.payload(2, depth) // 4
+        assert message_size.down(task.start).total == number * SHAPE.payload(2) // 4  # rank 2 is the smaller form here
+        assert World(jitter=0.0).seconds(
+            task, toys.make_result(task.start.train), toys.profiles(1)["c0"], SHAPE, 0
+        ).train == pytest.approx(SHAPE.train_flops(100, 2, depth) / 1e4)
+
+
+def test_what_was_owed_at_another_depth_is_not_added() -> None:
+    """Error feedback is of one shape; a residual of other layers is dropped and not misread."""
+    codec, local, deep = DeltaInt8(), Local(), Start(adapter(2), "0")
+    for turn, names in enumerate([(), ("low",), ()]):
+        start = handed(lowered(deep, names), codec)
+        task = Task(turn + 1, "c", 0, start, Budget(2, 5), 0, 0.0)
+        _, local = answered(task, local, toys.make_result(toys.changed(start, turn)), Local(start.basis))
+        assert local.residual is not None
+        assert local.residual.factors.keys() == start.train.factors.keys()
+
+
+def test_partial_folds_are_kept_by_a_checkpoint(tmp_path: Path) -> None:
+    start = lower(adapter(2), "low", fold=Adapter({"top": toys.factor(1, *LAYERS["top"])}))
+    method = FLoRA()
+    model = method.init(toys.fresh(2))
+    task = Task(1, "c", 0, lowered(method.start(model, Budget(2, 5), 1), ("query",)), Budget(2, 5, 1), 0, 0.0)
+    model = merged(method, model, Merge(((1.0, toys.returned(task, toys.changed(task.start, 1))),)))
+    assert model.fold is not None
+    assert [*model.fold.factors] == ["value"]
+    checkpoint.write(tmp_path / "file", {"start": start, "model": model})
+    read = checkpoint.load(tmp_path / "file").read({"start": Start, "model": Model})
+    for one, other in ((start.fold, read["start"].fold), (model.fold, read["model"].fold)):
+        assert one is not None
+        assert tensors(one).keys() == tensors(other).keys()
+        assert fingerprint(one) == fingerprint(other)
+
+
+def test_a_memory_of_some_layers_is_completed_when_the_others_are_trained() -> None:
+    """The velocity of a layer begins when it is first trained."""
+    method = Momentum(FedIT())
+    model = method.init(adapter(2))
+    for depth in (1, 3):
+        names = [*LAYERS][: 3 - depth]
+        task = Task(depth, "c", 0, lowered(method.start(model, Budget(2, 5), 1), names), Budget(2, 5, depth), 0, 0.0)
+        model = merged(method, model, Merge(((1.0, toys.returned(task, toys.changed(task.start, depth))),)))
+        assert [*model.memory["momentum"].factors] == [*LAYERS][3 - depth :]
+        assert model.memory["momentum"].dense.keys() == {"head"}
+
+
+# Whole runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three blocks."""
+    return tiny_encoder(tmp_path_factory.mktemp("three"), num_hidden_layers=3)
+
+
+def mixed(encoder: Path, **more: Any) -> Any:
+    """Phones train the top block alone, laptops and workstations all three."""
+    plan = Plan(RankByCapability((2, 4, 8), upload_seconds=0.02), 4, DepthByCapability(seconds=0.12))
+    return tiny_run(encoder, **({"plan": plan, "seed": 5} | more))
+
+
+def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, text) if line["kind"] == kind]
+
+
+ASYNC: dict[str, Any] = {"schedule": FedFa(window=3, max_in_flight=4), "limits": Limits(versions=8)}
+
+
+@pytest.mark.parametrize("method", [ProductDelta(), FLoRA(), Momentum()], ids=toys.called)
+def test_a_run_of_mixed_depth_repeats_resumes_and_replays(encoder: Path, tmp_path: Path, method: Any) -> None:
+    run = mixed(encoder, aggregator=method, **ASYNC)
+    one = prepare(run).execute(tmp_path / "one", report=False, keep_updates=True)
+    assert {line["depth"] for line in lines(one.folder, "task")} == {1, 3}
+    assert replay(one.folder) == Replayed((one.folder / "trace.jsonl").read_bytes().count(b"\n"))
+
+    def stop(now: float, event: Any, commands: Any) -> None:
+        if any(getattr(command, "version", 0) == 5 for command in commands):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(run).execute(tmp_path / "two", [stop], report=False, checkpoint_seconds=0.0)
+    prepare(run, resume=tmp_path / "two").execute(report=False)
+    for name in COMPARED:
+        assert (tmp_path / "two" / name).read_bytes() == (one.folder / name).read_bytes(), name
+    shutil.rmtree(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, ASYNC], ids=["rounds", "fedfa"])
+def test_any_number_of_workers_writes_the_same_bytes(encoder: Path, tmp_path: Path, more: Any) -> None:
+    run = mixed(encoder, engine=None, **more)
+    folders = [prepare(run).execute(tmp_path / str(n), report=False, workers=n).folder for n in (1, 2)]
+    for name in COMPARED:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def test_a_depth_saves_upload_and_time(encoder: Path, tmp_path: Path) -> None:
+    taken = {}
+    for depth in (1, 2, 3):
+        plan = Plan(FixedRank(8), 4, FixedDepth(depth))
+        done = prepare(mixed(encoder, plan=plan, limits=Limits(versions=1))).execute(
+            tmp_path / str(depth), report=False
+        )
+        (version,) = lines(done.folder, "version")
+        taken[depth] = version["bytes_up"] - version["bytes_up_dense"], version["time"]
+        assert done.adapter.factors.keys() == prepare(mixed(encoder)).server.state.model.adapter.factors.keys()
+    assert taken[1][0] * 3 == taken[2][0] * 3 // 2 == taken[3][0]
+    assert taken[1][1] < taken[2][1] < taken[3][1]
+
+
+@pytest.mark.parametrize("method", [FedSA(), Noise(), ACE(clients=6)], ids=toys.called)
+def test_methods_that_need_all_layers_are_refused_before_anything_runs(encoder: Path, method: Any) -> None:
+    prepare(mixed(encoder, aggregator=method, plan=Plan(FixedRank(4), 4)))
+    with pytest.raises(Refused, match=r"plan\.depth"):
+        prepare(mixed(encoder, aggregator=method))
+
+
+def test_a_depth_that_the_model_does_not_have_is_refused(encoder: Path) -> None:
+    with pytest.raises(Refused, match=r"plan\.depth = 4: the model has 3 blocks; choose at most"):
+        prepare(mixed(encoder, aggregator=HLoRA(), plan=Plan(FixedRank(4), 4, FixedDepth(4))))

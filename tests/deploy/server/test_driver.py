@@ -1,0 +1,304 @@
+"""The driver of a deployment under storms: whatever gets lost, comes twice or dies, an answer counts once and the run ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import Phase, given, settings
+from rich.console import Console
+
+from fedloom import CA2FL, Averaged, DeltaInt8, FedBuff, FedFa, FedIT, Half, Immediate, ProductDelta, Rounds, Scaffold
+from fedloom.core.fingerprint import fingerprint
+from fedloom.core.server import Limits, Server
+from fedloom.core.types import Profile, Task
+from fedloom.deploy.messages import answer as wire
+from fedloom.deploy.messages.messages import Hello, Refusal, Work, decode, encode_reply
+from fedloom.deploy.server.driver import Deployment
+from fedloom.deploy.server.status import Figures, Status, read, shown
+from fedloom.runs.replay import replay
+from tests.support import toys
+from tests.support.deployed_processes import QUICK, STORM, TERMS, Killed, Life, turns
+from tests.support.simulated_link import Net, Site, Trouble
+
+METHODS = [
+    (ProductDelta(), Rounds(3), None),
+    (FedIT(), FedFa(3), Half()),
+    (Averaged(ProductDelta()), Immediate(), DeltaInt8()),
+    (CA2FL(FedIT(), 4), FedBuff(2), None),
+    (Scaffold(FedIT(), clients=4), Rounds(2, over_selection=1.5), Half()),
+]
+
+
+def accepted(trace: list[dict[str, Any]]) -> list[int]:
+    """The tasks whose answers counted, in order."""
+    arrived = [line for line in trace if line["event"]["type"] == "UpdateArrived"]
+    return [line["event"]["task"] for line in arrived if not any(c["type"] == "Reject" for c in line["commands"])]
+
+
+def sites(count: int = 4) -> dict[int, Site]:
+    return {100 + k: Site(profile, 1.0 + 2.0 * k) for k, profile in enumerate(toys.profiles(count).values())}
+
+
+@pytest.mark.parametrize(("method", "schedule", "codec"), METHODS[:2], ids=lambda one: type(one).__name__)
+@given(storm=STORM)
+@settings(max_examples=4, deadline=None, phases=(Phase.reuse, Phase.generate))  # a storm does not shrink
+def test_an_answer_counts_once_and_none_is_lost(
+    method: Any, schedule: Any, codec: Any, storm: dict[str, Any], tmp_path_factory: Any
+) -> None:
+    weathered(method, schedule, codec, tmp_path_factory.mktemp("storm"), **storm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "schedule", "codec"), METHODS, ids=lambda one: type(one).__name__)
+@given(storm=STORM)
+@settings(max_examples=8 * toys.STORMS, deadline=None, phases=(Phase.reuse, Phase.generate))
+def test_nor_in_more_storms_with_whatever_a_client_keeps(
+    method: Any, schedule: Any, codec: Any, storm: dict[str, Any], tmp_path_factory: Any
+) -> None:
+    weathered(method, schedule, codec, tmp_path_factory.mktemp("storm"), **storm)
+
+
+def weathered(method: Any, schedule: Any, codec: Any, folder: Path, trouble: Trouble, deadly: float, seed: int) -> None:
+    """Whatever happens on the wire and to the server: the run ends, no task counts twice, each is trained once where its
+    answer counted, a site keeps what it learnt exactly of the tasks that counted, and the trace replays to the byte.
+    """
+    net = Net(sites(), trouble, seed)
+
+    def make() -> Server:
+        start = toys.adapter(2)
+        return toys.server(schedule, method, start=start, limits=Limits(versions=12), transfer=codec)
+
+    life = Life(folder, net, make, deadly=deadly)
+    assert life.whole() == "12 versions made"
+    (folder / "manifest.json").write_text('{"status": "finished"}')
+    counted = accepted(life.trace())
+    assert len(counted) == len(set(counted))
+    whose = {line["event"]["task"]: line["event"]["client"] for line in life.trace() if "task" in line["event"]}
+    for site in net.sites.values():
+        own = site.profile.client
+        mine = [task for task in counted if whose[task] == own]
+        assert mine == sorted(mine)
+        assert [task for task in site.kept if task in mine] == site.kept  # kept of nothing that did not count
+        assert set(mine[:-1]) <= set(site.kept)  # and of all that did, but the last, of which no later task has told
+        assert all(sum(n for (task, _), n in site.trained.items() if task == number) == 1 for number in mine)
+    assert replay(folder, make()).difference == ""
+
+
+def test_time_goes_on_after_a_restart_and_what_the_server_missed_does_not_count(tmp_path: Path) -> None:
+    net = Net(sites(), seed=3)
+    life = Life(tmp_path, net, lambda: toys.server(limits=Limits(versions=6), start=toys.adapter(2)), deadly=0.0)
+    turn, turns = Deployment.turn, 0
+
+    def some(self: Deployment) -> Any:
+        nonlocal turns
+        turns += 1
+        if turns == 80:
+            raise Killed
+        return turn(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Deployment, "turn", some)
+        with pytest.raises(Killed):
+            life.live()
+    before = life.trace()[-1]["time"]
+    net.forget()
+    net.pause(1000.0)
+    assert life.live() == "6 versions made"
+    times = [line["time"] for line in life.trace()]
+    assert times == sorted(times)
+    assert 0 < max(b - a for a, b in pairwise(times)) < 30 < before + 1000
+
+
+def deployment(net: Net, **more: Any) -> Deployment:
+    server = toys.server(**({"limits": Limits(versions=50), "start": toys.adapter(2)} | more.pop("server", {})))
+    given: dict[str, Any] = {"patience": QUICK, "clock": net.clock} | more
+    return Deployment(server, net, TERMS, {}, **given)
+
+
+def test_a_run_begins_when_enough_clients_are_there_with_all_of_them(tmp_path: Path) -> None:
+    net = Net(sites())
+    net.back = {101: 20.0}
+    running = deployment(net, least=4)
+    turns(running, net, 15)
+    assert len(running.here) == 3
+    assert running.server.state.next_task == 1
+    turns(running, net, 20)
+    assert len(running.server.state.dispatched) == 4
+
+
+def test_a_name_belongs_to_its_key_and_to_one_node() -> None:
+    mine = sites(2)
+    mine[200] = Site(Profile("c0", 5))
+    net = Net(mine, named=False)
+    running = deployment(net)
+    turns(running, net, 5)
+    assert sorted(running.here) == ["c0", "c1"]
+    first, second = (running.sites.of("c0"), 300 - running.sites.of("c0"))
+    assert running.sites.nodes[first].why == ""
+    assert "another" in running.sites.nodes[second].why
+    net = Net({7: Site(Profile("c0", 5))})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Net, "nodes", lambda self: {7: "c9"})
+        running = deployment(net)
+        turns(running, net, 5)
+    assert not running.here
+    assert "key" in running.sites.nodes[7].why
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_site_that_refuses_is_left_alone_if_the_reason_lasts(lasting: bool) -> None:
+    net = Net(sites(2))
+    answer = net.sites[100].answer
+    refused = list[int]()
+
+    def refuses(body: bytes) -> bytes:
+        ask = decode(body, 2**30)
+        if isinstance(ask, Hello):
+            return answer(body)
+        refused.append(ask.task.id)
+        return encode_reply(Refusal("c0", ask.task.id, "rank 8 is above the site's 4", lasting))
+
+    net.sites[100].answer = refuses  # type: ignore[method-assign]
+    running = deployment(net, server={"schedule": FedFa(2)})
+    turns(running, net, 30)
+    assert len(refused) == len(set(refused))
+    assert running.traffic.refused in (len(refused) - 1, len(refused))
+    assert len(refused) <= 30 / QUICK.pause + 1 if lasting else len(refused) > 10
+    assert running.server.state.version > 3
+    assert ("above" in running.sites.nodes[100].why) == lasting
+
+
+def test_a_site_that_is_silent_for_too_long_is_lost_and_counts_again_when_it_answers() -> None:
+    net = Net(sites(3))
+    net.sites[102].seconds = 100.0
+    running = deployment(net, server={"schedule": FedBuff(2), "limits": Limits(versions=500)})
+    turns(running, net, 90)
+    assert "c2" not in running.here
+    assert running.server.state.version > 10
+    turns(running, net, 200)
+    assert running.traffic.late >= 1
+    assert running.server.state.dispatched["c2"] >= 2
+
+
+def test_a_client_that_is_away_for_a_short_time_keeps_its_task() -> None:
+    net = Net(sites(2))
+    running = deployment(net, server={"schedule": FedFa(2)})
+    turns(running, net, 2)
+    task = next(task.id for task in running.tasks.values() if task.client == "c1")
+    net.back[101], net.free[101] = net.time + 10, net.time + 10
+    turns(running, net, 14)
+    assert "c1" in running.here
+    assert running.server.state.dispatched["c1"] <= 4
+    assert net.sites[101].trained.keys() >= {key for key in net.sites[101].trained if key[0] == task}
+    assert sum(n for (number, _), n in net.sites[101].trained.items() if number == task) == 1
+
+
+def test_garbage_from_a_site_hurts_nobody_else() -> None:
+    net = Net(sites(2))
+    answer, random = net.sites[100].answer, Random(0)
+    net.sites[100].answer = lambda body: random.randbytes(50) if random.random() < 0.5 else answer(body)  # type: ignore[method-assign]
+    running = deployment(net, server={"schedule": FedFa(2)})
+    turns(running, net, 60)
+    assert running.server.state.version > 10
+    assert running.accepted.keys() == {"c0", "c1"}
+
+
+def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
+    net = Net(sites(2))
+    running = deployment(net, least=3)
+    status = Status(tmp_path, running, running.server.limits)
+    running.observe = status
+    turns(running, net, 3)
+    assert status.waits().startswith("for 1 more of 3 clients; there: c0, c1")
+    running.least = 2
+    net.sites[102] = Site(Profile("c2", 5))  # type: ignore[index]
+    turns(running, net, 6)
+    assert "answers of" in status.waits()
+    status.write()
+    told = read(tmp_path)
+    assert told["version"] == running.server.state.version
+    assert set(told["clients"]) == {"c0", "c1", "c2"}
+    console = Console(width=120, file=StringIO())
+    console.print(shown(told, age=100.0))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "c2" in text
+    assert "still running?" in text
+    figures = {one.name: one for one in Figures(status).collect()}
+    assert figures["fedloom_version"].samples[0].value == told["version"]
+    assert figures["fedloom_answers_accepted"].samples[0].value == status.accepted > 0
+
+
+def test_what_was_lost_without_a_word_is_sent_again_ever_more_seldom() -> None:
+    net = Net(sites(2))
+    lost, send = list[float](), net.send
+
+    def silent(node: int, body: bytes) -> str:
+        if node == 101 and isinstance(decode(body, 2**30), Work) and len(lost) < 3:
+            lost.append(net.time)
+            return f"lost{len(lost)}"
+        return send(node, body)
+
+    net.send = silent  # type: ignore[method-assign]
+    patience = replace(QUICK, task=None, doubt=5.0)
+    running = deployment(net, patience=patience, server={"schedule": FedFa(2), "limits": Limits(versions=500)})
+    turns(running, net, 60)
+    first, second, third = lost
+    assert 5 <= second - first <= 6
+    assert 10 <= third - second <= 11
+    assert net.sites[101].trained
+    assert all(count == 1 for count in net.sites[101].trained.values())
+
+
+def test_a_site_that_cannot_read_a_task_fails_it() -> None:
+    net = Net(sites(2))
+    answer = net.sites[100].answer
+
+    def small(body: bytes) -> bytes:
+        reads = isinstance(decode(body, 2**30), Hello)
+        return answer(body) if reads else encode_reply(Refusal("c0", None, "the message is above 1 MB", True))
+
+    net.sites[100].answer = small  # type: ignore[method-assign]
+    running = deployment(net, server={"schedule": FedFa(2)})
+    turns(running, net, 12)
+    assert "above 1 MB" in running.server.state.last_failure or running.server.state.version > 0
+    assert 2 <= running.traffic.refused <= 3  # once a pause
+    assert not [task for task in running.tasks.values() if task.client == "c0"]
+
+
+def test_nobody_speaks_for_the_task_of_another() -> None:
+    """A site that answers, or refuses, each task of its own as if it were the other's does the other no harm."""
+    for refuses in (True, False):
+        net = Net(sites(2))
+        honest, own = net.sites[101].answer, net.sites[100].answer
+        seen: list[Work] = []
+
+        def watched(body: bytes, honest: Any = honest, seen: list[Work] = seen) -> bytes:
+            ask = decode(body, 2**30)
+            seen += [ask] if isinstance(ask, Work) else []
+            return honest(body)
+
+        def false(body: bytes, own: Any = own, seen: list[Work] = seen, refuses: bool = refuses) -> bytes:
+            if isinstance(decode(body, 2**30), Hello) or not seen:
+                return own(body)
+            other = seen[-1].task
+            return encode_reply(Refusal("c1", other.id, "no", True)) if refuses else returned_bytes(other)
+
+        net.sites[101].answer, net.sites[100].answer = watched, false  # type: ignore[method-assign]
+        running = deployment(net, server={"schedule": FedFa(2)})
+        turns(running, net, 40)
+        assert "c1" in running.here
+        assert not refuses or running.traffic.late == 0  # no honest answer came to a task that another had ended
+        assert net.sites[101].trained.keys() == {(one.task.id, fingerprint(one.task.start.train)) for one in seen}
+        assert running.accepted["c1"] >= seen[-2].task.id
+        assert running.server.state.version > 3
+
+
+def returned_bytes(task: Task) -> bytes:
+    """An answer to this task, whoever sends it."""
+    return wire.encode(task, toys.make_result(task.start.train))

@@ -1,0 +1,227 @@
+"""A full disk: what could not be written and what to do is told, and the run goes on when there is room. The kernel says no here."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom.core.errors import Refused
+from fedloom.core.files import full, write_json
+from fedloom.deploy import start
+from fedloom.deploy.flower import serve as serve_module
+from fedloom.deploy.flower.app_outcome import Word, heard, leave
+from fedloom.deploy.flower.serve import MOST_QUICK, ROOM, Serving, serve
+from fedloom.deploy.flower.server_app import carry_out
+from fedloom.deploy.flower.server_processes import Server
+from fedloom.runs import checkpoint
+from fedloom.runs.prepare import prepare
+from fedloom.runs.replay import replay
+from tests.support.deployment_runs import folder_of, net_of, run_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full and tmpfs")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A disk of two megabytes."""
+    if os.geteuid():
+        pytest.skip("a disk of its own needs root")
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True)
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def crowd(place: Path, left: int) -> Path:
+    """So many bytes are left, about, until the file is removed."""
+    ballast, free = place / "ballast", os.statvfs(place)
+    ballast.write_bytes(bytes(free.f_bavail * free.f_frsize - left))
+    return ballast
+
+
+def to_a_full_disk(path: Path) -> None:
+    """Whoever writes the draft of this file finds no room."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".draft").symlink_to("/dev/full")
+
+
+def test_a_full_disk_is_known_however_it_is_told(tmp_path: Path, small: Path) -> None:
+    to_a_full_disk(tmp_path / "note.json")
+    with pytest.raises(OSError, match=r"note\.json") as told:
+        write_json(tmp_path / "note.json", {"a": 1})
+    assert full(told.value) is not None
+    assert not (tmp_path / "note.json").exists()
+    assert not (tmp_path / "note.draft").is_symlink()
+    with pytest.raises(OSError, match=r"tensors\.safetensors") as told:  # safetensors has an error of its own
+        checkpoint.write(small / "tensors.safetensors", {"a": torch.zeros(10**6)})
+    assert told.value.errno == errno.ENOSPC
+    assert [*small.iterdir()] == [], "the draft takes no room"
+    try:
+        try:
+            raise told.value
+        finally:
+            raise ValueError("what came of it")
+    except ValueError as error:
+        found = full(error)
+        assert found is not None
+        assert found.filename == str(small / "tensors.safetensors")
+    assert full(ValueError("no")) is None
+    assert full(PermissionError(errno.EACCES, "no")) is None
+
+
+def test_the_last_word_finds_its_place_on_a_full_disk(small: Path) -> None:
+    (small / "flower").mkdir()
+    leave(small, 1, Word(7))
+    crowd(small, 0)
+    word = Word(7, full=f"{small}/run/checkpoint.safetensors")
+    leave(small, 1, word)
+    assert heard(small, 1) == word
+    leave(small, 1, Word(7, reason="over"))
+    assert heard(small, 1) == Word(7, reason="over")
+    with pytest.raises(OSError, match="No space"):
+        leave(small, 2, Word(7))
+    assert heard(small, 2) is None
+
+
+def lived(folder: Path, attempt: int, run: Any) -> int | None:
+    """A ServerApp in a process of its own; returns how it ended."""
+    context: Any = SimpleNamespace(run_config={"folder": str(folder), "attempt": attempt})
+    child = multiprocessing.get_context("fork").Process(target=carry_out, args=(None, context, run))
+    child.start()
+    child.join(120)
+    return child.exitcode
+
+
+@pytest.mark.slow
+def test_a_run_without_room_says_what_it_could_not_write_and_goes_on_with_room(
+    encoder: Path, tmp_path: Path, small: Path
+) -> None:
+    run = run_of(encoder)
+    (small / "deployment.json").write_bytes((folder_of(tmp_path, run) / "deployment.json").read_bytes())
+    job = prepare(run)
+
+    def carried(link: Any, folder: Path) -> str:
+        net = net_of(tmp_path, job, encoder)
+        return start.run(net, folder, net.pause, net.clock)
+
+    (small / "flower").mkdir()
+    ballast = crowd(small, 250_000)
+    assert lived(small, 1, carried) == 1
+    word = heard(small, 1)
+    assert word is not None
+    assert word.ended
+    assert word.full.startswith(str(small / "run"))
+    assert json.loads((small / "run" / "manifest.json").read_text())["status"] != "finished"
+    ballast.unlink()
+    assert lived(small, 2, carried) == 0
+    assert heard(small, 2).reason == "3 versions made"  # type: ignore[union-attr]
+    assert replay(small / "run").difference == ""
+
+
+class Obliging:
+    """In Flower's place: it takes every app, which then ends with this word."""
+
+    def __init__(self, folder: Path, word: Word | None) -> None:
+        self.folder, self.word, self.taken = folder, word, 0
+
+    def submit(self, folder: Path, attempt: int) -> int:
+        self.taken += 1
+        if self.word is not None:
+            leave(folder, attempt, self.word)
+        return attempt
+
+    def halt(self, run: int) -> None:
+        pass
+
+
+def serving(folder: Path, word: Word | None) -> tuple[Serving, list[str]]:
+    (folder / "flower").mkdir(parents=True)
+    said = list[str]()
+    server = Server(folder, "127.0.0.1", insecure=True)
+    nobody: Any = None
+    return Serving(server, Obliging(folder, word), nobody, said.append, nobody, 0), said  # type: ignore[arg-type]
+
+
+def test_serve_tells_of_the_full_disk_and_gives_up_after_some_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "server"
+    one, said = serving(folder, Word(2**22, full=f"{folder}/run/checkpoint.safetensors"))
+    write_json(folder / "deployment.json", {})
+    now = 1000
+    monkeypatch.setattr(serve_module.time, "monotonic", lambda: now)
+
+    def follow() -> None:
+        nonlocal now
+        while now < 2000:
+            one._try(one._follow)
+            now += 1
+
+    with pytest.raises(Refused, match="its disk is full") as told:
+        follow()
+    assert one.control.taken == MOST_QUICK  # type: ignore[attr-defined]
+    assert now > 1000 + (MOST_QUICK - 1) * serve_module.CLEARING, "there is time to make room"
+    assert f"{folder}/run/checkpoint.safetensors could not be written" in said[0]
+    assert "killed" not in " ".join(said)
+    for part in (str(folder), "checkpoint.safetensors", "free space", "fedloom serve ... --resume"):
+        assert part in str(told.value)
+
+
+def test_a_disk_with_hardly_any_room_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, said = serving(tmp_path / "server", None)
+    free = ROOM - 1
+    monkeypatch.setattr(serve_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    for _ in range(3):
+        one._look_for_room()
+        one._try(one._follow)
+    assert len(said) == 1
+    assert "is full; free space there" in said[0]
+    assert "fedloom serve ... --resume" in said[0]
+    assert one.control.taken == 0  # type: ignore[attr-defined]
+    leave(tmp_path / "server", 1, Word(2**22))  # it died without a word
+    one.run = one.attempt = 1
+    one._try(one._follow)
+    assert "it was killed, and the disk is full" in said[-1]
+    free = ROOM
+    one._look_for_room()
+    one._try(one._follow)
+    assert one.control.taken == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_server_that_cannot_even_begin_says_why_with_code_2(tmp_path: Path, resume: bool) -> None:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    if resume:
+        (folder / "deployment.json").write_text("{}")
+    to_a_full_disk(folder / "deployment.json")
+    with pytest.raises(Refused, match=r"its disk is full: .*deployment\.json could not be written; free space"):
+        serve(Server(folder, "127.0.0.1", insecure=True), {}, resume, print)
+
+
+def test_the_command_ends_with_code_2_and_no_traceback(encoder: Path, tmp_path: Path) -> None:
+    folder, run = tmp_path / "server", tmp_path / "run.py"
+    run.write_text(f"from bench.tiny import tiny_run\n\nrun = tiny_run({str(encoder)!r})\n")
+    to_a_full_disk(folder / "deployment.json")
+    words = ["serve", str(run), "--folder", str(folder), "--insecure"]
+    ended = subprocess.run(
+        [sys.executable, "-c", "from fedloom.cli.main import main; main()", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert "its disk is full" in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr

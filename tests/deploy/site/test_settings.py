@@ -1,0 +1,117 @@
+"""`site.toml`: what it may say, what is said of a slip, and which files it reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.core.errors import Refused
+from fedloom.deploy.site.settings import Limits, Site, read
+from tests.support.tiny_models import toy_answers, toy_rows
+
+LEAST = 'name = "ward"\nserver = "s:1"\n[model]\npath = "there"\n[table]\npath = "rows.jsonl"\n'
+
+
+def told(folder: Path, text: str) -> Site:
+    (folder / "site.toml").write_text(text, encoding="utf-8")
+    return read(folder / "site.toml")
+
+
+def test_the_least_that_a_site_says(tmp_path: Path) -> None:
+    site = told(tmp_path, LEAST)
+    assert (site.name, site.ca, site.key, site.limits) == ("ward", None, None, Limits())
+    assert site.folder == tmp_path / "state"
+    assert site.socket == tmp_path / "state" / "worker.sock"
+
+
+def test_paths_are_told_from_the_folder_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    site = told(tmp_path, 'ca = "ca.crt"\nkey = "/abs/key"\nfolder = "x/y"\n' + LEAST)
+    assert (site.ca, site.key, site.folder) == (tmp_path / "ca.crt", Path("/abs/key"), tmp_path / "x" / "y")
+    assert site.model.path == str(tmp_path / "there")
+    assert told(tmp_path, LEAST.replace("there", "some/encoder")).model.path == "some/encoder", "a hub's name stays"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("name = ", "it is not TOML"),
+        (LEAST.replace('name = "ward"\n', ""), "name = '': field required"),
+        (LEAST + "colour = 1\n", "table.colour = 1: extra inputs are not permitted; docs/site.md lists all fields"),
+        (LEAST + "[limits]\nrank = 0\n", "limits.rank = 0"),
+        (LEAST + "[limits]\nrank = 'many'\n", "limits.rank = 'many'"),
+        (LEAST + "[limits]\nruns = []\n", "limits.runs"),
+        (LEAST + "[limits]\nhours = 'at night'\n", "limits.hours = 'at night'"),
+        (LEAST + "[speed]\nflops = -1\n", "speed.flops = -1"),
+        (LEAST + "[instructions]\npath = 'x'\n", r"give either a section \[table\] or a section \[instructions\]"),
+        (LEAST.partition("[table]")[0], r"give either a section \[table\] or a section \[instructions\]"),
+    ],
+)
+def test_a_slip_is_told_with_the_field_and_a_remedy(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        told(tmp_path, text)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="cannot be read"):
+        read(tmp_path / "site.toml")
+
+
+@pytest.mark.parametrize(
+    ("hours", "awake", "asleep"),
+    [(None, (0, 12, 23.9), ()), ("20:00-06:00", (20, 23.9, 0, 5.9), (6, 12, 19.9)), ("9:30-17:00", (9.5, 16.9), (9.4, 17)),
+     ("00:00-24:00", (0, 23.99), ())],
+)  # fmt: skip
+def test_a_site_works_at_its_hours(hours: str | None, awake: Any, asleep: Any) -> None:
+    limits = Limits(hours=hours)
+    assert all(map(limits.awake, awake))
+    assert not any(map(limits.awake, asleep))
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def labelled(folder: Path, more: str, labels: tuple[str, ...], rows: list[dict[str, Any]] | None = None) -> Any:
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows or toy_rows(6))))
+    return told(folder, LEAST + more).examples(labels)
+
+
+def test_all_rows_are_trained_on_in_their_order_under_the_run_s_labels(tmp_path: Path) -> None:
+    rows = toy_rows(6)
+    for labels in (("pet", "colour"), ("colour", "pet"), ("colour", "other", "pet")):
+        examples = labelled(tmp_path, "", labels)
+        assert examples.texts == tuple(row["text"] for row in rows)
+        assert [examples.names[label] for label in examples.labels] == [row["label"] for row in rows]
+        assert examples.names == labels
+
+
+def test_a_site_may_hold_one_label_only(tmp_path: Path) -> None:
+    examples = labelled(tmp_path, "", ("colour", "pet"), [row for row in toy_rows(6) if row["label"] == "pet"])
+    assert examples.labels == (1, 1, 1)
+
+
+def test_values_of_the_data_can_have_other_names_in_the_run(tmp_path: Path) -> None:
+    rows = [{"text": f"word {k}", "label": k % 2} for k in range(4)]
+    for more in ('labels = ["0", "1"]\n', '[table.labels]\n"1" = "yes"\n"0" = "no"\n'):
+        examples = labelled(tmp_path, more, ("no", "yes"), rows)
+        assert (examples.names, examples.labels) == (("no", "yes"), (0, 1, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "more", ['labels = ["pet"]\n', 'labels = ["a", "b", "c"]\n', '[table.labels]\npet = "x"\ncolour = "y"\n']
+)
+def test_labels_that_are_not_the_run_s_are_refused(tmp_path: Path, more: str) -> None:
+    with pytest.raises(Refused, match=r"table\.labels.*the labels of the run are colour, pet"):
+        labelled(tmp_path, more, ("colour", "pet"))
+
+
+def test_answers_are_read_and_rows_without_one_left_out(tmp_path: Path) -> None:
+    rows = [*toy_answers(4), {"instruction": "say nothing", "answer": ""}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    site = told(tmp_path, LEAST.replace("[table]", "[instructions]"))
+    assert site.examples(None).answers == tuple(row["answer"] for row in rows[:4])
+    with pytest.raises(Refused, match="these data have answers"):
+        site.examples(("a", "b"))

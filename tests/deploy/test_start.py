@@ -1,0 +1,171 @@
+"""A deployment over real workers in this process: the simulation's adapter, a trace that replays, a folder that goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom import (
+    ACE,
+    DeltaInt8,
+    Engine,
+    FedFa,
+    FedSA,
+    FixedRank,
+    Half,
+    Hierarchy,
+    Limits,
+    Plan,
+    Planned,
+    ProductDelta,
+    Scaffold,
+    Scored,
+    Training,
+)
+from fedloom.core.errors import Refused
+from fedloom.deploy import start
+from fedloom.deploy.server.config import Order
+from fedloom.report.run_log import read
+from fedloom.runs.prepare import prepare
+from fedloom.runs.replay import replay
+from tests.support.deployment_runs import folder_of, net_of, run_of
+from tests.support.simulated_regions import Killed, adapter_at
+
+
+class Own(Half):
+    """A codec that no site knows."""
+
+    __slots__ = ()
+
+
+def mine(done: float) -> float:
+    """A learning rate that no site knows."""
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("method", "codec"),
+    [
+        (ProductDelta(), DeltaInt8()),
+        pytest.param(ProductDelta(), None, marks=pytest.mark.slow),
+        pytest.param(FedSA(), None, marks=pytest.mark.slow),
+        pytest.param(Scaffold(clients=6), None, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: Any, codec: Any) -> None:
+    """Synchronous rounds, in which no order is left to chance, at mixed ranks: the same numbers, to the bit; and of each client the
+    same scores on the same examples held out.
+
+    `together=1`: a simulation trains clients in one pass where it can, and each site alone; dropout then draws other masks.
+    """
+    run = run_of(encoder, aggregator=method, transfer=codec, engine=Engine(together=1))
+    job = prepare(run)
+    simulated = job.execute(tmp_path / "simulated", report=False)
+    folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    assert start.run(net, folder, net.pause, net.clock) == "3 versions made"
+    there = adapter_at(folder / "run")
+    here = adapter_at(simulated.folder)
+    assert there.keys() == here.keys()
+    assert all(there[name].equal(here[name]) for name in here)
+    assert replay(folder / "run").difference == ""
+    log = read(folder / "run")
+    assert log.manifest["status"] == "finished"
+    assert set(log.manifest["clients"]) == set(job.profiles)
+    assert [line["accuracy"] for line in log.scores] == [score["accuracy"] for score in simulated.scores]
+    assert "virtual time" not in (folder / "run" / "report.html").read_text()
+    wanted = [{**line, "tier": "site"} for line in read(simulated.folder).clients]
+    assert len(wanted) == 6
+    for line, want in zip(log.clients, wanted, strict=True):
+        assert line["loss"] == pytest.approx(want["loss"], rel=1e-5)  # clients of one rank are predicted together there
+        assert {**line, "loss": 0} == {name: value for name, value in {**want, "loss": 0}.items() if name != "f1"}
+    assert not log.unscored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [5, 23])
+def test_a_server_that_was_killed_goes_on_in_its_folder(encoder: Path, tmp_path: Path, after: int) -> None:
+    run = run_of(encoder, schedule=FedFa(3), limits=Limits(versions=20, evaluate_every=5))
+    folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    sent, send = 0, net.send
+
+    def dies(node: int, body: bytes) -> str:
+        nonlocal sent
+        sent += 1
+        if sent == 6 + after:
+            raise Killed
+        return send(node, body)
+
+    net.send = dies  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        start.run(net, folder, net.pause, net.clock)
+    net.forget()
+    net.send = send  # type: ignore[method-assign]
+    net.pause(100.0)
+    assert start.run(net, folder, net.pause, net.clock) == "20 versions made"
+    assert replay(folder / "run").difference == ""
+    lines = [json.loads(line) for line in (folder / "run" / "trace.jsonl").read_text().splitlines()]
+    counted = [line["event"]["task"] for line in lines if line["event"]["type"] == "UpdateArrived"]
+    assert len(counted) == len(set(counted)) >= 20
+    trained = sum(site.worker.trained for site in net.sites.values())  # type: ignore[attr-defined]
+    assert trained <= len(counted) + 6  # nothing that counted was trained twice
+    assert start.run(net, folder) == "20 versions made"  # a finished one has nothing left to do
+
+
+@pytest.mark.slow
+def test_sites_of_other_limits_train_at_their_own_rank(encoder: Path, tmp_path: Path) -> None:
+    run = run_of(encoder, plan=Plan(FixedRank(8), local_steps=3))
+    folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    for number, rank in enumerate([2, 4, 8, 8, 4, 2]):
+        worker = net.sites[number].worker  # type: ignore[attr-defined]
+        worker.site = worker.site.model_copy(update={"limits": worker.site.limits.model_copy(update={"rank": rank})})
+    start.run(net, folder, net.pause, net.clock)
+    ranks = {str(task["client"]): task["rank"] for task in read(folder / "run").tasks}
+    known = [net.sites[number].profile.client for number in range(6)]
+    assert {client: ranks[client] for client in ranks} == {
+        client: rank for client, rank in zip(known, [2, 4, 8, 8, 4, 2], strict=True) if client in ranks
+    }
+    assert len(set(ranks.values())) > 1
+
+
+def test_the_training_file_need_not_be_at_the_server(encoder: Path, tmp_path: Path) -> None:
+    from fedloom import Table
+    from tests.support.tiny_models import toy_rows
+
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, toy_rows(20))))
+    run = run_of(encoder, data=Table(tmp_path / "nowhere.jsonl", tmp_path / "test.jsonl"))
+    job, profiles = start.made_for_serving(run, tmp_path / "none")
+    assert (len(job.split.train), len(job.split.test), profiles) == (0, 20, {})
+    assert job.split.train.names == ("colour", "pet")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"hierarchy": Hierarchy(plan=Planned(Scored(rank=16)))}, "the server's rank is 8"),
+        ({"hierarchy": Hierarchy(plan=Planned(Scored(rank=8), depth=3))}, "the model has 2 blocks"),
+        ({"hierarchy": Hierarchy(plan=Planned()), "aggregator": FedSA()}, "keep a side of each layer"),
+        ({"hierarchy": Hierarchy(), "aggregator": Scaffold(clients=2)}, "no control variate"),
+        ({"hierarchy": Hierarchy(), "aggregator": ACE(clients=6)}, "give clients=2"),
+        ({"transfer": Own()}, "no code travels to a site"),
+        ({"training": Training(decay=mine)}, "no code travels to a site"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_what_cannot_be_deployed_is_refused_when_it_is_served(
+    encoder: Path, tmp_path: Path, more: dict[str, Any], why: str
+) -> None:
+    """In one sentence, before anybody is waited for or anything is written."""
+    with pytest.raises(Refused, match=why):
+        start.terms(start.made_for_serving(run_of(encoder, **more), tmp_path / "none", 2)[0])
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("told", ["", "[]", '{"settings": []}', '{"runfile": "x", "patience": {"task": -1}}'])
+def test_a_folder_without_an_order_is_refused(tmp_path: Path, told: str) -> None:
+    (tmp_path / "deployment.json").write_text(told)
+    with pytest.raises(Refused):
+        Order.of(tmp_path)

@@ -1,0 +1,270 @@
+"""A run from its value to its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom import (
+    CA2FL,
+    IID,
+    ByClient,
+    Clip,
+    FedEx,
+    FedPLoRA,
+    FedSA,
+    FixedRank,
+    FLoRA,
+    FoldedDelta,
+    HetLoRA,
+    HLoRA,
+    Job,
+    Limits,
+    LoRAA2,
+    Noise,
+    Plan,
+    RaFLoRA,
+    Refused,
+    Rounds,
+    Rows,
+    Scaffold,
+    Training,
+    prepare,
+)
+from fedloom.core.events import Command, Event, Publish
+from fedloom.core.fingerprint import fingerprint
+from fedloom.core.policies import Aggregator
+from fedloom.core.schema import plain
+from fedloom.report.page import write
+from fedloom.report.run_log import read
+from fedloom.runs.manifest import digest
+from fedloom.schedule.fedfa import FedFa
+from fedloom.train.export import open_run
+from tests.support.same_bytes import COMPARED, start_twins
+from tests.support.tiny_runs import tiny_run, toy_rows
+
+FILES = {"manifest.json", "metrics.jsonl", "trace.jsonl", "report.html", "adapter"}
+
+
+def manifest(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    return found
+
+
+def stopping(error: type[BaseException], version: int) -> Any:
+    def observe(now: float, event: Event, commands: list[Command]) -> None:
+        if any(isinstance(command, Publish) and command.version == version for command in commands):
+            raise error("enough")
+
+    return observe
+
+
+def test_a_finished_run_has_everything_in_its_folder(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == FILES
+    log = read(finished)
+    assert [line["version"] for line in log.versions] == [1, 2, 3]
+    assert [line["version"] for line in log.scores] == [0, 1, 2, 3]
+    assert len(log.clients) == 6
+    assert len(log.tasks) == 3 * 4
+    assert {line["status"] for line in log.tasks} == {"merged"}
+    assert len({line["rank"] for line in log.tasks}) > 1
+    assert all(0 < line["rounding"] <= line["rounding_change"] < 1e-3 for line in log.versions), "float16, the default"
+    assert "Numbers travel as float16" in (finished / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_manifest_says_what_the_run_was(finished: Path, encoder: Path) -> None:
+    about = manifest(finished)
+    assert (about["name"], about["seed"], about["status"], about["status_reason"]) == (
+        "finished",
+        5,
+        "finished",
+        "3 versions made",
+    )
+    settings = plain(tiny_run(encoder, name="finished", seed=5))
+    assert about["run"] == json.loads(json.dumps(settings))
+    assert about["run_hash"] == digest(settings)
+    assert about["partition"]["label_names"] == ["colour", "pet"]
+    assert about["model"]["dense_parameters"] == 66
+    assert about["model"]["lora_parameters_by_rank"]["8"] == 8 * 4 * 64
+    assert about["baselines"]["majority"] == pytest.approx(0.5)
+    assert about["versions"].keys() >= {"torch", "transformers", "peft"}
+    assert about["clients"].keys() == about["partition"]["clients"].keys()
+
+
+def test_the_same_seed_writes_the_same_bytes(finished: Path, encoder: Path, tmp_path: Path) -> None:
+    torch.rand(3)  # what others drew must not matter
+    prepare(tiny_run(encoder, name="finished", seed=5)).execute(tmp_path / "again")
+    for name in (*COMPARED, "manifest.json"):
+        assert (finished / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+
+
+def test_another_seed_divides_and_initialises_otherwise(encoder: Path) -> None:
+    one, other = (prepare(tiny_run(encoder, seed=seed)) for seed in (5, 6))
+    assert one.shards != other.shards
+    assert fingerprint(one.server.state.model.adapter) != fingerprint(other.server.state.model.adapter)
+
+
+@pytest.mark.slow
+def test_the_same_bytes_come_from_processes_that_hash_differently(tmp_path: Path) -> None:
+    assert start_twins(tmp_path).same_bytes()
+
+
+def test_a_run_never_writes_over_another(finished: Path, encoder: Path) -> None:
+    before = (finished / "manifest.json").read_bytes()
+    with pytest.raises(Refused, match="exists already"):
+        prepare(tiny_run(encoder)).execute(finished)
+    assert (finished / "manifest.json").read_bytes() == before
+
+
+def test_ctrl_c_leaves_a_folder_that_says_so_and_can_be_read(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tiny_run(encoder)).execute(tmp_path / "out", [stopping(KeyboardInterrupt, 1)])
+    assert manifest(tmp_path / "out")["status"] == "interrupted"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert len(read(tmp_path / "out").versions) == 1
+    assert "interrupted" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_failure_leaves_a_folder_that_says_why(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="enough"):
+        prepare(tiny_run(encoder)).execute(tmp_path / "out", [stopping(RuntimeError, 1)])
+    about = manifest(tmp_path / "out")
+    assert (about["status"], about["status_reason"]) == ("failed", "RuntimeError: enough")
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_a_run_cut_short_before_its_first_version_has_a_report_and_no_adapter(encoder: Path, tmp_path: Path) -> None:
+    def observe(now: float, event: Event, commands: list[Command]) -> None:
+        if now > 0:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tiny_run(encoder)).execute(tmp_path / "out", [observe])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES - {"adapter"}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": "/nowhere/at/all"}, "model"),
+        ({"plan": Plan(FixedRank(33))}, "plan.rank"),
+        ({"data": Rows(toy_rows(20), text="txet")}, "data.text"),
+        ({"partition": ByClient()}, "partition"),
+        ({"held_out": 1.0}, "held_out"),
+        ({"plan": Plan(FixedRank(10**9))}, "plan.rank"),
+        ({"plan": Plan(FixedRank(2), 1.5)}, "plan.local_steps"),  # type: ignore[arg-type]
+        ({"aggregator": RaFLoRA(rank=5000)}, "aggregator.rank"),
+        ({"aggregator": Clip(HLoRA(rank=5000))}, "aggregator.rank"),
+        ({"aggregator": Scaffold(clients=99)}, "aggregator.clients"),
+        ({"aggregator": CA2FL(clients=99)}, "aggregator.clients"),
+        ({"aggregator": Noise(), "schedule": FedFa()}, "schedule"),
+        ({"schedule": Rounds(cohort_size=2.5)}, "schedule.cohort_size"),  # type: ignore[arg-type]
+        ({"training": Training(learning_rate=float("inf"))}, "training.learning_rate"),
+        ({"data": Rows([{"text": "red cat " * 200, "label": str(i % 2)} for i in range(60)])}, "training.max_length"),
+        ({"data": Rows(iter(toy_rows(60)))}, "data.rows"),
+        ({"device": "gpu"}, "device"),
+    ],
+)
+def test_nothing_is_written_when_preparing_fails(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], field: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"model": encoder} | change
+    with pytest.raises(Refused) as caught:
+        prepare(tiny_run(**given))
+    assert caught.value.field == field
+    assert list(tmp_path.iterdir()) == []
+
+
+def expected_scores(job: Job) -> dict[str, float]:
+    """Each client's accuracy, one example after the other, with the adapter it would be handed."""
+    fleet, found = job.server.fleet(), {}
+    for shard in job.shards:
+        budget = job.run.plan(job.profiles[shard.client], fleet)
+        start = job.run.aggregator.start(job.server.state.model, budget, 0)
+        job.base.put(start.train)
+        hits = 0
+        for index in shard.held_out:
+            inputs = job.train_texts.batch([index], job.base.device)
+            label = int(inputs.pop("labels"))
+            with torch.no_grad():
+                hits += int(job.base.model.eval()(**inputs).logits.argmax()) == label
+        found[shard.client] = hits / len(shard.held_out)
+    return found
+
+
+def test_a_client_is_scored_on_its_own_held_out_part_at_its_own_rank(encoder: Path, tmp_path: Path) -> None:
+    job = prepare(tiny_run(encoder, partition=IID(5), held_out=0.3, limits=Limits(versions=2)))
+    outcome = job.execute(tmp_path / "out")
+    lines = read(outcome.folder).clients
+    assert [score["accuracy"] for score in outcome.scores] == [line["accuracy"] for line in read(outcome.folder).scores]
+    assert {line["client"]: line["accuracy"] for line in lines} == pytest.approx(expected_scores(job))
+    for shard, line in zip(job.shards, lines, strict=True):
+        held = [job.split.train.labels[i] for i in shard.held_out]
+        own = [job.split.train.labels[i] for i in shard.train]
+        commonest = max(sorted(set(own)), key=own.count)
+        assert (line["client"], line["held_out"]) == (shard.client, len(held))
+        assert line["base_accuracy"] == held.count(commonest) / len(held)
+
+
+def test_no_client_trains_on_what_it_is_scored_on(encoder: Path) -> None:
+    job = prepare(tiny_run(encoder))
+    for shard in job.shards:
+        assert not set(shard.train) & set(shard.held_out)
+
+
+def test_the_test_limit_is_kept_and_drawn_from_the_seed(encoder: Path) -> None:
+    one, two, other = (prepare(tiny_run(encoder, test_limit=7, seed=seed)) for seed in (1, 1, 2))
+    assert len(one.tested) == 7
+    assert one.tested == two.tested != other.tested
+    assert one.evaluate(one.server.state.model)["examples"] == 7
+
+
+def test_the_manifest_holds_no_text_of_the_clients(encoder: Path) -> None:
+    rows = [{"text": f"secret {i}", "label": str(i % 2)} for i in range(60)]
+    settings = json.dumps(plain(tiny_run(encoder, data=Rows(rows))))
+    assert "secret" not in settings
+    assert plain(Rows(rows)) != plain(Rows(rows[1:]))
+
+
+def test_the_hash_of_a_run_does_not_depend_on_where_files_lie() -> None:
+    assert digest({"model": "/home/a/models/tiny"}) == digest({"model": "/srv/models/tiny"})
+    assert digest({"model": "/home/a/models/tiny"}) != digest({"model": "/home/a/models/large"})
+
+
+def test_a_reader_is_told_where_the_test_accuracy_says_nothing(encoder: Path) -> None:
+    assert prepare(tiny_run(encoder)).about()["notes"] == []
+    (note,) = prepare(tiny_run(encoder, aggregator=FedSA())).about()["notes"]  # type: ignore[misc]
+    assert "model of its own" in note
+    (note,) = prepare(tiny_run(encoder, aggregator=LoRAA2(freeze_head=True))).about()["notes"]  # type: ignore[misc]
+    assert "head is not trained" in note
+
+
+@pytest.mark.parametrize(
+    "method", [FLoRA(), FedEx(), FedSA(), FedPLoRA(), HetLoRA(), LoRAA2(), FoldedDelta()], ids=repr
+)
+def test_every_kind_of_method_runs_to_a_folder_that_can_be_exported(
+    encoder: Path, tmp_path: Path, method: Aggregator
+) -> None:
+    """Folds, private sides, drawn modules, pruning, selection: through training, metrics, report and export."""
+    outcome = prepare(tiny_run(encoder, aggregator=method)).execute(tmp_path / "out")
+    assert {path.name for path in outcome.folder.iterdir()} == FILES
+    base, adapter, _ = open_run(outcome.folder)
+    assert adapter.factors.keys() == outcome.adapter.factors.keys()
+    for name, factor in outcome.adapter.factors.items():
+        torch.testing.assert_close(adapter.factors[name].up @ adapter.factors[name].down, factor.up @ factor.down)
+    assert base.labels == 2
+
+
+def test_scores_and_pictures_can_be_left_out(encoder: Path, tmp_path: Path) -> None:
+    run = tiny_run(encoder, held_out=0.0, limits=Limits(versions=2, evaluate_every=0))
+    outcome = prepare(run).execute(tmp_path / "run", report=False)
+    assert len(outcome.scores) == 1
+    log = read(outcome.folder)
+    assert ([line["version"] for line in log.scores], log.clients) == ([2], ())
+    assert not (outcome.folder / "report.html").exists()
+    assert write([outcome.folder], tmp_path / "page.html").stat().st_size > 10_000

@@ -1,0 +1,544 @@
+"""Law 10 on toys: stopped between any two events and restored into fresh objects, a run ends in the same bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fedloom
+from fedloom import (
+    Averaged,
+    Bandit,
+    DeltaInt8,
+    FedEx,
+    FedFa,
+    FedSA,
+    FLoRA,
+    Half,
+    JointMemory,
+    Limits,
+    Momentum,
+    Plan,
+    Planned,
+    ProductDelta,
+    RandomRank,
+    Refused,
+    Rounds,
+    Rows,
+    Scaffold,
+    Scored,
+    World,
+    prepare,
+)
+from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.hetlora import HetLoRA
+from fedloom.core.codec import Codec
+from fedloom.core.events import Command, Event, Publish
+from fedloom.core.fingerprint import fingerprint
+from fedloom.core.lora import whole
+from fedloom.core.policies import Aggregator, Schedule
+from fedloom.core.schema import Malformed, declared, reachable
+from fedloom.core.server import Server
+from fedloom.core.types import Local, Model, Result, Task
+from fedloom.hierarchy import tree
+from fedloom.hierarchy.grouping import BySpeed, NearIID
+from fedloom.hierarchy.hierarchy import Hierarchy
+from fedloom.hierarchy.joint_plan.shared import Joint
+from fedloom.hierarchy.tree import Tree
+from fedloom.hierarchy.tree_state import Link
+from fedloom.runs import checkpoint, resume
+from fedloom.runs.metrics import Metrics
+from fedloom.runs.resume import LOGS, NAME, REBUILT, Keeper, Progress, claimed, kept, log, restore
+from fedloom.runs.slot_usage import Places
+from fedloom.runs.trace import Trace
+from fedloom.simulate.availability import Availability
+from fedloom.simulate.client_presence import Presence
+from fedloom.simulate.faults import Faults
+from fedloom.simulate.simulation import Simulation
+from tests.support import killed_runs as kennel
+from tests.support import toys
+from tests.support.pairs import goes_together
+from tests.support.same_bytes import COMPARED
+from tests.support.tiny_runs import tiny_run, toy_rows
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(Path(fedloom.__file__).parents[1]), str(ROOT)]),
+}
+METHODS: tuple[Aggregator, ...] = (
+    ProductDelta(), FLoRA(), FedEx(), FedSA(), HetLoRA(), Momentum(FedIT()), Scaffold(FedIT(), clients=6),
+    Averaged(ProductDelta()), Averaged(FedEx()),
+)  # fmt: skip
+PAIRS = [pair for pair in itertools.product(METHODS, toys.schedules()) if goes_together(*pair)]
+
+
+OUTSIDE = {
+    "server",
+    "trainer",
+    "world",
+    "profiles",
+    "evaluate",
+    "observe",
+    "seed",
+    "presence",
+    "settled",
+    "pending",
+    "file",
+    "stays",
+    "faults",
+    "edges_by_number",
+}
+"""Fields that are no state, by a list of the test's own."""
+
+
+FAULTS = Faults(dropout=0.15, fail=0.1, back_after=3.0, notice=1.0, late=0.5)
+COMING_AND_GOING = Availability(online=12.0, offline=4.0)
+
+
+class Stopped(Exception):
+    """Killed between two events."""
+
+
+@dataclass(frozen=True)
+class Remembering(toys.Quadratic):
+    """Counts each client's tasks in its moments and tells the count; one answer in nine is refused."""
+
+    def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
+        result, after = super()._one(task, local)
+        count = local.moments["w"]["step"] + 1 if local.moments else torch.tensor(1.0)
+        metrics = {**result.metrics, "count": float(count)}
+        result = replace(result, metrics=metrics, examples=0 if task.id % 9 == 0 else task.id)
+        return result, replace(after, moments={"w": {"step": count}}, residual=local.residual)
+
+
+@dataclass
+class Toy:
+    """A run without a model, in a folder."""
+
+    folder: Path
+    method: Aggregator
+    schedule: Schedule
+    transfer: Codec | None
+    unreliable: bool = False
+    versions: int = 4
+    hierarchy: Hierarchy | None = None
+
+    def server(self) -> Server | Tree:
+        """At version 0; with a hierarchy, of two edges."""
+        given: dict[str, Any] = {"schedule": self.schedule, "method": self.method, "transfer": self.transfer}
+        given |= {"start": toys.fresh(4), "assign": Plan(RandomRank(2, 4), 3)}
+        given |= {"limits": Limits(versions=self.versions, evaluate_every=2)}
+        given |= {"shape": replace(toys.SHAPE, layers=2, depths={"query": 2, "value": 1})}
+        grown: Tree | None = toys.tree((4, 2), self.hierarchy, **given) if self.hierarchy else None
+        return grown or toys.server(**given)
+
+    def snapshot(self, name: str, owners: Sequence[Any]) -> None:
+        """All that these values hold, to the bit and with what is shared."""
+        names = [(owner, field.name) for owner in owners for field in dataclasses.fields(owner)]
+        values = {f"{type(owner)} {one}": getattr(owner, one) for owner, one in names if one not in OUTSIDE}
+        checkpoint.write(self.folder / name, values, transfer=self.transfer)
+
+    def run(self, stop: Callable[[int], bool] = lambda event: False, goes_on: bool = False) -> tuple[object, ...]:
+        """From the start or from the checkpoint; where `stop` says so, write a checkpoint and raise Stopped."""
+        server = self.server()
+        progress, stored = Progress(), checkpoint.load(self.folder / NAME) if goes_on else None
+        self.folder.mkdir(exist_ok=True)
+        with ExitStack() as opened:
+            sizes = {name: stored.about[name] if stored else 0 for name in LOGS}
+            logs = [opened.enter_context(log(self.folder / name, size)) for name, size in sizes.items()]
+            trace, metrics, count = (
+                Trace(logs[0]),
+                Metrics(
+                    logs[1],
+                    Places(tree.places(server)),
+                    tuple(server.branches.edges) if isinstance(server, Tree) else (),
+                ),
+                itertools.count(),
+            )
+
+            def evaluate(model: Model) -> Mapping[str, float]:
+                progress.scores.append({"loss": toys.Quadratic().loss(whole(model.adapter, model.fold))})
+                return progress.scores[-1]
+
+            def observe(now: float, event: Event, commands: list[Command]) -> None:
+                trace(now, event, commands)
+                metrics(now, event, commands)
+
+            def settled() -> None:
+                if stop(next(count)):
+                    simulation.drain()
+                    keeper.write()
+                    self.snapshot("before", owners)
+                    raise Stopped
+
+            world, clients = World(jitter=0.3), toys.profiles(6)
+            presence = Presence(COMING_AND_GOING.of((), 0), FAULTS, 0) if self.unreliable else Presence()
+            simulation = Simulation(
+                server, Remembering(), world, clients, evaluate, observe, presence=presence, settled=settled
+            )
+            owners = (*tree.owners(server), simulation, presence, metrics, progress)
+            keeper = Keeper(self.folder, {"transfer": self.transfer}, 0.0, owners, logs)
+            if stored:
+                hints = {name: hint for owner in owners for name, hint in kept(type(owner)).items()}
+                restore(stored.read(hints, transfer=self.transfer), owners)
+                self.snapshot("after", owners)
+                assert (self.folder / "before").read_bytes() == (self.folder / "after").read_bytes()
+            reason = simulation.run()
+        model = server.state.model
+        written = tuple((self.folder / name).read_bytes() for name in LOGS)
+        return reason, *written, fingerprint(model.adapter), model.fold and fingerprint(model.fold), str(progress)
+
+
+STOPS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+"""Events after which a run is stopped, each counted from where it began or went on."""
+CODECS = st.sampled_from([None, Half(), DeltaInt8()])
+
+
+def check_stopped(root: Path, toy: Callable[[Path], Toy], stops: Sequence[int]) -> None:
+    undisturbed, broken = toy(root / "whole").run(), toy(root / "broken")
+    goes_on, finished = False, None
+    for after in [*stops, 10**6]:
+        try:
+            finished = broken.run(lambda event, after=after: event == after, goes_on)  # type: ignore[misc]
+            break
+        except Stopped:
+            goes_on = True
+            for name in LOGS:  # what was written after the checkpoint, the last line half
+                with (root / "broken" / name).open("a") as file:
+                    file.write('{"time":1.0,"ev')
+    assert finished == undisturbed
+    shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("schedule", toys.schedules(), ids=toys.called)
+@given(data=st.data(), stops=STOPS, transfer=CODECS, unreliable=st.booleans())
+@settings(max_examples=3, deadline=None)
+def test_a_run_stopped_between_any_two_events_goes_on_to_the_same_bytes(
+    tmp_path_factory: pytest.TempPathFactory,
+    schedule: Schedule,
+    data: st.DataObject,
+    stops: Sequence[int],
+    transfer: Codec | None,
+    unreliable: bool,
+) -> None:
+    method = data.draw(st.sampled_from([method for method in METHODS if goes_together(method, schedule)]))
+
+    def toy(folder: Path) -> Toy:
+        return Toy(folder, method, schedule, transfer, unreliable)
+
+    check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
+
+
+@pytest.mark.parametrize("above", toys.schedules(), ids=toys.called)
+@given(data=st.data(), stops=STOPS, transfer=CODECS, unreliable=st.booleans())
+@settings(max_examples=2, deadline=None)
+def test_so_does_a_run_with_edges(
+    tmp_path_factory: pytest.TempPathFactory,
+    above: Schedule,
+    data: st.DataObject,
+    stops: Sequence[int],
+    transfer: Codec | None,
+    unreliable: bool,
+) -> None:
+    method = data.draw(st.sampled_from([FedIT(), ProductDelta(), FLoRA(), Averaged(FedEx())]))
+    below = data.draw(st.sampled_from(toys.schedules()))
+    hierarchy = Hierarchy(rounds=2, schedule=below, link=data.draw(st.sampled_from([None, Link(2e4, 2e4)])))
+
+    def toy(folder: Path) -> Toy:
+        return Toy(folder, method, above, transfer, unreliable, hierarchy=hierarchy)
+
+    check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
+
+
+@pytest.mark.parametrize("above", toys.schedules(), ids=toys.called)
+@given(data=st.data(), stops=STOPS, unreliable=st.booleans())
+@settings(max_examples=2, deadline=None)
+def test_so_does_a_run_whose_groups_are_made_again(
+    tmp_path_factory: pytest.TempPathFactory,
+    above: Schedule,
+    data: st.DataObject,
+    stops: Sequence[int],
+    unreliable: bool,
+) -> None:
+    """A checkpoint holds the present groups, the times that they were made of, and who is still to move."""
+    below, plan = data.draw(st.sampled_from([None, *toys.schedules()])), Planned(Scored(6, 3, rank=4), batch_tokens=50)
+    how: dict[str, Any] = {"link": data.draw(st.sampled_from([None, Link(2e4, 2e4)])), "schedule": below}
+    how |= {"plan": data.draw(st.sampled_from([None, plan])), "regroup": 1e-6}
+    hierarchy = Hierarchy(data.draw(st.sampled_from([BySpeed(2), NearIID(2, waiting=1.0, largest=5)])), **how)
+
+    def toy(folder: Path) -> Toy:
+        return Toy(folder, FedIT(), above, None, unreliable, hierarchy=hierarchy)
+
+    check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
+
+
+@pytest.mark.parametrize(
+    "rule", [Scored(6, 3, rank=4), Bandit(6, (1, 3), 2, 4), JointMemory(6, 3, (2, 4))], ids=toys.called
+)
+@given(stops=STOPS, unreliable=st.booleans(), linked=st.booleans())
+@settings(max_examples=2, deadline=None)
+def test_so_does_a_run_whose_root_plans(
+    tmp_path_factory: pytest.TempPathFactory, rule: Joint, stops: Sequence[int], unreliable: bool, linked: bool
+) -> None:
+    """What a plan knows is in the state: after a stop it chooses the same, and says the same why."""
+    hierarchy = Hierarchy(plan=Planned(rule, batch_tokens=50), link=Link(2e4, 2e4) if linked else None)
+
+    def toy(folder: Path) -> Toy:
+        return Toy(folder, FedIT(), FedFa(2, 2), None, unreliable, hierarchy=hierarchy)
+
+    check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "schedule"), PAIRS, ids=toys.called)
+@given(stops=STOPS, transfer=CODECS)
+@settings(max_examples=3, deadline=None)
+def test_so_does_every_pair(
+    tmp_path_factory: pytest.TempPathFactory,
+    method: Aggregator,
+    schedule: Schedule,
+    stops: Sequence[int],
+    transfer: Codec | None,
+) -> None:
+    check_stopped(tmp_path_factory.mktemp("toy"), lambda folder: Toy(folder, method, schedule, transfer), stops)
+
+
+@pytest.mark.parametrize("kind", REBUILT, ids=lambda kind: kind.__name__)
+def test_every_field_is_saved_or_named_as_rebuilt(kind: type) -> None:
+    """A field that is neither cannot be read back, and this says so."""
+    assert set(kept(kind)) | {f"{kind.__name__}.{name}" for name in REBUILT[kind]} == {
+        f"{kind.__name__}.{field.name}"
+        for field in dataclasses.fields(kind)  # type: ignore[arg-type]
+    }
+    assert REBUILT[kind] <= declared(kind).keys()
+    assert reachable(*kept(kind).values()) or kind in (Progress, Presence)
+
+
+# A real run ----------------------------------------------------------------------------------------------------------------
+
+
+def asynchronous(encoder: Path, **more: Any) -> Any:
+    return tiny_run(
+        encoder, **({"schedule": FedFa(window=3, max_in_flight=4), "limits": Limits(versions=8), "seed": 5} | more)
+    )
+
+
+def stopping(error: type[BaseException], version: int) -> Any:
+    def observe(now: float, event: Event, commands: list[Command]) -> None:
+        if any(isinstance(command, Publish) and command.version == version for command in commands):
+            raise error("enough")
+
+    return observe
+
+
+def interrupted(run: Any, out: Path, version: int = 5, **more: Any) -> Path:
+    """The folder of a run that Ctrl-C ended."""
+    with pytest.raises(KeyboardInterrupt):
+        prepare(run).execute(out, [stopping(KeyboardInterrupt, version)], report=False, **more)
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, its answers kept."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    prepare(asynchronous(encoder)).execute(out, report=False, keep_updates=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def half(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, interrupted; tests must not write into it."""
+    return interrupted(asynchronous(encoder), tmp_path_factory.mktemp("half") / "out", checkpoint_seconds=0.0)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_files(
+    encoder: Path, undisturbed: Path, half: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(half, tmp_path / "out")
+    (out / "checkpoint.draft").write_bytes(b"half")
+    job = prepare(asynchronous(encoder), resume=out)
+    assert job.begun is not None
+    assert "version 4" in job.begun.where
+    outcome = job.execute(report=False)
+    assert (len(outcome.scores), outcome.folder) == (9, out)
+    for name in (*COMPARED, "manifest.json"):
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert not {NAME, "checkpoint.draft"} & {path.name for path in out.iterdir()}
+    with pytest.raises(Refused, match="its run is finished"):
+        prepare(asynchronous(encoder), resume=out)
+
+
+def test_a_run_without_a_checkpoint_begins_again_in_its_folder(
+    encoder: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out = interrupted(asynchronous(encoder), tmp_path / "out")
+    assert not (out / NAME).exists(), "half a minute had not passed"
+    job = prepare(asynchronous(encoder), resume=out)
+    assert job.begun is not None
+    assert "version 0" in job.begun.where
+    job.execute(report=False)
+    for name in COMPARED:
+        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        ({"schedule": FedFa(window=4, max_in_flight=4)}, ("schedule.window: 3 there, 4 here",)),
+        ({"schedule": Rounds()}, ("schedule.type", "FedFa", "Rounds")),
+        ({"data": Rows(toy_rows(120))}, ("data.rows.rows: 240 there, 120 here",)),
+        ({"seed": 6}, ("seed: 5 there, 6 here",)),
+        ({"seed": 0}, ("seed: 5 there, 0 here",)),
+        ({"held_out": 0.0}, ("held_out: 0.2 there, 0.0 here",)),
+    ],
+)
+def test_another_run_is_refused_with_what_differs(
+    encoder: Path, half: Path, more: dict[str, Any], parts: tuple[str, ...]
+) -> None:
+    with pytest.raises(Refused, match="not the one that was begun") as caught:
+        prepare(asynchronous(encoder, **more), resume=half)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_other_data_under_the_same_name_are_refused(encoder: Path, half: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(half, tmp_path / "out")
+    text = (out / "manifest.json").read_text(encoding="utf-8")
+    (out / "manifest.json").write_text(text.replace('"majority": 0.5', '"majority": 0.6'), encoding="utf-8")
+    with pytest.raises(
+        Refused, match=r"its data or its model are not what .*baselines\.majority: 0\.6 there, 0\.5 here"
+    ):
+        prepare(asynchronous(encoder), resume=out)
+
+
+def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(encoder: Path, half: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(half, tmp_path / "out")
+    good = (out / NAME).read_bytes()
+    for bad in (b"", good[:-1], good[:99] + b"x" + good[100:], good.replace(b"[1, ", b"[7, ", 1)):
+        (out / NAME).write_bytes(bad)
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(Refused, match=r"cannot be used: .* remove it to begin again at version 0"):
+            prepare(asynchronous(encoder), resume=out)
+        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / NAME).write_bytes(good)
+    (out / "trace.jsonl").write_bytes(b"")
+    with pytest.raises(Refused, match=r"trace\.jsonl is shorter"):
+        prepare(asynchronous(encoder), resume=out)
+
+
+def test_what_is_no_run_or_still_goes_on_is_refused(encoder: Path, half: Path, tmp_path: Path) -> None:
+    for place in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(Refused, match=r"holds a manifest\.json"):
+            prepare(asynchronous(encoder), resume=place)
+    out = shutil.copytree(half, tmp_path / "out")
+    job = prepare(asynchronous(encoder), resume=out)
+    before = (out / "manifest.json").read_bytes()
+    with claimed(out), pytest.raises(Refused, match="still going on"):
+        job.execute()
+    assert (out / "manifest.json").read_bytes() == before
+    with pytest.raises(Refused, match="goes on in its own folder"):
+        job.execute(tmp_path / "elsewhere")
+
+
+def test_the_kernel_is_the_one_that_was_chosen_first(encoder: Path, half: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(half, tmp_path / "out")
+    text = (out / "manifest.json").read_text(encoding="utf-8")
+    other = {"onednn": "torch", "torch": "onednn"}
+    found = next(name for name in other if f'"kernel": "{name}",' in text)
+    (out / "manifest.json").write_text(
+        text.replace(f'"kernel": "{found}",', f'"kernel": "{other[found]}",'), encoding="utf-8"
+    )
+    job = prepare(asynchronous(encoder), resume=out)
+    assert job.base.computed["kernel"] == other[found]
+
+
+def test_other_libraries_are_noted(encoder: Path, half: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(half, tmp_path / "out")
+    text = (out / "manifest.json").read_text(encoding="utf-8")
+    (out / "manifest.json").write_text(text.replace('"peft": "', '"peft": "9.', 1), encoding="utf-8")
+    (note,) = prepare(asynchronous(encoder), resume=out).about()["notes"]  # type: ignore[misc]
+    assert "peft 9." in note
+    assert "last digits" in note
+
+
+def test_checkpoints_take_at_most_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = [100.0]
+    written = list[float]()
+
+    def write(keeper: Keeper) -> int:
+        written.append(now[0])
+        now[0] += 2.0
+        return 0
+
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Keeper, "write", write)
+    keeper = Keeper(tmp_path, {}, seconds=30.0)
+    while now[0] < 300.0:
+        keeper()
+        now[0] += 1.0
+    assert written == [130.0, 170.0, 210.0, 250.0, 290.0]
+    written.clear()
+    keeper = Keeper(tmp_path, {}, seconds=0.0)
+    for _ in range(3):
+        keeper()
+    assert len(written) == 3
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_fifty_moments_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """kill -9 from outside at any moment, and from inside in the middle of a checkpoint, a rename, a line, the last files."""
+    command = [sys.executable, str(Path(kennel.__file__)), str(tmp_path), "50", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=590, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.splitlines()[-1].removesuffix(" kills")) >= 50
+
+
+def version_at(path: Path) -> int:
+    """Of a checkpoint that is replaced now and then; one that was replaced while it was read is looked at again."""
+    while True:
+        with suppress(Malformed):
+            return int(checkpoint.load(path).about["version"])
+
+
+@pytest.mark.slow
+def test_it_may_go_on_with_other_workers(encoder: Path, tmp_path: Path) -> None:
+    """Killed while two processes train, which end with it, and resumed by one."""
+    run = tiny_run(encoder, limits=Limits(versions=6))
+    prepare(run).execute(tmp_path / "alone", report=False)
+    code = "import sys; from pathlib import Path; from bench.tiny import *; settle(); from fedloom import *\n"
+    code += "if __name__ == '__main__':\n    run = tiny_run(Path(sys.argv[1]), limits=Limits(versions=6))\n"
+    code += "    prepare(run).execute(Path(sys.argv[2]), workers=2, report=False, checkpoint_seconds=0)\n"
+    (tmp_path / "start.py").write_text(code, encoding="utf-8")
+    out = tmp_path / "out"
+    child = subprocess.Popen(
+        [sys.executable, str(tmp_path / "start.py"), str(encoder), str(out)], cwd=ROOT, env=ENVIRONMENT
+    )
+    while child.poll() is None and not (out / NAME).exists():
+        time.sleep(0.01)
+    while child.poll() is None and version_at(out / NAME) < 2:
+        time.sleep(0.01)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    job = prepare(run, resume=out)
+    assert job.begun is not None
+    assert job.begun.version >= 2
+    job.execute(report=False)
+    for name in COMPARED:
+        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

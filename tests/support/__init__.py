@@ -1,0 +1,1 @@
+"""What tests share: tiny models, toys, simulated links, oracles. Nothing here is collected as a test."""

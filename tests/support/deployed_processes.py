@@ -1,0 +1,125 @@
+"""A deployment that is killed and begun again, and the storms in which it is tried."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from hypothesis import strategies as st
+
+from fedloom.core.events import Command, Event
+from fedloom.core.server import Server, State
+from fedloom.core.types import Model
+from fedloom.deploy.messages.messages import Terms
+from fedloom.deploy.server.config import Patience
+from fedloom.deploy.server.driver import Deployment
+from fedloom.hierarchy.tree import owners
+from fedloom.runs import checkpoint
+from fedloom.runs.metrics import Metrics
+from fedloom.runs.replay import Archive
+from fedloom.runs.resume import LOGS, NAME, Keeper, Progress, kept, log, restore
+from fedloom.runs.slot_usage import Places
+from fedloom.runs.trace import Trace
+from fedloom.train.settings import PLAIN, LoRA, Training
+from tests.support.simulated_link import Net, Trouble
+
+TERMS = Terms("storm", "0" * 12, "toy", 2, LoRA(), Training(), PLAIN, 1, 0, ("no", "yes"))
+QUICK = Patience(task=60.0, away=15.0, pause=5.0, again=0.5, poll=0.25, look=1.0)
+
+
+class Killed(Exception):
+    """The server's process is no more."""
+
+
+@dataclass
+class Life:
+    """A deployment in a folder, which can be killed and begun again. `deaths` are drawn from its seed."""
+
+    folder: Path
+    net: Net
+    make: Callable[[], Server]
+    patience: Patience = QUICK
+    deadly: float = 0.0
+    least: int = 1
+    starts: int = 0
+    over: bool = False
+    running: Deployment = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = Random(self.net.seed + 1)
+
+    def live(self) -> str:
+        """One process: until the run ends. Raises Killed."""
+        self.starts += 1
+        server, profiles = self.make(), dict[str, Any]()
+        stored = checkpoint.load(self.folder / NAME) if (self.folder / NAME).exists() else None
+        sizes = {name: stored.about[name] for name in LOGS} if stored else dict.fromkeys(LOGS, 0)
+        with ExitStack() as opened:
+            logs = [opened.enter_context(log(self.folder / name, size)) for name, size in sizes.items()]
+            metrics, progress = Metrics(logs[1], Places(server.schedule.max_in_flight)), Progress()
+            watching = [Trace(logs[0]), metrics, Archive.of(self.folder / "updates", server)]
+            keeper = Keeper(self.folder, given={"transfer": server.transfer}, seconds=0.0, logs=logs)
+
+            def observe(now: float, event: Event, commands: list[Command]) -> None:
+                for one in watching:
+                    one(now, event, commands)
+
+            def evaluate(model: Model) -> Mapping[str, float]:
+                progress.scores.append({"accuracy": 0.5})
+                return progress.scores[-1]
+
+            def settled() -> None:
+                self.dies()
+                keeper()
+                self.dies()
+
+            self.running = running = Deployment(
+                server, self.net, TERMS, profiles, self.least, self.patience, self.net.clock, over=self.over
+            )
+            running.evaluate, running.observe, running.settled = evaluate, observe, settled
+            keeper.owners = (*owners(server), running, metrics, progress)
+            kinds = (State, Deployment, Metrics, Progress)
+            hints = {name: hint for kind in kinds for name, hint in kept(kind).items()}
+            restore(stored.read(hints, transfer=server.transfer) if stored else {}, keeper.owners)
+            send = self.net.send
+            self.net.send = lambda node, body: self.dies() or send(node, body)  # type: ignore[assignment,method-assign]
+            try:
+                return running.run(self.net.pause)
+            finally:
+                self.net.send = send  # type: ignore[method-assign]
+
+    def dies(self) -> None:
+        if self.random.random() < self.deadly:
+            raise Killed
+
+    def whole(self) -> str:
+        """All its lives."""
+        while True:
+            try:
+                return self.live()
+            except Killed:
+                self.net.forget()
+                self.net.pause(3.0)
+
+    def trace(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / LOGS[0]).read_text().splitlines()]
+
+
+TROUBLES = st.builds(Trouble, *[st.sampled_from([0.0, 0.1, 0.3])] * 4)
+
+
+STORM = st.fixed_dictionaries(
+    {"trouble": TROUBLES, "deadly": st.sampled_from([0.0, 0.02, 0.1]), "seed": st.integers(0, 10**6)}
+)
+
+
+def turns(running: Deployment, net: Net, seconds: float) -> None:
+    for _ in range(round(seconds / 0.25)):
+        if running.turn():
+            return
+        net.pause(0.25)

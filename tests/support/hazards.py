@@ -1,0 +1,101 @@
+"""Trainers for other processes: light to import, they say where they ran, and one kills its process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedloom.core.lora import Adapter, Factor
+from fedloom.core.types import Budget, Local, Result, Start, Task
+from fedloom.train.workers.worker import Divisible
+
+Work = Sequence[tuple[Task, Local]]
+Answers = list[tuple[Result, Local]]
+
+
+class Unsendable(Exception):
+    """Can be pickled, but not read back."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Adds the sum of `weights` to what it got. A task whose seed names an error raises it; `write` writes to the weights."""
+
+    weights: Tensor = field(default_factory=lambda: torch.ones(3))
+    seconds: float = 0.0
+    write: bool = False
+
+    def groups(self, work: Work) -> list[Work]:
+        return [[one] for one in work]
+
+    def least(self, task: Task) -> Result:
+        return Result(task.start.train, task.id, 1, 1)
+
+    def train(self, work: Work) -> Answers:
+        return [self._one(task, local) for task, local in work]
+
+    def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
+        time.sleep(self.seconds)
+        if task.seed == -1:
+            raise Unsendable("one", "two")
+        if task.seed == -2:
+            raise ZeroDivisionError("by nought")
+        if self.write:
+            self.weights[: len(self.weights) // 2] += task.id
+        total = self.weights.sum()
+        factors = {n: Factor(f.down + total, f.up) for n, f in task.start.train.factors.items()}
+        metrics = {"pid": os.getpid(), "threads": torch.get_num_threads()}
+        return Result(Adapter(factors), task.id, 1, 1, metrics), Local(basis=f"{local.basis}+{task.id}")
+
+
+@dataclass(frozen=True)
+class Lethal:
+    """Trains as `inner` does; then, before it answers `task`, its process is killed, the first `deaths` times."""
+
+    inner: Divisible
+    folder: Path
+    task: int
+    deaths: int = 1
+    parent: int = field(default_factory=os.getpid)
+
+    def groups(self, work: Work) -> Sequence[Work]:
+        return self.inner.groups(work)
+
+    def least(self, task: Task) -> Result:
+        return self.inner.least(task)
+
+    def train(self, work: Work) -> Answers:
+        answers = self.inner.train(work)
+        for task, _ in work:
+            with (self.folder / "trained").open("a") as log:
+                log.write(f"{task.id}\n")
+            if task.id == self.task and self.parent != os.getpid():
+                died = len(list(self.folder.glob("death-*")))
+                if died < self.deaths:
+                    (self.folder / f"death-{died}").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+        return answers
+
+    def trained(self) -> list[int]:
+        """Tasks in the order in which their training ended, lost ones too."""
+        return [int(line) for line in (self.folder / "trained").read_text().split()]
+
+
+def toy_work(count: int, first: int = 1, **seeds: int) -> list[tuple[Task, Local]]:
+    """Tasks numbered from `first`, one for each of `count` clients; `t3=-1` gives task 3 the seed -1."""
+    numbers = range(first, first + count)
+    starts = [Start(Adapter({"only": Factor(torch.full((2, 4), float(n)), torch.ones(3, 2))}), "0") for n in numbers]
+    return [
+        (Task(n, f"c{n}", 0, start, Budget(2, 1), seeds.get(f"t{n}", n), 0.0), Local(basis=f"b{n}"))
+        for n, start in zip(numbers, starts, strict=True)
+    ]

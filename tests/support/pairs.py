@@ -1,0 +1,15 @@
+"""Which aggregators and schedules go together, as the server says."""
+
+from __future__ import annotations
+
+from fedloom.core.errors import Refused
+from fedloom.core.policies import Aggregator, Schedule, need_fresh_answers
+
+
+def goes_together(method: Aggregator, schedule: Schedule) -> bool:
+    """Whether this pair makes sense, or is refused."""
+    try:
+        need_fresh_answers(method, schedule)
+    except Refused:
+        return False
+    return True
