@@ -12,7 +12,7 @@ from fedloom import BySpeed, FedFa, FixedRank, Given, Hierarchy, Limits, NearIID
 from fedloom.core.events import ClientJoined, Dispatch, Move, Moved, Publish, Regroup, Report, Within
 from fedloom.core.model_shape import Shape
 from fedloom.core.server import State
-from fedloom.core.types import GroupLog, Profile, Result, Spent, Task
+from fedloom.core.types import GroupLog, Profile, Result, MemberWork, Task
 from fedloom.hierarchy.edge import EdgeState
 from fedloom.hierarchy.grouping import Groups, drift, drifted, matched
 from fedloom.hierarchy.joint_plan.joint_plan import history
@@ -48,7 +48,7 @@ def test_times_are_those_that_were_foreseen_where_tasks_took_what_was_foreseen()
     for rank, depth in ((8, None), (2, None), (4, 1)):
         train = 2 * SHAPE.train_flops(50, rank, depth) / 1e4
         down, up = 8 * SHAPE.payload(rank) / 2e4, 8 * SHAPE.payload(rank, depth) / 1e4
-        one = Spent("c0", rank, depth, 1, 2, down, train, up)
+        one = MemberWork("c0", rank, depth, 1, 2, down, train, up)
         two = replace(one, answers=2, steps=4, down=2 * down, train=2 * train, up=2 * up)
         told = Compared((), 8, 6, tokens).seconds((one, two), SHAPE)
         assert told == pytest.approx(seconds(SHAPE, profile, 8, tokens)), (rank, depth)
@@ -204,18 +204,18 @@ def test_what_is_known_of_a_client_moves_along() -> None:
         assert {one.client for one in known} == {client}
     for edge, known in logs.items():
         members = {one.client for one in known.members}
-        assert {one.client for told in known.told for one in told.spent} <= {*members, ""}, (
+        assert {one.client for told in known.told for one in told.work} <= {*members, ""}, (
             "it is not told whose it was"
         )
         assert known.past.keys() == moved & members
         assert known.edge == tree.groups.profile(edge, known.members)
-        assert all(told.seconds > 0 and len(told.spent) == 3 for told in known.told)
+        assert all(told.seconds > 0 and len(told.work) == 3 for told in known.told)
 
 
 def test_an_edge_tells_times_alone_where_no_plan_learns() -> None:
     _, log = drifting(Hierarchy(NearIID(3), regroup=0.1), versions=2)
     (told, *_) = [one.what.told for one in log.all(Within) if isinstance(one.what, Report)]
-    assert told.spent
+    assert told.work
     assert (told.mass, told.spread) == ({}, 0.0)
     assert all(one.what.told is None for one in drifting(Hierarchy())[1].all(Within) if isinstance(one.what, Report))
 

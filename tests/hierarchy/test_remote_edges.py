@@ -39,7 +39,7 @@ from fedloom.core.events import (
 )
 from fedloom.core.lora import Adapter
 from fedloom.core.schema import Malformed
-from fedloom.core.types import Profile, Result, Spent, Task, Told
+from fedloom.core.types import Profile, Result, MemberWork, Task, GroupStatistics
 from fedloom.deploy.messages import answer as messages
 from fedloom.deploy.messages.answer import Telling
 from fedloom.hierarchy.joint_plan.shared import Joint
@@ -74,12 +74,12 @@ def begun(server: OverRegions) -> list[Task]:
     return [one.task for one in server.handle(0.0, TimerFired()) if isinstance(one, Dispatch)]
 
 
-def told(task: Task, **more: Any) -> Told:
+def told(task: Task, **more: Any) -> GroupStatistics:
     """Of c0, whose loss falls by a half; c1 took no part."""
     rounds, steps = task.budget.rounds, task.budget.steps
-    spent = Spent("c0", task.budget.rank, task.budget.depth, rounds, steps, 3.0, 2.0 * steps, 6.0, 1.0, 0.5)
+    spent = MemberWork("c0", task.budget.rank, task.budget.depth, rounds, steps, 3.0, 2.0 * steps, 6.0, 1.0, 0.5)
     mass = dict.fromkeys(task.start.train.factors, 0.25)
-    return replace(Told(task.budget, (spent,), mass, 0.5, (0.75, 0.25), 0.7, 40.0, 1.0, 2.0), **more)
+    return replace(GroupStatistics(task.budget, (spent,), mass, 0.5, (0.75, 0.25), 0.7, 40.0, 1.0, 2.0), **more)
 
 
 def answer(task: Task, *layers: str) -> Result:
@@ -89,7 +89,7 @@ def answer(task: Task, *layers: str) -> Result:
     return toys.make_result(Adapter(held, trained.dense))
 
 
-def report(task: Task, what: Told | None = None, *layers: str) -> EdgeReported:
+def report(task: Task, what: GroupStatistics | None = None, *layers: str) -> EdgeReported:
     return EdgeReported(task.client, task.id, answer(task, *layers), what or told(task), MEMBERS)
 
 
@@ -216,7 +216,7 @@ def test_what_cannot_be_is_not_learnt(more: dict[str, Any], why: str) -> None:
 def test_what_no_member_did_is_not_learnt(more: dict[str, Any]) -> None:
     server = over(Scored(8, 4, rank=4))
     task = begun(server)[0]
-    spent = told(task).spent[0]
+    spent = told(task).work[0]
     for wrong in ((replace(spent, **more),), (replace(spent, client="c1"), replace(spent, **more)), (spent, spent)):
         (reject,) = server.handle(1.0, report(task, told(task, spent=wrong)))
         assert isinstance(reject, Reject)

@@ -46,7 +46,7 @@ from fedloom.core.events import (
 )
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter, Factor, cut
-from fedloom.core.types import Budget, Model, Profile, Pruning, Result, Rules, Spent, Told, Update
+from fedloom.core.types import Budget, Model, Profile, Pruning, Result, Rules, MemberWork, GroupStatistics, Update
 from fedloom.runs import trace
 from fedloom.runs.trace import Trace, line, written
 from tests.support.toys import adapter, make_result, make_task, make_update
@@ -160,7 +160,7 @@ RICH = replace(
 )
 MEMORY = Model(ONE, 3, 0.25, fold=ONE, memory=MappingProxyType({"ö": ONE, "b": adapter(3)}))
 HOSTILE = Result(ONE, True, None, 10**30, MappingProxyType({ODD: 0.1, "b": [1, (2.5, {})], "c": -0.0, 3: "x"}), ONE)  # type: ignore[arg-type,dict-item]
-TOLD = Told(Budget(4, 2), (Spent(ODD, 4, None, 1, 2, 0.5, 1e-300, 0.0, None, 1.0),), {ODD: 0.1}, 0.5, (1.0, 0.0), None)
+TOLD = GroupStatistics(Budget(4, 2), (MemberWork(ODD, 4, None, 1, 2, 0.5, 1e-300, 0.0, None, 1.0),), {ODD: 0.1}, 0.5, (1.0, 0.0), None)
 
 
 @pytest.mark.parametrize("now", [0, 0.1, 1e-300, 12345678.9])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fedloom.core.types import ClientId, Model, Profile, Result, Task, Told, Update
+from fedloom.core.types import ClientId, Model, Profile, Result, Task, GroupStatistics, Update
 
 # Events: what happened outside ---------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class EdgeReported(UpdateArrived):
     `members` are those that it leads now (empty: it does not say).
     """
 
-    told: Told | None = None
+    told: GroupStatistics | None = None
     members: tuple[Profile, ...] = ()
 
 
@@ -170,7 +170,7 @@ class Report:
     """Of an edge: its answer to the task that it received, and what it `told` beside it, if the root's plan learns."""
 
     result: Result
-    told: Told | None = None
+    told: GroupStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,7 +172,7 @@ class Local:
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class MemberWork:
     """What a member did in one task of its edge, all its answers together: seconds on its links and in training, by what it did.
 
     `began` and `ended` are the loss of its first and of its last answer; None: it told none.
@@ -191,7 +191,7 @@ class Spent:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class GroupStatistics:
     """What an edge tells the root beside its answer to a task with this `budget`, for plans that learn.
 
     `mass` is, by layer, the squared change of a member a step; `spread` the share of the members' squared changes that cancels in
@@ -200,7 +200,7 @@ class Told:
     """
 
     budget: Budget
-    spent: tuple[Spent, ...]
+    work: tuple[MemberWork, ...]
     mass: Mapping[str, float]
     spread: float
     energy: tuple[float, ...]
@@ -219,8 +219,8 @@ class GroupLog:
 
     edge: Profile
     members: tuple[Profile, ...]
-    told: tuple[Told, ...] = ()
-    past: Mapping[ClientId, tuple[Spent, ...]] = field(default_factory=dict)
+    told: tuple[GroupStatistics, ...] = ()
+    past: Mapping[ClientId, tuple[MemberWork, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

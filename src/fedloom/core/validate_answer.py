@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedloom.core.lora import Adapter, Factor, cut_to, server_rank
 from fedloom.core.model_shape import Shape
-from fedloom.core.types import Result, Spent, Start, Task, Told
+from fedloom.core.types import Result, MemberWork, Start, Task, GroupStatistics
 
 MAX_NORM = 1e5
 """Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; what is beyond would drown the others."""
@@ -33,15 +33,15 @@ def fault(task: Task, result: Result) -> str | None:
     )
 
 
-def untellable(task: Task, told: Told, shape: Shape) -> str | None:
+def untellable(task: Task, told: GroupStatistics, shape: Shape) -> str | None:
     """Why an edge that is elsewhere cannot have `told` this of its task, in words; None if it can.
 
     All that a plan reckons with is of the size that it can be, so that no plan is brought to a number that is none.
     """
     if told.budget != task.budget:
         return f"it tells of another budget than that of task {task.id}"
-    if not len(told.spent) <= MAX_MEMBERS or len({one.client for one in told.spent}) < len(told.spent):
-        return f"it tells of {len(told.spent)} members, expected at most {MAX_MEMBERS}, each of them once"
+    if not len(told.work) <= MAX_MEMBERS or len({one.client for one in told.work}) < len(told.work):
+        return f"it tells of {len(told.work)} members, expected at most {MAX_MEMBERS}, each of them once"
     if odd := sorted(told.mass.keys() - shape.depths.keys() - task.start.train.dense.keys()):
         return f"it tells how {odd[0]!r:.60} changed, which is no layer of the model"
     if len(told.energy) > MAX_DIRECTIONS:
@@ -50,10 +50,10 @@ def untellable(task: Task, told: Told, shape: Shape) -> str | None:
     known += [("mass", value, 0, MAX_MASS) for value in told.mass.values()]
     known += [("energy", value, 0, 1) for value in told.energy]
     known += [(name, getattr(told, name), 0, MAX_SECONDS) for name in ("seconds", "down", "up")]
-    return _out_of_range(known) or next(filter(None, (_unspendable(task, one) for one in told.spent)), None)
+    return _out_of_range(known) or next(filter(None, (_unspendable(task, one) for one in told.work)), None)
 
 
-def _unspendable(task: Task, spent: Spent) -> str | None:
+def _unspendable(task: Task, spent: MemberWork) -> str | None:
     """Why no member can have done this."""
     deepest = task.budget.depth or 2**20  # a site may say that it lets a task be deeper than the model is
     known: list[tuple[str, float | None, float, float]] = [

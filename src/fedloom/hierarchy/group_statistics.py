@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core.lora import change, norm
-from fedloom.core.types import Budget, ClientId, GroupLog, Model, Spent, Told, Update
+from fedloom.core.types import Budget, ClientId, GroupLog, Model, MemberWork, GroupStatistics, Update
 
 KEPT = 8
 """Of a group's tasks, that the root remembers: moving averages with a gain of 0.2 have forgotten the others."""
@@ -17,7 +17,7 @@ KEPT = 8
 class Gathered:
     """So far in one task of the edge; the names as in `Told`."""
 
-    spent: dict[ClientId, Spent] = field(default_factory=dict)
+    spent: dict[ClientId, MemberWork] = field(default_factory=dict)
     mass: Mapping[str, float] = field(default_factory=dict)
     spread: float = 0.0
 
@@ -25,7 +25,7 @@ class Gathered:
         """An answer that is in a version for the first time."""
         budget, made, client = update.task.budget, update.result, update.task.client
         loss = made.metrics.get("loss")
-        before = self.spent.get(client, Spent(client, 0, None, 0, 0, 0.0, 0.0, 0.0, loss))
+        before = self.spent.get(client, MemberWork(client, 0, None, 0, 0, 0.0, 0.0, 0.0, loss))
         down, train, up = (made.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up"))
         self.spent[client] = replace(
             before,
@@ -58,9 +58,9 @@ class Gathered:
         if whole > 0 and all(update.base and update.base.fold is model.fold for update in updates):
             self.spread = max(0.0, 1.0 - common / whole)
 
-    def told(self, budget: Budget, model: Model, loss: float | None) -> Told:
+    def told(self, budget: Budget, model: Model, loss: float | None) -> GroupStatistics:
         """To the root, with the answer."""
-        return Told(budget, tuple(self.spent.values()), self.mass, self.spread, tuple(energy_shares(model)), loss)
+        return GroupStatistics(budget, tuple(self.spent.values()), self.mass, self.spread, tuple(energy_shares(model)), loss)
 
 
 def squares(update: Update) -> dict[str, float]:
@@ -75,11 +75,11 @@ def dense_squares(update: Update) -> dict[str, float]:
     return {name: float((new - begun[name]).norm()) ** 2 for name, new in update.result.adapter.dense.items()}
 
 
-def learnt(known: GroupLog, told: Told) -> GroupLog:
+def learnt(known: GroupLog, told: GroupStatistics) -> GroupLog:
     """What the root knows of a group now."""
     return replace(known, told=(*known.told, told)[-KEPT:])
 
 
-def timed(told: Told, metrics: Mapping[str, float]) -> Told:
+def timed(told: GroupStatistics, metrics: Mapping[str, float]) -> GroupStatistics:
     """With the seconds that the root saw."""
     return replace(told, seconds=metrics["seconds"], down=metrics["seconds_down"], up=metrics["seconds_up"])

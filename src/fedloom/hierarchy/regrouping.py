@@ -15,7 +15,7 @@ from statistics import fmean
 from fedloom.core.events import Move, Regroup
 from fedloom.core.model_shape import Shape
 from fedloom.core.server import State
-from fedloom.core.types import ClientId, GroupLog, Spent
+from fedloom.core.types import ClientId, GroupLog, MemberWork
 from fedloom.hierarchy.group_statistics import KEPT
 from fedloom.hierarchy.grouping import Grouping, Groups, Member, checked, drift, matched
 from fedloom.hierarchy.joint_plan.joint_plan import history
@@ -37,7 +37,7 @@ class Compared:
     steps: int
     tokens: int
 
-    def seconds(self, spent: Sequence[Spent], shape: Shape) -> float:
+    def seconds(self, spent: Sequence[MemberWork], shape: Shape) -> float:
         """Of such a task, by what a member did last, oldest first: each part a moving average of what it would have taken.
 
         Training is as long as its FLOP, messages as their bytes in float32, whatever rank and depth a task had. 0: it did nothing.
@@ -62,8 +62,8 @@ class Regrouping:
     def learn(self, logs: Logs, branches: Branches, edge: ClientId, shape: Shape) -> None:
         """After the root heard from this edge: lines of members who have left go to where they are now, and times are new."""
         members = histories(logs[edge])
-        for one in logs[edge].told[-1].spent:
-            did: Sequence[Spent] = members[one.client]
+        for one in logs[edge].told[-1].work:
+            did: Sequence[MemberWork] = members[one.client]
             if (here := branches.edge_of[one.client]) != edge:
                 logs[here] = _remembering(logs[here], one.client, (one,))
                 logs[edge] = _without(logs[edge], one.client)
@@ -100,11 +100,11 @@ def wanted(branches: Branches) -> Groups:
     return tuple(map(tuple, groups.values()))
 
 
-def histories(log: GroupLog) -> dict[ClientId, list[Spent]]:
+def histories(log: GroupLog) -> dict[ClientId, list[MemberWork]]:
     """What each member did, as `history` has it, of all at once."""
     found = {client: list(spent) for client, spent in log.past.items()}
     for told in log.told:
-        for one in told.spent:
+        for one in told.work:
             found.setdefault(one.client, []).append(one)
     return found
 
@@ -167,7 +167,7 @@ def change(root: State, branches: Branches, roster: Roster, move: Move) -> None:
     del branches.leaving[move.client]
 
 
-def _remembering(log: GroupLog, client: ClientId, spent: Sequence[Spent]) -> GroupLog:
+def _remembering(log: GroupLog, client: ClientId, spent: Sequence[MemberWork]) -> GroupLog:
     """With what a client did elsewhere."""
     past = (*log.past.get(client, ()), *spent)[-KEPT:]
     return replace(log, past={**log.past, client: past}) if past else log
@@ -176,7 +176,7 @@ def _remembering(log: GroupLog, client: ClientId, spent: Sequence[Spent]) -> Gro
 def _without(log: GroupLog, client: ClientId) -> GroupLog:
     """With the work of a client who has left, but not whose it was."""
     told = tuple(
-        replace(one, spent=tuple(replace(line, client="") if line.client == client else line for line in one.spent))
+        replace(one, work=tuple(replace(line, client="") if line.client == client else line for line in one.work))
         for one in log.told
     )
     return replace(log, told=told, past={name: past for name, past in log.past.items() if name != client})

@@ -38,7 +38,7 @@ from fedloom.core.events import (
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Fleet
 from fedloom.core.server import Server, State
-from fedloom.core.types import ClientId, GroupLog, Told
+from fedloom.core.types import ClientId, GroupLog, GroupStatistics
 from fedloom.hierarchy.edge import Edge
 from fedloom.hierarchy.edge_model import narrowed
 from fedloom.hierarchy.group_statistics import learnt, timed
@@ -259,7 +259,7 @@ class Tree:
         heapq.heappush(self.branches.moving, (arrives, self.branches.made, message))
         self.branches.made += 1
 
-    def _learn(self, edge: ClientId, told: Told) -> None:
+    def _learn(self, edge: ClientId, told: GroupStatistics) -> None:
         self.root.state.groups[edge] = learnt(self.root.state.groups[edge], told)
         if self.regrouping is not None:
             self.regrouping.learn(self.root.state.groups, self.branches, edge, self.root.shape)

@@ -11,7 +11,7 @@ from typing import TypeVar
 from fedloom.core import message_size
 from fedloom.core.errors import Refused
 from fedloom.core.server import State
-from fedloom.core.types import ClientId, Model, Profile, Result, Task, Told
+from fedloom.core.types import ClientId, Model, Profile, Result, Task, GroupStatistics
 from fedloom.hierarchy.edge import EdgeState
 
 BLOCK = 1_000_000_000
@@ -87,7 +87,7 @@ class Up:
     edge: ClientId
     about: int
     result: Result
-    told: Told | None = None
+    told: GroupStatistics | None = None
 
 
 @dataclass(slots=True)

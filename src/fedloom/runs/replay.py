@@ -25,7 +25,7 @@ from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Assign, Schedule
 from fedloom.core.schema import Malformed, Reader, plain, reachable
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import ClientId, Model, Profile, Result, Told
+from fedloom.core.types import ClientId, Model, Profile, Result, GroupStatistics
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.regrouping import Compared
 from fedloom.hierarchy.tree import Tree
@@ -170,5 +170,5 @@ def _event(recorded: bytes, updates: Path) -> tuple[float, Event]:
     result = checkpoint.load(file).read({"result": Result})["result"]
     if event["type"] == UpdateArrived.__name__:
         return now, UpdateArrived(client, task, result)
-    told = reader.read(Told | None, event.get("told"))
+    told = reader.read(GroupStatistics | None, event.get("told"))
     return now, EdgeReported(client, task, result, told, reader.read(tuple[Profile, ...], event.get("members")))

@@ -29,7 +29,7 @@ from fedloom import (
     World,
 )
 from fedloom.core.events import Dispatch, Report, Within
-from fedloom.core.types import Budget, GroupLog, Profile, Spent, Told
+from fedloom.core.types import Budget, GroupLog, Profile, MemberWork, GroupStatistics
 from fedloom.hierarchy.group_statistics import KEPT
 from fedloom.hierarchy.joint_plan.group_cost import Choice, Observed
 from fedloom.hierarchy.joint_plan.joint_plan import barrier, device, earned, fell, mass, observed, state, surprise
@@ -53,11 +53,11 @@ LOG = GroupLog(EDGE, (SLOW, replace(SLOW, client="c1", flops=2e4)))
 TASK = Budget(4, 8)
 
 
-def told(budget: Budget = TASK, **more: Any) -> Told:
+def told(budget: Budget = TASK, **more: Any) -> GroupStatistics:
     """Of a task in which c0 took 2 s a step and c1 took no part."""
-    spent = Spent("c0", budget.rank, budget.depth, budget.rounds, budget.steps, 3.0, 2.0 * budget.steps, 6.0)
+    spent = MemberWork("c0", budget.rank, budget.depth, budget.rounds, budget.steps, 3.0, 2.0 * budget.steps, 6.0)
     given: dict[str, Any] = {"spent": (spent,), "mass": {}, "spread": 0.0, "energy": (), "loss": None, "seconds": 10.0}
-    return Told(budget, **(given | more))
+    return GroupStatistics(budget, **(given | more))
 
 
 def carried_out(rule: Joint, **more: Any) -> tuple[Any, Log]:
@@ -79,7 +79,7 @@ def test_links_that_stay_surprise_nobody_and_one_slow_draw_does() -> None:
     """A task whose slowest link took as long as is known adds nothing to an inner round; a slower one, what it was more."""
     known = state(LOG, SHAPE, 50)
     usual = max(known.links(known.layers, TASK.rank))
-    (spent,) = told().spent
+    (spent,) = told().work
     as_known = replace(spent, down=usual / 2, up=usual / 2, answers=1)
     assert surprise(told(spent=(as_known,)), known) == pytest.approx(0.0, abs=1e-9)
     assert surprise(told(spent=(replace(as_known, up=usual / 2 + 7.0),)), known) == pytest.approx(7.0)
@@ -124,7 +124,7 @@ def test_dispersion_follows_the_spread_and_rewards_the_loss() -> None:
 
 def test_a_choice_earned_what_its_members_own_losses_fell() -> None:
     """Mean fall from an answer to the next, by rounds, by seconds: (0.6 / 3 + 0.1) / 2 * 4 / 10; one answer tells nothing."""
-    (spent,) = told().spent
+    (spent,) = told().work
     three = replace(spent, answers=4, began=1.0, ended=0.4)
     two, one = replace(spent, answers=2, began=0.5, ended=0.4), replace(spent, answers=1, began=9.0, ended=9.0)
     tasks = (told(Budget(4, 8, 1, 4), spent=(three, two, one)), told(spent=(one,)))
@@ -176,8 +176,8 @@ def test_a_run_follows_its_rule(rule: Joint) -> None:
     assert all(len(tree.root.state.groups[edge].told) == min(6, KEPT) for edge in ("edge0", "edge1"))
     for one in reports:
         learnt = one.what.told
-        assert {spent.client for spent in learnt.spent} == {c.client for c in tree.groups.members[one.edge]}
-        assert all(spent.train > 0 and spent.answers == learnt.budget.rounds for spent in learnt.spent)
+        assert {spent.client for spent in learnt.work} == {c.client for c in tree.groups.members[one.edge]}
+        assert all(spent.train > 0 and spent.answers == learnt.budget.rounds for spent in learnt.work)
         assert set(learnt.mass) == {"head", "value"} | (set() if learnt.budget.depth == 1 else {"query"})
         assert 0 <= learnt.spread <= 1
         assert math.fsum(learnt.energy) == pytest.approx(1.0, abs=0.2)

@@ -24,7 +24,7 @@ from fedloom.core.codec import LOWEST, Block
 from fedloom.core.lora import Adapter
 from fedloom.core.schema import Malformed, Reader, reachable
 from fedloom.core.transfer import Parcel, Rows, layout, pack, rows_of, unpack
-from fedloom.core.types import ClientId, Profile, Result, Start, Task, Told
+from fedloom.core.types import ClientId, Profile, Result, Start, Task, GroupStatistics
 from fedloom.deploy.messages.container import BUFFERS, BufferForm, Unasked, buffers, header
 from fedloom.hierarchy.edge_model import narrowed
 from fedloom.runs import trace
@@ -179,7 +179,7 @@ LONGEST = 2**22
 class Telling:
     """What the root's plan is to learn, and who the edge leads now."""
 
-    told: Told
+    told: GroupStatistics
     members: tuple[Profile, ...]
 
 

@@ -16,7 +16,7 @@ from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Fleet
-from fedloom.core.types import Budget, ClientId, GroupLog, Profile, Spent, Told
+from fedloom.core.types import Budget, ClientId, GroupLog, Profile, MemberWork, GroupStatistics
 from fedloom.hierarchy.joint_plan.gradient_score import Scored
 from fedloom.hierarchy.joint_plan.group_cost import Device, GroupState, Observed, Sizes
 from fedloom.hierarchy.joint_plan.shared import Joint
@@ -107,13 +107,13 @@ def device(profile: Profile, log: GroupLog, shape: Shape, batch_tokens: int) -> 
     return Device(profile.client, seconds, up, down, profile.memory)
 
 
-def history(log: GroupLog, client: ClientId) -> tuple[Spent, ...]:
+def history(log: GroupLog, client: ClientId) -> tuple[MemberWork, ...]:
     """What a member did, oldest first: in other groups before, then in this one."""
-    here = (one for told in log.told for one in told.spent if one.client == client)
+    here = (one for told in log.told for one in told.work if one.client == client)
     return (*log.past.get(client, ()), *here)
 
 
-def _followed(cost: CostModel, one: Spent, shape: Shape) -> CostModel:
+def _followed(cost: CostModel, one: MemberWork, shape: Shape) -> CostModel:
     cost = cost.observed(min(one.depth or shape.layers, shape.layers), one.steps, one.train)
     cost = cost.uploaded(one.answers * shape.payload(one.rank, one.depth), one.up)
     return cost.downloaded(one.answers * shape.payload(one.rank), one.down)
@@ -140,7 +140,7 @@ def mass(log: GroupLog, shape: Shape) -> tuple[float, ...]:
     return (first + head, *lower)
 
 
-def observed(told: tuple[Told, ...], shape: Shape) -> Iterator[Observed]:
+def observed(told: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[Observed]:
     """What earlier choices earned: by how much the members' loss fell since the task before, a second."""
     for before, after in pairwise(told):
         if before.loss is not None and after.loss is not None and after.seconds > 0:
@@ -148,36 +148,36 @@ def observed(told: tuple[Told, ...], shape: Shape) -> Iterator[Observed]:
             yield Observed(after.budget.rounds, depth, (before.loss - after.loss) / after.seconds)
 
 
-def earned(told: tuple[Told, ...], shape: Shape) -> Iterator[Observed]:
+def earned(told: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[Observed]:
     """What choices earned without other groups: by how much members' own losses fell between rounds of one task, a second."""
     for one in told:
-        falls = [fall for fall in map(fell, one.spent) if fall is not None]
+        falls = [fall for fall in map(fell, one.work) if fall is not None]
         if falls and one.seconds > 0:
             depth = one.budget.depth or shape.layers
             yield Observed(one.budget.rounds, depth, math.fsum(falls) / len(falls) * one.budget.rounds / one.seconds)
 
 
-def fell(spent: Spent) -> float | None:
+def fell(spent: MemberWork) -> float | None:
     """By how much a member's loss fell from one of its answers to the next; None: it answered once, or told no loss."""
     if spent.answers < 2 or spent.began is None or spent.ended is None:
         return None
     return (spent.began - spent.ended) / (spent.answers - 1)
 
 
-def barrier(told: Told) -> float:
+def barrier(told: GroupStatistics) -> float:
     """Seconds of an inner round in which even the busiest member waited."""
-    own = max((one.down + one.train + one.up for one in told.spent), default=0.0)
+    own = max((one.down + one.train + one.up for one in told.work), default=0.0)
     return max(0.0, told.seconds - told.down - told.up - own) / told.budget.rounds
 
 
-def surprise(told: Told, known: GroupState) -> float:
+def surprise(told: GroupStatistics, known: GroupState) -> float:
     """Seconds by which the slowest links of a task were slower than the slowest that is known (`known` has no barrier yet).
 
     Those of members who have left since say nothing of the group.
     It is nothing where links stay as they are. Where they are drawn anew each time some member has a slow one in every inner round,
     and an average does not tell.
     """
-    links = [(one.down + one.up) / one.answers for one in told.spent if one.client]
+    links = [(one.down + one.up) / one.answers for one in told.work if one.client]
     if not links:
         return 0.0
     slowest = max(links)
