@@ -4,6 +4,12 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # One BLAS thread a process: small matrices on many threads are several times slower. The demo sets torch's threads itself.
 export OMP_NUM_THREADS ?= 1
+# pytest rewrites the asserts of every test file: six seconds a process where the result may not be kept.
+unexport PYTHONDONTWRITEBYTECODE
+# Random tests try other examples every day; SEED=20260131 tries those of that day again.
+SEED ?= $(shell date +%Y%m%d)
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-seed=$(SEED)
 # Which tests `make test` runs, in pytest's words.
 MARK ?= not gpu and not mutants and not federation
 
@@ -26,23 +32,23 @@ demo: .venv/ready ## fine-tune a real encoder across eight clients of different 
 	@$(BIN)/fedloom demo
 
 test: .venv/ready ## every test that needs no GPU
-	@$(BIN)/python -m pytest -n 2 -m '$(MARK)'
+	@$(PYTEST) -m '$(MARK)'
 
 mutants: .venv/ready ## whether the laws notice each of some sixty bugs, a quarter of an hour
-	@$(BIN)/python -m pytest -n 2 -m slow tests/laws/test_mutants.py
+	@$(PYTEST) -m mutants
 
-storms: .venv/ready ## the laws' random storms with ten times as many examples
-	@STORMS=10 $(BIN)/python -m pytest -n 2 -m slow tests/laws tests/flower/test_driver.py tests/flower/test_over.py
+storms: .venv/ready ## every random test with all its examples, ten times as many as in `make test`
+	@STORMS=10 $(PYTEST) -m 'hypothesis and not gpu'
 
 federation: .venv/ready ## deployments of real processes that take minutes: the guide's own commands, whatever is killed
-	@$(BIN)/python -m pytest -m federation tests/flower
+	@$(BIN)/python -m pytest -m federation
 
 check: .venv/ready ## format, lint, types, import contracts, fast tests
 	@$(BIN)/ruff format --check --quiet . || (echo "run: $(BIN)/ruff format ." && false)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache > .venv/imports.log || (cat .venv/imports.log && false)
-	@$(BIN)/python -m pytest -n 2
+	@$(PYTEST)
 
 bench: .venv/ready ## the quick benches; each prints a table and one JSON line
 	@$(BIN)/python -m bench.aggregate --quick

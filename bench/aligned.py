@@ -22,7 +22,7 @@ from statistics import fmean
 from bench.skewed import fleet
 from fedloom.core.seeds import rng
 from fedloom.hierarchy.grouping import BySpeed, Grouping, Groups, Member, NearIID, RandomGroups
-from fedloom.hierarchy.joint_plan.gradient_score import Scored
+from fedloom.hierarchy.joint_plan.gradient_score import GradientScore
 from fedloom.hierarchy.joint_plan.group_cost import Choice, Device, GroupState, Sizes
 from fedloom.hierarchy.joint_plan.joint_memory import JointMemory
 from fedloom.hierarchy.joint_plan.shared import Joint
@@ -168,12 +168,12 @@ def table() -> list[dict[str, float | str]]:
         row("  the same, links guessed", near[1], grow, GUESSED),
         row("  the same, guessed, links last 20 rounds", near[1], grow, LASTING),
         row("  f = 4 for all, links last 20 rounds", near[1], Fixed(), LASTING),
-        row("near-IID 0.3, scored", near[0], Scored()),
+        row("near-IID 0.3, scored", near[0], GradientScore()),
         row("near-IID 0.3, joint memory", near[0], memory),
         row("  the same, links guessed", near[0], memory, GUESSED),
         row("edges: near-IID 0.3, f = 4 for all", near[0], Fixed(), NEAR),
         row("edges: near-IID 0.3, f aligned, work grows", near[0], grow, NEAR),
         row("edges: near-IID 0.7, f aligned, work grows", near[1], grow, NEAR),
-        row("edges: near-IID 0.3, scored", near[0], Scored(), NEAR),
+        row("edges: near-IID 0.3, scored", near[0], GradientScore(), NEAR),
         row("edges: near-IID 0.3, joint memory", near[0], memory, NEAR),
     ]

@@ -26,9 +26,9 @@ import torch
 from bench.memory import HONEST_MALLOC, extra_peak
 from bench.timing import sample, spread
 from fedloom.train import loss
-from fedloom.train.base_model import Base, initial, load
+from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.settings import Engine, LoRA
-from fedloom.train.tokenised import Encoded
+from fedloom.train.tokenised import EncodedTexts
 from tests.support.tiny_models import settle, tiny_generator
 
 SHAPE = {
@@ -42,11 +42,11 @@ READ, WRITTEN, BATCH, RANK = 128, 32, 8, 8
 WAYS = {"all": Engine("torch"), "answers": Engine("torch"), "again": Engine("torch", checkpointing=True)}
 
 
-def texts() -> Encoded:
+def texts() -> EncodedTexts:
     """Random tokens."""
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(4, SHAPE["vocab_size"], (BATCH, READ + WRITTEN), generator=draw).tolist()
-    return Encoded(tuple(map(tuple, rows)), {}, (0,) * BATCH, 3, False, (READ,) * BATCH)
+    return EncodedTexts(tuple(map(tuple, rows)), {}, (0,) * BATCH, 3, False, (READ,) * BATCH)
 
 
 def step(base: Base, way: str) -> Callable[[], None]:
@@ -54,7 +54,7 @@ def step(base: Base, way: str) -> Callable[[], None]:
     inputs = texts().batch(range(BATCH), base.device)
 
     def once() -> None:
-        found = base.model(**inputs, use_cache=False).loss if way == "all" else loss.mean(base, dict(inputs))
+        found = base.model(**inputs, use_cache=False).loss if way == "all" else loss.mean_loss(base, dict(inputs))
         found.backward()
         base.model.zero_grad(set_to_none=True)
 
@@ -63,8 +63,8 @@ def step(base: Base, way: str) -> Callable[[], None]:
 
 def measured(folder: Path, way: str, repeats: int) -> tuple[int, list[float]]:
     """In a fresh process: bytes by which the resident set rises in a step, and processor seconds of some."""
-    base = load(str(folder), None, LoRA(dropout=0.0), RANK, 0, engine=WAYS[way])
-    base.put(initial(base, RANK))
+    base = load_base(str(folder), None, LoRA(dropout=0.0), RANK, 0, engine=WAYS[way])
+    base.activate(initial_adapter(base, RANK))
     base.model.train()
     once = step(base, way)
     once()  # what is made at first use

@@ -192,7 +192,7 @@ def audit(lines: Sequence[Mapping[str, Any]], folder: Path) -> Audit:
 def accuracy(lines: Sequence[Mapping[str, Any]]) -> float:
     """Of the last version."""
     return float(
-        next(line["event"]["metrics"]["accuracy"] for line in reversed(lines) if line["event"]["type"] == "Scored")
+        next(line["event"]["metrics"]["accuracy"] for line in reversed(lines) if line["event"]["type"] == "ScoresReady")
     )
 
 

@@ -9,8 +9,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from fedloom.aggregate.shared.product_space import best
-from fedloom.core.lora import Factor, energy, stack
+from fedloom.aggregate.shared.product_space import best_approximation
+from fedloom.core.lora import Factor, energy_spectrum, stack
 
 ALPHA = 16.0
 MIXED = (2, 4, 8, 16, 32, 64)
@@ -81,7 +81,7 @@ def weighted(case: Case) -> list[tuple[float, Factor]]:
 def server_call(case: Case) -> Callable[[], Factor]:
     """The aggregate as a server does it: truncated once at the highest rank, energy before and after for its log."""
     terms = weighted(case)
-    return lambda: best(terms, case.rank)[0]
+    return lambda: best_approximation(terms, case.rank)[0]
 
 
 def worst_gap(case: Case, result: Factor) -> float:
@@ -93,7 +93,7 @@ def worst_gap(case: Case, result: Factor) -> float:
     terms = [(weight, Factor(client.down.double(), client.up.double())) for weight, client in weighted(case)]
     if sum(case.ranks) < case.d:
         sum_ = stack(terms)
-        squares, inside = energy(sum_), ((left.T @ sum_.up) * (right @ sum_.down.T)).sum(1)
+        squares, inside = energy_spectrum(sum_), ((left.T @ sum_.up) * (right @ sum_.down.T)).sum(1)
     else:
         dense = torch.zeros(case.d, case.d_in, dtype=torch.float64)
         for weight, client in terms:

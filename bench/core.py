@@ -59,7 +59,7 @@ def roundtrip_error(ranks: Sequence[int]) -> float:
 def roundtrip(model: Path, folder: Path, ranks: Sequence[int]) -> dict[str, float]:
     """A run on this model, exported at each rank and merged: how far each is from the adapter in memory."""
     from fedloom.runs.prepare import prepare
-    from fedloom.train.export import at_rank, save, save_merged
+    from fedloom.train.export import truncate_adapter, save_adapter, save_merged
 
     hush()
     job = prepare(tiny_run(model))
@@ -67,8 +67,8 @@ def roundtrip(model: Path, folder: Path, ranks: Sequence[int]) -> dict[str, floa
     untrained = _logits(job, job.run.aggregator.init(_silent(trained)).adapter)
     errors = {}
     for rank in ranks:
-        held = _logits(job, at_rank(trained, rank))
-        place = save(job.base, at_rank(trained, rank), names, folder / f"r{rank}")
+        held = _logits(job, truncate_adapter(trained, rank))
+        place = save_adapter(job.base, truncate_adapter(trained, rank), names, folder / f"r{rank}")
         errors[f"rank {rank}"] = float((held - _loaded(job, place)).abs().max())
     held = _logits(job, trained)
     if float((held - untrained).abs().max()) < 0.01:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.deploy.flower import keys
-from fedloom.deploy.flower.serve import serve
-from fedloom.deploy.flower.server_processes import Server
+from fedloom.deploy.flower.serve import serve_deployment
+from fedloom.deploy.flower.server_processes import ServerSetup
 from fedloom.deploy.flower.supervisor import free_port
 
 IDLE = "0.2"
@@ -56,7 +56,7 @@ def measured(folder: Path, sites: int, counts: dict[str, int], seconds: float, i
 
     try:
         facts = {"sites": sites, "counts": counts, "seconds": seconds}
-        serve(Server(server, "127.0.0.1", port, app="bench.echo:app"), facts, False, heard)
+        serve_deployment(ServerSetup(server, "127.0.0.1", port, app="bench.echo:app"), facts, False, heard)
         figures: dict[str, Any] = json.loads((server / "figures.json").read_text())
         return figures
     finally:

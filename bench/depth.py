@@ -34,10 +34,10 @@ from bench.memory import HONEST_MALLOC, peak
 from bench.timing import sample, spread, under
 from bench.train import BATCH, RANK, SIX, model_folder, texts_of
 from fedloom.core.lora import Adapter, Factor
-from fedloom.core.partial_depth import lowered
-from fedloom.core.types import Budget, Local, Profile, Start, Task
+from fedloom.core.partial_depth import fold_layers
+from fedloom.core.types import Budget, ClientState, Profile, TaskStart, Task
 from fedloom.plan.client_cost import CostModel
-from fedloom.train.base_model import Base, initial, load
+from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.settings import Engine, LoRA, Training
 from fedloom.train.trainer import PeftTrainer
 from tests.support.tiny_models import settle
@@ -49,18 +49,18 @@ WAYS = {"anew": Engine(cache=0), "kept": Engine()}
 
 def base_of(folder: Path) -> Base:
     """Without dropout."""
-    return load(str(folder), 2, LoRA(dropout=0.0), RANK, 0, engine=Engine())
+    return load_base(str(folder), 2, LoRA(dropout=0.0), RANK, 0, engine=Engine())
 
 
 def begun(base: Base) -> Adapter:
     """An adapter that has learnt something: `up` is not zero, so the layers below have a fold."""
-    born = initial(base, RANK)
+    born = initial_adapter(base, RANK)
     return Adapter({n: Factor(f.down, 0.01 * f.down.new_ones(f.up.shape)) for n, f in born.factors.items()}, born.dense)
 
 
 def task_of(base: Base, start: Adapter, depth: int) -> Task:
     """One pass of a client at this depth."""
-    own = lowered(Start(start, "0"), base.shape().below(start.factors, depth))
+    own = fold_layers(TaskStart(start, "0"), base.shape().untrained_modules(start.factors, depth))
     return Task(depth, "c", 0, own, Budget(RANK, STEPS, depth), 0, 0.0)
 
 
@@ -74,12 +74,12 @@ def timed(base: Base, repeats: int) -> dict[str, dict[int, list[float]]]:
     tasks = {depth: task_of(base, begun(base), depth) for depth in DEPTHS}
     trainers = {way: trainer_of(base, engine) for way, engine in WAYS.items()}
     for task in tasks.values():
-        trainers["kept"].train([(task, Local())])  # what is kept is computed here
+        trainers["kept"].train([(task, ClientState())])  # what is kept is computed here
     found: dict[str, dict[int, list[float]]] = {way: {depth: [] for depth in DEPTHS} for way in WAYS}
     for _ in range(repeats):
         for depth, task in tasks.items():
             for way, trainer in trainers.items():
-                took = sample(lambda trainer=trainer, task=task: trainer.train([(task, Local())]))  # type: ignore[misc]
+                took = sample(lambda trainer=trainer, task=task: trainer.train([(task, ClientState())]))  # type: ignore[misc]
                 found[way][depth].append(took.cpu / STEPS)
     return found
 
@@ -87,10 +87,10 @@ def timed(base: Base, repeats: int) -> dict[str, dict[int, list[float]]]:
 def predicted(base: Base, seen: Mapping[int, Sequence[float]]) -> dict[int, float]:
     """What the cost model says of every depth after measurements of `SEEN`, and of a device that it knows nothing true of."""
     tokens = sum(trainer_of(base, Engine()).texts.lengths(range(BATCH)))
-    model = CostModel.of(Profile("c", SHARD, flops=1e9), base.shape(), RANK, tokens)
+    model = CostModel.from_profile(Profile("c", SHARD, flops=1e9), base.shape(), RANK, tokens)
     for turn in range(len(seen[SEEN[0]])):
         for depth in SEEN:
-            model = model.observed(depth, STEPS, STEPS * seen[depth][turn])
+            model = model.after_training(depth, STEPS, STEPS * seen[depth][turn])
     return {depth: model.step_seconds(depth) for depth in DEPTHS}
 
 
@@ -113,8 +113,8 @@ def remembered(folder: Path, depth: int) -> tuple[int, float]:
     trainer, task, shape = trainer_of(base, Engine(cache=0)), task_of(base, begun(base), depth), base.shape()
     tokens = BATCH * max(trainer.texts.lengths(range(SHARD)))
     warm = task_of(base, begun(base), 1)
-    trainer.train([(warm, Local())])  # what is made at first use: slots, transposed weights, the base without a fold
-    before, highest = peak(lambda: trainer.train([(task, Local())]))
+    trainer.train([(warm, ClientState())])  # what is made at first use: slots, transposed weights, the base without a fold
+    before, highest = peak(lambda: trainer.train([(task, ClientState())]))
     frozen = 4.0 * (shape.parameters + shape.embeddings)
     return highest - before, shape.train_memory(RANK, tokens, depth) - frozen
 

@@ -18,9 +18,9 @@ from flwr.app import Context
 from flwr.serverapp import ServerApp
 from flwr.superlink.grid import HttpGrid
 
-from fedloom.deploy.flower.join import Seat, join
-from fedloom.deploy.flower.server_app import carry_out
-from fedloom.deploy.link import Link
+from fedloom.deploy.flower.join import SiteSetup, join_deployment
+from fedloom.deploy.flower.server_app import run_server_app
+from fedloom.deploy.link import Transport
 from fedloom.deploy.site.worker_socket import Listener
 
 app = ServerApp()
@@ -33,10 +33,10 @@ HERTZ, PAGE = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
 @app.main()  # type: ignore[untyped-decorator, arg-type]
 def main(grid: HttpGrid, context: Context) -> None:
     """Measure as `deployment.json` says."""
-    carry_out(grid, context, measure)
+    run_server_app(grid, context, measure)
 
 
-def measure(link: Link, folder: Path) -> str:
+def measure(link: Transport, folder: Path) -> str:
     """Times and figures to `figures.json`."""
     told = json.loads((folder / "deployment.json").read_text())
     while len(here := {name: node for node, name in link.nodes().items() if name}) < told["sites"]:
@@ -49,7 +49,7 @@ def measure(link: Link, folder: Path) -> str:
     return "measured"
 
 
-def trips(link: Link, node: int, megabytes: str, count: int, folder: Path) -> dict[str, float]:
+def trips(link: Transport, node: int, megabytes: str, count: int, folder: Path) -> dict[str, float]:
     """Seconds of the median, the shortest and the longest round trip, and CPU seconds of all processes for one."""
     seconds, size = [], int(float(megabytes) * 1e6) or 100
     before = sum(cpu(folder).values())
@@ -64,7 +64,7 @@ def trips(link: Link, node: int, megabytes: str, count: int, folder: Path) -> di
     return {"median": median(seconds), "least": min(seconds), "most": max(seconds), "cpu": used}
 
 
-def crowd(link: Link, here: Mapping[str, int], seconds: float, folder: Path) -> dict[str, Any]:
+def crowd(link: Transport, here: Mapping[str, int], seconds: float, folder: Path) -> dict[str, Any]:
     """All sites at once, each with one small message under way: messages a second, and cores in use, by process."""
     begun, before, came, waiting = time.monotonic(), cpu(folder), 0, 0
     for node in here.values():
@@ -130,7 +130,7 @@ def site(server: str, folder: Path, ca: Path, key: Path, idle: float | None) -> 
     """Take part with a worker that gives back what it gets, until stopped."""
     worker = [sys.executable, "-m", "bench.echo", str(folder / "w.sock")]
     with suppress(KeyboardInterrupt):
-        join(Seat(server, folder, folder / "w.sock", worker, ca, key, idle), partial(print, flush=True))
+        join_deployment(SiteSetup(server, folder, folder / "w.sock", worker, ca, key, idle), partial(print, flush=True))
 
 
 if __name__ == "__main__":

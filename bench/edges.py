@@ -28,7 +28,7 @@ from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Schedule
 from fedloom.core.seeds import rng
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Local, Profile, Result, Task
+from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.tree import Tree
 from fedloom.hierarchy.tree_state import Link
@@ -37,7 +37,7 @@ from fedloom.plan.rank import FixedRank
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.rounds import Rounds
 from fedloom.schedule.shared.weights import by_work
-from fedloom.simulate.devices import Capabilities, Devices, Near, World
+from fedloom.simulate.devices import Capabilities, Devices, FasterLinks, World
 from fedloom.simulate.simulation import Simulation
 
 RANK, STEPS, INNER, TOKENS = 8, 20, 4, 1000
@@ -50,7 +50,7 @@ PLATFORM = Capabilities(modes=(1.0,))
 class Moved:
     """Every entry that was sent, a little larger."""
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """One answer a task; tokens as from full batches."""
         return [(self._one(task), local) for task, local in work]
 
@@ -95,7 +95,7 @@ def virtual(rounds: int) -> dict[str, float]:
     profiles = PLATFORM.profiles({f"c{k:02d}": 10 for k in range(80)}, 0)
     everybody, groups = Rounds(cohort_size=80), Rounds(cohort_size=8, weigh=by_work)
     far, near = Hierarchy(rounds=INNER), Hierarchy(rounds=INNER, link=Link(1e8, 1e8), inner_speedup=10.0)
-    close = Near(PLATFORM, near.inner_speedup)
+    close = FasterLinks(PLATFORM, near.inner_speedup)
     fast = [replace(one, up_bps=10 * one.up_bps, down_bps=10 * one.down_bps) for one in profiles]
     fedfa = FedFa(window=8, max_in_flight=8, weigh=by_work)
 

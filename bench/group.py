@@ -29,7 +29,7 @@ from bench.timing import against
 from fedloom.core.seeds import rng
 from fedloom.data.private_histogram import noised
 from fedloom.hierarchy.grouping import Grouping, Groups, Member, NearIID, RandomGroups
-from fedloom.hierarchy.near_iid import divergence
+from fedloom.hierarchy.near_iid import label_divergence
 
 SIZE, DEALS = 10, 20
 EPSILONS = (10.0, 1.0, 0.3, 0.1, 0.03)
@@ -52,7 +52,7 @@ def terms(groups: Groups, known: dict[str, Member]) -> tuple[float, float]:
     sums = torch.stack([torch.tensor([known[client].labels for client in group]).double().sum(0) for group in groups])
     whole = sums.sum(0)
     times = [[known[client].seconds for client in group] for group in groups]
-    return float(divergence(sums, (whole / whole.sum()).log()).mean()), fmean(max(own) - fmean(own) for own in times)
+    return float(label_divergence(sums, (whole / whole.sum()).log()).mean()), fmean(max(own) - fmean(own) for own in times)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def again(how: NearIID, groups: Groups, everyone: Sequence[Member], seed: int) -
     now = [
         replace(one, seconds=one.seconds * draw.choice((0.25, 4.0))) if draw.random() < 0.1 else one for one in everyone
     ]
-    after, known = how.again(groups, now, seed), {one.client: one for one in now}
+    after, known = how.regrouped(groups, now, seed), {one.client: one for one in now}
     stayed = sum(len(set(old) & set(new)) for old, new in zip(groups, after, strict=True))
     old, kept, fresh = (terms(one, known)[1] for one in (groups, after, how(now, seed)))
     return stayed / len(now), (old - kept) / (old - fresh)

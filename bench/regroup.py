@@ -34,15 +34,16 @@ from fedloom.core.types import Profile, Result, Task
 from fedloom.hierarchy.grouping import Member, NearIID
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.regrouping import Compared
-from fedloom.hierarchy.tree import Tree, places
+from fedloom.hierarchy.tree import Tree
 from fedloom.hierarchy.tree_state import Link
-from fedloom.runs.build_groups import seconds
+from fedloom.runs.prepare import comparison_seconds
 from fedloom.runs.metrics import Metrics
-from fedloom.runs.slot_usage import Places
+from fedloom.runs.observation import RunObservation
+from fedloom.runs.slot_usage import SlotUsage
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.rounds import Rounds
 from fedloom.schedule.shared.weights import by_work
-from fedloom.simulate.devices import Capabilities, Devices, Near, Seconds
+from fedloom.simulate.devices import Capabilities, Devices, FasterLinks, Seconds
 from fedloom.simulate.simulation import Simulation
 
 GROUPS, NEAR, SLOWER, SHARE, THRESHOLD = 8, 10.0, 4.0, 0.1, 0.1
@@ -98,12 +99,12 @@ class Course:
 def course(schedule: Schedule, versions: int, seed: int, since: float, regroup: float) -> Course:
     """One run; `since` is when the slow ones become slow."""
     known = {one.client: one for one in fleet(80, 4, seed)}
-    profiles = Near(PLATFORM, NEAR).profiles({one.client: one.examples for one in known.values()}, seed)
+    profiles = FasterLinks(PLATFORM, NEAR).profiles({one.client: one.examples for one in known.values()}, seed)
     flat = server(LAYERS, schedule, versions, STEPS)
     flat.seed = seed
     tokens = STEPS * TOKENS
     members = tuple(
-        Member(one.client, one.examples, seconds(flat.shape, one, RANK, tokens), known[one.client].labels)
+        Member(one.client, one.examples, comparison_seconds(flat.shape, one, RANK, tokens), known[one.client].labels)
         for one in profiles
     )
     hierarchy = Hierarchy(NearIID(GROUPS), INNER, link=LINK, inner_speedup=NEAR, regroup=regroup)
@@ -111,13 +112,13 @@ def course(schedule: Schedule, versions: int, seed: int, since: float, regroup: 
     groups = {edge: [given[one] for one in own] for edge, own in hierarchy.grouped(members, seed).items()}
     tree = hierarchy.over(flat, groups, Compared(members, RANK, STEPS, tokens))
     slow = frozenset(rng(seed, "slow").sample(sorted(known), round(SHARE * len(known))))
-    return followed(tree, given, Slowed(Near(PLATFORM, NEAR), slow, since), seed)
+    return followed(tree, given, Slowed(FasterLinks(PLATFORM, NEAR), slow, since), seed)
 
 
 def followed(tree: Tree, profiles: Mapping[str, Profile], world: Devices, seed: int) -> Course:
     """Carried out to the end."""
     file = io.StringIO()
-    metrics = Metrics(file, Places(places(tree)), tuple(tree.branches.edges))
+    metrics = Metrics(file, SlotUsage(tree.max_in_flight), RunObservation(tree.edges))
 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
         metrics(now, event, commands)

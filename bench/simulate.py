@@ -33,13 +33,13 @@ import torch
 
 from bench.memory import resident
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.factor_space import leading
+from fedloom.aggregate.shared.factor_space import leading_start
 from fedloom.core.events import ClientJoined, Command, Event, UpdateArrived
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Merge, Observer
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Budget, ClientId, Local, Model, Profile, Result, Start, Task
+from fedloom.core.types import Budget, ClientId, ClientState, Model, Profile, Result, TaskStart, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.runs.trace import Trace
@@ -64,11 +64,11 @@ class Newest:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The last in task order."""
-        return replace(model, adapter=merge.parts[-1][1].result.adapter)
+        return replace(model, adapter=merge.weighted_updates[-1][1].result.adapter)
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The model as it is."""
-        return leading(model, budget)
+        return leading_start(model, budget)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Answering:
 
     answers: Sequence[Adapter]
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """At once."""
         return [(Result(self._next(task.id), 10, 100, 1), local) for task, local in work]
 

@@ -27,7 +27,7 @@ from fedloom.data.examples import Examples
 from fedloom.data.partition import LabelDirichlet
 from fedloom.data.private_histogram import topics
 from fedloom.hierarchy.grouping import Groups, Member, NearIID, RandomGroups
-from fedloom.hierarchy.near_iid import divergence
+from fedloom.hierarchy.near_iid import label_divergence
 from fedloom.train.demo_model import minilm
 from tests.support.tiny_models import hush
 
@@ -80,7 +80,7 @@ def far(groups: Groups, truth: dict[str, Member]) -> float:
     """Mean KL of the groups' categories from all, in nats."""
     sums = torch.stack([torch.tensor([truth[client].labels for client in group]).double().sum(0) for group in groups])
     whole = sums.sum(0)
-    return float(divergence(sums, (whole / whole.sum()).log()).mean())
+    return float(label_divergence(sums, (whole / whole.sum()).log()).mean())
 
 
 def case(name: str, texts: Texts) -> list[dict[str, float | str]]:

@@ -30,10 +30,10 @@ from bench.timing import Time, sample, spread
 from bench.workers import workers2
 from fedloom.core.lora import Adapter
 from fedloom.core.seeds import rng
-from fedloom.core.types import Budget, Local, Result, Start, Task
-from fedloom.train.base_model import Base, initial, load
+from fedloom.core.types import Budget, ClientState, Result, TaskStart, Task
+from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.settings import Engine, LoRA, Training
-from fedloom.train.tokenised import Encoded
+from fedloom.train.tokenised import EncodedTexts
 from fedloom.train.trainer import PeftTrainer
 from tests.support.tiny_models import hush, settle
 
@@ -70,23 +70,23 @@ def model_folder(hidden: int, layers: int, heads: int) -> Path:
     return folder
 
 
-def texts_of(base: Base, count: int) -> Encoded:
+def texts_of(base: Base, count: int) -> EncodedTexts:
     """Pairs of MRPC as token ids, or random ids of lengths like theirs (log-normal, mean 53)."""
     if MRPC.exists():
         from fedloom import Table
-        from fedloom.train.tokenised import encode
+        from fedloom.train.tokenised import encode_texts
 
         examples = Table(MRPC, text="sentence1", pair="sentence2").load(0).train
-        every = encode(examples, base.tokenizer, LONGEST)
+        every = encode_texts(examples, base.tokenizer, LONGEST)
         extras = {name: rows[:count] for name, rows in every.extras.items()}
         return replace(every, ids=every.ids[:count], extras=extras, labels=every.labels[:count])
     draw = random.Random(0)
     lengths = [min(LONGEST, max(20, round(draw.lognormvariate(3.94, 0.25)))) for _ in range(count)]
     ids = tuple(tuple(draw.randrange(1000, 30000) for _ in range(n)) for n in lengths)
-    return Encoded(ids, {}, tuple(draw.randrange(2) for _ in ids), 0, False)
+    return EncodedTexts(ids, {}, tuple(draw.randrange(2) for _ in ids), 0, False)
 
 
-def peft_loop(folder: Path, texts: Encoded, padded: bool) -> Loop:
+def peft_loop(folder: Path, texts: EncodedTexts, padded: bool) -> Loop:
     """The cohort as people train it today."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from transformers import AutoModelForSequenceClassification
@@ -120,23 +120,23 @@ def peft_loop(folder: Path, texts: Encoded, padded: bool) -> Loop:
     return loop
 
 
-def inputs(texts: Encoded, batch: Sequence[int], padded: bool) -> dict[str, torch.Tensor]:
+def inputs(texts: EncodedTexts, batch: Sequence[int], padded: bool) -> dict[str, torch.Tensor]:
     """A batch padded to its longest, or to `LONGEST`."""
     made = texts.batch(batch, torch.device("cpu"))
     more = LONGEST - made["input_ids"].shape[1] if padded else 0
     return {name: rows if name == "labels" else torch.nn.functional.pad(rows, (0, more)) for name, rows in made.items()}
 
 
-def trainer_of(base: Base, texts: Encoded, engine: Engine) -> PeftTrainer:
+def trainer_of(base: Base, texts: EncodedTexts, engine: Engine) -> PeftTrainer:
     """The clients with `SHARD` examples each."""
     shards = {str(k): tuple(range(k * SHARD, (k + 1) * SHARD)) for k in range(CLIENTS)}
     return PeftTrainer(base, texts, shards, Training(batch_size=BATCH), engine)
 
 
-def cohort(start: Adapter, clients: int, steps: int) -> list[tuple[Task, Local]]:
+def cohort(start: Adapter, clients: int, steps: int) -> list[tuple[Task, ClientState]]:
     """A task for each client."""
-    tasks = [Task(k + 1, str(k), 0, Start(start, "0"), Budget(RANK, steps), k, 0.0) for k in range(clients)]
-    return [(task, Local()) for task in tasks]
+    tasks = [Task(k + 1, str(k), 0, TaskStart(start, "0"), Budget(RANK, steps), k, 0.0) for k in range(clients)]
+    return [(task, ClientState()) for task in tasks]
 
 
 def interleaved(loops: Mapping[str, Loop], clients: int, repeats: int) -> dict[str, list[Time]]:
@@ -155,10 +155,10 @@ def told(title: str, times: Mapping[str, Sequence[Time]]) -> dict[str, float]:
     return {name: median(t.cpu for t in own) for name, own in times.items()}
 
 
-def against_peft(folder: Path, base: Base, texts: Encoded, repeats: int) -> dict[str, float]:
+def against_peft(folder: Path, base: Base, texts: EncodedTexts, repeats: int) -> dict[str, float]:
     """A cohort of eight through both."""
     trainer = trainer_of(base, texts, Engine())
-    work = cohort(initial(base, RANK), CLIENTS, SHARD // BATCH)
+    work = cohort(initial_adapter(base, RANK), CLIENTS, SHARD // BATCH)
     loops: dict[str, Loop] = {
         "PEFT loop, padded to 128": peft_loop(folder, texts, True),
         "PEFT loop, dynamic padding": peft_loop(folder, texts, False),
@@ -171,8 +171,8 @@ def against_peft(folder: Path, base: Base, texts: Encoded, repeats: int) -> dict
 
 def shallow(repeats: int) -> dict[str, float]:
     """One trained layer of six; four passes over a client's examples."""
-    base = load(str(model_folder(**SIX)), 2, LoRA(dropout=0.0), RANK, 0, engine=Engine())
-    texts, whole = texts_of(base, SHARD), initial(base, RANK)
+    base = load_base(str(model_folder(**SIX)), 2, LoRA(dropout=0.0), RANK, 0, engine=Engine())
+    texts, whole = texts_of(base, SHARD), initial_adapter(base, RANK)
     top = Adapter({n: f for n, f in whole.factors.items() if ".layer.5." in n}, whole.dense)
     work = cohort(top, 1, SHARD // BATCH)
     kept, anew = trainer_of(base, texts, Engine()), trainer_of(base, texts, Engine(cache=0))
@@ -182,12 +182,12 @@ def shallow(repeats: int) -> dict[str, float]:
     return {"depth1_cached": found["computed anew"] / found["kept"]}
 
 
-def gradient_error(base: Base, texts: Encoded) -> float:
+def gradient_error(base: Base, texts: EncodedTexts) -> float:
     """The largest relative difference between gradients of clients in one pass and one after the other.
 
     After one step AdamW's first moment is a tenth of the gradient.
     """
-    start = initial(base, RANK)
+    start = initial_adapter(base, RANK)
     moved = (
         trainer_of(base, texts, Engine(together=1)).train(cohort(start, 1, 4))[0][0].adapter
     )  # `up` is zero at first
@@ -196,7 +196,7 @@ def gradient_error(base: Base, texts: Encoded) -> float:
     return max(error(one, other) for one, other in zip(alone, common, strict=True))
 
 
-def error(one: tuple[Result, Local], other: tuple[Result, Local]) -> float:
+def error(one: tuple[Result, ClientState], other: tuple[Result, ClientState]) -> float:
     """The largest over the tensors: difference over size."""
     pairs = [(m["exp_avg"], other[1].moments[name]["exp_avg"]) for name, m in one[1].moments.items()]
     return max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
@@ -209,10 +209,10 @@ def main() -> None:
     settle()
     repeats = 2 if options.quick else 7
     folder = model_folder(**MINI)
-    base = load(str(folder), 2, LoRA(dropout=0.0), RANK, 0, engine=Engine())
+    base = load_base(str(folder), 2, LoRA(dropout=0.0), RANK, 0, engine=Engine())
     texts = texts_of(base, CLIENTS * SHARD)
     print(
-        f"frozen layers: {base.computed['kernel']}; lengths: {'MRPC' if MRPC.exists() else 'drawn like those of MRPC'}"
+        f"frozen layers: {base.computation['kernel']}; lengths: {'MRPC' if MRPC.exists() else 'drawn like those of MRPC'}"
     )
     figures = against_peft(folder, base, texts, repeats) | shallow(repeats)
     workers = workers2(*(2, 4) if options.quick else (7, 10))

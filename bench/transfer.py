@@ -25,9 +25,9 @@ import safetensors.torch
 import torch
 
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
-from fedloom.core.lora import Adapter, Factor, each, tensors
-from fedloom.core.transfer import answered, handed
-from fedloom.core.types import Budget, Local, Result, Start, Task
+from fedloom.core.lora import Adapter, Factor, map_tensors, named_tensors
+from fedloom.core.transfer import encode_answer, encode_start
+from fedloom.core.types import Budget, ClientState, Result, TaskStart, Task
 from fedloom.deploy.messages import answer as wire
 from tests.support.tiny_models import hush, settle
 
@@ -64,7 +64,7 @@ def start_of(shape: Shape) -> Adapter:
 def moved(adapter: Adapter) -> Adapter:
     """Every tensor after a step of 2 % of the size of its entries."""
     draw = torch.Generator().manual_seed(1)
-    return each(lambda t: t + DRIFT * t.std() * torch.randn(t.shape, generator=draw), adapter)
+    return map_tensors(lambda t: t + DRIFT * t.std() * torch.randn(t.shape, generator=draw), adapter)
 
 
 def cpu(call: Callable[[], object]) -> float:
@@ -83,12 +83,12 @@ def synthetic(shape: Shape, repeats: int) -> list[dict[str, Any]]:
     """Every codec on one shape, in turn."""
     base, ways = start_of(shape), dict[str, tuple[Callable[[], bytes], Callable[[bytes], object], dict[str, float]]]()
     exact = moved(base)
-    flat = tensors(exact)
+    flat = named_tensors(exact)
     ways[SAFETENSORS] = (lambda: safetensors.torch.save(flat), safetensors.torch.load, {})
     for codec in CODECS:
-        task = Task(1, "c", 0, handed(Start(base, "0"), codec), Budget(shape.rank, 1), 0, 0.0)
+        task = Task(1, "c", 0, encode_start(TaskStart(base, "0"), codec), Budget(shape.rank, 1), 0, 0.0)
         result = Result(moved(task.start.train), 10, 100, 1)
-        told, _ = answered(task, Local(), result, Local())
+        told, _ = encode_answer(task, ClientState(), result, ClientState())
         ways[type(codec).__name__] = (*way(task, result), dict(told.metrics))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     messages = {name: encode() for name, (encode, _, _) in ways.items()}
@@ -102,7 +102,7 @@ def synthetic(shape: Shape, repeats: int) -> list[dict[str, Any]]:
 
 def way(task: Task, result: Result) -> tuple[Callable[[], bytes], Callable[[bytes], object]]:
     """Encoder and decoder of one answer."""
-    return lambda: wire.encode(task, result), lambda data: wire.decode(data, 10**9, {task.id: task})
+    return lambda: wire.encode_result(task, result), lambda data: wire.decode_result(data, 10**9, {task.id: task})
 
 
 def row(
@@ -118,17 +118,17 @@ def row(
 
 def real(codec: Codec) -> dict[str, Any]:
     """Two rounds of the demo's federation: what its answers lost, by round, and the bytes up."""
-    from fedloom.cli.demo import demo
-    from fedloom.report.run_log import read
+    from fedloom.cli.demo import demo_run
+    from fedloom.report.run_log import read_run_log
     from fedloom.runs.prepare import prepare
 
     hush()
-    run = demo()
+    run = demo_run()
     run = replace(
         run, transfer=codec, limits=replace(run.limits, versions=2, evaluate_every=2), test_limit=8, threads=1
     )
     with tempfile.TemporaryDirectory() as folder:
-        versions = read(prepare(run).execute(Path(folder) / "run").folder).versions
+        versions = read_run_log(prepare(run).execute(Path(folder) / "run").folder).versions
     figures = {name: [line[name] for line in versions] for name in ("rounding", "rounding_change")}
     told = "; ".join(
         f"round {number}: {lost:.1e} of the product, {change:.1e} of its change"

@@ -42,18 +42,19 @@ from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Trainer
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Budget, Local, Result, Start, Task
+from fedloom.core.types import Budget, ClientState, Result, TaskStart, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.runs.trace import Trace
 from fedloom.schedule.fedfa import FedFa
 from fedloom.simulate.devices import World
 from fedloom.simulate.simulation import Simulation
-from fedloom.train.base_model import Base, initial, load
+from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.settings import LoRA, Training
-from fedloom.train.tokenised import Encoded
+from fedloom.train.tokenised import EncodedTexts
 from fedloom.train.trainer import PeftTrainer
-from fedloom.train.workers.pool import Workers
+from fedloom.train.workers.pool import open_pool
+from fedloom.train.workers.worker import Workers
 from tests.support.tiny_models import settle, tiny_encoder
 
 CLIENTS, RANK, EXAMPLES, IN_FLIGHT = 8, 8, 64, 20
@@ -67,7 +68,7 @@ BERT_MINI = {
 }
 BAR = 1.7
 
-Work = Sequence[tuple[Task, Local]]
+Work = Sequence[tuple[Task, ClientState]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +80,20 @@ class Seconds:
     row: float
 
 
-def texts(count: int) -> Encoded:
+def texts(count: int) -> EncodedTexts:
     """Token ids drawn at random, 24 to 64 a text, two labels."""
     draw = random.Random(0)
     ids = tuple(tuple(draw.choices(range(4, 30522), k=draw.randint(24, 64))) for _ in range(count))
-    return Encoded(ids, {}, tuple(draw.randrange(2) for _ in ids), 0, left=False)
+    return EncodedTexts(ids, {}, tuple(draw.randrange(2) for _ in ids), 0, pad_left=False)
 
 
 def scene(folder: Path, steps: int, clients: int = CLIENTS) -> tuple[PeftTrainer, Work]:
     """The trainer and a cohort of one task for each client."""
-    base: Base = load(str(tiny_encoder(folder, **BERT_MINI)), 2, LoRA(), RANK, seed=0)
+    base: Base = load_base(str(tiny_encoder(folder, **BERT_MINI)), 2, LoRA(), RANK, seed=0)
     shards = {f"c{k}": tuple(range(k * EXAMPLES, (k + 1) * EXAMPLES)) for k in range(clients)}
-    start = Start(initial(base, RANK), "0")
+    start = TaskStart(initial_adapter(base, RANK), "0")
     tasks = [Task(k, f"c{k}", 0, start, Budget(RANK, steps), k, 0.0) for k in range(clients)]
-    return PeftTrainer(base, texts(clients * EXAMPLES), shards, Training()), [(task, Local()) for task in tasks]
+    return PeftTrainer(base, texts(clients * EXAMPLES), shards, Training()), [(task, ClientState()) for task in tasks]
 
 
 def shortened(work: Work, count: int) -> Work:
@@ -102,7 +103,7 @@ def shortened(work: Work, count: int) -> Work:
 
 def measured(trainer: Trainer, work: Work) -> tuple[Seconds, list[object]]:
     """One cohort, and what came out."""
-    answers = list[tuple[Result, Local]]()
+    answers = list[tuple[Result, ClientState]]()
     seconds = clocked(lambda: answers.extend(trainer.train(work)))
     return seconds, [(fingerprint(result.adapter), result.metrics) for result, _ in answers]
 
@@ -135,7 +136,7 @@ def workers2(repeats: int, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer, work = scene(Path(folder), steps)
     size = sum(p.numel() * p.element_size() for p in trainer.base.model.parameters())
-    with Workers.of(2).carrying_out(trainer) as two:
+    with open_pool(trainer, Workers.parse(2)) as two:
         startup, _ = measured(two, shortened(work, 2))
         two.train(shortened(work, 4))
         trainer.train(shortened(work, 2))
@@ -168,7 +169,7 @@ def ahead2(repeats: int, steps: int, versions: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer, work = scene(Path(folder), 1, IN_FLIGHT + 4)
     shape = trainer.base.shape()
-    with Workers.of(2).carrying_out(trainer) as two:
+    with open_pool(trainer, Workers.parse(2)) as two:
         two.train(work[:4])
         trainer.train(work[:2])
         pairs = [

@@ -52,13 +52,13 @@ from fedloom import (
     LoRA,
     Mixture,
     NearIID,
-    Paced,
+    BestRoundTime,
     Plan,
-    Planned,
+    JointPlan,
     ProductDelta,
     Rounds,
     Run,
-    Scored,
+    GradientScore,
     Skew,
     Training,
     by_examples,
@@ -180,9 +180,9 @@ def cell(name: str, seed: int) -> Run:
     )
 
 
-def planned(work: Work) -> Planned:
+def planned(work: Work) -> JointPlan:
     """The plan of `hierfedlora`, with the steps of a task here."""
-    return replace(SCORED, rule=Paced(Scored(work.steps)))
+    return replace(SCORED, rule=BestRoundTime(GradientScore(work.steps)))
 
 
 def groups(work: Work, how: Hierarchy) -> Hierarchy:

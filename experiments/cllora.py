@@ -51,7 +51,7 @@ from fedloom.core.events import Command, Event
 from fedloom.core.policies import Aggregator
 from fedloom.data.client_summary import summarise
 from fedloom.data.examples import Source
-from fedloom.data.heterogeneity import unevenness
+from fedloom.data.heterogeneity import measure_heterogeneity
 from fedloom.data.partition import Partition
 from fedloom.schedule.shared.weights import Weigh
 from fedloom.train.settings import Generation
@@ -227,7 +227,7 @@ class Look:
     def figures(self) -> Line:
         """Of all rounds, and the indices of unevenness."""
         job, train = self.study.job, self.study.job.split.train
-        found = unevenness([summarise(shard.client, train.take(shard.train)) for shard in job.shards])
+        found = measure_heterogeneity([summarise(shard.client, train.take(shard.train)) for shard in job.shards])
         indices = {"length": found.length, "quantity": found.quantity, "quality": found.quality}
         uneven = {name: round(index.value, 4) for name, index in indices.items() if index}
         return {"rounds": [asdict(one) for one in self.study.rounds()], "uneven": uneven}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedloom import Instructions
 from fedloom.core.seeds import rng
-from fedloom.data.file_formats import read
+from fedloom.data.file_formats import read_table_file
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 TASKS = SHARED / "natural_instructions" / "clients.jsonl.gz"
@@ -28,7 +28,7 @@ Row = Mapping[str, object]
 @cache
 def rows() -> tuple[Row, ...]:
     """All rows of all clients."""
-    columns = read(TASKS, None).columns
+    columns = read_table_file(TASKS, None).columns
     return tuple(dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
 
 

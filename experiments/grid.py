@@ -22,14 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedloom.core.schema import plain
+from fedloom.core.schema import jsonable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from fedloom import Job, Run, prepare
 from fedloom.core.events import Command, Event
-from fedloom.report.run_log import RunLog, read
+from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.runs import manifest
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -105,7 +105,7 @@ def current(grid: Grid) -> list[Line]:
 
 def hashed(run: Run) -> str:
     """The hash that names the run's settings, wherever it is computed."""
-    return manifest.digest(plain(replace(run, device="cpu")))
+    return manifest.settings_hash(jsonable(replace(run, device="cpu")))
 
 
 def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int | None, device: str) -> None:
@@ -143,7 +143,7 @@ def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | No
         job = prepare(run)
         looking = [probe(job)] if probe else []
         outcome = job.execute(Path(scratch) / "run", looking, report=False)
-        log = read(outcome.folder)
+        log = read_run_log(outcome.folder)
     last, versions = outcome.scores[-1], log.versions
     clients = sorted(float(line["accuracy"]) for line in log.clients) or [0.0]
     return {
@@ -180,7 +180,7 @@ def answered(log: RunLog) -> Line:
     """Of a run that writes text: the perplexity of each scored version, the base first, and the figures of its answers."""
     if "perplexity" not in log.scores[-1]:
         return {}
-    return {"perplexities": [line["perplexity"] for line in log.scores], "written": log.written}
+    return {"perplexities": [line["perplexity"] for line in log.scores], "written": log.generation}
 
 
 def start(run: Run) -> Run:
@@ -190,7 +190,7 @@ def start(run: Run) -> Run:
 
 def processor() -> str:
     """The kind of processor, with its instructions."""
-    about = manifest.machine()
+    about = manifest.machine_kind()
     return f"{about['cpu']}, {about['instructions']}"
 
 

@@ -21,7 +21,7 @@ from grid import SHARED, Grid, Line, interval, main, start
 from fedloom import (
     Averaged,
     DepthByCapability,
-    Earned,
+    LossRate,
     FedFa,
     FedIT,
     FixedDepth,
@@ -36,14 +36,14 @@ from fedloom import (
     Link,
     LoRA,
     NearIID,
-    Paced,
+    BestRoundTime,
     Plan,
-    Planned,
+    JointPlan,
     Polynomial,
     RandomGroups,
     Rounds,
     Run,
-    Scored,
+    GradientScore,
     Table,
     TimeAligned,
     Training,
@@ -164,18 +164,18 @@ class Method:
     timed: bool = False
 
 
-def grouped(plan: Planned | None, groups: object = NearIID(GROUPS), rounds: int = 1, **more: object) -> Method:
+def grouped(plan: JointPlan | None, groups: object = NearIID(GROUPS), rounds: int = 1, **more: object) -> Method:
     """A method with groups."""
     hierarchy = Hierarchy(groups, rounds=rounds, plan=plan)  # type: ignore[arg-type]
     return Method(hierarchy=hierarchy, **{"rank": RankOfClass(), **more})  # type: ignore[arg-type]
 
 
-SCORED = Planned(Paced(Scored(H)), batch_tokens=TOKENS)
+SCORED = JointPlan(BestRoundTime(GradientScore(H)), batch_tokens=TOKENS)
 ACROSS = FedFa(GROUPS // 2, GROUPS, weigh=by_work)
 AT_ONCE = Immediate(0.4, GROUPS, 6 * GROUPS, Polynomial(0.5))
 FIRST = Rounds(7, over_selection=10 / 7)
 """Inside a group: all ten start, the first seven answers count."""
-EARNED = Hierarchy(NearIID(GROUPS), schedule=FIRST, plan=Planned(Earned(), batch_tokens=TOKENS))
+EARNED = Hierarchy(NearIID(GROUPS), schedule=FIRST, plan=JointPlan(LossRate(), batch_tokens=TOKENS))
 OURS = Method(aggregator=Averaged(FedIT()), rank=RankOfClass(), hierarchy=EARNED, schedule=AT_ONCE, timed=True)
 BASELINES = ("fedit-5", "fedit-10", "fedit-20", "hetlora", "flora", "legend")
 METHODS: dict[str, Method] = {
@@ -192,7 +192,7 @@ METHODS: dict[str, Method] = {
     "fixed-rounds": grouped(replace(SCORED, rounds=5)),
     "fixed-depth": grouped(replace(SCORED, depth=1)),
     "no-joint": grouped(replace(SCORED, rule=TimeAligned(H, 5, work_grows=False))),
-    "unpaced": grouped(replace(SCORED, rule=Scored(H))),
+    "unpaced": grouped(replace(SCORED, rule=GradientScore(H))),
     "work-grows": grouped(replace(SCORED, rule=TimeAligned(H, 5))),
     "random-groups": grouped(SCORED, RandomGroups(GROUPS)),
     "joint-memory": grouped(replace(SCORED, rule=JointMemory(H, 5, ranks=(2, 4, 8)))),

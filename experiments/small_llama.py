@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedloom.core.seeds import derive, rng
 from fedloom.data.examples import Examples
-from fedloom.train.tokenised import IGNORED, Encoded, encode
+from fedloom.train.tokenised import IGNORED, EncodedTexts, encode_texts
 
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 TEMPLATE = (
@@ -88,7 +88,7 @@ def model_of(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def batches(texts: Encoded, seed: int) -> Iterator[Tensor]:
+def batches(texts: EncodedTexts, seed: int) -> Iterator[Tensor]:
     """Packed rows without end: all examples one after the other in a new order each time, cut at `LENGTH`."""
     epoch = 0
     while True:
@@ -99,7 +99,7 @@ def batches(texts: Encoded, seed: int) -> Iterator[Tensor]:
         epoch += 1
 
 
-def train(model: LlamaForCausalLM, texts: Encoded, seed: int, minutes: float, steps: int | None) -> dict[str, float]:
+def train(model: LlamaForCausalLM, texts: EncodedTexts, seed: int, minutes: float, steps: int | None) -> dict[str, float]:
     """AdamW at a rate that rises and falls to 0 in a straight line, in bfloat16 where that keeps the sums in float32.
 
     Without `steps` as many as `minutes` hold at the pace of the first ones. The loss is that of all tokens, not of answers alone.
@@ -136,7 +136,7 @@ def train(model: LlamaForCausalLM, texts: Encoded, seed: int, minutes: float, st
 
 
 @torch.no_grad()
-def loss_of(model: LlamaForCausalLM, texts: Encoded) -> float:
+def loss_of(model: LlamaForCausalLM, texts: EncodedTexts) -> float:
     """Mean cross-entropy of an answer's token, over all answers' tokens."""
     total, count = 0.0, 0
     model.train(False)
@@ -151,11 +151,11 @@ def loss_of(model: LlamaForCausalLM, texts: Encoded) -> float:
     return total / count
 
 
-def unigram(seen: Encoded, texts: Encoded) -> float:
+def unigram(seen: EncodedTexts, texts: EncodedTexts) -> float:
     """The same of the frequencies of answers' tokens, with one more of each."""
-    counts = Counter(token for ids, begin in zip(seen.ids, seen.begins or (), strict=True) for token in ids[begin:])
+    counts = Counter(token for ids, begin in zip(seen.ids, seen.answer_starts or (), strict=True) for token in ids[begin:])
     size = counts.total() + VOCABULARY
-    tokens = [token for ids, begin in zip(texts.ids, texts.begins or (), strict=True) for token in ids[begin:]]
+    tokens = [token for ids, begin in zip(texts.ids, texts.answer_starts or (), strict=True) for token in ids[begin:]]
     return sum(math.log(size / (counts[token] + 1)) for token in tokens) / len(tokens)
 
 
@@ -171,10 +171,10 @@ def main() -> None:
     torch.set_num_threads(1)
     base, other = natural_instructions(base_rows).load(given.seed), natural_instructions().load(given.seed)
     tokenizer = tokenizer_of(base.train)
-    texts = encode(base.train, tokenizer, LENGTH)
+    texts = encode_texts(base.train, tokenizer, LENGTH)
     tried = {
-        "clients of its own": encode(sample(base.test, given.seed), tokenizer, LENGTH),
-        "federated clients": encode(sample(other.test, given.seed), tokenizer, LENGTH),
+        "clients of its own": encode_texts(sample(base.test, given.seed), tokenizer, LENGTH),
+        "federated clients": encode_texts(sample(other.test, given.seed), tokenizer, LENGTH),
     }
     model = model_of(tokenizer, given.seed)
     tokens, parameters = sum(map(len, texts.ids)), sum(p.numel() for p in model.parameters())

@@ -20,7 +20,7 @@ from fedloom.data.text_measures import words
 from fedloom.runs.job import Job
 from fedloom.train.engine.frozen_layers import Cache
 from fedloom.train.evaluate import AnswerScores, Scores, score
-from fedloom.train.tokenised import Encoded
+from fedloom.train.tokenised import EncodedTexts
 
 Bins: TypeAlias = tuple[tuple[int, ...], ...]
 """Positions among some examples, bin by bin."""
@@ -121,7 +121,7 @@ class Study:
         return LocalScore(task.version, task.client, accuracy(common), own)
 
     def _scores(
-        self, adapter: Adapter, fold: Adapter | None, texts: Encoded, examples: Sequence[int]
+        self, adapter: Adapter, fold: Adapter | None, texts: EncodedTexts, examples: Sequence[int]
     ) -> Scores | AnswerScores:
         room = self.job.run.engine.cache if self.job.run.engine else 0
         found = score(self.job.base, adapter, texts, examples, fold, self.cache, room)
@@ -136,13 +136,13 @@ def binned(numbers: Sequence[int]) -> Bins:
 
 def accuracy(scores: Scores | AnswerScores) -> float:
     """The share of labels, or of the answers' tokens, that are foreseen."""
-    return scores.figures()["accuracy"]
+    return scores.metrics()["accuracy"]
 
 
 def global_score(version: int, scores: Scores | AnswerScores, bins: Bins, common: Sequence[int]) -> GlobalScore:
     """A version's scores by bins of the examples."""
-    by_bin = tuple(accuracy(scores.at(positions)) for positions in bins)
-    return GlobalScore(version, accuracy(scores), scores.figures()["loss"], by_bin, accuracy(scores.at(common)))
+    by_bin = tuple(accuracy(scores.subset(positions)) for positions in bins)
+    return GlobalScore(version, accuracy(scores), scores.metrics()["loss"], by_bin, accuracy(scores.subset(common)))
 
 
 def rounds(versions: Sequence[GlobalScore], locals_: Sequence[LocalScore]) -> list[Round]:

@@ -33,7 +33,7 @@ from statistics import median
 from typing import Any
 
 from bench.peers.venvs import Missing, python, version
-from fedloom.runs.manifest import machine
+from fedloom.runs.manifest import machine_kind
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "peers.jsonl"
@@ -79,7 +79,7 @@ def main() -> None:
 def run_all(given: argparse.Namespace) -> None:
     """Every system on every job, in turn."""
     interpreters, folders = find_systems(given.systems, given.cache), build_jobs(given.jobs, given.cache, given.shared)
-    about = machine()
+    about = machine_kind()
     given.out.parent.mkdir(exist_ok=True)
     with given.out.open("a" if given.first else "w") as file:
         for repetition in range(given.first, given.first + given.repeats):

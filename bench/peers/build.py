@@ -25,9 +25,8 @@ from bench.peers.job import Settings
 from fedloom import prepare
 from fedloom.core.events import Command, Dispatch, Event
 from fedloom.runs.prepare import PreparedRun
-from fedloom.train.batches import batches
 from fedloom.train.demo_model import minilm
-from fedloom.train.tokenised import Encoded
+from fedloom.train.tokenised import EncodedTexts, plan_batches
 from tests.support.tiny_models import hush
 
 TINY = Settings("tinybert-20", clients=20, cohort=4, rounds=5, steps=4, batch=16, rate=5e-3)
@@ -149,7 +148,7 @@ def _trained(job: PreparedRun) -> dict[str, torch.nn.Parameter]:
     return {name: weight for name, weight in job.base.model.named_parameters() if weight.requires_grad}
 
 
-def _columns(encoded: Encoded) -> dict[str, torch.Tensor]:
+def _columns(encoded: EncodedTexts) -> dict[str, torch.Tensor]:
     """Token ids and segment ids padded to the longest of all, lengths, labels."""
     rows = [torch.tensor(ids) for ids in encoded.ids]
     segments = encoded.extras.get("token_type_ids") or [[0] * len(ids) for ids in encoded.ids]
@@ -176,7 +175,7 @@ def _plan(job: PreparedRun, same: bool) -> list[list[tuple[str, list[list[int]]]
         for task in cohort:
             shard = shards[task.client]
             lengths = job.train_texts.lengths(shard)
-            ids = batches(lengths, training.batch_size, task.budget.steps, same and training.bucket, task.seed)
+            ids = plan_batches(lengths, training.batch_size, task.budget.steps, same and training.bucket, task.seed)
             planned.append((task.client, [[shard[i] for i in batch] for batch in ids]))
         if planned:
             rounds.append(planned)

@@ -39,10 +39,9 @@ if TYPE_CHECKING:
     from fedloom.core.codec import DeltaInt8, Exact, Half
     from fedloom.core.errors import Refused
     from fedloom.core.server import Limits, Server
-    from fedloom.data.client_dirichlet import ClientDirichlet
     from fedloom.data.corrupted import Corrupted
     from fedloom.data.instructions import Instructions
-    from fedloom.data.partition import IID, ByClient, LabelDirichlet, QuantityDirichlet, Shards
+    from fedloom.data.partition import IID, ByClient, ClientDirichlet, LabelDirichlet, QuantityDirichlet, Shards
     from fedloom.data.private_histogram import noised, topics
     from fedloom.data.skew import LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew
     from fedloom.data.table import Hub, Rows, Table
@@ -51,11 +50,11 @@ if TYPE_CHECKING:
     from fedloom.hierarchy.grouping import ByRegion, BySpeed, Given, Member, NearIID, RandomGroups
     from fedloom.hierarchy.hierarchy import Everybody, Hierarchy
     from fedloom.hierarchy.joint_plan.bandit import Bandit
-    from fedloom.hierarchy.joint_plan.best_round_time import Paced
-    from fedloom.hierarchy.joint_plan.gradient_score import Scored
+    from fedloom.hierarchy.joint_plan.best_round_time import BestRoundTime
+    from fedloom.hierarchy.joint_plan.gradient_score import GradientScore
     from fedloom.hierarchy.joint_plan.joint_memory import JointMemory
-    from fedloom.hierarchy.joint_plan.joint_plan import Planned
-    from fedloom.hierarchy.joint_plan.loss_rate import Earned
+    from fedloom.hierarchy.joint_plan.joint_plan import JointPlan
+    from fedloom.hierarchy.joint_plan.loss_rate import LossRate
     from fedloom.hierarchy.joint_plan.time_aligned import TimeAligned
     from fedloom.hierarchy.tree_state import Link
     from fedloom.plan.budget import Plan
@@ -85,10 +84,9 @@ _HOMES = {
     "core.codec": ("DeltaInt8", "Exact", "Half"),
     "core.errors": ("Refused",),
     "core.server": ("Limits", "Server"),
-    "data.client_dirichlet": ("ClientDirichlet",),
     "data.corrupted": ("Corrupted",),
     "data.instructions": ("Instructions",),
-    "data.partition": ("IID", "ByClient", "LabelDirichlet", "QuantityDirichlet", "Shards"),
+    "data.partition": ("IID", "ByClient", "ClientDirichlet", "LabelDirichlet", "QuantityDirichlet", "Shards"),
     "data.private_histogram": ("noised", "topics"),
     "data.skew": ("LengthDirichlet", "Mixture", "QualityDirichlet", "Shuffled", "Skew"),
     "data.table": ("Hub", "Rows", "Table"),
@@ -97,11 +95,11 @@ _HOMES = {
     "hierarchy.grouping": ("ByRegion", "BySpeed", "Given", "Member", "NearIID", "RandomGroups"),
     "hierarchy.hierarchy": ("Everybody", "Hierarchy"),
     "hierarchy.joint_plan.bandit": ("Bandit",),
-    "hierarchy.joint_plan.best_round_time": ("Paced",),
-    "hierarchy.joint_plan.gradient_score": ("Scored",),
+    "hierarchy.joint_plan.best_round_time": ("BestRoundTime",),
+    "hierarchy.joint_plan.gradient_score": ("GradientScore",),
     "hierarchy.joint_plan.joint_memory": ("JointMemory",),
-    "hierarchy.joint_plan.joint_plan": ("Planned",),
-    "hierarchy.joint_plan.loss_rate": ("Earned",),
+    "hierarchy.joint_plan.joint_plan": ("JointPlan",),
+    "hierarchy.joint_plan.loss_rate": ("LossRate",),
     "hierarchy.joint_plan.time_aligned": ("TimeAligned",),
     "hierarchy.tree_state": ("Link",),
     "plan.budget": ("Plan",),
@@ -153,7 +151,7 @@ __all__ = [
     "DepthByCapability",
     "DepthByMemory",
     "DeviceFile",
-    "Earned",
+    "LossRate",
     "Engine",
     "Everybody",
     "Exact",
@@ -197,9 +195,9 @@ __all__ = [
     "NearIID",
     "Noise",
     "Outcome",
-    "Paced",
+    "BestRoundTime",
     "Plan",
-    "Planned",
+    "JointPlan",
     "Polynomial",
     "ProductDelta",
     "QualityDirichlet",
@@ -215,7 +213,7 @@ __all__ = [
     "Rows",
     "Run",
     "Scaffold",
-    "Scored",
+    "GradientScore",
     "Server",
     "Shards",
     "Shuffled",

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedloom.aggregate.averaged import COUNT, FOLD, LAST, Averaged, last
+from fedloom.aggregate.averaged import COUNT, FOLD, LAST, Averaged, last_version
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.flora import FLoRA
@@ -55,7 +55,7 @@ def test_clients_train_what_they_would_have_trained_without_it(inner: Aggregator
         theirs, ours = (m.start(o, Budget(3, 5), 7) for m, o in ((inner, one), (Averaged(inner), other)))
         assert distance(function(ours), function(theirs)) == 0
         assert ours.basis == theirs.basis
-        assert distance(products(last(other).adapter), products(one.adapter)) == 0
+        assert distance(products(last_version(other).adapter), products(one.adapter)) == 0
 
 
 @pytest.mark.parametrize("inner", [FedIT(), FLoRA()], ids=toys.called)
@@ -63,9 +63,9 @@ def test_with_no_focus_it_is_the_plain_mean_of_all_versions(inner: Aggregator) -
     """As many directions as the layers have, so that nothing is cut."""
     method = Averaged(inner, focus=0.0)
     models = gone_on(method, method.init(adapter(10)), 5)
-    versions = [function(last(model)) for model in models[1:]]
+    versions = [function(last_version(model)) for model in models[1:]]
     assert distance(products(models[-1].adapter), weighted([(0.2, version) for version in versions])) < 1e-5
-    head = torch.stack([last(model).adapter.dense["head"] for model in models[1:]]).mean(0)
+    head = torch.stack([last_version(model).adapter.dense["head"] for model in models[1:]]).mean(0)
     assert torch.allclose(models[-1].adapter.dense["head"], head, atol=1e-6)
 
 

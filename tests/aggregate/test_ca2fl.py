@@ -25,7 +25,7 @@ from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.aggregate.shared.client_changes import CHANGE, COUNT, SUM, TRAINED
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, Factor, each
+from fedloom.core.lora import Adapter, Factor, map_tensors
 from fedloom.core.policies import Aggregator
 from fedloom.core.types import Model, Update
 from tests.support import toys
@@ -97,7 +97,7 @@ def test_mixed_ranks_and_stale_bases(inner: Aggregator) -> None:
         common = mean_of_last(w, h, on, n)
         new = dict(w)
         for share, client, update in zip(p, who, given, strict=True):
-            rank, kept = ranks[client], update.task.start.rules.kept
+            rank, kept = ranks[client], update.task.start.rules.unchanged
             for key in w:
                 rows = slice(rank) if w[key].dim() == 2 else slice(None)
                 if {"A": "down", "B": "up"}.get(key[-1]) in kept:
@@ -117,7 +117,7 @@ def told_now(w: Values, h: Values | None, on: Values | None, update: Update, ran
     h = {key: x.clone() for key, x in (h or {key: torch.zeros_like(x) for key, x in w.items()}).items()}
     on = {key: x.clone() for key, x in (on or {key: torch.zeros_like(x) for key, x in w.items()}).items()}
     for key in w:
-        if {"A": "down", "B": "up"}.get(key[-1]) not in update.task.start.rules.kept:
+        if {"A": "down", "B": "up"}.get(key[-1]) not in update.task.start.rules.unchanged:
             rows = slice(rank) if w[key].dim() == 2 else slice(None)
             h[key][rows], on[key][rows] = moved(update)[key], 1.0
     return h, on
@@ -144,7 +144,7 @@ def test_the_sum_does_not_drift(wrapper: Any) -> None:
         )
     anew = [kept for name, kept in model.memory.items() if name.startswith(CHANGE)]
     assert len(anew) == 7
-    wanted = each(lambda *all_: torch.stack([x.double() for x in all_]).sum(0), *anew)
+    wanted = map_tensors(lambda *all_: torch.stack([x.double() for x in all_]).sum(0), *anew)
     for key, x in values(model.memory[SUM]).items():
         assert torch.equal(x, values(wanted)[key])
     (count,) = model.memory[COUNT].factors.values()
@@ -160,7 +160,7 @@ def test_a_side_that_a_client_did_not_train_is_not_its_contribution(wrapper: Any
     for turn in range(6):
         update = answer(method, model, f"c{turn % 2}", 8, turn)
         after = method.merge(model, mean_of([update], step=0.5, as_delta=True))
-        kept, name = update.task.start.rules.kept, CHANGE + update.task.client
+        kept, name = update.task.start.rules.unchanged, CHANGE + update.task.client
         assert kept
         for side in ("down", "up"):
             for layer in model.adapter.factors:
@@ -196,7 +196,7 @@ def test_low_ranks_have_no_say_in_the_directions_above_theirs(wrapper: Any) -> N
     model = method.init(adapter(8))
     low, high = answer(method, model, "c0", 2, 1), answer(method, model, "c1", 8, 2)
     model = method.merge(model, mean_of([low, high], as_delta=True))
-    slots = torch.tensor(low.task.start.slots)
+    slots = torch.tensor(low.task.start.directions)
     alone = torch.ones(8, dtype=torch.bool).index_fill(0, slots, False)
     for name, count in model.memory[COUNT].factors.items():
         assert count.up[0, alone].unique().tolist() == [1.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.core.lora import Adapter, each, pad, tensors
+from fedloom.core.lora import Adapter, map_tensors, named_tensors, pad
 from tests.support.toys import adapter, changed, make_update, mean_of, products, returned, sent
 
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -35,11 +35,11 @@ def test_whoever_takes_all_directions_is_sent_the_model_itself() -> None:
 
 def test_a_merge_writes_into_no_answer() -> None:
     """Also where answers are in float64 already, in which the sum is made."""
-    answers = [each(torch.Tensor.double, adapter(4, k)) for k in (1, 2, 3)]
+    answers = [map_tensors(torch.Tensor.double, adapter(4, k)) for k in (1, 2, 3)]
     merge = mean_of([make_update(one, 4, k) for k, one in enumerate(answers, 1)], WEIGHTS)
     FedIT().merge(FedIT().init(answers[0]), merge)
     for k, one in enumerate(answers, 1):
-        assert all(t.equal(tensors(adapter(4, k))[name].double()) for name, t in tensors(one).items())
+        assert all(t.equal(named_tensors(adapter(4, k))[name].double()) for name, t in named_tensors(one).items())
 
 
 def test_lower_ranks_are_padded_with_zeros() -> None:

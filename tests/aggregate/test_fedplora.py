@@ -13,22 +13,22 @@ METHOD = FedPLoRA()
 
 
 def drawn(update: Update) -> tuple[int, ...]:
-    assert update.task.start.slots
-    return update.task.start.slots
+    assert update.task.start.directions
+    return update.task.start.directions
 
 
 def test_modules_are_drawn_per_task_and_from_all() -> None:
     model = METHOD.init(adapter(8))
-    draws = [sent(METHOD, model, 2, number).start.slots or () for number in range(1, 41)]
+    draws = [sent(METHOD, model, 2, number).start.directions or () for number in range(1, 41)]
     assert all(len(set(slots)) == 2 and list(slots) == sorted(slots) for slots in draws)
     assert {slot for slots in draws for slot in slots} == set(range(8))
-    assert draws[0] == sent(METHOD, model, 2, 1).start.slots
+    assert draws[0] == sent(METHOD, model, 2, 1).start.directions
 
 
 def test_moments_are_kept_for_the_same_modules_only() -> None:
     model = METHOD.init(adapter(8))
     starts = [sent(METHOD, model, 3, number).start for number in range(1, 20)]
-    assert len({start.basis for start in starts}) == len({start.slots for start in starts}) > 5
+    assert len({start.basis for start in starts}) == len({start.directions for start in starts}) > 5
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5, 8])
@@ -40,7 +40,7 @@ def test_every_client_runs_the_whole_model(rank: int) -> None:
         start = sent(METHOD, model, rank, number).start
         assert distance(function(start), function(model)) < 1e-6
         for name, f in start.train.factors.items():
-            assert f.down.equal(model.adapter.factors[name].down[list(start.slots or ())])
+            assert f.down.equal(model.adapter.factors[name].down[list(start.directions or ())])
         assert (start.fold is None) == (rank == 8)
 
 

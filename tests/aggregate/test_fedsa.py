@@ -7,7 +7,7 @@ import torch
 from fedloom.aggregate.fedsa import FedSA
 from fedloom.core import message_size
 from fedloom.core.lora import Adapter, Factor
-from fedloom.core.validate_answer import fault
+from fedloom.core.validate_answer import why_invalid
 from tests.support.toys import adapter, answers, changed, make_result, mean_of, sent
 
 METHOD = FedSA()
@@ -40,13 +40,13 @@ def test_an_answer_with_another_up_or_head_is_refused() -> None:
     assert task.start.rules.private == ("up", "dense")
     sent_, moved = task.start.train, changed(task.start.train, 1)
     only_down = {n: Factor(f.down, sent_.factors[n].up) for n, f in moved.factors.items()}
-    assert fault(task, make_result(Adapter(only_down, sent_.dense))) is None
-    assert "up side" in str(fault(task, make_result(Adapter(moved.factors, sent_.dense))))
-    assert "dense side" in str(fault(task, make_result(Adapter(only_down, moved.dense))))
+    assert why_invalid(task, make_result(Adapter(only_down, sent_.dense))) is None
+    assert "up side" in str(why_invalid(task, make_result(Adapter(moved.factors, sent_.dense))))
+    assert "dense side" in str(why_invalid(task, make_result(Adapter(only_down, moved.dense))))
 
 
 def test_what_goes_up_is_down_alone() -> None:
     model = METHOD.init(adapter(8))
     (update,) = answers(METHOD, model, (4,))
     inner = sum(f.down.shape[1] for f in model.adapter.factors.values())
-    assert message_size.up(update.task, update.result) == message_size.Bytes(total=4 * 4 * inner, dense=0)
+    assert message_size.upload_size(update.task, update.result) == message_size.MessageSize(total=4 * 4 * inner, dense=0)

@@ -29,7 +29,7 @@ def test_down_is_never_trained_never_sent_and_never_changed() -> None:
     start = sent(METHOD, model, 4).start
     assert start.rules.frozen == start.seeded == ("down",)
     half = 4 * (4 * sum(f.up.shape[0] for f in start.train.factors.values()) + 3)
-    assert message_size.down(start).total == half
+    assert message_size.download_size(start).total == half
 
 
 def test_a_low_rank_votes_for_the_servers_columns() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedloom.aggregate.hetlora import HetLoRA, by_norm
+from fedloom.aggregate.hetlora import HetLoRA, weigh_by_norm
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, Factor, cut, pad, scale
+from fedloom.core.lora import Adapter, Factor, cut_factor, pad, scale_product
 from fedloom.core.types import Pruning, Update
 from fedloom.schedule.shared.weights import uniform
 from tests.support.toys import adapter, distance, fresh, function, make_update, mean_of, products, returned, sent
@@ -19,11 +19,11 @@ def sized(length: float, seed: int, rank: int = 4) -> Adapter:
     """An adapter whose products have this Frobenius norm over all layers."""
     born = adapter(rank, seed)
     by = length / sum(float(p.square().sum()) for p in products(born).values()) ** 0.5
-    return Adapter({n: scale(f, by) for n, f in born.factors.items()}, born.dense)
+    return Adapter({n: scale_product(f, by) for n, f in born.factors.items()}, born.dense)
 
 
 def shares(updates: list[Update], weights: list[float]) -> list[float]:
-    return [share for share, _ in by_norm(mean_of(updates, weights))]
+    return [share for share, _ in weigh_by_norm(mean_of(updates, weights))]
 
 
 def test_uniform_weights_give_the_papers_rule() -> None:
@@ -77,7 +77,7 @@ def test_clients_get_the_first_directions_with_the_order_to_prune() -> None:
 def test_a_pruned_answer_is_padded_like_one_of_lower_rank() -> None:
     model = METHOD.init(adapter(8))
     task = sent(METHOD, model, 4)
-    left = Adapter({n: cut(f, 3) for n, f in task.start.train.factors.items()}, task.start.train.dense)
+    left = Adapter({n: cut_factor(f, 3) for n, f in task.start.train.factors.items()}, task.start.train.dense)
     after = METHOD.merge(model, mean_of([returned(task, left)]))
     wanted = {n: pad(f, 8) for n, f in left.factors.items()}
     assert distance(function(after), products(Adapter(wanted))) < 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor
 from tests.support import toys
+from tests.support.storms import tries
 from tests.support.toys import (
     LAYERS,
     adapter,
@@ -31,7 +32,7 @@ RANKS = [2] * 10 + [4] * 6 + [8] * 4
 
 
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 50)), min_size=1, max_size=6), st.integers(1, 10))
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_it_is_the_truncated_svd_of_the_mean_of_products(clients: list[tuple[int, int]], kept: int) -> None:
     """W' = sum_k (n_k / n) B_k A_k, then a truncated SVD (methods 1a), for mixed ranks and any participants."""
     total = sum(examples for _, examples in clients)

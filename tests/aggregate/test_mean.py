@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedloom.aggregate.shared.merge_terms import SMALL, mean
+from fedloom.aggregate.shared.merge_terms import SMALL, weighted_sum
 
 COUNT = 7
 SHAPES = [(), (0,), (3,), (4, 5), (2, SMALL // COUNT // 2), (1, SMALL // COUNT + 1), (3, SMALL)]
@@ -25,7 +25,7 @@ def test_a_mean_is_the_sum_in_float64_rounded_once(shape: tuple[int, ...], dtype
     """To one unit in the last place, where a sum in float32 of terms of seven sizes misses by more."""
     pairs = terms(shape, dtype)
     exact = sum((share * tensor.double() for share, tensor in pairs), torch.zeros(shape, dtype=torch.float64))
-    given = mean(pairs)
+    given = weighted_sum(pairs)
     assert (given.dtype, given.shape) == (dtype, exact.shape)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(given.double(), exact, rtol=unit, atol=unit * 1e-6 if dtype != torch.float64 else 1e-11)
@@ -34,7 +34,7 @@ def test_a_mean_is_the_sum_in_float64_rounded_once(shape: tuple[int, ...], dtype
 @pytest.mark.parametrize("size", [4, SMALL])
 def test_terms_may_be_strided_and_of_several_dtypes(size: int) -> None:
     one, other = torch.arange(2.0 * size).view(size, 2).T, torch.ones(2, size, dtype=torch.float16)
-    given = mean([(0.5, one), (2.0, other)])
+    given = weighted_sum([(0.5, one), (2.0, other)])
     assert given.equal(0.5 * one + 2.0)
     assert given.dtype == one.dtype
 
@@ -43,5 +43,5 @@ def test_terms_may_be_strided_and_of_several_dtypes(size: int) -> None:
 def test_a_mean_of_one_is_a_tensor_of_its_own(size: int) -> None:
     """Nobody writes into an answer, also not by way of a mean of it."""
     one = torch.ones(size, dtype=torch.float64)
-    mean([(1.0, one)]).zero_()
+    weighted_sum([(1.0, one)]).zero_()
     assert float(one.sum()) == size

@@ -20,9 +20,9 @@ from fedloom.aggregate.momentum import Momentum
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.aggregate.scaffold import Scaffold
-from fedloom.aggregate.shared.wrapper import size
+from fedloom.aggregate.shared.wrapper import euclidean_norm
 from fedloom.core.errors import Refused
-from fedloom.core.lora import each
+from fedloom.core.lora import map_tensors
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Model
 from tests.support import toys
@@ -148,7 +148,7 @@ def test_a_plain_mean_is_moved_by_one_client_by_no_more_than_the_noise_is_made_f
     for k, weight in enumerate(weights):
         others = [returned(task) if i == k else given[i] for i, task in enumerate(tasks)]
         without = clip.merge(model, mean_of(others, weights, step=0.7, as_delta=as_delta)).adapter
-        moved = size(each(lambda a, b: a.double() - b.double(), all_of_them, without))
+        moved = euclidean_norm(map_tensors(lambda a, b: a.double() - b.double(), all_of_them, without))
         assert 0.0 < moved <= 0.5 * 0.7 * weight * (1 + 1e-5)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter
 from tests.support import toys
+from tests.support.storms import tries
 from tests.support.toys import adapter, best, distance, make_update, mean_of, products, returned, sent
 
 GLOBAL = (1, 2, 4, 6, 8)
@@ -36,7 +37,7 @@ def equation_8(server: Adapter, clients: list[tuple[int, int, Adapter]]) -> dict
 
 
 @given(st.lists(st.tuples(st.sampled_from(GLOBAL), st.integers(1, 50)), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_it_is_equation_8(drawn: list[tuple[int, int]]) -> None:
     clients = [(rank, examples, adapter(rank, seed)) for seed, (rank, examples) in enumerate(drawn, 1)]
     updates = [make_update(a, rank, k, examples) for k, (rank, examples, a) in enumerate(clients, 1)]

@@ -12,7 +12,7 @@ from fedloom.aggregate.fedplora import FedPLoRA
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.scaffold import CONTROL, Scaffold
 from fedloom.core.errors import Refused
-from fedloom.core.lora import each
+from fedloom.core.lora import map_tensors
 from fedloom.core.types import Task, Update
 from tests.support.toys import adapter, answers, changed, distance, function, mean_of, returned, sent
 
@@ -21,7 +21,7 @@ def ones(task: Task, by: float = 1.0) -> Update:
     """Nothing learnt, and a control variate that grew by the same in every entry."""
     update = returned(task)
     assert task.start.control
-    grown = each(lambda x: torch.full_like(x, by), task.start.control)
+    grown = map_tensors(lambda x: torch.full_like(x, by), task.start.control)
     return replace(update, result=replace(update.result, control=grown))
 
 
@@ -52,14 +52,14 @@ def test_it_follows_the_modules_that_a_client_draws() -> None:
     task = sent(method, model, 3, 5)
     after = method.merge(model, mean_of([ones(task)]))
     held = torch.zeros(8, dtype=torch.bool)
-    held[list(task.start.slots or ())] = True
+    held[list(task.start.directions or ())] = True
     for f in after.memory[CONTROL].factors.values():
         assert bool((f.down[held] == 1).all())
         assert not bool(f.down[~held].any())
     again = sent(method, after, 3, 6).start
     assert again.control
     for f in again.control.factors.values():
-        assert (f.down[:, 0] == 1).tolist() == [bool(held[slot]) for slot in again.slots or ()]
+        assert (f.down[:, 0] == 1).tolist() == [bool(held[slot]) for slot in again.directions or ()]
 
 
 def test_the_model_is_that_of_the_wrapped_method() -> None:

@@ -42,6 +42,7 @@ burn()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("how", "processes"), [("leaf", 1), ("child", 2), ("daemon", 2), ("unwaited", 2)])
 def test_every_process_of_a_command_is_counted_once(tmp_path: Path, how: str, processes: int) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from fedloom.cli import main
 from fedloom.core.errors import Refused
-from fedloom.data.column_guess import as_examples, guessed
-from fedloom.data.file_formats import Raw
+from fedloom.data.table import as_examples, guess_columns
+from fedloom.data.file_formats import RawTable
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 Fedloom = Callable[..., tuple[int | str | None, str]]
@@ -141,18 +141,18 @@ def test_a_slip_is_one_sentence(fedloom: Fedloom, arguments: tuple[str, ...], sa
     ],
 )
 def test_headers_of_known_tables_are_understood(header: str, roles: dict[str, str]) -> None:
-    assert guessed(Raw({name: ["x"] for name in header.split(",")}, "here"), {}) == roles
+    assert guess_columns(RawTable({name: ["x"] for name in header.split(",")}, "here"), {}) == roles
 
 
 def test_what_is_missing_is_an_empty_text_but_a_client_is_not() -> None:
-    raw = Raw({"text": ["a", None], "client": [3, None], "label": [str(k) for k in range(2)]}, "here")
+    raw = RawTable({"text": ["a", None], "client": [3, None], "label": [str(k) for k in range(2)]}, "here")
     with pytest.raises(Refused, match="row 2 names no client"):
         as_examples(raw, {"text": "text", "client": "client"})
     assert as_examples(raw, {"text": "text"}).texts == ("a", "")
     with pytest.raises(Refused, match="no rows"):
-        as_examples(Raw({"text": []}, "here"), {"text": "text"})
-    many = Raw({"text": ["a"] * 300, "label": [str(k) for k in range(300)]}, "here")
-    assert "label" not in guessed(many, {})
+        as_examples(RawTable({"text": []}, "here"), {"text": "text"})
+    many = RawTable({"text": ["a"] * 300, "label": [str(k) for k in range(300)]}, "here")
+    assert "label" not in guess_columns(many, {})
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from fedloom.cli import main
-from fedloom.runs.resume import Keeper
+from fedloom.runs.resume import CheckpointWriter
 from tests.support.same_bytes import COMPARED
 
 
@@ -49,7 +49,7 @@ def fedloom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def run_file(text: str, encoder: Path, name: str = "mine.py") -> Path:
-    head = f"from fedloom import *\nfrom bench.tiny import tiny_run, toy_rows\nmodel = {str(encoder)!r}\n"
+    head = f"from fedloom import *\nfrom tests.support.tiny_models import tiny_run, toy_rows\nmodel = {str(encoder)!r}\n"
     path = Path(name)
     path.write_text(head + text, encoding="utf-8")
     return path
@@ -203,7 +203,7 @@ def test_ctrl_c_is_said_in_one_sentence(fedloom: Fedloom, encoder: Path, monkeyp
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedloom.job.Job.evaluate", interrupted)
+    monkeypatch.setattr("fedloom.runs.job.Job.evaluate", interrupted)
     said = fedloom("run", run_file("run = tiny_run(model)", encoder), "--out", "out")
     assert said.code == 130
     assert "interrupted" in said.err
@@ -219,7 +219,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     options = ("--set", "limits.versions=2", "--keep-updates", "--no-report")
     assert fedloom("run", path, *options, "--out", "alone").code == 0
     with monkeypatch.context() as patched:
-        patched.setattr("fedloom.resume.Keeper.__call__", Keeper.write)  # half a minute is long
+        patched.setattr(CheckpointWriter, "__call__", CheckpointWriter.write)  # half a minute is long
         patched.setattr("fedloom.cli.main.watcher", lambda *_: _interrupting)
         said = fedloom("run", path, *options, "--out", "my runs/out")
     assert said.code == 130
@@ -251,7 +251,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     options = ("--set", "limits.versions=3", "--keep-updates", "--no-report")
     assert fedloom("run", path, *options, "--out", "alone").code == 0
     with monkeypatch.context() as patched:
-        patched.setattr("fedloom.resume.Keeper.__call__", Keeper.write)
+        patched.setattr(CheckpointWriter, "__call__", CheckpointWriter.write)
         patched.setattr("fedloom.cli.main.watcher", lambda *_: _filling)
         said = fedloom("run", path, *options, "--out", "out")
     assert said.code == 2

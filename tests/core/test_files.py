@@ -19,37 +19,37 @@ from fedloom.core.events import (
     Command,
     Dispatch,
     Event,
-    Scored,
+    ScoresReady,
     TaskFailed,
     TimerFired,
     UpdateArrived,
 )
 from fedloom.core.types import Task
 from fedloom.runs.metrics import Metrics
-from fedloom.runs.slot_usage import Places
+from fedloom.runs.slot_usage import SlotUsage
 from fedloom.schedule.rounds import Rounds
 from tests.support import toys
 
 
 def test_a_folder_is_made_with_its_parents_or_taken_if_empty(tmp_path: Path) -> None:
-    place = files.create(tmp_path / "a" / "b")
+    place = files.create_folder(tmp_path / "a" / "b")
     assert place.is_dir()
-    assert files.create(place) == place
+    assert files.create_folder(place) == place
 
 
 def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(Refused, match="exists already"):
-            files.create(taken)
+            files.create_folder(taken)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_free_is_the_first_number_that_is_not_taken(tmp_path: Path) -> None:
-    assert files.free(tmp_path, "run").name == "run-001"
+    assert files.numbered_path(tmp_path, "run").name == "run-001"
     (tmp_path / "run-001").mkdir()
     (tmp_path / "run-003").write_text("")
-    assert files.free(tmp_path, "run").name == "run-002"
+    assert files.numbered_path(tmp_path, "run").name == "run-002"
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ class Book:
     def __init__(self, schedule: Rounds, clients: int = 3) -> None:
         self.server = toys.server(schedule, FedIT())
         self.file = io.StringIO()
-        self.metrics = Metrics(self.file, Places(schedule.max_in_flight))
+        self.metrics = Metrics(self.file, SlotUsage(schedule.max_in_flight))
         for profile in toys.profiles(clients).values():
             self.step(0.0, ClientJoined(profile))
         self.tasks = [command.task for command in self.step(0.0, TimerFired()) if isinstance(command, Dispatch)]
@@ -128,10 +128,10 @@ def test_lost_failed_cancelled_and_rejected_work_is_told_and_what_was_sent_is_pa
 
 def test_a_score_is_told_with_its_time() -> None:
     book = Book(Rounds(3))
-    book.step(1.0, Scored(0, {"accuracy": 0.5}))
+    book.step(1.0, ScoresReady(0, {"accuracy": 0.5}))
     assert book.lines("score") == [{"kind": "score", "version": 0, "time": 1.0, "accuracy": 0.5}]
 
 
 def test_a_number_that_is_not_finite_stops_the_writer_and_not_the_reader() -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
-        Metrics(io.StringIO(), Places(1)).write({"loss": float("nan")})
+        Metrics(io.StringIO(), SlotUsage(1)).write({"loss": float("nan")})

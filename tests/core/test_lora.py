@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,21 +15,22 @@ from fedloom.core.lora import (
     Adapter,
     Factor,
     compact,
-    cut,
-    energy,
-    fresh,
-    level,
-    norm,
+    compact_with_fold,
+    cut_factor,
+    energy_spectrum,
+    initial_factor,
     pad,
+    pad_to_one_rank,
+    product_norm,
     revive,
-    scale,
+    scale_product,
     server_rank,
     stack,
-    total,
+    sum_products,
     truncate,
     truncate_sum,
-    whole,
 )
+from tests.support.storms import tries
 
 
 def factor(rank: int, d_out: int = 12, d_in: int = 10, seed: int = 0) -> Factor:
@@ -54,13 +55,13 @@ def test_pad_and_scale_keep_or_multiply_the_product() -> None:
     one = factor(3)
     assert pad(one, 5).rank == 5
     close(product(pad(one, 5)), product(one), 0)
-    close(product(scale(one, -0.5)), -0.5 * product(one))
+    close(product(scale_product(one, -0.5)), -0.5 * product(one))
     by = torch.tensor([1.0, 0.0, 2.0])
-    close(product(scale(one, by)), (one.up.double() * by) @ one.down.double())
+    close(product(scale_product(one, by)), (one.up.double() * by) @ one.down.double())
 
 
 @given(st.lists(st.tuples(st.floats(-2, 2), st.integers(1, 6)), min_size=1, max_size=5))
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_stack_is_the_weighted_sum(terms: list[tuple[float, int]]) -> None:
     weighted = [(weight, factor(rank, seed=k)) for k, (weight, rank) in enumerate(terms)]
     total = stack(weighted)
@@ -69,7 +70,7 @@ def test_stack_is_the_weighted_sum(terms: list[tuple[float, int]]) -> None:
 
 
 @given(st.integers(1, 14), st.integers(1, 14))
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_one_truncation_serves_every_lower_rank(stacked: int, rank: int) -> None:
     """Cutting the truncation to r is the best approximation of rank r (Eckart-Young)."""
     one = factor(stacked)
@@ -77,7 +78,7 @@ def test_one_truncation_serves_every_lower_rank(stacked: int, rank: int) -> None
     top = truncate(one, rank)
     assert top.rank == min(rank, stacked, 10)
     for r in range(1, top.rank + 1):
-        error = (product(one) - product(cut(top, r))).norm()
+        error = (product(one) - product(cut_factor(top, r))).norm()
         close(error, values[r:].norm())
 
 
@@ -86,20 +87,20 @@ def test_truncate_puts_the_energy_in_up() -> None:
     close(top.down @ top.down.T, torch.eye(4))
     lengths = top.up.norm(dim=0)
     assert bool((lengths.diff() <= 0).all())
-    close(lengths.double().square(), energy(factor(8))[:4], 1e-3)
+    close(lengths.double().square(), energy_spectrum(factor(8))[:4], 1e-3)
 
 
 @pytest.mark.parametrize("rank", [1, 7, 11, 30])
 def test_energy_and_norm(rank: int) -> None:
     one = factor(rank)
-    close(energy(one), torch.linalg.svdvals(product(one))[: min(rank, 10)].square(), 1e-9)
-    assert norm(one) == pytest.approx(float(product(one).norm()), rel=1e-12)
-    assert energy(one).dtype == torch.float64
+    close(energy_spectrum(one), torch.linalg.svdvals(product(one))[: min(rank, 10)].square(), 1e-9)
+    assert product_norm(one) == pytest.approx(float(product(one).norm()), rel=1e-12)
+    assert energy_spectrum(one).dtype == torch.float64
 
 
 def test_norm_survives_cancellation() -> None:
     one = factor(3)
-    assert norm(stack([(1.0, one), (-1.0, one)])) <= 1e-13 * norm(one)
+    assert product_norm(stack([(1.0, one), (-1.0, one)])) <= 1e-13 * product_norm(one)
 
 
 def test_revive_leaves_what_can_learn() -> None:
@@ -167,7 +168,7 @@ def dense(of: Factor | Tensor) -> Tensor:
 @pytest.mark.parametrize(("d_out", "d_in"), [(12, 10), (10, 14)])
 def test_a_sum_is_a_stack_or_where_that_is_wider_a_matrix(ranks: list[int], d_out: int, d_in: int) -> None:
     terms = [((-1.0) ** k / len(ranks), factor(rank, d_out, d_in, k)) for k, rank in enumerate(ranks)]
-    sum_ = total(iter(terms))
+    sum_ = sum_products(iter(terms))
     assert isinstance(sum_, Tensor) == (sum(ranks) >= 10)
     close(dense(sum_), product(stack(terms)), 1e-4)
     kept, squared = truncate_sum(iter(terms), 4)
@@ -177,7 +178,7 @@ def test_a_sum_is_a_stack_or_where_that_is_wider_a_matrix(ranks: list[int], d_ou
 
 def test_a_sum_in_half_precision_is_taken_in_float32() -> None:
     terms = [(1.0, Factor(f.down.bfloat16(), f.up.bfloat16())) for f in (factor(8), factor(8, seed=1))]
-    sum_ = total(terms)
+    sum_ = sum_products(terms)
     assert isinstance(sum_, Tensor)
     assert sum_.dtype == torch.float32
 
@@ -194,7 +195,7 @@ def test_terms_of_a_sum_are_let_go() -> None:
             most = max(most, len(living))
             yield 1.0, one
 
-    total(terms())
+    sum_products(terms())
     assert 0 < most <= 1024 // 64 + 2
 
 
@@ -214,23 +215,23 @@ def two_layers(rank: int, other: int, seed: int = 0) -> Adapter:
 
 def test_the_whole_is_adapter_and_fold_together() -> None:
     adapter, fold = two_layers(3, 4), Adapter(two_layers(2, 30, seed=5).factors)
-    both = whole(adapter, fold)
+    both = compact_with_fold(adapter, fold)
     assert {n: f.rank for n, f in both.factors.items()} == {"one": 5, "two": 10}
     for name, f in both.factors.items():
         close(product(f), product(adapter.factors[name]) + product(fold.factors[name]), 1e-4)
     assert both.dense is adapter.dense
-    assert all(f is adapter.factors[name] for name, f in whole(adapter, None).factors.items())
+    assert all(f is adapter.factors[name] for name, f in compact_with_fold(adapter, None).factors.items())
 
 
 def test_the_whole_of_an_adapter_and_its_opposite_is_zero() -> None:
     adapter = two_layers(3, 4)
-    opposite = Adapter({n: scale(f, -1.0) for n, f in adapter.factors.items()})
-    assert all(norm(f) < 1e-6 for f in whole(adapter, opposite).factors.values())
+    opposite = Adapter({n: scale_product(f, -1.0) for n, f in adapter.factors.items()})
+    assert all(product_norm(f) < 1e-6 for f in compact_with_fold(adapter, opposite).factors.values())
 
 
 def test_level_gives_all_layers_the_highest_rank_and_changes_no_product() -> None:
     adapter = two_layers(2, 7)
-    even = level(adapter)
+    even = pad_to_one_rank(adapter)
     assert server_rank(adapter) == 7
     assert {f.rank for f in even.factors.values()} == {7}
     assert even.dense is adapter.dense
@@ -244,18 +245,18 @@ def test_level_gives_all_layers_the_highest_rank_and_changes_no_product() -> Non
 def test_a_fresh_lora_is_zero_and_can_learn_in_every_direction(rank: int, length: float) -> None:
     """`up` zero, `down` random rows as long as the model's, orthogonal while there is room; the seed decides."""
     like = Factor(torch.nn.functional.normalize(factor(6).down) * length, factor(6).up)
-    one = fresh(like, rank, seed=1)
+    one = initial_factor(like, rank, seed=1)
     assert one.down.shape == (rank, 10)
     assert one.up.shape == (12, rank)
     assert not bool(one.up.any())
     close(one.down.norm(dim=1) / length, torch.ones(rank))
     if rank <= 10:
         close(one.down @ one.down.T / length**2, torch.eye(rank))
-    assert torch.equal(one.down, fresh(like, rank, seed=1).down)
-    assert not torch.allclose(one.down, fresh(like, rank, seed=2).down, atol=0.1 * length)
+    assert torch.equal(one.down, initial_factor(like, rank, seed=1).down)
+    assert not torch.allclose(one.down, initial_factor(like, rank, seed=2).down, atol=0.1 * length)
 
 
 def test_a_fresh_lora_is_measured_by_the_median_row() -> None:
     """One dead or one huge row says nothing of how long a row should be."""
     uneven = Factor(torch.diag(torch.tensor([0.0, 2.0, 2.0, 2.0, 99.0])), torch.zeros(12, 5))
-    close(fresh(uneven, 3, seed=0).down.norm(dim=1), torch.full((3,), 2.0))
+    close(initial_factor(uneven, 3, seed=0).down.norm(dim=1), torch.full((3,), 2.0))

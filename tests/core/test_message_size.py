@@ -19,17 +19,17 @@ from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.core import message_size
-from fedloom.core.lora import Adapter, Factor, cut
-from fedloom.core.message_size import Bytes
-from fedloom.core.types import Start, Task, Update
+from fedloom.core.lora import Adapter, Factor, cut_factor
+from fedloom.core.message_size import MessageSize
+from fedloom.core.types import Task, TaskStart, Update
 from tests.support.toys import adapter, answers, changed, fresh, make_result, make_task, mean_of, returned, sent
 
 DOWN, UP, HEAD = 10 + 14, 12 + 10, 3
 """Numbers of one direction over both layers, on either side; and of the head."""
 
 
-def wire(numbers: int, dense: int = HEAD) -> Bytes:
-    return Bytes(4 * numbers, 4 * dense)
+def wire(numbers: int, dense: int = HEAD) -> MessageSize:
+    return MessageSize(4 * numbers, 4 * dense)
 
 
 def answer(method: Any, rank: int = 4) -> Update:
@@ -56,13 +56,13 @@ def test_what_a_method_sends_down_and_up_at_rank_4(method: Any, down: int, up: i
     update = answer(method)
     if isinstance(method, Scaffold):
         update = replace(update, result=replace(update.result, control=update.task.start.control))
-    assert message_size.down(update.task.start) == wire(down, 0 if "dense" in update.task.start.seeded else HEAD)
-    assert message_size.up(update.task, update.result) == wire(up, head)
+    assert message_size.download_size(update.task.start) == wire(down, 0 if "dense" in update.task.start.seeded else HEAD)
+    assert message_size.upload_size(update.task, update.result) == wire(up, head)
 
 
 def test_an_answer_that_changed_nothing_costs_nothing() -> None:
     task = sent(FedIT(), FedIT().init(adapter(8)), 4)
-    assert message_size.up(task, make_result(task.start.train)) == Bytes(0, 0)
+    assert message_size.upload_size(task, make_result(task.start.train)) == MessageSize(0, 0)
 
 
 @pytest.mark.parametrize("chosen", [{"query": [1]}, {"query": [0, 3], "value": [2]}, {"value": [0, 1, 2, 3]}])
@@ -78,13 +78,13 @@ def test_rows_and_columns_that_stayed_are_not_sent(chosen: dict[str, list[int]])
     columns = {"query": 12, "value": 10}
     numbers = sum(rows[n] + columns[n] * len(slots) for n, slots in chosen.items())
     given = make_result(Adapter(factors, task.start.train.dense))
-    assert message_size.up(task, given) == wire(numbers, 0)
+    assert message_size.upload_size(task, given) == wire(numbers, 0)
 
 
 @pytest.mark.parametrize(("side", "numbers"), [("down", 4 * UP), ("up", 4 * DOWN), ("dense", 4 * (DOWN + UP))])
 def test_a_seeded_side_is_not_sent_down(side: Any, numbers: int) -> None:
     head = 0 if side == "dense" else HEAD
-    assert message_size.down(Start(adapter(4), "0", seeded=(side,))) == wire(numbers + head, head)
+    assert message_size.download_size(TaskStart(adapter(4), "0", seeded=(side,))) == wire(numbers + head, head)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_seeded_side_is_not_sent_down(side: Any, numbers: int) -> None:
 )
 def test_a_fold_is_sent_in_the_smaller_of_its_two_forms(rank: int, query: int, value: int) -> None:
     fold = Adapter(adapter(rank, 5).factors)
-    assert message_size.down(Start(adapter(4), "0", fold=fold)) == wire(4 * (DOWN + UP) + HEAD + query + value)
+    assert message_size.download_size(TaskStart(adapter(4), "0", fold=fold)) == wire(4 * (DOWN + UP) + HEAD + query + value)
 
 
 def test_the_stack_of_flora_grows_until_it_is_as_large_as_the_layers() -> None:
@@ -105,7 +105,7 @@ def test_the_stack_of_flora_grows_until_it_is_as_large_as_the_layers() -> None:
     model = method.init(fresh(8))
     sizes = []
     for turn in range(3):
-        sizes.append(message_size.down(sent(method, model, 2).start).total)
+        sizes.append(message_size.download_size(sent(method, model, 2).start).total)
         model = method.merge(model, mean_of(answers(method, model, (1, 2), 10 * turn + 1)))
     own = HEAD  # the fresh adapter follows from its seed
     assert sizes == [4 * own, 4 * (own + 3 * (DOWN + UP)), 4 * (own + 12 * 10 + 10 * 14)]
@@ -113,14 +113,14 @@ def test_the_stack_of_flora_grows_until_it_is_as_large_as_the_layers() -> None:
 
 def test_the_fold_of_fedex_holds_what_a_low_rank_cannot_train() -> None:
     start = sent(FedEx(), FedEx().init(adapter(8)), 6).start
-    assert message_size.down(start) == wire(6 * (DOWN + UP) + HEAD + 2 * (DOWN + UP))
+    assert message_size.download_size(start) == wire(6 * (DOWN + UP) + HEAD + 2 * (DOWN + UP))
 
 
 def test_a_pruned_answer_costs_what_is_left() -> None:
     task = sent(HetLoRA(), HetLoRA().init(adapter(8)), 4)
     trained = changed(task.start, 1)
-    pruned = returned(task, Adapter({n: cut(f, 3) for n, f in trained.factors.items()}, trained.dense))
-    assert message_size.up(task, pruned.result) == wire(3 * (DOWN + UP) + HEAD)
+    pruned = returned(task, Adapter({n: cut_factor(f, 3) for n, f in trained.factors.items()}, trained.dense))
+    assert message_size.upload_size(task, pruned.result) == wire(3 * (DOWN + UP) + HEAD)
 
 
 def spoiled(task: Task) -> list[Any]:
@@ -139,9 +139,9 @@ def spoiled(task: Task) -> list[Any]:
 @pytest.mark.parametrize("number", range(7))
 def test_an_answer_that_will_be_refused_counts_as_if_all_had_been_sent(number: int) -> None:
     task = make_task(adapter(4), 4)
-    assert message_size.up(task, spoiled(task)[number]) == wire(4 * (DOWN + UP) + HEAD)
+    assert message_size.upload_size(task, spoiled(task)[number]) == wire(4 * (DOWN + UP) + HEAD)
 
 
 def test_a_refused_answer_to_a_start_with_a_control_variate_counts_double() -> None:
     task = sent(Scaffold(), Scaffold().init(adapter(8)), 4)
-    assert message_size.up(task, make_result(changed(task.start, 1))) == wire(2 * (4 * (DOWN + UP) + HEAD))
+    assert message_size.upload_size(task, make_result(changed(task.start, 1))) == wire(2 * (4 * (DOWN + UP) + HEAD))

@@ -45,7 +45,7 @@ def test_a_depth_counts_the_modules_of_its_blocks_and_those_above() -> None:
     """Depth is counted from the output (methods 4a): 1 is the top block."""
     assert [TINY.adapter_parameters(3, depth) for depth in (0, 1, 3, 4, None)] == [0, 72, 72, 120, 120]
     assert TINY.payload(3, 1) == 4 * (72 + 10)
-    assert [TINY.below("ab", depth) for depth in (0, 1, 4, None)] == [{"a", "b"}, {"a"}, set(), set()]
+    assert [TINY.untrained_modules("ab", depth) for depth in (0, 1, 4, None)] == [{"a", "b"}, {"a"}, set(), set()]
     with pytest.raises(ValueError, match="zip"):
         replace(TINY, depths={}).payload(3, 1)
 

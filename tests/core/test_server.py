@@ -18,13 +18,13 @@ from fedloom.core.events import (
     Evaluate,
     Publish,
     Reject,
-    Scored,
+    ScoresReady,
     Stop,
     TaskFailed,
     TimerFired,
     UpdateArrived,
 )
-from fedloom.core.lora import Adapter, cut
+from fedloom.core.lora import Adapter, cut_factor
 from fedloom.core.server import Limits, Server
 from fedloom.core.types import Profile, Task
 from fedloom.plan.budget import Plan
@@ -86,12 +86,12 @@ def test_seconds_at_work_count_however_a_task_ended() -> None:
     answer(server, 1.5, answered)
     server.handle(2.0, TaskFailed(failed.client, failed.id, "no memory"))
     server.handle(4.0, ClientLost(lost.client))
-    assert server.fleet().worked == {answered.client: 1.5, failed.client: 2.0, lost.client: 4.0}
-    assert outstanding.client not in server.fleet().worked
+    assert server.fleet().work_seconds == {answered.client: 1.5, failed.client: 2.0, lost.client: 4.0}
+    assert outstanding.client not in server.fleet().work_seconds
     server, commands = started(clients=1, schedule=Rounds(cohort_size=1))
     (second,) = tasks(answer(server, 1.0, tasks(commands)[0]))
     answer(server, 3.0, second)
-    assert server.fleet().worked == {second.client: 3.0}
+    assert server.fleet().work_seconds == {second.client: 3.0}
 
 
 def test_every_task_has_its_own_seed_and_the_seed_of_the_run_decides_it() -> None:
@@ -150,7 +150,7 @@ def test_versions_are_scored_at_their_cadence_and_the_first_and_the_last_always(
 
 def test_a_score_changes_nothing() -> None:
     server, _ = started()
-    assert server.handle(1.0, Scored(0, {"accuracy": 1.0})) == []
+    assert server.handle(1.0, ScoresReady(0, {"accuracy": 1.0})) == []
 
 
 def test_time_must_not_run_backwards() -> None:
@@ -202,7 +202,7 @@ def test_the_budget_is_asked_for_each_task_anew() -> None:
 
 def test_the_policies_cannot_write_into_the_server() -> None:
     server, _ = started()
-    for table in (server.fleet().idle, server.fleet().busy, server.fleet().seen, server.fleet().dispatched):
+    for table in (server.fleet().idle, server.fleet().busy, server.fleet().reported_examples, server.fleet().dispatched):
         with pytest.raises(TypeError):
             table["x"] = None  # type: ignore[index]
 
@@ -211,7 +211,7 @@ def test_what_clients_reported_is_remembered_for_the_plan() -> None:
     server, commands = started(schedule=Rounds(cohort_size=2))
     task = tasks(commands)[0]
     server.handle(1.0, UpdateArrived(task.client, task.id, make_result(task.start.train, examples=123)))
-    assert server.fleet().seen == {task.client: 123}
+    assert server.fleet().reported_examples == {task.client: 123}
     assert server.fleet().dispatched == {"c0": 1, "c1": 1}
 
 
@@ -227,7 +227,7 @@ def pruning(rank: int, **more: Any) -> tuple[Server, list[Command]]:
 
 def pruned(server: Server, now: float, task: Task, rank: int) -> list[Command]:
     """Answer with no more than `rank` directions."""
-    left = Adapter({n: cut(f, rank) for n, f in task.start.train.factors.items()}, task.start.train.dense)
+    left = Adapter({n: cut_factor(f, rank) for n, f in task.start.train.factors.items()}, task.start.train.dense)
     return server.handle(now, UpdateArrived(task.client, task.id, make_result(left)))
 
 
@@ -253,7 +253,7 @@ def test_a_smaller_budget_still_counts_for_a_pruned_client() -> None:
     server, commands = pruning(4)
     first, second = tasks(commands)
     pruned(server, 1.0, first, 3)
-    server.assign = Plan(FixedRank(1), 2)
+    server.budget_rule = Plan(FixedRank(1), 2)
     assert ranks(answer(server, 2.0, second)) == {"c0": {1}, "c1": {1}}
 
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fedloom.core import truncated_svd
 from fedloom.core.truncated_svd import Triple
 from tests.support.degenerate import CASES, Case, size
+from tests.support.storms import one_in, tries
 
 
 def krylov(up: Tensor, down: Tensor, rank: int) -> Triple:
@@ -85,7 +86,7 @@ def test_is_the_best_approximation(
 
 
 @every_method
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize("case", one_in(3, CASES), ids=[case.name for case in CASES])
 def test_degenerate_factors(method: Callable[[Tensor, Tensor, int], Triple], case: Case) -> None:
     up, down, rank = case.build()
     check(up, down, rank, method(up, down, rank))
@@ -158,7 +159,7 @@ def test_scale_does_not_matter(method: Callable[[Tensor, Tensor, int], Triple], 
 
 
 @given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 40), st.integers(1, 30), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_any_shape(d_out: int, d_in: int, stacked: int, rank: int, zeros: int) -> None:
     up, down = factors(d_out, d_in, stacked, seed=zeros)
     up[:, :zeros] = 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.errors import Refused
-from fedloom.data.client_dirichlet import ClientDirichlet
 from fedloom.data.examples import Examples
+from fedloom.data.partition import ClientDirichlet
+from tests.support.storms import tries
 
 
 def skewed(size: int, labels: int = 2) -> Examples:
@@ -20,7 +21,7 @@ def skewed(size: int, labels: int = 2) -> Examples:
 
 
 @given(st.integers(1, 12), st.floats(1e-2, 1e2), st.integers(1, 25), st.integers(0, 2**40))
-@settings(deadline=None, max_examples=60)
+@tries(60)
 def test_everybody_has_the_asked_size_and_no_example_two_owners(
     clients: int, alpha: float, size: int, seed: int
 ) -> None:

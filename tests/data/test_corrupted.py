@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.errors import Refused
-from fedloom.data.corrupted import Corrupted, damaged
+from fedloom.data.corrupted import Corrupted, damage_text
 from fedloom.data.examples import Examples, Split
 
 
@@ -86,7 +86,7 @@ words = st.lists(st.text("abc", min_size=1, max_size=3), max_size=12)
 
 @given(words, st.floats(0, 1), st.floats(0, 1), st.integers(0, 99))
 def test_damage_takes_words_away_and_adds_none(parts: list[str], delete: float, shuffle: float, seed: int) -> None:
-    text, lost = damaged(" ".join(parts), delete, shuffle, random.Random(seed))
+    text, lost = damage_text(" ".join(parts), delete, shuffle, random.Random(seed))
     left = Counter(text.split())
     assert left <= Counter(parts)
     assert bool(parts) == bool(text)
@@ -98,10 +98,10 @@ def test_damage_takes_words_away_and_adds_none(parts: list[str], delete: float, 
 
 
 def test_a_single_sentence_is_damaged_by_words() -> None:
-    text, lost = damaged("one two three four", 0.5, 0.0, random.Random(0))
+    text, lost = damage_text("one two three four", 0.5, 0.0, random.Random(0))
     assert len(text.split()) == 2
     assert lost == 0.5
-    assert damaged("one", 1.0, 1.0, random.Random(0)) == ("one", 0.0)
+    assert damage_text("one", 1.0, 1.0, random.Random(0)) == ("one", 0.0)
 
 
 @pytest.mark.parametrize("field", ["share", "delete", "shuffle", "swap"])

@@ -12,9 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.errors import Refused
-from fedloom.data.client_summary import LENGTHS, LOSSES, Summary, middles, private, read, summarise, written
+from fedloom.data.client_summary import (
+    LENGTHS,
+    LOSSES,
+    Summary,
+    bin_middles,
+    encode_summary,
+    parse_summary,
+    private_summary,
+    summarise,
+)
 from fedloom.data.examples import Examples
-from fedloom.data.heterogeneity import Unevenness, tenths, unevenness
+from fedloom.data.heterogeneity import Heterogeneity, measure_heterogeneity, tenths
 from fedloom.data.partition import IID, LabelDirichlet, Partition, QuantityDirichlet
 from fedloom.data.skew import LengthDirichlet, QualityDirichlet, Shuffled
 from fedloom.data.text_measures import ones, quality
@@ -35,8 +44,10 @@ def corpus(size: int = 4000) -> Examples:
     )
 
 
-def measured(how: Partition, examples: Examples, seed: int = 0) -> Unevenness:
-    return unevenness([summarise(name, examples.take(part)) for name, part in how.split(examples, seed).items()])
+def measured(how: Partition, examples: Examples, seed: int = 0) -> Heterogeneity:
+    return measure_heterogeneity(
+        [summarise(name, examples.take(part)) for name, part in how.split(examples, seed).items()]
+    )
 
 
 def plain(client: str, lengths: dict[int, int], labels: dict[str, float] | None = None) -> Summary:
@@ -45,7 +56,7 @@ def plain(client: str, lengths: dict[int, int], labels: dict[str, float] | None 
 
 def test_two_clients_with_nothing_in_common() -> None:
     """JS((1, 0) || (1/2, 1/2)) = H(3/4, 1/4) - 1/2 = 0.3113 bits, for lengths and labels alike."""
-    found = unevenness([plain("a", {3: 50}, {"x": 50.0}), plain("b", {30: 50}, {"y": 50.0})])
+    found = measure_heterogeneity([plain("a", {3: 50}, {"x": 50.0}), plain("b", {30: 50}, {"y": 50.0})])
     assert found.length.value == pytest.approx(0.3113, abs=1e-4)
     assert found.labels is not None
     assert found.labels.value == pytest.approx(0.3113, abs=1e-4)
@@ -56,7 +67,7 @@ def test_two_clients_with_nothing_in_common() -> None:
 
 def test_sizes_by_hand() -> None:
     """CV of 10 and 30 is 10 / 20; CV^2 = (K - 1) / (K alpha + 1) gives alpha 3/2."""
-    found = unevenness([plain("a", {5: 10}), plain("b", {5: 30})])
+    found = measure_heterogeneity([plain("a", {5: 10}), plain("b", {5: 30})])
     assert found.quantity.value == pytest.approx(0.5)
     assert found.quantity.alpha == pytest.approx(1.5)
     assert found.length.value == 0
@@ -67,7 +78,7 @@ def test_quality_by_hand() -> None:
     """Two clients a whole spread apart: every mean is one standard deviation from the mean of all."""
     counts = np.zeros((2, len(LOSSES)))
     counts[0, 2], counts[1, 9] = 40, 40
-    found = unevenness(
+    found = measure_heterogeneity(
         [replace(plain(n, {5: 40}), quality=tuple(row)) for n, row in zip("ab", counts.tolist(), strict=True)]
     )
     assert found.quality is not None
@@ -135,9 +146,9 @@ def test_a_summary_comes_back_from_its_file_and_holds_no_word() -> None:
     examples = Examples(texts, texts, (0, 1) * 30, ("plus", "minus"), ("ward",) * 60, texts, quality=(-0.5,) * 60)
     own = summarise("ward", examples)
     assert own.median() == pytest.approx(18, abs=2)
-    for summary in (own, private(own, 1.0, 7, ("plus", "minus", "none"))):
-        told = written(summary)
-        assert read(told, "here") == summary
+    for summary in (own, private_summary(own, 1.0, 7, ("plus", "minus", "none"))):
+        told = encode_summary(summary)
+        assert parse_summary(told, "here") == summary
         assert not any(word.encode() in told.encode() for word in secret[:4] + secret[5:])
         assert set(json.loads(told)) == {"type", "client", "lengths", "unit", "labels", "quality", "epsilon"}
 
@@ -146,17 +157,17 @@ def test_noise_is_that_of_the_stated_epsilon_for_the_whole_file() -> None:
     """Three histograms at epsilon / 3 each: the mean |noise| on a large count is 3 / epsilon."""
     many = plain("a", {20: 5000}, {"x": 4000.0, "y": 1000.0})
     many = replace(many, quality=tuple([9000.0] + [0.0] * (len(LOSSES) - 1)))
-    off = [abs(private(many, 0.5, seed, ("x", "y")).lengths[20] - 5000) for seed in range(400)]
+    off = [abs(private_summary(many, 0.5, seed, ("x", "y")).lengths[20] - 5000) for seed in range(400)]
     assert np.mean(off) == pytest.approx(6.0, rel=0.15)
-    assert private(many, 0.5, 1).labels is None
+    assert private_summary(many, 0.5, 1).labels is None
     with pytest.raises(Refused, match="name all labels"):
-        private(many, 0.5, 1, ("x",))
+        private_summary(many, 0.5, 1, ("x",))
 
 
 def test_noise_alone_does_not_look_like_unevenness() -> None:
     examples = corpus()
     own = [summarise(name, examples.take(part)) for name, part in IID(CLIENTS).split(examples, 0).items()]
-    found = unevenness([private(one, 0.5, k, examples.names) for k, one in enumerate(own)])
+    found = measure_heterogeneity([private_summary(one, 0.5, k, examples.names) for k, one in enumerate(own)])
     for index in (found.length, found.labels, found.quality):
         assert index is not None
         assert index.value < 1.5 * index.chance[1]
@@ -171,7 +182,7 @@ def test_every_length_has_its_bin(values: list[float]) -> None:
         (bin_,) = np.flatnonzero(summarise("a", examples.take([0]), lambda _, value=value: (value,)).lengths)
         assert LENGTHS[bin_] <= max(value, 1)
         assert bin_ + 1 == len(LENGTHS) or value < LENGTHS[bin_ + 1]
-    assert (np.diff(middles(LENGTHS)) > 0).all()
+    assert (np.diff(bin_middles(LENGTHS)) > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -185,12 +196,13 @@ def test_every_length_has_its_bin(values: list[float]) -> None:
 )
 def test_what_cannot_be_compared_is_refused(summaries: list[Summary], says: str) -> None:
     with pytest.raises(Refused, match=says):
-        unevenness(summaries)
+        measure_heterogeneity(summaries)
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"type": "Summary"}', '{"type": "Run"}', written(plain("a", {})).replace("0.0", "-1.0", 1)]
+    "text",
+    ["", "[]", '{"type": "Summary"}', '{"type": "Run"}', encode_summary(plain("a", {})).replace("0.0", "-1.0", 1)],
 )
 def test_a_broken_file_is_refused(text: str) -> None:
     with pytest.raises(Refused):
-        read(text, "s.json")
+        parse_summary(text, "s.json")

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.errors import Refused
-from fedloom.data.private_histogram import centres, counted, noised, topics
+from fedloom.data.private_histogram import centres, count_topics, noised, topics
 
 ASKED = 20_000
 
@@ -82,7 +82,7 @@ def test_topics_depend_on_the_seed_alone() -> None:
 
 def test_a_client_counts_at_home_with_centres_from_elsewhere() -> None:
     texts = clouds({"public": (20, 20, 20), "a": (7, 0, 2)})
-    assert sorted(counted(texts["a"], centres(texts["public"], 3, 0))) == [0.0, 2.0, 7.0]
+    assert sorted(count_topics(texts["a"], centres(texts["public"], 3, 0))) == [0.0, 2.0, 7.0]
 
 
 @pytest.mark.parametrize("count", [0, 4])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples
-from fedloom.data.skew import Along, LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew, raked
+from fedloom.data.skew import LengthDirichlet, Mixture, QualityDirichlet, Shuffled, Skew, SkewedPartition, rake_shares
 from fedloom.data.text_measures import Measure, labels, ones, words
+from tests.support.storms import tries
 
 
 def corpus(size: int, kinds: int = 3, longest: int = 60) -> Examples:
@@ -28,9 +29,9 @@ def corpus(size: int, kinds: int = 3, longest: int = 60) -> Examples:
 
 
 @st.composite
-def partitions(draw: st.DrawFn, equal: Measure | None) -> Along:
+def partitions(draw: st.DrawFn, equal: Measure | None) -> SkewedPartition:
     clients, alpha, bins = draw(st.integers(1, 12)), draw(st.floats(1e-3, 1e3)), draw(st.integers(1, 12) | st.none())
-    kinds: tuple[Along, ...] = (
+    kinds: tuple[SkewedPartition, ...] = (
         LengthDirichlet(clients, alpha, 4, bins, equal),
         QualityDirichlet(clients, alpha, 4, bins, equal),
         Mixture(clients, (Skew(words, alpha, bins), Skew(ones, 1.0), Skew(labels, 0.5, None)), 4, equal),
@@ -38,7 +39,7 @@ def partitions(draw: st.DrawFn, equal: Measure | None) -> Along:
     return draw(st.sampled_from(kinds))
 
 
-@settings(deadline=None, max_examples=40)
+@tries(40)
 @given(st.data(), st.integers(150, 400), st.integers(0, 2**40))
 def test_with_nothing_held_equal_every_example_has_one_owner(data: st.DataObject, size: int, seed: int) -> None:
     how, examples = data.draw(partitions(None)), corpus(size)
@@ -50,7 +51,7 @@ def test_with_nothing_held_equal_every_example_has_one_owner(data: st.DataObject
         assert parts == partition.split(examples, seed)  # type: ignore[attr-defined]
 
 
-@settings(deadline=None, max_examples=40)
+@tries(40)
 @given(st.data(), st.integers(150, 400), st.integers(0, 2**40), st.sampled_from([ones, words]))
 def test_what_is_held_equal_is_equal(data: st.DataObject, size: int, seed: int, equal: Measure) -> None:
     """Methods 2b, modes L-n and L-tok: the same sum at all clients, exactly of ones, of words to within one that was left out."""
@@ -120,7 +121,7 @@ def test_raking_keeps_the_odds_as_they_were_drawn(cells: int, clients: int, seed
     """(s_ak s_bl) / (s_al s_bk) is what it was: Deming and Stephan 1940."""
     draw = np.random.default_rng(seed)
     shares, masses = draw.dirichlet([1.0] * clients, cells) + 1e-6, draw.uniform(1, 9, cells)
-    made = raked(shares / shares.sum(1, keepdims=True), masses)
+    made = rake_shares(shares / shares.sum(1, keepdims=True), masses)
     assert made.sum(1) == pytest.approx(1)
     assert masses @ made == pytest.approx(masses.sum() / clients, rel=1e-4)
     odds = [np.log(s[:, :1]) + np.log(s[0]) - np.log(s) - np.log(s[0, 0]) for s in (shares, made)]

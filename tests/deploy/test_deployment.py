@@ -22,8 +22,8 @@ import pytest
 
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower import keys
-from fedloom.deploy.flower.join import Seat
-from fedloom.deploy.flower.server_processes import Server
+from fedloom.deploy.flower.join import SiteSetup
+from fedloom.deploy.flower.server_processes import ServerSetup
 from fedloom.deploy.flower.supervisor import free_port, program
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
@@ -223,16 +223,16 @@ def test_what_fails_again_and_again_is_given_up(stage: Stage) -> None:
 
 def test_nothing_is_insecure_unless_said_and_then_on_this_machine_only(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="keys new"):
-        Server(tmp_path)
+        ServerSetup(tmp_path)
     with pytest.raises(Refused, match="this machine only"):
-        Server(tmp_path, insecure=True)
+        ServerSetup(tmp_path, insecure=True)
     with pytest.raises(Refused, match="its own machine only"):
-        Seat("server.example.org:8080", tmp_path, tmp_path / "w.sock", [])
+        SiteSetup("server.example.org:8080", tmp_path, tmp_path / "w.sock", [])
     keys.new(tmp_path, ["localhost"])
-    Server(tmp_path)
+    ServerSetup(tmp_path)
     keys.renew(tmp_path, ["localhost"], days=-1)
     with pytest.raises(Refused, match="expired"):
-        Server(tmp_path)
+        ServerSetup(tmp_path)
 
 
 @pytest.fixture

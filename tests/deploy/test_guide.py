@@ -17,7 +17,7 @@ import safetensors.torch
 
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower.supervisor import program
-from fedloom.report.run_log import read
+from fedloom.report.run_log import read_run_log
 from fedloom.runs.replay import replay
 from tests.support.federation import environment
 
@@ -91,6 +91,6 @@ def test_the_page_works(tmp_path: Path) -> None:
             assert started[0].wait(600) == 0, (tmp_path / "terminal-0").read_text()
         run = tmp_path / server / "run"
         assert replay(run).difference == ""
-        assert {(task["client"], task["rank"]) for task in read(run).tasks} == {("c00", 4), ("c01", 8)}
+        assert {(task["client"], task["rank"]) for task in read_run_log(run).tasks} == {("c00", 4), ("c01", 8)}
         assert safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
         assert "The run has ended: 12 versions made" in (tmp_path / "terminal-0").read_text()

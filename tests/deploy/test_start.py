@@ -19,16 +19,16 @@ from fedloom import (
     Hierarchy,
     Limits,
     Plan,
-    Planned,
+    JointPlan,
     ProductDelta,
     Scaffold,
-    Scored,
+    GradientScore,
     Training,
 )
 from fedloom.core.errors import Refused
 from fedloom.deploy import start
-from fedloom.deploy.server.config import Order
-from fedloom.report.run_log import read
+from fedloom.deploy.server.config import DeploymentConfig
+from fedloom.report.run_log import read_run_log
 from fedloom.runs.prepare import prepare
 from fedloom.runs.replay import replay
 from tests.support.deployment_runs import folder_of, net_of, run_of
@@ -66,18 +66,18 @@ def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: A
     job = prepare(run)
     simulated = job.execute(tmp_path / "simulated", report=False)
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
-    assert start.run(net, folder, net.pause, net.clock) == "3 versions made"
+    assert start.run_deployment(net, folder, net.pause, net.clock) == "3 versions made"
     there = adapter_at(folder / "run")
     here = adapter_at(simulated.folder)
     assert there.keys() == here.keys()
     assert all(there[name].equal(here[name]) for name in here)
     assert replay(folder / "run").difference == ""
-    log = read(folder / "run")
+    log = read_run_log(folder / "run")
     assert log.manifest["status"] == "finished"
     assert set(log.manifest["clients"]) == set(job.profiles)
     assert [line["accuracy"] for line in log.scores] == [score["accuracy"] for score in simulated.scores]
     assert "virtual time" not in (folder / "run" / "report.html").read_text()
-    wanted = [{**line, "tier": "site"} for line in read(simulated.folder).clients]
+    wanted = [{**line, "tier": "site"} for line in read_run_log(simulated.folder).clients]
     assert len(wanted) == 6
     for line, want in zip(log.clients, wanted, strict=True):
         assert line["loss"] == pytest.approx(want["loss"], rel=1e-5)  # clients of one rank are predicted together there
@@ -101,18 +101,18 @@ def test_a_server_that_was_killed_goes_on_in_its_folder(encoder: Path, tmp_path:
 
     net.send = dies  # type: ignore[method-assign]
     with pytest.raises(Killed):
-        start.run(net, folder, net.pause, net.clock)
+        start.run_deployment(net, folder, net.pause, net.clock)
     net.forget()
     net.send = send  # type: ignore[method-assign]
     net.pause(100.0)
-    assert start.run(net, folder, net.pause, net.clock) == "20 versions made"
+    assert start.run_deployment(net, folder, net.pause, net.clock) == "20 versions made"
     assert replay(folder / "run").difference == ""
     lines = [json.loads(line) for line in (folder / "run" / "trace.jsonl").read_text().splitlines()]
     counted = [line["event"]["task"] for line in lines if line["event"]["type"] == "UpdateArrived"]
     assert len(counted) == len(set(counted)) >= 20
     trained = sum(site.worker.trained for site in net.sites.values())  # type: ignore[attr-defined]
     assert trained <= len(counted) + 6  # nothing that counted was trained twice
-    assert start.run(net, folder) == "20 versions made"  # a finished one has nothing left to do
+    assert start.run_deployment(net, folder) == "20 versions made"  # a finished one has nothing left to do
 
 
 @pytest.mark.slow
@@ -122,8 +122,8 @@ def test_sites_of_other_limits_train_at_their_own_rank(encoder: Path, tmp_path: 
     for number, rank in enumerate([2, 4, 8, 8, 4, 2]):
         worker = net.sites[number].worker  # type: ignore[attr-defined]
         worker.site = worker.site.model_copy(update={"limits": worker.site.limits.model_copy(update={"rank": rank})})
-    start.run(net, folder, net.pause, net.clock)
-    ranks = {str(task["client"]): task["rank"] for task in read(folder / "run").tasks}
+    start.run_deployment(net, folder, net.pause, net.clock)
+    ranks = {str(task["client"]): task["rank"] for task in read_run_log(folder / "run").tasks}
     known = [net.sites[number].profile.client for number in range(6)]
     assert {client: ranks[client] for client in ranks} == {
         client: rank for client, rank in zip(known, [2, 4, 8, 8, 4, 2], strict=True) if client in ranks
@@ -137,7 +137,7 @@ def test_the_training_file_need_not_be_at_the_server(encoder: Path, tmp_path: Pa
 
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, toy_rows(20))))
     run = run_of(encoder, data=Table(tmp_path / "nowhere.jsonl", tmp_path / "test.jsonl"))
-    job, profiles = start.made_for_serving(run, tmp_path / "none")
+    job, profiles = start.prepare_server(run, tmp_path / "none")
     assert (len(job.split.train), len(job.split.test), profiles) == (0, 20, {})
     assert job.split.train.names == ("colour", "pet")
 
@@ -145,9 +145,9 @@ def test_the_training_file_need_not_be_at_the_server(encoder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"hierarchy": Hierarchy(plan=Planned(Scored(rank=16)))}, "the server's rank is 8"),
-        ({"hierarchy": Hierarchy(plan=Planned(Scored(rank=8), depth=3))}, "the model has 2 blocks"),
-        ({"hierarchy": Hierarchy(plan=Planned()), "aggregator": FedSA()}, "keep a side of each layer"),
+        ({"hierarchy": Hierarchy(plan=JointPlan(GradientScore(rank=16)))}, "the server's rank is 8"),
+        ({"hierarchy": Hierarchy(plan=JointPlan(GradientScore(rank=8), depth=3))}, "the model has 2 blocks"),
+        ({"hierarchy": Hierarchy(plan=JointPlan()), "aggregator": FedSA()}, "keep a side of each layer"),
         ({"hierarchy": Hierarchy(), "aggregator": Scaffold(clients=2)}, "no control variate"),
         ({"hierarchy": Hierarchy(), "aggregator": ACE(clients=6)}, "give clients=2"),
         ({"transfer": Own()}, "no code travels to a site"),
@@ -160,7 +160,7 @@ def test_what_cannot_be_deployed_is_refused_when_it_is_served(
 ) -> None:
     """In one sentence, before anybody is waited for or anything is written."""
     with pytest.raises(Refused, match=why):
-        start.terms(start.made_for_serving(run_of(encoder, **more), tmp_path / "none", 2)[0])
+        start.run_terms(start.prepare_server(run_of(encoder, **more), tmp_path / "none", 2)[0])
     assert not (tmp_path / "none").exists()
 
 
@@ -168,4 +168,4 @@ def test_what_cannot_be_deployed_is_refused_when_it_is_served(
 def test_a_folder_without_an_order_is_refused(tmp_path: Path, told: str) -> None:
     (tmp_path / "deployment.json").write_text(told)
     with pytest.raises(Refused):
-        Order.of(tmp_path)
+        DeploymentConfig.of(tmp_path)

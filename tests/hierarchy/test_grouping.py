@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core import schema
@@ -28,6 +28,7 @@ from fedloom.hierarchy.grouping import (
     RandomGroups,
     drifted,
 )
+from tests.support.storms import tries
 
 EVERY: tuple[Grouping, ...] = (NearIID(3), BySpeed(3), RandomGroups(3), ByRegion())
 
@@ -109,7 +110,7 @@ def test_near_iid_groups_are_near_the_best_there_are(count: int, how: NearIID) -
 
 
 @given(st.integers(4, 24), st.integers(1, 4), st.integers(0, 3), st.floats(0, 1), st.randoms())
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_near_iid_stops_where_no_swap_gains(count: int, groups: int, seed: int, waiting: float, order: Any) -> None:
     """Every exchange and every allowed move is tried by the definition of the utility; sizes keep their bounds."""
     how, members = NearIID(groups, waiting, smallest=1, largest=count // groups + 2), fleet(count, 3, seed)
@@ -169,7 +170,7 @@ def test_waiting_alone_is_groups_by_speed() -> None:
 
 @pytest.mark.parametrize("how", EVERY, ids=lambda how: type(how).__name__)
 @given(count=st.integers(3, 20), seed=st.integers(0, 5), order=st.randoms())
-@settings(max_examples=15, deadline=None)
+@tries(15)
 def test_everybody_is_in_one_group_whatever_the_order(how: Grouping, count: int, seed: int, order: Any) -> None:
     members = fleet(count)
     groups = how(members, seed)
@@ -214,14 +215,14 @@ def test_regrouping_keeps_clients_where_they_are() -> None:
     how, members = NearIID(6), fleet(60)
     before = how(members, 0)
     now = [replace(m, seconds=7.0 - m.seconds) if place % 10 == 0 else m for place, m in enumerate(members)]
-    kept, fresh = how.again(before, now, 0), how(now, 0)
+    kept, fresh = how.regrouped(before, now, 0), how(now, 0)
     assert stay(before, before) == 1.0
     assert stay(before, kept) > 0.7
     assert stay(before, kept) > 0.2 + max(stay(before, renumbered) for renumbered in permutations(fresh))
     old, new, best = (utility(how, now, groups) for groups in (before, kept, fresh))
     assert old - new > 0.75 * (old - best) > 0
-    assert how.again(before, now, 0, price=100.0) == before
-    assert how.again(before, members, 0) == before
+    assert how.regrouped(before, now, 0, price=100.0) == before
+    assert how.regrouped(before, members, 0) == before
 
 
 def stay(before: Groups, after: Groups) -> float:
@@ -233,7 +234,7 @@ def stay(before: Groups, after: Groups) -> float:
 def test_who_joins_finds_a_place_and_who_left_leaves_one() -> None:
     how, members = NearIID(4, largest=8), fleet(24)
     before = how(members[:20], 0)
-    after = how.again(before, members[4:], 0, price=100.0)
+    after = how.regrouped(before, members[4:], 0, price=100.0)
     there = {member.client for member in members[4:]}
     assert {client for group in after for client in group} == there
     for old, new in zip(before, after, strict=True):
@@ -244,14 +245,14 @@ def test_groups_that_cannot_be_kept_are_made_anew() -> None:
     how, members = NearIID(4), fleet(20)
     before = how(members, 0)
     gone = [member for member in members if member.client not in before[0]]
-    assert how.again(before[1:], members, 0) == before
-    fewer = how.again(before, gone, 0)  # the first group is empty, the others hold more than the even share
+    assert how.regrouped(before[1:], members, 0) == before
+    fewer = how.regrouped(before, gone, 0)  # the first group is empty, the others hold more than the even share
     assert fewer == how(gone, 0)
 
 
 @pytest.mark.parametrize("how", [NearIID, BySpeed, ByRegion, RandomGroups, Given])
 def test_a_grouping_needs_no_arguments_and_prints_as_python(how: Any) -> None:
-    schema.check(how())
+    schema.check_fields(how())
     assert repr(how()).startswith(f"{how.__name__}(")
     assert eval(repr(how()), {how.__name__: how}) == how()
 

@@ -19,30 +19,30 @@ from fedloom import (
     HLoRA,
     Limits,
     Link,
-    Paced,
+    BestRoundTime,
     Plan,
-    Planned,
+    JointPlan,
     RandomRank,
     Refused,
     Rounds,
-    Scored,
+    GradientScore,
     World,
     by_work,
     prepare,
 )
 from fedloom.core.events import Publish
-from fedloom.core.types import Local, Profile, Result, Task
+from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.data.private_histogram import noised
 from fedloom.hierarchy.grouping import Given, Member
 from fedloom.hierarchy.tree import Tree
-from fedloom.report.client_tables import groups
-from fedloom.report.page import write
-from fedloom.report.run_log import read
-from fedloom.runs.build_groups import devices
-from fedloom.runs.replay import Replayed, fresh, replay
+from fedloom.report.tables import group_table
+from fedloom.report.page import write_report
+from fedloom.report.run_log import read_run_log
+from fedloom.runs.prepare import devices_of
+from fedloom.runs.replay import Replayed, server_from_manifest, replay
 from fedloom.runs.run_file import override
 from fedloom.simulate.simulation import Simulation
-from fedloom.train.base_model import initial
+from fedloom.train.base_model import initial_adapter
 from tests.runs.test_resume import interrupted
 from tests.simulate.test_simulation import Log
 from tests.support import toys
@@ -69,7 +69,7 @@ def recorded(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_fedfa_over_hlora_over_groups_fills_a_run_folder(recorded: Path) -> None:
-    log = read(recorded)
+    log = read_run_log(recorded)
     assert log.manifest["status"] == "finished"
     assert log.manifest["groups"] == {"edge0": ["c00", "c03", "c05"], "edge1": ["c01", "c02", "c04"]}
     assert [line["version"] for line in log.versions] == [1, 2, 3, 4, 5, 6]
@@ -87,13 +87,13 @@ def test_fedfa_over_hlora_over_groups_fills_a_run_folder(recorded: Path) -> None
 
 
 def test_the_report_has_a_row_for_each_group(recorded: Path, tmp_path: Path) -> None:
-    grid = groups(read(recorded))
+    grid = group_table(read_run_log(recorded))
     assert [row[:2] for row in grid.rows] == [("edge0", "3"), ("edge1", "3")]
     assert [row[-1].replace("\u00a0", " ") for row in grid.rows] == ["50.0 %", "50.0 %"]
-    page = write([recorded], tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_report([recorded], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Seconds inside" in page
     assert "Why its last task" not in page
-    assert write([recorded, recorded], tmp_path / "two.html").is_file()
+    assert write_report([recorded, recorded], tmp_path / "two.html").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +106,18 @@ def planned(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def planning(encoder: Path) -> Any:
     """Two groups; the root chooses rounds and depth of each."""
-    plan = Planned(Paced(Scored(4, 4, rank=4)), batch_tokens=100)
+    plan = JointPlan(BestRoundTime(GradientScore(4, 4, rank=4)), batch_tokens=100)
     return led(
         encoder, schedule=Rounds(2, weigh=by_work), hierarchy=Hierarchy(GROUPS, plan=plan), limits=Limits(versions=4)
     )
 
 
 def test_a_plan_is_in_the_folder_and_in_the_report(planned: Path, tmp_path: Path) -> None:
-    log = read(planned)
+    log = read_run_log(planned)
     assert len(log.edges) == 8
     assert all("gradient norm" in line["why"] and line["rank"] == 4 for line in log.edges)
     assert {line["depth"] for line in log.edges} <= {None, 1}
-    assert "Why its last task" in write([planned], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Why its last task" in write_report([planned], tmp_path / "page.html").read_text(encoding="utf-8")
     assert b'"why":"gradient norm' in (planned / "trace.jsonl").read_bytes()
 
 
@@ -131,24 +131,24 @@ def test_a_planned_run_replays_and_goes_on_to_the_same_files(encoder: Path, plan
 
 
 def test_a_recorded_run_gives_the_same_bytes_without_its_model(recorded: Path) -> None:
-    assert isinstance(fresh(recorded), Tree)
+    assert isinstance(server_from_manifest(recorded), Tree)
     assert replay(recorded) == Replayed((recorded / "trace.jsonl").read_bytes().count(b"\n"))
 
 
 def test_replay_finds_another_inner_version(recorded: Path, tmp_path: Path) -> None:
     out = shutil.copytree(recorded, tmp_path / "out")
     text = (out / "trace.jsonl").read_bytes()
-    changed = text.replace(b'"what":{"type":"Publish","version":1,', b'"what":{"type":"Publish","version":3,', 1)
+    changed = text.replace(b'"command":{"type":"Publish","version":1,', b'"command":{"type":"Publish","version":3,', 1)
     assert changed != text
     (out / "trace.jsonl").write_bytes(changed)
-    assert "commands[0].what.version: 3 there, 1 here" in replay(out).difference
+    assert "commands[0].command.version: 3 there, 1 here" in replay(out).difference
 
 
 def test_an_interrupted_run_goes_on_to_the_same_files(encoder: Path, recorded: Path, tmp_path: Path) -> None:
     out = interrupted(led(encoder), tmp_path / "out", version=4, checkpoint_seconds=0.0)
     job = prepare(led(encoder), resume=out)
-    assert job.begun is not None
-    assert "version 3" in job.begun.where
+    assert job.resumed_from is not None
+    assert "version 3" in job.resumed_from.where
     job.execute(report=False)
     for name in (*COMPARED, "manifest.json"):
         assert (out / name).read_bytes() == (recorded / name).read_bytes(), name
@@ -194,10 +194,10 @@ def test_two_workers_give_the_same_bytes(encoder: Path, recorded: Path, tmp_path
 def test_members_are_nearer_to_their_edge_and_an_edge_on_the_server_costs_no_time(encoder: Path) -> None:
     run = led(encoder)
     sizes = {f"c{k:02d}": 32 for k in range(6)}
-    far, near = (one.profiles(sizes, 0) for one in (run.world, devices(run)))
+    far, near = (one.profiles(sizes, 0) for one in (run.world, devices_of(run)))
     assert [one.up_bps for one in near] == [4.0 * one.up_bps for one in far]
     assert len(far) == 6
-    assert devices(led(encoder, hierarchy=Hierarchy(GROUPS))) == run.world
+    assert devices_of(led(encoder, hierarchy=Hierarchy(GROUPS))) == run.world
     job = prepare(led(encoder, hierarchy=Hierarchy(GROUPS), limits=Limits(versions=1)))
     assert isinstance(job.server, Tree)
     assert job.server.root.transfer is None
@@ -230,8 +230,8 @@ def test_the_final_adapter_is_the_roots(recorded: Path) -> None:
     trace = lines_of(recorded / "trace.jsonl")
     commands = [command for step in trace for command in step["commands"]]
     assert [c["version"] for c in commands if c["type"] == Publish.__name__] == [1, 2, 3, 4, 5, 6]
-    inner = [c for c in commands if c["type"] == "Within" and c["what"]["type"] == Publish.__name__]
-    assert {c["what"]["version"] for c in inner} == {1, 2}
+    inner = [c for c in commands if c["type"] == "InsideEdge" and c["command"]["type"] == Publish.__name__]
+    assert {c["command"]["version"] for c in inner} == {1, 2}
     assert len(inner) >= 12
 
 
@@ -245,20 +245,20 @@ class Watching:
     inner: Any
     began: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """Passed on and noted."""
         for task, local in work:
             goes_on = local.basis == task.start.basis and bool(local.moments)
             steps = next(iter(local.moments.values()))["step"] if goes_on else torch.tensor(0.0)
             self.began[task.client].append((task.version, int(steps)))
-        trained: list[tuple[Result, Local]] = self.inner.train(work)
+        trained: list[tuple[Result, ClientState]] = self.inner.train(work)
         return trained
 
 
 def test_moments_live_through_inner_rounds_and_begin_anew_with_each_outer_task(encoder: Path) -> None:
     base = base_of(encoder)
     own = {name: Profile(name, 30, up_bps=1e7, down_bps=1e7) for name in ("a", "b")}
-    given = {"start": initial(base, 4), "shape": base.shape(), "assign": Plan(RandomRank(4, 4), 6)}
+    given = {"start": initial_adapter(base, 4), "shape": base.shape(), "assign": Plan(RandomRank(4, 4), 6)}
     flat = toys.server(Rounds(cohort_size=1), limits=Limits(versions=2), **given)
     tree = Hierarchy(rounds=3).over(flat, {"edge0": tuple(own.values())})
     trainer, log = Watching(trainer_of(base)), Log()

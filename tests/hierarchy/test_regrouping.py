@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from fedloom import BySpeed, FedFa, FixedRank, Given, Hierarchy, Limits, NearIID, Plan, Refused, Rounds, World, by_work
-from fedloom.core.events import ClientJoined, Dispatch, Move, Moved, Publish, Regroup, Report, Within
+from fedloom.core.events import ClientJoined, Dispatch, Move, Moved, Publish, Regroup, Report, InsideEdge
 from fedloom.core.model_shape import Shape
 from fedloom.core.server import State
-from fedloom.core.types import GroupLog, Profile, Result, MemberWork, Task
+from fedloom.core.types import GroupHistory, Profile, Result, MemberWork, Task
 from fedloom.hierarchy.edge import EdgeState
-from fedloom.hierarchy.grouping import Groups, drift, drifted, matched
-from fedloom.hierarchy.joint_plan.joint_plan import history
-from fedloom.hierarchy.regrouping import Compared, estimated, ready, wanted
+from fedloom.hierarchy.grouping import Groups, time_drift, drifted, match_groups
+from fedloom.hierarchy.joint_plan.joint_plan import member_history
+from fedloom.hierarchy.regrouping import Compared, estimated_seconds, possible_moves, target_groups
 from fedloom.hierarchy.tree import Tree
-from fedloom.hierarchy.tree_state import Branches
-from fedloom.runs.build_groups import seconds
+from fedloom.hierarchy.tree_state import TreeState
+from fedloom.runs.prepare import comparison_seconds
 from fedloom.simulate.devices import Devices, Seconds
 from fedloom.simulate.simulation import Simulation
 from tests.simulate.test_simulation import QUADRATIC, Log
@@ -32,12 +32,12 @@ SHAPE = Shape(1000, 100, 2, 10, ((12, 10), (10, 14)), 3, depths={"query": 2, "va
 
 def test_drift_is_the_share_by_which_times_moved_apart() -> None:
     before = dict.fromkeys("abcd", 2.0)
-    assert drift(before, {"a": 2.5, "b": 2.5, "c": 1.6, "d": 1.6}) == pytest.approx(0.25)
-    assert drift(before, dict.fromkeys("abcd", 8.0)) == 0.0
-    assert drift(before, {"e": 1.0}) == math.inf
+    assert time_drift(before, {"a": 2.5, "b": 2.5, "c": 1.6, "d": 1.6}) == pytest.approx(0.25)
+    assert time_drift(before, dict.fromkeys("abcd", 8.0)) == 0.0
+    assert time_drift(before, {"e": 1.0}) == math.inf
     members = toys.compared(4).members
     slow = [replace(one, seconds=4.0 if one.client == "c0" else 1.0) for one in members]
-    found = drift(*({one.client: one.seconds for one in own} for own in (members, slow)))
+    found = time_drift(*({one.client: one.seconds for one in own} for own in (members, slow)))
     assert drifted(members, slow, found - 1e-9)
     assert not drifted(members, slow, found)
 
@@ -51,17 +51,17 @@ def test_times_are_those_that_were_foreseen_where_tasks_took_what_was_foreseen()
         one = MemberWork("c0", rank, depth, 1, 2, down, train, up)
         two = replace(one, answers=2, steps=4, down=2 * down, train=2 * train, up=2 * up)
         told = Compared((), 8, 6, tokens).seconds((one, two), SHAPE)
-        assert told == pytest.approx(seconds(SHAPE, profile, 8, tokens)), (rank, depth)
+        assert told == pytest.approx(comparison_seconds(SHAPE, profile, 8, tokens)), (rank, depth)
     assert Compared((), 8, 6, tokens).seconds((), SHAPE) == 0.0
 
 
 def test_a_unit_that_all_have_in_common_is_no_drift() -> None:
     """Texts that are shorter than the longest make everybody quicker, also those who were not heard of yet."""
     before = {"a": 1.0, "b": 2.0, "c": 4.0}
-    now = estimated(before, {"a": 0.3, "b": 0.6})
+    now = estimated_seconds(before, {"a": 0.3, "b": 0.6})
     assert now == pytest.approx({"a": 0.3, "b": 0.6, "c": 1.2})
-    assert drift(before, now) == pytest.approx(0.0)
-    assert estimated(before, {}) == before
+    assert time_drift(before, now) == pytest.approx(0.0)
+    assert estimated_seconds(before, {}) == before
 
 
 # Who --------------------------------------------------------------------------------------------------------------------------
@@ -69,11 +69,11 @@ def test_a_unit_that_all_have_in_common_is_no_drift() -> None:
 
 def test_new_groups_keep_the_numbers_of_those_they_have_most_of() -> None:
     before: Groups = (("a", "b", "c"), ("d", "e"), ("f",))
-    assert matched(before, (("f",), ("a", "d", "e"), ("b", "c"))) == (("b", "c"), ("a", "d", "e"), ("f",))
-    assert matched(before, tuple(reversed(before))) == before
-    assert matched(before, (("a", "b", "c", "d", "e"), ("f",), ("x",))) == (("a", "b", "c", "d", "e"), ("x",), ("f",))
+    assert match_groups(before, (("f",), ("a", "d", "e"), ("b", "c"))) == (("b", "c"), ("a", "d", "e"), ("f",))
+    assert match_groups(before, tuple(reversed(before))) == before
+    assert match_groups(before, (("a", "b", "c", "d", "e"), ("f",), ("x",))) == (("a", "b", "c", "d", "e"), ("x",), ("f",))
     with pytest.raises(Refused, match="there are 3 edges"):
-        matched(before, (("a", "b", "c", "d", "e", "f"),))
+        match_groups(before, (("a", "b", "c", "d", "e", "f"),))
 
 
 def scene(groups: Groups, leaving: dict[str, str], at_work: tuple[str, ...] = (), away: str = "") -> list[str]:
@@ -87,9 +87,9 @@ def scene(groups: Groups, leaving: dict[str, str], at_work: tuple[str, ...] = ()
                 state.server.idle.put(client, Profile(client, 10))
         if f"e{k}" in at_work:
             state.server.outer = toys.make_task(toys.adapter(2), 2)
-        edges[f"e{k}"], logs[f"e{k}"] = state, GroupLog(Profile(f"e{k}", 10), tuple(Profile(c, 10) for c in group))
+        edges[f"e{k}"], logs[f"e{k}"] = state, GroupHistory(Profile(f"e{k}", 10), tuple(Profile(c, 10) for c in group))
     of = {client: f"e{k}" for k, group in enumerate(groups) for client in group}
-    return [move.client for move in ready(logs, Branches(edges, of, leaving=leaving))]
+    return [move.client for move in possible_moves(logs, TreeState(edges, of, leaving=leaving))]
 
 
 def test_a_member_leaves_when_its_edge_has_no_task_and_is_not_left_alone() -> None:
@@ -110,7 +110,7 @@ def test_groups_are_made_again_from_those_that_were_asked_for() -> None:
     model = toys.server().state.model
     edges = {f"e{k}": EdgeState(State(model, model)) for k in range(2)}
     of = {"a": "e1", "b": "e0", "c": "e1", "d": "e1"}
-    assert wanted(Branches(edges, of, leaving={"c": "e0"})) == (("b", "c"), ("a", "d"))
+    assert target_groups(TreeState(edges, of, leaving={"c": "e0"})) == (("b", "c"), ("a", "d"))
 
 
 # A run that drifts --------------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_who_became_slow_is_put_together(grouping: Any, schedule: Any) -> None:
     if isinstance(schedule, Rounds):
         assert moves == 4, "two go to the third, and two others take their places"
     assert moves >= 4
-    assert not tree.branches.leaving
+    assert not tree.below.leaving
 
 
 def test_without_drift_and_without_the_field_nobody_moves() -> None:
@@ -196,28 +196,28 @@ def test_what_is_known_of_a_client_moves_along() -> None:
     tree, log = drifting(Hierarchy(NearIID(3, waiting=1.0), regroup=0.1))
     moved = {one.move.client for one in log.all(Moved)}
     assert tree.state.dispatched == dict.fromkeys(ALIKE, 16)
-    assert tree.state.seen.keys() == tree.state.worked.keys() == ALIKE.keys()
+    assert tree.state.reported_examples.keys() == tree.state.work_seconds.keys() == ALIKE.keys()
     logs = tree.root.state.groups
     for client in moved:
-        known = history(logs[tree.edge_of[client]], client)
+        known = member_history(logs[tree.edge_of[client]], client)
         assert sum(one.answers for one in known) == 16
         assert {one.client for one in known} == {client}
     for edge, known in logs.items():
         members = {one.client for one in known.members}
-        assert {one.client for told in known.told for one in told.work} <= {*members, ""}, (
+        assert {one.client for told in known.statistics for one in told.work} <= {*members, ""}, (
             "it is not told whose it was"
         )
         assert known.past.keys() == moved & members
-        assert known.edge == tree.groups.profile(edge, known.members)
-        assert all(told.seconds > 0 and len(told.work) == 3 for told in known.told)
+        assert known.edge == tree.topology.profile(edge, known.members)
+        assert all(told.seconds > 0 and len(told.work) == 3 for told in known.statistics)
 
 
 def test_an_edge_tells_times_alone_where_no_plan_learns() -> None:
     _, log = drifting(Hierarchy(NearIID(3), regroup=0.1), versions=2)
-    (told, *_) = [one.what.told for one in log.all(Within) if isinstance(one.what, Report)]
+    (told, *_) = [one.command.statistics for one in log.all(InsideEdge) if isinstance(one.command, Report)]
     assert told.work
     assert (told.mass, told.spread) == ({}, 0.0)
-    assert all(one.what.told is None for one in drifting(Hierarchy())[1].all(Within) if isinstance(one.what, Report))
+    assert all(one.command.statistics is None for one in drifting(Hierarchy())[1].all(InsideEdge) if isinstance(one.command, Report))
 
 
 def test_a_client_that_is_away_is_taken_in_where_it_moved_to() -> None:
@@ -225,7 +225,7 @@ def test_a_client_that_is_away_is_taken_in_where_it_moved_to() -> None:
     one, two, *_ = toys.profiles(4).values()
     tree.handle(0.0, ClientJoined(one))
     tree.branches.leaving = {"c1": "edge1"}
-    assert tree.handle(0.0, ClientJoined(one)) == [Moved(Move("c1", "edge0", "edge1"), places=4)]
+    assert tree.handle(0.0, ClientJoined(one)) == [Moved(Move("c1", "edge0", "edge1"), max_in_flight=4)]
     tree.handle(0.0, ClientJoined(two))
     assert list(tree.branches.edges["edge1"].server.idle) == ["c1"]
     assert (

@@ -22,7 +22,7 @@ from fedloom.core.events import (
     ClientJoined,
     ClientLost,
     Command,
-    Discard,
+    Discarded,
     Dispatch,
     EdgeLost,
     EdgeReturned,
@@ -34,16 +34,16 @@ from fedloom.core.events import (
     TaskReceived,
     TimerFired,
     UpdateArrived,
-    Within,
+    InsideEdge,
 )
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import Adapter, joined
+from fedloom.core.lora import Adapter, stack_with_fold
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Fleet
 from fedloom.core.types import Budget, Profile, Task, Update
-from fedloom.core.validate_answer import fault
-from fedloom.hierarchy.edge import Below, Edge
-from fedloom.hierarchy.edge_model import reported
+from fedloom.core.validate_answer import why_invalid
+from fedloom.hierarchy.edge import MemberBudget, Edge
+from fedloom.hierarchy.edge import model_as_answer
 from fedloom.hierarchy.grouping import Given, Member
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.tree import Tree
@@ -67,7 +67,7 @@ def carried_out(groups: Sequence[int], hierarchy: Hierarchy | None, log: Log | N
 def published(log: Log, inner: bool = False) -> list[str]:
     """The models of all versions, by their fingerprint."""
     if inner:
-        return [fingerprint(w.what.model.adapter) for w in log.all(Within) if isinstance(w.what, Publish)]
+        return [fingerprint(w.command.model.adapter) for w in log.all(InsideEdge) if isinstance(w.command, Publish)]
     return [fingerprint(command.model.adapter) for command in log.all(Publish)]
 
 
@@ -113,8 +113,8 @@ def test_a_method_of_products_turns_its_factors_once_more_and_is_the_flat_run_bu
 
 def within(log_or_commands: Any, kind: type) -> list[Any]:
     """What happened inside of this kind."""
-    commands = log_or_commands.all(Within) if isinstance(log_or_commands, Log) else log_or_commands
-    return [command for command in commands if isinstance(command, Within) and isinstance(command.what, kind)]
+    commands = log_or_commands.all(InsideEdge) if isinstance(log_or_commands, Log) else log_or_commands
+    return [command for command in commands if isinstance(command, InsideEdge) and isinstance(command.command, kind)]
 
 
 def test_groups_weigh_by_their_examples_times_their_steps() -> None:
@@ -126,7 +126,7 @@ def test_groups_weigh_by_their_examples_times_their_steps() -> None:
     log = carried_out(
         (3, 2), Hierarchy(plan=budget), schedule=Rounds(cohort_size=2, weigh=by_work), limits=Limits(versions=1)
     )
-    reports = {command.edge: command.what.result for command in within(log, Report)}
+    reports = {command.edge: command.command.result for command in within(log, Report)}
     assert {edge: (one.examples, one.steps) for edge, one in reports.items()} == {"edge0": (30, 12), "edge1": (20, 6)}
     assert {edge: by_work(Update(None, one)) for edge, one in reports.items()} == {"edge0": 360.0, "edge1": 120.0}  # type: ignore[arg-type]
     (merged,) = (command.model.adapter for command in log.all(Publish))
@@ -140,8 +140,8 @@ def test_an_answer_counts_once_however_often_it_is_merged() -> None:
     """Below FedFa a window merges answers again; n_g counts clients, and the steps are those that an example was trained for."""
     hierarchy = Hierarchy(rounds=6, schedule=FedFa(window=3, max_in_flight=3))
     log = carried_out((3,), hierarchy, schedule=Rounds(cohort_size=1), limits=Limits(versions=1))
-    (report,) = (command.what.result for command in within(log, Report))
-    merged = {update.task.id: update for command in within(log, Publish) for update in command.what.updates}
+    (report,) = (command.command.result for command in within(log, Report))
+    merged = {update.task.id: update for command in within(log, Publish) for update in command.command.updates}
     assert len(merged) == 6
     clients = {update.task.client for update in merged.values()}
     assert report.examples == 10 * len(clients)
@@ -155,10 +155,10 @@ def test_an_answer_counts_once_however_often_it_is_merged() -> None:
 def test_a_report_is_an_answer_to_the_task_of_the_edge(method: Aggregator) -> None:
     """Of its rank and layers, with the sides that are frozen as they were sent, whatever the method did inside."""
     log = carried_out((3, 2), Hierarchy(rounds=3), method=method, schedule=FedFa(window=2, max_in_flight=2))
-    tasks = {command.task: command.what.task for command in within(log, Dispatch)}
+    tasks = {command.task: command.command.task for command in within(log, Dispatch)}
     reports = within(log, Report)
     assert len(reports) >= 4
-    assert [fault(tasks[command.task], command.what.result) for command in reports] == [None] * len(reports)
+    assert [why_invalid(tasks[command.task], command.command.result) for command in reports] == [None] * len(reports)
     assert log.losses[-1] < 0.9 * log.losses[0]
 
 
@@ -166,16 +166,16 @@ def test_what_an_edge_folded_is_in_its_report_as_far_as_the_rank_reaches() -> No
     start, fold = toys.adapter(4, 1), toys.adapter(2, 2)
     task = toys.make_task(start, 4)
     sent = replace(task.start, fold=fold)
-    grown = joined(Adapter(fold.factors), Adapter(toys.graded([1e-3], 3).factors))
+    grown = stack_with_fold(Adapter(fold.factors), Adapter(toys.graded([1e-3], 3).factors))
     model = replace(FedIT().init(toys.graded([2.0, 1.0, 0.5], 4)), fold=grown)
-    adapter, cut = reported(sent, model)
+    adapter, cut = model_as_answer(sent, model)
     wanted = toys.weighted(
         [(1.0, toys.products(model.adapter)), (1.0, toys.products(grown)), (-1.0, toys.products(fold))]
     )
     assert toys.distance(toys.products(adapter), wanted) < 1e-4
     assert cut < 1e-6
     assert all(factor.rank == 4 for factor in adapter.factors.values())
-    few, lost = reported(replace(sent, train=toys.adapter(2, 1)), model)
+    few, lost = model_as_answer(replace(sent, train=toys.adapter(2, 1)), model)
     assert toys.distance(toys.products(few), {name: toys.best(p, 2) for name, p in wanted.items()}) < 1e-4
     assert lost == pytest.approx(0.5 / 3.5, rel=0.01)
 
@@ -183,7 +183,7 @@ def test_what_an_edge_folded_is_in_its_report_as_far_as_the_rank_reaches() -> No
 def test_members_have_ranks_of_their_own_below_that_of_the_edge() -> None:
     log = carried_out((3, 3), Hierarchy(rounds=2), method=HLoRA())
     assert {command.task.budget.rank for command in log.all(Dispatch)} == {2, 3, 4}
-    assert {command.what.task.budget.rank for command in within(log, Dispatch)} == {4}
+    assert {command.command.task.budget.rank for command in within(log, Dispatch)} == {4}
     assert {command.task.budget.steps for command in log.all(Dispatch)} == {6}
     low = Hierarchy(rounds=2, plan=lambda profile, fleet: Budget(2, 12, rounds=2))
     assert {c.task.budget.rank for c in carried_out((3, 3), low, method=HLoRA()).all(Dispatch)} == {2}
@@ -197,7 +197,7 @@ def test_layers_that_nobody_trains_are_in_the_fold_of_every_member(method: Aggre
     both = {**(sent.fold.factors if sent.fold else {}), "query": fold.factors["query"]}
     task = Task(9, "edge0", 0, replace(sent, fold=Adapter(both)), Budget(4, 6, rounds=2), 0, 0.0)
     model = method.init(sent.train)
-    policies = toys.server(Rounds(cohort_size=2), method, start=model.adapter, assign=Below(Plan(RandomRank(2, 4), 9)))
+    policies = toys.server(Rounds(cohort_size=2), method, start=model.adapter, assign=MemberBudget(Plan(RandomRank(2, 4), 9)))
     edge = Edge(policies)
     for profile in toys.profiles(2).values():
         edge.handle(0.0, ClientJoined(profile))
@@ -211,7 +211,7 @@ def test_layers_that_nobody_trains_are_in_the_fold_of_every_member(method: Aggre
                 0.0, UpdateArrived(one.client, one.id, toys.make_result(toys.changed(one.start, one.id)))
             )
     (result,) = (command.result for command in commands if isinstance(command, Report))
-    assert fault(task, result) is None
+    assert why_invalid(task, result) is None
     assert result.adapter.factors.keys() == {"value"}
 
 
@@ -237,7 +237,7 @@ def test_the_depth_of_an_edge_is_the_most_that_its_members_train(method: Aggrega
             commands = answer(tree, 1.0, one)
     assert trained == {"c0": {"top"}, "c1": {"middle", "top"}}
     (report,) = within(commands, Report)
-    assert report.what.result.adapter.factors.keys() == {"middle", "top"}
+    assert report.command.result.adapter.factors.keys() == {"middle", "top"}
     after = next(command.model for command in commands if isinstance(command, Publish))
     moved = {name: float((toys.function(after)[name] - toys.function(before)[name]).norm()) for name in blocks}
     assert moved["low"] < 1e-5
@@ -262,7 +262,7 @@ def test_a_layer_that_no_member_of_an_edge_trained_is_none_of_its_contribution()
         answers[one.client] = toys.changed(one.start, one.id)
         arrived = UpdateArrived(one.client, one.id, toys.make_result(answers[one.client], steps=4))
         (report,) = within(tree.handle(tree.branches.now, arrived), Report)
-        assert report.what.result.adapter.factors.keys() == answers[one.client].factors.keys()
+        assert report.command.result.adapter.factors.keys() == answers[one.client].factors.keys()
     while not tree.state.stopped:
         commands = tree.handle(tree.wake(), TimerFired())
     after = tree.state.model.adapter.factors
@@ -311,7 +311,7 @@ def test_an_answer_to_an_earlier_task_of_the_edge_never_counts() -> None:
     tree, commands = begun(schedule=FedFa(window=2, max_in_flight=3), rounds=1)
     first, second, *_ = tasks_of(commands)
     commands = answer(tree, 1.0, first)
-    assert [type(command.what) for command in within(commands, object)] == [Publish, Report]
+    assert [type(command.command) for command in within(commands, object)] == [Publish, Report]
     commands = answer(tree, 2.0, second)
     assert [type(command) for command in commands] == [Reject]
 
@@ -322,12 +322,12 @@ def test_an_edge_that_dies_says_what_it_lost_and_goes_on_where_it_was(kept: bool
     mine = [task for task in tasks_of(commands) if task.client in ("c0", "c1", "c2")]
     for task in mine:
         commands = answer(tree, 1.0, task)
-    version_1 = within(commands, Publish)[0].what.model
+    version_1 = within(commands, Publish)[0].command.model
     mine = tasks_of(commands)
     answer(tree, 2.0, mine[0])
     commands = tree.handle(3.0, EdgeLost("edge0", kept))
-    assert {command.task for command in commands if not isinstance(command, Within)} == {mine[1].id, mine[2].id}
-    assert [command.what.task for command in within(commands, Discard)] == [mine[0].id]
+    assert {command.task for command in commands if not isinstance(command, InsideEdge)} == {mine[1].id, mine[2].id}
+    assert [command.command.task for command in within(commands, Discarded)] == [mine[0].id]
     assert [command.edge for command in within(commands, Stop)] == [] if kept else ["edge0"]
     assert isinstance(
         tree.handle(4.0, UpdateArrived("c1", mine[1].id, toys.make_result(mine[1].start.train)))[0], Reject
@@ -337,9 +337,9 @@ def test_an_edge_that_dies_says_what_it_lost_and_goes_on_where_it_was(kept: bool
         again = tasks_of(commands)
         assert [task.version for task in again] == [1, 1, 1]
         assert not {task.id for task in again} & {task.id for task in mine}
-        edge = tree.branches.edges["edge0"]
+        edge = tree.below.edges["edge0"]
         assert edge.server.model is version_1
-        assert len(edge.shares) == 3
+        assert len(edge.contributions) == 3
     else:
         assert tasks_of(commands) == []
         assert tree.wake() == 5.0, "the root has it as a client again"
@@ -351,7 +351,7 @@ def test_a_task_that_reaches_a_dead_edge_waits_for_it() -> None:
     for profile in toys.profiles(2).values():
         tree.handle(0.0, ClientJoined(profile))
     assert tasks_of(tree.handle(0.0, TimerFired())) == [], "it is on its way"
-    tree.handle(0.1, EdgeLost("edge0", kept=True))
+    tree.handle(0.1, EdgeLost("edge0", resumes=True))
     arrives = tree.wake()
     assert arrives is not None
     assert tree.handle(arrives, TimerFired()) == []
@@ -366,8 +366,8 @@ def test_a_group_whose_members_are_gone_reports_what_it_has_or_gives_its_task_up
     for client in ("c0", "c1", "c2"):
         commands = tree.handle(2.0, ClientLost(client))
     (report,) = within(commands, Report)
-    assert report.what.result.metrics["rounds"] == 1.0
-    assert report.what.result.steps == 6
+    assert report.command.result.metrics["rounds"] == 1.0
+    assert report.command.result.steps == 6
     for client in ("c3", "c4"):
         commands = tree.handle(3.0, ClientLost(client))
     assert tree.state.version == 1, "the root goes on with what it got"

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedloom.aggregate.fedit import FedIT
 from fedloom.core.policies import Schedule
 from fedloom.core.server import Limits
-from fedloom.core.types import Local, Model, Result, Task
+from fedloom.core.types import ClientState, Model, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.fedbuff import FedBuff
@@ -61,7 +61,7 @@ class Drifting:
         """Where the mean of all clients' losses is least."""
         return (self.curvatures * self.optima).sum(0) / self.curvatures.sum(0)
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """`LOCAL_STEPS` noisy steps from what was sent."""
         return [(toys.make_result(self.one(task)), local) for task, local in work]
 

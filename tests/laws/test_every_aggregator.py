@@ -22,7 +22,7 @@ from fedloom.aggregate.clip import Clip
 from fedloom.aggregate.fadas import FADAS
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.shared.product_space import energy_shares
-from fedloom.core.lora import Adapter, Factor, cut
+from fedloom.core.lora import Adapter, Factor, cut_factor
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Model
 from tests.support import toys
@@ -36,7 +36,7 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=toys.called)
 
 
 def cut_to(of: Adapter, rank: int) -> dict[str, torch.Tensor]:
-    return products(Adapter({n: cut(f, rank) for n, f in of.factors.items()}))
+    return products(Adapter({n: cut_factor(f, rank) for n, f in of.factors.items()}))
 
 
 def merged(method: Aggregator, model: Model, merge: Merge) -> dict[str, torch.Tensor]:
@@ -198,11 +198,11 @@ def law_8(method: Aggregator) -> float:
     low, high = sent(method, model, 2, 1), sent(method, model, TOP, 2)
     kept = distance(merged(method, model, mean_of([returned(low), returned(high)])), function(model))
     alone = distance(merged(method, model, mean_of([returned(low)])), function(model))
-    free = [i for i in range(TOP) if i not in (low.start.slots or range(2))]
+    free = [i for i in range(TOP) if i not in (low.start.directions or range(2))]
     trained = {}
     for name, f in high.start.train.factors.items():
         up, down = f.up.clone(), f.down.clone()
-        if "up" in high.start.rules.kept:
+        if "up" in high.start.rules.unchanged:
             down[free] *= 1.5
         else:
             up[:, free] += 0.5

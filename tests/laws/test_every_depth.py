@@ -12,23 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aggregate.test_oracle import BAR, FORMS, MORE, Answer, answered, errors
-from fedloom.aggregate.averaged import Averaged, last
+from fedloom.aggregate.averaged import Averaged, last_version
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.flora import FLoRA
 from fedloom.core.errors import Refused
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter, Factor
-from fedloom.core.partial_depth import lowered, merged, need_own_layers
+from fedloom.core.partial_depth import fold_layers, merge_by_layer, require_all_layers
 from fedloom.core.policies import Aggregator, Merge
-from fedloom.core.policies import layers as wrapped
-from fedloom.core.types import Budget, Model, Start, Task, Update
+from fedloom.core.policies import aggregator_layers as wrapped
+from fedloom.core.types import Budget, Model, Task, TaskStart, Update
 from tests.support import toys
 from tests.support.equations import Round, Values, round_of
 from tests.support.oracles import oracle_of
+from tests.support.storms import tries
 
 LAYERS = {"low": (12, 10), "middle": (9, 11), "top": (10, 14)}
 NAMES, TOP = [*LAYERS], 8
@@ -84,7 +85,7 @@ def below(depth: int) -> list[str]:
 
 def task(method: Aggregator, model: Model, rank: int, depth: int, number: int = 1) -> Task:
     """What the server would send."""
-    start = lowered(method.start(model, Budget(rank, 5), seed=number), below(depth))
+    start = fold_layers(method.start(model, Budget(rank, 5), seed=number), below(depth))
     return Task(number, f"c{number}", 0, start, Budget(rank, 5, depth), number, 0.0)
 
 
@@ -132,7 +133,7 @@ def divided(r: Round) -> list[list[str]]:
 @every_method
 @given(merges=MERGES)
 @example(merges=EVERYTHING)
-@settings(max_examples=4, deadline=None)
+@tries(10)
 def test_each_layer_is_what_the_method_makes_of_those_who_trained_it(
     method: Aggregator, merges: list[tuple[list[Deep], Any]]
 ) -> None:
@@ -140,7 +141,7 @@ def test_each_layer_is_what_the_method_makes_of_those_who_trained_it(
     models = [begin(method)]
     for answers, form in merges:
         merge = merge_of(method, models, answers, form)
-        models.append(merged(method, models[-1], merge))
+        models.append(merge_by_layer(method, models[-1], merge))
         before, after = models[-2:]
         r = round_of(before, merge)
         for layers in divided(r):
@@ -151,7 +152,7 @@ def test_each_layer_is_what_the_method_makes_of_those_who_trained_it(
             else:
                 assert untouched(before, after, layers)
         assert [*after.adapter.factors] == NAMES
-        assert last(after).adapter.factors.keys() == LAYERS.keys()
+        assert last_version(after).adapter.factors.keys() == LAYERS.keys()
 
 
 def untouched(before: Model, after: Model, layers: Sequence[str]) -> bool:
@@ -171,11 +172,11 @@ def test_a_client_runs_the_whole_model_and_trains_its_depth(method: Aggregator, 
     """Laws 3 and 8: what is not trained is in the fold once, the function is that of full depth, to rounding."""
     models = [begin(method)]
     models.append(
-        merged(method, models[0], merge_of(method, models, [Deep(3, Answer(8, 1, False, False))], (1.0, False)))
+        merge_by_layer(method, models[0], merge_of(method, models, [Deep(3, Answer(8, 1, False, False))], (1.0, False)))
     )
     for model in models:
         whole = method.start(model, Budget(4, 5), seed=7)
-        start = lowered(whole, below(depth))
+        start = fold_layers(whole, below(depth))
         assert [*start.train.factors] == NAMES[3 - depth :]
         assert start.train.dense is whole.train.dense
         for name in LAYERS:
@@ -183,7 +184,7 @@ def test_a_client_runs_the_whole_model_and_trains_its_depth(method: Aggregator, 
             assert float((ours - theirs).norm()) <= 1e-6 * max(1.0, float(theirs.norm()))
 
 
-def function(start: Start, name: str) -> torch.Tensor:
+def function(start: TaskStart, name: str) -> torch.Tensor:
     """What is added to the base of this layer."""
     parts = [adapter.factors[name] for adapter in (start.train, start.fold) if adapter and name in adapter.factors]
     return sum((toys.product(f) for f in parts), start=torch.zeros(LAYERS[name], dtype=torch.float64))
@@ -194,18 +195,18 @@ def test_who_is_shallow_has_no_say_below(method: Aggregator) -> None:
     """Law 8: the lower layers are as if the deep client had answered alone, and as before where it did not answer."""
     model = begin(method)
     deep, shallow = (answered(task(method, model, 8, depth, number), False) for depth, number in ((3, 1), (1, 2)))
-    none = merged(method, model, Merge(((1.0, shallow),)))
+    none = merge_by_layer(method, model, Merge(((1.0, shallow),)))
     before, after = (method.start(one, Budget(4, 5), seed=7) for one in (model, none))
     for name in below(1):
         assert torch.equal(function(before, name), function(after, name))
-    both = merged(method, model, Merge(((0.25, deep), (0.75, shallow))))
+    both = merge_by_layer(method, model, Merge(((0.25, deep), (0.75, shallow))))
     below_only = replace(deep.result, adapter=without(deep.result.adapter), control=without(deep.result.control))
     start = replace(deep.task.start, train=without(deep.task.start.train), control=without(deep.task.start.control))
     memory = {key: without(entry) if entry.factors else entry for key, entry in model.memory.items()}
     cut = replace(model, adapter=without(model.adapter), fold=without(model.fold), memory=memory)
     alone = method.merge(cut, Merge(((1.0, Update(replace(deep.task, start=start), below_only)),)))
     for name in below(1):
-        for one, other in ((both, alone), (last(both), last(alone))):
+        for one, other in ((both, alone), (last_version(both), last_version(alone))):
             assert torch.equal(one.adapter.factors[name].down, other.adapter.factors[name].down)
             assert torch.equal(one.adapter.factors[name].up, other.adapter.factors[name].up)
 
@@ -222,7 +223,7 @@ def test_full_depth_is_the_methods_own_merge(method: Aggregator) -> None:
     for turn in range(3):
         answers = [Deep(3, Answer(rank, 1, False, False)) for rank in (8, 2, 5)]
         merge = merge_of(method, [ours] * (turn + 1), answers, (1.0, False))
-        ours, theirs = merged(method, ours, merge), method.merge(theirs, merge)
+        ours, theirs = merge_by_layer(method, ours, merge), method.merge(theirs, merge)
         assert fingerprint(ours.adapter) == fingerprint(theirs.adapter)
         assert ours.memory.keys() == theirs.memory.keys()
 
@@ -233,8 +234,8 @@ def test_whose_model_a_client_changed_is_known_layer_by_layer(method: Aggregator
     models = [begin(method)]
     for depths in ((3, 2), (1, 3), (2, 1)):
         merge = merge_of(method, models, [Deep(d, Answer(8, 1, False, False)) for d in depths], (1.0, False))
-        told = replace(merge, parts=tuple((w, replace(u, base=models[-1])) for w, u in merge.parts))
-        one, other = (merged(method, models[-1], m) for m in (merge, told))
+        told = replace(merge, weighted_updates=tuple((w, replace(u, base=models[-1])) for w, u in merge.weighted_updates))
+        one, other = (merge_by_layer(method, models[-1], m) for m in (merge, told))
         assert fingerprint(one.adapter) == fingerprint(other.adapter)
         models.append(one)
 
@@ -243,8 +244,8 @@ def test_whose_model_a_client_changed_is_known_layer_by_layer(method: Aggregator
 def test_methods_that_need_all_layers_are_refused_and_no_others(method: Any) -> None:
     rules = method.start(begin(method), Budget(4, 5), seed=1).rules
     if shares_all_it_trains(method):
-        need_own_layers(method, rules)
+        require_all_layers(method, rules)
         return
     with pytest.raises(Refused, match=r"plan\.depth") as refused:
-        need_own_layers(method, rules)
+        require_all_layers(method, rules)
     assert "plan.depth" in refused.value.remedy

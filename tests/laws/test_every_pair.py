@@ -6,7 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.flora import FLoRA
@@ -16,9 +16,10 @@ from fedloom.aggregate.rolora import RoLoRA
 from fedloom.core.policies import Aggregator, Schedule
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
-from laws.test_every_schedule import STORM, weather
 from tests.support import toys
 from tests.support.pairs import goes_together
+from tests.support.server_storm import STORM, run_storm
+from tests.support.storms import tries
 
 FEW: list[Any] = [FedEx(), FLoRA(), FoldedDelta(), LoRAA2(), RoLoRA()]
 PLAIN = [schedule for schedule in toys.schedules() if hasattr(schedule, "max_staleness")][:4]
@@ -28,9 +29,9 @@ all_pairs = pytest.mark.parametrize(("method", "schedule"), ALL, ids=toys.called
 START = toys.graded([1.0, 0.5, 0.2])
 
 
-def blown(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
+def check_storm(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
     """Answers are the models that were sent, of several ranks and ages; where that is a fixed point, the model stays."""
-    storm = weather(schedule, script, method=method, start=START, assign=Plan(RandomRank(1, 3), 2))
+    storm = run_storm(schedule, script, method=method, start=START, assign=Plan(RandomRank(1, 3), 2))
     assert storm.stopped
     if 5 not in method.exempt:
         assert toys.distance(toys.function(storm.server.state.model), toys.products(START)) < 1e-4
@@ -38,14 +39,14 @@ def blown(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, f
 
 @pairs
 @given(script=STORM)
-@settings(max_examples=6, deadline=None, derandomize=True)
+@tries(20)
 def test_a_storm(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
-    blown(method, schedule, script)
+    check_storm(method, schedule, script)
 
 
 @pytest.mark.slow
 @all_pairs
 @given(script=STORM)
-@settings(max_examples=8 * toys.STORMS, deadline=None)
+@tries(80)
 def test_a_storm_of_every_pair(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
-    blown(method, schedule, script)
+    check_storm(method, schedule, script)

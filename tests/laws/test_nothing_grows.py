@@ -13,9 +13,9 @@ import pytest
 from fedloom.core.events import Command, Event
 from fedloom.core.policies import Schedule
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Local, Profile, Result, Task
+from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.runs.metrics import Metrics
-from fedloom.runs.slot_usage import Places
+from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.trace import Trace
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.rounds import Rounds
@@ -41,7 +41,7 @@ class Sink(io.StringIO):
 class Unreliable:
     """A trainer: one answer in seven is refused."""
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """What was sent, or half of what it takes."""
         return [
             (toys.make_result(task.start.train, examples=0 if task.id % 7 == 0 else 10), local) for task, local in work
@@ -64,7 +64,7 @@ class Watch:
     """An observer: the largest size of every table in each half of a run."""
 
     server: Server
-    metrics: Metrics = field(default_factory=lambda: Metrics(Sink(), Places(CLIENTS)))
+    metrics: Metrics = field(default_factory=lambda: Metrics(Sink(), SlotUsage(CLIENTS)))
     trace: Trace = field(default_factory=lambda: Trace(Sink()))
     simulation: Simulation | None = None
     halves: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
@@ -74,7 +74,7 @@ class Watch:
         self.metrics(now, event, commands)
         self.trace(now, event, commands)
         half = self.halves[self.server.state.version * 2 >= VERSIONS]
-        for name, size in sizes(self.server.state, self.simulation, self.metrics, self.metrics.places).items():
+        for name, size in sizes(self.server.state, self.simulation, self.metrics, self.metrics.slots, self.metrics.observation).items():
             half[name] = max(size, half.get(name, 0))
 
 
@@ -90,8 +90,9 @@ def test_no_table_grows_with_the_events(schedule: Schedule) -> None:
         "State.busy",
         "State.arrived",
         "Simulation.heap",
-        "Metrics.tasks",
-        "Places.idle",
+        "Metrics.sent",
+        "RunObservation.sent",
+        "SlotUsage.idle",
     } <= first.keys()
     assert {name: size for name, size in second.items() if size > max(first[name], CLIENTS)} == {}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.events import Command, Moved, Regroup, UpdateArrived
@@ -23,9 +23,10 @@ from fedloom.hierarchy.tree import Tree
 from fedloom.hierarchy.tree_state import Link
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
-from laws.test_every_schedule import good
-from laws.test_every_tree import GROUPS, NAMES, PLAIN, START, STORM, Storm
 from tests.support import toys
+from tests.support.server_storm import good_result
+from tests.support.storms import tries
+from tests.support.tree_storm import GROUPS, NAMES, PLAIN, START, STORM, TreeStorm
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Uneven:
 GROUPINGS: tuple[Grouping, ...] = (BySpeed(3), Uneven(), NearIID(3, waiting=1.0, largest=6))
 
 
-def planted(above: Schedule, below: Schedule | None, grouping: Grouping, link: Link | None, rounds: int = 2) -> Tree:
+def drifting_tree(above: Schedule, below: Schedule | None, grouping: Grouping, link: Link | None, rounds: int = 2) -> Tree:
     """A tree of three edges whose groups are made anew at the least drift."""
     hierarchy = Hierarchy(grouping, rounds, below, link=link, regroup=1e-6)
     given: dict[str, Any] = {"start": START, "assign": Plan(RandomRank(1, 3), 4), "limits": Limits(versions=8)}
@@ -49,7 +50,7 @@ def planted(above: Schedule, below: Schedule | None, grouping: Grouping, link: L
     return tree
 
 
-class Drifting(Storm):
+class Drifting(TreeStorm):
     """Each answer took another time."""
 
     def __init__(self, tree: Tree, seed: int) -> None:
@@ -58,11 +59,11 @@ class Drifting(Storm):
         self.dice, self.asked, self.moves = random.Random(seed), 0, 0
 
     def answer(self, number: int) -> None:
-        """A good answer, which counts."""
+        """A good_result answer, which counts."""
         client, task = self.outstanding.pop(number), self.tasks[number]
         self.waiting.add(number)
         took = {f"seconds_{part}": self.dice.lognormvariate(0.0, 2.0) for part in ("down", "train", "up")}
-        self.tell(UpdateArrived(client, number, replace(good(task), metrics=took)))
+        self.tell(UpdateArrived(client, number, replace(good_result(task), metrics=took)))
 
     def follow(self, command: Command) -> None:
         """Write one command into the books."""
@@ -75,7 +76,7 @@ class Drifting(Storm):
         super().follow(command)
 
 
-def blown(tree: Tree, script: list[tuple[str, int, float]], seed: int) -> Drifting:
+def run_drifting_storm(tree: Tree, script: list[tuple[str, int, float]], seed: int) -> Drifting:
     storm = Drifting(tree, seed)
     for event in [("join", k, 0.0) for k in range(8)] + script:
         storm.step(*event)
@@ -86,12 +87,12 @@ def blown(tree: Tree, script: list[tuple[str, int, float]], seed: int) -> Drifti
 @pytest.mark.parametrize("grouping", GROUPINGS, ids=toys.called)
 @pytest.mark.parametrize("above", PLAIN, ids=lambda one: type(one).__name__)
 @given(data=st.data(), script=STORM, seed=st.integers(0, 99))
-@settings(max_examples=5, deadline=None, derandomize=True)
+@tries(10)
 def test_a_storm_with_drift(
     above: Schedule, grouping: Grouping, data: st.DataObject, script: list[tuple[str, int, float]], seed: int
 ) -> None:
     below = data.draw(st.sampled_from((None, *PLAIN)))
-    blown(planted(above, below, grouping, data.draw(st.sampled_from((None, Link(2e4, 1e4))))), script, seed)
+    run_drifting_storm(drifting_tree(above, below, grouping, data.draw(st.sampled_from((None, Link(2e4, 1e4))))), script, seed)
 
 
 @pytest.mark.parametrize("link", [None, Link(2e4, 1e4)], ids=["near", "far"])
@@ -101,7 +102,7 @@ def test_a_calm_sea_with_drift_moves_clients(above: Schedule, link: Link | None)
     asked = moves = 0
     for grouping in GROUPINGS:
         calm = [step for k in range(150) for step in (("timer", 0, 0.0), ("answer", k % 8, 1.0))]
-        storm = blown(planted(above, None, grouping, link), calm, 3)
+        storm = run_drifting_storm(drifting_tree(above, None, grouping, link), calm, 3)
         asked, moves = asked + storm.asked, moves + storm.moves
     assert asked >= 3
     assert moves >= 3
@@ -110,10 +111,10 @@ def test_a_calm_sea_with_drift_moves_clients(above: Schedule, link: Link | None)
 @pytest.mark.slow
 @pytest.mark.parametrize("above", toys.schedules(), ids=toys.called)
 @given(data=st.data(), script=STORM, seed=st.integers(0, 99))
-@settings(max_examples=10 * toys.STORMS, deadline=None)
+@tries(100)
 def test_a_storm_with_drift_of_every_pair(
     above: Schedule, data: st.DataObject, script: list[tuple[str, int, float]], seed: int
 ) -> None:
     below, grouping = data.draw(st.sampled_from((None, *toys.schedules()))), data.draw(st.sampled_from(GROUPINGS))
     link, rounds = data.draw(st.sampled_from((None, Link(2e4, 1e4)))), data.draw(st.integers(1, 4))
-    blown(planted(above, below, grouping, link, rounds), script, seed)
+    run_drifting_storm(drifting_tree(above, below, grouping, link, rounds), script, seed)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedloom.aggregate.averaged import Averaged, last
+from fedloom.aggregate.averaged import Averaged, last_version
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.fedsvd import FedSVD
 from fedloom.aggregate.ffa import FFA
@@ -38,10 +38,11 @@ from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.shared.staleness import SQUARE_ROOT
 from fedloom.schedule.shared.weights import by_examples
-from laws.test_every_schedule import Watched
 from tests.support import toys
 from tests.support.equations import round_of, values
 from tests.support.oracles import oracle_of
+from tests.support.server_storm import RecordingSchedule
+from tests.support.storms import tries
 
 FULL, UPLOADS, KEPT = 10, 40, 2e-5
 Matrices = Mapping[str, Tensor]
@@ -59,9 +60,9 @@ every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=toys.called)
 
 def versions(method: Aggregator, schedule: Schedule, seed: int = 0) -> Iterator[tuple[Server, Model, Merge]]:
     """Every merge of a run in which tasks are answered in random order: the server, its model before, what was decided."""
-    draw, watched = random.Random(seed), Watched(schedule)
+    draw, recording = random.Random(seed), RecordingSchedule(schedule)
     more: dict[str, Any] = {"assign": Plan(RandomRank(1, FULL), 5), "limits": Limits(versions=10**6, evaluate_every=0)}
-    server = toys.server(watched, method, start=toys.adapter(FULL), seed=seed, **more)
+    server = toys.server(recording, method, start=toys.adapter(FULL), seed=seed, **more)
     for profile in toys.profiles(6).values():
         server.handle(0.0, ClientJoined(profile))
     commands = server.handle(0.0, TimerFired())
@@ -71,15 +72,15 @@ def versions(method: Aggregator, schedule: Schedule, seed: int = 0) -> Iterator[
         one = tasks.pop(draw.choice(sorted(tasks.keys() & server.state.busy.keys())))
         result = toys.make_result(toys.changed(one.start, one.id), examples=10 + one.id % 7)
         before = server.state.model
-        watched.merges.clear()
+        recording.merges.clear()
         commands = server.handle(float(now), UpdateArrived(one.client, one.id, result))
-        for merge in watched.merges:
+        for merge in recording.merges:
             yield server, before, merge
 
 
 def combined(merge: Merge, made: list[Matrices], change: Callable[[Any], Matrices]) -> Matrices:
     """The formulas of `Merge`, where a client's model is the version that its task was cut from, with its change."""
-    parts = [(merge.step * w, update.task.version, change(update)) for w, update in merge.parts]
+    parts = [(merge.step * w, update.task.version, change(update)) for w, update in merge.weighted_updates]
     changes = [(w, one) for w, _, one in parts]
     if merge.as_delta:
         return toys.weighted([(1.0, made[-1]), *changes])
@@ -115,10 +116,10 @@ def whole(model: Model) -> Matrices:
 def test_products_are_those_of_whole_models(method: Aggregator, schedule: Schedule) -> None:
     made, bases = list[Matrices](), set[int]()
     for server, before, merge in versions(method, schedule):
-        made = made or [whole(last(before))]
+        made = made or [whole(last_version(before))]
         made.append(combined(merge, made, in_products))
-        bases |= {server.state.version - 1 - update.task.version for _, update in merge.parts}
-        assert toys.distance(whole(last(server.state.model)), made[-1]) < KEPT
+        bases |= {server.state.version - 1 - update.task.version for _, update in merge.weighted_updates}
+        assert toys.distance(whole(last_version(server.state.model)), made[-1]) < KEPT
     assert len(made) > UPLOADS // 3
     assert len(bases) > 3, "answers of many ages were counted"
 
@@ -139,7 +140,7 @@ def test_sides_that_are_trained_in_turn_or_alone_are_those_of_whole_models(
 
 @pytest.mark.parametrize("method", [HLoRA(), RaFLoRA()], ids=toys.called)
 @given(seed=st.integers(0, 99))
-@settings(max_examples=2, deadline=None, derandomize=True)
+@tries(10)
 def test_published_means_of_products_stay_as_published(method: Aggregator, seed: int) -> None:
     """Over the window what came back, and nothing else; while it fills, the first model in the place of the server's."""
     seen = 0

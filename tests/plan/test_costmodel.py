@@ -15,13 +15,13 @@ from fedloom.plan.client_cost import CostModel
 
 SHAPE = Shape(600, 0, 6, 10, modules=((10, 10),) * 6, dense=5, depths={f"layer{k}": 6 - k for k in range(6)})
 PROFILE = Profile("c", 10, flops=1e3, up_bps=80.0, down_bps=160.0)
-FRESH = CostModel.of(PROFILE, SHAPE, rank=2, batch_tokens=7)
+FRESH = CostModel.from_profile(PROFILE, SHAPE, rank=2, batch_tokens=7)
 DEPTHS = range(1, 7)
 
 
 def fed(model: CostModel, *pairs: tuple[int, float]) -> CostModel:
     for depth, seconds in pairs:
-        model = model.observed(depth, 5, 5 * seconds)
+        model = model.after_training(depth, 5, 5 * seconds)
     return model
 
 
@@ -78,7 +78,7 @@ def test_links_are_averaged_as_time() -> None:
     """A link that is 1 and 9 byte/s by turns takes 5/9 s a byte on average, not 1/5."""
     model = FRESH
     for seconds in (1.0, 1 / 9) * 2:
-        model = model.uploaded(10, 10 * seconds).downloaded(10, 5 * seconds)
+        model = model.after_upload(10, 10 * seconds).after_download(10, 5 * seconds)
     assert model.upload_seconds(9) == pytest.approx(5.0)
     assert model.download_seconds(9) == pytest.approx(2.5)
 

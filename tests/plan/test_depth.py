@@ -49,7 +49,7 @@ def test_a_higher_rank_leaves_less_depth() -> None:
 
 def test_the_more_capable_trains_deeper_and_answers_in_time() -> None:
     """LEGEND: depths by capability, so that all take about the same time."""
-    limit = CostModel.of(CLIENT, SHAPE, 2, 64).task_seconds(SHAPE, 2, 4, 5)
+    limit = CostModel.from_profile(CLIENT, SHAPE, 2, 64).task_seconds(SHAPE, 2, 4, 5)
     rule = DepthByCapability(limit, batch_tokens=64)
     depths = [rule(replace(CLIENT, flops=1e3 * speed), FLEET, BUDGET) for speed in (0.1, 0.9, 1.0, 1.2, 10.0)]
     assert depths == sorted(depths)

@@ -28,7 +28,7 @@ def test_a_fixed_rank_is_the_same_for_everyone() -> None:
 @given(st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 100)), st.integers(1, 64))
 def test_rank_by_data_is_the_formula_of_the_prototype(seen: dict[str, int], top: int) -> None:
     """r_k = max(1, floor(r_max * #{j seen : n_j <= n_k} / #seen)); not seen yet: r_max (methods 1b, P2)."""
-    given_rank = RankByData(top)(CLIENT, fleet(seen=seen))
+    given_rank = RankByData(top)(CLIENT, fleet(reported_examples=seen))
     if "a" not in seen:
         assert given_rank == top
     else:
@@ -38,7 +38,7 @@ def test_rank_by_data_is_the_formula_of_the_prototype(seen: dict[str, int], top:
 
 def test_rank_by_data_goes_by_what_was_reported_not_by_the_profile() -> None:
     boastful = replace(CLIENT, examples=10**6)
-    assert RankByData(8)(boastful, fleet(seen={"a": 1, "b": 2, "c": 3, "d": 4})) == 2
+    assert RankByData(8)(boastful, fleet(reported_examples={"a": 1, "b": 2, "c": 3, "d": 4})) == 2
 
 
 @pytest.mark.parametrize(("share", "rank"), [(10.0, 8), (1.0, 8), (0.999, 4), (0.0, 2)])
@@ -71,7 +71,7 @@ def test_random_ranks_are_uniform() -> None:
 def test_a_random_rank_depends_on_seed_client_and_turn_alone() -> None:
     rule, turns = RandomRank(1, 10**6), fleet(dispatched={"a": 3})
     drawn = rule(CLIENT, turns)
-    assert drawn == rule(replace(CLIENT, examples=99), replace(turns, now=5.0, version=7, seen={"a": 1}))
+    assert drawn == rule(replace(CLIENT, examples=99), replace(turns, now=5.0, version=7, reported_examples={"a": 1}))
     others = {
         rule(replace(CLIENT, client="b"), turns),
         rule(CLIENT, fleet(dispatched={"a": 4})),
@@ -83,7 +83,7 @@ def test_a_random_rank_depends_on_seed_client_and_turn_alone() -> None:
 
 @pytest.mark.parametrize("rule", [FixedRank(3), RandomRank(2, 5), RankByData(6), RankByCapability((4, 2))])
 def test_no_rule_gives_more_than_its_largest(rule: RankRule) -> None:
-    situations = [fleet(seed=s, seen={"a": s + 1, "b": 5}, dispatched={"a": s}) for s in range(30)]
+    situations = [fleet(seed=s, reported_examples={"a": s + 1, "b": 5}, dispatched={"a": s}) for s in range(30)]
     assert max(rule(CLIENT, one) for one in situations) <= rule.largest
     assert min(rule(CLIENT, one) for one in situations) >= 1
 

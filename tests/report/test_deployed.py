@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedloom.report.page import page
-from fedloom.report.run_log import RunLog, read
+from fedloom.report.run_log import RunLog, read_run_log
+from tests.support.report_pages import ALL, page_text, visible_words
 
 Fake = Callable[..., Path]
 UNSCORED = {"kind": "unscored", "client": "c01", "tier": "site", "rank": 4, "reason": "no answer within 900 s"}
@@ -30,19 +29,13 @@ def deployed(folder: Path, **more: Any) -> RunLog:
     lines = [line for line in lines if line["kind"] != "client" or line["client"] != "c01"] + [UNSCORED]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return read(folder)
-
-
-def words(text: str) -> str:
-    """What a reader reads, in the pictures too."""
-    labels = re.findall(r'aria-label="([^"]*)"', text)
-    return " ".join([*re.sub(r"<style>.*?</style>|<[^>]*>", " ", text, flags=re.DOTALL).split(), *labels])
+    return read_run_log(folder)
 
 
 def test_the_page_speaks_of_sites_and_of_seconds_that_passed(fake: Fake) -> None:
-    simulated = words(page([read(fake("run"))]))
+    simulated = visible_words(page_text(read_run_log(fake("run"))))
     log = deployed(fake("real"))
-    told = words(page([log]))
+    told = visible_words(page_text(log, draw=ALL))
     for word in (
         "virtual",
         "tier",
@@ -70,7 +63,7 @@ def test_the_page_speaks_of_sites_and_of_seconds_that_passed(fake: Fake) -> None
 
 
 def test_a_deployment_that_was_ended_goes_on_with_serve(fake: Fake) -> None:
-    told = words(page([deployed(fake("real"), status="killed")]))
+    told = visible_words(page_text(deployed(fake("real"), status="killed")))
     assert "fedloom serve FILE --folder FOLDER --resume" in told
     assert "fedloom run FILE" not in told
 
@@ -81,12 +74,13 @@ def test_where_nobody_gave_a_score_that_is_told(fake: Fake) -> None:
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines if line["kind"] != "client")
     )
-    told = words(page([deployed(folder)]))
+    told = visible_words(page_text(deployed(folder)))
     assert "1 of 1 client gave no score (c01: no answer within 900 s)" in told
 
 
 @pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, False)])
 def test_a_comparison_names_its_time(fake: Fake, kinds: tuple[bool, bool]) -> None:
     folders = [fake(f"run{k}") for k in range(2)]
-    logs = [deployed(folder) if real else read(folder) for folder, real in zip(folders, kinds, strict=True)]
-    assert ("virtual" in words(page(logs))) == (not any(kinds))
+    logs = [deployed(folder) if real else read_run_log(folder) for folder, real in zip(folders, kinds, strict=True)]
+    text = page_text(*logs, draw=ALL if kinds == (True, False) else ())
+    assert ("virtual" in visible_words(text)) == (not any(kinds))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fedloom.report import facts, figures_ranks, rank_facts, tables
-from fedloom.report.client_tables import tiers
-from fedloom.report.page import page
-from fedloom.report.run_log import RunLog, read
+from fedloom.report import facts, figures_clients, rank_facts, tables
+from fedloom.report.run_log import RunLog, read_run_log
+from fedloom.report.tables import tier_table
+from tests.support.report_pages import page_text
 
 Fake = Callable[..., Path]
 HEAD = 1000
@@ -41,7 +41,7 @@ def log(tmp_path: Path, tasks: Sequence[Any] = (), clients: Sequence[Any] = (), 
     names = {line["client"] for line in (*tasks, *clients)}
     speed = {"p": ("phone", 1e9), "l": ("laptop", 1e10)}
     known = {name: {"tier": speed[name[0]][0], "flops": speed[name[0]][1]} for name in sorted(names)}
-    manifest = {**read(tmp_path).manifest, "status": "finished", "name": "toy", "clients": known}
+    manifest = {**read_run_log(tmp_path).manifest, "status": "finished", "name": "toy", "clients": known}
     return RunLog(tmp_path, manifest, tuple(versions), (), tuple(tasks), tuple(clients))
 
 
@@ -49,8 +49,8 @@ def plain(text: str) -> str:
     return text.replace("\u00a0", " ")
 
 
-def section(run: RunLog) -> str:
-    text = plain(page([run]))
+def section(run: RunLog, *, drawn: bool = False) -> str:
+    text = plain(page_text(run, draw=("Rank heterogeneity",) if drawn else ()))
     return text[text.index("<h2>Rank heterogeneity</h2>") : text.index("</section>", text.index("Rank heterogeneity"))]
 
 
@@ -63,39 +63,39 @@ def test_each_rank_is_told_with_its_tier_and_what_it_received_last(tmp_path: Pat
         task("l0", 8, 2),
     ]
     run = log(tmp_path, tasks)
-    assert rank_facts.kept(run) == {2: [(1, 0.5), (2, 0.625)], 8: [(2, 1.0)]}
-    assert plain(rank_facts.received(run)) == (
+    assert rank_facts.received_energy(run) == {2: [(1, 0.5), (2, 0.625)], 8: [(2, 1.0)]}
+    assert plain(rank_facts.received_sentence(run)) == (
         "In its last task a client of rank 2 (phone) received 62.5 % of the energy of the global model and one of rank 8"
         " (laptop) 100.0 %."
     )
     assert "rank 2 (phone, round 1) received 50.0 %" in plain(
-        rank_facts.received(log(tmp_path, [*tasks[:2], tasks[4]]))
+        rank_facts.received_sentence(log(tmp_path, [*tasks[:2], tasks[4]]))
     )
 
 
 def test_more_than_four_ranks_are_told_by_the_lowest_and_the_highest(tmp_path: Path) -> None:
     run = log(tmp_path, [task("p0", rank, 1, rank / 8) for rank in range(1, 9)])
-    told = plain(rank_facts.received(run))
+    told = plain(rank_facts.received_sentence(run))
     assert "rank 1 (phone) received 12.5 %" in told
     assert "one of rank 8 (phone) 100.0 %" in told
     assert "rank 4" not in told
-    assert [group.name for group in rank_facts.groups(run)] == [f"phone, rank {rank}" for rank in range(1, 9)]
-    assert len(figures_ranks._shown(list(range(1, 65)))) == figures_ranks.LINES
+    assert [group.name for group in rank_facts.rank_groups(run)] == [f"phone, rank {rank}" for rank in range(1, 9)]
+    assert len(figures_clients._some_ranks(list(range(1, 65)))) == figures_clients.LINES
 
 
 def test_a_fold_gives_every_rank_the_whole_model_and_is_counted_apart(tmp_path: Path) -> None:
     run = log(tmp_path, [task("p0", 2, fold=600), task("l0", 8, fold=600)])
-    assert rank_facts.received(run).startswith(
+    assert rank_facts.received_sentence(run).startswith(
         "A client of any rank receives the whole of the global model, in part as a fold"
     )
-    assert rank_facts.load(run.tasks[:1], "down") == {"adapter": 200, "fold": 600, "head": HEAD}
-    assert rank_facts.load(run.tasks[:1], "up") == {"adapter": 200, "fold": 0, "head": HEAD}
-    assert plain(rank_facts.paid(run)) == (
+    assert rank_facts.mean_task_bytes(run.tasks[:1], "down") == {"adapter": 200, "fold": 600, "head": HEAD}
+    assert rank_facts.mean_task_bytes(run.tasks[:1], "up") == {"adapter": 200, "fold": 0, "head": HEAD}
+    assert plain(rank_facts.traffic_sentence(run)) == (
         "A task at rank 2 moves 3 kB down and up together, 28.6 % less than the 4.20 kB at rank 8. Of all traffic 55.6 % is"
         " the head, the same at every rank, and 16.7 % is folds."
     )
-    assert tiers(run).head[-1] == "of it fold"
-    assert plain(tiers(run).rows[0][-1]) == "600 B"
+    assert tier_table(run).head[-1] == "of it fold"
+    assert plain(tier_table(run).rows[0][-1]) == "600 B"
 
 
 def test_a_frozen_side_counts_what_was_sent_and_not_what_there_is(tmp_path: Path) -> None:
@@ -109,15 +109,15 @@ def test_a_frozen_side_counts_what_was_sent_and_not_what_there_is(tmp_path: Path
         (),
         run.tasks,
     )
-    rows = {row[0]: dict(zip(tiers(run).head[8:], row[8:], strict=True)) for row in tiers(run).rows}
+    rows = {row[0]: dict(zip(tier_table(run).head[8:], row[8:], strict=True)) for row in tier_table(run).rows}
     assert plain(rows["phone"]["Up"]) == "1.05 kB"
-    assert plain(tiers(run).rows[0][9]) == "1 kB"
-    assert rank_facts.load(run.tasks, "up") == {"adapter": 50, "fold": 0, "head": HEAD}
+    assert plain(tier_table(run).rows[0][9]) == "1 kB"
+    assert rank_facts.mean_task_bytes(run.tasks, "up") == {"adapter": 50, "fold": 0, "head": HEAD}
 
 
 def test_where_no_answer_came_the_ways_down_are_compared(tmp_path: Path) -> None:
     run = log(tmp_path, [task("p0", 2, bytes_up=0, bytes_up_dense=0, status="lost"), task("l0", 8)])
-    assert plain(rank_facts.paid(run)).startswith(
+    assert plain(rank_facts.traffic_sentence(run)).startswith(
         "A task at rank 2 moves 1.20 kB down, 33.3 % less than the 1.80 kB at rank 8."
     )
 
@@ -126,10 +126,14 @@ def test_clients_of_low_rank_are_said_to_be_served_worse_only_where_that_is_clea
     high = [client(f"l{i}", 8, 0.8 + 0.02 * (i % 2)) for i in range(6)]
 
     def told(low: Sequence[float]) -> str:
-        return plain(rank_facts.served(log(tmp_path, [], [*(client(f"p{i}", 2, a) for i, a in enumerate(low)), *high])))
+        return plain(
+            rank_facts.accuracy_by_rank_sentence(
+                log(tmp_path, [], [*(client(f"p{i}", 2, a) for i, a in enumerate(low)), *high])
+            )
+        )
 
-    spread = rank_facts.error([0.6, 0.64] * 3)
-    doubt = math.hypot(spread, rank_facts.error([0.8, 0.82] * 3))
+    spread = rank_facts.standard_error([0.6, 0.64] * 3)
+    doubt = math.hypot(spread, rank_facts.standard_error([0.8, 0.82] * 3))
     assert told([0.6, 0.64] * 3) == (
         "On their held-out examples 6 clients of rank 2 reach 62.0 % on average, 6 clients of rank 8 81.0 %:"
         f" 19.0 ± {100 * doubt:.1f} points lower (standard error). That is more than two standard errors: clients of low"
@@ -147,7 +151,7 @@ def test_clients_of_low_rank_are_said_to_be_served_worse_only_where_that_is_clea
 
 def test_halves_are_compared_where_there_are_many_ranks(tmp_path: Path) -> None:
     run = log(tmp_path, [], [client(f"p{rank}", rank, rank / 10) for rank in range(1, 8)])
-    assert plain(rank_facts.served(run)).startswith(
+    assert plain(rank_facts.accuracy_by_rank_sentence(run)).startswith(
         "On their held-out examples 3 clients of ranks 1 to 3 reach 20.0 % on average, 3 clients of ranks 5 to 7 60.0 %"
     )
 
@@ -165,8 +169,11 @@ def test_one_rank_is_said_to_be_the_only_one(tmp_path: Path) -> None:
 def test_a_server_whose_product_is_zero_says_so(tmp_path: Path) -> None:
     version = {"kind": "version", "version": 1, "time": 1.0, "energy": [0.0, 0.0], "discarded": 0.0}
     run = log(tmp_path, [task("p0", 2, 1, None), task("l0", 8, 1, None)], versions=[version])
-    assert rank_facts.received(run) == "The server's own product is zero all the time: there was no energy to hand out."
-    assert facts.spectra(run) == []
+    assert (
+        rank_facts.received_sentence(run)
+        == "The server's own product is zero all the time: there was no energy to send."
+    )
+    assert facts.versions_with_energy(run) == []
     assert "Left, how much" not in section(run)
     assert ("Effective rank", "–", "the server's product is zero") in tables.key_figures(run)
 
@@ -176,17 +183,15 @@ def test_what_was_not_recorded_is_not_claimed(tmp_path: Path) -> None:
     old = {name: value for name, value in task("p0", 2).items() if name[-5:] not in ("kept", "dense", "_fold")}
     old.pop("kept", None)
     run = log(tmp_path, [old, {**old, "client": "l0", "rank": 8, "bytes_down": 2000}])
-    assert rank_facts.received(run) == ""
-    assert plain(rank_facts.paid(run)).endswith("How much of it is the head was not recorded.")
-    assert rank_facts.load(run.tasks, "down") == {"all": 1600}
-    assert "all (not divided)" in section(run)
+    assert rank_facts.received_sentence(run) == ""
+    assert plain(rank_facts.traffic_sentence(run)).endswith("How much of it is the head was not recorded.")
+    assert rank_facts.mean_task_bytes(run.tasks, "down") == {"all": 1600}
+    assert "all (not divided)" in section(run, drawn=True)
     nothing = {name: value for name, value in old.items() if "bytes" not in name}
-    assert rank_facts.paid(log(tmp_path, [nothing])) == ""
-    assert "Rank heterogeneity" in page([log(tmp_path, [nothing])])
-    assert rank_facts.served(log(tmp_path, [], [client("p0", 2, math.nan)])) == ""
-    assert "Rank heterogeneity" in page(
-        [log(tmp_path, [], [client("p0", 2, math.nan), client("l0", 8, 0.5, math.nan)])]
-    )
+    assert rank_facts.traffic_sentence(log(tmp_path, [nothing])) == ""
+    assert section(log(tmp_path, [nothing]))
+    assert rank_facts.accuracy_by_rank_sentence(log(tmp_path, [], [client("p0", 2, math.nan)])) == ""
+    assert section(log(tmp_path, [], [client("p0", 2, math.nan), client("l0", 8, 0.5, math.nan)]), drawn=True)
 
 
 @pytest.mark.parametrize(
@@ -207,30 +212,30 @@ def test_how_numbers_travelled_and_what_rounding_took(tmp_path: Path, transfer: 
         rounds = [{"version": 1, "rounding": None, "rounding_change": None}]
     run = log(tmp_path, [task("p0", 2)], versions=rounds)
     run = replace(run, manifest={**run.manifest, "run": {"transfer": transfer}})
-    assert plain(rank_facts.rounded(run)).startswith(f"Numbers travel as {told}")
+    assert plain(rank_facts.rounding_sentence(run)).startswith(f"Numbers travel as {told}")
     assert told in section(run)
 
 
 @pytest.mark.parametrize("run", [{}, {"transfer": {"type": "Mine"}}])
 def test_nothing_is_said_of_numbers_that_travelled_unknown(tmp_path: Path, run: Any) -> None:
     here = log(tmp_path, [task("p0", 2)])
-    assert rank_facts.rounded(replace(here, manifest={**here.manifest, "run": run})) == ""
+    assert rank_facts.rounding_sentence(replace(here, manifest={**here.manifest, "run": run})) == ""
 
 
 def test_without_clients_or_tasks_the_rest_is_still_shown(tmp_path: Path) -> None:
     assert section(log(tmp_path, [task("p0", 2)])).count("<figure>") == 1
     assert section(log(tmp_path, [], [client("p0", 2, 0.5)])).count("<figure>") == 1
-    assert "Rank heterogeneity" not in page([log(tmp_path)])
+    assert "Rank heterogeneity" not in page_text(log(tmp_path))
 
 
 def test_too_many_ranks_to_tell_apart_are_shown_by_tier(tmp_path: Path) -> None:
     run = log(tmp_path, [task(name, rank) for name in ("p0", "l0") for rank in range(1, 6)])
-    assert [group.name for group in rank_facts.groups(run)] == ["phone, ranks 1 to 5", "laptop, ranks 1 to 5"]
-    section(run)
+    assert [group.name for group in rank_facts.rank_groups(run)] == ["phone, ranks 1 to 5", "laptop, ranks 1 to 5"]
+    section(run, drawn=True)
 
 
 @pytest.mark.parametrize("clients", [1, 40, 300])
 def test_fleets_of_any_size_have_the_section(fake: Fake, clients: int) -> None:
-    told = section(read(fake(clients=clients)))
+    told = section(read_run_log(fake(clients=clients)), drawn=clients != 40)
     assert told.count("<figure>") == 2
     assert "Of all traffic" in told

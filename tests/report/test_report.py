@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from fedloom.core.errors import Refused
-from fedloom.report import facts, read, summary, tables, write
-from fedloom.runs.resume import claimed
+from fedloom.core.files import LOCKED, lock
+from fedloom.report import facts, tables
+from fedloom.report.page import write_report
+from fedloom.report.run_log import read_run_log
+from tests.support.report_pages import page_text
 
 Fake = Callable[..., Path]
 
@@ -59,8 +62,8 @@ def say(page: Path) -> str:
     return " ".join(" ".join(outline(page).words).split())
 
 
-def test_a_run_becomes_one_small_page_with_its_answer_first(fake: Fake, tmp_path: Path) -> None:
-    page = write([fake()], tmp_path / "new" / "report.html")
+def test_a_run_becomes_one_small_page_with_its_answer_first(finished_page: Path) -> None:
+    page = finished_page
     found, words = outline(page), say(page)
     assert [path.name for path in page.parent.iterdir()] == ["report.html"]
     assert page.stat().st_size < 1_500_000
@@ -71,9 +74,8 @@ def test_a_run_becomes_one_small_page_with_its_answer_first(fake: Fake, tmp_path
     assert "schedule.per_round" in words
 
 
-def test_the_page_loads_and_runs_nothing(fake: Fake, tmp_path: Path) -> None:
-    page = write([fake()], tmp_path / "report.html")
-    found, text = outline(page), page.read_text(encoding="utf-8")
+def test_the_page_loads_and_runs_nothing(finished_page: Path) -> None:
+    found, text = outline(finished_page), finished_page.read_text(encoding="utf-8")
     assert {"script", "img", "iframe", "object"}.isdisjoint(found.seen)
     assert all(link.startswith(("#", "data:")) for link in found.links)
     assert {url for url in re.findall(r"https?://[^\s\"'<>]+", text) if "www.w3.org" not in url} == set()
@@ -81,28 +83,31 @@ def test_the_page_loads_and_runs_nothing(fake: Fake, tmp_path: Path) -> None:
     assert not re.search(r"url\((?!#)", text)
 
 
-def test_every_picture_is_named_for_those_who_cannot_see_it(fake: Fake, tmp_path: Path) -> None:
-    text = write([fake()], tmp_path / "report.html").read_text(encoding="utf-8")
+def test_every_picture_is_named_for_those_who_cannot_see_it(finished_page: Path) -> None:
+    text = finished_page.read_text(encoding="utf-8")
     assert len(re.findall(r'<svg [^>]*role="img" aria-label="[^"]{20,}"', text)) == text.count("<svg")
 
 
-def test_the_same_run_gives_the_same_bytes(fake: Fake, tmp_path: Path) -> None:
-    run = fake()
-    first, second = (write([run], tmp_path / name).read_bytes() for name in ("a.html", "b.html"))
-    assert first == second
+def test_the_same_run_gives_the_same_bytes(finished_page: Path, tmp_path: Path) -> None:
+    second = write_report([finished_page.parents[1] / "run"], tmp_path / "b.html")
+    assert second.read_bytes() == finished_page.read_bytes()
 
 
 def test_texts_of_users_stay_texts(fake: Fake, tmp_path: Path) -> None:
     ids = [HOSTILE, "_hidden", "$x^2", 'a"b', "\x1b[31mred", "名前", "</svg>", "&amp;"]
     run = fake(name=HOSTILE, ids=ids, labels=[HOSTILE, "_y", "$\\frac{1}"])
-    page = write([run], tmp_path / "report.html")
+    text = page_text(
+        read_run_log(run), draw=("Activity", "Rank heterogeneity", "Data")
+    )  # the pictures with texts of users
+    page = tmp_path / "report.html"
+    page.write_text(text, encoding="utf-8")
     assert "script" not in outline(page).seen
     assert HOSTILE in say(page)
-    assert "\x1b" not in page.read_text(encoding="utf-8")
+    assert "\x1b" not in text
 
 
 def test_a_run_stopped_before_its_first_round_says_so(fake: Fake, tmp_path: Path) -> None:
-    words = say(write([fake(rounds=0, status="interrupted")], tmp_path / "report.html"))
+    words = say(write_report([fake(rounds=0, status="interrupted")], tmp_path / "report.html"))
     assert "This run was interrupted: what follows is incomplete. Reason: stopped by the user (Ctrl-C)" in words
     assert "The run ended before its first round; no accuracy was measured." in words
     assert "PeftModel" not in words
@@ -110,23 +115,23 @@ def test_a_run_stopped_before_its_first_round_says_so(fake: Fake, tmp_path: Path
 
 @pytest.mark.parametrize("keep", [0, 1, 9, 40])
 def test_any_beginning_of_a_run_has_a_report(fake: Fake, tmp_path: Path, keep: int) -> None:
-    run = fake()
+    run = fake(status="running")
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(lines[:keep]) + lines[keep][:17])
-    outline(write([run], tmp_path / "report.html"))
-    log = read(run)
+    assert "--resume" in say(write_report([run], tmp_path / "report.html"))
+    log = read_run_log(run)
     assert sum(map(len, (log.versions, log.scores, log.tasks, log.clients))) == keep
 
 
 def test_a_manifest_alone_has_a_report(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "bare", "status": "running"}')
-    assert "This run was ended from outside" in say(write([tmp_path], tmp_path / "report.html"))
+    assert "This run was ended from outside" in say(write_report([tmp_path], tmp_path / "report.html"))
 
 
 def test_a_large_fleet_stays_small(fake: Fake, tmp_path: Path) -> None:
     run = fake(clients=300, rounds=20, labels=[f"intent {i}" for i in range(30)])
-    page = write([run], tmp_path / "report.html")
+    page = write_report([run], tmp_path / "report.html")
     assert page.stat().st_size < 1_500_000
     assert "40 of 300 clients, evenly from slow to fast" in say(page)
     assert "21 others" in say(page)
@@ -135,7 +140,7 @@ def test_a_large_fleet_stays_small(fake: Fake, tmp_path: Path) -> None:
 def test_several_runs_are_compared(fake: Fake, tmp_path: Path) -> None:
     runs = [fake("a", name="slow", collapse=2.0), fake("b", name="quick", seed=1, collapse=0.2)]
     stopped = fake("c", name="stopped", rounds=0, status="interrupted")
-    words = say(write([*runs, stopped], tmp_path / "report.html"))
+    words = say(write_report([*runs, stopped], tmp_path / "report.html"))
     assert "Of 3 runs, quick ends highest" in words
     assert "stopped: This run was interrupted" in words
     assert "train.lr" in words
@@ -144,21 +149,22 @@ def test_several_runs_are_compared(fake: Fake, tmp_path: Path) -> None:
 
 def test_runs_of_one_name_are_told_apart(fake: Fake) -> None:
     run = fake("a")
-    assert facts.names([read(run), read(fake("b"))]) == ["demo (a)", "demo (b)"]
-    assert facts.names([read(run), read(run)]) == ["demo (a) #1", "demo (a) #2"]
+    assert facts.run_names([read_run_log(run), read_run_log(fake("b"))]) == ["demo (a)", "demo (b)"]
+    assert facts.run_names([read_run_log(run), read_run_log(run)]) == ["demo (a) #1", "demo (a) #2"]
 
 
 def test_a_run_that_nobody_carries_out_any_more_was_killed(fake: Fake, tmp_path: Path) -> None:
     run = fake(status="running")
-    assert read(run).manifest["status"] == "killed"
-    assert "--resume" in say(write([run], tmp_path / "report.html"))
-    with claimed(run):
-        assert read(run).manifest["status"] == "running"
-    assert read(run).manifest["status"] == "killed"
+    assert read_run_log(run).manifest["status"] == "killed"
+    assert "--resume" in page_text(read_run_log(run))
+    with (run / LOCKED).open("wb") as file:
+        assert lock(file)
+        assert read_run_log(run).manifest["status"] == "running"
+    assert read_run_log(run).manifest["status"] == "killed"
 
 
 def test_what_the_start_reaches_took_no_time_and_is_no_time_to_a_target(fake: Fake) -> None:
-    log = read(fake())
+    log = read_run_log(fake())
     low = min(map(facts.accuracy, log.scores))
     assert log.scores[0]["version"] == 0
     reached = facts.first_reaching(log, low)
@@ -167,16 +173,16 @@ def test_what_the_start_reaches_took_no_time_and_is_no_time_to_a_target(fake: Fa
 
 
 def test_the_accuracy_that_all_reached_is_priced_for_each(fake: Fake) -> None:
-    logs = [read(fake("a")), read(fake("b", seed=1, collapse=0.2))]
-    target = min(map(facts.best, logs))
-    for row, log in zip(tables.runs(logs).rows, logs, strict=True):
+    logs = [read_run_log(fake("a")), read_run_log(fake("b", seed=1, collapse=0.2))]
+    target = min(map(facts.best_accuracy, logs))
+    for row, log in zip(tables.runs_table(logs).rows, logs, strict=True):
         reached = facts.first_reaching(log, target)
         assert reached is not None
         assert row[-2] == f"{reached['time']:,.0f}\u00a0s"
 
 
 def test_settings_are_flat_and_can_be_typed_again(fake: Fake) -> None:
-    rows = dict(tables.settings(read(fake())).rows)
+    rows = dict(tables.settings_table(read_run_log(fake())).rows)
     assert rows["schedule"] == "Synchronous()"
     assert rows["schedule.deadline"] == "None"
     assert rows["train.targets"] == "('query', 'value')"
@@ -185,24 +191,23 @@ def test_settings_are_flat_and_can_be_typed_again(fake: Fake) -> None:
 
 
 def test_the_terminal_shows_the_same_rows(fake: Fake) -> None:
-    log = read(fake(name="[red]demo[/nothing]"))
-    table = summary([log])
-    assert table.row_count == 1
-    assert {str(column.header) for column in table.columns} < set(tables.runs([log]).head)
-    assert "[red]demo[/nothing]" in str(next(iter(table.columns[0].cells)))
+    log = read_run_log(fake())
+    shown, every = tables.summary_table([log]), tables.runs_table([log])
+    assert set(shown.head) < set(every.head)
+    assert shown.rows == (tuple(every.rows[0][every.head.index(name)] for name in shown.head),)
 
 
 def test_what_is_no_run_is_refused(fake: Fake, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"run folder = '.*nowhere': name a folder"):
-        write([tmp_path / "nowhere"], tmp_path / "report.html")
+        write_report([tmp_path / "nowhere"], tmp_path / "report.html")
     with pytest.raises(Refused, match="at least one"):
-        write([], tmp_path / "report.html")
+        write_report([], tmp_path / "report.html")
     run = fake()
     (run / "metrics.jsonl").write_text('{"kind": "sco\n{"kind": "score"}\n')
     with pytest.raises(Refused, match=r"metrics\.jsonl:1.*delete this line"):
-        read(run)
+        read_run_log(run)
     for broken in ("[]", "{"):
         (run / "manifest.json").write_text(broken)
         with pytest.raises(Refused, match="manifest"):
-            read(run)
+            read_run_log(run)
     assert not (tmp_path / "report.html").exists()

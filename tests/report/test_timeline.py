@@ -16,14 +16,13 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.core.events import ClientLost as Lost
 from fedloom.core.events import Event
 from fedloom.core.policies import Aggregator, Schedule
-from fedloom.core.schema import plain
+from fedloom.core.schema import jsonable
 from fedloom.core.server import Limits
-from fedloom.core.types import Local, Result, Task
-from fedloom.report import facts, figures_clients, read, summary, tables, timeline
-from fedloom.report.page import page
-from fedloom.report.run_log import RunLog
+from fedloom.core.types import ClientState, Result, Task
+from fedloom.report import facts, figures_clients, tables, timeline
+from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.runs.metrics import Metrics
-from fedloom.runs.slot_usage import Places
+from fedloom.runs.slot_usage import SlotUsage
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.immediate import Immediate
@@ -31,6 +30,8 @@ from fedloom.schedule.rounds import Rounds
 from fedloom.simulate.devices import World
 from fedloom.simulate.simulation import Simulation
 from tests.support import toys
+from tests.support.report_pages import ALL, page_text
+from tests.support.report_pages import section_text as section
 
 
 class Learns:
@@ -39,7 +40,7 @@ class Learns:
     def __init__(self, refused: int) -> None:
         self.refused = refused
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """What was sent, moved a little."""
         return [
             (
@@ -65,28 +66,22 @@ def run(
     heap: list[tuple[float, int, Event]] = [(t, k - 99, Lost(c)) for k, (t, c) in enumerate(faults.get("lost", ()))]
     trainer = Learns(faults.get("refused", 10**6))
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
-        metrics = Metrics(file, Places(schedule.max_in_flight))
+        metrics = Metrics(file, SlotUsage(schedule.max_in_flight))
         scores = {"accuracy": 0.5, "f1": 0.5, "loss": 0.5, "examples": 99}
         Simulation(server, trainer, World(), profiles, lambda _: scores, metrics, heap=heap).run()
-    about = {"status": "finished", "clients": {c: plain(p) for c, p in profiles.items()}}
+    about = {"status": "finished", "clients": {c: jsonable(p) for c, p in profiles.items()}}
     (folder / "manifest.json").write_text(json.dumps(about))
-    return read(folder)
-
-
-def section(text: str, title: str) -> str:
-    """The section's text without tags; empty if it is not there."""
-    found = re.search(rf"<h2>{title}</h2>(.*?)</section>", text.replace("\u00a0", " "), re.DOTALL)
-    return found[1] if found else ""
+    return read_run_log(folder)
 
 
 def test_rounds_wait_are_not_stale_and_are_called_rounds(tmp_path: Path) -> None:
     log = run(tmp_path / "rounds", Rounds(cohort_size=4))
-    text = page([log])
-    assert facts.noun(log) == "round"
+    text = page_text(log, draw=("Loss", "Waiting"))
+    assert facts.version_noun(log) == "round"
     assert "After 30 rounds" in text
     assert "by round" in section(text, "Accuracy")
     assert "by version" not in text
-    assert 0 < timeline.waiting(log) < 1
+    assert 0 < timeline.waiting_share(log) < 1
     assert "100.0 % of it for clients who had answered" in section(text, "Waiting")
     assert "nothing was stale" in section(text, "Staleness")
     assert "<svg" not in section(text, "Staleness")
@@ -101,10 +96,10 @@ def test_an_asynchronous_run_waits_for_nothing_and_tells_energies_where_it_is_sc
     tmp_path: Path, how: Aggregator
 ) -> None:
     log = run(tmp_path / "fedfa", FedFa(window=3, max_in_flight=4), how=how)
-    text = page([log])
+    text = page_text(log, draw=("Accuracy", "Waiting", "Staleness", "Participation", "Uploads and bytes"))
     assert "After 30 versions" in text
-    assert timeline.waiting(log) == 0.0
-    assert "No place waited" in section(text, "Waiting")
+    assert timeline.waiting_share(log) == 0.0
+    assert "No slot waited" in section(text, "Waiting")
     assert "versions old when it was merged" in section(text, "Staleness")
     assert "<svg" in section(text, "Staleness")
     assert "by upload" in section(text, "Accuracy")
@@ -124,37 +119,37 @@ def test_work_that_was_thrown_away_is_told_by_what_became_of_it(tmp_path: Path) 
     assert all(task["arrived"] is not None for task in log.tasks)
     reasons = {task["reason"] for task in log.tasks if task["status"] == "cancelled"}
     assert all("versions old" in reason or reason == "the run ended before it was answered" for reason in reasons)
-    activity = section(page([log]), "Activity")
+    activity = section(page_text(log, draw=("Activity",)), "Activity")
     assert "lost, failed or refused" in activity
     assert "cancelled" in activity
-    assert timeline.waiting(log) == 0.0
+    assert timeline.waiting_share(log) == 0.0
 
 
 @pytest.mark.slow
 def test_one_client_has_all_of_it(tmp_path: Path) -> None:
     log = run(tmp_path / "one", FedFa(window=2, max_in_flight=5), clients=1, versions=6)
-    (part,) = timeline.parts(log)
+    (part,) = timeline.client_shares(log)
     assert (part.updates, part.examples, part.idle) == (1.0, 1.0, pytest.approx(0.0, abs=1e-9))
-    assert timeline.waiting(log) == 0.0
-    assert "1 client" in page([log])
+    assert timeline.waiting_share(log) == 0.0
+    assert "1 client" in page_text(log, draw=ALL)
 
 
 def test_shares_and_idle_times_are_those_of_the_tasks(tmp_path: Path) -> None:
     log = run(tmp_path / "shares", FedBuff(buffer_size=3, max_in_flight=4, waiting=True))
     merged = Counter(task["client"] for task in log.tasks if task["status"] == "merged")
-    end = facts.elapsed(log)
-    for part in timeline.parts(log):
+    end = facts.elapsed_seconds(log)
+    for part in timeline.client_shares(log):
         assert part.updates == pytest.approx(merged[part.client] / merged.total())
         busy = sum(task["arrived"] - task["sent"] for task in log.tasks if task["client"] == part.client)
         assert part.idle == pytest.approx(1 - busy / end)
         assert part.examples == pytest.approx((10 + int(part.client[1:])) / sum(range(10, 19)))
     for most in (3, 7, 1000):
-        parts = timeline.stretches(log, most)
+        parts = timeline.intervals(log, most)
         assert len(parts) <= most + 1
         for name in ("working", "waiting", "held"):
             whole = sum((part.end - part.begin) * getattr(part, name) for part in parts)
             assert whole == pytest.approx(log.versions[-1][f"{name}_seconds"])
-    counts = timeline.staleness(log)
+    counts = timeline.staleness_counts(log)
     assert counts.total() == merged.total()
     assert sum(k * n for k, n in counts.items()) == sum(task.get("staleness", 0) for task in log.tasks)
 
@@ -164,17 +159,16 @@ def test_rounds_beside_an_asynchronous_run_are_compared_by_uploads_waiting_and_t
         run(tmp_path / "a", Rounds(cohort_size=4), versions=8),
         run(tmp_path / "b", FedFa(window=3, max_in_flight=4)),
     ]
-    text = page(logs)
+    text = page_text(*logs, draw=ALL)
     assert "by upload" in section(text, "Accuracy")
     assert "<svg" in section(text, "Waiting and staleness")
     assert "<svg" in section(text, "Participation")
-    head = tables.runs(logs).head
+    head = tables.runs_table(logs).head
     assert {"Versions", "Uploads", "Waiting", "Staleness"} < set(head)
     assert "Seed" not in head
-    row = dict(zip(head, tables.runs(logs).rows[1], strict=True))
+    row = dict(zip(head, tables.runs_table(logs).rows[1], strict=True))
     assert (row["Uploads"], row["Waiting"]) == ("30", "0.0\u00a0%")
-    shown = [str(column.header) for column in summary(logs).columns]
-    assert shown == ["Run", "Versions", "Accuracy", "Time", "Uploads", "Waiting", "Up"]
+    assert list(tables.summary_table(logs).head) == ["Run", "Versions", "Accuracy", "Time", "Uploads", "Waiting", "Up"]
 
 
 @pytest.mark.slow
@@ -183,7 +177,7 @@ def test_many_clients_and_tasks_are_shown_in_part_and_the_page_says_so(
 ) -> None:
     monkeypatch.setattr(figures_clients, "SHOWN_TASKS", 100)
     log = run(tmp_path / "many", FedFa(window=3, max_in_flight=30), clients=120, versions=900)
-    text = page([log])
+    text = page_text(log, draw=ALL)
     assert re.search(
         r"40 of 120 clients, evenly from slow to fast, the first \S+ % of the run", section(text, "Activity")
     )
@@ -197,7 +191,7 @@ def test_a_log_of_an_older_release_has_a_report_without_them(tmp_path: Path) -> 
     lines = [json.loads(line) for line in (log.folder / "metrics.jsonl").read_text().splitlines()]
     kept = [{key: value for key, value in line.items() if key not in new} for line in lines]
     (log.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    text = page([read(log.folder)])
+    text = page_text(read_run_log(log.folder), draw=ALL)
     assert "After 5 rounds" in text
     assert section(text, "Waiting") == section(text, "Staleness") == ""
-    assert "Uploads" not in tables.runs([read(log.folder)]).head
+    assert "Uploads" not in tables.runs_table([read_run_log(log.folder)]).head

@@ -21,8 +21,8 @@ from fedloom import (
     Rounds,
     prepare,
 )
-from fedloom.core.schema import plain
-from fedloom.runs.manifest import digest
+from fedloom.core.schema import jsonable
+from fedloom.runs.manifest import settings_hash
 from fedloom.runs.run_file import override
 from tests.support.tiny_runs import tiny_run
 
@@ -60,11 +60,11 @@ def test_a_run_whose_clients_fail_ends_with_a_report_and_the_same_bytes_twice(en
 
 def test_what_is_off_does_not_rename_a_run(encoder: Path) -> None:
     run = tiny_run(encoder)
-    assert digest(plain(override(run, ["availability=None", "faults=None"]))) == digest(plain(run))
+    assert settings_hash(jsonable(override(run, ["availability=None", "faults=None"]))) == settings_hash(jsonable(run))
     others = [
         override(run, [one]) for one in ("availability=Availability()", "faults=Faults()", "faults=Faults(fail=0.5)")
     ]
-    assert len({digest(plain(one)) for one in (run, *others)}) == 4
+    assert len({settings_hash(jsonable(one)) for one in (run, *others)}) == 4
     assert others[0].availability == Availability()
     assert override(others[1], ["faults.dropout=0.5"]).faults == Faults(dropout=0.5)
 

@@ -40,8 +40,8 @@ from fedloom import (
     prepare,
 )
 from fedloom.core.events import Command, Event, Publish
-from fedloom.report.page import write
-from fedloom.report.run_log import read
+from fedloom.report.page import write_report
+from fedloom.report.run_log import read_run_log
 from tests.support.same_bytes import COMPARED
 from tests.support.tiny_models import toy_answers
 from tests.support.tiny_runs import tiny_run
@@ -71,7 +71,7 @@ def written(generator: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_learns_to_answer_and_says_how_well(written: Path) -> None:
-    log = read(written)
+    log = read_run_log(written)
     first, last = log.scores[0], log.scores[-1]
     assert last["perplexity"] < 0.8 * first["perplexity"]
     assert last["perplexity"] == pytest.approx(math.exp(last["loss"]))
@@ -84,20 +84,20 @@ def test_a_run_learns_to_answer_and_says_how_well(written: Path) -> None:
 
 
 def test_the_base_of_a_client_is_the_model_before_training(written: Path) -> None:
-    log = read(written)
+    log = read_run_log(written)
     assert len(log.clients) == 3
     assert all(0 <= line["base_accuracy"] <= 1 for line in log.clients)
     assert all(line["perplexity"] < line["base_perplexity"] for line in log.clients)
 
 
 def test_samples_before_and_after_are_kept_with_their_figures(written: Path) -> None:
-    log, rows = read(written), {row["instruction"]: row["answer"] for row in toy_answers(120)}
+    log, rows = read_run_log(written), {row["instruction"]: row["answer"] for row in toy_answers(120)}
     assert len(log.samples) == 4
     assert all(rows[line["request"]] == line["reference"] for line in log.samples)
     assert any(line["before"] != line["after"] for line in log.samples)
-    assert log.written is not None
-    assert log.written["examples"] == 4
-    assert log.written["rouge_l"] > log.written["base_rouge_l"]
+    assert log.generation is not None
+    assert log.generation["examples"] == 4
+    assert log.generation["rouge_l"] > log.generation["base_rouge_l"]
 
 
 def test_the_report_says_token_accuracy_and_perplexity_and_shows_the_answers(written: Path) -> None:
@@ -106,11 +106,11 @@ def test_the_report_says_token_accuracy_and_perplexity_and_shows_the_answers(wri
         assert words in page
     for words in ("classifies", "commonest label", "SequenceClassification", "majority"):
         assert words not in page
-    assert read(written).samples[0]["reference"] in page
+    assert read_run_log(written).samples[0]["reference"] in page
 
 
 def test_several_such_runs_are_compared(written: Path, tmp_path: Path) -> None:
-    page = write([written, written], tmp_path / "both.html").read_text(encoding="utf-8")
+    page = write_report([written, written], tmp_path / "both.html").read_text(encoding="utf-8")
     assert "<h2>Perplexity</h2>" in page
     assert "<h2>Token accuracy</h2>" in page
 
@@ -118,7 +118,7 @@ def test_several_such_runs_are_compared(written: Path, tmp_path: Path) -> None:
 def test_a_run_with_labels_beside_one_with_answers_is_compared_by_accuracy(
     written: Path, finished: Path, tmp_path: Path
 ) -> None:
-    page = write([written, finished], tmp_path / "both.html").read_text(encoding="utf-8")
+    page = write_report([written, finished], tmp_path / "both.html").read_text(encoding="utf-8")
     assert "<h2>Accuracy</h2>" in page
     assert "<h2>Perplexity</h2>" not in page
 
@@ -131,6 +131,7 @@ def test_the_same_seed_and_two_workers_write_the_same_bytes(written: Path, gener
         assert (written / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_goes_on_to_the_same_bytes(written: Path, generator: Path, tmp_path: Path) -> None:
     # law 10
     def stop(now: float, event: Event, commands: list[Command]) -> None:
@@ -147,9 +148,9 @@ def test_a_run_cut_short_goes_on_to_the_same_bytes(written: Path, generator: Pat
 
 def test_how_much_to_write_may_be_left_out_and_be_nothing(generator: Path, tmp_path: Path) -> None:
     run = small(generator, generation=Generation(examples=0), limits=Limits(versions=1), held_out=0.0)
-    assert read(prepare(run).execute(tmp_path / "none", report=False).folder).samples == ()
+    assert read_run_log(prepare(run).execute(tmp_path / "none", report=False).folder).samples == ()
     run = replace(run, generation=None)
-    assert len(read(prepare(run).execute(tmp_path / "some", report=False).folder).samples) == 8
+    assert len(read_run_log(prepare(run).execute(tmp_path / "some", report=False).folder).samples) == 8
 
 
 def test_a_run_with_labels_has_nothing_to_write(encoder: Path) -> None:
@@ -170,7 +171,7 @@ def test_texts_of_data_and_model_stay_texts(written: Path, tmp_path: Path) -> No
     line = {"kind": "sample", "request": evil, "context": evil, "reference": evil, "before": evil, "after": "a\nb"}
     with (copy / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    page = write([copy], tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_report([copy], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "\x1b" not in page
     assert "a\nb" in page
@@ -197,7 +198,7 @@ def test_rows_as_they_are_become_a_report(generator: Path, tmp_path: Path) -> No
         limits=Limits(versions=2),
         generation=Generation(examples=3, max_new_tokens=8),
     )
-    log = read(prepare(run).execute(tmp_path / "run").folder)
+    log = read_run_log(prepare(run).execute(tmp_path / "run").folder)
     assert [line["version"] for line in log.scores] == [0, 1, 2]
     first, *_, last = (line["perplexity"] for line in log.scores)
     assert last < 0.9 * first
@@ -228,14 +229,14 @@ def test_rows_as_they_are_become_a_report(generator: Path, tmp_path: Path) -> No
 )
 def test_other_methods_and_ways_to_compute_learn_too(generator: Path, tmp_path: Path, more: dict[str, Any]) -> None:
     run = small(generator, limits=Limits(versions=3), generation=Generation(2, 4), **more)
-    scores = read(prepare(run).execute(tmp_path / "run", report=False).folder).scores
+    scores = read_run_log(prepare(run).execute(tmp_path / "run", report=False).folder).scores
     assert scores[-1]["perplexity"] < 0.9 * scores[0]["perplexity"]
 
 
 def test_a_client_with_a_private_side_is_scored_with_its_own(generator: Path, tmp_path: Path) -> None:
     plan = Plan(FixedRank(4), local_steps=8)
     run = small(generator, aggregator=FedSA(), plan=plan, schedule=Rounds(cohort_size=3), limits=Limits(versions=3))
-    log = read(prepare(run).execute(tmp_path / "run", report=False).folder)
+    log = read_run_log(prepare(run).execute(tmp_path / "run", report=False).folder)
     assert all(line["perplexity"] < 0.9 * line["base_perplexity"] for line in log.clients)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from fedloom import Capabilities, Hierarchy, Limits, Link, NearIID, Refused, prepare
-from fedloom.deploy.start import made_for_serving
+from fedloom.deploy.start import prepare_server
 from fedloom.hierarchy.tree import Tree
-from fedloom.report.client_tables import regroupings
-from fedloom.report.page import write
-from fedloom.report.run_log import read
-from fedloom.runs.replay import Replayed, fresh, replay
+from fedloom.report.tables import regrouping_table
+from fedloom.report.page import write_report
+from fedloom.report.run_log import read_run_log
+from fedloom.runs.replay import Replayed, server_from_manifest, replay
 from tests.hierarchy.test_hierarchy import led
 from tests.runs.test_resume import interrupted
 from tests.support.same_bytes import COMPARED
@@ -38,7 +38,7 @@ def recorded(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_folder_and_the_report_tell_each_regrouping(recorded: Path, tmp_path: Path) -> None:
-    log = read(recorded)
+    log = read_run_log(recorded)
     assert log.moves, "else this is no test"
     home = {client: edge for edge, own in log.manifest["groups"].items() for client in own}
     lines = [(line["sent"], 1, line["client"], line["edge"]) for line in log.tasks]
@@ -46,11 +46,11 @@ def test_the_folder_and_the_report_tell_each_regrouping(recorded: Path, tmp_path
     for _, is_task, client, edge in sorted(lines):
         assert home.get(client) == edge or not is_task, "a task has the edge in which it was done"
         home[client] = edge
-    rows = regroupings(log).rows
+    rows = regrouping_table(log).rows
     assert len(rows) == len(log.regroups)
     assert all("more than 10.0" in row[2] for row in rows)
     assert sum(int(row[1].split()[0]) for row in rows) == len(log.moves)
-    page = write([recorded], tmp_path / "page.html").read_text(encoding="utf-8")
+    page = write_report([recorded], tmp_path / "page.html").read_text(encoding="utf-8")
     assert rows[0][2] in page
     assert "were made again" in page
     assert log.manifest["compared"]["members"][0]["client"] == "c00"
@@ -58,9 +58,9 @@ def test_the_folder_and_the_report_tell_each_regrouping(recorded: Path, tmp_path
 
 def test_it_replays_and_goes_on_to_the_same_files(encoder: Path, recorded: Path, tmp_path: Path) -> None:
     """Interrupted after the first regrouping, before the last."""
-    assert isinstance(fresh(recorded), Tree)
+    assert isinstance(server_from_manifest(recorded), Tree)
     assert replay(recorded) == Replayed((recorded / "trace.jsonl").read_bytes().count(b"\n"))
-    first = read(recorded).regroups[0]["version"]
+    first = read_run_log(recorded).regroups[0]["version"]
     assert first < 8
     out = interrupted(regrouping(encoder), tmp_path / "out", version=first + 2, checkpoint_seconds=0.0)
     prepare(regrouping(encoder), resume=out).execute(report=False)
@@ -80,19 +80,19 @@ def test_a_manifest_without_what_clients_are_compared_with_is_refused(recorded: 
 
 
 def test_the_hash_of_a_run_that_keeps_its_groups_is_what_it_was(encoder: Path) -> None:
-    from fedloom.core.schema import plain
-    from fedloom.runs.manifest import digest
+    from fedloom.core.schema import jsonable
+    from fedloom.runs.manifest import settings_hash
 
-    before: Any = plain(regrouping(encoder, regroup=0.0))
+    before: Any = jsonable(regrouping(encoder, regroup=0.0))
     assert before["hierarchy"].pop("regroup") == 0.0
-    assert digest(before) == digest(plain(regrouping(encoder, regroup=0.0))) != digest(plain(regrouping(encoder)))
+    assert settings_hash(before) == settings_hash(jsonable(regrouping(encoder, regroup=0.0))) != settings_hash(jsonable(regrouping(encoder)))
 
 
 def test_regions_keep_their_sites(encoder: Path, tmp_path: Path) -> None:
     """`fedloom serve` says so before anything starts, and so does what it starts."""
     said = r"hierarchy\.regroup.*sites stay with the region"
     with pytest.raises(Refused, match=said):
-        made_for_serving(regrouping(encoder), tmp_path / "none", 2)
+        prepare_server(regrouping(encoder), tmp_path / "none", 2)
     file = tmp_path / "mine.py"
     text = "from fedloom import Hierarchy, Rows, Run\nrun = Run('m', Rows([{'text': 'a', 'label': 'b'}]), hierarchy=Hierarchy())\n"
     file.write_text(text, encoding="utf-8")

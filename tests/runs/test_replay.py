@@ -13,9 +13,9 @@ from fedloom import FedBuff, FedIT, Limits, Momentum, Rounds, prepare
 from fedloom.core.errors import Refused
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.policies import Fleet
-from fedloom.core.schema import plain
+from fedloom.core.schema import jsonable
 from fedloom.core.types import Profile
-from fedloom.runs.replay import Replayed, fresh, replay
+from fedloom.runs.replay import Replayed, server_from_manifest, replay
 from fedloom.schedule.shared.weights import uniform
 from tests.support import toys
 from tests.support.tiny_runs import tiny_run
@@ -65,7 +65,7 @@ def line_of(recorded: Path, part: bytes) -> int:
         (b'"ClientJoined"', b'"ClientJoined"', b'"ClientJoint"', "no kind 'ClientJoint'"),
         (b'"ClientJoined"', b'"commands"', b' "commands"', "the same JSON in other bytes"),
         (b'"ClientJoined"', b'"event"', b'"events"', "tells no event"),
-        (b'"Scored"', b"{", b"", "line "),
+        (b'"ScoresReady"', b"{", b"", "line "),
     ],
 )  # fmt: skip
 def test_a_changed_line_is_found(
@@ -146,9 +146,9 @@ def test_every_policy_comes_back_from_the_manifest(recorded: Path, tmp_path: Pat
     (out / "updates").mkdir(parents=True)
     shutil.copy(recorded / "updates" / "start.safetensors", out / "updates")
     about = json.loads((recorded / "manifest.json").read_text(encoding="utf-8"))
-    about["run"] |= {name: plain(policy) for name, policy in policies.items()}
+    about["run"] |= {name: jsonable(policy) for name, policy in policies.items()}
     (out / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
-    server = fresh(out)
+    server = server_from_manifest(out)
     for name, policy in policies.items():
         assert toys.called(getattr(server, name)) == toys.called(policy)
     assert server.limits == Limits(versions=3)
@@ -156,8 +156,8 @@ def test_every_policy_comes_back_from_the_manifest(recorded: Path, tmp_path: Pat
 
 def test_the_server_begins_with_the_first_model(recorded: Path, encoder: Path) -> None:
     job = prepare(tiny_run(encoder))
-    server = fresh(recorded)
+    server = server_from_manifest(recorded)
     assert fingerprint(server.state.model.adapter) == fingerprint(job.server.state.model.adapter)
     assert server.shape == job.server.shape
     fleet: Fleet = server.fleet()
-    assert server.assign(Profile("c", 10), fleet).steps == 4
+    assert server.budget_rule(Profile("c", 10), fleet).steps == 4

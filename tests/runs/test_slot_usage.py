@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.events import (
@@ -25,9 +25,10 @@ from fedloom.core.events import (
 )
 from fedloom.core.policies import Schedule
 from fedloom.core.server import Limits
-from fedloom.core.types import Local, Profile, Result, Task
+from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.runs.metrics import Metrics
-from fedloom.runs.slot_usage import Places
+from fedloom.runs.observation import RunObservation
+from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.trace import Trace
 from fedloom.schedule.fedasync import FedAsync
 from fedloom.schedule.fedbuff import FedBuff
@@ -37,6 +38,7 @@ from fedloom.schedule.rounds import Rounds
 from fedloom.simulate.devices import World
 from fedloom.simulate.simulation import Simulation
 from tests.support import toys
+from tests.support.storms import tries
 
 WAITS = (
     FedBuff(buffer_size=2, max_in_flight=4, waiting=True),
@@ -62,7 +64,7 @@ class Unreliable:
 
     every: int
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """What was sent, with a number of examples that no client can have."""
         return [
             (toys.make_result(task.start.train, examples=0 if task.id % self.every == 0 else 10), local)
@@ -81,7 +83,7 @@ class Book:
     def run(self, seed: int, jitter: float, every: int, storm: Sequence[tuple[float, str, bool]] = ()) -> None:
         """Six clients of three speeds, or of one where `jitter` is 0; who is lost when, and joins again, is `storm`."""
         server = toys.server(self.schedule, limits=Limits(versions=15, seconds=5.0, evaluate_every=4))
-        observers = Metrics(self.metrics, Places(self.schedule.max_in_flight)), Trace(self.trace)
+        observers = Metrics(self.metrics, SlotUsage(self.schedule.max_in_flight)), Trace(self.trace)
         who = {c: Profile(c, 10, 1e6 * (1 + k % 3 * (jitter > 0)), 1e6, 1e6) for k, c in enumerate(NAMES)}
 
         def observe(now: float, event: Event, commands: list[Command]) -> None:
@@ -177,7 +179,7 @@ RUN = {"seed": st.integers(0, 99), "jitter": st.sampled_from((0.0, 0.4)), "every
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=toys.called)
 @given(storm=STORM, **RUN)
-@settings(max_examples=5, deadline=None, derandomize=True)
+@tries(10)
 def test_every_figure_follows_from_the_trace(
     schedule: Schedule, seed: int, jitter: float, every: int, storm: list[tuple[float, str, bool]]
 ) -> None:
@@ -207,7 +209,7 @@ def test_every_figure_follows_from_the_trace(
 
 @pytest.mark.parametrize("schedule", NEVER, ids=toys.called)
 @given(storm=STORM, **RUN)
-@settings(max_examples=5, deadline=None, derandomize=True)
+@tries(10)
 def test_a_schedule_that_never_waits_waits_for_exactly_nothing(
     schedule: Schedule, seed: int, jitter: float, every: int, storm: list[tuple[float, str, bool]]
 ) -> None:
@@ -227,19 +229,22 @@ def test_a_schedule_that_waits_says_so(schedule: Schedule) -> None:
 
 def test_a_place_whose_client_answered_waits_until_the_round_ends_and_a_failed_one_holds_nobody() -> None:
     """Three places, answers after 1, 2 and 4 s: 3 + 2 s of waiting; the second failed, so that 3 s are held."""
-    server, use = toys.server(Rounds(3)), Places(3)
+    server, use, observation = toys.server(Rounds(3)), SlotUsage(3), RunObservation()
+
+    def follow(now: float, event: Event) -> list[Command]:
+        use.advance(now)
+        commands = server.handle(now, event)
+        for fact in observation.read(now, event, commands):
+            use.follow(fact)
+        return commands
+
     steps: list[tuple[float, Event]] = [(0.0, ClientJoined(profile)) for profile in toys.profiles(3).values()]
     for now, event in steps:
-        use.take(now, event, refused=False)
-        assert server.handle(now, event) == []
-    commands = server.handle(0.0, TimerFired())
-    for command in commands:
-        use.follow(command)
+        assert follow(now, event) == []
+    commands = follow(0.0, TimerFired())
     tasks = [command.task for command in commands if isinstance(command, Dispatch)]
     first, second, third = (UpdateArrived(t.client, t.id, toys.make_result(t.start.train)) for t in tasks)
     for now, step in ((1.0, first), (2.0, TaskFailed(second.client, second.task, "no power")), (4.0, third)):
-        use.take(now, step, refused=False)
-        for command in server.handle(now, step):
-            use.follow(command)
+        follow(now, step)
     assert (use.working_seconds, use.waiting_seconds, use.held_seconds) == (1 + 2 + 4, 3 + 2, 3)
     assert len(use.working) == 3

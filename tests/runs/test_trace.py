@@ -22,7 +22,7 @@ from fedloom.core.events import (
     ClientJoined,
     ClientLost,
     Command,
-    Discard,
+    Discarded,
     Dispatch,
     EdgeJoined,
     EdgeLost,
@@ -36,19 +36,19 @@ from fedloom.core.events import (
     Regroup,
     Reject,
     Report,
-    Scored,
+    ScoresReady,
     Stop,
     TaskFailed,
     TaskReceived,
     TimerFired,
     UpdateArrived,
-    Within,
+    InsideEdge,
 )
+from fedloom.core import fingerprint as fingerprints
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import Adapter, Factor, cut
+from fedloom.core.lora import Adapter, Factor, cut_factor
 from fedloom.core.types import Budget, Model, Profile, Pruning, Result, Rules, MemberWork, GroupStatistics, Update
-from fedloom.runs import trace
-from fedloom.runs.trace import Trace, line, written
+from fedloom.runs.trace import Trace, ENCODER, encode_step
 from tests.support.toys import adapter, make_result, make_task, make_update
 
 ONE = adapter(2)
@@ -61,7 +61,7 @@ def with_query(f: Factor) -> Adapter:
 
 def test_a_fingerprint_does_not_depend_on_order_or_memory() -> None:
     backwards = Adapter(dict(reversed(list(ONE.factors.items()))), ONE.dense)
-    strided = with_query(Factor(QUERY.down.T.contiguous().T, cut(Factor(QUERY.down, QUERY.up), 2).up))
+    strided = with_query(Factor(QUERY.down.T.contiguous().T, cut_factor(Factor(QUERY.down, QUERY.up), 2).up))
     assert fingerprint(ONE) == fingerprint(backwards) == fingerprint(strided)
 
 
@@ -90,10 +90,10 @@ def test_a_fingerprint_sees_every_change(other: Adapter) -> None:
 
 def test_an_adapter_is_hashed_once_and_not_kept_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Adapter] = []
-    monkeypatch.setattr(trace, "_digest", lambda adapter: str(hashed.append(adapter)))
+    monkeypatch.setattr(fingerprints, "_digest", lambda adapter: str(hashed.append(adapter)))
     one = adapter(2)
     for _ in range(2):
-        line(0.0, UpdateArrived("a", 1, make_result(one)), [Publish(1, Model(one), ()), Dispatch(make_task(one, 2))])
+        encode_step(0.0, UpdateArrived("a", 1, make_result(one)), [Publish(1, Model(one), ()), Dispatch(make_task(one, 2))])
     assert hashed == [one]
     gone = ref(one)
     hashed.clear()
@@ -114,7 +114,7 @@ EVENTS = [
     TaskFailed("a", 1, "out of memory"),
     ClientLost("a"),
     TimerFired(),
-    Scored(3, {"accuracy": 0.9}),
+    ScoresReady(3, {"accuracy": 0.9}),
 ]
 COMMANDS = [
     Dispatch(make_task(ONE, 2)),
@@ -128,7 +128,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
 def test_a_step_is_one_line_of_json(event: Any) -> None:
-    text = line(1.5, event, COMMANDS)
+    text = encode_step(1.5, event, COMMANDS)
     assert "\n" not in text
     step = json.loads(text)
     assert step["time"] == 1.5
@@ -156,7 +156,7 @@ ODD = 'Zoë \U0001f9f5 \ud800 \x00\x7f\u2028 "\\/\n'
 RULES = Rules(("down", "dense"), ("up",), 3, 0.1, Pruning(1e-17, 0.99, 2))
 RICH = replace(make_task(ONE, 2), client=ODD, sent=1e22, seed=2**62 + 1)
 RICH = replace(
-    RICH, start=replace(RICH.start, slots=(0, 5), fold=ONE, seeded=("down",), rules=RULES, codec=DeltaInt8())
+    RICH, start=replace(RICH.start, directions=(0, 5), fold=ONE, seeded=("down",), rules=RULES, codec=DeltaInt8())
 )
 MEMORY = Model(ONE, 3, 0.25, fold=ONE, memory=MappingProxyType({"ö": ONE, "b": adapter(3)}))
 HOSTILE = Result(ONE, True, None, 10**30, MappingProxyType({ODD: 0.1, "b": [1, (2.5, {})], "c": -0.0, 3: "x"}), ONE)  # type: ignore[arg-type,dict-item]
@@ -168,24 +168,24 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
     """Byte for byte, for every event and command: what was written yesterday can be compared with what is written today."""
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=encoded).encode
     profile = Profile(ODD, 3, 1e300, tier="")
-    events = [*EVENTS, ClientJoined(profile), UpdateArrived(ODD, 7, HOSTILE), Scored(0, {}), TaskFailed(ODD, 1, ODD)]
-    events += [TaskReceived(RICH), EdgeLost(ODD, kept=True), EdgeReturned(ODD)]
+    events = [*EVENTS, ClientJoined(profile), UpdateArrived(ODD, 7, HOSTILE), ScoresReady(0, {}), TaskFailed(ODD, 1, ODD)]
+    events += [TaskReceived(RICH), EdgeLost(ODD, resumes=True), EdgeReturned(ODD)]
     events += [
         EdgeJoined(profile, (profile,)),
         EdgeReported(ODD, 7, HOSTILE, TOLD, (profile,)),
         EdgeReported(ODD, 7, HOSTILE),
     ]
     commands = [*COMMANDS, Dispatch(RICH), Publish(2, MEMORY, ()), Evaluate(2, MEMORY), Reject(ODD, 2, ODD)]
-    commands += [Report(HOSTILE), Discard(3, ODD, ODD), Within(ODD, 9, Publish(2, MEMORY, (make_update(ONE, 2, 5),)))]
+    commands += [Report(HOSTILE), Discarded(3, ODD, ODD), InsideEdge(ODD, 9, Publish(2, MEMORY, (make_update(ONE, 2, 5),)))]
     commands += [Regroup(3, 0.25, 0.1, (Move(ODD, "e0", "e1"),)), Moved(Move(ODD, "e0", "e1"), 4)]
     assert {type(event) for event in events} == set(get_args(Event))
     assert {type(command) for command in commands} == set(get_args(Command))
     for event in events:
-        assert line(now, event, commands) == encode({"time": now, "event": event, "commands": commands})
+        assert encode_step(now, event, commands) == encode({"time": now, "event": event, "commands": commands})
 
 
 def test_a_step_tells_tensors_by_their_fingerprint_and_updates_by_their_task() -> None:
-    step = json.loads(line(0.0, EVENTS[0], COMMANDS))
+    step = json.loads(encode_step(0.0, EVENTS[0], COMMANDS))
     assert step["event"]["result"]["adapter"] == f"sha256:{fingerprint(ONE)}"
     assert step["event"]["result"]["metrics"] == {"loss": 0.5}
     assert step["commands"][0]["task"]["start"]["train"] == f"sha256:{fingerprint(ONE)}"
@@ -196,14 +196,14 @@ def test_a_step_tells_tensors_by_their_fingerprint_and_updates_by_their_task() -
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_json_does_not_know_is_told_in_words(value: float) -> None:
     """A client whose training diverged is rejected; the trace must be able to say so."""
-    step = json.loads(line(0.0, UpdateArrived("a", 1, make_result(ONE, metrics={"loss": value})), []))
+    step = json.loads(encode_step(0.0, UpdateArrived("a", 1, make_result(ONE, metrics={"loss": value})), []))
     assert step["event"]["result"]["metrics"] == {"loss": str(value)}
 
 
 @pytest.mark.parametrize("odd", [torch.zeros(1), object(), {"a": {torch.zeros(1)}}, Model])
 def test_what_has_no_place_in_a_trace_is_an_error(odd: object) -> None:
-    with pytest.raises(TypeError, match="place in a trace"):
-        written(odd)
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        ENCODER.encode(odd)
 
 
 def test_the_observer_writes_and_flushes_each_step() -> None:

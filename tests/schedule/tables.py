@@ -32,7 +32,7 @@ def at(version: int, *arrived: Update, busy: tuple[Task, ...] = (), idle: int | 
 def told(merge: Merge | None) -> tuple[dict[int, float], float]:
     """Weights by the number of the task, and the step."""
     assert merge is not None
-    return {update.task.id: round(weight, 12) for weight, update in merge.parts}, round(merge.step, 12)
+    return {update.task.id: round(weight, 12) for weight, update in merge.weighted_updates}, round(merge.step, 12)
 
 
 def numbers(updates: tuple[Update, ...]) -> list[int]:

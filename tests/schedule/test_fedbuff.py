@@ -20,7 +20,7 @@ from tests.support.drift import alike, path
 @pytest.mark.parametrize(("arrived", "merged"), [(0, 0), (1, 0), (2, 0), (3, 3), (4, 4)])
 def test_a_full_buffer_makes_a_version(arrived: int, merged: int, waiting: bool) -> None:
     merge = FedBuff(buffer_size=3, waiting=waiting).merge(at(0, *map(answer, range(1, arrived + 1)), busy=(task(9),)))
-    assert (len(merge.parts) if merge else 0) == merged
+    assert (len(merge.weighted_updates) if merge else 0) == merged
     assert merge is None or (merge.as_delta, merge.retain, merge.anchor) == (True, (), None)
 
 
@@ -33,9 +33,9 @@ def test_weights_and_step_are_those_of_algorithm_1() -> None:
         buffer = [answer(k, version - age) for k, age in enumerate(old, 1)]
         merge = FedBuff(buffer_size=size, server_learning_rate=eta).merge(at(version, *buffer))
         assert merge is not None
-        given = {update.task.id: merge.step * weight for weight, update in merge.parts}
+        given = {update.task.id: merge.step * weight for weight, update in merge.weighted_updates}
         assert given == pytest.approx({k: eta / size * (1 + age) ** -0.5 for k, age in enumerate(old, 1)})
-        assert sum(weight for weight, _ in merge.parts) == pytest.approx(1.0)
+        assert sum(weight for weight, _ in merge.weighted_updates) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

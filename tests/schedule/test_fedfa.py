@@ -13,7 +13,7 @@ import torch
 from fedloom.core.errors import Refused
 from fedloom.core.events import ClientJoined, Dispatch, TimerFired, UpdateArrived
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Local, Task
+from fedloom.core.types import ClientState, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.fedfa import FedFa
@@ -212,7 +212,7 @@ def test_whose_work_is_aborted_makes_room_at_once() -> None:
 
 def test_who_trains_further_by_one_is_found_further() -> None:
     """The trainer of these tests does what it says."""
-    ((result, _),) = Steady().train([(toys.make_task(point(2.0), 1), Local())])
+    ((result, _),) = Steady().train([(toys.make_task(point(2.0), 1), ClientState())])
     assert float(result.adapter.dense["x"]) == 3.0
 
 

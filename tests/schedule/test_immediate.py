@@ -47,7 +47,7 @@ def test_every_free_place_is_filled_at_random(choices: int) -> None:
 
 def test_of_the_choices_those_that_worked_least_are_started() -> None:
     fleet = replace(
-        at(0, idle=4), worked={"c0": 2.0, "c1": 1.0, "c3": 2.0}, dispatched=dict.fromkeys(("c0", "c1", "c3"), 1)
+        at(0, idle=4), work_seconds={"c0": 2.0, "c1": 1.0, "c3": 2.0}, dispatched=dict.fromkeys(("c0", "c1", "c3"), 1)
     )
     assert Immediate(max_in_flight=2, choices=2).start(fleet) == ["c2", "c1"]
 

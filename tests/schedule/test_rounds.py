@@ -82,14 +82,14 @@ def test_nobody_starts_while_a_round_is_open(open_round: Fleet) -> None:
 def test_a_round_closes_when_all_have_answered_or_enough(busy: int, answers: int, merged: int) -> None:
     """Three are wanted; those who were lost are waited for no longer."""
     merge = Rounds(cohort_size=3).merge(round_of(busy, answers))
-    assert (len(merge.parts) if merge else 0) == merged
+    assert (len(merge.weighted_updates) if merge else 0) == merged
 
 
 def test_over_selection_cancels_the_slowest() -> None:
     merge = Rounds(cohort_size=3, over_selection=2.0).merge(round_of(3, 3))
     assert merge is not None
     assert sorted(merge.cancel) == [4, 5, 6]
-    assert [update.task.id for _, update in merge.parts] == [1, 2, 3]
+    assert [update.task.id for _, update in merge.weighted_updates] == [1, 2, 3]
 
 
 def test_the_mean_is_a_whole_step_towards_the_clients_models() -> None:
@@ -103,7 +103,7 @@ def test_a_deadline_closes_the_round_with_what_has_arrived() -> None:
     assert rounds.merge(round_of(3, 2, now=17.9, sent=10.0)) is None
     merge = rounds.merge(round_of(3, 2, now=18.0, sent=10.0))
     assert merge is not None
-    assert len(merge.parts) == 2
+    assert len(merge.weighted_updates) == 2
     assert sorted(merge.cancel) == [3, 4, 5]
 
 
@@ -114,7 +114,7 @@ def test_a_deadline_with_nothing_arrived_waits_for_the_first_answer() -> None:
     assert rounds.wake(late) is None
     first = rounds.merge(round_of(2, 1, now=21.0))
     assert first is not None
-    assert len(first.parts) == 1
+    assert len(first.weighted_updates) == 1
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_the_schedule_weighs_as_it_was_told() -> None:
     for weigh, first in ((by_examples, 0.25), (by_tokens, 0.75), (uniform, 0.5)):
         merge = Rounds(cohort_size=2, weigh=weigh).merge(fleet(arrived=answers))
         assert merge is not None
-        assert merge.parts[0][0] == pytest.approx(first)
+        assert merge.weighted_updates[0][0] == pytest.approx(first)
 
 
 def test_answers_that_all_weigh_nothing_count_alike() -> None:

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.errors import Refused
@@ -29,9 +29,9 @@ from fedloom.core.events import (
 )
 from fedloom.core.policies import Schedule
 from fedloom.core.server import Limits
-from fedloom.core.types import Local, Profile, Result, Task
+from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.runs.metrics import Metrics
-from fedloom.runs.slot_usage import Places
+from fedloom.runs.slot_usage import SlotUsage
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.rounds import Rounds
 from fedloom.simulate.availability import Availability, Stays, Traced, cycle
@@ -42,6 +42,7 @@ from fedloom.simulate.faults import Faults, Vanished
 from fedloom.simulate.simulation import Simulation
 from tests.simulate.test_simulation import Log, simulation
 from tests.support import toys
+from tests.support.storms import tries
 from tests.support.toys import Null
 
 SCHEDULES = toys.schedules()
@@ -122,7 +123,7 @@ def test_a_run_with_faults_ends_at_its_versions_and_every_task_once(schedule: Sc
     assert not log.open
     assert one.server.state.version == 15
     waiting = {what.task for _, _, what in one.heap if isinstance(what, UpdateArrived)}
-    assert set(one.flying) == waiting
+    assert set(one.in_flight) == waiting
     assert [now for now, _, _ in log.steps] == sorted(now for now, _, _ in log.steps)
 
 
@@ -150,7 +151,7 @@ def test_two_runs_of_one_seed_write_the_same_trace(schedule: Schedule) -> None:
     st.sampled_from((Delays(sigma=0.0), Delays(), ExponentialDelays(), Delays(median=1e-9, sigma=0.0))),
     st.integers(0, 9),
 )
-@settings(max_examples=25, deadline=None)
+@tries(25)
 def test_in_any_storm_every_task_ends_and_nobody_blocks(
     schedule: Schedule, faults: Faults, windows: Availability | None, world: Devices, seed: int
 ) -> None:
@@ -244,7 +245,7 @@ def test_a_client_keeps_what_its_last_accepted_task_left_whatever_went_wrong_sin
     clients: dict[int, str] = {}
 
     class Marking(Null):
-        def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+        def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
             given.update({task.id: local.basis for task, local in work})
             clients.update({task.id: task.client for task, _ in work})
             plain = super().train(work)
@@ -260,7 +261,7 @@ def test_a_client_keeps_what_its_last_accepted_task_left_whatever_went_wrong_sin
         for command in commands:
             if isinstance(command, Dispatch):
                 assert given[command.task.id] == accepted.get(command.task.client, "")
-    assert {client: local.basis for client, local in one.locals.items()} == accepted
+    assert {client: local.basis for client, local in one.client_states.items()} == accepted
     assert log.ended["late"] + log.ended["lost"] + log.ended["TaskFailed"] > 20
 
 
@@ -342,7 +343,7 @@ def test_faults_come_as_often_as_they_say() -> None:
 
     def seen(faults: Faults) -> list[Any]:
         tasks = [toys.make_task(START, 2, k, f"c{k % 7}") for k in range(3000)]
-        return [found for task in tasks if (found := faults.befalls(task, 10.0, 0))]
+        return [found for task in tasks if (found := faults.interruption(task, 10.0, 0))]
 
     for faults, share in (
         (Faults(0.0, 0.0, 0.1), 0.1),
@@ -364,8 +365,8 @@ def test_faults_come_as_often_as_they_say() -> None:
 
 def test_what_befalls_a_task_does_not_depend_on_the_other_faults_or_on_the_order() -> None:
     tasks = [toys.make_task(START, 2, k, f"c{k % 3}") for k in range(200)]
-    alone = {task.id: Faults(0.3, 0.0, 0.0).befalls(task, 10.0, 1) for task in tasks}
-    both = {task.id: Faults(0.3, 0.0, 0.2).befalls(task, 10.0, 1) for task in reversed(tasks)}
+    alone = {task.id: Faults(0.3, 0.0, 0.0).interruption(task, 10.0, 1) for task in tasks}
+    both = {task.id: Faults(0.3, 0.0, 0.2).interruption(task, 10.0, 1) for task in reversed(tasks)}
     assert all(both[k] == alone[k] for k in both if both[k] and isinstance(both[k][1], Vanished))  # type: ignore[index]
     assert sum(both[k] != alone[k] for k in both) > 10
 
@@ -413,13 +414,13 @@ def test_a_cycle_is_as_long_as_it_should_be_and_open_when_it_should(times: list[
 def test_no_table_grows_with_the_events() -> None:
     """Lost and late tasks leave nothing behind, neither here nor in what writes the metrics."""
     halves: tuple[dict[str, int], dict[str, int]] = ({}, {})
-    metrics = Metrics(io.StringIO(), Places(4))
+    metrics = Metrics(io.StringIO(), SlotUsage(4))
 
     class Watched(Ledger):
         def __call__(self, now: float, event: Any, commands: list[Any]) -> None:
             metrics(now, event, commands)
-            tables = {"heap": one.heap, "flying": one.flying, "locals": one.locals, "tasks": metrics.tasks}
-            tables |= {"uploaded": metrics.uploaded, "out": one.presence.out, "periods": one.presence.periods}
+            tables = {"heap": one.heap, "in_flight": one.in_flight, "client_states": one.client_states, "sent": metrics.sent}
+            tables |= {"uploaded": metrics.uploaded, "vanished_in": one.presence.vanished_in, "periods": one.presence.periods}
             half = halves[one.server.state.version >= 60]
             for name, table in tables.items():
                 half[name] = max(half.get(name, 0), len(table))  # type: ignore[arg-type]
@@ -438,8 +439,8 @@ def test_a_simulation_that_is_written_down_in_the_middle_goes_on_the_same() -> N
 
     class Copied(Simulation):
         def _next(self) -> Any:
-            self.heap, self.presence, self.flying, self.locals = pickle.loads(
-                pickle.dumps((self.heap, self.presence, self.flying, self.locals))
+            self.heap, self.presence, self.in_flight, self.client_states = pickle.loads(
+                pickle.dumps((self.heap, self.presence, self.in_flight, self.client_states))
             )
             return super()._next()
 

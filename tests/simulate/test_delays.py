@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedloom.core import schema
 from fedloom.core.errors import Refused
-from fedloom.core.schema import plain
+from fedloom.core.schema import jsonable
 from fedloom.runs import manifest
 from fedloom.runs.run import Run
 from fedloom.runs.run_file import override
@@ -61,9 +61,9 @@ def flat(found: dict[str, list[float]]) -> list[float]:
 @every_law
 def test_every_law_is_positive_and_fits_a_run(law: Devices) -> None:
     run = Run(model="m", data=None, world=law)  # type: ignore[arg-type]
-    schema.check(law)
-    assert schema.fits(law, Devices)
-    assert manifest.digest(plain(run))
+    schema.check_fields(law)
+    assert schema.matches_type(law, Devices)
+    assert manifest.settings_hash(jsonable(run))
     assert all(0 < one < math.inf for one in flat(times(law, 20, 3)))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from fedloom.core import schema
@@ -20,6 +20,7 @@ from fedloom.core.types import Profile
 from fedloom.simulate.availability import Windows
 from fedloom.simulate.device_files import AvailabilityFile, DeviceFile, FedScaleDevices
 from fedloom.simulate.devices import Devices
+from tests.support.storms import tries
 from tests.support.toys import SHAPE, adapter, make_result, make_task
 
 EXAMPLES = {"a": 1, "b": 2, "c": 3}
@@ -210,10 +211,10 @@ def test_what_makes_no_sense_is_refused(make: Callable[[], object]) -> None:
 
 
 def test_they_fit_a_run() -> None:
-    assert schema.fits(DeviceFile("x"), Devices)
-    assert schema.fits(FedScaleDevices("x"), Devices)
-    assert schema.fits(AvailabilityFile("x"), Windows | None)
-    assert not schema.fits(DeviceFile("x"), Windows | None)
+    assert schema.matches_type(DeviceFile("x"), Devices)
+    assert schema.matches_type(FedScaleDevices("x"), Devices)
+    assert schema.matches_type(AvailabilityFile("x"), Windows | None)
+    assert not schema.matches_type(DeviceFile("x"), Windows | None)
 
 
 def refused_or(read: Callable[[], Any]) -> Any:
@@ -233,7 +234,7 @@ HEADER = st.lists(st.sampled_from(("client", "flops", "up_bps", "down_bps", "mem
 
 
 @given(st.binary(max_size=80) | st.tuples(HEADER, st.lists(st.lists(CELL, max_size=7), max_size=4)))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@tries(40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_table_is_read_or_refused_in_one_sentence(write: Callable[..., Path], given_: Any) -> None:
     text = (
         given_
@@ -260,7 +261,7 @@ JSON = st.recursive(
 
 
 @given(JSON | st.dictionaries(st.text(max_size=3), JSON, max_size=3))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@tries(40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_is_read_or_refused_in_one_sentence(write: Callable[..., Path], given_: Any) -> None:
     path = write(json.dumps(given_), "any.json")
     assert refused_or(lambda: FedScaleDevices(path).profiles(EXAMPLES, 0))
@@ -268,7 +269,7 @@ def test_any_json_is_read_or_refused_in_one_sentence(write: Callable[..., Path],
 
 
 @given(st.lists(st.floats(0, 1e5), max_size=9), st.floats(1, 1e5))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+@tries(40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_periods_of_a_trace_fill_its_cycle(write: Callable[..., Path], times: list[float], length: float) -> None:
     ordered = sorted(times)
     trace = {"active": ordered[::2], "inactive": ordered[1::2], "finish_time": length}

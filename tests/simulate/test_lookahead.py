@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom import FedFa, Limits, Plan, RandomRank, Rounds, World
 from fedloom.core.events import Dispatch, UpdateArrived
-from fedloom.core.policies import Answer, Schedule, Trainer
-from fedloom.core.types import Local, Result, Task
+from fedloom.core.policies import PendingResult, Schedule, Trainer
+from fedloom.core.types import ClientState, Result, Task
 from fedloom.simulate.availability import Availability, Traced
 from fedloom.simulate.client_presence import Presence
 from fedloom.simulate.delays import DelayClasses, Delays, ExponentialDelays
@@ -24,6 +24,7 @@ from fedloom.simulate.faults import Faults
 from tests.runs.test_resume import Remembering
 from tests.simulate.test_simulation import Log, simulation
 from tests.support import toys
+from tests.support.storms import tries
 
 WORLDS: tuple[Devices, ...] = (
     World(jitter=0.3), Capabilities(), Delays(), Delays(sigma=0.0), ExponentialDelays(), DelayClasses(concentration=None),
@@ -42,8 +43,8 @@ class Piece:
     """A task in training."""
 
     task: Task
-    local: Local
-    answer: tuple[Result, Local] | None = None
+    local: ClientState
+    answer: tuple[Result, ClientState] | None = None
 
 
 @dataclass
@@ -57,14 +58,14 @@ class Early:
     trained: list[int] = field(default_factory=list)
     most: int = 0
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         raise AssertionError("a simulation begins with tasks and asks for answers")
 
-    def least(self, task: Task) -> Result:
+    def unchanged_result(self, task: Task) -> Result:
         """All but what is trained."""
         return toys.make_result(task.start.train, steps=task.budget.steps, control=task.start.control)
 
-    def begin(self, work: Sequence[tuple[Task, Local]], due: Sequence[float]) -> Sequence[Answer]:
+    def begin(self, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]) -> Sequence[PendingResult]:
         """Some of what is open is trained."""
         assert len(work) == len(due)
         pieces = [Piece(*one) for one in work]
@@ -77,7 +78,7 @@ class Early:
         for piece in [piece for piece in self.open if self.draw.random() < self.eager]:
             self._train(piece)
 
-    def _answer(self, piece: Piece) -> tuple[Result, Local]:
+    def _answer(self, piece: Piece) -> tuple[Result, ClientState]:
         self._some()
         if piece.answer is None:
             self._train(piece)
@@ -99,7 +100,7 @@ def trace(trainer: Trainer, schedule: Schedule, world: Devices, seed: int, **mor
     one = simulation(server, log, trainer, world=world, seed=seed, presence=Presence(stays, faults, seed))
     one.profiles = {p.client: p for p in world.profiles(dict.fromkeys(one.profiles, 10), seed)}
     count = iter(range(10**9))
-    one.settled = lambda: one.drain() if drains and next(count) % drains == 0 else None
+    one.after_step = lambda: one.drain() if drains and next(count) % drains == 0 else None
     one.run()
     return log
 
@@ -113,7 +114,7 @@ def trace(trainer: Trainer, schedule: Schedule, world: Devices, seed: int, **mor
     seed=st.integers(0, 99),
     drains=st.sampled_from([0, 1, 3]),
 )
-@settings(max_examples=5, deadline=None)
+@tries(10)
 def test_the_trace_is_that_of_training_at_dispatch(
     schedule: Schedule, world: Devices, faults: Faults | None, leaving: bool, eager: float, seed: int, drains: int
 ) -> None:

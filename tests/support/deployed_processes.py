@@ -15,21 +15,20 @@ from hypothesis import strategies as st
 from fedloom.core.events import Command, Event
 from fedloom.core.server import Server, State
 from fedloom.core.types import Model
-from fedloom.deploy.messages.messages import Terms
-from fedloom.deploy.server.config import Patience
+from fedloom.deploy.messages.messages import RunTerms
+from fedloom.deploy.server.config import Timeouts
 from fedloom.deploy.server.driver import Deployment
-from fedloom.hierarchy.tree import owners
 from fedloom.runs import checkpoint
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.replay import Archive
-from fedloom.runs.resume import LOGS, NAME, Keeper, Progress, kept, log, restore
-from fedloom.runs.slot_usage import Places
+from fedloom.runs.resume import LOGS, CHECKPOINT, CheckpointWriter, Progress, saved_fields, open_log, restore
+from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.trace import Trace
 from fedloom.train.settings import PLAIN, LoRA, Training
 from tests.support.simulated_link import Net, Trouble
 
-TERMS = Terms("storm", "0" * 12, "toy", 2, LoRA(), Training(), PLAIN, 1, 0, ("no", "yes"))
-QUICK = Patience(task=60.0, away=15.0, pause=5.0, again=0.5, poll=0.25, look=1.0)
+TERMS = RunTerms("storm", "0" * 12, "toy", 2, LoRA(), Training(), PLAIN, 1, 0, ("no", "yes"))
+QUICK = Timeouts(task=60.0, away=15.0, pause=5.0, retry=0.5, poll=0.25, look=1.0)
 
 
 class Killed(Exception):
@@ -43,7 +42,7 @@ class Life:
     folder: Path
     net: Net
     make: Callable[[], Server]
-    patience: Patience = QUICK
+    patience: Timeouts = QUICK
     deadly: float = 0.0
     least: int = 1
     starts: int = 0
@@ -57,13 +56,13 @@ class Life:
         """One process: until the run ends. Raises Killed."""
         self.starts += 1
         server, profiles = self.make(), dict[str, Any]()
-        stored = checkpoint.load(self.folder / NAME) if (self.folder / NAME).exists() else None
+        stored = checkpoint.read_checkpoint(self.folder / CHECKPOINT) if (self.folder / CHECKPOINT).exists() else None
         sizes = {name: stored.about[name] for name in LOGS} if stored else dict.fromkeys(LOGS, 0)
         with ExitStack() as opened:
-            logs = [opened.enter_context(log(self.folder / name, size)) for name, size in sizes.items()]
-            metrics, progress = Metrics(logs[1], Places(server.schedule.max_in_flight)), Progress()
+            logs = [opened.enter_context(open_log(self.folder / name, size)) for name, size in sizes.items()]
+            metrics, progress = Metrics(logs[1], SlotUsage(server.schedule.max_in_flight)), Progress()
             watching = [Trace(logs[0]), metrics, Archive.of(self.folder / "updates", server)]
-            keeper = Keeper(self.folder, given={"transfer": server.transfer}, seconds=0.0, logs=logs)
+            keeper = CheckpointWriter(self.folder, given={"transfer": server.transfer}, seconds=0.0, logs=logs)
 
             def observe(now: float, event: Event, commands: list[Command]) -> None:
                 for one in watching:
@@ -79,12 +78,12 @@ class Life:
                 self.dies()
 
             self.running = running = Deployment(
-                server, self.net, TERMS, profiles, self.least, self.patience, self.net.clock, over=self.over
+                server, self.net, TERMS, profiles, self.least, self.patience, self.net.clock, over_regions=self.over
             )
-            running.evaluate, running.observe, running.settled = evaluate, observe, settled
-            keeper.owners = (*owners(server), running, metrics, progress)
+            running.evaluate, running.observe, running.save = evaluate, observe, settled
+            keeper.owners = (*server.parts_to_save(), running, metrics, progress)
             kinds = (State, Deployment, Metrics, Progress)
-            hints = {name: hint for kind in kinds for name, hint in kept(kind).items()}
+            hints = {name: hint for kind in kinds for name, hint in saved_fields(kind).items()}
             restore(stored.read(hints, transfer=server.transfer) if stored else {}, keeper.owners)
             send = self.net.send
             self.net.send = lambda node, body: self.dies() or send(node, body)  # type: ignore[assignment,method-assign]

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedloom import Plan, Rounds
 from fedloom.core.types import Profile
-from fedloom.deploy.site.worker import Worker
+from fedloom.deploy.site.worker import SiteWorker
 from fedloom.plan.rank import RandomRank
 from fedloom.runs.job import Job
 from fedloom.runs.run import Run
@@ -24,7 +24,7 @@ MIXED = Plan(RandomRank(2, 8), local_steps=3)
 class Real:
     """A site of the net with a real worker."""
 
-    worker: Worker
+    worker: SiteWorker
     profile: Profile = field(init=False)
     seconds: float = 1.0
 
@@ -63,5 +63,5 @@ def net_of(tmp_path: Path, job: Job, encoder: Path) -> Net:
         site = site_at(tmp_path / shard.client, encoder, rows)
         copy = site.model.model_copy(update={"name": job.run.model})
         site = site.model_copy(update={"name": shard.client, "model": copy})
-        found[number] = Real(Worker(site), seconds=1.0 + number)
+        found[number] = Real(SiteWorker(site), seconds=1.0 + number)
     return Net(found)  # type: ignore[arg-type]

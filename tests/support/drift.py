@@ -15,7 +15,7 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.policies import Schedule
 from fedloom.core.server import Limits
-from fedloom.core.types import Local, Model, Profile, Result, Task
+from fedloom.core.types import ClientState, Model, Profile, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.simulate.devices import World
@@ -33,7 +33,7 @@ def point(*at: float) -> Adapter:
 class Steady:
     """A trainer: one further."""
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """What was sent, plus 1."""
         moved = [replace(task.start.train, dense={"x": task.start.train.dense["x"] + 1.0}) for task, _ in work]
         return [(toys.make_result(one), local) for one, (_, local) in zip(moved, work, strict=True)]

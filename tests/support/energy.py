@@ -10,7 +10,7 @@ from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core.policies import Aggregator
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Local, Model, Profile, Result, Task
+from fedloom.core.types import ClientState, Model, Profile, Result, Task
 from fedloom.schedule.rounds import Rounds
 from fedloom.simulate.devices import World
 from fedloom.simulate.simulation import Simulation
@@ -25,7 +25,7 @@ COHORT = 10
 class Idle:
     """A trainer that gives back what it got."""
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """Nothing is learnt."""
         return [(Result(task.start.train, 10, 0, task.budget.steps), local) for task, local in work]
 

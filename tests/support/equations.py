@@ -77,10 +77,10 @@ def values(of: Adapter) -> Values:
 def round_of(model: Model, merge: Merge) -> Round:
     """What the package's words say, as an oracle reads them."""
     clients = []
-    for p, update in merge.parts:
+    for p, update in merge.weighted_updates:
         start, given = update.task.start, update.result
         free = frozenset(PARTS.values()) - {PARTS[side] for side in (*start.rules.frozen, *start.rules.private)}
-        held = tuple(start.slots or range(max(f.rank for f in start.train.factors.values())))
+        held = tuple(start.directions or range(max(f.rank for f in start.train.factors.values())))
         control = values(given.control) if given.control else {}
         rank, chose = update.task.budget.rank, start.rules.select is not None
         gave, got = values(given.adapter), values(start.train)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from fedloom.deploy.flower import app_outcome, keys
 from fedloom.deploy.flower.supervisor import free_port, program
 from fedloom.deploy.site import export_sites
-from fedloom.runs.run_file import run_of
+from fedloom.runs.run_file import load_run_file
 from tests.support.tiny_models import tiny_encoder, toy_rows
 
 T = TypeVar("T")
@@ -93,7 +93,7 @@ class Federation:
     def pid(self, place: str, part: str) -> int | None:
         """The process of a part, while it runs: "superlink", "gate", "serverapp" of the server, "worker", "supernode" of a site."""
         if part == "serverapp":
-            word = app_outcome.heard(self.server, app_outcome.last(self.server)) if self.server.exists() else None
+            word = app_outcome.read_outcome(self.server, app_outcome.last_attempt(self.server)) if self.server.exists() else None
             return word.pid if word and word.lives and not word.ended else None
         parent = self.processes[place].pid
         return next((pid for pid in children(parent) if any(mark in command_of(pid) for mark in MARKS[part])), None)
@@ -145,7 +145,7 @@ def make(folder: Path, clients: int, versions: int, steps: int, seed: int = 0, h
     for name, rows in (("train", toy_rows(1000, 1)), ("test", toy_rows(400, 2))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "run.py").write_text(RUNFILE.format(clients=clients, versions=versions, steps=steps, seed=seed))
-    export_sites.write(run_of(folder / "run.py"), folder / "sites")
+    export_sites.export_sites(load_run_file(folder / "run.py"), folder / "sites")
     made = Federation(folder, sorted(one.name for one in (folder / "sites").iterdir()), free_port(), host)
     keys.new(made.server, [host])
     for name in made.names:

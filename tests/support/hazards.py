@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fedloom.core.lora import Adapter, Factor
-from fedloom.core.types import Budget, Local, Result, Start, Task
-from fedloom.train.workers.worker import Divisible
+from fedloom.core.types import Budget, ClientState, Result, TaskStart, Task
+from fedloom.train.workers.worker import GroupedTrainer
 
-Work = Sequence[tuple[Task, Local]]
-Answers = list[tuple[Result, Local]]
+Work = Sequence[tuple[Task, ClientState]]
+Answers = list[tuple[Result, ClientState]]
 
 
 class Unsendable(Exception):
@@ -38,13 +38,13 @@ class Toy:
     def groups(self, work: Work) -> list[Work]:
         return [[one] for one in work]
 
-    def least(self, task: Task) -> Result:
+    def unchanged_result(self, task: Task) -> Result:
         return Result(task.start.train, task.id, 1, 1)
 
     def train(self, work: Work) -> Answers:
         return [self._one(task, local) for task, local in work]
 
-    def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
+    def _one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
         time.sleep(self.seconds)
         if task.seed == -1:
             raise Unsendable("one", "two")
@@ -55,14 +55,14 @@ class Toy:
         total = self.weights.sum()
         factors = {n: Factor(f.down + total, f.up) for n, f in task.start.train.factors.items()}
         metrics = {"pid": os.getpid(), "threads": torch.get_num_threads()}
-        return Result(Adapter(factors), task.id, 1, 1, metrics), Local(basis=f"{local.basis}+{task.id}")
+        return Result(Adapter(factors), task.id, 1, 1, metrics), ClientState(basis=f"{local.basis}+{task.id}")
 
 
 @dataclass(frozen=True)
 class Lethal:
     """Trains as `inner` does; then, before it answers `task`, its process is killed, the first `deaths` times."""
 
-    inner: Divisible
+    inner: GroupedTrainer
     folder: Path
     task: int
     deaths: int = 1
@@ -71,8 +71,8 @@ class Lethal:
     def groups(self, work: Work) -> Sequence[Work]:
         return self.inner.groups(work)
 
-    def least(self, task: Task) -> Result:
-        return self.inner.least(task)
+    def unchanged_result(self, task: Task) -> Result:
+        return self.inner.unchanged_result(task)
 
     def train(self, work: Work) -> Answers:
         answers = self.inner.train(work)
@@ -91,11 +91,11 @@ class Lethal:
         return [int(line) for line in (self.folder / "trained").read_text().split()]
 
 
-def toy_work(count: int, first: int = 1, **seeds: int) -> list[tuple[Task, Local]]:
+def toy_work(count: int, first: int = 1, **seeds: int) -> list[tuple[Task, ClientState]]:
     """Tasks numbered from `first`, one for each of `count` clients; `t3=-1` gives task 3 the seed -1."""
     numbers = range(first, first + count)
-    starts = [Start(Adapter({"only": Factor(torch.full((2, 4), float(n)), torch.ones(3, 2))}), "0") for n in numbers]
+    starts = [TaskStart(Adapter({"only": Factor(torch.full((2, 4), float(n)), torch.ones(3, 2))}), "0") for n in numbers]
     return [
-        (Task(n, f"c{n}", 0, start, Budget(2, 1), seeds.get(f"t{n}", n), 0.0), Local(basis=f"b{n}"))
+        (Task(n, f"c{n}", 0, start, Budget(2, 1), seeds.get(f"t{n}", n), 0.0), ClientState(basis=f"b{n}"))
         for n, start in zip(numbers, starts, strict=True)
     ]

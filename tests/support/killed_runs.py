@@ -99,7 +99,7 @@ def set_trap(place: str) -> None:
         os.truncate(path, path.stat().st_size // 2)
 
     def half_a_line(self: Any, *step: Any) -> None:
-        text = trace.line(*step)
+        text = trace.encode_step(*step)
         self.file.write(text[: len(text) // 2])
         self.file.flush()
 
@@ -123,7 +123,7 @@ def set_trap(place: str) -> None:
         from fedloom.runs import execute
 
         visits = 1
-        execute.save = torn(execute.save, lambda *_: None)
+        execute.save_adapter = torn(execute.save_adapter, lambda *_: None)
 
 
 def ended(child: int) -> bool:

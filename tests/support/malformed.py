@@ -45,7 +45,7 @@ def throw(server: Server, thrown: Thrown) -> str:
     """The reason of the refusal; empty if there was none. Raises what the server or the decoder raises."""
     if isinstance(thrown, bytes):
         try:
-            client, task, result = wire.decode(thrown, BYTES_LIMIT, server.state.busy)
+            client, task, result = wire.decode_result(thrown, BYTES_LIMIT, server.state.busy)
         except Malformed as error:
             return str(error)
         thrown = UpdateArrived(client, task, result)
@@ -86,7 +86,7 @@ def _still_open(place: Scene) -> None:
     """Every outstanding task takes its good answer, alternately as a `Result` and as bytes, until the round is full."""
     for number, task in enumerate(place.open[: COHORT_OF_SIX - 1]):
         answer = UpdateArrived(task.client, task.id, place.good(task))
-        reason = throw(place.server, wire.encode(task, place.good(task)) if number % 2 else answer)
+        reason = throw(place.server, wire.encode_result(task, place.good(task)) if number % 2 else answer)
         if reason:
             raise RuntimeError(f"a well-formed answer to task {task.id} was refused: {reason}")
     if place.server.state.version != 2:

@@ -54,7 +54,7 @@ def in_bytes(bend: Callable[[Draw, bytes], bytes]) -> Kind:
 
     def make(draw: Draw, scene: Scene) -> Thrown:
         task = scene.some(draw)
-        return bend(draw, wire.encode(task, scene.good(task)))
+        return bend(draw, wire.encode_result(task, scene.good(task)))
 
     return make
 
@@ -107,7 +107,7 @@ def sent(kind: Kind) -> Kind:
         assert isinstance(told, UpdateArrived)
         every = (*scene.open, *scene.answered, *scene.closed)
         task = next(task for task in every if scene.good(task).adapter is told.result.adapter)
-        manifest, flat = parts(wire.encode(task, told.result))
+        manifest, flat = parts(wire.encode_result(task, told.result))
         return raw(flat, {**manifest, "task": told.task, "client": told.client})
 
     return make
@@ -259,7 +259,7 @@ MISTYPED: Mapping[str, list[object]] = {
 }
 MISNUMBERED: Mapping[str, tuple[int, ...]] = {
     "examples": (0, -1, 10**30),
-    "format": (0, 1, 3, -1),
+    "format": (0, 1, 2, 4, -1),
     "rank": (-1, 0, 1, 3, 16, 10**30),
     "steps": (0, -4, 5, 10**30),
     "task": (0, -1, 10**6, 10**30),

@@ -17,7 +17,7 @@ from fedloom.core.codec import Codec
 from fedloom.core.events import ClientJoined, Command, Dispatch, TimerFired, UpdateArrived
 from fedloom.core.lora import Adapter, Factor, truncate
 from fedloom.core.model_shape import Shape
-from fedloom.core.policies import Assign, Fleet
+from fedloom.core.policies import BudgetRule, Fleet
 from fedloom.core.server import Limits, Server
 from fedloom.core.types import Budget, Profile, Result, Task
 from fedloom.schedule.rounds import Rounds
@@ -40,7 +40,7 @@ def toy_adapter(rank: int, seed: int, size: float = 1.0) -> Adapter:
     return Adapter(factors, {"head": torch.randn(3, generator=draw)})
 
 
-def ranks_by_name(clients: Sequence[str], ranks: Sequence[int]) -> Assign:
+def ranks_by_name(clients: Sequence[str], ranks: Sequence[int]) -> BudgetRule:
     """Each client its rank, and four steps."""
     known = dict(zip(clients, ranks, strict=True))
 

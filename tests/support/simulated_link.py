@@ -10,11 +10,11 @@ from random import Random
 from typing import Any
 
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.transfer import answered, owed
-from fedloom.core.types import Local, Profile
-from fedloom.deploy.link import Reply
+from fedloom.core.transfer import encode_answer, residual_of
+from fedloom.core.types import ClientState, Profile
+from fedloom.deploy.link import RawReply
 from fedloom.deploy.messages import answer as wire
-from fedloom.deploy.messages.messages import Hello, Welcome, Work, decode, decode_any, encode_reply
+from fedloom.deploy.messages.messages import JoinRequest, Welcome, TaskRequest, decode_request, decode_any, encode_reply
 from tests.support.toys import Quadratic
 
 VALUES: dict[str, Any] = {}
@@ -32,28 +32,28 @@ class Site:
     seconds: float = 1.0
     unusable: int = 9
     trainer: Quadratic = field(default_factory=Quadratic)
-    local: Local = field(default_factory=Local)
-    last: tuple[int, str, bytes, Local] | None = None
+    local: ClientState = field(default_factory=ClientState)
+    last: tuple[int, str, bytes, ClientState] | None = None
     trained: Counter[tuple[int, str]] = field(default_factory=Counter)
     kept: list[int] = field(default_factory=list)
 
     def answer(self, body: bytes) -> bytes:
         """As `Worker.answer`."""
-        ask = decode(body, 2**30)
-        if isinstance(ask, Hello):
+        ask = decode_request(body, 2**30)
+        if isinstance(ask, JoinRequest):
             return encode_reply(Welcome(self.profile, ask.incarnation))
         task = ask.task
         key = (task.id, fingerprint(task.start.train))
         if self.last and self.last[:2] == key:
             return self.last[2]
-        if self.last and ask.settled == self.last[0]:
+        if self.last and ask.last_accepted == self.last[0]:
             self.local = self.last[3]
-            self.kept.append(ask.settled)
+            self.kept.append(ask.last_accepted)
         ((result, local),) = self.trainer.train([(task, self.local)])
         if task.id % self.unusable == 0:
             result = replace(result, examples=0)
-        told, left = answered(task, self.local, result, local)
-        answer = wire.encode(task, replace(result, metrics=told.metrics), owed(task.start, self.local))
+        told, left = encode_answer(task, self.local, result, local)
+        answer = wire.encode_result(task, replace(result, metrics=told.metrics), residual_of(task.start, self.local))
         self.trained[key] += 1
         self.last = (*key, answer, left)
         return answer
@@ -78,7 +78,7 @@ class Net:
     seed: int = 0
     named: bool = True
     time: float = 0.0
-    heap: list[tuple[float, int, Reply]] = field(default_factory=list)
+    heap: list[tuple[float, int, RawReply]] = field(default_factory=list)
     made: int = 0
     back: dict[int, float] = field(default_factory=dict)
     free: dict[int, float] = field(default_factory=dict)
@@ -102,21 +102,21 @@ class Net:
         if self.trouble.away and draw() < self.trouble.away:
             self.back[node] = self.time + 20 * draw()
         if draw() < self.trouble.lost:
-            self._put(self.time + 5 * draw(), Reply(message, node, error="it did not get there"))
+            self._put(self.time + 5 * draw(), RawReply(message, node, error="it did not get there"))
             return message
         begin = max(self.time, self.free.get(node, 0.0), self.back.get(node, 0.0))
-        takes = site.seconds if isinstance(decode_any(body, 2**30), Work) else 0.2
+        takes = site.seconds if isinstance(decode_any(body, 2**30), TaskRequest) else 0.2
         self.free[node] = begin + takes * (0.5 + draw())
         answer = site.answer(body)
         lost = draw() < self.trouble.unanswered
         self._put(
-            self.free[node], Reply(message, node, None, "the answer was lost") if lost else Reply(message, node, answer)
+            self.free[node], RawReply(message, node, None, "the answer was lost") if lost else RawReply(message, node, answer)
         )
         if draw() < self.trouble.twice:
-            self._put(self.free[node] + 3 * draw(), Reply(message, node, site.answer(body) if not lost else answer))
+            self._put(self.free[node] + 3 * draw(), RawReply(message, node, site.answer(body) if not lost else answer))
         return message
 
-    def collect(self) -> Sequence[Reply]:
+    def collect(self) -> Sequence[RawReply]:
         found = []
         while self.heap and self.heap[0][0] <= self.time:
             found.append(heapq.heappop(self.heap)[2])
@@ -126,5 +126,5 @@ class Net:
         """The server is another process now: nobody hands it the replies to the old one."""
         self.heap.clear()
 
-    def _put(self, at: float, reply: Reply) -> None:
+    def _put(self, at: float, reply: RawReply) -> None:
         heapq.heappush(self.heap, (at, self.made * 2 + len(self.heap), reply))

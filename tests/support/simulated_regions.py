@@ -16,7 +16,7 @@ from typing import Any
 
 from fedloom.core.types import Profile
 from fedloom.deploy import start
-from fedloom.deploy.site.worker_socket import ask
+from fedloom.deploy.site.worker_socket import ask_worker
 from fedloom.runs.run import Run
 from tests.support.deployment_runs import folder_of
 from tests.support.simulated_link import Net
@@ -64,7 +64,7 @@ class Above:
         while True:
             try:
                 with freed():
-                    self.said[body] = ask(self.socket, body, 5.0)
+                    self.said[body] = ask_worker(self.socket, body, 5.0)
                     return self.said[body]
             except OSError:  # it is not there (any more)
                 assert time.monotonic() < until
@@ -95,7 +95,7 @@ class Country:
                 time.sleep(0.01)
 
         with ONE:
-            return start.run(self.above, self.folder, slowly, self.above.clock)
+            return start.run_deployment(self.above, self.folder, slowly, self.above.clock)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -150,7 +150,7 @@ class Country:
             self.starts[number] += 1
             try:
                 with ONE:
-                    start.run(own, self.folders[number], pause, own.clock)
+                    start.run_deployment(own, self.folders[number], pause, own.clock)
             except Killed:
                 own.forget()
             except Over:

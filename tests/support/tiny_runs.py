@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from fedloom.core.lora import Adapter, Factor
-from fedloom.core.types import Budget, Start, Task
+from fedloom.core.types import Budget, TaskStart, Task
 from fedloom.data.examples import Examples
-from fedloom.train.base_model import Base, load
+from fedloom.train.base_model import Base, load_base
 from fedloom.train.settings import PLAIN, Engine, LoRA, Training
-from fedloom.train.tokenised import Encoded, encode
+from fedloom.train.tokenised import EncodedTexts, encode_texts
 from fedloom.train.trainer import PeftTrainer
 from tests.support.tiny_models import tiny_run, toy_answers, toy_rows
 
@@ -42,14 +42,14 @@ def examples(count: int = 60) -> Examples:
 
 
 def base_of(model: Path, rank: int = 4, **lora: Any) -> Base:
-    return load(str(model), 2, LoRA(**({"dropout": 0.0} | lora)), rank, seed=3)
+    return load_base(str(model), 2, LoRA(**({"dropout": 0.0} | lora)), rank, seed=3)
 
 
 def writer_of(model: Path, rank: int = 4, engine: Engine = PLAIN, **lora: Any) -> Base:
-    return load(str(model), None, LoRA(**({"dropout": 0.0} | lora)), rank, seed=3, engine=engine)
+    return load_base(str(model), None, LoRA(**({"dropout": 0.0} | lora)), rank, seed=3, engine=engine)
 
 
-def answered(base: Base, count: int = 60, left: bool = False) -> Encoded:
+def answered(base: Base, count: int = 60, left: bool = False) -> EncodedTexts:
     """Requests with their answers and an end mark."""
     tokenizer, ids, begins = base.tokenizer, [], []
     for row in toy_answers(count):
@@ -58,7 +58,7 @@ def answered(base: Base, count: int = 60, left: bool = False) -> Encoded:
         )
         ids.append((1, *request, *answer, 2))
         begins.append(1 + len(request))
-    return Encoded(tuple(ids), {}, (0,) * count, tokenizer.pad_token_id, left, tuple(begins))
+    return EncodedTexts(tuple(ids), {}, (0,) * count, tokenizer.pad_token_id, left, tuple(begins))
 
 
 def writing_trainer(base: Base, count: int = 60, **training: Any) -> PeftTrainer:
@@ -69,7 +69,7 @@ def writing_trainer(base: Base, count: int = 60, **training: Any) -> PeftTrainer
 
 def trainer_of(base: Base, count: int = 60, **training: Any) -> PeftTrainer:
     """Two clients, `a` with the first half of the examples and `b` with the second."""
-    texts = encode(examples(count), base.tokenizer, 32)
+    texts = encode_texts(examples(count), base.tokenizer, 32)
     half = count // 2
     shards = {"a": tuple(range(half)), "b": tuple(range(half, count))}
     return PeftTrainer(base, texts, shards, Training(**({"learning_rate": 1e-2} | training)))
@@ -77,7 +77,7 @@ def trainer_of(base: Base, count: int = 60, **training: Any) -> PeftTrainer:
 
 def task_of(start: Adapter, client: str = "a", steps: int = 3, number: int = 1, basis: str = "0") -> Task:
     rank = next(iter(start.factors.values())).rank
-    return Task(number, client, 0, Start(start, basis), Budget(rank, steps), seed=100 + number, sent=0.0)
+    return Task(number, client, 0, TaskStart(start, basis), Budget(rank, steps), seed=100 + number, sent=0.0)
 
 
 def lively(adapter: Adapter, seed: int = 0) -> Adapter:
@@ -92,8 +92,8 @@ def lively(adapter: Adapter, seed: int = 0) -> Adapter:
 
 
 @torch.no_grad()
-def logits(base: Base, adapter: Adapter, texts: Encoded, scaling: float | None = None) -> Tensor:
-    base.put(adapter, scaling)
+def logits(base: Base, adapter: Adapter, texts: EncodedTexts, scaling: float | None = None) -> Tensor:
+    base.activate(adapter, scaling)
     inputs = texts.batch(range(len(texts.ids)), base.device)
     inputs.pop("labels")
     found: Tensor = base.model.eval()(**inputs).logits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import pkgutil
 import re
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,11 @@ import fedloom.schedule
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.raflora import RaFLoRA
-from fedloom.core.lora import Adapter, Factor, whole
+from fedloom.core.lora import Adapter, Factor, compact_with_fold
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Fleet, Merge, Schedule
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Budget, Local, Model, Profile, Result, Start, Task, Update
+from fedloom.core.types import Budget, ClientState, Model, Profile, Result, TaskStart, Task, Update
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.fedasync import FedAsync
@@ -33,10 +32,8 @@ from fedloom.schedule.immediate import Immediate
 from fedloom.schedule.rounds import Rounds
 from fedloom.schedule.shared.staleness import SQUARE_ROOT, Hinge
 from fedloom.schedule.shared.weights import by_examples, uniform
-from fedloom.train.trainer import personal
+from fedloom.train.objective import personal_adapter
 
-STORMS = int(os.environ.get("STORMS", "1"))
-"""So many times as many examples in the slow storms (`make storms`)."""
 torch.set_num_threads(1)  # matrices this small are slower on two cores
 
 LAYERS = {"query": (12, 10), "value": (10, 14)}
@@ -134,7 +131,7 @@ def products(of: Adapter) -> dict[str, Tensor]:
     return {name: product(f) for name, f in of.factors.items()}
 
 
-def function(model: Model | Start) -> dict[str, Tensor]:
+def function(model: Model | TaskStart) -> dict[str, Tensor]:
     """What is added to the base: the products of the adapter and of the fold."""
     own = products(model.adapter if isinstance(model, Model) else model.train)
     return own if model.fold is None else weighted([(1.0, own), (1.0, products(model.fold))])
@@ -161,7 +158,7 @@ def distance(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float
 
 def make_task(start: Adapter, rank: int, number: int = 1, client: str | None = None, **more: Any) -> Task:
     given: dict[str, Any] = {"version": 0, "budget": Budget(rank, 5), "seed": number, "sent": 0.0} | more
-    return Task(id=number, client=client or f"c{number}", start=Start(start, "0"), **given)
+    return Task(id=number, client=client or f"c{number}", start=TaskStart(start, "0"), **given)
 
 
 def make_result(trained: Adapter, examples: int = 10, **more: Any) -> Result:
@@ -192,9 +189,9 @@ def returned(task: Task, trained: Adapter | None = None) -> Update:
     return Update(task, make_result(given))
 
 
-def changed(start: Start | Adapter, seed: int, by: float = 0.3) -> Adapter:
+def changed(start: TaskStart | Adapter, seed: int, by: float = 0.3) -> Adapter:
     """What was sent after some training: every entry moved, frozen sides apart."""
-    begin, frozen = (start.train, start.rules.frozen) if isinstance(start, Start) else (start, ())
+    begin, frozen = (start.train, start.rules.frozen) if isinstance(start, TaskStart) else (start, ())
     factors = {}
     for k, (n, f) in enumerate(begin.factors.items()):
         noise = factor(f.rank, f.up.shape[0], f.down.shape[1], seed=seed * 100 + k)
@@ -243,7 +240,7 @@ class Null:
 
     spoil: Any = None
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         plain = [make_result(task.start.train) for task, _ in work]
         return [(self.spoil(r) if self.spoil else r, local) for r, (_, local) in zip(plain, work, strict=True)]
 
@@ -269,12 +266,12 @@ class Quadratic:
         squares = sum(float((p - wanted[n]).square().sum()) for n, p in products(of).items())
         return squares / sum(float(t.square().sum()) for t in wanted.values())
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         return [self._one(task, local) for task, local in work]
 
-    def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
+    def _one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
         start, target, factors = task.start, self.target(task.client), {}
-        begin = personal(start, local)
+        begin = personal_adapter(start, local)
         generator = torch.Generator().manual_seed(task.seed)
         for name, factor in begin.factors.items():
             down, up = factor.down.double(), factor.up.double()
@@ -290,7 +287,7 @@ class Quadratic:
             factors[name] = Factor(down.float(), up.float())
         trained = Adapter(factors, begin.dense)
         given = returned(task, trained).result.adapter
-        metrics = {"loss": self.loss(whole(trained, start.fold))}
+        metrics = {"loss": self.loss(compact_with_fold(trained, start.fold))}
         control = start.control and Adapter(
             {n: Factor(0.0 * f.down, 0.0 * f.up) for n, f in given.factors.items()},
             {n: 0.0 * t for n, t in given.dense.items()},

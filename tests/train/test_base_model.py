@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from fedloom.core.errors import Refused
-from fedloom.train.base_model import Base, initial, load
+from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.engine import linear_kernel
 from fedloom.train.evaluate import score
-from fedloom.train.pretrained import four_bit, reads_ahead
+from fedloom.train.pretrained import four_bit_arguments, reads_ahead
 from fedloom.train.settings import Engine, LoRA
-from fedloom.train.tokenised import encode
+from fedloom.train.tokenised import encode_texts
 from tests.support.tiny_models import SIZES, WORDS
 from tests.support.tiny_runs import answered, base_of, examples, lively, logits, same
 
@@ -41,7 +41,7 @@ def other(model: Any, encoder: Path, folder: Path) -> Path:
 
 def refusal(model: Path | str, rank: int = 2, **lora: Any) -> Refused:
     with pytest.raises(Refused) as caught:
-        load(str(model), 2, LoRA(**lora), rank, seed=0)
+        load_base(str(model), 2, LoRA(**lora), rank, seed=0)
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -50,7 +50,7 @@ def test_a_second_rank_adds_no_second_base(encoder: Path) -> None:
     base = base_of(encoder, rank=2)
     before = {name: p.data_ptr() for name, p in base.model.named_parameters()}
     total = sum(p.numel() for p in base.model.parameters())
-    base.put(initial(base, 8))
+    base.activate(initial_adapter(base, 8))
     extra = sum(p.numel() for p in base.model.parameters()) - total
     assert extra == base.shape().adapter_parameters(8) + base.shape().dense
     after = {name: p.data_ptr() for name, p in base.model.named_parameters()}
@@ -60,10 +60,10 @@ def test_a_second_rank_adds_no_second_base(encoder: Path) -> None:
 def test_one_seed_is_one_start_and_the_generator_of_others_stays(encoder: Path) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one, two = (initial(base_of(encoder), 4) for _ in range(2))
+    one, two = (initial_adapter(base_of(encoder), 4) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert same(one, two)
-    assert not same(one, initial(load(str(encoder), 2, LoRA(), 4, seed=4), 4))
+    assert not same(one, initial_adapter(load_base(str(encoder), 2, LoRA(), 4, seed=4), 4))
 
 
 def test_the_shape_counts_each_weight_once(encoder: Path) -> None:
@@ -77,8 +77,8 @@ def test_the_shape_counts_each_weight_once(encoder: Path) -> None:
 def test_a_decoder_without_a_pad_token_pads_with_its_end_token(decoder: Path) -> None:
     base = base_of(decoder)
     assert base.tokenizer.pad_token == base.tokenizer.eos_token == "</s>"
-    texts = encode(examples(6), base.tokenizer, 32)
-    together = logits(base, initial(base, 4), texts)
+    texts = encode_texts(examples(6), base.tokenizer, 32)
+    together = logits(base, initial_adapter(base, 4), texts)
     for i in range(6):  # padding changes no prediction
         inputs = texts.batch([i], base.device)
         inputs.pop("labels")
@@ -89,14 +89,14 @@ def test_every_new_layer_of_a_head_is_trained(encoder: Path, tmp_path: Path) -> 
     sizes = {"dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 64}
     config = DistilBertConfig(vocab_size=len(WORDS) + 4, pad_token_id=0, **sizes)
     base = base_of(other(DistilBertModel(config), encoder, tmp_path), target_modules=("q_lin", "v_lin"))
-    kinds = {name.rpartition(".")[0] for name in initial(base, 4).dense}
+    kinds = {name.rpartition(".")[0] for name in initial_adapter(base, 4).dense}
     assert kinds == {"pre_classifier", "classifier"}
 
 
 def test_a_pooler_that_the_checkpoint_lacks_is_part_of_the_head(encoder: Path, tmp_path: Path) -> None:
     model = BertForMaskedLM(BertConfig(vocab_size=len(WORDS) + 4, pad_token_id=0, **SIZES))
     base = base_of(other(model, encoder, tmp_path))
-    assert {name.rpartition(".")[0] for name in initial(base, 4).dense} == {"bert.pooler.dense", "classifier"}
+    assert {name.rpartition(".")[0] for name in initial_adapter(base, 4).dense} == {"bert.pooler.dense", "classifier"}
 
 
 def test_conv1d_layers_can_be_adapted_at_several_ranks(encoder: Path, tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_conv1d_layers_can_be_adapted_at_several_ranks(encoder: Path, tmp_path: 
     )
     base = base_of(other(GPT2Model(config), encoder, tmp_path))
     assert base.shape().modules == ((96, 32),)
-    base.put(initial(base, 8))
+    base.activate(initial_adapter(base, 8))
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -143,19 +143,19 @@ def test_embeddings_are_no_target(encoder: Path) -> None:
 def test_a_rank_above_the_smaller_side_is_refused(encoder: Path, decoder: Path) -> None:
     assert "at most 32" in refusal(encoder, rank=33).remedy
     assert "at most 16" in refusal(decoder, rank=17).remedy  # Llama's v_proj is 16 x 32
-    load(str(decoder), 2, LoRA(), 16, seed=0)
+    load_base(str(decoder), 2, LoRA(), 16, seed=0)
 
 
 def written_by(model: Path, **engine: Any) -> Base:
-    return load(str(model), None, LoRA(dropout=0.0), 4, seed=3, engine=Engine("torch", **engine))
+    return load_base(str(model), None, LoRA(dropout=0.0), 4, seed=3, engine=Engine("torch", **engine))
 
 
 def test_a_model_that_writes_has_no_head_of_its_own_and_pads_right(generator: Path) -> None:
     base = written_by(generator)
-    assert initial(base, 4).dense == {}
+    assert initial_adapter(base, 4).dense == {}
     assert base.tokenizer.padding_side == "right"
-    assert base.words == len(WORDS) + 4
-    assert base.computed["first_token"] is False
+    assert base.vocabulary == len(WORDS) + 4
+    assert base.computation["first_token"] is False
 
 
 def test_a_tied_head_counts_as_what_it_costs(generator: Path) -> None:
@@ -167,13 +167,13 @@ def test_a_tied_head_counts_as_what_it_costs(generator: Path) -> None:
 
 
 def test_a_checkpoint_without_a_head_to_write_with_gets_one_that_is_trained(decoder: Path) -> None:
-    assert [*initial(written_by(decoder), 4).dense] == ["lm_head.weight"]
+    assert [*initial_adapter(written_by(decoder), 4).dense] == ["lm_head.weight"]
 
 
 def test_a_classifier_of_a_kind_that_can_write_may_be_named(generator: Path, tmp_path: Path) -> None:
     model = LlamaForSequenceClassification.from_pretrained(generator, num_labels=3)
     base = written_by(other(model, generator, tmp_path))  # the head is the embedding
-    assert initial(base, 4).dense == {}
+    assert initial_adapter(base, 4).dense == {}
 
 
 def test_what_cannot_write_is_refused_with_a_remedy(encoder: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_four_bits_need_a_gpu_and_its_library(generator: Path, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(Refused, match=r"pip install 'fedloom\[four-bit\]'"):
-            four_bit(torch.device("cuda"))
+            four_bit_arguments(torch.device("cuda"))
     with pytest.raises(Refused, match="choose one"):
         Engine(four_bit=True, bfloat16=True)
 
@@ -212,23 +212,23 @@ def test_in_bfloat16_only_frozen_layers_are_so(request: pytest.FixtureRequest, k
     model = base.model.get_base_model()
     assert model.get_input_embeddings().weight.dtype == torch.float32
     assert model.get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.bfloat16
-    start, figures = lively(initial(exact, 4)), []
+    start, figures = lively(initial_adapter(exact, 4)), []
     for one in (base, exact):
-        figures.append(score(one, start, answered(one), range(20)).figures())
-        assert all(f.up.dtype == torch.float32 for f in initial(one, 4).factors.values())
+        figures.append(score(one, start, answered(one), range(20)).metrics())
+        assert all(f.up.dtype == torch.float32 for f in initial_adapter(one, 4).factors.values())
     assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=0.02)
 
 
-@pytest.mark.skipif(not linear_kernel.available(), reason="this build of torch has no oneDNN linear operator")
+@pytest.mark.skipif(not linear_kernel.onednn_available(), reason="this build of torch has no oneDNN linear operator")
 def test_the_other_kernel_gives_a_writing_model_the_same_loss(generator: Path) -> None:
-    plain, fast = written_by(generator), load(str(generator), None, LoRA(), 4, 3, engine=Engine("onednn"))
-    start = lively(initial(plain, 4))
-    told = [score(base, start, answered(base), range(20)).figures()["loss"] for base in (plain, fast)]
+    plain, fast = written_by(generator), load_base(str(generator), None, LoRA(), 4, 3, engine=Engine("onednn"))
+    start = lively(initial_adapter(plain, 4))
+    told = [score(base, start, answered(base), range(20)).metrics()["loss"] for base in (plain, fast)]
     assert told[0] == pytest.approx(told[1], rel=1e-5)
 
 
 def test_a_fingerprint_is_that_of_the_model_and_not_of_its_adapters(encoder: Path, decoder: Path) -> None:
     one = base_of(encoder)
     before = one.fingerprint()
-    one.put(lively(initial(one, 4)))
+    one.activate(lively(initial_adapter(one, 4)))
     assert one.fingerprint() == before == base_of(encoder, rank=8).fingerprint() != base_of(decoder).fingerprint()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples, Turn
 from fedloom.train import chat_template
-from fedloom.train.chat_template import Asked, Fitted, Form
-from fedloom.train.tokenised import IGNORED, encode
+from fedloom.train.chat_template import PromptParts, FitCounts, PromptFormat
+from fedloom.train.tokenised import IGNORED, encode_texts
+from tests.support.storms import tries
 
 CPU = torch.device("cpu")
 LINES = (
@@ -73,14 +74,14 @@ def examples(*rows: tuple[str, str, str], before: tuple[Turn, ...] | None = None
     )
 
 
-def one(tokenizer: PreTrainedTokenizerBase, some: Examples, max_length: int) -> tuple[str, str, Fitted]:
+def one(tokenizer: PreTrainedTokenizerBase, some: Examples, max_length: int) -> tuple[str, str, FitCounts]:
     """The first example: its prompt and its answer as text, and what happened."""
-    texts = encode(some, tokenizer, max_length)
-    assert texts.begins is not None
-    assert texts.fitted is not None
+    texts = encode_texts(some, tokenizer, max_length)
+    assert texts.answer_starts is not None
+    assert texts.fit_counts is not None
     assert len(texts.ids[0]) <= max_length
-    prompt, answer = texts.ids[0][: texts.begins[0]], texts.ids[0][texts.begins[0] :]
-    return str(tokenizer.decode(prompt)), str(tokenizer.decode(answer)), texts.fitted
+    prompt, answer = texts.ids[0][: texts.answer_starts[0]], texts.ids[0][texts.answer_starts[0] :]
+    return str(tokenizer.decode(prompt)), str(tokenizer.decode(answer)), texts.fit_counts
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def one(tokenizer: PreTrainedTokenizerBase, some: Examples, max_length: int) -> 
 )
 def test_prompt_and_answer_are_written_in_the_models_form(name: str, prompt: str, answer: str) -> None:
     found = one(TOKENIZERS[name], examples((QUESTION, PLACE, ANSWER)), 100)
-    assert found == (prompt, answer, Fitted(1))
+    assert found == (prompt, answer, FitCounts(1))
 
 
 def test_an_empty_context_leaves_no_trace() -> None:
@@ -124,15 +125,15 @@ def test_earlier_turns_come_before_the_request() -> None:
         "<s>### System:\nBe brief.\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\nName"
     )
     with pytest.raises(Refused, match=r"(?s)data\.messages.*system, user, assistant, user.*must alternate"):
-        encode(some, TOKENIZERS["llama2"], 100)
+        encode_texts(some, TOKENIZERS["llama2"], 100)
 
 
 @every_tokenizer
 def test_only_the_answer_and_its_mark_are_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
-    texts = encode(examples((QUESTION, PLACE, ANSWER), ("Hi", "", "Hello")), tokenizer, 100)
+    texts = encode_texts(examples((QUESTION, PLACE, ANSWER), ("Hi", "", "Hello")), tokenizer, 100)
     batch = texts.batch([0, 1], CPU)
-    assert texts.begins is not None
-    for row, begin in enumerate(texts.begins):
+    assert texts.answer_starts is not None
+    for row, begin in enumerate(texts.answer_starts):
         learnt = batch["labels"][row] != IGNORED
         assert tuple(batch["input_ids"][row][learnt].tolist()) == texts.ids[row][begin:]
         assert bool((batch["attention_mask"][row][learnt] == 1).all())  # whatever pads: the end mark may
@@ -140,8 +141,8 @@ def test_only_the_answer_and_its_mark_are_learnt(tokenizer: PreTrainedTokenizerB
 
 @every_tokenizer
 def test_the_end_marks_are_those_that_answers_end_with(tokenizer: PreTrainedTokenizerBase) -> None:
-    ends = Form.of(tokenizer).ends
-    texts = encode(examples((QUESTION, PLACE, ANSWER)), tokenizer, 100)
+    ends = PromptFormat.for_tokenizer(tokenizer).end_marks
+    texts = encode_texts(examples((QUESTION, PLACE, ANSWER)), tokenizer, 100)
     assert ends == {texts.ids[0][-1], tokenizer.eos_token_id} if ends else tokenizer.eos_token_id is None
 
 
@@ -151,21 +152,21 @@ strange = st.text(st.characters(), max_size=60)
 
 @every_tokenizer
 @given(request=strange, context=strange, answer=strange, max_length=st.integers(4, 200))
-@settings(deadline=None, max_examples=40)
+@tries(40)
 def test_the_tokens_of_a_prompt_begin_those_of_the_example(
     tokenizer: PreTrainedTokenizerBase, request: str, context: str, answer: str, max_length: int
 ) -> None:
     """The prefix law: what fits is prompted with exactly the tokens that were trained on; all fits."""
-    texts = encode(examples((request, context, answer)), tokenizer, max_length)
-    (ids,), (begin,) = texts.ids, texts.begins or ()
-    assert texts.fitted is not None
+    texts = encode_texts(examples((request, context, answer)), tokenizer, max_length)
+    (ids,), (begin,) = texts.ids, texts.answer_starts or ()
+    assert texts.fit_counts is not None
     assert len(ids) <= max_length
     assert begin < len(ids) or not answer
-    if not any(asdict(texts.fitted)[name] for name in ("context", "before", "request", "form", "answer")):
-        assert ids[:begin] == chat_template.prompt(tokenizer, Asked(request, context), max_length)
-        said = chat_template._mended(answer)
+    if not any(asdict(texts.fit_counts)[name] for name in ("context", "before", "request", "form", "answer")):
+        assert ids[:begin] == chat_template.prompt_tokens(tokenizer, PromptParts(request, context), max_length)
+        said = chat_template._replace_surrogates(answer)
         wanted = f" {said.strip()} " if tokenizer.chat_template == LLAMA2 else said
-        marks = Form.of(tokenizer).ends
+        marks = PromptFormat.for_tokenizer(tokenizer).end_marks
         plain = [token for token in ids[begin:] if token not in marks]
         if not any(mark in said for mark in tokenizer.all_special_tokens):
             assert tokenizer.decode(plain) == wanted
@@ -173,10 +174,10 @@ def test_the_tokens_of_a_prompt_begin_those_of_the_example(
 
 
 @every_tokenizer
-@given(asked=st.builds(Asked, strange, strange, st.just(())), room=st.integers(1, 60))
-@settings(deadline=None, max_examples=25)
-def test_a_prompt_fits_in_its_room(tokenizer: PreTrainedTokenizerBase, asked: Asked, room: int) -> None:
-    assert 0 < len(chat_template.prompt(tokenizer, asked, room)) <= room
+@given(asked=st.builds(PromptParts, strange, strange, st.just(())), room=st.integers(1, 60))
+@tries(25)
+def test_a_prompt_fits_in_its_room(tokenizer: PreTrainedTokenizerBase, asked: PromptParts, room: int) -> None:
+    assert 0 < len(chat_template.prompt_tokens(tokenizer, asked, room)) <= room
 
 
 def test_the_middle_of_a_long_context_goes_first() -> None:
@@ -185,8 +186,8 @@ def test_the_middle_of_a_long_context_goes_first() -> None:
     assert f"{QUESTION}\n\n### Input:\nabcdefghij" in prompt
     assert " ... " in prompt
     assert prompt.endswith("j\n\n### Response:\n")
-    assert (answer, fitted) == ("Paris</s>", Fitted(1, context=1))
-    assert len(encode(examples((QUESTION, "abcdefghij" * 40, ANSWER)), tokenizer, 80).ids[0]) >= 78  # no room is wasted
+    assert (answer, fitted) == ("Paris</s>", FitCounts(1, context=1))
+    assert len(encode_texts(examples((QUESTION, "abcdefghij" * 40, ANSWER)), tokenizer, 80).ids[0]) >= 78  # no room is wasted
 
 
 def test_then_the_oldest_turns() -> None:
@@ -198,7 +199,7 @@ def test_then_the_oldest_turns() -> None:
     assert prompt.startswith("<|im_start|>system\nBrief.<|im_end|>\n<|im_start|>user\nuser ")
     assert "user 0" not in prompt
     assert "assistant 5" in prompt
-    assert (answer, fitted) == ("Paris<|im_end|>", Fitted(1, before=1))
+    assert (answer, fitted) == ("Paris<|im_end|>", FitCounts(1, history=1))
 
 
 def test_a_long_answer_loses_its_end_and_a_request_beyond_half_its_middle() -> None:
@@ -206,24 +207,24 @@ def test_a_long_answer_loses_its_end_and_a_request_beyond_half_its_middle() -> N
     prompt, answer, fitted = one(tokenizer, examples((QUESTION, PLACE, long)), 64)
     assert (PLACE in prompt, QUESTION in prompt) == (False, True)
     assert long.startswith(answer)  # no end mark where there is no end
-    assert fitted == Fitted(1, context=1, answer=1)
+    assert fitted == FitCounts(1, context=1, answer=1)
     prompt, answer, fitted = one(tokenizer, examples((long, PLACE, long)), 80)
     assert " ... " in prompt
     assert len(answer) >= 40
-    assert fitted == Fitted(1, context=1, request=1, answer=1)
+    assert fitted == FitCounts(1, context=1, request=1, answer=1)
 
 
 def test_a_template_that_does_not_fit_is_told() -> None:
     prompt, answer, fitted = one(TOKENIZERS["plain"], examples((QUESTION, PLACE, ANSWER)), 8)
     assert prompt.endswith(":\n")
-    assert (answer, fitted) == ("Paris</s>", Fitted(1, context=1, request=1, form=1))
+    assert (answer, fitted) == ("Paris</s>", FitCounts(1, context=1, request=1, template=1))
 
 
 def test_what_happened_is_counted_and_said() -> None:
     tokenizer = TOKENIZERS["no marks"]
-    fitted = encode(examples((QUESTION, "ab" * 99, ANSWER), ("Hi", "", "\ud800"), ("Hi", "", "")), tokenizer, 90).fitted
-    assert fitted == Fitted(3, context=1, mended=1, wordless=1)
-    told = chat_template.notes(tokenizer, 90, {"training": fitted, "test": None})
+    fitted = encode_texts(examples((QUESTION, "ab" * 99, ANSWER), ("Hi", "", "\ud800"), ("Hi", "", "")), tokenizer, 90).fit_counts
+    assert fitted == FitCounts(3, context=1, replaced_characters=1, empty=1)
+    told = chat_template.fit_notes(tokenizer, 90, {"training": fitted, "test": None})
     assert told[0] == "1 of 3 training examples: the middle of the context is taken out to fit training.max_length=90."
     assert [line.split(":")[0] for line in told[1:]] == [
         "1 of 3 training examples",
@@ -232,13 +233,13 @@ def test_what_happened_is_counted_and_said() -> None:
         "The tokenizer has no end mark",
         "The tokenizer has no token to pad with",
     ]
-    assert chat_template.notes(TOKENIZERS["chatml"], 90, {"training": Fitted(3)}) == []
-    assert chat_template.notes(tokenizer, 90, {"training": None, "test": None}) == []
+    assert chat_template.fit_notes(TOKENIZERS["chatml"], 90, {"training": FitCounts(3)}) == []
+    assert chat_template.fit_notes(tokenizer, 90, {"training": None, "test": None}) == []
 
 
 def test_long_texts_bring_no_warning_of_the_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tokenizer_of(eos_token="</s>")
     tokenizer.model_max_length = 20
     with caplog.at_level(logging.WARNING):
-        encode(examples((QUESTION * 20, "", ANSWER)), tokenizer, 20)
+        encode_texts(examples((QUESTION * 20, "", ANSWER)), tokenizer, 20)
     assert caplog.records == []

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from fedloom.core.errors import Refused
-from fedloom.core.policies import Answer
-from fedloom.train.workers.pool import DEATHS, Cohorts, Workers
-from fedloom.train.workers.shared_memory import loads
-from fedloom.train.workers.worker import Worker, carry_out
+from fedloom.core.policies import PendingResult
+from fedloom.train.workers.pool import MOST_DEATHS, WorkerPool
+from fedloom.train.workers.shared_memory import unpickle_object
+from fedloom.train.workers.worker import TrainingWorker, Workers, train_pickled
 from tests.support.hazards import Toy, toy_work
 
 
@@ -28,7 +28,7 @@ class Hand:
 
     def submit(self, group: bytes) -> Future[bytes]:
         """Told to the crew."""
-        number = loads(group)[0][0].id
+        number = unpickle_object(group)[0][0].id
         self.crew.order.append(number)
         future: Future[bytes] = Future()
         self.crew.given[number] = future, group
@@ -51,7 +51,7 @@ class Hands:
     early: dict[int, list[bool]] = field(default_factory=dict)
     hired: int = 0
 
-    def hire(self) -> Worker:
+    def hire(self) -> TrainingWorker:
         """One more."""
         self.hired += 1
         return Hand(self)
@@ -63,22 +63,22 @@ class Hands:
         """The group of this task is trained, or its worker dies."""
         future, group = self.given.pop(number)
         if alive:
-            future.set_result(carry_out(Toy(), group))
+            future.set_result(train_pickled(Toy(), group))
         else:
             future.set_exception(Dead("gone"))
 
 
-def crew() -> tuple[Hands, Cohorts]:
+def crew() -> tuple[Hands, WorkerPool]:
     hands = Hands()
-    return hands, Cohorts(Toy(), Workers(2), hands)
+    return hands, WorkerPool(Toy(), Workers(2), hands)
 
 
-def begun(cohorts: Cohorts, number: int, due: float, **seeds: int) -> Answer:
+def begun(cohorts: WorkerPool, number: int, due: float, **seeds: int) -> PendingResult:
     (answer,) = cohorts.begin(toy_work(1, number, **seeds), [due])
     return answer
 
 
-def basis(answers: Sequence[Answer]) -> list[str]:
+def basis(answers: Sequence[PendingResult]) -> list[str]:
     return [answer()[1].basis for answer in answers]
 
 
@@ -132,11 +132,11 @@ def test_a_task_whose_workers_die_goes_first_and_in_the_end_is_given_up() -> Non
     hands, cohorts = crew()
     held = [begun(cohorts, number, float(number)) for number in (1, 2, 3)]
     hands.end(2, alive=False)
-    hands.early = {2: [False] * (DEATHS - 1), 3: [True]}
+    hands.early = {2: [False] * (MOST_DEATHS - 1), 3: [True]}
     hands.end(1)
-    with pytest.raises(Refused, match=f"{DEATHS} workers ended one after the other in task 2"):
+    with pytest.raises(Refused, match=f"{MOST_DEATHS} workers ended one after the other in task 2"):
         held[1]()
     assert basis([held[0], held[2]]) == ["b1+1", "b3+3"]
     assert hands.order[:3] == [1, 2, 2]
-    assert hands.order.count(2) == DEATHS
-    assert hands.hired == 2 + DEATHS
+    assert hands.order.count(2) == MOST_DEATHS
+    assert hands.hired == 2 + MOST_DEATHS

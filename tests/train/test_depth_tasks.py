@@ -21,11 +21,11 @@ from transformers import (
 
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter
-from fedloom.core.partial_depth import lowered
-from fedloom.core.types import Local, Task
+from fedloom.core.partial_depth import fold_layers
+from fedloom.core.types import ClientState, Task
 from fedloom.plan.depth import DepthByMemory, FixedDepth, check_blocks
 from fedloom.train import peft_weights
-from fedloom.train.base_model import Base, initial
+from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import batched_clients
 from fedloom.train.evaluate import score
 from fedloom.train.settings import PLAIN
@@ -53,16 +53,16 @@ def still(base: Base) -> Base:
 
 def deep(base: Base, depth: int | None, number: int = 1, seed: int = 0, **more: Any) -> Task:
     """A task of this depth on the same adapter."""
-    task = task_of(lively(initial(base, 4), seed), number=number, **more)
-    start = lowered(task.start, base.shape().below(task.start.train.factors, depth))
+    task = task_of(lively(initial_adapter(base, 4), seed), number=number, **more)
+    start = fold_layers(task.start, base.shape().untrained_modules(task.start.train.factors, depth))
     return replace(task, start=start, budget=replace(task.budget, depth=depth))
 
 
 def gradients(trainer: PeftTrainer, task: Task, batch: Sequence[int]) -> dict[str, Tensor]:
     """What the trainer's loss says of one batch."""
     base, start = trainer.base, task.start
-    slot = base.put(start.train, start.scaling, start.fold)
-    weights = released(peft_weights.parameters(base.model, slot), start)
+    slot = base.activate(start.train, start.scaling, start.fold)
+    weights = released(peft_weights.slot_parameters(base.model, slot), start)
     base.model.train()
     loss = trainer._loss(task, [*start.train.factors])(batch)
     return dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
@@ -87,14 +87,14 @@ def test_nothing_below_is_trained_kept_or_sent(folders: dict[str, Path], kind: s
     before = frozen(base)
     for depth in (1, 2, BLOCKS):
         task = deep(base, depth)
-        ((result, local),) = trainer_of(base).train([(task, Local())])
+        ((result, local),) = trainer_of(base).train([(task, ClientState())])
         names = {f"{name}.{side}" for name in task.start.train.factors for side in ("down", "up")}
         assert result.adapter.factors.keys() == task.start.train.factors.keys()
         assert len(result.adapter.factors) == 2 * depth
         assert local.moments.keys() == names | task.start.train.dense.keys()
         asked = {n for n, p in base.model.named_parameters() if p.requires_grad and "lora_" in n and ".r4" in n}
         assert len(asked) == 2 * 2 * depth
-    base.put(lively(initial(base, 4)))
+    base.activate(lively(initial_adapter(base, 4)))
     after = frozen(base)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -104,12 +104,12 @@ def test_moments_of_another_depth(folders: dict[str, Path]) -> None:
     base = still(base_of(folders["encoder"]))
     trainer = trainer_of(base)
 
-    def after(task: Task, local: Local) -> tuple[Adapter, Local]:
+    def after(task: Task, local: ClientState) -> tuple[Adapter, ClientState]:
         ((result, kept),) = trainer.train([(task, local)])
         return result.adapter, kept
 
     whole, one, two = deep(base, None, 1), deep(base, 1, 2), deep(base, 2, 3)
-    _, first = after(whole, Local())
+    _, first = after(whole, ClientState())
     _, second = after(one, first)
     assert second.moments.keys() < first.moments.keys()
     given, third = after(two, second)
@@ -127,7 +127,7 @@ def test_depth_does_not_change_what_is_scored(folders: dict[str, Path], kind: st
     expected = score(base, deep(base, None).start.train, texts, range(40))
     for depth in (1, 3):
         start = deep(base, depth).start
-        trainer.train([(deep(base, depth), Local())])
+        trainer.train([(deep(base, depth), ClientState())])
         found = score(base, start.train, texts, range(40), start.fold)
         assert torch.allclose(found.losses, expected.losses, atol=1e-5)
     again = score(base, deep(base, None).start.train, texts, range(40))
@@ -137,10 +137,10 @@ def test_depth_does_not_change_what_is_scored(folders: dict[str, Path], kind: st
 def test_a_common_pass_is_for_tasks_of_one_depth(folders: dict[str, Path]) -> None:
     base = base_of(folders["encoder"])
     deeps = [deep(base, depth, number) for number, depth in enumerate((None, None, 4, 2, 2, 1), 1)]
-    assert batched_clients.key(deeps[0]) == batched_clients.key(deeps[2])  # the same layers
-    assert len({batched_clients.key(task) for task in deeps}) > 2
+    assert batched_clients.pass_key(deeps[0]) == batched_clients.pass_key(deeps[2])  # the same layers
+    assert len({batched_clients.pass_key(task) for task in deeps}) > 2
     trainer = replace(trainer_of(base), engine=replace(PLAIN, together=8))
-    groups = trainer.groups([(task, Local()) for task in deeps])
+    groups = trainer.groups([(task, ClientState()) for task in deeps])
     assert [[task.id for task, _ in group] for group in groups] == [[1, 2, 3], [4], [5], [6]]
 
 
@@ -174,11 +174,11 @@ def test_blocks_are_found_in_models_of_other_names(folders: dict[str, Path], tmp
 
 def test_what_is_adapted_above_the_blocks_is_trained_at_every_depth(folders: dict[str, Path]) -> None:
     base = base_of(folders["encoder"], target_modules=("query", "pooler.dense"))
-    shape, names = base.shape(), [*initial(base, 4).factors]
+    shape, names = base.shape(), [*initial_adapter(base, 4).factors]
     assert [*shape.depths.values()] == [4, 3, 2, 1, 0]
-    assert shape.below(names, 1) == {name for name in names if "layer" in name and ".3." not in name}
+    assert shape.untrained_modules(names, 1) == {name for name in names if "layer" in name and ".3." not in name}
     trainer = replace(trainer_of(base), engine=replace(PLAIN, cache=10**6))
-    ((result, _),) = trainer.train([(deep(base, 1), Local())])
+    ((result, _),) = trainer.train([(deep(base, 1), ClientState())])
     assert [name.rpartition(".layer.")[2] for name in result.adapter.factors] == [
         "3.attention.self.query",
         "bert.pooler.dense",

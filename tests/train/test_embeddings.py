@@ -11,19 +11,19 @@ from transformers import AutoModel
 
 from fedloom import ByClient, Hierarchy, NearIID, Refused, Rows, prepare
 from fedloom.hierarchy.tree import Tree
-from fedloom.train.base_model import load
-from fedloom.train.embeddings import ROWS, embeddings
+from fedloom.train.base_model import load_base
+from fedloom.train.evaluate import EMBEDDED_ROWS, embeddings
 from fedloom.train.settings import PLAIN, Engine, LoRA
-from fedloom.train.tokenised import encode
+from fedloom.train.tokenised import encode_texts
 from tests.support.tiny_runs import answered, examples, tiny_run, writer_of
 
 
 @pytest.mark.parametrize(("engine", "layer"), [(PLAIN, -1), (Engine(), -2)])
 def test_a_row_is_the_mean_of_the_states_of_an_example_alone(encoder: Path, engine: Engine, layer: int) -> None:
     """Of the last layer; of the one below where the last is read at its first token only."""
-    base = load(str(encoder), 2, LoRA(), 4, 3, engine=engine)
-    texts = encode(examples(2 * ROWS + 3), base.tokenizer, 32)
-    indices = [5, 0, 2 * ROWS, 7]
+    base = load_base(str(encoder), 2, LoRA(), 4, 3, engine=engine)
+    texts = encode_texts(examples(2 * EMBEDDED_ROWS + 3), base.tokenizer, 32)
+    indices = [5, 0, 2 * EMBEDDED_ROWS, 7]
     rows = embeddings(base, texts, indices)
     plain = AutoModel.from_pretrained(encoder).eval()
     for row, i in zip(rows, indices, strict=True):
@@ -31,7 +31,7 @@ def test_a_row_is_the_mean_of_the_states_of_an_example_alone(encoder: Path, engi
         with torch.no_grad():
             states = plain(inputs["input_ids"], output_hidden_states=True).hidden_states[layer]
         assert torch.allclose(row, states[0].mean(0), atol=1e-5)
-    assert torch.allclose(embeddings(base, texts, range(2 * ROWS + 3))[indices], rows, atol=1e-5), "by any batches"
+    assert torch.allclose(embeddings(base, texts, range(2 * EMBEDDED_ROWS + 3))[indices], rows, atol=1e-5), "by any batches"
 
 
 def test_models_that_write_have_embeddings_too(decoder: Path) -> None:
@@ -51,7 +51,7 @@ def test_groups_by_topics_mix_what_labels_do_not_tell(encoder: Path) -> None:
     run = tiny_run(encoder, data=Rows(rows, client="whose", test_share=0.25), partition=ByClient())
     job = prepare(replace(run, hierarchy=Hierarchy(NearIID(4, waiting=0.0), topics=2), held_out=0.0))
     assert isinstance(job.server, Tree)
-    groups = job.about()["groups"]
+    groups = job.describe()["groups"]
     for members in groups.values():
         assert {int(client[1:]) % 2 for client in members} == {0, 1}
 

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from fedloom.core.lora import Adapter
 from fedloom.train import evaluate
-from fedloom.train.base_model import initial
+from fedloom.train.base_model import initial_adapter
 from fedloom.train.engine.frozen_layers import Cache
 from fedloom.train.evaluate import BATCH, AnswerScores, Scores, score
-from fedloom.train.tokenised import encode
+from fedloom.train.tokenised import encode_texts
 from tests.support.tiny_runs import answered, base_of, examples, lively, logits, writer_of
 
 
@@ -25,28 +25,28 @@ def scores(predicted: list[int], labels: list[int], classes: int = 2) -> Scores:
 
 def test_two_classes_by_hand() -> None:
     # label 1: 2 hits, 1 false alarm, 2 missed: precision 2/3, recall 2/4, F1 = 4/7
-    figures = scores([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0]).figures()
+    figures = scores([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0]).metrics()
     assert figures == pytest.approx({"accuracy": 3 / 6, "f1": 4 / 7, "loss": 2.5})
 
 
 def test_three_classes_by_hand() -> None:
     # F1: 0 -> 2*1/(2+1), 1 -> 2*1/(1+3), 2 -> 2*1/(2+1)
-    figures = scores([0, 1, 1, 1, 2], [0, 0, 1, 2, 2], 3).figures()
+    figures = scores([0, 1, 1, 1, 2], [0, 0, 1, 2, 2], 3).metrics()
     assert figures["accuracy"] == pytest.approx(3 / 5)
     assert figures["f1"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
 
 
 def test_a_class_that_is_neither_present_nor_predicted_does_not_count() -> None:
-    assert scores([0, 1], [0, 1], 7).figures()["f1"] == 1.0
+    assert scores([0, 1], [0, 1], 7).metrics()["f1"] == 1.0
 
 
 def test_nothing_right_is_zero_and_not_nan() -> None:
-    figures = scores([0, 0], [1, 1]).figures()
+    figures = scores([0, 0], [1, 1]).metrics()
     assert figures["accuracy"] == figures["f1"] == 0.0
 
 
 def test_a_part_has_the_scores_of_its_members() -> None:
-    part = scores([1, 0, 1], [1, 1, 0]).at([2, 0])
+    part = scores([1, 0, 1], [1, 1, 0]).subset([2, 0])
     assert part.predicted.tolist() == [1, 1]
     assert part.labels.tolist() == [0, 1]
     assert part.losses.tolist() == [2.0, 0.0]
@@ -55,8 +55,8 @@ def test_a_part_has_the_scores_of_its_members() -> None:
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_scores_come_in_the_order_asked_for_whatever_the_batches(request: pytest.FixtureRequest, kind: str) -> None:
     base = base_of(request.getfixturevalue(kind))
-    texts = encode(examples(BATCH + 9), base.tokenizer, 32)
-    adapter = lively(initial(base, 4))
+    texts = encode_texts(examples(BATCH + 9), base.tokenizer, 32)
+    adapter = lively(initial_adapter(base, 4))
     asked = list(reversed(range(BATCH + 9)))
     found = score(base, adapter, texts, asked)
     wanted = logits(base, adapter, texts)[asked]
@@ -64,17 +64,17 @@ def test_scores_come_in_the_order_asked_for_whatever_the_batches(request: pytest
     assert torch.equal(found.labels, labels)
     assert torch.equal(found.predicted, wanted.argmax(1))
     assert torch.allclose(found.losses, functional.cross_entropy(wanted, labels, reduction="none"), atol=1e-5)
-    assert math.isfinite(found.figures()["loss"])
+    assert math.isfinite(found.metrics()["loss"])
 
 
 def test_answers_by_hand() -> None:
     # 3 of 4 tokens of one answer, 0 of 2 of another: 3/6; residuals 3 - 2 and 0 - 1: sqrt(2) / 6
     scores = AnswerScores(torch.tensor([3, 0]), torch.tensor([4, 2]), torch.tensor([2.0, 4.0]))
-    found = scores.figures()
+    found = scores.metrics()
     assert found == pytest.approx(
         {"accuracy": 0.5, "accuracy_error": 2**0.5 / 6, "loss": 1.0, "perplexity": math.e, "tokens": 6}
     )
-    assert scores.at([1]).figures()["accuracy"] == 0.0
+    assert scores.subset([1]).metrics()["accuracy"] == 0.0
 
 
 @torch.no_grad()
@@ -83,13 +83,13 @@ def test_answers_are_scored_token_by_token_in_the_order_asked_for(
     generator: Path, monkeypatch: pytest.MonkeyPatch, few: bool
 ) -> None:
     base = writer_of(generator)
-    texts, adapter, asked = answered(base), lively(initial(base, 4)), [40, 3, 17, 8]
+    texts, adapter, asked = answered(base), lively(initial_adapter(base, 4)), [40, 3, 17, 8]
     if few:  # room for the logits of one answer
-        monkeypatch.setattr(evaluate, "LOGITS", 7 * base.words)
+        monkeypatch.setattr(evaluate, "LOGITS", 7 * base.vocabulary)
     found = score(base, adapter, texts, asked)
     assert isinstance(found, AnswerScores)
     for row, i in enumerate(asked):
-        ids, begin = torch.tensor([texts.ids[i]]), texts.begins[i]  # type: ignore[index]
+        ids, begin = torch.tensor([texts.ids[i]]), texts.answer_starts[i]  # type: ignore[index]
         told = base.model(input_ids=ids).logits[0, begin - 1 : -1].log_softmax(1)
         assert int(found.hits[row]) == int((told.argmax(1) == ids[0, begin:]).sum())
         assert int(found.tokens[row]) == len(told)
@@ -99,18 +99,18 @@ def test_answers_are_scored_token_by_token_in_the_order_asked_for(
 
 def test_a_base_alone_scores_as_before_any_training(generator: Path) -> None:
     base = writer_of(generator)
-    texts, start = answered(base), initial(base, 4)
-    before = score(base, start, texts, range(20)).figures()  # `up` is zero
-    base.put(lively(start))
-    assert score(base, None, texts, range(20)).figures() == before
-    assert score(base, lively(start), texts, range(20)).figures() != before
+    texts, start = answered(base), initial_adapter(base, 4)
+    before = score(base, start, texts, range(20)).metrics()  # `up` is zero
+    base.activate(lively(start))
+    assert score(base, None, texts, range(20)).metrics() == before
+    assert score(base, lively(start), texts, range(20)).metrics() != before
 
 
 def test_the_layers_below_may_be_kept_between_scores(generator: Path) -> None:
     base = writer_of(generator)
-    whole, texts, cache = lively(initial(base, 4)), answered(base), Cache()
+    whole, texts, cache = lively(initial_adapter(base, 4)), answered(base), Cache()
     top = Adapter({n: f for n, f in whole.factors.items() if ".1." in n}, {})
-    plain = score(base, top, texts, range(9)).figures()
+    plain = score(base, top, texts, range(9)).metrics()
     for _ in range(2):
-        assert score(base, top, texts, range(9), None, cache, 10**6).figures() == pytest.approx(plain, rel=1e-5)
+        assert score(base, top, texts, range(9), None, cache, 10**6).metrics() == pytest.approx(plain, rel=1e-5)
     assert cache.held

@@ -16,10 +16,10 @@ from bench.core import ROUNDTRIP_BAR, roundtrip
 from fedloom import IID, Instructions, Limits, prepare
 from fedloom.cli.main import app
 from fedloom.core.errors import Refused
-from fedloom.train.base_model import initial
-from fedloom.train.export import at_rank, open_run, save, save_merged
-from fedloom.train.generate import write
-from fedloom.train.tokenised import encode
+from fedloom.train.base_model import initial_adapter
+from fedloom.train.export import truncate_adapter, open_run, save_adapter, save_merged
+from fedloom.train.generate import generate_answers
+from fedloom.train.tokenised import encode_texts
 from tests.support.tiny_models import toy_answers
 from tests.support.tiny_runs import answered, base_of, examples, frozen, lively, logits, same, tiny_run, writer_of
 
@@ -47,8 +47,8 @@ def test_the_readme_of_an_adapter_says_how_to_load_it(
     request: pytest.FixtureRequest, elsewhere: Path, kind: str
 ) -> None:
     base = base_of(request.getfixturevalue(kind))
-    adapter = lively(initial(base, 4))
-    card = (save(base, adapter, ("colour", "pet"), Path("out")) / "README.md").read_text(encoding="utf-8")
+    adapter = lively(initial_adapter(base, 4))
+    card = (save_adapter(base, adapter, ("colour", "pet"), Path("out")) / "README.md").read_text(encoding="utf-8")
     assert "Labels in order: colour, pet" in card
     code = card.partition("```python")[2].partition("```")[0]
     names: dict[str, object] = {}
@@ -57,14 +57,14 @@ def test_the_readme_of_an_adapter_says_how_to_load_it(
     some = examples(6)
     with torch.no_grad():
         given = model.eval()(**tokenizer(list(some.texts), padding=True, return_tensors="pt")).logits  # type: ignore
-    wanted = logits(base, adapter, encode(some, base.tokenizer, 32))
+    wanted = logits(base, adapter, encode_texts(some, base.tokenizer, 32))
     assert torch.allclose(given, wanted, atol=ROUNDTRIP_BAR)
 
 
 def test_a_merged_model_knows_its_labels_and_leaves_the_base_alone(encoder: Path, tmp_path: Path) -> None:
     base = base_of(encoder)
-    adapter, before = lively(initial(base, 4)), frozen(base)
-    wanted = logits(base, adapter, encode(examples(6), base.tokenizer, 32))
+    adapter, before = lively(initial_adapter(base, 4)), frozen(base)
+    wanted = logits(base, adapter, encode_texts(examples(6), base.tokenizer, 32))
     save_merged(base, adapter, ("colour", "pet"), tmp_path)
     assert all(torch.equal(before[name], tensor) for name, tensor in frozen(base).items())
     model, tokenizer = (
@@ -80,7 +80,7 @@ def test_a_merged_model_knows_its_labels_and_leaves_the_base_alone(encoder: Path
 def test_the_config_of_an_adapter_says_its_own_rank_and_scaling(encoder: Path, tmp_path: Path) -> None:
     base = base_of(encoder, rank=8, scaling=2.0)
     for rank in (1, 3, 8):
-        folder = save(base, at_rank(lively(initial(base, 8)), rank), ("a", "b"), tmp_path / str(rank))
+        folder = save_adapter(base, truncate_adapter(lively(initial_adapter(base, 8)), rank), ("a", "b"), tmp_path / str(rank))
         config = json.loads((folder / "adapter_config.json").read_text())
         assert (config["r"], config["lora_alpha"] / config["r"]) == (rank, 2.0)
         assert sorted(config["modules_to_save"]) == ["classifier", "score"]
@@ -90,10 +90,10 @@ def test_the_config_of_an_adapter_says_its_own_rank_and_scaling(encoder: Path, t
 def test_a_run_folder_gives_back_base_adapter_and_labels(finished: Path, tmp_path: Path) -> None:
     base, adapter, names = open_run(finished)
     assert names == ("colour", "pet")
-    again = save(base, adapter, names, tmp_path / "again")
+    again = save_adapter(base, adapter, names, tmp_path / "again")
     original = finished / "adapter" / "adapter_model.safetensors"
     assert (again / "adapter_model.safetensors").read_bytes() == original.read_bytes()
-    assert same(at_rank(adapter, 8), at_rank(adapter, 8))
+    assert same(truncate_adapter(adapter, 8), truncate_adapter(adapter, 8))
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
@@ -106,10 +106,10 @@ def test_others_write_the_same_text_token_for_token(
     elsewhere: Path, generator: Path, targets: tuple[str, ...] | str
 ) -> None:
     base = writer_of(generator, target_modules=targets)
-    adapter, texts, some = lively(initial(base, 4)), answered(base), [0, 7, 3, 12]
-    ours = write(base, adapter, texts, some, 12)
+    adapter, texts, some = lively(initial_adapter(base, 4)), answered(base), [0, 7, 3, 12]
+    ours = generate_answers(base, adapter, texts, some, 12)
     assert len(set(ours)) > 1
-    card = (save(base, adapter, ("",), Path("out")) / "README.md").read_text(encoding="utf-8")
+    card = (save_adapter(base, adapter, ("",), Path("out")) / "README.md").read_text(encoding="utf-8")
     code, use = (part.partition("```")[0] for part in card.split("```python")[1:])
     names: dict[str, object] = {}
     exec(code, names)
@@ -117,7 +117,7 @@ def test_others_write_the_same_text_token_for_token(
     merged = AutoModelForCausalLM.from_pretrained(save_merged(base, adapter, ("",), Path("merged")))
     for model in (names["model"], merged):
         for i, text in zip(some, ours, strict=True):
-            ids = torch.tensor([texts.ids[i][: texts.begins[i]]])  # type: ignore[index]
+            ids = torch.tensor([texts.ids[i][: texts.answer_starts[i]]])  # type: ignore[index]
             told = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=3)  # type: ignore[attr-defined]
             assert names["tokenizer"].decode(told[0, ids.shape[1] :], skip_special_tokens=True).strip() == text  # type: ignore[attr-defined]
     names["request"] = "my cat is here"

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fedloom.core.lora import Adapter
-from fedloom.core.types import Local
+from fedloom.core.types import ClientState
 from fedloom.train import generate
-from fedloom.train.base_model import Base, initial
-from fedloom.train.generate import exact, figures, result, write
+from fedloom.train.base_model import Base, initial_adapter
+from fedloom.train.generate import exact_match, answer_metrics, worked_result, generate_answers
 from tests.support.tiny_runs import answered, lively, task_of, writer_of, writing_trainer
 from tests.support.toys import factor
 
@@ -32,38 +32,38 @@ def test_the_likeliest_token_is_written_each_time_whatever_is_padded_beside_it(
     generator: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = writer_of(generator)
-    texts, adapter, some = answered(base), lively(initial(base, 4)), [9, 1, 4, 22, 17]
+    texts, adapter, some = answered(base), lively(initial_adapter(base, 4)), [9, 1, 4, 22, 17]
     monkeypatch.setattr(generate, "BATCH", 3)
     fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in adapter.factors.items()})
-    found = write(base, adapter, texts, some, 8, fold)
-    base.put(adapter, fold=fold)
-    assert found == [by_hand(base, texts.ids[i][: texts.begins[i]], 8) for i in some]  # type: ignore[index]
+    found = generate_answers(base, adapter, texts, some, 8, fold)
+    base.activate(adapter, fold=fold)
+    assert found == [by_hand(base, texts.ids[i][: texts.answer_starts[i]], 8) for i in some]  # type: ignore[index]
     assert len({*found}) > 1
 
 
 @torch.no_grad()
 def test_the_base_alone_writes_as_before_any_training(generator: Path) -> None:
     base = writer_of(generator)
-    texts, start = answered(base), initial(base, 4)
-    before = write(base, start, texts, [3, 5], 8)  # `up` is zero
+    texts, start = answered(base), initial_adapter(base, 4)
+    before = generate_answers(base, start, texts, [3, 5], 8)  # `up` is zero
     fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in start.factors.items()})
-    base.put(lively(start), fold=fold)
-    assert write(base, None, texts, [3, 5], 8) == before
-    assert write(base, lively(start), texts, [3, 5], 8) != before
+    base.activate(lively(start), fold=fold)
+    assert generate_answers(base, None, texts, [3, 5], 8) == before
+    assert generate_answers(base, lively(start), texts, [3, 5], 8) != before
 
 
 def test_a_trained_model_ends_its_answers(generator: Path) -> None:
     base = writer_of(generator, rank=8, target_modules="all-linear")
     trainer = writing_trainer(base)
-    ((result, _),) = trainer.train([(task_of(initial(base, 8), steps=60), Local())])
-    told = write(base, result.adapter, trainer.texts, range(30), 30)
+    ((result, _),) = trainer.train([(task_of(initial_adapter(base, 8), steps=60), ClientState())])
+    told = generate_answers(base, result.adapter, trainer.texts, range(30), 30)
     assert sum(len(text.split()) <= 5 for text in told) >= 25
     assert sum(text.startswith("the ") for text in told) >= 25
 
 
 def test_nothing_is_written_beyond_what_the_model_reads(generator: Path) -> None:
     base = writer_of(generator)  # 64 positions
-    (told,) = write(base, lively(initial(base, 4)), answered(base), [0], 1000)
+    (told,) = generate_answers(base, lively(initial_adapter(base, 4)), answered(base), [0], 1000)
     assert len(told.split()) <= 64
 
 
@@ -85,17 +85,17 @@ def test_nothing_is_written_beyond_what_the_model_reads(generator: Path) -> None
     ],
 )
 def test_exact_is_the_number_where_there_is_one_and_else_the_words(text: str, reference: str, right: bool) -> None:
-    assert exact(text, reference) is right
+    assert exact_match(text, reference) is right
 
 
 def test_the_result_of_an_answer_is_behind_its_last_mark() -> None:
-    assert result("#### 5 apples") == 5.0
-    assert result("5 apples") is None
+    assert worked_result("#### 5 apples") == 5.0
+    assert worked_result("5 apples") is None
 
 
 def test_overlap_is_the_longest_common_subsequence_of_words_of_any_script() -> None:
     # Lin 2004: P = 2/3, R = 2/4, F1 = 4/7
-    found = figures(["кот ест рыба"], ["кот не ест рыбу"])
+    found = answer_metrics(["кот ест рыба"], ["кот не ест рыбу"])
     assert found["rouge_l"] == pytest.approx(4 / 7)
-    assert figures(["a b", "c"], ["a b", "d"]) == {"exact_match": 0.5, "rouge_l": 0.5}
-    assert figures([], []) == {"exact_match": 0.0, "rouge_l": 0.0}
+    assert answer_metrics(["a b", "c"], ["a b", "d"]) == {"exact_match": 0.5, "rouge_l": 0.5}
+    assert answer_metrics([], []) == {"exact_match": 0.0, "rouge_l": 0.0}

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedloom.core.lora import Adapter, cut
-from fedloom.core.types import Local, Task
+from fedloom.core.lora import Adapter, cut_factor
+from fedloom.core.types import ClientState, Task
 from fedloom.train import loss, peft_weights
-from fedloom.train.base_model import Base, initial
+from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import frozen_layers
 from fedloom.train.settings import PLAIN
 from fedloom.train.tokenised import IGNORED
@@ -57,7 +57,7 @@ def by_hand(base: Base, texts: object, indices: list[int]) -> list[float]:
 
 def gradients(base: Base, task: Task, found: Tensor) -> list[Tensor]:
     slot = f"r{task.budget.rank}"
-    weights = released(peft_weights.parameters(base.model, slot), task.start)
+    weights = released(peft_weights.slot_parameters(base.model, slot), task.start)
     return [*torch.autograd.grad(found, [*weights.values()])]
 
 
@@ -72,13 +72,13 @@ def test_an_example_is_the_mean_of_its_answers_tokens_and_a_batch_the_mean_of_it
     # methods 2g: the loss is per sample; a mean over all tokens would count a long answer more
     base = writer_of(model)
     texts, some = answered(base), [3, 8, 1, 30]
-    base.put(lively(initial(base, 4)))
+    base.activate(lively(initial_adapter(base, 4)))
     base.model.eval()
     with torch.no_grad():
         wanted = by_hand(base, texts, some)
         inputs = texts.batch(some, base.device)
-        assert loss.each(base, inputs).tolist() == pytest.approx(wanted, rel=1e-4)
-        assert float(loss.mean(base, inputs)) == pytest.approx(sum(wanted) / 4, rel=1e-4)
+        assert loss.example_losses(base, inputs).tolist() == pytest.approx(wanted, rel=1e-4)
+        assert float(loss.mean_loss(base, inputs)) == pytest.approx(sum(wanted) / 4, rel=1e-4)
 
 
 def test_long_answers_weigh_no_more_than_short_ones(generator: Path) -> None:
@@ -88,14 +88,14 @@ def test_long_answers_weigh_no_more_than_short_ones(generator: Path) -> None:
     both = replace(texts, ids=(long, texts.ids[1]), begins=(1, len(texts.ids[1]) - 1))
     with torch.no_grad():
         inputs = both.batch([0, 1], base.device)
-        assert float(loss.mean(base, inputs)) == pytest.approx(sum(by_hand(base, both, [0, 1])) / 2, rel=1e-4)
+        assert float(loss.mean_loss(base, inputs)) == pytest.approx(sum(by_hand(base, both, [0, 1])) / 2, rel=1e-4)
 
 
 def test_padding_on_the_left_is_never_asked_and_an_answer_may_begin_at_once(generator: Path) -> None:
     base = writer_of(generator)
     right = replace(answered(base), begins=(0,) * 60)  # the first token has nothing before it
     with torch.no_grad():
-        losses = [loss.each(base, replace(right, left=left).batch([3, 8, 1], base.device)) for left in (False, True)]
+        losses = [loss.example_losses(base, replace(right, left=left).batch([3, 8, 1], base.device)) for left in (False, True)]
     assert losses[0].tolist() == pytest.approx(by_hand(base, right, [3, 8, 1]), rel=1e-4)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
@@ -103,8 +103,8 @@ def test_padding_on_the_left_is_never_asked_and_an_answer_may_begin_at_once(gene
 def test_an_example_without_an_answer_costs_nothing_and_breaks_nothing(generator: Path) -> None:
     base = writer_of(generator)
     texts = answered(base)
-    none = replace(texts, begins=(len(texts.ids[0]), *texts.begins[1:]))  # type: ignore[misc]
-    found = loss.each(base, none.batch([0, 1], base.device)).detach()
+    none = replace(texts, begins=(len(texts.ids[0]), *texts.answer_starts[1:]))  # type: ignore[misc]
+    found = loss.example_losses(base, none.batch([0, 1], base.device)).detach()
     assert float(found[0]) == 0.0
     assert bool(found.isfinite().all())
 
@@ -114,18 +114,18 @@ def test_the_head_is_applied_to_the_tokens_before_an_answer_only(generator: Path
     texts, seen = answered(base), list[tuple[int, ...]]()
     head = base.model.get_base_model().get_output_embeddings()
     hook = head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
-    loss.mean(base, texts.batch([0, 5, 9], base.device))
+    loss.mean_loss(base, texts.batch([0, 5, 9], base.device))
     hook.remove()
-    assert seen == [(sum(len(texts.ids[i]) - texts.begins[i] for i in (0, 5, 9)), base.words)]  # type: ignore[index]
+    assert seen == [(sum(len(texts.ids[i]) - texts.answer_starts[i] for i in (0, 5, 9)), base.vocabulary)]  # type: ignore[index]
 
 
 @KINDS
 def test_gradients_are_those_of_torch_on_all_logits(model: Path) -> None:
     base = writer_of(model)
-    texts, task = answered(base), task_of(lively(initial(base, 4)))
-    base.put(task.start.train)
+    texts, task = answered(base), task_of(lively(initial_adapter(base, 4)))
+    base.activate(task.start.train)
     inputs = texts.batch([2, 9, 4], base.device)
-    ours = gradients(base, task, loss.mean(base, inputs))
+    ours = gradients(base, task, loss.mean_loss(base, inputs))
     labels = inputs.pop("labels")
     logits = base.model(**inputs).logits[:, :-1]
     every = functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=IGNORED)
@@ -136,20 +136,20 @@ def test_gradients_are_those_of_torch_on_all_logits(model: Path) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_the_top_layers_has_the_gradients_of_the_whole_model(model: Path, checkpointing: bool) -> None:
     base = writer_of(model, engine=replace(PLAIN, checkpointing=checkpointing))
-    texts, whole = answered(base), lively(initial(base, 4))
+    texts, whole = answered(base), lively(initial_adapter(base, 4))
     task = task_of(Adapter({n: f for n, f in whole.factors.items() if ".1." in n}, {}))
     if whole.dense:
         task = task_of(Adapter(task.start.train.factors, whole.dense))
-    base.put(task.start.train)
+    base.activate(task.start.train)
     base.model.train()
     place = frozen_layers.tower(base, [*task.start.train.factors])
     assert place is not None
     below, batch = frozen_layers.features(base, texts, place, range(30), None, frozen_layers.Cache(), 0), [7, 3, 20, 11]
-    released(peft_weights.parameters(base.model, "r4"), task.start)
+    released(peft_weights.slot_parameters(base.model, "r4"), task.start)
     with place.fed(below.of(batch)):
-        found = loss.mean(base, texts.batch(batch, base.device))
+        found = loss.mean_loss(base, texts.batch(batch, base.device))
     ours = gradients(base, task, found)
-    close(ours, gradients(base, task, loss.mean(base, texts.batch(batch, base.device))))
+    close(ours, gradients(base, task, loss.mean_loss(base, texts.batch(batch, base.device))))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -157,7 +157,7 @@ def test_computing_layers_again_changes_no_gradient(model: Path) -> None:
     found = []
     for checkpointing in (False, True):
         base = writer_of(model, engine=replace(PLAIN, checkpointing=checkpointing))
-        task = task_of(lively(initial(base, 4)), steps=2)
+        task = task_of(lively(initial_adapter(base, 4)), steps=2)
         saved = 0
 
         def kept(tensor: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def test_computing_layers_again_changes_no_gradient(model: Path) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-            ((result, _),) = writing_trainer(base).train([(task, Local())])
+            ((result, _),) = writing_trainer(base).train([(task, ClientState())])
         found.append((result, saved))
     (one, much), (other, little) = found
     assert same(one.adapter, other.adapter)
@@ -176,9 +176,9 @@ def test_computing_layers_again_changes_no_gradient(model: Path) -> None:
 @KINDS
 def test_several_clients_in_one_pass_get_what_each_would_alone(model: Path) -> None:
     base = writer_of(model)
-    starts = [lively(initial(base, 4), seed) for seed in range(2)]
-    low = Adapter({n: cut(f, 2) for n, f in starts[1].factors.items()}, starts[1].dense)
-    work = [(task_of(starts[0], "a", 3, 1), Local()), (task_of(low, "b", 3, 2), Local())]
+    starts = [lively(initial_adapter(base, 4), seed) for seed in range(2)]
+    low = Adapter({n: cut_factor(f, 2) for n, f in starts[1].factors.items()}, starts[1].dense)
+    work = [(task_of(starts[0], "a", 3, 1), ClientState()), (task_of(low, "b", 3, 2), ClientState())]
     trainer = writing_trainer(base, learning_rate=1e-3)
     common = replace(trainer, engine=replace(PLAIN, together=4))
     assert len(common.groups(work)) == 1
@@ -191,8 +191,8 @@ def test_several_clients_in_one_pass_get_what_each_would_alone(model: Path) -> N
 
 def test_training_lowers_the_loss_and_changes_the_adapter_alone(generator: Path) -> None:
     base = writer_of(generator, dropout=0.05, target_modules="all-linear")
-    before, start = frozen(base), initial(base, 4)
-    ((result, _),) = writing_trainer(base).train([(task_of(start, steps=20), Local())])
+    before, start = frozen(base), initial_adapter(base, 4)
+    ((result, _),) = writing_trainer(base).train([(task_of(start, steps=20), ClientState())])
     assert result.metrics["loss"] < 0.8 * result.metrics["first_loss"]
     assert result.adapter.dense == {}
     after = frozen(base)
@@ -202,8 +202,8 @@ def test_training_lowers_the_loss_and_changes_the_adapter_alone(generator: Path)
 
 def test_a_head_that_is_adapted_itself_is_told_apart_by_client(generator: Path) -> None:
     base = writer_of(generator, target_modules=("q_proj", "lm_head"))
-    starts = [lively(initial(base, 4), seed) for seed in range(2)]
-    work = [(task_of(starts[0], "a", 1, 1), Local()), (task_of(starts[1], "b", 1, 2), Local())]
+    starts = [lively(initial_adapter(base, 4), seed) for seed in range(2)]
+    work = [(task_of(starts[0], "a", 1, 1), ClientState()), (task_of(starts[1], "b", 1, 2), ClientState())]
     trainer = writing_trainer(base)
     common = replace(trainer, engine=replace(PLAIN, together=4))
     for (one, kept), (other, also) in zip(trainer.train(work), common.train(work), strict=True):

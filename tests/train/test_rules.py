@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
-from fedloom.core.lora import Adapter, Factor, cut, whole
-from fedloom.core.types import Local, Pruning, Result, Rules, Task
+from fedloom.core.lora import Adapter, Factor, cut_factor, compact_with_fold
+from fedloom.core.types import ClientState, Pruning, Result, Rules, Task
 from fedloom.train import objective, peft_weights
-from fedloom.train.base_model import Base, initial
-from fedloom.train.batches import batches
-from fedloom.train.tokenised import encode
-from fedloom.train.trainer import PeftTrainer, controlled, personal
+from fedloom.train.base_model import Base, initial_adapter
+from fedloom.train.objective import client_variate, personal_adapter
+from fedloom.train.tokenised import plan_batches, encode_texts
+from fedloom.train.trainer import PeftTrainer
 from tests.support.tiny_models import WORDS
 from tests.support.tiny_runs import base_of, examples, frozen, lively, logits, same, task_of, trainer_of
 
@@ -43,45 +43,45 @@ def ordered(start: Adapter, steps: int = 3, number: int = 1, rules: Rules | None
     return replace(task, start=replace(task.start, rules=rules or Rules(), **more))
 
 
-def train(trainer: PeftTrainer, task: Task, local: Local | None = None) -> tuple[Result, Local]:
-    (done,) = trainer.train([(task, local or Local())])
+def train(trainer: PeftTrainer, task: Task, local: ClientState | None = None) -> tuple[Result, ClientState]:
+    (done,) = trainer.train([(task, local or ClientState())])
     return done
 
 
 def distance(one: Adapter, other: Adapter) -> dict[str, float]:
     """How far the sides of all layers are apart, by side."""
     found: dict[str, float] = {}
-    after = objective.flat(other)
-    for name, tensor in objective.flat(one).items():
-        key = objective.side(name)
+    after = objective.flatten_adapter(other)
+    for name, tensor in objective.flatten_adapter(one).items():
+        key = objective.side_of(name)
         found[key] = found.get(key, 0.0) + float((tensor - after[name]).norm())
     return found
 
 
 @pytest.mark.parametrize("sides", [("down",), ("up",), ("dense",), ("down", "dense"), ("up", "dense")])
 def test_frozen_sides_come_back_to_the_bit_and_the_others_move(base: Base, sides: Any) -> None:
-    start, trainer = lively(initial(base, 4)), trainer_of(base, weight_decay=0.1)
+    start, trainer = lively(initial_adapter(base, 4)), trainer_of(base, weight_decay=0.1)
     result, local = train(trainer, ordered(start, rules=Rules(frozen=sides)))
     moved = {side for side, far in distance(result.adapter, start).items() if far > 0}
     assert moved == {"down", "up", "dense"} - set(sides)
-    assert {objective.side(name) for name in local.moments} == moved
+    assert {objective.side_of(name) for name in local.moments} == moved
     free, _ = train(trainer, ordered(start, number=2))  # in the same slot
     assert all(far > 0 for far in distance(free.adapter, start).values())
 
 
 def test_private_sides_come_back_to_the_bit_and_are_used_again_the_next_time(base: Base) -> None:
-    start, trainer = lively(initial(base, 4)), trainer_of(base)
+    start, trainer = lively(initial_adapter(base, 4)), trainer_of(base)
     rules = Rules(private=("up", "dense"))
     result, local = train(trainer, ordered(start, rules=rules))
     assert {side for side, far in distance(result.adapter, start).items() if far > 0} == {"down"}
     assert local.private
     assert all(far > 0 for far in distance(local.private, start).values())
-    shared = lively(initial(base, 4), seed=5)
+    shared = lively(initial_adapter(base, 4), seed=5)
     second = ordered(shared, number=2, rules=rules)
     own = Adapter(
         {n: Factor(f.down, local.private.factors[n].up) for n, f in shared.factors.items()}, local.private.dense
     )
-    assert same(personal(second.start, local), own)
+    assert same(personal_adapter(second.start, local), own)
     again, _ = train(trainer, second, local)
     wanted, _ = train(trainer, ordered(own, number=2), replace(local, private=None))
     assert distance(again.adapter, wanted.adapter)["down"] == 0.0
@@ -90,13 +90,13 @@ def test_private_sides_come_back_to_the_bit_and_are_used_again_the_next_time(bas
 
 
 def test_a_private_side_survives_a_task_of_lower_rank(base: Base) -> None:
-    start, trainer = lively(initial(base, 4)), trainer_of(base)
+    start, trainer = lively(initial_adapter(base, 4)), trainer_of(base)
     rules = Rules(private=("up",))
     _, local = train(trainer, ordered(start, rules=rules))
-    low = Adapter({n: cut(f, 2) for n, f in start.factors.items()}, start.dense)
+    low = Adapter({n: cut_factor(f, 2) for n, f in start.factors.items()}, start.dense)
     _, later = train(trainer, ordered(low, number=2, rules=rules), replace(local, basis="of another rank"))
     assert local.private
-    for name, f in personal(ordered(start, rules=rules).start, later).factors.items():
+    for name, f in personal_adapter(ordered(start, rules=rules).start, later).factors.items():
         assert f.up[:, 2:].equal(local.private.factors[name].up[:, 2:])
         assert not f.up[:, :2].equal(local.private.factors[name].up[:, :2])
 
@@ -104,11 +104,11 @@ def test_a_private_side_survives_a_task_of_lower_rank(base: Base) -> None:
 @pytest.mark.parametrize("count", [1, 5])
 def test_directions_that_were_not_chosen_stay_to_the_bit(base: Base, count: int) -> None:
     """LoRA-A2: one step in five finds out which, the others train no more than `count` over all layers."""
-    start = lively(initial(base, 4))
+    start = lively(initial_adapter(base, 4))
     trainer = trainer_of(base, weight_decay=0.1)
     result, local = train(trainer, ordered(start, steps=5, rules=Rules(frozen=("down",), select=count)))
     trial, _ = train(trainer, ordered(start, steps=1, rules=Rules(frozen=("down",))))
-    wanted = objective.select(start, trial.adapter, count)
+    wanted = objective.select_directions(start, trial.adapter, count)
     moved = {n: (f.up != start.factors[n].up).any(0) for n, f in result.adapter.factors.items()}
     assert sum(int(mask.sum()) for mask in moved.values()) == count
     assert all(mask.equal(wanted[name]) for name, mask in moved.items())
@@ -117,7 +117,7 @@ def test_directions_that_were_not_chosen_stay_to_the_bit(base: Base, count: int)
 
 
 def test_a_higher_rate_moves_up_further_and_down_as_before(base: Base) -> None:
-    start, trainer = lively(initial(base, 4)), trainer_of(base)
+    start, trainer = lively(initial_adapter(base, 4)), trainer_of(base)
     plain, fast = (train(trainer, ordered(start, 1, rules=Rules(up_rate=rate)))[0].adapter for rate in (1.0, 5.0))
     before, after = distance(plain, start), distance(fast, start)
     assert after["up"] == pytest.approx(5.0 * before["up"], rel=0.01)
@@ -125,7 +125,7 @@ def test_a_higher_rate_moves_up_further_and_down_as_before(base: Base) -> None:
 
 
 def test_a_proximal_term_keeps_a_client_nearer_to_its_start(base: Base) -> None:
-    start = lively(initial(base, 4))
+    start = lively(initial_adapter(base, 4))
     far, near, nearest = (
         sum(distance(train(trainer_of(base, proximal=mu), ordered(start, 12))[0].adapter, start).values())
         for mu in (0.0, 1.0, 100.0)
@@ -134,7 +134,7 @@ def test_a_proximal_term_keeps_a_client_nearer_to_its_start(base: Base) -> None:
 
 
 def test_a_strong_penalty_prunes_and_is_no_part_of_the_loss_that_is_told(base: Base) -> None:
-    start, trainer = lively(initial(base, 4)), trainer_of(base)
+    start, trainer = lively(initial_adapter(base, 4)), trainer_of(base)
     plain, _ = train(trainer, ordered(start, 1))
     pruned, local = train(trainer, ordered(start, rules=Rules(pruning=Pruning(strength=100.0, keep=0.6))))
     assert {f.rank for f in pruned.adapter.factors.values()} == {2}
@@ -145,8 +145,8 @@ def test_a_strong_penalty_prunes_and_is_no_part_of_the_loss_that_is_told(base: B
 def gradient(trainer: PeftTrainer, task: Task) -> dict[str, Tensor]:
     """Of the loss on the first batch of the task, in PEFT's parametrisation (up / scaling)."""
     model, shard = trainer.base.model.train(), trainer.shards[task.client]
-    (batch,) = batches(trainer.texts.lengths(shard), trainer.training.batch_size, 1, True, task.seed)
-    weights = peft_weights.parameters(model, trainer.base.put(task.start.train))
+    (batch,) = plan_batches(trainer.texts.lengths(shard), trainer.training.batch_size, 1, True, task.seed)
+    weights = peft_weights.slot_parameters(model, trainer.base.activate(task.start.train))
     with torch.random.fork_rng():
         torch.manual_seed(task.seed)  # dropout
         loss = model(**trainer.texts.batch([shard[i] for i in batch], trainer.base.device)).loss
@@ -155,40 +155,40 @@ def gradient(trainer: PeftTrainer, task: Task) -> dict[str, Tensor]:
 
 def test_the_change_of_the_control_variate_is_the_mean_gradient(base: Base) -> None:
     """SCAFFOLD: c_i+ - c_i, with c_i+ the gradient over the task; here of one step."""
-    start, trainer = lively(initial(base, 4)), trainer_of(base)
+    start, trainer = lively(initial_adapter(base, 4)), trainer_of(base)
     common, own = lively(start, seed=3), lively(start, seed=4)
     task = ordered(start, 1, control=common)
     wanted = gradient(trainer, task)
-    result, local = train(trainer, task, Local(control=own))
+    result, local = train(trainer, task, ClientState(control=own))
     assert result.control
     assert local.control
-    before, after = objective.flat(own), objective.flat(local.control)
-    for name, change in objective.flat(result.control).items():
+    before, after = objective.flatten_adapter(own), objective.flatten_adapter(local.control)
+    for name, change in objective.flatten_adapter(result.control).items():
         torch.testing.assert_close(after[name], wanted[name], rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(change, wanted[name] - before[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_control_variate_that_is_the_clients_own_corrects_nothing(base: Base) -> None:
-    start, trainer = lively(initial(base, 4)), trainer_of(base)
+    start, trainer = lively(initial_adapter(base, 4)), trainer_of(base)
     common = lively(start, seed=3)
     plain, _ = train(trainer, ordered(start))
-    corrected, _ = train(trainer, ordered(start, control=common), Local(control=common))
+    corrected, _ = train(trainer, ordered(start, control=common), ClientState(control=common))
     other, _ = train(trainer, ordered(start, control=common))
     assert same(corrected.adapter, plain.adapter)
     assert not same(other.adapter, plain.adapter)
 
 
 def test_control_variates_belong_to_directions_and_private_sides_have_none(base: Base) -> None:
-    start, trainer = lively(initial(base, 4)), trainer_of(base)
-    low = Adapter({n: cut(f, 2) for n, f in start.factors.items()}, start.dense)
-    first = ordered(low, slots=(4, 6), control=lively(low), rules=Rules(private=("up",)))
+    start, trainer = lively(initial_adapter(base, 4)), trainer_of(base)
+    low = Adapter({n: cut_factor(f, 2) for n, f in start.factors.items()}, start.dense)
+    first = ordered(low, directions=(4, 6), control=lively(low), rules=Rules(private=("up",)))
     result, local = train(trainer, first)
     assert result.control
     for name, f in result.control.factors.items():
         assert not bool(f.up.any())
         assert bool(f.down.any())
         for slots, taken in (((4, 6), [0, 1]), ((1, 6), [None, 1]), ((0, 5), [None, None])):
-            again = controlled(replace(first.start, slots=slots), local).factors[name].down
+            again = client_variate(replace(first.start, directions=slots), local).factors[name].down
             for row, at in zip(again, taken, strict=True):
                 assert row.equal(0.0 * row if at is None else f.down[at])
 
@@ -202,10 +202,10 @@ def fold_of(start: Adapter, rank: int) -> Adapter:
 @pytest.mark.parametrize("rank", [1, 3])
 def test_a_fold_is_the_same_function_as_the_whole_adapter(request: pytest.FixtureRequest, kind: str, rank: int) -> None:
     base = base_of(request.getfixturevalue(kind))
-    texts, start = encode(examples(12), base.tokenizer, 32), lively(initial(base, 4))
+    texts, start = encode_texts(examples(12), base.tokenizer, 32), lively(initial_adapter(base, 4))
     fold, inputs = fold_of(start, rank), texts.batch(range(12), base.device)
-    wanted, plain = logits(base, whole(start, fold), texts), logits(base, start, texts)
-    base.put(start, fold=fold)
+    wanted, plain = logits(base, compact_with_fold(start, fold), texts), logits(base, start, texts)
+    base.activate(start, fold=fold)
     with torch.no_grad():
         given = base.model.eval()(**inputs).logits
     torch.testing.assert_close(given, wanted, rtol=0, atol=1e-4)
@@ -216,7 +216,7 @@ def test_a_fold_is_the_same_function_as_the_whole_adapter(request: pytest.Fixtur
 def test_the_base_is_what_it_was_after_training_over_a_fold(request: pytest.FixtureRequest, kind: str) -> None:
     """Folds come and go, the frozen weights come back to the bit as soon as somebody runs without one."""
     base = base_of(request.getfixturevalue(kind))
-    start, before, trainer = lively(initial(base, 4)), frozen(base), trainer_of(base)
+    start, before, trainer = lively(initial_adapter(base, 4)), frozen(base), trainer_of(base)
     plain, _ = train(trainer, ordered(start))
     results = [train(trainer, ordered(start, fold=fold_of(start, rank)))[0] for rank in (1, 2, 1)]
     assert same(results[0].adapter, results[2].adapter)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedloom.data.examples import Examples
-from fedloom.train.tokenised import encode
+from fedloom.train.tokenised import encode_texts
 from tests.support.tiny_runs import base_of, examples
 
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ THREE = Examples(("cat", "the red dog", "a a a a a a a a"), None, (1, 0, 1), ("x
 
 
 def test_batches_are_padded_right_to_their_longest(encoder: Path) -> None:
-    inputs = encode(THREE, base_of(encoder).tokenizer, 32).batch([1, 0], CPU)
+    inputs = encode_texts(THREE, base_of(encoder).tokenizer, 32).batch([1, 0], CPU)
     assert inputs["input_ids"].shape == (2, 5)  # [CLS] the red dog [SEP]
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert inputs["input_ids"][1, 3:].tolist() == [0, 0]
@@ -27,7 +27,7 @@ def test_batches_are_padded_right_to_their_longest(encoder: Path) -> None:
 def test_batches_are_padded_left_where_the_tokenizer_does_so(encoder: Path) -> None:
     tokenizer = base_of(encoder).tokenizer
     tokenizer.padding_side = "left"
-    inputs = encode(THREE, tokenizer, 32).batch([1, 0], CPU)
+    inputs = encode_texts(THREE, tokenizer, 32).batch([1, 0], CPU)
     assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
     assert inputs["input_ids"][1, :2].tolist() == [0, 0]
 
@@ -38,19 +38,19 @@ def test_our_batches_are_what_the_tokenizer_would_make(request: pytest.FixtureRe
     tokenizer = base_of(request.getfixturevalue(kind)).tokenizer
     tokenizer.padding_side = side
     some = examples(8)
-    ours = encode(some, tokenizer, 9).batch(range(8), CPU)
+    ours = encode_texts(some, tokenizer, 9).batch(range(8), CPU)
     theirs = tokenizer(list(some.texts), truncation=True, max_length=9, padding=True, return_tensors="pt")
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
 
 
 def test_texts_are_cut_at_the_limit_and_lengths_count_no_padding(encoder: Path) -> None:
-    texts = encode(THREE, base_of(encoder).tokenizer, 6)
+    texts = encode_texts(THREE, base_of(encoder).tokenizer, 6)
     assert texts.lengths([0, 1, 2]) == [3, 5, 6]
 
 
 def test_pairs_are_told_apart(encoder: Path) -> None:
     pairs = replace(THREE, pairs=("dog", "cat", "red"))
-    inputs = encode(pairs, base_of(encoder).tokenizer, 32).batch([0], CPU)
+    inputs = encode_texts(pairs, base_of(encoder).tokenizer, 32).batch([0], CPU)
     assert inputs["input_ids"].shape == (1, 5)  # [CLS] cat [SEP] dog [SEP]
     assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]

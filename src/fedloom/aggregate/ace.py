@@ -19,20 +19,28 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.client_changes import blank, changes, instead, keeping, mean, need_changes, remembered
-from fedloom.aggregate.shared.wrapper import Around
+from fedloom.aggregate.shared.client_changes import (
+    empty_memory,
+    mean_last_change,
+    measure_changes,
+    remember_changes,
+    replace_change,
+    require_changes,
+    store_memory,
+)
+from fedloom.aggregate.shared.wrapper import Wrapper
 from fedloom.core.lora import Adapter
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Model
 
 
 @dataclass(frozen=True, slots=True)
-class ACE(Around):
+class ACE(Wrapper):
     """`inner` on the mean of all clients' last changes; `clients` is N, the size of the federation."""
 
     inner: Aggregator = field(default_factory=FedIT)
     clients: int = 20
-    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+    wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             1: "the only client who answered so far weighs 1/N, as every other",
             2: "as law 1: absent clients weigh as much as those whose answers are merged",
@@ -43,24 +51,24 @@ class ACE(Around):
     each_once: ClassVar[str] = "every client's last change is in each step already"
 
     def __post_init__(self) -> None:
-        need_changes("ACE", self.inner, self.clients)
+        require_changes("ACE", self.inner, self.clients)
 
     @property
     def exempt(self) -> Mapping[int, str]:
         """Its own, and the wrapped method's but for law 5: where changes are added nothing drains away."""
-        return {law: why for law, why in self.inner.exempt.items() if law != 5} | dict(self.own)
+        return {law: why for law, why in self.inner.exempt.items() if law != 5} | dict(self.wrapper_exempt)
 
     def init(self, start: Adapter) -> Model:
         """As the wrapped method, with nothing heard of anybody."""
         model = self.inner.init(start)
-        return replace(model, memory={**model.memory, **blank(model.adapter, self.clients)})
+        return replace(model, memory={**model.memory, **empty_memory(model.adapter, self.clients)})
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The answers take the place of what their clients changed before; then a step along the mean of all."""
-        answered = changes(model, merge)
-        memory = remembered(model.memory, answered.values())
-        common = mean(memory)
-        moved = {number: instead(one, common) for number, one in answered.items()}
-        parts = tuple((weight, moved.get(update.task.id, update)) for weight, update in merge.parts)
-        after = self.inner.merge(model, replace(merge, parts=parts, as_delta=True))
-        return keeping(after, model, memory, self.clients)
+        answered = measure_changes(model, merge)
+        memory = remember_changes(model.memory, answered.values())
+        common = mean_last_change(memory)
+        moved = {number: replace_change(one, common) for number, one in answered.items()}
+        parts = tuple((weight, moved.get(update.task.id, update)) for weight, update in merge.weighted_updates)
+        after = self.inner.merge(model, replace(merge, weighted_updates=parts, as_delta=True))
+        return store_memory(after, model, memory, self.clients)

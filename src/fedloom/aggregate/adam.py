@@ -16,9 +16,17 @@ from typing import ClassVar
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.wrapper import Around, blend, change, forgetting, need_factors, stepped, trained
+from fedloom.aggregate.shared.wrapper import (
+    Wrapper,
+    blend,
+    drop_memory,
+    model_change,
+    require_factors,
+    step_model,
+    trained_sides,
+)
 from fedloom.core.errors import Refused
-from fedloom.core.lora import each, only
+from fedloom.core.lora import map_tensors, take_sides
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Model
 
@@ -26,7 +34,7 @@ MEAN, SQUARE = "adam mean", "adam square"
 
 
 @dataclass(frozen=True, slots=True)
-class Adam(Around):
+class Adam(Wrapper):
     """`inner` with the server's Adam; `tau` bounds the step where changes are tiny."""
 
     inner: Aggregator = field(default_factory=FedIT)
@@ -34,7 +42,7 @@ class Adam(Around):
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
-    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+    wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             1: "entries move by the server's step, not by the clients' change",
             2: "as law 1: the mean is only a direction",
@@ -43,7 +51,7 @@ class Adam(Around):
     )
 
     def __post_init__(self) -> None:
-        need_factors("Adam", self.inner, "Adam keeps a mean and a square of each entry's changes")
+        require_factors("Adam", self.inner, "Adam keeps a mean and a square of each entry's changes")
         if not self.learning_rate > 0:
             raise Refused("aggregator.learning_rate", self.learning_rate, "the server learning rate, a positive number")
         for name in ("beta1", "beta2"):
@@ -56,12 +64,12 @@ class Adam(Around):
         """Mean and square of the wrapped merge's change decide how far each entry moves."""
         after = self.inner.merge(model, merge)
         if after.basis != model.basis:
-            return forgetting(after, MEAN, SQUARE)
-        moved, sides, rate = change(model, after, merge.step), trained(merge), merge.step * self.learning_rate
-        mean = model.memory.get(MEAN) or each(torch.zeros_like, moved)
-        square = model.memory.get(SQUARE) or each(lambda d: torch.full_like(d, self.tau**2), moved)
-        mean = only(sides, blend(self.beta1, mean, moved), mean)
-        square = only(sides, each(lambda s, d: self.beta2 * s + (1 - self.beta2) * d * d, square, moved), square)
-        step = each(lambda m, s: rate * m / (s.sqrt() + self.tau), mean, square)
-        adapter = only(sides, stepped(model, step), after.adapter)
+            return drop_memory(after, MEAN, SQUARE)
+        moved, sides, rate = model_change(model, after, merge.step), trained_sides(merge), merge.step * self.learning_rate
+        mean = model.memory.get(MEAN) or map_tensors(torch.zeros_like, moved)
+        square = model.memory.get(SQUARE) or map_tensors(lambda d: torch.full_like(d, self.tau**2), moved)
+        mean = take_sides(sides, blend(self.beta1, mean, moved), mean)
+        square = take_sides(sides, map_tensors(lambda s, d: self.beta2 * s + (1 - self.beta2) * d * d, square, moved), square)
+        step = map_tensors(lambda m, s: rate * m / (s.sqrt() + self.tau), mean, square)
+        adapter = take_sides(sides, step_model(model, step), after.adapter)
         return replace(after, adapter=adapter, memory={**after.memory, MEAN: mean, SQUARE: square})

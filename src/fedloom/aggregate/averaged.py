@@ -20,23 +20,23 @@ import torch
 
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.shared.merge_terms import dense_mean
-from fedloom.aggregate.shared.product_space import best
-from fedloom.aggregate.shared.wrapper import Around, forgetting, need_method
+from fedloom.aggregate.shared.product_space import best_approximation
+from fedloom.aggregate.shared.wrapper import Wrapper, drop_memory, require_method
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, pad, server_rank
-from fedloom.core.policies import Aggregator, Merge, layers
-from fedloom.core.types import Budget, Model, Start, Update
+from fedloom.core.policies import Aggregator, Merge, aggregator_layers
+from fedloom.core.types import Budget, Model, TaskStart, Update
 
 LAST, FOLD, COUNT = "last version", "last fold", "versions averaged"
 
 
 @dataclass(frozen=True, slots=True)
-class Averaged(Around):
+class Averaged(Wrapper):
     """`inner`, whose versions are averaged: the larger `focus`, the fewer of them; at 0 all count alike."""
 
     inner: Aggregator = field(default_factory=ProductDelta)
     focus: float = 8.0
-    own: ClassVar[Mapping[int, str]] = MappingProxyType({})
+    wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})
 
     @property
     def space(self) -> Literal["product"]:
@@ -44,17 +44,17 @@ class Averaged(Around):
         return "product"
 
     def __post_init__(self) -> None:
-        need_method("Averaged", self.inner)
-        if any(isinstance(layer, Averaged) for layer in layers(self.inner)):
+        require_method("Averaged", self.inner)
+        if any(isinstance(layer, Averaged) for layer in aggregator_layers(self.inner)):
             raise Refused("aggregator (Averaged).inner", "Averaged", "it is in this aggregator already; once is enough")
         if not self.focus >= 0:
             raise Refused("aggregator.focus", self.focus, "0 averages over all versions, 8 over about the last ninth")
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The wrapped merge of the last version, which then goes into the average."""
-        parts = tuple((weight, _own(update)) for weight, update in merge.parts)
-        merge = replace(merge, parts=parts, anchor=merge.anchor and last(merge.anchor))
-        after = self.inner.merge(last(model), merge)
+        parts = tuple((weight, _own(update)) for weight, update in merge.weighted_updates)
+        merge = replace(merge, weighted_updates=parts, anchor=merge.anchor and last_version(merge.anchor))
+        after = self.inner.merge(last_version(model), merge)
         before = float(model.memory[COUNT].dense[COUNT]) if COUNT in model.memory else 0.0
         share = min(1.0, (self.focus + 1) / (before + 1 + self.focus))
         count = {COUNT: Adapter({}, {COUNT: torch.tensor(before + 1, dtype=torch.float64)})}
@@ -62,12 +62,12 @@ class Averaged(Around):
         average = _mixed(model, after, share)
         return replace(after, adapter=average, fold=None, memory={**after.memory, **kept})
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """As the wrapped method, of the last version."""
-        return self.inner.start(last(model), budget, seed)
+        return self.inner.start(last_version(model), budget, seed)
 
 
-def last(model: Model) -> Model:
+def last_version(model: Model) -> Model:
     """The version that clients train on; a layer that is in no average yet is what it was."""
     if LAST not in model.memory:
         return model
@@ -76,16 +76,16 @@ def last(model: Model) -> Model:
         version = Adapter({**model.adapter.factors, **version.factors}, version.dense)
         own = {name: factor for name, factor in (model.fold or Adapter({})).factors.items() if name in rest}
         fold = Adapter({**own, **(fold.factors if fold else {})}) if own else fold
-    return replace(published(model), adapter=version, fold=fold)
+    return replace(published_average(model), adapter=version, fold=fold)
 
 
-def published(model: Model) -> Model:
+def published_average(model: Model) -> Model:
     """The average alone, as it is scored and exported: a start of it holds directions of the average."""
-    return forgetting(model, LAST, FOLD, COUNT)
+    return drop_memory(model, LAST, FOLD, COUNT)
 
 
 def _own(update: Update) -> Update:
-    return replace(update, base=update.base and last(update.base))
+    return replace(update, base=update.base and last_version(update.base))
 
 
 def _mixed(average: Model, version: Model, share: float) -> Adapter:
@@ -95,6 +95,6 @@ def _mixed(average: Model, version: Model, share: float) -> Adapter:
     for name in version.adapter.factors:
         terms = [(c, one.adapter.factors[name]) for c, one in pairs]
         terms += [(c, one.fold.factors[name]) for c, one in pairs if one.fold]
-        factors[name] = pad(best(terms, rank)[0], rank)
+        factors[name] = pad(best_approximation(terms, rank)[0], rank)
     dense = dense_mean(version.adapter, [(c, one.adapter) for c, one in pairs])
     return Adapter(factors, dense)

@@ -21,50 +21,50 @@ from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.shared.client_changes import (
-    blank,
-    changes,
-    instead,
-    keeping,
-    last,
-    mean,
-    need_changes,
-    remembered,
+    empty_memory,
+    last_change,
+    mean_last_change,
+    measure_changes,
+    remember_changes,
+    replace_change,
+    require_changes,
+    store_memory,
 )
-from fedloom.aggregate.shared.wrapper import Around
-from fedloom.core.lora import Adapter, each
+from fedloom.aggregate.shared.wrapper import Wrapper
+from fedloom.core.lora import Adapter, map_tensors
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Model
 
 
 @dataclass(frozen=True, slots=True)
-class CA2FL(Around):
+class CA2FL(Wrapper):
     """`inner` on answers corrected by cached changes; `clients` is N, the size of the federation."""
 
     inner: Aggregator = field(default_factory=FedIT)
     clients: int = 20
-    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+    wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {1: "what absent clients changed last moves the model, although everybody present agrees"}
     )
     remembers_changes: ClassVar[bool] = True
     each_once: ClassVar[str] = "an answer's correction, by the change that its client made before, holds once"
 
     def __post_init__(self) -> None:
-        need_changes("CA2FL", self.inner, self.clients)
+        require_changes("CA2FL", self.inner, self.clients)
 
     def init(self, start: Adapter) -> Model:
         """As the wrapped method, with nothing heard of anybody."""
         model = self.inner.init(start)
-        return replace(model, memory={**model.memory, **blank(model.adapter, self.clients)})
+        return replace(model, memory={**model.memory, **empty_memory(model.adapter, self.clients)})
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The wrapped merge of Delta_k - h_k + h, after which h_k is Delta_k."""
-        answered, common = changes(model, merge), mean(model.memory)
+        answered, common = measure_changes(model, merge), mean_last_change(model.memory)
         corrected = {
-            number: instead(
-                one, each(lambda d, o, h: d.double() - o.double() + h, one.by, last(model.memory, one), common)
+            number: replace_change(
+                one, map_tensors(lambda d, o, h: d.double() - o.double() + h, one.by, last_change(model.memory, one), common)
             )
             for number, one in answered.items()
         }
-        parts = tuple((weight, corrected.get(update.task.id, update)) for weight, update in merge.parts)
-        after = self.inner.merge(model, replace(merge, parts=parts))
-        return keeping(after, model, remembered(model.memory, answered.values()), self.clients)
+        parts = tuple((weight, corrected.get(update.task.id, update)) for weight, update in merge.weighted_updates)
+        after = self.inner.merge(model, replace(merge, weighted_updates=parts))
+        return store_memory(after, model, remember_changes(model.memory, answered.values()), self.clients)

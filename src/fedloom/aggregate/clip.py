@@ -14,20 +14,20 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.wrapper import Around, need_method, size
+from fedloom.aggregate.shared.wrapper import Wrapper, euclidean_norm, require_method
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, cut, each
+from fedloom.core.lora import Adapter, cut_factor, map_tensors
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Model, Update
 
 
 @dataclass(frozen=True, slots=True)
-class Clip(Around):
+class Clip(Wrapper):
     """`inner` on changes of at most `norm`."""
 
     inner: Aggregator = field(default_factory=FedIT)
     norm: float = 1.0
-    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+    wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             1: "a change above the norm is shortened",
             2: "as law 1: what is averaged is not what was trained",
@@ -35,24 +35,24 @@ class Clip(Around):
     )
 
     def __post_init__(self) -> None:
-        need_method("Clip", self.inner)
+        require_method("Clip", self.inner)
         if not self.norm > 0:
             raise Refused("aggregator.norm", self.norm, "the largest norm of a client's change, a positive number")
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The wrapped merge of shortened answers."""
-        parts = tuple((weight, clipped(update, self.norm)) for weight, update in merge.parts)
-        return self.inner.merge(model, replace(merge, parts=parts))
+        parts = tuple((weight, clip_update(update, self.norm)) for weight, update in merge.weighted_updates)
+        return self.inner.merge(model, replace(merge, weighted_updates=parts))
 
 
-def clipped(update: Update, norm: float) -> Update:
+def clip_update(update: Update, norm: float) -> Update:
     """The update with its change shortened to `norm`, if it is longer."""
     given, sent = update.result.adapter, update.task.start.train
     ranks = {name: factor.rank for name, factor in given.factors.items()}
-    sent = Adapter({name: cut(sent.factors[name], rank) for name, rank in ranks.items()}, sent.dense)
-    length = size(each(lambda a, b: a.double() - b.double(), given, sent))
+    sent = Adapter({name: cut_factor(sent.factors[name], rank) for name, rank in ranks.items()}, sent.dense)
+    length = euclidean_norm(map_tensors(lambda a, b: a.double() - b.double(), given, sent))
     if length <= norm:
         return update
     share = norm / length
-    shorter = each(lambda a, b: (b.double() + share * (a.double() - b.double())).to(a.dtype), given, sent)
+    shorter = map_tensors(lambda a, b: (b.double() + share * (a.double() - b.double())).to(a.dtype), given, sent)
     return replace(update, result=replace(update.result, adapter=shorter))

@@ -21,9 +21,17 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.wrapper import Around, blend, change, forgetting, need_factors, stepped, trained
+from fedloom.aggregate.shared.wrapper import (
+    Wrapper,
+    blend,
+    drop_memory,
+    model_change,
+    require_factors,
+    step_model,
+    trained_sides,
+)
 from fedloom.core.errors import Refused
-from fedloom.core.lora import each, only
+from fedloom.core.lora import map_tensors, take_sides
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Model
 
@@ -31,7 +39,7 @@ MEAN, SQUARE, LARGEST, TIMES = "fadas mean", "fadas square", "fadas largest squa
 
 
 @dataclass(frozen=True, slots=True)
-class FADAS(Around):
+class FADAS(Wrapper):
     """`inner` with the server's AMSGrad; no entry moves by much more than `learning_rate` times the schedule's step."""
 
     inner: Aggregator = field(default_factory=FedIT)
@@ -39,7 +47,7 @@ class FADAS(Around):
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-8
-    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+    wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             1: "entries move by the server's step, not by the clients' change",
             2: "as law 1: the mean is only a direction",
@@ -48,7 +56,7 @@ class FADAS(Around):
     )
 
     def __post_init__(self) -> None:
-        need_factors("FADAS", self.inner, "AMSGrad keeps a mean and a square of each entry's changes")
+        require_factors("FADAS", self.inner, "AMSGrad keeps a mean and a square of each entry's changes")
         for name in ("learning_rate", "epsilon"):
             if not getattr(self, name) > 0:
                 raise Refused(
@@ -60,20 +68,20 @@ class FADAS(Around):
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """Mean and largest square of the changes decide how far each entry moves."""
-        after, sides = self.inner.merge(model, merge), trained(merge)
+        after, sides = self.inner.merge(model, merge), trained_sides(merge)
         if after.basis != model.basis:
-            return forgetting(after, MEAN, SQUARE, LARGEST, TIMES)
-        moved = change(model, after, merge.step)
-        empty = each(torch.zeros_like, moved)
+            return drop_memory(after, MEAN, SQUARE, LARGEST, TIMES)
+        moved = model_change(model, after, merge.step)
+        empty = map_tensors(torch.zeros_like, moved)
         mean, square, largest = (model.memory.get(name, empty) for name in (MEAN, SQUARE, LARGEST))
-        times = model.memory.get(TIMES) or each(lambda d: d.new_zeros((1,) * d.dim()), moved)
-        mean = only(sides, blend(self.beta1, mean, moved), mean)
-        square = only(sides, blend(self.beta2, square, each(torch.square, moved)), square)
-        largest = only(sides, each(torch.maximum, largest, square), largest)
-        times = only(sides, each(lambda t: t + 1, times), times)
-        step = each(lambda m, v, t: merge.step * self._step(m, v, t.clamp_min(1.0)), mean, largest, times)
+        times = model.memory.get(TIMES) or map_tensors(lambda d: d.new_zeros((1,) * d.dim()), moved)
+        mean = take_sides(sides, blend(self.beta1, mean, moved), mean)
+        square = take_sides(sides, blend(self.beta2, square, map_tensors(torch.square, moved)), square)
+        largest = take_sides(sides, map_tensors(torch.maximum, largest, square), largest)
+        times = take_sides(sides, map_tensors(lambda t: t + 1, times), times)
+        step = map_tensors(lambda m, v, t: merge.step * self._step(m, v, t.clamp_min(1.0)), mean, largest, times)
         kept = {MEAN: mean, SQUARE: square, LARGEST: largest, TIMES: times}
-        return replace(after, adapter=only(sides, stepped(model, step), after.adapter), memory={**after.memory, **kept})
+        return replace(after, adapter=take_sides(sides, step_model(model, step), after.adapter), memory={**after.memory, **kept})
 
     def _step(self, mean: Tensor, largest: Tensor, times: Tensor) -> Tensor:
         """eta (m / (1 - b1^t)) / (sqrt(vhat / (1 - b2^t)) + eps)."""

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.factor_space import leading, moved_whole
-from fedloom.aggregate.shared.merge_terms import apart, apart_terms, changes, everyone
-from fedloom.aggregate.shared.product_space import folded, product_terms, tail
-from fedloom.core.lora import Adapter, scale
+from fedloom.aggregate.shared.factor_space import leading_start, move_models
+from fedloom.aggregate.shared.merge_terms import as_changes, base_offsets, divide_by_one, offset_terms
+from fedloom.aggregate.shared.product_space import add_to_fold, fold_untrained, product_terms
+from fedloom.core.lora import Adapter, scale_product
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,13 @@ class FedEx:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """B, A and the residual sum p_k B_k A_k - B A."""
-        adapter, away, residual = moved_whole(model, merge), apart(model, merge), {}
+        adapter, away, residual = move_models(model, merge), base_offsets(model, merge), {}
         for name, factor in adapter.factors.items():
-            reach = everyone(name, merge, factor.rank)
-            changed = [*product_terms(name, model.adapter, changes(merge), reach), *apart_terms(name, away)]
-            residual[name] = [*changed, (1.0, scale(factor, -1.0))]
-        return replace(model, adapter=adapter, fold=folded(model, residual))
+            reach = divide_by_one(name, merge, factor.rank)
+            changed = [*product_terms(name, model.adapter, as_changes(merge), reach), *offset_terms(name, away)]
+            residual[name] = [*changed, (1.0, scale_product(factor, -1.0))]
+        return replace(model, adapter=adapter, fold=add_to_fold(model, residual))
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The first directions to train; the others and the residual in the fold."""
-        return replace(leading(model, budget), fold=tail(model, range(budget.rank)))
+        return replace(leading_start(model, budget), fold=fold_untrained(model, range(budget.rank)))

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.factor_space import leading, padded_mean
+from fedloom.aggregate.shared.factor_space import leading_start, padded_mean
 from fedloom.core.lora import Adapter
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,6 @@ class FedIT:
         """Factors averaged apart, zero-padded to the server's rank."""
         return padded_mean(model, merge)
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The first `rank` directions, not drawn for each client: all must share the same `down`."""
-        return leading(model, budget)
+        return leading_start(model, budget)

@@ -15,13 +15,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedloom.aggregate.shared.factor_space import moved
-from fedloom.aggregate.shared.merge_terms import slot_weights, slots
-from fedloom.aggregate.shared.product_space import tail
+from fedloom.aggregate.shared.factor_space import move_factors
+from fedloom.aggregate.shared.merge_terms import holder_weights, take_directions
+from fedloom.aggregate.shared.product_space import fold_untrained
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.policies import Merge
 from fedloom.core.seeds import rng
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,12 @@ class FedPLoRA:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """Module by module over its trainers Q_j."""
-        return replace(model, adapter=moved(model.adapter, merge, slot_weights))
+        return replace(model, adapter=move_factors(model.adapter, merge, holder_weights))
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """`rank` modules drawn from `seed`, the others in the fold."""
         drawn = tuple(sorted(rng(seed, "modules").sample(range(server_rank(model.adapter)), budget.rank)))
         chosen = torch.tensor(drawn)
-        factors = {name: slots(factor, chosen) for name, factor in model.adapter.factors.items()}
+        factors = {name: take_directions(factor, chosen) for name, factor in model.adapter.factors.items()}
         basis = f"{model.basis}/{'.'.join(map(str, drawn))}"
-        return Start(Adapter(factors, model.adapter.dense), basis, fold=tail(model, drawn), slots=drawn)
+        return TaskStart(Adapter(factors, model.adapter.dense), basis, fold=fold_untrained(model, drawn), directions=drawn)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.factor_space import leading, moved
-from fedloom.aggregate.shared.merge_terms import slot_weights
+from fedloom.aggregate.shared.factor_space import leading_start, move_factors
+from fedloom.aggregate.shared.merge_terms import holder_weights
 from fedloom.core.lora import Adapter
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Rules, Start
+from fedloom.core.types import Budget, Model, Rules, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class FedSA:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The mean of `down`, row by row over those who hold it."""
-        return replace(model, adapter=moved(model.adapter, merge, slot_weights))
+        return replace(model, adapter=move_factors(model.adapter, merge, holder_weights))
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The shared rows; the client puts its own `up` and head beside them, which begin as the run's seed says."""
-        return replace(leading(model, budget), seeded=("up", "dense"), rules=Rules(private=("up", "dense")))
+        return replace(leading_start(model, budget), seeded=("up", "dense"), rules=Rules(private=("up", "dense")))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.product_space import handed_out, merge_changes
+from fedloom.aggregate.shared.product_space import merge_changes, truncated_start
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Rules, Start
+from fedloom.core.types import Budget, Model, Rules, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,6 @@ class FedSVD:
         """The mean change of products, then the SVD; the rank stays the server's."""
         return merge_changes(model, merge, server_rank(model.adapter))
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The leading directions, to be trained on the side of `up` alone."""
-        return replace(handed_out(model, budget, seed, balanced=False), rules=Rules(frozen=("down",)))
+        return replace(truncated_start(model, budget, seed, balanced=False), rules=Rules(frozen=("down",)))

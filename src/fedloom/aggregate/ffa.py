@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.factor_space import leading, moved_whole
+from fedloom.aggregate.shared.factor_space import leading_start, move_models
 from fedloom.core.lora import Adapter
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Rules, Start
+from fedloom.core.types import Budget, Model, Rules, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class FFA:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The mean of `up`, entry by entry."""
-        return replace(model, adapter=moved_whole(model, merge))
+        return replace(model, adapter=move_models(model, merge))
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The first directions, to be trained on the side of `up` alone."""
-        return replace(leading(model, budget), seeded=("down",), rules=Rules(frozen=("down",)))
+        return replace(leading_start(model, budget), seeded=("down",), rules=Rules(frozen=("down",)))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import everyone
-from fedloom.aggregate.shared.product_space import handed_out, merge_products
-from fedloom.core.lora import Adapter, Factor, cut, server_rank, whole
+from fedloom.aggregate.shared.merge_terms import divide_by_one
+from fedloom.aggregate.shared.product_space import merge_products, truncated_start
+from fedloom.core.lora import Adapter, Factor, compact_with_fold, cut_factor, server_rank
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +40,21 @@ class FlexLoRA:
     def merge(self, model: Model, merge: Merge) -> Model:
         """W = sum p_k B_k A_k, whole: sorted directions, the first of them for clients."""
         rank = server_rank(model.adapter)
-        before = replace(model, adapter=whole(model.adapter, model.fold))
-        after = merge_products(before, merge, max(rank, _directions(before.adapter, merge)), everyone)
-        first = {name: cut(factor, rank) for name, factor in after.adapter.factors.items()}
+        before = replace(model, adapter=compact_with_fold(model.adapter, model.fold))
+        after = merge_products(before, merge, max(rank, _directions(before.adapter, merge)), divide_by_one)
+        first = {name: cut_factor(factor, rank) for name, factor in after.adapter.factors.items()}
         rest = {name: Factor(f.down[rank:], f.up[:, rank:]) for name, f in after.adapter.factors.items()}
         return replace(after, adapter=Adapter(first, after.adapter.dense), fold=Adapter(rest))
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The best approximation of W at the client's rank."""
-        return handed_out(model, budget, seed, balanced=False)
+        return truncated_start(model, budget, seed, balanced=False)
 
 
 def _directions(model: Adapter, merge: Merge) -> int:
     """How many directions the sum of products can have: those that are added up, but no more than a layer has room for."""
     room = max(min(factor.up.shape[0], factor.down.shape[1]) for factor in model.factors.values())
-    added = sum(server_rank(update.result.adapter) for _, update in merge.parts)
+    added = sum(server_rank(update.result.adapter) for _, update in merge.weighted_updates)
     if merge.as_delta:
-        added += sum(server_rank(update.task.start.train) for _, update in merge.parts)
+        added += sum(server_rank(update.task.start.train) for _, update in merge.weighted_updates)
     return min(room, added + (server_rank(model) if merge.as_delta or merge.step < 1.0 else 0))

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import apart, apart_terms, dense_mean, terms
-from fedloom.aggregate.shared.product_space import folded
-from fedloom.core.lora import Adapter, fresh, scale
+from fedloom.aggregate.shared.merge_terms import base_offsets, dense_mean, linear_terms, offset_terms
+from fedloom.aggregate.shared.product_space import add_to_fold
+from fedloom.core.lora import Adapter, initial_factor, scale_product
 from fedloom.core.policies import Merge
 from fedloom.core.seeds import derive
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +33,29 @@ class FLoRA:
 
     def init(self, start: Adapter) -> Model:
         """What the start holds is folded; its adapter begins anew."""
-        begin = Adapter({name: scale(factor, 0.0) for name, factor in start.factors.items()}, start.dense)
+        begin = Adapter({name: scale_product(factor, 0.0) for name, factor in start.factors.items()}, start.dense)
         pieces = {name: [(1.0, factor)] for name, factor in start.factors.items() if bool(factor.up.any())}
         model = Model(begin)
-        return replace(model, fold=folded(model, pieces)) if pieces else model
+        return replace(model, fold=add_to_fold(model, pieces)) if pieces else model
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """fold + step * sum p_k B_k A_k: an adapter that starts at zero is its own change."""
-        away, parts = apart(model, merge), merge.parts
+        away, parts = base_offsets(model, merge), merge.weighted_updates
         pieces = {
             name: [
                 *((merge.step * weight, update.result.adapter.factors[name]) for weight, update in parts),
-                *apart_terms(name, away),
+                *offset_terms(name, away),
             ]
             for name in model.adapter.factors
         }
-        dense = dense_mean(model.adapter, terms(model.adapter, merge))
+        dense = dense_mean(model.adapter, linear_terms(model.adapter, merge))
         adapter = Adapter(model.adapter.factors, dense)
-        return replace(model, adapter=adapter, fold=folded(model, pieces), basis=model.basis + 1)
+        return replace(model, adapter=adapter, fold=add_to_fold(model, pieces), basis=model.basis + 1)
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """A new adapter of the client's rank, drawn from its seed, on top of everything folded so far."""
-        factors = {name: fresh(f, budget.rank, derive(seed, name)) for name, f in model.adapter.factors.items()}
-        return Start(
+        factors = {name: initial_factor(f, budget.rank, derive(seed, name)) for name, f in model.adapter.factors.items()}
+        return TaskStart(
             Adapter(factors, model.adapter.dense),
             basis=f"{model.basis}/{seed}/{budget.rank}",
             fold=model.fold,

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import check_rank
-from fedloom.aggregate.shared.product_space import handed_out, merge_changes, tail
+from fedloom.aggregate.shared.merge_terms import require_server_rank
+from fedloom.aggregate.shared.product_space import fold_untrained, merge_changes, truncated_start
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class FoldedDelta:
     )
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        require_server_rank(self.rank)
 
     def init(self, start: Adapter) -> Model:
         """The first global model is the start itself; it is re-factorised at the first merge."""
@@ -48,6 +48,6 @@ class FoldedDelta:
         keep = self.rank or server_rank(model.adapter)
         return merge_changes(model, merge, keep)
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The leading directions to train, the others in the fold."""
-        return replace(handed_out(model, budget, seed, self.balanced), fold=tail(model, range(budget.rank)))
+        return replace(truncated_start(model, budget, seed, self.balanced), fold=fold_untrained(model, range(budget.rank)))

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.factor_space import leading, padded_mean
+from fedloom.aggregate.shared.factor_space import leading_start, padded_mean
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, norm
+from fedloom.core.lora import Adapter, product_norm
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Pruning, Rules, Start, Update
+from fedloom.core.types import Budget, Model, Pruning, Rules, TaskStart, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +55,21 @@ class HetLoRA:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """Padded means with weights in proportion to |B_k A_k|."""
-        return padded_mean(model, replace(merge, parts=by_norm(merge)), head=merge)
+        return padded_mean(model, replace(merge, weighted_updates=weigh_by_norm(merge)), head=merge)
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The first directions, with the order to prune."""
         pruning = Pruning(self.strength, self.keep, self.least) if self.prune else None
-        return replace(leading(model, budget), rules=Rules(pruning=pruning))
+        return replace(leading_start(model, budget), rules=Rules(pruning=pruning))
 
 
-def by_norm(merge: Merge) -> tuple[tuple[float, Update], ...]:
+def weigh_by_norm(merge: Merge) -> tuple[tuple[float, Update], ...]:
     """The parts with weight * |B_k A_k| over all layers, normalised; as they are where everybody brought zero."""
     sizes = [
-        weight * sum(norm(factor) ** 2 for factor in update.result.adapter.factors.values()) ** 0.5
-        for weight, update in merge.parts
+        weight * sum(product_norm(factor) ** 2 for factor in update.result.adapter.factors.values()) ** 0.5
+        for weight, update in merge.weighted_updates
     ]
     total = sum(sizes)
     if not total > 0:
-        return merge.parts
-    return tuple((size / total, update) for size, (_, update) in zip(sizes, merge.parts, strict=True))
+        return merge.weighted_updates
+    return tuple((size / total, update) for size, (_, update) in zip(sizes, merge.weighted_updates, strict=True))

@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import check_rank, everyone
-from fedloom.aggregate.shared.product_space import handed_out, merge_products
+from fedloom.aggregate.shared.merge_terms import divide_by_one, require_server_rank
+from fedloom.aggregate.shared.product_space import merge_products, truncated_start
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, scale, server_rank
+from fedloom.core.lora import Adapter, scale_product, server_rank
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Start, Update
+from fedloom.core.types import Budget, Model, TaskStart, Update
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class HLoRA:
     space: ClassVar[Literal["product"]] = "product"
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        require_server_rank(self.rank)
         if self.published_alpha is not None and self.published_alpha <= 0:
             raise Refused("aggregator.published_alpha", self.published_alpha, "alpha is positive; the prototype has 16")
 
@@ -64,20 +64,20 @@ class HLoRA:
         """sum p_k B_k A_k over the participants, cut to the server's rank."""
         top = self.rank or server_rank(model.adapter)
         if self.published_alpha is not None:
-            merge = replace(merge, parts=tuple((w, _rescaled(update, top)) for w, update in merge.parts))
-        return merge_products(model, merge, top, everyone)
+            merge = replace(merge, weighted_updates=tuple((w, _rescaled(update, top)) for w, update in merge.weighted_updates))
+        return merge_products(model, merge, top, divide_by_one)
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The leading directions at the client's rank."""
-        start = handed_out(model, budget, seed, self.balanced)
+        start = truncated_start(model, budget, seed, self.balanced)
         if self.published_alpha is None:
             return start
         grown = _times(start.train, (self.rank or server_rank(model.adapter)) / budget.rank)
-        return Start(grown, start.basis, scaling=self.published_alpha / budget.rank)
+        return TaskStart(grown, start.basis, scaling=self.published_alpha / budget.rank)
 
 
 def _times(adapter: Adapter, by: float) -> Adapter:
-    return Adapter({name: scale(factor, by) for name, factor in adapter.factors.items()}, adapter.dense)
+    return Adapter({name: scale_product(factor, by) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
 def _rescaled(update: Update, top: int) -> Update:

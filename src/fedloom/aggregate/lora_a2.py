@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.factor_space import added, leading, moved
-from fedloom.aggregate.shared.merge_terms import apart, changes, everyone
+from fedloom.aggregate.shared.factor_space import add_offsets, leading_start, move_factors
+from fedloom.aggregate.shared.merge_terms import as_changes, base_offsets, divide_by_one
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Rules, Start
+from fedloom.core.types import Budget, Model, Rules, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class LoRAA2:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """X + step * sum w_k dX_k on the side that was trained; then it is the other one's turn."""
-        adapter = added(moved(model.adapter, changes(merge), everyone), apart(model, merge))
+        adapter = add_offsets(move_factors(model.adapter, as_changes(merge), divide_by_one), base_offsets(model, merge))
         return replace(model, adapter=adapter, phase=model.phase + 1)
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The whole adapter, to be trained in `rank` directions a layer on average, one side of them frozen."""
-        whole = leading(model, replace(budget, rank=server_rank(model.adapter)))
+        whole = leading_start(model, replace(budget, rank=server_rank(model.adapter)))
         side: tuple[Literal["up", "down"], ...] = ("up",) if model.phase % 2 else ("down",)
         rules = Rules(
             frozen=(*side, "dense") if self.freeze_head else side,

@@ -13,9 +13,16 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.wrapper import Around, change, forgetting, need_factors, stepped, trained
+from fedloom.aggregate.shared.wrapper import (
+    Wrapper,
+    drop_memory,
+    model_change,
+    require_factors,
+    step_model,
+    trained_sides,
+)
 from fedloom.core.errors import Refused
-from fedloom.core.lora import each, only
+from fedloom.core.lora import map_tensors, take_sides
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Model
 
@@ -23,16 +30,16 @@ VELOCITY = "momentum"
 
 
 @dataclass(frozen=True, slots=True)
-class Momentum(Around):
+class Momentum(Wrapper):
     """`inner` with server momentum `beta` and server learning rate `learning_rate`."""
 
     inner: Aggregator = field(default_factory=FedIT)
     beta: float = 0.9
     learning_rate: float = 1.0
-    own: ClassVar[Mapping[int, str]] = MappingProxyType({1: "momentum moves the model on although everybody agrees"})
+    wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType({1: "momentum moves the model on although everybody agrees"})
 
     def __post_init__(self) -> None:
-        need_factors("Momentum", self.inner, "momentum is a sum of earlier changes, entry by entry")
+        require_factors("Momentum", self.inner, "momentum is a sum of earlier changes, entry by entry")
         if not 0 <= self.beta < 1:
             raise Refused("aggregator.beta", self.beta, "at least 0 and below 1")
         if not self.learning_rate > 0:
@@ -42,11 +49,11 @@ class Momentum(Around):
         """The wrapped merge's change goes into the velocity, the velocity into the model."""
         after = self.inner.merge(model, merge)
         if after.basis != model.basis:
-            return forgetting(after, VELOCITY)
-        velocity = change(model, after)
+            return drop_memory(after, VELOCITY)
+        velocity = model_change(model, after)
         if VELOCITY in model.memory:
-            grown = each(lambda v, d: self.beta * v + d, model.memory[VELOCITY], velocity)
-            velocity = only(trained(merge), grown, model.memory[VELOCITY])
-        moved = stepped(model, each(lambda v: self.learning_rate * v, velocity))
-        adapter = only(trained(merge), moved, after.adapter)
+            grown = map_tensors(lambda v, d: self.beta * v + d, model.memory[VELOCITY], velocity)
+            velocity = take_sides(trained_sides(merge), grown, model.memory[VELOCITY])
+        moved = step_model(model, map_tensors(lambda v: self.learning_rate * v, velocity))
+        adapter = take_sides(trained_sides(merge), moved, after.adapter)
         return replace(after, adapter=adapter, memory={**after.memory, VELOCITY: velocity})

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregate.clip import Clip
-from fedloom.aggregate.shared.wrapper import Around, need_factors, trained
+from fedloom.aggregate.shared.wrapper import Wrapper, require_factors, trained_sides
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, each, only
+from fedloom.core.lora import Adapter, map_tensors, take_sides
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.seeds import derive
 from fedloom.core.types import ClientId, Model
@@ -32,13 +32,13 @@ COUNT = "noise"
 
 
 @dataclass(frozen=True, slots=True)
-class Noise(Around):
+class Noise(Wrapper):
     """`inner`, a `Clip`, with noise of `multiplier` times what one client can change."""
 
     inner: Aggregator = field(default_factory=Clip)
     multiplier: float = 1.0
     seed: int = 0
-    own: ClassVar[Mapping[int, str]] = MappingProxyType(
+    wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             1: "noise is added to the model",
             2: "noise is added to the mean",
@@ -53,7 +53,7 @@ class Noise(Around):
         if not isinstance(self.inner, Clip):
             name, remedy = type(self.inner).__name__, "noise is measured by what one client can change: wrap Clip(...)"
             raise Refused("aggregator (Noise).inner", name, remedy)
-        need_factors("Noise", self.inner.inner, "noise is calibrated where factors are what is averaged")
+        require_factors("Noise", self.inner.inner, "noise is calibrated where factors are what is averaged")
         if not getattr(self.inner.inner, "plain_mean", False):
             name = type(self.inner.inner).__name__
             remedy = (
@@ -75,7 +75,7 @@ class Noise(Around):
             drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
             return (tensor.double() + deviation * drawn).to(tensor.dtype)
 
-        adapter = only(trained(merge), each(noisy, after.adapter), after.adapter)
+        adapter = take_sides(trained_sides(merge), map_tensors(noisy, after.adapter), after.adapter)
         memory = {**after.memory, COUNT: Adapter({}, {"count": torch.tensor(count + 1)})}
         return replace(after, adapter=adapter, memory=memory)
 
@@ -83,6 +83,6 @@ class Noise(Around):
 def largest_share(merge: Merge) -> float:
     """The largest weight of one client, all its answers in this merge together."""
     shares = dict[ClientId, float]()
-    for weight, update in merge.parts:
+    for weight, update in merge.weighted_updates:
         shares[update.task.client] = shares.get(update.task.client, 0.0) + weight
     return max(shares.values())

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import check_rank
-from fedloom.aggregate.shared.product_space import handed_out, merge_changes
+from fedloom.aggregate.shared.merge_terms import require_server_rank
+from fedloom.aggregate.shared.product_space import merge_changes, truncated_start
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class ProductDelta:
     )
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        require_server_rank(self.rank)
 
     def init(self, start: Adapter) -> Model:
         """The first global model is the start itself; it is re-factorised at the first merge."""
@@ -47,6 +47,6 @@ class ProductDelta:
         keep = self.rank or server_rank(model.adapter)
         return merge_changes(model, merge, keep)
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The leading directions at the client's rank."""
-        return handed_out(model, budget, seed, self.balanced)
+        return truncated_start(model, budget, seed, self.balanced)

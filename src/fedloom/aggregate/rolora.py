@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.factor_space import leading, moved_whole
+from fedloom.aggregate.shared.factor_space import leading_start, move_models
 from fedloom.core.lora import Adapter
 from fedloom.core.policies import Merge
-from fedloom.core.types import Budget, Model, Rules, Start
+from fedloom.core.types import Budget, Model, Rules, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class RoLoRA:
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The mean of the side that was trained; then it is the other one's turn."""
-        return replace(model, adapter=moved_whole(model, merge), phase=model.phase + 1)
+        return replace(model, adapter=move_models(model, merge), phase=model.phase + 1)
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """The first directions, one side of them frozen."""
         rules = Rules(frozen=("up",) if model.phase % 2 else ("down",))
-        start = leading(model, budget)
+        start = leading_start(model, budget)
         return replace(start, basis=f"{start.basis}/{model.phase}", rules=rules)

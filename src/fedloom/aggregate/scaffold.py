@@ -14,18 +14,18 @@ from typing import ClassVar
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.merge_terms import held_by, slots
-from fedloom.aggregate.shared.wrapper import Around, need_factors
+from fedloom.aggregate.shared.merge_terms import held_directions, take_directions
+from fedloom.aggregate.shared.wrapper import Wrapper, require_factors
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, Factor, each
-from fedloom.core.policies import Aggregator, Merge, layers
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.lora import Adapter, Factor, map_tensors
+from fedloom.core.policies import Aggregator, Merge, aggregator_layers
+from fedloom.core.types import Budget, Model, TaskStart
 
 CONTROL = "control"
 
 
 @dataclass(frozen=True, slots=True)
-class Scaffold(Around):
+class Scaffold(Wrapper):
     """`inner` with control variates; `clients` is N, the size of the federation."""
 
     inner: Aggregator = field(default_factory=FedIT)
@@ -33,8 +33,8 @@ class Scaffold(Around):
     each_once: ClassVar[str] = "a client's change of its control variate would be added to everybody's again"
 
     def __post_init__(self) -> None:
-        need_factors("Scaffold", self.inner, "a control variate is a gradient, entry by entry")
-        if any(getattr(layer, "adds_noise", False) for layer in layers(self.inner)):
+        require_factors("Scaffold", self.inner, "a control variate is a gradient, entry by entry")
+        if any(getattr(layer, "adds_noise", False) for layer in aggregator_layers(self.inner)):
             remedy = "control variates would tell everybody what the noise hides; leave one of the two out"
             raise Refused("aggregator (Scaffold).inner", "Noise", remedy)
         if self.clients < 1:
@@ -43,7 +43,7 @@ class Scaffold(Around):
     def init(self, start: Adapter) -> Model:
         """As the wrapped method, with a control variate of zero."""
         model = self.inner.init(start)
-        return replace(model, memory={**model.memory, CONTROL: each(torch.zeros_like, model.adapter)})
+        return replace(model, memory={**model.memory, CONTROL: map_tensors(torch.zeros_like, model.adapter)})
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """The wrapped merge, and c + (1/N) sum of the clients' changes of theirs."""
@@ -51,24 +51,24 @@ class Scaffold(Around):
         factors = {}
         for name, own in control.factors.items():
             down, up = own.down.clone(), own.up.clone()
-            for _, update in merge.parts:
+            for _, update in merge.weighted_updates:
                 if update.result.control is not None:
                     given = update.result.control.factors[name]
-                    held = held_by(update.task.start, given.rank)
+                    held = held_directions(update.task.start, given.rank)
                     down.index_add_(0, held, given.down / self.clients)
                     up.index_add_(1, held, given.up / self.clients)
             factors[name] = Factor(down, up)
         dense = dict(control.dense)
         for name in dense:
-            for _, update in merge.parts:
+            for _, update in merge.weighted_updates:
                 if update.result.control is not None:
                     dense[name] = dense[name] + update.result.control.dense[name] / self.clients
         return replace(after, memory={**after.memory, CONTROL: Adapter(factors, dense)})
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
         """As the wrapped method, with c in the client's directions."""
         start, control = self.inner.start(model, budget, seed), model.memory[CONTROL]
         factors = {}
         for name, own in control.factors.items():
-            factors[name] = slots(own, held_by(start, start.train.factors[name].rank))
+            factors[name] = take_directions(own, held_directions(start, start.train.factors[name].rank))
         return replace(start, control=Adapter(factors, control.dense))

@@ -16,7 +16,7 @@ from fedloom.train.demo_model import minilm
 from fedloom.train.settings import Training
 
 
-def demo() -> Run:
+def demo_run() -> Run:
     """Ranks 2, 4 and 8 by device, synchronous rounds, ProductDelta; 144 steps of 16 tickets in all."""
     return Run(
         name="demo-product-delta",
@@ -32,6 +32,6 @@ def demo() -> Run:
     )
 
 
-def baseline(run: Run) -> Run:
+def baseline_run(run: Run) -> Run:
     """The same federation with the factors averaged apart (FedIT)."""
     return replace(run, name="demo-fedit", aggregator=FedIT())

@@ -72,25 +72,25 @@ def region(
 
     Its keys are two: those of a server in its folder, for its sites, and that of a site in its settings. Runs until stopped.
     """
-    from fedloom.deploy.flower.join import upward
+    from fedloom.deploy.flower.join import region_processes
 
     facts = _facts(file, settings, clients) | {"above": str(config.resolve())}
-    _carry_out(file, folder, port, insecure, resume, facts, upward(config, insecure))
+    _carry_out(file, folder, port, insecure, resume, facts, region_processes(config, insecure))
 
 
 def _facts(file: Path, settings: list[str] | None, clients: int) -> dict[str, object]:
     """What the server is to know. Settings of `patience` are its own, all others the run's; a slip is told before anything starts."""
     from fedloom.core.errors import Refused
-    from fedloom.deploy.server.config import Patience
+    from fedloom.deploy.server.config import Timeouts
     from fedloom.hierarchy.hierarchy import need_lasting_groups
-    from fedloom.runs.run_file import override, run_of
+    from fedloom.runs.run_file import override, load_run_file
 
     own = [one for one in settings or [] if one.startswith("patience.")]
     rest = [one for one in settings or [] if one not in own]
-    need_lasting_groups(override(run_of(file), rest).hierarchy)
+    need_lasting_groups(override(load_run_file(file), rest).hierarchy)
     try:
         patience = {one[9:].partition("=")[0].strip(): float(one.partition("=")[2]) for one in own}
-        Patience(**patience)
+        Timeouts(**patience)
     except (TypeError, ValueError) as error:
         raise Refused("--set", " ".join(own), f"{error}; for instance patience.task=3600, in seconds") from error
     return {"runfile": str(file.resolve()), "settings": rest, "clients": clients, "patience": patience}
@@ -100,15 +100,15 @@ def _carry_out(
     file: Path, folder: Path, port: str, insecure: bool, resume: bool, facts: dict[str, object], more: Any = ()
 ) -> None:
     from fedloom.core.errors import Refused
-    from fedloom.deploy.flower.serve import serve
-    from fedloom.deploy.flower.server_processes import Server
+    from fedloom.deploy.flower.serve import serve_deployment
+    from fedloom.deploy.flower.server_processes import ServerSetup
 
     host, _, number = port.rpartition(":")
     if not number.isdigit():
         raise Refused("--port", port, "give a port, or an address of this machine and a port: 10.0.0.5:8080")
-    server = Server(folder, host or ("127.0.0.1" if insecure else "0.0.0.0"), int(number), insecure)
+    server = ServerSetup(folder, host or ("127.0.0.1" if insecure else "0.0.0.0"), int(number), insecure)
     try:
-        reason = serve(server, facts, resume, _say, more)
+        reason = serve_deployment(server, facts, resume, _say, more)
     except KeyboardInterrupt:
         what = "region" if more else "serve"
         out.print(f"Go on    the same fedloom {what} {file} --folder {folder}, with --resume", soft_wrap=True)
@@ -131,10 +131,10 @@ def join(
     ] = None,
 ) -> None:
     """Take part in a deployment: one site. Runs what is installed here, on the data named in the settings, until stopped."""
-    from fedloom.deploy.flower.join import join as take_part
-    from fedloom.deploy.flower.join import seat
+    from fedloom.deploy.flower.join import join_deployment as take_part
+    from fedloom.deploy.flower.join import site_setup
 
-    take_part(seat(config, insecure, idle), _say)
+    take_part(site_setup(config, insecure, idle), _say)
 
 
 def worker(
@@ -168,14 +168,14 @@ def worker(
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a site asks no hub
     from fedloom.deploy import json_log
-    from fedloom.deploy.site.settings import read
+    from fedloom.deploy.site.settings import read_site
 
-    site = read(config)  # a slip is told before anything is loaded
-    from fedloom.deploy.site.worker import serve
+    site = read_site(config)  # a slip is told before anything is loaded
+    from fedloom.deploy.site.worker import serve_worker
 
     json_log.to_stderr()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    serve(site)
+    serve_worker(site)
 
 
 def status(
@@ -187,10 +187,10 @@ def status(
 
     from rich.live import Live
 
-    from fedloom.deploy.server.status import read, shown
+    from fedloom.deploy.server.status import read_status, shown
 
     def now() -> ConsoleRenderable:
-        told = read(folder)
+        told = read_status(folder)
         return shown(told, time.time() - told["at"])
 
     if not watch:
@@ -216,10 +216,10 @@ def shards(
 
     Example: [bold]fedloom shards mine.py --out sites[/bold], then [bold]fedloom join --config sites/c00/site.toml --insecure[/bold]
     """
-    from fedloom.deploy.site.export_sites import write
-    from fedloom.runs.run_file import override, run_of
+    from fedloom.deploy.site.export_sites import export_sites
+    from fedloom.runs.run_file import override, load_run_file
 
-    for site in write(override(run_of(file), settings or []), folder):
+    for site in export_sites(override(load_run_file(file), settings or []), folder):
         out.print(site, soft_wrap=True)
 
 

@@ -16,13 +16,14 @@ from fedloom.core.errors import Refused
 if TYPE_CHECKING:
     from fedloom.data.client_summary import Summary
     from fedloom.data.examples import Examples
-    from fedloom.report.tables import Grid
 
 JUDGED, FEWEST, LONGEST = 300, 8, 128
 """Examples that a model judges, over all clients and of each one; and the tokens of them that it reads. It takes a while."""
+WORDS = ("Axis", "Client", "In words", "Commonest labels")
+"""Columns of words, the others are of numbers."""
 
 
-def inspect(
+def inspect_command(
     data: Annotated[
         list[Path],
         typer.Argument(
@@ -63,7 +64,7 @@ def inspect(
 
     Example: [bold]fedloom inspect tickets.csv --clients company --column text=message[/bold]
     """
-    from fedloom.data.client_summary import read as read_summary
+    from fedloom.data.client_summary import parse_summary as read_summary
 
     out = Console(highlight=False)
     if client_summary is None and (epsilon is not None or labels is not None):
@@ -96,8 +97,8 @@ def inspect(
 
 def _load(path: Path, clients: str | None, columns: Sequence[str]) -> tuple[Examples, list[str]]:
     """The examples of a table, and what was taken for what."""
-    from fedloom.data.column_guess import as_examples, guessed
-    from fedloom.data.file_formats import read
+    from fedloom.data.table import as_examples, guess_columns
+    from fedloom.data.file_formats import read_table_file
 
     given = {} if clients is None else {"client": clients}
     for setting in columns:
@@ -105,8 +106,8 @@ def _load(path: Path, clients: str | None, columns: Sequence[str]) -> tuple[Exam
         if not equals:
             raise Refused("--column", setting, "write it as WHAT=NAME, such as text=message")
         given[role] = name
-    raw = read(path, None)
-    roles = guessed(raw, given)
+    raw = read_table_file(path, None)
+    roles = guess_columns(raw, given)
     said = ", ".join(f"{role} from “{name}”{'' if role in given else ' (guessed)'}" for role, name in roles.items())
     notes = [f"Read {path.name}: {said}."]
     if "client" not in roles:
@@ -139,7 +140,7 @@ def _tell(
     out: Console, examples: Examples, target: Path, model: str | None, epsilon: float | None, labels: Sequence[str]
 ) -> None:
     """Write the summary of one client."""
-    from fedloom.data.client_summary import private, written
+    from fedloom.data.client_summary import private_summary, encode_summary
 
     if target.suffix != ".json":
         raise Refused("--client-summary", str(target), "end its name with .json")
@@ -147,8 +148,8 @@ def _tell(
         raise Refused("--labels", ",".join(labels), "without --epsilon the client's own labels are told; leave it out")
     summary = _summary(target.stem, examples, model)
     if epsilon is not None:
-        summary = private(summary, epsilon, secrets.randbits(63), labels)
-    target.write_text(written(summary) + "\n", encoding="utf-8")
+        summary = private_summary(summary, epsilon, secrets.randbits(63), labels)
+    target.write_text(encode_summary(summary) + "\n", encoding="utf-8")
     named = f"{len(summary.labels)} labels by name" if summary.labels else "no labels"
     noise = f", with noise of epsilon {epsilon:g}" if epsilon is not None else ""
     out.print(
@@ -161,36 +162,23 @@ def _tell(
 
 def _show(out: Console, summaries: Sequence[Summary], name: str, notes: Sequence[str], page: Path) -> None:
     """In the terminal and as a page."""
-    from fedloom.data.heterogeneity import unevenness
+    from fedloom.data.heterogeneity import measure_heterogeneity
+    from fedloom.cli.tables import rich_table
     from fedloom.report import heterogeneity_page
 
-    found = unevenness(summaries) if len(summaries) > 1 else None
-    out.print(f"\n{heterogeneity_page.sentence(summaries, found)}\n", style="bold", markup=False)
+    found = measure_heterogeneity(summaries) if len(summaries) > 1 else None
+    out.print(f"\n{heterogeneity_page.heterogeneity_sentence(summaries, found)}\n", style="bold", markup=False)
     if found is not None:
-        out.print(_table(heterogeneity_page.axes(found)))
-    out.print(_table(heterogeneity_page.clients(summaries, 10)))
-    likely = heterogeneity_page.expected(found) if found is not None else []
+        out.print(rich_table(heterogeneity_page.axis_table(found), WORDS))
+    out.print(rich_table(heterogeneity_page.client_table(summaries, 10), WORDS))
+    likely = heterogeneity_page.expected_effects(found) if found is not None else []
     for how, text in likely:
         out.print(f"{how} {text}", markup=False)
     if likely:
         out.print(" ".join(heterogeneity_page.HEDGE.split()), markup=False, style="dim")
     out.print(
-        f"\nPage     {heterogeneity_page.write(summaries, found, name, notes, page)}", markup=False, soft_wrap=True
+        f"\nPage     {heterogeneity_page.write_heterogeneity_report(summaries, found, name, notes, page)}", markup=False, soft_wrap=True
     )
-
-
-def _table(grid: Grid) -> object:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    wordy = ("Axis", "Client", "In words", "Commonest labels")
-    for head in grid.head:
-        table.add_column(Text(head), justify="left" if head in wordy else "right")
-    for row in grid.rows:
-        table.add_row(*map(Text, row))
-    return table
 
 
 def _text(path: Path) -> str:

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedloom.cli.deploy import mount
-from fedloom.cli.inspect import inspect
-from fedloom.cli.progress import resumption, watcher
+from fedloom.cli.inspect import inspect_command
+from fedloom.cli.progress import resume_command, progress_observer
 from fedloom.core.errors import Refused
-from fedloom.core.files import full
+from fedloom.core.files import disk_full_error
 
 if TYPE_CHECKING:
     from fedloom.runs.execute import Outcome
@@ -55,30 +55,30 @@ Who = Annotated[
 
 
 @app.command()
-def demo(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -> None:
+def demo_command(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -> None:
     """Fine-tune a real encoder on generated support tickets of eight companies, about two minutes on two cores.
 
     Compares the default method (ProductDelta: changes of adapters of rank 2, 4 and 8 are added exactly) with FedIT, which
     averages factors apart.
     """
     from fedloom import prepare
-    from fedloom.cli.demo import baseline
-    from fedloom.cli.demo import demo as demo_run
+    from fedloom.cli.demo import baseline_run
+    from fedloom.cli.demo import demo_run as demo_run
     from fedloom.core import files
-    from fedloom.report.page import write
+    from fedloom.report.page import write_report
 
-    parent = files.vacant(out_dir or files.free(Path("runs"), "demo"))
+    parent = files.require_vacant(out_dir or files.numbered_path(Path("runs"), "demo"))
     run = _overridden(demo_run(), settings, seed)
     job = prepare(run)
     _introduce(job)
     ours = _carry_out(job, parent / "product-delta")
-    fedit = _carry_out(prepare(baseline(run)), parent / "fedit")
-    page = write([ours.folder, fedit.folder], parent / "report.html")
+    fedit = _carry_out(prepare(baseline_run(run)), parent / "fedit")
+    page = write_report([ours.folder, fedit.folder], parent / "report.html")
     _conclude(job, ours, fedit, page)
 
 
 @app.command()
-def run(
+def run_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A Python file with a value `run = Run(...)`.")],
     settings: Settings = None,
     out_dir: OutDir = None,
@@ -103,20 +103,20 @@ def run(
     """
     from fedloom import prepare
     from fedloom.core import files
-    from fedloom.runs.run_file import run_of
-    from fedloom.train.workers.pool import Workers
+    from fedloom.runs.run_file import load_run_file
+    from fedloom.train.workers.worker import Workers
 
-    Workers.of(workers)  # a slip is told before anything is loaded
+    Workers.parse(workers)  # a slip is told before anything is loaded
     if resume and out_dir:
         raise Refused("--out", str(out_dir), "a run goes on in its own folder; give --resume alone")
-    value = _overridden(run_of(file), settings, seed)
-    target = resume or files.vacant(out_dir or files.free(Path("runs"), value.name))
+    value = _overridden(load_run_file(file), settings, seed)
+    target = resume or files.require_vacant(out_dir or files.numbered_path(Path("runs"), value.name))
     job = prepare(value, resume)
     _introduce(job)
     try:
         outcome = _carry_out(job, target, workers, pictures, keep_updates=keep_updates)
     except (KeyboardInterrupt, Exception) as error:
-        if isinstance(error, KeyboardInterrupt) or full(error):
+        if isinstance(error, KeyboardInterrupt) or disk_full_error(error):
             err.print(_escaped(_what_is_left(target)), soft_wrap=True)
         raise
     _summarise([outcome.folder])
@@ -125,23 +125,23 @@ def run(
 
 
 @app.command()
-def report(
+def report_command(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders; several are compared.")],
     page: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to write the page.")] = None,
 ) -> None:
     """Write the HTML report of one run, or the comparison of several, and print the summary."""
-    from fedloom.report.page import write
+    from fedloom.report.page import write_report
 
     target = page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
     if page is None and len(folders) > 1 and target.exists():
         raise Refused("--out", str(target), "it exists already; name another file with --out")
-    written = write(folders, target)
+    written = write_report(folders, target)
     _summarise(folders)
     out.print(f"\nReport   {written}")
 
 
 @app.command()
-def replay(
+def replay_command(
     place: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the trace in it.")],
 ) -> None:
     """Feed the events of a run to a fresh server: the same bytes must come out. Nothing is trained and no model is needed.
@@ -161,7 +161,7 @@ def replay(
 
 
 @app.command()
-def export(
+def export_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
     client: Annotated[str | None, typer.Option(metavar="ID", help="At the rank of this client.")] = None,
     rank: Annotated[int | None, typer.Option(metavar="R", help="At this rank: the best approximation of it.")] = None,
@@ -171,13 +171,13 @@ def export(
     target: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to; must not exist yet.")] = None,
 ) -> None:
     """Write the run's adapter for one client, at one rank, or merged into the base model."""
-    from fedloom.core.files import create
-    from fedloom.report.run_log import read
-    from fedloom.train.export import at_rank, open_run, save, save_merged
+    from fedloom.core.files import create_folder
+    from fedloom.report.run_log import read_run_log
+    from fedloom.train.export import truncate_adapter, open_run, save_adapter, save_merged
 
     if sum([client is not None, rank is not None, merged]) != 1:
         raise Refused("export", str(folder), "say exactly one of --client ID, --rank R, --merged")
-    log = read(folder)
+    log = read_run_log(folder)
     if client is not None:
         ranks = {str(line["client"]): int(line["rank"]) for line in log.clients}
         if client not in ranks:
@@ -188,12 +188,12 @@ def export(
     if rank is not None and not 1 <= rank <= top:
         raise Refused("--rank", rank, f"the run's adapter has rank {top}; choose 1 to {top}")
     name = "merged" if merged else f"adapter-{client}" if client else f"adapter-r{rank}"
-    place = create(target or folder / name)
-    done = save(base, at_rank(adapter, rank), names, place) if rank else save_merged(base, adapter, names, place)
+    place = create_folder(target or folder / name)
+    done = save_adapter(base, truncate_adapter(adapter, rank), names, place) if rank else save_merged(base, adapter, names, place)
     out.print(f"{'Model' if merged else 'Adapter'}  {done}")
 
 
-app.command()(inspect)
+app.command()(inspect_command)
 mount(app)
 
 
@@ -212,7 +212,7 @@ def main() -> NoReturn:
         if hasattr(error, "format_message"):  # click's own usage errors
             err.print(f"[bold red]fedloom:[/bold red] {_escaped(error.format_message())}", soft_wrap=True)
             sys.exit(2)
-        if not (lack := full(error)):
+        if not (lack := disk_full_error(error)):
             raise
         reason = f"the disk is full: {lack.filename or 'a file'} could not be written; make room"
         err.print(f"[bold red]fedloom:[/bold red] {_escaped(reason)}", soft_wrap=True)
@@ -231,8 +231,8 @@ def _overridden(value: Run, settings: list[str] | None, seed: int | None) -> Run
 
 
 def _introduce(job: PreparedRun) -> None:
-    from fedloom.data.partition import describe, statistics
-    from fedloom.hierarchy.tree import Tree
+    from fedloom.cli.tables import partition_table
+    from fedloom.data.partition import partition_statistics
 
     run, shape = job.run, job.server.shape
     size = (shape.parameters + shape.embeddings) / 1e6
@@ -240,16 +240,16 @@ def _introduce(job: PreparedRun) -> None:
     out.print(
         f"{len(job.profiles)} clients, {type(run.aggregator).__name__}, {type(run.schedule).__name__}, seed {run.seed}"
     )
-    if isinstance(job.server, Tree):
-        sizes = Counter(job.server.edge_of.values()).values()
+    if groups := job.server.manifest_sections().get("groups"):
+        sizes = [len(clients) for clients in groups.values()]
         out.print(f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} clients, each led by an edge")
-    out.print(describe(statistics(job.split.train, job.shards)))
+    out.print(partition_table(partition_statistics(job.split.train, job.shards)))
     fleet = job.server.fleet()
     ranks = Counter(run.plan(profile, fleet).rank for profile in job.profiles.values())
     out.print("Ranks now: " + ", ".join(f"{rank} at {count} clients" for rank, count in sorted(ranks.items())) + "\n")
-    if job.begun:
-        out.print(f"Goes on {job.begun.where}\n")
-    for note in job.about()["notes"]:  # type: ignore[attr-defined]
+    if job.resumed_from:
+        out.print(f"Goes on {job.resumed_from.where}\n")
+    for note in job.describe()["notes"]:  # type: ignore[attr-defined]
         out.print(f"[yellow]Note[/yellow] {_escaped(note)}\n")
 
 
@@ -257,21 +257,20 @@ def _carry_out(job: PreparedRun, folder: Path, workers: str = "1", report: bool 
     """Execute with a progress bar: versions or virtual time, whichever ends the run first, and what it has reached."""
     columns = (TextColumn("{task.description}"), BarColumn(8), TextColumn("{task.fields[now]}"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=err) as progress:
-        return job.execute(folder, [watcher(progress, job)], workers, report, **more)
+        return job.execute(folder, [progress_observer(progress, job)], workers, report, **more)
 
 
 def _what_is_left(folder: Path) -> str:
     """To be done where a run was stopped: the rest of it, or its report alone."""
     path = folder / "manifest.json"
     over = path.exists() and json.loads(path.read_bytes()).get("status") == "finished"
-    return f"Report   {sys.argv[0]} report {folder}" if over else f"Go on    {resumption(sys.argv, folder)}"
+    return f"Report   {sys.argv[0]} report {folder}" if over else f"Go on    {resume_command(sys.argv, folder)}"
 
 
 def _summarise(folders: list[Path]) -> None:
-    from fedloom.report.run_log import read
-    from fedloom.report.tables import summary
+    from fedloom.cli.tables import runs_in_terminal
 
-    out.print(summary([read(folder) for folder in folders]))
+    out.print(runs_in_terminal(folders))
 
 
 def _conclude(job: PreparedRun, ours: Outcome, fedit: Outcome, page: Path) -> None:

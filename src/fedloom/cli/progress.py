@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedloom.runs.job import Job
 
 
-def resumption(arguments: list[str], folder: Path) -> str:
+def resume_command(arguments: list[str], folder: Path) -> str:
     """The command that goes on with an interrupted run: the same one, with --resume in the place of --out."""
     kept, skip = list[str](), False
     for argument in arguments:
@@ -25,11 +25,11 @@ def resumption(arguments: list[str], folder: Path) -> str:
     return shlex.join([*kept, "--resume", str(folder)])
 
 
-def watcher(progress: Progress, job: Job) -> Observer:
+def progress_observer(progress: Progress, job: Job) -> Observer:
     """An observer that moves a bar: versions or virtual time, whichever ends the run first, and what it has reached."""
-    from fedloom.core.events import Publish, Scored
+    from fedloom.core.events import Publish, ScoresReady
 
-    limits, version = job.run.limits, job.begun.version if job.begun else 0
+    limits, version = job.run.limits, job.resumed_from.version if job.resumed_from else 0
     bar = progress.add_task(f"{type(job.run.aggregator).__name__:8s}", total=1.0, now="")
     progress.update(bar, completed=version / limits.versions)
     shown = {"version": f"{version}/{limits.versions}", "time": "", "accuracy": "", "loss": "", "stale": ""}
@@ -37,7 +37,7 @@ def watcher(progress: Progress, job: Job) -> Observer:
     def watch(now: float, event: Event, commands: list[Command]) -> None:
         nonlocal version
         shown["time"] = f"{now:,.0f} virtual s"
-        if isinstance(event, Scored):
+        if isinstance(event, ScoresReady):
             shown["accuracy"] = f"acc {100 * event.metrics['accuracy']:.1f} %"
             if "perplexity" in event.metrics:
                 shown["accuracy"] = f"ppl {event.metrics['perplexity']:.1f}"

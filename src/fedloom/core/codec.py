@@ -36,7 +36,7 @@ class Block:
             return base + self.numbers.float() * self.scales[:, None]
         return self.numbers.float() * 2.0**self.exponent if self.exponent else self.numbers.float()
 
-    def only(self, rows: Tensor) -> Block:
+    def select(self, rows: Tensor) -> Block:
         """Some of the rows, by their numbers or a mask."""
         return replace(self, numbers=self.numbers[rows], scales=None if self.scales is None else self.scales[rows])
 
@@ -98,7 +98,7 @@ class Half:
 
     def pack(self, values: Tensor, base: Tensor) -> Block:
         """Rounded to float16."""
-        return half(values)
+        return pack_half(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class DeltaInt8:
 EXACT, HALF = Exact(), Half()
 
 
-def half(values: Tensor) -> Block:
+def pack_half(values: Tensor) -> Block:
     """Float16 times a power of two that puts the largest entry under 2^15: nothing overflows, and small tensors keep their digits.
 
     The exponent is that of the largest entry after rounding, so that packing again what came out changes nothing.
@@ -140,6 +140,6 @@ def half(values: Tensor) -> Block:
     return Block((values * 2.0**-exponent).half(), exponent)
 
 
-def rounded(tensor: Tensor) -> Tensor:
+def round_to_half(tensor: Tensor) -> Tensor:
     """The tensor as it comes out of float16, in its own shape and dtype."""
-    return half(tensor).values(tensor) if tensor.numel() else tensor
+    return pack_half(tensor).values(tensor) if tensor.numel() else tensor

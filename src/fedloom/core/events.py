@@ -1,4 +1,10 @@
-"""(to be written)"""
+"""Events and commands: the two languages that the server and its drivers speak.
+
+An event says what happened outside (`Event`: somebody joined, an answer arrived, a timer fired), a command what the driver must
+do (`Command`: send a task, evaluate a version, stop). Both are plain frozen values: a run's trace is the list of (time, event,
+commands), and replaying the events through a fresh server must give the same commands. The last few of each kind belong to the
+hierarchy, where an edge is a client of the root and a server of its members.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fedloom.core.types import ClientId, Model, Profile, Result, Task, GroupStatistics, Update
+from fedloom.core.types import ClientId, GroupStatistics, Model, Profile, Result, Task, Update
 
 # Events: what happened outside ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ClientJoined:
-    """A client is reachable and idle. Joining decides nothing: the next event or timer does, see `Server.wake`."""
+    """A client is reachable and idle.
+
+    Joining decides nothing: the next event or timer does, see `Server.wake`.
+
+    Fields:
+        profile: what the server knows of the client.
+    """
 
     profile: Profile
 
@@ -36,7 +48,7 @@ class UpdateArrived:
 
 @dataclass(frozen=True, slots=True)
 class TaskFailed:
-    """A client says that it could not do a task."""
+    """A client reports that it could not do a task."""
 
     client: ClientId
     task: int
@@ -49,8 +61,8 @@ class TimerFired:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """An evaluation of a version is ready."""
+class ScoresReady:
+    """The evaluation of a version is ready."""
 
     version: int
     metrics: Mapping[str, float]
@@ -58,41 +70,56 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class TaskReceived:
-    """To an edge: the task that its members are to do together."""
+    """An edge received the task that its members are to do together."""
 
     task: Task
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeLost:
-    """An edge died. `kept`: it comes back with its last inner version and goes on; else all that it did of its task is lost."""
+    """An edge died.
+
+    Fields:
+        edge: name of the edge.
+        resumes: whether it comes back with its last inner version and goes on; else all work on its task is lost.
+    """
 
     edge: ClientId
-    kept: bool = False
+    resumes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeReturned:
-    """An edge that died is there again."""
+    """An edge that died is reachable again."""
 
     edge: ClientId
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeJoined(ClientJoined):
-    """An edge that is elsewhere is reachable, and idle; `members` are those that it leads, if it says who they are."""
+    """A remote edge, in another process, is reachable and idle.
+
+    Fields:
+        profile: what the root knows of the edge.
+        members: clients that it leads (empty: it does not say).
+    """
 
     members: tuple[Profile, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeReported(UpdateArrived):
-    """An edge that is elsewhere answers a task, with the layers that a member trained, and what it `told` beside (None: nothing).
+    """A remote edge answers a task, with the layers that a member trained.
 
-    `members` are those that it leads now (empty: it does not say).
+    Fields:
+        client: name of the edge.
+        task: number of the task.
+        result: the answer.
+        statistics: what a plan may learn from, where the root's plan learns.
+        members: clients that it leads now (empty: it does not say).
     """
 
-    told: GroupStatistics | None = None
+    statistics: GroupStatistics | None = None
     members: tuple[Profile, ...] = ()
 
 
@@ -104,7 +131,7 @@ Event: TypeAlias = (
     | EdgeReported
     | TaskFailed
     | TimerFired
-    | Scored
+    | ScoresReady
     | TaskReceived
     | EdgeLost
     | EdgeReturned
@@ -131,7 +158,13 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """A new global version, and the updates that it was made of."""
+    """A new global version exists.
+
+    Fields:
+        version: its number.
+        model: the model.
+        updates: accepted answers that it was made of.
+    """
 
     version: int
     model: Model
@@ -140,7 +173,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Score this version and answer with `Scored`."""
+    """Evaluate this version and answer with `ScoresReady`."""
 
     version: int
     model: Model
@@ -148,7 +181,7 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Something from outside was not accepted, and the state is as if it had not come.
+    """A message from outside was not accepted, and the state is as if it had not come.
 
     An outstanding task stays outstanding: a driver that expects no better answer follows with `TaskFailed`.
     """
@@ -167,15 +200,20 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Of an edge: its answer to the task that it received, and what it `told` beside it, if the root's plan learns."""
+    """An edge answers the task that it received.
+
+    Fields:
+        result: the answer.
+        statistics: what a plan may learn from, where the root's plan learns.
+    """
 
     result: Result
-    told: GroupStatistics | None = None
+    statistics: GroupStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Discard:
-    """An answer that was accepted, and is in no version, will be in none."""
+class Discarded:
+    """An accepted answer is in no version and will be in none."""
 
     task: int
     client: ClientId
@@ -183,21 +221,30 @@ class Discard:
 
 
 @dataclass(frozen=True, slots=True)
-class Within:
-    """What happens inside a tree of servers, about the outer `task` of this edge: it is told, and nobody has to do anything.
+class InsideEdge:
+    """Something happened inside a tree of servers, about the outer task of one edge. Nobody has to do anything.
 
-    `Dispatch` and `Cancel` of the outer task, an edge's own `Publish`, `Discard` and `Report`, what the root rejects of it, and
-    `Stop`, where an edge ends its task without an answer.
+    Fields:
+        edge: name of the edge.
+        task: number of the edge's outer task.
+        command: `Dispatch` or `Cancel` of the outer task; the edge's own `Publish`, `Discarded` or `Report`; `Reject`, of what the
+            root refused; `Stop`, where an edge ends its task without an answer.
     """
 
     edge: ClientId
     task: int
-    what: Dispatch | Cancel | Publish | Discard | Report | Reject | Stop
+    command: Dispatch | Cancel | Publish | Discarded | Report | Reject | Stop
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A client goes from its `edge` `to` another one."""
+    """A client goes from one edge to another.
+
+    Fields:
+        client: name of the client.
+        edge: edge that it leaves.
+        to: edge that it goes to.
+    """
 
     client: ClientId
     edge: ClientId
@@ -206,9 +253,13 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Regroup:
-    """After this version the groups were made anew, since clients' times had drifted by more than `threshold`: these are to move.
+    """Groups were made anew after this version, since the clients' times had drifted.
 
-    `drift` is `group.drift` of the times now from those at which the groups were made before.
+    Fields:
+        version: global version after which the groups were made.
+        drift: change of the clients' times since the last grouping, see `grouping.time_drift`.
+        threshold: drift above which groups are made anew.
+        moves: clients that are to move.
     """
 
     version: int
@@ -219,12 +270,17 @@ class Regroup:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """This move is done; `places` are the most clients that may be at work at once from now on."""
+    """A move is done.
+
+    Fields:
+        move: the move.
+        max_in_flight: the most clients that may be at work at once from now on.
+    """
 
     move: Move
-    places: int
+    max_in_flight: int
 
 
 Command: TypeAlias = (
-    Dispatch | Cancel | Publish | Evaluate | Reject | Stop | Report | Discard | Within | Regroup | Moved
+    Dispatch | Cancel | Publish | Evaluate | Reject | Stop | Report | Discarded | InsideEdge | Regroup | Moved
 )

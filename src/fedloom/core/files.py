@@ -21,16 +21,16 @@ DRAFT = ".draft"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
-def vacant(path: Path) -> Path:
+def require_vacant(path: Path) -> Path:
     """The path, if a run folder can be made there: asked before long work, and again when it is made."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise Refused("--out", str(path), "it exists already; choose another folder or remove it first")
     return path
 
 
-def create(path: Path) -> Path:
+def create_folder(path: Path) -> Path:
     """A new, empty run folder. Raises Refused if there is something at `path` already."""
-    vacant(path)
+    require_vacant(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -38,7 +38,7 @@ def create(path: Path) -> Path:
     return path
 
 
-def free(parent: Path, name: str) -> Path:
+def numbered_path(parent: Path, name: str) -> Path:
     """The first of parent/name-001, -002, ... that does not exist."""
     number = 1
     while (path := parent / f"{name}-{number:03d}").exists():
@@ -47,7 +47,7 @@ def free(parent: Path, name: str) -> Path:
 
 
 @contextmanager
-def at_once(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A draft to write, which then takes the place of `path`, whole or not at all, also where the power fails.
 
     Where the disk has no room for it, the draft is removed and the error names `path` (`full`).
@@ -70,7 +70,7 @@ def at_once(path: Path) -> Iterator[Path]:
         raise OSError(lack.errno, lack.strerror, str(path)) from error
 
 
-def full(error: BaseException | None) -> OSError | None:
+def disk_full_error(error: BaseException | None) -> OSError | None:
     """That a disk or a quota is full, if this error or one that it came from says so: the first one that names a file."""
     found = None
     while error is not None:
@@ -107,5 +107,5 @@ def lock(file: IO[Any], shared: bool = False) -> bool:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write at once or not at all."""
-    with at_once(path) as draft:
+    with atomic_write(path) as draft:
         draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

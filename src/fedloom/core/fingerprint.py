@@ -1,4 +1,4 @@
-"""(to be written)"""
+"""The sha256 of an adapter: how traces, manifests and messages name one without its numbers."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from fedloom.core.lora import Adapter, tensors
+from fedloom.core.lora import Adapter, named_tensors
 
-_KNOWN: WeakKeyDictionary[Adapter, str] = WeakKeyDictionary()
+_DIGESTS: WeakKeyDictionary[Adapter, str] = WeakKeyDictionary()
 
 
 def fingerprint(adapter: Adapter) -> str:
-    """sha256 over names, shapes and bytes of all tensors, in order of name; taken once of each adapter, while it lives."""
-    known = _KNOWN.get(adapter)
-    if known is None:
-        known = _KNOWN[adapter] = _digest(adapter)
-    return known
+    """The sha256 over names, shapes, types and bytes of all tensors, in order of name. It is taken once of each adapter."""
+    digest = _DIGESTS.get(adapter)
+    if digest is None:
+        digest = _DIGESTS[adapter] = _digest(adapter)
+    return digest
 
 
 def _digest(adapter: Adapter) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors(adapter).items()):
+    for name, tensor in sorted(named_tensors(adapter).items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if tensor.dtype != torch.float32:
             tensor = tensor.reshape(-1).view(torch.uint8)  # numpy knows no bfloat16

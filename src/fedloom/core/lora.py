@@ -48,32 +48,32 @@ class Adapter:
     dense: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def tensors(adapter: Adapter) -> dict[str, Tensor]:
+def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's tensors under flat names: `NAME.down`, `NAME.up`, and `dense:NAME`."""
     flat = {f"{name}.down": factor.down for name, factor in adapter.factors.items()}
     flat |= {f"{name}.up": factor.up for name, factor in adapter.factors.items()}
     return flat | {f"dense:{name}": tensor for name, tensor in adapter.dense.items()}
 
 
-def rebuilt(like: Adapter, flat: Mapping[str, Tensor]) -> Adapter:
+def from_tensors(like: Adapter, flat: Mapping[str, Tensor]) -> Adapter:
     """The adapter of such tensors, with the layers of `like` in their order."""
     factors = {name: Factor(flat[f"{name}.down"], flat[f"{name}.up"]) for name in like.factors}
     return Adapter(factors, {name: flat[f"dense:{name}"] for name in like.dense})
 
 
-def cut(factor: Factor, rank: int) -> Factor:
+def cut_factor(factor: Factor, rank: int) -> Factor:
     """The first `rank` directions; the best approximation of that rank if the factor came from `truncate`."""
     return factor if rank >= factor.rank else Factor(factor.down[:rank], factor.up[:, :rank])
 
 
-def cut_to(adapter: Adapter, rank: int) -> Adapter:
+def cut_adapter(adapter: Adapter, rank: int) -> Adapter:
     """The first `rank` directions of every layer; the adapter itself, where it has no more."""
     if all(factor.rank <= rank for factor in adapter.factors.values()):
         return adapter
-    return Adapter({name: cut(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
+    return Adapter({name: cut_factor(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
-def only(sides: Collection[str], new: Adapter, old: Adapter) -> Adapter:
+def take_sides(sides: Collection[str], new: Adapter, old: Adapter) -> Adapter:
     """`new` on these sides ("down", "up", "dense"), `old` on the others."""
     factors = {
         name: Factor(
@@ -95,7 +95,7 @@ def pad(factor: Factor, rank: int) -> Factor:
     return Factor(down, torch.cat([factor.up, factor.up.new_zeros(factor.up.shape[0], extra)], 1))
 
 
-def scale(factor: Factor, by: float | Tensor) -> Factor:
+def scale_product(factor: Factor, by: float | Tensor) -> Factor:
     """The product times a number, or each direction times its own (a tensor of length rank)."""
     return Factor(factor.down, factor.up * by)
 
@@ -112,7 +112,7 @@ def stack(terms: Sequence[tuple[float, Factor]]) -> Factor:
     return Factor(down, torch.cat([root * factor.up for root, (_, factor) in zip(signed, terms, strict=True)], 1))
 
 
-def total(terms: Iterable[tuple[float, Factor]]) -> Factor | Tensor:
+def sum_products(terms: Iterable[tuple[float, Factor]]) -> Factor | Tensor:
     """sum of coefficient * product, exactly: a stack, or the matrix itself (d_out, d_in) where that has fewer directions.
 
     Terms are taken one by one and added up in chunks, so that beside them never more is held than some three matrices of
@@ -141,7 +141,7 @@ def truncate(factor: Factor, rank: int) -> Factor:
 
 def truncate_sum(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float]:
     """`truncate` of a sum, and the sum's energy (squared Frobenius norm), good to 1e-6."""
-    sum_ = total(terms)
+    sum_ = sum_products(terms)
     if isinstance(sum_, Tensor):
         left, values, right = svd_dense(sum_, rank)
         energy = sum(float(rows.double().square().sum()) for rows in torch.split(sum_, 512))
@@ -189,7 +189,7 @@ def revive(factor: Factor, rank: int, seed: int) -> Factor:
     return Factor(down, up)
 
 
-def fresh(like: Factor, rank: int, seed: int) -> Factor:
+def initial_factor(like: Factor, rank: int, seed: int) -> Factor:
     """A LoRA at its start: `up` zero, `down` random orthogonal rows as long as those of `like` (their median)."""
     rows = _fresh_rows(like.down[:0], rank, seed) * like.down.norm(dim=1).median()
     return Factor(rows, like.up.new_zeros(like.up.shape[0], rank))
@@ -206,7 +206,7 @@ def compact(product: Factor | Tensor) -> Factor:
     return Factor(product, eye) if d_out <= d_in else Factor(eye, product)
 
 
-def joined(adapter: Adapter, fold: Adapter | None) -> Adapter:
+def stack_with_fold(adapter: Adapter, fold: Adapter | None) -> Adapter:
     """Adapter and fold as one adapter, side by side; a layer that only one of them holds is as it is there."""
     if fold is None:
         return adapter
@@ -215,19 +215,19 @@ def joined(adapter: Adapter, fold: Adapter | None) -> Adapter:
     return Adapter({**own, **more, **both}, adapter.dense)
 
 
-def whole(adapter: Adapter, fold: Adapter | None) -> Adapter:
+def compact_with_fold(adapter: Adapter, fold: Adapter | None) -> Adapter:
     """Adapter and fold as one adapter of no more directions than needed: the whole change of the base model."""
-    both = joined(adapter, fold)
+    both = stack_with_fold(adapter, fold)
     return Adapter({name: compact(factor) for name, factor in both.factors.items()}, both.dense)
 
 
-def level(adapter: Adapter) -> Adapter:
+def pad_to_one_rank(adapter: Adapter) -> Adapter:
     """The same products with one rank for all layers, the highest of them, by zero directions."""
     rank = server_rank(adapter)
     return Adapter({name: pad(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
-def each(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
+def map_tensors(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
     """`rule` on every tensor of adapters of one shape."""
     first = adapters[0]
     factors = {
@@ -246,18 +246,18 @@ def server_rank(adapter: Adapter) -> int:
     return max(factor.rank for factor in adapter.factors.values())
 
 
-def energy(factor: Factor) -> Tensor:
+def energy_spectrum(factor: Factor) -> Tensor:
     """Squared singular values of the product, largest first, (min(rank, d_out, d_in),) in float64."""
     values: Tensor = torch.linalg.svdvals(_core(factor))
     return values.square()
 
 
-def norm(factor: Factor) -> float:
+def product_norm(factor: Factor) -> float:
     """Frobenius norm of the product, in float64, safe where terms of a stack cancel."""
     return float(_core(factor).norm())
 
 
-def change(new: Factor, old: Factor) -> Factor:
+def product_difference(new: Factor, old: Factor) -> Factor:
     """The difference of the products. At one rank as B'A' - BA = (B' - B) A' + B (A' - A): nothing cancels where they are near."""
     if new.rank != old.rank:
         return stack([(1.0, new), (-1.0, old)])

@@ -13,49 +13,49 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedloom.core.codec import EXACT, HALF, Codec
-from fedloom.core.lora import Adapter, cut
-from fedloom.core.transfer import rows
-from fedloom.core.types import Result, Side, Start, Task
-from fedloom.core.validate_answer import form
+from fedloom.core.lora import Adapter, cut_factor
+from fedloom.core.transfer import dense_rows
+from fedloom.core.types import Result, Side, Task, TaskStart
+from fedloom.core.validate_answer import why_malformed
 
 
 @dataclass(frozen=True, slots=True)
-class Bytes:
+class MessageSize:
     """Size of a message; `dense` is the part of `total` that is the head."""
 
     total: int
     dense: int
 
 
-def down(start: Start) -> Bytes:
+def download_size(start: TaskStart) -> MessageSize:
     """What a client receives. A control variate counts like the adapter, on the sides that the client trains for all."""
     count = _whole(start.train, (*start.seeded, "dense"))
     count += sum(_folded(factor.up, factor.down) for factor in start.fold.factors.values()) if start.fold else 0
     dense = 0 if "dense" in start.seeded else sum(tensor.numel() for tensor in start.train.dense.values())
     control, number = _control(start), _plain(start).number
-    return Bytes(number * (count + dense + control), number * dense)
+    return MessageSize(number * (count + dense + control), number * dense)
 
 
-def up(task: Task, result: Result) -> Bytes:
+def upload_size(task: Task, result: Result) -> MessageSize:
     """What a client sends back: rows of `down`, columns of `up` and rows of dense tensors that differ from what it got.
 
     An answer that has not even the form of one, and will be refused, counts as if everything had been sent.
     """
     start, codec, count = task.start, task.start.codec or EXACT, 0
     control = _plain(start).number * _control(start)
-    refused = form(task, result) is not None
+    refused = why_malformed(task, result) is not None
     given = start.train if refused else result.adapter
     for name, factor in given.factors.items():
-        sent = cut(start.train.factors[name], factor.rank)
+        sent = cut_factor(start.train.factors[name], factor.rank)
         count += _sent(codec, None if refused else sent.down, factor.down, 1)
         count += _sent(codec, None if refused else sent.up, factor.up, 0)
     dense = 0
     for name, tensor in given.dense.items():
-        dense += _sent(codec, None if refused else rows(start.train.dense[name]), rows(tensor), 1)
-    return Bytes(count + dense + control, dense)
+        dense += _sent(codec, None if refused else dense_rows(start.train.dense[name]), dense_rows(tensor), 1)
+    return MessageSize(count + dense + control, dense)
 
 
-def _plain(start: Start) -> Codec:
+def _plain(start: TaskStart) -> Codec:
     """How travels what has no base."""
     return HALF if start.codec and start.codec.halved else EXACT
 
@@ -75,9 +75,9 @@ def _folded(up: Tensor, down: Tensor) -> int:
     return min(up.numel() + down.numel(), up.shape[0] * down.shape[1])
 
 
-def _control(start: Start) -> int:
+def _control(start: TaskStart) -> int:
     """Numbers of the control variate that are sent."""
-    return _whole(start.control, start.rules.kept) if start.control else 0
+    return _whole(start.control, start.rules.unchanged) if start.control else 0
 
 
 def _whole(adapter: Adapter, without: Collection[Side]) -> int:

@@ -25,7 +25,7 @@ class Shape:
     dense: int
     depths: Mapping[str, int] = field(default_factory=dict)
 
-    def below(self, names: Iterable[str], depth: int | None) -> frozenset[str]:
+    def untrained_modules(self, names: Iterable[str], depth: int | None) -> frozenset[str]:
         """Which of these adapted modules a client of this depth does not train."""
         return frozenset() if depth is None else frozenset(name for name in names if self.depths[name] > depth)
 

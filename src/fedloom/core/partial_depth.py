@@ -15,17 +15,17 @@ from typing import TypeVar
 from torch import Tensor
 
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, Factor, norm, stack
-from fedloom.core.policies import Aggregator, Merge, layers
-from fedloom.core.types import Budget, Model, Rules, Start, Update
+from fedloom.core.lora import Adapter, Factor, product_norm, stack
+from fedloom.core.policies import Aggregator, Merge, aggregator_layers
+from fedloom.core.types import Budget, Model, Rules, TaskStart, Update
 
-Class = tuple[tuple[int, ...], tuple[str, ...]]
+LayerClass = tuple[tuple[int, ...], tuple[str, ...]]
 """The numbers of the parts that hold some layers, and these layers."""
 
 A = TypeVar("A", Adapter, Adapter | None)
 
 
-def need_own_layers(aggregator: Aggregator, rules: Rules) -> None:
+def require_all_layers(aggregator: Aggregator, rules: Rules) -> None:
     """Raise Refused where a method needs every client to train every layer; `rules` are those that it hands out."""
     if rules.private:
         name, remedy = (
@@ -33,7 +33,7 @@ def need_own_layers(aggregator: Aggregator, rules: Rules) -> None:
             "its clients keep a side of each layer, which the server has no base of",
         )
         raise Refused("plan.depth", name, f"{remedy}; leave plan.depth out, or use a method that shares all it trains")
-    for layer in layers(aggregator):
+    for layer in aggregator_layers(aggregator):
         why = "it divides a layer's changes by all clients, also by those who never train it"
         if getattr(layer, "adds_noise", False):
             why = "its noise is made for one mean of all layers, not for a mean of each"
@@ -42,17 +42,17 @@ def need_own_layers(aggregator: Aggregator, rules: Rules) -> None:
         raise Refused("plan.depth", type(layer).__name__, f"{why}; leave plan.depth or the wrapper out")
 
 
-def started(aggregator: Aggregator, model: Model, budget: Budget, seed: int, below: Collection[str]) -> Start:
+def start_at_depth(aggregator: Aggregator, model: Model, budget: Budget, seed: int, below: Collection[str]) -> TaskStart:
     """What a client receives that does not train the layers `below`.
 
     The model of an edge may lack layers that its own task has in the fold: these run at its members too.
     """
-    start, outside = lowered(aggregator.start(model, budget, seed), below), _outside(model)
+    start, outside = fold_layers(aggregator.start(model, budget, seed), below), _outside(model)
     known = start.fold.factors if start.fold else {}
     return start if outside.keys() <= known.keys() else replace(start, fold=Adapter({**outside, **known}))
 
 
-def lowered(start: Start, names: Collection[str]) -> Start:
+def fold_layers(start: TaskStart, names: Collection[str]) -> TaskStart:
     """The start of a client that does not train these layers: they run as a part of its base.
 
     Directions that add nothing (a LoRA at its beginning) are not sent. Directions to select are so many fewer as layers are.
@@ -76,19 +76,19 @@ def lowered(start: Start, names: Collection[str]) -> Start:
     )
 
 
-def merged(aggregator: Aggregator, model: Model, merge: Merge) -> Model:
+def merge_by_layer(aggregator: Aggregator, model: Model, merge: Merge) -> Model:
     """The next model, each layer merged of those parts that hold it, their weights made to sum to 1.
 
     Layers of the same parts, of which a wrapper remembers the same, are merged together. Dense tensors go with the last layer in
     the model's order, which every part must hold.
     """
     count = len(model.adapter.factors)
-    whole = all(len(update.result.adapter.factors) == count for _, update in merge.parts)
+    whole = all(len(update.result.adapter.factors) == count for _, update in merge.weighted_updates)
     if whole and not _outside(model) and all(len(entry.factors) in (0, count) for entry in model.memory.values()):
         return aggregator.merge(model, merge)
     order = [*model.adapter.factors]
     pieces, top, folded = list[Model](), 0, False
-    for held, names in classes(model, merge):
+    for held, names in layer_classes(model, merge):
         own = _Cut(frozenset(names), dense=order[-1] in names)
         piece = own.model(model)
         after = aggregator.merge(piece, own.merge(merge, held)) if held else replace(piece, discarded=0.0)
@@ -100,11 +100,11 @@ def merged(aggregator: Aggregator, model: Model, merge: Merge) -> Model:
     return replace(_joined(order, pieces, pieces[top]), fold=(fold if fold.factors else None) if folded else model.fold)
 
 
-def classes(model: Model, merge: Merge) -> list[Class]:
+def layer_classes(model: Model, merge: Merge) -> list[LayerClass]:
     """The model's layers by the parts that hold them and the memories that know them, in the order of their first layer."""
     found: dict[object, tuple[tuple[int, ...], list[str]]] = {}
     for name in model.adapter.factors:
-        held = tuple(k for k, (_, update) in enumerate(merge.parts) if name in update.result.adapter.factors)
+        held = tuple(k for k, (_, update) in enumerate(merge.weighted_updates) if name in update.result.adapter.factors)
         known = tuple(key for key, entry in model.memory.items() if name in entry.factors)
         found.setdefault((held, known), (held, []))[1].append(name)
     return [(held, tuple(names)) for held, names in found.values()]
@@ -120,10 +120,10 @@ class _Cut:
 
     def merge(self, whole: Merge, held: Sequence[int]) -> Merge:
         """The parts with these numbers, by their weights among themselves."""
-        chosen = [whole.parts[k] for k in held]
-        total = sum(weight for weight, _ in chosen) if len(chosen) < len(whole.parts) else 1.0
+        chosen = [whole.weighted_updates[k] for k in held]
+        total = sum(weight for weight, _ in chosen) if len(chosen) < len(whole.weighted_updates) else 1.0
         parts = tuple((w / total if total > 0 else 1 / len(chosen), self.update(update)) for w, update in chosen)
-        return replace(whole, parts=parts, anchor=whole.anchor and self.model(whole.anchor))
+        return replace(whole, weighted_updates=parts, anchor=whole.anchor and self.model(whole.anchor))
 
     def update(self, whole: Update) -> Update:
         """The answer, the task and the model that it was cut from."""
@@ -189,7 +189,7 @@ def _discarded(pieces: Sequence[Model]) -> float:
     """The share of the energy of all pieces together that their merges cut off."""
     if not any(piece.discarded for piece in pieces):
         return 0.0
-    left = [sum(norm(factor) ** 2 for factor in piece.adapter.factors.values()) for piece in pieces]
+    left = [sum(product_norm(factor) ** 2 for factor in piece.adapter.factors.values()) for piece in pieces]
     before = [
         e / (1.0 - piece.discarded) if piece.discarded < 1.0 else 0.0 for e, piece in zip(left, pieces, strict=True)
     ]

@@ -1,4 +1,10 @@
-"""(to be written)"""
+"""Interfaces that a method implements: `Aggregator` (HOW), `Schedule` (WHEN), `BudgetRule` (HOW MUCH), `Trainer`.
+
+A method is a frozen dataclass with the members of one of these protocols. It inherits from nothing and is registered nowhere, and all
+that it may decide on comes in as an argument: a schedule and a budget rule see the `Fleet`, an aggregator sees the `Merge` that the
+schedule decided on. A schedule never looks into an adapter, an aggregator never sees staleness: so every schedule goes with every
+aggregator.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +13,49 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from fedloom.core.errors import Refused
-from fedloom.core.events import (
-    Command,
-    Event,
-)
+from fedloom.core.events import Command, Event
 from fedloom.core.indexed_dict import Indexed
 from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
-from fedloom.core.types import Budget, ClientId, GroupLog, Local, Model, Profile, Result, Start, Task, Update
+from fedloom.core.types import (
+    Budget,
+    ClientId,
+    ClientState,
+    GroupHistory,
+    Model,
+    Profile,
+    Result,
+    Task,
+    TaskStart,
+    Update,
+)
 
 # Policies ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """The one read-only argument of every policy: who is idle, who is busy with what, which answers wait to be merged.
+    """Read-only view of a server, the one argument of schedules and budget rules.
 
-    A view of the server's own tables, so that making one costs nothing, however many clients there are. `seen` are the
-    examples that each client reported with its last accepted answer, `dispatched` the tasks sent to each client so far, `tasks`
-    their sum: who draws from a stream named after it never draws the same twice. `worked` are the seconds that each client spent on
-    tasks that have ended, answered or not. `latest` is the client whose accepted answer this
-    is about (None: something else happened), `retained` how many of `arrived` (the first ones) the last merge kept, `first` the
-    model of version 0. `outer` is the task that an edge is working on (None: this is no edge), `groups` what the root of a tree knows
-    of those behind its clients, which are edges.
+    It shows the server's own tables, so that making one costs nothing, however many clients there are.
+
+    Fields:
+        now: time of the event (s).
+        version: number of the global version.
+        seed: seed of the run.
+        idle: clients without a task.
+        busy: outstanding tasks by number.
+        arrived: accepted answers that wait to be merged, in order of arrival.
+        shape: sizes of the model.
+        reported_examples: by client, the examples that it reported with its last accepted answer.
+        dispatched: by client, tasks sent to it so far.
+        work_seconds: by client, seconds that it spent on tasks that have ended, answered or not.
+        tasks: tasks sent to all clients so far; a random draw from a stream named after it is never repeated.
+        latest: client whose accepted answer this event is (None: something else happened).
+        retained: how many of `arrived` (the first ones) the last merge kept.
+        first: model of version 0.
+        outer: task that an edge works on (None: this is no edge).
+        groups: at the root of a tree, what is known of the groups behind its clients, which are edges.
     """
 
     now: float
@@ -39,29 +65,35 @@ class Fleet:
     busy: Mapping[int, Task]
     arrived: Sequence[Update]
     shape: Shape
-    seen: Mapping[ClientId, int] = field(default_factory=dict)
+    reported_examples: Mapping[ClientId, int] = field(default_factory=dict)
     dispatched: Mapping[ClientId, int] = field(default_factory=dict)
-    worked: Mapping[ClientId, float] = field(default_factory=dict)
+    work_seconds: Mapping[ClientId, float] = field(default_factory=dict)
     tasks: int = 0
     latest: ClientId | None = None
     retained: int = 0
     first: Model | None = None
     outer: Task | None = None
-    groups: Mapping[ClientId, GroupLog] = field(default_factory=dict)
+    groups: Mapping[ClientId, GroupHistory] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A schedule's decision: a linear combination of updates, without a word about LoRA.
+    """Decision of a schedule: a linear combination of updates, without a word about LoRA.
 
     new model = (1 - step) model + step * sum(weight * client's model), or with `as_delta`
     new model = model + step * sum(weight * (client's model - what it started from)).
-    Weights are normalised by the schedule to sum to 1. `retain` are updates kept for a later merge, `cancel` are tasks
-    whose answers no longer count. `anchor` takes the place of the model in the first formula (a window that began filled with
-    the first model).
+
+    Fields:
+        weighted_updates: (weight, update) pairs; the schedule normalises the weights to sum to 1.
+        step: server learning rate.
+        as_delta: whether changes are added (second formula) instead of models averaged (first formula).
+        retain: updates kept for a later merge.
+        cancel: numbers of outstanding tasks whose answers no longer count.
+        anchor: model in the place of `model` in the first formula (None: the server's; a window that began filled with the first
+            model has that one).
     """
 
-    parts: tuple[tuple[float, Update], ...]
+    weighted_updates: tuple[tuple[float, Update], ...]
     step: float = 1.0
     as_delta: bool = False
     retain: tuple[Update, ...] = ()
@@ -70,28 +102,28 @@ class Merge:
 
 
 class Aggregator(Protocol):
-    """HOW adapters are added and handed out. It never sees staleness."""
+    """HOW adapters are added, and what of the model each client receives. It never sees staleness."""
 
     @property
     def space(self) -> Literal["factor", "product"]:
-        """Where addition happens. Elementwise wrappers need "factor": a product-space basis rotates at each merge."""
+        """Space in which addition happens. Elementwise wrappers need "factor": a product-space basis rotates at each merge."""
         ...
 
     @property
     def exempt(self) -> Mapping[int, str]:
-        """Laws that this method breaks by design, with the reason."""
+        """Laws of `tests/laws` that this method breaks by design, by number, with the reason."""
         ...
 
     def init(self, start: Adapter) -> Model:
-        """The first global model."""
+        """Return the first global model."""
         ...
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The next global model."""
+        """Return the next global model."""
         ...
 
-    def start(self, model: Model, budget: Budget, seed: int) -> Start:
-        """What a client with this budget receives."""
+    def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
+        """Return what a client with this budget receives; `seed` is for random draws."""
         ...
 
 
@@ -100,72 +132,82 @@ class Schedule(Protocol):
 
     @property
     def max_in_flight(self) -> int:
-        """The largest number of clients that it lets work at once: a place that is free beside an idle client is waiting time."""
+        """The largest number of clients that it lets work at once; a free slot beside an idle client is waiting time."""
         ...
 
     def merge(self, fleet: Fleet) -> Merge | None:
-        """The merge that is due now, or None to keep waiting."""
+        """Return the merge that is due now, or None to keep waiting."""
         ...
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
-        """Idle clients to start now."""
+        """Return the idle clients to start now."""
         ...
 
     def wake(self, fleet: Fleet) -> float | None:
-        """The next moment at which to look again even if nothing happens; a level, not a command."""
+        """Return the next moment at which to look again even if nothing happens; a level, not a command."""
         ...
 
 
-Assign: TypeAlias = Callable[[Profile, Fleet], Budget]
-"""How much a client may do in its next task."""
+BudgetRule: TypeAlias = Callable[[Profile, Fleet], Budget]
+"""Budget of a client's next task: HOW MUCH it may do."""
 
 
 class Trainer(Protocol):
     """Runs tasks. Base model and shards are its constructor's business; a cohort may share one forward pass."""
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
-        """A function of its arguments: the same work gives the same bytes."""
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
+        """Train the tasks of a cohort. A function of its arguments: the same work gives the same bytes."""
         ...
 
 
-def layers(aggregator: object) -> Iterator[object]:
-    """The aggregator, what it wraps, and so on inwards."""
+def aggregator_layers(aggregator: object) -> Iterator[object]:
+    """Yield the aggregator, the one that it wraps, and so on inwards."""
     while aggregator is not None:
         yield aggregator
         aggregator = getattr(aggregator, "inner", None)
 
 
-def need_fresh_answers(aggregator: Aggregator, schedule: Schedule) -> None:
-    """Raise Refused where a schedule merges an answer more than once (`reuses_answers`) and a layer forbids it (`each_once`: why)."""
+def require_fresh_answers(aggregator: Aggregator, schedule: Schedule) -> None:
+    """Raise Refused where a schedule merges an answer more than once and the aggregator forbids it.
+
+    A schedule says so by `reuses_answers`, an aggregator or wrapper by `each_once`, which is the reason as text.
+    """
     if not getattr(schedule, "reuses_answers", False):
         return
-    for layer in layers(aggregator):
+    for layer in aggregator_layers(aggregator):
         if why := getattr(layer, "each_once", None):
             when, how = type(schedule).__name__, type(layer).__name__
             remedy = f"it merges every answer more than once, and with {how} {why}; use FedBuff, Immediate, FedAsync or Rounds"
             raise Refused("schedule", when, remedy)
 
 
-Answer: TypeAlias = Callable[[], tuple[Result, Local]]
-"""Waits for a task's answer, and raises what its training raised. Nobody holds it any more: the task need not be trained."""
+PendingResult: TypeAlias = Callable[[], tuple[Result, ClientState]]
+"""Function that waits for a task's answer, and raises what its training raised.
+
+When nobody holds it any more, the task need not be trained.
+"""
 
 
 @runtime_checkable
-class Overlapping(Trainer, Protocol):
-    """A trainer that can begin with a task now and answer later."""
+class BackgroundTrainer(Trainer, Protocol):
+    """Trainer that can begin with a task now and answer later, so that tasks of a simulation overlap."""
 
-    def least(self, task: Task) -> Result:
-        """The answer if training changed nothing: `examples`, `tokens` and `steps` are those of the real one."""
+    def unchanged_result(self, task: Task) -> Result:
+        """Return the answer if training changed nothing; `examples`, `tokens` and `steps` are those of the real one."""
         ...
 
-    def begin(self, work: Sequence[tuple[Task, Local]], due: Sequence[float]) -> Sequence[Answer]:
-        """The answers of a cohort, as `train` would give them; those are waited for first that are `due` (virtual s) first."""
+    def begin(self, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]) -> Sequence[PendingResult]:
+        """Start the tasks of a cohort; the answers are those of `train`, needed in the order of `due` (virtual s)."""
         ...
 
 
 Evaluator: TypeAlias = Callable[[Model], Mapping[str, float]]
+"""Function that scores a global model: names and figures."""
+
 Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
+"""Function that is shown each (time, event, commands) after the server handled the event."""
 
 
-def nothing() -> None:
+
+def do_nothing() -> None:
     """Between two events there is nothing to do."""

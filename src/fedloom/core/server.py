@@ -1,14 +1,54 @@
-"""The server as a pure state machine: events in, commands out. No clock, no network, no threads, no global randomness.
+"""The server: a pure state machine that turns events into commands. No clock, no network, no threads, no global randomness.
 
-A driver (the virtual clock, or real machines) calls `handle(now, event)`, carries out the commands, and calls again no later
-than `wake()`. Everything a schedule may decide on is in `Fleet`, everything that must survive a restart in `State`.
+Who calls it. A driver: the virtual clock of `simulate`, or `deploy.server` on real machines. It calls `handle(now, event)`, carries
+out the commands in their order, and calls again no later than `wake()`. The server never calls anybody and never waits. A tree of
+servers stands behind the same interface (`Coordinator`), so that no driver knows whether there is a hierarchy.
+
+State. All that changes is in `State`, all that a policy may look at in `Fleet`, a read-only view of it. Policies are values without
+state: the schedule says when, the budget rule how much, the aggregator how. So a checkpoint is `State` and nothing else, and a run is
+replayed from its trace by handing the same events to a new server.
+
+From a reply to the next version, in this file:
+
+1. `_apply` checks that the task is outstanding at this client and that the answer has the form, the counts and the magnitudes that
+   the task allows (`validate_answer.why_invalid`). What does not pass is refused with a `Reject`, here and nowhere else, and leaves
+   the state as it was.
+2. An accepted answer becomes an `Update` in `State.arrived`, beside the model that its task was cut from; its client is idle again.
+3. `_decide` asks the schedule for a `Merge`. Here the staleness weight comes in: a schedule multiplies an answer's weight, or its
+   step, by a discount of `schedule.shared.staleness.staleness`, the number of versions made since the task was sent. The aggregator
+   sees weights only.
+4. `_merge` gives the merge to the aggregator, layer by layer where clients train to different depths (`partial_depth`). The model
+   that comes back is the next version: it is published, and evaluated if its turn has come.
+5. 3 and 4 repeat while a merge is due. Then the run ends, if it has reached a limit, or the schedule's choice of idle clients gets
+   tasks (`_dispatch`): the budget, the part of the model for that budget, and the encoding that the transfer codec makes of it.
+
+What may fail. A bad answer never raises: it is a `Reject`. A client that fails or is lost counts as a failure, and too many in a row
+stop the run (`Limits.failures`). `handle` raises ValueError when time runs backwards, which is the driver's mistake; a policy that
+cannot work raises `Refused` when it is constructed, not in the middle of a run.
+
+What is promised (tests/laws hold every method to it):
+
+1. Merging one client's answer with weight 1 reproduces its model up to rank; agreement is a fixed point; order does not matter.
+2. At equal ranks and a shared `down` the merge is the plain mean of products.
+3. An adapter that is sent has the rank and depth of its budget, is finite, and every direction of it can learn.
+4. An adapter is the same function on every client: the scaling does not depend on the rank.
+5. Where nobody learns anything, each direction keeps its energy, over many rounds.
+6. A reply counts once, for the task that it answers; every dispatched task ends merged, dropped or outstanding; a lost client blocks
+   nobody.
+7. A timer is a level, not a command: `wake` is never in the past, and may be asked as often as one likes. Task ids are never reused.
+8. What a client did not train is not counted as its contribution.
+9. On a CPU, two runs of one seed give the same bytes, for any number of workers: every random draw has a stream of its own (`seeds`).
+10. A run that is killed anywhere and resumed gives the same bytes as one that is not.
+
+A method that breaks one of 1 to 5 or 8 by design says so in `exempt`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
@@ -29,42 +69,161 @@ from fedloom.core.events import (
 from fedloom.core.indexed_dict import IndexedTable
 from fedloom.core.lora import server_rank
 from fedloom.core.model_shape import Shape
-from fedloom.core.partial_depth import merged, started
-from fedloom.core.policies import Aggregator, Assign, Fleet, Merge, Schedule, need_fresh_answers
+from fedloom.core.partial_depth import merge_by_layer, start_at_depth
+from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Merge, Schedule, require_fresh_answers
 from fedloom.core.seeds import derive
-from fedloom.core.transfer import handed
-from fedloom.core.types import Budget, ClientId, GroupLog, Model, Profile, Start, Task, Update, within
-from fedloom.core.validate_answer import fault
+from fedloom.core.transfer import encode_start
+from fedloom.core.types import Budget, ClientId, GroupHistory, Model, Profile, Task, TaskStart, Update
+from fedloom.core.validate_answer import why_invalid
 
 
-def inside(start: Start, outer: Task | None) -> Start:
-    """What a member receives of an edge that works on this outer task: moments live through its rounds, and no longer."""
+def inner_start(start: TaskStart, outer: Task | None) -> TaskStart:
+    """Return the start as a member of an edge gets it: with a basis of its own for each outer task.
+
+    A client drops its optimiser moments when the basis changes, so they live through the rounds of one outer task and no longer.
+    """
     return start if outer is None else replace(start, basis=f"{outer.id}:{start.basis}")
 
 
-class Driven(Protocol):
-    """What is driven: a server, or an edge in the place of one."""
+class StateView(Protocol):
+    """What drivers and observers read of a coordinator's state. `State` has all of it; a tree shows its edges' states as one."""
 
     @property
-    def state(self) -> State:
-        """Of the server."""
+    def model(self) -> Model:
+        """The global model."""
+        ...
+
+    @property
+    def first(self) -> Model:
+        """The model of version 0."""
+        ...
+
+    @property
+    def now(self) -> float:
+        """The time of the last event (s)."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """The number of the global version."""
+        ...
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run is over."""
+        ...
+
+    @property
+    def failures(self) -> int:
+        """Tasks that failed in a row."""
+        ...
+
+    @property
+    def busy(self) -> Mapping[int, Task]:
+        """Outstanding tasks of clients, by number."""
+        ...
+
+    @property
+    def idle(self) -> Mapping[ClientId, Profile]:
+        """Clients without a task."""
+        ...
+
+    @property
+    def working(self) -> Mapping[ClientId, tuple[Profile, int]]:
+        """Clients with a task, and its number."""
+        ...
+
+    @property
+    def dispatched(self) -> Mapping[ClientId, int]:
+        """Tasks sent to each client so far."""
+        ...
+
+    @property
+    def pruned(self) -> Mapping[ClientId, int]:
+        """The rank to which a client pruned itself."""
+        ...
+
+
+class Coordinator(Protocol):
+    """Whatever a driver drives: a flat server, a tree of servers, the root over remote edges, or the edge of a region.
+
+    A driver delivers events in order of time, carries out the commands, and asks `wake` when to come again. It needs to know nothing
+    of what stands behind this protocol.
+    """
+
+    @property
+    def state(self) -> StateView:
+        """The state as far as a driver may read it."""
+        ...
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the model."""
+        ...
+
+    @property
+    def max_in_flight(self) -> int:
+        """The most clients that may be at work at once."""
+        ...
+
+    @property
+    def edges(self) -> tuple[ClientId, ...]:
+        """Edges that are part of this process, in the order of their blocks of task numbers; empty without any."""
         ...
 
     def handle(self, now: float, event: Event) -> list[Command]:
-        """As `Server.handle`."""
+        """Return what to do about `event`, in the order in which it is to be done."""
         ...
 
     def wake(self) -> float | None:
-        """As `Server.wake`."""
+        """Return the latest time at which to call `handle` again; None: not before another event."""
         ...
+
+    def fleet(self) -> Fleet:
+        """Return the view that policies get."""
+        ...
+
+    def parts_to_save(self) -> tuple[object, ...]:
+        """Return the objects whose fields a checkpoint saves, and restores in place."""
+        ...
+
+    def manifest_sections(self) -> dict[str, Any]:
+        """Return what only the coordinator can tell a manifest: the groups of clients, and by what they are compared."""
+        ...
+
+
+CLIENT_TABLES = ("reported_examples", "dispatched", "work_seconds", "pruned")
+"""Tables of `State` with an entry a client that stays when it leaves."""
 
 
 @dataclass(slots=True)
 class State:
     """All that changes in a server.
 
-    `bases` are the models that the outstanding tasks were cut from, `pruned` the rank to which a client pruned itself, above which
-    it is asked for nothing. `outer` is an edge's own task, `groups` what the root of a tree knows of those of its edges.
+    Fields:
+        model: the global model.
+        first: the model of version 0.
+        now: time of the last event (s).
+        version: number of the global version.
+        next_task: number of the next task.
+        undecided: whether clients have joined since the last decision.
+        stopped: whether the run is over.
+        last_evaluated: last version that was sent to evaluation (-1: none).
+        failures: tasks that failed or were lost in a row.
+        last_failure: reason of the last one.
+        idle: clients without a task.
+        working: clients with a task, and its number.
+        busy: outstanding tasks by number.
+        bases: by outstanding task, the model that it was cut from.
+        arrived: accepted answers that wait to be merged, in order of arrival.
+        retained: how many of `arrived` (the first ones) the last merge kept.
+        latest: client whose accepted answer the last event was (None: something else happened).
+        reported_examples: by client, the examples that it reported with its last accepted answer.
+        dispatched: by client, tasks sent to it so far.
+        work_seconds: by client, seconds of its tasks that have ended.
+        pruned: by client, the rank to which it pruned itself; it is asked for no more.
+        outer: task that this server works on as an edge (None: it is no edge).
+        groups: at the root of a tree, what is known of the groups of its edges.
     """
 
     model: Model
@@ -74,7 +233,7 @@ class State:
     next_task: int = 1
     undecided: bool = False
     stopped: bool = False
-    asked: int = -1
+    last_evaluated: int = -1
     failures: int = 0
     last_failure: str = ""
     idle: IndexedTable[ClientId, Profile] = field(default_factory=IndexedTable)
@@ -84,21 +243,34 @@ class State:
     arrived: list[Update] = field(default_factory=list)
     retained: int = 0
     latest: ClientId | None = None
-    seen: dict[ClientId, int] = field(default_factory=dict)
+    reported_examples: dict[ClientId, int] = field(default_factory=dict)
     dispatched: dict[ClientId, int] = field(default_factory=dict)
-    worked: dict[ClientId, float] = field(default_factory=dict)
+    work_seconds: dict[ClientId, float] = field(default_factory=dict)
     pruned: dict[ClientId, int] = field(default_factory=dict)
     outer: Task | None = None
-    groups: dict[ClientId, GroupLog] = field(default_factory=dict)
+    groups: dict[ClientId, GroupHistory] = field(default_factory=dict)
+
+    def take_record(self, client: ClientId) -> dict[str, Any]:
+        """Take out and return what is counted of a client, who moves to another server."""
+        tables: dict[str, dict[ClientId, Any]] = {name: getattr(self, name) for name in CLIENT_TABLES}
+        return {name: table.pop(client) for name, table in tables.items() if client in table}
+
+    def add_record(self, client: ClientId, record: Mapping[str, Any]) -> None:
+        """Write down what another server counted of a client, who moved here."""
+        for name, value in record.items():
+            getattr(self, name)[client] = value
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When a run ends and how often it is scored.
+    """When a run ends, and how often its model is evaluated.
 
-    It ends after `versions` global versions or at `seconds`, whichever is first, and if `failures` tasks in a row failed or were
-    lost: when every answer is refused (training diverged, say), waiting longer helps nobody. `evaluate_every`: score the start,
-    every so many versions and the last one; with 0 the last one alone.
+    Fields:
+        versions: global versions after which the run ends (at least 1).
+        seconds: time at which it ends, if that is earlier (s; None: no limit).
+        failures: tasks that fail or are lost in a row, after which it ends: when every answer is refused (training diverged,
+            say), waiting longer helps nobody.
+        evaluate_every: evaluate the first model, every so many versions and the last one (0: the last one alone).
     """
 
     versions: int = 10
@@ -118,51 +290,56 @@ class Limits:
 
 
 class Server:
-    """Holds the global model; asks the schedule when, the assign rule how much, the aggregator how."""
+    """Server over one level of clients: asks the schedule when, the budget rule how much, the aggregator how."""
 
     def __init__(
         self,
         model: Model,
         aggregator: Aggregator,
         schedule: Schedule,
-        assign: Assign,
+        budget_rule: BudgetRule,
         *,
         shape: Shape,
         limits: Limits,
         seed: int = 0,
         transfer: Codec | None = None,
     ) -> None:
-        need_fresh_answers(aggregator, schedule)
+        require_fresh_answers(aggregator, schedule)
         self.state = State(model, model)
-        self.aggregator, self.schedule, self.assign = aggregator, schedule, assign
+        self.aggregator, self.schedule, self.budget_rule = aggregator, schedule, budget_rule
         self.shape, self.limits, self.seed, self.transfer = shape, limits, seed, transfer
 
     def handle(self, now: float, event: Event) -> list[Command]:
-        """What to do about `event`, in the order in which it is to be done.
+        """Return what to do about `event`, in the order in which it is to be done.
 
         Raises ValueError if time runs backwards: that is the driver's mistake, while a bad answer of a client is a `Reject`.
         """
         state = self.state
-        if not now >= state.now:
-            raise ValueError(f"event at {now} s after {state.now} s: a driver must deliver events in order of time")
-        state.now = now
+        self.advance(now)
         if state.stopped:
             return []
-        rejected = self._take(event)
+        rejected = self._apply(event)
         if rejected:
             return [rejected]
         state.latest = event.client if isinstance(event, UpdateArrived) else None
         if isinstance(event, ClientJoined):
+            # no decision yet: others may join at the same time, and the first cohort is to be drawn from all of them (see `wake`)
             state.undecided = True
             return []
         state.undecided = False
         return self._decide()
 
-    def wake(self) -> float | None:
-        """The latest time at which to call `handle` again, with `TimerFired` if nothing else happens. Never in the past.
+    def advance(self, now: float) -> None:
+        """Set the clock to the time of an event. Raises ValueError if time runs backwards."""
+        if not now >= self.state.now:
+            raise ValueError(f"event at {now} s after {self.state.now} s: a driver must deliver events in order of time")
+        self.state.now = now
 
-        Clients who join are only written down, and the wake time is then now: so a hundred that join together are all there
-        when the first cohort is drawn.
+    def wake(self) -> float | None:
+        """Return the latest time at which to call `handle` again, with `TimerFired` if nothing else happens. Never in the past.
+
+        After clients have joined the wake time is now. Joining itself decides nothing, so that a hundred clients that join together
+        are all there when the first cohort is drawn.
         """
         state = self.state
         if state.stopped:
@@ -174,7 +351,7 @@ class Server:
         return min(due) if due else None
 
     def fleet(self) -> Fleet:
-        """The read-only view that policies get; O(1)."""
+        """Return the read-only view that policies get; O(1)."""
         state = self.state
         return Fleet(
             now=state.now,
@@ -185,9 +362,9 @@ class Server:
             busy=MappingProxyType(state.busy),
             arrived=state.arrived,
             shape=self.shape,
-            seen=MappingProxyType(state.seen),
+            reported_examples=MappingProxyType(state.reported_examples),
             dispatched=MappingProxyType(state.dispatched),
-            worked=MappingProxyType(state.worked),
+            work_seconds=MappingProxyType(state.work_seconds),
             latest=state.latest,
             retained=state.retained,
             first=state.first,
@@ -195,28 +372,64 @@ class Server:
             groups=MappingProxyType(state.groups),
         )
 
-    def start(self, budget: Budget, seed: int) -> Start:
-        """What a client with this budget would receive now, to the bit."""
+    def start(self, budget: Budget, seed: int) -> TaskStart:
+        """Return what a client with this budget would receive now, to the bit."""
         model = self.state.model
-        below = self.shape.below(model.adapter.factors, budget.depth)
-        start = inside(started(self.aggregator, model, budget, seed, below), self.state.outer)
-        return handed(start, self.transfer)
+        below = self.shape.untrained_modules(model.adapter.factors, budget.depth)
+        start = inner_start(start_at_depth(self.aggregator, model, budget, seed, below), self.state.outer)
+        return encode_start(start, self.transfer)
 
     def stop(self, reason: str) -> list[Command]:
-        """End it here: nothing that is under way counts any more."""
+        """End the run now: no outstanding task counts any more."""
         state = self.state
         commands: list[Command] = [self._cancel(number) for number in tuple(state.busy)]
-        if state.asked < state.version:
+        if state.last_evaluated < state.version:
             commands.append(self._evaluate())
         state.stopped = True
         return [*commands, Stop(reason)]
 
-    def _take(self, event: Event) -> Reject | None:
+    @property
+    def max_in_flight(self) -> int:
+        """The most clients that may be at work at once."""
+        return self.schedule.max_in_flight
+
+    @property
+    def edges(self) -> tuple[ClientId, ...]:
+        """Nobody: the clients hang on this server."""
+        return ()
+
+    def parts_to_save(self) -> tuple[State]:
+        """Return the state."""
+        return (self.state,)
+
+    def manifest_sections(self) -> dict[str, Any]:
+        """Return nothing: there are no groups."""
+        return {}
+
+    # For a root over edges: it wraps a server, and changes nothing in its state but through these ---------------------------
+
+    def number_tasks_from(self, first: int) -> None:
+        """Give the next task this number; each server of a tree has a block of its own."""
+        self.state.next_task = first
+
+    def set_group(self, edge: ClientId, history: GroupHistory) -> None:
+        """Write down what is known of the group of this edge, for plans that learn."""
+        self.state.groups[edge] = history
+
+    def narrow_task(self, task: Task) -> None:
+        """Replace the outstanding task of this number by the part of it that was trained."""
+        self.state.busy[task.id] = task
+
+    def count_failures(self, more: int) -> None:
+        """Count tasks that failed below an edge among the failures that end the run."""
+        self.state.failures += more
+
+    def _apply(self, event: Event) -> Reject | None:
         """Write the event into the state, or refuse it and leave the state as it was."""
         state = self.state
         match event:
             case ClientJoined(profile):
-                if profile.client in state.working:
+                if profile.client in state.working:  # it is back with a new profile, and its task is still outstanding
                     state.working[profile.client] = (profile, state.working[profile.client][1])
                 else:
                     state.idle.put(profile.client, profile)
@@ -226,21 +439,22 @@ class Server:
                     state.failures, state.last_failure = state.failures + 1, f"client {client!r} was lost"
                 if client in state.idle:
                     state.idle.take(client)
+            # a reply to a task that was cancelled, answered already, or sent to somebody else counts for nothing (law 6)
             case UpdateArrived(client, number) | TaskFailed(client, number) if (
                 client not in state.working or state.working[client][1] != number
             ):
                 return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
             case UpdateArrived(client, number, result):
                 task = state.busy[number]
-                reason = fault(task, result)
-                if reason:
+                reason = why_invalid(task, result)
+                if reason:  # the task stays outstanding: the driver decides whether a better answer may come
                     return Reject(client, number, reason)
                 state.arrived.append(Update(task, result, state.bases[number]))
                 self._release(number)
                 state.failures = 0
                 if task.start.rules.pruning and (rank := server_rank(result.adapter)) < task.budget.rank:
                     state.pruned[client] = rank
-                state.seen[client] = result.examples
+                state.reported_examples[client] = result.examples
             case TaskFailed(_, number, reason):
                 self._release(number)
                 state.failures, state.last_failure = state.failures + 1, reason
@@ -250,16 +464,17 @@ class Server:
         """Close a task; its client is idle again."""
         task = self.state.busy.pop(number)
         del self.state.bases[number]
-        self.state.worked[task.client] = self.state.worked.get(task.client, 0.0) + self.state.now - task.sent
+        self.state.work_seconds[task.client] = self.state.work_seconds.get(task.client, 0.0) + self.state.now - task.sent
         self.state.idle.put(task.client, self.state.working.pop(task.client)[0])
         return task
 
     def _decide(self) -> list[Command]:
         """Merge while the schedule finds something to merge, then stop or start clients."""
         state, commands = self.state, list[Command]()
-        if state.asked < 0 and self.limits.evaluate_every:
+        if state.last_evaluated < 0 and self.limits.evaluate_every:
             commands.append(self._evaluate())
         fleet = self.fleet()
+        # more than one merge may be due: a schedule that merges one answer at a time retains the others, and is asked again
         while state.version < self.limits.versions and (merge := self.schedule.merge(fleet)):
             commands += self._merge(merge)
             fleet = self.fleet()
@@ -270,17 +485,18 @@ class Server:
     def _merge(self, merge: Merge) -> list[Command]:
         state = self.state
         commands: list[Command] = [self._cancel(number) for number in merge.cancel]
-        state.model = merged(self.aggregator, state.model, merge)
+        state.model = merge_by_layer(self.aggregator, state.model, merge)
         state.version += 1
+        # answers that the schedule does not retain are in the new version, or in none: they are never merged later
         state.arrived, state.retained = list(merge.retain), len(merge.retain)
-        commands.append(Publish(state.version, state.model, tuple(update for _, update in merge.parts)))
+        commands.append(Publish(state.version, state.model, tuple(update for _, update in merge.weighted_updates)))
         every = self.limits.evaluate_every or self.limits.versions
         if state.version % every == 0 or state.version == self.limits.versions:
             commands.append(self._evaluate())
         return commands
 
     def _evaluate(self) -> Evaluate:
-        self.state.asked = self.state.version
+        self.state.last_evaluated = self.state.version
         return Evaluate(self.state.version, self.state.model)
 
     def _finished(self) -> str | None:
@@ -297,8 +513,9 @@ class Server:
 
     def _dispatch(self, client: ClientId, fleet: Fleet) -> Dispatch:
         state = self.state
-        budget = within(self.assign(state.idle[client], fleet), state.idle[client].most)
+        budget = self.budget_rule(state.idle[client], fleet).at_most(state.idle[client].most)
         budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
+        # seeds follow from the task's number and nothing else: so a draw depends neither on other clients nor on the workers (law 9)
         number, state.next_task = state.next_task, state.next_task + 1
         start, seed = self.start(budget, derive(self.seed, "start", number)), derive(self.seed, "task", number)
         task = Task(number, client, state.version, start, budget, seed, state.now)

@@ -15,17 +15,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedloom.core.codec import EXACT, HALF, Block, Codec, rounded
-from fedloom.core.lora import Adapter, Factor, change, cut_to, each, norm, only, rebuilt, server_rank, tensors
-from fedloom.core.types import Local, Result, Start, Task
-from fedloom.core.validate_answer import fault
+from fedloom.core.codec import EXACT, HALF, Block, Codec, round_to_half
+from fedloom.core.lora import (
+    Adapter,
+    Factor,
+    cut_adapter,
+    from_tensors,
+    map_tensors,
+    named_tensors,
+    product_difference,
+    product_norm,
+    server_rank,
+    take_sides,
+)
+from fedloom.core.types import ClientState, Result, Task, TaskStart
+from fedloom.core.validate_answer import why_invalid
 
 Rows = tuple[int, ...] | None
 """Numbers of the rows that are sent, in order; None: all."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Parcel:
+class PackedAnswer:
     """An answer on the wire: for each tensor of the start, in order of name, the rows that are sent. Control variates follow."""
 
     rank: int
@@ -35,15 +46,15 @@ class Parcel:
 # Down ----------------------------------------------------------------------------------------------------------------
 
 
-def handed(start: Start, codec: Codec | None) -> Start:
+def encode_start(start: TaskStart, codec: Codec | None) -> TaskStart:
     """The start as its client receives it."""
     if codec is None or not codec.halved:
         return start if start.codec is codec else replace(start, codec=codec)
     return replace(
         start,
-        train=only(start.seeded, start.train, each(rounded, start.train)),
+        train=take_sides(start.seeded, start.train, map_tensors(round_to_half, start.train)),
         fold=start.fold and Adapter({name: _fold(factor) for name, factor in start.fold.factors.items()}),
-        control=start.control and each(rounded, start.control),
+        control=start.control and map_tensors(round_to_half, start.control),
         codec=codec,
     )
 
@@ -52,8 +63,8 @@ def _fold(factor: Factor) -> Factor:
     """A fold's factors rounded; or, where that is fewer numbers, its dense matrix, as a factor with an identity on one side."""
     d_out, d_in = factor.up.shape[0], factor.down.shape[1]
     if factor.up.numel() + factor.down.numel() <= d_out * d_in:
-        return Factor(rounded(factor.down), rounded(factor.up))
-    dense = rounded(factor.up @ factor.down)
+        return Factor(round_to_half(factor.down), round_to_half(factor.up))
+    dense = round_to_half(factor.up @ factor.down)
     if d_out < d_in:
         return Factor(dense, torch.eye(d_out).to(dense))
     return Factor(torch.eye(d_in).to(dense), dense)
@@ -62,68 +73,68 @@ def _fold(factor: Factor) -> Factor:
 # Up ------------------------------------------------------------------------------------------------------------------
 
 
-def answered(task: Task, before: Local, result: Result, local: Local) -> tuple[Result, Local]:
+def encode_answer(task: Task, before: ClientState, result: Result, local: ClientState) -> tuple[Result, ClientState]:
     """The answer as the server receives it, and what stays at the client; `before` is what was there when the task came.
 
     The metrics gain `rounding`, the Frobenius norm of what the products lost relative to the products, and `rounding_change`,
     relative to what the client changed. An answer that will be refused stays as it is.
     """
     start = task.start
-    if start.codec is None or fault(task, result):
+    if start.codec is None or why_invalid(task, result):
         return result, local
-    residual = owed(start, before)
-    adapter, control = unpack(start, pack(start, result, residual))
+    residual = residual_of(start, before)
+    adapter, control = unpack_answer(start, pack_answer(start, result, residual))
     if start.codec.feedback:
         local = replace(local, residual=_lost(result.adapter, residual, adapter))
     told = _errors(_asked(start.train, adapter), result.adapter, adapter)
     return replace(result, adapter=adapter, control=control, metrics={**result.metrics, **told}), local
 
 
-def owed(start: Start, local: Local) -> Adapter | None:
+def residual_of(start: TaskStart, local: ClientState) -> Adapter | None:
     """What earlier answers lost, if it is still in the coordinates of this start."""
     own = local.residual
     if own is None or local.basis != start.basis or start.codec is None or not start.codec.feedback:
         return None
-    sizes = [{name: tensor.shape for name, tensor in tensors(adapter).items()} for adapter in (own, start.train)]
+    sizes = [{name: tensor.shape for name, tensor in named_tensors(adapter).items()} for adapter in (own, start.train)]
     return own if sizes[0] == sizes[1] else None
 
 
-def pack(start: Start, result: Result, residual: Adapter | None = None) -> Parcel:
+def pack_answer(start: TaskStart, result: Result, residual: Adapter | None = None) -> PackedAnswer:
     """The answer to a task with this start, whose layers and shapes it must have; `residual` is what earlier answers lost."""
     rank, codec = _rank(result.adapter), start.codec or EXACT
-    extra = tensors(_asked(residual, result.adapter)) if residual else {}
+    extra = named_tensors(_asked(residual, result.adapter)) if residual else {}
     blocks = []
     for name, base, values in _pairs(_asked(start.train, result.adapter), result.adapter):
-        blocks.append(_packed(codec, values, base, rows_of(name, extra[name]) if extra else None))
+        blocks.append(_packed(codec, values, base, tensor_rows(name, extra[name]) if extra else None))
     if start.control and result.control:
         beside = HALF if codec.halved else EXACT
-        for _, base, values in _pairs(each(torch.zeros_like, start.control), result.control):
+        for _, base, values in _pairs(map_tensors(torch.zeros_like, start.control), result.control):
             blocks.append(_packed(beside, values, base, None))
-    return Parcel(rank, tuple(blocks))
+    return PackedAnswer(rank, tuple(blocks))
 
 
-def unpack(start: Start, parcel: Parcel) -> tuple[Adapter, Adapter | None]:
+def unpack_answer(start: TaskStart, parcel: PackedAnswer) -> tuple[Adapter, Adapter | None]:
     """The adapter of the answer and, if one was asked for, the change of the control variate."""
     asked = layout(start, parcel.rank)
     found = []
     for (name, base), (which, block) in zip(asked, parcel.blocks, strict=True):
-        held = rows_of(name, base)
+        held = tensor_rows(name, base)
         if block is not None:
             chosen = None if which is None else torch.tensor(which)
             values = block.values(held if chosen is None else held[chosen])
             held = values if chosen is None else held.index_copy(0, chosen, values)
             base = held.T.contiguous() if _turned(name) else held.reshape(base.shape)
         found.append((name, base))
-    like = cut_to(start.train, parcel.rank)
-    own = len(tensors(like))
-    control = rebuilt(start.control, dict(found[own:])) if start.control else None
-    return rebuilt(like, dict(found[:own])), control
+    like = cut_adapter(start.train, parcel.rank)
+    own = len(named_tensors(like))
+    control = from_tensors(start.control, dict(found[own:])) if start.control else None
+    return from_tensors(like, dict(found[:own])), control
 
 
-def layout(start: Start, rank: int) -> list[tuple[str, Tensor]]:
+def layout(start: TaskStart, rank: int) -> list[tuple[str, Tensor]]:
     """Name and base of every tensor of an answer of this rank, in the order in which they are sent."""
-    asked = sorted(tensors(cut_to(start.train, rank)).items())
-    return asked + (sorted(tensors(each(torch.zeros_like, start.control)).items()) if start.control else [])
+    asked = sorted(named_tensors(cut_adapter(start.train, rank)).items())
+    return asked + (sorted(named_tensors(map_tensors(torch.zeros_like, start.control)).items()) if start.control else [])
 
 
 def _rank(adapter: Adapter) -> int:
@@ -131,27 +142,27 @@ def _rank(adapter: Adapter) -> int:
 
 
 def _asked(adapter: Adapter, given: Adapter) -> Adapter:
-    return cut_to(adapter, _rank(given))
+    return cut_adapter(adapter, _rank(given))
 
 
 def _turned(name: str) -> bool:
     return name.endswith(".up") and not name.startswith("dense:")
 
 
-def rows(dense: Tensor) -> Tensor:
+def dense_rows(dense: Tensor) -> Tensor:
     """A view (rows, width) of a dense tensor; a vector is one row."""
     return dense.flatten(1) if dense.ndim > 1 else dense.reshape(1, -1)
 
 
-def rows_of(name: str, tensor: Tensor) -> Tensor:
+def tensor_rows(name: str, tensor: Tensor) -> Tensor:
     """A view (rows, width) of any tensor: a row for each direction."""
-    return tensor.T if _turned(name) else rows(tensor)
+    return tensor.T if _turned(name) else dense_rows(tensor)
 
 
 def _pairs(base: Adapter, given: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
-    own = tensors(base)
-    for name, tensor in sorted(tensors(given).items()):
-        yield name, rows_of(name, own[name]), rows_of(name, tensor)
+    own = named_tensors(base)
+    for name, tensor in sorted(named_tensors(given).items()):
+        yield name, tensor_rows(name, own[name]), tensor_rows(name, tensor)
 
 
 def _packed(codec: Codec, values: Tensor, base: Tensor, residual: Tensor | None) -> tuple[Rows, Block | None]:
@@ -165,7 +176,7 @@ def _packed(codec: Codec, values: Tensor, base: Tensor, residual: Tensor | None)
     which = _moved(values, base, got).nonzero().flatten()
     if len(which) == len(values):
         return None, block
-    return tuple(which.tolist()), block.only(which) if len(which) else None
+    return tuple(which.tolist()), block.select(which) if len(which) else None
 
 
 def _moved(values: Tensor, base: Tensor, got: Tensor) -> Tensor:
@@ -176,8 +187,8 @@ def _moved(values: Tensor, base: Tensor, got: Tensor) -> Tensor:
 def _lost(exact: Adapter, residual: Adapter | None, received: Adapter) -> Adapter:
     """What packing lost, now and of earlier answers."""
     if residual is None:
-        return each(torch.sub, exact, received)
-    return each(lambda given, owed, got: given - got + owed, exact, _asked(residual, exact), received)
+        return map_tensors(torch.sub, exact, received)
+    return map_tensors(lambda given, owed, got: given - got + owed, exact, _asked(residual, exact), received)
 
 
 def _errors(start: Adapter, exact: Adapter, received: Adapter) -> dict[str, float]:
@@ -189,4 +200,4 @@ def _errors(start: Adapter, exact: Adapter, received: Adapter) -> dict[str, floa
 def _size(one: Adapter, other: Adapter | None) -> float:
     """Frobenius norm of the products, or of their difference."""
     pairs = ((new, other and other.factors[name]) for name, new in one.factors.items())
-    return math.sqrt(sum(norm(change(new, old) if old else new) ** 2 for new, old in pairs))
+    return math.sqrt(sum(product_norm(product_difference(new, old) if old else new) ** 2 for new, old in pairs))

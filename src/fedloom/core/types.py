@@ -1,8 +1,11 @@
-"""The words of the system as plain data: profiles, tasks, events, commands, merges, and the four protocols.
+"""Data types that travel between server, clients and policies: profiles, budgets, tasks, results, models.
 
-Everything here is frozen and free of behaviour, so that a schedule can be tested with a table, a run can be written down
-as a trace, and a policy can be printed as a manifest. Times are virtual or real seconds (the core does not know which),
-links are bits per second, memory and payloads bytes, compute FLOP per second.
+Everything here is frozen and almost free of behaviour, so that a schedule can be tested with a table, a run can be written down as
+a trace, and a policy can be printed as a manifest. What happens and what must be done is in `events`, what a method implements in
+`policies`.
+
+Units: times are virtual or real seconds (the core does not know which), links are bits per second, memory and messages bytes,
+compute FLOP per second.
 """
 
 from __future__ import annotations
@@ -23,11 +26,15 @@ Side: TypeAlias = Literal["down", "up", "dense"]
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What one task may cost: the LoRA rank to train at and the number of local optimiser steps.
+    """Work that one task may take: how large an adapter is trained, and for how long.
 
-    `depth` is how many transformer blocks are trained, counted from the output, with all that is adapted above them (None: all
-    that is adapted). What is not trained runs as a part of the base. `rounds` are the versions that an edge makes of one task before
-    it reports: its members share the steps out among them. `why` says in a sentence what decided, where a rule weighed something.
+    Fields:
+        rank: LoRA rank to train at.
+        steps: local optimiser steps.
+        depth: transformer blocks to train, counted from the output, with all adapted modules above them; the rest runs as a part of
+            the base (None: everything that is adapted).
+        rounds: versions that an edge makes of one task before it reports; its members share `steps` out among them.
+        why: one sentence on what decided, where a rule weighed something ("": nothing to say).
     """
 
     rank: int
@@ -36,12 +43,32 @@ class Budget:
     rounds: int = 1
     why: str = ""
 
+    def at_most(self, limit: Budget | None) -> Budget:
+        """Return this budget with rank, steps and depth no larger than those of `limit` (None: no limit).
+
+        >>> Budget(8, 10).at_most(Budget(4, 20, depth=2))
+        Budget(rank=4, steps=10, depth=2, rounds=1, why='')
+        """
+        if limit is None:
+            return self
+        depths = [depth for depth in (self.depth, limit.depth) if depth is not None]
+        rank, steps = min(self.rank, limit.rank), min(self.steps, limit.steps)
+        return replace(self, rank=rank, steps=steps, depth=min(depths, default=None))
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What the server knows of a client before it has trained: its data size, its speed, its links, its memory.
+    """Facts that the server has about a client before it has trained.
 
-    `most` is the largest rank, depth and number of steps that it lets a task have (None: whatever the plan says).
+    Fields:
+        client: name of the client.
+        examples: training examples that it holds.
+        flops: compute speed (FLOP per second).
+        up_bps: uplink (bits per second).
+        down_bps: downlink (bits per second).
+        memory: memory for training (bytes).
+        tier: name of its class of devices.
+        most: largest rank, depth and number of steps that it lets a task have (None: whatever the plan says).
     """
 
     client: ClientId
@@ -59,26 +86,35 @@ class Pruning:
     """Rank self-pruning (HetLoRA): the last directions are penalised, and given up when they have become smaller.
 
     The loss gains `strength` * |up[:, t:]| * |down[t:]| for each layer (`up` without the scaling, as PEFT has it), t =
-    floor(`keep` * rank); if the sum of these products is smaller after training than before, the client answers with
+    floor(`keep` * rank). If the sum of these products is smaller after training than before, the client answers with
     max(`least`, t) directions and is never asked for more again.
+
+    Fields:
+        strength: weight of the penalty in the loss (lambda in the paper).
+        keep: share of the rank that is not penalised (gamma in the paper; above 0, below 1).
+        least: directions that a client keeps in any case.
     """
 
     strength: float = 1e-3
     keep: float = 0.99
     least: int = 1
 
-    def tail(self, rank: int) -> int:
-        """The first direction of the tail, which is the rank after pruning."""
+    def rank_after(self, rank: int) -> int:
+        """Return the rank after pruning, which is the index of the first penalised direction."""
         return max(self.least, int(self.keep * rank))
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """How a client trains what it received. The plain case is all defaults.
+    """Instructions of a method to its clients; the plain case is all defaults.
 
-    `frozen` sides are neither trained nor sent back; `private` ones are trained, stay at the client and take the place of what the
-    server sends the next time. `select` is the number of directions, over all layers together, that the client trains: those
-    that moved most in a trial (LoRA-A2). `up_rate` is the learning rate of `up` relative to that of `down`.
+    Fields:
+        frozen: sides that are neither trained nor sent back.
+        private: sides that are trained and stay at the client; they replace what the server sends with the next task.
+        select: number of directions, over all layers together, that the client trains: those that moved most in a trial (LoRA-A2;
+            None: all).
+        up_rate: learning rate of `up` relative to that of `down`.
+        pruning: rank self-pruning (HetLoRA; None: no pruning).
     """
 
     frozen: tuple[Side, ...] = ()
@@ -88,29 +124,34 @@ class Rules:
     pruning: Pruning | None = None
 
     @property
-    def kept(self) -> frozenset[Side]:
+    def unchanged(self) -> frozenset[Side]:
         """Sides that must come back as they were sent."""
         return frozenset((*self.frozen, *self.private))
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """What a client receives to train.
+class TaskStart:
+    """Everything that a client receives to train on, beside the base model.
 
-    `basis` names the coordinate system of the factors: while it stays the same, optimiser moments of an earlier task are
-    still meaningful; when a merge rotated the factors it changes and they must be dropped. `scaling` is the alpha/r with
-    which the client should parametrise; None, the rule, means the run's constant (a scaling that changes with the rank
-    makes one adapter mean different functions on different clients). `fold` is added to the frozen base and not trained.
-    `slots` are the server's directions that `train` holds (None: the first ones). `seeded` sides follow from the run's seed, so
-    that nobody has to send them. `control` is the server's control variate (SCAFFOLD), of the shape of `train`. `codec` is how
-    the numbers of the task travel (None: float32), and has been applied to what is here.
+    Fields:
+        train: adapter to train.
+        basis: name of the coordinate system of the factors. While it stays the same, optimiser moments of an earlier task are still
+            meaningful; a merge that rotates the factors changes it, and the moments must be dropped.
+        scaling: alpha/r with which the client parametrises LoRA (None, the rule: the run's constant; a scaling that changes with
+            the rank makes one adapter a different function on each client).
+        fold: adapter that is added to the frozen base and not trained (None: nothing).
+        directions: indices of the server's directions that `train` holds (None: the first ones).
+        seeded: sides that follow from the run's seed, so that nobody has to send them.
+        control: the server's control variate, of the shape of `train` (SCAFFOLD; None: the method has none).
+        rules: instructions of the method.
+        codec: encoding of the task's numbers, already applied to everything here (None: float32).
     """
 
     train: Adapter
     basis: str
     scaling: float | None = None
     fold: Adapter | None = None
-    slots: tuple[int, ...] | None = None
+    directions: tuple[int, ...] | None = None
     seeded: tuple[Side, ...] = ()
     control: Adapter | None = None
     rules: Rules = Rules()
@@ -119,12 +160,22 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One piece of work for one client; `id` is never used twice, `sent` is the time of dispatch."""
+    """One piece of work for one client.
+
+    Fields:
+        id: number of the task, never used twice in a run.
+        client: client that does it.
+        version: global version that it starts from.
+        start: what the client receives.
+        budget: how much it may do.
+        seed: seed of the client's random draws.
+        sent: time of dispatch (s).
+    """
 
     id: int
     client: ClientId
     version: int
-    start: Start
+    start: TaskStart
     budget: Budget
     seed: int
     sent: float
@@ -132,7 +183,16 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a client returns: its trained adapter and what it took; `control`: the change of its control variate, if asked for."""
+    """Answer of a client to a task.
+
+    Fields:
+        adapter: the trained adapter (the whole adapter, not its change).
+        examples: training examples that the client holds.
+        tokens: tokens trained on, padding not counted.
+        steps: optimiser steps done.
+        metrics: numbers that the client reports, `loss` among them.
+        control: change of the client's control variate, where the task brought one.
+    """
 
     adapter: Adapter
     examples: int
@@ -141,13 +201,23 @@ class Result:
     metrics: Mapping[str, float] = field(default_factory=dict)
     control: Adapter | None = None
 
+    def with_seconds(self, total: float, down: float, train: float, up: float) -> Result:
+        """Return this result with the seconds that the task took, and those of its download, training and upload."""
+        seconds = {"seconds": total, "seconds_down": down, "seconds_train": train, "seconds_up": up}
+        return replace(self, metrics={**self.metrics, **seconds})
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A result together with the task that it answers.
+    """Accepted result, with the task that it answers and the model that the task was cut from.
 
-    `base` is the global model that the task was cut from (None: the one that is merged into). What the client means is that model
-    with its change, even where it trained a part only and the server has gone on since.
+    A client means by its answer the model `base` with its change, even where it trained a part of it only and the server has gone on
+    since.
+
+    Fields:
+        task: the task as it was sent.
+        result: the answer.
+        base: global model that the task was cut from (None: the one that is merged into).
     """
 
     task: Task
@@ -156,12 +226,17 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """What stays at a client between its tasks and is never sent.
+class ClientState:
+    """State that stays at a client between its tasks and is never sent.
 
-    Optimiser `moments` and the `residual` of error feedback (what packing lost of earlier answers), valid for one `basis`; the
-    trained adapter of which `private` sides are used again; the client's own `control` variate. These two are kept by the server's
-    directions (`Start.slots`), also those that one task does not hold.
+    `private` and `control` are stored by the server's directions (`TaskStart.directions`), also those that one task does not hold.
+
+    Fields:
+        basis: coordinate system in which `moments` and `residual` are valid.
+        moments: optimiser moments by tensor.
+        private: trained adapter, of which the private sides are used again.
+        control: the client's own control variate.
+        residual: error feedback, which is what packing lost of earlier answers.
     """
 
     basis: str = ""
@@ -173,9 +248,19 @@ class Local:
 
 @dataclass(frozen=True, slots=True)
 class MemberWork:
-    """What a member did in one task of its edge, all its answers together: seconds on its links and in training, by what it did.
+    """Work of one member in one task of its edge, all its answers together.
 
-    `began` and `ended` are the loss of its first and of its last answer; None: it told none.
+    Fields:
+        client: name of the member.
+        rank: rank at which it trained.
+        depth: depth at which it trained (None: full).
+        answers: accepted answers.
+        steps: optimiser steps.
+        down: seconds on its downlink.
+        train: seconds of training.
+        up: seconds on its uplink.
+        first_loss: loss of its first answer (None: not reported).
+        last_loss: loss of its last answer (None: not reported).
     """
 
     client: ClientId
@@ -186,17 +271,24 @@ class MemberWork:
     down: float
     train: float
     up: float
-    began: float | None = None
-    ended: float | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GroupStatistics:
-    """What an edge tells the root beside its answer to a task with this `budget`, for plans that learn.
+    """Report of an edge to the root beside its answer to a task, for plans that learn.
 
-    `mass` is, by layer, the squared change of a member a step; `spread` the share of the members' squared changes that cancels in
-    their mean; both of the last inner version. `energy` is that of each direction of the answer, largest first; `loss` the
-    members' mean. `seconds` are those of the whole task, and of them `down` and `up` on the link of the edge, as the root saw them.
+    Fields:
+        budget: budget of the task.
+        work: work of each member.
+        mass: by layer, the squared change of a member per step, of the last inner version.
+        spread: share of the members' squared changes that cancels in their mean, of the last inner version (0 to 1).
+        energy: share of energy of each direction of the answer, largest first.
+        loss: mean loss of the members (None: not reported).
+        seconds: length of the whole task, as the root saw it.
+        down: seconds of it on the edge's downlink.
+        up: seconds of it on the edge's uplink.
     """
 
     budget: Budget
@@ -211,25 +303,33 @@ class GroupStatistics:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupLog:
-    """What the root knows of a group: its edge and its members before training, and what the edge told last, oldest first.
+class GroupHistory:
+    """Facts that the root has about a group, before training and from its reports.
 
-    `past` is what members who came from another group did before; in `told` a line of a member who has left names nobody.
+    Fields:
+        edge: profile of the edge.
+        members: profiles of its members.
+        statistics: latest reports, oldest first; the work of a member who has left counts for nobody.
+        past: by member who came from another group, its work there.
     """
 
     edge: Profile
     members: tuple[Profile, ...]
-    told: tuple[GroupStatistics, ...] = ()
+    statistics: tuple[GroupStatistics, ...] = ()
     past: Mapping[ClientId, tuple[MemberWork, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The global model: base + fold + adapter.
+    """The global model beside its base: adapter and fold.
 
-    `basis` counts how often the adapter's basis was rotated, `phase` the merges of a method that trains its sides in turn.
-    `discarded` is the share of energy that the last merge cut off. `fold` belongs to the model but is not trained any more;
-    `memory` is what a wrapper carries from merge to merge (momentum, control variates).
+    Fields:
+        adapter: what clients train.
+        basis: how often the adapter's basis was rotated.
+        discarded: share of energy that the last merge cut off.
+        phase: merges so far, of a method that trains its sides in turn.
+        fold: what belongs to the model and is not trained any more (None: nothing).
+        memory: what a wrapper carries from merge to merge, by name (momentum, control variates).
     """
 
     adapter: Adapter
@@ -238,16 +338,3 @@ class Model:
     phase: int = 0
     fold: Adapter | None = None
     memory: Mapping[str, Adapter] = field(default_factory=dict)
-
-
-def within(budget: Budget, most: Budget | None) -> Budget:
-    """The budget, made smaller where the client does not let a task be so large.
-
-    >>> within(Budget(8, 10), Budget(4, 20, depth=2))
-    Budget(rank=4, steps=10, depth=2, rounds=1, why='')
-    """
-    if most is None:
-        return budget
-    depths = [depth for depth in (budget.depth, most.depth) if depth is not None]
-    rank, steps = min(budget.rank, most.rank), min(budget.steps, most.steps)
-    return replace(budget, rank=rank, steps=steps, depth=min(depths, default=None))

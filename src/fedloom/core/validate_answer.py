@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedloom.core.lora import Adapter, Factor, cut_to, server_rank
+from fedloom.core.lora import Adapter, Factor, cut_adapter, server_rank
 from fedloom.core.model_shape import Shape
-from fedloom.core.types import Result, MemberWork, Start, Task, GroupStatistics
+from fedloom.core.types import GroupStatistics, MemberWork, Result, Task, TaskStart
 
 MAX_NORM = 1e5
 """Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; what is beyond would drown the others."""
@@ -22,10 +22,10 @@ MAX_SECONDS, MIN_SECONDS, MAX_LOSS, MAX_MASS = 1e9, 1e-9, 1e12, 1e30
 """Of what members did: a plan divides by their seconds, and squares how their losses fell."""
 
 
-def fault(task: Task, result: Result) -> str | None:
+def why_invalid(task: Task, result: Result) -> str | None:
     """Why `result` is no answer to `task`, in words; None if it is one. Cost: one pass over the tensors. Never raises."""
     return (
-        form(task, result)
+        why_malformed(task, result)
         or _numbers(task, result)
         or _sizes("", result.adapter)
         or (_sizes("control variate: ", result.control) if result.control else None)
@@ -33,24 +33,24 @@ def fault(task: Task, result: Result) -> str | None:
     )
 
 
-def untellable(task: Task, told: GroupStatistics, shape: Shape) -> str | None:
+def why_invalid_statistics(task: Task, statistics: GroupStatistics, shape: Shape) -> str | None:
     """Why an edge that is elsewhere cannot have `told` this of its task, in words; None if it can.
 
     All that a plan reckons with is of the size that it can be, so that no plan is brought to a number that is none.
     """
-    if told.budget != task.budget:
+    if statistics.budget != task.budget:
         return f"it tells of another budget than that of task {task.id}"
-    if not len(told.work) <= MAX_MEMBERS or len({one.client for one in told.work}) < len(told.work):
-        return f"it tells of {len(told.work)} members, expected at most {MAX_MEMBERS}, each of them once"
-    if odd := sorted(told.mass.keys() - shape.depths.keys() - task.start.train.dense.keys()):
+    if not len(statistics.work) <= MAX_MEMBERS or len({one.client for one in statistics.work}) < len(statistics.work):
+        return f"it tells of {len(statistics.work)} members, expected at most {MAX_MEMBERS}, each of them once"
+    if odd := sorted(statistics.mass.keys() - shape.depths.keys() - task.start.train.dense.keys()):
         return f"it tells how {odd[0]!r:.60} changed, which is no layer of the model"
-    if len(told.energy) > MAX_DIRECTIONS:
-        return f"it tells of {len(told.energy)} directions, expected at most {MAX_DIRECTIONS}"
-    known = [("spread", told.spread, 0, 1), ("loss", told.loss, -MAX_LOSS, MAX_LOSS)]
-    known += [("mass", value, 0, MAX_MASS) for value in told.mass.values()]
-    known += [("energy", value, 0, 1) for value in told.energy]
-    known += [(name, getattr(told, name), 0, MAX_SECONDS) for name in ("seconds", "down", "up")]
-    return _out_of_range(known) or next(filter(None, (_unspendable(task, one) for one in told.work)), None)
+    if len(statistics.energy) > MAX_DIRECTIONS:
+        return f"it tells of {len(statistics.energy)} directions, expected at most {MAX_DIRECTIONS}"
+    known = [("spread", statistics.spread, 0, 1), ("loss", statistics.loss, -MAX_LOSS, MAX_LOSS)]
+    known += [("mass", value, 0, MAX_MASS) for value in statistics.mass.values()]
+    known += [("energy", value, 0, 1) for value in statistics.energy]
+    known += [(name, getattr(statistics, name), 0, MAX_SECONDS) for name in ("seconds", "down", "up")]
+    return _out_of_range(known) or next(filter(None, (_unspendable(task, one) for one in statistics.work)), None)
 
 
 def _unspendable(task: Task, spent: MemberWork) -> str | None:
@@ -65,8 +65,8 @@ def _unspendable(task: Task, spent: MemberWork) -> str | None:
         ("seconds of training", spent.train, MIN_SECONDS if spent.train else 0, MAX_SECONDS),
         ("seconds down", spent.down, 0, MAX_SECONDS),
         ("seconds up", spent.up, 0, MAX_SECONDS),
-        ("first loss", spent.began, -MAX_LOSS, MAX_LOSS),
-        ("last loss", spent.ended, -MAX_LOSS, MAX_LOSS),
+        ("first loss", spent.first_loss, -MAX_LOSS, MAX_LOSS),
+        ("last loss", spent.last_loss, -MAX_LOSS, MAX_LOSS),
     ]
     reason = _out_of_range(known)
     return reason and f"member {spent.client!r:.60}: {reason}"
@@ -80,7 +80,7 @@ def _out_of_range(known: Iterable[tuple[str, float | None, float, float]]) -> st
     return None
 
 
-def form(task: Task, result: Result) -> str | None:
+def why_malformed(task: Task, result: Result) -> str | None:
     """Why `result` has not even the form of an answer, its tensors' names, types and shapes. No number is looked at."""
     if not isinstance(result, Result) or not isinstance(result.adapter, Adapter):
         return f"the answer is a {type(result).__name__}, not a result with an adapter"
@@ -104,7 +104,7 @@ def _numbers(task: Task, result: Result) -> str | None:
     return None
 
 
-def _pruned(start: Start, given: Adapter) -> Adapter:
+def _pruned(start: TaskStart, given: Adapter) -> Adapter:
     """What is asked for; where self-pruning is allowed, at the one rank between `least` and the full one that the client chose."""
     if start.rules.pruning is None or not isinstance(given.factors, Mapping):
         return start.train
@@ -112,13 +112,13 @@ def _pruned(start: Start, given: Adapter) -> Adapter:
     if not isinstance(first, Factor) or type(first.down) is not Tensor or first.down.is_nested or first.down.dim() != 2:
         return start.train
     rank = max(min(start.rules.pruning.least, server_rank(start.train)), first.down.shape[0])
-    return cut_to(start.train, rank)
+    return cut_adapter(start.train, rank)
 
 
-def _kept(start: Start, given: Adapter) -> str | None:
+def _kept(start: TaskStart, given: Adapter) -> str | None:
     """A side that was to stay as it is, and did not."""
     asked = _pruned(start, given)
-    for side in sorted(start.rules.kept):
+    for side in sorted(start.rules.unchanged):
         if side == "dense":
             pairs = {name: (tensor, given.dense[name]) for name, tensor in asked.dense.items()}
         else:
@@ -129,7 +129,7 @@ def _kept(start: Start, given: Adapter) -> str | None:
     return None
 
 
-def _control(start: Start, given: object) -> str | None:
+def _control(start: TaskStart, given: object) -> str | None:
     if start.control is None:
         return None if given is None else "a control variate was not asked for"
     if not isinstance(given, Adapter):

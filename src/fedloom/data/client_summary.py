@@ -1,4 +1,4 @@
-"""What a client may tell of its texts in their place: histograms.
+"""Summaries of clients: histograms that a client may give in the place of its texts.
 
 No text is in them. Names of labels are, since labels must be compared.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom.core.errors import Refused
-from fedloom.core.schema import Malformed, Reader, plain
+from fedloom.core.schema import Decoder, Malformed, jsonable
 from fedloom.core.seeds import derive
 from fedloom.data.examples import Examples
 from fedloom.data.private_histogram import noised
@@ -30,9 +30,15 @@ LOSSES = (0.0, *(0.05 * 2 ** (k / 4) for k in range(37)))
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One client's counts: `lengths` by `LENGTHS`, `quality` by `LOSSES`, `labels` by name; None where there is nothing to tell.
+    """Histograms of one client's examples.
 
-    `unit` is what lengths are counted in. `epsilon` is of the summary as a whole, None for true counts.
+    Fields:
+        client: its name.
+        lengths: counts by length, in the bins `LENGTHS`.
+        unit: unit of lengths.
+        labels: counts by name of label (None: the examples have no named labels).
+        quality: counts by quality, in the bins `LOSSES` (None: not measured).
+        epsilon: differential privacy of the summary as a whole (None: true counts).
     """
 
     client: str
@@ -43,8 +49,8 @@ class Summary:
     epsilon: float | None = None
 
     def __post_init__(self) -> None:
-        told = [("lengths", self.lengths, LENGTHS), ("quality", self.quality or (0.0,) * len(LOSSES), LOSSES)]
-        for name, counts, edges in told:
+        histograms = [("lengths", self.lengths, LENGTHS), ("quality", self.quality or (0.0,) * len(LOSSES), LOSSES)]
+        for name, counts, edges in histograms:
             if len(counts) != len(edges) or not all(0 <= count < math.inf for count in counts):
                 raise Refused(f"summary.{name}", self.client, f"it needs {len(edges)} counts of at least 0")
         if not all(0 <= count < math.inf for count in (self.labels or {}).values()):
@@ -52,16 +58,16 @@ class Summary:
 
     @property
     def histograms(self) -> int:
-        """How many it holds."""
+        """Number of histograms that are present."""
         return 1 + (self.labels is not None) + (self.quality is not None)
 
     @property
     def examples(self) -> int:
-        """How many; as noisy as the lengths."""
+        """Number of examples; as noisy as the lengths."""
         return round(sum(self.lengths))
 
     def median(self) -> float:
-        """The length that half of the texts do not reach, as if lengths were spread evenly within a bin."""
+        """Median length, as if lengths were spread evenly within a bin."""
         below = np.cumsum(self.lengths)
         k = int((below * 2 >= below[-1]).argmax())
         ends = (*LENGTHS, LENGTHS[-1])
@@ -70,7 +76,7 @@ class Summary:
 
 
 def summarise(client: str, examples: Examples, measure: Measure = words, unit: str = "words") -> Summary:
-    """What there is to tell of these examples; of labels nothing, where the only one has no name."""
+    """Summarise these examples; labels are left out where the only one has no name."""
     named = np.bincount(examples.labels, minlength=len(examples.names)).tolist()
     return Summary(
         client,
@@ -81,11 +87,11 @@ def summarise(client: str, examples: Examples, measure: Measure = words, unit: s
     )
 
 
-def private(summary: Summary, epsilon: float, seed: int, labels: Sequence[str] = ()) -> Summary:
-    """The summary with Laplace noise: epsilon-differentially private for one example added or removed, all histograms together.
+def private_summary(summary: Summary, epsilon: float, seed: int, labels: Sequence[str] = ()) -> Summary:
+    """Add Laplace noise: epsilon-differential privacy for one example added or removed, all histograms together.
 
-    `labels` names all labels that any client may have: which ones this client has must not show. Without them labels are not told.
-    The seed is the client's secret. See `fedloom.histogram.noised`.
+    `labels` names all labels that any client may have: which ones this client has must not show. Without it labels are left out.
+    The seed is the client's secret. See `fedloom.data.private_histogram.noised`.
 
     Raises:
         Refused: a label that is not among `labels`, or `epsilon` is not positive.
@@ -93,9 +99,9 @@ def private(summary: Summary, epsilon: float, seed: int, labels: Sequence[str] =
     strange = sorted(set(summary.labels or ()) - set(labels)) if labels else []
     if strange:
         raise Refused("labels", strange[0], "a client has it and the list has not; name all labels")
-    told = (summary.lengths, *([summary.quality] if summary.quality else []))
+    measured = (summary.lengths, *([summary.quality] if summary.quality else []))
     named = [(summary.labels or {}).get(name, 0.0) for name in labels]
-    parts = len(told) + bool(named)
+    parts = len(measured) + bool(named)
 
     def noisy(counts: Sequence[float], what: str) -> tuple[float, ...]:
         return noised(counts, epsilon / parts, derive(seed, "summary", what), summary.client)
@@ -109,23 +115,23 @@ def private(summary: Summary, epsilon: float, seed: int, labels: Sequence[str] =
     )
 
 
-def written(summary: Summary) -> str:
-    """As JSON."""
-    return json.dumps(plain(summary), indent=1)
+def encode_summary(summary: Summary) -> str:
+    """Encode a summary as JSON."""
+    return json.dumps(jsonable(summary), indent=1)
 
 
-def read(text: str, where: str) -> Summary:
-    """From JSON. Raises Refused."""
+def parse_summary(text: str, where: str) -> Summary:
+    """Read a summary from JSON; `where` names the file in messages. Raises Refused."""
     try:
-        found: Summary = Reader({"Summary": Summary}).read(Summary, json.loads(text))
-        return found
+        summary: Summary = Decoder().read(Summary, json.loads(text))
+        return summary
     except (json.JSONDecodeError, Malformed) as error:
         remedy = f"this is no summary ({error}); write one with fedloom inspect DATA --client-summary FILE"
         raise Refused("DATA", where, remedy) from error
 
 
-def middles(edges: Sequence[float]) -> Floats:
-    """What a bin stands for: the middle of it; the last one has no end and stands for its beginning."""
+def bin_middles(edges: Sequence[float]) -> Floats:
+    """Return the value that each bin stands for: its middle; the last one has no end and stands for its beginning."""
     ends = np.array([*edges[1:], edges[-1]], dtype=np.float64)
     return (np.array(edges) + ends) / 2
 

@@ -1,4 +1,4 @@
-"""Texts made worse by a stated amount: the knob that says whether quality is the cause."""
+"""Damage to texts by a stated amount, for experiments on whether quality is the cause of an effect."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ class Corrupted:
     `swap` it gets a wrong label, or another's reference answer where there are answers. An example's `quality` is 0 if it is
     untouched, and falls by the share that really was left out, by the share that really was moved, and by 1 for a wrong answer;
     damage to damaged examples adds up.
+
+    Fields:
+        source: source of the examples.
+        share: share of the training examples that are damaged.
+        delete: share of a damaged example's sentences that are left out.
+        shuffle: share of its other sentences that change places.
+        swap: chance that it gets a wrong label or another's answer.
     """
 
     source: Source = field(default_factory=Tickets)
@@ -38,7 +45,7 @@ class Corrupted:
                 raise Refused(f"data.{name}", value, "choose a share from 0 to 1")
 
     def load(self, seed: int) -> Split:
-        """The source's split of this seed, its training examples damaged."""
+        """Load the source's split of this seed and damage its training examples."""
         split = self.source.load(seed)
         return replace(split, train=self._damaged(split.train, seed))
 
@@ -49,42 +56,42 @@ class Corrupted:
         hit = sorted(rng(seed, "corrupted").sample(range(count), round(self.share * count)))
         for i in hit:
             column = pairs if pairs and pairs[i].strip() else texts
-            column[i], lost = damaged(column[i], self.delete, self.shuffle, rng(seed, "corrupted", i))
+            column[i], lost = damage_text(column[i], self.delete, self.shuffle, rng(seed, "corrupted", i))
             quality[i] -= lost
         chosen = [i for i in hit if rng(seed, "corrupted", i, "swap").random() < self.swap]
         swapped = _swapped(examples, chosen, rng(seed, "corrupted", "swap"))
         for i in chosen:
-            quality[i] -= _wanted(swapped)[i] != _wanted(examples)[i]
-        told = None if examples.pairs is None else tuple(pairs)
-        return replace(swapped, texts=tuple(texts), pairs=told, quality=tuple(quality))
+            quality[i] -= _targets(swapped)[i] != _targets(examples)[i]
+        second = None if examples.pairs is None else tuple(pairs)
+        return replace(swapped, texts=tuple(texts), pairs=second, quality=tuple(quality))
 
 
-def damaged(text: str, delete: float, shuffle: float, draw: random.Random) -> tuple[str, float]:
-    """The text with a share of its sentences left out and a share of the others moved; and how much of it was (0 to 2).
+def damage_text(text: str, delete: float, shuffle: float, draw: random.Random) -> tuple[str, float]:
+    """Leave out a share of the sentences of a text and move a share of the others; also return how much of it was damaged (0 to 2).
 
     At least one sentence stays, and what moves really changes its place: a single one cannot.
     """
     parts = SENTENCE.split(text.strip())
     parts = parts if len(parts) > 1 else text.split()
     out = min(round(delete * len(parts)), max(len(parts) - 1, 0))
-    kept = sorted(draw.sample(range(len(parts)), len(parts) - out))
-    moved = sorted(draw.sample(range(len(kept)), round(shuffle * len(kept))))
+    left = sorted(draw.sample(range(len(parts)), len(parts) - out))
+    moved = sorted(draw.sample(range(len(left)), round(shuffle * len(left))))
     moved = moved if len(moved) > 1 else []
-    order, turn = list(kept), draw.randrange(1, len(moved)) if moved else 0
+    order, turn = list(left), draw.randrange(1, len(moved)) if moved else 0
     for place, source in zip(moved, moved[turn:] + moved[:turn], strict=True):
-        order[place] = kept[source]
+        order[place] = left[source]
     if not out and not moved:
         return text, 0.0
-    return " ".join(parts[i] for i in order), out / len(parts) + len(moved) / len(kept)
+    return " ".join(parts[i] for i in order), out / len(parts) + len(moved) / len(left)
 
 
-def _wanted(examples: Examples) -> Sequence[object]:
-    """What is to be said of each example: its answer where there are answers, else its label."""
+def _targets(examples: Examples) -> Sequence[object]:
+    """Return the target of each example: its answer where there are answers, else its label."""
     return examples.answers if examples.answers is not None else examples.labels
 
 
 def _swapped(examples: Examples, chosen: list[int], draw: random.Random) -> Examples:
-    """Answers of the chosen handed round among them, or another label for each."""
+    """Exchange the answers of the chosen among them, or give each another label."""
     if examples.answers is not None:
         answers, order = list(examples.answers), draw.sample(chosen, len(chosen))
         for i, other in zip(order, order[1:] + order[:1], strict=True):

@@ -1,9 +1,10 @@
-"""What every data source gives: columns of text with whole-number labels, split in train and test."""
+"""Examples: columns of text with whole-number labels, split in training and test examples, as every source gives them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from fedloom.core.errors import Refused
@@ -11,7 +12,7 @@ from fedloom.core.seeds import rng
 
 
 class Turn(NamedTuple):
-    """What was said in a conversation: `role` is "system", "user" or "assistant"."""
+    """One message of a conversation; `role` is "system", "user" or "assistant"."""
 
     role: str
     content: str
@@ -19,13 +20,17 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled texts, one tuple per column, all of one length.
+    """Labelled texts, one tuple per column, all of one length; a column that the data lack is None.
 
-    `pairs` holds second sentences (for tasks such as paraphrase), `clients` the client that each example came from;
-    either is None where the data have no such column. `labels[i]` indexes `names`. Where text is to be generated, `answers` holds
-    the reference answers, `texts` the requests, `pairs` the context that each request comes with (empty: none), `before` the turns
-    of the conversation that a request ends, and a label is the kind of task. `quality` says how good each text is, higher is better,
-    on whatever scale its maker has; 0 is untouched where texts were damaged on purpose.
+    Fields:
+        texts: texts; where text is to be generated, the requests.
+        pairs: second sentences (for tasks such as paraphrase); for requests the context that each comes with (empty: none).
+        labels: numbers of labels, indices of `names`; for requests the kind of task.
+        names: names of the labels.
+        clients: the client that each example came from.
+        answers: reference answers, where text is to be generated.
+        before: messages of the conversation that a request ends.
+        quality: how good each text is, higher is better, on any scale; 0 is untouched where texts were damaged on purpose.
     """
 
     texts: tuple[str, ...]
@@ -41,7 +46,7 @@ class Examples:
         return len(self.texts)
 
     def take(self, indices: Iterable[int]) -> Examples:
-        """The examples at `indices`, in that order, with the same label names."""
+        """Select the examples at `indices`, in that order, with the same label names."""
         at = tuple(indices)
         return Examples(
             texts=tuple(self.texts[i] for i in at),
@@ -57,9 +62,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class Split:
-    """Training examples, to be divided over clients, and the global test examples, which no client sees.
+    """Training and test examples of a source.
 
-    `notes` say what became of the rows that are in neither, for the reader of a report.
+    Fields:
+        train: examples to be divided over clients.
+        test: global test examples, which no client sees.
+        notes: remarks for the report on rows that are in neither.
     """
 
     train: Examples
@@ -68,13 +76,15 @@ class Split:
 
 
 class Source(Protocol):
-    """Anything that can produce a split; `seed` decides whatever the source draws (a test share, a limit)."""
+    """Anything that can produce a split."""
 
-    def load(self, seed: int) -> Split: ...
+    def load(self, seed: int) -> Split:
+        """Return the split; `seed` decides whatever the source draws, such as a test share or a limit."""
+        ...
 
 
 def check_shares(test_share: float, limit: int | None) -> None:
-    """Raise Refused for what `set_aside` and `limited` cannot do."""
+    """Raise Refused for a share or a limit that `set_aside` and `limited` cannot work with."""
     if not 0 < test_share < 1:
         raise Refused("data.test_share", test_share, "choose a share between 0 and 1")
     if limit is not None and limit < 1:
@@ -82,20 +92,44 @@ def check_shares(test_share: float, limit: int | None) -> None:
 
 
 def set_aside(examples: Examples, share: float, limit: int | None, seed: int) -> Split:
-    """A random `share` of each label to test on, rounded; each label keeps at least one example. Raises Refused if none."""
-    aside: set[int] = set()
+    """Split off a random `share` of each label as test examples, rounded; each label keeps at least one training example.
+
+    Raises:
+        Refused: no example would be left to test on.
+    """
+    chosen: set[int] = set()
     for label in set(examples.labels):
         members = [i for i, other in enumerate(examples.labels) if other == label]
-        aside.update(rng(seed, "test_share", label).sample(members, min(round(share * len(members)), len(members) - 1)))
-    if not aside:
+        chosen.update(
+            rng(seed, "test_share", label).sample(members, min(round(share * len(members)), len(members) - 1))
+        )
+    if not chosen:
         remedy = f"too few of the {len(examples)} examples; choose a larger share or give test data"
         raise Refused("data.test_share", share, remedy)
-    rest = examples.take(i for i in range(len(examples)) if i not in aside)
-    return Split(limited(rest, limit, seed), examples.take(sorted(aside)))
+    rest = examples.take(i for i in range(len(examples)) if i not in chosen)
+    return Split(limited(rest, limit, seed), examples.take(sorted(chosen)))
 
 
 def limited(examples: Examples, limit: int | None, seed: int) -> Examples:
-    """At most `limit` random ones of the examples, in their order."""
+    """Draw at most `limit` of the examples at random, in their order."""
     if limit is None or limit >= len(examples):
         return examples
     return examples.take(sorted(rng(seed, "limit").sample(range(len(examples)), limit)))
+
+
+def without_training_examples(source: Source, seed: int) -> Split:
+    """Load a source without its training examples, for the server of a deployment; their label names and columns are left.
+
+    Where the training file is not on this machine and there is one with test examples, only that one is read.
+    """
+    split = _readable(source).load(seed)
+    return replace(split, train=split.train.take(()))
+
+
+def _readable(source: Source) -> Source:
+    names: set[str] = {field.name for field in fields(source)} if is_dataclass(source) else set()
+    path, test = (getattr(source, name, None) for name in ("path", "test"))
+    if {"path", "test"} <= names and isinstance(path, str | Path) and test is not None and not Path(path).exists():
+        test_alone: Source = replace(source, path=test)  # type: ignore[type-var]
+        return test_alone
+    return source

@@ -1,4 +1,4 @@
-"""Rows and columns as they are found, in files or in Python, before anybody says what they mean.
+"""Rows and columns as they stand in files or in Python, before it is said what a column means.
 
 Files are read with pyarrow and the standard library instead of `datasets`: both refuse ragged rows by name, and neither
 leaves a copy in a cache.
@@ -22,18 +22,23 @@ from fedloom.core.errors import Refused
 
 Row: TypeAlias = Mapping[str, object]
 Columns: TypeAlias = Mapping[str, list[object]]
-Given: TypeAlias = Iterable[Row] | Callable[[], Iterable[Row]]
+RowSource: TypeAlias = Iterable[Row] | Callable[[], Iterable[Row]]
 
 
-class Raw(NamedTuple):
-    """Columns as they were found, and where, for messages."""
+class RawTable(NamedTuple):
+    """Columns of a table, and where they came from, for messages."""
 
     columns: Columns
     where: str
 
 
-def read(path: Path, quoted: bool | None) -> Raw:
-    """The columns of a file; every value of a CSV or TSV is text."""
+def read_table_file(path: Path, quoted: bool | None) -> RawTable:
+    """Read the columns of a file; every value of a CSV or TSV is text.
+
+    Args:
+        path: a .csv, .tsv, .jsonl or .parquet file, gzipped (.gz) or not.
+        quoted: whether quotation marks enclose fields (None: in CSV they do, in TSV they do not).
+    """
     where, zipped = str(path), path.suffix.lower() == ".gz"
     suffix = (path.with_suffix("") if zipped else path).suffix.lower()
     if suffix not in (".csv", ".tsv", ".jsonl", ".parquet"):
@@ -44,7 +49,7 @@ def read(path: Path, quoted: bool | None) -> Raw:
             raise Refused("data.path", where, "the file is empty")
         if suffix == ".jsonl":
             lines = content.decode("utf-8-sig").split("\n")
-            return gather([json.loads(line) for line in lines if line.strip()], where)
+            return gather_rows([json.loads(line) for line in lines if line.strip()], where)
         if suffix == ".parquet":
             table = pa.parquet.read_table(io.BytesIO(content))
         else:
@@ -59,11 +64,11 @@ def read(path: Path, quoted: bool | None) -> Raw:
         raise Refused("data.path", where, f"cannot be read ({str(error).partition(chr(10))[0]})") from error
     if len(set(table.column_names)) < table.num_columns:
         raise Refused("data.path", where, f"rename the repeated column in {', '.join(table.column_names)}")
-    return Raw(table.to_pydict(), where)
+    return RawTable(table.to_pydict(), where)
 
 
 def _delimited(content: bytes, delimiter: str, quoted: bool) -> pa.Table:
-    """The table of a CSV or TSV file, all text, empty fields as empty texts."""
+    """Read the table of a CSV or TSV file, all text, empty fields as empty texts."""
     parse = pa.csv.ParseOptions(delimiter=delimiter, quote_char='"' if quoted else False, newlines_in_values=quoted)
     reader = pa.csv.open_csv(io.BytesIO(content), parse_options=parse)
     types = dict.fromkeys(reader.schema.names, pa.string())
@@ -71,8 +76,8 @@ def _delimited(content: bytes, delimiter: str, quoted: bool) -> pa.Table:
     return pa.csv.read_csv(io.BytesIO(content), parse_options=parse, convert_options=convert)
 
 
-def gather(rows: Given, where: str) -> Raw:
-    """Rows turned to columns; what a row lacks is None."""
+def gather_rows(rows: RowSource, where: str) -> RawTable:
+    """Turn rows to columns; what a row lacks is None."""
     if isinstance(rows, Iterator):
         raise Refused(
             "data.rows", where, "an iterator can be read once only; give a list, or a function that returns one"
@@ -82,11 +87,11 @@ def gather(rows: Given, where: str) -> Raw:
         if not isinstance(row, Mapping):
             raise Refused("data.path", where, f"row {number} is {row!r:.60}; give one object of columns per row")
     names = dict.fromkeys(name for row in listed for name in row)
-    return Raw({name: [row.get(name) for row in listed] for name in names}, where)
+    return RawTable({name: [row.get(name) for row in listed] for name in names}, where)
 
 
-def column(raw: Raw, field: str, name: str) -> list[object]:
-    """A column without missing values. Raises Refused."""
+def complete_column(raw: RawTable, field: str, name: str) -> list[object]:
+    """Return a column of which no value is missing; raise Refused where one is."""
     if not any(raw.columns.values()):
         raise Refused("data.path", raw.where, "there are no rows")
     if name not in raw.columns:
@@ -99,18 +104,18 @@ def column(raw: Raw, field: str, name: str) -> list[object]:
     return raw.columns[name]
 
 
-def label_values(raw: Raw, field: str, name: str) -> list[str]:
-    """The values of a column of labels as text. Raises Refused."""
-    found = []
-    for number, value in enumerate(column(raw, field, name), 1):
+def label_values(raw: RawTable, field: str, name: str) -> list[str]:
+    """Return the values of a column of labels as text; raise Refused for one that is neither a word nor a whole number."""
+    values = []
+    for number, value in enumerate(complete_column(raw, field, name), 1):
         whole = int(value) if isinstance(value, float) and value.is_integer() else value
         if not isinstance(whole, int | str) or whole == "":
             remedy = f"row {number} of {raw.where} holds {value!r:.60}; a label is a word or a whole number"
             raise Refused(f"data.{field}", name, remedy)
-        found.append(str(whole))
-    return found
+        values.append(str(whole))
+    return values
 
 
 def by_number(value: str) -> tuple[float, str]:
-    """Sorts whole numbers by size, before words by letter."""
+    """Sort key: whole numbers by size, before words by letter."""
     return (float(value) if value.removeprefix("-").isdecimal() else float("inf")), value

@@ -1,4 +1,7 @@
-"""Who holds what: training examples divided over clients, and each client's own part held out for its evaluation."""
+"""Partitions: training examples divided over clients, a part of each held out for its evaluation, and statistics of them.
+
+Clients that differ along an axis such as the length of their texts are in `skew`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from fedloom.core.errors import Refused
 from fedloom.core.seeds import derive
@@ -21,27 +21,34 @@ REDRAWS = 20  # draws of an uneven split before the smallest clients are filled 
 
 
 class Partition(Protocol):
-    """A way to divide: client id -> indices of its training examples, every example at no more than one client.
+    """A way to divide training examples over clients.
 
-    Every example is at exactly one, unless the partition promises sizes (`ClientDirichlet.size`, `equal` of those along an axis):
-    what does not fit into them stays unused.
+    Every example is at exactly one client, unless the partition promises sizes (`ClientDirichlet.size`, `equal` of those along an
+    axis): what does not fit into them stays unused.
     """
 
-    def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]: ...
+    def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
+        """Return the names of the clients and, for each, the indices of its training examples; the same for the same seed."""
+        ...
 
 
 @dataclass(frozen=True)
 class IID:
-    """Shuffled and dealt out evenly: every client resembles the whole, sizes differ by at most one."""
+    """Examples shuffled and divided evenly: every client resembles the whole, sizes differ by at most one.
+
+    Fields:
+        clients: number of clients.
+    """
 
     clients: int = 20
 
     def __post_init__(self) -> None:
-        check(self.clients)
+        check_partition(self.clients)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        enough(examples, self.clients, 1)
-        return named(np.array_split(generator(seed, "iid").permutation(len(examples)), self.clients))
+        """Divide the examples over clients."""
+        check_enough_examples(examples, self.clients, 1)
+        return name_clients(np.array_split(partition_generator(seed, "iid").permutation(len(examples)), self.clients))
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,11 @@ class LabelDirichlet:
     Hsu, Qi and Brown 2019, "Measuring the effects of non-identical data distribution for federated visual
     classification", in the per-label form of Yurochkin et al. 2019, "Bayesian nonparametric federated learning of
     neural networks". Drawn again until every client has `smallest` examples; after some draws the best one is repaired.
+
+    Fields:
+        clients: number of clients.
+        alpha: concentration; the smaller, the more uneven.
+        smallest: examples that every client has at least.
     """
 
     clients: int = 20
@@ -58,44 +70,50 @@ class LabelDirichlet:
     smallest: int = 8
 
     def __post_init__(self) -> None:
-        check(self.clients, self.alpha, self.smallest)
+        check_partition(self.clients, self.alpha, self.smallest)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        enough(examples, self.clients, self.smallest)
+        """Divide the examples over clients."""
+        check_enough_examples(examples, self.clients, self.smallest)
         labels = np.array(examples.labels)
 
         def deal(attempt: int) -> list[Indices]:
-            draw = generator(seed, "label", str(attempt))
+            draw = partition_generator(seed, "label", str(attempt))
             piles = [
                 _pour(draw, np.flatnonzero(labels == label), self.clients, self.alpha) for label in np.unique(labels)
             ]
             return [np.concatenate(pile) for pile in zip(*piles, strict=True)]
 
-        return named(at_least(self.smallest, deal, generator(seed, "label", "repair")))
+        return name_clients(deal_at_least(self.smallest, deal, partition_generator(seed, "label", "repair")))
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Sorted by label, cut into `clients * per_client` equal shards, `per_client` random shards to each client.
+    """Examples sorted by label and cut into `clients * per_client` equal shards, `per_client` random shards to each client.
 
     McMahan et al. 2017, "Communication-efficient learning of deep networks from decentralized data".
+
+    Fields:
+        clients: number of clients.
+        per_client: shards of each client.
     """
 
     clients: int = 20
     per_client: int = 2
 
     def __post_init__(self) -> None:
-        check(self.clients)
+        check_partition(self.clients)
         if self.per_client < 1:
             raise Refused("partition.per_client", self.per_client, "choose a whole number of at least 1")
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        enough(examples, self.clients, self.per_client)
-        draw, labels = generator(seed, "shards"), np.array(examples.labels)
+        """Divide the examples over clients."""
+        check_enough_examples(examples, self.clients, self.per_client)
+        draw, labels = partition_generator(seed, "shards"), np.array(examples.labels)
         shuffled = draw.permutation(len(examples))  # so that equal labels are in random order
         shards = np.array_split(shuffled[np.argsort(labels[shuffled], kind="stable")], self.clients * self.per_client)
         dealt = np.split(draw.permutation(len(shards)), self.clients)
-        return named([np.concatenate([shards[i] for i in hand]) for hand in dealt])
+        return name_clients([np.concatenate([shards[i] for i in hand]) for hand in dealt])
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,11 @@ class QuantityDirichlet:
     """Random examples, but client sizes in proportions drawn from Dirichlet(alpha): a small alpha skews the sizes.
 
     Li, Diao, Chen and He 2022, "Federated learning on non-IID data silos: an experimental study" (quantity skew).
+
+    Fields:
+        clients: number of clients.
+        alpha: concentration; the smaller, the more uneven.
+        smallest: examples that every client has at least.
     """
 
     clients: int = 20
@@ -110,22 +133,70 @@ class QuantityDirichlet:
     smallest: int = 8
 
     def __post_init__(self) -> None:
-        check(self.clients, self.alpha, self.smallest)
+        check_partition(self.clients, self.alpha, self.smallest)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        enough(examples, self.clients, self.smallest)
+        """Divide the examples over clients."""
+        check_enough_examples(examples, self.clients, self.smallest)
 
         def deal(attempt: int) -> list[Indices]:
-            return _pour(generator(seed, "quantity", str(attempt)), np.arange(len(examples)), self.clients, self.alpha)
+            return _pour(
+                partition_generator(seed, "quantity", str(attempt)), np.arange(len(examples)), self.clients, self.alpha
+            )
 
-        return named(at_least(self.smallest, deal, generator(seed, "quantity", "repair")))
+        return name_clients(deal_at_least(self.smallest, deal, partition_generator(seed, "quantity", "repair")))
+
+
+@dataclass(frozen=True)
+class ClientDirichlet:
+    """Each client draws its label mixture from a symmetric Dirichlet(alpha) and takes `size` examples in these shares.
+
+    So does the sampler that HLoRA's public prototype uses (its clients may share examples; here every example has one
+    owner). The labels of all clients together are even in expectation, whatever the data's own shares are:
+    `LabelDirichlet` keeps those, and then the commonest label drowns the others when most clients have one label. Where a
+    label runs out, others fill the place; what nobody took stays unused.
+
+    Fields:
+        clients: number of clients.
+        alpha: concentration; the smaller, the more uneven.
+        size: examples of each client.
+    """
+
+    clients: int = 20
+    alpha: float = 0.5
+    size: int = 100
+
+    def __post_init__(self) -> None:
+        for field in ("clients", "size"):
+            if getattr(self, field) < 1:
+                raise Refused(f"partition.{field}", getattr(self, field), "choose a whole number of at least 1")
+        if not 0 < self.alpha < float("inf"):
+            raise Refused("partition.alpha", self.alpha, "choose a number above 0; the smaller, the more uneven")
+
+    def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
+        """Divide the examples over clients c00, c01, ..."""
+        if len(examples) < self.clients * self.size:
+            most = len(examples) // self.clients
+            raise Refused("partition.size", self.size, f"{len(examples)} training examples give at most {most} to each")
+        draw, labels = np.random.default_rng(derive(seed, "partition", "mixture")), np.array(examples.labels)
+        left = [draw.permutation(np.flatnonzero(labels == label)).tolist() for label in np.unique(labels)]
+        return name_clients([self._take(left, draw) for _ in range(self.clients)])
+
+    def _take(self, left: list[list[int]], draw: np.random.Generator) -> Indices:
+        """Take one client's examples out of the piles `left` of each label."""
+        wanted = draw.multinomial(self.size, draw.dirichlet([self.alpha] * len(left)))
+        taken = [pile.pop() for pile, count in zip(left, wanted, strict=True) for _ in range(min(count, len(pile)))]
+        while len(taken) < self.size:
+            taken.append(max(left, key=len).pop())
+        return np.array(taken)
 
 
 @dataclass(frozen=True)
 class ByClient:
-    """The clients that the data themselves name in their client column."""
+    """Clients as the data name them in their client column."""
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
+        """Divide the examples over clients."""
         if examples.clients is None:
             raise Refused("partition", "by client", "the data name no clients; set data.client to the column that does")
         parts: dict[str, list[int]] = {name: [] for name in sorted(set(examples.clients))}
@@ -138,7 +209,13 @@ class ByClient:
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's examples, as indices in the training data: to train on, and held out for its own evaluation."""
+    """One client's examples, as indices in the training data.
+
+    Fields:
+        client: its name.
+        train: examples to train on.
+        held_out: examples of its own evaluation.
+    """
 
     client: str
     train: tuple[int, ...]
@@ -166,14 +243,14 @@ def hold_out(
             )
         if not all(0 <= index < len(examples) for index in part):
             raise Refused("partition.client", client, f"has an index outside the {len(examples)} examples")
-        shuffled = generator(seed, "held out", client).permutation(part).tolist()
+        shuffled = partition_generator(seed, "held out", client).permutation(part).tolist()
         cut = min(max(1, round(share * len(part))), len(part) - 1) if share else 0
         shards.append(Shard(client, tuple(sorted(shuffled[cut:])), tuple(sorted(shuffled[:cut]))))
     return tuple(shards)
 
 
-def statistics(examples: Examples, shards: tuple[Shard, ...]) -> dict[str, Any]:
-    """How uneven the clients are, ready for JSON.
+def partition_statistics(examples: Examples, shards: tuple[Shard, ...]) -> dict[str, Any]:
+    """Measure how uneven the clients are; the result is ready for JSON.
 
     For each client the number of `examples` to train on and of those `held_out`, and of both together the counts of
     each label and the mean words per text. `label_js` is the mean over clients of the Jensen-Shannon divergence, in
@@ -181,54 +258,25 @@ def statistics(examples: Examples, shards: tuple[Shard, ...]) -> dict[str, Any]:
     deviation of the sizes over their mean.
     """
     held = [shard.train + shard.held_out for shard in shards]
-    counts = np.array([np.bincount([examples.labels[i] for i in own], minlength=len(examples.names)) for own in held])
+    counts = np.array([np.bincount([examples.labels[i] for i in part], minlength=len(examples.names)) for part in held])
     clients = {
         shard.client: {
             "examples": len(shard.train),
             "held_out": len(shard.held_out),
             "labels": row.tolist(),
-            "mean_words": round(sum(len(examples.texts[i].split()) for i in own) / len(own), 2),
+            "mean_words": round(sum(len(examples.texts[i].split()) for i in part) / len(part), 2),
         }
-        for shard, own, row in zip(shards, held, counts, strict=True)
+        for shard, part, row in zip(shards, held, counts, strict=True)
     }
     return {
         "clients": clients,
         "label_names": list(examples.names),
-        "label_js": round(divergence(counts), 4),
-        "size_cv": round(variation(counts.sum(axis=1)), 4),
+        "label_js": round(mean_divergence(counts), 4),
+        "size_cv": round(coefficient_of_variation(counts.sum(axis=1)), 4),
     }
 
 
-def describe(stats: Mapping[str, Any], most: int = 16) -> Table:
-    """The statistics as a table for the terminal, largest client first; beyond `most` clients the middle is left out.
-
-    Up to eight labels have a column each, of more the three commonest at each client are named.
-    """
-    names, clients = stats["label_names"], stats["clients"]
-    facts = "label divergence {label_js:.3f} bits, size variation {size_cv:.2f}".format(**stats)
-    table = Table(
-        title=f"{len(clients)} clients, {facts}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    table.add_column("client")
-    wide = len(names) <= 8
-    for heading in ("train", "held out", "words", *(map(escape, names) if wide else ["commonest labels"])):
-        table.add_column(heading, justify="right")
-    order = sorted(clients, key=lambda name: (-clients[name]["examples"], name))
-    for position, name in enumerate(order):
-        if most // 2 <= position < len(order) - most // 2 and len(order) > most:
-            if position == most // 2:
-                table.add_row("…", f"{len(order) - most // 2 * 2} more")
-            continue
-        own = clients[name]
-        ranked = sorted(range(len(names)), key=lambda label: -own["labels"][label])[:3]
-        labels = (
-            map(str, own["labels"]) if wide else [", ".join(escape(f"{names[i]} {own['labels'][i]}") for i in ranked)]
-        )
-        table.add_row(escape(name), str(own["examples"]), str(own["held_out"]), f"{own['mean_words']:.0f}", *labels)
-    return table
-
-
-def divergence(counts: npt.NDArray[Any]) -> float:
+def mean_divergence(counts: npt.NDArray[Any]) -> float:
     """Mean over rows (clients) of the Jensen-Shannon divergence, in bits, between a row's shares and those of all rows together."""
     sizes = counts.sum(axis=1)
     shares, whole = counts / sizes[:, None], counts.sum(axis=0) / sizes.sum()
@@ -236,8 +284,8 @@ def divergence(counts: npt.NDArray[Any]) -> float:
     return max(float(apart.mean()), 0.0)
 
 
-def variation(sizes: npt.NDArray[Any]) -> float:
-    """Standard deviation over mean."""
+def coefficient_of_variation(sizes: npt.NDArray[Any]) -> float:
+    """Standard deviation of the sizes over their mean."""
     return float(sizes.std() / sizes.mean())
 
 
@@ -247,11 +295,13 @@ def _bits(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.asarray(-(shares * logs).sum(axis=-1))
 
 
-def generator(seed: int, *names: str) -> np.random.Generator:
+def partition_generator(seed: int, *names: str) -> np.random.Generator:
+    """Generator of the random stream of a partition that `names` spell."""
     return np.random.default_rng(derive(seed, "partition", *names))
 
 
-def check(clients: int, alpha: float = 1.0, smallest: int = 1) -> None:
+def check_partition(clients: int, alpha: float = 1.0, smallest: int = 1) -> None:
+    """Raise Refused for settings of a partition that are out of range."""
     for field, value in (("clients", clients), ("smallest", smallest)):
         if value < 1:
             raise Refused(f"partition.{field}", value, "choose a whole number of at least 1")
@@ -259,26 +309,27 @@ def check(clients: int, alpha: float = 1.0, smallest: int = 1) -> None:
         raise Refused("partition.alpha", alpha, "choose a number above 0; the smaller, the more uneven")
 
 
-def enough(examples: Examples, clients: int, each: int) -> None:
+def check_enough_examples(examples: Examples, clients: int, each: int) -> None:
+    """Raise Refused where there are too few examples to give `each` to every client."""
     if len(examples) < clients * each:
         remedy = f"{len(examples)} training examples cannot give {each} to each; choose at most {len(examples) // each}"
         raise Refused("partition.clients", clients, remedy)
 
 
-def named(piles: Sequence[Indices]) -> dict[str, tuple[int, ...]]:
-    """Client ids c00, c01, ... of equal width, so that they sort by number."""
+def name_clients(piles: Sequence[Indices]) -> dict[str, tuple[int, ...]]:
+    """Name the clients c00, c01, ... at equal width, so that they sort by number."""
     width = max(2, len(str(len(piles) - 1)))
     return {f"c{number:0{width}}": tuple(sorted(pile.tolist())) for number, pile in enumerate(piles)}
 
 
 def _pour(draw: np.random.Generator, members: Indices, clients: int, alpha: float) -> list[Indices]:
-    """The shuffled members, cut in proportions from a symmetric Dirichlet."""
+    """Shuffle the members and cut them in proportions from a symmetric Dirichlet."""
     cuts = draw.dirichlet([alpha] * clients).cumsum()[:-1] * len(members)
     return np.split(draw.permutation(members), cuts.round().astype(int))
 
 
-def at_least(smallest: int, deal: Callable[[int], list[Indices]], draw: np.random.Generator) -> list[Indices]:
-    """The first of some deals that gives everyone `smallest`, or the best of them, filled up from the largest piles."""
+def deal_at_least(smallest: int, deal: Callable[[int], list[Indices]], draw: np.random.Generator) -> list[Indices]:
+    """Return the first of some deals that gives everyone `smallest`, or the best of them, filled up from the largest piles."""
     deals: list[list[Indices]] = []
     for attempt in range(REDRAWS):
         deals.append(deal(attempt))

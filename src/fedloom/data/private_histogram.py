@@ -1,4 +1,4 @@
-"""What a client tells of its labels: noisy counts, and counts of topics where examples have no labels."""
+"""Histograms of a client's labels with noise, and of topics where examples have no labels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedloom.core.types import ClientId
 ROUNDS = 100  # of k-means, at most; it is over when no point changes its centre
 
 
-def noised(labels: Sequence[float], epsilon: float, seed: int, client: ClientId) -> tuple[float, ...]:
-    """The counts with Laplace noise of scale 1 / `epsilon` on each, rounded, and 0 where they fell below; made by the client.
+def noised(counts: Sequence[float], epsilon: float, seed: int, client: ClientId) -> tuple[float, ...]:
+    """Add Laplace noise of scale 1 / `epsilon` to each count, round, and cut at 0; done by the client itself.
 
     `epsilon`-differential privacy of one example of the client, for this one answer: adding or removing an example changes one
     count by 1, which is the sensitivity. (Exchanging an example changes two counts: 2 `epsilon`. Answers add up: two histograms cost
-    twice as much.) Rounding keeps the low bits of the noise from telling what it was added to, and costs no privacy, nor does
-    cutting at 0. The number of examples, if it is told as well, is not covered. The draws follow `seed`: for real privacy it is the
+    twice as much.) Rounding keeps the low bits of the noise from revealing what it was added to, and costs no privacy, nor does
+    cutting at 0. The number of examples, if it is sent as well, is not covered. The draws follow `seed`: for real privacy it is the
     client's own secret. Source: Dwork and Roth, "The algorithmic foundations of differential privacy", 2014, Thm. 3.6.
 
     Raises:
@@ -32,33 +32,33 @@ def noised(labels: Sequence[float], epsilon: float, seed: int, client: ClientId)
         raise Refused("epsilon", epsilon, "a positive number; the smaller, the more private")
     draw = rng(seed, "histogram", client)
     # the difference of two exponential draws is Laplace
-    drawn = [draw.expovariate(epsilon) - draw.expovariate(epsilon) for _ in labels]
-    return tuple(float(max(round(count + noise), 0)) for count, noise in zip(labels, drawn, strict=True))
+    drawn = [draw.expovariate(epsilon) - draw.expovariate(epsilon) for _ in counts]
+    return tuple(float(max(round(count + noise), 0)) for count, noise in zip(counts, drawn, strict=True))
 
 
 def topics(embeddings: Mapping[ClientId, Tensor], count: int, seed: int) -> dict[ClientId, tuple[float, ...]]:
-    """How many examples of each of `count` topics a client holds: the nearest of the centres of all clients' examples.
+    """Count each client's examples of `count` topics: an example's topic is the nearest of the centres of all clients' examples.
 
     `embeddings` are one row an example, (examples, width), from a frozen base model. They are pooled here, which a simulation may
-    do; where they must not leave a client, find `centres` of public texts and let each client do its own `counted`, `noised`.
+    do; where they must not leave a client, find `centres` of public texts and let each client do its own `count_topics`, `noised`.
 
     Raises:
         Refused: fewer examples than topics.
     """
     pool = torch.cat([embeddings[client] for client in sorted(embeddings)])
     middle = centres(pool, count, seed)
-    return {client: counted(own, middle) for client, own in embeddings.items()}
+    return {client: count_topics(points, middle) for client, points in embeddings.items()}
 
 
-def counted(points: Tensor, middle: Tensor) -> tuple[float, ...]:
-    """Rows of `points` (n, width) by the nearest row of `middle` (topics, width): a histogram."""
+def count_topics(points: Tensor, middle: Tensor) -> tuple[float, ...]:
+    """Count the rows of `points` (n, width) by the nearest row of `middle` (topics, width)."""
     return tuple(
-        map(float, torch.bincount(nearest(normalize(points.double()), middle), minlength=len(middle)).tolist())
+        map(float, torch.bincount(nearest_centre(normalize(points.double()), middle), minlength=len(middle)).tolist())
     )
 
 
 def centres(points: Tensor, count: int, seed: int) -> Tensor:
-    """The centres of k-means by direction, (count, width), float64 and of length 1; begun as k-means++ is (Arthur 2007).
+    """Find the centres of k-means by direction, (count, width), float64 and of length 1; initialised as k-means++ (Arthur 2007).
 
     Raises:
         Refused: fewer points than centres.
@@ -71,17 +71,17 @@ def centres(points: Tensor, count: int, seed: int) -> Tensor:
     while len(middle) < count:
         far = (1.0 - rows @ middle.T).amin(1).clamp(min=1e-12)
         middle = torch.cat([middle, rows[torch.multinomial(far, 1, generator=generator)]])
-    own = nearest(rows, middle)
+    nearest = nearest_centre(rows, middle)
     for _ in range(ROUNDS):
-        sums = torch.zeros_like(middle).index_add(0, own, rows)
-        empty = torch.bincount(own, minlength=count) == 0
+        sums = torch.zeros_like(middle).index_add(0, nearest, rows)
+        empty = torch.bincount(nearest, minlength=count) == 0
         middle = torch.where(empty[:, None], middle, normalize(sums))
-        before, own = own, nearest(rows, middle)
-        if torch.equal(own, before):
+        before, nearest = nearest, nearest_centre(rows, middle)
+        if torch.equal(nearest, before):
             break
     return middle
 
 
-def nearest(rows: Tensor, middle: Tensor) -> Tensor:
-    """The number of the centre with the smallest angle to each row."""
+def nearest_centre(rows: Tensor, middle: Tensor) -> Tensor:
+    """Return the number of the centre with the smallest angle to each row."""
     return (rows @ middle.T).argmax(1)

@@ -1,4 +1,4 @@
-"""Clients that differ along an axis of their texts (length, quality, amount, label, several at once), all else held equal on request.
+"""Partitions along an axis of the texts (length, quality, amount, label, several at once), with all else held equal on request.
 
 CLLoRA (Zhang et al. 2025, arXiv 2502.18910) divides texts by Dirichlet along context length, quality and quantity, to see what each
 does to local training and to the global model. It leaves the procedure open; ours: the axis is cut into quantile bins, the clients'
@@ -16,7 +16,14 @@ import numpy.typing as npt
 
 from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples
-from fedloom.data.partition import Indices, at_least, check, enough, generator, named
+from fedloom.data.partition import (
+    Indices,
+    check_enough_examples,
+    check_partition,
+    deal_at_least,
+    name_clients,
+    partition_generator,
+)
 from fedloom.data.text_measures import Measure, labels, quality, words
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -28,10 +35,14 @@ ROUNDS, CLOSE = 2000, 1e-6  # of scaling, and how near to equal the totals are w
 
 @dataclass(frozen=True)
 class Skew:
-    """The clients' shares along one axis: quantile `bins` of what is measured, the shares of each from Dirichlet(alpha).
+    """How clients differ along one axis: their shares of each bin are from Dirichlet(alpha).
 
-    Equal values are in one bin, so there may be fewer; `bins=None` gives each value its own. A measure that is the same for all
-    (`ones`) has one bin: its skew is one of sizes.
+    Equal values are in one bin. A measure that is the same for all (`ones`) has one bin: its skew is one of sizes.
+
+    Fields:
+        of: measure of an example.
+        alpha: concentration; the smaller, the more uneven.
+        bins: quantile bins of the measure, of which there may be fewer; None gives each value its own.
     """
 
     of: Measure = words
@@ -39,12 +50,12 @@ class Skew:
     bins: int | None = 10
 
     def __post_init__(self) -> None:
-        check(1, self.alpha)
+        check_partition(1, self.alpha)
         if self.bins is not None and self.bins < 1:
             raise Refused("partition.bins", self.bins, "choose a whole number of at least 1, or None for a bin a value")
 
     def bin(self, examples: Examples) -> Indices:
-        """The number of each example's bin."""
+        """Return the number of each example's bin."""
         values = np.asarray(self.of(examples), dtype=np.float64)
         if self.bins is None:
             return np.unique(values, return_inverse=True)[1].astype(np.int64)
@@ -52,33 +63,41 @@ class Skew:
         return np.searchsorted(edges, values, side="right").astype(np.int64)
 
 
-class Along(Protocol):
-    """A partition by the skews of some axes."""
+class SkewedPartition(Protocol):
+    """A partition by skews along some axes."""
 
     @property
     def clients(self) -> int:
-        """How many."""
+        """Number of clients."""
 
     @property
     def smallest(self) -> int:
-        """Examples that everybody has, before anything is held equal."""
+        """Examples that every client has at least, before anything is held equal."""
 
     @property
     def equal(self) -> Measure | None:
-        """The measure whose sum is to be the same at all clients."""
+        """Measure whose sum is to be the same at all clients; None: nothing is held equal."""
 
     @property
     def skews(self) -> tuple[Skew, ...]:
-        """One an axis."""
+        """Skews, one an axis."""
 
 
 @dataclass(frozen=True)
 class LengthDirichlet:
     """Clients whose texts differ in length: quantile bins of `measure`, each divided by Dirichlet(alpha).
 
-    `equal=ones` gives all clients as many examples (their amounts of text then differ), `equal=words` as many words, or tokens
-    with the measure `Tokens` (their numbers of examples then differ), to within one example; some stay unused for that. None holds
-    nothing equal and uses every example, and then every client has `smallest` of them. Source: CLLoRA, as at the top of this file.
+    Source: CLLoRA, as at the top of this file.
+
+    Fields:
+        clients: number of clients.
+        alpha: concentration; the smaller, the more uneven.
+        smallest: examples that every client has at least, before anything is held equal.
+        bins: quantile bins of the measure (None: one for each value).
+        equal: `ones` gives all clients as many examples (their amounts of text then differ), `words` as many words, or tokens with
+            the measure `Tokens` (their numbers of examples then differ), to within one example; some stay unused for that. None
+            holds nothing equal and uses every example.
+        measure: length of an example.
     """
 
     clients: int = 20
@@ -89,21 +108,21 @@ class LengthDirichlet:
     measure: Measure = words
 
     def __post_init__(self) -> None:
-        check(self.clients, self.alpha, self.smallest)
+        check_partition(self.clients, self.alpha, self.smallest)
 
     @property
     def skews(self) -> tuple[Skew, ...]:
-        """The one axis."""
+        """Skew of the one axis."""
         return (Skew(self.measure, self.alpha, self.bins),)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        """Client ids c00, c01, ... and their examples."""
-        return divide(self, examples, examples, seed)
+        """Divide the examples over clients c00, c01, ..."""
+        return divide_along_axes(self, examples, examples, seed)
 
 
 @dataclass(frozen=True)
 class QualityDirichlet:
-    """Clients whose texts differ in quality, as the examples state it (`Corrupted`, `Judged`); the fields as in `LengthDirichlet`."""
+    """Clients whose texts differ in quality, as the examples state it (`Corrupted`, `Judged`); fields as in `LengthDirichlet`."""
 
     clients: int = 20
     alpha: float = 0.5
@@ -112,16 +131,16 @@ class QualityDirichlet:
     equal: Measure | None = None
 
     def __post_init__(self) -> None:
-        check(self.clients, self.alpha, self.smallest)
+        check_partition(self.clients, self.alpha, self.smallest)
 
     @property
     def skews(self) -> tuple[Skew, ...]:
-        """The one axis."""
+        """Skew of the one axis."""
         return (Skew(quality, self.alpha, self.bins),)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        """Client ids c00, c01, ... and their examples."""
-        return divide(self, examples, examples, seed)
+        """Divide the examples over clients c00, c01, ..."""
+        return divide_along_axes(self, examples, examples, seed)
 
 
 @dataclass(frozen=True)
@@ -130,6 +149,10 @@ class Mixture:
 
     So each axis keeps its own alpha whatever the others are. `Skew(ones, alpha)` makes the sizes differ, and
     `Skew(labels, alpha, None)` the labels.
+
+    Fields:
+        clients, smallest, equal: as in `LengthDirichlet`.
+        of: skews, one an axis.
     """
 
     clients: int = 20
@@ -138,60 +161,67 @@ class Mixture:
     equal: Measure | None = None
 
     def __post_init__(self) -> None:
-        check(self.clients, smallest=self.smallest)
+        check_partition(self.clients, smallest=self.smallest)
         if not self.of:
             raise Refused("partition.of", self.of, "name at least one axis, such as (Skew(words),)")
 
     @property
     def skews(self) -> tuple[Skew, ...]:
-        """All axes."""
+        """Skews of all axes."""
         return self.of
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        """Client ids c00, c01, ... and their examples."""
-        return divide(self, examples, examples, seed)
+        """Divide the examples over clients c00, c01, ..."""
+        return divide_along_axes(self, examples, examples, seed)
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """The null of a study: the same shares and totals, but each example has the axis values of another one, by seed.
+    """Null model of a study: the same shares and totals, but each example has the axis values of another one, by seed.
 
-    What such clients still do differently from IID ones is chance and not the axis. What is held equal is equal in truth.
+    Where such clients still differ from IID ones, that is chance and not the axis. What is held equal is truly equal.
+
+    Fields:
+        inner: the partition whose axis is shuffled.
     """
 
-    inner: Along = field(default_factory=LengthDirichlet)
+    inner: SkewedPartition = field(default_factory=LengthDirichlet)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-        """Client ids c00, c01, ... and their examples."""
-        others = generator(seed, "shuffled").permutation(len(examples)).tolist()
-        return divide(self.inner, examples.take(others), examples, seed)
+        """Divide the examples over clients c00, c01, ..."""
+        others = partition_generator(seed, "shuffled").permutation(len(examples)).tolist()
+        return divide_along_axes(self.inner, examples.take(others), examples, seed)
 
 
-def divide(how: Along, told: Examples, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
-    """Examples over clients by the axis values of `told`, which are the examples themselves or stand in for them one by one."""
-    enough(examples, how.clients, how.smallest)
-    binned = np.stack([np.unique(skew.bin(told), return_inverse=True)[1] for skew in how.skews])
+def divide_along_axes(
+    how: SkewedPartition, axis_examples: Examples, examples: Examples, seed: int
+) -> dict[str, tuple[int, ...]]:
+    """Divide examples over clients by the axis values of `axis_examples`: the same examples, or others in their place one by one."""
+    check_enough_examples(examples, how.clients, how.smallest)
+    binned = np.stack([np.unique(skew.bin(axis_examples), return_inverse=True)[1] for skew in how.skews])
     cells = np.unique(binned, axis=1, return_inverse=True)[1].reshape(-1)
     weights = np.ones(len(examples)) if how.equal is None else np.asarray(how.equal(examples), dtype=np.float64)
     first = np.unique(cells, return_index=True)[1]
     masses = np.bincount(cells, weights).astype(np.float64)
 
     def deal(attempt: int) -> list[Indices]:
-        draw = generator(seed, "axis", str(attempt))
+        draw = partition_generator(seed, "axis", str(attempt))
         each = [
-            (draw.dirichlet([skew.alpha] * how.clients, own.max() + 1) + LEAST)[own[first]]
-            for skew, own in zip(how.skews, binned, strict=True)
+            (draw.dirichlet([skew.alpha] * how.clients, bins.max() + 1) + LEAST)[bins[first]]
+            for skew, bins in zip(how.skews, binned, strict=True)
         ]
         shares = reduce(np.multiply, each)
         shares /= shares.sum(axis=1, keepdims=True)
-        return _deal(draw, cells, weights, shares if how.equal is None else raked(shares, masses))
+        return _deal(draw, cells, weights, shares if how.equal is None else rake_shares(shares, masses))
 
-    piles = at_least(how.smallest, deal, generator(seed, "axis", "repair"))
-    return named(piles if how.equal is None else _level(piles, weights, generator(seed, "axis", "level")))
+    piles = deal_at_least(how.smallest, deal, partition_generator(seed, "axis", "repair"))
+    return name_clients(
+        piles if how.equal is None else _level(piles, weights, partition_generator(seed, "axis", "level"))
+    )
 
 
-def raked(shares: Floats, masses: Floats) -> Floats:
-    """Shares (cells, clients) scaled until every client's total, weighed by `masses` of cells, is the same; rows still sum to 1.
+def rake_shares(shares: Floats, masses: Floats) -> Floats:
+    """Scale shares (cells, clients) until every client's total, weighted by `masses` of cells, is the same; rows still sum to 1.
 
     Scaling whole columns and rows keeps all ratios (s_ak s_bl) / (s_al s_bk): who is drawn to which cell stays as it was drawn.
     Source: Deming and Stephan 1940, "On a least squares adjustment of a sampled frequency table"; exists for positive shares
@@ -208,7 +238,7 @@ def raked(shares: Floats, masses: Floats) -> Floats:
 
 
 def _deal(draw: np.random.Generator, cells: Indices, weights: Floats, shares: Floats) -> list[Indices]:
-    """Each example of a cell, in random order, to the client that is owed most; what rounding leaves is owed in the next cell."""
+    """Give each example of a cell, in random order, to the client that is owed most; rounding errors are made up in the next cell."""
     piles: list[list[int]] = [[] for _ in shares[0]]
     owed = np.zeros(shares.shape[1])
     for cell, share in enumerate(shares):
@@ -222,18 +252,18 @@ def _deal(draw: np.random.Generator, cells: Indices, weights: Floats, shares: Fl
 
 
 def _level(piles: list[Indices], weights: Floats, draw: np.random.Generator) -> list[Indices]:
-    """Random examples of each pile, as many as fit into the total of the lightest pile."""
+    """Keep random examples of each pile, as many as fit into the total of the lightest pile."""
     room = min(float(weights[pile].sum()) for pile in piles)
-    kept = []
+    levelled = []
     for pile in piles:
-        own, total = [], 0.0
+        chosen, total = [], 0.0
         for index in draw.permutation(pile).tolist():
             if total + weights[index] <= room:
-                own.append(index)
+                chosen.append(index)
                 total += weights[index]
-        kept.append(np.array(own, dtype=np.int64))
-    if not min(map(len, kept)):
+        levelled.append(np.array(chosen, dtype=np.int64))
+    if not min(map(len, levelled)):
         raise Refused(
             "partition.equal", room, "no example is as small as what the poorest client holds; use fewer clients"
         )
-    return kept
+    return levelled

@@ -1,4 +1,7 @@
-"""Labelled texts from a file, from the Hugging Face hub, or from any Python rows, always as a `Split`."""
+"""Labelled texts from a file, from the Hugging Face hub, or from any Python rows, always as a `Split`.
+
+A run names its columns (`Layout`). For `fedloom inspect` they are guessed from their names (`guess_columns`).
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,31 @@ from pathlib import Path
 
 from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples, Split, check_shares, limited, set_aside
-from fedloom.data.file_formats import Given, Raw, by_number, column, gather, label_values, read
+from fedloom.data.file_formats import (
+    RawTable,
+    RowSource,
+    by_number,
+    complete_column,
+    gather_rows,
+    label_values,
+    read_table_file,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which columns hold what, and how training and test examples are told apart.
+    """Columns of a table, and how training and test examples are separated.
 
-    `text` and `pair` name one column or several, as `"title+description"` or a tuple, joined by ". "; `test_text` names
-    them in the test data where they differ. `labels` fixes the label names: a tuple lists the values in order, a
-    mapping gives each value its name; by default they are the training values, sorted. `client` says where each example
-    came from; test data may lack that column. Without test data a share `test_share` of each label is set aside.
-    `limit` keeps that many random training examples.
+    Fields:
+        text: column of the text, or several, as `"title+description"` or a tuple, joined by ". ".
+        pair: column or columns of a second text (default: none).
+        label: column of the label.
+        client: column of the client that an example came from (default: none); test data may lack it.
+        test_text: column or columns of the text in the test data (default: as `text`).
+        labels: label names; a tuple lists the values in order, a mapping gives each value its name (default: the training values,
+            sorted).
+        test_share: share of each label that is set aside to test on, where there is no test data.
+        limit: number of random training examples to keep (default: all).
     """
 
     text: str | tuple[str, ...] = "text"
@@ -37,9 +53,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Table(Layout):
-    """A CSV, TSV, JSONL or Parquet file, told by its suffix; each may be gzipped (`.gz`).
+    """Labelled texts in a CSV, TSV, JSONL or Parquet file, by its suffix; each may be gzipped (`.gz`).
 
-    `quoted` says whether a quotation mark encloses a field; by default it does in `.csv` and is plain text in `.tsv`.
+    Fields, beside those of `Layout`:
+        path: file of the training examples, or of all.
+        test: file of the test examples (default: a share of the first is set aside).
+        quoted: whether a quotation mark encloses a field (default: in `.csv` it does, in `.tsv` it is plain text).
     """
 
     path: str | Path
@@ -48,13 +67,20 @@ class Table(Layout):
     quoted: bool | None = None
 
     def load(self, seed: int) -> Split:
-        test = None if self.test is None else read(Path(self.test), self.quoted)
-        return _split(self, read(Path(self.path), self.quoted), test, seed)
+        test = None if self.test is None else read_table_file(Path(self.test), self.quoted)
+        return _split(self, read_table_file(Path(self.path), self.quoted), test, seed)
 
 
 @dataclass(frozen=True)
 class Hub(Layout):
-    """A data set on the Hugging Face hub, with the names of its training split and of its test split, if it has one."""
+    """Labelled texts of a data set on the Hugging Face hub.
+
+    Fields, beside those of `Layout`:
+        name: name of the data set.
+        config: name of its configuration (default: the only one).
+        train: name of its training split.
+        test: name of its test split (None: a share of the training split is set aside).
+    """
 
     name: str
     config: str | None = None
@@ -67,8 +93,8 @@ class Hub(Layout):
         test = None if self.test is None else self._fetch(self.test)[0]
         return _split(self, train, test, seed, labels)
 
-    def _fetch(self, split: str) -> tuple[Raw, Mapping[str, str] | None]:
-        """A split, and the data set's own names of its whole-number labels."""
+    def _fetch(self, split: str) -> tuple[RawTable, Mapping[str, str] | None]:
+        """Load a split, and the data set's own names of its whole-number labels."""
         import datasets  # slow to import, and needed here only
 
         try:
@@ -81,40 +107,49 @@ class Hub(Layout):
         feature = data.features.get(self.label)
         named = isinstance(feature, datasets.ClassLabel)
         names = {str(i): name for i, name in enumerate(feature.names)} if named else None
-        return Raw(columns, f"{self.name}[{split}]"), names
+        return RawTable(columns, f"{self.name}[{split}]"), names
 
 
 @dataclass(frozen=True)
 class Rows(Layout):
-    """Any Python rows (mappings of column to value), or a function that gives them anew at each load."""
+    """Labelled texts in Python rows (mappings of column to value), or from a function that returns rows at each load.
 
-    rows: Given
-    test: Given | None = None
+    Fields, beside those of `Layout`:
+        rows: training rows, or all.
+        test: test rows (default: a share of the first is set aside).
+    """
+
+    rows: RowSource
+    test: RowSource | None = None
 
     def load(self, seed: int) -> Split:
-        test = None if self.test is None else gather(self.test, "the test rows")
-        return _split(self, gather(self.rows, "the rows"), test, seed)
+        test = None if self.test is None else gather_rows(self.test, "the test rows")
+        return _split(self, gather_rows(self.rows, "the rows"), test, seed)
 
 
-def _split(layout: Layout, train: Raw, test: Raw | None, seed: int, own: Mapping[str, str] | None = None) -> Split:
-    """Both halves under one label map: the user's, else the data set's `own`, else the sorted training labels."""
+def _split(
+    layout: Layout, train: RawTable, test: RawTable | None, seed: int, hub_names: Mapping[str, str] | None = None
+) -> Split:
+    """Bring both halves under one label map: the user's, else the data set's own (`hub_names`), else the sorted training labels."""
     raw = label_values(train, "label", layout.label)
-    known = _label_map(layout.labels or own, raw)
-    learn = _examples(layout, layout.text, train, raw, known)
+    names = _label_map(layout.labels or hub_names, raw)
+    learn = _examples(layout, layout.text, train, raw, names)
     if len(learn.names) < 2:
         raise Refused(
             "data.label", layout.label, f"there is one label only ({learn.names[0]}); nothing is to be learnt"
         )
     if test is None:
         return set_aside(learn, layout.test_share, layout.limit, seed)
-    asked = layout if layout.client in test.columns else replace(layout, client=None)
-    check = _examples(asked, layout.test_text or layout.text, test, label_values(test, "label", layout.label), known)
+    test_layout = layout if layout.client in test.columns else replace(layout, client=None)
+    check = _examples(
+        test_layout, layout.test_text or layout.text, test, label_values(test, "label", layout.label), names
+    )
     return Split(limited(learn, layout.limit, seed), check)
 
 
-def _texts(raw: Raw, field: str, names: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The texts of one column, or of several joined by ". "; none is empty. Raises Refused."""
-    each = [column(raw, field, name) for name in (names.split("+") if isinstance(names, str) else names)]
+def _texts(raw: RawTable, field: str, names: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Read the texts of one column, or of several joined by ". "; raise Refused for one that is empty."""
+    each = [complete_column(raw, field, name) for name in (names.split("+") if isinstance(names, str) else names)]
     texts = []
     for number, parts in enumerate(zip(*each, strict=True), 1):
         words = [part for part in parts if isinstance(part, str)]
@@ -128,31 +163,102 @@ def _texts(raw: Raw, field: str, names: str | tuple[str, ...]) -> tuple[str, ...
     return tuple(texts)
 
 
-def _label_map(given: tuple[str, ...] | Mapping[str, str] | None, raw: list[str]) -> Mapping[str, str]:
-    """Each label value's name, in the order of the label numbers."""
-    if isinstance(given, Mapping):
-        known = {str(value): name for value, name in given.items()}
-    else:
-        values = given or sorted(set(raw), key=by_number)
-        known = {str(value): str(value) for value in values}
-    return known
+def _label_map(labels: tuple[str, ...] | Mapping[str, str] | None, raw: list[str]) -> Mapping[str, str]:
+    """Map each label value to its name, in the order of the label numbers."""
+    if isinstance(labels, Mapping):
+        return {str(value): name for value, name in labels.items()}
+    return {str(value): str(value) for value in labels or sorted(set(raw), key=by_number)}
 
 
 def _examples(
-    layout: Layout, text: str | tuple[str, ...], raw: Raw, labels: list[str], known: Mapping[str, str]
+    layout: Layout, text: str | tuple[str, ...], raw: RawTable, labels: list[str], label_names: Mapping[str, str]
 ) -> Examples:
-    """The columns as examples. Raises Refused for a label that the map lacks."""
-    names = tuple(dict.fromkeys(known.values()))
+    """Make examples of the columns; raise Refused for a label that the map lacks."""
+    names = tuple(dict.fromkeys(label_names.values()))
     for number, value in enumerate(labels, 1):
-        if value not in known:
-            remedy = (
-                f"row {number} of {raw.where} holds {value!r}, known are {', '.join(known)}; name all in data.labels"
-            )
+        if value not in label_names:
+            remedy = f"row {number} of {raw.where} holds {value!r}, known are {', '.join(label_names)}; name all in data.labels"
             raise Refused("data.label", layout.label, remedy)
     return Examples(
         texts=_texts(raw, "text", text),
         pairs=None if layout.pair is None else _texts(raw, "pair", layout.pair),
-        labels=tuple(names.index(known[value]) for value in labels),
+        labels=tuple(names.index(label_names[value]) for value in labels),
         names=names,
-        clients=None if layout.client is None else tuple(map(str, column(raw, "client", layout.client))),
+        clients=None if layout.client is None else tuple(map(str, complete_column(raw, "client", layout.client))),
+    )
+
+
+LIKELY_NAMES: Mapping[str, tuple[str, ...]] = {
+    "client": ("client", "client_id", "user", "user_id", "site", "hospital", "company", "device"),
+    "text": (
+        "text",
+        "sentence",
+        "sentence1",
+        "question1",
+        "premise",
+        "instruction",
+        "prompt",
+        "request",
+        "question",
+        "title",
+    ),
+    "pair": ("sentence2", "question2", "hypothesis", "context", "input", "passage", "description"),
+    "answer": ("answer", "response", "output", "completion", "target"),
+    "label": ("label", "category", "intent", "class", "topic", "task"),
+}
+"""Roles of columns, and names that a column of each role often has, the likeliest first."""
+MOST_LABELS = 200
+"""A column with more values than this is not taken for one of labels, unless the user says so."""
+
+
+def guess_columns(raw: RawTable, chosen: Mapping[str, str]) -> dict[str, str]:
+    """Guess the column of each role by its name, unless it is `chosen`; a role without a column is left out.
+
+    Raises:
+        Refused: a role or a column that does not exist, or no column that would be the text.
+    """
+    have = {name.lower(): name for name in raw.columns}
+    for role, name in chosen.items():
+        if role not in LIKELY_NAMES:
+            raise Refused("--column", f"{role}={name}", f"say what it is: one of {', '.join(LIKELY_NAMES)}")
+        if name not in raw.columns:
+            raise Refused("--column", name, f"no such column in {raw.where}; the columns are {', '.join(raw.columns)}")
+    roles = dict(chosen)
+    for role, names in LIKELY_NAMES.items():
+        likely = next((have[name] for name in names if name in have and have[name] not in roles.values()), None)
+        if role in roles or likely is None:
+            continue
+        if role != "label" or len(set(map(str, raw.columns[likely]))) <= MOST_LABELS:
+            roles[role] = likely
+    if "text" not in roles:
+        remedy = f"none of {', '.join(raw.columns)} is known to be the text; say which with --column text=NAME"
+        raise Refused("DATA", raw.where, remedy)
+    return roles
+
+
+def as_examples(raw: RawTable, roles: Mapping[str, str]) -> Examples:
+    """Make examples of the rows by the columns of these roles; what is missing is an empty text.
+
+    Raises:
+        Refused: no rows, or a row without a client.
+    """
+    columns = {
+        role: ["" if value is None else str(value) for value in raw.columns[name]] for role, name in roles.items()
+    }
+    if not columns["text"]:
+        raise Refused("DATA", raw.where, "there are no rows")
+    owners = columns.get("client")
+    if owners is not None and not all(map(str.strip, owners)):
+        row = next(row for row, name in enumerate(owners, 1) if not name.strip())
+        raise Refused("--clients", roles["client"], f"row {row} names no client; fill or drop it")
+    kinds = columns.get("label", [""] * len(columns["text"]))
+    names = tuple(sorted(set(kinds)))
+    number = {name: k for k, name in enumerate(names)}
+    return Examples(
+        texts=tuple(columns["text"]),
+        pairs=tuple(columns["pair"]) if "pair" in columns else None,
+        labels=tuple(number[kind] for kind in kinds),
+        names=names,
+        clients=None if owners is None else tuple(owners),
+        answers=tuple(columns["answer"]) if "answer" in columns else None,
     )

@@ -1,4 +1,4 @@
-"""What is measured of each example: its length, its quality, its label, or that it is one. Any function like these is an axis."""
+"""Measures of examples: length, quality, label, or 1 for each. Any function like these is an axis of a skew."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ Measure: TypeAlias = Callable[[Examples], Sequence[float]]
 
 
 def ones(examples: Examples) -> Sequence[float]:
-    """1 for every example: of the samples a client holds, the sum is their number."""
+    """Measure each example as 1: the sum over a client's examples is their number."""
     return (1,) * len(examples)
 
 
 def words(examples: Examples) -> Sequence[float]:
-    """Words of all that a model reads of an example: request, context and reference answer."""
-    return tuple(sum(len(text.split()) for text in parts) for parts in read_together(examples))
+    """Count the words that a model reads of each example: request, context and reference answer."""
+    return tuple(sum(len(text.split()) for text in parts) for parts in example_texts(examples))
 
 
 def labels(examples: Examples) -> Sequence[float]:
-    """The number of the label: an axis without an order, to be cut into `bins=None`."""
+    """Return the number of each example's label: an axis without an order, to be cut into `bins=None`."""
     return examples.labels
 
 
 def quality(examples: Examples) -> Sequence[float]:
-    """The quality that the examples bring with them.
+    """Return the quality that the examples bring with them.
 
     Raises:
         Refused: they bring none.
@@ -39,8 +39,8 @@ def quality(examples: Examples) -> Sequence[float]:
     return examples.quality
 
 
-def read_together(examples: Examples) -> list[tuple[str, ...]]:
-    """Every text of each example, in the order in which a model reads them."""
+def example_texts(examples: Examples) -> list[tuple[str, ...]]:
+    """Return the texts of each example, in the order in which a model reads them."""
     columns = (examples.texts, examples.pairs, examples.answers)
     each = zip(*(column for column in columns if column is not None), strict=True)
     before = examples.before or ((),) * len(examples)

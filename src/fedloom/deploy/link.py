@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class RawReply:
     """What became of a message to `node`: the body of the answer, or None and the engine's own word on why there is none."""
 
     message: str
@@ -17,7 +17,7 @@ class Reply:
     error: str = ""
 
 
-class Link(Protocol):
+class Transport(Protocol):
     """An engine, seen from the server. A node has at most one message at a time; whoever sends more waits in line there."""
 
     def nodes(self) -> Mapping[int, str | None]:
@@ -28,6 +28,6 @@ class Link(Protocol):
         """Hand over a message; returns its number. A node that is gone may be found out about later, by a reply with an error."""
         ...
 
-    def collect(self) -> Sequence[Reply]:
+    def collect(self) -> Sequence[RawReply]:
         """The replies that are there, each once. It does not wait."""
         ...

@@ -1,8 +1,26 @@
-"""An edge: a server that is someone's client. It gets a task, has it done by its members, and reports.
+"""An edge: a server that is a client of another one. It gets a task, has its members do it together, and reports one answer.
 
 Source: HierFedLoRA, arXiv 2503.21213, 2025: groups aggregate several times among themselves in one global round. What the paper
-leaves open is our choice: averages a round are counted (`Budget.rounds`), optimiser moments live through them and begin anew with
-the next outer task. Nothing here knows a method: any schedule and any aggregator may stand above an edge, and any in it.
+leaves open is our choice: an inner round is one version of the inner server, `Budget.rounds` of them answer one outer task, and
+optimiser moments live through these rounds and begin anew with the next outer task. Nothing here knows a method: any schedule and any
+aggregator may stand above an edge, and any in it.
+
+State. `EdgeState` is all that changes: the state of the inner server, which belongs to the edge and to nobody else, the outer task in
+it (`State.outer`), and what has been counted for the report. Without an outer task the inner server is stopped; members that come
+and go are written down. With a task it begins at version 0 with the task's model, and `Budget.rounds` is its limit of versions.
+
+Callers. `Tree` (one process) and `RegionServer` (a process of its own) call `handle(now, event)` with the events of members and with
+`TaskReceived`, and `drop_task`, `go_down` and `come_back` for what happens to the edge itself. They carry out the commands, and
+come again at `EdgeState.due`. Whoever restores a checkpoint sets `edge.state`; each call puts it onto the server first.
+
+What may fail. A member's answer may be refused, a member may be lost, all of them may be: then, and after too many failures, the edge
+reports the versions that there are; without any it ends the task with `Stop(reason)`. The edge may die: `go_down` keeps its last
+version, what came after it is dropped. A task that arrives meanwhile waits.
+
+Promises. Each outer task ends with exactly one `Report` or `Stop`, or with `drop_task`. An answer counts once in the report, however
+often a schedule merged it. With the report everything under way is cancelled, and each accepted answer that is in no version is
+`Discarded`. A report has the rank of the task and the sides as they were sent that have to stay so; layers that no member trained are
+left out, because they are no contribution.
 """
 
 from __future__ import annotations
@@ -10,11 +28,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
+from fedloom.aggregate.shared.wrapper import Wrapper
 from fedloom.core.events import (
     ClientJoined,
     ClientLost,
     Command,
-    Discard,
+    Discarded,
     Evaluate,
     Event,
     Publish,
@@ -26,17 +47,16 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
-from fedloom.core.lora import Adapter
-from fedloom.core.policies import Assign, Fleet
+from fedloom.core.lora import Adapter, Factor, pad, server_rank, stack_with_fold, truncate_sum
+from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Merge
 from fedloom.core.server import Server, State
-from fedloom.core.transfer import answered
-from fedloom.core.types import Budget, ClientId, Local, Model, Profile, Result, Task, Update
-from fedloom.hierarchy.edge_model import OneSided, first, onto, reported
-from fedloom.hierarchy.group_statistics import Gathered
+from fedloom.core.transfer import encode_answer
+from fedloom.core.types import Budget, ClientId, ClientState, Model, Profile, Result, Task, TaskStart, Update
+from fedloom.hierarchy.group_statistics import StatisticsCollector
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Contribution:
     """What one accepted answer added to an edge's task."""
 
     client: ClientId
@@ -49,21 +69,27 @@ class Share:
 class EdgeState:
     """All that changes in an edge.
 
-    `server` is stopped while the edge has no task. `shares` are those of the answers in the model, by task; `loss` is the members'
-    mean of the last version, `trained` the layers that a member trained, `gathered` what the root's plan will want to know. `local`
-    stays here between the tasks of the edge, as it does at any client. `due` is when the edge has to look again. While it is
-    `down`, a task that reaches it is `waiting`.
+    Fields:
+        server: state of the inner server; stopped while the edge has no task.
+        contributions: by task of a member, what its answer added to the model.
+        loss: mean loss of the answers in the last version (None: not reported).
+        trained_layers: layers that a member trained in this task.
+        statistics: what the root's plan will want to know, so far.
+        local: what stays here between tasks of the edge, as at any client.
+        due: when the edge has to look again (s; None: not before another event).
+        down: the edge died and will come back.
+        waiting_task: task that arrived while it was down.
     """
 
     server: State
-    shares: dict[int, Share] = field(default_factory=dict)
+    contributions: dict[int, Contribution] = field(default_factory=dict)
     loss: float | None = None
-    trained: list[str] = field(default_factory=list)
-    gathered: Gathered = field(default_factory=Gathered)
-    local: Local = field(default_factory=Local)
+    trained_layers: list[str] = field(default_factory=list)
+    statistics: StatisticsCollector = field(default_factory=StatisticsCollector)
+    local: ClientState = field(default_factory=ClientState)
     due: float | None = None
     down: bool = False
-    waiting: Task | None = None
+    waiting_task: Task | None = None
 
     @property
     def empty(self) -> bool:
@@ -72,50 +98,51 @@ class EdgeState:
 
 
 class Edge:
-    """Takes the events of its members, and `TaskReceived`; answers with commands to them, and with `Report`.
+    """Works on one outer task at a time with its members; answers events with commands to them, and with `Report` or `Stop`.
 
-    `Stop` instead of a report says that it gives the task up. Scoring is nothing that an edge does. All answers of members belong to
-    the outer task in which they were asked for: with the report everything that is under way is cancelled, whatever the schedule,
-    and what came too late to be merged is discarded.
+    An edge never evaluates: scoring is the root's business.
     """
 
-    def __init__(self, server: Server, tells: bool = False, times: bool = False) -> None:
-        """`server` is the policies of the edge; what it holds is replaced with each task.
+    def __init__(self, server: Server, reports_layers: bool = False, reports_times: bool = False) -> None:
+        """Take over `server`, whose policies are the edge's and whose model is replaced with each task.
 
-        `tells`: the root's plan learns. `times`: the root wants to know how long members take, and no more.
+        Args:
+            server: the inner server, which has done nothing yet.
+            reports_layers: report all statistics, because the root's plan learns from them.
+            reports_times: report how long members take, and nothing that costs arithmetic.
         """
-        self.tells, self.looks = tells or times, tells
+        self.reports_statistics, self.reports_layers = reports_layers or reports_times, reports_layers
         server.state.stopped = True
-        server.aggregator = OneSided(server.aggregator)
+        server.aggregator = FrozenPhase(server.aggregator)
         self.server, self.state = server, EdgeState(server.state)
 
     def handle(self, now: float, event: Event) -> list[Command]:
-        """What to do about `event`, in the order in which it is to be done."""
-        state = self._put()
+        """Return what to do about `event`, in the order in which it is to be done."""
+        state = self._with_state()
         if isinstance(event, TaskReceived):
             commands = self._begin(now, event.task)
         elif state.server.stopped:
-            commands = self._rest(now, event)
+            commands = self._note_member(now, event)
         else:
-            commands = self._told(self.server.handle(now, event))
+            commands = self._translated(self.server.handle(now, event))
             if not state.server.stopped and state.empty:
-                commands += self._told(self.server.stop("no member is left"))
+                commands += self._translated(self.server.stop("no member is left"))
         state.due = self.server.wake()
         return commands
 
-    def give_up(self, now: float) -> list[Command]:
-        """The outer task is worth nothing any more: what was done for it is dropped, and said to be."""
-        state = self._put()
-        state.waiting = None
+    def drop_task(self, now: float) -> list[Command]:
+        """Give up the outer task, which nobody wants any more; returns a `Discarded` for each answer that is dropped."""
+        state = self._with_state()
+        state.waiting_task = None
         if state.server.outer is None:
             return []
         commands = self._halt(now, "the edge's task was given up")
         self._close()
         return commands
 
-    def fall(self, now: float) -> list[Command]:
-        """The edge dies and keeps its last version: what came after it is dropped, and said to be."""
-        state = self._put()
+    def go_down(self, now: float) -> list[Command]:
+        """Die, and keep the last version; returns a `Discarded` for each answer that came after it."""
+        state = self._with_state()
         state.down, state.due = True, None
         if state.server.stopped:
             return []
@@ -123,11 +150,11 @@ class Edge:
         del state.server.arrived[state.server.retained :]
         return commands
 
-    def rise(self, now: float) -> list[Command]:
-        """The edge is there again and goes on where it was, or begins with the task that waited for it."""
-        state = self._put()
+    def come_back(self, now: float) -> list[Command]:
+        """Return to life: go on with the task, or begin with the one that waits."""
+        state = self._with_state()
         state.down = False
-        waiting, state.waiting = state.waiting, None
+        waiting, state.waiting_task = state.waiting_task, None
         if waiting is not None:
             return self.handle(now, TaskReceived(waiting))
         if state.server.outer is None:
@@ -135,31 +162,31 @@ class Edge:
         state.server.stopped = False
         return self.handle(now, TimerFired())
 
-    def _put(self) -> EdgeState:
-        """The state onto the server, also one that was restored."""
+    def _with_state(self) -> EdgeState:
+        """Put the state onto the server, also one that was restored from a checkpoint, and return it."""
         server, outer = self.state.server, self.state.server.outer
         self.server.state = server
         self.server.limits = replace(self.server.limits, versions=outer.budget.rounds if outer else 1)
         return self.state
 
     def _begin(self, now: float, task: Task) -> list[Command]:
-        """At version 0 with the task's model; what is known of the members stays. Raises ValueError if there is a task already."""
+        """Begin at version 0 with the task's model; tables of the members stay. Raises ValueError if there is a task already."""
         state, before = self.state, self.state.server
         if before.outer is not None:
             raise ValueError(f"task {task.id} came to an edge that works on task {before.outer.id}")
         if state.down:
-            state.waiting = task
+            state.waiting_task = task
             return []
-        model = first(self.server.aggregator, task.start)
+        model = initial_model(self.server.aggregator, task.start)
         fresh = replace(before, model=model, first=model, now=now, version=0, undecided=False, stopped=False)
-        state.server = replace(fresh, asked=-1, failures=0, last_failure="", latest=None, outer=task)
-        self._put()
+        state.server = replace(fresh, last_evaluated=-1, failures=0, last_failure="", latest=None, outer=task)
+        self._with_state()
         if state.empty:
-            return self._told(self.server.stop("no member is left"))
-        return self._told(self.server.handle(now, TimerFired()))
+            return self._translated(self.server.stop("no member is left"))
+        return self._translated(self.server.handle(now, TimerFired()))
 
-    def _rest(self, now: float, event: Event) -> list[Command]:
-        """Without a task, or down: who is there is written down, and nothing is expected from anybody."""
+    def _note_member(self, now: float, event: Event) -> list[Command]:
+        """Write down who comes and goes while there is no task, or the edge is down: no answer is expected from anybody."""
         server = self.state.server
         server.now = now
         match event:
@@ -171,107 +198,183 @@ class Edge:
                 return [Reject(client, number, f"task {number} is not outstanding at client {client!r}")]
         return []
 
-    def _told(self, commands: Sequence[Command]) -> list[Command]:
-        """The server's commands as the edge's: at the end of its versions it reports."""
-        told = list[Command]()
+    def _translated(self, commands: Sequence[Command]) -> list[Command]:
+        """Return the inner server's commands as the edge's: at the end of its versions it reports."""
+        translated = list[Command]()
         for command in commands:
             match command:
                 case Publish(_, model, updates):
                     self._count(model, updates)
-                    told.append(command)
+                    translated.append(command)
                 case Stop(reason):
-                    told += self._end(reason)
+                    translated += self._end(reason)
                 case Evaluate():
                     pass
                 case _:
-                    told.append(command)
-        return told
+                    translated.append(command)
+        return translated
 
     def _count(self, model: Model, updates: Sequence[Update]) -> None:
-        """Each answer once, however often it is merged."""
-        known = self.state.shares.keys()
-        for update in [update for update in updates if update.task.id not in known]:
-            made = update.result
-            self.state.trained += [name for name in made.adapter.factors if name not in self.state.trained]
-            if self.tells:
-                self.state.gathered.add(update)
-            self.state.shares[update.task.id] = Share(update.task.client, made.examples, made.steps, made.tokens)
+        """Count each answer in a new version once, however often it is merged."""
+        state = self.state
+        for update in [update for update in updates if update.task.id not in state.contributions]:
+            result = update.result
+            state.trained_layers += [name for name in result.adapter.factors if name not in state.trained_layers]
+            if self.reports_statistics:
+                state.statistics.add_answer(update)
+            contribution = Contribution(update.task.client, result.examples, result.steps, result.tokens)
+            state.contributions[update.task.id] = contribution
         losses = [update.result.metrics["loss"] for update in updates if "loss" in update.result.metrics]
-        self.state.loss = sum(losses) / len(losses) if losses else None
-        if self.looks:
-            self.state.gathered.look(model, updates)
+        state.loss = sum(losses) / len(losses) if losses else None
+        if self.reports_layers:
+            state.statistics.add_version(model, updates)
 
     def _end(self, reason: str) -> list[Command]:
-        """Report what there is; without any version, give up."""
-        done: Command = self._report() if self.state.server.version else Stop(reason)
-        commands = [*self._discards("its edge reported before it was merged"), done]
+        """End the task: report the versions that there are; without any, give it up."""
+        end: Command = self._report() if self.state.server.version else Stop(reason)
+        commands = [*self._discards("its edge reported before it was merged"), end]
         self._close()
         return commands
 
     def _halt(self, now: float, reason: str) -> list[Command]:
-        """Nothing that is under way, or waits to be merged, counts any more."""
+        """Cancel what is under way and discard what waits to be merged."""
         self.state.server.now = now
         under_way = [] if self.state.server.stopped else self.server.stop(reason)
         return [c for c in under_way if not isinstance(c, Evaluate | Stop)] + self._discards(reason)
 
     def _discards(self, reason: str) -> list[Command]:
-        """Accepted answers that are in no version."""
+        """Return a `Discarded` for each accepted answer that is in no version."""
         server = self.state.server
-        return [Discard(one.task.id, one.task.client, reason) for one in server.arrived[server.retained :]]
+        return [Discarded(one.task.id, one.task.client, reason) for one in server.arrived[server.retained :]]
 
     def _close(self) -> None:
-        """No task, and nothing of the last one left."""
+        """Have no task, and nothing of the last one left."""
         server = self.state.server
         server.outer, server.stopped, server.arrived, server.retained = None, True, [], 0
-        self.state.shares, self.state.loss, self.state.due = {}, None, None
-        self.state.trained, self.state.gathered = [], Gathered()
+        self.state.contributions, self.state.loss, self.state.due = {}, None, None
+        self.state.trained_layers, self.state.statistics = [], StatisticsCollector()
 
     def _report(self) -> Report:
-        """The answer, and what a plan that learns is told."""
+        """Return the answer to the outer task, with statistics for a plan that learns."""
         state, outer = self.state, self.state.server.outer
         assert outer is not None
-        told = state.gathered.told(outer.budget, state.server.model, state.loss) if self.tells else None
-        return Report(self._result(), told)
+        if not self.reports_statistics:
+            return Report(self._result())
+        statistics = state.statistics.summary(outer.budget, state.server.model, state.loss)
+        return Report(self._result(), statistics)
 
     def _result(self) -> Result:
-        """The answer to the outer task, and what it took: n_g, and the steps that an example was trained for.
+        """Return the answer to the outer task.
 
-        What no member trained is as it was sent and not in the answer: it is no contribution.
+        It counts the examples of the members in it (n_g), and as steps those that an example was trained for, in the mean.
         """
         state, task = self.state, self.state.server.outer
         assert task is not None
-        shares = state.shares.values()
-        members = {share.client: share.examples for share in shares}
-        examples, work = sum(members.values()), sum(share.examples * share.steps for share in shares)
-        adapter, lost = reported(task.start, state.server.model)
-        adapter = onto(task.start, adapter) if task.start.rules.kept else adapter
+        contributions = state.contributions.values()
+        members = {one.client: one.examples for one in contributions}
+        examples, work = sum(members.values()), sum(one.examples * one.steps for one in contributions)
+        adapter, lost = model_as_answer(task.start, state.server.model)
+        adapter = with_fixed_sides(task.start, adapter) if task.start.rules.unchanged else adapter
         metrics: dict[str, float] = {"members": len(members), "rounds": state.server.version, "cut": lost}
         metrics |= {} if state.loss is None else {"loss": state.loss}
         steps = max(1, min(task.budget.steps, round(work / examples)))
-        result = Result(adapter, examples, sum(share.tokens for share in shares), steps, metrics)
-        result, state.local = answered(task, state.local, result, Local(task.start.basis))
-        held = {name: factor for name, factor in result.adapter.factors.items() if name in state.trained}
-        return (
-            replace(result, adapter=Adapter(held, result.adapter.dense))
-            if len(held) < len(task.start.train.factors)
-            else result
-        )
+        result = Result(adapter, examples, sum(one.tokens for one in contributions), steps, metrics)
+        result, state.local = encode_answer(task, state.local, result, ClientState(task.start.basis))
+        trained = {name: factor for name, factor in result.adapter.factors.items() if name in state.trained_layers}
+        if len(trained) == len(task.start.train.factors):
+            return result
+        return replace(result, adapter=Adapter(trained, result.adapter.dense))
 
 
 @dataclass(frozen=True, slots=True)
-class Below:
-    """The plan of an edge: `plan` says what each member may do, and the outer task what all of them may at most.
+class MemberBudget:
+    """Budget rule of an edge: what `plan` gives a member, and no more than the outer task allows.
 
     The steps of the outer task are shared out over its rounds; nobody trains deeper than the edge.
     """
 
-    plan: Assign
+    plan: BudgetRule
 
     def __call__(self, profile: Profile, fleet: Fleet) -> Budget:
-        """The budget of this member's next task."""
-        own, outer = self.plan(profile, fleet), fleet.outer
+        """Return the budget of this member's next task."""
+        budget, outer = self.plan(profile, fleet), fleet.outer
         if outer is None:
-            return own
-        rank, steps = min(own.rank, outer.budget.rank), max(1, outer.budget.steps // outer.budget.rounds)
-        depths = [depth for depth in (own.depth, outer.budget.depth) if depth is not None]
-        return replace(own, rank=rank, steps=steps, rounds=1, depth=min(depths, default=None))
+            return budget
+        rank, steps = min(budget.rank, outer.budget.rank), max(1, outer.budget.steps // outer.budget.rounds)
+        depths = [depth for depth in (budget.depth, outer.budget.depth) if depth is not None]
+        return replace(budget, rank=rank, steps=steps, rounds=1, depth=min(depths, default=None))
+
+
+# The outer task as a model, and the model as an answer ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenPhase(Wrapper):
+    """Keep a method that trains its sides in turn at the turn of the outer task, whose other sides must come back as sent."""
+
+    inner: Aggregator
+
+    def merge(self, model: Model, merge: Merge) -> Model:
+        """Merge as `inner` does, and leave the turn as it is."""
+        return replace(self.inner.merge(model, merge), phase=model.phase)
+
+
+def initial_model(aggregator: Aggregator, start: TaskStart) -> Model:
+    """Return the model with which an edge begins a task: all that it was sent, also layers that are in the fold alone."""
+    model = aggregator.init(start.train)
+    if start.fold is not None:
+        model = replace(model, fold=stack_with_fold(start.fold, model.fold))
+    return replace(model, phase=matching_phase(aggregator, model, start) or 0)
+
+
+def trained_part(task: Task, result: Result) -> Task:
+    """Return an outer task as it was answered: without the layers that no member trained."""
+    asked, answered = task.start.train, result.adapter.factors
+    if asked.factors.keys() == answered.keys():
+        return task
+    train = Adapter({name: factor for name, factor in asked.factors.items() if name in answered}, asked.dense)
+    return replace(task, start=replace(task.start, train=train))
+
+
+def matching_phase(aggregator: Aggregator, model: Model, start: TaskStart) -> int | None:
+    """Return the turn in which the method leaves alone what the outer task wants back unchanged; None: there is none."""
+    budget = Budget(server_rank(start.train), 1)
+    for turn in (0, 1):
+        if start.rules.unchanged <= aggregator.start(replace(model, phase=turn), budget, 0).rules.unchanged:
+            return turn
+    return None
+
+
+def model_as_answer(start: TaskStart, model: Model) -> tuple[Adapter, float]:
+    """Return the model as an answer to this start, and the share of its energy that had to be cut.
+
+    What an edge folded is added to the adapter, as far as the rank of the task reaches. Without such a fold the answer is the
+    model's adapter itself.
+    """
+    asked, trained = start.train.factors, model.adapter.factors
+    fold_now, fold_sent = (fold.factors if fold else {} for fold in (model.fold, start.fold))
+    changed = {name for name in asked if fold_now.get(name) is not fold_sent.get(name)}
+    if not changed and all(trained[name].rank == factor.rank for name, factor in asked.items()):
+        return model.adapter, 0.0
+    factors, before, after = {}, 0.0, 0.0
+    for name, factor in asked.items():
+        terms, folds = [(1.0, trained[name])], ((1.0, fold_now), (-1.0, fold_sent))
+        terms += [(sign, fold[name]) for sign, fold in folds if name in changed and name in fold]
+        truncated, energy = truncate_sum(terms, factor.rank)
+        factors[name] = pad(truncated, factor.rank)
+        before, after = before + energy, after + float(truncated.up.double().square().sum())
+    return Adapter(factors, model.adapter.dense), max(0.0, 1.0 - after / before) if before > 0 else 0.0
+
+
+def with_fixed_sides(start: TaskStart, answer: Adapter) -> Adapter:
+    """Return the nearest answer whose fixed sides are as they were sent: a method may have rotated them inside the edge."""
+    factors = dict(answer.factors)
+    for name, asked in start.train.factors.items():
+        factor = answer.factors[name]
+        if "down" in start.rules.unchanged and not factor.down.equal(asked.down):
+            up = factor.up.double() @ (factor.down.double() @ torch.linalg.pinv(asked.down.double()))
+            factors[name] = Factor(asked.down, up.to(factor.up))
+        elif "up" in start.rules.unchanged and not factor.up.equal(asked.up):
+            down = (torch.linalg.pinv(asked.up.double()) @ factor.up.double()) @ factor.down.double()
+            factors[name] = Factor(down.to(factor.down), asked.up)
+    return Adapter(factors, answer.dense)

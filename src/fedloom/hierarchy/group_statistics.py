@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedloom.aggregate.shared.product_space import energy_shares
-from fedloom.core.lora import change, norm
-from fedloom.core.types import Budget, ClientId, GroupLog, Model, MemberWork, GroupStatistics, Update
+from fedloom.core.lora import product_difference, product_norm
+from fedloom.core.types import Budget, ClientId, GroupHistory, Model, MemberWork, GroupStatistics, Update
 
-KEPT = 8
+REMEMBERED_TASKS = 8
 """Of a group's tasks, that the root remembers: moving averages with a gain of 0.2 have forgotten the others."""
 
 
 @dataclass(slots=True)
-class Gathered:
+class StatisticsCollector:
     """So far in one task of the edge; the names as in `Told`."""
 
     spent: dict[ClientId, MemberWork] = field(default_factory=dict)
     mass: Mapping[str, float] = field(default_factory=dict)
     spread: float = 0.0
 
-    def add(self, update: Update) -> None:
+    def add_answer(self, update: Update) -> None:
         """An answer that is in a version for the first time."""
         budget, made, client = update.task.budget, update.result, update.task.client
         loss = made.metrics.get("loss")
@@ -36,12 +36,12 @@ class Gathered:
             down=before.down + down,
             train=before.train + train,
             up=before.up + up,
-            ended=loss,
+            last_loss=loss,
         )
 
-    def look(self, model: Model, updates: Sequence[Update]) -> None:
+    def add_version(self, model: Model, updates: Sequence[Update]) -> None:
         """At a version and the answers in it: how much each layer changed, and how much of that is left in the version."""
-        changes = [squares(update) for update in updates]
+        changes = [squared_changes(update) for update in updates]
         sizes = [float(update.result.examples) for update in updates]
         mass, common, whole = dict(self.mass), 0.0, 0.0
         for name in dict.fromkeys(name for own in changes for name in own):
@@ -50,36 +50,36 @@ class Gathered:
             mass[name] = sum(size * changes[k][name] / updates[k].result.steps for size, k in held) / total
             whole += sum(size * changes[k][name] for size, k in held) / total
             before = updates[held[0][1]].base
-            common += norm(change(model.adapter.factors[name], before.adapter.factors[name])) ** 2 if before else 0.0
-        heads = [{n: v / one.result.steps for n, v in dense_squares(one).items()} for one in updates]
+            common += product_norm(product_difference(model.adapter.factors[name], before.adapter.factors[name])) ** 2 if before else 0.0
+        heads = [{n: v / one.result.steps for n, v in squared_head_changes(one).items()} for one in updates]
         for name in heads[0]:
             mass[name] = sum(size * head[name] for size, head in zip(sizes, heads, strict=True)) / sum(sizes)
         self.mass = mass
         if whole > 0 and all(update.base and update.base.fold is model.fold for update in updates):
             self.spread = max(0.0, 1.0 - common / whole)
 
-    def told(self, budget: Budget, model: Model, loss: float | None) -> GroupStatistics:
+    def summary(self, budget: Budget, model: Model, loss: float | None) -> GroupStatistics:
         """To the root, with the answer."""
         return GroupStatistics(budget, tuple(self.spent.values()), self.mass, self.spread, tuple(energy_shares(model)), loss)
 
 
-def squares(update: Update) -> dict[str, float]:
+def squared_changes(update: Update) -> dict[str, float]:
     """The squared Frobenius norm of what a client changed in each layer."""
     begun = update.task.start.train.factors
-    return {name: norm(change(new, begun[name])) ** 2 for name, new in update.result.adapter.factors.items()}
+    return {name: product_norm(product_difference(new, begun[name])) ** 2 for name, new in update.result.adapter.factors.items()}
 
 
-def dense_squares(update: Update) -> dict[str, float]:
+def squared_head_changes(update: Update) -> dict[str, float]:
     """The same of what is trained whole, the head."""
     begun = update.task.start.train.dense
     return {name: float((new - begun[name]).norm()) ** 2 for name, new in update.result.adapter.dense.items()}
 
 
-def learnt(known: GroupLog, told: GroupStatistics) -> GroupLog:
+def with_statistics(known: GroupHistory, told: GroupStatistics) -> GroupHistory:
     """What the root knows of a group now."""
-    return replace(known, told=(*known.told, told)[-KEPT:])
+    return replace(known, statistics=(*known.statistics, told)[-REMEMBERED_TASKS:])
 
 
-def timed(told: GroupStatistics, metrics: Mapping[str, float]) -> GroupStatistics:
+def with_task_seconds(told: GroupStatistics, metrics: Mapping[str, float]) -> GroupStatistics:
     """With the seconds that the root saw."""
     return replace(told, seconds=metrics["seconds"], down=metrics["seconds_down"], up=metrics["seconds_up"])

@@ -70,7 +70,7 @@ class Given:
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
         """These groups, if they name just these members."""
-        named, there = {client for group in self.groups for client in group}, set(by_name(members, 1))
+        named, there = {client for group in self.groups for client in group}, set(members_by_name(members, 1))
         for client in sorted(there - named):
             raise Refused("grouping.groups", client, "is in no group; name every client of the run")
         for client in sorted(named - there):
@@ -85,7 +85,7 @@ class ByRegion:
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
         """Every region's clients."""
         regions = dict[str, list[ClientId]]()
-        for member in by_name(members, 1).values():
+        for member in members_by_name(members, 1).values():
             if not member.region:
                 raise Refused(
                     "member.region", member.region, f"say where client {member.client} is, or group otherwise"
@@ -101,13 +101,13 @@ class RandomGroups:
     groups: int = 8
 
     def __post_init__(self) -> None:
-        some("groups", self.groups)
+        check_at_least_one("groups", self.groups)
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
         """A draw that the seed alone decides."""
-        clients = list(by_name(members, self.groups))
+        clients = list(members_by_name(members, self.groups))
         rng(seed, "groups").shuffle(clients)
-        return tuple(tuple(sorted(group)) for group in cut(clients, self.groups))
+        return tuple(tuple(sorted(group)) for group in split_evenly(clients, self.groups))
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +117,13 @@ class BySpeed:
     groups: int = 8
 
     def __post_init__(self) -> None:
-        some("groups", self.groups)
+        check_at_least_one("groups", self.groups)
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
         """Sorted by seconds, and cut into pieces of sizes that differ by at most 1."""
-        known = by_name(members, self.groups)
+        known = members_by_name(members, self.groups)
         quickest = sorted(known, key=lambda client: (known[client].seconds, client))
-        return tuple(tuple(sorted(group)) for group in cut(quickest, self.groups))
+        return tuple(tuple(sorted(group)) for group in split_evenly(quickest, self.groups))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +141,8 @@ class NearIID:
     largest: int | None = None
 
     def __post_init__(self) -> None:
-        some("groups", self.groups)
-        some("smallest", self.smallest)
+        check_at_least_one("groups", self.groups)
+        check_at_least_one("smallest", self.smallest)
         if not 0 <= self.waiting <= 1:
             raise Refused("grouping.waiting", self.waiting, "the weight of waiting lies between 0 (labels alone) and 1")
         if self.largest is not None and self.largest < self.smallest:
@@ -150,27 +150,27 @@ class NearIID:
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
         """New groups, from nothing. Cost: see `nearest.swapped`; 1,000 clients take seconds."""
-        known = by_name(members, self.groups)
+        known = members_by_name(members, self.groups)
         fleet = self._fleet(list(known.values()), seed)
-        return named(list(known), near_iid.swapped(fleet, near_iid.built(fleet)), self.groups)
+        return groups_by_number(list(known), near_iid.improve_by_swaps(fleet, near_iid.build_groups(fleet)), self.groups)
 
-    def again(self, before: Groups, members: Sequence[Member], seed: int, price: float = 0.05) -> Groups:
+    def regrouped(self, before: Groups, members: Sequence[Member], seed: int, price: float = 0.05) -> Groups:
         """The groups `before`, in their order, with as few clients as pays in another one.
 
         New clients go where they add least; then swaps, each of which must lower the utility by `price` (a random group has 1).
         From nothing, if `before` cannot be kept: another number of groups, or sizes that are out of bounds now.
         """
-        known = by_name(members, self.groups)
+        known = members_by_name(members, self.groups)
         clients, old = list(known), {client: number for number, group in enumerate(before) for client in group}
         fleet = self._fleet(list(known.values()), seed)
         if len(before) == self.groups:
-            group = near_iid.joined(fleet, torch.tensor([old.get(client, -1) for client in clients]))
+            group = near_iid.add_members(fleet, torch.tensor([old.get(client, -1) for client in clients]))
             sizes = torch.bincount(group, minlength=self.groups)
             if fleet.smallest <= int(sizes.min()) and int(sizes.max()) <= fleet.largest:
-                return named(clients, near_iid.swapped(fleet, group, price), self.groups)
+                return groups_by_number(clients, near_iid.improve_by_swaps(fleet, group, price), self.groups)
         return self(members, seed)
 
-    def _fleet(self, members: Sequence[Member], seed: int) -> near_iid.Fleetwide:
+    def _fleet(self, members: Sequence[Member], seed: int) -> near_iid.FleetArrays:
         """The members, in order of their names, as tensors."""
         count, lengths = len(members), {len(member.labels) for member in members}
         largest = self.largest if self.largest is not None else -(-count // self.groups)
@@ -182,16 +182,16 @@ class NearIID:
             raise Refused("member.labels", sorted(lengths), remedy)
         labels = torch.tensor([member.labels for member in members], dtype=torch.float64)
         seconds = torch.tensor([member.seconds for member in members], dtype=torch.float64)
-        return near_iid.Fleetwide(labels, seconds, self.groups, self.waiting, self.smallest, largest).measured(seed)
+        return near_iid.FleetArrays(labels, seconds, self.groups, self.waiting, self.smallest, largest).with_units(seed)
 
 
 def drifted(before: Sequence[Member], now: Sequence[Member], threshold: float = 0.25) -> bool:
     """Whether clients' times have moved so far apart that groups made of the old ones are out of date: `drift` above `threshold`."""
     old, new = ({member.client: member.seconds for member in members} for members in (before, now))
-    return drift(old, new) > threshold
+    return time_drift(old, new) > threshold
 
 
-def drift(before: Mapping[ClientId, float], now: Mapping[ClientId, float]) -> float:
+def time_drift(before: Mapping[ClientId, float], now: Mapping[ClientId, float]) -> float:
     """By which share clients' seconds have moved apart; inf if no client is in both.
 
     Compared is each client's time relative to all others': if everybody becomes twice as slow nobody waits longer for anybody.
@@ -204,7 +204,7 @@ def drift(before: Mapping[ClientId, float], now: Mapping[ClientId, float]) -> fl
     return math.expm1(fmean(abs(move - centre) for move in moves))
 
 
-def checked(groups: Groups, members: Sequence[Member]) -> Groups:
+def validate_groups(groups: Groups, members: Sequence[Member]) -> Groups:
     """The groups that are not empty. Raises Refused unless each client is in exactly one."""
     found = tuple(group for group in groups if group)
     every = [client for group in found for client in group]
@@ -217,7 +217,7 @@ def checked(groups: Groups, members: Sequence[Member]) -> Groups:
     return found
 
 
-def matched(before: Groups, after: Groups) -> Groups:
+def match_groups(before: Groups, after: Groups) -> Groups:
     """The groups `after` in the order of `before`, so that few clients change their number: the largest overlaps first.
 
     Raises Refused if there are more or fewer than before.
@@ -237,7 +237,7 @@ def matched(before: Groups, after: Groups) -> Groups:
     return tuple(after[places[place] if place in places else next(rest)] for place in range(len(before)))
 
 
-def by_name(members: Sequence[Member], groups: int) -> dict[ClientId, Member]:
+def members_by_name(members: Sequence[Member], groups: int) -> dict[ClientId, Member]:
     """The members by client, in order of their names. Raises Refused if one is there twice, or fewer than groups are."""
     known = {member.client: member for member in sorted(members, key=lambda member: member.client)}
     if len(known) < len(members):
@@ -247,14 +247,14 @@ def by_name(members: Sequence[Member], groups: int) -> dict[ClientId, Member]:
     return known
 
 
-def cut(clients: Sequence[ClientId], groups: int) -> Groups:
+def split_evenly(clients: Sequence[ClientId], groups: int) -> Groups:
     """In this order, into groups of sizes that differ by at most 1."""
     share, rest = divmod(len(clients), groups)
     ends = [number * share + min(number, rest) for number in range(groups + 1)]
     return tuple(tuple(clients[begin:end]) for begin, end in pairwise(ends))
 
 
-def named(clients: Sequence[ClientId], group: torch.Tensor, groups: int) -> Groups:
+def groups_by_number(clients: Sequence[ClientId], group: torch.Tensor, groups: int) -> Groups:
     """The clients of each group, by the numbers in `group`."""
     held = group.tolist()
     return tuple(
@@ -262,7 +262,7 @@ def named(clients: Sequence[ClientId], group: torch.Tensor, groups: int) -> Grou
     )
 
 
-def some(field: str, value: int) -> None:
+def check_at_least_one(field: str, value: int) -> None:
     """Raises Refused if it is not a count."""
     if value < 1:
         raise Refused(f"grouping.{field}", value, "choose a whole number of at least 1")

@@ -9,26 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias, TypeVar, cast
+from typing import TypeAlias, cast
 
 from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
-from fedloom.core.partial_depth import need_own_layers
-from fedloom.core.policies import Aggregator, Assign, Fleet, Schedule, layers
+from fedloom.core.partial_depth import require_all_layers
+from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Schedule, aggregator_layers
 from fedloom.core.server import Server
-from fedloom.core.types import Budget, ClientId, GroupLog, Profile
-from fedloom.hierarchy.edge import Below, Edge
-from fedloom.hierarchy.edge_model import phase
-from fedloom.hierarchy.grouping import Grouping, Member, checked
-from fedloom.hierarchy.joint_plan.joint_plan import Planned
+from fedloom.core.types import Budget, ClientId, GroupHistory, Profile
+from fedloom.hierarchy.edge import MemberBudget, Edge
+from fedloom.hierarchy.edge import matching_phase
+from fedloom.hierarchy.grouping import Grouping, Member, validate_groups
+from fedloom.hierarchy.joint_plan.joint_plan import JointPlan
 from fedloom.hierarchy.regrouping import Compared, Regrouping
-from fedloom.hierarchy.remote_edges import OverRegions
+from fedloom.hierarchy.root_server import RootServer
 from fedloom.hierarchy.tree import Tree
-from fedloom.hierarchy.tree_state import Link, Roster
+from fedloom.hierarchy.tree_state import Link, Topology
 from fedloom.schedule.rounds import Rounds
-
-S = TypeVar("S", bound=Server)
 
 InnerRounds: TypeAlias = Callable[[Profile, Fleet], int]
 """(an edge's profile, the root's fleet) -> the versions that the edge makes of its next task."""
@@ -44,13 +42,13 @@ class Everybody:
 
 
 @dataclass(frozen=True, slots=True)
-class Above:
+class EdgeBudget:
     """The plan of the root: an edge trains the whole model, for as many steps as `plan` says, in so many `rounds`.
 
     Rank and depth are not the plan's: what a weak member cannot hold, another one can, and each is asked for its own.
     """
 
-    plan: Assign
+    plan: BudgetRule
     rank: int
     rounds: int | InnerRounds
 
@@ -81,7 +79,7 @@ class Hierarchy:
     rounds: int | InnerRounds = 2
     schedule: Schedule | None = None
     aggregator: Aggregator | None = None
-    plan: Assign | None = None
+    plan: BudgetRule | None = None
     link: Link | None = None
     inner_speedup: float = 1.0
     topics: int = 0
@@ -104,7 +102,7 @@ class Hierarchy:
 
     def grouped(self, members: Sequence[Member], seed: int) -> dict[ClientId, tuple[ClientId, ...]]:
         """The groups by the names of their edges. Raises Refused unless each client is in exactly one."""
-        found = checked(self.groups(members, seed), members)
+        found = validate_groups(self.groups(members, seed), members)
         width = len(str(len(found) - 1))
         return {f"edge{k:0{width}d}": group for k, group in enumerate(found)}
 
@@ -117,32 +115,32 @@ class Hierarchy:
         """
         most = sum(map(len, members.values())) if self.regroup else 0
         edges = {name: self.edge(flat, len(own), len(members), most) for name, own in members.items()}
-        root = self.root(flat, len(members), flat.transfer if self.link else None, Server)
-        tree = Tree(root, edges, Roster(members, self.link), self._regrouping(compared, flat.seed))
+        root = self.root(flat, len(members), flat.transfer if self.link else None)
+        tree = Tree(root, edges, Topology(members, self.link), self._regrouping(compared, flat.seed))
         self._check(flat, tree.root.fleet())
         return tree
 
-    def over_regions(self, flat: Server, regions: int) -> OverRegions:
+    def over_regions(self, flat: Server, regions: int) -> RootServer:
         """The server in the place of `flat` whose edges are elsewhere, so many of them. Raises Refused as `over`."""
-        made = self.root(flat, regions, flat.transfer, OverRegions)
+        made = RootServer(self.root(flat, regions, flat.transfer), trusted=False)
         able = Profile("region", 1, memory=math.inf)
-        self._check(flat, replace(made.fleet(), groups={able.client: GroupLog(able, (able,))}))
+        self._check(flat, replace(made.fleet(), groups={able.client: GroupHistory(able, (able,))}))
         return made
 
     def _check(self, flat: Server, fleet: Fleet) -> None:
         """Raise Refused where a plan of groups asks for what the method, the model or a client of these groups cannot have."""
-        if isinstance(self.plan, Planned):
-            need_own_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
+        if isinstance(self.plan, JointPlan):
+            require_all_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
             self.plan.check(fleet)
 
-    def root(self, flat: Server, edges: int, transfer: Codec | None, kind: type[S]) -> S:
+    def root(self, flat: Server, edges: int, transfer: Codec | None) -> Server:
         """The server over so many edges, by a `transfer` of its own. Raises Refused where the methods do not go together."""
-        check(flat, self._method(flat), edges)
-        return kind(
+        check_methods(flat, self._method(flat), edges)
+        return Server(
             flat.state.model,
             flat.aggregator,
             flat.schedule,
-            self.plan or Above(flat.assign, server_rank(flat.state.model.adapter), self.rounds),
+            self.plan or EdgeBudget(flat.budget_rule, server_rank(flat.state.model.adapter), self.rounds),
             shape=flat.shape,
             limits=flat.limits,
             seed=flat.seed,
@@ -152,7 +150,7 @@ class Hierarchy:
     def edge(self, flat: Server, size: int, edges: int, most: int = 0) -> Edge:
         """One of so many edges, over `size` members, who may become `most`."""
         inner = self._inner(flat, size, edges, Rounds(cohort_size=max(size, most)))
-        return Edge(inner, isinstance(self.plan, Planned), self.regroup > 0)
+        return Edge(inner, isinstance(self.plan, JointPlan), self.regroup > 0)
 
     def _regrouping(self, compared: Compared | None, seed: int) -> Regrouping | None:
         """Raises ValueError if nobody said how clients compare."""
@@ -164,7 +162,7 @@ class Hierarchy:
 
     def _method(self, flat: Server) -> Aggregator:
         """That of the edges."""
-        return self.aggregator or cast(Aggregator, list(layers(flat.aggregator))[-1])
+        return self.aggregator or cast(Aggregator, list(aggregator_layers(flat.aggregator))[-1])
 
     def _inner(self, flat: Server, size: int, edges: int, everybody: Rounds) -> Server:
         """The server of an edge with so many members. It gives a task up after its share of the failures that end the run."""
@@ -173,7 +171,7 @@ class Hierarchy:
             flat.state.model,
             self._method(flat),
             self.schedule or everybody,
-            Below(flat.assign),
+            MemberBudget(flat.budget_rule),
             shape=flat.shape,
             limits=replace(flat.limits, seconds=None, failures=failures, evaluate_every=0),
             seed=flat.seed,
@@ -181,22 +179,22 @@ class Hierarchy:
         )
 
 
-def check(flat: Server, inner: Aggregator, edges: int) -> None:
+def check_methods(flat: Server, inner: Aggregator, edges: int) -> None:
     """Raise Refused where what an edge makes of a task would be no answer to it, or a method counts other clients than there are."""
     outer, model = flat.aggregator, flat.state.model
     names = f"{type(inner).__name__} below {type(outer).__name__}"
-    for layer in layers(outer):
+    for layer in aggregator_layers(outer):
         if getattr(layer, "clients", edges) != edges:
             remedy = f"give clients={edges}: the clients of the server are the edges"
             raise Refused("aggregator.clients", getattr(layer, "clients", 0), remedy)
-    if any(getattr(layer, "clients", None) for layer in layers(inner)):
+    if any(getattr(layer, "clients", None) for layer in aggregator_layers(inner)):
         raise Refused("hierarchy.aggregator", names, "a method that knows each client by name belongs above the edges")
     for turn in (0, 1):
         start = outer.start(replace(model, phase=turn), Budget(server_rank(model.adapter), 1), 0)
         if start.control is not None:
             raise Refused("aggregator", type(outer).__name__, "an edge has no control variate; leave Scaffold out")
-        if phase(inner, inner.init(start.train), start) is None:
-            sides = " and ".join(sorted(start.rules.kept))
+        if matching_phase(inner, inner.init(start.train), start) is None:
+            sides = " and ".join(sorted(start.rules.unchanged))
             raise Refused("hierarchy.aggregator", names, f"above, {sides} must stay as sent; use the same method below")
     if outer.space == "factor" and inner.space == "product":
         remedy = "the edges would turn their factors, each in another way, and above they are averaged entry by entry"

@@ -24,7 +24,7 @@ LEAST_GAIN = 1e-9  # in utility; below it a swap is rounding
 
 
 @dataclass(frozen=True, slots=True)
-class Fleetwide:
+class FleetArrays:
     """All members as tensors: `labels` (n, c) and `seconds` (n), float64; how waiting is weighed, and which sizes are allowed."""
 
     labels: Tensor
@@ -48,9 +48,9 @@ class Fleetwide:
     def terms(self, group: Tensor) -> tuple[Tensor, Tensor]:
         """Waiting and divergence of each group, (groups), if `group` (n) holds the number of each member's group."""
         labels, slowest, total, size = self.tally(group)
-        return slowest - total / size, divergence(labels, self.logs)
+        return slowest - total / size, label_divergence(labels, self.logs)
 
-    def of(self, group: Tensor) -> Tensor:
+    def group_utility(self, group: Tensor) -> Tensor:
         """The utility of each group; (groups)."""
         return self.utility(*self.terms(group))
 
@@ -62,27 +62,27 @@ class Fleetwide:
         total, size = zeros.index_add(0, group, self.seconds), zeros.index_add(0, group, torch.ones_like(self.seconds))
         return labels, slowest, total, size
 
-    def measured(self, seed: int) -> Fleetwide:
+    def with_units(self, seed: int) -> FleetArrays:
         """The same with its units: mean waiting and mean divergence of random groups of even sizes."""
-        deals = [self.terms(self.dealt(seed, deal)) for deal in range(RANDOM_DEALS)]
+        deals = [self.terms(self.random_groups(seed, deal)) for deal in range(RANDOM_DEALS)]
         waiting, distance = (float(torch.cat(terms).mean()) for terms in zip(*deals, strict=True))
         return replace(self, units=(waiting if waiting > 0 else 1.0, distance if distance > 0 else 1.0))
 
-    def dealt(self, seed: int, deal: int) -> Tensor:
+    def random_groups(self, seed: int, deal: int) -> Tensor:
         """Groups at random, of sizes that differ by at most 1."""
         generator = torch.Generator().manual_seed(derive(seed, "deal", deal))
         count = len(self.seconds)
         return (torch.arange(count) % self.groups)[torch.randperm(count, generator=generator)]
 
 
-def divergence(labels: Tensor, logs: Tensor) -> Tensor:
+def label_divergence(labels: Tensor, logs: Tensor) -> Tensor:
     """KL(shares of `labels` (..., c) || exp(logs) (c)), in nats; (...)."""
     counts = labels + SMOOTHING
     total = counts.sum(-1)
     return ((counts * (counts.log() - logs)).sum(-1) / total - total.log()).clamp(min=0.0)
 
 
-def built(fleet: Fleetwide) -> Tensor:
+def build_groups(fleet: FleetArrays) -> Tensor:
     """Group after group: the slowest who is left, then whoever keeps the group's utility lowest, up to an even size."""
     count, group = len(fleet.seconds), torch.full((len(fleet.seconds),), -1)
     for number in range(fleet.groups):
@@ -94,14 +94,14 @@ def built(fleet: Fleetwide) -> Tensor:
         for held in range(1, size):
             left = (group < 0).nonzero().flatten()
             waiting = slowest - (total + fleet.seconds[left]) / (held + 1)
-            costs = fleet.utility(waiting, divergence(labels + fleet.labels[left], fleet.logs))
+            costs = fleet.utility(waiting, label_divergence(labels + fleet.labels[left], fleet.logs))
             best = left[costs.argmin()]
             group[best] = number
             labels, total = labels + fleet.labels[best], total + fleet.seconds[best]
     return group
 
 
-def joined(fleet: Fleetwide, group: Tensor) -> Tensor:
+def add_members(fleet: FleetArrays, group: Tensor) -> Tensor:
     """Members without a group (-1), the slowest first, where they add least to the utility; no group above `largest`."""
     group = group.clone()
     homeless = (group < 0).nonzero().flatten()
@@ -110,15 +110,15 @@ def joined(fleet: Fleetwide, group: Tensor) -> Tensor:
         labels, slowest, total, size = settled.tally(group[group >= 0])
         own = fleet.seconds[member]
         waiting = slowest.maximum(own) - (total + own) / (size + 1)
-        gain = fleet.utility(waiting, divergence(labels + fleet.labels[member], fleet.logs))
+        gain = fleet.utility(waiting, label_divergence(labels + fleet.labels[member], fleet.logs))
         gain = gain - torch.where(
-            size > 0, settled.utility(slowest - total / size, divergence(labels, fleet.logs)), 0.0
+            size > 0, settled.utility(slowest - total / size, label_divergence(labels, fleet.logs)), 0.0
         )
         group[member] = torch.where(size < fleet.largest, gain, torch.inf).argmin()
     return group
 
 
-def swapped(fleet: Fleetwide, group: Tensor, price: float = 0.0) -> Tensor:
+def improve_by_swaps(fleet: FleetArrays, group: Tensor, price: float = 0.0) -> Tensor:
     """The best swap, again and again, until none lowers the summed utility by more than `price`.
 
     Rows and columns are members and, after them, one empty seat a group: who changes places with a seat moves there. `alone`
@@ -130,7 +130,7 @@ def swapped(fleet: Fleetwide, group: Tensor, price: float = 0.0) -> Tensor:
     alone, both = (fleet.seconds.new_zeros(len(home), len(home)) for _ in range(2))
     stale = torch.arange(len(home))
     while True:
-        alone[stale] = replaced(fleet, home, stale)
+        alone[stale] = replacement_gains(fleet, home, stale)
         both[stale] = alone[stale] + alone[:, stale].T
         both[:, stale] = both[stale].T
         i, j = divmod(int(both.argmin()), len(home))
@@ -143,13 +143,13 @@ def swapped(fleet: Fleetwide, group: Tensor, price: float = 0.0) -> Tensor:
                 home[mover] = place
 
 
-def replaced(fleet: Fleetwide, home: Tensor, rows: Tensor) -> Tensor:
+def replacement_gains(fleet: FleetArrays, home: Tensor, rows: Tensor) -> Tensor:
     """What the utility of each row's group changes by if each column takes the row's place; inf where that is not allowed."""
     count, own = len(fleet.seconds), home[rows]
     before = fleet.tally(home[:count])
     labels, _, total, size = (tally[own] for tally in before)
     held, spent, worth = (
-        seated(values, fleet.groups) for values in (fleet.labels, fleet.seconds, torch.ones_like(fleet.seconds))
+        pad_places(values, fleet.groups) for values in (fleet.labels, fleet.seconds, torch.ones_like(fleet.seconds))
     )
     reach = torch.where(worth > 0, spent, -torch.inf)  # a seat is nobody's slowest
     same = home == own[:, None]
@@ -157,17 +157,17 @@ def replaced(fleet: Fleetwide, home: Tensor, rows: Tensor) -> Tensor:
     slowest = torch.where(others, reach, -torch.inf).amax(1)[:, None].maximum(reach)
     sizes = (size - worth[rows])[:, None] + worth
     waiting = slowest - ((total - spent[rows])[:, None] + spent) / sizes
-    after = fleet.utility(waiting, divergences(labels - held[rows], held, fleet.logs))
+    after = fleet.utility(waiting, pairwise_divergence(labels - held[rows], held, fleet.logs))
     refused = same | (sizes < fleet.smallest) | (sizes > fleet.largest)
-    return torch.where(refused, torch.inf, after - fleet.of(home[:count])[own][:, None])
+    return torch.where(refused, torch.inf, after - fleet.group_utility(home[:count])[own][:, None])
 
 
-def seated(values: Tensor, seats: int) -> Tensor:
+def pad_places(values: Tensor, seats: int) -> Tensor:
     """The members' values, and zeros for so many seats after them."""
     return torch.cat([values, values.new_zeros(seats, *values.shape[1:])])
 
 
-def divergences(rest: Tensor, held: Tensor, logs: Tensor) -> Tensor:
+def pairwise_divergence(rest: Tensor, held: Tensor, logs: Tensor) -> Tensor:
     """`divergence(rest[:, None] + held, logs)`, label by label so that nothing is larger than the answer."""
     rest = rest + SMOOTHING
     surprise = rest.new_zeros(len(rest), len(held))

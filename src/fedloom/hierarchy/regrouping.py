@@ -1,4 +1,4 @@
-"""Groups of a running tree made anew: when members' times have drifted, who moves, when, and what of a client moves along.
+"""Groups of a running tree made again: when members' times have drifted, who moves, when, and what of a client moves along.
 
 HierFedLoRA (Liu et al., arXiv 2503.21213, 2025) and ParallelSFL (arXiv 2410.01256, 2024) make groups from measured times. When they
 are made again, and how members change over, is our own choice (docs/decisions/0026).
@@ -11,25 +11,30 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import TypeAlias
 
 from fedloom.core.events import Move, Regroup
 from fedloom.core.model_shape import Shape
-from fedloom.core.server import State
-from fedloom.core.types import ClientId, GroupLog, MemberWork
-from fedloom.hierarchy.group_statistics import KEPT
-from fedloom.hierarchy.grouping import Grouping, Groups, Member, checked, drift, matched
-from fedloom.hierarchy.joint_plan.joint_plan import history
-from fedloom.hierarchy.tree_state import Branches, Roster
-from fedloom.plan.client_cost import moving
+from fedloom.core.types import ClientId, GroupHistory, MemberWork
+from fedloom.hierarchy.group_statistics import REMEMBERED_TASKS
+from fedloom.hierarchy.grouping import Grouping, Groups, Member, match_groups, time_drift, validate_groups
+from fedloom.hierarchy.joint_plan.joint_plan import member_history
+from fedloom.hierarchy.tree_state import Topology, TreeState
+from fedloom.plan.client_cost import moving_mean
 
-Logs = dict[ClientId, GroupLog]
+Histories: TypeAlias = Mapping[ClientId, GroupHistory]
+"""What the root knows of each group, by edge."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """By what clients are compared: all that a grouping was told of them, and the task whose seconds it was told.
+    """Basis on which clients are compared: what a grouping knows of them, and the task whose seconds it knows.
 
-    It is one of so many steps at this rank and the full depth, with `tokens` in all of them together.
+    Fields:
+        members: the clients as the grouping saw them first.
+        rank: rank of the task, which has the full depth.
+        steps: optimiser steps of the task.
+        tokens: tokens in all its steps together.
     """
 
     members: tuple[Member, ...]
@@ -37,146 +42,160 @@ class Compared:
     steps: int
     tokens: int
 
-    def seconds(self, spent: Sequence[MemberWork], shape: Shape) -> float:
-        """Of such a task, by what a member did last, oldest first: each part a moving average of what it would have taken.
+    def seconds(self, history: Sequence[MemberWork], shape: Shape) -> float:
+        """Return the seconds that such a task would take a member, from its work so far, oldest first; 0: it did nothing.
 
-        Training is as long as its FLOP, messages as their bytes in float32, whatever rank and depth a task had. 0: it did nothing.
+        Each part is a moving average of what it would have taken: training is as long as its FLOP, messages as their bytes in
+        float32, whatever rank and depth a task had.
         """
-        flops = [shape.train_flops(self.tokens, one.rank, one.depth) for one in spent]
-        work, size = self.steps * shape.train_flops(self.tokens, self.rank), shape.payload(self.rank)
-        train = moving(work * one.train / (one.steps * own) for one, own in zip(spent, flops, strict=True))
-        down = moving(size * one.down / (one.answers * shape.payload(one.rank)) for one in spent)
-        up = moving(size * one.up / (one.answers * shape.payload(one.rank, one.depth)) for one in spent)
+        flops = [shape.train_flops(self.tokens, work.rank, work.depth) for work in history]
+        whole, size = self.steps * shape.train_flops(self.tokens, self.rank), shape.payload(self.rank)
+        train = moving_mean(whole * work.train / (work.steps * flop) for work, flop in zip(history, flops, strict=True))
+        down = moving_mean(size * work.down / (work.answers * shape.payload(work.rank)) for work in history)
+        up = moving_mean(size * work.up / (work.answers * shape.payload(work.rank, work.depth)) for work in history)
         return train + down + up
 
 
 @dataclass(frozen=True, slots=True)
 class Regrouping:
-    """Asks `grouping` again when the drift of times is above `threshold`."""
+    """Rule that asks `grouping` again when the drift of times is above `threshold`.
+
+    Fields:
+        grouping: makes the groups. One with a method `regrouped(before, members, seed)` is given the groups of before.
+        threshold: drift of clients' times (`grouping.time_drift`) above which groups are made again.
+        compared: basis on which clients are compared.
+        seed: the run's.
+    """
 
     grouping: Grouping
     threshold: float
     compared: Compared
     seed: int
 
-    def learn(self, logs: Logs, branches: Branches, edge: ClientId, shape: Shape) -> None:
-        """After the root heard from this edge: lines of members who have left go to where they are now, and times are new."""
-        members = histories(logs[edge])
-        for one in logs[edge].told[-1].work:
-            did: Sequence[MemberWork] = members[one.client]
-            if (here := branches.edge_of[one.client]) != edge:
-                logs[here] = _remembering(logs[here], one.client, (one,))
-                logs[edge] = _without(logs[edge], one.client)
-                did = history(logs[here], one.client)
-            if (took := self.compared.seconds(did, shape)) > 0:
-                branches.seconds[one.client] = took
+    def learn(self, groups: Histories, below: TreeState, edge: ClientId, shape: Shape) -> dict[ClientId, GroupHistory]:
+        """Take in what this edge reported last: measured times, and the work of members who have left since.
 
-    def ask(self, logs: Logs, branches: Branches, version: int) -> Regroup | None:
-        """Make groups anew after this version, if it is time; who moves is `leaving` then. Raises Refused for what are no groups."""
-        now = estimated(branches.grouped, branches.seconds)
-        if not (found := drift(branches.grouped, now)) > self.threshold:
+        That work goes to the group where they are now. Returns what is known of all groups from now on.
+        """
+        changed, members = dict(groups), member_histories(groups[edge])
+        for work in groups[edge].statistics[-1].work:
+            history: Sequence[MemberWork] = members[work.client]
+            if (home := below.edge_of[work.client]) != edge:
+                changed[home] = _with_past(changed[home], work.client, (work,))
+                changed[edge] = _without_member(changed[edge], work.client)
+                history = member_history(changed[home], work.client)
+            if (took := self.compared.seconds(history, shape)) > 0:
+                below.seconds[work.client] = took
+        return changed
+
+    def ask(self, below: TreeState, version: int) -> Regroup | None:
+        """Make groups again after this version, if it is time; who moves is in `below.leaving` then. Raises Refused for invalid groups."""
+        now = estimated_seconds(below.grouped, below.seconds)
+        if not (drift := time_drift(below.grouped, now)) > self.threshold:
             return None
-        members = [replace(one, seconds=now[one.client]) for one in self.compared.members]
-        before = wanted(branches)
-        after = matched(before, checked(self._groups(before, members), members))
-        homes = {client: edge for edge, group in zip(branches.edges, after, strict=True) for client in group}
-        branches.grouped = now
-        branches.leaving = {one: homes[one] for one in sorted(homes) if homes[one] != branches.edge_of[one]}
-        moves = tuple(Move(one, branches.edge_of[one], to) for one, to in branches.leaving.items())
-        return Regroup(version, found, self.threshold, moves)
+        members = [replace(member, seconds=now[member.client]) for member in self.compared.members]
+        before = target_groups(below)
+        after = match_groups(before, validate_groups(self._groups(before, members), members))
+        homes = {client: edge for edge, group in zip(below.edges, after, strict=True) for client in group}
+        below.grouped = now
+        below.leaving = {client: homes[client] for client in sorted(homes) if homes[client] != below.edge_of[client]}
+        moves = tuple(Move(client, below.edge_of[client], to) for client, to in below.leaving.items())
+        return Regroup(version, drift, self.threshold, moves)
 
     def _groups(self, before: Groups, members: Sequence[Member]) -> Groups:
-        """From those before, where the grouping can do that."""
-        again = getattr(self.grouping, "again", None)
-        found: Groups = again(before, members, self.seed) if again else self.grouping(members, self.seed)
-        return found
+        """Return new groups, made from those before where the grouping can do that."""
+        regrouped = getattr(self.grouping, "regrouped", None)
+        groups: Groups = regrouped(before, members, self.seed) if regrouped else self.grouping(members, self.seed)
+        return groups
 
 
-def wanted(branches: Branches) -> Groups:
-    """The groups as they were made last, also where a member has not moved yet: their sizes are those that were asked for."""
-    groups: dict[ClientId, list[ClientId]] = {edge: [] for edge in branches.edges}
-    for client, edge in branches.edge_of.items():
-        groups[branches.leaving.get(client, edge)].append(client)
+def target_groups(below: TreeState) -> Groups:
+    """Return the groups as they were made last, also where a member has not moved yet: their sizes are those that were asked for."""
+    groups: dict[ClientId, list[ClientId]] = {edge: [] for edge in below.edges}
+    for client, edge in below.edge_of.items():
+        groups[below.leaving.get(client, edge)].append(client)
     return tuple(map(tuple, groups.values()))
 
 
-def histories(log: GroupLog) -> dict[ClientId, list[MemberWork]]:
-    """What each member did, as `history` has it, of all at once."""
-    found = {client: list(spent) for client, spent in log.past.items()}
-    for told in log.told:
-        for one in told.work:
-            found.setdefault(one.client, []).append(one)
-    return found
+def member_histories(history: GroupHistory) -> dict[ClientId, list[MemberWork]]:
+    """Return the work of each member, oldest first: `member_history` of all members at once."""
+    members = {client: list(work) for client, work in history.past.items()}
+    for statistics in history.statistics:
+        for work in statistics.work:
+            members.setdefault(work.client, []).append(work)
+    return members
 
 
-def estimated(before: Mapping[ClientId, float], measured: Mapping[ClientId, float]) -> dict[ClientId, float]:
-    """All clients' seconds now. Of one not measured what was known before, times what the others turned out to take of theirs.
+def estimated_seconds(before: Mapping[ClientId, float], measured: Mapping[ClientId, float]) -> dict[ClientId, float]:
+    """Return the seconds of all clients now, from those before and those that were measured since.
 
-    So a unit that all have in common (shorter texts, smaller messages) is no drift.
+    A client without a measurement has its seconds of before, times what the others turned out to take of theirs. So a factor that
+    all have in common (shorter texts, smaller messages) is no drift.
     """
-    ratios = [math.log(max(took, 1e-9) / max(before[one], 1e-9)) for one, took in measured.items()]
+    ratios = [math.log(max(took, 1e-9) / max(before[client], 1e-9)) for client, took in measured.items()]
     common = math.exp(fmean(ratios)) if ratios else 1.0
-    return {one: measured[one] if one in measured else common * was for one, was in before.items()}
+    return {client: measured[client] if client in measured else common * was for client, was in before.items()}
 
 
-def ready(logs: Logs, branches: Branches) -> list[Move]:
-    """The moves that can be done now, all together: from edges without a task, so that nothing of a member is under way or waits.
+def possible_moves(groups: Histories, below: TreeState) -> list[Move]:
+    """Return the moves that can be done now, all together: from edges without a task, so that nothing of a member is under way.
 
     No edge loses its last member, nor the last of those that can be reached.
     """
     moves = [
-        Move(client, branches.edge_of[client], to)
-        for client, to in branches.leaving.items()
-        if branches.edges[branches.edge_of[client]].server.outer is None
+        Move(client, below.edge_of[client], to)
+        for client, to in below.leaving.items()
+        if below.edges[below.edge_of[client]].server.outer is None
     ]
-    while late := _last(moves, logs, branches):
+    while late := _emptying_move(moves, groups, below):
         moves.remove(late)
     return moves
 
 
-def _last(moves: Sequence[Move], logs: Logs, branches: Branches) -> Move | None:
-    """One of these moves that leaves an edge without a member, or without one that can be reached."""
-    reached = [one for one in moves if one.client in branches.edges[one.edge].server.idle]
-    for who, there in (
-        (moves, {edge: len(log.members) for edge, log in logs.items()}),
-        (reached, {edge: len(state.server.idle) for edge, state in branches.edges.items()}),
+def _emptying_move(moves: Sequence[Move], groups: Histories, below: TreeState) -> Move | None:
+    """Return one of these moves that leaves an edge without a member, or without one that can be reached."""
+    reachable = [move for move in moves if move.client in below.edges[move.edge].server.idle]
+    for going, present in (
+        (moves, {edge: len(history.members) for edge, history in groups.items()}),
+        (reachable, {edge: len(state.server.idle) for edge, state in below.edges.items()}),
     ):
-        after = Counter(there)
-        after.update(one.to for one in who)
-        after.subtract(one.edge for one in who)
-        if late := next((one for one in who if not after[one.edge]), None):
+        after = Counter(present)
+        after.update(move.to for move in going)
+        after.subtract(move.edge for move in going)
+        if late := next((move for move in going if not after[move.edge]), None):
             return late
     return None
 
 
-def change(root: State, branches: Branches, roster: Roster, move: Move) -> None:
-    """Who belongs to which edge, what both edges and the root know of the client and its groups."""
-    old, new = branches.edges[move.edge].server, branches.edges[move.to].server
-    for table in ("seen", "dispatched", "worked", "pruned"):
-        if move.client in getattr(old, table):
-            getattr(new, table)[move.client] = getattr(old, table).pop(move.client)
-    before, after = root.groups[move.edge], root.groups[move.to]
+def move_member(groups: Histories, below: TreeState, topology: Topology, move: Move) -> dict[ClientId, GroupHistory]:
+    """Move a client to its new edge, with what the edges have counted of it; returns what is known of both groups from now on."""
+    record = below.edges[move.edge].server.take_record(move.client)
+    below.edges[move.to].server.add_record(move.client, record)
+    before, after = groups[move.edge], groups[move.to]
     (profile,) = (one for one in before.members if one.client == move.client)
-    after = replace(_remembering(after, move.client, history(before, move.client)), members=(*after.members, profile))
-    before = replace(
-        _without(before, move.client), members=tuple(one for one in before.members if one.client != move.client)
+    after = _with_past(after, move.client, member_history(before, move.client))
+    after = replace(after, members=(*after.members, profile))
+    stay = tuple(one for one in before.members if one.client != move.client)
+    before = replace(_without_member(before, move.client), members=stay)
+    below.edge_of[move.client] = move.to
+    del below.leaving[move.client]
+    return {
+        edge: replace(history, edge=topology.profile(edge, history.members)) if history.members else history
+        for edge, history in ((move.edge, before), (move.to, after))
+    }
+
+
+def _with_past(history: GroupHistory, client: ClientId, work: Sequence[MemberWork]) -> GroupHistory:
+    """Return the history with the work of a client in another group."""
+    past = (*history.past.get(client, ()), *work)[-REMEMBERED_TASKS:]
+    return replace(history, past={**history.past, client: past}) if past else history
+
+
+def _without_member(history: GroupHistory, client: ClientId) -> GroupHistory:
+    """Return the history with the work of a client who has left, but not whose it was."""
+    statistics = tuple(
+        replace(report, work=tuple(replace(work, client="") if work.client == client else work for work in report.work))
+        for report in history.statistics
     )
-    for edge, log in ((move.edge, before), (move.to, after)):
-        root.groups[edge] = replace(log, edge=roster.profile(edge, log.members)) if log.members else log
-    branches.edge_of[move.client] = move.to
-    del branches.leaving[move.client]
-
-
-def _remembering(log: GroupLog, client: ClientId, spent: Sequence[MemberWork]) -> GroupLog:
-    """With what a client did elsewhere."""
-    past = (*log.past.get(client, ()), *spent)[-KEPT:]
-    return replace(log, past={**log.past, client: past}) if past else log
-
-
-def _without(log: GroupLog, client: ClientId) -> GroupLog:
-    """With the work of a client who has left, but not whose it was."""
-    told = tuple(
-        replace(one, work=tuple(replace(line, client="") if line.client == client else line for line in one.work))
-        for one in log.told
-    )
-    return replace(log, told=told, past={name: past for name, past in log.past.items() if name != client})
+    past = {name: work for name, work in history.past.items() if name != client}
+    return replace(history, statistics=statistics, past=past)

@@ -1,7 +1,7 @@
 """A tree of servers in one process: a root, its edges, and the links between them. Towards a driver it is one server.
 
-The driver tells it what happens to members and carries out what is for them; messages between root and edges take their time on a
-link and are kept here, so `wake` speaks of them too. What happens inside is told by `Within`, and only the root's versions are
+The driver tells it what happens to members and carries out what is for them. Messages between root and edges take their time on a
+link and are kept here, so `wake` speaks of them too. What happens inside is told by `InsideEdge`, and only the root's versions are
 versions of the run. Tasks of all servers are numbered apart: edge k has the numbers from k * BLOCK + 1, the root those after the
 last edge's, so that one edge of all clients numbers as a server without a tree.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from fedloom.core import message_size
 from fedloom.core.events import (
@@ -18,77 +19,109 @@ from fedloom.core.events import (
     ClientJoined,
     ClientLost,
     Command,
-    Discard,
+    Discarded,
     Dispatch,
+    EdgeJoined,
     EdgeLost,
+    EdgeReported,
     EdgeReturned,
     Event,
+    InsideEdge,
     Moved,
     Publish,
     Reject,
     Report,
-    Scored,
+    ScoresReady,
     Stop,
     TaskFailed,
     TaskReceived,
     TimerFired,
     UpdateArrived,
-    Within,
 )
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Fleet
+from fedloom.core.schema import jsonable
 from fedloom.core.server import Server, State
-from fedloom.core.types import ClientId, GroupLog, GroupStatistics
-from fedloom.hierarchy.edge import Edge
-from fedloom.hierarchy.edge_model import narrowed
-from fedloom.hierarchy.group_statistics import learnt, timed
-from fedloom.hierarchy.regrouping import Regrouping, change, ready
-from fedloom.hierarchy.tree_state import BLOCK, Branches, Down, Roster, Up, Whole
+from fedloom.core.types import ClientId, GroupHistory
+from fedloom.hierarchy.edge import Edge, trained_part
+from fedloom.hierarchy.group_statistics import with_task_seconds
+from fedloom.hierarchy.regrouping import Regrouping, move_member, possible_moves
+from fedloom.hierarchy.root_server import RootServer
+from fedloom.hierarchy.tree_state import BLOCK, ReportMessage, TaskMessage, Topology, TreeState, TreeView
 
 
 class Tree:
-    """The root and its edges as one server."""
+    """A root and its edges, as one `Coordinator`."""
 
     def __init__(
-        self, root: Server, edges: Mapping[ClientId, Edge], groups: Roster, regrouping: Regrouping | None = None
+        self, root: Server, edges: Mapping[ClientId, Edge], topology: Topology, regrouping: Regrouping | None = None
     ) -> None:
-        """`root` and `edges` have done nothing yet; the order of the edges is that of their numbers. `groups` are the first ones."""
-        self.root, self.groups, self.regrouping = root, groups, regrouping
-        self._edges = dict(edges)
-        of = {one.client: edge for edge, own in groups.members.items() for one in own}
-        self.branches = Branches({name: edge.state for name, edge in edges.items()}, of)
+        """Put the edges below the root. Neither has done anything yet.
+
+        Args:
+            root: the server that holds the global model.
+            edges: by name, in the order of their blocks of task numbers.
+            topology: members of each edge at the beginning, and the edges' link.
+            regrouping: when and how groups are made again (None: they stay).
+        """
+        self.root = RootServer(root, trusted=True, learned=self._regroup_learns)
+        self.topology, self.regrouping, self._edges = topology, regrouping, dict(edges)
+        edge_of = {profile.client: edge for edge, members in topology.members.items() for profile in members}
+        self.below = TreeState({name: edge.state for name, edge in edges.items()}, edge_of)
         if regrouping is not None:
-            self.branches.grouped = {one.client: one.seconds for one in regrouping.compared.members}
-        for k, state in enumerate(self.branches.edges.values()):
-            state.server.next_task = k * BLOCK + 1
-        root.state.next_task = len(self._edges) * BLOCK + 1
-        root.state.groups = {
-            edge: GroupLog(groups.profile(edge, own), tuple(own)) for edge, own in groups.members.items()
-        }
-        self.state = Whole(root.state, self.branches)
+            self.below.grouped = {member.client: member.seconds for member in regrouping.compared.members}
+        for k, edge in enumerate(edges.values()):
+            edge.server.number_tasks_from(k * BLOCK + 1)
+        root.number_tasks_from(len(edges) * BLOCK + 1)
+        for name, members in topology.members.items():
+            root.set_group(name, GroupHistory(topology.profile(name, members), tuple(members)))
+        self.state = TreeView(root.state, self.below)
 
     @property
     def edge_of(self) -> Mapping[ClientId, ClientId]:
         """The edge of each client, now."""
-        return self.branches.edge_of
+        return self.below.edge_of
 
     @property
     def shape(self) -> Shape:
         """Sizes of the model."""
         return self.root.shape
 
+    @property
+    def max_in_flight(self) -> int:
+        """The most members that may be at work at once: in as many edges as the root lets work, the largest ones."""
+        most = sorted(map(self._max_in_flight, self.below.edges), reverse=True)
+        return sum(most[: self.root.max_in_flight])
+
+    @property
+    def edges(self) -> tuple[ClientId, ...]:
+        """The edges, in the order of their blocks of task numbers."""
+        return tuple(self.below.edges)
+
     def fleet(self) -> Fleet:
-        """The root's view, with what all members have answered so far."""
-        own = self.state
-        return replace(self.root.fleet(), seen=own.seen, dispatched=own.dispatched, worked=own.worked)
+        """Return the root's view, with what all members have answered so far."""
+        state = self.state
+        return replace(
+            self.root.fleet(),
+            reported_examples=state.reported_examples,
+            dispatched=state.dispatched,
+            work_seconds=state.work_seconds,
+        )
+
+    def parts_to_save(self) -> tuple[State, TreeState]:
+        """Return the root's state, and that of the tree beside it."""
+        return (self.root.state, self.below)
+
+    def manifest_sections(self) -> dict[str, Any]:
+        """Return the groups at the beginning, and by what clients are compared where groups are made again."""
+        compared = {"compared": jsonable(self.regrouping.compared)} if self.regrouping else {}
+        return {"groups": self.topology.names, **compared}
 
     def handle(self, now: float, event: Event) -> list[Command]:
-        """What to do about `event`, in the order in which it is to be done. Raises ValueError if time runs backwards."""
-        if not now >= self.branches.now:
-            raise ValueError(
-                f"event at {now} s after {self.branches.now} s: a driver must deliver events in order of time"
-            )
-        self.branches.now = now
+        """Return what to do about `event`, in the order in which it is to be done. Raises ValueError if time runs backwards."""
+        if not now >= self.below.now:
+            raise ValueError(f"event at {now} s after {self.below.now} s: a driver must deliver events in order of time")
+        self.below.now = now
         if self.root.state.stopped:
             return []
         commands = self._take(now, event)
@@ -97,27 +130,27 @@ class Tree:
         return commands + self._deliver(now)
 
     def wake(self) -> float | None:
-        """The latest time at which to call `handle` again: for the root, an edge, or a message that arrives."""
+        """Return the latest time at which to call `handle` again: for the root, an edge, or a message that arrives."""
         if self.root.state.stopped:
             return None
-        times = [self.root.wake(), *(edge.due for edge in self.branches.edges.values())]
-        times += [self.branches.moving[0][0]] if self.branches.moving else []
+        times = [self.root.wake(), *(edge.due for edge in self.below.edges.values())]
+        times += [self.below.messages[0][0]] if self.below.messages else []
         due = [time for time in times if time is not None]
-        return max(min(due), self.branches.now) if due else None
+        return max(min(due), self.below.now) if due else None
 
     # What happens outside ------------------------------------------------------------------------------------------------
 
     def _take(self, now: float, event: Event) -> list[Command]:
         match event:
-            case Scored():
-                return self._root(now, event)
+            case ScoresReady():
+                return self._tell_root(now, event)
             case TimerFired():
                 return self._timer(now)
-            case EdgeLost(edge, kept):
-                return self._lost(now, edge, kept)
+            case EdgeLost(edge, resumes):
+                return self._lost(now, edge, resumes)
             case EdgeReturned(edge):
-                commands = self._inside(edge, self._edge(edge).rise(now), now)
-                self._known(now, edge)
+                commands = self._from_edge(edge, self._edge(edge).come_back(now), now)
+                self._announce(now, edge)
                 return commands
             case ClientJoined(profile):
                 return self._member(now, profile.client, event)
@@ -129,163 +162,157 @@ class Tree:
                 raise ValueError("a tree is nobody's edge")
 
     def _member(self, now: float, client: ClientId, event: Event) -> list[Command]:
-        """To the edge of this client."""
+        """Pass an event on to the edge of this client."""
         if client not in self.edge_of:
             number = event.task if isinstance(event, UpdateArrived | TaskFailed) else 0
             return [Reject(client, number, f"client {client!r} is in no group")]
         edge = self.edge_of[client]
-        commands = self._inside(edge, self._edge(edge).handle(now, event), now)
-        self._known(now, edge)
+        commands = self._from_edge(edge, self._edge(edge).handle(now, event), now)
+        self._announce(now, edge)
         return commands
 
     def _timer(self, now: float) -> list[Command]:
-        """Root and edges that wanted to look."""
+        """Let root and edges look that wanted to."""
         due, commands = self.root.wake(), list[Command]()
         if due is not None and due <= now:
-            commands += self._root(now, TimerFired())
-        for edge, state in self.branches.edges.items():
+            commands += self._tell_root(now, TimerFired())
+        for edge, state in self.below.edges.items():
             if state.due is not None and state.due <= now and not self.root.state.stopped:
-                commands += self._inside(edge, self._edge(edge).handle(now, TimerFired()), now)
+                commands += self._from_edge(edge, self._edge(edge).handle(now, TimerFired()), now)
         return commands
 
-    def _lost(self, now: float, edge: ClientId, kept: bool) -> list[Command]:
-        """With its last version kept, the root does not hear of it; else the edge is a client that is gone."""
-        commands = self._inside(edge, self._edge(edge).fall(now), now)
-        return commands if kept else commands + self._gone(now, edge, "the edge was lost")
+    def _lost(self, now: float, edge: ClientId, resumes: bool) -> list[Command]:
+        """Let an edge die. The root does not hear of one that resumes with its last version; any other is a client that is gone."""
+        commands = self._from_edge(edge, self._edge(edge).go_down(now), now)
+        return commands if resumes else commands + self._gone(now, edge, "the edge was lost")
 
-    def _known(self, now: float, edge: ClientId) -> None:
-        """An edge joins with its first member; one with other members is another client than before."""
-        state, root = self.branches.edges[edge], self.root.state
-        known = root.working[edge][0] if edge in root.working else root.idle.get(edge)
-        if known != root.groups[edge].edge and (known or not (state.empty or state.down)):
-            self.root.handle(now, ClientJoined(root.groups[edge].edge))
+    def _announce(self, now: float, edge: ClientId) -> None:
+        """Let an edge join the root with its first member; one with other members joins again, as another client than before."""
+        state, root, group = self.below.edges[edge], self.root.state, self.root.state.groups[edge]
+        before = root.working[edge][0] if edge in root.working else root.idle.get(edge)
+        if before != group.edge and (before or not (state.empty or state.down)):
+            self.root.handle(now, EdgeJoined(group.edge, group.members))
 
     # Between root and edges ----------------------------------------------------------------------------------------------
 
     def _deliver(self, now: float) -> list[Command]:
-        """Messages that have arrived, in order, and what follows at once; members move before their edge's next task."""
+        """Deliver messages that have arrived, in order, and do what follows at once; members move before their edge's next task."""
         commands = self._move(now)
-        while self.branches.moving and self.branches.moving[0][0] <= now and not self.root.state.stopped:
-            time, _, message = heapq.heappop(self.branches.moving)
+        while self.below.messages and self.below.messages[0][0] <= now and not self.root.state.stopped:
+            time, _, message = heapq.heappop(self.below.messages)
             match message:
-                case Down(edge, task):
-                    commands += self._inside(edge, self._edge(edge).handle(now, TaskReceived(task)), now)
-                case Up(edge, number, result, told):
-                    answer = self.groups.timed(self.root.state.busy[number], result, time)
-                    if told is not None:
-                        self._learn(edge, timed(told, answer.metrics))
-                    commands += self._root(now, UpdateArrived(edge, number, answer))
+                case TaskMessage(edge, task):
+                    commands += self._from_edge(edge, self._edge(edge).handle(now, TaskReceived(task)), now)
+                case ReportMessage():
+                    commands += self._tell_root(now, self._reported(message, time))
             commands += self._move(now)
         return commands
 
-    def _move(self, now: float) -> list[Command]:
-        """Whoever is to be in another group and can leave now: for edges, a member that is lost here and joins there."""
-        root, branches = self.root.state, self.branches
-        moves = ready(root.groups, branches) if branches.leaving and not root.stopped else []
-        for move in moves:
-            here = branches.edges[move.edge].server.idle.get(move.client)
-            self._edge(move.edge).handle(now, ClientLost(move.client))
-            change(root, branches, self.groups, move)
-            if here:
-                self._edge(move.to).handle(now, ClientJoined(here))
-        for edge in dict.fromkeys(edge for move in moves for edge in (move.edge, move.to)):
-            self._known(now, edge)
-        return [Moved(move, places(self)) for move in moves]
+    def _reported(self, message: ReportMessage, time: float) -> EdgeReported:
+        """Return the report that arrived at this time as an event for the root."""
+        task = trained_part(self.root.state.busy[message.task_id], message.result)
+        result, statistics = self.topology.with_seconds(task, message.result, time), message.statistics
+        timed = None if statistics is None else with_task_seconds(statistics, result.metrics)
+        return EdgeReported(message.edge, message.task_id, result, timed)
 
-    def _inside(self, edge: ClientId, commands: Sequence[Command], now: float) -> list[Command]:
-        """An edge's commands as the tree's: those for members as they are, the others told; its answer goes to the root."""
-        number = self._number(edge)
-        told = list[Command]()
+    def _move(self, now: float) -> list[Command]:
+        """Move whoever is to be in another group and can leave now: for edges, a member that is lost here and joins there."""
+        root, below = self.root.state, self.below
+        moves = possible_moves(root.groups, below) if below.leaving and not root.stopped else []
+        for move in moves:
+            reachable = below.edges[move.edge].server.idle.get(move.client)
+            self._edge(move.edge).handle(now, ClientLost(move.client))
+            self._set_groups(move_member(root.groups, below, self.topology, move))
+            if reachable:
+                self._edge(move.to).handle(now, ClientJoined(reachable))
+        for edge in dict.fromkeys(edge for move in moves for edge in (move.edge, move.to)):
+            self._announce(now, edge)
+        return [Moved(move, self.max_in_flight) for move in moves]
+
+    def _from_edge(self, edge: ClientId, commands: Sequence[Command], now: float) -> list[Command]:
+        """Return an edge's commands as the tree's, and send its answer on its way to the root.
+
+        Commands for members stay as they are; what happens inside is told.
+        """
+        number, outside = self.root.task_of(edge), list[Command]()
         for command in commands:
             match command:
-                case Report(result, learnt):
-                    told.append(Within(edge, number, command))
-                    task = self.root.state.busy[number] = narrowed(self.root.state.busy[number], result)
-                    size = message_size.up(task, result).total
-                    self._send(now + self.groups.seconds_up(size), Up(edge, number, result, learnt))
+                case Report(result, statistics):
+                    outside.append(InsideEdge(edge, number, command))
+                    task = trained_part(self.root.state.busy[number], result)
+                    size = message_size.upload_size(task, result).total
+                    message = ReportMessage(edge, number, result, statistics)
+                    self._send(now + self.topology.seconds_up(size), message)
                 case Stop(reason):
-                    if self.branches.edges[edge].empty:
-                        told += self._gone(now, edge, reason)
-                    else:  # the members' failures are the run's
-                        self.root.state.failures += max(0, self.branches.edges[edge].server.failures - 1)
-                        told.append(Within(edge, number, command))
-                        told += self._root(now, TaskFailed(edge, number, reason))
-                case Publish() | Discard():
-                    told.append(Within(edge, number, command))
+                    if self.below.edges[edge].empty:
+                        outside += self._gone(now, edge, reason)
+                    else:  # members' failures end the run as any others; the root counts one itself, for the edge's task
+                        self.root.server.count_failures(max(0, self.below.edges[edge].server.failures - 1))
+                        outside.append(InsideEdge(edge, number, command))
+                        outside += self._tell_root(now, TaskFailed(edge, number, reason))
+                case Publish() | Discarded():
+                    outside.append(InsideEdge(edge, number, command))
                 case _:
-                    told.append(command)
-        return told
+                    outside.append(command)
+        return outside
 
-    def _root(self, now: float, event: Event) -> list[Command]:
-        """The root's commands as the tree's: what is for an edge goes there, the rest outside."""
-        told = list[Command]()
+    def _tell_root(self, now: float, event: Event) -> list[Command]:
+        """Return the root's commands about an event as the tree's, and carry out those that are for an edge."""
+        outside = list[Command]()
         for command in self.root.handle(now, event):
             match command:
                 case Dispatch(task):
-                    told.append(Within(task.client, task.id, command))
-                    size = message_size.down(task.start).total
-                    self._send(now + self.groups.seconds_down(size), Down(task.client, task))
+                    outside.append(InsideEdge(task.client, task.id, command))
+                    size = message_size.download_size(task.start).total
+                    self._send(now + self.topology.seconds_down(size), TaskMessage(task.client, task))
                 case Cancel(number, edge):
-                    told.append(Within(edge, number, command))
-                    told += self._given_up(now, edge, number)
+                    outside.append(InsideEdge(edge, number, command))
+                    outside += self._drop_task(now, edge, number)
                 case Reject(edge, number, reason):
-                    told.append(Within(edge, number, command))
-                    told += self._root(now, TaskFailed(edge, number, reason))
+                    outside.append(InsideEdge(edge, number, command))
+                    outside += self._tell_root(now, TaskFailed(edge, number, reason))
                 case Publish(version):
-                    told.append(command)
+                    outside.append(command)
                     if self.regrouping and not self.root.state.stopped:
-                        asked = self.regrouping.ask(self.root.state.groups, self.branches, version)
-                        told += [asked] if asked else []
+                        regroup = self.regrouping.ask(self.below, version)
+                        outside += [regroup] if regroup else []
                 case _:
-                    told.append(command)
-        return told
+                    outside.append(command)
+        return outside
 
     def _gone(self, now: float, edge: ClientId, reason: str) -> list[Command]:
-        """For the root the edge is lost, and with it its task."""
-        told, number = list[Command](), self._number(edge)
+        """Tell the root that the edge is lost, and with it its task."""
+        outside, number = list[Command](), self.root.task_of(edge)
         if number:
-            told.append(Within(edge, number, Stop(reason)))
-            told += self._given_up(now, edge, number)
-        return told + self._root(now, ClientLost(edge))
+            outside.append(InsideEdge(edge, number, Stop(reason)))
+            outside += self._drop_task(now, edge, number)
+        return outside + self._tell_root(now, ClientLost(edge))
 
-    def _given_up(self, now: float, edge: ClientId, number: int) -> list[Command]:
-        """Nothing more is heard of this outer task."""
-        self.branches.moving = [entry for entry in self.branches.moving if entry[2].about != number]
-        heapq.heapify(self.branches.moving)
-        commands = self._edge(edge).give_up(now)
-        return [Within(edge, number, one) if isinstance(one, Discard) else one for one in commands]
+    def _drop_task(self, now: float, edge: ClientId, number: int) -> list[Command]:
+        """Forget an outer task that the root wants no answer to, its messages included."""
+        self.below.messages = [entry for entry in self.below.messages if entry[2].task_id != number]
+        heapq.heapify(self.below.messages)
+        commands = self._edge(edge).drop_task(now)
+        return [InsideEdge(edge, number, one) if isinstance(one, Discarded) else one for one in commands]
 
-    def _send(self, arrives: float, message: Down | Up) -> None:
-        heapq.heappush(self.branches.moving, (arrives, self.branches.made, message))
-        self.branches.made += 1
+    def _send(self, arrives: float, message: TaskMessage | ReportMessage) -> None:
+        heapq.heappush(self.below.messages, (arrives, self.below.sent, message))
+        self.below.sent += 1
 
-    def _learn(self, edge: ClientId, told: GroupStatistics) -> None:
-        self.root.state.groups[edge] = learnt(self.root.state.groups[edge], told)
+    def _regroup_learns(self, edge: ClientId) -> None:
+        """Take the edge's new statistics into account where groups are made again."""
         if self.regrouping is not None:
-            self.regrouping.learn(self.root.state.groups, self.branches, edge, self.root.shape)
+            self._set_groups(self.regrouping.learn(self.root.state.groups, self.below, edge, self.root.shape))
 
-    def _number(self, edge: ClientId) -> int:
-        """The root's task of this edge; 0: none."""
-        working = self.root.state.working
-        return working[edge][1] if edge in working else 0
+    def _set_groups(self, groups: Mapping[ClientId, GroupHistory]) -> None:
+        for edge, history in groups.items():
+            self.root.server.set_group(edge, history)
 
-    def places(self, edge: ClientId) -> int:
-        """The most members of this edge that may be at work at once."""
-        return min(len(self.root.state.groups[edge].members), self._edges[edge].server.schedule.max_in_flight)
+    def _max_in_flight(self, edge: ClientId) -> int:
+        """Return the most members of this edge that may be at work at once."""
+        return min(len(self.root.state.groups[edge].members), self._edges[edge].server.max_in_flight)
 
     def _edge(self, name: ClientId) -> Edge:
         edge = self._edges[name]
-        edge.state = self.branches.edges[name]  # a run that goes on brings another one
+        edge.state = self.below.edges[name]  # a run that goes on brings another one
         return edge
-
-
-def owners(server: Server | Tree) -> tuple[State | Branches, ...]:
-    """All that changes in a server."""
-    return (server.root.state, server.branches) if isinstance(server, Tree) else (server.state,)
-
-
-def places(server: Server | Tree) -> int:
-    """The most clients that may be at work at once: in a tree, in as many edges as the root lets work, the largest ones."""
-    if not isinstance(server, Tree):
-        return server.schedule.max_in_flight
-    return sum(sorted(map(server.places, server.branches.edges), reverse=True)[: server.root.schedule.max_in_flight])

@@ -1,26 +1,31 @@
-"""What a tree of servers holds beside its root, and how a driver sees it: as the state of one server."""
+"""State of a tree of servers beside its root's: edges, messages under way, and a view of all of it as the state of one server."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TypeVar
 
 from fedloom.core import message_size
 from fedloom.core.errors import Refused
 from fedloom.core.server import State
-from fedloom.core.types import ClientId, Model, Profile, Result, Task, GroupStatistics
+from fedloom.core.types import ClientId, GroupStatistics, Model, Profile, Result, Task
 from fedloom.hierarchy.edge import EdgeState
 
 BLOCK = 1_000_000_000
-"""Numbers of tasks that each server of a tree has for itself."""
+"""Size of the block of task numbers that each server of a tree has for itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Between an edge and the root, in bits per second."""
+    """Link between an edge and the root.
+
+    Fields:
+        up_bps: from the edge to the root (bits per second; default 100 Mbit/s).
+        down_bps: from the root to the edge (bits per second; default 100 Mbit/s).
+    """
 
     up_bps: float = 1e8
     down_bps: float = 1e8
@@ -32,77 +37,88 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
-class Roster:
-    """Who belongs to which edge at first: the profiles of its members by its name. No `link`: the edges live where the root does."""
+class Topology:
+    """Members of each edge at the beginning, and the link of the edges.
+
+    Fields:
+        members: profiles of the members, by edge.
+        link: link of each edge to the root (None: the edges live where the root does, and nothing travels).
+    """
 
     members: Mapping[ClientId, Sequence[Profile]]
     link: Link | None = None
 
     @property
     def names(self) -> dict[ClientId, list[ClientId]]:
-        """The clients of each edge."""
-        return {edge: [one.client for one in own] for edge, own in self.members.items()}
+        """Clients of each edge."""
+        return {edge: [profile.client for profile in profiles] for edge, profiles in self.members.items()}
 
-    def profile(self, edge: ClientId, own: Sequence[Profile]) -> Profile:
-        """An edge of these members as the root sees it: the examples of all, the speed and the memory of the least of them."""
+    def profile(self, edge: ClientId, members: Sequence[Profile]) -> Profile:
+        """Return an edge of these members as the root sees it: the examples of all, the speed and the memory of the least of them."""
         link = self.link
         up, down = (link.up_bps, link.down_bps) if link else (math.inf, math.inf)
-        flops, memory = min(one.flops for one in own), min(one.memory for one in own)
-        return Profile(edge, sum(one.examples for one in own), flops, up, down, memory, "edge")
+        flops, memory = min(one.flops for one in members), min(one.memory for one in members)
+        return Profile(edge, sum(one.examples for one in members), flops, up, down, memory, "edge")
 
     def seconds_down(self, size: int) -> float:
-        """Of so many bytes to an edge."""
+        """Return the seconds that this many bytes take to an edge."""
         return 8.0 * size / self.link.down_bps if self.link else 0.0
 
     def seconds_up(self, size: int) -> float:
-        """Of so many bytes from an edge."""
+        """Return the seconds that this many bytes take from an edge."""
         return 8.0 * size / self.link.up_bps if self.link else 0.0
 
-    def timed(self, task: Task, result: Result, arrives: float) -> Result:
-        """An edge's answer with the seconds that it took, as a client reports them."""
-        down = self.seconds_down(message_size.down(task.start).total)
-        up = self.seconds_up(message_size.up(task, result).total)
-        seconds = arrives - task.sent
-        parts = {"seconds_down": down, "seconds_train": max(0.0, seconds - down - up), "seconds_up": up}
-        return replace(result, metrics={**result.metrics, "seconds": seconds, **parts})
+    def with_seconds(self, task: Task, result: Result, arrives: float) -> Result:
+        """Return an edge's answer with the seconds that it took, as a client reports them."""
+        down = self.seconds_down(message_size.download_size(task.start).total)
+        up = self.seconds_up(message_size.upload_size(task, result).total)
+        total = arrives - task.sent
+        return result.with_seconds(total, down, max(0.0, total - down - up), up)
 
 
 @dataclass(frozen=True, slots=True)
-class Down:
-    """A task on its way to an edge."""
+class TaskMessage:
+    """Task on its way to an edge."""
 
     edge: ClientId
     task: Task
 
     @property
-    def about(self) -> int:
-        """The outer task."""
+    def task_id(self) -> int:
+        """The number of the outer task."""
         return self.task.id
 
 
 @dataclass(frozen=True, slots=True)
-class Up:
-    """An edge's answer on its way to the root, and what it told."""
+class ReportMessage:
+    """Answer of an edge on its way to the root, with statistics for a plan that learns."""
 
     edge: ClientId
-    about: int
+    task_id: int
     result: Result
-    told: GroupStatistics | None = None
+    statistics: GroupStatistics | None = None
 
 
 @dataclass(slots=True)
-class Branches:
-    """All that changes in a tree beside the root's state: its edges by name, and `moving`, messages by their time of arrival.
+class TreeState:
+    """All that changes in a tree beside the root's state.
 
-    `edge_of` names the edge of each client. Where groups are made anew, `leaving` names the edge to which a client is to move,
-    `grouped` the times of all clients by which the groups were made last, `seconds` those measured since.
+    Fields:
+        edges: state of each edge, by name.
+        edge_of: edge of each client, now.
+        now: time of the last event (s).
+        sent: messages sent so far, which numbers them.
+        messages: (time of arrival, number, message) of those under way, a heap.
+        leaving: edge to which a client is to move, where groups are made again.
+        grouped: seconds of each client by which the groups were made last.
+        seconds: seconds of each client as measured since.
     """
 
     edges: dict[ClientId, EdgeState]
     edge_of: dict[ClientId, ClientId]
     now: float = 0.0
-    made: int = 0
-    moving: list[tuple[float, int, Down | Up]] = field(default_factory=list)
+    sent: int = 0
+    messages: list[tuple[float, int, TaskMessage | ReportMessage]] = field(default_factory=list)
     leaving: dict[ClientId, ClientId] = field(default_factory=dict)
     grouped: dict[ClientId, float] = field(default_factory=dict)
     seconds: dict[ClientId, float] = field(default_factory=dict)
@@ -112,15 +128,15 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Routed(Mapping[K, V]):
-    """The tables of all edges as one: `at` is the table that has a key, if any has it. One look costs what it costs in a table."""
+class RoutedTable(Mapping[K, V]):
+    """Tables of all edges as one read-only table. A look-up costs what it costs in one table."""
 
     def __init__(
         self,
         at: Callable[[K], Mapping[K, V] | None],
         every: Callable[[], Iterable[Mapping[K, V]]],
     ) -> None:
-        """`every` are all tables."""
+        """Combine tables: `at` gives the table that has a key (None: no table has it), `every` all of them."""
         self._at, self._every = at, every
 
     def __getitem__(self, key: K) -> V:
@@ -136,16 +152,16 @@ class Routed(Mapping[K, V]):
         return sum(map(len, self._every()))
 
 
-class Whole:
-    """The state of a tree as its driver sees it: the model is the root's, the clients are those of all edges."""
+class TreeView:
+    """State of a tree as its driver sees it (`StateView`): the model is the root's, the clients are those of all edges."""
 
-    def __init__(self, root: State, branches: Branches) -> None:
-        """All of it."""
-        self._root, self._branches = root, branches
+    def __init__(self, root: State, below: TreeState) -> None:
+        """Look at these two, without copying anything."""
+        self._root, self._below = root, below
 
     @property
     def model(self) -> Model:
-        """The root's."""
+        """The root's model."""
         return self._root.model
 
     @property
@@ -156,11 +172,11 @@ class Whole:
     @property
     def now(self) -> float:
         """The time of the last event."""
-        return self._branches.now
+        return self._below.now
 
     @property
     def version(self) -> int:
-        """The root's."""
+        """The number of the root's version."""
         return self._root.version
 
     @property
@@ -176,13 +192,13 @@ class Whole:
     @property
     def busy(self) -> Mapping[int, Task]:
         """Tasks of members."""
-        edges = list(self._branches.edges.values())
+        edges = list(self._below.edges.values())
 
         def at(number: int) -> Mapping[int, Task] | None:
             edge = (number - 1) // BLOCK
             return edges[edge].server.busy if 0 <= edge < len(edges) else None
 
-        return Routed(at, lambda: (edge.server.busy for edge in edges))
+        return RoutedTable(at, lambda: (edge.server.busy for edge in edges))
 
     @property
     def idle(self) -> Mapping[ClientId, Profile]:
@@ -200,14 +216,14 @@ class Whole:
         return self._by_client(lambda server: server.dispatched)
 
     @property
-    def worked(self) -> Mapping[ClientId, float]:
+    def work_seconds(self) -> Mapping[ClientId, float]:
         """Seconds of each member's tasks so far."""
-        return self._by_client(lambda server: server.worked)
+        return self._by_client(lambda server: server.work_seconds)
 
     @property
-    def seen(self) -> Mapping[ClientId, int]:
+    def reported_examples(self) -> Mapping[ClientId, int]:
         """Examples that each member reported last."""
-        return self._by_client(lambda server: server.seen)
+        return self._by_client(lambda server: server.reported_examples)
 
     @property
     def pruned(self) -> Mapping[ClientId, int]:
@@ -215,9 +231,9 @@ class Whole:
         return self._by_client(lambda server: server.pruned)
 
     def _by_client(self, table: Callable[[State], Mapping[ClientId, V]]) -> Mapping[ClientId, V]:
-        edges, of = self._branches.edges, self._branches.edge_of
+        edges, of = self._below.edges, self._below.edge_of
 
         def at(client: ClientId) -> Mapping[ClientId, V] | None:
             return table(edges[of[client]].server) if client in of else None
 
-        return Routed(at, lambda: (table(edge.server) for edge in edges.values()))
+        return RoutedTable(at, lambda: (table(edge.server) for edge in edges.values()))

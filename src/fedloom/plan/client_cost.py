@@ -44,13 +44,13 @@ class CostModel:
     downloads: int = 0
 
     @classmethod
-    def of(cls, profile: Profile, shape: Shape, rank: int, batch_tokens: int) -> CostModel:
+    def from_profile(cls, profile: Profile, shape: Shape, rank: int, batch_tokens: int) -> CostModel:
         """Before anything was observed: FLOP over the profile's speed, and its links."""
         still, whole = (shape.train_flops(batch_tokens, rank, depth) for depth in (0, None))
         rise = (whole - still) / shape.layers / still
         return cls(rise, still / profile.flops, 8.0 / profile.up_bps, 8.0 / profile.down_bps)
 
-    def observed(self, depth: int, steps: int, seconds: float) -> CostModel:
+    def after_training(self, depth: int, steps: int, seconds: float) -> CostModel:
         """After a task of so many steps at this depth, which took so long to train."""
         if not self.seen:
             return replace(self, depth=float(depth), seconds=seconds / steps, seen=1)
@@ -65,11 +65,11 @@ class CostModel:
             seen=self.seen + 1,
         )
 
-    def uploaded(self, size: int, seconds: float) -> CostModel:
+    def after_upload(self, size: int, seconds: float) -> CostModel:
         """After an upload of `size` bytes."""
         return replace(self, up=_followed(self.up, seconds / size, self.uploads), uploads=self.uploads + 1)
 
-    def downloaded(self, size: int, seconds: float) -> CostModel:
+    def after_download(self, size: int, seconds: float) -> CostModel:
         """After a download of `size` bytes."""
         return replace(self, down=_followed(self.down, seconds / size, self.downloads), downloads=self.downloads + 1)
 
@@ -97,7 +97,7 @@ class CostModel:
         return links + steps * self.step_seconds(depth)
 
 
-def moving(values: Iterable[float]) -> float:
+def moving_mean(values: Iterable[float]) -> float:
     """What is known after these, oldest first: a plain mean at first, then a moving one; 0 of none."""
     known = 0.0
     for seen, value in enumerate(values):

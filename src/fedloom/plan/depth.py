@@ -101,7 +101,7 @@ class DepthByCapability:
     def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int:
         """The deepest that fits, else the least."""
         shape, rank = fleet.shape, budget.rank
-        cost = CostModel.of(profile, shape, rank, self.batch_tokens)
+        cost = CostModel.from_profile(profile, shape, rank, self.batch_tokens)
 
         def fits(depth: int) -> bool:
             memory = shape.train_memory(rank, self.batch_tokens, depth)

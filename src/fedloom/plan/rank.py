@@ -84,12 +84,12 @@ class RankByData:
         return self.rank_max
 
     def __call__(self, profile: Profile, fleet: Fleet) -> int:
-        """The percentile rule over `fleet.seen`."""
-        own = fleet.seen.get(profile.client)
+        """The percentile rule over `fleet.reported_examples`."""
+        own = fleet.reported_examples.get(profile.client)
         if own is None:
             return self.rank_max
-        below = sum(examples <= own for examples in fleet.seen.values())
-        return max(1, self.rank_max * below // len(fleet.seen))
+        below = sum(examples <= own for examples in fleet.reported_examples.values())
+        return max(1, self.rank_max * below // len(fleet.reported_examples))
 
 
 @dataclass(frozen=True, slots=True)

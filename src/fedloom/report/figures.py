@@ -1,4 +1,4 @@
-"""The pictures of how a run went: accuracy, perplexity, training loss, and how the adapter's energy spreads over its directions.
+"""Pictures of how a run went: accuracy, perplexity, training loss, and how the adapter's energy spreads over its directions.
 
 Each takes one run or several and returns an SVG text; what is not recorded leaves a gap, never an error.
 """
@@ -9,18 +9,38 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fedloom.report import facts
-from fedloom.report.facts import accuracy, client_ranks, effective_rank, final, mean, names, noun, spectra, spent
-from fedloom.report.numbers import BYTES, SPANS, number, percent, scale, short
+from fedloom.report.facts import (
+    accuracy,
+    client_ranks,
+    effective_rank,
+    final_score,
+    nan_mean,
+    run_names,
+    values_at_scores,
+    version_noun,
+    versions_with_energy,
+)
+from fedloom.report.numbers import BYTES, SPANS, axis_unit, percent, short, to_float
 from fedloom.report.run_log import Line, RunLog
-from fedloom.report.style import MUTED, OTHER, SERIES, curve, key, look, percent_axis, picture, thinned
+from fedloom.report.style import (
+    MUTED,
+    OTHER,
+    SERIES,
+    draw_curve,
+    legend_text,
+    line_style,
+    percent_axis,
+    picture,
+    thinned,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def whole(axes: Axes, title: str, label: str = "round") -> None:
-    """Whole numbers on the x axis, below a title."""
+def integer_axis(axes: Axes, title: str, label: str = "round") -> None:
+    """Put whole numbers on the x axis, below a title."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
@@ -29,39 +49,39 @@ def whole(axes: Axes, title: str, label: str = "round") -> None:
 
 
 def from_zero(axes: Axes) -> None:
-    """The y axis begins at 0."""
+    """Begin the y axis at 0."""
     axes.axhline(0, linewidth=0)
     axes.set_ylim(bottom=0)
 
 
-def measure(logs: Sequence[RunLog]) -> str:
-    """What progress is counted in: uploads where a version is no round, since versions of two schedules do not compare."""
+def progress_unit(logs: Sequence[RunLog]) -> str:
+    """Unit of progress: uploads where a version is no round, since versions of two schedules do not compare."""
     counted = all("uploads" in line for log in logs for line in log.versions)
-    return "upload" if noun(*logs) == "version" and counted else noun(*logs)
+    return "upload" if version_noun(*logs) == "version" and counted else version_noun(*logs)
 
 
-def legend(figure: Figure, axes: Axes, logs: Sequence[RunLog]) -> None:
-    """The runs by name, where there are several."""
+def run_legend(figure: Figure, axes: Axes, logs: Sequence[RunLog]) -> None:
+    """Name the runs, where there are several."""
     if len(logs) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=4)
 
 
 @picture(2.7)
-def accuracies(figure: Figure, logs: Sequence[RunLog]) -> str:
-    """Test accuracy against what was spent for it."""
-    what = f"test {facts.measure(*logs)}"
+def draw_accuracy(figure: Figure, logs: Sequence[RunLog]) -> str:
+    """Draw test accuracy against rounds (or uploads), time and bytes sent up."""
+    what = f"test {facts.score_name(*logs)}"
     panels, unit = _progress(figure, logs, accuracy)
     for axes in panels:
         _baselines(axes, logs)
     percent_axis(panels[0])
     panels[0].set_ylabel(what)
-    ends = ", ".join(f"{n} {percent(accuracy(final(log)))}" for n, log in zip(names(logs), logs, strict=True))
-    return f"{what.capitalize()} against {unit}s, {facts.clock(*logs)} and bytes sent up. Final: {ends}."
+    ends = ", ".join(f"{n} {percent(accuracy(final_score(log)))}" for n, log in zip(run_names(logs), logs, strict=True))
+    return f"{what.capitalize()} against {unit}s, {facts.time_name(*logs)} and bytes sent up. Final: {ends}."
 
 
 @picture(2.7)
-def perplexities(figure: Figure, logs: Sequence[RunLog]) -> str:
-    """Test perplexity against the same, on an axis of ratios."""
+def draw_perplexity(figure: Figure, logs: Sequence[RunLog]) -> str:
+    """Draw test perplexity against rounds (or uploads), time and bytes sent up, on a logarithmic axis."""
     from matplotlib.ticker import LogFormatter
 
     panels, unit = _progress(figure, logs, facts.perplexity)
@@ -69,58 +89,65 @@ def perplexities(figure: Figure, logs: Sequence[RunLog]) -> str:
     panels[0].yaxis.set_major_formatter(LogFormatter())
     panels[0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
     panels[0].set_ylabel("test perplexity")
-    ends = ", ".join(f"{n} {short(facts.perplexity(final(log)))}" for n, log in zip(names(logs), logs, strict=True))
-    return f"Test perplexity against {unit}s, {facts.clock(*logs)} and bytes sent up. Final: {ends}."
+    ends = ", ".join(
+        f"{n} {short(facts.perplexity(final_score(log)))}" for n, log in zip(run_names(logs), logs, strict=True)
+    )
+    return f"Test perplexity against {unit}s, {facts.time_name(*logs)} and bytes sent up. Final: {ends}."
 
 
 def _progress(figure: Figure, logs: Sequence[RunLog], of: Callable[[Line], float]) -> tuple[Sequence[Axes], str]:
-    """A figure of each score against rounds (uploads, where a version is no round; which of the two), time, bytes sent up."""
+    """Draw a score against rounds (uploads where a version is no round), time and bytes sent up; return the panels and the unit."""
     panels: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
-    unit = measure(logs)
-    second, span = scale([number(score.get("time")) for log in logs for score in log.scores], SPANS)
-    byte, size = scale([sent for log in logs for sent in spent(log, log.scores, "bytes_up")], BYTES)
-    for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
+    unit = progress_unit(logs)
+    second, span = axis_unit([to_float(score.get("time")) for log in logs for score in log.scores], SPANS)
+    byte, size = axis_unit([sent for log in logs for sent in values_at_scores(log, log.scores, "bytes_up")], BYTES)
+    for index, (log, name) in enumerate(zip(logs, run_names(logs), strict=True)):
         scores = thinned(log.scores)
         counted = (
-            [number(score.get("version")) for score in scores] if unit != "upload" else spent(log, scores, "uploads")
+            [to_float(score.get("version")) for score in scores]
+            if unit != "upload"
+            else values_at_scores(log, scores, "uploads")
         )
-        times, sent = [number(score.get("time")) / second for score in scores], spent(log, scores, "bytes_up")
+        times, sent = (
+            [to_float(score.get("time")) / second for score in scores],
+            values_at_scores(log, scores, "bytes_up"),
+        )
         for axes, x in zip(panels, (counted, times, [b / byte for b in sent]), strict=True):
-            curve(axes, x, [of(score) for score in scores], label=key(name), **look(index))
-    clock = facts.clock(*logs)
+            draw_curve(axes, x, [of(score) for score in scores], label=legend_text(name), **line_style(index))
+    clock = facts.time_name(*logs)
     for axes, title in zip(panels, (f"by {unit}", f"by {clock} ({span})", f"by traffic up ({size})"), strict=True):
         axes.set_title(title)
-    whole(panels[0], f"by {unit}", "")
-    legend(figure, panels[0], logs)
+    integer_axis(panels[0], f"by {unit}", "")
+    run_legend(figure, panels[0], logs)
     return panels, unit
 
 
 def _baselines(axes: Axes, logs: Sequence[RunLog]) -> None:
-    """Dashed lines at what a model without any training of ours would reach."""
-    known = {(str(name), number(value)) for log in logs for name, value in log.manifest["baselines"].items()}
-    for name, value in sorted(known):
+    """Draw dashed lines at what a model would reach without this training."""
+    values = {(str(name), to_float(value)) for log in logs for name, value in log.manifest["baselines"].items()}
+    for name, value in sorted(values):
         axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            key(name), (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+            legend_text(name), (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
             ha="right", va="bottom", fontsize=7.5, color=MUTED,
         )  # fmt: skip
 
 
 @picture(2.3)
-def losses(figure: Figure, logs: Sequence[RunLog]) -> str:
-    """Mean training loss of the updates in every merge, with the test loss beside it for a single run."""
-    axes, unit = figure.subplots(), measure(logs) if len(logs) > 1 else noun(*logs)
-    for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
+def draw_loss(figure: Figure, logs: Sequence[RunLog]) -> str:
+    """Draw the mean training loss of the updates in every merge, with the test loss beside it for a single run."""
+    axes, unit = figure.subplots(), progress_unit(logs) if len(logs) > 1 else version_noun(*logs)
+    for index, (log, name) in enumerate(zip(logs, run_names(logs), strict=True)):
         label = name if len(logs) > 1 else "training (clients)"
-        points = [(number(line.get(_field(unit))), number(line.get("loss"))) for line in log.versions]
-        curve(axes, *_means(points), label=key(label), **look(index))
+        points = [(to_float(line.get(_field(unit))), to_float(line.get("loss"))) for line in log.versions]
+        draw_curve(axes, *_means(points), label=legend_text(label), **line_style(index))
     if len(logs) == 1 and logs[0].scores:
-        test = thinned([(score["version"], number(score.get("loss"))) for score in logs[0].scores], 60)
-        axes.plot(*zip(*test, strict=True), marker="s", label="test (server)", **look(1))
+        test = thinned([(score["version"], to_float(score.get("loss"))) for score in logs[0].scores], 60)
+        axes.plot(*zip(*test, strict=True), marker="s", label="test (server)", **line_style(1))
         figure.legend(loc="outside upper right", ncols=2)
-    whole(axes, "Training loss" if len(logs) > 1 else "Loss", unit)
+    integer_axis(axes, "Training loss" if len(logs) > 1 else "Loss", unit)
     from_zero(axes)
-    legend(figure, axes, logs)
+    run_legend(figure, axes, logs)
     return f"Mean training loss of the merged updates by {unit}."
 
 
@@ -136,11 +163,11 @@ def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[flo
     """Neighbours together: the last x and the mean y of each group."""
     size = max(1, -(-len(points) // BINS))
     groups = [points[k : k + size] for k in range(0, len(points), size)]
-    return [group[-1][0] for group in groups], [mean(y for _, y in group) for group in groups]
+    return [group[-1][0] for group in groups], [nan_mean(y for _, y in group) for group in groups]
 
 
 def bands(rank: int, marks: Sequence[int]) -> list[tuple[int, int]]:
-    """Neighbouring directions to draw as one: cut at every client rank and at the powers of two.
+    """Group neighbouring directions to draw as one: cut at every client rank and at the powers of two.
 
     >>> bands(8, [3])
     [(0, 1), (1, 2), (2, 3), (3, 4), (4, 8)]
@@ -150,21 +177,21 @@ def bands(rank: int, marks: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @picture(3.3)
-def energy(figure: Figure, log: RunLog) -> str:
-    """Where the global model's energy lies: in which directions, and how much of it merges cut off."""
-    versions, what = thinned(spectra(log), 100), noun(log)
+def draw_energy(figure: Figure, log: RunLog) -> str:
+    """Draw the global model's energy by direction, the effective rank, and how much energy merges cut off."""
+    versions, what = thinned(versions_with_energy(log), 100), version_noun(log)
     panels = figure.subplot_mosaic([["stack", "rank"], ["stack", "cut"]], width_ratios=[1.7, 1])
     rank = len(versions[-1]["energy"])
     _stack(panels["stack"], versions, bands(rank, client_ranks(log)))
-    whole(panels["stack"], "Share of energy by direction", what)
+    integer_axis(panels["stack"], "Share of energy by direction", what)
     x = [line["version"] for line in versions]
-    curve(panels["rank"], x, [effective_rank(line["energy"]) for line in versions], **look(0))
+    draw_curve(panels["rank"], x, [effective_rank(line["energy"]) for line in versions], **line_style(0))
     panels["rank"].set_ylim(0, rank * 1.08)
     panels["rank"].axhline(rank, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-    whole(panels["rank"], f"Effective rank (of {rank})", "")
-    lost = [number(line.get("discarded")) for line in versions]
+    integer_axis(panels["rank"], f"Effective rank (of {rank})", "")
+    lost = [to_float(line.get("discarded")) for line in versions]
     panels["cut"].bar(x, lost, color=SERIES[1], width=0.7 * max(1.0, (x[-1] - x[0]) / len(x)))
-    whole(panels["cut"], "Energy cut off by the merge", what)
+    integer_axis(panels["cut"], "Energy cut off by the merge", what)
     if not any(share > 0 for share in lost):
         panels["cut"].set_ylim(0, 0.01)
     percent_axis(panels["cut"])
@@ -197,30 +224,32 @@ def _stack(axes: Axes, versions: Sequence[Line], cut: Sequence[tuple[int, int]])
 
 
 @picture(2.7)
-def energies(figure: Figure, logs: Sequence[RunLog]) -> str:
-    """Rank collapse across runs: the share within the smallest client rank, effective rank, energy cut off."""
-    panels, unit = figure.subplots(1, 3), measure(logs)
-
-    def common(log: RunLog, line: Line) -> float:
-        ranks = client_ranks(log)
-        return sum(line["energy"][: ranks[0]]) if ranks else 1.0
+def draw_energy_comparison(figure: Figure, logs: Sequence[RunLog]) -> str:
+    """Draw rank collapse across runs: the share within the smallest client rank, effective rank, energy cut off."""
+    panels, unit = figure.subplots(1, 3), progress_unit(logs)
 
     shares: list[Callable[[RunLog, Line], float]] = [
-        common,
+        facts.energy_within_smallest_rank,
         lambda _, line: effective_rank(line["energy"]),
-        lambda _, line: number(line.get("discarded")),
+        lambda _, line: to_float(line.get("discarded")),
     ]
-    for index, (log, name) in enumerate(zip(logs, names(logs), strict=True)):
-        versions = thinned(spectra(log))
+    for index, (log, name) in enumerate(zip(logs, run_names(logs), strict=True)):
+        versions = thinned(versions_with_energy(log))
         for axes, share in zip(panels, shares, strict=True):
             y = [share(log, line) for line in versions]
-            curve(axes, [number(line.get(_field(unit))) for line in versions], y, label=key(name), **look(index))
+            draw_curve(
+                axes,
+                [to_float(line.get(_field(unit))) for line in versions],
+                y,
+                label=legend_text(name),
+                **line_style(index),
+            )
     titles = ("Within the smallest client rank", "Effective rank", "Cut off by the merge")
     for axes, title in zip(panels, titles, strict=True):
-        whole(axes, title, unit)
+        integer_axis(axes, title, unit)
         from_zero(axes)
     percent_axis(panels[0])
     percent_axis(panels[2])
     panels[0].set_ylim(0, 1.04)
-    legend(figure, panels[0], logs)
+    run_legend(figure, panels[0], logs)
     return f"Share of energy within the smallest client rank, effective rank and discarded energy by {unit}."

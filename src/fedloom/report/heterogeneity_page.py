@@ -1,21 +1,25 @@
-"""What a federation's summaries say, before anything is trained: how uneven it is on each axis, and what that may do."""
+"""The page about a federation's texts before anything is trained: how uneven they are on each axis, and what that may do.
+
+It is made from the summaries of clients, for `fedloom inspect`; a report of a run does not need it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from fedloom.data.client_summary import LOSSES, Summary, middles
-from fedloom.data.heterogeneity import Index, Unevenness, label_table
-from fedloom.report import figures_clients, figures_heterogeneity
+from fedloom.data.client_summary import LOSSES, Summary, bin_middles
+from fedloom.data.heterogeneity import Heterogeneity, HeterogeneityIndex, label_table
+from fedloom.report import figures_clients
 from fedloom.report.facts import label
-from fedloom.report.numbers import NONE, count, plural
-from fedloom.report.page import deliver, render
-from fedloom.report.sections import Part, Section
+from fedloom.report.numbers import NONE, format_count, plural
+from fedloom.report.page import Page, render_page, write_page
+from fedloom.report.sections import Block, Section
 from fedloom.report.tables import Grid
 
 AXES = {"length": "lengths", "quality": "quality", "quantity": "sizes", "labels": "labels"}
@@ -47,26 +51,25 @@ CLIENTS = 200
 """Rows of the table of clients, at most."""
 
 
-def write(summaries: Sequence[Summary], found: Unevenness | None, name: str, notes: Sequence[str], out: Path) -> Path:
-    """The page. `found` is None for a single client, `notes` say what was read and how."""
-    told = [own for own in summaries if own.epsilon is not None]
-    noise = [f"All counts carry noise (epsilon {told[0].epsilon:g} for each client's summary)."] if told else []
-    kept = [Section(title, parts) for title, parts in _sections(summaries, found) if parts]
-    text = render(
+def write_heterogeneity_report(
+    summaries: Sequence[Summary], indices: Heterogeneity | None, name: str, notes: Sequence[str], out: Path
+) -> Path:
+    """Write the page to `out`. `indices` is None for a single client, `notes` are what was read and how."""
+    private = [summary for summary in summaries if summary.epsilon is not None]
+    noise = [f"All counts carry noise (epsilon {private[0].epsilon:g} for each client's summary)."] if private else []
+    page = Page(
         title=label(name, 60),
-        status="",
-        sentence=sentence(summaries, found),
-        warnings=[],
-        notes=[*notes, *noise],
-        figures=tuple(_tiles(summaries, found)),
-        sections=kept,
+        sentence=heterogeneity_sentence(summaries, indices),
+        sections=[Section(title, blocks) for title, blocks in _sections(summaries, indices) if blocks],
         version=version("fedloom"),
+        notes=[*notes, *noise],
+        figures=tuple(_tiles(summaries, indices)),
     )
-    return deliver(text, out)
+    return write_page(render_page(page), out)
 
 
-def level(axis: str, index: Index) -> str:
-    """In words: for quality by Cohen's sizes of effects, else by the Dirichlet draw that is as uneven."""
+def describe_level(axis: str, index: HeterogeneityIndex) -> str:
+    """Describe an index in words: for quality by Cohen's sizes of effects, else by the Dirichlet draw that is as uneven."""
     if index.alpha == math.inf or (index.alpha is None and index.value <= index.chance[1]):
         return "even" if axis == "quantity" else "as even as chance"
     scale = (
@@ -78,104 +81,119 @@ def level(axis: str, index: Index) -> str:
     return f"{next((word for least, word in scale.items() if size >= least), 'hardly')} uneven"
 
 
-def indices(found: Unevenness) -> Iterator[tuple[str, Index]]:
-    """The axes that were measured."""
+def measured_axes(indices: Heterogeneity) -> Iterator[tuple[str, HeterogeneityIndex]]:
+    """Yield each axis that was measured, with its index."""
     for axis in AXES:
-        if (index := getattr(found, axis)) is not None:
+        if (index := getattr(indices, axis)) is not None:
             yield axis, index
 
 
-def sentence(summaries: Sequence[Summary], found: Unevenness | None) -> str:
-    """The answer in one sentence."""
-    whole = f"{count(sum(own.examples for own in summaries))} examples"
-    if found is None:
+def heterogeneity_sentence(summaries: Sequence[Summary], indices: Heterogeneity | None) -> str:
+    """Result in one sentence."""
+    whole = f"{format_count(sum(summary.examples for summary in summaries))} examples"
+    if indices is None:
         return f"One client, {whole}: how uneven a federation is shows only where there are several."
-    said = [f"{AXES[axis]} {level(axis, index)}" for axis, index in indices(found)]
-    return f"{plural(len(summaries), 'client')}, {whole}: {', '.join(said)}."
+    levels = [f"{AXES[axis]} {describe_level(axis, index)}" for axis, index in measured_axes(indices)]
+    return f"{plural(len(summaries), 'client')}, {whole}: {', '.join(levels)}."
 
 
-def axes(found: Unevenness) -> Grid:
-    """One row an axis."""
+def axis_table(indices: Heterogeneity) -> Grid:
+    """Tabulate the axes, one row each."""
     head = ("Axis", "Unevenness", "By chance", "Like Dirichlet", "In words")
     rows = []
-    for axis, index in indices(found):
+    for axis, index in measured_axes(indices):
         chance = f"{index.chance[0]:.3f}" if axis != "quantity" else NONE
-        rows.append((AXES[axis].capitalize(), f"{index.value:.3f}", chance, _alpha(index), level(axis, index)))
+        rows.append((AXES[axis].capitalize(), f"{index.value:.3f}", chance, _alpha(index), describe_level(axis, index)))
     return Grid(head, tuple(rows))
 
 
-def _alpha(index: Index) -> str:
+def _alpha(index: HeterogeneityIndex) -> str:
     if index.alpha is None or index.alpha == math.inf:
         return NONE
     return "above 100" if index.alpha > 99 else "below 0.01" if index.alpha < 0.0101 else f"{index.alpha:.2g}"
 
 
-def expected(found: Unevenness) -> list[tuple[str, str]]:
-    """Of each axis that is uneven by more than a trace: that it is, and what to expect."""
-    felt = [(axis, level(axis, index)) for axis, index in indices(found)]
+def expected_effects(indices: Heterogeneity) -> list[tuple[str, str]]:
+    """List the axes that are uneven by more than a trace, each in words and with what to expect of it."""
+    levels = [(axis, describe_level(axis, index)) for axis, index in measured_axes(indices)]
     return [
-        (f"{AXES[axis].capitalize()}: {how}.", EXPECTED[axis])
-        for axis, how in felt
-        if how.split()[0] in ("mildly", "clearly", "strongly")
+        (f"{AXES[axis].capitalize()}: {level}.", EXPECTED[axis])
+        for axis, level in levels
+        if level.split()[0] in ("mildly", "clearly", "strongly")
     ]
 
 
-def clients(summaries: Sequence[Summary], most: int = CLIENTS) -> Grid:
-    """One row a client, largest first; of more than `most` the middle is left out."""
-    order = sorted(summaries, key=lambda own: (-own.examples, own.client))
+def client_table(summaries: Sequence[Summary], most: int = CLIENTS) -> Grid:
+    """Tabulate clients, largest first; of more than `most` the middle is left out."""
+    order = sorted(summaries, key=lambda summary: (-summary.examples, summary.client))
     cut = [*order[: most // 2], None, *order[len(order) - most // 2 :]] if len(order) > most else order
     head = ["Client", "Examples", f"Median {summaries[0].unit.split()[0]}"]
-    has_labels, has_quality = any(own.labels for own in summaries), any(own.quality for own in summaries)
+    has_labels, has_quality = (
+        any(summary.labels for summary in summaries),
+        any(summary.quality for summary in summaries),
+    )
     head += [*(["Commonest labels"] if has_labels else []), *(["Mean quality"] if has_quality else [])]
     rows = []
-    for own in cut:
-        if own is None:
+    for summary in cut:
+        if summary is None:
             rows.append(("…", f"{len(order) - most // 2 * 2} more", *[""] * (len(head) - 2)))
             continue
-        row = [label(own.client), count(own.examples), count(own.median())]
-        row += [_commonest(own)] if has_labels else []
-        row += [f"{_mean_quality(own):.2f}"] if has_quality else []
+        row = [label(summary.client), format_count(summary.examples), format_count(summary.median())]
+        row += [_commonest(summary)] if has_labels else []
+        row += [f"{_mean_quality(summary):.2f}"] if has_quality else []
         rows.append(tuple(row))
     return Grid(tuple(head), tuple(rows))
 
 
-def _commonest(own: Summary) -> str:
-    ranked = sorted((own.labels or {}).items(), key=lambda pair: (-pair[1], pair[0]))
+def _commonest(summary: Summary) -> str:
+    ranked = sorted((summary.labels or {}).items(), key=lambda pair: (-pair[1], pair[0]))
     whole = sum(number for _, number in ranked) or 1.0
     return ", ".join(f"{label(name, 24)} {100 * number / whole:.0f} %" for name, number in ranked[:2] if number)
 
 
-def _mean_quality(own: Summary) -> float:
-    return -float(np.dot(own.quality, middles(LOSSES))) / (sum(own.quality) or 1.0) if own.quality else math.nan
+def _mean_quality(summary: Summary) -> float:
+    return (
+        -float(np.dot(summary.quality, bin_middles(LOSSES))) / (sum(summary.quality) or 1.0)
+        if summary.quality
+        else math.nan
+    )
 
 
-def _tiles(summaries: Sequence[Summary], found: Unevenness | None) -> Iterator[tuple[str, str, str]]:
-    sizes = sorted(own.examples for own in summaries)
-    yield "Clients", count(len(summaries)), f"{count(sizes[0])} to {count(sizes[-1])} examples each"
-    for axis, index in indices(found) if found else ():
+def _tiles(summaries: Sequence[Summary], indices: Heterogeneity | None) -> Iterator[tuple[str, str, str]]:
+    sizes = sorted(summary.examples for summary in summaries)
+    yield (
+        "Clients",
+        format_count(len(summaries)),
+        f"{format_count(sizes[0])} to {format_count(sizes[-1])} examples each",
+    )
+    for axis, index in measured_axes(indices) if indices else ():
         beside = f"{index.chance[0]:.3f} by chance; " if axis != "quantity" else ""
-        yield AXES[axis].capitalize(), f"{index.value:.3f}", f"{beside}{level(axis, index)}"
+        yield AXES[axis].capitalize(), f"{index.value:.3f}", f"{beside}{describe_level(axis, index)}"
 
 
-def _sections(summaries: Sequence[Summary], found: Unevenness | None) -> Iterator[tuple[str, tuple[Part, ...]]]:
-    if found is not None:
-        likely = expected(found)
-        none = Part("", "Nothing: on every axis the clients are about as even as chance makes them.")
-        yield "How uneven", (Part(MEASURED, grid=axes(found)),)
-        yield "What to expect", tuple(Part(text, how) for how, text in likely) + ((Part(HEDGE),) if likely else (none,))
-    yield "Lengths", (Part(LENGTHS if len(summaries) > 1 else "", svg=figures_heterogeneity.lengths(summaries)),)
-    if all(own.quality for own in summaries):
-        yield "Quality", (Part(QUALITY, svg=figures_heterogeneity.qualities(summaries)),)
+def _sections(summaries: Sequence[Summary], indices: Heterogeneity | None) -> Iterator[tuple[str, tuple[Block, ...]]]:
+    if indices is not None:
+        likely = expected_effects(indices)
+        none = Block("", "Nothing: on every axis the clients are about as even as chance makes them.")
+        yield "How uneven", (Block(MEASURED, grid=axis_table(indices)),)
+        yield (
+            "What to expect",
+            tuple(Block(text, level) for level, text in likely) + ((Block(HEDGE),) if likely else (none,)),
+        )
+    yield (
+        "Lengths",
+        (Block(LENGTHS if len(summaries) > 1 else "", picture=partial(figures_clients.draw_lengths, summaries)),),
+    )
+    if all(summary.quality for summary in summaries):
+        yield "Quality", (Block(QUALITY, picture=partial(figures_clients.draw_quality, summaries)),)
     table = label_table(summaries)
     if table is not None and len(summaries) > 1:
-        names = sorted({name for own in summaries for name in own.labels or ()})
+        names = sorted({name for summary in summaries for name in summary.labels or ()})
         held = {
-            own.client: {"examples": own.examples, "labels": row}
-            for own, row in zip(summaries, table.tolist(), strict=True)
+            summary.client: {"examples": summary.examples, "labels": row}
+            for summary, row in zip(summaries, table.tolist(), strict=True)
         }
-        yield (
-            "Sizes and labels",
-            (Part(HOLDINGS, svg=figures_clients.partition({"clients": held, "label_names": names})),),
-        )
+        picture = partial(figures_clients.draw_partition, {"clients": held, "label_names": names})
+        yield "Sizes and labels", (Block(HOLDINGS, picture=picture),)
     some = f"The largest and the smallest of {len(summaries):,}." if len(summaries) > CLIENTS else ""
-    yield "Clients", (Part(some, grid=clients(summaries)),)
+    yield "Clients", (Block(some, grid=client_table(summaries)),)

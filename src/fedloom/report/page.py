@@ -1,18 +1,20 @@
-"""One page that says everything about a run, or compares several: a single file without network, script or date."""
+"""The report page about a run, or about several side by side: a single file without network, script or date."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 
 from fedloom.core.errors import Refused
+from fedloom.core.files import atomic_write
 from fedloom.report import facts, sections, tables
-from fedloom.report.run_log import RunLog, read
+from fedloom.report.run_log import RunLog, read_run_log
+from fedloom.report.sections import Section
 
 SIMULATION, DEPLOYMENT = "fedloom run FILE --resume FOLDER", "fedloom serve FILE --folder FOLDER --resume"
-"""What goes on with a run."""
+"""Commands that resume a run."""
 STATUS = {
     "finished": "",
     "running": "This run has not finished: what follows is what it has written so far.",
@@ -22,42 +24,68 @@ STATUS = {
 }
 
 
-def write(folders: Sequence[Path], out: Path) -> Path:
-    """Writes the report of one run, or the comparison of several, to `out`; a reader never sees half a page."""
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Contents of a page; the fields are the variables of its template.
+
+    Fields:
+        title: heading.
+        sentence: result in one sentence.
+        sections: headings with pictures, tables and code.
+        version: version of fedloom that wrote the data.
+        status: of the run (default: not shown).
+        warnings: why the numbers are not final.
+        notes: remarks of the run about itself.
+        figures: key figures, each as its name, its value, and what to compare it with.
+    """
+
+    title: str
+    sentence: str
+    sections: Sequence[Section]
+    version: str
+    status: str = ""
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    figures: Sequence[tuple[str, str, str]] = ()
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Path:
+    """Write the report of one run, or the comparison of several, to `out`; a reader never sees half a page."""
     if not folders:
         raise Refused("run folders", [], "name at least one run folder")
-    return deliver(page([read(Path(folder)) for folder in folders]), out)
+    return write_page(render_page(runs_page([read_run_log(Path(folder)) for folder in folders])), out)
 
 
-def deliver(text: str, out: Path) -> Path:
-    """Puts a page where it belongs, whole or not at all."""
+def write_page(text: str, out: Path) -> Path:
+    """Write a page to `out`, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with atomic_write(out) as draft:
         draft.write_text(text, encoding="utf-8")
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
     return out
 
 
-def page(logs: Sequence[RunLog]) -> str:
-    """The page as text: the same runs give the same text."""
-    one = logs[0] if len(logs) == 1 else None
-    return render(
-        title=facts.names(logs)[0] if one else f"{len(logs)} runs compared",
-        status=str(one.manifest["status"]) if one else "",
-        sentence=facts.sentence(one) if one else facts.verdict(logs),
-        warnings=[warning for log in logs if (warning := _warning(log, named=one is None))],
-        notes=one.manifest["notes"] if one else [],
-        figures=tables.key_figures(one) if one else (),
-        sections=sections.single(one) if one else sections.comparison(logs),
-        version=logs[0].manifest["fedloom"],
+def runs_page(logs: Sequence[RunLog]) -> Page:
+    """Contents of the report of one run, or of the comparison of several; nothing is drawn yet."""
+    version = str(logs[0].manifest["fedloom"])
+    warnings = [warning for log in logs if (warning := warning_text(log, named=len(logs) > 1))]
+    if len(logs) > 1:
+        title, sections_ = f"{len(logs)} runs compared", sections.comparison_sections(logs)
+        return Page(title, facts.comparison_sentence(logs), sections_, version, warnings=warnings)
+    (log,) = logs
+    return Page(
+        facts.run_names(logs)[0],
+        facts.result_sentence(log),
+        sections.run_sections(log),
+        version,
+        status=str(log.manifest["status"]),
+        warnings=warnings,
+        notes=log.manifest["notes"],
+        figures=tables.key_figures(log),
     )
 
 
-def render(**told: object) -> str:
-    """The page that says this; the template's words are the arguments."""
+def render_page(page: Page) -> str:
+    """Draw the pictures and fill in the template: the same contents give the same text."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -65,15 +93,16 @@ def render(**told: object) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters["drawn"] = Markup
     template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
-    return template.render(css=(here / "page.css").read_text(encoding="utf-8"), **told)
+    contents = {field.name: getattr(page, field.name) for field in fields(page)}
+    return template.render(css=(here / "page.css").read_text(encoding="utf-8"), **contents)
 
 
-def _warning(log: RunLog, *, named: bool) -> str:
-    """Why the numbers of a run are not its final ones; empty for a finished run."""
+def warning_text(log: RunLog, *, named: bool) -> str:
+    """Warning that the numbers of a run are not its final ones; empty for a finished run."""
     status, reason = str(log.manifest["status"]), str(log.manifest["status_reason"])
     text = STATUS.get(status, f"The status of this run is “{status}”: what follows may be incomplete.")
-    text = text.replace(SIMULATION, DEPLOYMENT) if facts.deployed(log) else text
+    text = text.replace(SIMULATION, DEPLOYMENT) if facts.is_deployed(log) else text
     if not text:
         return ""
-    who = f"{facts.label(log.manifest['name'], 48)}: " if named else ""
-    return f"{who}{text}{f' Reason: {reason}' if reason else ''}"
+    prefix = f"{facts.label(log.manifest['name'], 48)}: " if named else ""
+    return f"{prefix}{text}{f' Reason: {reason}' if reason else ''}"

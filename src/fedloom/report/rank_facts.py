@@ -1,4 +1,7 @@
-"""What a client of each rank is given, what it pays for it and how it is served: the numbers and what they say in words."""
+"""Facts about rank heterogeneity: what clients of each rank receive of the model, what it costs in bytes, how accurate they are.
+
+First the numbers, then the sentences on them, which claim no more than the log allows.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
 
-from fedloom.report.facts import accuracy, baseline, deployed, label, mean, noun, tiers
-from fedloom.report.numbers import number, percent, plural, short, size
+from fedloom.report.facts import accuracy, baseline_name, clients_by_tier, is_deployed, label, nan_mean, version_noun
+from fedloom.report.numbers import format_bytes, percent, plural, short, to_float
 from fedloom.report.run_log import Line, RunLog
 
 MOST = 8
-"""Groups that can still be told apart; with more, a tier is one group whatever its ranks."""
+"""Groups that a reader can distinguish; with more, a tier is one group whatever its ranks."""
 FEW = 5
 """Clients below which a difference of means is a hint at most."""
 WAYS = ("down", "up")
@@ -26,8 +29,15 @@ WHOLE = 0.9995
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Clients shown together: those of a tier at one rank, or a whole tier."""
+class RankGroup:
+    """Clients that are shown together: those of a tier at one rank, or a whole tier.
+
+    Fields:
+        name: tier and ranks in words.
+        ranks: ranks of the group, sorted.
+        tasks: task lines of its clients.
+        clients: final score lines of its clients, lowest accuracy first.
+    """
 
     name: str
     ranks: tuple[int, ...]
@@ -35,91 +45,91 @@ class Group:
     clients: tuple[Line, ...]
 
 
-def groups(log: RunLog) -> list[Group]:
-    """Who is shown together, lowest rank first, then slowest tier first."""
-    order, rows = list(tiers(log)), _at_home(log)
+def rank_groups(log: RunLog) -> list[RankGroup]:
+    """Group the clients of a run, lowest rank first, then slowest tier first."""
+    order, rows = list(clients_by_tier(log)), _at_home(log)
     parts: set[tuple[str, tuple[int, ...]]] = {(tier, (int(line["rank"]),)) for tier, line in rows}
     if len(parts) > MOST:
         held = {tier: sorted({int(line["rank"]) for home, line in rows if home == tier}) for tier, _ in parts}
         parts = {(tier, tuple(ranks)) for tier, ranks in held.items()}
 
-    def place(part: tuple[str, tuple[int, ...]]) -> tuple[int, int, str]:
+    def position(part: tuple[str, tuple[int, ...]]) -> tuple[int, int, str]:
         return part[1][0], order.index(part[0]) if part[0] in order else -1, part[0]
 
-    found = []
-    for tier, ranks in sorted(parts, key=place):
-        own = [line for home, line in rows if home == tier and line["rank"] in ranks]
-        tasks, clients = ([line for line in own if line["kind"] == kind] for kind in ("task", "client"))
+    groups = []
+    for tier, ranks in sorted(parts, key=position):
+        lines = [line for home, line in rows if home == tier and line["rank"] in ranks]
+        tasks, clients = ([line for line in lines if line["kind"] == kind] for kind in ("task", "client"))
         clients.sort(key=lambda line: (math.isnan(accuracy(line)), accuracy(line), str(line.get("client"))))
-        name = span(ranks) if deployed(log) else f"{label(tier, 18)}, {span(ranks)}"
-        found.append(Group(name, ranks, tuple(tasks), tuple(clients)))
-    return found
+        name = rank_range(ranks) if is_deployed(log) else f"{label(tier, 18)}, {rank_range(ranks)}"
+        groups.append(RankGroup(name, ranks, tuple(tasks), tuple(clients)))
+    return groups
 
 
 def _at_home(log: RunLog) -> list[tuple[str, Line]]:
-    """Every task and every client's final score, with the tier that it belongs to."""
-    home = {client: tier for tier, members in tiers(log).items() for client in members}
+    """Pair every task and every client's final score with the tier that it belongs to."""
+    home = {client: tier for tier, members in clients_by_tier(log).items() for client in members}
     lines = [line for line in (*log.tasks, *log.clients) if isinstance(line.get("rank"), int)]
     return [(home.get(str(line.get("client")), str(line.get("tier", "default"))), line) for line in lines]
 
 
-def used(log: RunLog) -> list[int]:
-    """The ranks at which somebody trained or was scored."""
+def ranks_used(log: RunLog) -> list[int]:
+    """Ranks at which a client trained or was scored, sorted."""
     return sorted({int(line["rank"]) for _, line in _at_home(log)})
 
 
-def span(ranks: Sequence[int]) -> str:
-    """
-    >>> span([2]), span([2, 4, 8])
+def rank_range(ranks: Sequence[int]) -> str:
+    """Name a range of ranks.
+
+    >>> rank_range([2]), rank_range([2, 4, 8])
     ('rank 2', 'ranks 2 to 8')
     """
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
 
-def ends(lines: Sequence[Line]) -> tuple[list[int], list[int]]:
-    """The low ranks and the high ones: the lowest and the highest, or the two halves where there are more than four."""
+def low_and_high_ranks(lines: Sequence[Line]) -> tuple[list[int], list[int]]:
+    """Split ranks into low and high ones: the lowest and the highest, or the two halves where there are more than four."""
     ranks = sorted({int(line["rank"]) for line in lines})
     count = 1 if len(ranks) <= 4 else len(ranks) // 2
     return ranks[:count], ranks[-count:]
 
 
-def kept(log: RunLog) -> dict[int, list[tuple[int, float]]]:
-    """For each rank the versions handed out to it, with the share of their energy in what was handed out."""
-    found: dict[int, dict[int, list[float]]] = {}
+def received_energy(log: RunLog) -> dict[int, list[tuple[int, float]]]:
+    """For each rank the versions that its tasks started from, with the mean share of the version's energy that they received."""
+    shares: dict[int, dict[int, list[float]]] = {}
     for task in log.tasks:
-        if not math.isnan(number(task.get("kept"))):
-            found.setdefault(int(task["rank"]), {}).setdefault(int(task["version"]), []).append(number(task["kept"]))
-    return {rank: [(v, mean(shares)) for v, shares in sorted(found[rank].items())] for rank in sorted(found)}
+        if not math.isnan(to_float(task.get("kept"))):
+            shares.setdefault(int(task["rank"]), {}).setdefault(int(task["version"]), []).append(to_float(task["kept"]))
+    return {rank: [(v, nan_mean(values)) for v, values in sorted(shares[rank].items())] for rank in sorted(shares)}
 
 
-def at_rank(log: RunLog, rank: int) -> str:
-    """The tiers in which this rank is used; real machines have none."""
-    if deployed(log):
+def tiers_at_rank(log: RunLog, rank: int) -> str:
+    """Tiers in which this rank is used, in words; empty on real machines, which have none."""
+    if is_deployed(log):
         return ""
-    found = {tier for tier, line in _at_home(log) if line["rank"] == rank}
-    return ", ".join(label(tier, 18) for tier in tiers(log) if tier in found)
+    using = {tier for tier, line in _at_home(log) if line["rank"] == rank}
+    return ", ".join(label(tier, 18) for tier in clients_by_tier(log) if tier in using)
 
 
-def load(tasks: Sequence[Line], way: str) -> dict[str, float]:
-    """Mean bytes of a task in one direction by what they are: adapter, fold, head; `all` where that was not recorded."""
-    sent = [task for task in tasks if way == "down" or number(task.get("bytes_up")) > 0]
-    total, head = (mean(number(task.get(f"bytes_{way}{part}")) for task in sent) for part in ("", "_dense"))
+def mean_task_bytes(tasks: Sequence[Line], way: str) -> dict[str, float]:
+    """Mean bytes of a task in one direction ("down", "up") by kind: adapter, fold, head; `all` where that was not recorded."""
+    sent = [task for task in tasks if way == "down" or to_float(task.get("bytes_up")) > 0]
+    total, head = (nan_mean(to_float(task.get(f"bytes_{way}{part}")) for task in sent) for part in ("", "_dense"))
     if math.isnan(total) or math.isnan(head):
         return {} if math.isnan(total) else {"all": total}
-    fold = mean(number(task.get("bytes_down_fold", 0)) for task in sent) if way == "down" else 0.0
+    fold = nan_mean(to_float(task.get("bytes_down_fold", 0)) for task in sent) if way == "down" else 0.0
     return {"adapter": max(0.0, total - fold - head), "fold": fold, "head": head}
 
 
-def received(log: RunLog) -> str:
-    """How much of the global model's energy each rank was given last."""
-    shares = kept(log)
+def received_sentence(log: RunLog) -> str:
+    """Sentence on how much of the global model's energy each rank received last."""
+    shares = received_energy(log)
     if not shares:
-        later = [task for task in log.tasks if number(task.get("version")) > 0 and "kept" in task]
-        told = "The server's own product is zero all the time: there was no energy to hand out."
-        return told if later else ""
+        later = [task for task in log.tasks if to_float(task.get("version")) > 0 and "kept" in task]
+        return "The server's own product is zero all the time: there was no energy to send." if later else ""
     if min(row[-1][1] for row in shares.values()) >= WHOLE:
         who = "A client of any rank" if len(shares) > 1 else f"A client of rank {next(iter(shares))}"
-        folds = any(number(task.get("bytes_down_fold")) > 0 for task in log.tasks)
+        folds = any(to_float(task.get("bytes_down_fold")) > 0 for task in log.tasks)
         how = ", in part as a fold that is added to the frozen base" if folds else ""
         return f"{who} receives the whole of the global model{how}: nothing was cut off in the last tasks."
     ranks = list(shares) if len(shares) <= 4 else [min(shares), max(shares)]
@@ -127,36 +137,38 @@ def received(log: RunLog) -> str:
     parts: list[str] = []
     for rank in ranks:
         version, share = shares[rank][-1]
-        beside = ", ".join(text for text in (at_rank(log, rank), f"{noun(log)} {version}" if late else "") if text)
+        beside = ", ".join(
+            text for text in (tiers_at_rank(log, rank), f"{version_noun(log)} {version}" if late else "") if text
+        )
         got = percent(share) if parts else f"received {percent(share)} of the energy of the global model"
         parts.append(f"one of rank {rank}{f' ({beside})' if beside else ''} {got}")
     listed = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
     return f"In its last task a client{listed.removeprefix('one')}."
 
 
-def paid(log: RunLog) -> str:
-    """What a low rank saves in bytes, and how much of the traffic is head and fold."""
-    total = sum(number(task.get(f"bytes_{way}", 0)) for task in log.tasks for way in WAYS)
+def traffic_sentence(log: RunLog) -> str:
+    """Sentence on what a low rank saves in bytes, and how much of the traffic is head and fold."""
+    total = sum(to_float(task.get(f"bytes_{way}", 0)) for task in log.tasks for way in WAYS)
     if not total > 0:
         return ""
-    low, high = ends(log.tasks)
-    loads = [[sum(load(_of(log.tasks, ranks), way).values()) for way in WAYS] for ranks in (low, high)]
+    low, high = low_and_high_ranks(log.tasks)
+    loads = [[sum(mean_task_bytes(_of(log.tasks, ranks), way).values()) for way in WAYS] for ranks in (low, high)]
     both = all(up > 0 for _, up in loads)
     cheap, dear = (sum(costs) if both else costs[0] for costs in loads)
-    text = f"A task at {span(low)} moves {size(cheap)} {'down and up together' if both else 'down'}"
+    text = f"A task at {rank_range(low)} moves {format_bytes(cheap)} {'down and up together' if both else 'down'}"
     if low != high and dear > 0:
         saved = 1 - cheap / dear
-        text += f", {percent(abs(saved))} {'more' if saved < 0 else 'less'} than the {size(dear)} at {span(high)}"
-    head = sum(number(task.get(f"bytes_{way}_dense")) for task in log.tasks for way in WAYS)
+        text += f", {percent(abs(saved))} {'more' if saved < 0 else 'less'} than the {format_bytes(dear)} at {rank_range(high)}"
+    head = sum(to_float(task.get(f"bytes_{way}_dense")) for task in log.tasks for way in WAYS)
     if math.isnan(head):
         return f"{text}. How much of it is the head was not recorded."
-    fold = sum(number(task.get("bytes_down_fold", 0)) for task in log.tasks)
+    fold = sum(to_float(task.get("bytes_down_fold", 0)) for task in log.tasks)
     folds = f", and {percent(fold / total)} is folds" if fold > 0 else ""
     return f"{text}. Of all traffic {percent(head / total)} is the head, the same at every rank{folds}."
 
 
-def rounded(log: RunLog) -> str:
-    """How numbers travelled, and what that cost the answers: means over the rounds."""
+def rounding_sentence(log: RunLog) -> str:
+    """Sentence on how numbers were encoded, and what rounding took from answers: means over the versions."""
     run = log.manifest["run"]
     if "transfer" not in run:
         return ""
@@ -164,7 +176,7 @@ def rounded(log: RunLog) -> str:
     if codec not in CODECS:
         return ""
     lost, of_change = (
-        mean(number(line.get(name)) for line in log.versions) for name in ("rounding", "rounding_change")
+        nan_mean(to_float(line.get(name)) for line in log.versions) for name in ("rounding", "rounding_change")
     )
     text = f"Numbers travel as {CODECS[codec]}"
     if math.isnan(lost) or math.isnan(of_change):
@@ -177,45 +189,43 @@ def _of(lines: Sequence[Line], ranks: Sequence[int]) -> list[Line]:
     return [line for line in lines if line.get("rank") in ranks]
 
 
-def error(values: Sequence[float]) -> float:
-    """Standard error of the mean of these clients; unknown for fewer than two.
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean of these values; NaN for fewer than two.
 
-    >>> error([0.5, 0.7])
+    >>> standard_error([0.5, 0.7])
     0.1
     """
     return round(math.sqrt(variance(values) / len(values)), 12) if len(values) > 1 else math.nan
 
 
-def served(log: RunLog) -> str:
-    """Whether clients of low rank are served worse than those of high rank, with the doubt that few clients leave."""
-    known = [line for line in log.clients if not math.isnan(accuracy(line))]
-    if not known:
+def accuracy_by_rank_sentence(log: RunLog) -> str:
+    """Sentence on whether clients of low rank are served worse than those of high rank, with the standard error of few clients."""
+    scored = [line for line in log.clients if not math.isnan(accuracy(line))]
+    if not scored:
         return ""
-    low, high = ends(known)
+    low, high = low_and_high_ranks(scored)
     if low == high:
-        base, of = mean(number(line.get("base_accuracy")) for line in known), plural(len(known), "client")
-        beside = "" if math.isnan(base) else f"; {baseline(log)} would give {percent(base)}"
-        return (
-            f"On held-out examples {of} of {span(low)} reach {percent(mean(map(accuracy, known)))} on average{beside}."
-        )
-    ours, theirs = ([accuracy(line) for line in _of(known, ranks)] for ranks in (low, high))
+        base, of = nan_mean(to_float(line.get("base_accuracy")) for line in scored), plural(len(scored), "client")
+        beside = "" if math.isnan(base) else f"; {baseline_name(log)} would give {percent(base)}"
+        return f"On held-out examples {of} of {rank_range(low)} reach {percent(nan_mean(map(accuracy, scored)))} on average{beside}."
+    ours, theirs = ([accuracy(line) for line in _of(scored, ranks)] for ranks in (low, high))
     verb, how = ("reaches", "") if len(ours) == 1 else ("reach", " on average")
-    gap, doubt = mean(ours) - mean(theirs), math.hypot(error(ours), error(theirs))
+    gap, doubt = nan_mean(ours) - nan_mean(theirs), math.hypot(standard_error(ours), standard_error(theirs))
     return (
-        f"On their held-out examples {plural(len(ours), 'client')} of {span(low)} {verb} {percent(mean(ours))}{how}"
-        f", {plural(len(theirs), 'client')} of {span(high)} {percent(mean(theirs))}:"
-        f" {_judged(gap, doubt, min(len(ours), len(theirs)))}{_gains(known, low, high, baseline(log))}"
+        f"On their held-out examples {plural(len(ours), 'client')} of {rank_range(low)} {verb} {percent(nan_mean(ours))}{how}"
+        f", {plural(len(theirs), 'client')} of {rank_range(high)} {percent(nan_mean(theirs))}:"
+        f" {_judged(gap, doubt, min(len(ours), len(theirs)))}{_gains(scored, low, high, baseline_name(log))}"
     )
 
 
-def missing(log: RunLog) -> str:
-    """Who gave no score, and why; of many clients some."""
+def unscored_sentence(log: RunLog) -> str:
+    """Sentence on the clients that gave no score, and why; of many clients some are named."""
     if not log.unscored:
         return ""
-    told = "; ".join(f"{label(line['client'])}: {label(line['reason'], 160)}" for line in log.unscored[:MOST])
+    listed = "; ".join(f"{label(line['client'])}: {label(line['reason'], 160)}" for line in log.unscored[:MOST])
     more = f"; and {len(log.unscored) - MOST} more" if len(log.unscored) > MOST else ""
     whole = plural(len(log.clients) + len(log.unscored), "client")
-    return f"{len(log.unscored)} of {whole} gave no score ({told}{more})."
+    return f"{len(log.unscored)} of {whole} gave no score ({listed}{more})."
 
 
 def _judged(gap: float, doubt: float, fewest: int) -> str:
@@ -231,10 +241,11 @@ def _judged(gap: float, doubt: float, fewest: int) -> str:
     return f"{text} That is more than two standard errors: clients of low rank are served {verdict}."
 
 
-def _gains(known: Sequence[Line], low: Sequence[int], high: Sequence[int], base: str) -> str:
-    """How far both are above what needs no training, which clients differ in."""
+def _gains(scored: Sequence[Line], low: Sequence[int], high: Sequence[int], base: str) -> str:
+    """Sentence on how far both are above the baseline, which differs between clients."""
     gains = [
-        mean(accuracy(line) - number(line.get("base_accuracy")) for line in _of(known, ranks)) for ranks in (low, high)
+        nan_mean(accuracy(line) - to_float(line.get("base_accuracy")) for line in _of(scored, ranks))
+        for ranks in (low, high)
     ]
     if any(map(math.isnan, gains)):
         return ""

@@ -1,4 +1,4 @@
-"""A run folder as a value: its manifest and the lines of its metrics, whatever state the run was left in."""
+"""Run folders as values: the manifest and the lines of the metrics, whatever state the run was left in."""
 
 from __future__ import annotations
 
@@ -32,10 +32,15 @@ _EMPTY: Line = {
 
 @dataclass(frozen=True, slots=True)
 class RunLog:
-    """What a run has written down so far; every section of `manifest` is present, an unwritten one is empty.
+    """Everything that a run has written so far.
 
-    `samples` are answers that the model wrote, and `written` the figures of them. `unscored` are clients of a deployment that gave no
-    score at the end.
+    Fields:
+        folder: the run folder.
+        manifest: content of manifest.json; every section is present, an unwritten one is empty.
+        versions, scores, tasks, clients, edges, samples, unscored, regroups, moves: lines of metrics.jsonl by kind. `clients` are
+            the final scores of clients, `samples` texts that the model wrote, `unscored` clients of a deployment without a final
+            score.
+        generation: figures of the texts that the model wrote; None if it wrote none.
     """
 
     folder: Path
@@ -47,15 +52,15 @@ class RunLog:
     edges: tuple[Line, ...] = ()
     samples: tuple[Line, ...] = ()
     unscored: tuple[Line, ...] = ()
-    written: Line | None = None
+    generation: Line | None = None
     regroups: tuple[Line, ...] = ()
     moves: tuple[Line, ...] = ()
 
 
-def read(folder: Path) -> RunLog:
-    """The run in `folder`; a last line that a killed run left half-written is passed over."""
+def read_run_log(folder: Path) -> RunLog:
+    """Read the run in `folder`; a last line that a killed run left half-written is ignored."""
     manifest = _manifest(folder)
-    if manifest["status"] == "running" and _left(folder):
+    if manifest["status"] == "running" and _abandoned(folder):
         manifest = {**manifest, "status": "killed"}
     lines = tuple(_lines(folder / "metrics.jsonl"))
 
@@ -63,12 +68,12 @@ def read(folder: Path) -> RunLog:
         return tuple(line for line in lines if line.get("kind") == kind)
 
     parts = (of("version"), of("score"), of("task"), of("client"), of("edge"), of("sample"), of("unscored"))
-    written = next(reversed(of("generation")), None)
-    return RunLog(folder, manifest, *parts, written=written, regroups=of("regroup"), moves=of("move"))
+    generation = next(reversed(of("generation")), None)
+    return RunLog(folder, manifest, *parts, generation=generation, regroups=of("regroup"), moves=of("move"))
 
 
-def _left(folder: Path) -> bool:
-    """Whether nobody carries out the run any more that was begun here."""
+def _abandoned(folder: Path) -> bool:
+    """Whether no process holds the folder's lock: the run was killed."""
     try:
         with (folder / LOCKED).open("rb") as file:
             return lock(file, shared=True)

@@ -1,37 +1,36 @@
-"""What the page says, in order: sections of pictures, tables and code, each with a sentence on how to read it."""
+"""Sections of the report page, in order: pictures, tables and code, each with a sentence on how to read it.
+
+Pictures are functions: they are drawn when the page is rendered, so that its words can be had (and tested) without them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from fedloom.report import (
-    client_tables,
-    facts,
-    figures,
-    figures_clients,
-    figures_ranks,
-    figures_timeline,
-    rank_facts,
-    tables,
-    timeline,
-)
-from fedloom.report.client_tables import groups, reasons, tiers
-from fedloom.report.numbers import number, short
+from fedloom.report import facts, figures, figures_clients, figures_timeline, rank_facts, tables, timeline
+from fedloom.report.numbers import short, to_float
 from fedloom.report.run_log import RunLog
 from fedloom.report.tables import Grid
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A picture, a table or a piece of code; `caption` says how to read it, `finding` what is to be seen in it.
+class Block:
+    """One picture, table or piece of code of a section, with its words.
 
-    `kind` says how a table is set: numbers or words.
+    Fields:
+        caption: how to read it.
+        finding: what is to be seen in it.
+        picture: function that draws it and returns an SVG text (default: no picture).
+        grid: table (default: none).
+        code: Python code (default: none).
+        kind: how a table is set, "numbers", "words" or "texts".
     """
 
     caption: str
     finding: str = ""
-    svg: str = ""
+    picture: Callable[[], str] | None = None
     grid: Grid | None = None
     code: str = ""
     kind: str = "numbers"
@@ -39,10 +38,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Parts under a heading."""
+    """A heading and the blocks below it."""
 
     title: str
-    parts: tuple[Part, ...]
+    blocks: tuple[Block, ...]
 
 
 CURVES = """
@@ -70,13 +69,13 @@ that only large clients train fade away. Bars: what each merge cut off to keep t
 ENERGIES = """
 In a rank collapse the share within the smallest client rank climbs to 100 % while the effective rank falls: the
 directions that only large clients train fade away. On the right, the share of energy that each merge cut off."""
-GIVEN = """
-Energy: how much of the global model a client is given to train on. 100 % is all of it; at 0 % and below, what it is given
-is no nearer to the model than nothing. A method that cuts gives a low rank less; a share that climbs to 100 % at every
+RECEIVED = """
+Energy: how much of the global model a client receives to train on. 100 % is all of it; at 0 % and below, what it receives
+is no nearer to the model than nothing. A method that truncates gives a low rank less; a share that climbs to 100 % at every
 rank while the effective rank above falls is rank collapse and no gain."""
-PAID = """
+TRAFFIC = """
 Bytes: the mean of one task, down over all tasks, up over those that were answered."""
-SERVED = """
+ACCURACY_BY_RANK = """
 A dot is the final model, as a client of that rank receives it, on that client's own held-out examples; the dash is what
 it would reach {}. A line is the mean of the clients, its band one standard error.
 Clients differ in more than their rank (speed, data, how often they took part), so a gap need not come from the rank."""
@@ -90,38 +89,38 @@ LINKS = """
 Down and up are what of a task was not training, divided as its bytes were: the engine's own waiting is in them."""
 SITES = """
 Sums over all tasks; the time is the mean of receiving, training and sending together; speed and memory are what the
-site said of itself."""
+site reported."""
 WAITING = """
-A place is one of the tasks that the schedule lets be under way at once; it waits while it is empty although a client is
-idle. Left, the mean number of places over time; right, how much of the run each client was without a task, which in a
-federation of more clients than places is also the turn of others."""
+A slot is one of the tasks that the schedule lets be in flight at once; it waits while it is empty although a client is
+idle. Left, the mean number of slots over time; right, how much of the run each client was without a task; in a
+federation of more clients than slots, others have their turn meanwhile."""
 GROUPED = """
-One row a group, led by an edge: means over the tasks that were merged. Weight is the group's share of examples times local steps,
+One row a group with its edge: means over the tasks that were merged. Weight is the group's share of examples times local steps,
 summed over all its reports; what a schedule makes of it is in its own weights."""
 REGROUPED = """
-Groups that were made again because the times of clients had drifted apart since they were made; above, clients are counted as they
+Regroupings: the times of clients had drifted apart since the groups were made; above, clients are counted as they
 were grouped at first. A client moves as soon as the edge that it leaves has no task."""
 STALENESS = """
 How many versions were made while a client trained: an answer improves a model that the server has meanwhile left behind.
-Left, over all updates, each where it was merged first; right, over all updates in a version, also those kept from before."""
+Left, over all updates, each where it was merged first; right, over all updates in a version, also those that were merged before."""
 PARTICIPATION = """
-Whose updates made the model. A server that never waits hears fast clients more often; a tier is heard as it should be where its
-bar is as high as its share of the clients, or of the examples. Right, a dash is the client's share of the examples."""
+Whose updates made the model. A server that never waits merges more updates of fast clients; a tier takes part in proportion where
+its bar is as high as its share of the clients, or of the examples. Right, a dash is the client's share of the examples."""
 PARTICIPATION_ONE = """
-Whose updates made the model. A server that never waits hears fast clients more often. A dash is the client's share of the
+Whose updates made the model. A server that never waits merges more updates of fast clients. A dash is the client's share of the
 examples."""
 PARTICIPATION_OF = """
-Whose updates made the model: a tier is heard as it should be where its bar is as high as its share of the clients, or of the
+Whose updates made the model: a tier takes part in proportion where its bar is as high as its share of the clients, or of the
 examples."""
 PACES = """
-Waiting is a schedule's places that are empty although a client is idle, times how long; staleness is the number of versions
+Waiting is a schedule's slots that are empty although a client is idle, times how long; staleness is the number of versions
 made while a client trained."""
 SENDING = """
 Answers that the server accepted, and bytes of tasks and answers, so far. The heads of messages, and what was sent again, are not
-counted; `fedloom status` tells all that went over the link since the server was started last."""
+counted; `fedloom status` shows all that went over the link since the server was started last."""
 SPENDING = "Answers that the server accepted, and bytes of all messages, so far."
 
-AGAIN = "A row can be given again as --set KEY=VALUE."
+SETTINGS = "A row can be set in another run with --set KEY=VALUE."
 UNUSED = (
     f" Settings of a simulated world ({', '.join(facts.SIMULATED)}) play no part on real machines and are left out."
 )
@@ -130,129 +129,145 @@ Above, how many examples each client holds; below, the mix of {} among them. The
 harder the averaging."""
 
 
-def single(log: RunLog) -> list[Section]:
-    """The full report of one run; what was not recorded is left out."""
-    chosen = tables.settings(log)
-    return _kept(
+def run_sections(log: RunLog) -> list[Section]:
+    """Sections of the report of one run; what was not recorded is left out."""
+    settings, deployed = tables.settings_table(log), facts.is_deployed(log)
+    curves = log.scores and Block(CURVES.format(facts.time_name(log)), picture=partial(figures.draw_accuracy, [log]))
+    perplexity = facts.generates_text(log) and log.scores
+    return _present(
+        (facts.score_name(log).capitalize(), curves),
+        ("Perplexity", perplexity and Block(PERPLEXITY, picture=partial(figures.draw_perplexity, [log]))),
+        ("Answers", log.samples and Block(SAMPLES, grid=tables.samples_table(log), kind="texts")),
+        ("Loss", log.versions and Block(LOSS, picture=partial(figures.draw_loss, [log]))),
         (
-            facts.measure(log).capitalize(),
-            log.scores and Part(CURVES.format(facts.clock(log)), svg=figures.accuracies([log])),
+            "Rank and energy",
+            facts.versions_with_energy(log) and Block(ENERGY, picture=partial(figures.draw_energy, log)),
         ),
-        ("Perplexity", facts.writes(log) and log.scores and Part(PERPLEXITY, svg=figures.perplexities([log]))),
-        ("Answers", log.samples and Part(SAMPLES, grid=tables.samples(log), kind="texts")),
-        ("Loss", log.versions and Part(LOSS, svg=figures.losses([log]))),
-        ("Rank and energy", facts.spectra(log) and Part(ENERGY, svg=figures.energy(log))),
-        ("Rank heterogeneity", _heterogeneity(log)),
-        ("Sites", facts.deployed(log) and log.manifest["clients"] and Part(SITES, grid=client_tables.table(log))),
-        (
-            "Activity",
-            log.tasks and Part(_acting(log), svg=figures_clients.activity(log)),
-        ),
-        ("Waiting", timeline.timed(log) and Part(WAITING, timeline.waited(log), svg=figures_timeline.waiting(log))),
+        ("Rank heterogeneity", _rank_heterogeneity(log)),
+        ("Sites", deployed and log.manifest["clients"] and Block(SITES, grid=tables.site_table(log))),
+        ("Activity", log.tasks and Block(_activity_caption(log), picture=partial(figures_clients.draw_activity, log))),
+        ("Waiting", timeline.records_slot_use(log) and _waiting(log)),
         ("Groups", _groups(log)),
         ("Staleness", _staleness(log)),
         ("Participation", _participation(log)),
-        (
-            "Uploads and bytes",
-            timeline.timed(log)
-            and Part(SENDING if facts.deployed(log) else SPENDING, svg=figures_timeline.spending(log)),
-        ),
+        ("Uploads and bytes", timeline.records_slot_use(log) and _traffic(log)),
         ("Data", log.manifest["partition"].get("clients") and _partition(log)),
-        ("Use the result", log.versions and _load(log)),
-        ("Model", log.manifest["model"] and Part("", grid=tables.model(log), kind="words")),
-        ("Settings", chosen.rows and Part(AGAIN + (UNUSED if facts.deployed(log) else ""), grid=chosen, kind="words")),
-        ("Versions and machine", Part("", grid=tables.environment(log), kind="words")),
+        ("Use the result", log.versions and _code(log)),
+        ("Model", log.manifest["model"] and Block("", grid=tables.model_table(log), kind="words")),
+        ("Settings", settings.rows and Block(SETTINGS + (UNUSED if deployed else ""), grid=settings, kind="words")),
+        ("Versions and machine", Block("", grid=tables.environment_table(log), kind="words")),
     )
 
 
-def comparison(logs: Sequence[RunLog]) -> list[Section]:
-    """Several runs side by side: what they reached and cost, their curves, and the settings in which they differ."""
-    collapse = any(facts.spectra(log) for log in logs)
-    timed, alike = all(map(timeline.timed, logs)), all(facts.tiers(log) == facts.tiers(logs[0]) for log in logs)
-    differ, scored = tables.differences(logs), any(log.scores for log in logs)
-    return _kept(
-        ("Summary", Part(SUMMARY, grid=tables.runs(logs))),
-        ("Different settings", Part(DIFFERENT if differ.rows else "None.", grid=differ, kind="words")),
-        (
-            facts.measure(*logs).capitalize(),
-            scored and Part(CURVES.format(facts.clock(*logs)), svg=figures.accuracies(logs)),
-        ),
-        ("Perplexity", facts.writes(*logs) and scored and Part(PERPLEXITY, svg=figures.perplexities(logs))),
-        ("Loss", any(log.versions for log in logs) and Part(LOSSES, svg=figures.losses(logs))),
-        ("Waiting and staleness", timed and Part(PACES, svg=figures_timeline.paces(logs))),
-        ("Participation", timed and alike and Part(PARTICIPATION_OF, svg=figures_timeline.participations(logs))),
-        ("Rank and energy", collapse and Part(ENERGIES, svg=figures.energies(logs))),
+def comparison_sections(logs: Sequence[RunLog]) -> list[Section]:
+    """Sections of the comparison of several runs: what they reached and cost, their curves, and the settings in which they differ."""
+    collapse, scored = any(facts.versions_with_energy(log) for log in logs), any(log.scores for log in logs)
+    timed = all(map(timeline.records_slot_use, logs))
+    alike = all(facts.clients_by_tier(log) == facts.clients_by_tier(logs[0]) for log in logs)
+    differences, perplexity = tables.differences_table(logs), facts.generates_text(*logs) and scored
+    curves = scored and Block(CURVES.format(facts.time_name(*logs)), picture=partial(figures.draw_accuracy, logs))
+    tiers = Block(PARTICIPATION_OF, picture=partial(figures_timeline.draw_participation_comparison, logs))
+    return _present(
+        ("Summary", Block(SUMMARY, grid=tables.runs_table(logs))),
+        ("Different settings", Block(DIFFERENT if differences.rows else "None.", grid=differences, kind="words")),
+        (facts.score_name(*logs).capitalize(), curves),
+        ("Perplexity", perplexity and Block(PERPLEXITY, picture=partial(figures.draw_perplexity, logs))),
+        ("Loss", any(log.versions for log in logs) and Block(LOSSES, picture=partial(figures.draw_loss, logs))),
+        ("Waiting and staleness", timed and Block(PACES, picture=partial(figures_timeline.draw_pace_comparison, logs))),
+        ("Participation", timed and alike and tiers),
+        ("Rank and energy", collapse and Block(ENERGIES, picture=partial(figures.draw_energy_comparison, logs))),
     )
 
 
-def _kept(*found: tuple[str, object]) -> list[Section]:
-    rows = [(title, part if isinstance(part, tuple) else (part,)) for title, part in found]
-    kept = [(title, tuple(part for part in parts if isinstance(part, Part))) for title, parts in rows]
-    return [Section(title, parts) for title, parts in kept if parts]
+def _present(*rows: tuple[str, object]) -> list[Section]:
+    """Sections of those rows whose blocks, one or several, are there; in the place of an absent one there is something false."""
+    several = [(title, blocks if isinstance(blocks, tuple) else (blocks,)) for title, blocks in rows]
+    present = [(title, tuple(block for block in blocks if isinstance(block, Block))) for title, blocks in several]
+    return [Section(title, blocks) for title, blocks in present if blocks]
 
 
 def _groups(log: RunLog) -> tuple[object, ...]:
-    """What each edge did, and why."""
-    why = reasons(log)
-    again = client_tables.regroupings(log)
+    """What each edge did, how groups changed, and why tasks were as they were."""
+    reasons, regroupings = tables.reasons_table(log), tables.regrouping_table(log)
     return (
-        log.edges and Part(GROUPED, grid=groups(log)),
-        again.rows and Part(REGROUPED, grid=again, kind="words"),
-        why.rows and Part("", grid=why, kind="words"),
+        log.edges and Block(GROUPED, grid=tables.group_table(log)),
+        regroupings.rows and Block(REGROUPED, grid=regroupings, kind="words"),
+        reasons.rows and Block("", grid=reasons, kind="words"),
     )
 
 
-def _heterogeneity(log: RunLog) -> tuple[object, ...]:
-    """What each rank is given and pays, how it is served, and the same by tier as a table."""
-    used, by_tier = rank_facts.used(log), tiers(log)
-    before = "without any training" if facts.writes(log) else "by always answering its commonest label"
-    one = f"There is only one rank: every client trains at rank {used[0]}." if len(used) == 1 else ""
-    shares, paid = rank_facts.kept(log), rank_facts.paid(log)
-    served = " ".join(text for text in (rank_facts.served(log), rank_facts.missing(log)) if text)
-    given = " ".join(text for text in (one, rank_facts.received(log), paid, rank_facts.rounded(log)) if text)
+def _rank_heterogeneity(log: RunLog) -> tuple[object, ...]:
+    """What each rank receives and costs, how accurate its clients are, and the same by tier as a table."""
+    ranks, by_tier = rank_facts.ranks_used(log), tables.tier_table(log)
+    before = "without any training" if facts.generates_text(log) else "by always answering its commonest label"
+    single = f"There is only one rank: every client trains at rank {ranks[0]}." if len(ranks) == 1 else ""
+    shares, traffic = rank_facts.received_energy(log), rank_facts.traffic_sentence(log)
+    accuracy = _joined(rank_facts.accuracy_by_rank_sentence(log), rank_facts.unscored_sentence(log))
+    tasks = _joined(single, rank_facts.received_sentence(log), traffic, rank_facts.rounding_sentence(log))
+    caption = f"{RECEIVED if shares else ''}{TRAFFIC if traffic else ''}"
+    clients = partial(figures_clients.draw_client_accuracy, log)
     return (
-        (paid or shares)
-        and Part(f"{GIVEN if shares else ''}{PAID if paid else ''}", given, svg=figures_ranks.handed(log)),
-        log.clients and Part(SERVED.format(before), served, svg=figures_ranks.clients(log)),
-        not log.clients and served and Part("", served),
-        by_tier.rows and not facts.deployed(log) and Part(TIERS, grid=by_tier),
+        (traffic or shares) and Block(caption, tasks, picture=partial(figures_clients.draw_received, log)),
+        log.clients and Block(ACCURACY_BY_RANK.format(before), accuracy, picture=clients),
+        not log.clients and accuracy and Block("", accuracy),
+        by_tier.rows and not facts.is_deployed(log) and Block(TIERS, grid=by_tier),
     )
 
 
-def _acting(log: RunLog) -> str:
-    return ACTIVITY.format("") + LINKS if facts.deployed(log) else ACTIVITY.format(", slowest tier on top")
+def _joined(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))
+
+
+def _activity_caption(log: RunLog) -> str:
+    return ACTIVITY.format("") + LINKS if facts.is_deployed(log) else ACTIVITY.format(", slowest tier on top")
+
+
+def _waiting(log: RunLog) -> Block:
+    return Block(WAITING, timeline.waiting_sentence(log), picture=partial(figures_timeline.draw_waiting, log))
+
+
+def _traffic(log: RunLog) -> Block:
+    caption = SENDING if facts.is_deployed(log) else SPENDING
+    return Block(caption, picture=partial(figures_timeline.draw_traffic, log))
 
 
 def _staleness(log: RunLog) -> object:
-    """A picture where something was stale."""
-    counts = timeline.staleness(log)
-    svg = figures_timeline.staleness(log) if any(counts) and timeline.timed(log) else ""
-    return counts and Part(STALENESS if svg else "", timeline.stale(log), svg=svg)
+    """A sentence, and a picture where something was stale."""
+    counts, sentence = timeline.staleness_counts(log), timeline.staleness_sentence(log)
+    if any(counts) and timeline.records_slot_use(log):
+        return Block(STALENESS, sentence, picture=partial(figures_timeline.draw_staleness, log))
+    return counts and Block("", sentence)
 
 
 def _participation(log: RunLog) -> object:
-    rows, caption = timeline.parts(log), PARTICIPATION if len(facts.tiers(log)) > 1 else PARTICIPATION_ONE
-    return any(row.updates > 0 for row in rows) and Part(
-        caption, timeline.took_part(rows, log), svg=figures_timeline.participation(log)
+    """A picture and a sentence, where any update was merged."""
+    rows, caption = (
+        timeline.client_shares(log),
+        PARTICIPATION if len(facts.clients_by_tier(log)) > 1 else PARTICIPATION_ONE,
     )
+    if not any(row.updates > 0 for row in rows):
+        return None
+    sentence = timeline.participation_sentence(rows, log)
+    return Block(caption, sentence, picture=partial(figures_timeline.draw_participation, log))
 
 
-def _partition(log: RunLog) -> Part:
-    told = log.manifest["partition"]
-    mixes, sizes = (short(number(told.get(name))) for name in ("label_js", "size_cv"))
+def _partition(log: RunLog) -> Block:
+    statistics = log.manifest["partition"]
+    mixes, sizes = (short(to_float(statistics.get(name))) for name in ("label_js", "size_cv"))
     measured = f"Distance of the label mixes (Jensen-Shannon): {mixes}; variation of the sizes: {sizes}; 0 is alike."
-    mix = "kinds of task" if facts.writes(log) else "labels"
-    return Part(f"{PARTITION.format(mix)} {measured}", svg=figures_clients.partition(told))
+    mix = "kinds of task" if facts.generates_text(log) else "labels"
+    picture = partial(figures_clients.draw_partition, statistics)
+    return Block(f"{PARTITION.format(mix)} {measured}", picture=picture)
 
 
-def _load(log: RunLog) -> Part:
+def _code(log: RunLog) -> Block:
     model = log.manifest["model"]
     labels = model.get("labels", len(log.manifest["partition"].get("label_names", [])))
-    kind, more = ("CausalLM", "") if facts.writes(log) else ("SequenceClassification", f", num_labels={labels}")
+    kind, more = ("CausalLM", "") if facts.generates_text(log) else ("SequenceClassification", f", num_labels={labels}")
     code = f"""from peft import PeftModel
 from transformers import AutoModelFor{kind}
 
 base = AutoModelFor{kind}.from_pretrained({str(model.get("name", "MODEL"))!r}{more})
 model = PeftModel.from_pretrained(base, {str(log.folder / "adapter")!r})"""
-    head = "" if facts.writes(log) else " and the head"
-    return Part(f"Loads the adapter{head} of this run onto its base model.", code=code)
+    head = "" if facts.generates_text(log) else " and the head"
+    return Block(f"Loads the adapter{head} of this run onto its base model.", code=code)

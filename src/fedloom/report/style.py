@@ -1,4 +1,4 @@
-"""How every picture looks, and how one becomes an SVG text that is the same on every day."""
+"""Style of the pictures, and how a figure becomes an SVG text that is the same on every day."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _STYLE: dict[str, Any] = {
 
 
 def picture(height: float) -> Callable[[Callable[Concatenate[Figure, P], str]], Callable[P, str]]:
-    """Turns a function that draws on a figure and returns its alternative text into one that returns the SVG."""
+    """Turn a function that draws on a figure and returns its alternative text into one that returns the SVG."""
 
     def wrap(draw: Callable[Concatenate[Figure, P], str]) -> Callable[P, str]:
         @functools.wraps(draw)
@@ -84,14 +84,14 @@ def picture(height: float) -> Callable[[Callable[Concatenate[Figure, P], str]], 
 
 
 def _svg(figure: Figure, alt: str) -> str:
-    """The figure as an `<svg>` element: no prolog, no date, no element names that two pictures would share."""
+    """Return the figure as an `<svg>` element: no prolog, no date, no element names that two pictures would share."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r' d="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), text)
+    text = re.sub(r' d="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), text)
     view = re.search(r'viewBox="[^"]*"', text)
     assert view is not None
     opening = f'<svg {view[0]} role="img" aria-label="{escape(alt)}" xmlns:xlink="http://www.w3.org/1999/xlink">'
@@ -99,7 +99,7 @@ def _svg(figure: Figure, alt: str) -> str:
 
 
 def thinned(items: Sequence[T], most: int = 300) -> list[T]:
-    """At most `most` of the items, evenly over their order, the first and the last among them.
+    """Choose at most `most` of the items, evenly over their order, the first and the last among them.
 
     >>> thinned(range(10), 4)
     [0, 3, 6, 9]
@@ -108,30 +108,30 @@ def thinned(items: Sequence[T], most: int = 300) -> list[T]:
     return [items[k * (len(items) - 1) // steps] for k in range(min(most, len(items)))]
 
 
-def curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
-    """A line with a dot at each point while they can be told apart, and of as many points as can be seen."""
+def draw_curve(axes: Axes, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
+    """Draw a line with a dot at each point while the dots do not touch, and of as many points as can be seen."""
     points = thinned(list(zip(x, y, strict=True)))
     dots = {"marker": "o"} if len(points) <= 60 else {}
     axes.plot([at for at, _ in points], [value for _, value in points], **(dots | style))
 
 
-def look(index: int) -> dict[str, Any]:
-    """The line of the n-th series: colours first, then the same colours dashed."""
+def line_style(index: int) -> dict[str, Any]:
+    """Style of the line of the n-th series: colours first, then the same colours dashed."""
     return {"color": SERIES[index % len(SERIES)], "linestyle": DASHES[index // len(SERIES) % len(DASHES)]}
 
 
-def key(text: str) -> str:
-    """A legend entry; matplotlib would drop one that starts with an underscore."""
+def legend_text(text: str) -> str:
+    """Return a legend entry; matplotlib would drop one that starts with an underscore."""
     return text if not text.startswith("_") else "\u200b" + text
 
 
 def percent_axis(axes: Axes) -> None:
-    """Shares on the y axis, written as percent with no more digits than they need."""
+    """Write shares on the y axis as percent with no more digits than they need."""
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
 
 
-def boxes(axes: Axes, rectangles: Iterable[Box], **style: Any) -> PathPatch:
-    """Draws many rectangles (x, y, width, height) as one shape: the page stays small with thousands of them."""
+def draw_boxes(axes: Axes, rectangles: Iterable[Box], **style: Any) -> PathPatch:
+    """Draw many rectangles (x, y, width, height) as one shape: the page stays small with thousands of them."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 

@@ -1,4 +1,4 @@
-"""The tables of a report as plain rows of text, shown by the page and by the terminal alike."""
+"""Tables of a report as plain rows of text, shown by the page and by the terminal alike."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fedloom.report import facts, timeline
-from fedloom.report.facts import accuracy, label
-from fedloom.report.numbers import NONE, count, number, percent, plural, seconds, short, size
+from fedloom.report.facts import accuracy, label, nan_mean
+from fedloom.report.numbers import NONE, format_bytes, format_count, format_seconds, percent, plural, short, to_float
 from fedloom.report.run_log import Line, RunLog
-
-if TYPE_CHECKING:
-    import rich.table
-
 
 QUOTED = 800
 """Characters of a sample that are shown."""
@@ -23,47 +18,61 @@ QUOTED = 800
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A table: its heads and its rows, as texts."""
+    """A table as texts: the heads of its columns, and its rows."""
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
-def runs(logs: Sequence[RunLog]) -> Grid:
-    """One row a run: what it reached, what it cost, and what the accuracy that all of them reached cost each.
+def runs_table(logs: Sequence[RunLog]) -> Grid:
+    """Compare runs, one row each: what it reached, what it cost, and what the accuracy that all of them reached cost.
 
     A column that says the same of all, as it should (finished, one seed, nothing stale) or nothing at all, is left out.
     """
-    scored = [facts.best(log) for log in logs if log.scores]
+    scored = [facts.best_accuracy(log) for log in logs if log.scores]
     target = min(scored) if len(scored) > 1 else float("nan")
     shared = (f"Time to {percent(target)}", f"Sent up to {percent(target)}") if len(scored) > 1 else ()
     rows = [
         (name, *_figures(log), *(_price(log, target) if shared else ()))
-        for name, log in zip(facts.names(logs), logs, strict=True)
+        for name, log in zip(facts.run_names(logs), logs, strict=True)
     ]
-    head = ("Run", "Status", "Seed", f"{facts.noun(*logs).capitalize()}s", facts.measure(*logs).capitalize(), "Best")
-    head += ("Perplexity", "Worst client")  # type: ignore[assignment]
-    head += ("Time", "Uploads", "Waiting", "Staleness", "Up", "Not merged", *shared)  # type: ignore[assignment]
-    same = {"Status": "finished", "Seed": rows[0][2], "Staleness": "0"}
-    kept = [k for k, name in enumerate(head) if {row[k] for row in rows} - {same.get(name, NONE), NONE}]
-    return Grid(tuple(head[k] for k in kept), tuple(tuple(row[k] for k in kept) for row in rows))
+    head = (
+        "Run",
+        "Status",
+        "Seed",
+        f"{facts.version_noun(*logs).capitalize()}s",
+        facts.score_name(*logs).capitalize(),
+        "Best",
+    )
+    heads = (*head, "Perplexity", "Worst client")
+    heads += ("Time", "Uploads", "Waiting", "Staleness", "Up", "Not merged", *shared)
+    usual = {"Status": "finished", "Seed": rows[0][2], "Staleness": "0"}
+    return _columns(
+        Grid(heads, tuple(rows)),
+        [k for k, name in enumerate(heads) if {row[k] for row in rows} - {usual.get(name, NONE), NONE}],
+    )
+
+
+def _columns(grid: Grid, chosen: Sequence[int]) -> Grid:
+    """The grid with some of its columns."""
+    return Grid(tuple(grid.head[k] for k in chosen), tuple(tuple(row[k] for k in chosen) for row in grid.rows))
 
 
 def _figures(log: RunLog) -> tuple[str, ...]:
     return (
         str(log.manifest["status"]),
         str(log.manifest["seed"]),
-        str(facts.rounds(log)),
-        percent(accuracy(facts.final(log))),
-        percent(facts.best(log)),
-        short(facts.perplexity(facts.final(log))),
-        percent(accuracy(facts.worst(log))),
-        seconds(facts.elapsed(log)),
-        count(facts.last(log, "uploads")),
-        percent(timeline.waiting(log)),
+        str(facts.version_count(log)),
+        percent(accuracy(facts.final_score(log))),
+        percent(facts.best_accuracy(log)),
+        short(facts.perplexity(facts.final_score(log))),
+        percent(accuracy(facts.worst_client(log))),
+        format_seconds(facts.elapsed_seconds(log)),
+        format_count(facts.latest_value(log, "uploads")),
+        percent(timeline.waiting_share(log)),
         short(timeline.mean_staleness(log)),
-        size(facts.last(log, "bytes_up")),
-        str(sum(task.get("status") != "merged" for task in log.tasks)),
+        format_bytes(facts.latest_value(log, "bytes_up")),
+        str(len(log.tasks) - facts.merged_count(log.tasks)),
     )
 
 
@@ -71,49 +80,54 @@ def _price(log: RunLog, target: float) -> tuple[str, str]:
     score = facts.first_reaching(log, target)
     if score is None:
         return NONE, NONE
-    return seconds(number(score.get("time"))), size(facts.at_version(log, score.get("version"), "bytes_up"))
-
-
-def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
-    """What, how much, and what to hold it against."""
-    score, worst = facts.final(log), facts.worst(log)
-    merged = sum(task.get("status") == "merged" for task in log.tasks)
-    unmerged = Counter(str(task.get("status")) for task in log.tasks if task.get("status") != "merged")
-    spectra = facts.spectra(log)
-    bases = [f"{label(name)} {percent(number(value))}" for name, value in log.manifest["baselines"].items()]
-    chance = f"± {100 * facts.margin(score):.1f} points (95 %)" if score else "not measured"
-    who = facts.whose(log, worst) if worst else "not measured"
-    energy = spectra[-1]["energy"] if spectra else []
-    told = any(line.get("energy") is not None for line in log.versions)
-    none = "the server's product is zero" if told else "not measured" if log.versions else "no merge yet"
-    rank = (f"{facts.effective_rank(energy):.1f}", f"of {len(energy)} directions") if energy else (NONE, none)
-    losses = ", ".join(f"{count} {status}" for status, count in sorted(unmerged.items()))
-    return (
-        (f"Test {facts.measure(log)}", percent(accuracy(score)), chance),
-        ("Before training", percent(accuracy(facts.first(log))), "; ".join(bases)),
-        *(_written(log) if facts.writes(log) else ()),
-        ("Worst client", percent(accuracy(worst)), who),
-        (f"{facts.noun(log).capitalize()}s", f"{facts.rounds(log):,}", facts.took(log, facts.elapsed(log))),
-        ("Sent up", *_traffic(log, "bytes_up")),
-        ("Sent down", *_traffic(log, "bytes_down")),
-        ("Tasks merged", f"{merged:,} of {len(log.tasks):,}", losses or "none lost"),
-        ("Effective rank", *rank),
-        *(_pace(log) if timeline.timed(log) else ()),
+    return format_seconds(to_float(score.get("time"))), format_bytes(
+        facts.value_at_version(log, score.get("version"), "bytes_up")
     )
 
 
-def _written(log: RunLog) -> tuple[tuple[str, str, str], ...]:
-    """Of a model that writes."""
-    before, told = facts.perplexity(facts.first(log)), log.written or {}
-    rows = [("Test perplexity", short(facts.perplexity(facts.final(log))), f"{short(before)} before training")]
-    for name, key in (("Exact answers", "exact_match"), ("ROUGE-L", "rouge_l")) if told else ():
-        share, base = (percent(number(told.get(f"{when}{key}"))) for when in ("", "base_"))
-        rows.append((name, share, f"{base} before training; {plural(int(told.get('examples', 0)), 'answer')}"))
+def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
+    """Key figures of a run, each as its name, its value, and what to compare it with."""
+    score, worst = facts.final_score(log), facts.worst_client(log)
+    unmerged = Counter(str(task.get("status")) for task in log.tasks if task.get("status") != "merged")
+    spectra = facts.versions_with_energy(log)
+    bases = [f"{label(name)} {percent(to_float(value))}" for name, value in log.manifest["baselines"].items()]
+    chance = f"± {100 * facts.sampling_error(score):.1f} points (95 %)" if score else "not measured"
+    who = facts.worst_client_text(log, worst) if worst else "not measured"
+    energy = spectra[-1]["energy"] if spectra else []
+    recorded = any(line.get("energy") is not None for line in log.versions)
+    none = "the server's product is zero" if recorded else "not measured" if log.versions else "no merge yet"
+    rank = (f"{facts.effective_rank(energy):.1f}", f"of {len(energy)} directions") if energy else (NONE, none)
+    losses = ", ".join(f"{count} {status}" for status, count in sorted(unmerged.items()))
+    return (
+        (f"Test {facts.score_name(log)}", percent(accuracy(score)), chance),
+        ("Before training", percent(accuracy(facts.initial_score(log))), "; ".join(bases)),
+        *(_generation(log) if facts.generates_text(log) else ()),
+        ("Worst client", percent(accuracy(worst)), who),
+        (
+            f"{facts.version_noun(log).capitalize()}s",
+            f"{facts.version_count(log):,}",
+            facts.duration_text(log, facts.elapsed_seconds(log)),
+        ),
+        ("Sent up", *_traffic(log, "bytes_up")),
+        ("Sent down", *_traffic(log, "bytes_down")),
+        ("Tasks merged", f"{facts.merged_count(log.tasks):,} of {len(log.tasks):,}", losses or "none lost"),
+        ("Effective rank", *rank),
+        *(_pace(log) if timeline.records_slot_use(log) else ()),
+    )
+
+
+def _generation(log: RunLog) -> tuple[tuple[str, str, str], ...]:
+    """Key figures of a model that writes text."""
+    before, scores = facts.perplexity(facts.initial_score(log)), log.generation or {}
+    rows = [("Test perplexity", short(facts.perplexity(facts.final_score(log))), f"{short(before)} before training")]
+    for name, key in (("Exact answers", "exact_match"), ("ROUGE-L", "rouge_l")) if scores else ():
+        share, base = (percent(to_float(scores.get(f"{when}{key}"))) for when in ("", "base_"))
+        rows.append((name, share, f"{base} before training; {plural(int(scores.get('examples', 0)), 'answer')}"))
     return tuple(rows)
 
 
-def samples(log: RunLog) -> Grid:
-    """Requests, with the reference answer and what the model wrote before and after training."""
+def samples_table(log: RunLog) -> Grid:
+    """List requests with the reference answer and what the model wrote before and after training."""
     rows = (
         (
             _quoted("\n\n".join(filter(None, (line.get("request"), line.get("context"))))),
@@ -130,42 +144,44 @@ def _quoted(text: object) -> str:
 
 
 def _pace(log: RunLog) -> tuple[tuple[str, str, str], ...]:
-    uploads, lost = facts.last(log, "uploads"), facts.last(log, "waiting_seconds")
-    oldest = max(timeline.staleness(log), default=0)
-    rows = timeline.parts(log)
+    uploads, lost = facts.latest_value(log, "uploads"), facts.latest_value(log, "waiting_seconds")
+    oldest = max(timeline.staleness_counts(log), default=0)
+    rows = timeline.client_shares(log)
     most, absent = (len(rows) * rows[0].updates, sum(row.updates == 0 for row in rows)) if rows else (math.nan, 0)
-    hour = 3600 * uploads / facts.elapsed(log) if facts.elapsed(log) > 0 else math.nan
+    hour = 3600 * uploads / facts.elapsed_seconds(log) if facts.elapsed_seconds(log) > 0 else math.nan
     return (
-        ("Uploads", count(uploads), f"{short(hour)} in {'an' if facts.deployed(log) else 'a virtual'} hour"),
-        ("Waiting", percent(timeline.waiting(log)), f"of the places' time, {short(lost)} seconds"),
+        ("Uploads", format_count(uploads), f"{short(hour)} in {'an' if facts.is_deployed(log) else 'a virtual'} hour"),
+        ("Waiting", percent(timeline.waiting_share(log)), f"of the slots' time, {short(lost)} seconds"),
         ("Staleness", short(timeline.mean_staleness(log)), f"versions on average, at most {oldest:,}"),
         ("Busiest client", f"{short(most)} ×", f"an equal share of the updates; {absent:,} clients had none"),
     )
 
 
 def _traffic(log: RunLog, way: str) -> tuple[str, str]:
-    total, dense = facts.last(log, way), facts.last(log, f"{way}_dense")
-    fold = number(log.versions[-1].get(f"{way}_fold", 0)) if log.versions else 0.0
-    folds = f"folds {size(fold)}, " if fold > 0 else ""
+    total, dense = facts.latest_value(log, way), facts.latest_value(log, f"{way}_dense")
+    fold = to_float(log.versions[-1].get(f"{way}_fold", 0)) if log.versions else 0.0
+    folds = f"folds {format_bytes(fold)}, " if fold > 0 else ""
     split = (
-        f"adapters {size(total - dense - fold)}, {folds}heads {size(dense)}"
+        f"adapters {format_bytes(total - dense - fold)}, {folds}heads {format_bytes(dense)}"
         if log.versions
         else "before the first merge"
     )
-    return size(total), split
+    return format_bytes(total), split
 
 
-def settings(log: RunLog) -> Grid:
-    """Every setting of the run under its dotted key."""
-    return Grid(("Key", "Value"), tuple(_flat("", facts.chosen(log))))
+def settings_table(log: RunLog) -> Grid:
+    """List the settings of a run under their dotted keys."""
+    return Grid(("Key", "Value"), tuple(_flat("", facts.relevant_settings(log))))
 
 
-def differences(logs: Sequence[RunLog]) -> Grid:
-    """The settings in which the runs differ, and only those."""
+def differences_table(logs: Sequence[RunLog]) -> Grid:
+    """List the settings in which runs differ, and only those."""
     flat = [{"seed": str(log.manifest["seed"])} | dict(_flat("", log.manifest["run"])) for log in logs]
     keys = dict.fromkeys(key for run in flat for key in run)
     differing = [key for key in keys if len({run.get(key, NONE) for run in flat}) > 1]
-    return Grid(("Key", *facts.names(logs)), tuple((key, *(run.get(key, NONE) for run in flat)) for key in differing))
+    return Grid(
+        ("Key", *facts.run_names(logs)), tuple((key, *(run.get(key, NONE) for run in flat)) for key in differing)
+    )
 
 
 def _flat(prefix: str, value: object) -> Iterator[tuple[str, str]]:
@@ -190,43 +206,155 @@ def _python(value: object) -> str:
     return repr(value)
 
 
-def environment(log: RunLog) -> Grid:
-    """What the run ran on, and what it trained."""
+def environment_table(log: RunLog) -> Grid:
+    """List versions, hash, seed and machine of a run."""
     manifest = log.manifest
-    told: Line = {"fedloom": manifest["fedloom"], "run hash": manifest["run_hash"], "seed": manifest["seed"]}
-    rows = [*told.items(), *manifest["versions"].items(), *manifest["machine"].items()]
+    identity: Line = {"fedloom": manifest["fedloom"], "run hash": manifest["run_hash"], "seed": manifest["seed"]}
+    rows = [*identity.items(), *manifest["versions"].items(), *manifest["machine"].items()]
     return Grid(("What", "Which"), tuple((str(key), str(value)) for key, value in rows))
 
 
-def model(log: RunLog) -> Grid:
-    """The model and what of it is trained and sent."""
-    told = log.manifest["model"]
-    by_rank = told.get("lora_parameters_by_rank", {})
+def model_table(log: RunLog) -> Grid:
+    """List the model's size, and what of it is trained and sent."""
+    shape = log.manifest["model"]
+    by_rank = shape.get("lora_parameters_by_rank", {})
     rows = [
-        ("name", str(told.get("name", NONE))),
-        ("parameters", short(number(told.get("parameters")))),
-        ("adapted modules", ", ".join(map(str, told.get("adapted_modules", []))) or NONE),
-        *((f"adapter parameters at rank {rank}", short(number(n))) for rank, n in by_rank.items()),
-        ("head parameters (dense)", short(number(told.get("dense_parameters")))),
+        ("name", str(shape.get("name", NONE))),
+        ("parameters", short(to_float(shape.get("parameters")))),
+        ("adapted modules", ", ".join(map(str, shape.get("adapted_modules", []))) or NONE),
+        *((f"adapter parameters at rank {rank}", short(to_float(n))) for rank, n in by_rank.items()),
+        ("head parameters (dense)", short(to_float(shape.get("dense_parameters")))),
     ]
     return Grid(("What", "Which"), tuple(rows))
 
 
-def summary(logs: Sequence[RunLog]) -> rich.table.Table:
-    """The runs as a table for the terminal: the columns that fit into eighty characters."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = runs(logs)
+def summary_table(logs: Sequence[RunLog]) -> Grid:
+    """Compare runs in the columns that fit into eighty characters of a terminal."""
+    grid = runs_table(logs)
     wide = {"Seed", "Best", "Staleness", "Not merged"}
     wide |= {"Worst client"} if {"Status", "Versions"} & set(grid.head) else set()
     shown = [k for k, head in enumerate(grid.head) if head not in wide and " to " not in head]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for index in shown:
-        table.add_column(
-            Text(grid.head[index]), justify="left" if grid.head[index] in ("Run", "Status") else "right", no_wrap=True
-        )
-    for row in grid.rows:
-        table.add_row(*(Text(row[index]) for index in shown))
-    return table
+    return _columns(grid, shown)
+
+
+def tier_table(log: RunLog) -> Grid:
+    """Tabulate tiers: their clients, how well these are served and what they pay; folds only where there are any."""
+    head = ("Tier", "Clients", "Rank", f"Mean {facts.score_name(log)}", "Worst client")
+    folds = any(to_float(task.get("bytes_down_fold")) > 0 for task in log.tasks)
+    traffic = (
+        "Tasks",
+        "Merged",
+        "Seconds a task",
+        "Up",
+        "of it head",
+        "Down",
+        "of it head",
+        *(["of it fold"] if folds else []),
+    )
+    ways = ("bytes_up", "bytes_up_dense", "bytes_down", "bytes_down_dense", *(["bytes_down_fold"] if folds else []))
+    rows = (_tier(log, tier, set(members), ways) for tier, members in facts.clients_by_tier(log).items())
+    return Grid(head + traffic, tuple(rows))
+
+
+def _tier(log: RunLog, tier: str, members: set[str], ways: Sequence[str]) -> tuple[str, ...]:
+    tasks = [task for task in log.tasks if task.get("client") in members]
+    ends = [line for line in log.clients if line.get("client") in members]
+    worst = facts.lowest_accuracy(ends)
+    return (
+        label(tier),
+        str(len(members)),
+        ", ".join(map(str, facts.ranks_of((*tasks, *ends)))) or NONE,
+        percent(nan_mean(map(accuracy, ends))),
+        f"{percent(accuracy(worst))} ({label(worst['client'], 16)})" if worst else NONE,
+        f"{len(tasks):,}",
+        f"{facts.merged_count(tasks):,}",
+        short(facts.mean_task_seconds(tasks)),
+        *(format_bytes(facts.total_bytes(tasks, way)) for way in ways),
+    )
+
+
+def group_table(log: RunLog) -> Grid:
+    """Tabulate groups: their clients, the tasks of their edges, and their share of the weight of all reports."""
+    head = ("Group", "Clients", "Examples", "Tasks", "Merged", "Inner rounds", "Steps", "Rank", "Depth")
+    merged = [line for line in log.edges if line.get("status") == "merged"]
+    whole = sum(to_float(line.get("work")) for line in merged)
+    rows = []
+    for edge, members in log.manifest.get("groups", {}).items():
+        tasks, reports = ([line for line in lines if line.get("edge") == edge] for lines in (log.edges, merged))
+        means = [
+            nan_mean(to_float(line.get(key)) for line in reports) for key in ("examples", "rounds", "steps", "rank")
+        ]
+        inside, link = (nan_mean(_seconds(line, parts) for line in reports) for parts in (("train",), ("down", "up")))
+        weight = sum(to_float(line["work"]) for line in reports) / whole if whole else math.nan
+        depths = sorted({str(line.get("depth") or "all") for line in reports})
+        figures = (*map(short, means[1:]), ", ".join(depths) or NONE, short(inside), short(link), percent(weight))
+        clients = len(members) or max((int(to_float(line.get("members"))) for line in reports), default=0)
+        counts = (str(clients), format_count(means[0]), f"{len(tasks):,}", f"{len(reports):,}")
+        rows.append((label(edge), *counts, *figures))
+    return Grid((*head, "Seconds inside", "on the link", "Weight"), tuple(rows))
+
+
+def reasons_table(log: RunLog) -> Grid:
+    """Tabulate why each group got its last task as it was, where a rule gave a reason."""
+    why = {str(line["edge"]): str(line["why"]) for line in log.edges if line.get("why")}
+    return Grid(("Group", "Why its last task was as it was"), tuple((label(edge), why[edge]) for edge in sorted(why)))
+
+
+def _seconds(line: Line, parts: Sequence[str]) -> float:
+    return sum(to_float(line.get("seconds", {}).get(part)) for part in parts)
+
+
+NAMED = 6
+"""Moves that a row lists by name."""
+
+
+def regrouping_table(log: RunLog) -> Grid:
+    """Tabulate regroupings; of the moves of each those count that were done before the next one."""
+    rows = []
+    for k, line in enumerate(log.regroups):
+        wanted, done = line["moves"], _done(log, k)
+        moves = [tuple(label(name, 16) for name in _move(move)) for move in wanted[:NAMED]]
+        listed = [f"{client}: {edge} → {to}" for client, edge, to in moves]
+        more = f", {len(wanted) - NAMED} more" if len(wanted) > NAMED else ""
+        limit = percent(to_float(line["threshold"]))
+        why = f"times had drifted by {percent(to_float(line['drift']))}, more than {limit}"
+        who = ", ".join(listed) + more if wanted else "the present groups are still the best"
+        when = f"{format_seconds(to_float(line['time']))}, version {line['version']}"
+        rows.append((when, f"{done} of {len(wanted)}", why, who))
+    return Grid(("When", "Moved", "Why", "Who"), tuple(rows))
+
+
+def _done(log: RunLog, k: int) -> int:
+    """Moves between this regrouping and the next."""
+    since, wanted = to_float(log.regroups[k]["time"]), [_move(line) for line in log.regroups[k]["moves"]]
+    until = to_float(log.regroups[k + 1]["time"]) if k + 1 < len(log.regroups) else math.inf
+    return sum(since <= to_float(line["time"]) <= until and _move(line) in wanted for line in log.moves)
+
+
+def _move(line: Line) -> tuple[str, str, str]:
+    return line["client"], line["edge"], line["to"]
+
+
+def site_table(log: RunLog) -> Grid:
+    """Tabulate the sites of a deployment by name; a region's score is the mean of its sites'."""
+    head = ("Site", "Examples", "GFLOP/s", "Memory", "Rank", f"{facts.score_name(log).capitalize()}", "Tasks", "Merged")
+    profiles = log.manifest["clients"]
+    rows = tuple(_row(log, client, profiles[client]) for client in sorted(profiles))
+    return Grid((*head, "Seconds a task", "Up", "Down"), rows)
+
+
+def _row(log: RunLog, client: str, profile: Line) -> tuple[str, ...]:
+    tasks = [task for task in log.tasks if task.get("client") == client]
+    ends = [line for line in log.clients if line.get("edge", line.get("client")) == client]
+    return (
+        label(client),
+        format_count(to_float(profile.get("examples"))),
+        short(to_float(profile.get("flops")) / 1e9),
+        format_bytes(to_float(profile.get("memory"))),
+        ", ".join(map(str, facts.ranks_of((*tasks, *ends)))) or NONE,
+        percent(nan_mean(map(accuracy, ends))),
+        format_count(float(len(tasks))),
+        format_count(float(facts.merged_count(tasks))),
+        short(facts.mean_task_seconds(tasks)),
+        *(format_bytes(facts.total_bytes(tasks, way)) for way in ("bytes_up", "bytes_down")),
+    )

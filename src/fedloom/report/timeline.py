@@ -1,4 +1,7 @@
-"""How the federation's time was used and who took part, from the lines of the log; what an older log lacks is left out."""
+"""Facts about time: how slots were used, how stale updates were, who took part; what an older log lacks is left out.
+
+A slot is one of the tasks that a schedule lets be in flight at once. It waits while it is empty although a client is idle.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.report.facts import elapsed, label, last, mean, tiers
-from fedloom.report.numbers import number, percent, plural, short
+from fedloom.report.facts import clients_by_tier, elapsed_seconds, label, latest_value, nan_mean
+from fedloom.report.numbers import percent, plural, short, to_float
 from fedloom.report.run_log import Line, RunLog
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """Mean numbers of places in a stretch of virtual time: where a client worked, and empty although a client was idle.
+class Interval:
+    """Mean numbers of slots between two moments of a run.
 
-    `held` of those that waited were kept for the client who had answered, until the next version.
+    Fields:
+        begin, end: the moments (seconds).
+        working: slots with a task in flight.
+        waiting: slots that were empty although a client was idle.
+        held: those of the waiting ones that a client who had answered was held for, until the next version.
     """
 
     begin: float
@@ -27,8 +34,16 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A client's part in the run: its shares of the merged updates and of all examples, and of its time without a task."""
+class ClientShare:
+    """One client's shares in a run.
+
+    Fields:
+        client: its name.
+        tier: its tier.
+        updates: share of all merged updates.
+        examples: share of all examples.
+        idle: share of the run's time in which it had no task.
+    """
 
     client: str
     tier: str
@@ -37,84 +52,104 @@ class Part:
     idle: float
 
 
-def timed(log: RunLog) -> bool:
-    """Whether the log tells how places were used."""
+def records_slot_use(log: RunLog) -> bool:
+    """Whether the log records how slots were used."""
     return bool(log.versions) and "waiting_seconds" in log.versions[-1]
 
 
-def waiting(log: RunLog) -> float:
-    """The share of the time that places could have worked in which they waited."""
+def waiting_share(log: RunLog) -> float:
+    """Share of waiting in the time that slots could have worked."""
     lost, used = (
-        (last(log, f"{name}_seconds") for name in ("waiting", "working")) if timed(log) else (math.nan, math.nan)
+        (latest_value(log, f"{name}_seconds") for name in ("waiting", "working"))
+        if records_slot_use(log)
+        else (math.nan, math.nan)
     )
     return lost / (lost + used) if lost + used > 0 else math.nan
 
 
-def stretches(log: RunLog, most: int) -> list[Stretch]:
-    """The run cut at versions into at most `most` stretches: means over each are exact, since the log's integrals are."""
+def intervals(log: RunLog, most: int) -> list[Interval]:
+    """Cut the run at versions into about `most` intervals; the means over each are exact, since the log holds integrals over time."""
     ends = [line for k, line in enumerate(log.versions) if (k + 1) % -(-len(log.versions) // most) == 0]
-    found, before = [], dict.fromkeys(("time", "working_seconds", "waiting_seconds", "held_seconds"), 0.0)
+    cut, before = [], dict.fromkeys(("time", "working_seconds", "waiting_seconds", "held_seconds"), 0.0)
     for line in [*ends, *log.versions[-1:]]:
-        now = {key: number(line.get(key)) for key in before}
+        now = {key: to_float(line.get(key)) for key in before}
         span = now["time"] - before["time"]
         if span > 0:
             means = ((now[key] - before[key]) / span for key in list(before)[1:])
-            found.append(Stretch(before["time"], now["time"], *means))
+            cut.append(Interval(before["time"], now["time"], *means))
             before = now
-    return found
+    return cut
 
 
-def staleness(log: RunLog) -> Counter[int]:
-    """The merged updates by the versions made since the one that they were trained from."""
+def staleness_counts(log: RunLog) -> Counter[int]:
+    """Number of merged updates by staleness: versions made since the one that an update was trained from."""
     return Counter(int(task["staleness"]) for task in log.tasks if "staleness" in task)
 
 
 def mean_staleness(log: RunLog) -> float:
-    """Versions, over the merged updates."""
-    counts = staleness(log)
+    """Mean staleness of the merged updates, in versions."""
+    counts = staleness_counts(log)
     return sum(k * n for k, n in counts.items()) / counts.total() if counts else math.nan
 
 
-def parts(log: RunLog) -> list[Part]:
-    """Every client's part, largest share of the updates first."""
-    known, end = log.manifest["clients"], elapsed(log)
+def staleness_histogram(log: RunLog, most: int) -> tuple[list[int], list[float]]:
+    """Edges of at most `most` + 1 bins of equal width, and the share of the merged updates in each."""
+    counts = staleness_counts(log)
+    width = 1 + max(counts, default=0) // most
+    lows = range(0, max(counts, default=0) + 1, width)
+    shares = [sum(counts[k] for k in range(low, low + width)) / max(1, counts.total()) for low in lows]
+    return [*lows, lows[-1] + width], shares
+
+
+def client_shares(log: RunLog) -> list[ClientShare]:
+    """Shares of every client, largest share of the updates first."""
+    profiles, end = log.manifest["clients"], elapsed_seconds(log)
     merged = Counter(str(task["client"]) for task in log.tasks if task.get("status") == "merged")
-    busy: Counter[str] = Counter()
+    busy = dict.fromkeys((str(task["client"]) for task in log.tasks), 0.0)
     for task in log.tasks:
-        span = min(number(task.get("arrived")), end) - number(task.get("sent"))
-        busy[str(task["client"])] += span if span > 0 else 0.0  # type: ignore[assignment]
-    home = {client: tier for tier, members in tiers(log).items() for client in members}
-    every, held = sum(merged.values()), sum(number(known[client].get("examples", 0)) for client in home)
+        span = min(to_float(task.get("arrived")), end) - to_float(task.get("sent"))
+        busy[str(task["client"])] += span if span > 0 else 0.0
+    home = {client: tier for tier, members in clients_by_tier(log).items() for client in members}
+    every, held = sum(merged.values()), sum(to_float(profiles[client].get("examples", 0)) for client in home)
     rows = [
-        Part(
+        ClientShare(
             client,
             tier,
             merged[client] / every if every else math.nan,
-            number(known[client].get("examples", 0)) / held if held > 0 else math.nan,
-            1 - busy[client] / end if end > 0 else math.nan,
+            to_float(profiles[client].get("examples", 0)) / held if held > 0 else math.nan,
+            1 - busy.get(client, 0.0) / end if end > 0 else math.nan,
         )
         for client, tier in home.items()
     ]
     return sorted(rows, key=lambda row: (-row.updates, row.client))
 
 
-def waited(log: RunLog) -> str:
-    """Waiting in words."""
-    share, seconds, held = waiting(log), last(log, "waiting_seconds"), last(log, "held_seconds")
+def tier_shares(log: RunLog, what: str) -> dict[str, float]:
+    """Share of each tier in the "clients", "examples" or "updates" of the run, slowest tier first."""
+    rows = client_shares(log)
+    members = {tier: [row for row in rows if row.tier == tier] for tier in clients_by_tier(log)}
+    if what == "clients":
+        return {tier: len(part) / (len(rows) or 1) for tier, part in members.items()}
+    return {tier: sum(getattr(row, what) for row in part) for tier, part in members.items()}
+
+
+def waiting_sentence(log: RunLog) -> str:
+    """Sentence on waiting; empty where it was not recorded."""
+    share, seconds, held = waiting_share(log), latest_value(log, "waiting_seconds"), latest_value(log, "held_seconds")
     if math.isnan(share):
         return ""
     if not seconds > 0:
-        return "No place waited: whenever one was free, a client started."
+        return "No slot waited: whenever one was free, a client started."
     why = percent(held / seconds)
     return (
-        f"Places waited for {percent(share)} of the time that they could have worked, {short(seconds)} seconds in all; {why} of it"
+        f"Slots waited for {percent(share)} of the time that they could have worked, {short(seconds)} seconds in all; {why} of it"
         " for clients who had answered and were held for the next version."
     )
 
 
-def stale(log: RunLog) -> str:
-    """Staleness in words."""
-    counts = staleness(log)
+def staleness_sentence(log: RunLog) -> str:
+    """Sentence on staleness; empty where no update was merged."""
+    counts = staleness_counts(log)
     if not counts:
         return ""
     if max(counts) == 0:
@@ -123,21 +158,21 @@ def stale(log: RunLog) -> str:
     return f"An update was on average {middle} versions old when it was merged, the oldest {high}."
 
 
-def took_part(rows: Sequence[Part], log: RunLog) -> str:
-    """Participation in words: who never came, and how far tiers are from their part of the clients."""
+def participation_sentence(rows: Sequence[ClientShare], log: RunLog) -> str:
+    """Sentence on participation: how many clients never had an update merged, and how far tiers are from an equal share."""
     absent, equal = sum(row.updates == 0 for row in rows), 1 / len(rows)
     text = f"{plural(absent, 'client')} of {len(rows):,} never had an update merged. " if absent else ""
-    ratios = {tier: mean(row.updates for row in rows if row.tier == tier) / equal for tier in tiers(log)}
+    ratios = {tier: nan_mean(row.updates for row in rows if row.tier == tier) / equal for tier in clients_by_tier(log)}
     if len(rows) < 2:
         return "There is one client."
     if len(ratios) < 2:
         times = rows[0].updates / equal
         return f"{text}{label(rows[0].client)} has the most updates, {short(times)} times an equal share."
-    told = ", ".join(f"{label(tier, 18)} {short(ratio)}" for tier, ratio in ratios.items())
-    return f"{text}Updates of a client as a multiple of an equal share, by tier: {told}."
+    listed = ", ".join(f"{label(tier, 18)} {short(ratio)}" for tier, ratio in ratios.items())
+    return f"{text}Updates of a client as a multiple of an equal share, by tier: {listed}."
 
 
-def ends(log: RunLog) -> tuple[Line, ...]:
-    """Version lines, one a moment: the last of those that were made at one time."""
+def last_version_at_each_time(log: RunLog) -> tuple[Line, ...]:
+    """Version lines, one a moment: the last of the versions that were made at one time."""
     later = (*log.versions[1:], {"time": None})
     return tuple(line for line, after in zip(log.versions, later, strict=True) if line.get("time") != after.get("time"))

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedloom.core.files import at_once
-from fedloom.core.schema import Malformed, Reader, reachable
+from fedloom.core.files import atomic_write
+from fedloom.core.schema import Malformed, Reader, reachable_classes
 
 FORMAT = 1
 HEADER = "fedloom"
@@ -27,7 +27,7 @@ Given = Mapping[str, object]
 """Objects that writer and reader both have, by a name that is written instead."""
 
 
-def write(
+def write_checkpoint(
     path: Path, values: Mapping[str, object], about: Mapping[str, int | float] | None = None, **given: object
 ) -> int:
     """Replace the file at `path` by these values, at once or not at all; returns its bytes. Memory: a copy of the tensors.
@@ -38,13 +38,13 @@ def write(
     told = {name: packer.told(value) for name, value in values.items()}
     text = json.dumps({"about": about or {}, "objects": packer.objects, "values": told}, separators=(",", ":"))
     parts = {"numbers": packer.numbers(), "text": torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)}
-    with at_once(path) as draft:
+    with atomic_write(path) as draft:
         safetensors.torch.save_file(parts, draft, {HEADER: json.dumps([FORMAT, _digest(parts)])})
         return draft.stat().st_size
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredValues:
     """A file that is whole: what is told `about` it, and the rest not yet read."""
 
     about: Mapping[str, Any]
@@ -57,11 +57,11 @@ class Stored:
         if self.values.keys() != hints.keys():
             differ = ", ".join(sorted(self.values.keys() ^ hints.keys()))
             raise Malformed(f"it was written by another version of fedloom ({differ})")
-        unpacker = _Unpacker(self, reachable(*hints.values()), given)
+        unpacker = _Unpacker(self, reachable_classes(*hints.values()), given)
         return {name: unpacker.reader.read(hint, self.values[name]) for name, hint in hints.items()}
 
 
-def load(path: Path) -> Stored:
+def read_checkpoint(path: Path) -> StoredValues:
     """The file, checked against its digest. Raises Malformed if it is damaged or newer than this program."""
     try:
         with safe_open(path, "pt") as file:
@@ -76,7 +76,7 @@ def load(path: Path) -> Stored:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise Malformed(f"it is damaged ({type(error).__name__})") from error
-    return Stored(text["about"], text["objects"], text["values"], parts["numbers"])
+    return StoredValues(text["about"], text["objects"], text["values"], parts["numbers"])
 
 
 def _digest(parts: Mapping[str, Tensor]) -> str:
@@ -136,7 +136,7 @@ class _Packer:
 
 
 class _Unpacker:
-    def __init__(self, stored: Stored, known: Mapping[str, type], given: Given) -> None:
+    def __init__(self, stored: StoredValues, known: Mapping[str, type], given: Given) -> None:
         self.given, self.numbers = given, stored.numbers
         self.made, self.memories, self.end = list[object](), list[Tensor](), 0
         self.reader = Reader(known, self._referred)

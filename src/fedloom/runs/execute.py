@@ -1,4 +1,22 @@
-"""Carries out a job: the simulation, the logs, the checkpoints, the adapter and the report of its run folder."""
+"""Carries out a job: drives it to its end and fills its run folder.
+
+How a run is carried out:
+
+1. `record` takes the run folder: a new one, or the one of the run that goes on. A lock in it keeps other processes out; it ends with
+   this process, so a run that was killed leaves no lock behind.
+2. It writes `manifest.json` with the status "running" and opens the logs: `trace.jsonl` (every step) and `metrics.jsonl`.
+3. It hands a `RunRecorder` to the driver. The driver is a function that delivers events to the job's server and carries out its
+   commands until the server stops: `execute` simulates on a virtual clock, a deployment (`fedloom.deploy.start`) talks to sites.
+   The driver scores versions with `evaluate`, shows each step `(now, event, commands)` to `observe`, and calls `checkpoints`
+   between two steps. Before its first step it calls `track` with its own values: they are put back to where the last checkpoint
+   left them, and saved in the next one.
+4. However the driver ends, the adapter of the last version, the final manifest and the report are written. The manifest says
+   "finished", "interrupted" (Ctrl-C) or "failed". It says "finished" only when all else is there; until then the run can go on
+   with `prepare(run, resume=folder).execute()`, to the same bytes as an undisturbed run.
+
+What may fail: Refused for a folder that exists or is in use, and for a run in which so many tasks failed in a row that its limit
+was reached. Any other exception of a driver or an observer passes through, after the folder was closed.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +25,43 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from fedloom.core import files
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, Event
-from fedloom.core.lora import Adapter, level, whole
+from fedloom.core.lora import Adapter, compact_with_fold, pad_to_one_rank
 from fedloom.core.policies import Evaluator, Observer
-from fedloom.core.schema import plain
+from fedloom.core.schema import jsonable
 from fedloom.core.types import Model
-from fedloom.hierarchy.tree import Tree, owners, places
-from fedloom.report.page import write as write_report
-from fedloom.runs.build_groups import devices
+from fedloom.report.page import write_report
 from fedloom.runs.final_scores import client_scores, sample_lines
+from fedloom.runs.job import Job
 from fedloom.runs.metrics import Metrics
+from fedloom.runs.observation import RunObservation
 from fedloom.runs.replay import UPDATES, Archive
-from fedloom.runs.resume import LOGS, NAME, SECONDS, Keeper, Progress, claimed, given, log, restore
-from fedloom.runs.slot_usage import Places
+from fedloom.runs.resume import LOGS, CHECKPOINT, SECONDS, CheckpointWriter, Progress, locked, given, open_log, restore
+from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.trace import Trace
 from fedloom.simulate.client_presence import Presence
 from fedloom.simulate.simulation import Simulation
-from fedloom.train.export import save
+from fedloom.train.export import save_adapter
 from fedloom.train.settings import PLAIN
 from fedloom.train.trainer import PeftTrainer
-from fedloom.train.workers.pool import Workers
-
-if TYPE_CHECKING:
-    pass
-from fedloom.runs.job import Job, groups
+from fedloom.train.workers.pool import open_pool
+from fedloom.train.workers.worker import Workers
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came out: the run folder, the scores of all versions in order, the final adapter."""
+    """The result of a run.
+
+    Fields:
+        folder: the run folder.
+        scores: figures of all versions that were scored, in order.
+        adapter: the final one, with all that was folded into the model.
+    """
 
     folder: Path
     scores: tuple[Mapping[str, float], ...]
@@ -49,20 +69,29 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
-    """What a driver needs to carry out a job: how versions are scored, who is told each step, who writes checkpoints."""
+class RunRecorder:
+    """What a driver needs to carry out a job.
+
+    Fields:
+        job: the job.
+        checkpoints: writes a checkpoint if it is time; to be called between two steps.
+        metrics: the observer that writes `metrics.jsonl`; the driver adds lines to it at the end.
+        progress: scores so far.
+        evaluate: scores a version.
+        observe: shows a step to all observers.
+    """
 
     job: Job
-    keeper: Keeper
+    checkpoints: CheckpointWriter
     metrics: Metrics
     progress: Progress
     evaluate: Evaluator
     observe: Observer
 
-    def going_on(self, *driver: object) -> None:
-        """Checkpoints hold these values of the driver too; what the last one held is put back into all of them."""
-        self.keeper.owners = (*owners(self.job.server), *driver, self.metrics, self.progress)
-        restore(self.job.begun.values if self.job.begun else {}, self.keeper.owners)
+    def track(self, *driver: object) -> None:
+        """Save these values of the driver in checkpoints too, and restore them, the server and the metrics from the last one."""
+        self.checkpoints.owners = (*self.job.server.parts_to_save(), *driver, self.metrics, self.progress)
+        restore(self.job.resumed_from.values if self.job.resumed_from else {}, self.checkpoints.owners)
 
 
 def execute(
@@ -74,48 +103,50 @@ def execute(
     checkpoint_seconds: float = SECONDS,
     keep_updates: bool = False,
 ) -> Outcome:
-    """Simulate to the end and fill the run folder: a new one at `out`, or the one of the run that goes on.
-
-    `workers` is who trains, which the numbers do not depend on: 1 this process, 2 or more local processes over one copy of the
-    base, "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
-    Without `report` its pictures, a second or two, are left to `fedloom report`.
-
-    A checkpoint is written every `checkpoint_seconds` (0: after each event). With `keep_updates` the answers themselves are kept
-    beside the trace, so that `fedloom replay` can repeat the server's part.
+    """Simulate a job to its end and fill its run folder.
 
     Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed". Both, and
     one that was killed, can go on: `prepare(run, resume=folder).execute()`.
+
+    Args:
+        out: the run folder, which must not exist yet (None: `runs/NAME`, numbered; or the folder of the run that goes on).
+        observers: each is called with every step.
+        workers: who trains, which the numbers do not depend on: 1 this process, 2 or more local processes over one copy of the base,
+            "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
+        report: whether to write report.html, which takes a second or two; `fedloom report` can do it later.
+        checkpoint_seconds: time between two checkpoints (seconds; 0: after each event).
+        keep_updates: whether to keep the answers themselves beside the trace, so that `fedloom replay` can repeat the server's part.
     """
-    asked = Workers.of(workers)
-    drive = partial(_simulate, job, asked)
-    return record(job, drive, out, observers, {"workers": str(asked)}, report, checkpoint_seconds, keep_updates)
+    pool = Workers.parse(workers)
+    drive = partial(_simulate, job, pool)
+    return record(job, drive, out, observers, {"workers": str(pool)}, report, checkpoint_seconds, keep_updates)
 
 
 def record(
     job: Job,
-    drive: Callable[[Recording], str],
+    drive: Callable[[RunRecorder], str],
     out: Path | None = None,
     observers: Sequence[Observer] = (),
-    about: Mapping[str, object] | None = None,
+    extra_manifest: Mapping[str, object] | None = None,
     report: bool = True,
     checkpoint_seconds: float = SECONDS,
     keep_updates: bool = False,
 ) -> Outcome:
-    """Fill the run folder with what happens while `drive` carries the run out, which returns the reason of its end.
+    """Fill the run folder with what happens while `drive` carries the job out; `drive` returns the reason of the end.
 
-    `about` are more lines of the manifest, the rest is as for `execute`.
+    `extra_manifest` is added to the manifest; the other arguments are those of `execute`.
     """
     torch.set_num_threads(job.run.threads)
-    out = _place(job, out)
-    with claimed(out):
-        said = {**job.about(), **(about or {})}
-        files.write_json(out / "manifest.json", {**said, "status": "running", "status_reason": ""})
+    out = _run_folder(job, out)
+    with locked(out):
+        manifest = {**job.describe(), **(extra_manifest or {})}
+        files.write_json(out / "manifest.json", {**manifest, "status": "running", "status_reason": ""})
         status, reason, progress = "failed", "the process ended without a word", Progress()
-        keeper = Keeper(out, given=given(job.run), seconds=checkpoint_seconds)
+        checkpoints = CheckpointWriter(out, given=given(job.run), seconds=checkpoint_seconds)
         try:
             with ExitStack() as opened:
-                watching = [*observers, *_archive(job, out, keep_updates)]
-                reason = drive(_recording(job, opened, keeper, watching, progress))
+                all_observers = [*observers, *_archive(job, out, keep_updates)]
+                reason = drive(_recorder(job, opened, checkpoints, all_observers, progress))
             status = "finished"
         except KeyboardInterrupt:
             status, reason = "interrupted", "stopped by Ctrl-C"
@@ -124,85 +155,86 @@ def record(
             reason = f"{type(error).__name__}: {error}"
             raise
         finally:
-            clients = {client: plain(profile) for client, profile in job.profiles.items()}
-            now = {**groups(job.server), "clients": clients, "status": status, "status_reason": reason}
-            _close(job, out, {**said, **now}, report)
+            clients = {client: jsonable(profile) for client, profile in job.profiles.items()}
+            end = {**job.server.manifest_sections(), "clients": clients, "status": status, "status_reason": reason}
+            _close(job, out, {**manifest, **end}, report)
     model = job.server.state.model
-    return Outcome(out, tuple(progress.scores), whole(model.adapter, model.fold))
+    return Outcome(out, tuple(progress.scores), compact_with_fold(model.adapter, model.fold))
 
 
-def _place(job: Job, out: Path | None) -> Path:
-    """The folder to write: that of the run that goes on, or a new one."""
-    if job.begun is None:
-        return files.create(out or files.free(Path("runs"), job.run.name))
-    if out not in (None, job.begun.folder):
-        raise Refused("--out", str(out), f"a run goes on in its own folder, {job.begun.folder}")
-    return job.begun.folder
+def _run_folder(job: Job, out: Path | None) -> Path:
+    """Return the folder to write: that of the run that goes on, or a new one."""
+    if job.resumed_from is None:
+        return files.create_folder(out or files.numbered_path(Path("runs"), job.run.name))
+    if out not in (None, job.resumed_from.folder):
+        raise Refused("--out", str(out), f"a run goes on in its own folder, {job.resumed_from.folder}")
+    return job.resumed_from.folder
 
 
-def _archive(job: Job, out: Path, asked: bool) -> list[Observer]:
-    """Who keeps the answers, if that is asked for now or was when the run was begun."""
-    if not asked and not (out / UPDATES).is_dir():
+def _archive(job: Job, out: Path, wanted: bool) -> list[Observer]:
+    """Return an observer that keeps the answers, if that is wanted now or was when the run began."""
+    if not wanted and not (out / UPDATES).is_dir():
         return []
     return [Archive.of(out / UPDATES, job.server)]
 
 
-def _recording(
-    job: Job, opened: ExitStack, keeper: Keeper, observers: Sequence[Observer], progress: Progress
-) -> Recording:
-    """The logs of the run, opened until the end of the block, and who writes them."""
+def _recorder(
+    job: Job, opened: ExitStack, checkpoints: CheckpointWriter, observers: Sequence[Observer], progress: Progress
+) -> RunRecorder:
+    """Open the logs, until the end of the block, and return what writes them."""
 
     def evaluate(model: Model) -> Mapping[str, float]:
         progress.scores.append(job.evaluate(model))
         return progress.scores[-1]
 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
-        for observer in everyone:
+        for observer in all_observers:
             observer(now, event, commands)
 
-    sizes = job.begun.sizes if job.begun else dict.fromkeys(LOGS, 0)
-    keeper.logs = [opened.enter_context(log(keeper.folder / name, size)) for name, size in sizes.items()]
-    edges = tuple(job.server.branches.edges) if isinstance(job.server, Tree) else ()
-    metrics = Metrics(keeper.logs[1], Places(places(job.server)), edges)
-    everyone: list[Observer] = [Trace(keeper.logs[0]), metrics, *observers]
-    return Recording(job, keeper, metrics, progress, evaluate, observe)
+    # A run that goes on cuts its logs to what they held at the checkpoint; what was written after it is written again.
+    sizes = job.resumed_from.sizes if job.resumed_from else dict.fromkeys(LOGS, 0)
+    checkpoints.logs = [opened.enter_context(open_log(checkpoints.folder / name, size)) for name, size in sizes.items()]
+    trace, lines = checkpoints.logs
+    metrics = Metrics(lines, SlotUsage(job.server.max_in_flight), RunObservation(job.server.edges))
+    # The trace comes first: it has the step even if another observer fails on it.
+    all_observers: list[Observer] = [Trace(trace), metrics, *observers]
+    return RunRecorder(job, checkpoints, metrics, progress, evaluate, observe)
 
 
-def _simulate(job: Job, workers: Workers, recording: Recording) -> str:
+def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
+    """Drive the job on the virtual clock, then score the final model for each client; returns the reason of the end."""
     shards = {shard.client: shard.train for shard in job.shards}
     inner = PeftTrainer(job.base, job.train_texts, shards, job.run.training, job.run.engine or PLAIN)
-    with workers.carrying_out(inner) as trainer:
+    with open_pool(inner, workers) as trainer:
         presence = Presence(job.stays, job.run.faults, job.run.seed)
         simulation = Simulation(
             job.server,
             trainer,
-            devices(job.run),
+            job.devices,
             job.profiles,
-            recording.evaluate,
-            recording.observe,
+            recorder.evaluate,
+            recorder.observe,
             seed=job.run.seed,
             presence=presence,
-            settled=recording.keeper,
+            after_step=recorder.checkpoints,
         )
-        recording.keeper.drain = simulation.drain
-        recording.going_on(simulation, presence)
+        recorder.checkpoints.drain = simulation.drain
+        recorder.track(simulation, presence)
         reason = simulation.run()
         job.check_failures(reason)
-        for line in (*client_scores(job, simulation.locals), *sample_lines(job)):
-            recording.metrics.write(line)
+        for line in (*client_scores(job, simulation.client_states), *sample_lines(job)):
+            recorder.metrics.write(line)
     return reason
 
 
-def _close(job: Job, out: Path, about: Mapping[str, object], report: bool) -> None:
-    """The adapter of the last version, the final manifest, the report: also for a run that was cut short.
-
-    The manifest says "finished" when all else is there, and until then the run can go on.
-    """
+def _close(job: Job, out: Path, manifest: Mapping[str, object], report: bool) -> None:
+    """Write the adapter of the last version, the final manifest and the report, also for a run that was cut short."""
     if job.server.state.version > 0:
         model = job.server.state.model
-        save(job.base, level(whole(model.adapter, model.fold)), job.split.train.names, out / "adapter")
-    files.write_json(out / "manifest.json", about)
-    if about["status"] == "finished":
-        (out / NAME).unlink(missing_ok=True)
+        adapter = pad_to_one_rank(compact_with_fold(model.adapter, model.fold))
+        save_adapter(job.base, adapter, job.split.train.names, out / "adapter")
+    files.write_json(out / "manifest.json", manifest)
+    if manifest["status"] == "finished":
+        (out / CHECKPOINT).unlink(missing_ok=True)
     if report:
         write_report([out], out / "report.html")

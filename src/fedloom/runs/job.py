@@ -1,59 +1,67 @@
-"""The parts of a run as data: what `prepare` builds and `execute` carries out, and how its manifest describes it."""
+"""A job: the parts of one run as data. `prepare` builds it, `execute` carries it out, and a manifest describes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from fedloom.core.errors import Refused
-from fedloom.core.schema import plain
-from fedloom.core.server import Server
+from fedloom.core.schema import jsonable
+from fedloom.core.server import Coordinator
 from fedloom.core.types import Budget, ClientId, Model, Profile
 from fedloom.data.examples import Split
-from fedloom.data.partition import Shard, statistics
-from fedloom.hierarchy.tree import Tree
+from fedloom.data.partition import Shard, partition_statistics
 from fedloom.runs import manifest
-from fedloom.runs.resume import Begun
+from fedloom.runs.resume import UnfinishedRun
 from fedloom.runs.run import Run
 from fedloom.simulate.availability import Stays
+from fedloom.simulate.devices import Devices
 from fedloom.train import chat_template
 from fedloom.train.base_model import Base
 from fedloom.train.engine.frozen_layers import Cache
 from fedloom.train.evaluate import score
-from fedloom.train.tokenised import Encoded
-
-if TYPE_CHECKING:
-    pass
+from fedloom.train.tokenised import EncodedTexts
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The parts of a run: data divided, model loaded, server at version 0. Nothing has been written yet."""
+    """The parts of a run: data divided, model loaded, server at version 0. Nothing has been written yet.
+
+    Fields:
+        run: the settings that the rest follows from.
+        split: all training and test examples.
+        shards: which training examples each client has (empty: the data lie at sites that are not known yet).
+        profiles: device and data size of each client.
+        devices: how long a simulated task takes each client.
+        base: the frozen model.
+        train_texts, test_texts: the examples of `split` in tokens.
+        tested: positions of the test examples that score a version.
+        server: the server, with edges if the run has a hierarchy; the only part that changes while the run is carried out.
+        cache: outputs of frozen layers on test examples, computed once.
+        stays: when each client can be reached (None: always).
+        resumed_from: the unfinished run that goes on (None: it is a new one).
+    """
 
     run: Run
     split: Split
     shards: tuple[Shard, ...]
     profiles: Mapping[ClientId, Profile]
+    devices: Devices
     base: Base
-    train_texts: Encoded
-    test_texts: Encoded
+    train_texts: EncodedTexts
+    test_texts: EncodedTexts
     tested: tuple[int, ...]
-    server: Server | Tree
-    kept: Cache = field(default_factory=Cache)
+    server: Coordinator
+    cache: Cache = field(default_factory=Cache)
     stays: Stays | None = None
-    begun: Begun | None = None
+    resumed_from: UnfinishedRun | None = None
 
     def evaluate(self, model: Model) -> dict[str, float]:
-        """Figures on the test examples."""
+        """Score a model on the test examples."""
         room = self.run.engine.cache if self.run.engine else 0
-        scores = score(self.base, model.adapter, self.test_texts, self.tested, model.fold, self.kept, room)
-        return {**scores.figures(), "examples": len(self.tested)}
-
-    def about(self) -> dict[str, object]:
-        """The manifest, without the status."""
-        return told(self)
+        scores = score(self.base, model.adapter, self.test_texts, self.tested, model.fold, self.cache, room)
+        return {**scores.metrics(), "examples": len(self.tested)}
 
     def check_failures(self, reason: str) -> None:
         """Raise Refused if the run ended because so many tasks failed."""
@@ -61,47 +69,39 @@ class Job:
             remedy = f"the run was given up: {reason}. Mend that, or allow for more"
             raise Refused("limits.failures", self.run.limits.failures, remedy)
 
+    def describe(self) -> dict[str, object]:
+        """Return the manifest, without the status."""
+        settings, shape = jsonable(self.run), self.server.shape
+        sites_elsewhere = {"clients": {}, "label_names": list(self.split.train.names)}
+        ranks = range(1, self.run.plan.rank.largest + 1)
+        notes = self._notes()
+        return {
+            "fedloom": version("fedloom"),
+            "name": self.run.name,
+            "seed": self.run.seed,
+            "run_hash": manifest.settings_hash(settings),
+            "run": settings,
+            "versions": manifest.library_versions(),
+            "machine": manifest.machine_kind(),
+            "computed": self.base.computation,
+            "model": {
+                "name": self.run.model,
+                "labels": self.base.labels,
+                "parameters": shape.parameters + shape.embeddings,
+                "adapted_modules": list(self.server.state.model.adapter.factors),
+                "lora_parameters_by_rank": {str(rank): shape.adapter_parameters(rank) for rank in ranks},
+                "dense_parameters": shape.dense,
+            },
+            "partition": partition_statistics(self.split.train, self.shards) if self.shards else sites_elsewhere,
+            "clients": {client: jsonable(profile) for client, profile in self.profiles.items()},
+            **self.server.manifest_sections(),
+            "baselines": {} if self.base.labels is None else {"majority": manifest.majority_share(self.split.test.labels)},
+            "notes": self.resumed_from.notes(notes, version("fedloom")) if self.resumed_from else notes,
+        }
 
-def groups(server: Server | Tree) -> dict[str, object]:
-    """Who is in which group at the beginning, as far as it is known (the regions of a deployment say it when they join), and by what
-    clients are compared where groups are made again.
-    """
-    if isinstance(server, Tree):
-        again = server.regrouping
-        return {"groups": server.groups.names, **({"compared": plain(again.compared)} if again else {})}
-    known = server.state.groups
-    return {"groups": {edge: [one.client for one in known[edge].members] for edge in sorted(known)}} if known else {}
-
-
-def told(job: Job) -> dict[str, object]:
-    """The manifest, without the status."""
-    settings, shape = plain(job.run), job.server.shape
-    rules = job.run.aggregator.start(job.server.state.model, Budget(1, 1), 0).rules
-    fitted = {"training": job.train_texts.fitted, "test": job.test_texts.fitted}
-    notes = [*job.split.notes, *chat_template.notes(job.base.tokenizer, job.run.training.max_length, fitted)]
-    notes += manifest.notes(rules, head=shape.dense > 0)
-    elsewhere = {"clients": {}, "label_names": list(job.split.train.names)}
-    ranks = range(1, job.run.plan.rank.largest + 1)
-    return {
-        "fedloom": version("fedloom"),
-        "name": job.run.name,
-        "seed": job.run.seed,
-        "run_hash": manifest.digest(settings),
-        "run": settings,
-        "versions": manifest.versions(),
-        "machine": manifest.machine(),
-        "computed": job.base.computed,
-        "model": {
-            "name": job.run.model,
-            "labels": job.base.labels,
-            "parameters": shape.parameters + shape.embeddings,
-            "adapted_modules": list(job.server.state.model.adapter.factors),
-            "lora_parameters_by_rank": {str(rank): shape.adapter_parameters(rank) for rank in ranks},
-            "dense_parameters": shape.dense,
-        },
-        "partition": statistics(job.split.train, job.shards) if job.shards else elsewhere,
-        "clients": {client: plain(profile) for client, profile in job.profiles.items()},
-        **groups(job.server),
-        "baselines": {} if job.base.labels is None else {"majority": manifest.majority(job.split.test.labels)},
-        "notes": job.begun.notes(notes, version("fedloom")) if job.begun else notes,
-    }
+    def _notes(self) -> list[str]:
+        """What a reader of the figures has to know: of the data, of the texts that were cut, of the method."""
+        rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
+        counts = {"training": self.train_texts.fit_counts, "test": self.test_texts.fit_counts}
+        cut = chat_template.fit_notes(self.base.tokenizer, self.run.training.max_length, counts)
+        return [*self.split.notes, *cut, *manifest.method_notes(rules, head=self.server.shape.dense > 0)]

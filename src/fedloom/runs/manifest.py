@@ -18,32 +18,32 @@ from fedloom.core.types import Rules
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
-def digest(settings: object) -> str:
+def settings_hash(settings: object) -> str:
     """Twelve hex digits that name these settings: two runs with the same hash had the same, wherever their files lay.
 
     What is off (None, False, 0, empty) does not count, so that a new option does not rename all earlier runs.
     """
-    text = json.dumps(portable(settings), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(portable_settings(settings), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def portable(value: object) -> object:
+def portable_settings(value: object) -> object:
     """Settings without what is off, and with `shortened` paths."""
     match value:
         case dict():
-            return {key: portable(item) for key, item in value.items() if item}
+            return {key: portable_settings(item) for key, item in value.items() if item}
         case list():
-            return [portable(item) for item in value]
-    return shortened(value)
+            return [portable_settings(item) for item in value]
+    return short_paths(value)
 
 
-def shortened(value: object) -> object:
+def short_paths(value: object) -> object:
     """Absolute paths by their last two parts: what a table is, not where a machine keeps it."""
     match value:
         case dict():
-            return {key: shortened(item) for key, item in value.items()}
+            return {key: short_paths(item) for key, item in value.items()}
         case list():
-            return [shortened(item) for item in value]
+            return [short_paths(item) for item in value]
         case str() if Path(value).is_absolute():
             return "/".join(Path(value).parts[-2:])
     return value
@@ -54,14 +54,14 @@ def as_json(value: object) -> Any:
     return json.loads(json.dumps(value))
 
 
-def differences(there: object, here: object, path: str = "", *, off: bool = False) -> Iterator[str]:
+def json_differences(there: object, here: object, path: str = "", *, off: bool = False) -> Iterator[str]:
     """Where two values of JSON differ, as "field: 5 there, 6 here"; with `off` two ways of saying "nothing" are the same."""
     if isinstance(there, dict) and isinstance(here, dict):
         for name in [*there, *(name for name in here if name not in there)]:
-            yield from differences(there.get(name), here.get(name), f"{path}.{name}".lstrip("."), off=off)
+            yield from json_differences(there.get(name), here.get(name), f"{path}.{name}".lstrip("."), off=off)
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for number, (one, other) in enumerate(zip(there, here, strict=True)):
-            yield from differences(one, other, f"{path}[{number}]", off=off)
+            yield from json_differences(one, other, f"{path}[{number}]", off=off)
     elif off and not there and not here:
         return
     elif there != here or type(there) is not type(here):
@@ -73,12 +73,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def majority(labels: Sequence[int]) -> float:
+def majority_share(labels: Sequence[int]) -> float:
     """The share of the commonest label: what always giving that one would reach."""
     return max(labels.count(label) for label in set(labels)) / len(labels)
 
 
-def notes(rules: Rules, head: bool) -> list[str]:
+def method_notes(rules: Rules, head: bool) -> list[str]:
     """What a reader of the figures has to know about a method with these rules; `head`: whether the model has one of its own."""
     found = []
     if rules.private:
@@ -91,12 +91,12 @@ def notes(rules: Rules, head: bool) -> list[str]:
     return found
 
 
-def versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
     """Versions of what decides on the numbers."""
     return {name: metadata.version(name) for name in LIBRARIES if _installed(name)}
 
 
-def machine() -> dict[str, object]:
+def machine_kind() -> dict[str, object]:
     """The kind of machine, not which one: processor, the widest instructions that torch uses there, cores, Python."""
     return {
         "cpu": _processor(),

@@ -1,49 +1,32 @@
-"""What happened in a run, a line a task, a version and a score: `metrics.jsonl`."""
+"""What happened in a run as lines of `metrics.jsonl`: one for each task, version and score; docs/run-folder.md has their fields."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TextIO
 
-from fedloom.aggregate.averaged import last
+from fedloom.aggregate.averaged import last_version
 from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core import message_size
-from fedloom.core.events import (
-    Cancel,
-    ClientLost,
-    Command,
-    Discard,
-    Dispatch,
-    Evaluate,
-    Event,
-    Moved,
-    Publish,
-    Regroup,
-    Reject,
-    Scored,
-    Stop,
-    TaskFailed,
-    UpdateArrived,
-    Within,
-)
-from fedloom.core.lora import Factor, cut, stack
-from fedloom.core.types import ClientId, Model, Start, Task, Update
-from fedloom.hierarchy.tree_state import BLOCK
-from fedloom.runs.edge_metrics import EdgeTasks, answered, regrouped
-from fedloom.runs.slot_usage import Places
+from fedloom.core.events import Command, Evaluate, Event, Move, Moved, Regroup, ScoresReady
+from fedloom.core.lora import Factor, cut_factor, stack
+from fedloom.core.types import Model, Task, TaskStart, Update
+from fedloom.hierarchy.edge import trained_part
+from fedloom.runs.observation import Fact, RunObservation, TaskAnswered, TaskEnded, TaskSent, VersionMade
+from fedloom.runs.slot_usage import SlotUsage
 
 
-def energy(model: Model) -> float:
+def model_energy(model: Model) -> float:
     """Squared Frobenius norm of adapter and fold together, over all layers, in float64."""
     fold = model.fold.factors if model.fold else {}
-    both = (stack([(1.0, own), *_apart(fold.get(name), None)]) for name, own in model.adapter.factors.items())
+    both = (stack([(1.0, factor), *_apart(fold.get(name), None)]) for name, factor in model.adapter.factors.items())
     return sum(map(_squares, both))
 
 
-def kept(model: Model, start: Start, whole: float) -> float | None:
+def energy_share(model: Model, start: TaskStart, whole: float) -> float | None:
     """1 - |model - start|^2 / |model|^2: the share of the model's energy that a client receives, folds included.
 
     For the leading directions of a sorted model it is their share, 1 where nothing is missing, and below 0 where the start is
@@ -65,7 +48,7 @@ def _apart(mine: Factor | None, sent: Factor | None) -> list[tuple[float, Factor
         return [(sign, fold) for sign, fold in ((1.0, mine), (-1.0, sent)) if fold is not None]
     if mine is sent:
         return []
-    same = cut(sent, mine.rank)
+    same = cut_factor(sent, mine.rank)
     if same.rank == mine.rank and same.down.equal(mine.down) and same.up.equal(mine.up):
         return [(-1.0, Factor(sent.down[mine.rank :], sent.up[:, mine.rank :]))]
     return [(1.0, mine), (-1.0, sent)]
@@ -80,7 +63,7 @@ def _squares(factor: Factor) -> float:
 
 
 @dataclass(slots=True)
-class Traffic:
+class ByteCounts:
     """Bytes so far, in the run's codec: whole messages, and the shares of the dense part (the head) and of folds."""
 
     up: int = 0
@@ -91,205 +74,162 @@ class Traffic:
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """What a dispatch was: its bytes, those of its fold, the share of the model's energy in it."""
+class DispatchRecord:
+    """What was sent with a task: its bytes, those of its fold, the share of the model's energy in it (None: not computed)."""
 
     size: message_size.Bytes
     fold: int
-    kept: float | None
+    energy_share: float | None
 
 
 @dataclass(slots=True)
 class Metrics:
-    """An observer that writes `metrics.jsonl`: a line a task, a version, a score; see docs/run-folder.md for the fields.
+    """An observer that writes `metrics.jsonl`.
 
-    `places` are the schedule's, `Places(schedule.max_in_flight)`. Energies are told where they cost little beside the work between
-    two of them: for a version that ends a round (nobody is at work when it is made), and for one that is scored. An asynchronous
-    run makes a version with every answer, and would spend more on them than on merging.
+    Energies are computed where they cost little beside the work between two of them: for a version that ends a round (nobody is at
+    work when it is made), and for one that is evaluated. An asynchronous run makes a version with every answer, and would spend
+    more on them than on merging. With edges in this process, what a member receives is not compared with the run's model, which
+    it was not cut from.
 
-    `edges_by_number` names the edges (empty: there are none), which the numbers of tasks tell. Members' staleness is then counted in
-    the versions of their edge, and what a member receives is not compared with the run's model, which it was not cut from.
+    Fields:
+        file: the open log.
+        slots: how the schedule's slots are used, `SlotUsage(schedule.max_in_flight)`.
+        observation: what was seen of the run; with edges in this process `RunObservation(names)`, in the order of their numbers.
+        traffic: bytes so far.
+        sent: what went out with each task that has not ended, by its number.
+        uploaded: bytes of the answer to each of them that has one.
+        model: the model that tasks start from now (None: its energy is not computed).
+        energy: that of `model`.
     """
 
     file: TextIO
-    places: Places
-    edges_by_number: Sequence[ClientId] = ()
-    edges: EdgeTasks = field(default_factory=EdgeTasks)
-    traffic: Traffic = field(default_factory=Traffic)
-    tasks: dict[int, Task] = field(default_factory=dict)
-    arrived: dict[int, float] = field(default_factory=dict)
+    slots: SlotUsage
+    observation: RunObservation = field(default_factory=RunObservation)
+    traffic: ByteCounts = field(default_factory=ByteCounts)
+    sent: dict[int, DispatchRecord] = field(default_factory=dict)
     uploaded: dict[int, message_size.Bytes] = field(default_factory=dict)
-    sent: dict[int, Sent] = field(default_factory=dict)
     model: Model | None = None
     energy: float = 0.0
-    version: int = 0
-    uploads: int = 0
-    cancelled: int = 0
-    rejected: int = 0
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """Turn one step into lines."""
-        rejected = {command.task for command in commands if isinstance(command, Reject)}
-        match event:
-            case UpdateArrived(_, number, _) if number in self.tasks:
-                if number not in rejected:
-                    self.arrived[number] = now
-                    self.uploads += 1
-                task = self.tasks[number]
-                size = message_size.up(answered(task, event), event.result)
-                self.uploaded[number] = size
-                self.traffic.up += size.total
-                self.traffic.dense_up += size.dense
-            case TaskFailed(_, number, reason) if number not in rejected:
-                self._dropped(now, number, "failed", reason)
-            case ClientLost(client):
-                for number in [n for n, task in self.tasks.items() if task.client == client and n not in self.arrived]:
-                    self._dropped(now, number, "lost", "the client is gone")
-            case Scored(version, figures):
-                self.write({"kind": "score", "version": version, "time": now, **figures})
-        self._write_all(self.edges.heard(now, event, bool(rejected)))
-        self.places.take(now, event, refused=bool(rejected))
-        scored = {command.version for command in commands if isinstance(command, Evaluate)}
-        merged = max((k for k, command in enumerate(commands) if isinstance(command, Publish)), default=0)
-        for k, command in enumerate(commands):
-            self.places.follow(command)
-            self._write_all(self.edges.told(now, command))
-            if isinstance(command, Cancel):
-                self.cancelled += 1
-                self._dropped(now, command.task, "cancelled", self._why(command.task, ended=k >= merged))
-            else:
-                self._command(now, command, scored)
+        self.slots.advance(now)
+        for fact in self.observation.read(now, event, commands):
+            self.slots.follow(fact)
+            self._take(now, fact)
 
     def write(self, values: Mapping[str, object]) -> None:
         """Append a line and flush it."""
         self.file.write(json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n")
         self.file.flush()
 
-    def _command(self, now: float, command: Command, scored: Collection[int]) -> None:
-        match command:
-            case Dispatch(task):
-                self.tasks[task.id], self.sent[task.id] = task, self._sent(task)
-                self.traffic.down += self.sent[task.id].size.total
-                self.traffic.dense_down += self.sent[task.id].size.dense
-                self.traffic.fold_down += self.sent[task.id].fold
-            case Reject():
-                self.rejected += 1
+    def _take(self, now: float, fact: Fact) -> None:
+        match fact:
+            case TaskSent(task):
+                record = self.sent[task.id] = self._record(task)
+                self.traffic.down += record.size.total
+                self.traffic.dense_down += record.size.dense
+                self.traffic.fold_down += record.fold
+            case TaskAnswered(_, number, result, task) if task is not None:  # also of an answer that is refused
+                size = self.uploaded[number] = message_size.up(task, result)
+                self.traffic.up += size.total
+                self.traffic.dense_up += size.dense
+            case TaskEnded():
+                self.write(self._edge_line(now, fact) if fact.by_edge else self._task_line(now, fact))
+            case VersionMade():
+                self._set_model(fact.model if fact.evaluated or not self.observation.sent else None)
+                self.write(self._version_line(now, fact))
             case Evaluate(_, model):
-                self._hold(model)
-            case Publish(version, model, updates):
-                self._hold(model if version in scored or not self.places.working else None)
-                self._merged(now, updates, self.version)
-                self._version(now, command)
-                self.version = version
-            case Within(_, _, Publish(version, _, updates)):
-                self._merged(now, updates, version - 1)
-            case Within(_, _, Discard(number, _, reason)):
-                self._ended(number, "unused", reason)
-            case Within():
-                self._write_all(self.edges.follow(now, command))
-            case Regroup() | Moved():
-                self.write(regrouped(now, command))
-            case Stop():
-                for number in [number for number in self.arrived if number in self.tasks]:
-                    self._ended(number, "unused", "the run ended before it was merged")
-                self._write_all(self.edges.left(now))
+                self._set_model(model)
+            case ScoresReady(version, figures):
+                self.write({"kind": "score", "version": version, "time": now, **figures})
+            case Regroup():
+                line = {"kind": "regroup", "version": fact.version, "time": now, "drift": fact.drift}
+                self.write({**line, "threshold": fact.threshold, "moves": [_move(move) for move in fact.moves]})
+            case Moved(move):
+                self.write({"kind": "move", "time": now, **_move(move)})
 
-    def _write_all(self, lines: Iterable[Mapping[str, object]]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def _merged(self, now: float, updates: Sequence[Update], version: int) -> None:
-        """Updates that are in the version after this one, some of them for the first time."""
-        for update in updates:
-            behind = version - update.task.version
-            self._ended(update.task.id, "merged", "", update, behind)
-            self._write_all(self.edges.merged(now, update, behind))
-
-    def _why(self, number: int, ended: bool) -> str:
-        """Why a task was cancelled: a merge cancels before its version is published, the end of a run after the last one."""
-        if self.edges_by_number:
-            return "its edge does not wait for it any more"
-        if ended:
-            return "the run ended before it was answered"
-        behind = self.version + 1 - self.tasks[number].version
-        return "the round was closed without it" if behind == 1 else f"its answer would have been {behind} versions old"
-
-    def _hold(self, model: Model | None) -> None:
-        """The model that tasks start from now, which is not the published one where that is an average; None: not told."""
-        start = last(model) if model else None
+    def _set_model(self, model: Model | None) -> None:
+        """Set the model that tasks start from, which is not the published one where that is an average."""
+        start = last_version(model) if model else None
         if not start or not self.model or start.adapter is not self.model.adapter or start.fold is not self.model.fold:
-            self.model, self.energy = start, energy(start) if start else 0.0
+            self.model, self.energy = start, model_energy(start) if start else 0.0
 
-    def _sent(self, task: Task) -> Sent:
+    def _record(self, task: Task) -> DispatchRecord:
         start = task.start
         size = message_size.down(start)
         fold = size.total - message_size.down(replace(start, fold=None)).total
-        return Sent(
-            size, fold, kept(self.model, start, self.energy) if self.model and not self.edges_by_number else None
-        )
+        compared = self.model is not None and not self.observation.edge_names
+        return DispatchRecord(size, fold, energy_share(self.model, start, self.energy) if self.model and compared else None)
 
-    def _dropped(self, now: float, number: int, status: str, reason: str) -> None:
-        self.arrived[number] = now
-        self._ended(number, status, reason)
-
-    def _ended(self, number: int, status: str, reason: str, update: Update | None = None, behind: int = 0) -> None:
-        task = self.tasks.pop(number, None)
-        if task is None:
-            return
-        line: dict[str, object] = {"kind": "task", "id": number, "client": task.client, "version": task.version}
-        line |= {"edge": self.edges_by_number[(number - 1) // BLOCK]} if self.edges_by_number else {}
-        line |= {
-            "rank": task.budget.rank,
-            "depth": task.budget.depth,
-            "sent": task.sent,
-            "arrived": self.arrived.pop(number, None),
-        }
-        sent, up = self.sent.pop(number), self.uploaded.pop(number, message_size.Bytes(0, 0))
-        line |= {"status": status, "reason": reason, "kept": sent.kept}
+    def _task_line(self, now: float, ended: TaskEnded) -> dict[str, object]:
+        """The line of a client's task. Where no answer was accepted, it "arrived" when it ended."""
+        task, edge, update = ended.open.task, ended.open.edge, ended.update
+        arrived = now if ended.open.answered is None else ended.open.answered
+        line: dict[str, object] = {"kind": "task", "id": task.id, "client": task.client, "version": task.version}
+        line |= {"edge": edge} if edge else {}
+        line |= {"rank": task.budget.rank, "depth": task.budget.depth, "sent": task.sent, "arrived": arrived}
+        sent, up = self.sent.pop(task.id), self.uploaded.pop(task.id, message_size.Bytes(0, 0))
+        line |= {"status": ended.status, "reason": ended.reason, "kept": sent.energy_share}
         line |= {"bytes_down": sent.size.total, "bytes_down_dense": sent.size.dense, "bytes_down_fold": sent.fold}
         line |= {"bytes_up": up.total, "bytes_up_dense": up.dense}
         if update:
-            took = {part: update.result.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up")}
-            line |= {"seconds": took, "loss": update.result.metrics.get("loss")}
-            line |= {
-                "tokens": update.result.tokens,
-                "steps": update.result.steps,
-                "staleness": behind,
-            }
-        self.write(line)
+            line |= {"seconds": _seconds(update), "loss": update.result.metrics.get("loss")}
+            line |= {"tokens": update.result.tokens, "steps": update.result.steps, "staleness": ended.staleness}
+        return line
 
-    def _version(self, now: float, publish: Publish) -> None:
-        ranks = Counter(update.task.budget.rank for update in publish.updates)
-        stale = [self.version - update.task.version for update in publish.updates]
-        self.write(
-            {
-                "kind": "version",
-                "version": publish.version,
-                "time": now,
-                **{name: _mean(publish.updates, name) for name in ("loss", "rounding", "rounding_change")},
-                "updates": len(publish.updates),
-                "staleness": sum(stale) / len(stale) if stale else None,
-                "staleness_max": max(stale, default=None),
-                "uploads": self.uploads,
-                "outstanding": len(self.places.working),
-                "working_seconds": self.places.working_seconds,
-                "waiting_seconds": self.places.waiting_seconds,
-                "held_seconds": self.places.held_seconds,
-                "cancelled": self.cancelled,
-                "rejected": self.rejected,
-                "bytes_up": self.traffic.up,
-                "bytes_down": self.traffic.down,
-                "bytes_up_dense": self.traffic.dense_up,
-                "bytes_down_dense": self.traffic.dense_down,
-                "bytes_down_fold": self.traffic.fold_down,
-                "energy": energy_shares(publish.model) if self.model else None,
-                "discarded": publish.model.discarded,
-                "ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
-            }
-        )
+    def _edge_line(self, now: float, ended: TaskEnded) -> dict[str, object]:
+        """The line of an edge's task: its budget and what the edge did. `work` is the weight that `by_work` gives it."""
+        task, result = ended.open.task, ended.open.result
+        line: dict[str, object] = {"kind": "edge", "id": task.id, "edge": ended.open.edge, "version": task.version}
+        line |= {name: getattr(task.budget, name) for name in ("rank", "depth", "why")}
+        line |= {"sent": task.sent, "reported": ended.open.answered, "ended": now}
+        line |= {"status": ended.status, "reason": ended.reason, "bytes_down": message_size.down(task.start).total}
+        if result is not None:
+            line |= {name: result.metrics.get(name) for name in ("members", "rounds", "loss", "cut")}
+            line |= {"examples": result.examples, "steps": result.steps, "work": result.examples * result.steps}
+            line |= {"bytes_up": message_size.up(trained_part(task, result), result).total}
+        return line | ({"seconds": _seconds(ended.update), "staleness": ended.staleness} if ended.update else {})
+
+    def _version_line(self, now: float, made: VersionMade) -> dict[str, object]:
+        seen, traffic, slots = self.observation, self.traffic, self.slots
+        ranks = Counter(update.task.budget.rank for update in made.updates)
+        return {
+            "kind": "version",
+            "version": made.version,
+            "time": now,
+            **{name: _mean(made.updates, name) for name in ("loss", "rounding", "rounding_change")},
+            "updates": len(made.updates),
+            "staleness": sum(made.staleness) / len(made.staleness) if made.staleness else None,
+            "staleness_max": max(made.staleness, default=None),
+            "uploads": seen.accepted,
+            "outstanding": len(seen.sent),
+            "working_seconds": slots.working_seconds,
+            "waiting_seconds": slots.waiting_seconds,
+            "held_seconds": slots.held_seconds,
+            "cancelled": seen.cancelled,
+            "rejected": seen.rejected,
+            "bytes_up": traffic.up,
+            "bytes_down": traffic.down,
+            "bytes_up_dense": traffic.dense_up,
+            "bytes_down_dense": traffic.dense_down,
+            "bytes_down_fold": traffic.fold_down,
+            "energy": energy_shares(made.model) if self.model else None,
+            "discarded": made.model.discarded,
+            "ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
+        }
+
+
+def _seconds(update: Update) -> dict[str, float]:
+    """Seconds of the task on the links and in training, as its client reported them."""
+    return {part: update.result.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up")}
 
 
 def _mean(updates: Sequence[Update], metric: str) -> float | None:
-    """Over the updates that tell it."""
+    """Mean of a metric over the updates that have it."""
     values = [update.result.metrics[metric] for update in updates if metric in update.result.metrics]
     return sum(values) / len(values) if values else None
+
+
+def _move(move: Move) -> dict[str, object]:
+    return {"client": move.client, "edge": move.edge, "to": move.to}

@@ -1,27 +1,42 @@
-"""Builds the job of a run: the only place that wires parts together."""
+"""Builds the job of a run: the only place where data, model, policies, groups and server are put together.
+
+In this order, so that a mistake in the settings is found before anything expensive is loaded: check the fields of the run, load and
+divide the data, load the base model, check what only data and model can tell (labels, ranks, depths), then make the server, with
+an edge for each group if the run has a hierarchy.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from fedloom.core import schema
-from fedloom.core.policies import need_fresh_answers
-from fedloom.core.seeds import derive
-from fedloom.core.server import Server
+from fedloom.core.errors import Refused
+from fedloom.core.model_shape import Shape
+from fedloom.core.partial_depth import require_all_layers
+from fedloom.core.policies import aggregator_layers, require_fresh_answers
+from fedloom.core.seeds import derive, rng
+from fedloom.core.server import Coordinator, Server
+from fedloom.core.types import Budget, ClientId, Model, Profile
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out
-from fedloom.runs import job_checks
-from fedloom.runs.build_groups import devices, led
+from fedloom.data.private_histogram import noised, topics
+from fedloom.hierarchy.grouping import Member
+from fedloom.hierarchy.hierarchy import Hierarchy
+from fedloom.hierarchy.regrouping import Compared
+from fedloom.plan.depth import check_blocks
 from fedloom.runs.execute import execute, record
 from fedloom.runs.job import Job
-from fedloom.runs.resume import Begun, begun
+from fedloom.runs.resume import UnfinishedRun, unfinished_run
 from fedloom.runs.run import Run
-from fedloom.train.base_model import Base, check_length, initial, load
+from fedloom.simulate.devices import Devices, FasterLinks
+from fedloom.train.base_model import Base, check_length, check_rank_fits_model, initial, load_base
+from fedloom.train.evaluate import embeddings
 from fedloom.train.settings import PLAIN
-from fedloom.train.tokenised import encode
+from fedloom.train.tokenised import EncodedTexts, encode_texts
 
 
 class PreparedRun(Job):
@@ -37,48 +52,40 @@ def prepare(run: Run, resume: Path | None = None) -> PreparedRun:
 
     Raises Refused with field, value and remedy; nothing is written.
     """
-    schema.check(run)
-    need_fresh_answers(run.aggregator, run.schedule)
-    before = begun(resume, run) if resume else None
+    schema.check_fields(run)
+    require_fresh_answers(run.aggregator, run.schedule)
+    unfinished = unfinished_run(resume, run) if resume else None
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
-    job = made_ready(run, split, shards, before)
-    if before:
-        before.check(job.about())
+    job = assemble(run, split, shards, unfinished)
+    if unfinished:
+        unfinished.check(job.describe())
     return job
 
 
-def made_ready(run: Run, split: Split, shards: Sequence[Shard], before: Begun | None) -> PreparedRun:
-    """The job over data that are divided already; without shards its clients are not known yet, and their data lie elsewhere."""
+def assemble(
+    run: Run, split: Split, shards: Sequence[Shard], unfinished: UnfinishedRun | None, regions: int = 0
+) -> PreparedRun:
+    """Build the job over data that are divided already.
+
+    Without `shards` the clients are not known yet, and their data lie elsewhere: sites of a deployment, or this many `regions` where
+    the run has a hierarchy.
+    """
     torch.set_num_threads(run.threads)
     top = run.plan.rank.largest
-    engine = before.engine(run.engine or PLAIN) if before else run.engine or PLAIN
-    base = load(run.model, job_checks.labels(run, split), run.lora, top, derive(run.seed, "model"), run.device, engine)
-    job_checks.check_aggregator(run, base, None if run.hierarchy or not shards else len(shards))
-    train, test = (encode(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
+    engine = run.engine or PLAIN
+    if unfinished:
+        engine = unfinished.engine(engine)
+    base = load_base(run.model, label_count(run, split), run.lora, top, derive(run.seed, "model"), run.device, engine)
+    check_aggregator(run, base, None if run.hierarchy or not shards else len(shards))
+    train, test = (encode_texts(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
-    job_checks.check_depth(run, base, run.aggregator.init(initial(base, top)))
-    sizes = {shard.client: len(shard.train) for shard in shards}
-    profiles = {profile.client: profile for profile in devices(run).profiles(sizes, run.seed)} if shards else {}
-    return PreparedRun(
-        run=run,
-        split=split,
-        shards=tuple(shards),
-        profiles=profiles,
-        base=base,
-        train_texts=train,
-        test_texts=test,
-        tested=job_checks.tested(len(split.test), run.test_limit, run.seed),
-        server=led(run, _server(run, base, top), base, train, shards, len(split.train.names), profiles),
-        stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
-        begun=before,
-    )
-
-
-def _server(run: Run, base: Base, rank: int) -> Server:
-    """At version 0, without a hierarchy."""
-    return Server(
-        run.aggregator.init(initial(base, rank)),
+    model = run.aggregator.init(initial(base, top))
+    check_depth(run, base, model)
+    sizes, devices = {shard.client: len(shard.train) for shard in shards}, devices_of(run)
+    profiles = {profile.client: profile for profile in devices.profiles(sizes, run.seed)} if shards else {}
+    flat = Server(
+        model,
         run.aggregator,
         run.schedule,
         run.plan,
@@ -87,3 +94,115 @@ def _server(run: Run, base: Base, rank: int) -> Server:
         seed=run.seed,
         transfer=run.transfer,
     )
+    return PreparedRun(
+        run=run,
+        split=split,
+        shards=tuple(shards),
+        profiles=profiles,
+        devices=devices,
+        base=base,
+        train_texts=train,
+        test_texts=test,
+        tested=draw_test_examples(len(split.test), run.test_limit, run.seed),
+        server=add_edges(run, flat, base, train, shards, len(split.train.names), profiles, regions),
+        stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
+        resumed_from=unfinished,
+    )
+
+
+# Whether the settings fit the data and the model --------------------------------------------------------------------------
+
+
+def label_count(run: Run, split: Split) -> int | None:
+    """Return how many labels the model chooses from (None: it writes answers). Raises Refused for `generation` where there are none."""
+    if split.train.answers is not None:
+        return None
+    if run.generation:
+        raise Refused("generation", run.generation, "the data have labels and no answers to write; leave it out")
+    return len(split.train.names)
+
+
+def check_aggregator(run: Run, base: Base, clients: int | None) -> None:
+    """Raise Refused for a rank that the model is too small for, or another number of clients than there are (None: not known yet)."""
+    for layer in aggregator_layers(run.aggregator):
+        check_rank_fits_model(base, "aggregator.rank", getattr(layer, "rank", None) or run.plan.rank.largest)
+        expected = getattr(layer, "clients", clients)
+        if clients is not None and expected != clients:
+            raise Refused("aggregator.clients", expected, f"give clients={clients}, the size of the federation")
+
+
+def check_depth(run: Run, base: Base, model: Model) -> None:
+    """Raise Refused for a depth that the model does not have, or a method that cannot have clients of different depth."""
+    if run.plan.depth is not None:
+        check_blocks(run.plan.depth, base.shape())
+        require_all_layers(run.aggregator, run.aggregator.start(model, Budget(1, 1), 0).rules)
+
+
+def draw_test_examples(size: int, limit: int | None, seed: int) -> tuple[int, ...]:
+    """Return at most `limit` of `size` positions, drawn from the seed, in ascending order."""
+    if limit is None or limit >= size:
+        return tuple(range(size))
+    return tuple(sorted(rng(seed, "test").sample(range(size), limit)))
+
+
+# Groups and edges ---------------------------------------------------------------------------------------------------------
+
+
+def devices_of(run: Run) -> Devices:
+    """Return the run's devices, with faster links where their edges are nearer than the server."""
+    speedup = run.hierarchy.inner_speedup if run.hierarchy else 1.0
+    return run.world if speedup == 1.0 else FasterLinks(run.world, speedup)
+
+
+def add_edges(
+    run: Run,
+    flat: Server,
+    base: Base,
+    texts: EncodedTexts,
+    shards: Sequence[Shard],
+    names: int,
+    profiles: Mapping[ClientId, Profile],
+    regions: int = 0,
+) -> Coordinator:
+    """Return the server of the run: `flat`, or with a hierarchy a tree over its clients, or the root over so many regions.
+
+    The clients' examples are among `texts`, of `names` labels. Raises Refused where the grouping cannot divide the clients.
+    """
+    if run.hierarchy is None:
+        return flat
+    if not shards:
+        return run.hierarchy.over_regions(flat, regions)
+    steps, top = run.plan.local_steps, run.plan.rank.largest
+    tokens = steps * run.training.batch_size * run.training.max_length
+    members, counts = [], label_counts(run.hierarchy, base, texts, shards, names, run.seed)
+    for shard in shards:
+        seconds = comparison_seconds(flat.shape, profiles[shard.client], top, tokens)
+        members.append(Member(shard.client, len(shard.train), seconds, counts[shard.client]))
+    groups = run.hierarchy.grouped(members, run.seed)
+    by_edge = {edge: tuple(profiles[client] for client in clients) for edge, clients in groups.items()}
+    return run.hierarchy.over(flat, by_edge, Compared(tuple(members), top, steps, tokens))
+
+
+def label_counts(
+    hierarchy: Hierarchy, base: Base, texts: EncodedTexts, shards: Sequence[Shard], names: int, seed: int
+) -> dict[ClientId, tuple[float, ...]]:
+    """Return what each client says of its training examples: how many of each label, or of each topic.
+
+    Topics are clusters of pooled embeddings, for data without labels. With `epsilon` the counts are noised before they leave the
+    client (differential privacy).
+    """
+    if hierarchy.topics:
+        pooled = {shard.client: embeddings(base, texts, shard.train) for shard in shards}
+        counts = topics(pooled, hierarchy.topics, seed)
+    else:
+        labels = {shard.client: Counter(texts.labels[i] for i in shard.train) for shard in shards}
+        counts = {client: tuple(float(count[k]) for k in range(names)) for client, count in labels.items()}
+    if not hierarchy.epsilon:
+        return counts
+    return {client: noised(count, hierarchy.epsilon, seed, client) for client, count in counts.items()}
+
+
+def comparison_seconds(shape: Shape, profile: Profile, rank: int, tokens: int) -> float:
+    """Return the seconds by which clients are compared: one task at this rank, full batches of the longest texts, float32 both ways."""
+    links = 8.0 * shape.payload(rank) * (1.0 / profile.down_bps + 1.0 / profile.up_bps)
+    return shape.train_flops(tokens, rank) / profile.flops + links

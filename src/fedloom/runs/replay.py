@@ -22,24 +22,23 @@ from fedloom.core import server as core
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, EdgeReported, Event, UpdateArrived
 from fedloom.core.model_shape import Shape
-from fedloom.core.policies import Aggregator, Assign, Schedule
-from fedloom.core.schema import Malformed, Reader, plain, reachable
-from fedloom.core.server import Limits, Server
+from fedloom.core.policies import Aggregator, BudgetRule, Schedule
+from fedloom.core.schema import Malformed, Reader, jsonable, reachable_classes
+from fedloom.core.server import Coordinator, Limits, Server
 from fedloom.core.types import ClientId, Model, Profile, Result, GroupStatistics
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.regrouping import Compared
-from fedloom.hierarchy.tree import Tree
-from fedloom.report.run_log import read
+from fedloom.report.run_log import read_run_log
 from fedloom.runs import checkpoint, manifest
-from fedloom.runs.trace import line
+from fedloom.runs.trace import encode_step
 
 UPDATES = "updates"
 START = "start"
 POLICIES = ("aggregate", "schedule", "plan", "hierarchy")
-ASKED: Mapping[str, Any] = {
+SERVER_SETTINGS: Mapping[str, Any] = {
     "aggregator": Aggregator,
     "schedule": Schedule,
-    "plan": Assign,
+    "plan": BudgetRule,
     "limits": Limits,
     "transfer": codec.Codec | None,
     "hierarchy": Hierarchy | None,
@@ -54,16 +53,16 @@ class Archive:
     folder: Path
 
     @classmethod
-    def of(cls, folder: Path, server: Server | Tree) -> Archive:
+    def of(cls, folder: Path, server: Coordinator) -> Archive:
         """For this server, which has done nothing yet, or goes on with what it did."""
         folder.mkdir(exist_ok=True)
-        checkpoint.write(folder / f"{START}.safetensors", {"first": server.state.first, "shape": server.shape})
+        checkpoint.write_checkpoint(folder / f"{START}.safetensors", {"first": server.state.first, "shape": server.shape})
         return cls(folder)
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """One file an answer, also of one that is refused."""
         if isinstance(event, UpdateArrived):
-            checkpoint.write(self.folder / f"{event.task}.safetensors", {"result": event.result})
+            checkpoint.write_checkpoint(self.folder / f"{event.task}.safetensors", {"result": event.result})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class Replayed:
     difference: str = ""
 
 
-def replay(folder: Path, server: Server | Tree | None = None) -> Replayed:
+def replay(folder: Path, server: Coordinator | None = None) -> Replayed:
     """Feed the events of the run in `folder` to a fresh server and compare its trace, up to the first difference.
 
     The server is made from the manifest; give one where the run has policies of its own. A last line that a killed run left
@@ -85,16 +84,16 @@ def replay(folder: Path, server: Server | Tree | None = None) -> Replayed:
     if not (folder / UPDATES / f"{START}.safetensors").is_file():
         remedy = "its answers were not kept; record a run with `fedloom run FILE --keep-updates`"
         raise Refused("replay", str(folder), remedy)
-    server = server or fresh(folder)
+    server = server or server_from_manifest(folder)
     *lines, torn = (folder / "trace.jsonl").read_bytes().split(b"\n")
     for number, recorded in enumerate(lines):
         try:
             now, event = _event(recorded, folder / UPDATES)
-            made = line(now, event, server.handle(now, event)).encode()
+            made = encode_step(now, event, server.handle(now, event)).encode()
         except ValueError as error:
             return Replayed(number, f"line {number + 1}: {error}")
         if made != recorded:
-            where = "; ".join(islice(manifest.differences(json.loads(recorded), json.loads(made)), 3))
+            where = "; ".join(islice(manifest.json_differences(json.loads(recorded), json.loads(made)), 3))
             told = f"line {number + 1}, {now:g} virtual s, {type(event).__name__}"
             return Replayed(number, f"{told}: {where or 'the same JSON in other bytes'}")
     unfinished = json.loads((folder / "manifest.json").read_bytes()).get("status") != "finished"
@@ -105,15 +104,15 @@ def replay(folder: Path, server: Server | Tree | None = None) -> Replayed:
     return Replayed(len(lines))
 
 
-def fresh(folder: Path) -> Server | Tree:
+def server_from_manifest(folder: Path) -> Coordinator:
     """The server with which the run in `folder` began, from its manifest and what it kept. Raises Refused."""
-    about = read(folder).manifest
+    about = read_run_log(folder).manifest
     settings, reader = {"hierarchy": None, **about["run"]}, Reader(_names())
     try:
-        made = {name: reader.read(hint, settings[name]) for name, hint in ASKED.items()}
-        if manifest.as_json(plain(made)) != {name: settings[name] for name in ASKED}:
+        made = {name: reader.read(hint, settings[name]) for name, hint in SERVER_SETTINGS.items()}
+        if manifest.as_json(jsonable(made)) != {name: settings[name] for name in SERVER_SETTINGS}:
             raise Malformed("its manifest does not say all of them")
-        kept = checkpoint.load(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
+        kept = checkpoint.read_checkpoint(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
         known = about["clients"].items() if made["hierarchy"] else ()
         profiles = {one: reader.read(Profile, told) for one, told in known}
         again = made["hierarchy"] and made["hierarchy"].regroup
@@ -136,7 +135,7 @@ def _led(
     about: Mapping[str, Any],
     profiles: Mapping[ClientId, Profile],
     compared: Compared | None,
-) -> Server | Tree:
+) -> Coordinator:
     """With its edges, or over regions, where these are elsewhere."""
     if over is None:
         return flat
@@ -159,7 +158,7 @@ def _event(recorded: bytes, updates: Path) -> tuple[float, Event]:
     told = json.loads(recorded)
     if not isinstance(told, dict) or not isinstance(told.get("event"), dict):
         raise Malformed("it tells no event")
-    reader, event = Reader(reachable(Event)), dict(told["event"])
+    reader, event = Reader(reachable_classes(Event)), dict(told["event"])
     now = reader.read(float, told.get("time"))
     if event.get("type") not in (UpdateArrived.__name__, EdgeReported.__name__):
         return now, reader.read(Event, event)
@@ -167,8 +166,8 @@ def _event(recorded: bytes, updates: Path) -> tuple[float, Event]:
     file = updates / f"{task}.safetensors"
     if not file.is_file():
         raise Malformed(f"the answer to task {task} was not kept")
-    result = checkpoint.load(file).read({"result": Result})["result"]
+    result = checkpoint.read_checkpoint(file).read({"result": Result})["result"]
     if event["type"] == UpdateArrived.__name__:
         return now, UpdateArrived(client, task, result)
-    told = reader.read(GroupStatistics | None, event.get("told"))
+    told = reader.read(GroupStatistics | None, event.get("statistics"))
     return now, EdgeReported(client, task, result, told, reader.read(tuple[Profile, ...], event.get("members")))

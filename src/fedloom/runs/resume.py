@@ -18,11 +18,11 @@ from typing import Any, TextIO
 
 from fedloom.core.errors import Refused
 from fedloom.core.files import DRAFT, LOCKED, lock
-from fedloom.core.policies import nothing
-from fedloom.core.schema import Malformed, declared, plain
+from fedloom.core.policies import do_nothing
+from fedloom.core.schema import Malformed, declared_fields, jsonable
 from fedloom.core.server import State
-from fedloom.hierarchy.tree_state import Branches
-from fedloom.report.run_log import read
+from fedloom.hierarchy.tree_state import TreeState
+from fedloom.report.run_log import read_run_log
 from fedloom.runs import checkpoint, manifest
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.run import Run
@@ -30,7 +30,7 @@ from fedloom.simulate.client_presence import Presence
 from fedloom.simulate.simulation import Simulation
 from fedloom.train.settings import Engine
 
-NAME = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 LOGS = (LOCKED, "metrics.jsonl")
 SHARE = 0.05
 """Of a run's time, that checkpoints may take."""
@@ -49,12 +49,12 @@ class Progress:
 
 REBUILT: Mapping[type, frozenset[str]] = {
     State: frozenset(),
-    Branches: frozenset(),
+    TreeState: frozenset(),
     Simulation: frozenset(
-        {"server", "trainer", "world", "profiles", "evaluate", "observe", "seed", "presence", "settled", "pending"}
+        {"server", "trainer", "devices", "profiles", "evaluate", "observe", "seed", "presence", "after_step", "pending"}
     ),
     Presence: frozenset({"stays", "faults", "seed"}),
-    Metrics: frozenset({"file", "edges_by_number"}),
+    Metrics: frozenset({"file"}),
     Progress: frozenset(),
 }
 """Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`).
@@ -65,15 +65,15 @@ Another driver than the simulation names its own in `rebuilt`.
 SIMULATED: tuple[type, ...] = (Simulation, Presence)
 
 
-def kept(kind: type) -> dict[str, Any]:
+def saved_fields(kind: type) -> dict[str, Any]:
     """The fields of one of these types that a checkpoint holds, as "Type.field", with what they hold."""
     rebuilt: frozenset[str] = getattr(kind, "rebuilt", None) or REBUILT[kind]
-    return {f"{kind.__name__}.{name}": hint for name, hint in declared(kind).items() if name not in rebuilt}
+    return {f"{kind.__name__}.{name}": hint for name, hint in declared_fields(kind).items() if name not in rebuilt}
 
 
-def kinds(run: Run, driver: Sequence[type] = SIMULATED) -> list[type]:
+def saved_types(run: Run, driver: Sequence[type] = SIMULATED) -> list[type]:
     """The types of the values that a run has, with those of its driver. Edges are simulated beside the root, or are elsewhere."""
-    edges = [Branches] if run.hierarchy and driver is SIMULATED else []
+    edges = [TreeState] if run.hierarchy and driver is SIMULATED else []
     return [State, *edges, *driver, Metrics, Progress]
 
 
@@ -83,7 +83,7 @@ def given(run: Run) -> dict[str, object]:
 
 
 @dataclass(slots=True)
-class Keeper:
+class CheckpointWriter:
     """Writes the checkpoint of a run, called between two events: every `seconds` and in at most 5 % of the time; 0: each time.
 
     `drain` is called before and waits for the answers of all tasks in training. They are needed anyway, so it does not count.
@@ -95,7 +95,7 @@ class Keeper:
     owners: Sequence[object] = ()
     logs: Sequence[TextIO] = ()
     due: float | None = None
-    drain: Callable[[], None] = nothing
+    drain: Callable[[], None] = do_nothing
 
     def __call__(self) -> None:
         """Write one if it is time."""
@@ -116,15 +116,15 @@ class Keeper:
             log.flush()
             os.fsync(log.fileno())
             about[Path(log.name).name] = os.fstat(log.fileno()).st_size
-        values = {name: getattr(owner, _field(name)) for owner in self.owners for name in kept(type(owner))}
+        values = {name: getattr(owner, _field(name)) for owner in self.owners for name in saved_fields(type(owner))}
         about |= {"version": values.get("State.version", 0), "time": values.get("State.now", 0.0)}
-        return checkpoint.write(self.folder / NAME, values, about, **self.given)
+        return checkpoint.write_checkpoint(self.folder / CHECKPOINT, values, about, **self.given)
 
 
 def restore(values: Mapping[str, Any], owners: Sequence[object]) -> None:
     """Put what a checkpoint held into these values; of one that there never was, nothing."""
     for owner in owners if values else ():
-        for name in kept(type(owner)):
+        for name in saved_fields(type(owner)):
             setattr(owner, _field(name), values[name])
 
 
@@ -133,7 +133,7 @@ def _field(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class UnfinishedRun:
     """An unfinished run: its folder, its manifest, and what its last checkpoint held (nothing: it begins again)."""
 
     folder: Path
@@ -160,7 +160,7 @@ class Begun:
     def notes(self, own: list[str], fedloom: str) -> list[str]:
         """The run's, and that `fedloom`'s version, the libraries or the processor are others than at the beginning."""
         there = {**self.manifest["versions"], **self.manifest["machine"], "fedloom": self.manifest["fedloom"]}
-        here = {**manifest.versions(), **manifest.machine(), "fedloom": fedloom}
+        here = {**manifest.library_versions(), **manifest.machine_kind(), "fedloom": fedloom}
         changed = [f"{name} {there.get(name)} -> {here[name]}" for name in here if there.get(name) != here[name]]
         told = (
             f"Resumed on other ground ({', '.join(changed)}): the last digits may not be those of an undisturbed run."
@@ -176,40 +176,40 @@ class Begun:
             raise Refused("--resume", str(self.folder), remedy)
 
 
-def begun(folder: Path, run: Run, driver: Sequence[type] = SIMULATED) -> Begun:
+def unfinished_run(folder: Path, run: Run, driver: Sequence[type] = SIMULATED) -> UnfinishedRun:
     """The unfinished run in `folder`, which such a driver began. Raises Refused if there is none, if it was another run, or if its
     checkpoint is damaged.
     """
-    about = read(folder).manifest
+    about = read_run_log(folder).manifest
     if about["status"] == "finished":
         raise Refused("--resume", str(folder), f"its run is finished ({about['status_reason']}); nothing is left to do")
-    settings = plain(run)
-    if manifest.digest(settings) != about.get("run_hash"):
+    settings = jsonable(run)
+    if manifest.settings_hash(settings) != about.get("run_hash"):
         changed = _changed(about["run"], manifest.as_json(settings))
         raise Refused("--resume", str(folder), f"the run is not the one that was begun there: {changed}")
-    if not (folder / NAME).exists():
-        return Begun(folder, about, dict.fromkeys(LOGS, 0), {})
+    if not (folder / CHECKPOINT).exists():
+        return UnfinishedRun(folder, about, dict.fromkeys(LOGS, 0), {})
     try:
-        stored = checkpoint.load(folder / NAME)
+        stored = checkpoint.read_checkpoint(folder / CHECKPOINT)
         sizes = {name: stored.about[name] for name in LOGS}
         for name, size in sizes.items():
             if not (folder / name).is_file() or (folder / name).stat().st_size < size:
                 raise Malformed(f"{name} is shorter than when it was written")
-        hints = {name: hint for kind in kinds(run, driver) for name, hint in kept(kind).items()}
-        return Begun(folder, about, sizes, stored.read(hints, **given(run)))
+        hints = {name: hint for kind in saved_types(run, driver) for name, hint in saved_fields(kind).items()}
+        return UnfinishedRun(folder, about, sizes, stored.read(hints, **given(run)))
     except Malformed as error:
-        remedy = f"{NAME} cannot be used: {error}; remove it to begin again at version 0 in the same folder"
+        remedy = f"{CHECKPOINT} cannot be used: {error}; remove it to begin again at version 0 in the same folder"
         raise Refused("--resume", str(folder), remedy) from error
 
 
 def _changed(there: object, here: object) -> str:
     """The first differences of two plain settings; what is off, and where files lie, does not count."""
-    found = manifest.differences(manifest.shortened(there), manifest.shortened(here), off=True)
+    found = manifest.json_differences(manifest.short_paths(there), manifest.short_paths(here), off=True)
     return "; ".join(islice(found, 5))
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Inside, no other process can carry out the run of this folder. Raises Refused where one does; a lock ends with its process."""
     with (folder / LOCKED).open("ab") as file:
         if not lock(file):
@@ -220,7 +220,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def log(path: Path, size: int) -> TextIO:
+def open_log(path: Path, size: int) -> TextIO:
     """A log to write on after its first `size` bytes; the rest will be written again."""
     file = path.open("a", encoding="utf-8")
     file.truncate(size)

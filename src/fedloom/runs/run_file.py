@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 import fedloom
 from fedloom.core.errors import Refused
-from fedloom.core.schema import fits, fits_exactly, words
+from fedloom.core.schema import matches_type, matches_exactly, describe_type
 from fedloom.runs.run import Run
 
 METHODS = ("fedloom.aggregate.", "fedloom.schedule.")
@@ -53,14 +53,14 @@ def _value(text: str, current: object, hint: Any, whole: str) -> object:
     except (SyntaxError, ValueError) as error:
         if isinstance(error, Refused):
             raise
-        if fits(text, hint):
+        if matches_type(text, hint):
             return text
-        raise Refused(whole, text, f"expected {words(hint, current)}") from error
-    if fits(value, hint):
-        return float(value) if type(value) is int and not fits_exactly(value, hint) else value
-    if fits(text, hint):
+        raise Refused(whole, text, f"expected {describe_type(hint, current)}") from error
+    if matches_type(value, hint):
+        return float(value) if type(value) is int and not matches_exactly(value, hint) else value
+    if matches_type(text, hint):
         return text
-    raise Refused(whole, text, f"expected {words(hint, current)}")
+    raise Refused(whole, text, f"expected {describe_type(hint, current)}")
 
 
 def _evaluate(node: ast.expr) -> Any:
@@ -110,7 +110,7 @@ def _is_public(name: str) -> bool:
     return name in fedloom.__all__ or getattr(found, "__module__", "").startswith(METHODS)
 
 
-def run_of(file: Path) -> Run:
+def load_run_file(file: Path) -> Run:
     """The value `run` of the file, which is executed. Raises Refused if it stops or has none."""
     if not file.is_file():
         raise Refused("FILE", str(file), "there is no such file; give a Python file with a value `run = Run(...)`")

@@ -13,7 +13,7 @@ from fedloom.core.errors import Refused
 from fedloom.core.model_shape import Shape
 from fedloom.core.seeds import rng
 from fedloom.core.types import ClientId, Profile, Result, Task
-from fedloom.simulate.devices import Seconds, dealt, positive
+from fedloom.simulate.devices import Seconds, apportion, check_positive
 
 USUAL = 1e10
 """FLOP/s that a client of relative speed 1 is said to have."""
@@ -32,7 +32,7 @@ class Delays:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        positive("world", "a delay", median=self.median)
+        check_positive("world", "a delay", median=self.median)
         for name in ("sigma", "jitter"):
             _spread(name, getattr(self, name))
 
@@ -62,7 +62,7 @@ class ExponentialDelays:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        positive("world", "a delay", scale=self.scale)
+        check_positive("world", "a delay", scale=self.scale)
         _spread("sigma", self.sigma)
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
@@ -90,7 +90,7 @@ class DelayClass:
     high: float
 
     def __post_init__(self) -> None:
-        positive("world.classes", f"class {self.name}", share=self.share, high=self.high)
+        check_positive("world.classes", f"class {self.name}", share=self.share, high=self.high)
         if not 0 <= self.low <= self.high:
             raise Refused("world.classes.low", self.low, f"between 0 and high, which is {self.high:g}")
 
@@ -115,12 +115,12 @@ class DelayClasses:
         if not names or len(set(names)) < len(names):
             raise Refused("world.classes", names, "name at least one class, each with a name of its own")
         if self.concentration is not None:
-            positive("world", "the Dirichlet distribution", concentration=self.concentration)
+            check_positive("world", "the Dirichlet distribution", concentration=self.concentration)
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
         """Classes by their drawn shares (largest remainder first), dealt in seeded random order; named by `tier`."""
         clients = sorted(examples)
-        classes = dealt(self._drawn(seed), len(clients))
+        classes = apportion(self._drawn(seed), len(clients))
         rng(seed, "classes").shuffle(classes)
         return tuple(
             Profile(client, examples[client], flops=2 * USUAL / (own.low + own.high), tier=own.name)

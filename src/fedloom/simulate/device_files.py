@@ -11,17 +11,21 @@ and `client_behave_trace` likewise. Source: FedScale, Lai et al. 2022, benchmark
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from fedloom.core.errors import Refused
 from fedloom.core.model_shape import Shape
+from fedloom.core.seeds import rng
 from fedloom.core.types import ClientId, Profile, Result, Task
 from fedloom.simulate.availability import Stays, Traced, cycle
-from fedloom.simulate.devices import Seconds, jittered, priced
-from fedloom.simulate.table_file import Entry, Listing
+from fedloom.simulate.devices import Seconds, jitter_factor, task_seconds
 
 USUAL = Profile("", 0)
 
@@ -42,20 +46,20 @@ class DeviceFile:
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
         """Read the file. Raises Refused with line and column."""
-        file = Listing("world.path", str(self.path))
+        file = ClientTable("world.path", str(self.path))
         entries = file.read(("flops", "up_bps", "down_bps"), ("client", "memory", "tier"))
         for entry in entries:
             self._profile(file, entry, "", 0)  # also lines that nobody gets are checked
-        own = file.dealt(entries, examples, seed) if entries[0].client is None else file.named(entries, examples)
+        own = file.deal(entries, examples, seed) if entries[0].client is None else file.by_name(entries, examples)
         return tuple(self._profile(file, entry, client, examples[client]) for client, entry in own.items())
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
         """Bytes over links, FLOP over speed."""
-        return priced(task, result, profile, shape, jittered(task, self.jitter, seed))
+        return task_seconds(task, result, profile, shape, jitter_factor(task, self.jitter, seed))
 
-    def _profile(self, file: Listing, entry: Entry, client: ClientId, examples: int) -> Profile:
-        flops, up, down = (file.number(entry, column) for column in ("flops", "up_bps", "down_bps"))
-        memory = file.number(entry, "memory") if "memory" in entry.cells else USUAL.memory
+    def _profile(self, file: ClientTable, entry: Entry, client: ClientId, examples: int) -> Profile:
+        flops, up, down = (file.positive_number(entry, column) for column in ("flops", "up_bps", "down_bps"))
+        memory = file.positive_number(entry, "memory") if "memory" in entry.cells else USUAL.memory
         return Profile(client, examples, flops, up, down, memory, str(entry.cells.get("tier", USUAL.tier)))
 
 
@@ -79,17 +83,17 @@ class FedScaleDevices:
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
         """Read the file. Raises Refused with line and column, or the entry."""
-        file, found = Listing("world.path", str(self.path)), list[Profile]()
+        file, found = ClientTable("world.path", str(self.path)), list[Profile]()
         entries = file.read(("client", "computation", "communication"))
-        for client, entry in file.dealt(entries, examples, seed).items():
-            latency, kilobits = (file.number(entry, column) for column in ("computation", "communication"))
+        for client, entry in file.deal(entries, examples, seed).items():
+            latency, kilobits = (file.positive_number(entry, column) for column in ("computation", "communication"))
             bps = 1e3 * kilobits
             found.append(Profile(client, examples[client], self.sample_flops * 1e3 / latency, bps, bps))
         return tuple(found)
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
         """Bytes over links, FLOP over speed."""
-        return priced(task, result, profile, shape, jittered(task, self.jitter, seed))
+        return task_seconds(task, result, profile, shape, jitter_factor(task, self.jitter, seed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +110,10 @@ class AvailabilityFile:
 
     def of(self, clients: Sequence[ClientId], seed: int) -> Stays:
         """Read the file. Raises Refused with line and column, or the entry."""
-        file = Listing("availability.path", str(self.path))
+        file = ClientTable("availability.path", str(self.path))
         entries = file.read(("client", "active", "inactive", "finish_time"))
         traces = entries if file.is_json else _joined(file, entries)
-        own = file.named(traces, clients) if self.by_name else file.dealt(traces, clients, seed)
+        own = file.by_name(traces, clients) if self.by_name else file.deal(traces, clients, seed)
         cycles = {client: _cycle(file, entry) for client, entry in own.items()}
         if cycles and all(one == NEVER for one in cycles.values()):
             raise file.refused("none of the clients is ever available; add windows")
@@ -119,8 +123,8 @@ class AvailabilityFile:
 NEVER = cycle([], 1.0)
 
 
-def _cycle(file: Listing, entry: Entry) -> tuple[float, ...]:
-    length = file.number(entry, "finish_time")
+def _cycle(file: ClientTable, entry: Entry) -> tuple[float, ...]:
+    length = file.positive_number(entry, "finish_time")
     active, inactive = (_times(file, entry, column) for column in ("active", "inactive"))
     if len(inactive) == len(active) - 1:
         inactive = [*inactive, max(length, active[-1])]
@@ -131,14 +135,14 @@ def _cycle(file: Listing, entry: Entry) -> tuple[float, ...]:
     return cycle(list(zip(within[::2], within[1::2], strict=True)), length)
 
 
-def _times(file: Listing, entry: Entry, column: str) -> list[float]:
+def _times(file: ClientTable, entry: Entry, column: str) -> list[float]:
     given = entry.cells[column]
     if not isinstance(given, list):
         raise file.refused(f"{entry.where}, {column}: give a list of seconds")
-    return [file.number(Entry(None, entry.where, {column: one}), column, zero=True) for one in given]
+    return [file.positive_number(Entry(None, entry.where, {column: one}), column, zero=True) for one in given]
 
 
-def _joined(file: Listing, lines: Sequence[Entry]) -> list[Entry]:
+def _joined(file: ClientTable, lines: Sequence[Entry]) -> list[Entry]:
     """The lines of each client as one entry with lists, which is how JSON has it."""
     found = dict[ClientId | None, list[Entry]]()
     for line in lines:
@@ -159,3 +163,135 @@ def _joined(file: Listing, lines: Sequence[Entry]) -> list[Entry]:
 def _check_jitter(jitter: float) -> None:
     if not jitter >= 0:
         raise Refused("world.jitter", jitter, "0 means that a task always takes the same time")
+
+
+# Reading small files of clients: a mistake is reported with its line and column ---------------------------------------------
+
+PICKLE = b"\x80"
+"""The first byte of every pickle since protocol 2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of a CSV table, or an item of a JSON object: the client that it names, where it is, what it says."""
+
+    client: ClientId | None
+    where: str
+    cells: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTable:
+    """A file, and the setting that names it. Every method raises Refused."""
+
+    field: str
+    path: str
+
+    @property
+    def is_json(self) -> bool:
+        """By its name."""
+        return Path(self.path).suffix.lower() == ".json"
+
+    def read(self, required: Sequence[str], optional: Sequence[str] = ()) -> list[Entry]:
+        """All entries: of a `.json` file {client: {column: value}}, else of a CSV table with a header; at least one."""
+        try:
+            content = Path(self.path).read_bytes()
+            if content.startswith(PICKLE):
+                raise self.refused(
+                    "a pickle may run code and is never opened; export it to JSON, see fedloom.simulate.device_files"
+                )
+            text = content.decode("utf-8-sig")
+        except OSError as error:
+            raise self.refused(f"cannot be read ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise self.refused(f"is not UTF-8 text (byte {error.start}); write a CSV table or JSON") from error
+        entries = self._json(text, required) if self.is_json else self._table(text, required, optional)
+        if not entries:
+            raise self.refused("there are no entries; give at least one")
+        return entries
+
+    def positive_number(self, entry: Entry, column: str, zero: bool = False) -> float:
+        """The positive finite number of this column; with `zero` it may be 0."""
+        value = entry.cells.get(column)
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not (0 < number < math.inf or (zero and number == 0)):
+            raise self.refused(
+                f"{entry.where}, {column}: {value!r:.40} must be {'0 or ' if zero else ''}a positive number"
+            )
+        return number
+
+    def deal(self, entries: Sequence[Entry], clients: Iterable[ClientId], seed: int) -> dict[ClientId, Entry]:
+        """An entry for each client, dealt in random order, again from the first where there are more clients."""
+        order = list(entries)
+        rng(seed, "dealt", self.field).shuffle(order)
+        return {client: order[k % len(order)] for k, client in enumerate(sorted(clients))}
+
+    def by_name(self, entries: Sequence[Entry], clients: Iterable[ClientId]) -> dict[ClientId, Entry]:
+        """The entry of each client."""
+        by_name = dict[ClientId | None, Entry]()
+        for entry in entries:
+            if entry.client in by_name:
+                twice = f"{by_name[entry.client].where} and {entry.where}"
+                raise self.refused(f"client {entry.client!r} has two entries: {twice}; keep one")
+            by_name[entry.client] = entry
+        missing = [client for client in sorted(clients) if client not in by_name]
+        if missing:
+            raise self.refused(f"{len(missing)} clients have no entry: add {', '.join(missing[:3])}")
+        return {client: by_name[client] for client in sorted(clients)}
+
+    def refused(self, remedy: str) -> Refused:
+        """What is wrong with the file."""
+        return Refused(self.field, self.path, remedy)
+
+    def _json(self, text: str, required: Sequence[str]) -> list[Entry]:
+        try:
+            given = json.loads(text)
+        except RecursionError as error:
+            raise self.refused("is nested too deep; give an object of objects") from error
+        except ValueError as error:
+            raise self.refused(f"is not JSON ({error})") from error
+        if not isinstance(given, dict) or not all(isinstance(item, dict) for item in given.values()):
+            raise self.refused("give a JSON object of objects, one for each client")
+        entries = [Entry(client, f"client {client!r:.40}", cells) for client, cells in given.items()]
+        for entry in entries:
+            lacking = [name for name in required if name not in entry.cells and name != "client"]
+            if lacking:
+                raise self.refused(f"{entry.where} has no {lacking[0]!r}; every client needs {', '.join(required)}")
+        return entries
+
+    def _table(self, text: str, required: Sequence[str], optional: Sequence[str]) -> list[Entry]:
+        reader, entries = csv.reader(io.StringIO(text), strict=True), list[Entry]()
+        header: list[str] | None = None
+        try:
+            for cells in reader:
+                row = [cell.strip() for cell in cells]
+                if header is None:
+                    header = self._header(row, required, optional)
+                elif any(row):
+                    entries.append(self._line(header, row, reader.line_num))
+        except csv.Error as error:
+            raise self.refused(f"line {reader.line_num}: {error}") from error
+        return entries
+
+    def _header(self, header: list[str], required: Sequence[str], optional: Sequence[str]) -> list[str]:
+        known = [*required, *optional]
+        for column in header:
+            if column not in known or header.count(column) > 1:
+                problem = "is there twice" if column in known else "is not known"
+                raise self.refused(f"line 1: column {column!r:.40} {problem}; the columns are {', '.join(known)}")
+        lacking = [column for column in required if column not in header]
+        if lacking:
+            raise self.refused(f"line 1: there is no column {lacking[0]!r}; needed are {', '.join(required)}")
+        return header
+
+    def _line(self, header: Sequence[str], row: Sequence[str], number: int) -> Entry:
+        if len(row) != len(header):
+            raise self.refused(f"line {number} has {len(row)} cells; the header has {len(header)}")
+        cells = dict(zip(header, row, strict=True))
+        empty = [column for column, cell in cells.items() if not cell]
+        if empty:
+            raise self.refused(f"line {number}, {empty[0]}: the cell is empty; fill it")
+        return Entry(cells.get("client"), f"line {number}", cells)

@@ -43,7 +43,7 @@ class Devices(Protocol):
         ...
 
 
-def positive(field: str, name: str, **numbers: float) -> None:
+def check_positive(field: str, name: str, **numbers: float) -> None:
     """Raise Refused for the first of a class's numbers that is none."""
     for which, number in numbers.items():
         if not number > 0:
@@ -63,7 +63,7 @@ class Tier:
 
     def __post_init__(self) -> None:
         speeds = {"flops": self.flops, "up_bps": self.up_bps, "down_bps": self.down_bps, "memory": self.memory}
-        positive("world.tiers", f"tier {self.name}", share=self.share, **speeds)
+        check_positive("world.tiers", f"tier {self.name}", share=self.share, **speeds)
 
 
 PHONE = Tier("phone", 0.5, flops=5e9, up_bps=2e6, down_bps=1e7, memory=1e9)
@@ -87,7 +87,7 @@ class World:
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
         """A device for each client: tiers by their shares (largest remainder first), dealt in seeded random order."""
         clients = sorted(examples)
-        tiers = dealt(self.tiers, len(clients))
+        tiers = apportion(self.tiers, len(clients))
         rng(seed, "tiers").shuffle(tiers)
         return tuple(
             Profile(client, examples[client], tier.flops, tier.up_bps, tier.down_bps, tier.memory, tier.name)
@@ -96,7 +96,7 @@ class World:
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
         """Download, training and upload of one task: bytes over links, FLOP over speed."""
-        return priced(task, result, profile, shape, jittered(task, self.jitter, seed))
+        return task_seconds(task, result, profile, shape, jitter_factor(task, self.jitter, seed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Capability:
     memory: float
 
     def __post_init__(self) -> None:
-        positive("world.classes", self.name, share=self.share, flops=self.flops, memory=self.memory)
+        check_positive("world.classes", self.name, share=self.share, flops=self.flops, memory=self.memory)
 
 
 WEAK = Capability("weak", 0.375, flops=1e11, memory=8e9)
@@ -146,7 +146,7 @@ class Capabilities:
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
         """A device for each client: classes by their shares, dealt in seeded random order."""
         clients, mean = sorted(examples), (self.low_bps + self.high_bps) / 2
-        classes = dealt(self.classes, len(clients))
+        classes = apportion(self.classes, len(clients))
         rng(seed, "classes").shuffle(classes)
         return tuple(
             Profile(client, examples[client], own.flops, mean, mean, own.memory, own.name)
@@ -157,11 +157,11 @@ class Capabilities:
         """Bytes over the bandwidth of this task, FLOP over the speed of the mode of this turn."""
         mode = rng(seed, "mode", task.client, turn // self.mode_tasks).choice(self.modes)
         bps = rng(seed, "bandwidth", task.client, task.id).uniform(self.low_bps, self.high_bps)
-        return priced(task, result, replace(profile, up_bps=bps, down_bps=bps), shape, 1.0 / mode)
+        return task_seconds(task, result, replace(profile, up_bps=bps, down_bps=bps), shape, 1.0 / mode)
 
 
 @dataclass(frozen=True, slots=True)
-class Near:
+class FasterLinks:
     """The devices of `inner`, their links `times` as fast: to an edge that is nearer than the server."""
 
     inner: Devices
@@ -179,15 +179,15 @@ class Near:
         return Seconds(took.down / self.times, took.train, took.up / self.times)
 
 
-def jittered(task: Task, jitter: float, seed: int) -> float:
+def jitter_factor(task: Task, jitter: float, seed: int) -> float:
     """How many times longer than usual this task is trained: log-normal with this deviation of the logarithm."""
     return rng(seed, "seconds", task.client, task.id).lognormvariate(0.0, jitter) if jitter else 1.0
 
 
-def priced(task: Task, result: Result, profile: Profile, shape: Shape, slower: float = 1.0) -> Seconds:
+def task_seconds(task: Task, result: Result, profile: Profile, shape: Shape, slower: float = 1.0) -> Seconds:
     """Bytes over links and FLOP over speed, training `slower` times as long."""
     train = slower * shape.train_flops(result.tokens, task.budget.rank, task.budget.depth) / profile.flops
-    down, up = message_size.down(task.start).total, message_size.up(task, result).total
+    down, up = message_size.download_size(task.start).total, message_size.upload_size(task, result).total
     return Seconds(8.0 * down / profile.down_bps, train, 8.0 * up / profile.up_bps)
 
 
@@ -199,7 +199,7 @@ class _Shared(Protocol):
 T = TypeVar("T", bound=_Shared)
 
 
-def dealt(classes: Sequence[T], clients: int) -> list[T]:
+def apportion(classes: Sequence[T], clients: int) -> list[T]:
     """A class for each of so many clients, by their shares (largest remainder first), in order of class."""
     whole = sum(one.share for one in classes)
     exact = [clients * one.share / whole for one in classes]

@@ -21,13 +21,17 @@ class Vanished:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Probabilities of what may go wrong with a task; every draw is named after the run's seed, the client and the task.
+    """Probabilities of what may go wrong with a task. Every draw is named after the run's seed, the client and the task.
 
-    `fail`: the client gives up at a uniform moment of its work, and says so. `dropout`, and `dropout_per_second` of work: it
-    vanishes and its work is lost. It is back after an exponential time of mean `back_after` seconds (None: never). The server
-    hears of it `notice` seconds after it vanished; a client that is back earlier reconnects while the server believes it at
-    work, and reports the task as failed. `late`: the probability that work whose answer does not count any more (the task was
-    cancelled, the client lost) is finished all the same and its answer sent, when it is ready and the client back.
+    Fields:
+        dropout: the client vanishes at a uniform moment of its work, and its work is lost (probability a task; 0.05).
+        dropout_per_second: the same at a constant rate, so that long tasks are hit more often (a second of work; 0).
+        fail: the client gives up at a uniform moment of its work, and says so (probability a task; 0.01).
+        back_after: mean of the exponential time after which a vanished client is back (seconds; 60; None: never). One that is back
+            before the server has noticed reconnects, and reports its task as failed.
+        notice: how long after a client vanished the server learns of it (seconds; 0: at once).
+        late: work whose answer no longer counts (the task was cancelled, the client lost) is finished all the same, and its answer
+            sent when it is ready and the client back (probability; 0).
     """
 
     dropout: float = 0.05
@@ -47,8 +51,8 @@ class Faults:
         if self.back_after is not None and not 0 < self.back_after < math.inf:
             raise Refused("faults.back_after", self.back_after, "mean seconds until a client is back, None for never")
 
-    def befalls(self, task: Task, seconds: float, seed: int) -> tuple[float, TaskFailed | Vanished] | None:
-        """What stops this task of so many seconds, and after how many; None: nothing does."""
+    def interruption(self, task: Task, seconds: float, seed: int) -> tuple[float, TaskFailed | Vanished] | None:
+        """Return what stops this task of so many seconds, and after how many (None: nothing does)."""
         draw = rng(seed, "fault", task.client, task.id)
         fails, failing, drops, dropping, never = (draw.random() for _ in range(5))
         moments = [failing * seconds if fails < self.fail else math.inf]
@@ -61,7 +65,7 @@ class Faults:
         return min(moments), Vanished(task.client, task.id)
 
     def outage(self, client: ClientId, task: int, seed: int) -> float:
-        """Seconds that a client is away who vanished in this task."""
+        """Return the seconds that a client is away that vanished in this task."""
         if not self.back_after:
             return math.inf if self.back_after is None else 0.0
         return rng(seed, "outage", client, task).expovariate(1 / self.back_after)

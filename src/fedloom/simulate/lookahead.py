@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import TypeGuard
 
-from fedloom.core.policies import Answer, Overlapping, Trainer
-from fedloom.core.types import Local, Result, Task
+from fedloom.core.policies import PendingResult, BackgroundTrainer, Trainer
+from fedloom.core.types import ClientState, Result, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,29 +25,29 @@ class Pending:
     """
 
     task: Task
-    before: Local
+    before: ClientState
     turn: int
     least: float
-    answer: Answer
+    answer: PendingResult
     back: float | None = None
 
 
-def overlaps(trainer: Trainer) -> TypeGuard[Overlapping]:
+def overlaps(trainer: Trainer) -> TypeGuard[BackgroundTrainer]:
     """Whether it is `Overlapping`; asked of its class, and once of each: a protocol takes ten microseconds to answer."""
     return _overlaps(type(trainer))
 
 
 @cache
 def _overlaps(kind: type[Trainer]) -> bool:
-    return issubclass(kind, Overlapping)
+    return issubclass(kind, BackgroundTrainer)
 
 
-def begun(trainer: Trainer, work: Sequence[tuple[Task, Local]], due: Sequence[float]) -> Sequence[Answer]:
+def start_training(trainer: Trainer, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]) -> Sequence[PendingResult]:
     """The answers of a cohort; a trainer that cannot overlap trains it here and now."""
     if overlaps(trainer):
         return trainer.begin(work, due)
     return [partial(_itself, pair) for pair in trainer.train(work)]
 
 
-def _itself(answer: tuple[Result, Local]) -> tuple[Result, Local]:
+def _itself(answer: tuple[Result, ClientState]) -> tuple[Result, ClientState]:
     return answer

@@ -18,7 +18,7 @@ from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
 from fedloom.train import peft_weights, pretrained
 from fedloom.train.engine import first_token, linear_kernel
-from fedloom.train.pretrained import quiet
+from fedloom.train.pretrained import silence_libraries
 from fedloom.train.settings import PLAIN, Engine, LoRA
 
 HEADS = ("classifier", "score")
@@ -40,8 +40,8 @@ class Base:
     labels: int | None
     name: str
     fold: Adapter | None = None
-    computed: dict[str, object] = field(default_factory=dict)
-    pristine: dict[str, Tensor] = field(default_factory=dict)
+    computation: dict[str, object] = field(default_factory=dict)
+    original_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def slot(self, rank: int) -> str:
         """The PEFT adapter of this rank, made at first use."""
@@ -50,31 +50,31 @@ class Base:
             self.model.add_adapter(slot, _config(self.lora, rank, self.labels, self._heads()))
         return slot
 
-    def put(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
+    def activate(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
         """Load an adapter into the slot of its rank, over the base with `fold` added, and make it active; returns the slot."""
-        self._add(fold)
+        self._set_fold(fold)
         rank = max(factor.rank for factor in adapter.factors.values())
         slot = self.slot(rank)
-        with quiet():
+        with silence_libraries():
             self.model.set_adapter(slot)
-        peft_weights.write(self.model, slot, adapter, scaling or self.lora.scaling)
+        peft_weights.write_adapter(self.model, slot, adapter, scaling or self.lora.scaling)
         return slot
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
+    def without_adapter(self) -> Iterator[None]:
         """Inside, the model is what it was before any training: without adapter and fold."""
-        self._add(None)
+        self._set_fold(None)
         with self.model.disable_adapter():  # type: ignore[no-untyped-call]
             yield
 
-    def _add(self, fold: Adapter | None) -> None:
+    def _set_fold(self, fold: Adapter | None) -> None:
         if fold is self.fold:
             return
-        if any(peft_weights.quantised(p) for p in self.model.parameters()):
+        if any(peft_weights.is_quantised(p) for p in self.model.parameters()):
             remedy = "what is folded into the base cannot be added to 4 bits: train all layers, and choose a method without folds"
             raise Refused("engine.four_bit", True, remedy)
-        self.pristine = self.pristine or peft_weights.base_weights(self.model)
-        peft_weights.add_to_base(self.model, self.pristine, fold)
+        self.original_weights = self.original_weights or peft_weights.take_base_weights(self.model)
+        peft_weights.set_fold(self.model, self.original_weights, fold)
         self.fold = fold
 
     @property
@@ -88,7 +88,7 @@ class Base:
         return self.model.get_base_model().get_output_embeddings() if self.labels is None else None  # type: ignore[operator]
 
     @property
-    def words(self) -> int:
+    def vocabulary(self) -> int:
         """Numbers that the model gives for one token: the vocabulary, or 1 where it chooses a label for the whole text."""
         weight = getattr(self.head, "weight", None)
         return len(weight) if isinstance(weight, Tensor) else 1
@@ -105,13 +105,13 @@ class Base:
         dense = sum(p.numel() for p in peft_weights.dense_parameters(self.model, first).values())
         config = base.config
         return Shape(
-            parameters=sum(map(peft_weights.numbers, own)) - looked_up,
+            parameters=sum(map(peft_weights.count_numbers, own)) - looked_up,
             embeddings=looked_up,
             layers=getattr(config, "num_hidden_layers", 1),
             hidden=getattr(config, "hidden_size", 1),
-            modules=tuple(peft_weights.size(layer) for layer in adapted.values()),
+            modules=tuple(peft_weights.layer_size(layer) for layer in adapted.values()),
             dense=dense,
-            depths=peft_weights.depths(self.model),
+            depths=peft_weights.layer_depths(self.model),
         )
 
     def fingerprint(self) -> str:
@@ -121,7 +121,7 @@ class Base:
         digest = hashlib.sha256()
         for name, layer in peft_weights.lora_layers(self.model).items():
             weight = peft_weights.base_weight(layer).detach()
-            if peft_weights.quantised(weight):
+            if peft_weights.is_quantised(weight):
                 return ""
             sample = weight.flatten()[:: max(1, weight.numel() // SAMPLE)]
             digest.update(f"{name} {tuple(weight.shape)}".encode())
@@ -133,7 +133,7 @@ class Base:
         return sorted(set(getattr(first, "modules_to_save", None) or ()) - set(HEADS))
 
 
-def load(
+def load_base(
     name: str, labels: int | None, lora: LoRA, rank: int, seed: int, device: str = "cpu", engine: Engine = PLAIN
 ) -> Base:
     """A pretrained model by hub name or local folder, adapted at `rank`; head and LoRA initialised from `seed`.
@@ -142,20 +142,20 @@ def load(
     such target modules, or `rank` is too high.
     """
     place = _device(device)
-    if engine.kernel == "onednn" and not linear_kernel.available():
+    if engine.kernel == "onednn" and not linear_kernel.onednn_available():
         raise Refused("engine.kernel", engine.kernel, "this build of torch has no such kernel; choose fastest")
-    more = pretrained.four_bit(place) if engine.four_bit else {}
-    with quiet(), torch.random.fork_rng(devices=[]):
+    more = pretrained.four_bit_arguments(place) if engine.four_bit else {}
+    with silence_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, fresh = (
-            pretrained.generator(name, **more) if labels is None else pretrained.classifier(name, labels, **more)
+            pretrained.load_decoder(name, **more) if labels is None else pretrained.load_classifier(name, labels, **more)
         )
-        tokenizer = pretrained.tokenizer(name)
+        tokenizer = pretrained.load_tokenizer(name)
         if labels is None:
             tokenizer.padding_side = "right"  # a token's position is its number then, also where positions are learnt
         model.config.pad_token_id = tokenizer.pad_token_id
         _check_targets(model, lora)
-        reads_first = engine.first_token and labels is not None and first_token.install(model)
+        reads_first = engine.first_token and labels is not None and first_token.install_first_token(model)
         biggest = max(max(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
         if rank > biggest:  # before peft makes matrices of it
             raise Refused("plan.rank", rank, f"no layer of the model is that large; choose ranks below {biggest}")
@@ -164,18 +164,18 @@ def load(
             adapted = get_peft_model(model, config, adapter_name=f"r{rank}")
         except ValueError as error:
             raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
-        _checkpointed(model, engine)
-    base = Base(_settled(adapted, place, engine), tokenizer, lora, labels, name)
+        _enable_checkpointing(model, engine)
+    base = Base(_placed(adapted, place, engine), tokenizer, lora, labels, name)
     _check_linear(base)
-    chosen = linear_kernel.fastest() if engine.kernel == "fastest" and place.type == "cpu" else engine.kernel
+    chosen = linear_kernel.fastest_kernel() if engine.kernel == "fastest" and place.type == "cpu" else engine.kernel
     if engine.bfloat16 or chosen == "onednn":
-        linear_kernel.install(base.model, engine.bfloat16)
-    base.computed = {"kernel": chosen.replace("fastest", "torch"), "first_token": reads_first}
-    check_rank(base, "plan.rank", rank)
+        linear_kernel.install_linear_kernel(base.model, engine.bfloat16)
+    base.computation = {"kernel": chosen.replace("fastest", "torch"), "first_token": reads_first}
+    check_rank_fits_model(base, "plan.rank", rank)
     return base
 
 
-def _settled(model: PeftModel, place: torch.device, engine: Engine) -> PeftModel:
+def _placed(model: PeftModel, place: torch.device, engine: Engine) -> PeftModel:
     """At its place, in memory of its own: in a mapped file, products of unaligned numbers have other last digits."""
     if engine.four_bit:  # already there
         return model
@@ -184,7 +184,7 @@ def _settled(model: PeftModel, place: torch.device, engine: Engine) -> PeftModel
     return model.to(place)
 
 
-def _checkpointed(model: PreTrainedModel, engine: Engine) -> None:
+def _enable_checkpointing(model: PreTrainedModel, engine: Engine) -> None:
     if engine.checkpointing:
         try:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
@@ -193,9 +193,9 @@ def _checkpointed(model: PreTrainedModel, engine: Engine) -> None:
             raise Refused("engine.checkpointing", True, remedy) from error
 
 
-def initial(base: Base, rank: int) -> Adapter:
+def initial_adapter(base: Base, rank: int) -> Adapter:
     """The adapter with which a run starts: PEFT's own initialisation, up = 0 and down random."""
-    return peft_weights.read(base.model, base.slot(rank))
+    return peft_weights.read_adapter(base.model, base.slot(rank))
 
 
 def _config(lora: LoRA, rank: int, labels: int | None, heads: list[str]) -> LoraConfig:
@@ -234,10 +234,10 @@ def _check_targets(model: PreTrainedModel, lora: LoRA) -> None:
             raise Refused("lora.target_modules", target, _target_remedy(model))
 
 
-def check_rank(base: Base, field: str, rank: int) -> None:
+def check_rank_fits_model(base: Base, field: str, rank: int) -> None:
     """Raise Refused if a layer is too small for this rank."""
     for name, layer in peft_weights.lora_layers(base.model).items():
-        size = peft_weights.size(layer)
+        size = peft_weights.layer_size(layer)
         if rank > min(size):
             raise Refused(field, rank, f"layer {name} is {size[0]} x {size[1]}; choose ranks of at most {min(size)}")
 

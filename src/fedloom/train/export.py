@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, pad, truncate
 from fedloom.train import peft_weights
-from fedloom.train.base_model import Base, load
-from fedloom.train.pretrained import quiet
+from fedloom.train.base_model import Base, load_base
+from fedloom.train.pretrained import silence_libraries
 from fedloom.train.settings import LoRA
 
 CARD = """# LoRA adapter, fine-tuned federatedly with fedloom
@@ -43,9 +43,9 @@ print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_
 Several requests at once are padded on the left: `AutoTokenizer.from_pretrained(..., padding_side="left")`."""
 
 
-def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
+def save_adapter(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
     """Write `adapter` as a PEFT folder that `PeftModel.from_pretrained` loads."""
-    slot = base.put(adapter)
+    slot = base.activate(adapter)
     folder.mkdir(parents=True, exist_ok=True)
     # "auto" would ask the hub whether the vocabulary has grown
     weights = get_peft_model_state_dict(base.model, adapter_name=slot, save_embedding_layers=False)
@@ -64,18 +64,18 @@ def save(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Pa
 def _card(base: Base, names: Sequence[str], folder: str) -> str:
     token = f", pad_token={base.tokenizer.pad_token!r}"  # a decoder's own has none
     if base.labels is None:
-        told = {"kind": "AutoModelForCausalLM", "more": "", "use": WRITES}
+        words = {"kind": "AutoModelForCausalLM", "more": "", "use": WRITES}
     else:
         more = f", num_labels={len(names)}, pad_token_id={base.tokenizer.pad_token_id}"
         use = f"Labels in order: {', '.join(names)}"
-        told = {"kind": "AutoModelForSequenceClassification", "more": more, "use": use}
-    return CARD.format(name=base.name, folder=folder, token=token, **told)
+        words = {"kind": "AutoModelForSequenceClassification", "more": more, "use": use}
+    return CARD.format(name=base.name, folder=folder, token=token, **words)
 
 
 def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
     """Write the base model with the adapter merged in, and its tokenizer: a plain transformers folder."""
-    base.put(adapter)
-    with quiet():
+    base.activate(adapter)
+    with silence_libraries():
         model = copy.deepcopy(base.model).merge_and_unload()
         if base.labels is not None:
             model.config.id2label = dict(enumerate(names))
@@ -85,7 +85,7 @@ def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path
     return folder
 
 
-def at_rank(adapter: Adapter, rank: int) -> Adapter:
+def truncate_adapter(adapter: Adapter, rank: int) -> Adapter:
     """The best approximation of each layer at `rank`.
 
     For product-space methods that is what a client of the rank is handed; for FedIT it is at least as close to the whole.
@@ -105,8 +105,8 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
         targets = None if config.target_modules is None else tuple(sorted(config.target_modules))
         lora = LoRA(targets, config.lora_alpha / config.r, config.lora_dropout)
         labels = about["model"].get("labels", len(names))  # null: it writes text
-        base = load(name, labels, lora, 1, seed)  # the stored adapter brings its own rank
-        return base, _read(base, run / "adapter"), names
+        base = load_base(name, labels, lora, 1, seed)  # the stored adapter brings its own rank
+        return base, _load_adapter(base, run / "adapter"), names
     except Refused:
         raise
     except Exception as error:  # json, peft, safetensors and torch each have their own
@@ -114,9 +114,9 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
         raise Refused("run folder", str(run), remedy.replace("\n", " ")) from error
 
 
-def _read(base: Base, folder: Path) -> Adapter:
-    with quiet():
+def _load_adapter(base: Base, folder: Path) -> Adapter:
+    with silence_libraries():
         base.model.load_adapter(str(folder), "stored")
-    stored = peft_weights.read(base.model, "stored")
+    stored = peft_weights.read_adapter(base.model, "stored")
     base.model.delete_adapter("stored")
     return stored

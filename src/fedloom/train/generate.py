@@ -10,9 +10,9 @@ import torch
 
 from fedloom.core.lora import Adapter
 from fedloom.train.base_model import Base, most_tokens
-from fedloom.train.chat_template import Form
-from fedloom.train.pretrained import quiet
-from fedloom.train.tokenised import Encoded
+from fedloom.train.chat_template import PromptFormat
+from fedloom.train.pretrained import silence_libraries
+from fedloom.train.tokenised import EncodedTexts
 
 BATCH = 16
 """Answers written together; a row that has ended waits for the others."""
@@ -22,35 +22,35 @@ NUMBER = re.compile(r"####\s*([-+]?[\d,.]*\d)")
 
 
 @torch.no_grad()
-def write(
+def generate_answers(
     base: Base,
     adapter: Adapter | None,
-    texts: Encoded,
+    texts: EncodedTexts,
     indices: Sequence[int],
     most: int,
     fold: Adapter | None = None,
 ) -> list[str]:
     """Greedy answers of at most `most` tokens to these examples' requests, by the adapter over base and fold, or the base alone."""
-    assert texts.begins is not None
-    requests = [texts.ids[i][: texts.begins[i]] for i in indices]
+    assert texts.answer_starts is not None
+    requests = [texts.ids[i][: texts.answer_starts[i]] for i in indices]
     if adapter is None:
-        with base.bare():
-            return _written(base, requests, texts.pad, most)
-    base.put(adapter, fold=fold)
-    return _written(base, requests, texts.pad, most)
+        with base.without_adapter():
+            return _generate(base, requests, texts.pad, most)
+    base.activate(adapter, fold=fold)
+    return _generate(base, requests, texts.pad, most)
 
 
-def _written(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int) -> list[str]:
+def _generate(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int) -> list[str]:
     model: Any = base.model.eval().get_base_model()
     tokenizer: Any = base.tokenizer
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]))
-    found, ends = dict[int, str](), _ends(model, tokenizer)
+    answers, ends = dict[int, str](), _end_marks(model, tokenizer)
     for start in range(0, len(order), BATCH):
         chosen = order[start : start + BATCH]
         width = max(len(requests[i]) for i in chosen)
         filled = [[pad] * (width - len(requests[i])) + list(requests[i]) for i in chosen]
         mask = [[0] * (width - len(requests[i])) + [1] * len(requests[i]) for i in chosen]
-        with quiet():
+        with silence_libraries():
             rows = model.generate(
                 input_ids=torch.tensor(filled, device=base.device),
                 attention_mask=torch.tensor(mask, device=base.device),
@@ -61,49 +61,49 @@ def _written(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int)
                 eos_token_id=ends or None,
             )
         for i, row in zip(chosen, rows, strict=True):
-            found[i] = tokenizer.decode(row[width:], skip_special_tokens=True).strip()
-    return [found[i] for i in range(len(requests))]
+            answers[i] = tokenizer.decode(row[width:], skip_special_tokens=True).strip()
+    return [answers[i] for i in range(len(requests))]
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def _end_marks(model: Any, tokenizer: Any) -> list[int]:
     """Marks that end an answer: the model's own, and those that the references end with."""
-    own = model.generation_config.eos_token_id
-    return sorted({*(own if isinstance(own, list) else [own]), *Form.of(tokenizer).ends} - {None})
+    model_marks = model.generation_config.eos_token_id
+    return sorted({*(model_marks if isinstance(model_marks, list) else [model_marks]), *PromptFormat.for_tokenizer(tokenizer).end_marks} - {None})
 
 
-def figures(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def answer_metrics(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Exact match, and ROUGE-L (F1 of the longest common subsequence of words; Lin 2004, section 3), both means over the answers."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    scorer = RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
     pairs = [*zip(written, references, strict=True)]
     overlaps = [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
     count = max(1, len(pairs))
-    return {"exact_match": sum(exact(*pair) for pair in pairs) / count, "rouge_l": sum(overlaps) / count}
+    return {"exact_match": sum(exact_match(*pair) for pair in pairs) / count, "rouge_l": sum(overlaps) / count}
 
 
-def exact(text: str, reference: str) -> bool:
+def exact_match(text: str, reference: str) -> bool:
     """Whether an answer is the right one: the number behind `####` where the reference has one, else the same words.
 
     >>> exact("2 + 2 = 4, so\\n#### 1,004.0", "#### 1004"), exact("Yes, Paris.", "yes paris"), exact("42", "#### 42")
     (True, True, False)
     """
-    wanted = result(reference)
+    wanted = worked_result(reference)
     if wanted is not None:
-        return result(text) == wanted
-    return (words(text) or text.split()) == (words(reference) or reference.split())
+        return worked_result(text) == wanted
+    return (scored_words(text) or text.split()) == (scored_words(reference) or reference.split())
 
 
-def result(text: str) -> float | None:
+def worked_result(text: str) -> float | None:
     """The number behind the last `####`; None where there is none."""
-    found = NUMBER.findall(text)
+    numbers = NUMBER.findall(text)
     try:
-        return float(found[-1].replace(",", "")) if found else None
+        return float(numbers[-1].replace(",", "")) if numbers else None
     except ValueError:  # 1.2.3
         return None
 
 
-def words(text: str) -> list[str]:
+def scored_words(text: str) -> list[str]:
     """The words of a text, of any script, without case and punctuation.
 
     >>> words("It's  Zürich!")
@@ -112,8 +112,8 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-class _Words:
+class _WordTokenizer:
     """Our words for a library whose own are Latin letters only."""
 
     def tokenize(self, text: str) -> list[str]:
-        return words(text)
+        return scored_words(text)

@@ -23,60 +23,60 @@ from fedloom.train.tokenised import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class AnswerLogits:
     """The tokens to predict in a batch of `rows` examples: logits (tokens, vocabulary), the right ones, and whose they are (both
     (tokens,))."""
 
     logits: Tensor
-    wanted: Tensor
+    targets: Tensor
     row: Tensor
     rows: int
 
     def losses(self) -> Tensor:
         """Cross-entropy of each token."""
-        return functional.cross_entropy(self.logits.float(), self.wanted, reduction="none")
+        return functional.cross_entropy(self.logits.float(), self.targets, reduction="none")
 
-    def summed(self, values: Tensor) -> Tensor:
+    def sum_by_example(self, values: Tensor) -> Tensor:
         """Of values (tokens,), the sum over each example's tokens."""
         return torch.zeros(self.rows, dtype=values.dtype, device=values.device).index_add(0, self.row, values)
 
     def counts(self) -> Tensor:
         """How many tokens each example has to predict."""
-        return self.summed(torch.ones_like(self.wanted))
+        return self.sum_by_example(torch.ones_like(self.targets))
 
 
-def mean(base: Base, inputs: dict[str, Tensor]) -> Tensor:
+def mean_loss(base: Base, inputs: dict[str, Tensor]) -> Tensor:
     """The mean loss of a batch."""
     if base.labels is not None:
         loss: Tensor = base.model(**inputs).loss
         return loss
-    return each(base, inputs).mean()
+    return example_losses(base, inputs).mean()
 
 
-def each(base: Base, inputs: dict[str, Tensor]) -> Tensor:
+def example_losses(base: Base, inputs: dict[str, Tensor]) -> Tensor:
     """The loss of each example (rows,)."""
     if base.labels is None:
-        found = answered(base, inputs)
-        return found.summed(found.losses()) / found.counts().clamp_min(1)
+        found = answer_logits(base, inputs)
+        return found.sum_by_example(found.losses()) / found.counts().clamp_min(1)
     inputs = dict(inputs)
     labels = inputs.pop("labels")
     return functional.cross_entropy(base.model(**inputs).logits.float(), labels, reduction="none")
 
 
-def answered(base: Base, inputs: dict[str, Tensor]) -> Answered:
+def answer_logits(base: Base, inputs: dict[str, Tensor]) -> AnswerLogits:
     """What the model says of each token that `inputs["labels"]` (rows, tokens) asks for, from the tokens before it."""
     inputs = dict(inputs)
     labels = inputs.pop("labels")
-    asked = torch.zeros_like(labels, dtype=torch.bool)
-    asked[:, :-1] = (labels[:, 1:] != IGNORED) & inputs["attention_mask"][:, :-1].bool()
-    with _only(base, asked) as cut:
+    predicted = torch.zeros_like(labels, dtype=torch.bool)
+    predicted[:, :-1] = (labels[:, 1:] != IGNORED) & inputs["attention_mask"][:, :-1].bool()
+    with _logits_only_at(base, predicted) as cut:
         logits = base.model(**inputs, use_cache=False).logits
-    row, column = asked.nonzero(as_tuple=True)
-    return Answered(logits if cut else logits[asked], labels[row, column + 1], row, len(labels))
+    row, column = predicted.nonzero(as_tuple=True)
+    return AnswerLogits(logits if cut else logits[predicted], labels[row, column + 1], row, len(labels))
 
 
 @contextmanager
-def _only(base: Base, asked: Tensor) -> Iterator[bool]:
+def _logits_only_at(base: Base, predicted: Tensor) -> Iterator[bool]:
     """Inside, the model's head is applied where `asked` (rows, tokens) only; or everywhere, if it is trained itself.
 
     Several clients' heads are told apart by the rows of a batch.
@@ -87,7 +87,7 @@ def _only(base: Base, asked: Tensor) -> Iterator[bool]:
         return
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][asked], *args[1:])
+        return (args[0][predicted], *args[1:])
 
     hook = head.register_forward_pre_hook(gather)
     try:

@@ -12,14 +12,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedloom.core.lora import Adapter, Factor, cut, only, pad
-from fedloom.core.types import Pruning, Side
+from fedloom.core.lora import Adapter, Factor, cut_factor, map_tensors, take_sides, pad, server_rank
+from fedloom.core.types import ClientState, Pruning, Side, TaskStart
 
 Weights: TypeAlias = Mapping[str, nn.Parameter]
-Amend: TypeAlias = Callable[[], None]
+GradientChange: TypeAlias = Callable[[], None]
 
 
-def side(name: str) -> Side:
+def side_of(name: str) -> Side:
     """The side to which a parameter of this name belongs."""
     match name.rpartition(".")[2]:
         case "down":
@@ -30,7 +30,7 @@ def side(name: str) -> Side:
             return "dense"
 
 
-def proximal(weights: Weights, strength: float) -> Amend:
+def proximal_pull(weights: Weights, strength: float) -> GradientChange:
     """FedProx (Li et al., arXiv 1812.06127, Eq. 2): the gradient of strength / 2 * |w - w0|^2, w0 what the task began with."""
     origin = {name: weight.detach().clone() for name, weight in weights.items()}
 
@@ -43,13 +43,13 @@ def proximal(weights: Weights, strength: float) -> Amend:
 
 
 @dataclass(slots=True)
-class Control:
+class ControlVariate:
     """SCAFFOLD (Karimireddy et al., arXiv 1910.06378, Alg. 1): g - c_i + c, and the mean of g, which is the next c_i."""
 
     weights: Weights
     server: Mapping[str, Tensor]
-    own: Mapping[str, Tensor]
-    total: dict[str, Tensor] = field(default_factory=dict)
+    client: Mapping[str, Tensor]
+    gradient_sum: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
 
     def __call__(self) -> None:
@@ -57,28 +57,28 @@ class Control:
         self.steps += 1
         for name, weight in self.weights.items():
             if weight.grad is not None:
-                self.total[name] = self.total[name] + weight.grad if name in self.total else weight.grad.clone()
-                weight.grad.add_((self.server[name] - self.own[name]).to(weight.grad))
+                self.gradient_sum[name] = self.gradient_sum[name] + weight.grad if name in self.gradient_sum else weight.grad.clone()
+                weight.grad.add_((self.server[name] - self.client[name]).to(weight.grad))
 
-    def after(self) -> dict[str, Tensor]:
+    def next_variate(self) -> dict[str, Tensor]:
         """c_i of the next task: the mean gradient; where nothing was trained, what it was."""
-        return {n: (self.total[n] / self.steps).cpu() if n in self.total else self.own[n] for n in self.own}
+        return {n: (self.gradient_sum[n] / self.steps).cpu() if n in self.gradient_sum else self.client[n] for n in self.client}
 
 
-def masked(weights: Weights, chosen: Mapping[str, Tensor]) -> Amend:
+def mask_gradient(weights: Weights, chosen: Mapping[str, Tensor]) -> GradientChange:
     """No gradient for directions that were not chosen; `chosen` is a mask (rank,) for each layer."""
 
     def amend() -> None:
         for name, weight in weights.items():
             layer, _, last = name.rpartition(".")
-            if weight.grad is not None and layer in chosen and side(name) != "dense":
+            if weight.grad is not None and layer in chosen and side_of(name) != "dense":
                 keep = chosen[layer].to(weight.grad)
                 weight.grad.mul_(keep[:, None] if last == "down" else keep)
 
     return amend
 
 
-def select(before: Adapter, after: Adapter, count: int) -> dict[str, Tensor]:
+def select_directions(before: Adapter, after: Adapter, count: int) -> dict[str, Tensor]:
     """The `count` directions, over all layers together, that a trial moved most (LoRA-A2, arXiv 2410.22815).
 
     A direction's score is |d up| |down| + |up| |d down|: with one side frozen that is the norm of the product's change.
@@ -96,64 +96,64 @@ def select(before: Adapter, after: Adapter, count: int) -> dict[str, Tensor]:
     return dict(zip(scores, parts, strict=True))
 
 
-def penalty(weights: Weights, pruning: Pruning) -> Tensor:
+def pruning_penalty(weights: Weights, pruning: Pruning) -> Tensor:
     """strength * sum over layers of |up[:, t:]| |down[t:]| (HetLoRA, arXiv 2401.06432), t the beginning of the tail."""
     total = torch.zeros(())
     for name, down in weights.items():
-        if side(name) == "down":
-            up, first = weights[f"{name.removesuffix('.down')}.up"], pruning.tail(down.shape[0])
+        if side_of(name) == "down":
+            up, first = weights[f"{name.removesuffix('.down')}.up"], pruning.rank_after(down.shape[0])
             total = total.to(down.device) + up[:, first:].norm() * down[first:].norm()
     return pruning.strength * total
 
 
-def pruned(before: Adapter, after: Adapter, pruning: Pruning) -> Adapter:
+def prune_tail(before: Adapter, after: Adapter, pruning: Pruning) -> Adapter:
     """`after` without its tail, if the tail has become smaller; otherwise as it is."""
 
     def size(adapter: Adapter) -> float:
-        tails = [(f.up[:, pruning.tail(f.rank) :], f.down[pruning.tail(f.rank) :]) for f in adapter.factors.values()]
+        tails = [(f.up[:, pruning.rank_after(f.rank) :], f.down[pruning.rank_after(f.rank) :]) for f in adapter.factors.values()]
         return sum(float(up.norm() * down.norm()) for up, down in tails)
 
     if not size(after) < size(before):
         return after
-    return Adapter({n: cut(f, pruning.tail(f.rank)) for n, f in after.factors.items()}, after.dense)
+    return Adapter({n: cut_factor(f, pruning.rank_after(f.rank)) for n, f in after.factors.items()}, after.dense)
 
 
-def flat(adapter: Adapter) -> dict[str, Tensor]:
+def flatten_adapter(adapter: Adapter) -> dict[str, Tensor]:
     """An adapter's tensors by the names of the parameters that they belong to."""
     found = {f"{name}.{part}": getattr(f, part) for name, f in adapter.factors.items() for part in ("down", "up")}
     return found | dict(adapter.dense)
 
 
-def unflat(tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
+def unflatten_adapter(tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
     """The reverse of `flat`."""
     factors = {name: Factor(tensors[f"{name}.down"], tensors[f"{name}.up"]) for name in like.factors}
     return Adapter(factors, {name: tensors[name] for name in like.dense})
 
 
-def taken(kept: Adapter, like: Adapter, slots: Sequence[int]) -> Adapter:
+def take_directions(stored: Adapter, like: Adapter, directions: Sequence[int]) -> Adapter:
     """The server's directions `slots` of what a client keeps, in the layers of `like`: zeros where it has none yet."""
-    held, factors = torch.tensor(list(slots)), {}
+    held, factors = torch.tensor(list(directions)), {}
     for name, factor in like.factors.items():
-        own = kept.factors.get(name, Factor(factor.down[:0], factor.up[:, :0]))
-        full = pad(own, max(own.rank, max(slots) + 1))
+        own = stored.factors.get(name, Factor(factor.down[:0], factor.up[:, :0]))
+        full = pad(own, max(own.rank, max(directions) + 1))
         factors[name] = Factor(full.down[held], full.up[:, held])
-    return Adapter(factors, kept.dense)
+    return Adapter(factors, stored.dense)
 
 
-def put_back(kept: Adapter | None, new: Adapter, slots: Sequence[int]) -> Adapter:
+def put_directions(stored: Adapter | None, new: Adapter, directions: Sequence[int]) -> Adapter:
     """What a client keeps, by the server's directions: `new` in these, the others, and other layers, as they were."""
-    held, known = torch.tensor(list(slots)), kept.factors if kept else {}
+    held, known = torch.tensor(list(directions)), stored.factors if stored else {}
     factors = dict(known)
     for name, factor in new.factors.items():
         before = known.get(name, Factor(factor.down[:0], factor.up[:, :0]))
-        full = pad(before, max(before.rank, max(slots) + 1))
+        full = pad(before, max(before.rank, max(directions) + 1))
         factors[name] = Factor(full.down.index_copy(0, held, factor.down), full.up.index_copy(1, held, factor.up))
     return Adapter(factors, new.dense)
 
 
-def mixed(own: Adapter, other: Adapter, sides: frozenset[Side], chosen: Mapping[str, Tensor] | None = None) -> Adapter:
+def replace_sides(own: Adapter, other: Adapter, sides: frozenset[Side], chosen: Mapping[str, Tensor] | None = None) -> Adapter:
     """`own`, with these sides, and directions outside of `chosen`, of `other`."""
-    found = only(sides, other, own)
+    found = take_sides(sides, other, own)
     if chosen is None:
         return found
     factors = {}
@@ -163,3 +163,24 @@ def mixed(own: Adapter, other: Adapter, sides: frozenset[Side], chosen: Mapping[
             torch.where(keep[:, None], factor.down, before.down), torch.where(keep, factor.up, before.up)
         )
     return Adapter(factors, found.dense)
+
+
+def personal_adapter(start: TaskStart, local: ClientState) -> Adapter:
+    """What the client runs: what it was sent, with its own private sides in their place if it has some already."""
+    if local.private is None or not start.rules.private:
+        return start.train
+    own = take_directions(local.private, start.train, start_directions(start))
+    return replace_sides(start.train, own, frozenset(start.rules.private))
+
+
+def start_directions(start: TaskStart) -> Sequence[int]:
+    """The server's directions that a start holds."""
+    return range(server_rank(start.train)) if start.directions is None else start.directions
+
+
+def client_variate(start: TaskStart, local: ClientState) -> Adapter:
+    """The client's own control variate in the directions of this start; zero where it has none yet."""
+    assert start.control is not None
+    if local.control is None:
+        return map_tensors(torch.zeros_like, start.control)
+    return take_directions(local.control, start.control, start_directions(start))

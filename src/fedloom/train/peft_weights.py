@@ -25,7 +25,7 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
-def blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
+def transformer_blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
     """The transformer blocks that hold adapted layers, and where the base model holds them; None if it has no such list."""
     adapted = [*lora_layers(model)]
     for path, module in model.get_base_model().named_modules():
@@ -34,12 +34,12 @@ def blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
     return None
 
 
-def depths(model: PeftModel) -> dict[str, int]:
+def layer_depths(model: PeftModel) -> dict[str, int]:
     """From which depth on each adapted layer is trained: 1 in the top block, 0 above the blocks, one more than there are below.
 
     Empty where the model has no list of blocks that are passed once each (ALBERT passes one many times).
     """
-    found, base = blocks(model), model.get_base_model()
+    found, base = transformer_blocks(model), model.get_base_model()
     if found is None or len(found[1]) != getattr(base.config, "num_hidden_layers", len(found[1])):
         return {}
     path, count = found[0], len(found[1])
@@ -53,7 +53,7 @@ def depths(model: PeftModel) -> dict[str, int]:
     return {name: depth(name) for name in lora_layers(model)}
 
 
-def size(layer: LoraLayer) -> tuple[int, int]:
+def layer_size(layer: LoraLayer) -> tuple[int, int]:
     """(d_out, d_in) of an adapted layer."""
     out, inner = layer.out_features, layer.in_features
     if not isinstance(out, int) or not isinstance(inner, int):
@@ -61,12 +61,12 @@ def size(layer: LoraLayer) -> tuple[int, int]:
     return out, inner
 
 
-def quantised(parameter: Tensor) -> bool:
+def is_quantised(parameter: Tensor) -> bool:
     """Whether it is in 4 bits, several numbers in one entry."""
     return getattr(parameter, "quant_state", None) is not None
 
 
-def numbers(parameter: Tensor) -> int:
+def count_numbers(parameter: Tensor) -> int:
     """How many numbers a parameter holds."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else prod(state.shape)
@@ -82,7 +82,7 @@ def dense_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
+def slot_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
     """Everything that training changes in this slot, by a name that does not depend on the slot."""
     found: dict[str, nn.Parameter] = {}
     for name, (down, up) in _weights(model, slot).items():
@@ -90,7 +90,7 @@ def parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
     return found | dense_parameters(model, slot)
 
 
-def read(model: PeftModel, slot: str, names: Collection[str] | None = None) -> Adapter:
+def read_adapter(model: PeftModel, slot: str, names: Collection[str] | None = None) -> Adapter:
     """The slot's weights, of all layers or of these, as an adapter of its own memory, float32 on the CPU."""
     layers, factors = lora_layers(model), {}
     for name, (down, up) in _weights(model, slot).items():
@@ -101,7 +101,7 @@ def read(model: PeftModel, slot: str, names: Collection[str] | None = None) -> A
 
 
 @torch.no_grad()
-def write(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None:
+def write_adapter(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None:
     """Put an adapter of the slot's rank into the model, parametrised with `scaling`; a layer that it does not hold adds nothing."""
     layers = lora_layers(model)
     for name, (down, up) in _weights(model, slot).items():
@@ -115,7 +115,7 @@ def write(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None
         value.copy_(adapter.dense[name])
 
 
-def base_weights(model: PeftModel) -> dict[str, Tensor]:
+def take_base_weights(model: PeftModel) -> dict[str, Tensor]:
     """The frozen weights of the adapted layers, (out, in). The model goes on with copies, which may be written to.
 
     So what several processes share stays as it is, and a process that adds a fold pays for one copy of these layers.
@@ -129,17 +129,17 @@ def base_weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def add_to_base(model: PeftModel, pristine: Mapping[str, Tensor], fold: Adapter | None) -> None:
+def set_fold(model: PeftModel, originals: Mapping[str, Tensor], fold: Adapter | None) -> None:
     """Set the frozen weights of the adapted layers to `pristine` plus the fold's products."""
     for name, layer in lora_layers(model).items():
         weight = base_weight(layer)
         factor = fold.factors.get(name) if fold is not None else None
         if factor is None:
-            weight.copy_(pristine[name])
+            weight.copy_(originals[name])
             continue
         product = factor.up.to(weight.device) @ factor.down.to(weight.device)
         turned = product.T if "Conv1D" in type(layer.get_base_layer()).__name__ else product  # it keeps (in, out)
-        weight.copy_(pristine[name] + turned)
+        weight.copy_(originals[name] + turned)
 
 
 def base_weight(layer: LoraLayer) -> Tensor:

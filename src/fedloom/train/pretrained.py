@@ -25,29 +25,29 @@ from transformers.utils import logging
 from fedloom.core.errors import Refused
 
 
-def classifier(name: str, labels: int, **more: Any) -> tuple[PreTrainedModel, set[str]]:
+def load_classifier(name: str, labels: int, **more: Any) -> tuple[PreTrainedModel, set[str]]:
     """A model that predicts one of `labels`, and the names of its parameters that were not in the checkpoint (the new head)."""
-    return _loaded(AutoModelForSequenceClassification, name, "classification", num_labels=labels, **more)
+    return _load(AutoModelForSequenceClassification, name, "classification", num_labels=labels, **more)
 
 
-def generator(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
+def load_decoder(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
     """A model that writes text from left to right, and the names of its parameters that were not in the checkpoint.
 
     Raises Refused for one that reads ahead, as an encoder does even where transformers puts a head for generation on it.
     """
-    model, fresh = _loaded(AutoModelForCausalLM, name, "generation", **more)
+    model, fresh = _load(AutoModelForCausalLM, name, "generation", **more)
     if reads_ahead(model):
         remedy = "sees the words that it is to predict; give a decoder such as Qwen/Qwen2.5-0.5B"
         raise Refused("model", name, f"{type(model).__name__} {remedy}")
     return model, fresh
 
 
-def filler(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
+def load_masked_model(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
     """A model that fills in what is hidden in a text, and the names of its parameters that were not in the checkpoint."""
-    return _loaded(AutoModelForMaskedLM, name, "filling in", **more)
+    return _load(AutoModelForMaskedLM, name, "filling in", **more)
 
 
-def four_bit(device: torch.device) -> dict[str, Any]:
+def four_bit_arguments(device: torch.device) -> dict[str, Any]:
     """What to load a model with so that its linear layers are in 4 bits (QLoRA, arXiv 2305.14314: NF4, quantised twice).
 
     Raises Refused where this machine cannot do that.
@@ -78,20 +78,20 @@ def reads_ahead(model: Any) -> bool:
     return float((one - other).abs().max()) > 1e-3 * float(one.abs().max())
 
 
-def tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a token to pad with."""
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers, tokenizers and the hub client each have their own
         raise Refused("model", name, f"its tokenizer cannot be loaded ({first_line(error)})") from error
-    if len(found) <= len(found.all_special_tokens):  # what transformers makes up where there is none
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there is none
         raise Refused("model", name, "it comes without a tokenizer; add tokenizer.json and tokenizer_config.json")
-    if found.pad_token is None:
-        found.pad_token = found.eos_token
-    return found
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
-def _loaded(kind: Any, name: str, use: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
+def _load(kind: Any, name: str, use: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
     try:
         model, info = kind.from_pretrained(
             name, output_loading_info=True, dtype=torch.float32, trust_remote_code=False, **more
@@ -117,7 +117,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """The libraries' reports and advice are not for our users: what matters is in the manifest or an error."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

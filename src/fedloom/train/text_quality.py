@@ -21,9 +21,9 @@ from transformers import AutoConfig
 
 from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples, Source, Split
-from fedloom.data.text_measures import read_together
+from fedloom.data.text_measures import example_texts
 from fedloom.data.tickets import Tickets
-from fedloom.train.pretrained import filler, generator, quiet, tokenizer
+from fedloom.train.pretrained import load_masked_model, load_decoder, silence_libraries, load_tokenizer
 from fedloom.train.tokenised import IGNORED
 
 PASSES = 7  # of a masked model: about the share of tokens that it has learnt to fill in
@@ -39,7 +39,7 @@ class Tokens:
     def __call__(self, examples: Examples) -> Sequence[float]:
         """One number an example, without special tokens."""
         own = _tokenizer(self.model)
-        texts = [" ".join(parts) for parts in read_together(examples)]
+        texts = [" ".join(parts) for parts in example_texts(examples)]
         return tuple(map(len, own(texts, add_special_tokens=False, verbose=False)["input_ids"])) if texts else ()
 
 
@@ -65,7 +65,7 @@ def scores(examples: Examples, name: str, longest: int = 256) -> tuple[float, ..
     """
     model, masked = _model(name)
     own = _tokenizer(name)
-    rows = [_row(own, parts, examples.answers is not None, masked, longest) for parts in read_together(examples)]
+    rows = [_row(own, parts, examples.answers is not None, masked, longest) for parts in example_texts(examples)]
     found = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     for at in range(0, len(order), ROWS):
@@ -118,17 +118,17 @@ def _sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 @cache
 def _tokenizer(name: str) -> Any:
-    with quiet():
-        return tokenizer(name)
+    with silence_libraries():
+        return load_tokenizer(name)
 
 
 @cache
 def _model(name: str) -> tuple[Any, bool]:
     """The model, and whether it is a masked one."""
     model: Any
-    with quiet():
+    with silence_libraries():
         masked = _is_masked(name)
-        model, fresh = filler(name) if masked else generator(name)
+        model, fresh = load_masked_model(name) if masked else load_decoder(name)
     if fresh:
         raise Refused("model", name, "it comes without the head that predicts words; name a language model")
     return model.eval(), masked

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fedloom.core.seeds import rng
 from fedloom.data.examples import Examples
-from fedloom.train.chat_template import Fitted, tokenised
+from fedloom.train.chat_template import FitCounts, tokenise_answers
 
 IGNORED = -100
 """The label of a token that is not to be predicted, as torch and transformers have it."""
 
+POOL = 8
+"""Batches that are sorted together. Larger pools pad less and mix less; 8 keeps about 90 % of the tokens useful."""
+
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedTexts:
     """Token ids of each example, with its label; `extras` are the tokenizer's other columns (segment ids).
 
     Where text is generated, `begins` is where the answer's tokens begin in each example: they, the end mark included, are what is
@@ -28,9 +33,9 @@ class Encoded:
     extras: dict[str, tuple[tuple[int, ...], ...]]
     labels: tuple[int, ...]
     pad: int
-    left: bool
-    begins: tuple[int, ...] | None = None
-    fitted: Fitted | None = None
+    pad_left: bool
+    answer_starts: tuple[int, ...] | None = None
+    fit_counts: FitCounts | None = None
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
         """Tokens of these examples."""
@@ -39,42 +44,89 @@ class Encoded:
     def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
         """Model inputs of these examples, padded to the longest of them, with `labels` (rows,), or (rows, tokens) to predict."""
         width = max(self.lengths(indices))
-        mask = [self._padded([1] * len(self.ids[i]), width, 0) for i in indices]
-        inputs = {"input_ids": [self._padded(self.ids[i], width, self.pad) for i in indices], "attention_mask": mask}
+        mask = [self._pad([1] * len(self.ids[i]), width, 0) for i in indices]
+        inputs = {"input_ids": [self._pad(self.ids[i], width, self.pad) for i in indices], "attention_mask": mask}
         for name, column in self.extras.items():
-            inputs[name] = [self._padded(column[i], width, 0) for i in indices]
-        if self.begins is None:
+            inputs[name] = [self._pad(column[i], width, 0) for i in indices]
+        if self.answer_starts is None:
             inputs["labels"] = [self.labels[i] for i in indices]  # type: ignore[misc]
         else:
-            wanted = [[*[IGNORED] * self.begins[i], *self.ids[i][self.begins[i] :]] for i in indices]
-            inputs["labels"] = [self._padded(row, width, IGNORED) for row in wanted]
+            targets = [[*[IGNORED] * self.answer_starts[i], *self.ids[i][self.answer_starts[i] :]] for i in indices]
+            inputs["labels"] = [self._pad(row, width, IGNORED) for row in targets]
         return {name: torch.tensor(rows, device=device) for name, rows in inputs.items()}
 
-    def real(self, index: int, width: int) -> slice:
+    def token_span(self, index: int, width: int) -> slice:
         """Where the tokens of this example are in a row of `width`; the rest is padding."""
         length = len(self.ids[index])
-        return slice(width - length, width) if self.left else slice(0, length)
+        return slice(width - length, width) if self.pad_left else slice(0, length)
 
-    def _padded(self, row: Sequence[int], width: int, value: int) -> list[int]:
+    def _pad(self, row: Sequence[int], width: int, value: int) -> list[int]:
         filler = [value] * (width - len(row))
-        return [*filler, *row] if self.left else [*row, *filler]
+        return [*filler, *row] if self.pad_left else [*row, *filler]
 
 
-def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+def encode_texts(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedTexts:
     """Tokenise single sentences or pairs, cut at `max_length` tokens, or requests with their answers, made to fit in as many."""
     pad, left = tokenizer.pad_token_id or 0, tokenizer.padding_side == "left"
     if examples.answers is not None:
-        ids, begins, fitted = tokenised(examples, tokenizer, max_length)
-        return Encoded(ids, {}, examples.labels, pad, left, begins, fitted)
+        ids, begins, fitted = tokenise_answers(examples, tokenizer, max_length)
+        return EncodedTexts(ids, {}, examples.labels, pad, left, begins, fitted)
     if not len(examples):
-        return Encoded((), {}, (), pad, left)
+        return EncodedTexts((), {}, (), pad, left)
     pairs = list(examples.pairs) if examples.pairs is not None else None
     columns = tokenizer(
         list(examples.texts), pairs, truncation=True, max_length=max_length, return_attention_mask=False
     )
-    extras = {name: _frozen(rows) for name, rows in columns.items() if name != "input_ids"}
-    return Encoded(_frozen(columns["input_ids"]), extras, examples.labels, pad, left)
+    extras = {name: _tuples(rows) for name, rows in columns.items() if name != "input_ids"}
+    return EncodedTexts(_tuples(columns["input_ids"]), extras, examples.labels, pad, left)
 
 
-def _frozen(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+def _tuples(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in rows)
+
+
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, bucket: bool, seed: int, number: int, stratified: bool = False
+) -> list[list[int]]:
+    """One pass over all examples as lists of indices: shuffled, sorted by length inside pools of `POOL` batches, shuffled again.
+
+    `stratified` batches have one example of each stratum instead: of the shortest, the next longer ones, and so on.
+    """
+    draw = rng(seed, "epoch", number)
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    if stratified:
+        return _stratified_batches(sorted(order, key=lambda j: lengths[j]), batch_size, draw)
+    if bucket:
+        step = POOL * batch_size
+        pools = [sorted(order[i : i + step], key=lambda j: lengths[j]) for i in range(0, len(order), step)]
+        order = [j for pool in pools for j in pool]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if bucket:
+        draw.shuffle(batches)
+    return batches
+
+
+def _stratified_batches(order: list[int], batch_size: int, draw: random.Random) -> list[list[int]]:
+    """Batches of as nearly the same size as can be, which take from consecutive strata of `order`."""
+    count = -(-len(order) // batch_size)
+    batches: list[list[int]] = [[] for _ in range(count)]
+    for start in range(0, len(order), count):
+        stratum = order[start : start + count]
+        for batch, j in zip(draw.sample(batches, len(stratum)), stratum, strict=True):
+            batch.append(j)
+    return batches
+
+
+def plan_batches(
+    lengths: Sequence[int], batch_size: int, steps: int, bucket: bool, seed: int, stratified: bool = False
+) -> Iterator[list[int]]:
+    """`steps` batches, pass after pass. The last batch of a pass may be smaller."""
+    count, number = 0, 0
+    while True:
+        for batch in epoch_batches(lengths, batch_size, bucket, seed, number, stratified):
+            if count == steps:
+                return
+            yield batch
+            count += 1
+        number += 1

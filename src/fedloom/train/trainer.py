@@ -11,20 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, each, server_rank
-from fedloom.core.policies import Answer
-from fedloom.core.types import ClientId, Local, Result, Rules, Start, Task
+from fedloom.core.lora import Adapter, map_tensors
+from fedloom.core.policies import PendingResult
+from fedloom.core.types import ClientId, ClientState, Result, Rules, TaskStart, Task
 from fedloom.train import loss, objective, peft_weights
 from fedloom.train.base_model import Base
-from fedloom.train.batches import batches
 from fedloom.train.engine import batched_clients, frozen_layers
-from fedloom.train.engine.batched_clients import Member
+from fedloom.train.engine.batched_clients import BatchedClient
 from fedloom.train.engine.frozen_layers import Cache
-from fedloom.train.objective import Amend, Weights
+from fedloom.train.objective import GradientChange, Weights, client_variate, start_directions, personal_adapter
 from fedloom.train.settings import PLAIN, Engine, Training
-from fedloom.train.tokenised import Encoded
+from fedloom.train.tokenised import EncodedTexts, plan_batches
 
-Group: TypeAlias = Sequence[tuple[Task, Local]]
+Group: TypeAlias = Sequence[tuple[Task, ClientState]]
 Loss: TypeAlias = Callable[[Sequence[int]], Tensor]
 
 TRIAL = 5
@@ -36,22 +35,22 @@ class PeftTrainer:
     """Trains the clients' shards (indices into `texts`) on one base."""
 
     base: Base
-    texts: Encoded
+    texts: EncodedTexts
     shards: Mapping[ClientId, tuple[int, ...]]
     training: Training
     engine: Engine = PLAIN
     cache: Cache = field(default_factory=Cache)
 
-    def train(self, work: Sequence[tuple[Task, Local]]) -> list[tuple[Result, Local]]:
+    def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """Load, train, read back: each task in turn, or a group in one pass. The base keeps nothing of it."""
         return [answer for group in self.groups(work) for answer in self.group(group)]
 
-    def groups(self, work: Sequence[tuple[Task, Local]]) -> list[Group]:
+    def groups(self, work: Sequence[tuple[Task, ClientState]]) -> list[Group]:
         """The work, in its order, in groups that are trained in one pass; most often of one task each.
 
         A function of the work alone: whoever carries the groups out, and in which order, the results are the same.
         """
-        found, last = list[list[tuple[Task, Local]]](), None
+        found, last = list[list[tuple[Task, ClientState]]](), None
         for task, local in work:
             known = self._common(task)
             if known is not None and known == last and len(found[-1]) < self._most(found[-1][0][0]):
@@ -61,23 +60,23 @@ class PeftTrainer:
             last = known
         return [*found]
 
-    def least(self, task: Task) -> Result:
+    def unchanged_result(self, task: Task) -> Result:
         """The answer if training changed nothing."""
         tokens = sum(sum(self.texts.lengths(batch)) for batch in self._plan(task))
         examples = len(self.shards[task.client])
         return Result(task.start.train, examples, tokens, task.budget.steps, control=task.start.control)
 
-    def begin(self, work: Sequence[tuple[Task, Local]], due: Sequence[float]) -> Sequence[Answer]:
+    def begin(self, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]) -> Sequence[PendingResult]:
         """Each group is trained when the first of its answers is asked for; one that nobody asks for is not."""
         groups = [(group, cache(partial(self.group, group))) for group in self.groups(work)]
         return [partial(_nth, answers, k) for group, answers in groups for k in range(len(group))]
 
-    def group(self, work: Group) -> list[tuple[Result, Local]]:
+    def group(self, work: Group) -> list[tuple[Result, ClientState]]:
         """Carry out one group."""
         if len(work) == 1:
             return [self._one(*work[0])]
-        members = [Member(task, local, personal(task.start, local), self._plan(task)) for task, local in work]
-        trained = batched_clients.train(self.base, self.texts, self.training, members)
+        members = [BatchedClient(task, local, personal_adapter(task.start, local), self._plan(task)) for task, local in work]
+        trained = batched_clients.train_together(self.base, self.texts, self.training, members)
         return [self._answer(m.task, m.local, m.plan, *one) for m, one in zip(members, trained, strict=True)]
 
     def _common(self, task: Task) -> object:
@@ -87,11 +86,11 @@ class PeftTrainer:
             or self.training.proximal
             or frozen_layers.tower(self.base, [*task.start.train.factors])
         )
-        return None if alone else batched_clients.key(task)
+        return None if alone else batched_clients.pass_key(task)
 
     def _most(self, task: Task) -> int:
         lengths = self.texts.lengths(self.shards[task.client])
-        return self.engine.together or batched_clients.most(
+        return self.engine.together or batched_clients.clients_per_pass(
             self.base, min(len(lengths), self.training.batch_size) * sum(lengths) / len(lengths)
         )
 
@@ -99,12 +98,12 @@ class PeftTrainer:
         """The batches of a task, as examples."""
         shard, how = self.shards[task.client], self.training
         lengths, steps = self.texts.lengths(shard), task.budget.steps
-        plan = batches(lengths, how.batch_size, steps, how.bucket, task.seed, how.stratified)
+        plan = plan_batches(lengths, how.batch_size, steps, how.bucket, task.seed, how.stratified)
         return [[shard[i] for i in batch] for batch in plan]
 
-    def _one(self, task: Task, local: Local) -> tuple[Result, Local]:
+    def _one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
         start, plan = task.start, self._plan(task)
-        begin = personal(start, local)
+        begin = personal_adapter(start, local)
         losses, chosen = list[float](), None
         if start.rules.select is not None and start.rules.select < sum(f.rank for f in begin.factors.values()):
             chosen = self._chosen(task, begin, local, plan, losses)
@@ -114,85 +113,85 @@ class PeftTrainer:
     def _answer(
         self,
         task: Task,
-        local: Local,
+        local: ClientState,
         plan: Sequence[Sequence[int]],
         trained: Adapter,
         moments: Mapping[str, Mapping[str, Tensor]],
         losses: Sequence[float],
         control: Adapter | None = None,
         chosen: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Result, Local]:
+    ) -> tuple[Result, ClientState]:
         """What is sent back, and what stays at the client."""
-        start, slots = task.start, directions(task.start)
-        sent = objective.mixed(trained, start.train, start.rules.kept, chosen)
+        start, slots = task.start, start_directions(task.start)
+        sent = objective.replace_sides(trained, start.train, start.rules.unchanged, chosen)
         if start.rules.pruning is not None:
-            sent = objective.pruned(personal(start, local), sent, start.rules.pruning)
+            sent = objective.prune_tail(personal_adapter(start, local), sent, start.rules.pruning)
         result = Result(
             adapter=sent,
             examples=len(self.shards[task.client]),
             tokens=sum(sum(self.texts.lengths(batch)) for batch in plan),
             steps=task.budget.steps,
             metrics={"loss": sum(losses) / len(losses), "first_loss": losses[0]},
-            control=control and each(torch.sub, control, controlled(start, local)),
+            control=control and map_tensors(torch.sub, control, client_variate(start, local)),
         )
-        private = objective.put_back(local.private, trained, slots) if start.rules.private else local.private
-        mine = objective.put_back(local.control, control, slots) if control else local.control
-        return result, Local(start.basis, moments, private, mine)
+        private = objective.put_directions(local.private, trained, slots) if start.rules.private else local.private
+        mine = objective.put_directions(local.control, control, slots) if control else local.control
+        return result, ClientState(start.basis, moments, private, mine)
 
     def _chosen(
-        self, task: Task, begin: Adapter, local: Local, plan: Sequence[Sequence[int]], losses: list[float]
+        self, task: Task, begin: Adapter, local: ClientState, plan: Sequence[Sequence[int]], losses: list[float]
     ) -> dict[str, Tensor]:
         """The directions to train, after a trial on the first batches (LoRA-A2)."""
         if len(plan) < 2 or task.start.rules.select is None:
             raise Refused("plan.local_steps", len(plan), "choosing directions takes a step of its own: give at least 2")
         trial = plan[: max(1, len(plan) // TRIAL)]
-        tried, _, _ = self._run(task, begin, Local(control=local.control), trial, losses)
-        return objective.select(begin, tried, task.start.rules.select)
+        tried, _, _ = self._run(task, begin, ClientState(control=local.control), trial, losses)
+        return objective.select_directions(begin, tried, task.start.rules.select)
 
     def _run(
         self,
         task: Task,
         begin: Adapter,
-        local: Local,
+        local: ClientState,
         plan: Sequence[Sequence[int]],
         losses: list[float],
         chosen: Mapping[str, Tensor] | None = None,
     ) -> tuple[Adapter, dict[str, dict[str, Tensor]], Adapter | None]:
         """Train on these batches and add to `losses`; returns the adapter, optimiser moments, the new control variate."""
         start = task.start
-        slot = self.base.put(begin, start.scaling, start.fold)
-        weights = released(peft_weights.parameters(self.base.model, slot), start)
+        slot = self.base.activate(begin, start.scaling, start.fold)
+        weights = released(peft_weights.slot_parameters(self.base.model, slot), start)
         loss_of = self._loss(task, [*begin.factors])
         optimiser = self._optimiser(weights, start, local)
-        amends, control = list[Amend](), None
+        amends, control = list[GradientChange](), None
         if start.control is not None:
-            shared = {name: w for name, w in weights.items() if objective.side(name) not in start.rules.private}
-            own = objective.flat(controlled(start, local))
-            control = objective.Control(shared, objective.flat(start.control), own)
+            shared = {name: w for name, w in weights.items() if objective.side_of(name) not in start.rules.private}
+            own = objective.flatten_adapter(client_variate(start, local))
+            control = objective.ControlVariate(shared, objective.flatten_adapter(start.control), own)
             amends.append(control)
         if self.training.proximal:
-            amends.append(objective.proximal(weights, self.training.proximal))
+            amends.append(objective.proximal_pull(weights, self.training.proximal))
         if chosen is not None:
-            amends.append(objective.masked(weights, chosen))
+            amends.append(objective.mask_gradient(weights, chosen))
         with torch.random.fork_rng():  # after the slot was made, which draws
             torch.manual_seed(task.seed)
             losses += self._steps(plan, loss_of, weights, optimiser, amends, start.rules)
-        after = objective.unflat(control.after(), start.control) if control and start.control else None
+        after = objective.unflatten_adapter(control.next_variate(), start.control) if control and start.control else None
         moments = _moments(weights, optimiser) if self.training.keep_moments else {}
         self.cache.trim(self.engine.cache)
-        return peft_weights.read(self.base.model, slot, begin.factors), moments, after
+        return peft_weights.read_adapter(self.base.model, slot, begin.factors), moments, after
 
     def _loss(self, task: Task, trained: Sequence[str]) -> Loss:
         """The mean loss of a batch; where only the top layers are trained, from what comes out below them."""
         place = frozen_layers.tower(self.base, trained)
         if place is None:
-            return lambda batch: loss.mean(self.base, self.texts.batch(batch, self.base.device))
+            return lambda batch: loss.mean_loss(self.base, self.texts.batch(batch, self.base.device))
         room, shard = self.engine.cache, self.shards[task.client]
         below = frozen_layers.features(self.base, self.texts, place, shard, task.start.fold, self.cache, room)
 
         def fed(batch: Sequence[int]) -> Tensor:
             with place.fed(below.of(batch)):
-                return loss.mean(self.base, self.texts.batch(batch, self.base.device))
+                return loss.mean_loss(self.base, self.texts.batch(batch, self.base.device))
 
         return fed
 
@@ -202,7 +201,7 @@ class PeftTrainer:
         loss_of: Loss,
         weights: Weights,
         optimiser: torch.optim.Optimizer,
-        amends: Sequence[Amend],
+        amends: Sequence[GradientChange],
         rules: Rules,
     ) -> list[float]:
         """One optimiser step a batch; returns the losses, without penalties."""
@@ -215,7 +214,7 @@ class PeftTrainer:
             found = loss_of(batch)
             losses.append(float(found.detach()))
             optimiser.zero_grad(set_to_none=True)
-            extra = None if rules.pruning is None else objective.penalty(weights, rules.pruning)
+            extra = None if rules.pruning is None else objective.pruning_penalty(weights, rules.pruning)
             torch.autograd.backward(found if extra is None else found + extra)
             for amend in amends:
                 amend()
@@ -223,11 +222,11 @@ class PeftTrainer:
             optimiser.step()
         return losses
 
-    def _optimiser(self, weights: Weights, start: Start, local: Local) -> torch.optim.AdamW:
+    def _optimiser(self, weights: Weights, start: TaskStart, local: ClientState) -> torch.optim.AdamW:
         """AdamW; a group's rate here is its multiple of the learning rate. Moments of the same basis go on."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, weight in weights.items():
-            multiple = start.rules.up_rate if objective.side(name) == "up" else 1.0
+            multiple = start.rules.up_rate if objective.side_of(name) == "up" else 1.0
             groups.setdefault(multiple, []).append(weight)
         optimiser = torch.optim.AdamW(
             [{"params": members, "lr": multiple} for multiple, members in groups.items()],
@@ -239,37 +238,16 @@ class PeftTrainer:
         return optimiser
 
 
-def _nth(answers: Callable[[], Sequence[tuple[Result, Local]]], number: int) -> tuple[Result, Local]:
+def _nth(answers: Callable[[], Sequence[tuple[Result, ClientState]]], number: int) -> tuple[Result, ClientState]:
     return answers()[number]
 
 
-def personal(start: Start, local: Local) -> Adapter:
-    """What the client runs: what it was sent, with its own private sides in their place if it has some already."""
-    if local.private is None or not start.rules.private:
-        return start.train
-    own = objective.taken(local.private, start.train, directions(start))
-    return objective.mixed(start.train, own, frozenset(start.rules.private))
-
-
-def released(weights: Weights, start: Start) -> dict[str, nn.Parameter]:
+def released(weights: Weights, start: TaskStart) -> dict[str, nn.Parameter]:
     """The parameters that are trained, with gradients on for them and off for the others: frozen sides, layers not in the start."""
-    sent = objective.flat(start.train)
+    sent = objective.flatten_adapter(start.train)
     for name, weight in weights.items():
-        weight.requires_grad_(objective.side(name) not in start.rules.frozen and name in sent)
+        weight.requires_grad_(objective.side_of(name) not in start.rules.frozen and name in sent)
     return {name: weight for name, weight in weights.items() if weight.requires_grad}
-
-
-def directions(start: Start) -> Sequence[int]:
-    """The server's directions that a start holds."""
-    return range(server_rank(start.train)) if start.slots is None else start.slots
-
-
-def controlled(start: Start, local: Local) -> Adapter:
-    """The client's own control variate in the directions of this start; zero where it has none yet."""
-    assert start.control is not None
-    if local.control is None:
-        return each(torch.zeros_like, start.control)
-    return objective.taken(local.control, start.control, directions(start))
 
 
 def _moments(weights: Weights, optimiser: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

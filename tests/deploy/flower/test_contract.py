@@ -133,7 +133,7 @@ def test_an_idle_supernode_can_be_paced(monkeypatch: pytest.MonkeyPatch) -> None
     slept = list[float]()
     monkeypatch.setattr(supernode.time, "sleep", slept.append)
     for idle in (0.05, 20.0):
-        supernode.pace(idle)
+        supernode.shorten_idle_wait(idle)
         start_client_internal.time.sleep(3)
         start_client_internal.time.sleep(0.5)
     assert slept == [0.05, 0.05, 20.0, 0.5], (
@@ -144,7 +144,7 @@ def test_an_idle_supernode_can_be_paced(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_supernode_says_which_node_it_is(tmp_path: Path) -> None:
     source = inspect.getsource(start_client_internal)
     assert 'log(INFO, "SuperNode ID: %s", node_id)' in source
-    handler = supernode.Note(tmp_path / "node")
+    handler = supernode.NodeIdHandler(tmp_path / "node")
     logging.getLogger("flwr").addHandler(handler)
     try:
         start_client_internal.log(logging.INFO, "SuperNode ID: %s", 17)
@@ -158,12 +158,12 @@ def test_a_supernode_says_which_node_it_is(tmp_path: Path) -> None:
 )
 def test_a_body_comes_back_as_it_was_in_as_few_parts_as_can_be(size: int, parts: int) -> None:
     body = os.urandom(size)
-    content = grid.packed(body)
-    assert grid.unpacked(content) == body
+    content = grid.pack_body(body)
+    assert grid.unpack_body(content) == body
     assert len(get_all_nested_objects(content)) == parts
 
 
 def test_content_of_another_form_is_refused() -> None:
     for content in (flwr.app.RecordDict(), flwr.app.RecordDict({"body": flwr.app.ConfigRecord({"body": "x"})})):
         with pytest.raises(ValueError, match="not one array"):
-            grid.unpacked(content)
+            grid.unpack_body(content)

@@ -13,8 +13,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 
-from fedloom.deploy.flower.executor import BROKEN, Lost, answer, asked
-from fedloom.deploy.flower.grid import packed, unpacked
+from fedloom.deploy.flower.executor import BROKEN, NoAnswer, answer_message, ask_until_answered
+from fedloom.deploy.flower.grid import pack_body, unpack_body
 from fedloom.deploy.site import worker_socket
 
 Serve = Callable[[Callable[[bytes], bytes | None]], Path]
@@ -64,44 +64,44 @@ def test_bytes_go_through_whatever_they_are(serve: Serve) -> None:
     path = serve(lambda body: body[::-1])
     for size in (0, 1, 3_000_000):
         body = os.urandom(size)
-        assert asked(path, body, 1.0) == body[::-1]
+        assert ask_until_answered(path, body, 1.0) == body[::-1]
 
 
 def test_a_message_waits_for_a_worker_that_is_being_restarted(serve: Serve, tmp_path: Path) -> None:
     threading.Timer(0.3, lambda: serve(lambda body: body + b"!")).start()
-    assert asked(tmp_path / "worker.sock", b"hello", 10.0) == b"hello!"
+    assert ask_until_answered(tmp_path / "worker.sock", b"hello", 10.0) == b"hello!"
 
 
 def test_the_wait_for_a_worker_ends(tmp_path: Path) -> None:
     begun = time.monotonic()
-    with pytest.raises(Lost, match="no worker at this site for 0 seconds"):
-        asked(tmp_path / "worker.sock", b"hello", 0.3)
+    with pytest.raises(NoAnswer, match="no worker at this site for 0 seconds"):
+        ask_until_answered(tmp_path / "worker.sock", b"hello", 0.3)
     assert time.monotonic() - begun < 3
 
 
 def test_a_worker_that_died_over_a_message_is_asked_again(serve: Serve) -> None:
     answers = [None] * (BROKEN - 1)
     path = serve(lambda body: answers.pop() if answers else body)
-    assert asked(path, b"hello", 1.0) == b"hello"
+    assert ask_until_answered(path, b"hello", 1.0) == b"hello"
 
 
 def test_a_message_that_kills_every_worker_is_given_up(serve: Serve) -> None:
     seen: list[bytes] = []
     path = serve(lambda body: seen.append(body))
-    with pytest.raises(Lost, match=f"died {BROKEN} times"):
-        asked(path, b"hello", 1.0)
+    with pytest.raises(NoAnswer, match=f"died {BROKEN} times"):
+        ask_until_answered(path, b"hello", 1.0)
     assert len(seen) == BROKEN
 
 
 def test_what_is_no_message_of_ours_is_answered_with_an_error_and_reaches_no_worker(tmp_path: Path) -> None:
     strange = message_of(RecordDict({"c": ConfigRecord({"import": "os"})}))
-    reply = answer(strange, tmp_path / "none.sock", 0.1)
+    reply = answer_message(strange, tmp_path / "none.sock", 0.1)
     assert reply.has_error()
     assert "not one array of bytes" in reply.error.reason
 
 
 def test_an_answer_goes_to_whom_the_message_came_from(serve: Serve) -> None:
-    message = message_of(packed(b"hello"))
-    reply = answer(message, serve(lambda body: body * 2), 1.0)
-    assert unpacked(reply.content) == b"hellohello"
+    message = message_of(pack_body(b"hello"))
+    reply = answer_message(message, serve(lambda body: body * 2), 1.0)
+    assert unpack_body(reply.content) == b"hellohello"
     assert (reply.metadata.src_node_id, reply.metadata.dst_node_id, reply.metadata.run_id) == (7, 1, 5)

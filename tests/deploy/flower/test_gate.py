@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.deploy.flower import keys
-from fedloom.deploy.flower.gate import BODY, Gate, Refused, length_of
+from fedloom.deploy.flower.gate import BODY, Gate, RequestRefused, length_of
 
 CALL = b"POST /v1/fleet/pull-messages HTTP/1.1"
 LENGTH = b"content-length: 3"
@@ -56,13 +56,13 @@ def test_a_call_of_a_site_passes() -> None:
     ids=repr,
 )
 def test_whatever_leaves_a_doubt_is_refused(lines: list[bytes]) -> None:
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         length_of(b"\r\n".join(lines))
 
 
 @given(st.binary(max_size=300) | st.binary(max_size=60).map(lambda some: CALL + b"\r\n" + some))
 def test_no_bytes_upset_it(head: bytes) -> None:
-    with suppress(Refused):
+    with suppress(RequestRefused):
         assert 0 <= length_of(head) <= BODY
 
 

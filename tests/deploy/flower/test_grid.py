@@ -9,7 +9,7 @@ import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedloom.deploy.flower import grid
-from fedloom.deploy.flower.grid import ASK, SELDOM, GridLink
+from fedloom.deploy.flower.grid import ASK, SELDOM, GridTransport
 
 
 def test_a_push_that_took_too_long_is_a_reply_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +18,7 @@ def test_a_push_that_took_too_long_is_a_reply_that_says_so(monkeypatch: pytest.M
 
     monkeypatch.setattr(grid, "Message", lambda *content, **more: None)
     flower: Any = SimpleNamespace(push_messages=push)
-    link = GridLink(flower)
+    link = GridTransport(flower)
     number = link.send(7, b"x")
     [reply] = link.collect()
     assert (reply.message, reply.node, reply.body) == (number, 7, None)
@@ -40,7 +40,7 @@ def test_a_busy_superlink_is_asked_less_and_an_outage_delays_nothing_after_it(mo
 
     monkeypatch.setattr(grid, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
     flower: Any = SimpleNamespace(_runtime_client=SimpleNamespace(PullMessages=pull))
-    link = GridLink(flower)
+    link = GridTransport(flower)
     link._sent["1"] = 7
     link._ask()
     assert slept == pytest.approx([ASK, 4 * 0.3, SELDOM])

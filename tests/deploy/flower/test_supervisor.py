@@ -14,7 +14,7 @@ import pytest
 
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower import supervisor
-from fedloom.deploy.flower.supervisor import Backoff, Part, Reader, Supervisor, alone, terminable
+from fedloom.deploy.flower.supervisor import Backoff, ProcessSpec, LogFollower, Supervisor, hold_folder, stop_on_sigterm
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 PARENT = [
@@ -48,7 +48,7 @@ def gone(pid: int) -> bool:
 class Kennel:
     """A supervisor, and what it said."""
 
-    def __init__(self, folder: Path, *units: list[Part]) -> None:
+    def __init__(self, folder: Path, *units: list[ProcessSpec]) -> None:
         self.said: list[str] = []
         self.supervisor = Supervisor(units, folder, self.said.append, Backoff(0.05, 0.2, 60.0))
 
@@ -61,7 +61,7 @@ class Kennel:
 def kennel(tmp_path: Path) -> Iterator[Callable[..., Kennel]]:
     made: list[Kennel] = []
 
-    def make(*units: list[Part]) -> Kennel:
+    def make(*units: list[ProcessSpec]) -> Kennel:
         made.append(Kennel(tmp_path, *units))
         return made[-1]
 
@@ -70,8 +70,8 @@ def kennel(tmp_path: Path) -> Iterator[Callable[..., Kennel]]:
         each.supervisor.stop()
 
 
-def part(name: str, command: list[str] = SLEEP) -> Part:
-    return Part(name, command, dict(os.environ))
+def part(name: str, command: list[str] = SLEEP) -> ProcessSpec:
+    return ProcessSpec(name, command, dict(os.environ))
 
 
 def test_what_is_killed_is_started_again(kennel: Callable[..., Kennel]) -> None:
@@ -135,12 +135,12 @@ time.sleep(600)
 
 def test_a_folder_has_one_supervisor(tmp_path: Path) -> None:
     with (
-        alone(tmp_path / "lock", tmp_path),
+        hold_folder(tmp_path / "lock", tmp_path),
         pytest.raises(Refused, match="another process"),
-        alone(tmp_path / "lock", tmp_path),
+        hold_folder(tmp_path / "lock", tmp_path),
     ):
         pass
-    with alone(tmp_path / "lock", tmp_path):
+    with hold_folder(tmp_path / "lock", tmp_path):
         pass
 
 
@@ -148,14 +148,14 @@ def test_a_reader_sees_each_whole_line_once_also_when_the_log_is_shortened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "a.log"
-    reader = Reader(log)
+    reader = LogFollower(log)
     assert reader.lines() == []
     log.write_text("one\ntwo\nthr")
     assert reader.lines() == ["one", "two"]
     with log.open("a") as file:
         file.write("ee\n")
     assert reader.lines() == ["three"]
-    assert Reader(log).skip().lines() == []
+    assert LogFollower(log).skip().lines() == []
     monkeypatch.setattr(supervisor, "LARGEST_LOG", 8)
     monkeypatch.setattr(supervisor, "KEPT_LOG", 4)
     supervisor._shorten(log)
@@ -177,7 +177,7 @@ def test_a_signal_that_comes_in_a_finaliser_is_not_lost(number: signal.Signals) 
         number, signal.default_int_handler
     )  # SIGINT is ignored in what a shell runs in the background
     try:
-        with terminable() as asked_to_stop:
+        with stop_on_sigterm() as asked_to_stop:
             asked_to_stop()
             one = Finalised()
             del one
@@ -185,7 +185,7 @@ def test_a_signal_that_comes_in_a_finaliser_is_not_lost(number: signal.Signals) 
                 asked_to_stop()
         assert signal.getsignal(number) is signal.default_int_handler
         signal.signal(number, signal.SIG_IGN)
-        with terminable() as asked_to_stop:
+        with stop_on_sigterm() as asked_to_stop:
             os.kill(os.getpid(), number)
             asked_to_stop()
     finally:

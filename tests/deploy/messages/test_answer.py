@@ -10,21 +10,22 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.core import message_size
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import Adapter, Factor, cut, each, rebuilt, tensors
+from fedloom.core.lora import Adapter, Factor, cut_factor, map_tensors, from_tensors, named_tensors
 from fedloom.core.schema import Malformed
-from fedloom.core.transfer import answered, handed
-from fedloom.core.types import Budget, Local, Result, Rules, Start, Task
-from fedloom.core.validate_answer import fault
-from fedloom.deploy.messages.answer import FORMAT, HEADER, decode, encode
-from fedloom.hierarchy.edge_model import narrowed
+from fedloom.core.transfer import encode_answer, encode_start
+from fedloom.core.types import Budget, ClientState, Result, Rules, TaskStart, Task
+from fedloom.core.validate_answer import why_invalid
+from fedloom.deploy.messages.answer import FORMAT, HEADER, decode_result, encode_result
+from fedloom.hierarchy.edge import trained_part
 from tests.support import toys
+from tests.support.storms import tries
 from tests.support.toys import adapter, changed, make_result, returned, sent
 
 LIMIT = 10**6
@@ -34,19 +35,19 @@ every_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 
 
 def task_for(start: Adapter, codec: Codec | None = None, number: int = 7, client: str = "c1", **more: Any) -> Task:
-    begin = handed(Start(start, "0", **more), codec)
+    begin = encode_start(TaskStart(start, "0", **more), codec)
     return Task(number, client, 0, begin, Budget(4, 5), 0, 0.0)
 
 
 def through(task: Task, result: Result) -> Result:
-    client, number, back = decode(encode(task, result), LIMIT, {task.id: task})
+    client, number, back = decode_result(encode_result(task, result), LIMIT, {task.id: task})
     assert (client, number) == (task.client, task.id)
     return back
 
 
 TASK = task_for(adapter(2, layers=LAYERS), DeltaInt8())
 SMALL = make_result(changed(TASK.start, 1), metrics={"loss": 0.1 + 0.2, "seconds": 3.0})
-BYTES = encode(TASK, SMALL)
+BYTES = encode_result(TASK, SMALL)
 TASKS = {7: TASK}
 FLAT = safetensors.torch.load(BYTES)
 MANIFEST = json.loads(json.loads(BYTES[8 : 8 + int.from_bytes(BYTES[:8], "little")])["__metadata__"][HEADER])
@@ -60,7 +61,7 @@ def packed(manifest: Any, flat: dict[str, torch.Tensor] | None = None) -> bytes:
 
 def refused(data: bytes, because: str = ".", limit: int = LIMIT) -> None:
     with pytest.raises(Malformed, match=because):
-        decode(data, limit, TASKS)
+        decode_result(data, limit, TASKS)
 
 
 # What arrives --------------------------------------------------------------------------------------------------------
@@ -80,20 +81,20 @@ def test_in_float32_a_round_trip_is_exact(start: Adapter, codec: Codec | None) -
 @pytest.mark.parametrize("method", toys.aggregators(), ids=toys.called)
 def test_what_arrives_is_what_a_simulation_merges_and_costs_what_is_counted(method: Any, codec: Codec | None) -> None:
     task = sent(method, method.init(adapter(8)), 4)
-    task = replace(task, start=handed(task.start, codec))
+    task = replace(task, start=encode_start(task.start, codec))
     given = returned(task, changed(task.start, 1)).result
     if task.start.control is not None:
-        moved = each(torch.add, task.start.control, each(torch.ones_like, task.start.control))
+        moved = map_tensors(torch.add, task.start.control, map_tensors(torch.ones_like, task.start.control))
         given = replace(given, control=moved)
-    merged, _ = answered(task, Local(), given, Local())
+    merged, _ = encode_answer(task, ClientState(), given, ClientState())
     back = through(task, given)
-    assert fault(task, back) is None
+    assert why_invalid(task, back) is None
     assert fingerprint(back.adapter) == fingerprint(merged.adapter)
     assert (back.control is None) == (merged.control is None)
     if back.control is not None and merged.control is not None:
         assert fingerprint(back.control) == fingerprint(merged.control)
-    buffers = safetensors.torch.load(encode(task, given)).values()
-    assert sum(buffer.nbytes for buffer in buffers) == message_size.up(task, merged).total
+    buffers = safetensors.torch.load(encode_result(task, given)).values()
+    assert sum(buffer.nbytes for buffer in buffers) == message_size.upload_size(task, merged).total
 
 
 def test_a_control_variate_travels_beside_the_adapter() -> None:
@@ -109,20 +110,20 @@ def test_a_control_variate_travels_beside_the_adapter() -> None:
 def test_views_and_special_values_survive() -> None:
     f = adapter(4).factors["query"]
     f.up[0, 0], f.up[1, 1] = float("nan"), -0.0
-    given = Adapter({"a.b": cut(f, 2), "c": Factor(f.down[::2], f.up[:, ::2])})
-    start = each(torch.zeros_like, given)
+    given = Adapter({"a.b": cut_factor(f, 2), "c": Factor(f.down[::2], f.up[:, ::2])})
+    start = map_tensors(torch.zeros_like, given)
     assert fingerprint(through(task_for(start), make_result(given)).adapter) == fingerprint(given)
 
 
 @every_codec
 def test_what_stayed_is_not_sent_and_arrives_to_the_bit(codec: Codec | None) -> None:
     task = task_for(adapter(4), codec)
-    flat = {name: tensor.clone() for name, tensor in tensors(task.start.train).items()}
+    flat = {name: tensor.clone() for name, tensor in named_tensors(task.start.train).items()}
     flat["query.up"][:, 2] += 1.0
-    data = encode(task, make_result(rebuilt(task.start.train, flat)))
+    data = encode_result(task, make_result(from_tensors(task.start.train, flat)))
     numbers = sum(buffer.nbytes for buffer in safetensors.torch.load(data).values())
     assert numbers == (codec or Exact()).number * 12 + (codec or Exact()).row
-    back = tensors(decode(data, LIMIT, {7: task})[2].adapter)
+    back = named_tensors(decode_result(data, LIMIT, {7: task})[2].adapter)
     still = torch.arange(4) != 2
     assert all(back[name].equal(tensor) for name, tensor in flat.items() if name != "query.up")
     assert back["query.up"][:, still].equal(flat["query.up"][:, still])
@@ -134,7 +135,7 @@ def test_what_no_server_takes_is_sent_and_refused_there(codec: Codec | None, val
     task = task_for(adapter(4), codec)
     spoiled = changed(task.start, 1)
     spoiled.factors["value"].up[3, 1] = value
-    reason = fault(task, through(task, make_result(spoiled)))
+    reason = why_invalid(task, through(task, make_result(spoiled)))
     assert reason is not None
     assert "value.up" in reason
 
@@ -142,12 +143,12 @@ def test_what_no_server_takes_is_sent_and_refused_there(codec: Codec | None, val
 @every_codec
 def test_an_answer_that_pruned_itself_arrives_at_its_rank(codec: Codec | None) -> None:
     task = sent(toys.aggregators()[0], toys.aggregators()[0].init(adapter(8)), 4)
-    task = replace(task, start=handed(Start(adapter(4), "0", rules=Rules()), codec))
+    task = replace(task, start=encode_start(TaskStart(adapter(4), "0", rules=Rules()), codec))
     given = changed(task.start, 1)
-    pruned = Adapter({name: cut(factor, 3) for name, factor in given.factors.items()}, given.dense)
+    pruned = Adapter({name: cut_factor(factor, 3) for name, factor in given.factors.items()}, given.dense)
     back = through(task, make_result(pruned))
     assert {factor.rank for factor in back.adapter.factors.values()} == {3}
-    assert fault(task, back) is not None, "nobody allowed it here, and the server says so"
+    assert why_invalid(task, back) is not None, "nobody allowed it here, and the server says so"
 
 
 @every_codec
@@ -159,10 +160,10 @@ def test_an_answer_of_some_layers_arrives_with_these_and_takes_no_bytes_for_othe
         some = replace(whole, adapter=Adapter(factors, whole.adapter.dense))
         back = through(task, some)
         assert list(back.adapter.factors) == held
-        alone = answered(narrowed(task, some), Local(), some, Local())[0]
+        alone = encode_answer(trained_part(task, some), ClientState(), some, ClientState())[0]
         assert fingerprint(back.adapter) == fingerprint(alone.adapter)
-        assert len(encode(task, some)) < len(encode(task, whole))
-        assert "query" in str(fault(task, back)) or "value" in str(fault(task, back)), "a client was asked for all"
+        assert len(encode_result(task, some)) < len(encode_result(task, whole))
+        assert "query" in str(why_invalid(task, back)) or "value" in str(why_invalid(task, back)), "a client was asked for all"
 
 
 @pytest.mark.parametrize("layers", [[], [2], [-1], [1, 0], [0, 0], ["only"], "only", [10**400], [True]])
@@ -171,16 +172,16 @@ def test_layers_that_the_task_has_not_are_refused(layers: Any) -> None:
 
 
 def test_the_same_result_gives_the_same_bytes_twice() -> None:
-    assert encode(TASK, SMALL) == BYTES
-    assert encode(TASK, make_result(changed(TASK.start, 1), metrics=SMALL.metrics)) == BYTES
-    assert encode(replace(TASK, id=8), SMALL) != BYTES
+    assert encode_result(TASK, SMALL) == BYTES
+    assert encode_result(TASK, make_result(changed(TASK.start, 1), metrics=SMALL.metrics)) == BYTES
+    assert encode_result(replace(TASK, id=8), SMALL) != BYTES
 
 
 # What is refused -----------------------------------------------------------------------------------------------------
 
 
 def test_the_helper_packs_what_encode_would() -> None:
-    assert decode(packed(MANIFEST), LIMIT, TASKS)[:2] == ("c1", 7)
+    assert decode_result(packed(MANIFEST), LIMIT, TASKS)[:2] == ("c1", 7)
 
 
 def test_a_file_cut_off_at_any_length_is_refused() -> None:
@@ -189,31 +190,31 @@ def test_a_file_cut_off_at_any_length_is_refused() -> None:
 
 
 def test_more_bytes_than_allowed_are_refused_before_they_are_read() -> None:
-    decode(BYTES, len(BYTES), TASKS)
+    decode_result(BYTES, len(BYTES), TASKS)
     refused(BYTES, "above the limit", len(BYTES) - 1)
     refused(b"x" * 1000, "above the limit", 999)
     refused(BYTES + b"x")
 
 
 def test_an_answer_to_a_task_that_nobody_gave_is_refused() -> None:
-    refused(encode(replace(TASK, id=8), SMALL), "task 8 is not outstanding")
+    refused(encode_result(replace(TASK, id=8), SMALL), "task 8 is not outstanding")
 
 
 @given(st.integers(0, len(BYTES) - 1), st.integers(1, 255))
-@settings(max_examples=600, deadline=None, derandomize=True)
+@tries(1200)
 def test_a_flipped_byte_is_refused_or_stays_in_its_place(position: int, mask: int) -> None:
     """Numbers have no checksum: what may pass is an answer of the form asked for, for `check` to judge."""
     damaged = bytearray(BYTES)
     damaged[position] ^= mask
     with suppress(Malformed):
-        back = decode(bytes(damaged), LIMIT, TASKS)[2]
-        assert {n: t.shape for n, t in tensors(back.adapter).items()} == {
-            n: t.shape for n, t in tensors(TASK.start.train).items()
+        back = decode_result(bytes(damaged), LIMIT, TASKS)[2]
+        assert {n: t.shape for n, t in named_tensors(back.adapter).items()} == {
+            n: t.shape for n, t in named_tensors(TASK.start.train).items()
         }
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@tries(600)
 def test_random_bytes_are_refused(data: bytes) -> None:
     refused(data)
 
@@ -226,10 +227,10 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from([*MANIFEST, "odd"]), JSON, max_size=4))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@tries(400)
 def test_any_manifest_is_read_or_refused(changes: dict[str, Any]) -> None:
     with suppress(Malformed):
-        assert isinstance(decode(packed(MANIFEST | changes), LIMIT, TASKS)[2], Result)
+        assert isinstance(decode_result(packed(MANIFEST | changes), LIMIT, TASKS)[2], Result)
 
 
 FORMS = st.sampled_from(["f32", "f16", "i8"])
@@ -240,12 +241,12 @@ ENTRIES = st.lists(
 
 
 @given(ENTRIES, st.dictionaries(FORMS, st.integers(0, 24)))
-@settings(max_examples=400, deadline=None, derandomize=True)
+@tries(800)
 def test_any_entries_over_any_buffers_are_read_or_refused(entries: Any, sizes: dict[str, int]) -> None:
     kinds = {"f32": torch.float32, "f16": torch.float16, "i8": torch.int8}
     flat = {form: torch.ones(size, dtype=kinds[form]) for form, size in sizes.items()}
     with suppress(Malformed):
-        decode(packed(MANIFEST | {"tensors": entries}, flat), LIMIT, TASKS)
+        decode_result(packed(MANIFEST | {"tensors": entries}, flat), LIMIT, TASKS)
 
 
 @pytest.mark.parametrize(
@@ -275,13 +276,13 @@ def test_any_entries_over_any_buffers_are_read_or_refused(entries: Any, sizes: d
     ids=str,
 )
 def test_a_wrong_manifest_is_refused_by_the_name_of_its_field(change: dict[str, Any]) -> None:
-    refused(packed(MANIFEST | change), f"manifest field {next(iter(change))}")
+    refused(packed(MANIFEST | change), f"manifest: .*{next(iter(change))}")
 
 
 def test_a_manifest_has_all_its_fields_and_no_others() -> None:
     for name in MANIFEST:
-        refused(packed({n: v for n, v in MANIFEST.items() if n != name}), f"manifest field {name}")
-    refused(packed(MANIFEST | {"code": "import os"}), "manifest field code")
+        refused(packed({n: v for n, v in MANIFEST.items() if n != name}), f"manifest: .*{name}")
+    refused(packed(MANIFEST | {"code": "import os"}), "manifest: .*code")
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{", "[" * 100_000, '"x"', "NaN"], ids=lambda t: t[:5])
@@ -301,10 +302,10 @@ def test_a_file_without_a_manifest_is_refused() -> None:
 )  # fmt: skip
 def test_an_answer_of_other_layers_is_refused(other: Adapter) -> None:
     task = task_for(other, DeltaInt8())
-    data = encode(task, make_result(changed(task.start, 1)))
+    data = encode_result(task, make_result(changed(task.start, 1)))
     with suppress(Malformed):
-        back = decode(data, LIMIT, TASKS)[2]
-        assert fault(TASK, back) is not None
+        back = decode_result(data, LIMIT, TASKS)[2]
+        assert why_invalid(TASK, back) is not None
         assert {factor.rank for factor in back.adapter.factors.values()} == {1}, "a lower rank is for `check` to judge"
 
 

@@ -14,17 +14,17 @@ from fedloom import FFA, Clip, DeltaInt8, FedSA, FLoRA, Half, LoRAA2, Scaffold
 from fedloom.core import message_size
 from fedloom.core.errors import Refused
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import Adapter, only, rebuilt, tensors
+from fedloom.core.lora import Adapter, take_sides, from_tensors, named_tensors
 from fedloom.core.schema import Malformed
-from fedloom.core.transfer import handed
+from fedloom.core.transfer import encode_start
 from fedloom.core.types import Budget, Task
 from fedloom.deploy import start as deploy
-from fedloom.deploy.messages.messages import Hello, Refusal, Welcome, Work, decode, decode_any, decode_reply, encode
-from fedloom.deploy.messages.seeded_sides import filled, left_out
-from fedloom.deploy.site.worker import Worker
-from fedloom.report.run_log import read
+from fedloom.deploy.messages.messages import JoinRequest, Refusal, Welcome, TaskRequest, decode_request, decode_any, decode_reply, encode_request
+from fedloom.deploy.messages.seeded_sides import with_seeded_sides, without_seeded_sides
+from fedloom.deploy.site.worker import SiteWorker
+from fedloom.report.run_log import read_run_log
 from fedloom.runs.prepare import prepare
-from fedloom.train.base_model import initial
+from fedloom.train.base_model import initial_adapter
 from tests.support import toys
 from tests.support.deployment_runs import folder_of, net_of, run_of
 from tests.support.sites import site_at, terms_of, trainer_of
@@ -35,19 +35,19 @@ METHODS = [FFA(), FedSA(), LoRAA2(freeze_head=True), Clip(FFA(), 1.0)]
 """Whose seeded sides stay those of the beginning."""
 
 
-def work_of(method: Any, first: Adapter, codec: Any, rank: int = 4, **terms: Any) -> Work:
+def work_of(method: Any, first: Adapter, codec: Any, rank: int = 4, **terms: Any) -> TaskRequest:
     """A task of a model in which all has changed that this method changes."""
     begun = method.init(first)
     kept = method.start(begun, Budget(4, 3), 7).seeded
-    model = replace(begun, adapter=only(kept, first, lively(first, 3)))
-    start = handed(method.start(model, Budget(rank, 3), 7), codec)
+    model = replace(begun, adapter=take_sides(kept, first, lively(first, 3)))
+    start = encode_start(method.start(model, Budget(rank, 3), 7), codec)
     told = terms_of(**({"first": fingerprint(first)} | terms))
-    return Work(told, 1, Task(1, "ward", 1, start, Budget(rank, 3), 101, 1.5), 0)
+    return TaskRequest(told, 1, Task(1, "ward", 1, start, Budget(rank, 3), 101, 1.5), 0)
 
 
-def numbers(work: Work) -> int:
+def numbers(work: TaskRequest) -> int:
     """Bytes of a message, its text apart."""
-    return sum(tensor.nbytes for tensor in safetensors.torch.load(encode(work)).values())
+    return sum(tensor.nbytes for tensor in safetensors.torch.load(encode_request(work)).values())
 
 
 @pytest.mark.parametrize("codec", [None, Half(), DeltaInt8()], ids=str)
@@ -56,12 +56,12 @@ def numbers(work: Work) -> int:
 def test_the_bytes_are_those_that_a_simulation_counts(method: Any, codec: Any, rank: int) -> None:
     first = toys.adapter(8)
     work = work_of(method, first, codec, rank)
-    sent = left_out(work, first)
+    sent = without_seeded_sides(work, first)
     assert sent.left_out == work.task.start.seeded
-    assert numbers(sent) == message_size.down(work.task.start).total < numbers(work)
-    back = decode(encode(sent), LIMIT)
-    assert isinstance(back, Work)
-    assert encode(filled(back, first)) == encode(work)
+    assert numbers(sent) == message_size.download_size(work.task.start).total < numbers(work)
+    back = decode_request(encode_request(sent), LIMIT)
+    assert isinstance(back, TaskRequest)
+    assert encode_request(with_seeded_sides(back, first)) == encode_request(work)
 
 
 @pytest.mark.parametrize("codec", [None, Half(), DeltaInt8()], ids=str)
@@ -69,7 +69,7 @@ def test_the_bytes_are_those_that_a_simulation_counts(method: Any, codec: Any, r
 def test_of_every_method_but_one_the_bytes_are_those_that_a_simulation_counts(method: Any, codec: Any) -> None:
     first = toys.adapter(8)
     work = work_of(method, first, codec)
-    sent, counted = numbers(left_out(work, first)), message_size.down(work.task.start).total
+    sent, counted = numbers(without_seeded_sides(work, first)), message_size.download_size(work.task.start).total
     if isinstance(method, FLoRA):  # what was drawn for the task is sent: `fedloom.flower.seeded` says why
         assert sent > counted
     elif isinstance(method, Scaffold) and codec is None:  # a control variate of zeros fits float16
@@ -81,20 +81,20 @@ def test_of_every_method_but_one_the_bytes_are_those_that_a_simulation_counts(me
 def test_what_is_not_that_of_the_beginning_is_sent() -> None:
     first = toys.adapter(8)
     work = work_of(FFA(), first, None)
-    assert left_out(work, toys.adapter(8, 5)) is work, "the run began with another adapter"
+    assert without_seeded_sides(work, toys.adapter(8, 5)) is work, "the run began with another adapter"
     train = work.task.start.train
-    flat = tensors(train)
+    flat = named_tensors(train)
     name = next(name for name in flat if name.endswith(".down"))
-    other = rebuilt(train, flat | {name: flat[name] + torch.eye(*flat[name].shape) * 1e-7})
+    other = from_tensors(train, flat | {name: flat[name] + torch.eye(*flat[name].shape) * 1e-7})
     changed = replace(work, task=replace(work.task, start=replace(work.task.start, train=other)))
-    assert left_out(changed, first) is changed
+    assert without_seeded_sides(changed, first) is changed
     drawn = work_of(FLoRA(), first, None)
-    assert "down" not in left_out(drawn, first).left_out
+    assert "down" not in without_seeded_sides(drawn, first).left_out
 
 
 def test_a_side_without_numbers_is_refused_where_none_may_be(encoder: Path) -> None:
     first = toys.adapter(8)
-    sent = left_out(work_of(FFA(), first, None), first)
+    sent = without_seeded_sides(work_of(FFA(), first, None), first)
     void = sent.task.start.train
     start, wrong = sent.task.start, []
     wrong.append(replace(sent, left_out=()))
@@ -104,24 +104,24 @@ def test_a_side_without_numbers_is_refused_where_none_may_be(encoder: Path) -> N
         wrong.append(replace(sent, task=replace(sent.task, start=replace(start, **more))))  # type: ignore[arg-type]
     for work in wrong:
         with pytest.raises(Malformed):
-            decode_any(encode(work), LIMIT)
-    vast = {name: torch.zeros(()).expand(2**30, 2**30) for name, _ in tensors(void).items() if name.endswith(".down")}
-    huge = rebuilt(void, tensors(void) | vast)
+            decode_any(encode_request(work), LIMIT)
+    vast = {name: torch.zeros(()).expand(2**30, 2**30) for name, _ in named_tensors(void).items() if name.endswith(".down")}
+    huge = from_tensors(void, named_tensors(void) | vast)
     with pytest.raises(Malformed):  # and no memory is taken for it
-        decode_any(encode(replace(sent, task=replace(sent.task, start=replace(start, train=huge)))), LIMIT)
+        decode_any(encode_request(replace(sent, task=replace(sent.task, start=replace(start, train=huge)))), LIMIT)
 
 
 @pytest.mark.parametrize("method", METHODS[:3], ids=str)
 def test_a_site_that_drew_the_same_trains_the_same(encoder: Path, tmp_path: Path, method: Any) -> None:
-    first = initial(trainer_of(encoder, terms_of()).base, 4)
+    first = initial_adapter(trainer_of(encoder, terms_of()).base, 4)
     work = work_of(method, first, Half())
     found = []
-    for number, asked in enumerate((work, left_out(work, first))):
-        worker = Worker(site_at(tmp_path / str(number), encoder))
-        told = decode_reply(worker.answer(encode(Hello(asked.terms, 1))), LIMIT, {})
+    for number, asked in enumerate((work, without_seeded_sides(work, first))):
+        worker = SiteWorker(site_at(tmp_path / str(number), encoder))
+        told = decode_reply(worker.answer(encode_request(JoinRequest(asked.terms, 1))), LIMIT, {})
         assert isinstance(told, Welcome)
         assert told.seeded
-        reply = decode_reply(worker.answer(encode(asked)), LIMIT, {1: work.task})
+        reply = decode_reply(worker.answer(encode_request(asked)), LIMIT, {1: work.task})
         assert isinstance(reply, tuple)
         found.append(reply[2])
     assert fingerprint(found[0].adapter) == fingerprint(found[1].adapter)
@@ -129,16 +129,16 @@ def test_a_site_that_drew_the_same_trains_the_same(encoder: Path, tmp_path: Path
 
 
 def test_a_site_that_drew_other_numbers_says_so(encoder: Path, tmp_path: Path) -> None:
-    first = initial(trainer_of(encoder, terms_of()).base, 4)
-    work, worker = work_of(FFA(), first, None), Worker(site_at(tmp_path, encoder))
+    first = initial_adapter(trainer_of(encoder, terms_of()).base, 4)
+    work, worker = work_of(FFA(), first, None), SiteWorker(site_at(tmp_path, encoder))
     other = replace(work.terms, seed=4)  # as another torch would draw
-    told = decode_reply(worker.answer(encode(Hello(other, 1))), LIMIT, {})
+    told = decode_reply(worker.answer(encode_request(JoinRequest(other, 1))), LIMIT, {})
     assert isinstance(told, Welcome)
     assert not told.seeded
-    refused = decode_reply(worker.answer(encode(replace(left_out(work, first), terms=other))), LIMIT, {})
+    refused = decode_reply(worker.answer(encode_request(replace(without_seeded_sides(work, first), terms=other))), LIMIT, {})
     assert isinstance(refused, Refusal)
     assert "drawn here from the run's seed is another one" in refused.reason
-    assert isinstance(decode_reply(worker.answer(encode(replace(work, terms=other))), LIMIT, {1: work.task}), tuple)
+    assert isinstance(decode_reply(worker.answer(encode_request(replace(work, terms=other))), LIMIT, {1: work.task}), tuple)
     with pytest.raises(Refused, match="64 hex digits"):
         replace(work.terms, first="x")
 
@@ -151,13 +151,13 @@ def test_a_deployment_sends_what_its_simulation_counts(encoder: Path, tmp_path: 
     sent, send = list[int](), net.send
 
     def counted(node: int, body: bytes) -> str:
-        if isinstance(ask := decode_any(body, LIMIT), Work):
+        if isinstance(ask := decode_any(body, LIMIT), TaskRequest):
             assert ask.left_out == ("down",)
             sent.append(numbers(ask))
         return send(node, body)
 
     net.send = counted  # type: ignore[method-assign]
-    deploy.run(net, folder, net.pause, net.clock)
-    there, here = (read(place).versions[-1] for place in (folder / "run", simulated.folder))
+    deploy.run_deployment(net, folder, net.pause, net.clock)
+    there, here = (read_run_log(place).versions[-1] for place in (folder / "run", simulated.folder))
     assert there["bytes_down"] == here["bytes_down"]
     assert sum(sent) == here["bytes_down"]

@@ -15,12 +15,12 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.schema import Malformed
 from fedloom.core.types import Profile
-from fedloom.deploy.messages.messages import Exam, Marks, Refusal, decode_any, decode_marks, encode_reply
-from fedloom.deploy.messages.region_scores import Seat, Sheet, decode_sheet, encode_sheet
+from fedloom.deploy.messages.messages import EvaluateRequest, EvaluateResult, Refusal, decode_any, decode_marks, encode_reply
+from fedloom.deploy.messages.region_scores import SiteResult, RegionEvaluateResult, decode_sheet, encode_sheet
 from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.evaluation import Examiner, figures
 from fedloom.deploy.server.reply_events import REGION
-from fedloom.report.run_log import read
+from fedloom.report.run_log import read_run_log
 from fedloom.runs.prepare import prepare
 from tests.support import toys
 from tests.support.deployed_processes import QUICK, TERMS, turns
@@ -41,15 +41,15 @@ class Heard:
     exams: list[bytes] = field(default_factory=list)
 
     def __call__(self, body: bytes) -> bytes:
-        if isinstance(decode_any(body, LIMIT), Exam):
+        if isinstance(decode_any(body, LIMIT), EvaluateRequest):
             self.exams.append(body)
         answer: bytes = self.site.worker.answer(body)
         return answer
 
-    def marks(self) -> Marks | Refusal:
+    def marks(self) -> EvaluateResult | Refusal:
         """What the site says to the last of them, asked once more."""
         exam = decode_any(self.exams[-1], LIMIT)
-        assert isinstance(exam, Exam)
+        assert isinstance(exam, EvaluateRequest)
         return decode_marks(self.site.worker.answer(self.exams[-1]), LIMIT, exam)
 
 
@@ -75,7 +75,7 @@ def only_exams(net: Net, then: Any) -> None:
     send = net.send
 
     def sent(node: int, body: bytes) -> str:
-        said = then(node) if isinstance(decode_any(body, LIMIT), Exam) else None
+        said = then(node) if isinstance(decode_any(body, LIMIT), EvaluateRequest) else None
         return said or send(node, body)
 
     net.send = sent  # type: ignore[method-assign]
@@ -106,7 +106,7 @@ def test_each_site_of_each_region_is_scored_as_it_scores_itself(encoder: Path, t
     with here.open():
         assert here.serve() == "2 versions made"
     assert here.starts == [2, 1]
-    log = read(here.folder / "run")
+    log = read_run_log(here.folder / "run")
     assert log.unscored == ()
     homes = {"c00": "region0", "c01": "region0", "c02": "region1", "c03": "region1"}
     assert {str(line["client"]): line["edge"] for line in log.clients} == homes
@@ -114,8 +114,8 @@ def test_each_site_of_each_region_is_scored_as_it_scores_itself(encoder: Path, t
     for line in log.clients:
         site = heard[str(line["client"])]
         exam, marks = decode_any(site.exams[-1], LIMIT), site.marks()
-        assert isinstance(exam, Exam)
-        assert isinstance(marks, Marks)
+        assert isinstance(exam, EvaluateRequest)
+        assert isinstance(marks, EvaluateResult)
         rank = 2 if line["client"] == "c01" else 4
         told = {"kind": "client", "client": marks.client, "tier": "site", "rank": rank, "edge": homes[marks.client]}
         assert line == {**told, **figures(marks, False)}
@@ -139,7 +139,7 @@ def test_who_gave_no_marks_is_told_with_the_reason(encoder: Path, tmp_path: Path
     )
     with here.open():
         assert here.serve() == "2 versions made"
-    log = read(here.folder / "run")
+    log = read_run_log(here.folder / "run")
     assert log.clients == ()
     reasons = {str(line["client"]): (line.get("edge"), str(line["reason"])) for line in log.unscored}
     assert reasons.keys() == {"c00", "c01", "region1"}
@@ -149,9 +149,9 @@ def test_who_gave_no_marks_is_told_with_the_reason(encoder: Path, tmp_path: Path
     assert "3 of 3 clients gave no score" in (here.folder / "run" / "report.html").read_text()
 
 
-GOOD = Sheet("ward", (Seat("c00", 2, Marks("c00", 10, 10, 7, 3.5, 5)), Seat("c01", 4, None, "it declined: no")))
-FIRST, SECOND = GOOD.seats
-MARKS = Marks("c00", 10, 10, 7, 3.5, 5)
+GOOD = RegionEvaluateResult("ward", (SiteResult("c00", 2, EvaluateResult("c00", 10, 10, 7, 3.5, 5)), SiteResult("c01", 4, None, "it declined: no")))
+FIRST, SECOND = GOOD.sites
+MARKS = EvaluateResult("c00", 10, 10, 7, 3.5, 5)
 WRONG = [
     replace(GOOD, client="clinic"), replace(GOOD, seats=()), replace(GOOD, seats=(FIRST, FIRST)),
     *(replace(GOOD, seats=(replace(FIRST, **one), SECOND)) for one in (
@@ -194,15 +194,15 @@ def test_a_region_is_waited_for_twice_as_long_as_a_site(encoder: Path) -> None:
     region, site = Profile("c1", 30, 1e4, 1e5, 1e5, tier=REGION), Profile("c7", 10, 1e4, 1e5, 1e5, tier="site")
     net = Net({0: Site(region), 1: Site(site)})
     server = Hierarchy().over_regions(toys.server(Rounds(2), start=toys.adapter(2)), 2)
-    running = Deployment(server, net, TERMS, {}, patience=QUICK, clock=net.clock, over=True)
+    running = Deployment(server, net, TERMS, {}, timeouts=QUICK, clock=net.clock, over_regions=True)
     turns(running, net, 4)
-    assert running.here.keys() == {"c1", "c7"}
+    assert running.clients.keys() == {"c1", "c7"}
     only_exams(net, lambda node: f"into the void {node}")
     exam = replace(exam_of(encoder), seconds=10.0)
-    examiner = Examiner(running, {client: replace(exam, client=client) for client in running.here})
+    examiner = Examiner(running, {client: replace(exam, client=client) for client in running.clients})
     examiner.ask(net.pause)
     assert examiner.without == {"c7": "no answer within 10 s", "c1": "no answer within 20 s"}
 
 
-def exam_of(encoder: Path) -> Exam:
-    return Exam(terms_of(held_out=0.25), 1, "ward", task_of(FedIT(), trainer_of(encoder, terms_of()), None, 1).start, 0)
+def exam_of(encoder: Path) -> EvaluateRequest:
+    return EvaluateRequest(terms_of(held_out=0.25), 1, "ward", task_of(FedIT(), trainer_of(encoder, terms_of()), None, 1).start, 0)

@@ -10,7 +10,7 @@ import pytest
 from fedloom import (
     Averaged,
     DeltaInt8,
-    Earned,
+    LossRate,
     FedFa,
     FixedDepth,
     FixedRank,
@@ -18,19 +18,19 @@ from fedloom import (
     Immediate,
     Limits,
     Plan,
-    Planned,
+    JointPlan,
     ProductDelta,
     RandomRank,
     Rounds,
-    Scored,
+    GradientScore,
 )
 from fedloom.core.types import Result
 from fedloom.deploy.region.region import Region
-from fedloom.deploy.region.region_edge import Led
-from fedloom.deploy.site.answer_journal import Journal
-from fedloom.deploy.site.worker_socket import ask
-from fedloom.report.run_log import read
-from fedloom.runs.checkpoint import load
+from fedloom.deploy.region.region_edge import RegionServer
+from fedloom.deploy.site.answer_journal import AnswerJournal
+from fedloom.deploy.site.worker_socket import ask_worker
+from fedloom.report.run_log import read_run_log
+from fedloom.runs.checkpoint import read_checkpoint
 from fedloom.runs.prepare import prepare
 from fedloom.runs.replay import replay
 from fedloom.runs.run import Run
@@ -38,7 +38,7 @@ from tests.support.deployment_runs import net_of
 from tests.support.simulated_regions import Country, Killed, adapter_at
 from tests.support.tiny_models import tiny_run
 
-EARNED = Hierarchy(plan=Planned(Earned(steps=2, most=2, rank=4, patience=1), batch_tokens=64))
+EARNED = Hierarchy(plan=JointPlan(LossRate(steps=2, most=2, rank=4, patience=1), batch_tokens=64))
 
 
 def run_of(encoder: Path, **more: Any) -> Run:
@@ -72,7 +72,7 @@ def test_a_region_is_the_server_of_its_sites_and_a_site_of_the_server_above(enco
         here.above.forget()
         assert here.serve() == "6 versions made"
     assert replay(here.folder / "run").difference == ""
-    log = read(here.folder / "run")
+    log = read_run_log(here.folder / "run")
     merged = [task for task in log.tasks if task["status"] == "merged"]
     assert {task["client"] for task in merged} == {"region0", "region1"}
     for number in (0, 1):
@@ -99,7 +99,7 @@ def test_a_plan_that_learns_is_told_and_trains_at_depth(encoder: Path, tmp_path:
     with here.open():
         assert here.serve() == "10 versions made"
     assert replay(here.folder / "run").difference == ""
-    log, checked = read(here.folder / "run"), here.reports()
+    log, checked = read_run_log(here.folder / "run"), here.reports()
     assert log.manifest["groups"] == {"region0": ["c00", "c01", "c02"], "region1": ["c03", "c04", "c05"]}
     merged = [line for line in log.edges if line["status"] == "merged"]
     assert len(merged) == 10
@@ -112,10 +112,10 @@ def test_a_plan_that_learns_is_told_and_trains_at_depth(encoder: Path, tmp_path:
         last = [line for line in log.edges if line["edge"] == edge][-1]
         assert str(last["why"]) in (here.folder / "run" / "report.html").read_text()
     for event in checked:
-        top = event["told"]["budget"]["depth"] == 1
-        assert top == all(".layer.1." in name or "classifier" in name for name in event["told"]["mass"])
-        assert {one["client"] for one in event["told"]["spent"]} <= {one["client"] for one in event["members"]}
-        assert {one["depth"] for one in event["told"]["spent"]} == {event["told"]["budget"]["depth"]}
+        top = event["statistics"]["budget"]["depth"] == 1
+        assert top == all(".layer.1." in name or "classifier" in name for name in event["statistics"]["mass"])
+        assert {one["client"] for one in event["statistics"]["work"]} <= {one["client"] for one in event["members"]}
+        assert {one["depth"] for one in event["statistics"]["work"]} == {event["statistics"]["budget"]["depth"]}
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_layers_that_nobody_trained_keep_their_value(encoder: Path, tmp_path: Pa
     with here.open():
         assert here.serve() == "2 versions made"
     assert replay(here.folder / "run").difference == ""
-    files = [load(path).read({"result": Result})["result"] for path in here.folder.glob("run/updates/[0-9]*")]
+    files = [read_checkpoint(path).read({"result": Result})["result"] for path in here.folder.glob("run/updates/[0-9]*")]
     assert len(files) == 4
     assert all(".layer.1." in name for result in files for name in result.adapter.factors)
     made = adapter_at(here.folder / "run")
@@ -154,7 +154,7 @@ def nothing_lost_nor_counted_twice(here: Country) -> None:
     assert replay(here.folder / "run").difference == ""
     reported = dict[str, set[int]]()
     for event in here.reports():
-        spent = event["told"]["spent"]
+        spent = event["statistics"]["work"]
         assert [(one["answers"], one["steps"]) for one in spent] == [(2, 2)] * 3
         assert event["task"] not in reported.setdefault(event["client"], set())
         reported[event["client"]].add(event["task"])
@@ -168,7 +168,7 @@ def nothing_lost_nor_counted_twice(here: Country) -> None:
         assert trained <= len(every) + 6, "beside what the end of the run found under way"
 
 
-CHOSEN = Hierarchy(plan=Planned(Scored(steps=2, most=2, rank=4), rounds=2, batch_tokens=64))
+CHOSEN = Hierarchy(plan=JointPlan(GradientScore(steps=2, most=2, rank=4), rounds=2, batch_tokens=64))
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_a_region_that_is_killed_goes_on_where_it_was(encoder: Path, tmp_path: P
     with here.open():
         assert here.serve() == "3 versions made"
         asked = [(site, *list(site.said.items())[-1]) for site in here.above.sites.values()]  # type: ignore[attr-defined]
-        assert [ask(site.socket, body, 20.0) == said for site, body, said in asked] == [True, True]
+        assert [ask_worker(site.socket, body, 20.0) == said for site, body, said in asked] == [True, True]
     assert here.starts[0] >= 4
     nothing_lost_nor_counted_twice(here)
 
@@ -191,12 +191,12 @@ def test_a_report_that_was_written_down_is_the_one_that_is_given(
     """Killed when it had written its report down, and no checkpoint said so: its edge does the end of the task again."""
     written, journaled = Region.reported, dict[int, bytes]()
 
-    def dies(region: Region, led: Led) -> None:
+    def dies(region: Region, led: RegionServer) -> None:
         written(region, led)
-        if led.done and led.done[0].id not in journaled and region.terms:
-            known = region.journal.done(region.terms.run_hash, led.done[0].id)
+        if led.ended and led.ended[0].id not in journaled and region.terms:
+            known = region.journal.done(region.terms.run_hash, led.ended[0].id)
             if known is not None:
-                journaled[led.done[0].id] = known.answer.numpy().tobytes()
+                journaled[led.ended[0].id] = known.answer.numpy().tobytes()
                 raise Killed
 
     monkeypatch.setattr(Region, "reported", dies)
@@ -207,7 +207,7 @@ def test_a_report_that_was_written_down_is_the_one_that_is_given(
     assert len(journaled) == 4
     assert set(journaled.values()) <= set(said)
     nothing_lost_nor_counted_twice(here)
-    kept = [Journal(folder / "run" / "reports") for folder in here.folders]
+    kept = [AnswerJournal(folder / "run" / "reports") for folder in here.folders]
     (run,) = {path.name for path in (here.folders[0] / "run" / "reports").iterdir()}
     found = {n: one.answer.numpy().tobytes() for n in journaled for j in kept if (one := j.done(run, n))}
     assert found == journaled, "also when its edge had come to the end once more"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedloom.core.events import Cancel, ClientJoined, Command, Discard, Dispatch, Event, TaskReceived, UpdateArrived
+from fedloom.core.events import Cancel, ClientJoined, Command, Discarded, Dispatch, Event, TaskReceived, UpdateArrived
 from fedloom.core.types import Budget, Task
-from fedloom.deploy.region.region_edge import Led
+from fedloom.deploy.region.region_edge import RegionServer
 from fedloom.deploy.server.driver import Deployment
-from fedloom.hierarchy.edge import Below, Edge
+from fedloom.hierarchy.edge import MemberBudget, Edge
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.rounds import Rounds
@@ -19,9 +19,9 @@ from tests.support.simulated_link import Net
 
 def test_a_new_task_cancels_what_is_under_way_for_the_old_one_and_says_what_is_dropped() -> None:
     """One of three has answered: the other two are at work for nobody, and its answer will be in no version."""
-    policies = toys.server(Rounds(cohort_size=3), start=toys.adapter(2), assign=Below(Plan(FixedRank(2), 4)))
+    policies = toys.server(Rounds(cohort_size=3), start=toys.adapter(2), assign=MemberBudget(Plan(FixedRank(2), 4)))
     edge, told = Edge(policies), list[Command]()
-    running = Deployment(Led(edge, edge.state), Net({}), TERMS, {}, opened=True)
+    running = Deployment(RegionServer(edge, edge.state), Net({}), TERMS, {}, opened=True)
 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
         told[:] = commands
@@ -40,7 +40,7 @@ def test_a_new_task_cancels_what_is_under_way_for_the_old_one_and_says_what_is_d
 
     running.happens(TaskReceived(replace(outer, id=8)))
     assert {one.task for one in told if isinstance(one, Cancel)} == {one.id for one in others}
-    assert [(one.task, one.client) for one in told if isinstance(one, Discard)] == [(first.id, first.client)]
+    assert [(one.task, one.client) for one in told if isinstance(one, Discarded)] == [(first.id, first.client)]
     anew = [one.task for one in told if isinstance(one, Dispatch)]
     assert len(anew) == 3
     assert running.tasks == {one.id: one for one in anew}, "nobody waits for the others, and nobody is late with them"

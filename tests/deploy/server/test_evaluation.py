@@ -15,26 +15,26 @@ from fedloom.core.lora import Adapter
 from fedloom.core.policies import Aggregator
 from fedloom.core.schema import Malformed
 from fedloom.core.seeds import derive
-from fedloom.core.transfer import answered
-from fedloom.core.types import Local
+from fedloom.core.transfer import encode_answer
+from fedloom.core.types import ClientState
 from fedloom.data.partition import hold_out
 from fedloom.deploy.messages.messages import (
-    Exam,
-    Hello,
-    Marks,
+    EvaluateRequest,
+    JoinRequest,
+    EvaluateResult,
     Refusal,
-    Work,
-    decode,
+    TaskRequest,
+    decode_request,
     decode_any,
     decode_marks,
     decode_reply,
-    encode,
+    encode_request,
     encode_reply,
 )
-from fedloom.deploy.site.worker import Worker
-from fedloom.train.base_model import load
+from fedloom.deploy.site.worker import SiteWorker
+from fedloom.train.base_model import load_base
 from fedloom.train.evaluate import AnswerScores, Scores, score
-from fedloom.train.trainer import personal
+from fedloom.train.objective import personal_adapter
 from tests.support.sites import labelled, site_at, task_of, terms_of, trainer_of
 from tests.support.tiny_models import toy_rows
 
@@ -43,29 +43,29 @@ HELD = {"held_out": 0.25}
 SHARDS = hold_out({"ward": tuple(range(40))}, labelled(toy_rows(40)), 0.25, 3)
 
 
-def exam_of(method: Aggregator, encoder: Path, codec: Codec | None = None, settled: int = 0, **more: Any) -> Exam:
+def exam_of(method: Aggregator, encoder: Path, codec: Codec | None = None, settled: int = 0, **more: Any) -> EvaluateRequest:
     terms = terms_of(**(HELD | more))
     start = task_of(method, trainer_of(encoder, terms_of()), codec, 1).start
-    return Exam(terms, 1, "ward", start, settled)
+    return EvaluateRequest(terms, 1, "ward", start, settled)
 
 
-def marks_of(worker: Worker, exam: Exam) -> Marks | Refusal:
-    return decode_marks(worker.answer(encode(exam)), LIMIT, exam)
+def marks_of(worker: SiteWorker, exam: EvaluateRequest) -> EvaluateResult | Refusal:
+    return decode_marks(worker.answer(encode_request(exam)), LIMIT, exam)
 
 
 def test_an_exam_and_its_marks_arrive(encoder: Path) -> None:
     exam = exam_of(FedIT(), encoder, Half())
-    data = encode(exam)
+    data = encode_request(exam)
     back = decode_any(data, LIMIT)
-    assert isinstance(back, Exam)
-    assert encode(back) == data
+    assert isinstance(back, EvaluateRequest)
+    assert encode_request(back) == data
     with pytest.raises(Malformed, match="a Exam has no place here"):
-        decode(data, LIMIT)  # who expects none
-    marks = Marks("ward", 10, 10, 7, 3.5, 5)
+        decode_request(data, LIMIT)  # who expects none
+    marks = EvaluateResult("ward", 10, 10, 7, 3.5, 5)
     assert decode_marks(encode_reply(marks), LIMIT, exam) == marks
     with pytest.raises(Malformed):
         decode_reply(encode_reply(marks), LIMIT, {})  # no answer to a task
-    assert {field.type for field in fields(Marks)} == {"ClientId", "int", "float"}, "counts and sums"
+    assert {field.type for field in fields(EvaluateResult)} == {"ClientId", "int", "float"}, "counts and sums"
 
 
 WRONG = [
@@ -77,7 +77,7 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_marks_that_cannot_be_are_refused(encoder: Path, wrong: dict[str, Any]) -> None:
-    exam, good = exam_of(FedIT(), encoder), Marks("ward", 10, 10, 7, 3.5, 5)
+    exam, good = exam_of(FedIT(), encoder), EvaluateResult("ward", 10, 10, 7, 3.5, 5)
     with pytest.raises(Malformed):
         decode_marks(encode_reply(replace(good, **wrong)), LIMIT, exam)
     data = encode_reply(good)
@@ -94,9 +94,9 @@ def test_marks_that_cannot_be_are_refused(encoder: Path, wrong: dict[str, Any]) 
 def test_an_exam_out_of_its_range_is_refused(encoder: Path, field: str, value: Any) -> None:
     exam = exam_of(FedIT(), encoder)
     with pytest.raises(Malformed, match=field):
-        decode_any(encode(replace(exam, **{field: value})), LIMIT)
+        decode_any(encode_request(replace(exam, **{field: value})), LIMIT)
     with pytest.raises(Malformed, match="nothing to train"):
-        decode_any(encode(replace(exam, start=replace(exam.start, train=Adapter({}, {})))), LIMIT)
+        decode_any(encode_request(replace(exam, start=replace(exam.start, train=Adapter({}, {})))), LIMIT)
 
 
 @pytest.mark.parametrize("method", [FedIT(), FedSA()], ids=lambda method: type(method).__name__)
@@ -106,48 +106,48 @@ def test_a_site_is_scored_as_a_simulation_s_client(encoder: Path, tmp_path: Path
     trainer = trainer_of(encoder, terms_of())
     trainer = replace(trainer, shards={"ward": tuple(40 + i for i in shard.train)})
     task = task_of(method, trainer, None, 1)
-    ((trained, local),) = trainer.train([(task, Local())])
-    local = answered(task, Local(), trained, local)[1]
-    given = decode_reply(Worker(site).answer(encode(Work(terms_of(**HELD), 1, task, 0))), LIMIT, {1: task})
+    ((trained, local),) = trainer.train([(task, ClientState())])
+    local = encode_answer(task, ClientState(), trained, local)[1]
+    given = decode_reply(SiteWorker(site).answer(encode_request(TaskRequest(terms_of(**HELD), 1, task, 0))), LIMIT, {1: task})
     assert isinstance(given, tuple)
     assert (given[2].examples, given[2].tokens) == (30, trained.tokens)
     exam = exam_of(method, encoder, settled=1)
     texts, held_out = trainer.texts, [40 + i for i in shard.held_out]
-    wanted = score(trainer.base, personal(exam.start, local), texts, held_out, exam.start.fold)
+    wanted = score(trainer.base, personal_adapter(exam.start, local), texts, held_out, exam.start.fold)
     assert isinstance(wanted, Scores)
-    marks = marks_of(Worker(site), exam)
-    assert isinstance(marks, Marks)
+    marks = marks_of(SiteWorker(site), exam)
+    assert isinstance(marks, EvaluateResult)
     right = int((wanted.predicted == wanted.labels).sum())
-    assert (marks.examples, marks.asked, marks.right) == (10, 10, right)
+    assert (marks.examples, marks.predictions, marks.correct) == (10, 10, right)
     assert marks.loss == pytest.approx(float(wanted.losses.double().sum()))
     own = [texts.labels[40 + i] for i in shard.train]
     commonest = max(sorted(set(own)), key=own.count)
-    assert marks.base_right == sum(texts.labels[i] == commonest for i in held_out)
-    without = marks_of(Worker(site), replace(exam, settled=0))
-    assert isinstance(without, Marks)
+    assert marks.base_correct == sum(texts.labels[i] == commonest for i in held_out)
+    without = marks_of(SiteWorker(site), replace(exam, settled=0))
+    assert isinstance(without, EvaluateResult)
     assert (without.loss != marks.loss) == isinstance(method, FedSA)
 
 
 def test_what_is_held_out_is_the_same_at_every_start_and_is_never_trained_on(encoder: Path, tmp_path: Path) -> None:
     site = site_at(tmp_path, encoder)
     for _ in range(2):
-        worker = Worker(site)
-        worker.answer(encode(Hello(terms_of(**HELD), 1)))
-        assert worker.warm is not None
-        assert (worker.warm.shard,) == SHARDS
-        (trained,) = worker.warm.trainer.shards.values()
-        assert not set(trained) & set(worker.warm.shard.held_out)
+        worker = SiteWorker(site)
+        worker.answer(encode_request(JoinRequest(terms_of(**HELD), 1)))
+        assert worker.prepared is not None
+        assert (worker.prepared.shard,) == SHARDS
+        (trained,) = worker.prepared.trainer.shards.values()
+        assert not set(trained) & set(worker.prepared.shard.held_out)
         assert len(trained) == 30
-    other = Worker(site)
-    other.answer(encode(Hello(terms_of(**HELD, seed=4), 1)))
-    assert other.warm is not None
-    assert other.warm.shard.held_out != SHARDS[0].held_out
+    other = SiteWorker(site)
+    other.answer(encode_request(JoinRequest(terms_of(**HELD, seed=4), 1)))
+    assert other.prepared is not None
+    assert other.prepared.shard.held_out != SHARDS[0].held_out
 
 
 def test_an_exam_changes_nothing_for_the_tasks_after_it(encoder: Path, tmp_path: Path) -> None:
     task = task_of(FedIT(), trainer_of(encoder, terms_of()), None, 1)
-    work = encode(Work(terms_of(**HELD), 1, task, 0))
-    calm, asked = Worker(site_at(tmp_path / "calm", encoder)), Worker(site_at(tmp_path / "asked", encoder))
+    work = encode_request(TaskRequest(terms_of(**HELD), 1, task, 0))
+    calm, asked = SiteWorker(site_at(tmp_path / "calm", encoder)), SiteWorker(site_at(tmp_path / "asked", encoder))
     first = marks_of(asked, exam_of(FedIT(), encoder))
     _, _, wanted = decode_reply(calm.answer(work), LIMIT, {1: task})  # type: ignore[misc]
     _, _, given = decode_reply(asked.answer(work), LIMIT, {1: task})  # type: ignore[misc]
@@ -156,11 +156,11 @@ def test_an_exam_changes_nothing_for_the_tasks_after_it(encoder: Path, tmp_path:
 
 
 def test_a_site_may_decline_and_trains_on_all_it_has(encoder: Path, tmp_path: Path) -> None:
-    worker = Worker(site_at(tmp_path, encoder, more="[limits]\nscores = false\n"))
+    worker = SiteWorker(site_at(tmp_path, encoder, more="[limits]\nscores = false\n"))
     told = marks_of(worker, exam_of(FedIT(), encoder))
     assert isinstance(told, Refusal)
     assert told.reason == "this site tells no scores (limits.scores)"
-    welcome = decode_reply(worker.answer(encode(Hello(terms_of(**HELD), 1))), LIMIT, {})
+    welcome = decode_reply(worker.answer(encode_request(JoinRequest(terms_of(**HELD), 1))), LIMIT, {})
     assert welcome.profile.examples == 40  # type: ignore[union-attr]
 
 
@@ -172,34 +172,34 @@ def test_a_site_may_decline_and_trains_on_all_it_has(encoder: Path, tmp_path: Pa
 def test_an_exam_that_is_not_for_the_site_is_refused(
     encoder: Path, tmp_path: Path, more: dict[str, Any], limit: str, reason: str
 ) -> None:
-    worker = Worker(site_at(tmp_path, encoder, more=f"[limits]\n{limit}\n"))
-    told = decode_reply(worker.answer(encode(replace(exam_of(FedIT(), encoder), **more))), LIMIT, {})
+    worker = SiteWorker(site_at(tmp_path, encoder, more=f"[limits]\n{limit}\n"))
+    told = decode_reply(worker.answer(encode_request(replace(exam_of(FedIT(), encoder), **more))), LIMIT, {})
     assert isinstance(told, Refusal)
     assert reason in told.reason
 
 
 def test_a_single_example_is_trained_on(encoder: Path, tmp_path: Path) -> None:
-    worker = Worker(site_at(tmp_path, encoder, toy_rows(1)))
-    told = decode_reply(worker.answer(encode(Hello(terms_of(**HELD), 1))), LIMIT, {})
+    worker = SiteWorker(site_at(tmp_path, encoder, toy_rows(1)))
+    told = decode_reply(worker.answer(encode_request(JoinRequest(terms_of(**HELD), 1))), LIMIT, {})
     assert told.profile.examples == 1  # type: ignore[union-attr]
 
 
 def test_a_site_that_writes_is_scored_beside_the_base(generator: Path, tmp_path: Path) -> None:
     site = site_at(tmp_path, generator, section="instructions")
     terms = terms_of(labels=None, **HELD)
-    base = load(str(generator), None, terms.lora, terms.rank, derive(terms.seed, "model"), engine=terms.engine)
-    worker = Worker(site)
-    worker.answer(encode(Hello(terms, 1)))
-    assert worker.warm is not None
-    trainer = replace(worker.warm.trainer, base=base)
-    exam = Exam(terms, 1, "ward", task_of(FedIT(), trainer, Half(), 1).start, 0)
+    base = load_base(str(generator), None, terms.lora, terms.rank, derive(terms.seed, "model"), engine=terms.engine)
+    worker = SiteWorker(site)
+    worker.answer(encode_request(JoinRequest(terms, 1)))
+    assert worker.prepared is not None
+    trainer = replace(worker.prepared.trainer, base=base)
+    exam = EvaluateRequest(terms, 1, "ward", task_of(FedIT(), trainer, Half(), 1).start, 0)
     marks = marks_of(worker, exam)
-    assert isinstance(marks, Marks)
-    (held_out,) = ([*shard.held_out] for shard in [worker.warm.shard])
+    assert isinstance(marks, EvaluateResult)
+    (held_out,) = ([*shard.held_out] for shard in [worker.prepared.shard])
     after, before = (score(base, one, trainer.texts, held_out) for one in (exam.start.train, None))
-    for found, right, loss in ((after, marks.right, marks.loss), (before, marks.base_right, marks.base_loss)):
+    for found, right, loss in ((after, marks.correct, marks.loss), (before, marks.base_correct, marks.base_loss)):
         assert isinstance(found, AnswerScores)
-        assert (marks.examples, marks.asked) == (10, int(found.tokens.sum()))
+        assert (marks.examples, marks.predictions) == (10, int(found.tokens.sum()))
         assert right == int(found.hits.sum())
         assert loss == pytest.approx(float(found.losses.double().sum()))
     assert marks.loss != marks.base_loss

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import full, write_json
+from fedloom.core.files import disk_full_error, write_json
 from fedloom.deploy import start
 from fedloom.deploy.flower import serve as serve_module
-from fedloom.deploy.flower.app_outcome import Word, heard, leave
-from fedloom.deploy.flower.serve import MOST_QUICK, ROOM, Serving, serve
-from fedloom.deploy.flower.server_app import carry_out
-from fedloom.deploy.flower.server_processes import Server
+from fedloom.deploy.flower.app_outcome import AppOutcome, read_outcome, write_outcome
+from fedloom.deploy.flower.serve import MOST_QUICK, ROOM, Serving, serve_deployment
+from fedloom.deploy.flower.server_app import run_server_app
+from fedloom.deploy.flower.server_processes import ServerSetup
 from fedloom.runs import checkpoint
 from fedloom.runs.prepare import prepare
 from fedloom.runs.replay import replay
@@ -61,11 +61,11 @@ def test_a_full_disk_is_known_however_it_is_told(tmp_path: Path, small: Path) ->
     to_a_full_disk(tmp_path / "note.json")
     with pytest.raises(OSError, match=r"note\.json") as told:
         write_json(tmp_path / "note.json", {"a": 1})
-    assert full(told.value) is not None
+    assert disk_full_error(told.value) is not None
     assert not (tmp_path / "note.json").exists()
     assert not (tmp_path / "note.draft").is_symlink()
     with pytest.raises(OSError, match=r"tensors\.safetensors") as told:  # safetensors has an error of its own
-        checkpoint.write(small / "tensors.safetensors", {"a": torch.zeros(10**6)})
+        checkpoint.write_checkpoint(small / "tensors.safetensors", {"a": torch.zeros(10**6)})
     assert told.value.errno == errno.ENOSPC
     assert [*small.iterdir()] == [], "the draft takes no room"
     try:
@@ -74,31 +74,31 @@ def test_a_full_disk_is_known_however_it_is_told(tmp_path: Path, small: Path) ->
         finally:
             raise ValueError("what came of it")
     except ValueError as error:
-        found = full(error)
+        found = disk_full_error(error)
         assert found is not None
         assert found.filename == str(small / "tensors.safetensors")
-    assert full(ValueError("no")) is None
-    assert full(PermissionError(errno.EACCES, "no")) is None
+    assert disk_full_error(ValueError("no")) is None
+    assert disk_full_error(PermissionError(errno.EACCES, "no")) is None
 
 
 def test_the_last_word_finds_its_place_on_a_full_disk(small: Path) -> None:
     (small / "flower").mkdir()
-    leave(small, 1, Word(7))
+    write_outcome(small, 1, AppOutcome(7))
     crowd(small, 0)
-    word = Word(7, full=f"{small}/run/checkpoint.safetensors")
-    leave(small, 1, word)
-    assert heard(small, 1) == word
-    leave(small, 1, Word(7, reason="over"))
-    assert heard(small, 1) == Word(7, reason="over")
+    word = AppOutcome(7, full=f"{small}/run/checkpoint.safetensors")
+    write_outcome(small, 1, word)
+    assert read_outcome(small, 1) == word
+    write_outcome(small, 1, AppOutcome(7, reason="over"))
+    assert read_outcome(small, 1) == AppOutcome(7, reason="over")
     with pytest.raises(OSError, match="No space"):
-        leave(small, 2, Word(7))
-    assert heard(small, 2) is None
+        write_outcome(small, 2, AppOutcome(7))
+    assert read_outcome(small, 2) is None
 
 
 def lived(folder: Path, attempt: int, run: Any) -> int | None:
     """A ServerApp in a process of its own; returns how it ended."""
     context: Any = SimpleNamespace(run_config={"folder": str(folder), "attempt": attempt})
-    child = multiprocessing.get_context("fork").Process(target=carry_out, args=(None, context, run))
+    child = multiprocessing.get_context("fork").Process(target=run_server_app, args=(None, context, run))
     child.start()
     child.join(120)
     return child.exitcode
@@ -114,42 +114,42 @@ def test_a_run_without_room_says_what_it_could_not_write_and_goes_on_with_room(
 
     def carried(link: Any, folder: Path) -> str:
         net = net_of(tmp_path, job, encoder)
-        return start.run(net, folder, net.pause, net.clock)
+        return start.run_deployment(net, folder, net.pause, net.clock)
 
     (small / "flower").mkdir()
     ballast = crowd(small, 250_000)
     assert lived(small, 1, carried) == 1
-    word = heard(small, 1)
+    word = read_outcome(small, 1)
     assert word is not None
     assert word.ended
     assert word.full.startswith(str(small / "run"))
     assert json.loads((small / "run" / "manifest.json").read_text())["status"] != "finished"
     ballast.unlink()
     assert lived(small, 2, carried) == 0
-    assert heard(small, 2).reason == "3 versions made"  # type: ignore[union-attr]
+    assert read_outcome(small, 2).reason == "3 versions made"  # type: ignore[union-attr]
     assert replay(small / "run").difference == ""
 
 
 class Obliging:
     """In Flower's place: it takes every app, which then ends with this word."""
 
-    def __init__(self, folder: Path, word: Word | None) -> None:
+    def __init__(self, folder: Path, word: AppOutcome | None) -> None:
         self.folder, self.word, self.taken = folder, word, 0
 
     def submit(self, folder: Path, attempt: int) -> int:
         self.taken += 1
         if self.word is not None:
-            leave(folder, attempt, self.word)
+            write_outcome(folder, attempt, self.word)
         return attempt
 
     def halt(self, run: int) -> None:
         pass
 
 
-def serving(folder: Path, word: Word | None) -> tuple[Serving, list[str]]:
+def serving(folder: Path, word: AppOutcome | None) -> tuple[Serving, list[str]]:
     (folder / "flower").mkdir(parents=True)
     said = list[str]()
-    server = Server(folder, "127.0.0.1", insecure=True)
+    server = ServerSetup(folder, "127.0.0.1", insecure=True)
     nobody: Any = None
     return Serving(server, Obliging(folder, word), nobody, said.append, nobody, 0), said  # type: ignore[arg-type]
 
@@ -158,7 +158,7 @@ def test_serve_tells_of_the_full_disk_and_gives_up_after_some_tries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "server"
-    one, said = serving(folder, Word(2**22, full=f"{folder}/run/checkpoint.safetensors"))
+    one, said = serving(folder, AppOutcome(2**22, full=f"{folder}/run/checkpoint.safetensors"))
     write_json(folder / "deployment.json", {})
     now = 1000
     monkeypatch.setattr(serve_module.time, "monotonic", lambda: now)
@@ -190,7 +190,7 @@ def test_a_disk_with_hardly_any_room_is_waited_for(tmp_path: Path, monkeypatch: 
     assert "is full; free space there" in said[0]
     assert "fedloom serve ... --resume" in said[0]
     assert one.control.taken == 0  # type: ignore[attr-defined]
-    leave(tmp_path / "server", 1, Word(2**22))  # it died without a word
+    write_outcome(tmp_path / "server", 1, AppOutcome(2**22))  # it died without a word
     one.run = one.attempt = 1
     one._try(one._follow)
     assert "it was killed, and the disk is full" in said[-1]
@@ -208,12 +208,12 @@ def test_a_server_that_cannot_even_begin_says_why_with_code_2(tmp_path: Path, re
         (folder / "deployment.json").write_text("{}")
     to_a_full_disk(folder / "deployment.json")
     with pytest.raises(Refused, match=r"its disk is full: .*deployment\.json could not be written; free space"):
-        serve(Server(folder, "127.0.0.1", insecure=True), {}, resume, print)
+        serve_deployment(ServerSetup(folder, "127.0.0.1", insecure=True), {}, resume, print)
 
 
 def test_the_command_ends_with_code_2_and_no_traceback(encoder: Path, tmp_path: Path) -> None:
     folder, run = tmp_path / "server", tmp_path / "run.py"
-    run.write_text(f"from bench.tiny import tiny_run\n\nrun = tiny_run({str(encoder)!r})\n")
+    run.write_text(f"from tests.support.tiny_models import tiny_run\n\nrun = tiny_run({str(encoder)!r})\n")
     to_a_full_disk(folder / "deployment.json")
     words = ["serve", str(run), "--folder", str(folder), "--insecure"]
     ended = subprocess.run(

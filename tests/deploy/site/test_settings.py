@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedloom.core.errors import Refused
-from fedloom.deploy.site.settings import Limits, Site, read
+from fedloom.deploy.site.settings import SiteLimits, Site, read_site
 from tests.support.tiny_models import toy_answers, toy_rows
 
 LEAST = 'name = "ward"\nserver = "s:1"\n[model]\npath = "there"\n[table]\npath = "rows.jsonl"\n'
@@ -17,12 +17,12 @@ LEAST = 'name = "ward"\nserver = "s:1"\n[model]\npath = "there"\n[table]\npath =
 
 def told(folder: Path, text: str) -> Site:
     (folder / "site.toml").write_text(text, encoding="utf-8")
-    return read(folder / "site.toml")
+    return read_site(folder / "site.toml")
 
 
 def test_the_least_that_a_site_says(tmp_path: Path) -> None:
     site = told(tmp_path, LEAST)
-    assert (site.name, site.ca, site.key, site.limits) == ("ward", None, None, Limits())
+    assert (site.name, site.ca, site.key, site.limits) == ("ward", None, None, SiteLimits())
     assert site.folder == tmp_path / "state"
     assert site.socket == tmp_path / "state" / "worker.sock"
 
@@ -57,7 +57,7 @@ def test_a_slip_is_told_with_the_field_and_a_remedy(tmp_path: Path, text: str, r
 
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="cannot be read"):
-        read(tmp_path / "site.toml")
+        read_site(tmp_path / "site.toml")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
      ("00:00-24:00", (0, 23.99), ())],
 )  # fmt: skip
 def test_a_site_works_at_its_hours(hours: str | None, awake: Any, asleep: Any) -> None:
-    limits = Limits(hours=hours)
+    limits = SiteLimits(hours=hours)
     assert all(map(limits.awake, awake))
     assert not any(map(limits.awake, asleep))
 

@@ -19,14 +19,14 @@ from fedloom.core.codec import Codec, DeltaInt8, Half
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.policies import Aggregator
 from fedloom.core.seeds import derive
-from fedloom.core.transfer import answered
-from fedloom.core.types import Budget, Local, Result
-from fedloom.core.validate_answer import fault
-from fedloom.deploy.messages.messages import Hello, Refusal, Welcome, Work, decode_reply, encode
-from fedloom.deploy.site.worker import Worker
-from fedloom.train.base_model import load
+from fedloom.core.transfer import encode_answer
+from fedloom.core.types import Budget, ClientState, Result
+from fedloom.core.validate_answer import why_invalid
+from fedloom.deploy.messages.messages import JoinRequest, Refusal, Welcome, TaskRequest, decode_reply, encode_request
+from fedloom.deploy.site.worker import SiteWorker
+from fedloom.train.base_model import load_base
 from fedloom.train.settings import LoRA
-from fedloom.train.tokenised import encode as tokenise
+from fedloom.train.tokenised import encode_texts as tokenise
 from fedloom.train.trainer import PeftTrainer
 from tests.support import toys
 from tests.support.sites import site_at, task_of, terms_of, trainer_of
@@ -36,12 +36,12 @@ from tests.support.tiny_runs import same
 LIMIT = 10**8
 
 
-def asked(worker: Worker, work: Work | Hello) -> Any:
-    tasks = {work.task.id: work.task} if isinstance(work, Work) else {}
-    return decode_reply(worker.answer(encode(work)), LIMIT, tasks)
+def asked(worker: SiteWorker, work: TaskRequest | JoinRequest) -> Any:
+    tasks = {work.task.id: work.task} if isinstance(work, TaskRequest) else {}
+    return decode_reply(worker.answer(encode_request(work)), LIMIT, tasks)
 
 
-def result_of(worker: Worker, work: Work) -> Result:
+def result_of(worker: SiteWorker, work: TaskRequest) -> Result:
     told = asked(worker, work)
     assert not isinstance(told, Refusal), told.reason
     client, number, result = told
@@ -65,106 +65,106 @@ def test_a_worker_answers_to_the_bit_as_a_simulation_s_client(
 ) -> None:
     """Over encode and decode; two tasks and a third, so that moments, control variates, private sides and residuals matter."""
     terms = terms_of()
-    trainer, worker = trainer_of(encoder, terms), Worker(site_at(tmp_path, encoder))
-    local, cold, given = Local(), None, None
+    trainer, worker = trainer_of(encoder, terms), SiteWorker(site_at(tmp_path, encoder))
+    local, cold, given = ClientState(), None, None
     for number in (1, 2, 5):
         task = task_of(method, trainer, codec, number)
         ((trained, after),) = trainer.train([(task, local)])
-        wanted, after = answered(task, local, trained, after)
-        given = result_of(worker, Work(terms, 1, task, {1: 0, 2: 1, 5: 2}[number]))
-        assert fault(task, given) is None
+        wanted, after = encode_answer(task, local, trained, after)
+        given = result_of(worker, TaskRequest(terms, 1, task, {1: 0, 2: 1, 5: 2}[number]))
+        assert why_invalid(task, given) is None
         assert alike(given, wanted)
         assert given.metrics["seconds_train"] > 0
         local = after
-    ((trained, _),) = trainer.train([(task, Local())])
-    cold, _ = answered(task, Local(), trained, Local())
+    ((trained, _),) = trainer.train([(task, ClientState())])
+    cold, _ = encode_answer(task, ClientState(), trained, ClientState())
     assert given is not None
     assert not same(given.adapter, cold.adapter), "what stayed at the client mattered"
 
 
 def test_a_worker_that_writes_text_answers_alike(generator: Path, tmp_path: Path) -> None:
     site = site_at(tmp_path, generator, section="instructions")
-    terms, worker = terms_of(labels=None), Worker(site)
-    base = load(str(generator), None, terms.lora, terms.rank, derive(terms.seed, "model"), engine=terms.engine)
+    terms, worker = terms_of(labels=None), SiteWorker(site)
+    base = load_base(str(generator), None, terms.lora, terms.rank, derive(terms.seed, "model"), engine=terms.engine)
     texts = tokenise(site.examples(None), base.tokenizer, terms.training.max_length)
     trainer = PeftTrainer(base, texts, {"ward": tuple(range(40))}, terms.training, terms.engine)
     task = task_of(FedIT(), trainer, Half(), 1)
-    ((trained, after),) = trainer.train([(task, Local())])
-    assert alike(result_of(worker, Work(terms, 1, task, 0)), answered(task, Local(), trained, after)[0])
+    ((trained, after),) = trainer.train([(task, ClientState())])
+    assert alike(result_of(worker, TaskRequest(terms, 1, task, 0)), encode_answer(task, ClientState(), trained, after)[0])
 
 
 # Once, however often it is sent --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def works(encoder: Path) -> list[Work]:
+def works(encoder: Path) -> list[TaskRequest]:
     """Three tasks of one client, each answer accepted."""
     trainer = trainer_of(encoder, terms_of())
     tasks = [task_of(FedIT(), trainer, Half(), number) for number in (1, 2, 3)]
-    return [Work(terms_of(), 1, task, settled) for settled, task in enumerate(tasks)]
+    return [TaskRequest(terms_of(), 1, task, settled) for settled, task in enumerate(tasks)]
 
 
 def test_a_task_that_is_sent_again_gets_the_same_bytes_and_is_not_trained(
-    encoder: Path, tmp_path: Path, works: list[Work]
+    encoder: Path, tmp_path: Path, works: list[TaskRequest]
 ) -> None:
-    worker = Worker(site_at(tmp_path, encoder))
-    first, second = (worker.answer(encode(work)) for work in works[:2])
-    assert worker.answer(encode(replace(works[1], incarnation=4))) == second
-    assert worker.answer(encode(works[0])) == first
+    worker = SiteWorker(site_at(tmp_path, encoder))
+    first, second = (worker.answer(encode_request(work)) for work in works[:2])
+    assert worker.answer(encode_request(replace(works[1], incarnation=4))) == second
+    assert worker.answer(encode_request(works[0])) == first
     assert (worker.trained, worker.repeated) == (2, 2)
-    reborn = Worker(worker.site)  # as after kill -9
-    assert reborn.answer(encode(works[1])) == second
-    assert (reborn.trained, reborn.warm) == (0, None), "not even the model is needed"
+    reborn = SiteWorker(worker.site)  # as after kill -9
+    assert reborn.answer(encode_request(works[1])) == second
+    assert (reborn.trained, reborn.prepared) == (0, None), "not even the model is needed"
 
 
-def test_what_stays_at_the_client_outlives_the_worker(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
-    lives = Worker(site_at(tmp_path / "one", encoder))
+def test_what_stays_at_the_client_outlives_the_worker(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+    lives = SiteWorker(site_at(tmp_path / "one", encoder))
     wanted = [result_of(lives, work) for work in works]
     site = site_at(tmp_path / "other", encoder)
     for work, result in zip(works, wanted, strict=True):
-        assert alike(result_of(Worker(site), work), result)
+        assert alike(result_of(SiteWorker(site), work), result)
 
 
 def test_what_a_task_left_behind_counts_only_if_its_answer_was_accepted(
-    encoder: Path, tmp_path: Path, works: list[Work]
+    encoder: Path, tmp_path: Path, works: list[TaskRequest]
 ) -> None:
-    calm, first = Worker(site_at(tmp_path / "calm", encoder)), works[0]
+    calm, first = SiteWorker(site_at(tmp_path / "calm", encoder)), works[0]
     result_of(calm, first)
     third = replace(works[2], settled=1)
     wanted = result_of(calm, third)
     site = site_at(tmp_path / "stormy", encoder)
-    result_of(Worker(site), first)
-    result_of(Worker(site), works[1])  # rejected by the server, or lost on the way
-    assert alike(result_of(Worker(site), third), wanted)
+    result_of(SiteWorker(site), first)
+    result_of(SiteWorker(site), works[1])  # rejected by the server, or lost on the way
+    assert alike(result_of(SiteWorker(site), third), wanted)
 
 
-def test_a_message_that_comes_late_changes_nothing(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
-    calm = Worker(site_at(tmp_path / "calm", encoder))
+def test_a_message_that_comes_late_changes_nothing(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+    calm = SiteWorker(site_at(tmp_path / "calm", encoder))
     wanted = [result_of(calm, work) for work in works][-1]
-    late = Worker(site_at(tmp_path / "late", encoder))
+    late = SiteWorker(site_at(tmp_path / "late", encoder))
     for work in (works[0], works[1], works[0], replace(works[0], settled=9), works[2]):
         given = result_of(late, work)
     assert alike(given, wanted)
 
 
-def test_another_task_of_the_same_number_is_another_task(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
-    worker, other = Worker(site_at(tmp_path, encoder)), replace(works[0], task=replace(works[1].task, id=1))
+def test_another_task_of_the_same_number_is_another_task(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+    worker, other = SiteWorker(site_at(tmp_path, encoder)), replace(works[0], task=replace(works[1].task, id=1))
     first = result_of(worker, works[0])
     assert not same(result_of(worker, other).adapter, first.adapter)
     assert alike(result_of(worker, works[0]), first)
     assert worker.trained == 3
 
 
-def test_a_damaged_journal_is_trained_again(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
-    worker = Worker(site_at(tmp_path, encoder))
+def test_a_damaged_journal_is_trained_again(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+    worker = SiteWorker(site_at(tmp_path, encoder))
     first = result_of(worker, works[0])
     (file,) = (tmp_path / "state" / "journal").rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
     assert alike(result_of(worker, works[0]), first)
 
 
-def test_the_journal_does_not_grow(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
-    worker = Worker(site_at(tmp_path, encoder))
+def test_the_journal_does_not_grow(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+    worker = SiteWorker(site_at(tmp_path, encoder))
     result_of(worker, works[0])
     for number in range(2, 12):
         refused = replace(works[1], task=replace(works[1].task, id=number, budget=Budget(4, 1)), settled=1)
@@ -177,49 +177,49 @@ def test_the_journal_does_not_grow(encoder: Path, tmp_path: Path, works: list[Wo
 
 
 def test_several_runs_one_after_the_other_and_each_goes_on_where_it_was(
-    encoder: Path, tmp_path: Path, works: list[Work]
+    encoder: Path, tmp_path: Path, works: list[TaskRequest]
 ) -> None:
-    alone = Worker(site_at(tmp_path / "alone", encoder))
+    alone = SiteWorker(site_at(tmp_path / "alone", encoder))
     wanted = [result_of(alone, work) for work in works[:2]]
-    worker, other = Worker(site_at(tmp_path, encoder)), terms_of(run="else", run_hash="f" * 12, seed=9)
+    worker, other = SiteWorker(site_at(tmp_path, encoder)), terms_of(run="else", run_hash="f" * 12, seed=9)
     for work, result in zip(works, wanted, strict=False):
         assert alike(result_of(worker, work), result)
         result_of(worker, replace(work, terms=other))
-        assert worker.warm is not None
-        assert worker.warm.terms == other, "the other run's trainer has gone"
+        assert worker.prepared is not None
+        assert worker.prepared.terms == other, "the other run's trainer has gone"
 
 
-def test_nothing_grows_from_task_to_task(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
-    worker = Worker(site_at(tmp_path, encoder))
+def test_nothing_grows_from_task_to_task(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+    worker = SiteWorker(site_at(tmp_path, encoder))
     for work in works:
         result_of(worker, work)
-    assert worker.warm is not None
-    base = worker.warm.base
-    slots, shards = len(base.model.peft_config), worker.warm.trainer.shards
+    assert worker.prepared is not None
+    base = worker.prepared.base
+    slots, shards = len(base.model.peft_config), worker.prepared.trainer.shards
     for number in range(4, 8):
         result_of(worker, replace(works[2], task=replace(works[2].task, id=number), settled=number - 1))
-    assert worker.warm.base is base
-    assert (len(base.model.peft_config), worker.warm.trainer.shards) == (slots, shards)
+    assert worker.prepared.base is base
+    assert (len(base.model.peft_config), worker.prepared.trainer.shards) == (slots, shards)
 
 
 # Who may work, and what a site does not do ---------------------------------------------------------------------------
 
 
 def test_a_welcome_says_what_the_site_has_and_allows(encoder: Path, tmp_path: Path) -> None:
-    worker = Worker(site_at(tmp_path, encoder, more="[limits]\nrank = 4\nsteps = 20\ndepth = 1\n"))
-    told = asked(worker, Hello(terms_of(), 3))
+    worker = SiteWorker(site_at(tmp_path, encoder, more="[limits]\nrank = 4\nsteps = 20\ndepth = 1\n"))
+    told = asked(worker, JoinRequest(terms_of(), 3))
     assert isinstance(told, Welcome)
     assert (told.incarnation, told.profile.client, told.profile.examples) == (3, "ward", 40)
     assert told.profile.most == Budget(4, 20, 1)
     assert told.profile.flops > 1e5
     assert told.profile.memory > 1e8
-    again = asked(Worker(worker.site), Hello(terms_of(), 4))
+    again = asked(SiteWorker(worker.site), JoinRequest(terms_of(), 4))
     assert again.profile == told.profile, "the speed is measured once"
 
 
 def test_a_speed_that_the_site_gives_is_not_measured(encoder: Path, tmp_path: Path) -> None:
     site = site_at(tmp_path, encoder, more="[speed]\nflops = 2e9\nmemory = 1e9\nup_bps = 1e6\n")
-    profile = asked(Worker(site), Hello(terms_of(), 1)).profile
+    profile = asked(SiteWorker(site), JoinRequest(terms_of(), 1)).profile
     assert (profile.flops, profile.memory, profile.up_bps) == (2e9, 1e9, 1e6)
     assert not (tmp_path / "state" / "speed.json").exists()
 
@@ -236,15 +236,15 @@ LIMITS = {
 
 @pytest.mark.parametrize(("limit", "reason"), LIMITS.items(), ids=str)
 def test_a_limit_is_kept_and_the_reason_told(
-    encoder: Path, tmp_path: Path, works: list[Work], limit: str, reason: str
+    encoder: Path, tmp_path: Path, works: list[TaskRequest], limit: str, reason: str
 ) -> None:
-    worker = Worker(site_at(tmp_path, encoder, more=f"[limits]\n{limit}\n"), hour=lambda: 13.5)
+    worker = SiteWorker(site_at(tmp_path, encoder, more=f"[limits]\n{limit}\n"), hour=lambda: 13.5)
     told = asked(worker, works[0])
     assert isinstance(told, Refusal)
     assert (told.client, told.lasting) == ("ward", True)
     assert told.task == (None if "megabytes" in limit else 1)
     assert reason in told.reason
-    assert (worker.trained, worker.refused, worker.warm) == (0, 1, None)
+    assert (worker.trained, worker.refused, worker.prepared) == (0, 1, None)
 
 
 @pytest.mark.parametrize(
@@ -260,14 +260,14 @@ def test_a_limit_is_kept_and_the_reason_told(
 def test_a_run_that_the_site_is_not_fit_for_is_refused_with_the_reason(
     encoder: Path, tmp_path: Path, terms: dict[str, Any], reason: str
 ) -> None:
-    told = asked(Worker(site_at(tmp_path, encoder)), Hello(terms_of(**terms), 1))
+    told = asked(SiteWorker(site_at(tmp_path, encoder)), JoinRequest(terms_of(**terms), 1))
     assert isinstance(told, Refusal)
     assert re.search(reason, told.reason)
     assert told.lasting
 
 
-def test_a_task_of_another_base_or_another_client_is_refused(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
-    worker = Worker(site_at(tmp_path, encoder))
+def test_a_task_of_another_base_or_another_client_is_refused(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+    worker = SiteWorker(site_at(tmp_path, encoder))
     task = works[0].task
     name, factor = next(iter(task.start.train.factors.items()))
     for factors, reason in (
@@ -282,31 +282,31 @@ def test_a_task_of_another_base_or_another_client_is_refused(encoder: Path, tmp_
     assert told.reason == "this site is 'ward', the task is for 'clinic'"
 
 
-def test_a_model_with_other_weights_is_refused(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
+def test_a_model_with_other_weights_is_refused(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
     other = tiny_encoder(tmp_path / "other", initializer_range=0.3)
-    right, wrong = (load(str(path), 2, terms_of().lora, 4, 3).fingerprint() for path in (encoder, other))
+    right, wrong = (load_base(str(path), 2, terms_of().lora, 4, 3).fingerprint() for path in (encoder, other))
     assert right != wrong
-    worker = Worker(site_at(tmp_path / "site", encoder))
-    assert isinstance(asked(worker, Hello(terms_of(weights=right), 1)), Welcome)
+    worker = SiteWorker(site_at(tmp_path / "site", encoder))
+    assert isinstance(asked(worker, JoinRequest(terms_of(weights=right), 1)), Welcome)
     told = asked(worker, replace(works[0], terms=terms_of(weights=wrong)))
     assert isinstance(told, Refusal)
     assert "its weights are not those of the run's '/at/the/server/tiny'" in told.reason
 
 
 def test_trouble_in_training_is_told_and_the_next_task_is_done(
-    encoder: Path, tmp_path: Path, works: list[Work]
+    encoder: Path, tmp_path: Path, works: list[TaskRequest]
 ) -> None:
-    worker = Worker(site_at(tmp_path, encoder))
+    worker = SiteWorker(site_at(tmp_path, encoder))
     result_of(worker, works[0])
-    assert worker.warm is not None
-    worker.warm.base.model.to("meta")  # as good as no memory left
+    assert worker.prepared is not None
+    worker.prepared.base.model.to("meta")  # as good as no memory left
     told = asked(worker, works[1])
     assert (told.task, told.lasting) == (2, False)
     assert result_of(worker, works[1]).steps == 3
 
 
-def test_whatever_comes_is_answered_with_a_refusal(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
-    worker, good, draw = Worker(site_at(tmp_path, encoder)), encode(works[0]), random.Random(3)
+def test_whatever_comes_is_answered_with_a_refusal(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+    worker, good, draw = SiteWorker(site_at(tmp_path, encoder)), encode_request(works[0]), random.Random(3)
     for _ in range(200):
         cut = good[: draw.randrange(len(good))]
         told = decode_reply(worker.answer(draw.choice((cut, draw.randbytes(draw.randrange(300))))), LIMIT, {})
@@ -314,8 +314,8 @@ def test_whatever_comes_is_answered_with_a_refusal(encoder: Path, tmp_path: Path
         assert told.reason.startswith("the message is none: ")
 
 
-def test_the_status_says_what_is_going_on(encoder: Path, tmp_path: Path, works: list[Work]) -> None:
-    worker = Worker(site_at(tmp_path, encoder))
+def test_the_status_says_what_is_going_on(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+    worker = SiteWorker(site_at(tmp_path, encoder))
     result_of(worker, works[0])
     told = json.loads(worker.status())
     assert told == {"name": "ward", "pid": os.getpid(), "doing": "nothing", "run": "toy"} | {

@@ -20,10 +20,10 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.core.codec import DeltaInt8
 from fedloom.core.errors import Refused
 from fedloom.core.types import Budget, Result
-from fedloom.deploy.messages.messages import Refusal, Work, decode_reply, encode
+from fedloom.deploy.messages.messages import Refusal, TaskRequest, decode_reply, encode_request
 from fedloom.deploy.site import worker_socket
 from fedloom.deploy.site.settings import Site
-from fedloom.deploy.site.worker import Worker, serve
+from fedloom.deploy.site.worker import SiteWorker, serve_worker
 from tests.support.sites import site_at, task_of, terms_of, trainer_of
 from tests.support.tiny_runs import same
 
@@ -48,7 +48,7 @@ def running(site: Site) -> Iterator[subprocess.Popen[bytes]]:
 
 def status(site: Site) -> dict[str, object] | None:
     try:
-        told: dict[str, object] = json.loads(worker_socket.status(site.socket))
+        told: dict[str, object] = json.loads(worker_socket.worker_status(site.socket))
         return told
     except OSError:
         return None
@@ -62,30 +62,30 @@ def _until(holds: object, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-def tasks(encoder: Path) -> list[Work]:
+def tasks(encoder: Path) -> list[TaskRequest]:
     """Three tasks of a second or so, each answer accepted."""
     trainer = trainer_of(encoder, terms_of())
     plain = [task_of(FedIT(), trainer, DeltaInt8(), number) for number in (1, 2, 3)]
-    return [Work(terms_of(), 1, replace(task, budget=Budget(4, STEPS)), settled) for settled, task in enumerate(plain)]
+    return [TaskRequest(terms_of(), 1, replace(task, budget=Budget(4, STEPS)), settled) for settled, task in enumerate(plain)]
 
 
-def result(work: Work, reply: bytes) -> Result:
+def result(work: TaskRequest, reply: bytes) -> Result:
     told = decode_reply(reply, 10**8, {work.task.id: work.task})
     assert isinstance(told, tuple), told
     return told[2]
 
 
 def test_kill_9_in_training_and_after_it(encoder: Path, tmp_path: Path) -> None:
-    calm, site = Worker(site_at(tmp_path / "calm", encoder)), site_at(tmp_path / "stormy", encoder)
+    calm, site = SiteWorker(site_at(tmp_path / "calm", encoder)), site_at(tmp_path / "stormy", encoder)
     draw = random.Random(0)
     for work in tasks(encoder)[:2]:
-        body = encode(work)
+        body = encode_request(work)
         wanted = result(work, calm.answer(body))
         with running(site) as process:  # in the middle
             asking = os.fork()
             if asking == 0:
                 try:
-                    worker_socket.ask(site.socket, body)
+                    worker_socket.ask_worker(site.socket, body)
                 finally:
                     os._exit(0)
             _until(lambda: str((status(site) or {}).get("doing", "")).startswith("task"), process)
@@ -94,22 +94,22 @@ def test_kill_9_in_training_and_after_it(encoder: Path, tmp_path: Path) -> None:
             process.send_signal(signal.SIGKILL)
             os.waitpid(asking, 0)
         with running(site):
-            reply = worker_socket.ask(site.socket, body)
+            reply = worker_socket.ask_worker(site.socket, body)
         with running(site):  # killed after it had answered, perhaps before anybody heard it
-            assert worker_socket.ask(site.socket, body) == reply
+            assert worker_socket.ask_worker(site.socket, body) == reply
             assert (status(site) or {})["trained"] == 0
         assert same(result(work, reply).adapter, wanted.adapter)
 
 
 def test_junk_leaves_the_process_alive_and_its_memory_flat(encoder: Path, tmp_path: Path) -> None:
     site, draw = site_at(tmp_path, encoder), random.Random(1)
-    good = encode(tasks(encoder)[0])
+    good = encode_request(tasks(encoder)[0])
     with running(site) as process:
 
         def storm(count: int) -> int:
             for _ in range(count):
                 body = draw.choice((good[: draw.randrange(len(good))], draw.randbytes(draw.randrange(3000))))
-                assert isinstance(decode_reply(worker_socket.ask(site.socket, body), 10**6, {}), Refusal)
+                assert isinstance(decode_reply(worker_socket.ask_worker(site.socket, body), 10**6, {}), Refusal)
             told = Path(f"/proc/{process.pid}/status").read_text()
             return int(told.partition("VmRSS:")[2].split()[0])
 
@@ -124,7 +124,7 @@ def test_one_worker_at_a_site_and_an_orderly_end(encoder: Path, tmp_path: Path) 
     site = site_at(tmp_path, encoder)
     with running(site) as process:
         with pytest.raises(Refused, match="another worker of this site is running"):
-            serve(site)
+            serve_worker(site)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert not site.socket.exists()

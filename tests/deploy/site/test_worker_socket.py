@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.deploy.site import worker_socket
-from fedloom.deploy.site.worker_socket import ANSWER, HEAD, MARK, STATUS, Broken, Listener, ask, status
+from fedloom.deploy.site.worker_socket import ANSWER, HEAD, MARK, STATUS, BrokenFrame, Listener, ask_worker, worker_status
 
 LIMIT = 3_000_000
 
@@ -63,7 +63,7 @@ def sent(path: Path, data: bytes) -> bytes:
 @pytest.mark.parametrize("size", [0, 1, 70_000, LIMIT])
 def test_what_is_sent_arrives_and_so_does_the_answer(echo: Echo, size: int) -> None:
     body = random.Random(size).randbytes(size)
-    assert ask(echo.listener.path, body) == body[::-1]
+    assert ask_worker(echo.listener.path, body) == body[::-1]
 
 
 def test_nobody_else_can_use_the_socket(echo: Echo) -> None:
@@ -83,9 +83,9 @@ def test_a_path_that_is_too_long_says_so(tmp_path: Path) -> None:
 
 def test_the_status_is_told_while_a_task_is_trained(echo: Echo) -> None:
     echo.hold.clear()
-    asking = threading.Thread(target=ask, args=(echo.listener.path, b"x"))
+    asking = threading.Thread(target=ask_worker, args=(echo.listener.path, b"x"))
     asking.start()
-    assert status(echo.listener.path) == b"{}"
+    assert worker_status(echo.listener.path) == b"{}"
     echo.hold.set()
     asking.join(5)
 
@@ -94,15 +94,15 @@ def test_too_many_messages_at_once_are_refused_and_those_in_line_answered(echo: 
     echo.hold.clear()
     path, answers = echo.listener.path, list[bytes]()
     asking = [
-        threading.Thread(target=lambda: answers.append(ask(path, b"ab"))) for _ in range(1 + worker_socket.IN_LINE)
+        threading.Thread(target=lambda: answers.append(ask_worker(path, b"ab"))) for _ in range(1 + worker_socket.IN_LINE)
     ]
     for one in asking:
         one.start()
         echo.busy.wait(5)
     while echo.listener.waiting.qsize() < worker_socket.IN_LINE:
         time.sleep(0.001)
-    with pytest.raises(Broken, match="wait already"):
-        ask(path, b"x")
+    with pytest.raises(BrokenFrame, match="wait already"):
+        ask_worker(path, b"x")
     echo.hold.set()
     for one in asking:
         one.join(5)
@@ -112,19 +112,19 @@ def test_too_many_messages_at_once_are_refused_and_those_in_line_answered(echo: 
 def test_who_does_not_wait_leaves_the_worker_well(echo: Echo) -> None:
     echo.hold.clear()
     with pytest.raises(TimeoutError):
-        ask(echo.listener.path, b"x", timeout=0.05)
+        ask_worker(echo.listener.path, b"x", timeout=0.05)
     echo.hold.set()
-    assert ask(echo.listener.path, b"xy") == b"yx"
+    assert ask_worker(echo.listener.path, b"xy") == b"yx"
 
 
 def test_nobody_there_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        ask(tmp_path / "nowhere", b"x")
+        ask_worker(tmp_path / "nowhere", b"x")
 
 
 @pytest.mark.parametrize("size", [LIMIT + 1, 10 * LIMIT])
 def test_a_message_above_the_limit_is_not_read_and_told_so(echo: Echo, size: int) -> None:
-    assert ask(echo.listener.path, bytes(size)) == f"{size} is too much".encode()
+    assert ask_worker(echo.listener.path, bytes(size)) == f"{size} is too much".encode()
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_junk_is_refused_with_the_reason(echo: Echo, frame: bytes, reason: str) 
     reply = sent(echo.listener.path, frame)
     assert HEAD.unpack(reply[: HEAD.size])[:2] == (MARK, worker_socket.NONE)
     assert reason in reply[HEAD.size :].decode()
-    assert ask(echo.listener.path, b"ab") == b"ba"
+    assert ask_worker(echo.listener.path, b"ab") == b"ba"
 
 
 def test_who_is_silent_in_the_middle_of_a_frame_is_let_go(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def storm(path: Path, count: int, caplog: pytest.LogCaptureFixture) -> None:
         reply = sent(path, junk(draw))
         assert HEAD.unpack(reply[: HEAD.size])[1] == worker_socket.NONE or reply.endswith(b"is too much")
         if number % 100 == 99:
-            assert ask(path, b"ab") == b"ba"
+            assert ask_worker(path, b"ab") == b"ba"
         if number == min(count // 2, 1000):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4_000, "kilobytes"

@@ -8,18 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core import schema
 from fedloom.core.errors import Refused
 from fedloom.core.seeds import rng
 from fedloom.hierarchy.joint_plan.bandit import Bandit
-from fedloom.hierarchy.joint_plan.gradient_score import Scored
+from fedloom.hierarchy.joint_plan.gradient_score import GradientScore
 from fedloom.hierarchy.joint_plan.group_cost import Choice, Device, GroupState, Observed, Sizes
 from fedloom.hierarchy.joint_plan.joint_memory import JointMemory
 from fedloom.hierarchy.joint_plan.shared import Joint
 from fedloom.hierarchy.joint_plan.time_aligned import TimeAligned
+from tests.support.storms import tries
 
 SIZES = Sizes(
     up=lambda depth, rank: 1e4 * depth * rank,
@@ -28,7 +29,7 @@ SIZES = Sizes(
 )
 DIVIDED = TimeAligned(work_grows=False, steps=20, most=10)
 GROWING = TimeAligned(steps=20, most=5)
-EVERY: tuple[Joint, ...] = (GROWING, DIVIDED, Scored(), Bandit(), JointMemory())
+EVERY: tuple[Joint, ...] = (GROWING, DIVIDED, GradientScore(), Bandit(), JointMemory())
 each = pytest.mark.parametrize("rule", EVERY, ids=["growing", "divided", "scored", "bandit", "memory"])
 
 
@@ -82,7 +83,7 @@ def test_a_round_lasts_as_long_as_its_slowest_member_and_both_links() -> None:
 
 @each
 @given(fleet=fleets)
-@settings(max_examples=25, deadline=None)
+@tries(25)
 def test_every_choice_fits_every_members_memory(rule: Joint, fleet: list[GroupState]) -> None:
     for one, choice in zip(fleet, rule(fleet), strict=True):
         assert all(SIZES.memory(choice.depth, choice.rank) <= member.memory for member in one.members)
@@ -93,7 +94,7 @@ def test_every_choice_fits_every_members_memory(rule: Joint, fleet: list[GroupSt
 
 
 @given(fleets)
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_work_that_grows_ends_within_one_inner_round_of_the_fastest(fleet: list[GroupState]) -> None:
     """ParallelSFL, Eq. 17: in time, and one more inner round would be late; one round at the least depth if nothing is in time."""
     end, part = limit(fleet, 5, 20), 4
@@ -108,7 +109,7 @@ def test_work_that_grows_ends_within_one_inner_round_of_the_fastest(fleet: list[
 
 
 @given(fleets)
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_work_that_is_divided_ends_within_one_divisor_of_the_fastest(fleet: list[GroupState]) -> None:
     """Methods 4b.2, R1: f(d) by brute force over all that it can be."""
     end = limit(fleet, 10, 20)
@@ -124,7 +125,7 @@ def test_work_that_is_divided_ends_within_one_divisor_of_the_fastest(fleet: list
 
 
 @given(groups, st.floats(1.0, 4.0), st.sampled_from([GROWING, DIVIDED]))
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_a_slower_group_never_averages_more_often_at_the_same_depth(
     one: GroupState, slower: float, rule: TimeAligned
 ) -> None:
@@ -140,11 +141,11 @@ def test_a_slower_group_never_averages_more_often_at_the_same_depth(
 
 
 @given(fleets, st.floats(0.0, 0.1))
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_scored_takes_the_best_on_the_curve_of_equal_time(fleet: list[GroupState], drift: float) -> None:
     """Methods 4b.2, R2, by brute force: the highest G(d) - drift (H / f)^2 delta^2 over all (f, d) that are in time."""
     end = limit(fleet, 10, 20)
-    for one, choice in zip(fleet, Scored(drift=drift)(fleet), strict=True):
+    for one, choice in zip(fleet, GradientScore(drift=drift)(fleet), strict=True):
         scores = {}
         for depth in one.depths(8):
             for f in (1, 2, 4, 5, 10):
@@ -159,7 +160,7 @@ def test_scored_takes_the_best_on_the_curve_of_equal_time(fleet: list[GroupState
 
 
 @given(groups, st.lists(st.floats(0.0, 1.0), min_size=5, max_size=5), st.floats(1e-4, 0.1))
-@settings(max_examples=100, deadline=None)
+@tries(100)
 def test_more_gradient_mass_in_lower_layers_never_means_less_depth(
     one: GroupState, moved: list[float], drift: float
 ) -> None:
@@ -168,7 +169,7 @@ def test_more_gradient_mass_in_lower_layers_never_means_less_depth(
     after = replace(one, mass=(10.0 - sum(moved), *(1.0 + more for more in moved)))
     quick = group(0.2, memory=1.2e9)
     alike = [replace(state, dispersion=0.0) for state in (before, after)]
-    for rule, (shallow, deep) in ((Scored(drift=drift), (before, after)), (JointMemory(most=4), alike)):
+    for rule, (shallow, deep) in ((GradientScore(drift=drift), (before, after)), (JointMemory(most=4), alike)):
         assert rule([deep, quick])[0].depth >= rule([shallow, quick])[0].depth
 
 
@@ -176,7 +177,7 @@ def test_depth_gives_way_to_averages_where_members_drift_apart() -> None:
     """The trade of R2: on a slow link, depth costs bytes that averages could have."""
     slow = {"bps": 3e6, "mass": (6.0, 1.0, 1.0, 1.0, 1.0, 1.0)}
     fast = group(1.2, bps=3e7)
-    alike, apart = (Scored()([fast, group(1.0, **slow, dispersion=delta)])[1] for delta in (0.0, 2.0))
+    alike, apart = (GradientScore()([fast, group(1.0, **slow, dispersion=delta)])[1] for delta in (0.0, 2.0))
     assert alike.depth > apart.depth
     assert alike.rounds < apart.rounds
 
@@ -222,7 +223,7 @@ def test_a_bandit_tries_everything_once_the_deepest_first() -> None:
 
 
 @given(fleets)
-@settings(max_examples=25, deadline=None)
+@tries(25)
 def test_memory_rule_is_the_best_by_brute_force(fleet: list[GroupState]) -> None:
     """Over every rank, depth, number of rounds and of steps that is in the fastest group's time and in memory."""
     rule = JointMemory(most=3, ranks=(2, 4), drift=1e-2, steps=9)
@@ -265,13 +266,13 @@ def test_degenerate_groups_have_a_choice(rule: Joint) -> None:
 
 
 def test_free_links_mean_as_many_averages_as_allowed() -> None:
-    for rule in (DIVIDED, Scored()):
+    for rule in (DIVIDED, GradientScore()):
         (one,) = rule([group(1.0, 2.0, bps=math.inf)])
         assert (one.rounds, one.depth, one.steps) == (10, 6, 20)
 
 
 def test_of_equals_the_deepest() -> None:
-    (one,) = Scored()([group(1.0, bps=math.inf, mass=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0))])
+    (one,) = GradientScore()([group(1.0, bps=math.inf, mass=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0))])
     assert one.depth == 6
 
 
@@ -282,16 +283,16 @@ def test_steps_end_where_drift_eats_what_another_one_gains() -> None:
 
 
 def test_a_reason_has_the_numbers_that_decided() -> None:
-    (one,) = Scored()([group(1.0, 2.0, bps=math.inf)])
+    (one,) = GradientScore()([group(1.0, 2.0, bps=math.inf)])
     assert one.why == (
         "gradient norm 1.00 less drift 0 is the best of 6 depths; 10 rounds of 2 steps at depth 6 take 80 s, "
         "the fastest group 80 s; the slowest of 2 members needs 4 s a step"
     )
 
 
-@pytest.mark.parametrize("rule", [TimeAligned, Scored, Bandit, JointMemory])
+@pytest.mark.parametrize("rule", [TimeAligned, GradientScore, Bandit, JointMemory])
 def test_a_rule_needs_no_arguments_and_prints_as_python(rule: Any) -> None:
-    schema.check(rule())
+    schema.check_fields(rule())
     assert eval(repr(rule()), {rule.__name__: rule}) == rule()
 
 
@@ -300,9 +301,9 @@ def test_a_rule_needs_no_arguments_and_prints_as_python(rule: Any) -> None:
     [
         (lambda: TimeAligned(steps=0), "steps"),
         (lambda: TimeAligned(steps=20, most=3), "most"),
-        (lambda: Scored(most=0), "most"),
-        (lambda: Scored(drift=-1.0), "drift"),
-        (lambda: Scored(drift=math.nan), "drift"),
+        (lambda: GradientScore(most=0), "most"),
+        (lambda: GradientScore(drift=-1.0), "drift"),
+        (lambda: GradientScore(drift=math.nan), "drift"),
         (lambda: Bandit(frequencies=()), "frequencies"),
         (lambda: Bandit(frequencies=(3,)), "frequencies"),
         (lambda: Bandit(discount=0.0), "discount"),
@@ -318,7 +319,7 @@ def test_a_rule_needs_no_arguments_and_prints_as_python(rule: Any) -> None:
         (lambda: group(1.0, mass=(1.0,)), "mass"),
         (lambda: group(1.0, dispersion=math.nan), "dispersion"),
         (lambda: group(1.0, up_bps=-1.0), "up_bps"),
-        (lambda: Scored()([group(1.0, memory=1e9)]), "memory"),
+        (lambda: GradientScore()([group(1.0, memory=1e9)]), "memory"),
         (lambda: JointMemory()([group(1.0, memory=1e9)]), "memory"),
     ],
 )

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedloom.core.lora import Adapter, cut
-from fedloom.core.types import Local, Pruning, Rules, Task
-from fedloom.train.base_model import Base, initial
+from fedloom.core.lora import Adapter, cut_factor
+from fedloom.core.types import ClientState, Pruning, Rules, Task
+from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import batched_clients, linear_kernel
 from fedloom.train.settings import PLAIN
 from fedloom.train.trainer import PeftTrainer
@@ -33,15 +33,15 @@ def still(base: Base) -> Base:
 
 def tasks(base: Base, steps: int = 1, **rules: object) -> list[Task]:
     """Clients a and b at ranks 4 and 2, a again with other weights."""
-    starts = [lively(initial(base, 4), seed) for seed in range(3)]
-    low = Adapter({n: cut(f, 2) for n, f in starts[1].factors.items()}, starts[1].dense)
+    starts = [lively(initial_adapter(base, 4), seed) for seed in range(3)]
+    low = Adapter({n: cut_factor(f, 2) for n, f in starts[1].factors.items()}, starts[1].dense)
     made = [task_of(starts[0], "a", steps, 1), task_of(low, "b", steps, 2), task_of(starts[2], "a", steps, 3)]
     return [replace(task, start=replace(task.start, rules=Rules(**rules))) for task in made]  # type: ignore[arg-type]
 
 
 def both(trainer: PeftTrainer, work: list[Task]) -> tuple[list[tuple], list[tuple]]:  # type: ignore[type-arg]
     """Answers one after the other, and in one pass."""
-    pairs = [(task, Local()) for task in work]
+    pairs = [(task, ClientState()) for task in work]
     common = replace(trainer, engine=COMMON)
     assert len(common.groups(pairs)) == 1
     return trainer.train(pairs), common.train(pairs)
@@ -52,9 +52,9 @@ def both(trainer: PeftTrainer, work: list[Task]) -> tuple[list[tuple], list[tupl
 def test_gradients_are_those_of_one_after_the_other(request: pytest.FixtureRequest, kind: str, onednn: bool) -> None:
     base = still(base_of(request.getfixturevalue(kind)))
     if onednn:  # before the slots of other ranks are made: each brings a copy of the head
-        if not linear_kernel.available():
+        if not linear_kernel.onednn_available():
             pytest.skip("this build of torch has no oneDNN linear operator")
-        linear_kernel.install(base.model)
+        linear_kernel.install_linear_kernel(base.model)
     high, low, other_high = tasks(base)
     alone, common = both(trainer_of(base, clip=1e6), [low, high, other_high])  # the first one's slot is used
     for (one, kept), (other, also) in zip(alone, common, strict=True):
@@ -92,8 +92,8 @@ def test_moments_go_on_at_each_clients_own_count(encoder: Path) -> None:
     trainer = trainer_of(base, learning_rate=1e-3)
     common = replace(trainer, engine=COMMON)
     first, second, _ = tasks(base, 2)
-    ((_, old),) = trainer.train([(second, Local())])
-    work = [(first, Local()), (replace(second, id=5, seed=9), old)]
+    ((_, old),) = trainer.train([(second, ClientState())])
+    work = [(first, ClientState()), (replace(second, id=5, seed=9), old)]
     assert len(common.groups(work)) == 1
     for (_, one), (_, other) in zip(trainer.train(work), common.train(work), strict=True):
         for name, state in one.moments.items():
@@ -105,7 +105,7 @@ def test_moments_go_on_at_each_clients_own_count(encoder: Path) -> None:
 
 def test_the_same_work_gives_the_same_bytes_and_leaves_the_base_and_the_generator_alone(encoder: Path) -> None:
     base = base_of(encoder, dropout=0.1)
-    trainer, work = replace(trainer_of(base), engine=COMMON), [(task, Local()) for task in tasks(base, 3)]
+    trainer, work = replace(trainer_of(base), engine=COMMON), [(task, ClientState()) for task in tasks(base, 3)]
     before = frozen(base)
     torch.manual_seed(0)
     state = torch.get_rng_state()
@@ -123,10 +123,10 @@ def test_the_same_work_gives_the_same_bytes_and_leaves_the_base_and_the_generato
 def test_padded_directions_stay_zero(encoder: Path) -> None:
     base = still(base_of(encoder))
     work = tasks(base, 4)
-    members = [batched_clients.Member(t, Local(), t.start.train, [[0, 1], [2, 3], [4, 5], [6]]) for t in work]
+    members = [batched_clients.BatchedClient(t, ClientState(), t.start.train, [[0, 1], [2, 3], [4, 5], [6]]) for t in work]
     trainer = trainer_of(base)
     for (adapter, moments, losses), task in zip(
-        batched_clients.train(base, trainer.texts, trainer.training, members), work, strict=True
+        batched_clients.train_together(base, trainer.texts, trainer.training, members), work, strict=True
     ):
         assert {f.rank for f in adapter.factors.values()} == {task.budget.rank}
         assert len(losses) == 4
@@ -136,13 +136,13 @@ def test_padded_directions_stay_zero(encoder: Path) -> None:
 def test_only_what_can_share_a_pass_does(encoder: Path) -> None:
     base = base_of(encoder)
     trainer = replace(trainer_of(base), engine=COMMON)
-    plain = [(task, Local()) for task in tasks(base)]
-    longer = [(task, Local()) for task in tasks(base, 2)]
-    fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 1) for n, f in initial(base, 4).factors.items()})
+    plain = [(task, ClientState()) for task in tasks(base)]
+    longer = [(task, ClientState()) for task in tasks(base, 2)]
+    fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 1) for n, f in initial_adapter(base, 4).factors.items()})
     folded = [(replace(t, start=replace(t.start, fold=fold)), local) for t, local in plain]
-    pruning = [(task, Local()) for task in tasks(base, pruning=Pruning())]
+    pruning = [(task, ClientState()) for task in tasks(base, pruning=Pruning())]
 
-    def sizes(trainer: PeftTrainer, work: list[tuple[Task, Local]]) -> list[int]:
+    def sizes(trainer: PeftTrainer, work: list[tuple[Task, ClientState]]) -> list[int]:
         return [len(group) for group in trainer.groups(work)]
 
     assert sizes(trainer, plain + longer) == [3, 3]
@@ -156,9 +156,9 @@ def test_only_what_can_share_a_pass_does(encoder: Path) -> None:
 
 def test_the_cost_rule_takes_small_steps_together_and_large_ones_apart(encoder: Path) -> None:
     base = base_of(encoder)
-    assert batched_clients.most(base, 30) == batched_clients.MOST
-    assert batched_clients.most(base, 500) == 4
+    assert batched_clients.clients_per_pass(base, 30) == batched_clients.MOST
+    assert batched_clients.clients_per_pass(base, 500) == 4
     base.model.get_base_model().config.hidden_size = 384
-    assert batched_clients.most(base, 50) == batched_clients.MOST
-    assert batched_clients.most(base, 400) == 1
-    assert batched_clients.most(base, 600) == 1
+    assert batched_clients.clients_per_pass(base, 50) == batched_clients.MOST
+    assert batched_clients.clients_per_pass(base, 400) == 1
+    assert batched_clients.clients_per_pass(base, 600) == 1

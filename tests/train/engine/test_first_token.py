@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fedloom.core.types import Local
-from fedloom.train.base_model import initial, load
+from fedloom.core.types import ClientState
+from fedloom.train.base_model import initial_adapter, load_base
 from fedloom.train.engine import first_token
 from fedloom.train.settings import Engine, LoRA
 from tests.support.tiny_runs import base_of, lively, same, task_of, trainer_of
@@ -40,7 +40,7 @@ def logits(model: Any) -> Tensor:
 def test_logits_and_gradients_stay(kind: str) -> None:
     plain = model_of(kind)
     fast = copy.deepcopy(plain)
-    assert first_token.install(fast)
+    assert first_token.install_first_token(fast)
     one, other = logits(plain), logits(fast)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
     one.square().sum().backward()
@@ -52,7 +52,7 @@ def test_logits_and_gradients_stay(kind: str) -> None:
 
 def test_only_the_last_layer_computes_less() -> None:
     model, shapes = model_of("Bert"), []
-    assert first_token.install(model)
+    assert first_token.install_first_token(model)
     for layer in model.bert.encoder.layer:
         layer.intermediate.register_forward_hook(lambda *given: shapes.append(tuple(given[2].shape)))
     logits(model)
@@ -64,7 +64,7 @@ def test_models_put_together_in_another_way_stay_as_they_are(kind: str) -> None:
     own = {"vocab_size": 60, "pad_token_id": 0} if kind != "Llama" else {**SIZES, "pad_token_id": 0}
     model = getattr(transformers, f"{kind}ForSequenceClassification")(getattr(transformers, f"{kind}Config")(**own))
     kinds = [type(module) for module in model.modules()]
-    assert not first_token.install(model)
+    assert not first_token.install_first_token(model)
     assert [type(module) for module in model.modules()] == kinds
 
 
@@ -79,7 +79,7 @@ def test_a_head_that_reads_all_tokens_keeps_them() -> None:
     model = model_of("Bert")
     model.bert.pooler = Averaged()
     before = logits(model)
-    assert not first_token.install(model)
+    assert not first_token.install_first_token(model)
     assert torch.equal(logits(model), before)
 
 
@@ -87,27 +87,27 @@ def test_a_head_of_zeros_says_nothing() -> None:
     model = model_of("Bert")
     nn.init.zeros_(model.classifier.weight)
     nn.init.zeros_(model.classifier.bias)
-    assert not first_token.install(model)
+    assert not first_token.install_first_token(model)
 
 
 def test_a_task_trains_to_the_same_adapter(encoder: Path) -> None:
     adapters = []
     for engine in (Engine("torch", first_token=False), Engine("torch")):
-        base = load(str(encoder), 2, LoRA(dropout=0.0), 4, seed=3, engine=engine)
+        base = load_base(str(encoder), 2, LoRA(dropout=0.0), 4, seed=3, engine=engine)
         for module in base.model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        ((result, _),) = trainer_of(base).train([(task_of(lively(initial(base, 4))), Local())])
+        ((result, _),) = trainer_of(base).train([(task_of(lively(initial_adapter(base, 4))), ClientState())])
         adapters.append(result.adapter)
     for name, f in adapters[0].factors.items():
         torch.testing.assert_close(f.up, adapters[1].factors[name].up, rtol=1e-3, atol=1e-4)
 
 
 def test_a_base_says_how_it_computes_and_can_be_sent_to_another_process(encoder: Path) -> None:
-    base = load(str(encoder), 2, LoRA(), 4, seed=3, engine=Engine("torch"))
-    assert base.computed == {"kernel": "torch", "first_token": True}
+    base = load_base(str(encoder), 2, LoRA(), 4, seed=3, engine=Engine("torch"))
+    assert base.computation == {"kernel": "torch", "first_token": True}
     again = pickle.loads(pickle.dumps(base))
-    start = lively(initial(base, 4))
-    ours, theirs = (trainer_of(one).train([(task_of(start), Local())])[0][0].adapter for one in (base, again))
+    start = lively(initial_adapter(base, 4))
+    ours, theirs = (trainer_of(one).train([(task_of(start), ClientState())])[0][0].adapter for one in (base, again))
     assert same(ours, theirs)
-    assert base_of(encoder).computed == {"kernel": "torch", "first_token": False}
+    assert base_of(encoder).computation == {"kernel": "torch", "first_token": False}

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fedloom.core.lora import Adapter
-from fedloom.core.types import Local, Task
+from fedloom.core.types import ClientState, Task
 from fedloom.train import peft_weights
-from fedloom.train.base_model import Base, initial
+from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import frozen_layers
 from fedloom.train.settings import PLAIN
 from fedloom.train.trainer import PeftTrainer, released
@@ -36,13 +36,13 @@ def fold_of(adapter: Adapter, seed: int) -> Adapter:
 
 def shallow(base: Base, number: int = 1, fold: int | None = None, steps: int = 3) -> Task:
     """A task that trains the top layer, over a fold of all layers."""
-    start = lively(initial(base, 4))
+    start = lively(initial_adapter(base, 4))
     task = task_of(top(start), number=number, steps=steps)
     return replace(task, start=replace(task.start, fold=None if fold is None else fold_of(start, fold)))
 
 
 def trained(trainer: PeftTrainer, task: Task) -> Adapter:
-    ((result, _),) = trainer.train([(task, Local())])
+    ((result, _),) = trainer.train([(task, ClientState())])
     return result.adapter
 
 
@@ -56,8 +56,8 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     task, texts = shallow(base, fold=fold), trainer_of(base).texts
-    slot = base.put(task.start.train, fold=task.start.fold)
-    weights = released(peft_weights.parameters(base.model, slot), task.start)
+    slot = base.activate(task.start.train, fold=task.start.fold)
+    weights = released(peft_weights.slot_parameters(base.model, slot), task.start)
     place = frozen_layers.tower(base, [*task.start.train.factors])
     assert place is not None
     below = frozen_layers.features(base, texts, place, range(30), task.start.fold, frozen_layers.Cache(), 0)
@@ -124,7 +124,7 @@ def test_the_blocks_are_all_there_again_and_dropout_is_on_above_only(encoder: Pa
 
 def test_an_error_on_the_way_leaves_the_model_whole(encoder: Path) -> None:
     base = base_of(encoder)
-    place = frozen_layers.tower(base, [n for n in lively(initial(base, 4)).factors if ".1." in n])
+    place = frozen_layers.tower(base, [n for n in lively(initial_adapter(base, 4)).factors if ".1." in n])
     assert place is not None
     before = [name for name, _ in base.model.named_modules()]
     with pytest.raises(RuntimeError), place.fed(torch.zeros(3, 3, 3)):
@@ -147,7 +147,7 @@ def test_the_cache_throws_away_what_was_not_used_for_longest() -> None:
 
 def test_all_layers_trained_or_a_layer_outside_of_the_blocks_means_the_plain_way(encoder: Path) -> None:
     base = base_of(encoder)
-    names = [*initial(base, 4).factors]
+    names = [*initial_adapter(base, 4).factors]
     assert frozen_layers.tower(base, names) is None
     assert frozen_layers.tower(base, ["classifier.dense"]) is None
     firsts = [frozen_layers.tower(base, names[i:]) for i in range(len(names) // 2, len(names))]

@@ -12,16 +12,16 @@ from torch import nn
 
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter
-from fedloom.core.types import Local, Start
+from fedloom.core.types import ClientState, TaskStart
 from fedloom.train import base_model
-from fedloom.train.base_model import initial
+from fedloom.train.base_model import initial_adapter
 from fedloom.train.engine import linear_kernel
 from fedloom.train.settings import Engine, LoRA
 from tests.support.tiny_runs import base_of, lively, same, task_of, trainer_of
 from tests.support.toys import factor
 
 pytestmark = pytest.mark.skipif(
-    not linear_kernel.available(), reason="this build of torch has no oneDNN linear operator"
+    not linear_kernel.onednn_available(), reason="this build of torch has no oneDNN linear operator"
 )
 
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 def test_values_and_gradients_are_those_of_a_linear_layer(shape: tuple[int, ...], bias: bool) -> None:
     plain = nn.Linear(5, 7, bias).requires_grad_(False)
     fast = copy.deepcopy(plain)
-    assert linear_kernel.install(fast) == 1
+    assert linear_kernel.install_linear_kernel(fast) == 1
     x, slope = torch.randn(shape), torch.randn(*shape[:-1], 7)
     one, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     torch.testing.assert_close(fast(other), plain(one))
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_a_linear_layer(shape: tuple[int, ...]
 
 def test_the_transposed_weight_follows_a_weight_that_was_written_to() -> None:
     layer = nn.Linear(4, 3).requires_grad_(False)
-    linear_kernel.install(layer)
+    linear_kernel.install_linear_kernel(layer)
     x = torch.randn(2, 4, requires_grad=True)
     layer(x).sum().backward()
     layer.weight.copy_(torch.ones(3, 4))
@@ -55,9 +55,9 @@ def test_the_transposed_weight_follows_a_weight_that_was_written_to() -> None:
 
 def test_a_trained_layer_and_other_types_compute_as_before() -> None:
     trained = nn.Linear(4, 3)
-    assert linear_kernel.install(trained) == 0
+    assert linear_kernel.install_linear_kernel(trained) == 0
     frozen = nn.Linear(4, 3).requires_grad_(False)
-    linear_kernel.install(frozen)
+    linear_kernel.install_linear_kernel(frozen)
     assert frozen.double()(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
     frozen.float().requires_grad_(True)
     frozen(torch.randn(2, 4)).sum().backward()
@@ -70,12 +70,12 @@ def test_a_task_trains_to_the_same_adapter_also_over_a_fold(request: pytest.Fixt
     for fast in (False, True):
         base = base_of(request.getfixturevalue(kind))
         if fast:
-            linear_kernel.install(base.model)
-        start = lively(initial(base, 4))
+            linear_kernel.install_linear_kernel(base.model)
+        start = lively(initial_adapter(base, 4))
         fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in start.factors.items()})
         task = task_of(start)
         object.__setattr__(task.start, "fold", fold)
-        ((result, _),) = trainer_of(base).train([(task, Local())])
+        ((result, _),) = trainer_of(base).train([(task, ClientState())])
         adapters.append(result.adapter)
     for name, f in adapters[0].factors.items():
         torch.testing.assert_close(f.up, adapters[1].factors[name].up, rtol=1e-3, atol=1e-4)
@@ -83,7 +83,7 @@ def test_a_task_trains_to_the_same_adapter_also_over_a_fold(request: pytest.Fixt
 
 
 def test_a_base_is_loaded_with_it_and_copied_whole(encoder: Path) -> None:
-    fast = base_model.load(str(encoder), 2, LoRA(), 4, 0, engine=Engine("onednn"))
+    fast = base_model.load_base(str(encoder), 2, LoRA(), 4, 0, engine=Engine("onednn"))
     assert any(isinstance(module, linear_kernel.FrozenLinear) for module in fast.model.modules())
     assert not any(isinstance(m, linear_kernel.FrozenLinear) and m.weight.requires_grad for m in fast.model.modules())
     copy.deepcopy(fast.model).merge_and_unload()
@@ -92,26 +92,26 @@ def test_a_base_is_loaded_with_it_and_copied_whole(encoder: Path) -> None:
 def test_a_torch_without_the_operator_is_told(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_kernel, "available", lambda: False)
     with pytest.raises(Refused, match="kernel"):
-        base_model.load(str(encoder), 2, LoRA(), 4, 0, engine=Engine("onednn"))
+        base_model.load_base(str(encoder), 2, LoRA(), 4, 0, engine=Engine("onednn"))
 
 
 def test_the_fastest_kernel_is_one_that_exists() -> None:
-    assert linear_kernel.fastest() in ("torch", "onednn")
+    assert linear_kernel.fastest_kernel() in ("torch", "onednn")
 
 
 def test_a_base_in_bfloat16_takes_half_the_memory_and_learns_the_same_roughly(encoder: Path) -> None:
     exact, half = (
-        base_model.load(str(encoder), 2, LoRA(), 4, 0, engine=Engine("torch", bfloat16=b)) for b in (False, True)
+        base_model.load_base(str(encoder), 2, LoRA(), 4, 0, engine=Engine("torch", bfloat16=b)) for b in (False, True)
     )
     frozen = [m for m in half.model.modules() if isinstance(m, linear_kernel.HalfLinear)]
     assert frozen
     assert all(layer.weight.dtype == torch.bfloat16 for layer in frozen)
     assert all(p.dtype == torch.float32 for p in half.model.parameters() if p.requires_grad)
-    start = lively(initial(exact, 4))
+    start = lively(initial_adapter(exact, 4))
     fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in start.factors.items()})
-    tasks = [replace(task_of(start), start=Start(start, "0", fold=fold)) for _ in (exact, half)]
+    tasks = [replace(task_of(start), start=TaskStart(start, "0", fold=fold)) for _ in (exact, half)]
     ((one, _),), ((other, _),) = (
-        trainer_of(b).train([(t, Local())]) for b, t in zip((exact, half), tasks, strict=True)
+        trainer_of(b).train([(t, ClientState())]) for b, t in zip((exact, half), tasks, strict=True)
     )
     assert other.metrics["first_loss"] == pytest.approx(one.metrics["first_loss"], rel=0.1)
     assert all(f.up.dtype == torch.float32 for f in other.adapter.factors.values())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedloom.core.errors import Refused
-from fedloom.train.workers.shared_memory import ALIGNMENT, _file, dumps, loads, share
+from fedloom.train.workers.shared_memory import ALIGNMENT, _unnamed_file, pickle_object, unpickle_object, share_object
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 
@@ -35,7 +35,7 @@ def tensors(draw: Any) -> Tensor:
 
 def shared_again(thing: Any, folder: Path = Path("/tmp")) -> Any:
     """As another process gets it."""
-    with (shared := share(thing, [folder])).file:
+    with (shared := share_object(thing, [folder])).file:
         return shared.get()
 
 
@@ -50,20 +50,20 @@ def arrives(sent: Tensor, got: Tensor) -> None:
 @given(st.lists(tensors(), max_size=4))
 def test_what_arrives_is_what_was_sent(sent: list[Tensor]) -> None:
     copies = [one.clone() for one in sent]
-    for got in (loads(dumps(sent)), shared_again(sent), sent):
+    for got in (unpickle_object(pickle_object(sent)), shared_again(sent), sent):
         assert len(got) == len(copies)
         for before, after in zip(copies, got, strict=True):
             arrives(before, after)
 
 
 def test_a_view_costs_what_it_shows() -> None:
-    assert len(dumps(torch.zeros(1000, 1000)[:3, :3])) < 1000
+    assert len(pickle_object(torch.zeros(1000, 1000)[:3, :3])) < 1000
 
 
 def test_layouts_stay_as_they_are() -> None:
     turned, part = torch.rand(3, 5).t(), torch.rand(6, 8)[:, :4]
-    assert loads(dumps(turned)).stride() == turned.stride()
-    assert loads(dumps(part)).stride() == (4, 1)
+    assert unpickle_object(pickle_object(turned)).stride() == turned.stride()
+    assert unpickle_object(pickle_object(part)).stride() == (4, 1)
 
 
 def test_a_module_arrives_with_its_ties_and_what_it_does_not_train() -> None:
@@ -71,7 +71,7 @@ def test_a_module_arrives_with_its_ties_and_what_it_does_not_train() -> None:
     model[1].weight = model[0].weight
     model[0].bias.requires_grad_(False)
     model[0].weight.grad = torch.ones(4, 3)
-    got = loads(dumps(model))
+    got = unpickle_object(pickle_object(model))
     assert got[1].weight is got[0].weight
     assert isinstance(got[0].weight, nn.Parameter)
     assert [p.requires_grad for p in got.parameters()] == [p.requires_grad for p in model.parameters()]
@@ -82,7 +82,7 @@ def test_a_module_arrives_with_its_ties_and_what_it_does_not_train() -> None:
 
 def test_who_writes_writes_for_himself(tmp_path: Path) -> None:
     thing = {"a": torch.zeros(5000), "b": torch.zeros(5000)}
-    shared = share(thing, [tmp_path])
+    shared = share_object(thing, [tmp_path])
     with shared.file:
         one, other = shared.get(), shared.get()
         one["a"] += 1
@@ -93,7 +93,7 @@ def test_who_writes_writes_for_himself(tmp_path: Path) -> None:
 
 def test_the_file_has_no_name_and_tensors_outlive_its_closing(tmp_path: Path) -> None:
     thing = [torch.arange(10_000)]
-    with (shared := share(thing, [tmp_path])).file:
+    with (shared := share_object(thing, [tmp_path])).file:
         got = shared.get()
         assert list(tmp_path.iterdir()) == []
     assert got[0].equal(thing[0])
@@ -111,15 +111,15 @@ def test_what_was_there_moves_to_the_shared_memory() -> None:
 
 
 def test_a_folder_without_room_is_passed_over(tmp_path: Path) -> None:
-    with _file(10, [Path("/nowhere"), tmp_path]) as file:
+    with _unnamed_file(10, [Path("/nowhere"), tmp_path]) as file:
         assert os.fstat(file.fileno()).st_dev == tmp_path.stat().st_dev
     with pytest.raises(OSError, match="1,000,000,000 MB are needed"):
-        _file(10**15, [tmp_path])
+        _unnamed_file(10**15, [tmp_path])
 
 
 def test_no_descriptor_stays_open(tmp_path: Path) -> None:
     def once() -> int:
-        loads(dumps([torch.rand(10) for _ in range(20)]))
+        unpickle_object(pickle_object([torch.rand(10) for _ in range(20)]))
         shared_again([torch.rand(10)], tmp_path)
         return len(os.listdir("/proc/self/fd"))
 
@@ -129,9 +129,9 @@ def test_no_descriptor_stays_open(tmp_path: Path) -> None:
 @pytest.mark.parametrize("thing", [lambda x: x, (n for n in ())], ids=["lambda", "generator"])
 def test_what_has_no_pickle_is_one_kind_of_error(thing: object) -> None:
     with pytest.raises(pickle.PicklingError):
-        dumps(thing)
+        pickle_object(thing)
 
 
 def test_a_refusal_travels_whole() -> None:
-    got = loads(dumps(Refused("rank", 0, "choose more")))
+    got = unpickle_object(pickle_object(Refused("rank", 0, "choose more")))
     assert (str(got), got.field, got.value, got.remedy) == ("rank = 0: choose more", "rank", 0, "choose more")

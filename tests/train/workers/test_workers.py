@@ -23,15 +23,16 @@ import torch
 from fedloom.core.errors import Refused
 from fedloom.core.policies import Aggregator, Trainer
 from fedloom.train.workers import local_processes
-from fedloom.train.workers.pool import DEATHS, Cohorts, Workers
+from fedloom.train.workers.pool import MOST_DEATHS, WorkerPool, open_pool
+from fedloom.train.workers.worker import Workers
 from tests.support.hazards import Lethal, Toy, Unsendable, toy_work
 from tests.support.same_bytes import COMPARED
 
 
 @contextmanager
-def cohorts(trainer: Trainer, told: int | str = 2) -> Iterator[Cohorts]:
-    with Workers.of(told).carrying_out(trainer) as made:
-        assert isinstance(made, Cohorts)
+def cohorts(trainer: Trainer, told: int | str = 2) -> Iterator[WorkerPool]:
+    with open_pool(trainer, Workers.parse(told)) as made:
+        assert isinstance(made, WorkerPool)
         yield made
 
 
@@ -67,7 +68,7 @@ def test_a_cohort_is_divided_and_its_results_are_in_order() -> None:
 
 
 def test_what_one_process_can_do_starts_none() -> None:
-    with Workers.of(1).carrying_out(trainer := Toy()) as made:
+    with open_pool(trainer := Toy(), Workers.parse(1)) as made:
         assert made is trainer
     with cohorts(Toy(), 3) as made:
         assert made.train([]) == []
@@ -77,6 +78,7 @@ def test_what_one_process_can_do_starts_none() -> None:
         assert children() == []
 
 
+@pytest.mark.slow
 def test_a_worker_killed_before_it_answers_costs_time_and_nothing_else(tmp_path: Path) -> None:
     work, trainer = toy_work(5), Lethal(Toy(), tmp_path, task=3)
     with cohorts(trainer) as made:
@@ -109,10 +111,11 @@ def test_a_task_that_kills_every_worker_ends_the_run(tmp_path: Path) -> None:
             made.train(toy_work(3))
         running = children()
     assert caught.value.field == "workers"
-    assert len(list(tmp_path.glob("death-*"))) == DEATHS
+    assert len(list(tmp_path.glob("death-*"))) == MOST_DEATHS
     assert gone(running)
 
 
+@pytest.mark.slow
 def test_an_error_of_training_arrives_and_costs_no_worker() -> None:
     with cohorts(Toy()) as made:
         with pytest.raises(ZeroDivisionError, match="by nought") as caught:
@@ -133,6 +136,7 @@ def mapped(process: psutil.Process, size: int) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_memory_holds_one_base_and_what_each_process_wrote() -> None:
     size = 2**26
     with cohorts(Toy(torch.ones(size // 4))) as made:
@@ -181,13 +185,14 @@ def test_nobody_is_left_when_a_run_is_cut_short(end: type[BaseException]) -> Non
 
 SCRIPT = """
 import signal
-from fedloom.train.workers import Workers
+from fedloom.train.workers.pool import open_pool
+from fedloom.train.workers.worker import Workers
 from tests.support.hazards import Toy, toy_work
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
-    with Workers.of(2).carrying_out(Toy(seconds=0.0)) as made:
+    with open_pool(Toy(seconds=0.0), Workers.of(2)) as made:
         made.train(toy_work(2))
-    with Workers.of(2).carrying_out(Toy(seconds=600.0)) as made:
+    with open_pool(Toy(seconds=600.0), Workers.of(2)) as made:
         print("begins", flush=True)
         made.train(toy_work(4))
 """
@@ -199,7 +204,7 @@ if __name__ == "__main__":
 def test_workers_end_with_their_parent(tmp_path: Path, how: signal.Signals, starting: bool) -> None:
     """Ctrl-C goes to all processes of a terminal; kill -9 to the parent alone. Both while training and while starting."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    path = os.pathsep.join(["src", "tests", *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    path = os.pathsep.join(["src", ".", *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     with subprocess.Popen(
         [sys.executable, tmp_path / "script.py"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -246,7 +251,7 @@ def test_what_cannot_be_sent_is_said() -> None:
 )  # fmt: skip
 def test_what_may_be_said(told: int | str, count: int | None, ray: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    made = Workers.of(told)
+    made = Workers.parse(told)
     assert (made.count, made.ray) == (count, ray)
     assert str(made) == str(told)
 
@@ -254,13 +259,13 @@ def test_what_may_be_said(told: int | str, count: int | None, ray: str | None, m
 @pytest.mark.parametrize("told", [0, -1, "0@ray", "two", "", "ray:", "2.5", "2@", "@ray", "2@rays", "2 ", True])
 def test_what_may_not(told: int | str) -> None:
     with pytest.raises(Refused, match="say a number from 1, or ray"):
-        Workers.of(told)
+        Workers.parse(told)
 
 
 def test_without_ray_one_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Refused, match=r"pip install 'fedloom\[ray\]'"):
-        Workers.of("ray")
+        Workers.parse("ray")
 
 
 # Whole runs of a real model -----------------------------------------------------------------------------------------------
@@ -319,13 +324,13 @@ def test_a_run_that_starts_one_task_at_a_time_keeps_two_processes_busy(
         "world": World(),
     }
     given["faults"] = Faults(dropout=0.1, back_after=1.0, late=0.5)
-    busy, collect = [0], Cohorts._collect
+    busy, collect = [0], WorkerPool._collect
 
-    def watched(self: Cohorts, seconds: float | None = None) -> None:
+    def watched(self: WorkerPool, seconds: float | None = None) -> None:
         collect(self, seconds)
         busy.append(len(self.running))
 
-    monkeypatch.setattr(Cohorts, "_collect", watched)
+    monkeypatch.setattr(WorkerPool, "_collect", watched)
     alone = execute(1, **given)
     assert max(busy) == 0
     same_bytes(alone, execute(2, **given))
@@ -340,7 +345,7 @@ def lethal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     folder = tmp_path / "deaths"
     folder.mkdir()
-    monkeypatch.setattr("fedloom.job.PeftTrainer", lambda *parts: Lethal(PeftTrainer(*parts), folder, task=6))
+    monkeypatch.setattr("fedloom.runs.execute.PeftTrainer", lambda *parts: Lethal(PeftTrainer(*parts), folder, task=6))
     return folder
 
 

@@ -17,18 +17,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedloom.aggregate.shared.merge_terms import held_by
-from fedloom.aggregate.shared.wrapper import need_factors
+from fedloom.aggregate.shared.merge_terms import held_directions
+from fedloom.aggregate.shared.wrapper import require_factors
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, Factor, cut, each
-from fedloom.core.policies import Aggregator, Merge, layers
+from fedloom.core.lora import Adapter, Factor, cut_factor, map_tensors
+from fedloom.core.policies import Aggregator, Merge, aggregator_layers
 from fedloom.core.types import Model, Update
 
 SUM, COUNT, CHANGE, TRAINED = "sum of last changes", "clients in the sum", "last change of ", "trained by "
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ClientChange:
     """What an answer changed `by`, at the server's rank, and `where`: 1 for a direction and side that its client trained."""
 
     update: Update
@@ -36,10 +36,10 @@ class Change:
     where: Adapter
 
 
-def need_changes(wrapper: str, inner: Aggregator, clients: int) -> None:
+def require_changes(wrapper: str, inner: Aggregator, clients: int) -> None:
     """Raise Refused where a client's change cannot be kept entry by entry, or must not be."""
-    need_factors(wrapper, inner, "a client's last change is kept entry by entry")
-    for layer in layers(inner):
+    require_factors(wrapper, inner, "a client's last change is kept entry by entry")
+    for layer in aggregator_layers(inner):
         name = type(layer).__name__
         if getattr(layer, "adds_noise", False):
             remedy = "a remembered change counts again in later merges, which the noise is not made for; leave one out"
@@ -51,53 +51,53 @@ def need_changes(wrapper: str, inner: Aggregator, clients: int) -> None:
         raise Refused("aggregator.clients", clients, "the number of clients of the federation")
 
 
-def blank(like: Adapter, clients: int) -> dict[str, Adapter]:
+def empty_memory(like: Adapter, clients: int) -> dict[str, Adapter]:
     """Nothing heard of anybody."""
-    zeros = each(lambda x: torch.zeros_like(x, dtype=torch.float64), like)
+    zeros = map_tensors(lambda x: torch.zeros_like(x, dtype=torch.float64), like)
     return {SUM: zeros, COUNT: _marks(like, float(clients))}
 
 
-def mean(memory: Mapping[str, Adapter]) -> Adapter:
+def mean_last_change(memory: Mapping[str, Adapter]) -> Adapter:
     """The mean of the last changes, in float64."""
-    return each(lambda sum_, count: sum_ / count.clamp_min(1.0), memory[SUM], memory[COUNT])
+    return map_tensors(lambda sum_, count: sum_ / count.clamp_min(1.0), memory[SUM], memory[COUNT])
 
 
-def last(memory: Mapping[str, Adapter], one: Change) -> Adapter:
+def last_change(memory: Mapping[str, Adapter], one: ClientChange) -> Adapter:
     """The last change of the client who answers now, before this answer."""
-    return memory.get(CHANGE + one.update.task.client) or each(torch.zeros_like, one.by)
+    return memory.get(CHANGE + one.update.task.client) or map_tensors(torch.zeros_like, one.by)
 
 
-def changes(model: Model, merge: Merge) -> dict[int, Change]:
+def measure_changes(model: Model, merge: Merge) -> dict[int, ClientChange]:
     """By task, what the answers changed; none that was trained before the basis was last drawn anew."""
-    updates = [update for _, update in merge.parts if update.base is None or update.base.basis == model.basis]
-    return {update.task.id: change(update, model.adapter) for update in updates}
+    updates = [update for _, update in merge.weighted_updates if update.base is None or update.base.basis == model.basis]
+    return {update.task.id: measure_change(update, model.adapter) for update in updates}
 
 
-def change(update: Update, like: Adapter) -> Change:
+def measure_change(update: Update, like: Adapter) -> ClientChange:
     """What this answer changed; where directions were the client's to select, those that it left alone were not trained."""
     start, given = update.task.start, update.result.adapter
     by, where = {}, {}
     for name, own in like.factors.items():
         got = given.factors[name]
-        sent, held = cut(start.train.factors[name], got.rank), held_by(start, got.rank).to(own.up.device)
+        sent, held = cut_factor(start.train.factors[name], got.rank), held_directions(start, got.rank).to(own.up.device)
         down = torch.zeros_like(own.down).index_copy(0, held, got.down - sent.down)
         up = torch.zeros_like(own.up).index_copy(1, held, got.up - sent.up)
         trained = own.up.new_zeros(own.rank).index_fill(0, held, 1.0)
-        of_down, of_up = (trained * (side not in start.rules.kept) for side in ("down", "up"))
+        of_down, of_up = (trained * (side not in start.rules.unchanged) for side in ("down", "up"))
         if start.rules.select is not None:
             of_down, of_up = of_down * down.any(1), of_up * up.any(0)
         by[name], where[name] = Factor(down, up), Factor(of_down[:, None], of_up[None])
     dense = {name: given.dense[name] - start.train.dense[name] for name in like.dense}
-    free = {name: x.new_full((), float("dense" not in start.rules.kept)) for name, x in like.dense.items()}
-    return Change(update, Adapter(by, dense), Adapter(where, free))
+    free = {name: x.new_full((), float("dense" not in start.rules.unchanged)) for name, x in like.dense.items()}
+    return ClientChange(update, Adapter(by, dense), Adapter(where, free))
 
 
-def instead(one: Change, by: Adapter) -> Update:
+def replace_change(one: ClientChange, by: Adapter) -> Update:
     """The answer as if it had changed by this where it trained."""
     start, given = one.update.task.start, one.update.result.adapter
-    moved, factors = each(lambda b, w: b * w, by, one.where), {}
+    moved, factors = map_tensors(lambda b, w: b * w, by, one.where), {}
     for name, got in given.factors.items():
-        sent, held = cut(start.train.factors[name], got.rank), held_by(start, got.rank).to(got.up.device)
+        sent, held = cut_factor(start.train.factors[name], got.rank), held_directions(start, got.rank).to(got.up.device)
         down = sent.down.double() + moved.factors[name].down[held]
         up = sent.up.double() + moved.factors[name].up[:, held]
         factors[name] = Factor(down.to(got.down), up.to(got.up))
@@ -105,25 +105,25 @@ def instead(one: Change, by: Adapter) -> Update:
     return replace(one.update, result=replace(one.update.result, adapter=Adapter(factors, dense)))
 
 
-def remembered(memory: Mapping[str, Adapter], answers: Iterable[Change]) -> dict[str, Adapter]:
+def remember_changes(memory: Mapping[str, Adapter], answers: Iterable[ClientChange]) -> dict[str, Adapter]:
     """The memory with these answers; of two answers of one client the later task is its last."""
     new = {key: kept for key, kept in memory.items() if _ours(key)}
     for one in sorted(answers, key=lambda one: one.update.task.id):
-        client, old = one.update.task.client, last(new, one)
+        client, old = one.update.task.client, last_change(new, one)
         known = new.get(TRAINED + client)
-        now = each(lambda d, o, w: torch.where(w > 0, d, o), one.by, old, one.where)
-        trained = each(torch.maximum, known, one.where) if known else one.where
+        now = map_tensors(lambda d, o, w: torch.where(w > 0, d, o), one.by, old, one.where)
+        trained = map_tensors(torch.maximum, known, one.where) if known else one.where
         counted = known or _marks(one.by, 1.0)
-        new[SUM] = each(lambda s, o, n: s - o.double() + n.double(), new[SUM], old, now)
-        new[COUNT] = each(lambda c, o, n: c - o + n, new[COUNT], counted, trained)
+        new[SUM] = map_tensors(lambda s, o, n: s - o.double() + n.double(), new[SUM], old, now)
+        new[COUNT] = map_tensors(lambda c, o, n: c - o + n, new[COUNT], counted, trained)
         new[CHANGE + client], new[TRAINED + client] = now, trained
     return new
 
 
-def keeping(after: Model, before: Model, memory: Mapping[str, Adapter], clients: int) -> Model:
+def store_memory(after: Model, before: Model, memory: Mapping[str, Adapter], clients: int) -> Model:
     """`after` with this memory, or with a blank one where its basis was drawn anew: entries then mean something else."""
     others = {key: kept for key, kept in after.memory.items() if not _ours(key)}
-    kept = memory if after.basis == before.basis else blank(after.adapter, clients)
+    kept = memory if after.basis == before.basis else empty_memory(after.adapter, clients)
     return replace(after, memory={**others, **kept})
 
 

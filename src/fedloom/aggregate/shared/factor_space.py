@@ -8,30 +8,30 @@ from dataclasses import replace
 import torch
 
 from fedloom.aggregate.shared.merge_terms import (
-    Reach,
-    apart,
-    changes,
+    Divisor,
+    as_changes,
+    base_offsets,
     dense_mean,
-    everyone,
-    held_by,
-    mean,
-    slots,
-    standing,
-    terms,
+    divide_by_one,
+    held_directions,
+    linear_terms,
+    merge_origin,
+    take_directions,
+    weighted_sum,
 )
 from fedloom.core.lora import (
     Adapter,
     Factor,
-    cut,
-    cut_to,
-    each,
+    cut_adapter,
+    cut_factor,
+    map_tensors,
     pad,
     revive,
     server_rank,
 )
 from fedloom.core.policies import Merge
 from fedloom.core.seeds import derive
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 
 
 def padded_mean(model: Model, merge: Merge, head: Merge | None = None) -> Model:
@@ -41,58 +41,58 @@ def padded_mean(model: Model, merge: Merge, head: Merge | None = None) -> Model:
     all clients, and the basis counts as changed. The dense part is averaged as `head` says, where its weights are others.
     """
     rank = server_rank(model.adapter)
-    pairs = terms(model.adapter, merge)
+    pairs = linear_terms(model.adapter, merge)
     means = {}
     for name in model.adapter.factors:
         padded = [(c, pad(adapter.factors[name], rank)) for c, adapter in pairs]
-        means[name] = Factor(mean([(c, f.down) for c, f in padded]), mean([(c, f.up) for c, f in padded]))
+        means[name] = Factor(weighted_sum([(c, f.down) for c, f in padded]), weighted_sum([(c, f.up) for c, f in padded]))
     factors = {name: revive(factor, rank, derive(model.basis, name)) for name, factor in means.items()}
     redrawn = any(factors[name] is not factor for name, factor in means.items())
-    dense = dense_mean(model.adapter, terms(model.adapter, head or merge))
+    dense = dense_mean(model.adapter, linear_terms(model.adapter, head or merge))
     return replace(model, adapter=Adapter(factors, dense), basis=model.basis + redrawn)
 
 
-def moved(model: Adapter, merge: Merge, reach: Reach) -> Adapter:
+def move_factors(model: Adapter, merge: Merge, reach: Divisor) -> Adapter:
     """Factors averaged apart, each entry over those who trained it; whoever did not train it votes for the model's value.
 
     A client moves the directions that it holds (`start.slots`), on the sides that it was free to change, by
     step * weight / reach * (its value - the model's, or with `as_delta` what it was sent).
     """
     factors = {}
-    for name, own in standing(model, merge).factors.items():
+    for name, own in merge_origin(model, merge).factors.items():
         divisor = reach(name, merge, own.rank)
         down, up = own.down.double(), own.up.double()
-        for weight, update in merge.parts:
+        for weight, update in merge.weighted_updates:
             start, given = update.task.start, update.result.adapter.factors[name]
-            held = held_by(start, given.rank).to(down.device)
-            origin = cut(start.train.factors[name], given.rank) if merge.as_delta else slots(own, held)
+            held = held_directions(start, given.rank).to(down.device)
+            origin = cut_factor(start.train.factors[name], given.rank) if merge.as_delta else take_directions(own, held)
             share = (merge.step * weight / torch.where(divisor > 0, divisor, 1.0)).to(down.device)[held]
-            if "down" not in start.rules.kept:
+            if "down" not in start.rules.unchanged:
                 down = down.index_add(0, held, share[:, None] * (given.down.double() - origin.down.double()))
-            if "up" not in start.rules.kept:
+            if "up" not in start.rules.unchanged:
                 up = up.index_add(1, held, share * (given.up.double() - origin.up.double()))
         factors[name] = Factor(down.to(own.down), up.to(own.up))
-    return Adapter(factors, dense_mean(model, terms(model, merge)))
+    return Adapter(factors, dense_mean(model, linear_terms(model, merge)))
 
 
-def moved_whole(model: Model, merge: Merge) -> Adapter:
+def move_models(model: Model, merge: Merge) -> Adapter:
     """Factors averaged apart, where a client means the whole model that it was sent a part of, with its change.
 
     So an answer counts by its weight on the side and in the directions that it trained, and says on the others what it was cut
     from: as long as everybody starts from `model`, that is the server's value.
     """
-    away = apart(model, merge)
+    away = base_offsets(model, merge)
     if not away:
-        return moved(model.adapter, merge, everyone)
-    return added(moved(model.adapter, changes(merge), everyone), away)
+        return move_factors(model.adapter, merge, divide_by_one)
+    return add_offsets(move_factors(model.adapter, as_changes(merge), divide_by_one), away)
 
 
-def added(adapter: Adapter, away: Sequence[tuple[float, Model]]) -> Adapter:
+def add_offsets(adapter: Adapter, away: Sequence[tuple[float, Model]]) -> Adapter:
     """The adapter and these terms of `apart`, entry by entry; folds apart."""
     shares, others = [1.0, *(share for share, _ in away)], [one.adapter for _, one in away]
-    return each(lambda *entries: mean(list(zip(shares, entries, strict=True))), adapter, *others) if away else adapter
+    return map_tensors(lambda *entries: weighted_sum(list(zip(shares, entries, strict=True))), adapter, *others) if away else adapter
 
 
-def leading(model: Model, budget: Budget) -> Start:
+def leading_start(model: Model, budget: Budget) -> TaskStart:
     """The first directions at the client's rank, as they are: all clients share them, and the basis stays."""
-    return Start(cut_to(model.adapter, budget.rank), basis=f"{model.basis}/{budget.rank}")
+    return TaskStart(cut_adapter(model.adapter, budget.rank), basis=f"{model.basis}/{budget.rank}")

@@ -10,34 +10,34 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregate.shared.merge_terms import (
-    Reach,
-    apart,
-    apart_terms,
-    changes,
+    Divisor,
+    as_changes,
+    base_offsets,
     dense_mean,
-    everyone,
-    slots,
-    standing,
-    terms,
-    weigh,
+    divide_by_one,
+    linear_terms,
+    merge_origin,
+    offset_terms,
+    take_directions,
+    weigh_directions,
 )
 from fedloom.core.lora import (
     Adapter,
     Factor,
     balance,
     compact,
-    cut,
-    energy,
-    joined,
+    cut_factor,
+    energy_spectrum,
     pad,
     revive,
     server_rank,
-    total,
+    stack_with_fold,
+    sum_products,
     truncate_sum,
 )
 from fedloom.core.policies import Merge
 from fedloom.core.seeds import derive
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 
 
 def product_terms(name: str, model: Adapter, merge: Merge, reach: Tensor) -> Iterator[tuple[float, Factor]]:
@@ -49,14 +49,14 @@ def product_terms(name: str, model: Adapter, merge: Merge, reach: Tensor) -> Ite
     kept = torch.ones_like(reach) if merge.as_delta else torch.where(reach > 0, 1.0 - merge.step, 1.0)
     share = merge.step / torch.where(reach > 0, reach, 1.0)
     if bool(kept.any()):
-        yield 1.0, weigh(pad(standing(model, merge).factors[name], len(reach)), kept)
-    for weight, update in merge.parts:
-        yield 1.0, weigh(update.result.adapter.factors[name], weight * share)
+        yield 1.0, weigh_directions(pad(merge_origin(model, merge).factors[name], len(reach)), kept)
+    for weight, update in merge.weighted_updates:
+        yield 1.0, weigh_directions(update.result.adapter.factors[name], weight * share)
         if merge.as_delta:
-            yield 1.0, weigh(update.task.start.train.factors[name], -weight * share)
+            yield 1.0, weigh_directions(update.task.start.train.factors[name], -weight * share)
 
 
-def best(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float, float]:
+def best_approximation(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float, float]:
     """The best approximation of at most `rank` to a sum, and the energy (squared Frobenius norm) before and after."""
     kept, before = truncate_sum(terms, rank)
     return kept, before, float(kept.up.double().square().sum())
@@ -64,11 +64,11 @@ def best(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, floa
 
 def merge_changes(model: Model, merge: Merge, rank: int) -> Model:
     """W + step * sum p_k (B_k A_k - what k received), for each client on top of the model that it was sent a part of."""
-    return merge_products(model, changes(merge), rank, everyone, apart(model, merge))
+    return merge_products(model, as_changes(merge), rank, divide_by_one, base_offsets(model, merge))
 
 
 def merge_products(
-    model: Model, merge: Merge, rank: int, reach: Reach, away: Sequence[tuple[float, Model]] = ()
+    model: Model, merge: Merge, rank: int, reach: Divisor, away: Sequence[tuple[float, Model]] = ()
 ) -> Model:
     """The next model: products added up layer by layer, each cut to its best `rank`; dense parts averaged.
 
@@ -76,39 +76,39 @@ def merge_products(
     """
     cuts = {}
     for name, factor in model.adapter.factors.items():
-        top = max(factor.rank, *(update.result.adapter.factors[name].rank for _, update in merge.parts))
-        everything = chain(product_terms(name, model.adapter, merge, reach(name, merge, top)), apart_terms(name, away))
-        cuts[name] = best(everything, rank)
+        top = max(factor.rank, *(update.result.adapter.factors[name].rank for _, update in merge.weighted_updates))
+        everything = chain(product_terms(name, model.adapter, merge, reach(name, merge, top)), offset_terms(name, away))
+        cuts[name] = best_approximation(everything, rank)
     before = sum(energy for _, energy, _ in cuts.values())
     after = sum(energy for _, _, energy in cuts.values())
     discarded = max(0.0, 1.0 - after / before) if before > 0 else 0.0
     full = {name: pad(factor, rank) for name, (factor, _, _) in cuts.items()}
-    dense = dense_mean(model.adapter, [*terms(model.adapter, merge), *((c, one.adapter) for c, one in away)])
+    dense = dense_mean(model.adapter, [*linear_terms(model.adapter, merge), *((c, one.adapter) for c, one in away)])
     return replace(model, adapter=Adapter(full, dense), basis=model.basis + 1, discarded=discarded)
 
 
-def handed_out(model: Model, budget: Budget, seed: int, balanced: bool) -> Start:
+def truncated_start(model: Model, budget: Budget, seed: int, balanced: bool) -> TaskStart:
     """The model's leading directions at the client's rank, each able to learn; for models kept sorted by `merge_products`.
 
     `balanced` divides the singular value evenly over both sides; otherwise `up` carries it and `down` is orthonormal.
     """
     adapter, factors = model.adapter, {}
     for name, sorted_ in adapter.factors.items():
-        factor = revive(cut(sorted_, budget.rank), budget.rank, derive(seed, name))
+        factor = revive(cut_factor(sorted_, budget.rank), budget.rank, derive(seed, name))
         factors[name] = balance(factor) if balanced else factor
-    return Start(Adapter(factors, adapter.dense), basis=f"{model.basis}/{budget.rank}")
+    return TaskStart(Adapter(factors, adapter.dense), basis=f"{model.basis}/{budget.rank}")
 
 
-def folded(model: Model, pieces: Mapping[str, Sequence[tuple[float, Factor]]]) -> Adapter:
+def add_to_fold(model: Model, pieces: Mapping[str, Sequence[tuple[float, Factor]]]) -> Adapter:
     """The model's fold with these products added, layer by layer, with no more directions than a layer can have."""
     factors = {}
     for name, added in pieces.items():
         before = [(1.0, model.fold.factors[name])] if model.fold and name in model.fold.factors else []
-        factors[name] = compact(total([*before, *added]))
+        factors[name] = compact(sum_products([*before, *added]))
     return Adapter(factors)
 
 
-def tail(model: Model, held: Iterable[int]) -> Adapter | None:
+def fold_untrained(model: Model, held: Iterable[int]) -> Adapter | None:
     """What a client that trains only the directions `held` needs beside them to run the whole model; None if nothing.
 
     Not compacted: that would be a dense product for every task, and a fold is never trained.
@@ -117,8 +117,8 @@ def tail(model: Model, held: Iterable[int]) -> Adapter | None:
     rest = torch.tensor([i for i in range(rank) if i not in without], dtype=torch.long)
     if not len(rest):
         return model.fold
-    others = Adapter({name: slots(factor, rest) for name, factor in model.adapter.factors.items()})
-    return joined(model.fold, others) if model.fold else others
+    others = Adapter({name: take_directions(factor, rest) for name, factor in model.adapter.factors.items()})
+    return stack_with_fold(model.fold, others) if model.fold else others
 
 
 def energy_shares(model: Model) -> list[float]:
@@ -126,10 +126,10 @@ def energy_shares(model: Model) -> list[float]:
 
     Of the whole model, fold included, for as many directions as the adapter has.
     """
-    everything, kept = joined(model.adapter, model.fold), server_rank(model.adapter)
+    everything, kept = stack_with_fold(model.adapter, model.fold), server_rank(model.adapter)
     total = torch.zeros(server_rank(everything), dtype=torch.float64)
     for factor in everything.factors.values():
-        values = energy(factor)
+        values = energy_spectrum(factor)
         total[: len(values)] += values.cpu()
     sum_ = float(total.sum())
     return [float(value) / sum_ if sum_ > 0 else 0.0 for value in total[:kept]]

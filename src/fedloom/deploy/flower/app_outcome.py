@@ -7,14 +7,14 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedloom.core.files import at_once, full
+from fedloom.core.files import atomic_write, disk_full_error
 
 SIZE = 4096
 """Bytes of a word at least, so that the last one fits into the place of the first where the disk has become full."""
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class AppOutcome:
     """The process, and at its end one of: why the run ended, why the run file cannot be carried out, what went wrong, what could not
     be written because the disk is full.
     """
@@ -42,28 +42,28 @@ class Word:
             return False
 
 
-def leave(folder: Path, attempt: int, word: Word) -> None:
+def write_outcome(folder: Path, attempt: int, outcome: AppOutcome) -> None:
     """Write the word of the deployment's n-th attempt. Raises OSError."""
-    place, text = _place(folder, attempt), json.dumps(asdict(word)).encode().ljust(SIZE)
+    place, text = _place(folder, attempt), json.dumps(asdict(outcome)).encode().ljust(SIZE)
     try:
-        with at_once(place) as draft:
+        with atomic_write(place) as draft:
             draft.write_bytes(text)
     except OSError as error:
-        if not full(error) or not place.exists() or place.stat().st_size < len(text):
+        if not disk_full_error(error) or not place.exists() or place.stat().st_size < len(text):
             raise
         with place.open("r+b", buffering=0) as file:
             file.write(text.ljust(place.stat().st_size))
 
 
-def heard(folder: Path, attempt: int) -> Word | None:
+def read_outcome(folder: Path, attempt: int) -> AppOutcome | None:
     """The word of an attempt, or None while it has not begun, or is just being written."""
     try:
-        return Word(**json.loads(_place(folder, attempt).read_text(encoding="utf-8")))
+        return AppOutcome(**json.loads(_place(folder, attempt).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError):
         return None
 
 
-def last(folder: Path) -> int:
+def last_attempt(folder: Path) -> int:
     """The number of the latest attempt, 0 before the first."""
     return max((int(path.stem.partition("-")[2]) for path in (folder / "flower").glob("attempt-*.json")), default=0)
 

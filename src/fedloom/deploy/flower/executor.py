@@ -40,8 +40,8 @@ from flwr.supercore.retry import RetryInvoker, constant
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-from fedloom.deploy.flower.grid import fetched, packed, unpacked
-from fedloom.deploy.site.worker_socket import ask
+from fedloom.deploy.flower.grid import fetch_message, pack_body, unpack_body
+from fedloom.deploy.site.worker_socket import ask_worker
 
 POLL = 0.2
 """Seconds between two looks, over loopback."""
@@ -56,7 +56,7 @@ BROKEN = 3
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
-class Lost(Exception):
+class NoAnswer(Exception):
     """There is nothing to answer, or no answer; the text says why."""
 
 
@@ -72,14 +72,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--ask", type=float, default=POLL, help="seconds between two questions whether there is a task")
     given = parser.parse_args(words)
     secret = given.secret.read_bytes() if given.secret else None
-    serve(given.runtime, given.socket, secret, given.patience, given.ask)
+    execute_tasks(given.runtime, given.socket, secret, given.patience, given.ask)
 
 
-def serve(runtime: str, socket: Path, secret: bytes | None, patience: float = PATIENCE, pause: float = POLL) -> None:
+def execute_tasks(runtime: str, socket: Path, secret: bytes | None, patience: float = PATIENCE, pause: float = POLL) -> None:
     """Take one task after the other. The SuperNode hands out one at a time."""
     signed = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []
     asking = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
-    with connected(runtime, "SuperExec", signed) as supernode:
+    with runtime_client(runtime, "SuperExec", signed) as supernode:
         _say("ready", runtime=runtime)
         while True:
             try:
@@ -87,16 +87,16 @@ def serve(runtime: str, socket: Path, secret: bytes | None, patience: float = PA
             except httpx.TransportError:
                 token = ""
             if token:
-                carry_out(runtime, token, socket, patience)
+                execute_task(runtime, token, socket, patience)
             else:
                 time.sleep(pause)
 
 
-def carry_out(runtime: str, token: str, socket: Path, patience: float) -> None:
+def execute_task(runtime: str, token: str, socket: Path, patience: float) -> None:
     """Pull the message that `token` stands for, and push the worker's answer, or an error in its place."""
-    with connected(runtime, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)]) as supernode, beating(supernode):
-        message, context = pulled(supernode)
-        begun, reply = time.monotonic(), answer(message, socket, patience)
+    with runtime_client(runtime, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)]) as supernode, heartbeats(supernode):
+        message, context = pull_message(supernode)
+        begun, reply = time.monotonic(), answer_message(message, socket, patience)
         _say(
             "answered",
             seconds=round(time.monotonic() - begun, 3),
@@ -106,7 +106,7 @@ def carry_out(runtime: str, token: str, socket: Path, patience: float) -> None:
         push_task_output(supernode, context, SubStatus.COMPLETED, "")
 
 
-def pulled(supernode: RuntimeHttpClient) -> tuple[Message, Context]:
+def pull_message(supernode: RuntimeHttpClient) -> tuple[Message, Context]:
     """The message of the task, and whose it is. The app that comes with it stays where it is."""
     context = context_from_proto(supernode.PullTaskInput(PullTaskInputRequest()).context)
     until = time.monotonic() + STORED
@@ -115,23 +115,23 @@ def pulled(supernode: RuntimeHttpClient) -> tuple[Message, Context]:
         if told.messages_list:
             break
         if time.monotonic() > until:
-            raise Lost("the SuperNode told of a task and has no message for it")
+            raise NoAnswer("the SuperNode told of a task and has no message for it")
         time.sleep(POLL)  # it tells of the task before it stores the message
     [tree] = told.message_object_trees
-    message = fetched(supernode, tree, Node(node_id=context.node_id), context.run_id)
+    message = fetch_message(supernode, tree, Node(node_id=context.node_id), context.run_id)
     message.metadata.__dict__["_message_id"] = tree.object_id  # it has none of its own while it travels; as Flower does
     return message, context
 
 
-def answer(message: Message, socket: Path, patience: float) -> Message:
+def answer_message(message: Message, socket: Path, patience: float) -> Message:
     """The worker's answer to a message, as a message."""
     try:
-        return Message(packed(asked(socket, unpacked(message.content), patience)), reply_to=message)
-    except (ValueError, Lost) as error:
+        return Message(pack_body(ask_until_answered(socket, unpack_body(message.content), patience)), reply_to=message)
+    except (ValueError, NoAnswer) as error:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
 
 
-def asked(socket: Path, body: bytes, patience: float) -> bytes:
+def ask_until_answered(socket: Path, body: bytes, patience: float) -> bytes:
     """The worker's answer. It may be away for `patience` seconds, and may die `BROKEN` times.
 
     Raises:
@@ -140,20 +140,20 @@ def asked(socket: Path, body: bytes, patience: float) -> bytes:
     until, broken = time.monotonic() + patience, 0
     while True:
         try:
-            return ask(socket, body)
+            return ask_worker(socket, body)
         except (FileNotFoundError, ConnectionRefusedError):
             if time.monotonic() > until:
-                raise Lost(f"no worker at this site for {patience:.0f} seconds") from None
+                raise NoAnswer(f"no worker at this site for {patience:.0f} seconds") from None
         except OSError as error:
             broken += 1
             until = time.monotonic() + patience
             if broken == BROKEN:
-                raise Lost(f"the worker died {BROKEN} times over this message, at last with: {error}") from None
+                raise NoAnswer(f"the worker died {BROKEN} times over this message, at last with: {error}") from None
         time.sleep(POLL)
 
 
 @contextmanager
-def connected(
+def runtime_client(
     runtime: str, component: str, interceptors: Sequence[ProtobufClientInterceptor]
 ) -> Iterator[RuntimeHttpClient]:
     """A client of the SuperNode's Runtime API; a call is tried for some seconds, then its error goes up."""
@@ -171,7 +171,7 @@ def connected(
 
 
 @contextmanager
-def beating(supernode: RuntimeHttpClient) -> Iterator[None]:
+def heartbeats(supernode: RuntimeHttpClient) -> Iterator[None]:
     """Tell the SuperNode that the task is worked on, as long as it is."""
     done = threading.Event()
 

@@ -26,7 +26,7 @@ HEAD, BODY, CHUNK = 2**15, 2**26, 2**16
 IDLE, CONNECTIONS = 300.0, 1024
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is not for sites; the text is HTTP's status line."""
 
 
@@ -38,15 +38,15 @@ def length_of(head: bytes) -> int:
     """
     lines = head.split(b"\r\n")
     if not REQUEST.fullmatch(lines[0]):
-        raise Refused("403 Forbidden")
+        raise RequestRefused("403 Forbidden")
     fields = [FIELD.fullmatch(line) for line in lines[1:]]
     named = [(found[1].lower(), found[2]) for found in fields if found]
     lengths = [value for name, value in named if name == b"content-length"]
     odd = any(name in (b"transfer-encoding", b"upgrade", b"expect") for name, _ in named)
     if len(named) != len(fields) or odd or len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
-        raise Refused("400 Bad Request")
+        raise RequestRefused("400 Bad Request")
     if int(lengths[0]) > BODY:
-        raise Refused("413 Content Too Large")
+        raise RequestRefused("413 Content Too Large")
     return int(lengths[0])
 
 
@@ -62,7 +62,7 @@ class Gate:
         try:
             if self._open <= CONNECTIONS:
                 await self._pass_on(reader, writer)
-        except Refused as error:
+        except RequestRefused as error:
             writer.write(f"HTTP/1.1 {error}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
         except (OSError, ssl.SSLError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
             pass
@@ -118,7 +118,7 @@ async def _close(writer: asyncio.StreamWriter) -> None:
         await asyncio.wait_for(writer.wait_closed(), 5.0)
 
 
-async def run(host: str, port: int, to: int, keys: Path) -> None:
+async def run_gate(host: str, port: int, to: int, keys: Path) -> None:
     """Listen until the process ends."""
     ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     ours.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -137,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--keys", type=Path, required=True, help="folder with ca.crt, server.crt and server.key")
     given = parser.parse_args(words)
     host, _, port = given.listen.rpartition(":")
-    asyncio.run(run(host.strip("[]"), int(port), given.to, given.keys))
+    asyncio.run(run_gate(host.strip("[]"), int(port), given.to, given.keys))
 
 
 if __name__ == "__main__":

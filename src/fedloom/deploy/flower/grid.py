@@ -20,7 +20,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, pull_and
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
-from fedloom.deploy.link import Reply
+from fedloom.deploy.link import RawReply
 
 NAME = "body"
 LIFETIME = 14 * 24 * 3600.0
@@ -38,7 +38,7 @@ SOON, LATER = 0.05, 1.0
 """Seconds between two looks at whether a piece has been uploaded, at first and at most."""
 
 
-def packed(body: bytes) -> RecordDict:
+def pack_body(body: bytes) -> RecordDict:
     """A body as Flower's content; a large one Flower cuts into pieces of 5 MB, each sent once.
 
     Each part of a content is asked for by itself, so a short one has as few as there can be.
@@ -48,7 +48,7 @@ def packed(body: bytes) -> RecordDict:
     return RecordDict({NAME: ArrayRecord({NAME: Array("uint8", (len(body),), NAME, body)})})
 
 
-def unpacked(content: RecordDict) -> bytes:
+def unpack_body(content: RecordDict) -> bytes:
     """The body in Flower's content.
 
     Raises:
@@ -62,7 +62,7 @@ def unpacked(content: RecordDict) -> bytes:
     raise ValueError("the content of the message is not one array of bytes")
 
 
-def fetched(client: RuntimeHttpClient, tree: ObjectTree, node: Node, run: int) -> Message:
+def fetch_message(client: RuntimeHttpClient, tree: ObjectTree, node: Node, run: int) -> Message:
     """The message of which `tree` tells, as soon as all its pieces are there."""
     return pull_and_inflate_object_from_tree(
         tree,
@@ -76,7 +76,7 @@ def fetched(client: RuntimeHttpClient, tree: ObjectTree, node: Node, run: int) -
     )
 
 
-class GridLink:
+class GridTransport:
     """`Link` over `grid`, which is connected to a SuperLink; a site's name is what its key was registered under.
 
     A thread asks for news all the time, whatever the driver does meanwhile. Flower tells of a lost message only while its node is
@@ -90,7 +90,7 @@ class GridLink:
     def __init__(self, grid: HttpGrid) -> None:
         self._grid = grid
         self._sent: dict[str, int] = {}
-        self._came: SimpleQueue[Reply] = SimpleQueue()
+        self._came: SimpleQueue[RawReply] = SimpleQueue()
         self._pool = ThreadPoolExecutor(DOWNLOADS, "fetch")
         self._asking = threading.Thread(target=self._ask, name="ask", daemon=True)
         self._trouble: BaseException | None = None
@@ -102,7 +102,7 @@ class GridLink:
 
     def send(self, node: int, body: bytes) -> str:
         """Hand `body` over to the SuperLink. While the SuperLink is away this waits for it."""
-        message, number = Message(packed(body), node, MessageType.TRAIN, ttl=LIFETIME), ""
+        message, number = Message(pack_body(body), node, MessageType.TRAIN, ttl=LIFETIME), ""
         reason = "the SuperLink did not take the message"
         try:
             number = next(iter(self._grid.push_messages([message])), "")
@@ -115,16 +115,16 @@ class GridLink:
         else:
             self._refused += 1
             number = f"refused-{self._refused}"
-            self._came.put(Reply(number, node, None, reason))
+            self._came.put(RawReply(number, node, None, reason))
         return number
 
-    def collect(self) -> list[Reply]:
+    def collect(self) -> list[RawReply]:
         """The replies that are there, each once. What went wrong in asking for them is raised here."""
         if self._trouble:
             raise self._trouble
         return list(self._drained())
 
-    def _drained(self) -> Iterator[Reply]:
+    def _drained(self) -> Iterator[RawReply]:
         while True:
             try:
                 yield self._came.get_nowait()
@@ -148,11 +148,11 @@ class GridLink:
     def _fetch(self, number: str, node: int, tree: ObjectTree) -> None:
         client, here, run = self._grid._runtime_client, self._grid.node, self._grid.run.run_id
         try:
-            message = fetched(client, tree, here, run)
+            message = fetch_message(client, tree, here, run)
             if message.has_error():
-                reply = Reply(number, node, None, f"{message.error.reason} (code {message.error.code})")
+                reply = RawReply(number, node, None, f"{message.error.reason} (code {message.error.code})")
             else:
-                reply = Reply(number, node, unpacked(message.content))
+                reply = RawReply(number, node, unpack_body(message.content))
         except Exception as error:  # whatever a site uploads, or fails to, is that site's affair
-            reply = Reply(number, node, None, f"{type(error).__name__}: {error}")
+            reply = RawReply(number, node, None, f"{type(error).__name__}: {error}")
         self._came.put(reply)

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedloom.core.errors import Refused
-from fedloom.deploy.flower.server_processes import loopback
+from fedloom.deploy.flower.server_processes import is_loopback
 from fedloom.deploy.flower.supervisor import (
-    Part,
-    Reader,
+    ProcessSpec,
+    LogFollower,
     Supervisor,
-    alone,
-    environment,
+    hold_folder,
+    process_environment,
     free_port,
     program,
-    secret,
-    terminable,
+    write_secret,
+    stop_on_sigterm,
 )
 
 TICK = 0.5
 IDLE = 3.0
 """Seconds between two questions of an idle SuperNode for work, as Flower has it."""
-PLAIN = {
+EXPLANATIONS = {
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one of the authority that this site trusts, is for another "
     "name, or has expired",
     "[code: 2004]": "the server does not know this site's key, or counts on another process that holds it for a minute yet",
@@ -35,7 +35,7 @@ PLAIN = {
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class SiteSetup:
     """What a site must know to join: the server, whom it trusts, who it is, where its files are, how its worker is started.
 
     `idle` are the seconds between two questions for work (None: as Flower has it, three).
@@ -51,7 +51,7 @@ class Seat:
 
     def __post_init__(self) -> None:
         host = self.server.rpartition(":")[0]
-        if (self.ca is None or self.key is None) and not loopback(host):
+        if (self.ca is None or self.key is None) and not is_loopback(host):
             raise Refused("--insecure", self.server, "without key and TLS a site speaks to its own machine only")
         if self.idle is not None and not 0.05 <= self.idle <= 60.0:
             raise Refused("--idle", self.idle, "choose 0.05 to 60 seconds")
@@ -60,15 +60,15 @@ class Seat:
                 raise Refused(name, str(path), "there is no such file; see `fedloom keys`")
 
 
-def seat(config: Path, insecure: bool, idle: float | None = None) -> Seat:
+def site_setup(config: Path, insecure: bool, idle: float | None = None) -> SiteSetup:
     """The seat that a site's settings describe.
 
     Raises:
         Refused: they lack key or authority, and `insecure` was not said.
     """
-    from fedloom.deploy.site.settings import read  # heavy: it reads data
+    from fedloom.deploy.site.settings import read_site  # heavy: it reads data
 
-    site = read(config)
+    site = read_site(config)
     if not insecure and (site.ca is None or site.key is None):
         raise Refused(
             "key",
@@ -77,30 +77,30 @@ def seat(config: Path, insecure: bool, idle: float | None = None) -> Seat:
         )
     worker = [program("fedloom"), "worker", "--config", str(config.resolve())]
     secure = {} if insecure else {"ca": site.ca, "key": site.key}
-    return Seat(site.server, site.folder.resolve(), site.socket.resolve(), worker, idle=idle, **secure)
+    return SiteSetup(site.server, site.folder.resolve(), site.socket.resolve(), worker, idle=idle, **secure)
 
 
-def parts(seat: Seat, runtime: int) -> list[list[Part]]:
+def site_processes(setup: SiteSetup, runtime: int) -> list[list[ProcessSpec]]:
     """The processes of a site. SuperNode and executor live and die together.
 
     A SuperNode waits without end for the answer to a message that its executor took along; and one that leaves in order tells the
     server at once that the message is lost. The worker goes on: it gives the same answer when it is asked again.
     """
-    given = environment(seat.folder / "flower")
-    shared = str(seat.folder / "flower" / "secret")
-    node = ["--superlink", seat.server, "--host", "127.0.0.1", "--port", str(runtime), "--isolation", "process"]
+    given = process_environment(setup.folder / "flower")
+    shared = str(setup.folder / "flower" / "secret")
+    node = ["--superlink", setup.server, "--host", "127.0.0.1", "--port", str(runtime), "--isolation", "process"]
     node += ["--superexec-auth-secret-file", shared]
-    if seat.ca is None or seat.key is None:
+    if setup.ca is None or setup.key is None:
         node.append("--insecure")
     else:
-        node += ["--root-certificates", str(seat.ca), "--auth-supernode-private-key", str(seat.key)]
-    idle = [] if seat.idle is None else ["--idle", str(seat.idle)]
-    execute = ["--runtime", f"127.0.0.1:{runtime}", "--socket", str(seat.socket), "--secret", shared]
-    execute += ["--ask", f"{min(max((seat.idle or IDLE) / 6, 0.1), 2.0):.2f}"]
+        node += ["--root-certificates", str(setup.ca), "--auth-supernode-private-key", str(setup.key)]
+    idle = [] if setup.idle is None else ["--idle", str(setup.idle)]
+    execute = ["--runtime", f"127.0.0.1:{runtime}", "--socket", str(setup.socket), "--secret", shared]
+    execute += ["--ask", f"{min(max((setup.idle or IDLE) / 6, 0.1), 2.0):.2f}"]
     return [
-        [Part("worker", seat.worker, given)],
+        [ProcessSpec("worker", setup.worker, given)],
         [
-            Part(
+            ProcessSpec(
                 "supernode",
                 [
                     sys.executable,
@@ -108,69 +108,69 @@ def parts(seat: Seat, runtime: int) -> list[list[Part]]:
                     "fedloom.deploy.flower.supernode",
                     *idle,
                     "--was",
-                    str(seat.folder / "flower" / "node"),
+                    str(setup.folder / "flower" / "node"),
                     "--",
                     *node,
                 ],
                 given,
             ),
-            Part("executor", [sys.executable, "-m", "fedloom.deploy.flower.executor", *execute], given),
+            ProcessSpec("executor", [sys.executable, "-m", "fedloom.deploy.flower.executor", *execute], given),
         ],
     ]
 
 
-def upward(config: Path, insecure: bool) -> list[list[Part]]:
+def region_processes(config: Path, insecure: bool) -> list[list[ProcessSpec]]:
     """The processes that take a region to the server above it; in the place of a worker, its ServerApp answers.
 
     Raises:
         Refused: as `seat`, or the settings are not those of a region.
     """
-    from fedloom.deploy.site.settings import read
+    from fedloom.deploy.site.settings import read_site
 
-    if not read(config).region:
+    if not read_site(config).region:
         raise Refused(
             "--config", str(config), "these are the settings of a site with data; a region's say `region = true`"
         )
-    place = seat(config, insecure)
-    secret(place.folder / "flower" / "secret")
-    return parts(place, free_port())[1:]
+    place = site_setup(config, insecure)
+    write_secret(place.folder / "flower" / "secret")
+    return site_processes(place, free_port())[1:]
 
 
-def join(seat: Seat, say: Callable[[str], None]) -> None:
+def join_deployment(setup: SiteSetup, say: Callable[[str], None]) -> None:
     """Take part until stopped: ends with KeyboardInterrupt.
 
     Raises:
         Refused: another process holds the folder.
     """
-    with alone(seat.folder / "flower" / "lock", seat.folder), terminable() as asked_to_stop:
-        secret(seat.folder / "flower" / "secret")
-        supervisor = Supervisor(parts(seat, free_port()), seat.folder / "logs", lambda line: say(plain(line)))
-        log, silent = Reader(seat.folder / "logs" / "supernode.log").skip(), False
+    with hold_folder(setup.folder / "flower" / "lock", setup.folder), stop_on_sigterm() as asked_to_stop:
+        write_secret(setup.folder / "flower" / "secret")
+        supervisor = Supervisor(site_processes(setup, free_port()), setup.folder / "logs", lambda line: say(explain(line)))
+        log, silent = LogFollower(setup.folder / "logs" / "supernode.log").skip(), False
         try:
             while True:
                 asked_to_stop()
                 supervisor.look()
                 for line in log.lines():
                     if "SuperNode ID:" in line:
-                        say(f"the server at {seat.server} has let this site in")
+                        say(f"the server at {setup.server} has let this site in")
                         silent = False
                     elif "retrying in" in line and not silent:
-                        say(f"the server at {seat.server} does not answer; trying until it does")
+                        say(f"the server at {setup.server} does not answer; trying until it does")
                         silent = True
                 time.sleep(TICK)
         finally:
             supervisor.stop()
 
 
-def plain(line: str) -> str:
+def explain(line: str) -> str:
     """A supervisor's line with what it means."""
     return (
-        "; ".join([line.partition(": ")[0], *(word for sign, word in PLAIN.items() if sign in line)])
-        if known(line)
+        "; ".join([line.partition(": ")[0], *(word for sign, word in EXPLANATIONS.items() if sign in line)])
+        if is_explained(line)
         else line
     )
 
 
-def known(line: str) -> bool:
+def is_explained(line: str) -> bool:
     """Whether we have a plain word for it."""
-    return any(sign in line for sign in PLAIN)
+    return any(sign in line for sign in EXPLANATIONS)

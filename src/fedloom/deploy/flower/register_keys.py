@@ -24,19 +24,19 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedloom.deploy.flower.superlink import Admitted, Coming
+from fedloom.deploy.flower.superlink import Admission, SiteKey
 
 
-def admitted(client: ControlHttpClient, listed: Mapping[str, Coming]) -> Admitted:
+def admit_keys(client: ControlHttpClient, listed: Mapping[str, SiteKey]) -> Admission:
     """Let in those who are listed, by the fingerprints of their keys, and nobody else. Raises httpx.HTTPError without a SuperLink.
 
     Where a key cannot be read nobody is put out: it might be that one's.
     """
-    done, keys, told = Admitted(), dict[str, bytes](), client.ListNodes(ListNodesRequest()).nodes_info
+    done, keys, told = Admission(), dict[str, bytes](), client.ListNodes(ListNodesRequest()).nodes_info
     known = {node.public_key: node.node_id for node in told if node.status != NodeStatus.UNREGISTERED}
     for fingerprint, one in listed.items():
         try:
-            keys[fingerprint] = read(Path(one.key))
+            keys[fingerprint] = read_public_key(Path(one.key))
         except (OSError, ValueError, UnsupportedAlgorithm) as error:
             done.refused[fingerprint] = f"{one.name} cannot be let in: {error}"
     for node in [] if done.refused else [node for key, node in known.items() if key not in keys.values()]:
@@ -50,7 +50,7 @@ def admitted(client: ControlHttpClient, listed: Mapping[str, Coming]) -> Admitte
     return done
 
 
-def read(path: Path) -> bytes:
+def read_public_key(path: Path) -> bytes:
     """A public key as Flower knows it. Raises OSError, ValueError, UnsupportedAlgorithm."""
     key = load_ssh_public_key(path.read_bytes())
     if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -70,11 +70,11 @@ def _reason(error: httpx.HTTPStatusError) -> str:
 def main() -> None:
     """Read, tell, print."""
     port, authority = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
-    listed = {fingerprint: Coming(**one) for fingerprint, one in json.load(sys.stdin).items()}
+    listed = {fingerprint: SiteKey(**one) for fingerprint, one in json.load(sys.stdin).items()}
     said = [RuntimeVersionHttpInterceptor(component_name="flwr CLI")]
     try:
         with ControlHttpClient.from_server_address(f"127.0.0.1:{port}", authority is None, authority, said) as client:
-            sys.stdout.write(json.dumps(asdict(admitted(client, listed))))
+            sys.stdout.write(json.dumps(asdict(admit_keys(client, listed))))
     except httpx.HTTPError as error:
         sys.exit(f"the SuperLink does not answer: {error or type(error).__name__}")
 

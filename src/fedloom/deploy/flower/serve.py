@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import full, write_json
+from fedloom.core.files import disk_full_error, write_json
 from fedloom.deploy.flower import keys
-from fedloom.deploy.flower.app_outcome import Word, heard, last
-from fedloom.deploy.flower.server_processes import Server, parts
-from fedloom.deploy.flower.superlink import Coming, Control, Unwilling
-from fedloom.deploy.flower.supervisor import Part, Reader, Supervisor, alone, free_port, listens, secret, terminable
+from fedloom.deploy.flower.app_outcome import AppOutcome, read_outcome, last_attempt
+from fedloom.deploy.flower.server_processes import ServerSetup, server_processes
+from fedloom.deploy.flower.superlink import SiteKey, SuperLink, SuperLinkError
+from fedloom.deploy.flower.supervisor import ProcessSpec, LogFollower, Supervisor, hold_folder, free_port, is_listening, write_secret, stop_on_sigterm
 
 TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
 """Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""
@@ -40,11 +40,11 @@ Say = Callable[[str], None]
 class Serving:
     """One `fedloom serve`: what it has started and learnt so far."""
 
-    server: Server
-    control: Control
+    server: ServerSetup
+    control: SuperLink
     supervisor: Supervisor
     say: Say
-    log: Reader
+    log: LogFollower
     attempt: int
     run: int = 0
     since: float = 0.0
@@ -58,7 +58,7 @@ class Serving:
     full: bool = False
     here: set[str] = field(default_factory=set)
     nodes: dict[str, int] = field(default_factory=dict)
-    told: bool = False
+    keys_sent: bool = False
 
     def look(self) -> str | None:
         """One look at everything; returns why the run ended, once it has.
@@ -67,7 +67,7 @@ class Serving:
             Refused: the run cannot be carried out, or comes to nothing again and again.
         """
         self._try(self.supervisor.look)
-        if not listens("127.0.0.1", self.control.port):
+        if not is_listening("127.0.0.1", self.control.port):
             return None
         if not self.up:
             self.up = True
@@ -89,10 +89,10 @@ class Serving:
         try:
             return step()
         except OSError as error:
-            if not full(error):
+            if not disk_full_error(error):
                 raise
             self.pauses[name] = time.monotonic() + AGAIN
-        except Unwilling as error:
+        except SuperLinkError as error:
             if str(error) != self.troubles.get(name):
                 self.say(f"not yet: {error}")
             self.troubles[name], self.pauses[name] = str(error), time.monotonic() + AGAIN
@@ -116,24 +116,24 @@ class Serving:
         try:
             listed = {entry.fingerprint: entry for entry in keys.listed(self.server.folder)}
         except Refused as error:  # a file in `sites` that is no key
-            raise Unwilling(str(error)) from error
+            raise SuperLinkError(str(error)) from error
         self.names = {fingerprint: entry.name for fingerprint, entry in listed.items()}
-        if not self.told or listed.keys() != self.nodes.keys():
-            self._tell({key: Coming(str(one.path), one.name) for key, one in listed.items()})
+        if not self.keys_sent or listed.keys() != self.nodes.keys():
+            self._tell({key: SiteKey(str(one.path), one.name) for key, one in listed.items()})
         if not listed and not self.run:
             self.say("no site may come yet: `fedloom keys add PUB --name NAME` lets one in, also while this runs")
 
-    def _tell(self, listed: Mapping[str, Coming]) -> None:
+    def _tell(self, listed: Mapping[str, SiteKey]) -> None:
         """Let the SuperLink know who may come, until it has said that it does."""
-        before, self.told = self.nodes, False
+        before, self.keys_sent = self.nodes, False
         done = self.control.admit(listed)
-        self.nodes, self.told = done.nodes, True
+        self.nodes, self.keys_sent = done.nodes, True
         for fingerprint in sorted(done.nodes.keys() - before.keys()):
             self.say(f"{listed[fingerprint].name} may come (key {fingerprint})")
         for fingerprint in sorted(before.keys() - done.nodes.keys()):
             self.say(f"the holder of key {fingerprint} may come no longer")
         if done.refused:
-            raise Unwilling("; ".join(done.refused.values()))
+            raise SuperLinkError("; ".join(done.refused.values()))
 
     def _announce(self) -> None:
         """Who came and who left, from the SuperLink's log."""
@@ -163,7 +163,7 @@ class Serving:
             self.attempt, self.since = self.attempt + 1, time.monotonic()
             self.run = self.control.submit(self.server.folder, self.attempt)
             return None
-        word, lived = heard(self.server.folder, self.attempt), time.monotonic() - self.since
+        word, lived = read_outcome(self.server.folder, self.attempt), time.monotonic() - self.since
         if word is not None and word.ended:
             if word.reason:
                 return word.reason
@@ -181,22 +181,22 @@ class Serving:
             self.pauses[self._follow.__name__] = time.monotonic() + CLEARING
         return None
 
-    def _why(self, word: Word | None) -> str:
+    def _why(self, word: AppOutcome | None) -> str:
         """Why a ServerApp ended that did not carry the run out."""
         if word is not None and (word.failed or word.full):
             return word.failed or f"the disk is full: {word.full} could not be written"
         return ("it was killed" if word else "it did not start") + (", and the disk is full" if self.full else "")
 
-    def _vain(self, word: Word | None, said: str) -> Refused:
+    def _vain(self, word: AppOutcome | None, reason: str) -> Refused:
         """That the run came to nothing again and again."""
         if word is not None and word.full:
-            return no_room(self.server, word.full)
-        remedy = f"the run ends as soon as it begins: {said}; see logs/serverapp.log"
+            return disk_full(self.server, word.full)
+        remedy = f"the run ends as soon as it begins: {reason}; see logs/serverapp.log"
         return Refused("RUNFILE", str(self.server.folder), remedy)
 
 
-def serve(
-    server: Server, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[Part]] = ()
+def serve_deployment(
+    server: ServerSetup, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[ProcessSpec]] = ()
 ) -> str:
     """Carry out a deployment; returns why it ended. `facts` are written to `deployment.json` for the ServerApp, and `more` are
     processes to keep alive beside it.
@@ -208,12 +208,12 @@ def serve(
     try:
         return _serve(server, facts, resume, say, more)
     except OSError as error:
-        if not (lack := full(error)):
+        if not (lack := disk_full_error(error)):
             raise
-        raise no_room(server, lack.filename or str(server.home)) from error
+        raise disk_full(server, lack.filename or str(server.home)) from error
 
 
-def no_room(server: Server, path: str) -> Refused:
+def disk_full(server: ServerSetup, path: str) -> Refused:
     """That the disk has no room for this file, and what to do."""
     again = GO_ON if (server.folder / NOTE).exists() else "then give the same command again"
     return Refused(
@@ -221,22 +221,22 @@ def no_room(server: Server, path: str) -> Refused:
     )
 
 
-def _serve(server: Server, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[Part]]) -> str:
+def _serve(server: ServerSetup, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[ProcessSpec]]) -> str:
     note = server.folder / NOTE
     if note.exists() != resume:
         remedy = "there is no deployment to go on with" if resume else "it has a deployment; --resume goes on with it"
         raise Refused("--folder", str(server.folder), remedy)
-    with alone(server.home / "lock", server.folder):
+    with hold_folder(server.home / "lock", server.folder):
         write_json(note, {**facts, "insecure": server.insecure})
-        secret(server.home / "secret")
+        write_secret(server.home / "secret")
         inner = server.port if server.insecure else free_port()
-        control = Control(server.home, inner, None if server.insecure else server.folder / "keys" / "ca.crt")
+        control = SuperLink(server.home, inner, None if server.insecure else server.folder / "keys" / "ca.crt")
         control.prepare(server.app)
-        supervisor = Supervisor([*parts(server, inner), *map(list, more)], server.folder / "logs", say)
-        log = Reader(server.folder / "logs" / "superlink.log").skip()
-        serving = Serving(server, control, supervisor, say, log, last(server.folder))
+        supervisor = Supervisor([*server_processes(server, inner), *map(list, more)], server.folder / "logs", say)
+        log = LogFollower(server.folder / "logs" / "superlink.log").skip()
+        serving = Serving(server, control, supervisor, say, log, last_attempt(server.folder))
         try:
-            with terminable() as asked_to_stop:
+            with stop_on_sigterm() as asked_to_stop:
                 while (reason := serving.look()) is None:
                     asked_to_stop()
                     time.sleep(TICK)

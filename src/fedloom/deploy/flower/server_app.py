@@ -13,12 +13,12 @@ from flwr.serverapp import ServerApp
 from flwr.superlink.grid import HttpGrid
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import full
+from fedloom.core.files import disk_full_error
 from fedloom.deploy import json_log
-from fedloom.deploy.flower.app_outcome import Word, leave
-from fedloom.deploy.flower.grid import GridLink
-from fedloom.deploy.flower.supervisor import die_with
-from fedloom.deploy.link import Link
+from fedloom.deploy.flower.app_outcome import AppOutcome, write_outcome
+from fedloom.deploy.flower.grid import GridTransport
+from fedloom.deploy.flower.supervisor import die_with_parent
+from fedloom.deploy.link import Transport
 
 app = ServerApp()
 
@@ -26,27 +26,27 @@ app = ServerApp()
 @app.main()  # type: ignore[untyped-decorator, arg-type]
 def main(grid: HttpGrid, context: Context) -> None:
     """Carry out the deployment of the folder that the run's configuration names, and leave word of how it ended."""
-    from fedloom.deploy.start import run  # heavy
+    from fedloom.deploy.start import run_deployment  # heavy
 
-    carry_out(grid, context, run)
+    run_server_app(grid, context, run_deployment)
 
 
-def carry_out(grid: HttpGrid, context: Context, run: Callable[[Link, Path], str]) -> None:
+def run_server_app(grid: HttpGrid, context: Context, run: Callable[[Transport, Path], str]) -> None:
     """`run` over a link, with a log, and with a word to the server that waits for it."""
-    die_with(os.getppid())
+    die_with_parent(os.getppid())
     folder, attempt = Path(str(context.run_config["folder"])), int(str(context.run_config["attempt"]))
     _log_to(folder / "logs" / "serverapp.log")
     pid = os.getpid()
-    leave(folder, attempt, Word(pid))
+    write_outcome(folder, attempt, AppOutcome(pid))
     try:
-        leave(folder, attempt, Word(pid, reason=run(GridLink(grid), folder)))
+        write_outcome(folder, attempt, AppOutcome(pid, reason=run(GridTransport(grid), folder)))
     except Refused as error:
-        leave(folder, attempt, Word(pid, refused=str(error)))
+        write_outcome(folder, attempt, AppOutcome(pid, refused=str(error)))
         raise
     except Exception as error:
-        lack = full(error)
+        lack = disk_full_error(error)
         told = {"full": str(lack.filename or folder)} if lack else {"failed": f"{type(error).__name__}: {error}"}
-        leave(folder, attempt, Word(pid, **told))
+        write_outcome(folder, attempt, AppOutcome(pid, **told))
         with suppress(OSError):  # the log is on the same disk
             traceback.print_exc()
         raise

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower import keys
-from fedloom.deploy.flower.supervisor import Part, environment, program
+from fedloom.deploy.flower.supervisor import ProcessSpec, process_environment, program
 
 APP = "fedloom.deploy.flower.server_app:app"
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerSetup:
     """Where a deployment lives and how it is reached."""
 
     folder: Path
@@ -27,7 +27,7 @@ class Server:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", self.folder.resolve())  # Flower's processes want whole paths
-        if self.insecure and not loopback(self.host):
+        if self.insecure and not is_loopback(self.host):
             raise Refused(
                 "--insecure",
                 self.host,
@@ -50,7 +50,7 @@ class Server:
         return self.folder / "flower"
 
 
-def loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether a host is this machine, seen from itself."""
     try:
         return host == "localhost" or ip_address(host.strip("[]")).is_loopback
@@ -58,9 +58,9 @@ def loopback(host: str) -> bool:
         return False
 
 
-def parts(server: Server, inner: int) -> list[list[Part]]:
+def server_processes(server: ServerSetup, inner: int) -> list[list[ProcessSpec]]:
     """The processes at the server: SuperLink at port `inner` of loopback, the gate before it, SuperExec."""
-    given, pki = environment(server.home), server.folder / "keys"
+    given, pki = process_environment(server.home), server.folder / "keys"
     shared = ["--superexec-auth-secret-file", str(server.home / "secret")]
     link = [
         "--host",
@@ -80,9 +80,9 @@ def parts(server: Server, inner: int) -> list[list[Part]]:
         link += [word if word.startswith("--") else str(pki / word) for word in tls] + ["--enable-supernode-auth"]
         execute += ["--root-certificates", str(pki / "ca.crt")]
         listen = ["--listen", f"{server.host}:{server.port}", "--to", str(inner), "--keys", str(pki)]
-        gate = [[Part("gate", [sys.executable, "-m", "fedloom.deploy.flower.gate", *listen], given)]]
+        gate = [[ProcessSpec("gate", [sys.executable, "-m", "fedloom.deploy.flower.gate", *listen], given)]]
     return [
-        [Part("superlink", [program("flower-superlink"), *link], given)],
+        [ProcessSpec("superlink", [program("flower-superlink"), *link], given)],
         *gate,
-        [Part("superexec", [program("flower-superexec"), *execute], given)],
+        [ProcessSpec("superexec", [program("flower-superexec"), *execute], given)],
     ]

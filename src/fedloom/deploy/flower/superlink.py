@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedloom.deploy.flower.supervisor import environment, program
+from fedloom.deploy.flower.supervisor import process_environment, program
 
 HERE = "here"
 TIMEOUT = 120.0
@@ -34,12 +34,12 @@ attempt = 0
 """
 
 
-class Unwilling(Exception):
+class SuperLinkError(Exception):
     """Flower said no, or nothing; the text is what it said."""
 
 
 @dataclass(frozen=True, slots=True)
-class Coming:
+class SiteKey:
     """Who is to be let in: the file of the public key, and the name of its holder."""
 
     key: str
@@ -47,7 +47,7 @@ class Coming:
 
 
 @dataclass(frozen=True, slots=True)
-class Admitted:
+class Admission:
     """Who may come now, by the fingerprint of the key the node that its holder is; and why somebody who is listed may not."""
 
     nodes: dict[str, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Admitted:
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class SuperLink:
     """The SuperLink at `port` of loopback; Flower's settings are kept in `home`. `certificate` None: without TLS."""
 
     home: Path
@@ -76,7 +76,7 @@ class Control:
         (self.home / "config.toml").write_text(connection, encoding="utf-8")
         (self.home / "app" / "pyproject.toml").write_text(APP.format(app=app), encoding="utf-8")
 
-    def admit(self, listed: Mapping[str, Coming]) -> Admitted:
+    def admit(self, listed: Mapping[str, SiteKey]) -> Admission:
         """Accept these keys, by their fingerprints, and no others. Flower takes the key of who went never again.
 
         Raises Unwilling where the SuperLink cannot be asked; then it is not known who may come.
@@ -85,8 +85,8 @@ class Control:
         told = json.dumps({key: asdict(one) for key, one in listed.items()})
         done = self._run([sys.executable, "-m", "fedloom.deploy.flower.register_keys", *where], told)
         if done.returncode:
-            raise Unwilling((done.stderr or done.stdout).strip()[-500:])
-        return Admitted(**json.loads(done.stdout))
+            raise SuperLinkError((done.stderr or done.stdout).strip()[-500:])
+        return Admission(**json.loads(done.stdout))
 
     def submit(self, folder: Path, attempt: int) -> int:
         """Start a Flower run of the app; returns its number.
@@ -109,20 +109,20 @@ class Control:
         except json.JSONDecodeError:
             answer = {}
         if done.returncode or not answer.get("success"):
-            raise Unwilling(str(answer.get("error-message") or done.stderr or done.stdout).strip()[-500:])
+            raise SuperLinkError(str(answer.get("error-message") or done.stderr or done.stdout).strip()[-500:])
         return answer
 
-    def _run(self, command: Sequence[str], told: str = "") -> subprocess.CompletedProcess[str]:
+    def _run(self, command: Sequence[str], input_text: str = "") -> subprocess.CompletedProcess[str]:
         """A process to its end. Raises Unwilling where that does not come."""
         try:
             return subprocess.run(
                 command,
-                env=environment(self.home),
-                input=told,
+                env=process_environment(self.home),
+                input=input_text,
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise Unwilling(f"the SuperLink was asked and did not answer within {TIMEOUT:.0f} s") from error
+            raise SuperLinkError(f"the SuperLink was asked and did not answer within {TIMEOUT:.0f} s") from error

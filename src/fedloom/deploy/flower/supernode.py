@@ -41,14 +41,14 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 KEY = "--auth-supernode-private-key"
 
 
-TOLD = "SuperNode ID: "
+NODE_ID_PREFIX = "SuperNode ID: "
 QUESTION = 3
 """Seconds between two questions for work, as Flower has it."""
 GAP = 2.0
 """Seconds between giving a place back and taking it again, in which the server must notice that the message was lost."""
 
 
-def give_back(number: int, server: str, authority: Path, key: Path) -> None:
+def release_node(number: int, server: str, authority: Path, key: Path) -> None:
     """Tell the server that node `number`, whose key this is, has left."""
     private = load_ssh_private_key(key.read_bytes(), None)
     assert isinstance(private, ec.EllipticCurvePrivateKey)
@@ -59,7 +59,7 @@ def give_back(number: int, server: str, authority: Path, key: Path) -> None:
     time.sleep(GAP)
 
 
-class Note(logging.Handler):
+class NodeIdHandler(logging.Handler):
     """Writes down the node id when the SuperNode tells it."""
 
     def __init__(self, path: Path) -> None:
@@ -68,18 +68,18 @@ class Note(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Of a line of Flower's log."""
-        if (said := record.getMessage()).startswith(TOLD):
-            self._path.write_text(said.removeprefix(TOLD), encoding="utf-8")
+        if (said := record.getMessage()).startswith(NODE_ID_PREFIX):
+            self._path.write_text(said.removeprefix(NODE_ID_PREFIX), encoding="utf-8")
 
 
-def pace(idle: float) -> None:
+def shorten_idle_wait(idle: float) -> None:
     """Let the idle SuperNode wait so many seconds between two questions for work, and look for a reply no more seldom than that."""
     start_client_internal.time = SimpleNamespace(
         sleep=lambda seconds: time.sleep(idle if seconds == QUESTION else min(seconds, idle))
     )
 
 
-def end(failed: threading.ExceptHookArgs) -> NoReturn:
+def exit_process(failed: threading.ExceptHookArgs) -> NoReturn:
     """End the process by which a thread has just ended."""
     threading.__excepthook__(failed)
     logging.shutdown()
@@ -97,14 +97,14 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     given = parser.parse_args(words)
     rest = given.rest[given.rest[:1] == ["--"] :]
     if given.idle is not None:
-        pace(given.idle)
+        shorten_idle_wait(given.idle)
     if given.was and given.was.exists() and KEY in rest:
         server, authority, key = (rest[rest.index(word) + 1] for word in ("--superlink", "--root-certificates", KEY))
         with suppress(httpx.HTTPError, OSError, ValueError):  # it had left in order, or the server is away
-            give_back(int(given.was.read_text()), server, Path(authority), Path(key))
-    threading.excepthook = end
+            release_node(int(given.was.read_text()), server, Path(authority), Path(key))
+    threading.excepthook = exit_process
     if given.was:
-        logging.getLogger("flwr").addHandler(Note(given.was))
+        logging.getLogger("flwr").addHandler(NodeIdHandler(given.was))
     sys.argv = ["flower-supernode", *rest]
     code = 1
     try:

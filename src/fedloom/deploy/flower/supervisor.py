@@ -31,7 +31,7 @@ LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ProcessSpec:
     """A process to keep running: its name, which is also its log's, and its command."""
 
     name: str
@@ -49,12 +49,12 @@ class Backoff:
 
 
 @dataclass(slots=True)
-class Unit:
+class ProcessGroup:
     """Parts that live and die together: where one ends, the others are stopped and all are started anew."""
 
-    parts: Sequence[Part]
+    parts: Sequence[ProcessSpec]
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    begun: float = 0.0
+    started: float = 0.0
     delay: float = 0.0
     due: float = 0.0
 
@@ -67,9 +67,9 @@ class Supervisor:
     """
 
     def __init__(
-        self, units: Sequence[Sequence[Part]], logs: Path, say: Callable[[str], None], wait: Backoff | None = None
+        self, units: Sequence[Sequence[ProcessSpec]], logs: Path, say: Callable[[str], None], wait: Backoff | None = None
     ) -> None:
-        self._units = [Unit(parts) for parts in units]
+        self._units = [ProcessGroup(parts) for parts in units]
         self._logs, self._say, self._wait = logs, say, wait or Backoff()
         self._born = dict[str, int]()
         logs.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class Supervisor:
             ]
             if ended:
                 self._stop(unit)
-                unit.delay = self._wait.first if now - unit.begun > self._wait.steady else unit.delay
+                unit.delay = self._wait.first if now - unit.started > self._wait.steady else unit.delay
                 unit.due = time.monotonic() + unit.delay
                 for part, code in ended:
                     words = self._last_words(part) if code and code > 0 else ""
@@ -109,11 +109,11 @@ class Supervisor:
         for unit in reversed(self._units):
             self._stop(unit)
 
-    def _start(self, unit: Unit) -> None:
-        unit.begun, unit.delay = time.monotonic(), unit.delay or self._wait.first
+    def _start(self, unit: ProcessGroup) -> None:
+        unit.started, unit.delay = time.monotonic(), unit.delay or self._wait.first
         unit.running = [self._child(part) for part in unit.parts]
 
-    def _child(self, part: Part) -> subprocess.Popen[bytes]:
+    def _child(self, part: ProcessSpec) -> subprocess.Popen[bytes]:
         with (self._logs / f"{part.name}.log").open("ab") as log:
             self._born[part.name] = log.tell()
             return subprocess.Popen(
@@ -123,10 +123,10 @@ class Supervisor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is for the supervisor, which ends the others in order
-                preexec_fn=partial(die_with, os.getpid()),
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
 
-    def _stop(self, unit: Unit) -> None:
+    def _stop(self, unit: ProcessGroup) -> None:
         for child in unit.running:
             if child.poll() is None:
                 child.terminate()
@@ -141,9 +141,9 @@ class Supervisor:
                 os.killpg(child.pid, signal.SIGKILL)
         unit.running = []
 
-    def _last_words(self, part: Part) -> str:
+    def _last_words(self, part: ProcessSpec) -> str:
         """What Flower said on leaving, if it did, or else its last error."""
-        lines = Reader(self._logs / f"{part.name}.log", self._born.get(part.name, 0)).lines()
+        lines = LogFollower(self._logs / f"{part.name}.log", self._born.get(part.name, 0)).lines()
         for number in range(len(lines) - 1, -1, -1):
             if "Exit Code: " in lines[number]:
                 said = [line for line in lines[number : number + 4] if line]
@@ -152,7 +152,7 @@ class Supervisor:
         return f": {errors[-1]}" if errors else ""
 
 
-def die_with(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Ask the kernel (Linux) to end this process as soon as its parent is gone."""
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -165,7 +165,7 @@ def program(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
-def environment(home: Path) -> dict[str, str]:
+def process_environment(home: Path) -> dict[str, str]:
     """Ours, with every call outside switched off and Flower's files in `home`."""
     scripts = sysconfig.get_path("scripts")
     return {
@@ -189,7 +189,7 @@ def free_port() -> int:
         return int(door.getsockname()[1])
 
 
-def listens(host: str, port: int) -> bool:
+def is_listening(host: str, port: int) -> bool:
     """Whether somebody takes connections there."""
     try:
         socket.create_connection((host, port), 1.0).close()
@@ -199,31 +199,31 @@ def listens(host: str, port: int) -> bool:
 
 
 @dataclass(slots=True)
-class Reader:
+class LogFollower:
     """Follows a log: what was written since it was read last."""
 
     path: Path
-    read: int = 0
+    position: int = 0
 
     def lines(self) -> list[str]:
         """The whole lines that are new."""
         if not self.path.exists():
             return []
-        if self.path.stat().st_size < self.read:
-            self.read = 0  # it was shortened
+        if self.path.stat().st_size < self.position:
+            self.position = 0  # it was shortened
         with self.path.open("rb") as file:
-            file.seek(self.read)
+            file.seek(self.position)
             whole = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
-        self.read += sum(map(len, whole))
+        self.position += sum(map(len, whole))
         return [line.decode("utf-8", "replace").strip() for line in whole]
 
-    def skip(self) -> Reader:
+    def skip(self) -> LogFollower:
         """Begin at the end."""
-        self.read = self.path.stat().st_size if self.path.exists() else 0
+        self.position = self.path.stat().st_size if self.path.exists() else 0
         return self
 
 
-def tail(path: Path, size: int = 4096) -> str:
+def last_text(path: Path, size: int = 4096) -> str:
     """The last bytes of a file as text; of none, nothing."""
     try:
         with path.open("rb") as file:
@@ -234,7 +234,7 @@ def tail(path: Path, size: int = 4096) -> str:
 
 
 @contextmanager
-def alone(note: Path, folder: Path) -> Iterator[None]:
+def hold_folder(note: Path, folder: Path) -> Iterator[None]:
     """Hold a folder against a second supervisor.
 
     Raises:
@@ -248,7 +248,7 @@ def alone(note: Path, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def terminable() -> Iterator[Callable[[], None]]:
+def stop_on_sigterm() -> Iterator[Callable[[], None]]:
     """SIGTERM, which systemd and containers send, ends as Ctrl-C does: in order.
 
     What is yielded has to be called now and then, too: Python drops what a signal raises where it comes in a finaliser.
@@ -273,7 +273,7 @@ def terminable() -> Iterator[Callable[[], None]]:
             signal.signal(number, handler)
 
 
-def secret(path: Path) -> Path:
+def write_secret(path: Path) -> Path:
     """A new random secret in a file that only its owner reads."""
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +291,7 @@ def _ending(code: int | None) -> str:
 def _shorten(log: Path) -> None:
     """Keep the end of a log that has grown large, in place: the process that writes it appends."""
     if log.stat().st_size > LARGEST_LOG:
-        kept = tail(log, KEPT_LOG)
+        kept = last_text(log, KEPT_LOG)
         with log.open("r+b") as file:
             file.truncate(0)
         with log.open("ab") as file:

@@ -1,78 +1,121 @@
-"""An answer as bytes: flat buffers of numbers behind a JSON manifest. No pickle, no code, checked before use.
+"""The answer to a task as bytes: flat buffers of numbers behind a JSON manifest. No pickle, no code, checked before use.
 
-The container is a safetensors file with at most three one-dimensional tensors (float32, float16, int8): the rows that changed, in
-the order of `transfer.layout`, one after the other. Names and shapes are not sent: the receiver has the task, which says what is
-asked, and a digest tells whether both mean the same layers.
+The file is a safetensors file with at most three one-dimensional tensors (float32, float16, int8): the rows that changed, in the order of
+`transfer.layout`, one after the other. Names and shapes are not sent: the receiver has the task, which says what is asked, and a digest
+tells whether both mean the same layers. A region puts a report beside its answer, for plans that learn and groups that change.
+
+The server reads answers from sites that it does not trust. The size is checked first, then each field of the manifest by its type and range,
+then that the buffers hold exactly the numbers that the manifest speaks of; whatever is wrong raises `Malformed`. What an attacker can
+do is to send wrong numbers in the right form: those are judged by `core.validate_answer` before they are merged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Annotated, TypeAlias
+from typing import TypeAlias
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from torch import Tensor
 
-from fedloom.core import schema
 from fedloom.core.codec import LOWEST, Block
 from fedloom.core.lora import Adapter
-from fedloom.core.schema import Malformed, Reader, reachable
-from fedloom.core.transfer import Parcel, Rows, layout, pack, rows_of, unpack
-from fedloom.core.types import ClientId, Profile, Result, Start, Task, GroupStatistics
-from fedloom.deploy.messages.container import BUFFERS, BufferForm, Unasked, buffers, header
-from fedloom.hierarchy.edge_model import narrowed
-from fedloom.runs import trace
+from fedloom.core.schema import Decoder, Encoder, Malformed
+from fedloom.core.transfer import PackedAnswer, Rows, layout, pack_answer, tensor_rows, unpack_answer
+from fedloom.core.types import ClientId, Profile, Result, TaskStart, Task, GroupStatistics
+from fedloom.deploy.messages.checks import MAX_INTEGER, MAX_NAME, check_ranges
+from fedloom.deploy.messages.container import BUFFERS, BufferForm, NotOutstanding, read_buffers, read_header
+from fedloom.hierarchy.edge import trained_part
 
-FORMAT = 2
-HEADER, TOLD = "fedloom", "fedloom-told"
-"""Of the manifest, and of what an edge tells beside its answer."""
+FORMAT = 3
+HEADER, REPORT = "fedloom", "fedloom-report"
+"""Names of the manifest, and of what a region reports beside its answer, in the header of the file."""
+MAX_METRICS = 100
 
-Exponent: TypeAlias = Annotated[StrictInt, Field(ge=LOWEST, le=-LOWEST)]
-Entry: TypeAlias = tuple[BufferForm, Exponent, list[StrictInt] | None]
-"""Of one tensor: the buffer that holds it, the exponent of float16, and which rows were sent (None: all)."""
-
-
-class Manifest(BaseModel):
-    """What goes beside the numbers."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    format: StrictInt = Field(ge=FORMAT, le=FORMAT)
-    task: StrictInt = Field(ge=1)
-    client: str = Field(min_length=1, max_length=200)
-    examples: StrictInt
-    tokens: StrictInt
-    steps: StrictInt
-    metrics: dict[str, float] = Field(max_length=100)
-    rank: StrictInt = Field(ge=0)
-    layout: str
-    tensors: list[Entry]
-    layers: list[StrictInt] | None = Field(default=None, min_length=1)
+Entry: TypeAlias = tuple[BufferForm, int, tuple[int, ...] | None]
+"""One tensor: the buffer that holds it, the exponent of float16, and which rows were sent (None: all)."""
 
 
-def encode(task: Task, result: Result, residual: Adapter | None = None, telling: Telling | None = None) -> bytes:
-    """The answer as bytes; the same answer gives the same bytes. `residual` is what earlier answers lost (`transfer.owed`).
+@dataclass(frozen=True, slots=True)
+class AnswerManifest:
+    """What goes beside the numbers.
 
-    An edge's answer may hold some layers only, which are told by their places among those of the task, in order of name.
+    Fields:
+        format: the number of this format.
+        task: the task that is answered.
+        client: who answers.
+        examples: how many were trained on.
+        tokens: how many went through the model.
+        steps: optimiser steps.
+        metrics: figures of the training, by name.
+        rank: of the adapter.
+        layout: names the layers and shapes that the numbers belong to (`layout_digest`).
+        tensors: where the numbers of each tensor lie, in the order of `transfer.layout`.
+        layers: places of the layers that were trained among those of the task, in order of name (None: all).
     """
-    asked, task = sorted(task.start.train.factors), narrowed(task, result)
+
+    format: int
+    task: int
+    client: ClientId
+    examples: int
+    tokens: int
+    steps: int
+    metrics: Mapping[str, float]
+    rank: int
+    layout: str
+    tensors: tuple[Entry, ...]
+    layers: tuple[int, ...] | None = None
+
+    def ranges(self) -> Iterator[tuple[str, float, float, float]]:
+        """The numbers with the least and the most that they can be. What the task allows is not known here."""
+        yield "format", self.format, FORMAT, FORMAT
+        yield "task", self.task, 1, MAX_INTEGER
+        yield "characters of the client", len(self.client), 1, MAX_NAME
+        yield "metrics", len(self.metrics), 0, MAX_METRICS
+        yield "rank", self.rank, 0, MAX_INTEGER
+        yield "layers", 1 if self.layers is None else len(self.layers), 1, MAX_INTEGER
+        for _, exponent, _ in self.tensors:
+            yield "exponent in tensors", exponent, LOWEST, -LOWEST
+
+
+@dataclass(frozen=True, slots=True)
+class RegionReport:
+    """What a region reports beside its answer.
+
+    Fields:
+        statistics: what the root's plan is to learn.
+        members: whom the region leads now.
+    """
+
+    statistics: GroupStatistics
+    members: tuple[Profile, ...]
+
+
+def encode_result(task: Task, result: Result, residual: Adapter | None = None, report: RegionReport | None = None) -> bytes:
+    """Encode an answer as bytes. The same answer gives the same bytes.
+
+    Args:
+        task: the task that is answered.
+        result: the answer; that of an edge may hold some layers only.
+        residual: what packing lost of earlier answers.
+        report: what a region reports beside it.
+    """
+    asked, task = sorted(task.start.train.factors), trained_part(task, result)
     held = task.start.train.factors
-    parcel = pack(task.start, result, residual)
+    parcel = pack_answer(task.start, result, residual)
     parts: dict[BufferForm, list[Tensor]] = {form: [] for form in BUFFERS}
     entries = list[Entry]()
     for which, block in parcel.blocks:
         form = next(form for form, dtype in BUFFERS.items() if block is None or block.numbers.dtype == dtype)
-        entries.append((form, block.exponent if block else 0, None if which is None else list(which)))
+        entries.append((form, block.exponent if block else 0, None if which is None else tuple(which)))
         if block is not None:
             parts[form].append(block.numbers.reshape(-1))
             parts["f32"] += [] if block.scales is None else [block.scales]
-    manifest = Manifest(
+    manifest = AnswerManifest(
         format=FORMAT,
         task=task.id,
         client=task.client,
@@ -81,56 +124,58 @@ def encode(task: Task, result: Result, residual: Adapter | None = None, telling:
         steps=result.steps,
         metrics=dict(result.metrics),
         rank=parcel.rank,
-        layout=digest(parcel.rank, layout(task.start, parcel.rank)),
-        tensors=entries,
-        layers=None if len(held) == len(asked) else [place for place, name in enumerate(asked) if name in held],
+        layout=layout_digest(parcel.rank, layout(task.start, parcel.rank)),
+        tensors=tuple(entries),
+        layers=None if len(held) == len(asked) else tuple(place for place, name in enumerate(asked) if name in held),
     )
     flat: dict[str, Tensor] = {form: torch.cat(every) for form, every in parts.items() if every}
-    texts = {HEADER: manifest.model_dump_json(exclude={"layers"} if manifest.layers is None else None)}
-    return safetensors.torch.save(flat, texts | ({} if telling is None else {TOLD: written(telling)}))
+    texts = {HEADER: Encoder().encode(manifest)}
+    return safetensors.torch.save(flat, texts | ({} if report is None else {REPORT: encode_report(report)}))
 
 
-def decode(data: bytes, limit: int, tasks: Mapping[int, Task]) -> tuple[ClientId, int, Result]:
-    """(client, task, result) of such bytes; `tasks` are those that may be answered. Raises Malformed with the reason, whatever
-    the bytes are. Which layers it holds is not judged here.
+def decode_result(data: bytes, limit: int, tasks: Mapping[int, Task]) -> tuple[ClientId, int, Result]:
+    """Decode bytes to (client, task, result); `tasks` are those that may be answered.
+
+    Raises Malformed with the reason, whatever the bytes are, and NotOutstanding for another task. Which layers were trained is not
+    judged here.
     """
     if len(data) > limit:
         raise Malformed(f"{len(data)} bytes, above the limit of {limit}")
-    manifest, flat = _read(data)
+    manifest, flat = _read_manifest(data)
     task = tasks.get(manifest.task)
     if task is None:
-        raise Unasked(f"task {manifest.task} is not outstanding")
-    task = _held(task, manifest.layers)
-    adapter, control = unpack(task.start, _parcel(task.start, manifest, flat))
+        raise NotOutstanding(f"task {manifest.task} is not outstanding")
+    task = _trained_task(task, manifest.layers)
+    adapter, control = unpack_answer(task.start, _parcel(task.start, manifest, flat))
     numbers = (manifest.examples, manifest.tokens, manifest.steps, manifest.metrics)
     return manifest.client, manifest.task, Result(adapter, *numbers, control)
 
 
-def beside(data: bytes) -> Telling | None:
-    """What an edge tells beside its answer; None: nothing. Raises Malformed, whatever the bytes are."""
-    text = header(data).get(TOLD)
-    return None if text is None else read(text)
+def decode_report(data: bytes) -> RegionReport | None:
+    """The report of a region beside its answer, None if there is none. Raises Malformed, whatever the bytes are."""
+    text = read_header(data).get(REPORT)
+    return None if text is None else parse_report(text)
 
 
-def digest(rank: int, asked: list[tuple[str, Tensor]]) -> str:
+def layout_digest(rank: int, asked: list[tuple[str, Tensor]]) -> str:
     """Twelve hex digits that name these layers and shapes."""
     text = json.dumps([rank, *((name, *tensor.shape) for name, tensor in asked)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _read(data: bytes) -> tuple[Manifest, dict[str, Tensor]]:
-    text = header(data).get(HEADER)
+def _read_manifest(data: bytes) -> tuple[AnswerManifest, dict[str, Tensor]]:
+    text = read_header(data).get(HEADER)
     if text is None:
         raise Malformed("no manifest in the file")
     try:
-        manifest = Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise Malformed(f"manifest field {'.'.join(map(str, first['loc'])) or '?'}: {first['msg']}") from error
-    return manifest, buffers(data)
+        manifest: AnswerManifest = _DECODER.decode(AnswerManifest, text)
+        check_ranges(manifest.ranges())
+    except Malformed as error:
+        raise Malformed(f"manifest: {error}") from error
+    return manifest, read_buffers(data)
 
 
-def _held(task: Task, places: list[int] | None) -> Task:
+def _trained_task(task: Task, places: Sequence[int] | None) -> Task:
     """The task with these of its layers alone. Raises Malformed."""
     if places is None:
         return task
@@ -142,10 +187,10 @@ def _held(task: Task, places: list[int] | None) -> Task:
     return replace(task, start=replace(task.start, train=kept))
 
 
-def _parcel(start: Start, manifest: Manifest, flat: Mapping[str, Tensor]) -> Parcel:
+def _parcel(start: TaskStart, manifest: AnswerManifest, flat: Mapping[str, Tensor]) -> PackedAnswer:
     """The buffers cut into the blocks of which the manifest speaks, each as large as the task says."""
     asked = layout(start, manifest.rank)
-    if manifest.layout != digest(manifest.rank, asked) or len(manifest.tensors) != len(asked):
+    if manifest.layout != layout_digest(manifest.rank, asked) or len(manifest.tensors) != len(asked):
         raise Malformed(f"the layers at rank {manifest.rank} are not those of the task")
     left = {form: flat.get(form, torch.zeros(0, dtype=dtype)) for form, dtype in BUFFERS.items()}
 
@@ -157,7 +202,7 @@ def _parcel(start: Start, manifest: Manifest, flat: Mapping[str, Tensor]) -> Par
 
     blocks: list[tuple[Rows, Block | None]] = []
     for (name, base), (form, exponent, given) in zip(asked, manifest.tensors, strict=True):
-        height, width = rows_of(name, base).shape
+        height, width = tensor_rows(name, base).shape
         which = range(height) if given is None else given
         if not all(0 <= row < height for row in which) or any(a >= b for a, b in pairwise(which)):
             raise Malformed(f"{name}: no such rows")
@@ -165,36 +210,28 @@ def _parcel(start: Start, manifest: Manifest, flat: Mapping[str, Tensor]) -> Par
             raise Malformed(f"{name}: {form} has no exponent")
         numbers = take(form, len(which) * width).reshape(len(which), width)
         block = Block(numbers, exponent, take("f32", len(which)) if form == "i8" else None)
-        blocks.append((None if given is None else tuple(given), block if len(which) else None))
+        blocks.append((None if given is None else given, block if len(which) else None))
     if any(map(len, left.values())):
         raise Malformed("the buffers hold more than the manifest speaks of")
-    return Parcel(manifest.rank, tuple(blocks))
+    return PackedAnswer(manifest.rank, tuple(blocks))
 
 
-LONGEST = 2**22
+MAX_REPORT = 2**22
 """Characters: some 10,000 members."""
+_DECODER = Decoder(finite=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Telling:
-    """What the root's plan is to learn, and who the edge leads now."""
-
-    told: GroupStatistics
-    members: tuple[Profile, ...]
+def encode_report(report: RegionReport) -> str:
+    """Encode a region's report as JSON."""
+    return Encoder().encode(report)
 
 
-def written(telling: Telling) -> str:
-    """As JSON."""
-    return trace.written(telling)
-
-
-def read(text: str) -> Telling:
-    """What such a text tells. Raises Malformed, whatever the text is."""
-    if len(text) > LONGEST:
-        raise Malformed(f"what the edge tells has {len(text)} characters, above the limit of {LONGEST}")
+def parse_report(text: str) -> RegionReport:
+    """The report that a text holds. Raises Malformed, whatever the text is."""
+    if len(text) > MAX_REPORT:
+        raise Malformed(f"a region's report of {len(text)} characters, above the limit of {MAX_REPORT}")
     try:
-        telling: Telling = Reader(reachable(Telling)).read(Telling, json.loads(text))
-        schema.check(telling)
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise Malformed(f"what the edge tells: {str(error)[:200] or type(error).__name__}") from error
-    return telling
+        report: RegionReport = _DECODER.decode(RegionReport, text)
+    except Malformed as error:
+        raise Malformed(f"a region's report: {error}") from error
+    return report

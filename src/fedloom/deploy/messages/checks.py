@@ -6,30 +6,30 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from fedloom.core.lora import Adapter, tensors
+from fedloom.core.lora import Adapter, named_tensors
 from fedloom.core.schema import Malformed
-from fedloom.core.types import Budget, Profile, Side, Start, Task
+from fedloom.core.types import Budget, Profile, Side, TaskStart, Task
 from fedloom.core.validate_answer import MAX_MEMBERS
-from fedloom.deploy.messages.container import is_void
+from fedloom.deploy.messages.container import is_placeholder
 
-LONGEST = 200
+MAX_NAME = 200
 """Characters of a name."""
-MOST = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 
 
-def side_of(name: str) -> Side:
+def tensor_side(name: str) -> Side:
     """Of a tensor, by its flat name (`lora.tensors`)."""
     return "dense" if name.startswith("dense:") else "up" if name.endswith(".up") else "down"
 
 
-def check_start(start: Start, left_out: Sequence[Side] = ()) -> None:
+def check_start(start: TaskStart, left_out: Sequence[Side] = ()) -> None:
     """Raise Malformed for a start that no server gives; these sides have no numbers."""
-    check_all(_of_start(start))
+    check_ranges(_of_start(start))
     if not {*left_out} <= {*start.seeded} or len({*left_out}) != len(left_out):
         raise Malformed("a side was left out that does not follow from the seed")
     for where, adapter in (("train", start.train), ("fold", start.fold), ("control", start.control)):
-        for name, tensor in tensors(adapter).items() if adapter else ():
-            if is_void(tensor) != (where == "train" and side_of(name) in left_out):
+        for name, tensor in named_tensors(adapter).items() if adapter else ():
+            if is_placeholder(tensor) != (where == "train" and tensor_side(name) in left_out):
                 raise Malformed(f"{where}: {name!r:.60} has no numbers, or has some and should not")
     if not start.train.factors:
         raise Malformed("there is nothing to train")
@@ -38,7 +38,7 @@ def check_start(start: Start, left_out: Sequence[Side] = ()) -> None:
             if factor.down.ndim != 2 or factor.up.ndim != 2 or factor.up.shape[1] != len(factor.down):
                 raise Malformed(f"{where}: {name!r:.60} is no product of two matrices")
     rank = max(factor.rank for factor in start.train.factors.values())
-    if start.slots is not None and (not _ascending(start.slots) or len(start.slots) != rank):
+    if start.directions is not None and (not _ascending(start.directions) or len(start.directions) != rank):
         raise Malformed("slots are not as many numbers in order as there are directions")
     if start.control and _shapes(start.control) != _shapes(start.train):
         raise Malformed("the control variate has other shapes than what is trained")
@@ -46,41 +46,41 @@ def check_start(start: Start, left_out: Sequence[Side] = ()) -> None:
 
 def check_profiles(told: Sequence[Profile]) -> None:
     """Raise Malformed for what no site is, or more of them than a region has."""
-    in_range("members", len(told), 0, MAX_MEMBERS + 1)
+    check_range("members", len(told), 0, MAX_MEMBERS + 1)
     for profile in told:
         check_name("profile.client", profile.client)
-        in_range("profile.examples", profile.examples, 1, 10**12)
+        check_range("profile.examples", profile.examples, 1, 10**12)
         for name in ("flops", "up_bps", "down_bps", "memory"):
-            in_range(f"profile.{name}", getattr(profile, name), 1.0, 1e30)
-        in_range("profile.tier", len(profile.tier), 0, LONGEST)
-        for name, value, least, most in sizes(profile.most) if profile.most else ():
-            in_range(f"profile.most.{name}", value, least, most)
+            check_range(f"profile.{name}", getattr(profile, name), 1.0, 1e30)
+        check_range("profile.tier", len(profile.tier), 0, MAX_NAME)
+        for name, value, least, most in budget_ranges(profile.most) if profile.most else ():
+            check_range(f"profile.most.{name}", value, least, most)
 
 
-def sizes(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
+def budget_ranges(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
     """The numbers of a budget, with the least and the most that they can be."""
     yield "rank", budget.rank, 1, 2**20
     yield "steps", budget.steps, 1, 10**9
     yield "depth", 1 if budget.depth is None else budget.depth, 1, 2**20
     yield "rounds", budget.rounds, 1, 10**9
-    yield "why", len(budget.why), 0, 100 * LONGEST
+    yield "why", len(budget.why), 0, 100 * MAX_NAME
 
 
-def of_task(task: Task) -> Iterator[tuple[str, float, float, float]]:
+def task_ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:
     """The numbers of a task, those of its start apart."""
-    yield from sizes(task.budget)
-    yield "task", task.id, 1, MOST
-    yield "version", task.version, 0, MOST
-    yield "seed", task.seed, 0, MOST
+    yield from budget_ranges(task.budget)
+    yield "task", task.id, 1, MAX_INTEGER
+    yield "version", task.version, 0, MAX_INTEGER
+    yield "seed", task.seed, 0, MAX_INTEGER
     yield "sent", task.sent, -1e18, 1e18
 
 
-def _of_start(start: Start) -> Iterator[tuple[str, float, float, float]]:
+def _of_start(start: TaskStart) -> Iterator[tuple[str, float, float, float]]:
     """The numbers of a start."""
     pruning = start.rules.pruning
-    yield "basis", len(start.basis), 0, LONGEST
+    yield "basis", len(start.basis), 0, MAX_NAME
     yield "scaling", 1.0 if start.scaling is None else start.scaling, 1e-9, 1e9
-    yield "select", 1 if start.rules.select is None else start.rules.select, 1, MOST
+    yield "select", 1 if start.rules.select is None else start.rules.select, 1, MAX_INTEGER
     yield "up_rate", start.rules.up_rate, 1e-9, 1e9
     if pruning is not None:
         yield "strength", pruning.strength, 0.0, 1e9
@@ -88,13 +88,13 @@ def _of_start(start: Start) -> Iterator[tuple[str, float, float, float]]:
         yield "least", pruning.least, 1, 2**20
 
 
-def check_all(numbers: Iterable[tuple[str, float, float, float]]) -> None:
+def check_ranges(numbers: Iterable[tuple[str, float, float, float]]) -> None:
     """Raise Malformed for the first that is out of its range."""
     for name, value, least, most in numbers:
-        in_range(name, value, least, most)
+        check_range(name, value, least, most)
 
 
-def in_range(name: str, value: float, least: float, most: float) -> None:
+def check_range(name: str, value: float, least: float, most: float) -> None:
     """Raise Malformed for a number that is not."""
     if not least <= value <= most:
         raise Malformed(f"{name} is {str(value)[:40]}, expected {least} to {most}")
@@ -102,19 +102,19 @@ def in_range(name: str, value: float, least: float, most: float) -> None:
 
 def check_name(field: str, text: str) -> None:
     """Raise Malformed for a name that is none or too long."""
-    if not 0 < len(text) <= LONGEST:
-        raise Malformed(f"{field} has {len(text)} characters, expected 1 to {LONGEST}")
+    if not 0 < len(text) <= MAX_NAME:
+        raise Malformed(f"{field} has {len(text)} characters, expected 1 to {MAX_NAME}")
 
 
 def _ascending(numbers: Sequence[int]) -> bool:
-    return all(one < other for one, other in zip((-1, *numbers), (*numbers, MOST), strict=True))
+    return all(one < other for one, other in zip((-1, *numbers), (*numbers, MAX_INTEGER), strict=True))
 
 
 def _shapes(adapter: Adapter) -> Mapping[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors(adapter).items()}
+    return {name: tensor.shape for name, tensor in named_tensors(adapter).items()}
 
 
-def misfit(first: Adapter, start: Start) -> str:
+def model_mismatch(first: Adapter, start: TaskStart) -> str:
     """Why a start is one of another base model than that of `first`, the adapter that is drawn here; "" if it is not.
 
     Layers and dense tensors are compared by name and size, whatever their rank.

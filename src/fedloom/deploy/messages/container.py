@@ -1,15 +1,22 @@
 """A dataclass with adapters in it as bytes: flat buffers of numbers behind one JSON text. No pickle, no code, checked before use.
 
-The container is a safetensors file with at most two one-dimensional tensors (float32, float16). A dataclass stands in the text by
-its fields, a function by its name, and the reader knows only those that it is given.
+Every request and reply between a server, its regions and its sites has this form, but for the answer to a task (`answer`), which is smaller
+since the receiver has the task. The file is a safetensors file with at most two one-dimensional tensors (float32, float16). Its header holds
+the text: [format, value], as `fedloom.core.schema` writes it, an adapter as entries that say where its numbers lie.
+
+Who reads it trusts nothing in it. The size is checked before anything is parsed; fields are read as their classes declare them, functions
+and codecs only by the names that the receiver hands in, numbers must be finite, shapes can ask for no more memory than was sent, and numbers
+that belong to nothing are refused. A forged file can therefore do no more than a wrong one: it raises `Malformed`. That the values
+make sense (ranges, ranks, sides) is judged by `checks`, and that an answer fits its task by the core.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
+from types import FunctionType
 from typing import Any, Literal, TypeAlias
 
 import safetensors.torch
@@ -17,84 +24,83 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedloom.core import schema
-from fedloom.core.codec import LOWEST, Block, half
+from fedloom.core.codec import LOWEST, Block, pack_half
 from fedloom.core.lora import Adapter, Factor
-from fedloom.core.schema import Malformed
+from fedloom.core.schema import Decoder, Encoder, Malformed, function_name
 
 FORMAT = 1
 
-Form: TypeAlias = Literal["f32", "f16", "eye", "void"]
-Told: TypeAlias = tuple[Form, int, bool, tuple[int, ...]]
-"""Of one tensor: the buffer that holds it, the exponent of float16, whether its columns come first, its shape. "eye" is an
-identity, which takes no numbers, "void" a tensor in whose place the receiver puts what it has: zeros of no memory (all strides 0).
+TensorForm: TypeAlias = Literal["f32", "f16", "eye", "void"]
+TensorEntry: TypeAlias = tuple[TensorForm, int, bool, tuple[int, ...]]
+"""One tensor: the buffer that holds it, the exponent of float16, whether its columns come first, its shape. "eye" is an identity, which
+takes no numbers, "void" a tensor in whose place the receiver puts what it has: zeros of no memory (all strides 0).
 """
-TABLES = tuple[dict[str, tuple[Told, Told]], dict[str, Told]]
-"""Of an adapter: `down` and `up` of each layer, and its dense tensors."""
+ADAPTER_ENTRIES = tuple[dict[str, tuple[TensorEntry, TensorEntry]], dict[str, TensorEntry]]
+"""An adapter: `down` and `up` of each layer, and its dense tensors."""
 
 
-def sealed(name: str, thing: object) -> bytes:
-    """A dataclass as bytes under this name; the same one gives the same bytes."""
-    parts: dict[Form, list[Tensor]] = {"f32": [], "f16": []}
-    text = json.dumps([FORMAT, _told(thing, parts)], separators=(",", ":"))
+def pack_message(name: str, value: object) -> bytes:
+    """Encode a dataclass as bytes under this name. The same value gives the same bytes."""
+    parts: dict[TensorForm, list[Tensor]] = {"f32": [], "f16": []}
+    encoder = Encoder({Adapter: partial(_adapter_entries, parts), FunctionType: function_name})
+    text = f"[{FORMAT},{encoder.encode(value)}]"
     flat: dict[str, Tensor] = {form: torch.cat(every) for form, every in parts.items() if every}
     return safetensors.torch.save(flat, {name: text})
 
 
-def _told(value: Any, parts: Mapping[Form, list[Tensor]]) -> object:
-    """As JSON; the numbers of adapters go to `parts`."""
-    if isinstance(value, Adapter):
-        factors = {name: [_tensor(one.down, parts), _tensor(one.up, parts)] for name, one in value.factors.items()}
-        return {"adapter": [factors, {name: _tensor(tensor, parts) for name, tensor in value.dense.items()}]}
-    if is_dataclass(value) and not isinstance(value, type):
-        told = {field.name: _told(getattr(value, field.name), parts) for field in fields(value)}
-        return {"type": type(value).__name__, **told}
-    if isinstance(value, tuple):
-        return [_told(item, parts) for item in value]
-    return value.__name__ if callable(value) else value
+def _adapter_entries(parts: Mapping[TensorForm, list[Tensor]], adapter: Adapter) -> str:
+    """Encode an adapter by the places of its tensors, whose numbers go to `parts`."""
+    factors = {name: [_entry(one.down, parts), _entry(one.up, parts)] for name, one in adapter.factors.items()}
+    entries = [factors, {name: _entry(tensor, parts) for name, tensor in adapter.dense.items()}]
+    return json.dumps({"adapter": entries}, separators=(",", ":"))
 
 
-def _tensor(tensor: Tensor, parts: Mapping[Form, list[Tensor]]) -> list[object]:
-    """In float16 where nothing is lost, which is what a codec made fit for it; else as it is."""
+def _entry(tensor: Tensor, parts: Mapping[TensorForm, list[Tensor]]) -> list[object]:
+    """The entry of a tensor: in float16 where nothing is lost, which is what a codec made fit for it, else as it is."""
     if tensor.dtype != torch.float32:
         raise TypeError(f"a tensor of {tensor.dtype} has no place in a message")
-    plain = tensor.detach().cpu()
-    if is_void(plain):
-        return ["void", 0, False, [*plain.shape]]
-    if plain.ndim == 2 and len(plain) > 1 and plain.shape[0] == plain.shape[1] and plain.equal(torch.eye(len(plain))):
-        return ["eye", 0, False, [*plain.shape]]
-    turned = plain.ndim == 2 and plain.stride(0) < plain.stride(1)  # products round by the order in memory
-    row = (plain.T if turned else plain).reshape(-1)
-    block = half(row)
-    form: Form = "f16" if block.numbers.dtype == torch.float16 and block.values(row).equal(row) else "f32"
+    numbers = tensor.detach().cpu()
+    if is_placeholder(numbers):
+        return ["void", 0, False, [*numbers.shape]]
+    if numbers.ndim == 2 and len(numbers) > 1 and numbers.shape[0] == numbers.shape[1] and numbers.equal(torch.eye(len(numbers))):
+        return ["eye", 0, False, [*numbers.shape]]
+    turned = numbers.ndim == 2 and numbers.stride(0) < numbers.stride(1)  # products round by the order in memory
+    row = (numbers.T if turned else numbers).reshape(-1)
+    block = pack_half(row)
+    form: TensorForm = "f16" if block.numbers.dtype == torch.float16 and block.values(row).equal(row) else "f32"
     parts[form].append(block.numbers if form == "f16" else row)
-    return [form, block.exponent if form == "f16" else 0, turned, [*plain.shape]]
+    return [form, block.exponent if form == "f16" else 0, turned, [*numbers.shape]]
 
 
-def opened(data: bytes, limit: int, name: str, kind: Any, known: Mapping[str, Any]) -> Any:
-    """A thing of this kind, made of `known` ones, its fields as they are declared and their numbers finite.
+def unpack_message(data: bytes, limit: int, name: str, kind: Any, known: Iterable[Any] = ()) -> Any:
+    """Decode a value of this type from bytes, with `known` the functions that may stand in it by name.
 
     Raises Malformed with the reason, whatever the bytes are. Memory: a few times that of the bytes.
     """
     if len(data) > limit:
         raise Malformed(f"{len(data)} bytes, above the limit of {limit}")
-    text = header(data).get(name)
+    text = read_header(data).get(name)
     if text is None:
         raise Malformed(f"no {name} in the file")
-    numbers = _Numbers(buffers(data))
-    reader = schema.Reader(known, numbers.adapter)
-    try:
-        told = json.loads(text)
-        if not isinstance(told, list) or len(told) != 2 or told[0] != FORMAT:
-            raise Malformed(f"another format than {FORMAT}, by another version of fedloom")
-        thing = reader.read(kind, told[1])
-        schema.check(thing)
-    except Malformed:
-        raise
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, RuntimeError) as error:
-        raise Malformed(f"{str(error)[:200] or type(error).__name__}") from error
+    numbers = _Numbers(read_buffers(data))
+    _, value = _decoder(tuple(known)).decode(tuple[_Format, kind], text, numbers)
     numbers.end()
-    return thing
+    return value
+
+
+class _Format:
+    """Stands for the number of the format in the type of a text."""
+
+
+def _read_format(data: object, numbers: object) -> None:
+    if data != FORMAT or type(data) is not int:
+        raise Malformed(f"another format than {FORMAT}, by another version of fedloom")
+
+
+@cache
+def _decoder(known: tuple[Any, ...]) -> Decoder:
+    special = {_Format: _read_format, Adapter: lambda data, numbers: numbers.adapter(data)}
+    return Decoder(known, special, finite=True)
 
 
 class _Numbers:
@@ -104,11 +110,11 @@ class _Numbers:
         self.left = dict(flat)
         self.room = sum(map(len, flat.values()))
 
-    def adapter(self, told: Mapping[str, Any]) -> Adapter:
-        """The adapter that is told of here. Raises Malformed."""
-        if told.keys() != {"adapter"}:
-            raise Malformed(f"{str(told)[:60]} is no adapter")
-        layers, dense = schema.Reader({}).read(TABLES, told["adapter"])
+    def adapter(self, data: Any) -> Adapter:
+        """The adapter of these entries. Raises Malformed."""
+        if not isinstance(data, dict) or data.keys() != {"adapter"}:
+            raise Malformed("expected an adapter")
+        layers, dense = _decoder(()).read(ADAPTER_ENTRIES, data["adapter"])
         factors = {name: Factor(self._taken(*down), self._taken(*up)) for name, (down, up) in layers.items()}
         return Adapter(factors, {name: self._taken(*one) for name, one in dense.items()})
 
@@ -117,7 +123,7 @@ class _Numbers:
         if any(map(len, self.left.values())):
             raise Malformed("the buffers hold more than the text speaks of")
 
-    def _taken(self, form: Form, exponent: int, turned: bool, shape: tuple[int, ...]) -> Tensor:
+    def _taken(self, form: TensorForm, exponent: int, turned: bool, shape: tuple[int, ...]) -> Tensor:
         if len(shape) > 8 or any(size < 1 for size in shape):
             raise Malformed(f"{str(shape)[:60]} is no shape")
         if not LOWEST <= exponent <= -LOWEST or (exponent and form != "f16") or (turned and len(shape) != 2):
@@ -138,39 +144,39 @@ class _Numbers:
         return flat.reshape(shape[::-1]).T if turned else flat.reshape(shape)
 
 
-def is_void(tensor: Tensor) -> bool:
-    """Whether it is a place without numbers (`form`)."""
+def is_placeholder(tensor: Tensor) -> bool:
+    """Whether a tensor is a place without numbers ("void")."""
     return tensor.ndim > 0 and not any(tensor.stride())
 
 
-LARGEST = 2**23
+MAX_HEADER = 2**23
 """Bytes of a header: more than the manifest of any model has, and few enough for any machine to read."""
 BufferForm: TypeAlias = Literal["f32", "f16", "i8"]
 BUFFERS: dict[BufferForm, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "i8": torch.int8}
 
 
-class Unasked(Malformed):
+class NotOutstanding(Malformed):
     """An answer to a task that nobody waits for (any more)."""
 
 
-def header(data: bytes) -> dict[str, str]:
+def read_header(data: bytes) -> dict[str, str]:
     """The texts in a safetensors file that holds no other buffers than ours, by name. Raises Malformed."""
     size = int.from_bytes(data[:8], "little")
-    if size > LARGEST:
-        raise Malformed(f"not a safetensors file, or a header of {size} bytes, above the limit of {LARGEST}")
+    if size > MAX_HEADER:
+        raise Malformed(f"not a safetensors file, or a header of {size} bytes, above the limit of {MAX_HEADER}")
     try:
-        told = json.loads(data[8 : 8 + size])
+        entries = json.loads(data[8 : 8 + size])
     except (ValueError, RecursionError) as error:
         raise Malformed(f"not a safetensors file: {type(error).__name__} in its header") from error
-    texts = told.get("__metadata__") if isinstance(told, dict) else None
+    texts = entries.get("__metadata__") if isinstance(entries, dict) else None
     if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
         raise Malformed("no manifest in the file")
-    if odd := sorted(told.keys() - {"__metadata__", *BUFFERS}):
+    if odd := sorted(entries.keys() - {"__metadata__", *BUFFERS}):
         raise Malformed(f"{odd[0]!r:.60} is no buffer of an answer")
     return texts
 
 
-def buffers(data: bytes) -> dict[str, Tensor]:
+def read_buffers(data: bytes) -> dict[str, Tensor]:
     """The flat buffers of such a file. Raises Malformed."""
     try:
         flat = safetensors.torch.load(data)

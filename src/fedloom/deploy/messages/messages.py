@@ -14,19 +14,19 @@ from typing import Any, TypeAlias
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
 from fedloom.core.errors import Refused
 from fedloom.core.schema import Malformed
-from fedloom.core.types import Budget, ClientId, Profile, Pruning, Result, Rules, Side, Start, Task
+from fedloom.core.types import ClientId, Profile, Result, Side, TaskStart, Task
 from fedloom.deploy.messages import answer as wire
 from fedloom.deploy.messages.checks import (
-    LONGEST,
-    MOST,
-    check_all,
+    MAX_NAME,
+    MAX_INTEGER,
+    check_ranges,
     check_name,
     check_profiles,
     check_start,
-    in_range,
-    of_task,
+    check_range,
+    task_ranges,
 )
-from fedloom.deploy.messages.container import header, opened, sealed
+from fedloom.deploy.messages.container import read_header, unpack_message, pack_message
 from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
 
 ASK, WORD = "fedloom-ask", "fedloom-word"
@@ -35,7 +35,7 @@ CODECS = (Exact, Half, DeltaInt8)
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class RunTerms:
     """What a site must know of a run beside its tasks: who asks, and everything of local training that the numbers depend on.
 
     `run` is its name, `run_hash` names its settings (`manifest.digest`), `model` is what the server calls the base, of which the site
@@ -57,7 +57,7 @@ class Terms:
     labels: tuple[str, ...] | None
     weights: str = ""
     held_out: float = 0.0
-    first: str = ""
+    first_adapter: str = ""
 
     def __post_init__(self) -> None:
         if self.training.decay not in DECAYS:
@@ -68,56 +68,56 @@ class Terms:
             raise Refused("run_hash", self.run_hash, "twelve hex digits, as a manifest has them")
         if not re.fullmatch("([0-9a-f]{12})?", self.weights):
             raise Refused("weights", self.weights, "twelve hex digits, or none")
-        if not re.fullmatch("([0-9a-f]{64})?", self.first):
-            raise Refused("first", self.first, "64 hex digits, or none")
+        if not re.fullmatch("([0-9a-f]{64})?", self.first_adapter):
+            raise Refused("first", self.first_adapter, "64 hex digits, or none")
         for field, text in (("name", self.run), ("model", self.model), *(("labels", one) for one in self.labels or ())):
-            if not 0 < len(text) <= 10 * LONGEST:
-                raise Refused(field, text, f"1 to {10 * LONGEST} characters")
+            if not 0 < len(text) <= 10 * MAX_NAME:
+                raise Refused(field, text, f"1 to {10 * MAX_NAME} characters")
         for field, number, most in (("rank", self.rank, 2**20), ("threads", self.threads, 1024)):
             if not 1 <= number <= most:
                 raise Refused(field, number, f"a whole number from 1 to {most}")
-        if abs(self.seed) > MOST:
+        if abs(self.seed) > MAX_INTEGER:
             raise Refused("seed", self.seed, "a whole number of 64 bits")
         if not 0 <= self.held_out < 1:
             raise Refused("held_out", self.held_out, "a share of at least 0 and below 1")
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class JoinRequest:
     """Who are you, and may you work for this run? `incarnation` counts the server's starts, the first one is 1."""
 
-    terms: Terms
+    terms: RunTerms
     incarnation: int
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TaskRequest:
     """A task.
 
     `settled` is the client's last task whose answer the server accepted (0: none): what a later one left behind at the site is void.
     `left_out` are sides of the start that the site has already (`seeded`).
     """
 
-    terms: Terms
+    terms: RunTerms
     incarnation: int
     task: Task
-    settled: int
+    last_accepted: int
     left_out: tuple[Side, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
+class EvaluateRequest:
     """How good is this model on what the site of `client` holds out? Nothing is trained.
 
     `start` is what a task that began from the run's last version would begin with, `settled` as in `Work`. An answer is waited for
     `seconds`; one of a region, which asks its sites and waits as long for each, twice that.
     """
 
-    terms: Terms
+    terms: RunTerms
     incarnation: int
     client: ClientId
-    start: Start
-    settled: int
+    start: TaskStart
+    last_accepted: int
     seconds: float = 900.0
 
 
@@ -145,7 +145,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
+class EvaluateResult:
     """What an exam came to, in counts and sums over the examples held out.
 
     `asked` are its predictions (one an example, or one a token of the reference answers), `right` those that were, `loss` the sum of
@@ -155,36 +155,26 @@ class Marks:
 
     client: ClientId
     examples: int
-    asked: int
-    right: int
+    predictions: int
+    correct: int
     loss: float
-    base_right: int
+    base_correct: int
     base_loss: float = 0.0
 
 
-Ask: TypeAlias = Hello | Work
-Word: TypeAlias = Welcome | Refusal
+Request: TypeAlias = JoinRequest | TaskRequest
+Reply: TypeAlias = Welcome | Refusal
 
-KNOWN: Mapping[str, Any] = {
-    one.__name__: one
-    for one in (
-        *(Hello, Work, Exam, Terms, LoRA, Training, Engine, Task, Start, Budget, Rules, Pruning),
-        *(Welcome, Refusal, Marks, Profile),
-        *CODECS,
-        *DECAYS,
-    )
-}
-"""All that a message can be made of."""
 
 
 # Asks ----------------------------------------------------------------------------------------------------------------
 
 
-def encode(ask: Ask | Exam) -> bytes:
+def encode_request(ask: Request | EvaluateRequest) -> bytes:
     """The ask as bytes; the same ask gives the same bytes. Raises Refused for a codec that sites do not know."""
-    if isinstance(ask, Work | Exam):
-        check_codec(ask.task.start.codec if isinstance(ask, Work) else ask.start.codec)
-    return sealed(ASK, ask)
+    if isinstance(ask, TaskRequest | EvaluateRequest):
+        check_codec(ask.task.start.codec if isinstance(ask, TaskRequest) else ask.start.codec)
+    return pack_message(ASK, ask)
 
 
 def check_codec(codec: Codec | None) -> None:
@@ -193,30 +183,30 @@ def check_codec(codec: Codec | None) -> None:
         raise Refused("transfer", codec, "no code travels to a site; choose Exact(), Half() or DeltaInt8()")
 
 
-def decode(data: bytes, limit: int) -> Ask:
+def decode_request(data: bytes, limit: int) -> Request:
     """The ask that such bytes are. Raises Malformed with the reason, whatever the bytes are; memory: a few times `limit`."""
-    ask: Ask = _decoded(data, limit, Hello | Work)
+    ask: Request = _decoded(data, limit, JoinRequest | TaskRequest)
     return ask
 
 
-def decode_any(data: bytes, limit: int) -> Ask | Exam:
+def decode_any(data: bytes, limit: int) -> Request | EvaluateRequest:
     """The same, or an exam on what is held out."""
-    ask: Ask | Exam = _decoded(data, limit, Hello | Work | Exam)
+    ask: Request | EvaluateRequest = _decoded(data, limit, JoinRequest | TaskRequest | EvaluateRequest)
     return ask
 
 
 def _decoded(data: bytes, limit: int, kinds: Any) -> Any:
-    ask = opened(data, limit, ASK, kinds, KNOWN)
-    in_range("incarnation", ask.incarnation, 0, MOST)
-    if isinstance(ask, Hello):
+    ask = unpack_message(data, limit, ASK, kinds, DECAYS)
+    check_range("incarnation", ask.incarnation, 0, MAX_INTEGER)
+    if isinstance(ask, JoinRequest):
         return ask
-    in_range("settled", ask.settled, 0, MOST)
-    check_name("client", ask.task.client if isinstance(ask, Work) else ask.client)
-    if isinstance(ask, Work):
-        check_all(of_task(ask.task))
+    check_range("settled", ask.settled, 0, MAX_INTEGER)
+    check_name("client", ask.task.client if isinstance(ask, TaskRequest) else ask.client)
+    if isinstance(ask, TaskRequest):
+        check_ranges(task_ranges(ask.task))
         check_start(ask.task.start, ask.left_out)
     else:
-        in_range("seconds", ask.seconds, 1e-9, 1e9)
+        check_range("seconds", ask.seconds, 1e-9, 1e9)
         check_start(ask.start)
     return ask
 
@@ -224,29 +214,29 @@ def _decoded(data: bytes, limit: int, kinds: Any) -> Any:
 # Replies -------------------------------------------------------------------------------------------------------------
 
 
-def encode_reply(word: Word | Marks) -> bytes:
+def encode_reply(word: Reply | EvaluateResult) -> bytes:
     """The reply as bytes; an answer to a task is made by `wire.encode`."""
-    return sealed(WORD, word)
+    return pack_message(WORD, word)
 
 
-def decode_reply(data: bytes, limit: int, tasks: Mapping[int, Task]) -> Word | tuple[ClientId, int, Result]:
+def decode_reply(data: bytes, limit: int, tasks: Mapping[int, Task]) -> Reply | tuple[ClientId, int, Result]:
     """What a site said, or (client, task, result); `tasks` may be answered. Raises Malformed, whatever the bytes are."""
     if len(data) > limit:
         raise Malformed(f"{len(data)} bytes, above the limit of {limit}")
-    if WORD not in header(data):
-        return wire.decode(data, limit, tasks)
-    word: Word = opened(data, limit, WORD, Welcome | Refusal, KNOWN)
+    if WORD not in read_header(data):
+        return wire.decode_result(data, limit, tasks)
+    word: Reply = unpack_message(data, limit, WORD, Welcome | Refusal)
     if isinstance(word, Refusal):
         check_refusal(word)
         return word
     check_profiles((word.profile, *word.members))
-    in_range("incarnation", word.incarnation, 0, MOST)
+    check_range("incarnation", word.incarnation, 0, MAX_INTEGER)
     return word
 
 
-def decode_marks(data: bytes, limit: int, exam: Exam) -> Marks | Refusal:
+def decode_marks(data: bytes, limit: int, exam: EvaluateRequest) -> EvaluateResult | Refusal:
     """What the site said to this exam. Raises Malformed, whatever the bytes are."""
-    word: Marks | Refusal = opened(data, limit, WORD, Marks | Refusal, KNOWN)
+    word: EvaluateResult | Refusal = unpack_message(data, limit, WORD, EvaluateResult | Refusal)
     if word.client != exam.client:
         raise Malformed(f"{word.client!r:.60} answers the exam of {exam.client!r}")
     if isinstance(word, Refusal):
@@ -256,20 +246,20 @@ def decode_marks(data: bytes, limit: int, exam: Exam) -> Marks | Refusal:
     return word
 
 
-def check_marks(word: Marks, exam: Exam) -> None:
+def check_marks(word: EvaluateResult, exam: EvaluateRequest) -> None:
     """Raise Malformed for what no site can come to in this exam."""
     labelled = exam.terms.labels is not None
-    in_range("examples", word.examples, 1, 10**12)
-    in_range("asked", word.asked, word.examples if labelled else 1, word.examples if labelled else MOST)
-    in_range("right", word.right, 0, word.asked)
-    in_range("base_right", word.base_right, 0, word.asked)
-    in_range("loss", word.loss, 0.0, 1e30)
-    in_range("base_loss", word.base_loss, 0.0, 0.0 if labelled else 1e30)
+    check_range("examples", word.examples, 1, 10**12)
+    check_range("asked", word.predictions, word.examples if labelled else 1, word.examples if labelled else MAX_INTEGER)
+    check_range("right", word.correct, 0, word.predictions)
+    check_range("base_right", word.base_correct, 0, word.predictions)
+    check_range("loss", word.loss, 0.0, 1e30)
+    check_range("base_loss", word.base_loss, 0.0, 0.0 if labelled else 1e30)
 
 
 def check_refusal(word: Refusal) -> None:
     """Raise Malformed for one that no site says."""
     check_name("client", word.client)
-    in_range("task", 1 if word.task is None else word.task, 1, MOST)
-    if len(word.reason) > 10 * LONGEST:
+    check_range("task", 1 if word.task is None else word.task, 1, MAX_INTEGER)
+    if len(word.reason) > 10 * MAX_NAME:
         raise Malformed(f"a reason of {len(word.reason)} characters")

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedloom.core.events import ClientJoined, Command, Event, Reject, Report, Stop, TaskReceived
-from fedloom.core.policies import Assign, Fleet
+from fedloom.core.policies import BudgetRule, Fleet
 from fedloom.core.server import State
-from fedloom.core.types import GroupLog, Profile, Task
+from fedloom.core.types import GroupHistory, Profile, Task
 from fedloom.hierarchy.edge import Edge, EdgeState
-from fedloom.hierarchy.remote_edges import unplanned
+from fedloom.hierarchy.root_server import why_unplanned
 
 
 @dataclass(slots=True)
-class Led:
+class RegionServer:
     """An edge in the place of a server, as the driver sees it: it never stops, and how a task ended is put down in `done`.
 
     `plan` is that of the groups, if it learns: a site that it has nothing for is not let join. `mark` names what was asked from
@@ -23,34 +23,34 @@ class Led:
 
     rebuilt: ClassVar[frozenset[str]] = frozenset({"edge", "plan", "done"})
     edge: Edge
-    inner: EdgeState
-    plan: Assign | None = None
-    mark: str = ""
-    begun: float = 0.0
-    done: tuple[Task, Report | Stop] | None = None
+    edge_state: EdgeState
+    plan: BudgetRule | None = None
+    digest: str = ""
+    started: float = 0.0
+    ended: tuple[Task, Report | Stop] | None = None
 
     @property
     def state(self) -> State:
         """The server's inside the edge."""
-        return self.inner.server
+        return self.edge_state.server
 
     def handle(self, now: float, event: Event) -> list[Command]:
         """As the edge does; that it gives its task up, for a new one too, stops nobody else."""
-        self.edge.state = self.inner
+        self.edge.state = self.edge_state
         if isinstance(event, ClientJoined) and (reason := self._unfit(event.profile)):
             return [Reject(event.profile.client, 0, reason)]
         replaces = isinstance(event, TaskReceived) and self.state.outer is not None
-        dropped = self.edge.give_up(now) if replaces else []
+        dropped = self.edge.drop_task(now) if replaces else []
         outer = event.task if isinstance(event, TaskReceived) else self.state.outer
         commands = [*dropped, *self.edge.handle(now, event)]
         for command in commands:
             if isinstance(command, Report | Stop) and outer is not None:
-                self.done = outer, command
+                self.ended = outer, command
         return [command for command in commands if not isinstance(command, Stop)]
 
     def wake(self) -> float | None:
         """When the edge wants to look."""
-        return self.inner.due
+        return self.edge_state.due
 
     def fleet(self) -> Fleet:
         """What the server inside knows, whatever task the edge has."""
@@ -59,5 +59,5 @@ class Led:
 
     def _unfit(self, site: Profile) -> str | None:
         """Why the plan of the groups has nothing for one with this site in it."""
-        alone = GroupLog(site, (replace(site, most=None),))
-        return self.plan and unplanned(self.plan, self.edge.server.fleet(), alone)
+        alone = GroupHistory(site, (replace(site, most=None),))
+        return self.plan and why_unplanned(self.plan, self.edge.server.fleet(), alone)

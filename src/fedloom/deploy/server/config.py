@@ -10,11 +10,11 @@ from typing import Any
 
 from fedloom.core.errors import Refused
 from fedloom.runs.run import Run
-from fedloom.runs.run_file import override, run_of
+from fedloom.runs.run_file import override, load_run_file
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class Timeouts:
     """How long a deployment waits, in seconds.
 
     A task whose answer is not there after `task` is given to somebody else (None: never). A client that cannot be reached is waited
@@ -26,7 +26,7 @@ class Patience:
     task: float | None = None
     away: float = 180.0
     pause: float = 60.0
-    again: float = 2.0
+    retry: float = 2.0
     doubt: float = 900.0
     poll: float = 0.2
     look: float = 2.0
@@ -38,12 +38,12 @@ class Patience:
                 raise Refused(f"patience.{name}", value, "give positive seconds")
 
 
-ORDER, RUN = "deployment.json", "run"
+CONFIG_FILE, RUN_FOLDER = "deployment.json", "run"
 """The file that an order is in, and the folder of the run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class DeploymentConfig:
     """What is to be deployed: the run file with its `--set` settings, the clients to wait for before it begins, how long to wait.
 
     `metrics_port` is where the server tells its figures to Prometheus, on this machine only (None: nowhere). `above`: this is a
@@ -52,25 +52,25 @@ class Order:
 
     runfile: str
     settings: tuple[str, ...] = ()
-    clients: int = 1
-    patience: Patience = field(default_factory=Patience)
+    min_clients: int = 1
+    timeouts: Timeouts = field(default_factory=Timeouts)
     metrics_port: int | None = None
     above: str | None = None
 
     @classmethod
-    def of(cls, folder: Path) -> Order:
+    def of(cls, folder: Path) -> DeploymentConfig:
         """From the folder of a deployment. Raises Refused where there is none."""
-        path = folder / ORDER
+        path = folder / CONFIG_FILE
         try:
             told: Mapping[str, Any] = json.loads(path.read_bytes())
-            patience = Patience(**told.get("patience", {}))
+            patience = Timeouts(**told.get("patience", {}))
             port, settings = told.get("metrics_port"), tuple(told.get("settings", ()))
             return cls(told["runfile"], settings, int(told.get("clients", 1)), patience, port, told.get("above"))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise Refused(
-                "folder", str(folder), f"it holds no usable {ORDER} ({error}); `fedloom serve` writes one"
+                "folder", str(folder), f"it holds no usable {CONFIG_FILE} ({error}); `fedloom serve` writes one"
             ) from error
 
     def run(self) -> Run:
         """The Run value."""
-        return override(run_of(Path(self.runfile)), self.settings)
+        return override(load_run_file(Path(self.runfile)), self.settings)

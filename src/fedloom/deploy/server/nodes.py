@@ -10,7 +10,7 @@ from fedloom.core.types import ClientId
 
 
 @dataclass(slots=True)
-class Traffic:
+class LinkTraffic:
     """What went over the link since the server started: messages and their bytes, each resend counted."""
 
     sent: int = 0
@@ -33,13 +33,13 @@ class Node:
 
     name: str | None
     client: ClientId | None = None
-    rests: float = 0.0
+    resting_until: float = 0.0
     why: str = ""
     seeded: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
+class SentMessage:
     """A message under way: to which node, the task that it carries (None: the question who is there), since when.
 
     `given_up`: nobody counts on a reply any more, because the node was gone in between or took too long; it may come all the same.
@@ -47,18 +47,18 @@ class Sent:
 
     node: int
     task: int | None
-    at: float = 0.0
+    sent: float = 0.0
     given_up: bool = False
 
 
 @dataclass(slots=True)
-class Sites:
+class ReachableNodes:
     """The nodes that can be reached now, the messages under way, since when each missing client is missing, and, when the run has
     ended, whose scores are still awaited.
     """
 
     nodes: dict[int, Node] = field(default_factory=dict)
-    under_way: dict[str, Sent] = field(default_factory=dict)
+    in_flight: dict[str, SentMessage] = field(default_factory=dict)
     missing: dict[ClientId, float] = field(default_factory=dict)
     scoring: tuple[ClientId, ...] = ()
 
@@ -74,31 +74,31 @@ class Sites:
 
     def give_up(self, node: int) -> None:
         """Count on no message to this node any more."""
-        for message, sent in self.under_way.items():
+        for message, sent in self.in_flight.items():
             if sent.node == node:
-                self.under_way[message] = replace(sent, given_up=True)
+                self.in_flight[message] = replace(sent, given_up=True)
 
     def doubt(self, now: float, after: float) -> None:
         """Count no more on messages that were sent so many seconds ago, twice as many for each one that was doubted before."""
-        for message, sent in self.under_way.items():
-            before = sum(one.node == sent.node and one.given_up for one in self.under_way.values())
-            if not sent.given_up and now > sent.at + after * 2**before:
-                self.under_way[message] = replace(sent, given_up=True)
+        for message, sent in self.in_flight.items():
+            before = sum(one.node == sent.node and one.given_up for one in self.in_flight.values())
+            if not sent.given_up and now > sent.sent + after * 2**before:
+                self.in_flight[message] = replace(sent, given_up=True)
 
     def free(self, now: float) -> list[tuple[int, Node]]:
         """The nodes that have nothing to do and are not left alone, in order of their numbers."""
-        busy = {sent.node for sent in self.under_way.values() if not sent.given_up}
+        busy = {sent.node for sent in self.in_flight.values() if not sent.given_up}
         return [
             (number, self.nodes[number])
             for number in sorted(self.nodes.keys() - busy)
-            if self.nodes[number].rests <= now
+            if self.nodes[number].resting_until <= now
         ]
 
     def rest(self, until: float, node: int, why: str) -> None:
         """Leave a node alone."""
         LOG.warning("node %s is left alone until %.0f s: %s", node, until, why)
         if node in self.nodes:
-            self.nodes[node].rests, self.nodes[node].why = until, why
+            self.nodes[node].resting_until, self.nodes[node].why = until, why
 
     def turn_away(self, until: float, client: ClientId, why: str) -> None:
         """Nobody counts on this client, who is asked later who it is."""

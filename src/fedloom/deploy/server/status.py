@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fedloom.core import files
 from fedloom.core.errors import Refused
-from fedloom.core.events import Command, Event, Publish, Reject, Scored, TaskFailed, UpdateArrived
+from fedloom.core.events import Command, Event, Publish, Reject, ScoresReady, TaskFailed, UpdateArrived
 from fedloom.core.server import Limits
 from fedloom.core.types import Task
 from fedloom.deploy.server.driver import Deployment
@@ -54,28 +54,28 @@ class Status:
         if isinstance(event, UpdateArrived) and not rejects:
             self.accepted += 1
             self.by_client[event.client] = self.by_client.get(event.client, 0) + 1
-        if isinstance(event, Scored):
+        if isinstance(event, ScoresReady):
             self.scores = dict(event.metrics)
         for command in commands:
             if isinstance(command, Publish):
                 self.merged += len(command.updates)
                 self.stale += sum(command.version - 1 - update.task.version for update in command.updates)
 
-    def told(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """All of it as plain data."""
         running, state = self.deployment, self.deployment.server.state
         work = {task.client: task for task in running.tasks.values()}
         here = {
             client: {
-                "reached": client not in running.sites.missing,
+                "reached": client not in running.nodes.missing,
                 "answers": self.by_client.get(client, 0),
                 "task": work[client].id if client in work else None,
                 "since": round(running.elapsed - work[client].sent, 1) if client in work else None,
                 "rank": work[client].budget.rank if client in work else None,
-                **(led(work.get(client)) if running.over else {}),
+                **(region_budget(work.get(client)) if running.over_regions else {}),
                 "stale": state.version - work[client].version if client in work else None,
             }
-            for client in sorted(running.here)
+            for client in sorted(running.clients)
         }
         return {
             "run": running.terms.run,
@@ -96,18 +96,18 @@ class Status:
     def waits(self) -> str:
         """What it waits for, in words."""
         running = self.deployment
-        if running.sites.scoring:
-            return f"for what the last version reaches at {', '.join(running.sites.scoring)}"
+        if running.nodes.scoring:
+            return f"for what the last version reaches at {', '.join(running.nodes.scoring)}"
         resting = [
             f"{node.client or node.name or number}: {node.why}"
-            for number, node in running.sites.nodes.items()
+            for number, node in running.nodes.nodes.items()
             if node.why
         ]
         why = f"; left alone for a while: {', '.join(resting)}" if resting else ""
         if not running.opened:
-            there = ", ".join(sorted(running.here)) or "nobody"
-            return f"for {running.least - len(running.here)} more of {running.least} clients; there: {there}{why}"
-        if missing := sorted(running.sites.missing):
+            there = ", ".join(sorted(running.clients)) or "nobody"
+            return f"for {running.min_clients - len(running.clients)} more of {running.min_clients} clients; there: {there}{why}"
+        if missing := sorted(running.nodes.missing):
             why += f"; cannot be reached: {', '.join(missing)}"
         if running.tasks:
             return f"for answers of {', '.join(sorted(task.client for task in running.tasks.values()))}{why}"
@@ -127,7 +127,7 @@ class Status:
         """The file, at once or not at all. A full disk does not stop the run here: the next checkpoint will say so."""
         self.written = time.monotonic()
         try:
-            files.write_json(self.folder / NAME, {**self.told(), "at": time.time()})
+            files.write_json(self.folder / NAME, {**self.snapshot(), "at": time.time()})
         except OSError as error:
             LOG.warning("%s cannot be written: %s", NAME, error)
 
@@ -141,7 +141,7 @@ class Status:
         from prometheus_client import CollectorRegistry, start_http_server
 
         registry = CollectorRegistry()
-        registry.register(Figures(self))
+        registry.register(PrometheusFigures(self))
         try:
             server, thread = start_http_server(port, "127.0.0.1", registry)
         except OSError as error:
@@ -155,7 +155,7 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class PrometheusFigures:
     """Collected when asked for, so that nothing is counted twice."""
 
     status: Status
@@ -164,7 +164,7 @@ class Figures:
         """The figures in Prometheus' words."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        told = self.status.told()
+        told = self.status.snapshot()
         yield GaugeMetricFamily("fedloom_version", "Global version", told["version"])
         yield GaugeMetricFamily("fedloom_run_seconds", "Seconds of the run", told["seconds"])
         yield GaugeMetricFamily("fedloom_clients", "Clients that the server counts on", len(told["clients"]))
@@ -190,7 +190,7 @@ class Figures:
         yield answers
 
 
-def read(folder: Path) -> Mapping[str, Any]:
+def read_status(folder: Path) -> Mapping[str, Any]:
     """What was written last. Raises Refused."""
     path = folder / NAME
     try:
@@ -236,7 +236,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:g}"
 
 
-def led(task: Task | None) -> dict[str, object]:
+def region_budget(task: Task | None) -> dict[str, object]:
     """What a region was asked for, and why."""
     if task is None:
         return dict.fromkeys(("depth", "rounds", "steps", "why"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedloom.core.schema import Malformed
-from fedloom.core.types import Local
+from fedloom.core.types import ClientState
 from fedloom.runs import checkpoint
 
 LOG = getLogger("fedloom.worker")
@@ -25,37 +25,37 @@ TASKS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class CompletedTask:
     """A task that was done: `mark` names what was asked, `answer` are the bytes that were given back, `local` is what stayed."""
 
     mark: str
     answer: Tensor
-    local: Local
+    local: ClientState
 
 
 @dataclass(frozen=True, slots=True)
-class Journal:
+class AnswerJournal:
     """The tasks done at a site."""
 
     folder: Path
 
-    def done(self, run: str, task: int) -> Done | None:
+    def done(self, run: str, task: int) -> CompletedTask | None:
         """This task of this run, if it was done and is remembered. A damaged file counts as none."""
         path = self._path(run, task)
         if not path.exists():
             return None
         try:
-            found: Done = checkpoint.load(path).read({"done": Done})["done"]
+            found: CompletedTask = checkpoint.read_checkpoint(path).read({"done": CompletedTask})["done"]
         except Malformed as error:
             LOG.error("%s cannot be used: %s", path, error)
             return None
         return found
 
-    def keep(self, run: str, task: int, done: Done, settled: int) -> None:
+    def keep(self, run: str, task: int, done: CompletedTask, settled: int) -> None:
         """Remember it, and `settled`, the last one that was accepted; forget what nobody will ask for again."""
         path = self._path(run, task)
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write(path, {"done": done})
+        checkpoint.write_checkpoint(path, {"done": done})
         needed = {path, self._path(run, settled)}
         for old in _latest(path.parent)[TASKS:]:
             if old not in needed:

@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-from fedloom.core.files import create
+from fedloom.core.files import create_folder
 from fedloom.data.examples import Examples
 from fedloom.runs.run import Run
 
 ROWS = "rows.jsonl"
 
 
-def write(run: Run, folder: Path) -> list[Path]:
+def export_sites(run: Run, folder: Path) -> list[Path]:
     """A folder for each client with its examples, in their order, and a `site.toml`; returns these files.
 
     A site holds the same of them out as its client did. Raises Refused if there is something at `folder` already.
     """
     split = run.data.load(run.seed)
     parts = run.partition.split(split.train, run.seed)
-    create(folder)
+    create_folder(folder)
     return [_site(run, client, split.train.take(part), folder / _plain(client)) for client, part in parts.items()]
 
 

@@ -13,38 +13,38 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
-from fedloom.core.types import Budget, ClientId, Start, Task
+from fedloom.core.types import Budget, ClientId, TaskStart, Task
 from fedloom.data.examples import Examples
 from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Shard, hold_out
 from fedloom.data.table import Table
-from fedloom.deploy.messages.messages import Ask, Exam, Terms, Work
+from fedloom.deploy.messages.messages import Request, EvaluateRequest, RunTerms, TaskRequest
 
 HOURS = r"([01]?\d|2[0-4]):([0-5]\d)-([01]?\d|2[0-4]):([0-5]\d)"
 
 
-def _placed(path: Path, info: ValidationInfo) -> Path:
+def _resolve_path(path: Path, info: ValidationInfo) -> Path:
     """Paths are told from the folder of the file that they stand in."""
     return Path((info.context or {}).get("folder", ".")) / path.expanduser()
 
 
-def _found(path: str, info: ValidationInfo) -> str:
+def _model_path(path: str, info: ValidationInfo) -> str:
     """A folder there, or what a hub calls a model, of which the cache of this machine has a copy."""
-    here = _placed(Path(path), info)
+    here = _resolve_path(Path(path), info)
     return str(here) if here.exists() else path
 
 
-Place: TypeAlias = Annotated[Path, AfterValidator(_placed)]
+Place: TypeAlias = Annotated[Path, AfterValidator(_resolve_path)]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Copy(_Section):
+class ModelCopy(_Section):
     """The site's own copy of the base model. `name` is what the server calls it; by default the last part of `path` has to agree."""
 
-    path: Annotated[str, AfterValidator(_found)]
+    path: Annotated[str, AfterValidator(_model_path)]
     name: str | None = None
     device: str = "cpu"
 
@@ -99,7 +99,7 @@ class AnsweredFile(_Section):
         return Instructions(self.path, self.path, **how).load(0).train
 
 
-class Limits(_Section):
+class SiteLimits(_Section):
     """What the site lets a server ask for: the largest rank, depth (layers trained, from the top) and number of steps of a task,
     megabytes of a message; which runs, by name (`*` stands for anything); at which hours, by the clock of the machine; whether the
     server may be told how the run's last model does on examples that were held out, in counts. If not, none are held out.
@@ -151,11 +151,11 @@ class Site(_Section):
     ca: Place | None = None
     key: Place | None = None
     folder: Annotated[Place, Field(validate_default=True)] = Path("state")
-    model: Copy
+    model: ModelCopy
     region: bool = False
     table: LabelledFile | None = None
     instructions: AnsweredFile | None = None
-    limits: Limits = Limits()
+    limits: SiteLimits = SiteLimits()
     speed: Speed = Speed()
 
     @model_validator(mode="after")
@@ -179,7 +179,7 @@ class Site(_Section):
         return file.examples(labels)
 
 
-def divided(site: Site, examples: Examples, terms: Terms) -> Shard:
+def site_shard(site: Site, examples: Examples, terms: RunTerms) -> Shard:
     """What the site trains on and what it holds out, by number: the same at every start, and those of a simulation with these rows.
 
     Nothing is held out where the run or the site does not want it, nor of a single example.
@@ -189,7 +189,7 @@ def divided(site: Site, examples: Examples, terms: Terms) -> Shard:
     return shard
 
 
-def read(path: Path) -> Site:
+def read_site(path: Path) -> Site:
     """The site of this file. Raises Refused with the field, its value and what it should be."""
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -206,12 +206,12 @@ def read(path: Path) -> Site:
         raise Refused(field, value, f"{remedy[:1].lower()}{remedy[1:]}; docs/site.md lists all fields") from error
 
 
-def refusal(site: Site, ask: Ask | Exam, hour: float) -> str | None:
+def why_refused(site: Site, ask: Request | EvaluateRequest, hour: float) -> str | None:
     """Why the site does not do what is asked, in a sentence; None if it does. `hour` is the time of day there, 0 to 24."""
     return next(_reasons(site, ask, hour), None)
 
 
-def _reasons(site: Site, ask: Ask | Exam, hour: float) -> Iterator[str]:
+def _reasons(site: Site, ask: Request | EvaluateRequest, hour: float) -> Iterator[str]:
     terms, limits = ask.terms, site.limits
     if not any(fnmatchcase(terms.run, name) for name in limits.runs):
         yield f"this site takes part in runs named {' or '.join(limits.runs)}, not in {terms.run!r}"
@@ -223,23 +223,23 @@ def _reasons(site: Site, ask: Ask | Exam, hour: float) -> Iterator[str]:
         yield f"the run chooses among {len(terms.labels)} labels, the data of this site have answers"
     if not limits.awake(hour):
         yield f"this site works at {limits.hours}, and it is {int(hour):02}:{int(hour % 1 * 60):02} there"
-    if isinstance(ask, Work):
-        yield from _not_ours(site, ask.task.client, ask.task.start)
-        yield from _too_much(site, ask.task)
-    if isinstance(ask, Exam):
-        yield from _not_ours(site, ask.client, ask.start)
+    if isinstance(ask, TaskRequest):
+        yield from _why_foreign(site, ask.task.client, ask.task.start)
+        yield from _why_too_large(site, ask.task)
+    if isinstance(ask, EvaluateRequest):
+        yield from _why_foreign(site, ask.client, ask.start)
         if not limits.scores:
             yield "this site tells no scores (limits.scores)"
 
 
-def _not_ours(site: Site, client: ClientId, start: Start) -> Iterator[str]:
+def _why_foreign(site: Site, client: ClientId, start: TaskStart) -> Iterator[str]:
     if client != site.name:
         yield f"this site is {site.name!r}, the task is for {client!r}"
     if (rank := server_rank(start.train)) > site.limits.rank:
         yield f"the task has rank {rank}, this site allows {site.limits.rank}"
 
 
-def _too_much(site: Site, task: Task) -> Iterator[str]:
+def _why_too_large(site: Site, task: Task) -> Iterator[str]:
     limits, budget = site.limits, task.budget
     if budget.rank > limits.rank:
         yield f"the task has rank {budget.rank}, this site allows {limits.rank}"

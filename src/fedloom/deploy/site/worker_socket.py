@@ -32,11 +32,11 @@ LONGEST = 107
 PIECE = 2**20
 
 
-class Broken(OSError):
+class BrokenFrame(OSError):
     """The other side sent no frame, or went away in the middle of one."""
 
 
-def ask(path: Path, body: bytes, timeout: float | None = None) -> bytes:
+def ask_worker(path: Path, body: bytes, timeout: float | None = None) -> bytes:
     """The worker's answer to a message. `timeout` are the seconds that it may take to train (None: as long as it takes).
 
     Raises OSError where no worker listens, TimeoutError where it takes longer, Broken where it takes the frame for none.
@@ -44,7 +44,7 @@ def ask(path: Path, body: bytes, timeout: float | None = None) -> bytes:
     return _asked(path, ANSWER, body, timeout)
 
 
-def status(path: Path, timeout: float | None = 5.0) -> bytes:
+def worker_status(path: Path, timeout: float | None = 5.0) -> bytes:
     """What the worker does, as JSON, also while it trains. Raises OSError."""
     return _asked(path, STATUS, b"", timeout)
 
@@ -60,7 +60,7 @@ def _asked(path: Path, kind: int, body: bytes, timeout: float | None) -> bytes:
         line.settimeout(PATIENCE)
         reply = _body(line, length)
         if told != kind:
-            raise Broken(f"the worker takes this for no frame: {reply.decode(errors='replace')}")
+            raise BrokenFrame(f"the worker takes this for no frame: {reply.decode(errors='replace')}")
         return reply
 
 
@@ -129,11 +129,11 @@ class Listener:
         if kind == STATUS and not length:
             return STATUS, status()
         if kind != ANSWER:
-            raise Broken(f"there is no request {kind}")
+            raise BrokenFrame(f"there is no request {kind}")
         if length > self.limit:
             return ANSWER, excess(length)
         if self.waiting.qsize() >= IN_LINE:
-            raise Broken(f"busy, and {IN_LINE} messages wait already")
+            raise BrokenFrame(f"busy, and {IN_LINE} messages wait already")
         self.waiting.put((line, _body(line, length)))
         return None
 
@@ -147,7 +147,7 @@ def _head(line: socket.socket) -> tuple[int, int]:
     """What is asked for, and the length of the body. Raises Broken."""
     mark, kind, length = HEAD.unpack(_body(line, HEAD.size))
     if mark != MARK:
-        raise Broken("this is no frame")
+        raise BrokenFrame("this is no frame")
     return kind, length
 
 
@@ -157,7 +157,7 @@ def _body(line: socket.socket, length: int) -> bytes:
     while length:
         parts.append(line.recv(min(length, PIECE)))
         if not parts[-1]:
-            raise Broken("the other side went away in the middle of a frame")
+            raise BrokenFrame("the other side went away in the middle of a frame")
         length -= len(parts[-1])
     return b"".join(parts)
 

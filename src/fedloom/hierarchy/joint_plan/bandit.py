@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from fedloom.core.errors import Refused
 from fedloom.hierarchy.joint_plan.group_cost import Choice, GroupState
-from fedloom.hierarchy.joint_plan.shared import _counts, _weight
+from fedloom.hierarchy.joint_plan.shared import check_counts, check_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,12 @@ class Bandit:
     explore: float = 0.05
 
     def __post_init__(self) -> None:
-        _counts(steps=self.steps, cuts=self.cuts, rank=self.rank)
+        check_counts(steps=self.steps, cuts=self.cuts, rank=self.rank)
         if not self.frequencies or any(f < 1 or self.steps % f for f in self.frequencies):
             raise Refused("joint.frequencies", self.frequencies, f"one or more divisors of {self.steps}, joint.steps")
         if not 0 < self.discount <= 1:
             raise Refused("joint.discount", self.discount, "above 0 and at most 1, which forgets nothing")
-        _weight("explore", self.explore)
+        check_weight("explore", self.explore)
 
     def __call__(self, groups: Sequence[GroupState]) -> tuple[Choice, ...]:
         """A choice for each group."""

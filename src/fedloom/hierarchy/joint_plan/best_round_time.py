@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fedloom.hierarchy.joint_plan.gradient_score import Scored
+from fedloom.hierarchy.joint_plan.gradient_score import GradientScore
 from fedloom.hierarchy.joint_plan.group_cost import Choice, GroupState
 from fedloom.hierarchy.joint_plan.shared import divisors
 
 
 @dataclass(frozen=True, slots=True)
-class Paced:
+class BestRoundTime:
     """`inner` at the time that earns most: the score of all members together, a second of the group that ends last.
 
     Times that are tried are those in which some group can do just so many rounds, at its least and at its greatest depth.
     """
 
-    inner: Scored = field(default_factory=Scored)
+    inner: GradientScore = field(default_factory=GradientScore)
 
     def __call__(self, groups: Sequence[GroupState]) -> tuple[Choice, ...]:
         """A choice for each group."""

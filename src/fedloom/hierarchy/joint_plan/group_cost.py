@@ -151,16 +151,16 @@ class GroupState:
 
     def covered(self, depth: int) -> float:
         """G(d): the share of the gradients' mass in the top `depth` layers."""
-        return share(self.mass, depth, self.layers)
+        return leading_share(self.mass, depth, self.layers)
 
 
-def share(values: tuple[float, ...], count: int, among: int) -> float:
+def leading_share(values: tuple[float, ...], count: int, among: int) -> float:
     """What the first `count` hold of all `values`; of `among` alike ones, if nothing is known."""
     total = math.fsum(values)
     return math.fsum(values[:count]) / total if total > 0 else min(count / among, 1.0)
 
 
-def within(ratio: float) -> int:
+def whole_number(ratio: float) -> int:
     """The largest whole number of at most `ratio`, rounding forgiven; never below 0 nor above a million."""
     return int(min(max(ratio * (1.0 + SLACK), 0.0), 1e6))
 

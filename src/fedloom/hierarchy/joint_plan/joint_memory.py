@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from fedloom.hierarchy.joint_plan.group_cost import Choice, GroupState, share, within
-from fedloom.hierarchy.joint_plan.shared import _counts, _weight, drift, pace, timed
+from fedloom.hierarchy.joint_plan.group_cost import Choice, GroupState, leading_share, whole_number
+from fedloom.hierarchy.joint_plan.shared import check_counts, check_weight, drift_loss, fastest_seconds, explain_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +25,20 @@ class JointMemory:
     drift: float = 1e-3
 
     def __post_init__(self) -> None:
-        _counts(steps=self.steps, most=self.most, ranks=min(self.ranks, default=0))
-        _weight("drift", self.drift)
+        check_counts(steps=self.steps, most=self.most, ranks=min(self.ranks, default=0))
+        check_weight("drift", self.drift)
 
     def __call__(self, groups: Sequence[GroupState]) -> tuple[Choice, ...]:
         """A choice for each group."""
-        limit = min((pace([group], self.most, self.steps, self._held(group)[-1]) for group in groups), default=math.inf)
+        limit = min((fastest_seconds([group], self.most, self.steps, self._held(group)[-1]) for group in groups), default=math.inf)
         return tuple(self._of(group, limit) for group in groups)
 
     def progress(self, group: GroupState, choice: Choice) -> float:
         """What is maximised."""
-        return choice.steps * (self._worth(group, choice) - drift(self.drift, group, choice))
+        return choice.steps * (self._worth(group, choice) - drift_loss(self.drift, group, choice))
 
     def _worth(self, group: GroupState, choice: Choice) -> float:
-        return math.sqrt(group.covered(choice.depth) * share(group.energy, choice.rank, max(self.ranks)))
+        return math.sqrt(group.covered(choice.depth) * leading_share(group.energy, choice.rank, max(self.ranks)))
 
     def _held(self, group: GroupState) -> tuple[int, ...]:
         """Ranks at which one layer at least can be trained; raises Refused if there is none."""
@@ -57,14 +57,14 @@ class JointMemory:
         curve = timely or every[:1]
         best = max(curve, key=lambda one: (self.progress(group, one), one.depth, one.rank, one.rounds))
         why = f"{best.steps} steps that follow {self._worth(group, best):.2f} of the gradient, less drift "
-        why += f"{drift(self.drift, group, best):.2g} each, are the most of {len(curve)} choices; "
-        return timed(group, replace(best, why=why), limit)
+        why += f"{drift_loss(self.drift, group, best):.2g} each, are the most of {len(curve)} choices; "
+        return explain_time(group, replace(best, why=why), limit)
 
     def _parts(self, group: GroupState, limit: float, one: Choice) -> set[int]:
         """Steps an inner round that can be best: as many as there is time for, or those about the peak of x (worth - price x^2)."""
         left = (limit - group.outer(one.depth, one.rank)) / one.rounds
         pairs = zip(group.steps(one.depth), group.links(one.depth, one.rank), strict=True)
-        longest = min(within((left - link) / step) for step, link in pairs)
+        longest = min(whole_number((left - link) / step) for step, link in pairs)
         price = 3.0 * self.drift * group.dispersion**2
-        peak = within(math.sqrt(self._worth(group, one) / price)) if price else longest
+        peak = whole_number(math.sqrt(self._worth(group, one) / price)) if price else longest
         return {min(longest, max(part, 1)) for part in (longest, peak, peak + 1)} - {0}

@@ -16,8 +16,8 @@ from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Fleet
-from fedloom.core.types import Budget, ClientId, GroupLog, Profile, MemberWork, GroupStatistics
-from fedloom.hierarchy.joint_plan.gradient_score import Scored
+from fedloom.core.types import Budget, ClientId, GroupHistory, Profile, MemberWork, GroupStatistics
+from fedloom.hierarchy.joint_plan.gradient_score import GradientScore
 from fedloom.hierarchy.joint_plan.group_cost import Device, GroupState, Observed, Sizes
 from fedloom.hierarchy.joint_plan.shared import Joint
 from fedloom.plan.client_cost import GAIN, CostModel
@@ -28,14 +28,14 @@ RANK = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class JointPlan:
     """Rounds, steps, depth and rank of each edge's task by `rule`.
 
     `rounds` and `depth` take the place of what the rule chose (None: they do not), to see what each is worth. `batch_tokens` is the
     size of the batch that memory is reckoned with, and a step's time before any was seen.
     """
 
-    rule: Joint = field(default_factory=Scored)
+    rule: Joint = field(default_factory=GradientScore)
     rounds: int | None = None
     depth: int | None = None
     batch_tokens: int = 2048
@@ -49,7 +49,7 @@ class Planned:
         """The budget of this edge's next task."""
         if profile.client not in fleet.groups:
             raise Refused("plan", "Planned", "it plans for edges; give it as Hierarchy(plan=Planned())")
-        groups = {edge: state(log, fleet.shape, self.batch_tokens) for edge, log in fleet.groups.items()}
+        groups = {edge: group_state(log, fleet.shape, self.batch_tokens) for edge, log in fleet.groups.items()}
         chosen = dict(zip(groups, self.rule(tuple(groups.values())), strict=True))[profile.client]
         if self.rounds is not None:
             chosen = replace(chosen, rounds=min(self.rounds, chosen.steps), why=f"rounds are fixed; {chosen.why}")
@@ -71,7 +71,7 @@ class Planned:
                 raise Refused("hierarchy.plan.rule.rank", rank, remedy)
 
 
-def state(log: GroupLog, shape: Shape, batch_tokens: int) -> GroupState:
+def group_state(log: GroupHistory, shape: Shape, batch_tokens: int) -> GroupState:
     """A group as its log tells it."""
     up, down = log.edge.up_bps, log.edge.down_bps
     sizes = Sizes(
@@ -79,27 +79,27 @@ def state(log: GroupLog, shape: Shape, batch_tokens: int) -> GroupState:
         lambda depth, rank: shape.payload(rank),
         lambda depth, rank: shape.train_memory(rank, batch_tokens, depth),
     )
-    known = GroupState(tuple(device(one, log, shape, batch_tokens) for one in log.members), sizes, up, down)
+    known = GroupState(tuple(member_device(one, log, shape, batch_tokens) for one in log.members), sizes, up, down)
     return replace(
         known,
-        dispersion=math.sqrt(followed([told.spread for told in log.told])),
-        mass=mass(log, shape),
-        energy=log.told[-1].energy if log.told else (),
-        observed=tuple(observed(log.told, shape)),
-        barrier=followed([max(barrier(told), surprise(told, known)) for told in log.told]),
-        earned=tuple(earned(log.told, shape)),
-        tasks=len(log.told),
+        dispersion=math.sqrt(moving_average([told.spread for told in log.statistics])),
+        mass=layer_mass(log, shape),
+        energy=log.statistics[-1].energy if log.statistics else (),
+        observed=tuple(rewards_between_tasks(log.statistics, shape)),
+        barrier=moving_average([max(barrier_seconds(told), slow_link_seconds(told, known)) for told in log.statistics]),
+        earned=tuple(rewards_within_tasks(log.statistics, shape)),
+        tasks=len(log.statistics),
     )
 
 
-def device(profile: Profile, log: GroupLog, shape: Shape, batch_tokens: int) -> Device:
+def member_device(profile: Profile, log: GroupHistory, shape: Shape, batch_tokens: int) -> Device:
     """A member by what it did in its group's tasks, oldest first.
 
     Sizes are those of float32 without folds, in what is learnt and in what is told from it; so a codec counts as a faster link, a
     fold as a slower one.
     """
-    spent = [one for one in history(log, profile.client) if one.train > 0]
-    cost = CostModel.of(profile, shape, spent[-1].rank if spent else RANK, batch_tokens)
+    spent = [one for one in member_history(log, profile.client) if one.train > 0]
+    cost = CostModel.from_profile(profile, shape, spent[-1].rank if spent else RANK, batch_tokens)
     for one in spent:
         cost = _followed(cost, one, shape)
     seconds = tuple(cost.step_seconds(depth) for depth in range(1, shape.layers + 1))
@@ -107,25 +107,25 @@ def device(profile: Profile, log: GroupLog, shape: Shape, batch_tokens: int) -> 
     return Device(profile.client, seconds, up, down, profile.memory)
 
 
-def history(log: GroupLog, client: ClientId) -> tuple[MemberWork, ...]:
+def member_history(log: GroupHistory, client: ClientId) -> tuple[MemberWork, ...]:
     """What a member did, oldest first: in other groups before, then in this one."""
-    here = (one for told in log.told for one in told.work if one.client == client)
+    here = (one for told in log.statistics for one in told.work if one.client == client)
     return (*log.past.get(client, ()), *here)
 
 
 def _followed(cost: CostModel, one: MemberWork, shape: Shape) -> CostModel:
-    cost = cost.observed(min(one.depth or shape.layers, shape.layers), one.steps, one.train)
-    cost = cost.uploaded(one.answers * shape.payload(one.rank, one.depth), one.up)
-    return cost.downloaded(one.answers * shape.payload(one.rank), one.down)
+    cost = cost.after_training(min(one.depth or shape.layers, shape.layers), one.steps, one.train)
+    cost = cost.after_upload(one.answers * shape.payload(one.rank, one.depth), one.up)
+    return cost.after_download(one.answers * shape.payload(one.rank), one.down)
 
 
-def mass(log: GroupLog, shape: Shape) -> tuple[float, ...]:
+def layer_mass(log: GroupHistory, shape: Shape) -> tuple[float, ...]:
     """By depth, from the output down, what each layer was last seen to change; one that was never seen counts as their mean.
 
     The head is trained at any depth, and counts with the first.
     """
     latest = dict[str, float]()
-    for told in log.told:
+    for told in log.statistics:
         latest |= told.mass
     if not latest:
         return ()
@@ -140,7 +140,7 @@ def mass(log: GroupLog, shape: Shape) -> tuple[float, ...]:
     return (first + head, *lower)
 
 
-def observed(told: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[Observed]:
+def rewards_between_tasks(told: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[Observed]:
     """What earlier choices earned: by how much the members' loss fell since the task before, a second."""
     for before, after in pairwise(told):
         if before.loss is not None and after.loss is not None and after.seconds > 0:
@@ -148,29 +148,29 @@ def observed(told: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[Observ
             yield Observed(after.budget.rounds, depth, (before.loss - after.loss) / after.seconds)
 
 
-def earned(told: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[Observed]:
+def rewards_within_tasks(told: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[Observed]:
     """What choices earned without other groups: by how much members' own losses fell between rounds of one task, a second."""
     for one in told:
-        falls = [fall for fall in map(fell, one.work) if fall is not None]
+        falls = [fall for fall in map(loss_fall, one.work) if fall is not None]
         if falls and one.seconds > 0:
             depth = one.budget.depth or shape.layers
             yield Observed(one.budget.rounds, depth, math.fsum(falls) / len(falls) * one.budget.rounds / one.seconds)
 
 
-def fell(spent: MemberWork) -> float | None:
+def loss_fall(spent: MemberWork) -> float | None:
     """By how much a member's loss fell from one of its answers to the next; None: it answered once, or told no loss."""
-    if spent.answers < 2 or spent.began is None or spent.ended is None:
+    if spent.answers < 2 or spent.first_loss is None or spent.last_loss is None:
         return None
-    return (spent.began - spent.ended) / (spent.answers - 1)
+    return (spent.first_loss - spent.last_loss) / (spent.answers - 1)
 
 
-def barrier(told: GroupStatistics) -> float:
+def barrier_seconds(told: GroupStatistics) -> float:
     """Seconds of an inner round in which even the busiest member waited."""
     own = max((one.down + one.train + one.up for one in told.work), default=0.0)
     return max(0.0, told.seconds - told.down - told.up - own) / told.budget.rounds
 
 
-def surprise(told: GroupStatistics, known: GroupState) -> float:
+def slow_link_seconds(told: GroupStatistics, known: GroupState) -> float:
     """Seconds by which the slowest links of a task were slower than the slowest that is known (`known` has no barrier yet).
 
     Those of members who have left since say nothing of the group.
@@ -185,7 +185,7 @@ def surprise(told: GroupStatistics, known: GroupState) -> float:
     return max(0.0, slowest - max(known.links(depth, told.budget.rank)))
 
 
-def followed(values: list[float]) -> float:
+def moving_average(values: list[float]) -> float:
     """A moving average, x <- 0.8 x + 0.2 x_obs; 0 before anything was seen."""
     average = values[0] if values else 0.0
     for value in values[1:]:

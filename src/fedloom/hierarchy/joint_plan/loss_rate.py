@@ -19,7 +19,7 @@ from fedloom.hierarchy.joint_plan.group_cost import Choice, GroupState
 
 
 @dataclass(frozen=True, slots=True)
-class Earned:
+class LossRate:
     """The depth that earns most a second, and of rounds f and steps p between two averages those that do most in that time.
 
     p steps of a member are worth p (1 - drift delta^2 p^2 (1 + f^2 / n)): members drift apart with the square of the steps between
@@ -48,7 +48,7 @@ class Earned:
 
     def __call__(self, groups: Sequence[GroupState]) -> tuple[Choice, ...]:
         """A choice for each group."""
-        seen = earnings(groups)
+        seen = rewards_by_depth(groups)
         return tuple(self._of(group, seen) for group in groups)
 
     def depths(self, group: GroupState) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class Earned:
         untried = [depth for depth in reversed(depths) if depth not in measured]
         if len(depths) > 1 and untried and group.tasks >= self.patience:
             return self._paced(group, untried[0], f"depth {untried[0]} is measured anew; ", 2)
-        depth = shallowest(depths, seen)
+        depth = shallowest_of_best(depths, seen)
         why = f"depth {depth} earned {fmean(seen[depth]):.2g} of loss a second; " if depth in seen else ""
         return self._paced(group, depth, why, 1)
 
@@ -85,7 +85,7 @@ class Earned:
         return replace(best, why=why + words)
 
 
-def earnings(groups: Sequence[GroupState]) -> dict[int, list[float]]:
+def rewards_by_depth(groups: Sequence[GroupState]) -> dict[int, list[float]]:
     """By depth, what all groups earned a second."""
     seen = dict[int, list[float]]()
     for one in (one for group in groups for one in group.earned):
@@ -93,7 +93,7 @@ def earnings(groups: Sequence[GroupState]) -> dict[int, list[float]]:
     return seen
 
 
-def shallowest(depths: Sequence[int], seen: Mapping[int, Sequence[float]]) -> int:
+def shallowest_of_best(depths: Sequence[int], seen: Mapping[int, Sequence[float]]) -> int:
     """The first that earned no less than the best by more than one standard error of the difference."""
     known = [depth for depth in depths if len(seen.get(depth, ())) > 1]
     if not known:

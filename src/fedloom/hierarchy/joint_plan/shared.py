@@ -25,14 +25,14 @@ Joint: TypeAlias = Callable[[Sequence[GroupState]], tuple[Choice, ...]]
 """The groups' states -> a choice for each, in their order."""
 
 
-def pace(groups: Sequence[GroupState], rounds: int, steps: int, rank: int) -> float:
+def fastest_seconds(groups: Sequence[GroupState], rounds: int, steps: int, rank: int) -> float:
     """T*: seconds of the fastest group, each as deep as its memory allows."""
     return min(
         (group.seconds(Choice(rounds, group.depths(rank)[-1], rank, steps)) for group in groups), default=math.inf
     )
 
 
-def divided(group: GroupState, limit: float, choice: Choice) -> int:
+def most_rounds(group: GroupState, limit: float, choice: Choice) -> int:
     """f(d): into how many rounds, at most its own, the choice's steps can be divided with the group done in `limit`; 0: none."""
     left = limit * (1.0 + SLACK) - group.outer(choice.depth, choice.rank)
     pairs = zip(group.steps(choice.depth), group.links(choice.depth, choice.rank), strict=True)
@@ -48,12 +48,12 @@ def divisors(steps: int, most: int) -> list[int]:
     return [f for f in range(1, most + 1) if steps % f == 0]
 
 
-def drift(price: float, group: GroupState, choice: Choice) -> float:
+def drift_loss(price: float, group: GroupState, choice: Choice) -> float:
     """What members lose by drifting apart between two averages: gamma eta^2 (steps / f)^2 delta_g^2."""
     return price * (choice.steps / choice.rounds * group.dispersion) ** 2
 
 
-def timed(group: GroupState, choice: Choice, limit: float) -> Choice:
+def explain_time(group: GroupState, choice: Choice, limit: float) -> Choice:
     """The choice, with how long it takes said after its reasons."""
     slowest, part = max(group.steps(choice.depth)), choice.steps // choice.rounds
     words = f"{choice.rounds} rounds of {part} steps at depth {choice.depth} take {group.seconds(choice):.3g} s, "
@@ -63,12 +63,12 @@ def timed(group: GroupState, choice: Choice, limit: float) -> Choice:
     return replace(choice, why=choice.why + words)
 
 
-def _counts(**values: int) -> None:
+def check_counts(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise Refused(f"joint.{name}", value, "choose a whole number of at least 1")
 
 
-def _weight(name: str, value: float) -> None:
+def check_weight(name: str, value: float) -> None:
     if not 0 <= value < math.inf:
         raise Refused(f"joint.{name}", value, "a finite number, 0 or more")

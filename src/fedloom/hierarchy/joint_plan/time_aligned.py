@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from fedloom.core.errors import Refused
-from fedloom.hierarchy.joint_plan.group_cost import Choice, GroupState, within
-from fedloom.hierarchy.joint_plan.shared import _counts, divided, pace, timed
+from fedloom.hierarchy.joint_plan.group_cost import Choice, GroupState, whole_number
+from fedloom.hierarchy.joint_plan.shared import check_counts, most_rounds, fastest_seconds, explain_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,13 @@ class TimeAligned:
     work_grows: bool = True
 
     def __post_init__(self) -> None:
-        _counts(steps=self.steps, most=self.most, rank=self.rank)
+        check_counts(steps=self.steps, most=self.most, rank=self.rank)
         if self.steps % self.most:
             raise Refused("joint.most", self.most, f"choose a divisor of joint.steps, which is {self.steps}")
 
     def __call__(self, groups: Sequence[GroupState]) -> tuple[Choice, ...]:
         """A choice for each group."""
-        limit = pace(groups, self.most, self.steps, self.rank)
+        limit = fastest_seconds(groups, self.most, self.steps, self.rank)
         return tuple(self._of(group, limit) for group in groups)
 
     def _of(self, group: GroupState, limit: float) -> Choice:
@@ -41,11 +41,11 @@ class TimeAligned:
         # late, but no later than need be, if not even one inner round at the least depth is done in time
         rounds, depth = max((point for point in timely if point[0]), key=itemgetter(1), default=(1, depths[0]))
         steps = rounds * self.steps // self.most if self.work_grows else self.steps
-        return timed(group, Choice(rounds, depth, self.rank, steps), limit)
+        return explain_time(group, Choice(rounds, depth, self.rank, steps), limit)
 
     def _rounds(self, group: GroupState, limit: float, depth: int) -> int:
         if not self.work_grows:
-            return divided(group, limit, Choice(self.most, depth, self.rank, self.steps))
+            return most_rounds(group, limit, Choice(self.most, depth, self.rank, self.steps))
         part, links = self.steps // self.most, group.links(depth, self.rank)
         slowest = max(part * step + link for step, link in zip(group.steps(depth), links, strict=True))
-        return min(self.most, within((limit - group.outer(depth, self.rank)) / slowest))
+        return min(self.most, whole_number((limit - group.outer(depth, self.rank)) / slowest))

@@ -7,7 +7,7 @@ from fedloom.core.seeds import derive
 from fedloom.core.types import ClientId
 
 
-def draw(fleet: Fleet, count: int, stream: str = "draw", first: int | None = None) -> list[ClientId]:
+def draw_idle(fleet: Fleet, count: int, stream: str = "draw", first: int | None = None) -> list[ClientId]:
     """`count` different idle clients (all, if there are fewer), every choice equally likely. Cost: O(count).
 
     A Fisher-Yates shuffle of the row of idle clients that ends after `count` steps and notes only what it moved. The k-th
@@ -32,11 +32,11 @@ def draw_least_worked(fleet: Fleet, count: int, choices: int) -> list[ClientId]:
     Load Balancing", 2001), so nothing has to be sorted but they. Cost: O(count * choices).
     """
     if choices == 1:
-        return draw(fleet, count)
-    drawn = draw(fleet, count * choices, "least worked", fleet.tasks * choices)
+        return draw_idle(fleet, count)
+    drawn = draw_idle(fleet, count * choices, "least worked", fleet.tasks * choices)
 
     def seconds(client: ClientId) -> float:
-        worked = fleet.worked.get(client, 0.0)
+        worked = fleet.work_seconds.get(client, 0.0)
         return worked + worked / max(1, fleet.dispatched.get(client, 0))
 
     return sorted(drawn, key=seconds)[: max(0, count)]
@@ -48,7 +48,7 @@ def refill(fleet: Fleet, places: int, uploader_goes_on: bool) -> list[ClientId]:
     Where no more clients are there than places, both are the same: the one who answered is the only one idle.
     """
     free = places - len(fleet.busy)
-    drawn = draw(fleet, free)
+    drawn = draw_idle(fleet, free)
     latest = fleet.latest
     if not uploader_goes_on or not drawn or latest is None or latest not in fleet.idle or latest in drawn:
         return drawn

@@ -18,12 +18,12 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedloom.core.lora import Adapter, Factor, cut, pad
-from fedloom.core.types import Local, Task
+from fedloom.core.lora import Adapter, Factor, cut_factor, pad
+from fedloom.core.types import ClientState, Task
 from fedloom.train import loss, objective, peft_weights
 from fedloom.train.base_model import Base
 from fedloom.train.settings import Training
-from fedloom.train.tokenised import Encoded
+from fedloom.train.tokenised import EncodedTexts
 
 TOKENS = {"cpu": 2048}
 """Tokens in one pass up to which a common pass was measured to gain on a CPU; elsewhere 16384, which keeps memory small."""
@@ -44,24 +44,24 @@ Moments = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class BatchedClient:
     """One task of a common pass: what it begins with and the examples of its batches."""
 
     task: Task
-    local: Local
+    local: ClientState
     begin: Adapter
     plan: Sequence[Sequence[int]]
 
 
-def most(base: Base, tokens: float) -> int:
+def clients_per_pass(base: Base, tokens: float) -> int:
     """How many clients to train in one pass if a step of one has this many tokens: 1 where a common pass gains nothing."""
     if tokens * base.shape().hidden > SMALL.get(base.device.type, math.inf):
         return 1
-    room = int(min(TOKENS.get(base.device.type, 16384), LOGITS / base.words) / max(1.0, tokens))
+    room = int(min(TOKENS.get(base.device.type, 16384), LOGITS / base.vocabulary) / max(1.0, tokens))
     return min(MOST, room) if room >= LEAST else 1
 
 
-def key(task: Task) -> object:
+def pass_key(task: Task) -> object:
     """Tasks that may share a pass have the same; None if a task must be trained alone."""
     rules, start = task.start.rules, task.start
     if rules.select is not None or rules.pruning is not None or start.control is not None:
@@ -69,15 +69,15 @@ def key(task: Task) -> object:
     return task.budget.steps, id(start.fold), rules.frozen, rules.up_rate, tuple(start.train.factors)
 
 
-def train(
-    base: Base, texts: Encoded, training: Training, members: Sequence[Member]
+def train_together(
+    base: Base, texts: EncodedTexts, training: Training, members: Sequence[BatchedClient]
 ) -> list[tuple[Adapter, Moments, list[float]]]:
     """The adapter, the optimiser's moments and the losses of each. The members have the same `key`."""
     start = members[0].task.start
-    slot = base.put(members[0].begin, start.scaling, start.fold)
-    weights = _stacked([member.begin for member in members], [_scaling(base, m) for m in members], base.device)
+    slot = base.activate(members[0].begin, start.scaling, start.fold)
+    weights = _stack([member.begin for member in members], [_scaling(base, m) for m in members], base.device)
     for name, weight in weights.items():
-        weight.requires_grad_(objective.side(name) not in start.rules.frozen)
+        weight.requires_grad_(objective.side_of(name) not in start.rules.frozen)
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     optimiser = _AdamW(training, trained, members, start.rules.up_rate)
     losses: list[list[float]] = []
@@ -94,15 +94,15 @@ def train(
     return [(adapters[k], moments[k], [line[k] for line in losses]) for k in range(len(members))]
 
 
-def _scaling(base: Base, member: Member) -> float:
+def _scaling(base: Base, member: BatchedClient) -> float:
     return member.task.start.scaling or base.lora.scaling
 
 
-def _rank(member: Member) -> int:
+def _rank(member: BatchedClient) -> int:
     return max(factor.rank for factor in member.begin.factors.values())
 
 
-def _stacked(adapters: Sequence[Adapter], scalings: Sequence[float], device: torch.device) -> dict[str, Tensor]:
+def _stack(adapters: Sequence[Adapter], scalings: Sequence[float], device: torch.device) -> dict[str, Tensor]:
     """By the names of `convert.parameters`, with a leading dimension for the clients; `up` without the scaling, as PEFT has it."""
     found, first = dict[str, Tensor](), adapters[0]
     top = max(factor.rank for adapter in adapters for factor in adapter.factors.values())
@@ -113,12 +113,12 @@ def _stacked(adapters: Sequence[Adapter], scalings: Sequence[float], device: tor
     return found | {name: torch.stack([a.dense[name] for a in adapters]).to(device) for name in first.dense}
 
 
-def _apart(weights: Mapping[str, Tensor], members: Sequence[Member], base: Base) -> list[Adapter]:
+def _apart(weights: Mapping[str, Tensor], members: Sequence[BatchedClient], base: Base) -> list[Adapter]:
     """The reverse of `_stacked`, each at its own rank."""
     flat, adapters = {name: weight.detach().cpu() for name, weight in weights.items()}, []
     for k, member in enumerate(members):
         factors = {
-            name: cut(Factor(flat[f"{name}.down"][k], flat[f"{name}.up"][k] * _scaling(base, member)), factor.rank)
+            name: cut_factor(Factor(flat[f"{name}.down"][k], flat[f"{name}.up"][k] * _scaling(base, member)), factor.rank)
             for name, factor in member.begin.factors.items()
         }
         own = {name: Factor(f.down.clone(), f.up.contiguous().clone()) for name, f in factors.items()}
@@ -128,7 +128,7 @@ def _apart(weights: Mapping[str, Tensor], members: Sequence[Member], base: Base)
 
 @contextmanager
 def _added(
-    base: Base, slot: str, weights: Mapping[str, Tensor], clients: int, members: Sequence[Member]
+    base: Base, slot: str, weights: Mapping[str, Tensor], clients: int, members: Sequence[BatchedClient]
 ) -> Iterator[None]:
     """Inside, the model's layers and heads are those of the stacked adapters, and PEFT's are off."""
     scales = torch.tensor([_scaling(base, m) for m in members], device=base.device)[:, None, None]
@@ -157,11 +157,11 @@ def _added(
         yield
 
 
-def _losses(base: Base, texts: Encoded, plan: Sequence[Sequence[int]]) -> Tensor:
+def _losses(base: Base, texts: EncodedTexts, plan: Sequence[Sequence[int]]) -> Tensor:
     """Each client's mean loss (clients,) on its batch; a smaller batch is filled up with rows that do not count."""
     size = max(len(batch) for batch in plan)
     inputs = texts.batch([i for batch in plan for i in [*batch, *[batch[0]] * (size - len(batch))]], base.device)
-    each = loss.each(base, inputs).view(len(plan), size)
+    each = loss.example_losses(base, inputs).view(len(plan), size)
     counts = torch.tensor([len(batch) for batch in plan], device=base.device)
     counted = torch.arange(size, device=base.device) < counts[:, None]
     return (each * counted).sum(1) / counts
@@ -171,7 +171,7 @@ class _AdamW:
     """Clipping and AdamW for stacked weights: a norm and a count of steps for each client, as if each had its own."""
 
     def __init__(
-        self, training: Training, weights: Mapping[str, Tensor], members: Sequence[Member], up_rate: float
+        self, training: Training, weights: Mapping[str, Tensor], members: Sequence[BatchedClient], up_rate: float
     ) -> None:
         self.training, self.weights, self.up_rate = training, weights, up_rate
         known = [m.local.moments if m.local.basis == m.task.start.basis else {} for m in members]
@@ -188,7 +188,7 @@ class _AdamW:
         shrink = (self.training.clip / (norms + 1e-6)).clamp(max=1.0)
         for name, weight in self.weights.items():
             shape = (-1, *[1] * (weight.ndim - 1))
-            slope, lr = slopes[name] * shrink.view(shape), rate * (self.up_rate if objective.side(name) == "up" else 1)
+            slope, lr = slopes[name] * shrink.view(shape), rate * (self.up_rate if objective.side_of(name) == "up" else 1)
             self.counts[name] = [count + 1 for count in self.counts[name]]
             first, second = (
                 torch.tensor([1 - beta**count for count in self.counts[name]], device=weight.device).view(shape)
@@ -199,7 +199,7 @@ class _AdamW:
             weight.mul_(1 - lr * self.training.weight_decay)
             weight.sub_(lr / first * self.mean[name] / ((self.square[name] / second).sqrt() + EPSILON))
 
-    def moments(self, members: Sequence[Member]) -> list[Moments]:
+    def moments(self, members: Sequence[BatchedClient]) -> list[Moments]:
         """The state of each client at its own rank, as `torch.optim.AdamW` keeps it."""
         return [
             {
@@ -224,7 +224,7 @@ def _filled(like: Tensor, own: Sequence[Tensor | None]) -> Tensor:
 
 
 def _at_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
-    match objective.side(name):
+    match objective.side_of(name):
         case "down":
             return tensor[:rank].clone()
         case "up":

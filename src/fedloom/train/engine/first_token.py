@@ -37,7 +37,7 @@ class FirstToken(nn.Module):
         return output(found.transpose(1, 2).reshape(rows, 1, -1), hidden_states[:, :1]), None
 
 
-def install(model: nn.Module) -> bool:
+def install_first_token(model: nn.Module) -> bool:
     """Let the last layer of the model compute its first token alone; False, and nothing changed, if its head needs more."""
     blocks = [module for module in model.modules() if _is_attention(module)]
     config: Any = getattr(model, "config", None)

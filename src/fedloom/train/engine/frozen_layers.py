@@ -20,7 +20,7 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
 from fedloom.train import peft_weights
 from fedloom.train.base_model import Base
-from fedloom.train.tokenised import Encoded
+from fedloom.train.tokenised import EncodedTexts
 
 CHUNK = {"cpu": 8}
 """Examples of one client, in order of length, whose activations are computed together; elsewhere 32."""
@@ -112,7 +112,7 @@ class Tower:
 
 def tower(base: Base, trained: Collection[str]) -> Tower | None:
     """The blocks, if some of them lie below all the layers that are trained; None if nothing does."""
-    found, depths = peft_weights.blocks(base.model), peft_weights.depths(base.model)
+    found, depths = peft_weights.transformer_blocks(base.model), peft_weights.layer_depths(base.model)
     if found is None or any(name not in depths for name in trained):
         return None
     path, blocks = found
@@ -127,7 +127,7 @@ class Features:
     """What the first trained block receives for the examples of one client, computed when first asked for."""
 
     base: Base
-    texts: Encoded
+    texts: EncodedTexts
     place: Tower
     order: tuple[int, ...]
     kept: Kept
@@ -142,13 +142,13 @@ class Features:
             inputs.pop("labels")
             rows = self.place.below(self.base.model, inputs)
             for i, row in zip(chunk, rows, strict=True):
-                self.kept[i] = row[self.texts.real(i, len(row))].clone()
+                self.kept[i] = row[self.texts.token_span(i, len(row))].clone()
         if missing:
             self.base.model.train(training)
         width, some = max(self.texts.lengths(batch)), self.kept[batch[0]]
         hidden = some.new_zeros(len(batch), width, some.shape[1])
         for row, i in zip(hidden, batch, strict=True):
-            row[self.texts.real(i, width)] = self.kept[i]
+            row[self.texts.token_span(i, width)] = self.kept[i]
         return hidden
 
     def _missing(self, batch: Sequence[int]) -> list[Sequence[int]]:
@@ -158,7 +158,7 @@ class Features:
 
 
 def features(
-    base: Base, texts: Encoded, place: Tower, shard: Sequence[int], fold: Adapter | None, cache: Cache, room: int
+    base: Base, texts: EncodedTexts, place: Tower, shard: Sequence[int], fold: Adapter | None, cache: Cache, room: int
 ) -> Features:
     """Those of this client over this fold: kept from an earlier task if nothing below has changed and `room` (bytes) holds them."""
     order = tuple(sorted(shard, key=lambda i: (len(texts.ids[i]), i)))

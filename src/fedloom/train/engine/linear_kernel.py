@@ -15,11 +15,11 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-GAIN = 1.15
+LEAST_GAIN = 1.15
 """How much faster a kernel has to be than torch's own to be taken: far from both what is measured where it gains and where not."""
 
 
-def available() -> bool:
+def onednn_available() -> bool:
     """Whether this torch has the operator and it computes."""
     try:
         one = torch.ones(1, 1)
@@ -28,9 +28,9 @@ def available() -> bool:
         return False
 
 
-def fastest() -> str:
+def fastest_kernel() -> str:
     """The name of the faster kernel, "onednn" or "torch", measured in a few milliseconds: processor seconds, the best of seven."""
-    if not available():
+    if not onednn_available():
         return "torch"
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(512, 384, generator=draw), torch.randn(384, 384, generator=draw)
@@ -43,10 +43,10 @@ def fastest() -> str:
 
     pairs = [(seconds(nn.functional.linear), seconds(_product)) for _ in range(8)][1:]
     plain, fast = (min(times) for times in zip(*pairs, strict=True))
-    return "onednn" if plain > GAIN * fast else "torch"
+    return "onednn" if plain > LEAST_GAIN * fast else "torch"
 
 
-def install(model: nn.Module, bfloat16: bool = False) -> int:
+def install_linear_kernel(model: nn.Module, bfloat16: bool = False) -> int:
     """Let every frozen `nn.Linear` of the model compute through oneDNN, or in bfloat16; returns how many there are.
 
     Not a head that PEFT keeps beside its trained copies: it is what each further copy is made of. Nor, in bfloat16, one that is
@@ -82,7 +82,7 @@ class FrozenLinear(nn.Linear):
         if self.weight.requires_grad or input.dtype != torch.float32 or input.device.type != "cpu":
             return super().forward(input)
         if torch.is_grad_enabled() and input.requires_grad:
-            apply = cast(Callable[..., Tensor], _Frozen.apply)
+            apply = cast(Callable[..., Tensor], _FrozenProduct.apply)
             return apply(input, self.weight, self._transposed(), self.bias)
         return _product(input, self.weight, self.bias)
 
@@ -99,7 +99,7 @@ class FrozenLinear(nn.Linear):
         return cast(Tensor, state["_weight_t"])
 
 
-class _Frozen(torch.autograd.Function):
+class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, transposed: Tensor, bias: Tensor | None) -> Tensor:
         ctx.transposed = transposed

@@ -18,49 +18,48 @@ import torch
 
 from fedloom.core.errors import Refused
 from fedloom.core.policies import Trainer
-from fedloom.train.workers.pool import Workers
-from fedloom.train.workers.shared_memory import Shared, share
-from fedloom.train.workers.worker import Worker, carry_out
+from fedloom.train.workers.shared_memory import SharedObject, share_object
+from fedloom.train.workers.worker import TrainingWorker, Workers, train_pickled
 
 MEMORY = Path("/dev/shm")
 """Where the shared base lies if there is room; else in the folder for temporary files, of which memory holds one copy too."""
 
 
-class Processes:
+class LocalProcesses:
     """A crew of local processes."""
 
-    died = (BrokenProcessPool,)
+    death_errors = (BrokenProcessPool,)
 
-    def __init__(self, trainer: Trainer, asked: Workers) -> None:
-        self.size = asked.count or 1
+    def __init__(self, trainer: Trainer, workers: Workers) -> None:
+        self.most_workers = workers.count or 1
         places = (MEMORY, Path(tempfile.gettempdir()))
         try:
-            self.shared = share(trainer, places)
+            self.shared = share_object(trainer, places)
         except OSError as error:
             remedy = (
                 f"no room for the shared base in {' or '.join(map(str, places))} ({error}); start a container "
                 "with a larger --shm-size, or set TMPDIR to a folder with room, or train with 1 worker"
             )
-            raise Refused("workers", str(asked), remedy) from error
+            raise Refused("workers", str(workers), remedy) from error
 
-        self.hired: list[Process] = []
+        self.started: list[LocalProcess] = []
 
-    def hire(self) -> Worker:
+    def start_worker(self) -> TrainingWorker:
         """A process of its own."""
-        self.hired.append(Process(self.shared))
-        return self.hired[-1]
+        self.started.append(LocalProcess(self.shared))
+        return self.started[-1]
 
     def close(self) -> None:
         """Free the memory, as far as this process itself does not use it."""
-        for process in self.hired:
+        for process in self.started:
             process.pool.shutdown()
         self.shared.file.close()
 
 
-class Process:
+class LocalProcess:
     """One process, in a pool of its own, so that its death is its own. It lives while this process holds the `leash`."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: SharedObject) -> None:
         context = get_context("spawn")
         held, self.leash = context.Pipe(duplex=False)
         self.pool = ProcessPoolExecutor(1, context, _begin, (shared, held, torch.get_num_threads()))
@@ -95,7 +94,7 @@ def _no_interrupt() -> Iterator[None]:
 _trainer: Trainer
 
 
-def _begin(shared: Shared, leash: Connection, threads: int) -> None:
+def _begin(shared: SharedObject, leash: Connection, threads: int) -> None:
     global _trainer
     threading.Thread(target=_end_with, args=(leash,), daemon=True).start()
     torch.set_num_threads(threads)
@@ -110,4 +109,4 @@ def _end_with(leash: Connection) -> None:
 
 
 def _train(group: bytes) -> bytes:
-    return carry_out(_trainer, group)
+    return train_pickled(_trainer, group)

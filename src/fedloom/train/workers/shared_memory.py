@@ -24,20 +24,20 @@ ALIGNMENT = 64
 """Bytes. Torch aligns its own memory so; some kernels round differently at another alignment."""
 
 
-def dumps(thing: object) -> bytes:
+def pickle_object(thing: object) -> bytes:
     """`thing` with its tensors by value: a view costs what it shows and not what lies behind it, no handle is left open."""
     stream = io.BytesIO()
     _Pickler(stream).dump(thing)
     return stream.getvalue()
 
 
-def loads(data: bytes, apart: Iterable[memoryview] = ()) -> Any:
+def unpickle_object(data: bytes, apart: Iterable[memoryview] = ()) -> Any:
     """The thing again, its tensors in memory of their own or, where they were put `apart`, in that memory."""
     return pickle.loads(data, buffers=apart)
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class SharedObject:
     """A thing in a file without a name: it is gone with the last process that has it open, however that ends.
 
     Every process maps the file copy-on-write: memory holds one copy of the tensors, and who writes to one has from then on the
@@ -49,7 +49,7 @@ class Shared:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For a child process that is just being spawned: it inherits the descriptor."""
-        return _inherited, (DupFd(self.file.fileno()), self.spans)
+        return _from_descriptor, (DupFd(self.file.fileno()), self.spans)
 
     def views(self) -> list[memoryview]:
         """The pickle and the tensors, mapped; a written page becomes private to this mapping."""
@@ -59,10 +59,10 @@ class Shared:
     def get(self) -> Any:
         """The thing, its tensors in the mapped memory."""
         head, *tensors = self.views()
-        return loads(bytes(head), tensors)
+        return unpickle_object(bytes(head), tensors)
 
 
-def share(thing: object, folders: Iterable[Path]) -> Shared:
+def share_object(thing: object, folders: Iterable[Path]) -> SharedObject:
     """Put `thing` into a file in the first folder with room for it; its tensors on the CPU move there too.
 
     Raises OSError if there is room nowhere, pickle.PicklingError where a part has no pickle (a lambda).
@@ -76,7 +76,7 @@ def share(thing: object, folders: Iterable[Path]) -> Shared:
     for part in parts:
         spans.append((end, len(part)))
         end += -(-len(part) // ALIGNMENT) * ALIGNMENT
-    shared = Shared(_file(end, folders), tuple(spans))
+    shared = SharedObject(_unnamed_file(end, folders), tuple(spans))
     for (first, _), part in zip(spans, parts, strict=True):
         shared.file.seek(first)
         shared.file.write(part)
@@ -84,7 +84,7 @@ def share(thing: object, folders: Iterable[Path]) -> Shared:
     shared.file.flush()
     for tensor, made in zip(pickler.tensors, shared.views()[1:], strict=True):
         if tensor.device.type == "cpu":
-            tensor.data = _viewed(made, tensor.dtype, tuple(tensor.shape), _plain(tensor).stride())
+            tensor.data = _tensor_view(made, tensor.dtype, tuple(tensor.shape), _contiguous(tensor).stride())
     return shared
 
 
@@ -105,20 +105,20 @@ class _Pickler(pickle.Pickler):
         if type(thing) not in (Tensor, nn.Parameter) or thing.layout != torch.strided:
             return NotImplemented
         self.tensors.append(thing)
-        plain = _plain(thing)
+        plain = _contiguous(thing)
         flat = plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
         facts = (thing.dtype, tuple(plain.shape), plain.stride(), thing.device, type(thing), thing.requires_grad)
         raw: Any = flat.numpy()  # a buffer, which numpy's types do not say
-        return _tensor, (pickle.PickleBuffer(raw), *facts)
+        return _rebuild_tensor, (pickle.PickleBuffer(raw), *facts)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _contiguous(tensor: Tensor) -> Tensor:
     """On the CPU and without gaps; the order of the dimensions in memory stays, which products may round by."""
     here = tensor.detach().cpu()
     return here if here.is_contiguous() else here.clone()
 
 
-def _tensor(
+def _rebuild_tensor(
     raw: bytearray | memoryview,
     dtype: torch.dtype,
     shape: tuple[int, ...],
@@ -128,18 +128,18 @@ def _tensor(
     gradient: bool,
 ) -> Tensor:
     """The tensor; bytes that came in the stream are copied to memory as torch aligns it, bytes apart are used in place."""
-    made = _viewed(raw, dtype, shape, stride)
+    made = _tensor_view(raw, dtype, shape, stride)
     made = (made if isinstance(raw, memoryview) else made.clone()).to(device)
     return nn.Parameter(made, gradient) if kind is nn.Parameter else made.requires_grad_(gradient)
 
 
-def _viewed(raw: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+def _tensor_view(raw: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     if not raw:  # torch makes no tensor of an empty buffer
         return torch.empty_strided(shape, stride, dtype=dtype)
     return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).as_strided(shape, stride)
 
 
-def _file(size: int, folders: Iterable[Path]) -> IO[bytes]:
+def _unnamed_file(size: int, folders: Iterable[Path]) -> IO[bytes]:
     """An open file without a name in the first folder that has `size` bytes free."""
     for folder in folders:
         if folder.is_dir() and shutil.disk_usage(folder).free > size:
@@ -147,5 +147,5 @@ def _file(size: int, folders: Iterable[Path]) -> IO[bytes]:
     raise OSError(f"{size / 1e6:,.0f} MB are needed")
 
 
-def _inherited(descriptor: Any, spans: tuple[tuple[int, int], ...]) -> Shared:
-    return Shared(os.fdopen(descriptor.detach(), "rb"), spans)
+def _from_descriptor(descriptor: Any, spans: tuple[tuple[int, int], ...]) -> SharedObject:
+    return SharedObject(os.fdopen(descriptor.detach(), "rb"), spans)

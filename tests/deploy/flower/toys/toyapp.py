@@ -11,13 +11,13 @@ from flwr.app import Context
 from flwr.serverapp import ServerApp
 from flwr.superlink.grid import HttpGrid
 
-from fedloom.deploy.flower.server_app import carry_out
-from fedloom.deploy.link import Link
+from fedloom.deploy.flower.server_app import run_server_app
+from fedloom.deploy.link import Transport
 
 app = ServerApp()
 
 
-def run(link: Link, folder: Path) -> str:
+def run(link: Transport, folder: Path) -> str:
     """One message at a time to every node, until a file `enough` is there; every reply is a line of `replies.jsonl`."""
     told = json.loads((folder / "deployment.json").read_text())
     if told.get("fail"):
@@ -42,4 +42,4 @@ def run(link: Link, folder: Path) -> str:
 
 @app.main()
 def main(grid: HttpGrid, context: Context) -> None:
-    carry_out(grid, context, run)
+    run_server_app(grid, context, run)

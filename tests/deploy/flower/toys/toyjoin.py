@@ -6,7 +6,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from fedloom.deploy.flower.join import Seat, join
+from fedloom.deploy.flower.join import SiteSetup, join_deployment
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     worker = [sys.executable, str(Path(__file__).with_name("toyworker.py")), str(folder / "w.sock"), seconds]
     say = partial(print, flush=True)
     try:
-        join(Seat(server, folder, folder / "w.sock", worker, ca, key), say)
+        join_deployment(SiteSetup(server, folder, folder / "w.sock", worker, ca, key), say)
     except KeyboardInterrupt:
         say("STOPPED")
 

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.core.errors import Refused
-from fedloom.deploy.flower.serve import serve
-from fedloom.deploy.flower.server_processes import Server
+from fedloom.deploy.flower.serve import serve_deployment
+from fedloom.deploy.flower.server_processes import ServerSetup
 
 
 def main() -> None:
@@ -17,8 +17,8 @@ def main() -> None:
     folder, port, facts, *more = sys.argv[1:]
     say = partial(print, flush=True)
     try:
-        server = Server(Path(folder), "127.0.0.1", int(port), "insecure" in more, "toyapp:app")
-        say("END", serve(server, json.loads(facts), "resume" in more, say))
+        server = ServerSetup(Path(folder), "127.0.0.1", int(port), "insecure" in more, "toyapp:app")
+        say("END", serve_deployment(server, json.loads(facts), "resume" in more, say))
     except Refused as error:
         say("REFUSED", error)
     except KeyboardInterrupt:

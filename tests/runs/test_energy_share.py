@@ -19,13 +19,13 @@ from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core.events import ClientJoined, Dispatch, Publish, TimerFired, UpdateArrived
-from fedloom.core.lora import Adapter, Factor, whole
+from fedloom.core.lora import Adapter, Factor, compact_with_fold
 from fedloom.core.policies import Aggregator
-from fedloom.core.types import Budget, Model, Start
+from fedloom.core.types import Budget, Model, TaskStart
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
-from fedloom.runs.metrics import Metrics, energy, kept
-from fedloom.runs.slot_usage import Places
+from fedloom.runs.metrics import Metrics, model_energy, energy_share
+from fedloom.runs.slot_usage import SlotUsage
 from fedloom.schedule.rounds import Rounds
 from tests.support import toys
 
@@ -41,9 +41,9 @@ def grown(method: Aggregator, rounds: int = 4, **layers: tuple[int, int]) -> Mod
     return model
 
 
-def by_definition(model: Model, start: Start) -> float:
+def by_definition(model: Model, start: TaskStart) -> float:
     """1 - |model - start|^2 / |model|^2 from whole matrices."""
-    ours, theirs = (toys.products(whole(*pair)) for pair in ((model.adapter, model.fold), (start.train, start.fold)))
+    ours, theirs = (toys.products(compact_with_fold(*pair)) for pair in ((model.adapter, model.fold), (start.train, start.fold)))
     missing = sum(float((ours[name] - theirs[name]).square().sum()) for name in ours)
     return 1 - missing / sum(float(product.square().sum()) for product in ours.values())
 
@@ -53,7 +53,7 @@ def by_definition(model: Model, start: Start) -> float:
 def test_it_is_one_minus_the_energy_of_what_is_missing(method: Aggregator, rank: int) -> None:
     model = grown(method)
     start = method.start(model, Budget(rank, 1), seed=7)
-    assert kept(model, start, energy(model)) == pytest.approx(by_definition(model, start), abs=1e-6)
+    assert energy_share(model, start, model_energy(model)) == pytest.approx(by_definition(model, start), abs=1e-6)
 
 
 @pytest.mark.parametrize("method", [RaFLoRA(), RaFLoRA(balanced=False), HLoRA(), FlexLoRA()], ids=toys.called)
@@ -61,7 +61,7 @@ def test_a_method_that_cuts_gives_the_energy_of_the_leading_directions(method: A
     model = grown(method)
     shares = energy_shares(model)
     for rank in range(1, RANK + 1):
-        given = kept(model, method.start(model, Budget(rank, 1), seed=7), energy(model))
+        given = energy_share(model, method.start(model, Budget(rank, 1), seed=7), model_energy(model))
         assert given == pytest.approx(sum(shares[:rank]), abs=1e-5)
 
 
@@ -71,21 +71,21 @@ def test_a_method_with_a_fold_hands_out_the_whole_model_at_any_rank(method: Aggr
     model = grown(method, rounds)
     for rank in (1, 3, RANK):
         start = method.start(model, Budget(rank, 1), seed=7)
-        assert kept(model, start, energy(model)) == pytest.approx(1, abs=1e-6)
+        assert energy_share(model, start, model_energy(model)) == pytest.approx(1, abs=1e-6)
 
 
 def test_a_start_that_is_twice_the_model_holds_nothing_of_it_and_the_opposite_less() -> None:
     model = Model(toys.adapter(RANK, 1))
     for by, share in ((2.0, 0.0), (-1.0, -3.0), (0.5, 0.75)):
         factors = {name: Factor(f.down, by * f.up) for name, f in model.adapter.factors.items()}
-        start = Start(Adapter(factors), "0")
-        assert kept(model, start, energy(model)) == pytest.approx(share, abs=1e-6)
+        start = TaskStart(Adapter(factors), "0")
+        assert energy_share(model, start, model_energy(model)) == pytest.approx(share, abs=1e-6)
 
 
 def test_a_model_without_energy_has_no_shares() -> None:
     model = FedSA().init(toys.fresh(RANK))
-    assert energy(model) == 0.0
-    assert kept(model, FedSA().start(model, Budget(2, 1), 0), 0.0) is None
+    assert model_energy(model) == 0.0
+    assert energy_share(model, FedSA().start(model, Budget(2, 1), 0), 0.0) is None
 
 
 def test_a_fold_costs_nothing_where_it_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,14 +95,14 @@ def test_a_fold_costs_nothing_where_it_is_sent_as_it_is(monkeypatch: pytest.Monk
         model = grown(method, 1, wide=(64, 64))
         assert model.fold is not None
         assert model.fold.factors["wide"].rank > 2 * RANK
-        kept(model, method.start(model, Budget(2, 1), 0), 1.0)
+        energy_share(model, method.start(model, Budget(2, 1), 0), 1.0)
     assert max(seen) <= 2 * RANK
 
 
 def lines(method: Aggregator, kind: str, rounds: int = 3) -> list[dict[str, Any]]:
     """What the metrics of a small run say."""
     file = io.StringIO()
-    metrics = Metrics(file, Places(3))
+    metrics = Metrics(file, SlotUsage(3))
     start = toys.fresh(4)
     server = toys.server(Rounds(3), method, start=start, assign=Plan(RandomRank(1, 4), 2))
     for profile in toys.profiles(3).values():

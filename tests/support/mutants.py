@@ -1,0 +1,495 @@
+"""Plausible bugs: each is a text of the package that stands there once, another in its place, and the tests that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+STORMS = "laws/test_every_schedule.py"
+METHODS = "laws/test_every_aggregator.py"
+WINDOWS = "laws/test_windows.py"
+DEPTHS = "laws/test_every_depth.py"
+TREES = "laws/test_every_tree.py"
+REGROUPED = "laws/test_regrouped_tree.py"
+EDGES = "hierarchy/test_tree.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A replacement somewhere in the package, and the test that must notice (a path or node id below `tests/`)."""
+
+    bug: str
+    old: str
+    new: str
+    test: str
+
+    def places(self, package: Path) -> list[Path]:
+        """Files that hold the old text, one for each time that it stands there."""
+        files = [(path, path.read_text(encoding="utf-8")) for path in sorted(package.rglob("*.py"))]
+        return [path for path, text in files for _ in range(text.count(self.old))]
+
+    def apply(self, package: Path) -> None:
+        """Put the bug into this copy of the package."""
+        (path,) = self.places(package)
+        path.write_text(path.read_text(encoding="utf-8").replace(self.old, self.new), encoding="utf-8")
+
+
+MUTANTS = [
+    Mutant(
+        "anyone may answer a task",
+        "client not in state.working or state.working[client][1] != number",
+        "number not in state.busy",
+        STORMS,
+    ),
+    Mutant(
+        "an answered task stays busy",
+        "task = self.state.busy.pop(number)",
+        "task = self.state.busy[number]",
+        STORMS,
+    ),
+    Mutant(
+        "a rejected answer closes its task",
+        "reason = fault(task, result)\n",
+        "reason = fault(task, result)\n                if reason:\n                    self._release(number)\n",
+        STORMS,
+    ),
+    Mutant(
+        "a reply is merged again and again",
+        "state.arrived, state.retained = list(merge.retain), len(merge.retain)",
+        "pass",
+        STORMS,
+    ),
+    Mutant(
+        "a cancelled client stays busy",
+        "Cancel(number, self._release(number).client)",
+        "Cancel(number, self.state.busy[number].client)",
+        STORMS,
+    ),
+    Mutant(
+        "a task id is used again",
+        "number, state.next_task = state.next_task, state.next_task + 1",
+        "number = max(state.busy, default=0) + 1",
+        STORMS,
+    ),
+    Mutant(
+        "wake in the past",
+        "max(time, state.now) for time in times",
+        "time for time in times",
+        STORMS,
+    ),
+    Mutant(
+        "a missed deadline is forgotten",
+        "(fleet.arrived or due > fleet.now)",
+        "due > fleet.now",
+        STORMS,
+    ),
+    Mutant(
+        "a deadline that fires for ever",
+        "return due if due is not None and (fleet.arrived or due > fleet.now) else None",
+        "return due",
+        STORMS,
+    ),
+    Mutant(
+        "what an edge threw away is not said",
+        "return [Discard(one.task.id, one.task.client, reason) for one in server.arrived[server.retained :]]",
+        "return []",
+        TREES,
+    ),
+    Mutant(
+        "an edge that comes back merges what it said was lost",
+        "del state.server.arrived[state.server.retained :]",
+        "pass",
+        EDGES,
+    ),
+    Mutant(
+        "an edge counts members of earlier tasks",
+        "self.state.shares, self.state.loss, self.state.due = {}, None, None",
+        "self.state.loss, self.state.due = None, None",
+        TREES,
+    ),
+    Mutant(
+        "edges number their tasks alike",
+        "state.server.next_task = k * BLOCK + 1",
+        "state.server.next_task = 1",
+        TREES,
+    ),
+    Mutant(
+        "a report arrives although its task was dropped",
+        "if entry[2].about != number",
+        "if True",
+        TREES,
+    ),
+    Mutant(
+        "an edge without members keeps its task",
+        "if not state.server.stopped and state.empty:",
+        "if False:",
+        TREES,
+    ),
+    Mutant(
+        "a tree forgets what is on its way",
+        "times += [self.branches.moving[0][0]] if self.branches.moving else []",
+        "",
+        TREES,
+    ),
+    Mutant(
+        "moments live on into the next task of the edge",
+        'basis=f"{outer.id}:{start.basis}"',
+        "basis=start.basis",
+        TREES,
+    ),
+    Mutant(
+        "members do all steps in every inner round",
+        "outer.budget.steps // outer.budget.rounds",
+        "outer.budget.steps",
+        EDGES,
+    ),
+    Mutant(
+        "weights do not sum to 1",
+        "weight / total if total > 0",
+        "weight if total > 0",
+        "schedule/test_rounds.py",
+    ),
+    Mutant(
+        "HLoRA as published forgets the client's scaling",
+        "return Start(grown, start.basis,",
+        "return Start(start.train, start.basis,",
+        METHODS,
+    ),
+    Mutant(
+        "raFLoRA does not divide by who holds a direction",
+        "share = merge.step / torch.where(reach > 0, reach, 1.0)",
+        "share = merge.step * torch.ones_like(reach)",
+        METHODS,
+    ),
+    Mutant(
+        "what nobody holds is lost",
+        "torch.where(reach > 0, 1.0 - merge.step, 1.0)",
+        "torch.full_like(reach, 1.0 - merge.step)",
+        METHODS,
+    ),
+    Mutant(
+        "what a client started from is added",
+        "yield 1.0, weigh(update.task.start.train.factors[name], -weight * share)",
+        "yield 1.0, weigh(update.task.start.train.factors[name], weight * share)",
+        METHODS,
+    ),
+    Mutant(
+        "dead directions are handed out",
+        "revive(cut(sorted_, budget.rank), budget.rank, derive(seed, name))",
+        "cut(sorted_, budget.rank)",
+        METHODS,
+    ),
+    Mutant(
+        "FedIT's directions die with a round of low ranks",
+        "revive(factor, rank, derive(model.basis, name))",
+        "factor",
+        METHODS,
+    ),
+    Mutant(
+        "what a client cannot train is not in its base",
+        "for i in range(rank) if i not in without",
+        "for i in range(rank) if i in without",
+        METHODS,
+    ),
+    Mutant(
+        "FedEx adds the mean of factors instead of taking it off",
+        "(1.0, scale(factor, -1.0))",
+        "(1.0, scale(factor, 1.0))",
+        METHODS,
+    ),
+    Mutant(
+        "a merge forgets what was folded before",
+        "before = [(1.0, model.fold.factors[name])] if model.fold and name in model.fold.factors else []",
+        "before = []",
+        METHODS,
+    ),
+    Mutant(
+        "modules are averaged over everybody",
+        "moved(model.adapter, merge, slot_weights)",
+        "moved(model.adapter, merge, lambda name, merge, rank: torch.ones(rank, dtype=torch.float64))",
+        METHODS,
+    ),
+    Mutant(
+        "a frozen side may be changed",
+        "if not sent.equal(back):",
+        "if sent.shape != back.shape:",
+        "core/test_validate_answer.py",
+    ),
+    Mutant(
+        "an edge contributes layers that no member trained",
+        "if name in state.trained}",
+        "}",
+        "hierarchy/test_tree.py",
+    ),
+    Mutant(
+        "what a region tells is learnt unseen",
+        "if reason := untellable(asked, event.told, self.shape):",
+        "if reason := None:",
+        "hierarchy/test_remote_edges.py",
+    ),
+    Mutant(
+        "a region is planned for whatever its members are",
+        "        return str(error)",
+        "        return None",
+        "hierarchy/test_remote_edges.py",
+    ),
+    Mutant(
+        "a region's report counts for layers that nobody trained",
+        "        self.state.busy[event.task] = task\n",
+        "",
+        "hierarchy/test_remote_edges.py",
+    ),
+    Mutant(
+        "what inner rounds wait is not learnt",
+        "barrier=followed([max(barrier(told), surprise(told, known)) for told in log.told]),",
+        "",
+        "hierarchy/joint_plan/test_joint_plan.py",
+    ),
+    Mutant(
+        "a pruned client is asked for its old rank",
+        "budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))",
+        "pass",
+        "core/test_server.py",
+    ),
+    Mutant(
+        "what did not change is paid for",
+        "(before != after).any(along).tolist().count(True)",
+        "after.shape[1 - along]",
+        "core/test_message_size.py",
+    ),
+    Mutant(
+        "the decomposition is not sorted",
+        "return Factor(right, left * values), energy",
+        "return Factor(right.flip(0), (left * values).flip(1)), energy",
+        METHODS,
+    ),
+    Mutant(
+        "NaN is a number",
+        "if not math.isfinite(size):",
+        "if size == math.inf:",
+        "core/test_validate_answer.py",
+    ),
+    Mutant(
+        "a client is drawn twice",
+        "moved[place] = moved.get(k, k)",
+        "pass",
+        "schedule/test_draw.py",
+    ),
+    Mutant(
+        "whoever stood last is lost",
+        "self._keys[place], self._values[place], self._places[last] = last, moved, place",
+        "self._keys[place], self._values[place] = last, moved",
+        "core/test_indexed_dict.py",
+    ),
+    Mutant(
+        "the anchor is added beside changes",
+        "return replace(merge, as_delta=True, anchor=None)",
+        "return replace(merge, as_delta=True)",
+        WINDOWS,
+    ),
+    Mutant(
+        "what the server has is in the window twice",
+        "shares = [(-1.0, model), (1.0 - merge.step, merge.anchor or model)]",
+        "shares = [(1.0 - merge.step, merge.anchor or model)]",
+        WINDOWS,
+    ),
+    Mutant(
+        "everybody started from the model of today",
+        "(merge.step * weight, update.base or model)",
+        "(merge.step * weight, model)",
+        WINDOWS,
+    ),
+    Mutant(
+        "folds are forgotten in a window",
+        """        if one.fold and name in one.fold.factors:
+            yield share, one.fold.factors[name]""",
+        "",
+        WINDOWS,
+    ),
+    Mutant(
+        "LoRA-A2 adds a change once for every version that it is in",
+        "adapter = added(moved(model.adapter, changes(merge), everyone), apart(model, merge))",
+        "adapter = moved(model.adapter, changes(merge), everyone)",
+        WINDOWS,
+    ),
+    Mutant(
+        "an average is in the sum of versions",
+        "return replace(update, base=update.base and last(update.base))",
+        "return update",
+        WINDOWS,
+    ),
+    Mutant(
+        "FedFa keeps one answer too many",
+        "_latest(fleet, self.dedup)[-self.window :]",
+        "_latest(fleet, self.dedup)[-self.window - 1 :]",
+        "schedule/test_fedfa.py",
+    ),
+    Mutant(
+        "FedFa begins with the model of today",
+        "anchor=None if self.delta_rate or filled == 1.0 else fleet.first",
+        "anchor=None",
+        "schedule/test_fedfa.py",
+    ),
+    Mutant(
+        "a version of nothing new",
+        "len(fleet.arrived) > fleet.retained, len",
+        "len(fleet.arrived) > 0, len",
+        "schedule/test_fedfa.py",
+    ),
+    Mutant(
+        "FedBuff's stale answers count less beside fresh ones alone",
+        "step=self._rate(fleet) * counted",
+        "step=self._rate(fleet)",
+        "schedule/test_fedbuff.py",
+    ),
+    Mutant(
+        "who waits for a version works on",
+        "for client in drawn if client not in waiting]",
+        "for client in drawn]",
+        "schedule/test_fedbuff.py",
+    ),
+    Mutant(
+        "FedAsync forgets the staleness",
+        "step = self.mixing * self.discount(staleness(fleet, update))",
+        "step = self.mixing",
+        "schedule/test_fedasync.py",
+    ),
+    Mutant(
+        "FedAsync throws away who came second",
+        "step, retain=tuple(others), cancel",
+        "step, cancel",
+        "schedule/test_fedasync.py",
+    ),
+    Mutant(
+        "whoever worked most goes on",
+        "return sorted(drawn, key=seconds)",
+        "return sorted(drawn, key=seconds, reverse=True)",
+        "schedule/test_draw.py",
+    ),
+    Mutant(
+        "the seconds of earlier tasks are forgotten",
+        "self.state.worked.get(task.client, 0.0) + self.state.now - task.sent",
+        "self.state.now - task.sent",
+        "core/test_server.py",
+    ),
+    Mutant(
+        "work is aborted a version late",
+        "if fleet.version + 1 - task.version > limit",
+        "if fleet.version - task.version > limit",
+        "schedule/test_staleness.py",
+    ),
+    Mutant(
+        "an aborted place stays taken",
+        "commands: list[Command] = [self._cancel(number) for number in merge.cancel]",
+        "commands: list[Command] = [Cancel(number, self.state.busy[number].client) for number in merge.cancel]",
+        STORMS,
+    ),
+    Mutant(
+        "seeds by hash()",
+        'int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1',
+        "hash(text) % 2**63",
+        "core/test_seeds.py",
+    ),
+    Mutant(
+        "a layer is divided by everybody",
+        "parts = tuple((w / total if total > 0 else 1 / len(chosen), self.update(update)) for w, update in chosen)",
+        "parts = tuple((w, self.update(update)) for w, update in chosen)",
+        DEPTHS,
+    ),
+    Mutant(
+        "a layer that nobody trained is averaged with nothing",
+        "if held else replace(piece, discarded=0.0)",
+        "if held else replace(piece, adapter=_without(piece.adapter, ()), memory={})",
+        DEPTHS,
+    ),
+    Mutant(
+        "a version cut twice is two versions",
+        "        if whole not in self.adapters:\n",
+        "        if True:\n",
+        DEPTHS,
+    ),
+    Mutant(
+        "layers of different memories are one",
+        "found.setdefault((held, known), (held, []))",
+        "found.setdefault(held, (held, []))",
+        DEPTHS,
+    ),
+    Mutant(
+        "the head goes with the lowest layers",
+        "dense=order[-1] in names)",
+        "dense=order[0] in names)",
+        DEPTHS,
+    ),
+    Mutant(
+        "what is not trained does not run",
+        "fold=Adapter(fold) if any(factor.rank for factor in below.values()) else start.fold,",
+        "fold=start.fold,",
+        DEPTHS,
+    ),
+    Mutant(
+        "the fold of a layer is forgotten below",
+        "fold[name] = stack([(1.0, fold[name]), (1.0, factor)]) if name in fold else factor",
+        "fold[name] = factor",
+        DEPTHS,
+    ),
+    Mutant(
+        "a step without learnt slope",
+        "covariance=(1 - gain) * (self.covariance + gain * deeper * longer),",
+        "covariance=self.covariance,",
+        "plan/test_costmodel.py",
+    ),
+    Mutant(
+        "depth is counted from the input",
+        "for name in names if self.depths[name] > depth)",
+        "for name in names if self.layers + 1 - self.depths[name] > depth)",
+        "core/test_model_shape.py",
+    ),
+    Mutant(
+        "what is not sent back is paid for",
+        "        return 4 * (self.adapter_parameters(rank, depth) + self.dense)",
+        "        return 4 * (self.adapter_parameters(rank) + self.dense)",
+        "core/test_model_shape.py",
+    ),
+    Mutant(
+        "a client moves while its edge is at work",
+        "if branches.edges[branches.edge_of[client]].server.outer is None",
+        "if True",
+        REGROUPED,
+    ),
+    Mutant(
+        "an edge loses its last member",
+        "for one in who if not after[one.edge]",
+        "for one in who if False",
+        REGROUPED,
+    ),
+    Mutant(
+        "a client that moved is still counted on where it was",
+        "self._edge(move.edge).handle(now, ClientLost(move.client))",
+        "pass",
+        REGROUPED,
+    ),
+    Mutant(
+        "a client that moved is not taken in",
+        "self._edge(move.to).handle(now, ClientJoined(here))",
+        "pass",
+        REGROUPED,
+    ),
+    Mutant(
+        "the root knows an edge by the members that it had",
+        "if known != root.groups[edge].edge and",
+        "if known is None and",
+        REGROUPED,
+    ),
+    Mutant(
+        "the tasks of a client that moved begin anew",
+        'for table in ("seen", "dispatched", "worked", "pruned"):',
+        'for table in ("seen", "worked", "pruned"):',
+        "hierarchy/test_regrouping.py",
+    ),
+    Mutant(
+        "what a member did is forgotten when it moves",
+        "_remembering(after, move.client, history(before, move.client))",
+        "after",
+        "hierarchy/test_regrouping.py",
+    ),
+]
