@@ -28,16 +28,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fedloom.core.lora import Adapter, Factor
 from tests.support.energy import FEDERATION, ROUNDS, energies
 from tests.support.malformed import malformed
+from tests.support.roundtrip import BAR as ROUNDTRIP_BAR
+from tests.support.roundtrip import roundtrip_errors
 from tests.support.same_bytes import start_twins
-from tests.support.tiny_models import RANKS, hush, settle, tiny_decoder, tiny_encoder, tiny_run
+from tests.support.tiny_models import RANKS, settle, tiny_decoder, tiny_encoder
 
-ROUNDTRIP_BAR = 1e-5
 ENERGY_BAR = 0.01
 MALFORMED = 20_000
 
@@ -50,66 +47,10 @@ def roundtrip_error(ranks: Sequence[int]) -> float:
     worst = 0.0
     for name, build in (("BERT", tiny_encoder), ("Llama", tiny_decoder)):
         with tempfile.TemporaryDirectory() as folder:
-            errors = roundtrip(build(Path(folder, "model")), Path(folder), ranks)
+            errors = roundtrip_errors(build(Path(folder, "model")), Path(folder), ranks)
         print(f"  {name:5s}  " + "  ".join(f"{what} {error:.1e}" for what, error in errors.items()), flush=True)
         worst = max(worst, *errors.values())
     return worst
-
-
-def roundtrip(model: Path, folder: Path, ranks: Sequence[int]) -> dict[str, float]:
-    """A run on this model, exported at each rank and merged: how far each is from the adapter in memory."""
-    from fedloom.runs.prepare import prepare
-    from fedloom.train.export import truncate_adapter, save_adapter, save_merged
-
-    hush()
-    job = prepare(tiny_run(model))
-    trained, names = job.execute(folder / "run").adapter, job.split.train.names
-    untrained = _logits(job, job.run.aggregator.init(_silent(trained)).adapter)
-    errors = {}
-    for rank in ranks:
-        held = _logits(job, truncate_adapter(trained, rank))
-        place = save_adapter(job.base, truncate_adapter(trained, rank), names, folder / f"r{rank}")
-        errors[f"rank {rank}"] = float((held - _loaded(job, place)).abs().max())
-    held = _logits(job, trained)
-    if float((held - untrained).abs().max()) < 0.01:
-        raise RuntimeError("the adapter does next to nothing, so this round trip would prove nothing")
-    place = save_merged(job.base, trained, names, folder / "merged")
-    errors["merged"] = float((held - _merged(job, place)).abs().max())
-    return errors
-
-
-def _silent(adapter: Adapter) -> Adapter:
-    """The same head on an adapter whose product is zero."""
-    return Adapter({n: Factor(f.down, torch.zeros_like(f.up)) for n, f in adapter.factors.items()}, adapter.dense)
-
-
-@torch.no_grad()
-def _predict(model: Any, job: Any) -> Tensor:
-    inputs = job.test_texts.batch(range(len(job.split.test)), torch.device("cpu"))
-    inputs.pop("labels")
-    logits: Tensor = model.eval()(**inputs).logits
-    return logits
-
-
-def _logits(job: Any, adapter: Adapter) -> Tensor:
-    job.base.put(adapter)
-    return _predict(job.base.model, job)
-
-
-def _loaded(job: Any, place: Path) -> Tensor:
-    """As a user loads it who has never heard of fedloom."""
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
-    pad_id = job.base.tokenizer.pad_token_id
-    plain = AutoModelForSequenceClassification.from_pretrained(job.run.model, num_labels=2, pad_token_id=pad_id)
-    return _predict(PeftModel.from_pretrained(plain, str(place)), job)
-
-
-def _merged(job: Any, place: Path) -> Tensor:
-    from transformers import AutoModelForSequenceClassification
-
-    return _predict(AutoModelForSequenceClassification.from_pretrained(str(place)), job)
 
 
 # The whole -----------------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """Near-IID groups against random ones: how near, how much less waiting, how fast, and how much of it noise leaves.
 
-    python -m bench.group [--quick] [--toy] [--topics]
+    python -m bench.group [--quick]
 
 80 and 1,000 clients in groups of ten; 120,000 labels of 4 classes (as AG News) or 10, divided by Dirichlet(0.1) over the clients; a
 client's seconds are five steps of its class (30 : 40 : 10 clients, 1 : 2.5 : 6 in speed, 0.5 s the slowest) and 9.6 Mbit down and up
 at U(1, 30) Mbit/s. KL is that of a group's labels from all, in nats, mean over groups, always of the true labels; random is the mean
 over 20 random groupings of the same sizes. At an epsilon, clients are grouped by what `histogram.noised` lets them tell. Medians
 over the seeds (minimum - maximum). Regrouped is after a tenth of the clients became four times slower or faster. Seconds are wall
-time on one thread. `--toy` prints what fixed and aligned frequencies cost instead (see `bench.aligned`), `--topics` how groups by
-topics do (`bench.topical`). The last line is one JSON object.
+time on one thread. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,13 +22,12 @@ from typing import Any
 
 import torch
 
-from bench import aligned, topical
-from bench.skewed import fleet
 from bench.timing import against
 from fedloom.core.seeds import rng
 from fedloom.data.private_histogram import noised
 from fedloom.hierarchy.grouping import Grouping, Groups, Member, NearIID, RandomGroups
 from fedloom.hierarchy.near_iid import label_divergence
+from tests.support.skewed_fleet import fleet
 
 SIZE, DEALS = 10, 20
 EPSILONS = (10.0, 1.0, 0.3, 0.1, 0.03)
@@ -52,7 +50,9 @@ def terms(groups: Groups, known: dict[str, Member]) -> tuple[float, float]:
     sums = torch.stack([torch.tensor([known[client].labels for client in group]).double().sum(0) for group in groups])
     whole = sums.sum(0)
     times = [[known[client].seconds for client in group] for group in groups]
-    return float(label_divergence(sums, (whole / whole.sum()).log()).mean()), fmean(max(own) - fmean(own) for own in times)
+    return float(label_divergence(sums, (whole / whole.sum()).log()).mean()), fmean(
+        max(own) - fmean(own) for own in times
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +140,8 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one seed for 1,000 clients, three for 80; within two minutes"
     )
-    parser.add_argument("--toy", action="store_true", help="what fixed and aligned frequencies cost instead")
-    parser.add_argument("--topics", action="store_true", help="groups of clients without labels instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.toy:
-        return print(json.dumps({"toy": aligned.table()}))
-    if options.topics:
-        return print(json.dumps({"topics": topical.table()}))
     seeds = {80: range(3), 1_000: range(1)} if options.quick else {80: range(10), 1_000: range(5)}
     print(json.dumps({"cases": [row(clients, classes, own) for clients, own in seeds.items() for classes in (4, 10)]}))
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import TypeAlias
 
-from fedloom.core.events import Command, Dispatch, Evaluate, Event, Reject, UpdateArrived
+from fedloom.core.events import Command, Evaluate, Event
 from fedloom.core.lora import Adapter
 from fedloom.core.seeds import rng
 from fedloom.core.types import ClientId, Task
 from fedloom.data.skew import Skew
 from fedloom.data.text_measures import words
 from fedloom.runs.job import Job
-from fedloom.train.engine.frozen_layers import Cache
+from fedloom.runs.observation import RunObservation, TaskAnswered, TaskSent
+from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.evaluate import AnswerScores, Scores, score
 from fedloom.train.tokenised import EncodedTexts
 
@@ -29,7 +30,8 @@ Bins: TypeAlias = tuple[tuple[int, ...], ...]
 @dataclass(frozen=True, slots=True)
 class LocalScore:
     """A client's model after a task that began from `version`: accuracy on the common test examples, and on its `own` held-out
-    ones (None: it has none)."""
+    ones (None: it has none).
+    """
 
     version: int
     client: ClientId
@@ -81,10 +83,11 @@ class Study:
     job: Job
     bins: Bins
     common: tuple[int, ...]
-    tasks: dict[int, Task] = field(default_factory=dict)
+    observation: RunObservation = field(default_factory=RunObservation)
+    tasks: set[int] = field(default_factory=set)
     locals: list[LocalScore] = field(default_factory=list)
     versions: list[GlobalScore] = field(default_factory=list)
-    cache: Cache = field(default_factory=Cache)
+    cache: ActivationCache = field(default_factory=ActivationCache)
 
     @classmethod
     def of(cls, job: Job, along: Skew | None = None, common: int = 200) -> Study:
@@ -95,16 +98,17 @@ class Study:
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """Score what this event brought."""
-        for command in commands:
-            if isinstance(command, Evaluate):
-                model, texts = command.model, self.job.test_texts
-                found = self._scores(model.adapter, model.fold, texts, self.job.tested)
-                self.versions.append(global_score(command.version, found, self.bins, self.common))
-        tasks = (command.task for command in commands if isinstance(command, Dispatch))
-        self.tasks.update((task.id, task) for task in tasks if self._scored(task.version))
-        task = self.tasks.pop(event.task, None) if isinstance(event, UpdateArrived) else None
-        if task and isinstance(event, UpdateArrived) and Reject not in map(type, commands):
-            self.locals.append(self._local(task, event.result.adapter))
+        for fact in self.observation.read(now, event, commands):
+            match fact:
+                case Evaluate(version, model):
+                    found = self._scores(model.adapter, model.fold, self.job.test_texts, self.job.tested)
+                    self.versions.append(global_score(version, found, self.bins, self.common))
+                case TaskSent(task) if self._scored(task.version):
+                    self.tasks.add(task.id)
+                case TaskAnswered(_, number, result, task, refused) if number in self.tasks:
+                    self.tasks.remove(number)
+                    if task and not refused:
+                        self.locals.append(self._local(task, result.adapter))
 
     def rounds(self) -> list[Round]:
         """What was found so far, version by version."""

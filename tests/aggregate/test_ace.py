@@ -15,20 +15,20 @@ from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.aggregate.shared.client_changes import CHANGE, TRAINED
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.types import Model, Update
-from tests.support.equations import Round, Values, mean_of_last, now_last, redirected, told, values, where
+from tests.support.equations import Round, Values, mean_of_last, memory_values, now_last, redirected, values, where
 from tests.support.oracles import oracle_of
 from tests.support.toys import adapter, changed, mean_of, returned, sent
 
 
 def oracle(m: ACE, r: Round) -> Values:
     """The wrapped method's equation as delta, had every client changed by the mean of all last changes."""
-    now, before = now_last(r), told(r, TRAINED)
+    now, before = now_last(r), memory_values(r, TRAINED)
     ever = dict(before)
     for c in r.clients:
         on = {key: where(c, key, own) for key, own in r.own.items()}
         old = before.get(c.name)
         ever[c.name] = {key: torch.maximum(x, old[key].expand_as(x)) if old else x for key, x in on.items()}
-    u = mean_of_last(r.own, told(r, CHANGE) | now, ever, m.clients)
+    u = mean_of_last(r.own, memory_values(r, CHANGE) | now, ever, m.clients)
     after = oracle_of(m.inner)(m.inner, replace(redirected(r, lambda c, key: u[key]), delta=True))
     return after | {f"{CHANGE}{name}:{key}": x for name, one in now.items() for key, x in one.items()}
 

@@ -29,7 +29,17 @@ from fedloom.core.lora import Adapter, Factor, map_tensors
 from fedloom.core.policies import Aggregator
 from fedloom.core.types import Model, Update
 from tests.support import toys
-from tests.support.equations import Round, Values, delta, last_change, mean_of_last, now_last, redirected, told, values
+from tests.support.equations import (
+    Round,
+    Values,
+    delta,
+    last_change,
+    mean_of_last,
+    memory_values,
+    now_last,
+    redirected,
+    values,
+)
 from tests.support.oracles import dead, oracle_of
 from tests.support.toys import adapter, answers, changed, mean_of, returned, sent
 
@@ -38,7 +48,7 @@ BOTH: Any = [CA2FL, ACE]
 
 def oracle(m: CA2FL, r: Round) -> Values:
     """The wrapped method's equation, of corrected answers: sum_k p_k (Delta_k - h_k + h)."""
-    h = mean_of_last(r.own, told(r, CHANGE), told(r, TRAINED), m.clients)
+    h = mean_of_last(r.own, memory_values(r, CHANGE), memory_values(r, TRAINED), m.clients)
     corrected = redirected(r, lambda c, key: delta(c, key, r.own[key]) - last_change(r, c.name, key) + h[key])
     after = oracle_of(m.inner)(m.inner, corrected)
     known = {} if dead(r, after) else now_last(r)
@@ -106,13 +116,13 @@ def test_mixed_ranks_and_stale_bases(inner: Aggregator) -> None:
                 new[key] = new[key].clone()
                 new[key][rows] += eta * share * (moved(update)[key] - old[rows] + common[key][rows])
         for client, update in zip(who, given, strict=True):
-            h[client], on[client] = told_now(w, h.get(client), on.get(client), update, ranks[client])
+            h[client], on[client] = remember_answer(w, h.get(client), on.get(client), update, ranks[client])
         w = new
         models.append(method.merge(models[-1], mean_of(given, p, step=eta, as_delta=True)))
         close(models[-1], w)
 
 
-def told_now(w: Values, h: Values | None, on: Values | None, update: Update, rank: int) -> tuple[Values, Values]:
+def remember_answer(w: Values, h: Values | None, on: Values | None, update: Update, rank: int) -> tuple[Values, Values]:
     """h_k and what k has ever trained, after this answer."""
     h = {key: x.clone() for key, x in (h or {key: torch.zeros_like(x) for key, x in w.items()}).items()}
     on = {key: x.clone() for key, x in (on or {key: torch.zeros_like(x) for key, x in w.items()}).items()}

@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
 
 import fedloom.aggregate
-from fedloom.aggregate.ace import ACE
-from fedloom.aggregate.adam import Adam
-from fedloom.aggregate.ca2fl import CA2FL
-from fedloom.aggregate.clip import Clip
-from fedloom.aggregate.fadas import FADAS
-from fedloom.aggregate.fedplora import FedPLoRA
-from fedloom.aggregate.fedsa import FedSA
-from fedloom.aggregate.ffa import FFA
-from fedloom.aggregate.flora import FLoRA
-from fedloom.aggregate.hetlora import HetLoRA
-from fedloom.aggregate.hlora import HLoRA
-from fedloom.aggregate.lora_a2 import LoRAA2
-from fedloom.aggregate.momentum import Momentum
-from fedloom.aggregate.noise import Noise
-from fedloom.aggregate.product_delta import ProductDelta
-from fedloom.aggregate.raflora import RaFLoRA
-from fedloom.aggregate.rolora import RoLoRA
-from fedloom.aggregate.scaffold import Scaffold
-from fedloom.core.lora import Adapter, Factor, cut_factor
 from fedloom.core.policies import Aggregator, Merge
-from fedloom.core.types import Model, Task, Update
+from fedloom.core.types import Model
 from tests.support import toys
-from tests.support.equations import Round, Values, round_of, values
+from tests.support.equations import round_of
+from tests.support.oracle_cases import BAR, FORMS, MORE, TOP, Answer, answered, errors
 from tests.support.oracles import ORACLES, oracle_of
 from tests.support.storms import tries
-from tests.support.toys import distance, returned, sent
-
-TOP, BAR = 8, 1e-6
-MORE: list[Any] = [
-    HLoRA(rank=5), RaFLoRA(rank=3), ProductDelta(rank=5), HetLoRA(prune=False), LoRAA2(freeze_head=True),
-    Clip(HLoRA(), 0.5), Clip(FLoRA(), 0.1), Clip(FedSA(), 1e6), Noise(Clip(FFA(), 0.5), 0.3, seed=3), Noise(Clip(RoLoRA())),
-    Momentum(RoLoRA(), 0.5, 0.7), Momentum(FedPLoRA()), Momentum(Clip(FFA())), Adam(FFA()), Adam(LoRAA2()),
-    Scaffold(FedPLoRA(), 5), Scaffold(Momentum()), CA2FL(FedPLoRA(), 4), CA2FL(RoLoRA(), 4), CA2FL(FedSA(), 4), CA2FL(LoRAA2(), 4),
-    CA2FL(Clip(FFA(), 0.5), 4), ACE(FedPLoRA(), 4), ACE(RoLoRA(), 4), ACE(Momentum(), 4), FADAS(RoLoRA()), FADAS(CA2FL(), 0.01),
-]  # fmt: skip
-"""Parameters and combinations that are worth comparing besides the default ones."""
+from tests.support.toys import sent
 
 
 def test_every_method_has_an_oracle_and_every_oracle_a_method() -> None:
@@ -56,20 +27,9 @@ def test_every_method_has_an_oracle_and_every_oracle_a_method() -> None:
     assert all(callable(oracle_of(cls())) for cls in methods)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A participant: rank, weight before they are made to sum to 1, whether it answers the version before the last, and prunes."""
-
-    rank: int
-    weight: int
-    late: bool
-    prune: bool
-
-
 ANSWERS = st.lists(
     st.builds(Answer, st.integers(1, TOP), st.integers(0, 9), st.booleans(), st.booleans()), min_size=1, max_size=4
 ).filter(lambda drawn: any(answer.weight for answer in drawn))
-FORMS = st.tuples(st.sampled_from([1.0, 1.0, 0.3]), st.booleans())
 MERGES = st.lists(st.tuples(ANSWERS, FORMS), min_size=1, max_size=3)
 EVERYTHING = [
     ([Answer(8, 3, False, False), Answer(3, 2, False, True), Answer(8, 4, False, False)], (1.0, False)),
@@ -80,36 +40,6 @@ EVERYTHING = [
 """Full and low ranks, late, pruned and weightless answers; a whole step, mixing steps, changes; directions that nobody holds."""
 
 
-def trained(task: Task) -> Adapter:
-    """Every free entry moves by a share of its direction's length, so that a graded spectrum stays graded."""
-    start, draw = task.start, torch.Generator().manual_seed(task.seed)
-    factors = {}
-
-    def step(x: Tensor, lengths: Tensor | float) -> Tensor:
-        return x + 0.2 * lengths * torch.randn(x.shape, generator=draw) / x.shape[-1] ** 0.5
-
-    for number, (name, f) in enumerate(start.train.factors.items()):
-        slope = 0.8 ** torch.arange(f.rank) * (1.0 + number)
-        down = f.down if "down" in start.rules.frozen else step(f.down, f.down.norm(dim=1, keepdim=True))
-        up = f.up if "up" in start.rules.frozen else step(f.up, torch.maximum(f.up.norm(dim=0), slope))
-        factors[name] = Factor(down, up)
-    head = {n: t if "dense" in start.rules.frozen else step(t, 1.0) for n, t in start.train.dense.items()}
-    return Adapter(factors, head)
-
-
-def answered(task: Task, prune: bool) -> Update:
-    """The answer: pruned where that is allowed, with a change of the control variate where one was sent."""
-    update = returned(task, trained(task))
-    if prune and task.start.rules.pruning:
-        rank = task.start.rules.pruning.rank_after(task.budget.rank)
-        left = update.result.adapter
-        left = Adapter({n: cut_factor(f, rank) for n, f in left.factors.items()}, left.dense)
-        update = replace(update, result=replace(update.result, adapter=left))
-    if task.start.control:
-        update = replace(update, result=replace(update.result, control=toys.changed(task.start.control, task.seed)))
-    return update
-
-
 def merge_of(method: Aggregator, models: list[Model], answers: list[Answer], form: tuple[float, bool]) -> Merge:
     """Answers to the last model, or to the one before it."""
     total, parts = sum(answer.weight for answer in answers), []
@@ -118,28 +48,6 @@ def merge_of(method: Aggregator, models: list[Model], answers: list[Answer], for
         task = replace(sent(method, model, answer.rank, 100 * len(models) + k), client=f"c{k}")
         parts.append((answer.weight / total, answered(task, answer.prune)))
     return Merge(tuple(parts), *form)
-
-
-def errors(model: Model, r: Round, wanted: Values) -> dict[str, float]:
-    """The relative error of everything that the oracle speaks of; rows that a method draws anew are nobody's to foretell.
-
-    What a wrapper remembers is a difference of float32 models, so its error is relative to the model.
-    """
-    own, found = values(model.adapter), {}
-    for key, want in wanted.items():
-        name, _, entry = key.rpartition(":")
-        if name:
-            scale = max(float(want.norm()), float(r.own[entry].norm()))
-            found[key] = float((values(model.memory[name])[entry] - want).norm()) / scale
-        elif key in model.adapter.factors:
-            fold = toys.product(model.fold.factors[key]) if model.fold and key in model.fold.factors else 0.0
-            found[key] = distance({key: toys.product(model.adapter.factors[key]) + fold}, {key: want})
-        elif key.endswith(".A"):
-            alive = (want.norm(dim=1) + wanted[f"{key[:-2]}.B"].norm(dim=1) > 1e-12)[:, None]
-            found[key] = distance({key: own[key] * alive}, {key: want})
-        else:
-            found[key] = distance({key: own[key]}, {key: want})
-    return found
 
 
 @pytest.mark.parametrize("method", toys.aggregators() + MORE, ids=toys.called)

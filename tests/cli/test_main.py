@@ -220,7 +220,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     assert fedloom("run", path, *options, "--out", "alone").code == 0
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointWriter, "__call__", CheckpointWriter.write)  # half a minute is long
-        patched.setattr("fedloom.cli.main.watcher", lambda *_: _interrupting)
+        patched.setattr("fedloom.cli.main.progress_observer", lambda *_: _interrupting)
         said = fedloom("run", path, *options, "--out", "my runs/out")
     assert said.code == 130
     command = f"fedloom run mine.py {' '.join(options)} --resume 'my runs/out'"
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     assert fedloom("run", path, *options, "--out", "alone").code == 0
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointWriter, "__call__", CheckpointWriter.write)
-        patched.setattr("fedloom.cli.main.watcher", lambda *_: _filling)
+        patched.setattr("fedloom.cli.main.progress_observer", lambda *_: _filling)
         said = fedloom("run", path, *options, "--out", "out")
     assert said.code == 2
     assert "Traceback" not in said.err

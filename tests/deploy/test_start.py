@@ -15,14 +15,14 @@ from fedloom import (
     FedFa,
     FedSA,
     FixedRank,
+    GradientScore,
     Half,
     Hierarchy,
+    JointPlan,
     Limits,
     Plan,
-    JointPlan,
     ProductDelta,
     Scaffold,
-    GradientScore,
     Training,
 )
 from fedloom.core.errors import Refused

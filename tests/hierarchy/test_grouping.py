@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -26,7 +27,7 @@ from fedloom.hierarchy.grouping import (
     Member,
     NearIID,
     RandomGroups,
-    drifted,
+    time_drift,
 )
 from tests.support.storms import tries
 
@@ -199,15 +200,19 @@ def test_given_groups_are_what_was_written() -> None:
     assert how(fleet(3), 9) == (("c002", "c000"), ("c001",))
 
 
+def seconds_of(members: Sequence[Member]) -> dict[str, float]:
+    return {member.client: member.seconds for member in members}
+
+
 def test_times_drift_when_they_move_apart_not_when_all_are_slower() -> None:
     before = fleet(20)
     slower = [replace(member, seconds=3 * member.seconds) for member in before]
     apart = [replace(member, seconds=member.seconds * (2 if place % 2 else 0.5)) for place, member in enumerate(before)]
-    assert not drifted(before, before, 0.0)
-    assert not drifted(before, slower, 0.01)
-    assert drifted(before, apart, 0.99)  # exactly twice or half: log 2 on average
-    assert not drifted(before, apart, 1.01)
-    assert drifted(before, [replace(member, client=f"new {member.client}") for member in before])
+    others = [replace(member, client=f"new {member.client}") for member in before]
+    assert time_drift(seconds_of(before), seconds_of(before)) == 0.0
+    assert time_drift(seconds_of(before), seconds_of(slower)) < 0.01
+    assert time_drift(seconds_of(before), seconds_of(apart)) == pytest.approx(1.0)  # exactly twice or half
+    assert time_drift(seconds_of(before), seconds_of(others)) == math.inf
 
 
 def test_regrouping_keeps_clients_where_they_are() -> None:

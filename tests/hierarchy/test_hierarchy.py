@@ -14,18 +14,17 @@ import pytest
 import torch
 
 from fedloom import (
+    BestRoundTime,
     FedFa,
+    GradientScore,
     Hierarchy,
-    HLoRA,
+    JointPlan,
     Limits,
     Link,
-    BestRoundTime,
     Plan,
-    JointPlan,
     RandomRank,
     Refused,
     Rounds,
-    GradientScore,
     World,
     by_work,
     prepare,
@@ -35,36 +34,26 @@ from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.data.private_histogram import noised
 from fedloom.hierarchy.grouping import Given, Member
 from fedloom.hierarchy.tree import Tree
-from fedloom.report.tables import group_table
 from fedloom.report.page import write_report
 from fedloom.report.run_log import read_run_log
+from fedloom.report.tables import group_table
 from fedloom.runs.prepare import devices_of
-from fedloom.runs.replay import Replayed, server_from_manifest, replay
+from fedloom.runs.replay import Replayed, replay, server_from_manifest
 from fedloom.runs.run_file import override
 from fedloom.simulate.simulation import Simulation
 from fedloom.train.base_model import initial_adapter
-from tests.runs.test_resume import interrupted
-from tests.simulate.test_simulation import Log
 from tests.support import toys
+from tests.support.folder_runs import GROUPS, grouped_run, interrupt_run
 from tests.support.same_bytes import COMPARED
+from tests.support.simulated_runs import Log
 from tests.support.tiny_runs import base_of, tiny_run, trainer_of
-
-GROUPS = Given((("c00", "c03", "c05"), ("c01", "c02", "c04")))
-
-
-def led(encoder: Path, **more: Any) -> Any:
-    """FedFa over HLoRA over two groups, on slow links to a distant server."""
-    given: dict[str, Any] = {"aggregator": HLoRA(), "limits": Limits(versions=6)}
-    given |= {"schedule": FedFa(window=2, max_in_flight=2, weigh=by_work)}
-    given |= {"hierarchy": Hierarchy(GROUPS, rounds=2, link=Link(1e6, 1e6), inner_speedup=4.0)}
-    return tiny_run(encoder, **(given | more))
 
 
 @pytest.fixture(scope="module")
 def recorded(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, its answers kept; tests must not write into it."""
     out = tmp_path_factory.mktemp("led") / "out"
-    prepare(led(encoder)).execute(out, keep_updates=True)
+    prepare(grouped_run(encoder)).execute(out, keep_updates=True)
     return out
 
 
@@ -107,7 +96,7 @@ def planned(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planning(encoder: Path) -> Any:
     """Two groups; the root chooses rounds and depth of each."""
     plan = JointPlan(BestRoundTime(GradientScore(4, 4, rank=4)), batch_tokens=100)
-    return led(
+    return grouped_run(
         encoder, schedule=Rounds(2, weigh=by_work), hierarchy=Hierarchy(GROUPS, plan=plan), limits=Limits(versions=4)
     )
 
@@ -124,7 +113,7 @@ def test_a_plan_is_in_the_folder_and_in_the_report(planned: Path, tmp_path: Path
 def test_a_planned_run_replays_and_goes_on_to_the_same_files(encoder: Path, planned: Path, tmp_path: Path) -> None:
     """Law 10: what the plan knows is in the checkpoint, and follows from the answers alone."""
     assert replay(planned) == Replayed((planned / "trace.jsonl").read_bytes().count(b"\n"))
-    out = interrupted(planning(encoder), tmp_path / "out", version=3, checkpoint_seconds=0.0)
+    out = interrupt_run(planning(encoder), tmp_path / "out", version=3, checkpoint_seconds=0.0)
     prepare(planning(encoder), resume=out).execute(report=False)
     for name in (*COMPARED, "manifest.json"):
         assert (out / name).read_bytes() == (planned / name).read_bytes(), name
@@ -145,10 +134,10 @@ def test_replay_finds_another_inner_version(recorded: Path, tmp_path: Path) -> N
 
 
 def test_an_interrupted_run_goes_on_to_the_same_files(encoder: Path, recorded: Path, tmp_path: Path) -> None:
-    out = interrupted(led(encoder), tmp_path / "out", version=4, checkpoint_seconds=0.0)
-    job = prepare(led(encoder), resume=out)
+    out = interrupt_run(grouped_run(encoder), tmp_path / "out", version=4, checkpoint_seconds=0.0)
+    job = prepare(grouped_run(encoder), resume=out)
     assert job.resumed_from is not None
-    assert "version 3" in job.resumed_from.where
+    assert "version 3" in job.resumed_from.resume_point
     job.execute(report=False)
     for name in (*COMPARED, "manifest.json"):
         assert (out / name).read_bytes() == (recorded / name).read_bytes(), name
@@ -167,8 +156,8 @@ class Overheard:
 
 def test_with_epsilon_groups_are_told_noisy_counts_and_nothing_else(encoder: Path) -> None:
     true, noisy = Overheard(), Overheard()
-    prepare(led(encoder, hierarchy=Hierarchy(true)))
-    job = prepare(led(encoder, hierarchy=Hierarchy(noisy, epsilon=0.5)))
+    prepare(grouped_run(encoder, hierarchy=Hierarchy(true)))
+    job = prepare(grouped_run(encoder, hierarchy=Hierarchy(noisy, epsilon=0.5)))
     assert [sum(member.labels) for member in true.told] == [len(shard.train) for shard in job.shards]
     expected = [noised(member.labels, 0.5, job.run.seed, member.client) for member in true.told]
     assert [member.labels for member in noisy.told] == expected
@@ -178,33 +167,35 @@ def test_with_epsilon_groups_are_told_noisy_counts_and_nothing_else(encoder: Pat
 
 
 def test_another_grouping_is_another_run(encoder: Path, tmp_path: Path) -> None:
-    out = interrupted(led(encoder), tmp_path / "out", version=2)
+    out = interrupt_run(grouped_run(encoder), tmp_path / "out", version=2)
     other = Given((("c00", "c01", "c05"), ("c03", "c02", "c04")))
     with pytest.raises(Refused, match=r"hierarchy\.groups"):
-        prepare(led(encoder, hierarchy=Hierarchy(other, link=Link(1e6, 1e6), inner_speedup=4.0)), resume=out)
+        prepare(grouped_run(encoder, hierarchy=Hierarchy(other, link=Link(1e6, 1e6), inner_speedup=4.0)), resume=out)
 
 
 @pytest.mark.slow
 def test_two_workers_give_the_same_bytes(encoder: Path, recorded: Path, tmp_path: Path) -> None:
-    prepare(led(encoder)).execute(tmp_path / "out", workers=2, report=False)
+    prepare(grouped_run(encoder)).execute(tmp_path / "out", workers=2, report=False)
     for name in COMPARED:
         assert (tmp_path / "out" / name).read_bytes() == (recorded / name).read_bytes(), name
 
 
 def test_members_are_nearer_to_their_edge_and_an_edge_on_the_server_costs_no_time(encoder: Path) -> None:
-    run = led(encoder)
+    run = grouped_run(encoder)
     sizes = {f"c{k:02d}": 32 for k in range(6)}
     far, near = (one.profiles(sizes, 0) for one in (run.world, devices_of(run)))
     assert [one.up_bps for one in near] == [4.0 * one.up_bps for one in far]
     assert len(far) == 6
-    assert devices_of(led(encoder, hierarchy=Hierarchy(GROUPS))) == run.world
-    job = prepare(led(encoder, hierarchy=Hierarchy(GROUPS), limits=Limits(versions=1)))
+    assert devices_of(grouped_run(encoder, hierarchy=Hierarchy(GROUPS))) == run.world
+    job = prepare(grouped_run(encoder, hierarchy=Hierarchy(GROUPS), limits=Limits(versions=1)))
     assert isinstance(job.server, Tree)
-    assert job.server.root.transfer is None
+    assert job.server.root.server.transfer is None
 
 
 def test_settings_reach_into_the_hierarchy(encoder: Path) -> None:
-    run = override(led(encoder), ["hierarchy.rounds=3", "hierarchy.link=None", "hierarchy.schedule=FedFa(window=2)"])
+    run = override(
+        grouped_run(encoder), ["hierarchy.rounds=3", "hierarchy.link=None", "hierarchy.schedule=FedFa(window=2)"]
+    )
     assert (run.hierarchy.rounds, run.hierarchy.link, run.hierarchy.schedule) == (3, None, FedFa(window=2))
     assert override(tiny_run(encoder), ["hierarchy=Hierarchy(rounds=4)"]).hierarchy == Hierarchy(rounds=4)
 

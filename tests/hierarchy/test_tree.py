@@ -27,6 +27,7 @@ from fedloom.core.events import (
     EdgeLost,
     EdgeReturned,
     Event,
+    InsideEdge,
     Publish,
     Reject,
     Report,
@@ -34,7 +35,6 @@ from fedloom.core.events import (
     TaskReceived,
     TimerFired,
     UpdateArrived,
-    InsideEdge,
 )
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter, stack_with_fold
@@ -42,16 +42,15 @@ from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Fleet
 from fedloom.core.types import Budget, Profile, Task, Update
 from fedloom.core.validate_answer import why_invalid
-from fedloom.hierarchy.edge import MemberBudget, Edge
-from fedloom.hierarchy.edge import model_as_answer
+from fedloom.hierarchy.edge import Edge, MemberBudget, model_as_answer
 from fedloom.hierarchy.grouping import Given, Member
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.tree import Tree
 from fedloom.hierarchy.tree_state import BLOCK, Link
 from fedloom.schedule.shared.weights import by_work
 from fedloom.simulate.simulation import Simulation
-from tests.simulate.test_simulation import JITTER, QUADRATIC, Log
 from tests.support import toys
+from tests.support.simulated_runs import JITTER, QUADRATIC, Log
 
 GIVEN: dict[str, Any] = {"start": toys.fresh(4), "assign": Plan(RandomRank(2, 4), 12)}
 
@@ -197,7 +196,9 @@ def test_layers_that_nobody_trains_are_in_the_fold_of_every_member(method: Aggre
     both = {**(sent.fold.factors if sent.fold else {}), "query": fold.factors["query"]}
     task = Task(9, "edge0", 0, replace(sent, fold=Adapter(both)), Budget(4, 6, rounds=2), 0, 0.0)
     model = method.init(sent.train)
-    policies = toys.server(Rounds(cohort_size=2), method, start=model.adapter, assign=MemberBudget(Plan(RandomRank(2, 4), 9)))
+    policies = toys.server(
+        Rounds(cohort_size=2), method, start=model.adapter, assign=MemberBudget(Plan(RandomRank(2, 4), 9))
+    )
     edge = Edge(policies)
     for profile in toys.profiles(2).values():
         edge.handle(0.0, ClientJoined(profile))
@@ -261,7 +262,7 @@ def test_a_layer_that_no_member_of_an_edge_trained_is_none_of_its_contribution()
     for one in tasks_of(commands):
         answers[one.client] = toys.changed(one.start, one.id)
         arrived = UpdateArrived(one.client, one.id, toys.make_result(answers[one.client], steps=4))
-        (report,) = within(tree.handle(tree.branches.now, arrived), Report)
+        (report,) = within(tree.handle(tree.below.now, arrived), Report)
         assert report.command.result.adapter.factors.keys() == answers[one.client].factors.keys()
     while not tree.state.stopped:
         commands = tree.handle(tree.wake(), TimerFired())
@@ -409,7 +410,7 @@ def test_methods_that_do_not_go_together_are_refused(method: Aggregator, inner: 
 
 def test_what_is_wrapped_around_the_method_stays_above() -> None:
     tree = toys.tree((3, 2), method=Momentum(FedIT()))
-    assert isinstance(tree.root.aggregator, Momentum)
+    assert isinstance(tree.root.server.aggregator, Momentum)
     assert {type(edge.server.aggregator.inner) for edge in tree._edges.values()} == {FedIT}
 
 

@@ -15,7 +15,6 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from aggregate.test_oracle import BAR, FORMS, MORE, Answer, answered, errors
 from fedloom.aggregate.averaged import Averaged, last_version
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.flora import FLoRA
@@ -28,6 +27,7 @@ from fedloom.core.policies import aggregator_layers as wrapped
 from fedloom.core.types import Budget, Model, Task, TaskStart, Update
 from tests.support import toys
 from tests.support.equations import Round, Values, round_of
+from tests.support.oracle_cases import BAR, FORMS, MORE, Answer, answered, errors
 from tests.support.oracles import oracle_of
 from tests.support.storms import tries
 
@@ -98,9 +98,9 @@ def merge_of(method: Aggregator, models: Sequence[Model], answers: Sequence[Deep
     return Merge(tuple(parts), *form)
 
 
-def of(layers: Collection[str], dense: bool, told: Values) -> Values:
-    """What is told of these layers, and of none in particular."""
-    return {key: x for key, x in told.items() if (key.split(".")[0] in layers if "." in key else dense)}
+def of(layers: Collection[str], dense: bool, memory: Values) -> Values:
+    """Memory entries of these layers, and those of no layer."""
+    return {key: x for key, x in memory.items() if (key.split(".")[0] in layers if "." in key else dense)}
 
 
 def part(r: Round, layers: Sequence[str]) -> Round:
@@ -230,12 +230,14 @@ def test_full_depth_is_the_methods_own_merge(method: Aggregator) -> None:
 
 @every_method
 def test_whose_model_a_client_changed_is_known_layer_by_layer(method: Aggregator) -> None:
-    """`combine.apart` knows a version again by being the same object: an answer to the model of today moves by its change alone."""
+    """`base_offsets` knows a version again by being the same object: an answer to the model of today moves by its change alone."""
     models = [begin(method)]
     for depths in ((3, 2), (1, 3), (2, 1)):
         merge = merge_of(method, models, [Deep(d, Answer(8, 1, False, False)) for d in depths], (1.0, False))
-        told = replace(merge, weighted_updates=tuple((w, replace(u, base=models[-1])) for w, u in merge.weighted_updates))
-        one, other = (merge_by_layer(method, models[-1], m) for m in (merge, told))
+        explicit = replace(
+            merge, weighted_updates=tuple((w, replace(u, base=models[-1])) for w, u in merge.weighted_updates)
+        )
+        one, other = (merge_by_layer(method, models[-1], m) for m in (merge, explicit))
         assert fingerprint(one.adapter) == fingerprint(other.adapter)
         models.append(one)
 

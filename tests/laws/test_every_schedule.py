@@ -1,5 +1,4 @@
-"""Laws 6 and 7 for every schedule in the folder, in storms of events through the real server.
-"""
+"""Laws 6 and 7 for every schedule in the folder, in storms of events through the real server."""
 
 from __future__ import annotations
 

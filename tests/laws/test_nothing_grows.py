@@ -74,7 +74,9 @@ class Watch:
         self.metrics(now, event, commands)
         self.trace(now, event, commands)
         half = self.halves[self.server.state.version * 2 >= VERSIONS]
-        for name, size in sizes(self.server.state, self.simulation, self.metrics, self.metrics.slots, self.metrics.observation).items():
+        for name, size in sizes(
+            self.server.state, self.simulation, self.metrics, self.metrics.slots, self.metrics.observation
+        ).items():
             half[name] = max(size, half.get(name, 0))
 
 

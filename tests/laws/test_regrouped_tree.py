@@ -42,7 +42,9 @@ class Uneven:
 GROUPINGS: tuple[Grouping, ...] = (BySpeed(3), Uneven(), NearIID(3, waiting=1.0, largest=6))
 
 
-def drifting_tree(above: Schedule, below: Schedule | None, grouping: Grouping, link: Link | None, rounds: int = 2) -> Tree:
+def drifting_tree(
+    above: Schedule, below: Schedule | None, grouping: Grouping, link: Link | None, rounds: int = 2
+) -> Tree:
     """A tree of three edges whose groups are made anew at the least drift."""
     hierarchy = Hierarchy(grouping, rounds, below, link=link, regroup=1e-6)
     given: dict[str, Any] = {"start": START, "assign": Plan(RandomRank(1, 3), 4), "limits": Limits(versions=8)}
@@ -92,7 +94,9 @@ def test_a_storm_with_drift(
     above: Schedule, grouping: Grouping, data: st.DataObject, script: list[tuple[str, int, float]], seed: int
 ) -> None:
     below = data.draw(st.sampled_from((None, *PLAIN)))
-    run_drifting_storm(drifting_tree(above, below, grouping, data.draw(st.sampled_from((None, Link(2e4, 1e4))))), script, seed)
+    run_drifting_storm(
+        drifting_tree(above, below, grouping, data.draw(st.sampled_from((None, Link(2e4, 1e4))))), script, seed
+    )
 
 
 @pytest.mark.parametrize("link", [None, Link(2e4, 1e4)], ids=["near", "far"])

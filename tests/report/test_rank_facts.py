@@ -234,7 +234,7 @@ def test_too_many_ranks_to_tell_apart_are_shown_by_tier(tmp_path: Path) -> None:
     section(run, drawn=True)
 
 
-@pytest.mark.parametrize("clients", [1, 40, 300])
+@pytest.mark.parametrize("clients", [1, 40, pytest.param(300, marks=pytest.mark.slow)])
 def test_fleets_of_any_size_have_the_section(fake: Fake, clients: int) -> None:
     told = section(read_run_log(fake(clients=clients)), drawn=clients != 40)
     assert told.count("<figure>") == 2

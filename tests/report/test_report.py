@@ -14,7 +14,7 @@ from fedloom.core.files import LOCKED, lock
 from fedloom.report import facts, tables
 from fedloom.report.page import write_report
 from fedloom.report.run_log import read_run_log
-from tests.support.report_pages import page_text
+from tests.support.report_pages import page_text, section_text
 
 Fake = Callable[..., Path]
 
@@ -88,6 +88,14 @@ def test_every_picture_is_named_for_those_who_cannot_see_it(finished_page: Path)
     assert len(re.findall(r'<svg [^>]*role="img" aria-label="[^"]{20,}"', text)) == text.count("<svg")
 
 
+def test_the_same_run_gives_the_same_pictures(finished_page: Path) -> None:
+    titles = ("Accuracy", "Rank and energy", "Activity")
+    second = page_text(read_run_log(finished_page.parents[1] / "run"), draw=titles)
+    for title in titles:
+        assert section_text(second, title) == section_text(finished_page.read_text(encoding="utf-8"), title) != ""
+
+
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(finished_page: Path, tmp_path: Path) -> None:
     second = write_report([finished_page.parents[1] / "run"], tmp_path / "b.html")
     assert second.read_bytes() == finished_page.read_bytes()
@@ -95,7 +103,7 @@ def test_the_same_run_gives_the_same_bytes(finished_page: Path, tmp_path: Path) 
 
 def test_texts_of_users_stay_texts(fake: Fake, tmp_path: Path) -> None:
     ids = [HOSTILE, "_hidden", "$x^2", 'a"b', "\x1b[31mred", "名前", "</svg>", "&amp;"]
-    run = fake(name=HOSTILE, ids=ids, labels=[HOSTILE, "_y", "$\\frac{1}"])
+    run = fake(name=HOSTILE, clients=ids, labels=[HOSTILE, "_y", "$\\frac{1}"])
     text = page_text(
         read_run_log(run), draw=("Activity", "Rank heterogeneity", "Data")
     )  # the pictures with texts of users
@@ -107,13 +115,17 @@ def test_texts_of_users_stay_texts(fake: Fake, tmp_path: Path) -> None:
 
 
 def test_a_run_stopped_before_its_first_round_says_so(fake: Fake, tmp_path: Path) -> None:
-    words = say(write_report([fake(rounds=0, status="interrupted")], tmp_path / "report.html"))
+    page = tmp_path / "report.html"
+    page.write_text(
+        page_text(read_run_log(fake(rounds=0, status="interrupted")), draw=("Activity", "Rank heterogeneity"))
+    )
+    words = say(page)
     assert "This run was interrupted: what follows is incomplete. Reason: stopped by the user (Ctrl-C)" in words
     assert "The run ended before its first round; no accuracy was measured." in words
     assert "PeftModel" not in words
 
 
-@pytest.mark.parametrize("keep", [0, 1, 9, 40])
+@pytest.mark.parametrize("keep", [0, 1, 9, pytest.param(40, marks=pytest.mark.slow)])
 def test_any_beginning_of_a_run_has_a_report(fake: Fake, tmp_path: Path, keep: int) -> None:
     run = fake(status="running")
     metrics = run / "metrics.jsonl"
@@ -129,6 +141,7 @@ def test_a_manifest_alone_has_a_report(tmp_path: Path) -> None:
     assert "This run was ended from outside" in say(write_report([tmp_path], tmp_path / "report.html"))
 
 
+@pytest.mark.slow
 def test_a_large_fleet_stays_small(fake: Fake, tmp_path: Path) -> None:
     run = fake(clients=300, rounds=20, labels=[f"intent {i}" for i in range(30)])
     page = write_report([run], tmp_path / "report.html")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,26 @@ from fedloom.core.events import Event, TaskFailed, UpdateArrived
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.indexed_dict import IndexedTable
 from fedloom.core.lora import Adapter, Factor, cut_factor
-from fedloom.core.schema import Malformed, Reader, reachable_classes
-from fedloom.core.types import Budget, Model, Profile, Result, TaskStart, Task, Update
-from fedloom.runs import checkpoint
+from fedloom.core.schema import Malformed
+from fedloom.core.types import Model, Profile, Result, TaskStart, Task, Update
+from fedloom.runs.checkpoint import FORMAT, HEADER, _digest, read_checkpoint, write_checkpoint
 from tests.support import toys
 from tests.support.storms import tries
 
 
-def through(path: Path, hint: Any, value: object, **given: object) -> Any:
+def through(path: Path, hint: Any, value: object, known: tuple[type, ...] = ()) -> Any:
     """What comes back."""
-    checkpoint.write_checkpoint(path, {"value": value}, None, **given)
-    return checkpoint.read_checkpoint(path).read({"value": hint}, **given)["value"]
+    write_checkpoint(path, {"value": value})
+    return read_checkpoint(path).read({"value": hint}, known)["value"]
 
 
 def test_what_is_one_object_is_one_again_and_is_written_once(tmp_path: Path) -> None:
     model = Model(toys.adapter(4), memory={"velocity": toys.adapter(4, 1)})
     task = toys.make_task(model.adapter, 4)
     updates = [Update(task, toys.make_result(toys.adapter(4, 2)), model) for _ in range(20)]
-    size = checkpoint.write_checkpoint(tmp_path / "many", {"updates": updates, "model": model})
-    assert size < 1.2 * checkpoint.write_checkpoint(tmp_path / "few", {"updates": updates[:1], "model": model}) + 20 * 2000
-    back = checkpoint.read_checkpoint(tmp_path / "many").read({"updates": list[Update], "model": Model})
+    size = write_checkpoint(tmp_path / "many", {"updates": updates, "model": model})
+    assert size < 1.2 * write_checkpoint(tmp_path / "few", {"updates": updates[:1], "model": model}) + 20 * 2000
+    back = read_checkpoint(tmp_path / "many").read({"updates": list[Update], "model": Model})
     assert all(update.base is back["model"] and update.task is back["updates"][0].task for update in back["updates"])
     assert back["updates"][0].task.start.train is back["model"].adapter
     assert fingerprint(back["model"].memory["velocity"]) == fingerprint(model.memory["velocity"])
@@ -70,8 +70,8 @@ def test_a_tensor_comes_back_with_its_bytes_strides_and_offset(
 def test_views_of_one_memory_are_that_again(tmp_path: Path) -> None:
     factor = toys.factor(8, 200, 300)
     views = [Adapter({"only": cut_factor(factor, rank)}) for rank in (2, 4, 8)]
-    checkpoint.write_checkpoint(tmp_path / "file", {"views": views})
-    back = checkpoint.read_checkpoint(tmp_path / "file").read({"views": list[Adapter]})["views"]
+    write_checkpoint(tmp_path / "file", {"views": views})
+    back = read_checkpoint(tmp_path / "file").read({"views": list[Adapter]})["views"]
     assert len({view.factors["only"].up.untyped_storage().data_ptr() for view in back}) == 1
     assert [fingerprint(view) for view in back] == [fingerprint(view) for view in views]
     assert (tmp_path / "file").stat().st_size < 4 * 8 * 500 + 5000
@@ -100,20 +100,38 @@ def test_tables_keep_their_order_and_numbers_their_kind(tmp_path: Path) -> None:
     assert list(through(tmp_path / "file", dict[int, float], {12: 1.0, 3: 2.0})) == [12, 3]
 
 
-def test_what_the_reader_has_is_only_named(tmp_path: Path) -> None:
-    codec = Half()
-    start = TaskStart(toys.adapter(2), "0", codec=codec)
-    assert through(tmp_path / "file", TaskStart, start, transfer=codec).codec is codec
-    with pytest.raises(Malformed, match="refers to nothing"):
-        checkpoint.read_checkpoint(tmp_path / "file").read({"value": TaskStart})
+@dataclass(frozen=True)
+class Rough(Half):
+    """A codec of a user's own."""
+
+    digits: int = 3
+
+
+def test_a_codec_needs_no_hand_in_and_one_of_a_users_own_only_its_class(tmp_path: Path) -> None:
+    start = TaskStart(toys.adapter(2), "0", codec=Half())
+    assert through(tmp_path / "file", TaskStart, start).codec == Half()
+    start = TaskStart(toys.adapter(2), "0", codec=Rough(4))
+    assert through(tmp_path / "file", TaskStart, start, (Rough,)).codec == Rough(4)
+    with pytest.raises(Malformed, match="no kind 'Rough'"):
+        read_checkpoint(tmp_path / "file").read({"value": TaskStart})
+
+
+def test_two_equal_values_give_the_same_bytes_and_a_value_that_was_read_gives_them_again(tmp_path: Path) -> None:
+    hint = tuple[Update, Model]
+    for name in ("one", "other"):
+        model = Model(toys.adapter(4), memory={"velocity": toys.adapter(4, 1)})
+        update = Update(toys.make_task(model.adapter, 4), toys.make_result(toys.adapter(4, 2)), model)
+        write_checkpoint(tmp_path / name, {"value": (update, model)})
+    write_checkpoint(tmp_path / "again", read_checkpoint(tmp_path / "one").read({"value": hint}))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes() == (tmp_path / "again").read_bytes()
 
 
 @pytest.mark.parametrize("odd", [object(), {1, 2}, {(1, 2): 3}, Task, print, b"bytes"])
 def test_what_has_no_place_is_an_error_and_leaves_the_file_as_it_was(tmp_path: Path, odd: object) -> None:
-    checkpoint.write_checkpoint(tmp_path / "file", {"value": 1})
+    write_checkpoint(tmp_path / "file", {"value": 1})
     before = (tmp_path / "file").read_bytes()
     with pytest.raises(TypeError):
-        checkpoint.write_checkpoint(tmp_path / "file", {"value": odd})
+        write_checkpoint(tmp_path / "file", {"value": odd})
     assert (tmp_path / "file").read_bytes() == before
 
 
@@ -122,7 +140,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with a bit of everything."""
     path = tmp_path_factory.mktemp("whole") / "file"
     event = UpdateArrived("c1", 1, toys.make_result(toys.adapter(2), metrics={"loss": 0.5}))
-    checkpoint.write_checkpoint(path, {"heap": [(1.0, 2, event)]}, {"version": 3})
+    write_checkpoint(path, {"heap": [(1.0, 2, event)]}, {"version": 3})
     return path
 
 
@@ -138,77 +156,23 @@ def test_no_byte_can_change_or_be_missing(whole: Path, data: st.DataObject) -> N
     path = whole.with_name("bad")
     path.write_bytes(bad)
     with pytest.raises(Malformed, match=r"it is damaged|a newer fedloom"):
-        checkpoint.read_checkpoint(path)
+        read_checkpoint(path)
 
 
 def test_a_newer_format_and_other_files_are_refused(whole: Path, tmp_path: Path) -> None:
     parts = {"numbers": torch.zeros(1, dtype=torch.uint8), "text": torch.zeros(1, dtype=torch.uint8)}
-    safetensors.torch.save_file(parts, tmp_path / "newer", {"fedloom": json.dumps([checkpoint.FORMAT + 1, ""])})
+    safetensors.torch.save_file(parts, tmp_path / "newer", {"fedloom": json.dumps([FORMAT + 1, ""])})
     with pytest.raises(Malformed, match="a newer fedloom wrote it"):
-        checkpoint.read_checkpoint(tmp_path / "newer")
+        read_checkpoint(tmp_path / "newer")
     safetensors.torch.save_file(parts, tmp_path / "other")
     (tmp_path / "none").write_bytes(b"")
     for name in ("other", "none", "nowhere"):
         with pytest.raises(Malformed, match="damaged"):
-            checkpoint.read_checkpoint(tmp_path / name)
+            read_checkpoint(tmp_path / name)
     with pytest.raises(Malformed, match="another version"):
-        checkpoint.read_checkpoint(whole).read({"heap": list[tuple[float, int, Event]], "more": int})
+        read_checkpoint(whole).read({"heap": list[tuple[float, int, Event]], "more": int})
     with pytest.raises(Malformed, match="no kind"):
-        checkpoint.read_checkpoint(whole).read({"heap": list[tuple[float, int, TaskFailed]]})
-
-
-BUDGET = {"type": "Budget", "rank": 2, "steps": 3, "rounds": 1, "depth": None, "why": ""}
-
-
-@pytest.mark.parametrize(
-    ("hint", "data"),
-    [
-        (int, 1.0),
-        (int, True),
-        (int, "1"),
-        (float, "1.0"),
-        (float, None),
-        (str, 1),
-        (int | None, "x"),
-        (tuple[int, str], [1]),
-        (tuple[int, str], [1, "x", 2]),
-        (tuple[int, ...], {"0": 1}),
-        (list[int], "12"),
-        (Mapping[int, int], {"x": 1}),
-        (Mapping[str, int], [["x", 1]]),
-        (Budget, None),
-        (Budget, BUDGET | {"rank": "2"}),
-        (Budget, BUDGET | {"width": 2}),
-        (Budget, {"type": "Budget", "rank": 2}),
-        (Budget, {"type": "Profile", "rank": 2}),
-        (Budget, {"type": "TimerFired"}),
-        (Event, BUDGET),
-        (Event, {"is": 3}),
-        (Event, 3),
-    ],
-    ids=str,
-)
-def test_json_of_another_kind_is_refused(hint: Any, data: object) -> None:
-    with pytest.raises(Malformed):
-        Reader(reachable_classes(Event, Budget)).read(hint, data)
-
-
-def test_json_of_the_right_kind_is_the_value() -> None:
-    reader = Reader(reachable_classes(Event, Budget))
-    assert reader.read(Budget, BUDGET) == Budget(2, 3)
-    assert reader.read(Budget | None, None) is None
-    assert reader.read(tuple[float, ...], [1.5, "inf"]) == (1.5, float("inf"))
-    assert reader.read(Event, {"type": "TaskFailed", "client": "a", "task": 1, "reason": ""}) == TaskFailed("a", 1, "")
-    with pytest.raises(TypeError, match="cannot be read back"):
-        reachable_classes(dict[str, object])
-    with pytest.raises(TypeError, match="two kinds of Budget"):
-        reachable_classes(Budget, _second_budget())
-
-
-def _second_budget() -> type:
-    from dataclasses import make_dataclass
-
-    return make_dataclass("Budget", [("rank", int)])
+        read_checkpoint(whole).read({"heap": list[tuple[float, int, TaskFailed]]})
 
 
 def test_a_factor_is_told_by_memory(tmp_path: Path) -> None:
@@ -216,3 +180,61 @@ def test_a_factor_is_told_by_memory(tmp_path: Path) -> None:
     up = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).T
     back = through(tmp_path / "file", Factor, Factor(torch.ones(3, 5), up))
     assert back.up.stride() == up.stride() == (1, 40)
+
+
+# Forged files --------------------------------------------------------------------------------------------------------
+
+
+def forged(path: Path, text: object, numbers: bytes = b"") -> Path:
+    """A file whose sha256 is right, with any text and any numbers."""
+    raw = json.dumps(text).encode()
+    parts = {"numbers": torch.frombuffer(bytearray(numbers or b"\0"), dtype=torch.uint8)[: len(numbers)]}
+    parts["text"] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    safetensors.torch.save_file(parts, path, {HEADER: json.dumps([FORMAT, _digest(parts)])})
+    return path
+
+
+TENSOR = {"type": "Tensor", "memory": 0, "bytes": 8, "device": "cpu", "dtype": "float32", "offset": 0, "shape": [2], "stride": [1]}
+FACTOR = {"type": "Factor", "down": {"is": 0}, "up": {"is": 0}}
+
+
+def test_a_forged_file_is_read_as_far_as_it_is_a_right_one(tmp_path: Path) -> None:
+    text = {"about": {}, "objects": [TENSOR, FACTOR], "values": {"value": {"is": 1}}}
+    assert read_checkpoint(forged(tmp_path / "file", text, b"\0" * 8)).read({"value": Factor})["value"].up.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "objects",
+    [
+        [TENSOR | {"shape": [10**12]}, FACTOR],
+        [TENSOR | {"offset": 1}, FACTOR],
+        [TENSOR | {"offset": -1}, FACTOR],
+        [TENSOR | {"bytes": 10**15, "shape": [10**14]}, FACTOR],
+        [TENSOR | {"dtype": "load"}, FACTOR],
+        [TENSOR | {"dtype": "nothing"}, FACTOR],
+        [TENSOR | {"device": "cuda:99"}, FACTOR],
+        [TENSOR | {"memory": 7}, FACTOR],
+        [TENSOR | {"memory": "0"}, FACTOR],
+        [{"type": "Tensor"}, FACTOR],
+        [TENSOR, FACTOR | {"up": {"is": 1}}],
+        [TENSOR, FACTOR | {"up": {"is": -1}}],
+        [TENSOR, FACTOR | {"up": 3}],
+        [TENSOR, FACTOR | {"up": {"type": "Tensor"}}],
+        [TENSOR, FACTOR | {"type": "Path"}],
+        [TENSOR, FACTOR | {"more": 1}],
+        [TENSOR, TENSOR],
+        [TENSOR, "os.system"],
+        [TENSOR],
+    ],
+    ids=lambda objects: json.dumps(objects)[-60:],
+)
+def test_a_forged_file_makes_nothing_but_what_its_reader_expects(tmp_path: Path, objects: list[object]) -> None:
+    text = {"about": {}, "objects": objects, "values": {"value": {"is": 1}}}
+    with pytest.raises(Malformed):
+        read_checkpoint(forged(tmp_path / "file", text, b"\0" * 8)).read({"value": Factor})
+
+
+@pytest.mark.parametrize("text", [None, [], {}, {"about": {}, "objects": 3, "values": {"value": 1}}, {"about": 1, "objects": []}], ids=str)
+def test_a_forged_text_that_is_no_checkpoint_is_refused(tmp_path: Path, text: object) -> None:
+    with pytest.raises(Malformed):
+        read_checkpoint(forged(tmp_path / "file", text)).read({"value": Factor})

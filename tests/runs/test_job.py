@@ -35,7 +35,7 @@ from fedloom import (
     Training,
     prepare,
 )
-from fedloom.core.events import Command, Event, Publish
+from fedloom.core.events import Command, Event
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.policies import Aggregator
 from fedloom.core.schema import jsonable
@@ -44,6 +44,7 @@ from fedloom.report.run_log import read_run_log
 from fedloom.runs.manifest import settings_hash
 from fedloom.schedule.fedfa import FedFa
 from fedloom.train.export import open_run
+from tests.support.folder_runs import stop_at
 from tests.support.same_bytes import COMPARED, start_twins
 from tests.support.storms import one_in
 from tests.support.tiny_runs import tiny_run, toy_rows
@@ -54,14 +55,6 @@ FILES = {"manifest.json", "metrics.jsonl", "trace.jsonl", "report.html", "adapte
 def manifest(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     return found
-
-
-def stopping(error: type[BaseException], version: int) -> Any:
-    def observe(now: float, event: Event, commands: list[Command]) -> None:
-        if any(isinstance(command, Publish) and command.version == version for command in commands):
-            raise error("enough")
-
-    return observe
 
 
 def test_a_finished_run_has_everything_in_its_folder(finished: Path) -> None:
@@ -123,7 +116,7 @@ def test_a_run_never_writes_over_another(finished: Path, encoder: Path) -> None:
 
 def test_ctrl_c_leaves_a_folder_that_says_so_and_can_be_read(encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        prepare(tiny_run(encoder)).execute(tmp_path / "out", [stopping(KeyboardInterrupt, 1)])
+        prepare(tiny_run(encoder)).execute(tmp_path / "out", [stop_at(KeyboardInterrupt, 1)])
     assert manifest(tmp_path / "out")["status"] == "interrupted"
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert len(read_run_log(tmp_path / "out").versions) == 1
@@ -132,7 +125,7 @@ def test_ctrl_c_leaves_a_folder_that_says_so_and_can_be_read(encoder: Path, tmp_
 
 def test_a_failure_leaves_a_folder_that_says_why(encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="enough"):
-        prepare(tiny_run(encoder)).execute(tmp_path / "out", [stopping(RuntimeError, 1)])
+        prepare(tiny_run(encoder)).execute(tmp_path / "out", [stop_at(RuntimeError, 1)])
     about = manifest(tmp_path / "out")
     assert (about["status"], about["status_reason"]) == ("failed", "RuntimeError: enough")
     assert (tmp_path / "out" / "report.html").is_file()

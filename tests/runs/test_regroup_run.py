@@ -13,12 +13,11 @@ import pytest
 from fedloom import Capabilities, Hierarchy, Limits, Link, NearIID, Refused, prepare
 from fedloom.deploy.start import prepare_server
 from fedloom.hierarchy.tree import Tree
-from fedloom.report.tables import regrouping_table
 from fedloom.report.page import write_report
 from fedloom.report.run_log import read_run_log
-from fedloom.runs.replay import Replayed, server_from_manifest, replay
-from tests.hierarchy.test_hierarchy import led
-from tests.runs.test_resume import interrupted
+from fedloom.report.tables import regrouping_table
+from fedloom.runs.replay import Replayed, replay, server_from_manifest
+from tests.support.folder_runs import grouped_run, interrupt_run
 from tests.support.same_bytes import COMPARED
 
 
@@ -26,7 +25,7 @@ def regrouping(encoder: Path, **more: Any) -> Any:
     """FedFa over two near-IID groups of devices whose speeds change all the time."""
     how: dict[str, Any] = {"rounds": 2, "link": Link(1e6, 1e6), "inner_speedup": 4.0, "regroup": 0.1} | more
     world = Capabilities(mode_tasks=3)
-    return led(encoder, hierarchy=Hierarchy(NearIID(2, waiting=1.0), **how), world=world, limits=Limits(versions=10))
+    return grouped_run(encoder, hierarchy=Hierarchy(NearIID(2, waiting=1.0), **how), world=world, limits=Limits(versions=10))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_the_folder_and_the_report_tell_each_regrouping(recorded: Path, tmp_path
     assert sum(int(row[1].split()[0]) for row in rows) == len(log.moves)
     page = write_report([recorded], tmp_path / "page.html").read_text(encoding="utf-8")
     assert rows[0][2] in page
-    assert "were made again" in page
+    assert "Regroupings: the times of clients had drifted apart" in page
     assert log.manifest["compared"]["members"][0]["client"] == "c00"
 
 
@@ -62,7 +61,7 @@ def test_it_replays_and_goes_on_to_the_same_files(encoder: Path, recorded: Path,
     assert replay(recorded) == Replayed((recorded / "trace.jsonl").read_bytes().count(b"\n"))
     first = read_run_log(recorded).regroups[0]["version"]
     assert first < 8
-    out = interrupted(regrouping(encoder), tmp_path / "out", version=first + 2, checkpoint_seconds=0.0)
+    out = interrupt_run(regrouping(encoder), tmp_path / "out", version=first + 2, checkpoint_seconds=0.0)
     prepare(regrouping(encoder), resume=out).execute(report=False)
     for name in (*COMPARED, "manifest.json"):
         assert (out / name).read_bytes() == (recorded / name).read_bytes(), name

@@ -17,54 +17,61 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import fedloom
 from fedloom import (
     Averaged,
-    Bandit,
     DeltaInt8,
     FedEx,
     FedFa,
     FedSA,
     FLoRA,
+    GradientScore,
     Half,
-    JointMemory,
+    JointPlan,
     Limits,
+    LossRate,
     Momentum,
     Plan,
-    JointPlan,
     ProductDelta,
     RandomRank,
     Refused,
     Rounds,
     Rows,
     Scaffold,
-    GradientScore,
     World,
     prepare,
 )
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.core.codec import Codec
-from fedloom.core.events import Command, Event, Publish
+from fedloom.core.events import Command, Event
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import compact_with_fold
 from fedloom.core.policies import Aggregator, Schedule
 from fedloom.core.schema import Malformed, declared_fields, reachable_classes
 from fedloom.core.server import Coordinator
-from fedloom.core.types import ClientState, Model, Result, Task
+from fedloom.core.types import Model
 from fedloom.hierarchy.grouping import BySpeed, NearIID
 from fedloom.hierarchy.hierarchy import Hierarchy
-from fedloom.hierarchy.joint_plan.shared import Joint
-from fedloom.hierarchy.tree import Tree
+from fedloom.hierarchy.joint_plan.shared import JointRule
 from fedloom.hierarchy.tree_state import Link
 from fedloom.runs import checkpoint, resume
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.observation import RunObservation
-from fedloom.runs.resume import LOGS, CHECKPOINT, REBUILT, CheckpointWriter, Progress, locked, saved_fields, open_log, restore
+from fedloom.runs.resume import (
+    CHECKPOINT,
+    LOGS,
+    REBUILT,
+    CheckpointWriter,
+    Progress,
+    locked,
+    open_log,
+    restore_fields,
+    saved_fields,
+)
 from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.trace import Trace
 from fedloom.simulate.availability import Availability
@@ -73,8 +80,10 @@ from fedloom.simulate.faults import Faults
 from fedloom.simulate.simulation import Simulation
 from tests.support import killed_runs as kennel
 from tests.support import toys
+from tests.support.folder_runs import interrupt_run
 from tests.support.pairs import goes_together
 from tests.support.same_bytes import COMPARED
+from tests.support.simulated_runs import Remembering
 from tests.support.storms import tries
 from tests.support.tiny_runs import tiny_run, toy_rows
 
@@ -116,18 +125,6 @@ class Stopped(Exception):
     """Killed between two events."""
 
 
-@dataclass(frozen=True)
-class Remembering(toys.Quadratic):
-    """Counts each client's tasks in its moments and tells the count; one answer in nine is refused."""
-
-    def _one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
-        result, after = super()._one(task, local)
-        count = local.moments["w"]["step"] + 1 if local.moments else torch.tensor(1.0)
-        metrics = {**result.metrics, "count": float(count)}
-        result = replace(result, metrics=metrics, examples=0 if task.id % 9 == 0 else task.id)
-        return result, replace(after, moments={"w": {"step": count}}, residual=local.residual)
-
-
 @dataclass
 class Toy:
     """A run without a model, in a folder."""
@@ -153,7 +150,7 @@ class Toy:
         """All that these values hold, to the bit and with what is shared."""
         names = [(owner, field.name) for owner in owners for field in dataclasses.fields(owner)]
         values = {f"{type(owner)} {one}": getattr(owner, one) for owner, one in names if one not in OUTSIDE}
-        checkpoint.write_checkpoint(self.folder / name, values, transfer=self.transfer)
+        checkpoint.write_checkpoint(self.folder / name, values)
 
     def run(self, stop: Callable[[int], bool] = lambda event: False, goes_on: bool = False) -> tuple[object, ...]:
         """From the start or from the checkpoint; where `stop` says so, write a checkpoint and raise Stopped."""
@@ -194,10 +191,10 @@ class Toy:
                 server, Remembering(), world, clients, evaluate, observe, presence=presence, after_step=settled
             )
             owners = (*server.parts_to_save(), simulation, presence, metrics, progress)
-            keeper = CheckpointWriter(self.folder, {"transfer": self.transfer}, 0.0, owners, logs)
+            keeper = CheckpointWriter(self.folder, 0.0, owners, logs)
             if stored:
                 hints = {name: hint for owner in owners for name, hint in saved_fields(type(owner)).items()}
-                restore(stored.read(hints, transfer=self.transfer), owners)
+                restore_fields(stored.read(hints), owners)
                 self.snapshot("after", owners)
                 assert (self.folder / "before").read_bytes() == (self.folder / "after").read_bytes()
             reason = simulation.run()
@@ -290,12 +287,12 @@ def test_so_does_a_run_whose_groups_are_made_again(
 
 
 @pytest.mark.parametrize(
-    "rule", [GradientScore(6, 3, rank=4), Bandit(6, (1, 3), 2, 4), JointMemory(6, 3, (2, 4))], ids=toys.called
+    "rule", [GradientScore(6, 3, rank=4), LossRate(6, 3, rank=4, patience=2)], ids=toys.called
 )
 @given(stops=STOPS, unreliable=st.booleans(), linked=st.booleans())
 @tries(10)
 def test_so_does_a_run_whose_root_plans(
-    tmp_path_factory: pytest.TempPathFactory, rule: Joint, stops: Sequence[int], unreliable: bool, linked: bool
+    tmp_path_factory: pytest.TempPathFactory, rule: JointRule, stops: Sequence[int], unreliable: bool, linked: bool
 ) -> None:
     """What a plan knows is in the state: after a stop it chooses the same, and says the same why."""
     hierarchy = Hierarchy(plan=JointPlan(rule, batch_tokens=50), link=Link(2e4, 2e4) if linked else None)
@@ -340,21 +337,6 @@ def asynchronous(encoder: Path, **more: Any) -> Any:
     )
 
 
-def stopping(error: type[BaseException], version: int) -> Any:
-    def observe(now: float, event: Event, commands: list[Command]) -> None:
-        if any(isinstance(command, Publish) and command.version == version for command in commands):
-            raise error("enough")
-
-    return observe
-
-
-def interrupted(run: Any, out: Path, version: int = 5, **more: Any) -> Path:
-    """The folder of a run that Ctrl-C ended."""
-    with pytest.raises(KeyboardInterrupt):
-        prepare(run).execute(out, [stopping(KeyboardInterrupt, version)], report=False, **more)
-    return out
-
-
 @pytest.fixture(scope="module")
 def undisturbed(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, its answers kept."""
@@ -366,7 +348,7 @@ def undisturbed(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def half(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, interrupted; tests must not write into it."""
-    return interrupted(asynchronous(encoder), tmp_path_factory.mktemp("half") / "out", checkpoint_seconds=0.0)
+    return interrupt_run(asynchronous(encoder), tmp_path_factory.mktemp("half") / "out", checkpoint_seconds=0.0)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_files(
@@ -376,7 +358,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(
     (out / "checkpoint.draft").write_bytes(b"half")
     job = prepare(asynchronous(encoder), resume=out)
     assert job.resumed_from is not None
-    assert "version 4" in job.resumed_from.where
+    assert "version 4" in job.resumed_from.resume_point
     outcome = job.execute(report=False)
     assert (len(outcome.scores), outcome.folder) == (9, out)
     for name in (*COMPARED, "manifest.json"):
@@ -389,11 +371,11 @@ def test_an_interrupted_run_goes_on_to_the_same_files(
 def test_a_run_without_a_checkpoint_begins_again_in_its_folder(
     encoder: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    out = interrupted(asynchronous(encoder), tmp_path / "out")
+    out = interrupt_run(asynchronous(encoder), tmp_path / "out")
     assert not (out / CHECKPOINT).exists(), "half a minute had not passed"
     job = prepare(asynchronous(encoder), resume=out)
     assert job.resumed_from is not None
-    assert "version 0" in job.resumed_from.where
+    assert "version 0" in job.resumed_from.resume_point
     job.execute(report=False)
     for name in COMPARED:
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
@@ -489,13 +471,13 @@ def test_checkpoints_take_at_most_a_twentieth_of_the_time(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(resume.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(CheckpointWriter, "write", write)
-    keeper = CheckpointWriter(tmp_path, {}, seconds=30.0)
+    keeper = CheckpointWriter(tmp_path, seconds=30.0)
     while now[0] < 300.0:
         keeper()
         now[0] += 1.0
     assert written == [130.0, 170.0, 210.0, 250.0, 290.0]
     written.clear()
-    keeper = CheckpointWriter(tmp_path, {}, seconds=0.0)
+    keeper = CheckpointWriter(tmp_path, seconds=0.0)
     for _ in range(3):
         keeper()
     assert len(written) == 3

@@ -9,8 +9,8 @@ import pytest
 from fedloom.core.errors import Refused
 from fedloom.schedule.fedasync import FedAsync
 from fedloom.schedule.shared.staleness import CONSTANT, Discount, Hinge, Polynomial
-from schedule.tables import answer, at, numbers, task, told
 from tests.support.drift import alike, path
+from tests.support.schedule_tables import answer, at, numbers, task, weights_and_step
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from tests.support.drift import alike, path
 )
 def test_the_rate_is_mixing_times_the_discount_of_staleness(discount: Discount, age: int, rate: float) -> None:
     merge = FedAsync(mixing=0.6, discount=discount).merge(at(20, answer(1, 20 - age)))
-    assert told(merge) == ({1: 1.0}, round(rate, 12))
+    assert weights_and_step(merge) == ({1: 1.0}, round(rate, 12))
     assert merge is not None
     assert (merge.as_delta, merge.anchor, merge.retain, merge.cancel) == (False, None, (), ())
 
@@ -27,7 +27,7 @@ def test_the_rate_is_mixing_times_the_discount_of_staleness(discount: Discount, 
 def test_answers_are_taken_one_by_one_and_the_others_are_kept() -> None:
     merge = FedAsync().merge(at(0, answer(2), answer(1), answer(3)))
     assert merge is not None
-    assert told(merge)[0] == {2: 1.0}
+    assert weights_and_step(merge)[0] == {2: 1.0}
     assert numbers(merge.retain) == [1, 3]
 
 

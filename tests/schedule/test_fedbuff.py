@@ -12,8 +12,8 @@ from fedloom.core.policies import Fleet
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.shared.staleness import CONSTANT, SQUARE_ROOT
 from fedloom.schedule.shared.weights import by_examples, by_tokens
-from schedule.tables import answer, at, task, told
 from tests.support.drift import alike, path
+from tests.support.schedule_tables import answer, at, task, weights_and_step
 
 
 @pytest.mark.parametrize("waiting", [False, True])
@@ -53,7 +53,7 @@ def test_weights_and_step_are_those_of_algorithm_1() -> None:
 def test_who_counts_how_much(settings: dict[str, Any], weights: dict[int, float], step: float) -> None:
     """A fresh answer of 10 examples, and one of 30 that is 3 versions old, which counts half."""
     fleet = at(3, answer(1, 3, examples=10, tokens=0), answer(2, 0, examples=30, tokens=0))
-    given, how_far = told(FedBuff(buffer_size=2, **settings).merge(fleet))
+    given, how_far = weights_and_step(FedBuff(buffer_size=2, **settings).merge(fleet))
     assert given == pytest.approx(weights)
     assert how_far == pytest.approx(step)
 
@@ -64,7 +64,7 @@ def test_who_counts_how_much(settings: dict[str, Any], weights: dict[int, float]
 def test_the_delay_adaptive_rate_is_that_of_fadas(threshold: int | None, worst: int, rate: float) -> None:
     """arXiv 2407.18365: eta / tau_max where tau_max > tau_c, else eta; over the buffer."""
     schedule = FedBuff(buffer_size=2, delay_threshold=threshold, discount=CONSTANT)
-    assert told(schedule.merge(at(10, answer(1, 10), answer(2, 10 - worst))))[1] == pytest.approx(rate)
+    assert weights_and_step(schedule.merge(at(10, answer(1, 10), answer(2, 10 - worst))))[1] == pytest.approx(rate)
 
 
 def test_the_path_of_a_whole_run_is_algorithm_1s() -> None:

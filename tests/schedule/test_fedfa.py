@@ -19,9 +19,9 @@ from fedloom.plan.rank import FixedRank
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.shared.staleness import SQUARE_ROOT
 from fedloom.schedule.shared.weights import by_examples
-from schedule.tables import answer, at, numbers, task, told
 from tests.support import toys
 from tests.support.drift import Steady, alike, path, point
+from tests.support.schedule_tables import answer, at, numbers, task, weights_and_step
 
 FIRST = toys.server().state.model
 
@@ -110,7 +110,7 @@ def test_a_seeded_window_is_the_first_model_but_for_what_has_come(version: int, 
     fleet = at(version, *(answer(k) for k in range(1, held + 1)), first=FIRST, retained=held - 1)
     merge = FedFa(window=4).merge(fleet)
     assert merge is not None
-    assert told(merge) == ({k: round(1 / held, 12) for k in range(1, held + 1)}, filled)
+    assert weights_and_step(merge) == ({k: round(1 / held, 12) for k in range(1, held + 1)}, filled)
     assert merge.anchor is (None if filled == 1.0 else FIRST)
     assert not merge.as_delta
     as_change = FedFa(window=4, delta_rate=0.5).merge(fleet)
@@ -122,7 +122,7 @@ def test_the_oldest_answer_leaves_by_arrival_and_not_by_the_number_of_its_task()
     merge = FedFa(window=3).merge(at(7, answer(8), answer(2), answer(9), answer(1), retained=3))
     assert merge is not None
     assert numbers(merge.retain) == [2, 9, 1]
-    assert sorted(told(merge)[0]) == [1, 2, 9]
+    assert sorted(weights_and_step(merge)[0]) == [1, 2, 9]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_dedup_keeps_the_latest_answer_of_each_client(window: int, dedup: bool, 
     arrived[3] = answer(4, client="a")  # a: 1, 3, 4; b: 2, 5
     merge = FedFa(window=window, dedup=dedup).merge(at(20, *arrived, retained=4))
     assert merge is not None
-    assert numbers(merge.retain) == sorted(told(merge)[0]) == kept
+    assert numbers(merge.retain) == sorted(weights_and_step(merge)[0]) == kept
     assert merge.step == 1.0
 
 
@@ -157,7 +157,7 @@ def test_dedup_throws_no_answer_away_that_was_in_no_version() -> None:
     assert numbers(first.retain) == [1, 2, 3]
     second = schedule.merge(at(1, *first.retain, answer(4, client="b"), retained=3))
     assert second is not None
-    assert numbers(second.retain) == sorted(told(second)[0]) == [2, 4]
+    assert numbers(second.retain) == sorted(weights_and_step(second)[0]) == [2, 4]
 
 
 def test_weights_by_examples_and_by_age_at_the_merge() -> None:
@@ -168,7 +168,7 @@ def test_weights_by_examples_and_by_age_at_the_merge() -> None:
         ({"discount": SQUARE_ROOT}, {1: 1 / 3, 2: 2 / 3}),  # 3 versions old, and fresh
         ({"weigh": by_examples, "discount": SQUARE_ROOT}, {1: 1 / 7, 2: 6 / 7}),
     ):
-        given, step = told(FedFa(window=2, **settings).merge(at(3, *window, retained=1)))  # type: ignore[arg-type]
+        given, step = weights_and_step(FedFa(window=2, **settings).merge(at(3, *window, retained=1)))  # type: ignore[arg-type]
         assert given == pytest.approx(wanted)
         assert step == 1.0
 

@@ -10,12 +10,12 @@ import pytest
 from fedloom.core.errors import Refused
 from fedloom.schedule.immediate import Immediate
 from fedloom.schedule.shared.staleness import Polynomial
-from schedule.tables import answer, at, numbers, told
+from tests.support.schedule_tables import answer, at, numbers, weights_and_step
 
 
 def test_an_answer_is_a_step_along_its_change() -> None:
     merge = Immediate(server_learning_rate=0.2).merge(at(3, answer(1)))
-    assert told(merge) == ({1: 1.0}, 0.2)
+    assert weights_and_step(merge) == ({1: 1.0}, 0.2)
     assert merge is not None
     assert (merge.as_delta, merge.retain, merge.cancel) == (True, (), ())
 
@@ -23,18 +23,18 @@ def test_an_answer_is_a_step_along_its_change() -> None:
 @pytest.mark.parametrize(("version", "step"), [(0, 0.4), (15, 0.4), (16, 0.4 * (16 / 17) ** 0.5), (63, 0.2)])
 def test_after_the_steady_versions_the_rate_falls_as_a_square_root(version: int, step: float) -> None:
     schedule = Immediate(server_learning_rate=0.4, steady=16)
-    assert told(schedule.merge(at(version, answer(1))))[1] == pytest.approx(step)
-    assert told(Immediate(server_learning_rate=0.4).merge(at(version, answer(1))))[1] == 0.4
+    assert weights_and_step(schedule.merge(at(version, answer(1))))[1] == pytest.approx(step)
+    assert weights_and_step(Immediate(server_learning_rate=0.4).merge(at(version, answer(1))))[1] == 0.4
 
 
 def test_staleness_counts_where_it_is_asked_for_alone() -> None:
-    assert told(Immediate(discount=Polynomial(1.0)).merge(at(9, answer(1, 6))))[1] == pytest.approx(0.025)
+    assert weights_and_step(Immediate(discount=Polynomial(1.0)).merge(at(9, answer(1, 6))))[1] == pytest.approx(0.025)
 
 
 def test_answers_are_taken_one_by_one() -> None:
     merge = Immediate().merge(at(0, answer(2), answer(1)))
     assert merge is not None
-    assert (list(told(merge)[0]), numbers(merge.retain)) == ([2], [1])
+    assert (list(weights_and_step(merge)[0]), numbers(merge.retain)) == ([2], [1])
     assert Immediate().merge(at(0)) is None
 
 

@@ -173,7 +173,7 @@ def test_a_loss_discounts_a_client_by_its_exponential() -> None:
             ByQuality(bad)
 
 
-def test_the_schedule_weighs_as_it_was_told() -> None:
+def test_the_schedule_weighs_by_its_rule() -> None:
     answers = (arrived(1, examples=10, tokens=300), arrived(2, examples=30, tokens=100))
     for weigh, first in ((by_examples, 0.25), (by_tokens, 0.75), (uniform, 0.5)):
         merge = Rounds(cohort_size=2, weigh=weigh).merge(fleet(arrived=answers))

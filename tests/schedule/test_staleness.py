@@ -14,7 +14,7 @@ from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.immediate import Immediate
 from fedloom.schedule.shared.staleness import CONSTANT, SQUARE_ROOT, Discount, Hinge, Polynomial, staleness, too_stale
 from fedloom.train.settings import linear
-from schedule.tables import answer, at, task
+from tests.support.schedule_tables import answer, at, task
 
 LIMITED: list[Schedule] = [
     FedAsync(max_staleness=2, max_in_flight=4),

@@ -40,7 +40,7 @@ from fedloom.simulate.delays import Delays, ExponentialDelays
 from fedloom.simulate.devices import Devices
 from fedloom.simulate.faults import Faults, Vanished
 from fedloom.simulate.simulation import Simulation
-from tests.simulate.test_simulation import Log, simulation
+from tests.support.simulated_runs import Log, simulation
 from tests.support import toys
 from tests.support.storms import tries
 from tests.support.toys import Null
@@ -105,7 +105,7 @@ def storm(
     server = toys.server(schedule, limits=limits or Limits(versions=15), seed=seed, start=toys.fresh(2))
     presence = Presence(stays, faults, seed)
     profiles = {f"c{k}": Profile(f"c{k}", 10) for k in range(clients)}
-    given: dict[str, Any] = {"profiles": profiles, "world": world or Delays(), "presence": presence, "seed": seed}
+    given: dict[str, Any] = {"profiles": profiles, "devices": world or Delays(), "presence": presence, "seed": seed}
     one = simulation(server, log, trainer or Null(), **given)
     one.run()
     return log, one
@@ -269,7 +269,7 @@ def test_a_client_keeps_what_its_last_accepted_task_left_whatever_went_wrong_sin
 class OneVanishes(Faults):
     """c0 is cut off half a second into its first task."""
 
-    def befalls(self, task: Task, seconds: float, seed: int) -> Any:
+    def interruption(self, task: Task, seconds: float, seed: int) -> Any:
         """Nothing befalls the others."""
         return (0.5, Vanished("c0", task.id)) if task.client == "c0" else None
 

@@ -21,9 +21,8 @@ from fedloom.simulate.client_presence import Presence
 from fedloom.simulate.delays import DelayClasses, Delays, ExponentialDelays
 from fedloom.simulate.devices import Capabilities, Devices, Seconds
 from fedloom.simulate.faults import Faults
-from tests.runs.test_resume import Remembering
-from tests.simulate.test_simulation import Log, simulation
 from tests.support import toys
+from tests.support.simulated_runs import Log, Remembering, simulation
 from tests.support.storms import tries
 
 WORLDS: tuple[Devices, ...] = (
@@ -97,7 +96,7 @@ def trace(trainer: Trainer, schedule: Schedule, world: Devices, seed: int, **mor
     limits = Limits(versions=6, seconds=60.0, failures=30, evaluate_every=3)
     server = toys.server(schedule, start=toys.fresh(4), assign=Plan(RandomRank(2, 4), 1), limits=limits, seed=seed)
     stays = more.get("stays") or (Availability(online=12.0, offline=4.0).of((), seed) if more.get("leaving") else None)
-    one = simulation(server, log, trainer, world=world, seed=seed, presence=Presence(stays, faults, seed))
+    one = simulation(server, log, trainer, devices=world, seed=seed, presence=Presence(stays, faults, seed))
     one.profiles = {p.client: p for p in world.profiles(dict.fromkeys(one.profiles, 10), seed)}
     count = iter(range(10**9))
     one.after_step = lambda: one.drain() if drains and next(count) % drains == 0 else None
@@ -162,4 +161,4 @@ class Hasty(Delays):
 
 def test_a_bound_that_is_too_large_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"Hasty says that task \d+ takes .* time would run backwards"):
-        simulation(toys.server(FedFa(3, 4), start=toys.fresh(4)), Log(), Early(random.Random(0)), world=Hasty()).run()
+        simulation(toys.server(FedFa(3, 4), start=toys.fresh(4)), Log(), Early(random.Random(0)), devices=Hasty()).run()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -24,24 +22,30 @@ from fedloom.aggregate.momentum import Momentum
 from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.core.errors import Refused
-from fedloom.core.events import Cancel, ClientJoined, Command, Dispatch, Event, Publish, Reject, ScoresReady, UpdateArrived
+from fedloom.core.events import (
+    Cancel,
+    ClientJoined,
+    Dispatch,
+    Publish,
+    Reject,
+    ScoresReady,
+    UpdateArrived,
+)
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import compact_with_fold
-from fedloom.core.policies import Aggregator, Schedule, Trainer
-from fedloom.core.server import Limits, Server
-from fedloom.core.types import ClientState, Model, Profile, Result, Task
+from fedloom.core.policies import Aggregator, Schedule
+from fedloom.core.server import Limits
+from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
-from fedloom.runs.trace import Trace
 from fedloom.schedule.rounds import Rounds
 from fedloom.schedule.shared.weights import uniform
 from fedloom.simulate.devices import World
-from fedloom.simulate.simulation import Simulation
 from tests.support import toys
 from tests.support.drift import pace
 from tests.support.pairs import goes_together
+from tests.support.simulated_runs import JITTER, QUADRATIC, Log, run, simulation
 from tests.support.storms import one_in
-from tests.support.toys import Null, Quadratic, profiles
+from tests.support.toys import Null, profiles
 
 PLAIN = [schedule for schedule in toys.schedules() if schedule not in toys.FLAGGED[fedloom.schedule]]
 PAIRS = [
@@ -49,8 +53,7 @@ PAIRS = [
     *itertools.product([FoldedDelta(), RoLoRA()], toys.FLAGGED[fedloom.schedule]),
 ]
 every_pair = pytest.mark.parametrize(("method", "schedule"), one_in(5, PAIRS), ids=toys.called)
-QUADRATIC = Quadratic()
-JITTER, FAR = 0.3, 8.0
+FAR = 8.0
 LEARNT: dict[type, float] = {Adam: 0.97, FADAS: 1.0, Clip: 0.9, FFA: 0.85, FedSVD: 0.9, Noise: float("inf")}
 """Squared error to reach where it is not 0.3: steps of 0.005 or 0.001 an entry and version, however far others go; steps of norm
 1; rows that stay in their random span; noise as large as they."""
@@ -60,47 +63,6 @@ LEARNT: dict[type, float] = {Adam: 0.97, FADAS: 1.0, Clip: 0.9, FFA: 0.85, FedSV
 def versions_of(schedule: Schedule) -> int:
     """Every pair goes as far as 8 rounds of FedAvg, because a version is a small step to some schedules (law 11)."""
     return pace(schedule, profiles(6), JITTER, FAR)
-
-
-@dataclass
-class Log:
-    """What happened, and its trace."""
-
-    steps: list[tuple[float, Event, list[Command]]] = field(default_factory=list)
-    file: io.StringIO = field(default_factory=io.StringIO)
-    losses: list[float] = field(default_factory=list)
-
-    def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
-        """An observer."""
-        self.steps.append((now, event, commands))
-        Trace(self.file)(now, event, commands)
-
-    def all(self, kind: type) -> list[Any]:
-        return [command for _, _, commands in self.steps for command in commands if isinstance(command, kind)]
-
-    def traced(self) -> list[str]:
-        """The trace, line by line."""
-        return self.file.getvalue().splitlines()
-
-    def score(self, model: Model) -> Mapping[str, float]:
-        """An evaluator."""
-        self.losses.append(QUADRATIC.loss(compact_with_fold(model.adapter, model.fold)))
-        return {"loss": self.losses[-1]}
-
-
-def simulation(server: Server, log: Log, trainer: Trainer = QUADRATIC, clients: int = 6, **more: Any) -> Simulation:
-    given = {"profiles": profiles(clients), "world": World(jitter=JITTER)} | more
-    return Simulation(server, trainer, evaluate=log.score, observe=log, **given)
-
-
-def run(method: Aggregator | None = None, schedule: Schedule | None = None, versions: int = 8, **more: Any) -> Log:
-    log, seed = Log(), more.get("seed", 0)
-    assign = more.pop("assign", Plan(RandomRank(2, 4), 12))
-    limits = more.pop("limits", Limits(versions=versions))
-    start = toys.fresh(4)
-    server = toys.server(schedule, method, start=start, assign=assign, limits=limits, seed=seed)
-    simulation(server, log, **more).run()
-    return log
 
 
 @every_pair
@@ -132,7 +94,7 @@ def test_the_order_in_which_profiles_are_given_does_not_matter() -> None:
 
 def test_what_happens_at_the_same_time_happens_in_the_order_in_which_it_was_made() -> None:
     alike = {f"c{k}": Profile(f"c{k}", 10) for k in range(6)}
-    log = run(versions=2, trainer=Null(), assign=Plan(RandomRank(2, 2), 1), profiles=alike, world=World(jitter=0.0))
+    log = run(versions=2, trainer=Null(), assign=Plan(RandomRank(2, 2), 1), profiles=alike, devices=World(jitter=0.0))
     assert [event.profile.client for _, event, _ in log.steps if isinstance(event, ClientJoined)] == sorted(alike)
     assert [event.task for _, event, _ in log.steps if isinstance(event, UpdateArrived)] == list(range(1, 13))
 
@@ -155,7 +117,7 @@ def test_a_cohort_is_trained_together_in_order_of_ids() -> None:
 
 
 def test_answers_arrive_when_the_device_and_the_link_say() -> None:
-    log = run(schedule=Rounds(cohort_size=6), versions=1, world=World(jitter=0.0))
+    log = run(schedule=Rounds(cohort_size=6), versions=1, devices=World(jitter=0.0))
     arrivals = {event.client: (now, event) for now, event, _ in log.steps if isinstance(event, UpdateArrived)}
     assert len(arrivals) == 6
     tasks = {command.task.client: command.task for command in log.all(Dispatch)}

@@ -21,7 +21,7 @@ from fedloom.deploy.server.driver import Deployment
 from fedloom.runs import checkpoint
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.replay import Archive
-from fedloom.runs.resume import LOGS, CHECKPOINT, CheckpointWriter, Progress, saved_fields, open_log, restore
+from fedloom.runs.resume import CHECKPOINT, LOGS, CheckpointWriter, Progress, open_log, restore_fields, saved_fields
 from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.trace import Trace
 from fedloom.train.settings import PLAIN, LoRA, Training
@@ -62,7 +62,7 @@ class Life:
             logs = [opened.enter_context(open_log(self.folder / name, size)) for name, size in sizes.items()]
             metrics, progress = Metrics(logs[1], SlotUsage(server.schedule.max_in_flight)), Progress()
             watching = [Trace(logs[0]), metrics, Archive.of(self.folder / "updates", server)]
-            keeper = CheckpointWriter(self.folder, given={"transfer": server.transfer}, seconds=0.0, logs=logs)
+            keeper = CheckpointWriter(self.folder, seconds=0.0, logs=logs)
 
             def observe(now: float, event: Event, commands: list[Command]) -> None:
                 for one in watching:
@@ -84,7 +84,7 @@ class Life:
             keeper.owners = (*server.parts_to_save(), running, metrics, progress)
             kinds = (State, Deployment, Metrics, Progress)
             hints = {name: hint for kind in kinds for name, hint in saved_fields(kind).items()}
-            restore(stored.read(hints, transfer=server.transfer) if stored else {}, keeper.owners)
+            restore_fields(stored.read(hints) if stored else {}, keeper.owners)
             send = self.net.send
             self.net.send = lambda node, body: self.dies() or send(node, body)  # type: ignore[assignment,method-assign]
             try:

@@ -196,7 +196,7 @@ def mean_of_last(own: Values, changes: Mapping[str, Values], trained: Mapping[st
     return found
 
 
-def told(r: Round, before: str) -> dict[str, Values]:
+def memory_values(r: Round, before: str) -> dict[str, Values]:
     """What is remembered under these words, by client."""
     return {name.removeprefix(before): kept for name, kept in r.memory.items() if name.startswith(before)}
 

@@ -20,18 +20,17 @@ STOPPED: dict[str, dict[str, Any]] = {
 def write_run(
     folder: Path,
     name: str = "demo",
-    clients: int = 8,
+    clients: int | list[str] = 8,
     rounds: int = 12,
     *,
     seed: int = 0,
     status: str = "finished",
     labels: list[str] = LABELS,
-    ids: list[str] | None = None,
     collapse: float = 1.0,
 ) -> Path:
     """A run folder; `rounds` 0 and status "interrupted" give one that was stopped before its first merge."""
     dice = random.Random(seed)
-    who = ids or [f"c{i:02d}" for i in range(clients)]
+    who = [f"c{i:02d}" for i in range(clients)] if isinstance(clients, int) else clients
     tier = {client: list(TIERS)[min(2, int(3 * dice.random() ** 1.3))] for client in who}
     part = {client: _part(dice, len(labels)) for client in who}
     lines = list(_history(dice, tier, rounds, collapse, scored=status != "interrupted"))

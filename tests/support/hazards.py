@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedloom.core.lora import Adapter, Factor
-from fedloom.core.types import Budget, ClientState, Result, TaskStart, Task
+from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.train.workers.worker import GroupedTrainer
 
 Work = Sequence[tuple[Task, ClientState]]

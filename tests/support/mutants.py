@@ -49,8 +49,8 @@ MUTANTS = [
     ),
     Mutant(
         "a rejected answer closes its task",
-        "reason = fault(task, result)\n",
-        "reason = fault(task, result)\n                if reason:\n                    self._release(number)\n",
+        "reason = why_invalid(task, result)\n",
+        "reason = why_invalid(task, result)\n                if reason:\n                    self._release(number)\n",
         STORMS,
     ),
     Mutant(
@@ -91,7 +91,7 @@ MUTANTS = [
     ),
     Mutant(
         "what an edge threw away is not said",
-        "return [Discard(one.task.id, one.task.client, reason) for one in server.arrived[server.retained :]]",
+        "return [Discarded(one.task.id, one.task.client, reason) for one in server.arrived[server.retained :]]",
         "return []",
         TREES,
     ),
@@ -103,19 +103,19 @@ MUTANTS = [
     ),
     Mutant(
         "an edge counts members of earlier tasks",
-        "self.state.shares, self.state.loss, self.state.due = {}, None, None",
+        "self.state.contributions, self.state.loss, self.state.due = {}, None, None",
         "self.state.loss, self.state.due = None, None",
         TREES,
     ),
     Mutant(
         "edges number their tasks alike",
-        "state.server.next_task = k * BLOCK + 1",
-        "state.server.next_task = 1",
+        "edge.server.number_tasks_from(k * BLOCK + 1)",
+        "edge.server.number_tasks_from(1)",
         TREES,
     ),
     Mutant(
         "a report arrives although its task was dropped",
-        "if entry[2].about != number",
+        "if entry[2].task_id != number",
         "if True",
         TREES,
     ),
@@ -127,7 +127,7 @@ MUTANTS = [
     ),
     Mutant(
         "a tree forgets what is on its way",
-        "times += [self.branches.moving[0][0]] if self.branches.moving else []",
+        "times += [self.below.messages[0][0]] if self.below.messages else []",
         "",
         TREES,
     ),
@@ -151,32 +151,32 @@ MUTANTS = [
     ),
     Mutant(
         "HLoRA as published forgets the client's scaling",
-        "return Start(grown, start.basis,",
-        "return Start(start.train, start.basis,",
+        "return TaskStart(grown, start.basis,",
+        "return TaskStart(start.train, start.basis,",
         METHODS,
     ),
     Mutant(
         "raFLoRA does not divide by who holds a direction",
-        "share = merge.step / torch.where(reach > 0, reach, 1.0)",
-        "share = merge.step * torch.ones_like(reach)",
+        "share = merge.step / torch.where(divisor > 0, divisor, 1.0)",
+        "share = merge.step * torch.ones_like(divisor)",
         METHODS,
     ),
     Mutant(
         "what nobody holds is lost",
-        "torch.where(reach > 0, 1.0 - merge.step, 1.0)",
-        "torch.full_like(reach, 1.0 - merge.step)",
+        "torch.where(divisor > 0, 1.0 - merge.step, 1.0)",
+        "torch.full_like(divisor, 1.0 - merge.step)",
         METHODS,
     ),
     Mutant(
         "what a client started from is added",
-        "yield 1.0, weigh(update.task.start.train.factors[name], -weight * share)",
-        "yield 1.0, weigh(update.task.start.train.factors[name], weight * share)",
+        "yield 1.0, weigh_directions(update.task.start.train.factors[name], -weight * share)",
+        "yield 1.0, weigh_directions(update.task.start.train.factors[name], weight * share)",
         METHODS,
     ),
     Mutant(
         "dead directions are handed out",
-        "revive(cut(sorted_, budget.rank), budget.rank, derive(seed, name))",
-        "cut(sorted_, budget.rank)",
+        "revive(cut_factor(sorted_, budget.rank), budget.rank, derive(seed, name))",
+        "cut_factor(sorted_, budget.rank)",
         METHODS,
     ),
     Mutant(
@@ -193,8 +193,8 @@ MUTANTS = [
     ),
     Mutant(
         "FedEx adds the mean of factors instead of taking it off",
-        "(1.0, scale(factor, -1.0))",
-        "(1.0, scale(factor, 1.0))",
+        "(1.0, scale_product(factor, -1.0))",
+        "(1.0, scale_product(factor, 1.0))",
         METHODS,
     ),
     Mutant(
@@ -205,8 +205,8 @@ MUTANTS = [
     ),
     Mutant(
         "modules are averaged over everybody",
-        "moved(model.adapter, merge, slot_weights)",
-        "moved(model.adapter, merge, lambda name, merge, rank: torch.ones(rank, dtype=torch.float64))",
+        'Q_j."""\n        return replace(model, adapter=move_factors(model.adapter, merge, holder_weights))',
+        'Q_j."""\n        return replace(model, adapter=move_factors(model.adapter, merge, lambda *a: torch.ones(a[2])))',
         METHODS,
     ),
     Mutant(
@@ -217,27 +217,27 @@ MUTANTS = [
     ),
     Mutant(
         "an edge contributes layers that no member trained",
-        "if name in state.trained}",
+        "if name in state.trained_layers}",
         "}",
         "hierarchy/test_tree.py",
     ),
     Mutant(
         "what a region tells is learnt unseen",
-        "if reason := untellable(asked, event.told, self.shape):",
+        "if not self.trusted and (reason := why_invalid_statistics(task, statistics, self.shape)):",
         "if reason := None:",
-        "hierarchy/test_remote_edges.py",
+        "hierarchy/test_root_server.py",
     ),
     Mutant(
         "a region is planned for whatever its members are",
         "        return str(error)",
         "        return None",
-        "hierarchy/test_remote_edges.py",
+        "hierarchy/test_root_server.py",
     ),
     Mutant(
         "a region's report counts for layers that nobody trained",
-        "        self.state.busy[event.task] = task\n",
+        "        self.server.narrow_task(trained)\n",
         "",
-        "hierarchy/test_remote_edges.py",
+        "hierarchy/test_root_server.py",
     ),
     Mutant(
         "what inner rounds wait is not learnt",
@@ -273,12 +273,12 @@ MUTANTS = [
         "a client is drawn twice",
         "moved[place] = moved.get(k, k)",
         "pass",
-        "schedule/test_draw.py",
+        "schedule/test_client_draw.py",
     ),
     Mutant(
         "whoever stood last is lost",
-        "self._keys[place], self._values[place], self._places[last] = last, moved, place",
-        "self._keys[place], self._values[place] = last, moved",
+        "self._keys[position], self._values[position], self._positions[last] = last, moved, position",
+        "self._keys[position], self._values[position] = last, moved",
         "core/test_indexed_dict.py",
     ),
     Mutant(
@@ -308,14 +308,14 @@ MUTANTS = [
     ),
     Mutant(
         "LoRA-A2 adds a change once for every version that it is in",
-        "adapter = added(moved(model.adapter, changes(merge), everyone), apart(model, merge))",
-        "adapter = moved(model.adapter, changes(merge), everyone)",
+        "adapter = add_offsets(move_factors(model.adapter, as_changes(merge), divide_by_one), base_offsets(model, merge))",
+        "adapter = move_factors(model.adapter, as_changes(merge), divide_by_one)",
         WINDOWS,
     ),
     Mutant(
         "an average is in the sum of versions",
-        "return replace(update, base=update.base and last(update.base))",
-        "return update",
+        "replace(update, base=update.base and last_version(update.base))",
+        "update",
         WINDOWS,
     ),
     Mutant(
@@ -364,11 +364,11 @@ MUTANTS = [
         "whoever worked most goes on",
         "return sorted(drawn, key=seconds)",
         "return sorted(drawn, key=seconds, reverse=True)",
-        "schedule/test_draw.py",
+        "schedule/test_client_draw.py",
     ),
     Mutant(
         "the seconds of earlier tasks are forgotten",
-        "self.state.worked.get(task.client, 0.0) + self.state.now - task.sent",
+        "self.state.work_seconds.get(task.client, 0.0) + self.state.now - task.sent",
         "self.state.now - task.sent",
         "core/test_server.py",
     ),
@@ -392,8 +392,8 @@ MUTANTS = [
     ),
     Mutant(
         "a layer is divided by everybody",
-        "parts = tuple((w / total if total > 0 else 1 / len(chosen), self.update(update)) for w, update in chosen)",
-        "parts = tuple((w, self.update(update)) for w, update in chosen)",
+        "updates = tuple((w / total if total > 0 else 1 / len(chosen), self.update(update)) for w, update in chosen)",
+        "updates = tuple((w, self.update(update)) for w, update in chosen)",
         DEPTHS,
     ),
     Mutant(
@@ -410,8 +410,8 @@ MUTANTS = [
     ),
     Mutant(
         "layers of different memories are one",
-        "found.setdefault((held, known), (held, []))",
-        "found.setdefault(held, (held, []))",
+        "groups.setdefault((held, remembered), (held, []))",
+        "groups.setdefault(held, (held, []))",
         DEPTHS,
     ),
     Mutant(
@@ -436,7 +436,7 @@ MUTANTS = [
         "a step without learnt slope",
         "covariance=(1 - gain) * (self.covariance + gain * deeper * longer),",
         "covariance=self.covariance,",
-        "plan/test_costmodel.py",
+        "plan/test_client_cost.py",
     ),
     Mutant(
         "depth is counted from the input",

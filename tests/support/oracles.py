@@ -258,9 +258,9 @@ def oracle_of(method: object) -> Oracle:
     if type(method) in ORACLES:
         return ORACLES[type(method)]
     name = type(method).__module__.rpartition(".")[2]
-    known = importlib.util.find_spec(f"aggregate.test_{name}")
-    found = getattr(importlib.import_module(f"aggregate.test_{name}"), "oracle", None) if known else None
-    assert found, (
+    module = f"tests.aggregate.test_{name}"
+    oracle = getattr(importlib.import_module(module), "oracle", None) if importlib.util.find_spec(module) else None
+    assert oracle, (
         f"{type(method).__name__} has no oracle: define oracle(method, round) in tests/aggregate/test_{name}.py"
     )
-    return found
+    return oracle

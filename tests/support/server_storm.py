@@ -34,7 +34,7 @@ from fedloom.core.lora import Adapter, Factor
 from fedloom.core.policies import Fleet, Merge, Schedule
 from fedloom.core.server import Limits, Server
 from fedloom.core.types import Profile, Result, Task
-from fedloom.runs.trace import written
+from fedloom.runs.trace import ENCODER
 from tests.support import toys
 from tests.support.toys import make_result
 
@@ -47,7 +47,7 @@ NAMES = [f"c{k}" for k in range(8)]
 
 def snapshot(server: Server) -> object:
     """The whole state but the clock, tensors by their sha256."""
-    state = json.loads(written(server.state))
+    state = json.loads(ENCODER.encode(server.state))
     return {name: value for name, value in state.items() if name != "now"}
 
 

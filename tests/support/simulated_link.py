@@ -14,7 +14,7 @@ from fedloom.core.transfer import encode_answer, residual_of
 from fedloom.core.types import ClientState, Profile
 from fedloom.deploy.link import RawReply
 from fedloom.deploy.messages import answer as wire
-from fedloom.deploy.messages.messages import JoinRequest, Welcome, TaskRequest, decode_request, decode_any, encode_reply
+from fedloom.deploy.messages.messages import JoinRequest, TaskRequest, Welcome, decode_request, encode_reply
 from tests.support.toys import Quadratic
 
 VALUES: dict[str, Any] = {}
@@ -105,7 +105,7 @@ class Net:
             self._put(self.time + 5 * draw(), RawReply(message, node, error="it did not get there"))
             return message
         begin = max(self.time, self.free.get(node, 0.0), self.back.get(node, 0.0))
-        takes = site.seconds if isinstance(decode_any(body, 2**30), TaskRequest) else 0.2
+        takes = site.seconds if isinstance(decode_request(body, 2**30), TaskRequest) else 0.2
         self.free[node] = begin + takes * (0.5 + draw())
         answer = site.answer(body)
         lost = draw() < self.trouble.unanswered

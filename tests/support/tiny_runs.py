@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedloom.core.lora import Adapter, Factor
-from fedloom.core.types import Budget, TaskStart, Task
+from fedloom.core.types import Budget, Task, TaskStart
 from fedloom.data.examples import Examples
 from fedloom.train.base_model import Base, load_base
 from fedloom.train.settings import PLAIN, Engine, LoRA, Training

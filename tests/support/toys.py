@@ -22,7 +22,7 @@ from fedloom.core.lora import Adapter, Factor, compact_with_fold
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Fleet, Merge, Schedule
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Budget, ClientState, Model, Profile, Result, TaskStart, Task, Update
+from fedloom.core.types import Budget, ClientState, Model, Profile, Result, Task, TaskStart, Update
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.fedasync import FedAsync

@@ -41,6 +41,7 @@ from fedloom.core.policies import Schedule
 from fedloom.core.server import Limits
 from fedloom.core.types import Task
 from fedloom.hierarchy.hierarchy import Hierarchy
+from fedloom.hierarchy.root_server import RootServer
 from fedloom.hierarchy.tree import Tree
 from fedloom.hierarchy.tree_state import BLOCK, Link, TreeView
 from fedloom.plan.budget import Plan
@@ -90,21 +91,29 @@ def storm_tree(above: Schedule, below: Schedule, **more: Any) -> Tree:
 def snapshot(tree: Tree) -> object:
     """Everything but the clocks, tensors by their sha256."""
     states = [tree.root.state, *(edge.server for edge in tree.below.edges.values())]
-    told = [{name: value for name, value in json.loads(ENCODER.encode(state)).items() if name != "now"} for state in states]
-    edges = [(edge.contributions, edge.down, edge.waiting_task and edge.waiting_task.id) for edge in tree.below.edges.values()]
+    told = [
+        {name: value for name, value in json.loads(ENCODER.encode(state)).items() if name != "now"} for state in states
+    ]
+    edges = [
+        (edge.contributions, edge.down, edge.waiting_task and edge.waiting_task.id)
+        for edge in tree.below.edges.values()
+    ]
     return told, ENCODER.encode(edges), [(time, entry.task_id) for time, _, entry in tree.below.messages]
 
 
 def copy_tree(tree: Tree) -> Tree:
     """A copy to try something on; what is frozen is shared."""
     other = copy.copy(tree)
-    other.root, other._edges, edges = copy_server(tree.root), {}, {}
+    other.root = RootServer(copy_server(tree.root.server), trusted=True, learned=other._regroup_learns)
+    other._edges, edges = {}, {}
     for name, edge in tree._edges.items():
         other._edges[name] = copy.copy(edge)
         edge.state = tree.below.edges[name]
         edge.server.state = edge.state.server
         other._edges[name].server = copy_server(edge.server)
-        edges[name] = replace(edge.state, server=other._edges[name].server.state, contributions=dict(edge.state.contributions))
+        edges[name] = replace(
+            edge.state, server=other._edges[name].server.state, contributions=dict(edge.state.contributions)
+        )
     mine = tree.below
     copies = {name: type(getattr(mine, name))(getattr(mine, name)) for name in ("edge_of", "leaving", "seconds")}
     other.below = replace(mine, edges=edges, messages=list(mine.messages), **copies)
@@ -325,5 +334,5 @@ def run_tree_storm(tree: Tree, script: list[tuple[str, int, float]], crowd: bool
     for event in [("join", k, 0.0) for k in range(8) if crowd] + script:
         storm.step(*event)
     storm.finish(NAMES[len(script) % len(NAMES)])
-    if 5 not in tree.root.aggregator.exempt:
+    if 5 not in tree.root.server.aggregator.exempt:
         assert toys.distance(toys.function(tree.state.model), toys.products(START)) < 1e-4

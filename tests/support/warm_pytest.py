@@ -99,7 +99,7 @@ def _run(source: str, output: str, tests: list[str]) -> None:
         "-W",
         "ignore::pytest.PytestAssertRewriteWarning",
         "-o",
-        f"pythonpath={source} {ROOT} {TESTS}",
+        f"pythonpath={source} {ROOT}",
         "-c",
         str(ROOT / "pyproject.toml"),
     ]

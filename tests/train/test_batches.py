@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.train.tokenised import POOL, plan_batches, epoch_batches
+from fedloom.train.tokenised import POOL, epoch_batches, plan_batches
 
 LENGTHS = st.lists(st.integers(1, 128), min_size=1, max_size=100)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples, Turn
 from fedloom.train import chat_template
-from fedloom.train.chat_template import PromptParts, FitCounts, PromptFormat
+from fedloom.train.chat_template import FitCounts, PromptFormat, PromptParts
 from fedloom.train.tokenised import IGNORED, encode_texts
 from tests.support.storms import tries
 
@@ -162,7 +162,7 @@ def test_the_tokens_of_a_prompt_begin_those_of_the_example(
     assert texts.fit_counts is not None
     assert len(ids) <= max_length
     assert begin < len(ids) or not answer
-    if not any(asdict(texts.fit_counts)[name] for name in ("context", "before", "request", "form", "answer")):
+    if not any(asdict(texts.fit_counts)[name] for name in ("context", "history", "request", "template", "answer")):
         assert ids[:begin] == chat_template.prompt_tokens(tokenizer, PromptParts(request, context), max_length)
         said = chat_template._replace_surrogates(answer)
         wanted = f" {said.strip()} " if tokenizer.chat_template == LLAMA2 else said
@@ -187,7 +187,9 @@ def test_the_middle_of_a_long_context_goes_first() -> None:
     assert " ... " in prompt
     assert prompt.endswith("j\n\n### Response:\n")
     assert (answer, fitted) == ("Paris</s>", FitCounts(1, context=1))
-    assert len(encode_texts(examples((QUESTION, "abcdefghij" * 40, ANSWER)), tokenizer, 80).ids[0]) >= 78  # no room is wasted
+    assert (
+        len(encode_texts(examples((QUESTION, "abcdefghij" * 40, ANSWER)), tokenizer, 80).ids[0]) >= 78
+    )  # no room is wasted
 
 
 def test_then_the_oldest_turns() -> None:
@@ -222,7 +224,9 @@ def test_a_template_that_does_not_fit_is_told() -> None:
 
 def test_what_happened_is_counted_and_said() -> None:
     tokenizer = TOKENIZERS["no marks"]
-    fitted = encode_texts(examples((QUESTION, "ab" * 99, ANSWER), ("Hi", "", "\ud800"), ("Hi", "", "")), tokenizer, 90).fit_counts
+    fitted = encode_texts(
+        examples((QUESTION, "ab" * 99, ANSWER), ("Hi", "", "\ud800"), ("Hi", "", "")), tokenizer, 90
+    ).fit_counts
     assert fitted == FitCounts(3, context=1, replaced_characters=1, empty=1)
     told = chat_template.fit_notes(tokenizer, 90, {"training": fitted, "test": None})
     assert told[0] == "1 of 3 training examples: the middle of the context is taken out to fit training.max_length=90."

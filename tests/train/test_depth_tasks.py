@@ -29,7 +29,7 @@ from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import batched_clients
 from fedloom.train.evaluate import score
 from fedloom.train.settings import PLAIN
-from fedloom.train.trainer import PeftTrainer, released
+from fedloom.train.trainer import PeftTrainer, enable_gradients
 from tests.support.tiny_models import SIZES, WORDS, tiny_decoder, tiny_encoder
 from tests.support.tiny_runs import base_of, frozen, lively, same, task_of, trainer_of
 
@@ -62,9 +62,9 @@ def gradients(trainer: PeftTrainer, task: Task, batch: Sequence[int]) -> dict[st
     """What the trainer's loss says of one batch."""
     base, start = trainer.base, task.start
     slot = base.activate(start.train, start.scaling, start.fold)
-    weights = released(peft_weights.slot_parameters(base.model, slot), start)
+    weights = enable_gradients(peft_weights.slot_parameters(base.model, slot), start)
     base.model.train()
-    loss = trainer._loss(task, [*start.train.factors])(batch)
+    loss = trainer._batch_loss(task, [*start.train.factors])(batch)
     return dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
 
 
@@ -183,7 +183,7 @@ def test_what_is_adapted_above_the_blocks_is_trained_at_every_depth(folders: dic
         "3.attention.self.query",
         "bert.pooler.dense",
     ]
-    assert trainer.cache.held, "what lies below the top block is kept"
+    assert trainer.cache.entries, "what lies below the top block is kept"
 
 
 def test_a_depth_that_the_model_does_not_have_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

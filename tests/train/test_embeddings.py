@@ -31,7 +31,9 @@ def test_a_row_is_the_mean_of_the_states_of_an_example_alone(encoder: Path, engi
         with torch.no_grad():
             states = plain(inputs["input_ids"], output_hidden_states=True).hidden_states[layer]
         assert torch.allclose(row, states[0].mean(0), atol=1e-5)
-    assert torch.allclose(embeddings(base, texts, range(2 * EMBEDDED_ROWS + 3))[indices], rows, atol=1e-5), "by any batches"
+    assert torch.allclose(embeddings(base, texts, range(2 * EMBEDDED_ROWS + 3))[indices], rows, atol=1e-5), (
+        "by any batches"
+    )
 
 
 def test_models_that_write_have_embeddings_too(decoder: Path) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from fedloom.core.lora import Adapter
 from fedloom.train import evaluate
 from fedloom.train.base_model import initial_adapter
-from fedloom.train.engine.frozen_layers import Cache
+from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.evaluate import BATCH, AnswerScores, Scores, score
 from fedloom.train.tokenised import encode_texts
 from tests.support.tiny_runs import answered, base_of, examples, lively, logits, writer_of
@@ -108,9 +108,9 @@ def test_a_base_alone_scores_as_before_any_training(generator: Path) -> None:
 
 def test_the_layers_below_may_be_kept_between_scores(generator: Path) -> None:
     base = writer_of(generator)
-    whole, texts, cache = lively(initial_adapter(base, 4)), answered(base), Cache()
+    whole, texts, cache = lively(initial_adapter(base, 4)), answered(base), ActivationCache()
     top = Adapter({n: f for n, f in whole.factors.items() if ".1." in n}, {})
     plain = score(base, top, texts, range(9)).metrics()
     for _ in range(2):
         assert score(base, top, texts, range(9), None, cache, 10**6).metrics() == pytest.approx(plain, rel=1e-5)
-    assert cache.held
+    assert cache.entries

@@ -12,14 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from bench.core import ROUNDTRIP_BAR, roundtrip
 from fedloom import IID, Instructions, Limits, prepare
 from fedloom.cli.main import app
 from fedloom.core.errors import Refused
 from fedloom.train.base_model import initial_adapter
-from fedloom.train.export import truncate_adapter, open_run, save_adapter, save_merged
+from fedloom.train.export import open_run, save_adapter, save_merged, truncate_adapter
 from fedloom.train.generate import generate_answers
 from fedloom.train.tokenised import encode_texts
+from tests.support.roundtrip import BAR, roundtrip_errors
 from tests.support.tiny_models import toy_answers
 from tests.support.tiny_runs import answered, base_of, examples, frozen, lively, logits, same, tiny_run, writer_of
 
@@ -37,9 +37,9 @@ def elsewhere(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 def test_a_trained_adapter_survives_the_round_trip(request: pytest.FixtureRequest, tmp_path: Path, kind: str) -> None:
-    errors = roundtrip(request.getfixturevalue(kind), tmp_path, range(1, 9))
+    errors = roundtrip_errors(request.getfixturevalue(kind), tmp_path, range(1, 9))
     assert len(errors) == 9
-    assert max(errors.values()) <= ROUNDTRIP_BAR
+    assert max(errors.values()) <= BAR
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
@@ -58,7 +58,7 @@ def test_the_readme_of_an_adapter_says_how_to_load_it(
     with torch.no_grad():
         given = model.eval()(**tokenizer(list(some.texts), padding=True, return_tensors="pt")).logits  # type: ignore
     wanted = logits(base, adapter, encode_texts(some, base.tokenizer, 32))
-    assert torch.allclose(given, wanted, atol=ROUNDTRIP_BAR)
+    assert torch.allclose(given, wanted, atol=BAR)
 
 
 def test_a_merged_model_knows_its_labels_and_leaves_the_base_alone(encoder: Path, tmp_path: Path) -> None:
@@ -74,13 +74,15 @@ def test_a_merged_model_knows_its_labels_and_leaves_the_base_alone(encoder: Path
     assert model.config.id2label == {0: "colour", 1: "pet"}
     with torch.no_grad():
         given = model.eval()(**tokenizer(list(examples(6).texts), padding=True, return_tensors="pt")).logits
-    assert torch.allclose(given, wanted, atol=ROUNDTRIP_BAR)
+    assert torch.allclose(given, wanted, atol=BAR)
 
 
 def test_the_config_of_an_adapter_says_its_own_rank_and_scaling(encoder: Path, tmp_path: Path) -> None:
     base = base_of(encoder, rank=8, scaling=2.0)
     for rank in (1, 3, 8):
-        folder = save_adapter(base, truncate_adapter(lively(initial_adapter(base, 8)), rank), ("a", "b"), tmp_path / str(rank))
+        folder = save_adapter(
+            base, truncate_adapter(lively(initial_adapter(base, 8)), rank), ("a", "b"), tmp_path / str(rank)
+        )
         config = json.loads((folder / "adapter_config.json").read_text())
         assert (config["r"], config["lora_alpha"] / config["r"]) == (rank, 2.0)
         assert sorted(config["modules_to_save"]) == ["classifier", "score"]

@@ -11,7 +11,7 @@ from fedloom.core.lora import Adapter
 from fedloom.core.types import ClientState
 from fedloom.train import generate
 from fedloom.train.base_model import Base, initial_adapter
-from fedloom.train.generate import exact_match, answer_metrics, worked_result, generate_answers
+from fedloom.train.generate import answer_metrics, exact_match, generate_answers, worked_result
 from tests.support.tiny_runs import answered, lively, task_of, writer_of, writing_trainer
 from tests.support.toys import factor
 

@@ -18,7 +18,7 @@ from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import frozen_layers
 from fedloom.train.settings import PLAIN
 from fedloom.train.tokenised import IGNORED
-from fedloom.train.trainer import released
+from fedloom.train.trainer import enable_gradients
 from tests.support.tiny_models import WORDS, hush
 from tests.support.tiny_runs import answered, frozen, lively, same, task_of, writer_of, writing_trainer
 
@@ -48,7 +48,7 @@ def by_hand(base: Base, texts: object, indices: list[int]) -> list[float]:
     """One example after the other without padding: -log p of each answer token after all before it, and their mean."""
     found = []
     for i in indices:
-        ids, begin = torch.tensor([texts.ids[i]]), texts.begins[i]  # type: ignore[attr-defined]
+        ids, begin = torch.tensor([texts.ids[i]]), texts.answer_starts[i]  # type: ignore[attr-defined]
         told = base.model(input_ids=ids).logits[0].log_softmax(1)
         each = [-float(told[t - 1, ids[0, t]]) for t in range(max(1, begin), ids.shape[1])]
         found.append(sum(each) / len(each))
@@ -57,7 +57,7 @@ def by_hand(base: Base, texts: object, indices: list[int]) -> list[float]:
 
 def gradients(base: Base, task: Task, found: Tensor) -> list[Tensor]:
     slot = f"r{task.budget.rank}"
-    weights = released(peft_weights.slot_parameters(base.model, slot), task.start)
+    weights = enable_gradients(peft_weights.slot_parameters(base.model, slot), task.start)
     return [*torch.autograd.grad(found, [*weights.values()])]
 
 
@@ -85,7 +85,7 @@ def test_long_answers_weigh_no_more_than_short_ones(generator: Path) -> None:
     base = writer_of(generator)
     texts = answered(base)
     long = texts.ids[0] + texts.ids[1][1:] * 3
-    both = replace(texts, ids=(long, texts.ids[1]), begins=(1, len(texts.ids[1]) - 1))
+    both = replace(texts, ids=(long, texts.ids[1]), answer_starts=(1, len(texts.ids[1]) - 1))
     with torch.no_grad():
         inputs = both.batch([0, 1], base.device)
         assert float(loss.mean_loss(base, inputs)) == pytest.approx(sum(by_hand(base, both, [0, 1])) / 2, rel=1e-4)
@@ -93,9 +93,11 @@ def test_long_answers_weigh_no_more_than_short_ones(generator: Path) -> None:
 
 def test_padding_on_the_left_is_never_asked_and_an_answer_may_begin_at_once(generator: Path) -> None:
     base = writer_of(generator)
-    right = replace(answered(base), begins=(0,) * 60)  # the first token has nothing before it
+    right = replace(answered(base), answer_starts=(0,) * 60)  # the first token has nothing before it
     with torch.no_grad():
-        losses = [loss.example_losses(base, replace(right, left=left).batch([3, 8, 1], base.device)) for left in (False, True)]
+        losses = [
+            loss.example_losses(base, replace(right, pad_left=left).batch([3, 8, 1], base.device)) for left in (False, True)
+        ]
     assert losses[0].tolist() == pytest.approx(by_hand(base, right, [3, 8, 1]), rel=1e-4)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
@@ -103,7 +105,7 @@ def test_padding_on_the_left_is_never_asked_and_an_answer_may_begin_at_once(gene
 def test_an_example_without_an_answer_costs_nothing_and_breaks_nothing(generator: Path) -> None:
     base = writer_of(generator)
     texts = answered(base)
-    none = replace(texts, begins=(len(texts.ids[0]), *texts.answer_starts[1:]))  # type: ignore[misc]
+    none = replace(texts, answer_starts=(len(texts.ids[0]), *texts.answer_starts[1:]))  # type: ignore[misc]
     found = loss.example_losses(base, none.batch([0, 1], base.device)).detach()
     assert float(found[0]) == 0.0
     assert bool(found.isfinite().all())
@@ -142,11 +144,14 @@ def test_training_the_top_layers_has_the_gradients_of_the_whole_model(model: Pat
         task = task_of(Adapter(task.start.train.factors, whole.dense))
     base.activate(task.start.train)
     base.model.train()
-    place = frozen_layers.tower(base, [*task.start.train.factors])
+    place = frozen_layers.split_layers(base, [*task.start.train.factors])
     assert place is not None
-    below, batch = frozen_layers.features(base, texts, place, range(30), None, frozen_layers.Cache(), 0), [7, 3, 20, 11]
-    released(peft_weights.slot_parameters(base.model, "r4"), task.start)
-    with place.fed(below.of(batch)):
+    below, batch = (
+        frozen_layers.frozen_features(base, texts, place, range(30), None, frozen_layers.ActivationCache(), 0),
+        [7, 3, 20, 11],
+    )
+    enable_gradients(peft_weights.slot_parameters(base.model, "r4"), task.start)
+    with place.starting_from(below.for_batch(batch)):
         found = loss.mean_loss(base, texts.batch(batch, base.device))
     ours = gradients(base, task, found)
     close(ours, gradients(base, task, loss.mean_loss(base, texts.batch(batch, base.device))))

@@ -123,7 +123,10 @@ def test_the_best_directions_over_all_layers_are_selected(
 
 def test_equal_scores_are_broken_by_order_and_more_than_there_are_is_all() -> None:
     before = adapter(4)
-    assert [m.tolist() for m in objective.select_directions(before, before, 3).values()] == [[True] * 3 + [False], [False] * 4]
+    assert [m.tolist() for m in objective.select_directions(before, before, 3).values()] == [
+        [True] * 3 + [False],
+        [False] * 4,
+    ]
     assert all(bool(m.all()) for m in objective.select_directions(before, adapter(4, 1), 99).values())
 
 

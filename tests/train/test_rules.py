@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
-from fedloom.core.lora import Adapter, Factor, cut_factor, compact_with_fold
+from fedloom.core.lora import Adapter, Factor, compact_with_fold, cut_factor
 from fedloom.core.types import ClientState, Pruning, Result, Rules, Task
 from fedloom.train import objective, peft_weights
 from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.objective import client_variate, personal_adapter
-from fedloom.train.tokenised import plan_batches, encode_texts
+from fedloom.train.tokenised import encode_texts, plan_batches
 from fedloom.train.trainer import PeftTrainer
 from tests.support.tiny_models import WORDS
 from tests.support.tiny_runs import base_of, examples, frozen, lively, logits, same, task_of, trainer_of

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples
 from fedloom.data.table import Rows
-from fedloom.train.text_quality import PASSES, Judged, Tokens, scores
+from fedloom.train.text_quality import PASSES, Judged, Tokens, quality_scores
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_causal_model_scores_the_answer_after_what_came_before(causal: str) ->
     """u = mean over answer tokens t of log p(t | request, context, answer before t)."""
     examples = dialogues()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(causal).eval(), AutoTokenizer.from_pretrained(causal)
-    for i, told in enumerate(scores(examples, causal)):
+    for i, told in enumerate(quality_scores(examples, causal)):
         assert examples.pairs is not None
         assert examples.answers is not None
         before = tokenizer(f"{examples.texts[i]} {examples.pairs[i]}")["input_ids"]
@@ -77,12 +77,12 @@ def test_a_masked_model_hides_a_seventh_at_a_time(masked: str) -> None:
         with torch.no_grad():
             found = log_softmax(model(torch.tensor([hidden])).logits[0], dim=-1)
         logs += [float(found[k, ids[k]]) for k in at]
-    assert scores(examples, masked)[0] == pytest.approx(sum(logs) / len(logs), abs=1e-4)
+    assert quality_scores(examples, masked)[0] == pytest.approx(sum(logs) / len(logs), abs=1e-4)
 
 
 def test_long_and_empty_texts_are_scored(causal: str) -> None:
     examples = Examples(("cat " * 500, ""), None, (0, 0), ("x",), None)
-    long, empty = scores(examples, causal, longest=32)
+    long, empty = quality_scores(examples, causal, longest=32)
     assert long < 0
     assert empty == pytest.approx(-torch.log(torch.tensor(29.0)).item())  # as if nothing was foreseen, of 29 tokens
 
@@ -92,14 +92,14 @@ def test_tokens_count_and_a_judged_source_brings_quality(causal: str) -> None:
     assert Tokens(causal)(examples) == (4, 9, 12)
     rows = [{"text": f"the {pet} is here", "label": pet} for pet in ("cat", "dog") * 6]
     split = Judged(Rows(rows), causal).load(0)
-    assert split.train.quality == scores(split.train, causal)
+    assert split.train.quality == quality_scores(split.train, causal)
     assert split.test.quality is None
 
 
 def test_what_predicts_no_words_is_refused(encoder: Path, decoder: Path) -> None:
     with pytest.raises(Refused, match="predict"):
-        scores(dialogues(), str(encoder))
+        quality_scores(dialogues(), str(encoder))
     with pytest.raises(Refused, match="predicts words"):
-        scores(dialogues(), str(decoder))
+        quality_scores(dialogues(), str(decoder))
     with pytest.raises(Refused, match="cannot be loaded"):
         Tokens("/nowhere")(dialogues())

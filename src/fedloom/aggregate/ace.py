@@ -20,13 +20,13 @@ from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.shared.client_changes import (
-    empty_memory,
     mean_last_change,
     measure_changes,
     remember_changes,
     replace_change,
     require_changes,
     store_memory,
+    with_empty_memory,
 )
 from fedloom.aggregate.shared.wrapper import Wrapper
 from fedloom.core.lora import Adapter
@@ -36,7 +36,12 @@ from fedloom.core.types import Model
 
 @dataclass(frozen=True, slots=True)
 class ACE(Wrapper):
-    """`inner` on the mean of all clients' last changes; `clients` is N, the size of the federation."""
+    """Steps of another method along the mean of all clients' last changes.
+
+    Fields:
+        inner: the wrapped method; it must add factors.
+        clients: size of the federation (N).
+    """
 
     inner: Aggregator = field(default_factory=FedIT)
     clients: int = 20
@@ -55,20 +60,19 @@ class ACE(Wrapper):
 
     @property
     def exempt(self) -> Mapping[int, str]:
-        """Its own, and the wrapped method's but for law 5: where changes are added nothing drains away."""
+        """Laws broken by the wrapped method, but for law 5 (where changes are added nothing drains away), and by the wrapper."""
         return {law: why for law, why in self.inner.exempt.items() if law != 5} | dict(self.wrapper_exempt)
 
     def init(self, start: Adapter) -> Model:
-        """As the wrapped method, with nothing heard of anybody."""
-        model = self.inner.init(start)
-        return replace(model, memory={**model.memory, **empty_memory(model.adapter, self.clients)})
+        """Return the first model of the wrapped method, with no change of anybody."""
+        return with_empty_memory(self.inner.init(start), self.clients)
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The answers take the place of what their clients changed before; then a step along the mean of all."""
-        answered = measure_changes(model, merge)
-        memory = remember_changes(model.memory, answered.values())
+        """Put the answers in the place of their clients' last changes, and take a step along the mean of all."""
+        changes = measure_changes(model, merge)
+        memory = remember_changes(model.memory, changes.values())
         common = mean_last_change(memory)
-        moved = {number: replace_change(one, common) for number, one in answered.items()}
-        parts = tuple((weight, moved.get(update.task.id, update)) for weight, update in merge.weighted_updates)
-        after = self.inner.merge(model, replace(merge, weighted_updates=parts, as_delta=True))
+        moved = {number: replace_change(change, common) for number, change in changes.items()}
+        averaged = merge.map_updates(lambda update: moved.get(update.task.id, update))
+        after = self.inner.merge(model, replace(averaged, as_delta=True))
         return store_memory(after, model, memory, self.clients)

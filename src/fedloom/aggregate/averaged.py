@@ -25,14 +25,19 @@ from fedloom.aggregate.shared.wrapper import Wrapper, drop_memory, require_metho
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, pad, server_rank
 from fedloom.core.policies import Aggregator, Merge, aggregator_layers
-from fedloom.core.types import Budget, Model, TaskStart, Update
+from fedloom.core.types import Budget, Model, TaskStart
 
 LAST, FOLD, COUNT = "last version", "last fold", "versions averaged"
 
 
 @dataclass(frozen=True, slots=True)
 class Averaged(Wrapper):
-    """`inner`, whose versions are averaged: the larger `focus`, the fewer of them; at 0 all count alike."""
+    """Running average of the versions of another method.
+
+    Fields:
+        inner: the wrapped method, any.
+        focus: how far recent versions count more: about the last 1 / (focus + 1) of all count (0: all alike).
+    """
 
     inner: Aggregator = field(default_factory=ProductDelta)
     focus: float = 8.0
@@ -40,7 +45,7 @@ class Averaged(Wrapper):
 
     @property
     def space(self) -> Literal["product"]:
-        """Whatever is wrapped: the average of products turns its basis at every merge, so nothing entry by entry goes around it."""
+        """Always "product": averaging products rotates the basis at every merge, so no entrywise wrapper goes around it."""
         return "product"
 
     def __post_init__(self) -> None:
@@ -51,24 +56,23 @@ class Averaged(Wrapper):
             raise Refused("aggregator.focus", self.focus, "0 averages over all versions, 8 over about the last ninth")
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The wrapped merge of the last version, which then goes into the average."""
-        parts = tuple((weight, _own(update)) for weight, update in merge.weighted_updates)
-        merge = replace(merge, weighted_updates=parts, anchor=merge.anchor and last_version(merge.anchor))
+        """Merge into the last version with the wrapped method, and the result into the average."""
+        merge = merge.map_updates(lambda update: replace(update, base=update.base and last_version(update.base)))
+        merge = replace(merge, anchor=merge.anchor and last_version(merge.anchor))
         after = self.inner.merge(last_version(model), merge)
         before = float(model.memory[COUNT].dense[COUNT]) if COUNT in model.memory else 0.0
         share = min(1.0, (self.focus + 1) / (before + 1 + self.focus))
         count = {COUNT: Adapter({}, {COUNT: torch.tensor(before + 1, dtype=torch.float64)})}
-        kept = {LAST: after.adapter, **count, **({FOLD: after.fold} if after.fold else {})}
-        average = _mixed(model, after, share)
-        return replace(after, adapter=average, fold=None, memory={**after.memory, **kept})
+        memory = {**after.memory, LAST: after.adapter, **count, **({FOLD: after.fold} if after.fold else {})}
+        return replace(after, adapter=_mixed(model, after, share), fold=None, memory=memory)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """As the wrapped method, of the last version."""
+        """Hand out what the wrapped method does of the last version."""
         return self.inner.start(last_version(model), budget, seed)
 
 
 def last_version(model: Model) -> Model:
-    """The version that clients train on; a layer that is in no average yet is what it was."""
+    """Return the version that clients train on; a layer that is in no average yet is as it was."""
     if LAST not in model.memory:
         return model
     version, fold = model.memory[LAST], model.memory.get(FOLD)
@@ -80,16 +84,12 @@ def last_version(model: Model) -> Model:
 
 
 def published_average(model: Model) -> Model:
-    """The average alone, as it is scored and exported: a start of it holds directions of the average."""
+    """Return the average alone, as it is evaluated and exported: a start cut from it holds directions of the average."""
     return drop_memory(model, LAST, FOLD, COUNT)
 
 
-def _own(update: Update) -> Update:
-    return replace(update, base=update.base and last_version(update.base))
-
-
 def _mixed(average: Model, version: Model, share: float) -> Adapter:
-    """(1 - share) average + share version, folds included, at the rank of the version."""
+    """Return (1 - share) average + share version, folds included, at the rank of the version."""
     rank, factors = server_rank(version.adapter), {}
     pairs = [(1.0 - share, average), (share, version)] if share < 1.0 else [(1.0, version)]
     for name in version.adapter.factors:

@@ -15,13 +15,12 @@ from before the basis was drawn anew is merged as it is. Cost: a few passes over
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.shared.client_changes import (
-    empty_memory,
     last_change,
     mean_last_change,
     measure_changes,
@@ -29,16 +28,22 @@ from fedloom.aggregate.shared.client_changes import (
     replace_change,
     require_changes,
     store_memory,
+    with_empty_memory,
 )
 from fedloom.aggregate.shared.wrapper import Wrapper
 from fedloom.core.lora import Adapter, map_tensors
 from fedloom.core.policies import Aggregator, Merge
-from fedloom.core.types import Model
+from fedloom.core.types import Model, Update
 
 
 @dataclass(frozen=True, slots=True)
 class CA2FL(Wrapper):
-    """`inner` on answers corrected by cached changes; `clients` is N, the size of the federation."""
+    """Another method, on answers corrected by cached changes.
+
+    Fields:
+        inner: the wrapped method; it must add factors.
+        clients: size of the federation (N).
+    """
 
     inner: Aggregator = field(default_factory=FedIT)
     clients: int = 20
@@ -52,19 +57,21 @@ class CA2FL(Wrapper):
         require_changes("CA2FL", self.inner, self.clients)
 
     def init(self, start: Adapter) -> Model:
-        """As the wrapped method, with nothing heard of anybody."""
-        model = self.inner.init(start)
-        return replace(model, memory={**model.memory, **empty_memory(model.adapter, self.clients)})
+        """Return the first model of the wrapped method, with no change of anybody."""
+        return with_empty_memory(self.inner.init(start), self.clients)
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The wrapped merge of Delta_k - h_k + h, after which h_k is Delta_k."""
-        answered, common = measure_changes(model, merge), mean_last_change(model.memory)
-        corrected = {
-            number: replace_change(
-                one, map_tensors(lambda d, o, h: d.double() - o.double() + h, one.by, last_change(model.memory, one), common)
+        """Return the wrapped merge of Delta_k - h_k + h, after which h_k is Delta_k."""
+        changes, common = measure_changes(model, merge), mean_last_change(model.memory)
+
+        def corrected(update: Update) -> Update:
+            change = changes.get(update.task.id)
+            if change is None:
+                return update
+            last = last_change(model.memory, change)
+            return replace_change(
+                change, map_tensors(lambda d, o, h: d.double() - o.double() + h, change.by, last, common)
             )
-            for number, one in answered.items()
-        }
-        parts = tuple((weight, corrected.get(update.task.id, update)) for weight, update in merge.weighted_updates)
-        after = self.inner.merge(model, replace(merge, weighted_updates=parts))
-        return store_memory(after, model, remember_changes(model.memory, answered.values()), self.clients)
+
+        after = self.inner.merge(model, merge.map_updates(corrected))
+        return store_memory(after, model, remember_changes(model.memory, changes.values()), self.clients)

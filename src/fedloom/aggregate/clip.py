@@ -23,7 +23,12 @@ from fedloom.core.types import Model, Update
 
 @dataclass(frozen=True, slots=True)
 class Clip(Wrapper):
-    """`inner` on changes of at most `norm`."""
+    """Another method, on changes of at most a given norm.
+
+    Fields:
+        inner: the wrapped method, any.
+        norm: largest Euclidean norm of a client's change, over all factors and the head together (S).
+    """
 
     inner: Aggregator = field(default_factory=FedIT)
     norm: float = 1.0
@@ -40,19 +45,20 @@ class Clip(Wrapper):
             raise Refused("aggregator.norm", self.norm, "the largest norm of a client's change, a positive number")
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The wrapped merge of shortened answers."""
-        parts = tuple((weight, clip_update(update, self.norm)) for weight, update in merge.weighted_updates)
-        return self.inner.merge(model, replace(merge, weighted_updates=parts))
+        """Return the wrapped merge of shortened answers."""
+        return self.inner.merge(model, merge.map_updates(lambda update: clip_update(update, self.norm)))
 
 
 def clip_update(update: Update, norm: float) -> Update:
-    """The update with its change shortened to `norm`, if it is longer."""
-    given, sent = update.result.adapter, update.task.start.train
-    ranks = {name: factor.rank for name, factor in given.factors.items()}
+    """Return the update with its change shortened to `norm`, if it is longer."""
+    trained, sent = update.result.adapter, update.task.start.train
+    ranks = {
+        name: factor.rank for name, factor in trained.factors.items()
+    }  # lower than sent, where a client pruned itself
     sent = Adapter({name: cut_factor(sent.factors[name], rank) for name, rank in ranks.items()}, sent.dense)
-    length = euclidean_norm(map_tensors(lambda a, b: a.double() - b.double(), given, sent))
+    length = euclidean_norm(map_tensors(lambda a, b: a.double() - b.double(), trained, sent))
     if length <= norm:
         return update
     share = norm / length
-    shorter = map_tensors(lambda a, b: (b.double() + share * (a.double() - b.double())).to(a.dtype), given, sent)
+    shorter = map_tensors(lambda a, b: (b.double() + share * (a.double() - b.double())).to(a.dtype), trained, sent)
     return replace(update, result=replace(update.result, adapter=shorter))

@@ -11,13 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from fedloom.aggregate.shared.factor_space import leading_start, move_models
-from fedloom.aggregate.shared.merge_terms import as_changes, base_offsets, divide_by_one, offset_terms
+from fedloom.aggregate.shared.merge_terms import (
+    VOTES_SERVER_VALUE,
+    as_changes,
+    base_offsets,
+    divide_by_one,
+    first_model,
+    offset_terms,
+)
 from fedloom.aggregate.shared.product_space import add_to_fold, fold_untrained, product_terms
-from fedloom.core.lora import Adapter, scale_product
+from fedloom.core.lora import scale_product
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, TaskStart
 
@@ -27,23 +33,18 @@ class FedEx:
     """Means of factors, and the residual in the fold: together the exact mean of products."""
 
     space: ClassVar[Literal["product"]] = "product"
-    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
-        {8: "a client of low rank votes for the server's value of the directions that it did not train"}
-    )
-
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself."""
-        return Model(start)
+    exempt: ClassVar[Mapping[int, str]] = VOTES_SERVER_VALUE
+    init = staticmethod(first_model)
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """B, A and the residual sum p_k B_k A_k - B A."""
-        adapter, away, residual = move_models(model, merge), base_offsets(model, merge), {}
+        """Average A and B apart, and add the residual sum p_k B_k A_k - B A to the fold."""
+        adapter, offsets, residual = move_models(model, merge), base_offsets(model, merge), {}
         for name, factor in adapter.factors.items():
-            reach = divide_by_one(name, merge, factor.rank)
-            changed = [*product_terms(name, model.adapter, as_changes(merge), reach), *offset_terms(name, away)]
+            divisor = divide_by_one(name, merge, factor.rank)
+            changed = [*product_terms(name, model.adapter, as_changes(merge), divisor), *offset_terms(name, offsets)]
             residual[name] = [*changed, (1.0, scale_product(factor, -1.0))]
         return replace(model, adapter=adapter, fold=add_to_fold(model, residual))
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The first directions to train; the others and the residual in the fold."""
+        """Hand out the first directions to train, with the others and the residual in the fold."""
         return replace(leading_start(model, budget), fold=fold_untrained(model, range(budget.rank)))

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from fedloom.aggregate.shared.factor_space import leading_start, padded_mean
-from fedloom.core.lora import Adapter
+from fedloom.aggregate.shared.merge_terms import first_model
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, TaskStart
 
@@ -32,15 +32,12 @@ class FedIT:
             8: "a client of low rank votes zero on the directions it did not train",
         }
     )
-
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself."""
-        return Model(start)
+    init = staticmethod(first_model)
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """Factors averaged apart, zero-padded to the server's rank."""
+        """Average the factors apart, zero-padded to the server's rank."""
         return padded_mean(model, merge)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The first `rank` directions, not drawn for each client: all must share the same `down`."""
+        """Hand out the first `rank` directions, not drawn for each client: all must share the same `down`."""
         return leading_start(model, budget)

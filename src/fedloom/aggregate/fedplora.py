@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 
 from fedloom.aggregate.shared.factor_space import move_factors
-from fedloom.aggregate.shared.merge_terms import holder_weights, take_directions
+from fedloom.aggregate.shared.merge_terms import first_model, holder_weights, select_directions
 from fedloom.aggregate.shared.product_space import fold_untrained
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.policies import Merge
@@ -30,19 +30,18 @@ class FedPLoRA:
 
     space: ClassVar[Literal["factor"]] = "factor"
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})
-
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself."""
-        return Model(start)
+    init = staticmethod(first_model)
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """Module by module over its trainers Q_j."""
+        """Average each module over its trainers Q_j."""
         return replace(model, adapter=move_factors(model.adapter, merge, holder_weights))
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """`rank` modules drawn from `seed`, the others in the fold."""
+        """Hand out `rank` modules drawn from `seed`, with the others in the fold."""
         drawn = tuple(sorted(rng(seed, "modules").sample(range(server_rank(model.adapter)), budget.rank)))
         chosen = torch.tensor(drawn)
-        factors = {name: take_directions(factor, chosen) for name, factor in model.adapter.factors.items()}
+        factors = {name: select_directions(factor, chosen) for name, factor in model.adapter.factors.items()}
         basis = f"{model.basis}/{'.'.join(map(str, drawn))}"
-        return TaskStart(Adapter(factors, model.adapter.dense), basis, fold=fold_untrained(model, drawn), directions=drawn)
+        return TaskStart(
+            Adapter(factors, model.adapter.dense), basis, fold=fold_untrained(model, drawn), directions=drawn
+        )

@@ -14,8 +14,7 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from fedloom.aggregate.shared.factor_space import leading_start, move_factors
-from fedloom.aggregate.shared.merge_terms import holder_weights
-from fedloom.core.lora import Adapter
+from fedloom.aggregate.shared.merge_terms import first_model, holder_weights
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, Rules, TaskStart
 
@@ -31,15 +30,12 @@ class FedSA:
             2: "as law 1: there is no global product",
         }
     )
-
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself; its `up` and head only start the clients."""
-        return Model(start)
+    init = staticmethod(first_model)  # its `up` and head only start the clients
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The mean of `down`, row by row over those who hold it."""
+        """Average `down`, row by row over those who hold it."""
         return replace(model, adapter=move_factors(model.adapter, merge, holder_weights))
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The shared rows; the client puts its own `up` and head beside them, which begin as the run's seed says."""
+        """Hand out the shared rows; the client puts its own `up` and head beside them, which begin as the run's seed says."""
         return replace(leading_start(model, budget), seeded=("up", "dense"), rules=Rules(private=("up", "dense")))

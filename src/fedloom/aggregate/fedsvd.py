@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import ClassVar, Literal
 
+from fedloom.aggregate.shared.merge_terms import VOTES_SERVER_VALUE, first_model
 from fedloom.aggregate.shared.product_space import merge_changes, truncated_start
-from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, Rules, TaskStart
 
@@ -24,18 +23,13 @@ class FedSVD:
     """The mean change of B A over a shared A, re-orthogonalised: A = V^T, B = U S."""
 
     space: ClassVar[Literal["product"]] = "product"
-    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
-        {8: "a client of low rank votes for the server's value of the directions that it did not train"}
-    )
-
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself; its random `down` serves the first round."""
-        return Model(start)
+    exempt: ClassVar[Mapping[int, str]] = VOTES_SERVER_VALUE
+    init = staticmethod(first_model)  # its random `down` serves the first round
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The mean change of products, then the SVD; the rank stays the server's."""
-        return merge_changes(model, merge, server_rank(model.adapter))
+        """Average the changes of products, then take the SVD; the rank stays the server's."""
+        return merge_changes(model, merge)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The leading directions, to be trained on the side of `up` alone."""
+        """Hand out the leading directions, to be trained on the side of `up` alone."""
         return replace(truncated_start(model, budget, seed, balanced=False), rules=Rules(frozen=("down",)))

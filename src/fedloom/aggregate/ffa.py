@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from fedloom.aggregate.shared.factor_space import leading_start, move_models
-from fedloom.core.lora import Adapter
+from fedloom.aggregate.shared.merge_terms import VOTES_SERVER_VALUE, first_model
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, Rules, TaskStart
 
@@ -25,18 +24,13 @@ class FFA:
 
     space: ClassVar[Literal["factor"]] = "factor"
     plain_mean: ClassVar[bool] = True
-    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
-        {8: "a client of low rank votes for the server's value of the directions that it did not train"}
-    )
-
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself; its `down` is never changed."""
-        return Model(start)
+    exempt: ClassVar[Mapping[int, str]] = VOTES_SERVER_VALUE
+    init = staticmethod(first_model)  # its `down` is never changed
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The mean of `up`, entry by entry."""
+        """Average `up`, entry by entry."""
         return replace(model, adapter=move_models(model, merge))
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The first directions, to be trained on the side of `up` alone."""
+        """Hand out the first directions, to be trained on the side of `up` alone."""
         return replace(leading_start(model, budget), seeded=("down",), rules=Rules(frozen=("down",)))

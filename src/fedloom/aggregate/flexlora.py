@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import divide_by_one
+from fedloom.aggregate.shared.merge_terms import divide_by_one, first_model
 from fedloom.aggregate.shared.product_space import merge_products, truncated_start
 from fedloom.core.lora import Adapter, Factor, compact_with_fold, cut_factor, server_rank
 from fedloom.core.policies import Merge
@@ -32,13 +32,10 @@ class FlexLoRA:
             8: "a client of low rank votes zero on the directions it did not train",
         }
     )
-
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself."""
-        return Model(start)
+    init = staticmethod(first_model)
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """W = sum p_k B_k A_k, whole: sorted directions, the first of them for clients."""
+        """Return W = sum p_k B_k A_k, whole: the first directions in the adapter, for clients, the others in the fold."""
         rank = server_rank(model.adapter)
         before = replace(model, adapter=compact_with_fold(model.adapter, model.fold))
         after = merge_products(before, merge, max(rank, _directions(before.adapter, merge)), divide_by_one)
@@ -47,12 +44,12 @@ class FlexLoRA:
         return replace(after, adapter=Adapter(first, after.adapter.dense), fold=Adapter(rest))
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The best approximation of W at the client's rank."""
+        """Hand out the best approximation of W at the client's rank."""
         return truncated_start(model, budget, seed, balanced=False)
 
 
 def _directions(model: Adapter, merge: Merge) -> int:
-    """How many directions the sum of products can have: those that are added up, but no more than a layer has room for."""
+    """Return how many directions the sum of products can have: those that are added up, but no more than a layer has room for."""
     room = max(min(factor.up.shape[0], factor.down.shape[1]) for factor in model.factors.values())
     added = sum(server_rank(update.result.adapter) for _, update in merge.weighted_updates)
     if merge.as_delta:

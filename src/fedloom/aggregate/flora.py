@@ -32,19 +32,19 @@ class FLoRA:
     )
 
     def init(self, start: Adapter) -> Model:
-        """What the start holds is folded; its adapter begins anew."""
+        """Fold what the start holds; the adapter begins at zero."""
         begin = Adapter({name: scale_product(factor, 0.0) for name, factor in start.factors.items()}, start.dense)
         pieces = {name: [(1.0, factor)] for name, factor in start.factors.items() if bool(factor.up.any())}
         model = Model(begin)
         return replace(model, fold=add_to_fold(model, pieces)) if pieces else model
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """fold + step * sum p_k B_k A_k: an adapter that starts at zero is its own change."""
-        away, parts = base_offsets(model, merge), merge.weighted_updates
+        """Add step * sum p_k B_k A_k to the fold: an adapter that starts at zero is its own change."""
+        offsets, updates = base_offsets(model, merge), merge.weighted_updates
         pieces = {
             name: [
-                *((merge.step * weight, update.result.adapter.factors[name]) for weight, update in parts),
-                *offset_terms(name, away),
+                *((merge.step * weight, update.result.adapter.factors[name]) for weight, update in updates),
+                *offset_terms(name, offsets),
             ]
             for name in model.adapter.factors
         }
@@ -53,8 +53,10 @@ class FLoRA:
         return replace(model, adapter=adapter, fold=add_to_fold(model, pieces), basis=model.basis + 1)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """A new adapter of the client's rank, drawn from its seed, on top of everything folded so far."""
-        factors = {name: initial_factor(f, budget.rank, derive(seed, name)) for name, f in model.adapter.factors.items()}
+        """Hand out a new adapter of the client's rank, drawn from its seed, on top of everything folded so far."""
+        factors = {
+            name: initial_factor(f, budget.rank, derive(seed, name)) for name, f in model.adapter.factors.items()
+        }
         return TaskStart(
             Adapter(factors, model.adapter.dense),
             basis=f"{model.basis}/{seed}/{budget.rank}",

@@ -16,15 +16,23 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from fedloom.aggregate.shared.factor_space import leading_start, padded_mean
+from fedloom.aggregate.shared.merge_terms import first_model
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, product_norm
+from fedloom.core.lora import product_norm
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, Pruning, Rules, TaskStart, Update
 
 
 @dataclass(frozen=True, slots=True)
 class HetLoRA:
-    """Zero-padding with norm weights. `prune` turns self-pruning on; `strength` is lambda, `keep` is g, `least` r_min."""
+    """Zero-padding with norm weights and self-pruning clients.
+
+    Fields:
+        prune: whether clients prune their own rank.
+        strength: weight of the pruning penalty in the loss (lambda).
+        keep: share of the rank that is not penalised (gamma; above 0, below 1).
+        least: directions that a client keeps in any case (r_min).
+    """
 
     prune: bool = True
     strength: float = 1e-3
@@ -38,6 +46,7 @@ class HetLoRA:
             8: "a client of low rank votes zero on the directions it did not train",
         }
     )
+    init = staticmethod(first_model)
 
     def __post_init__(self) -> None:
         if self.strength < 0:
@@ -49,22 +58,18 @@ class HetLoRA:
         if self.least < 1:
             raise Refused("aggregator.least", self.least, "a client keeps at least 1 direction")
 
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself."""
-        return Model(start)
-
     def merge(self, model: Model, merge: Merge) -> Model:
-        """Padded means with weights in proportion to |B_k A_k|."""
+        """Average the padded factors with weights in proportion to |B_k A_k|."""
         return padded_mean(model, replace(merge, weighted_updates=weigh_by_norm(merge)), head=merge)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The first directions, with the order to prune."""
+        """Hand out the first directions, with the rule for pruning."""
         pruning = Pruning(self.strength, self.keep, self.least) if self.prune else None
         return replace(leading_start(model, budget), rules=Rules(pruning=pruning))
 
 
 def weigh_by_norm(merge: Merge) -> tuple[tuple[float, Update], ...]:
-    """The parts with weight * |B_k A_k| over all layers, normalised; as they are where everybody brought zero."""
+    """Return the updates with weight * |B_k A_k| over all layers, normalised; unchanged where everybody brought zero."""
     sizes = [
         weight * sum(product_norm(factor) ** 2 for factor in update.result.adapter.factors.values()) ** 0.5
         for weight, update in merge.weighted_updates

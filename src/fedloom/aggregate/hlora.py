@@ -3,7 +3,7 @@
 Source: Liu et al., "HLoRA: Efficient Federated Learning System for LLM Heterogeneous Fine-Tuning", arXiv 2503.00813, 2025
 (the rule: W = sum p_k B_k A_k, then a truncated SVD); the same aggregation as FlexLoRA, arXiv 2402.11505. Details follow the
 public prototype, as far as it is known: down = V^T orthonormal, up = U S; the client receives the leading directions.
-Cost: one decomposition a layer for all ranks, O((d_in + d_out) R^2) with R the sum of ranks, or less; see `lowrank.py`.
+Cost: one decomposition a layer for all ranks, O((d_in + d_out) R^2) with R the sum of ranks, or less; see `core.truncated_svd`.
 
 Known weakness: rank collapse (arXiv 2602.13486). A client of rank r hands back only its r leading directions, so each merge
 multiplies direction i by the weight of clients with rank >= i, and energy drains into the smallest shared rank. `RaFLoRA`
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import divide_by_one, require_server_rank
+from fedloom.aggregate.shared.merge_terms import divide_by_one, first_model, require_server_rank
 from fedloom.aggregate.shared.product_space import merge_products, truncated_start
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, scale_product, server_rank
@@ -26,17 +26,20 @@ from fedloom.core.types import Budget, Model, TaskStart, Update
 
 @dataclass(frozen=True, slots=True)
 class HLoRA:
-    """Mean of products, truncated to `rank` on the server (None: the highest client rank).
+    """Mean of products, truncated to the server's rank.
 
-    `published_alpha` turns on the prototype's scaling: alpha stays fixed while the rank changes, so a client of rank r runs
-    (alpha/r) B A, but the server averages the unscaled B A. It is there to reproduce the paper; leave it None for the right one.
-    `balanced` divides singular values evenly over both factors instead of leaving them to `up`, as the prototype does.
+    Fields:
+        rank: rank that the server keeps (None: the highest client rank).
+        published_alpha: turns on the prototype's scaling, to reproduce the paper: alpha stays fixed while the rank changes, so a
+            client of rank r runs (alpha/r) B A, but the server averages the unscaled B A (None: the right scaling).
+        balanced: whether singular values are divided evenly over both factors; False leaves them to `up`, as the prototype does.
     """
 
     rank: int | None = None
     published_alpha: float | None = None
     balanced: bool = False
     space: ClassVar[Literal["product"]] = "product"
+    init = staticmethod(first_model)
 
     def __post_init__(self) -> None:
         require_server_rank(self.rank)
@@ -45,7 +48,7 @@ class HLoRA:
 
     @property
     def exempt(self) -> Mapping[int, str]:
-        """Laws broken by design, with the reason."""
+        """Laws broken by design, by number, with the reason."""
         collapse = {5: "rank-agnostic weights drain energy into the smallest shared rank (arXiv 2602.13486)"}
         trap = {
             1: "the factors are averaged without the scaling that made them a function",
@@ -56,19 +59,15 @@ class HLoRA:
             trap if self.published_alpha is not None else {}
         )
 
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself; it is re-factorised at the first merge."""
-        return Model(start)
-
     def merge(self, model: Model, merge: Merge) -> Model:
-        """sum p_k B_k A_k over the participants, cut to the server's rank."""
+        """Return sum p_k B_k A_k over the participants, cut to the server's rank."""
         top = self.rank or server_rank(model.adapter)
         if self.published_alpha is not None:
-            merge = replace(merge, weighted_updates=tuple((w, _rescaled(update, top)) for w, update in merge.weighted_updates))
+            merge = merge.map_updates(lambda update: _rescaled(update, top))
         return merge_products(model, merge, top, divide_by_one)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The leading directions at the client's rank."""
+        """Hand out the leading directions at the client's rank."""
         start = truncated_start(model, budget, seed, self.balanced)
         if self.published_alpha is None:
             return start

@@ -15,18 +15,20 @@ from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from fedloom.aggregate.shared.factor_space import add_offsets, leading_start, move_factors
-from fedloom.aggregate.shared.merge_terms import as_changes, base_offsets, divide_by_one
+from fedloom.aggregate.shared.merge_terms import as_changes, base_offsets, divide_by_one, first_model
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, server_rank
+from fedloom.core.lora import server_rank
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, Rules, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
 class LoRAA2:
-    """Alternating sides and adaptive rank slots. `up_rate` is the learning rate of B relative to that of A.
+    """Alternating sides, and directions that each client selects.
 
-    `freeze_head` keeps the classifier as it was at the start, as the paper does; it needs a head that is worth keeping.
+    Fields:
+        up_rate: learning rate of B relative to that of A.
+        freeze_head: whether the classifier stays as it was at the start, as in the paper; it needs a head that is worth keeping.
     """
 
     up_rate: float = 5.0
@@ -39,22 +41,19 @@ class LoRAA2:
             8: "w_k dX_k is not divided by the weight of those who chose a direction",
         }
     )
+    init = staticmethod(first_model)
 
     def __post_init__(self) -> None:
         if not self.up_rate > 0:
             raise Refused("aggregator.up_rate", self.up_rate, "a positive factor; the paper has 5")
 
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself."""
-        return Model(start)
-
     def merge(self, model: Model, merge: Merge) -> Model:
-        """X + step * sum w_k dX_k on the side that was trained; then it is the other one's turn."""
+        """Return X + step * sum w_k dX_k on the side that was trained; then it is the other one's turn."""
         adapter = add_offsets(move_factors(model.adapter, as_changes(merge), divide_by_one), base_offsets(model, merge))
         return replace(model, adapter=adapter, phase=model.phase + 1)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The whole adapter, to be trained in `rank` directions a layer on average, one side of them frozen."""
+        """Hand out the whole adapter, to be trained in `rank` directions a layer on average, one side of them frozen."""
         whole = leading_start(model, replace(budget, rank=server_rank(model.adapter)))
         side: tuple[Literal["up", "down"], ...] = ("up",) if model.phase % 2 else ("down",)
         rules = Rules(

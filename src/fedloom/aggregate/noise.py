@@ -33,7 +33,13 @@ COUNT = "noise"
 
 @dataclass(frozen=True, slots=True)
 class Noise(Wrapper):
-    """`inner`, a `Clip`, with noise of `multiplier` times what one client can change."""
+    """A clipped method, with noise in proportion to what one client can change.
+
+    Fields:
+        inner: a `Clip` around a method that takes plain means.
+        multiplier: standard deviation of the noise relative to the largest change by one client (z).
+        seed: seed of the noise; for real privacy it must be secret, and drawn for this run alone.
+    """
 
     inner: Aggregator = field(default_factory=Clip)
     multiplier: float = 1.0
@@ -64,7 +70,7 @@ class Noise(Wrapper):
             raise Refused("aggregator.multiplier", self.multiplier, "the noise multiplier is positive; 1.0 is usual")
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The wrapped merge, and N(0, (z S step max_k p_k)^2) on every entry that clients trained."""
+        """Add N(0, (z S step max_k p_k)^2) to every entry that clients trained, after the wrapped merge."""
         after = self.inner.merge(model, merge)
         assert isinstance(self.inner, Clip)
         deviation = self.multiplier * self.inner.norm * merge.step * largest_share(merge)
@@ -81,7 +87,7 @@ class Noise(Wrapper):
 
 
 def largest_share(merge: Merge) -> float:
-    """The largest weight of one client, all its answers in this merge together."""
+    """Return the largest weight of one client, all its answers in this merge together."""
     shares = dict[ClientId, float]()
     for weight, update in merge.weighted_updates:
         shares[update.task.client] = shares.get(update.task.client, 0.0) + weight

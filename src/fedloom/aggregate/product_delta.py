@@ -11,42 +11,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import require_server_rank
+from fedloom.aggregate.shared.merge_terms import VOTES_SERVER_VALUE, first_model, require_server_rank
 from fedloom.aggregate.shared.product_space import merge_changes, truncated_start
-from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
 class ProductDelta:
-    """The model plus the mean change of products, truncated to `rank` on the server (None: the highest client rank).
+    """The model plus the mean change of products, truncated to the server's rank.
 
-    `balanced` divides singular values evenly over both factors of what a client receives.
+    Fields:
+        rank: rank that the server keeps (None: the highest client rank).
+        balanced: whether singular values are divided evenly over both factors of what a client trains, so that one learning rate
+            suits both; False leaves them to `up`.
     """
 
     rank: int | None = None
     balanced: bool = False
     space: ClassVar[Literal["product"]] = "product"
-    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
-        {8: "a client of low rank votes for the server's value of the directions that it did not train"}
-    )
+    exempt: ClassVar[Mapping[int, str]] = VOTES_SERVER_VALUE
+    init = staticmethod(first_model)
 
     def __post_init__(self) -> None:
         require_server_rank(self.rank)
 
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself; it is re-factorised at the first merge."""
-        return Model(start)
-
     def merge(self, model: Model, merge: Merge) -> Model:
-        """W + step * sum p_k (B_k A_k - what k received), cut to the server's rank."""
-        keep = self.rank or server_rank(model.adapter)
-        return merge_changes(model, merge, keep)
+        """Return W + step * sum p_k (B_k A_k - what k received), cut to the server's rank."""
+        return merge_changes(model, merge, self.rank)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The leading directions at the client's rank."""
+        """Hand out the leading directions at the client's rank."""
         return truncated_start(model, budget, seed, self.balanced)

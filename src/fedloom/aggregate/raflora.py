@@ -14,37 +14,35 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import holder_weights, require_server_rank
+from fedloom.aggregate.shared.merge_terms import first_model, holder_weights, require_server_rank
 from fedloom.aggregate.shared.product_space import merge_products, truncated_start
-from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, TaskStart
 
 
 @dataclass(frozen=True, slots=True)
 class RaFLoRA:
-    """Mean of products per direction, truncated to `rank` on the server (None: the highest client rank).
+    """Mean of products, each direction over the clients that hold it, truncated to the server's rank.
 
-    `balanced` divides singular values evenly over both factors of what a client receives, so that one learning rate suits
-    both; False leaves them to `up`.
+    Fields:
+        rank: rank that the server keeps (None: the highest client rank).
+        balanced: whether singular values are divided evenly over both factors of what a client trains, so that one learning rate
+            suits both; False leaves them to `up`.
     """
 
     rank: int | None = None
     balanced: bool = True
     space: ClassVar[Literal["product"]] = "product"
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})
+    init = staticmethod(first_model)
 
     def __post_init__(self) -> None:
         require_server_rank(self.rank)
 
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself; it is re-factorised at the first merge."""
-        return Model(start)
-
     def merge(self, model: Model, merge: Merge) -> Model:
-        """W = sum_h dW_h, cut to the server's rank."""
-        return merge_products(model, merge, self.rank or server_rank(model.adapter), holder_weights)
+        """Return W = sum_h dW_h, cut to the server's rank."""
+        return merge_products(model, merge, self.rank, holder_weights)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The leading directions at the client's rank."""
+        """Hand out the leading directions at the client's rank."""
         return truncated_start(model, budget, seed, self.balanced)

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from fedloom.aggregate.shared.factor_space import leading_start, move_models
-from fedloom.core.lora import Adapter
+from fedloom.aggregate.shared.merge_terms import VOTES_SERVER_VALUE, first_model
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, Rules, TaskStart
 
@@ -25,20 +24,15 @@ class RoLoRA:
 
     space: ClassVar[Literal["factor"]] = "factor"
     plain_mean: ClassVar[bool] = True
-    exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
-        {8: "a client of low rank votes for the server's value of the directions that it did not train"}
-    )
-
-    def init(self, start: Adapter) -> Model:
-        """The first global model is the start itself."""
-        return Model(start)
+    exempt: ClassVar[Mapping[int, str]] = VOTES_SERVER_VALUE
+    init = staticmethod(first_model)
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The mean of the side that was trained; then it is the other one's turn."""
+        """Average the side that was trained; then it is the other one's turn."""
         return replace(model, adapter=move_models(model, merge), phase=model.phase + 1)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """The first directions, one side of them frozen."""
+        """Hand out the first directions, one side of them frozen."""
         rules = Rules(frozen=("up",) if model.phase % 2 else ("down",))
         start = leading_start(model, budget)
         return replace(start, basis=f"{start.basis}/{model.phase}", rules=rules)

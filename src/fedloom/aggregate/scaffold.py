@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.merge_terms import held_directions, take_directions
+from fedloom.aggregate.shared.merge_terms import held_directions, select_directions
 from fedloom.aggregate.shared.wrapper import Wrapper, require_factors
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor, map_tensors
@@ -26,7 +26,12 @@ CONTROL = "control"
 
 @dataclass(frozen=True, slots=True)
 class Scaffold(Wrapper):
-    """`inner` with control variates; `clients` is N, the size of the federation."""
+    """Control variates around another method.
+
+    Fields:
+        inner: the wrapped method; it must add factors.
+        clients: size of the federation (N).
+    """
 
     inner: Aggregator = field(default_factory=FedIT)
     clients: int = 20
@@ -41,12 +46,12 @@ class Scaffold(Wrapper):
             raise Refused("aggregator.clients", self.clients, "the number of clients of the federation")
 
     def init(self, start: Adapter) -> Model:
-        """As the wrapped method, with a control variate of zero."""
+        """Return the first model of the wrapped method, with a control variate of zero."""
         model = self.inner.init(start)
         return replace(model, memory={**model.memory, CONTROL: map_tensors(torch.zeros_like, model.adapter)})
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """The wrapped merge, and c + (1/N) sum of the clients' changes of theirs."""
+        """Return the wrapped merge, with c + (1/N) sum of the clients' changes of their control variates."""
         after, control = self.inner.merge(model, merge), model.memory[CONTROL]
         factors = {}
         for name, own in control.factors.items():
@@ -66,9 +71,9 @@ class Scaffold(Wrapper):
         return replace(after, memory={**after.memory, CONTROL: Adapter(factors, dense)})
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """As the wrapped method, with c in the client's directions."""
+        """Hand out what the wrapped method does, with c in the client's directions."""
         start, control = self.inner.start(model, budget, seed), model.memory[CONTROL]
         factors = {}
         for name, own in control.factors.items():
-            factors[name] = take_directions(own, held_directions(start, start.train.factors[name].rank))
+            factors[name] = select_directions(own, held_directions(start, start.train.factors[name].rank))
         return replace(start, control=Adapter(factors, control.dense))

@@ -1,23 +1,34 @@
-"""The commands of a deployment: `fedloom serve`, `join`, `worker`, `status`, `shards`, `keys`."""
+"""The commands of a deployment: `fedloom serve`, `region`, `join`, `worker`, `status`, `shards`, `keys`, and what they show."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, ConsoleRenderable
-
-from fedloom.cli.keys import keys_app
+from rich import box
+from rich.console import Console, ConsoleRenderable, Group
+from rich.markup import escape
+from rich.table import Table
 
 out = Console(highlight=False)
+keys_app = typer.Typer(no_args_is_help=True, help="Certificates and keys: the server's certificate, the keys of sites.")
+HEADINGS = {"since": "for s", "stale": "versions behind"}
 
 Insecure = Annotated[
     bool,
     typer.Option("--insecure", help="Without TLS and keys, to try things on one machine: loopback addresses only."),
 ]
 Of = Annotated[Path, typer.Option("--folder", metavar="DIR", help="The server's folder.")]
+Hosts = Annotated[
+    list[str],
+    typer.Option(
+        "--host", metavar="NAME", help="Host name or address by which sites reach the server; may be repeated."
+    ),
+]
+Days = Annotated[int, typer.Option("--days", min=1, help="Days until the server's certificate ends.")]
 
 
 def serve(
@@ -83,7 +94,7 @@ def _facts(file: Path, settings: list[str] | None, clients: int) -> dict[str, ob
     from fedloom.core.errors import Refused
     from fedloom.deploy.server.config import Timeouts
     from fedloom.hierarchy.hierarchy import need_lasting_groups
-    from fedloom.runs.run_file import override, load_run_file
+    from fedloom.runs.run_file import load_run_file, override
 
     own = [one for one in settings or [] if one.startswith("patience.")]
     rest = [one for one in settings or [] if one not in own]
@@ -187,11 +198,11 @@ def status(
 
     from rich.live import Live
 
-    from fedloom.deploy.server.status import read_status, shown
+    from fedloom.deploy.server.status import read_status
 
     def now() -> ConsoleRenderable:
-        told = read_status(folder)
-        return shown(told, time.time() - told["at"])
+        written = read_status(folder)
+        return status_view(written, time.time() - written["at"])
 
     if not watch:
         out.print(now())
@@ -217,10 +228,119 @@ def shards(
     Example: [bold]fedloom shards mine.py --out sites[/bold], then [bold]fedloom join --config sites/c00/site.toml --insecure[/bold]
     """
     from fedloom.deploy.site.export_sites import export_sites
-    from fedloom.runs.run_file import override, load_run_file
+    from fedloom.runs.run_file import load_run_file, override
 
     for site in export_sites(override(load_run_file(file), settings or []), folder):
         out.print(site, soft_wrap=True)
+
+
+def status_view(status: Mapping[str, Any], age: float) -> Group:
+    """Return the status of a deployment as the terminal shows it; for `age` seconds nothing was written."""
+    traffic, scores = status["traffic"], status["scores"]
+    lines = [
+        f"[bold]{escape(status['run'])}[/bold]  version {status['version']} of {status['versions']}, "
+        f"{status['seconds']:,.0f} s, start {status['incarnation']} of the server",
+        f"Waits {escape(status['waits'])}",
+        f"{status['accepted']} answers accepted, {status['rejected']} refused, {status['failed']} tasks failed, "
+        f"mean staleness {status['mean_staleness'] or 0:g}",
+        f"{traffic['bytes_down'] / 1e6:,.1f} MB down, {traffic['bytes_up'] / 1e6:,.1f} MB up, "
+        f"{traffic['resent']} tasks sent again",
+    ]
+    if scores:
+        lines.append("Scores " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    if age > 60:
+        lines.append(f"[yellow]Nothing was written for {age:,.0f} s: is the server still running?[/yellow]")
+    clients = status["clients"].items()
+    why = [f"{escape(name)}: {escape(client['why'])}" for name, client in clients if client.get("why")]
+    return Group(*lines, _client_table(status["clients"]), *why)
+
+
+def _client_table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a table with a row for each client, or region."""
+    regions = any("rounds" in client for client in clients.values())
+    keys = ("answers", "task", "since", "rank", *(("depth", "rounds", "steps") if regions else ()), "stale")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("region" if regions else "client", "reached", *keys):
+        table.add_column(HEADINGS.get(heading, heading), justify="right" if heading in ("reached", *keys) else "left")
+    for name, client in clients.items():
+        cells = (client[key] if isinstance(client[key], str) else _number(client[key]) for key in keys)
+        table.add_row(escape(name), "yes" if client["reached"] else "no", *cells)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
+
+
+@keys_app.command("new")
+def keys_new(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")], hosts: Hosts, days: Days = 397
+) -> None:
+    """At the server: make a certificate authority and the server's certificate."""
+    from fedloom.deploy.flower import keys
+
+    certificate = keys.new(folder, hosts, days)
+    out.print(f"Give     {certificate} to every site (it is no secret)", soft_wrap=True)
+    out.print(f"Ends     {keys.expiry(folder / 'keys' / 'server.crt'):%Y-%m-%d}; fedloom keys renew makes a new one")
+
+
+@keys_app.command("renew")
+def keys_renew(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")], hosts: Hosts, days: Days = 397
+) -> None:
+    """At the server: a new certificate; sites need nothing new. Restart the server after it."""
+    from fedloom.deploy.flower import keys
+
+    out.print(f"Ends     {keys.expiry(keys.renew(folder, hosts, days)):%Y-%m-%d}")
+
+
+@keys_app.command("site")
+def keys_site(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What the site is called.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the two halves.")] = Path(),
+) -> None:
+    """At a site: make its key."""
+    from fedloom.deploy.flower import keys
+
+    private, public = keys.site(name, folder)
+    out.print(f"Keep     {private} (secret)", soft_wrap=True)
+    out.print(
+        f"Send     {public} to the server, for: fedloom keys add {public.name} --name {name} --folder DIR",
+        soft_wrap=True,
+    )
+
+
+@keys_app.command("add")
+def keys_add(
+    public: Annotated[Path, typer.Argument(metavar="PUB", help="The public half of a site's key.")],
+    name: Annotated[str, typer.Option("--name", help="What the server calls the site.")],
+    folder: Of,
+) -> None:
+    """At the server: let a site in. A server that runs needs no restart."""
+    from fedloom.deploy.flower import keys
+
+    entry = keys.add(public, name, folder)
+    out.print(f"{entry.name} may come, with key {entry.fingerprint}", soft_wrap=True)
+
+
+@keys_app.command("remove")
+def keys_remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The site, as the server calls it.")], folder: Of
+) -> None:
+    """At the server: let a site in no longer. If it is to come back, it needs a new key."""
+    from fedloom.deploy.flower import keys
+
+    keys.remove(name, folder)
+    out.print(f"{name} may come no longer")
+
+
+@keys_app.command("list")
+def keys_list(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]) -> None:
+    """At the server: the sites that may come."""
+    from fedloom.deploy.flower import keys
+
+    for entry in keys.listed(folder):
+        out.print(f"{entry.name:20s} {entry.fingerprint}", soft_wrap=True)
 
 
 def mount(app: typer.Typer) -> None:
@@ -235,6 +355,4 @@ def mount(app: typer.Typer) -> None:
 
 
 def _say(line: str) -> None:
-    from rich.markup import escape
-
     out.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] {escape(line)}", soft_wrap=True)

@@ -129,10 +129,10 @@ def _summary(name: str, examples: Examples, model: str | None, judged: int = JUD
     if model is None:
         return summarise(name, examples)
     from fedloom.core.seeds import rng
-    from fedloom.train.text_quality import Tokens, scores
+    from fedloom.train.text_quality import Tokens, quality_scores
 
     some = examples.take(sorted(rng(0, "judged", name).sample(range(len(examples)), min(judged, len(examples)))))
-    seen = summarise(name, replace(some, quality=scores(some, model, LONGEST)))
+    seen = summarise(name, replace(some, quality=quality_scores(some, model, LONGEST)))
     return replace(summarise(name, examples, Tokens(model), f"tokens of {Path(model).name}"), quality=seen.quality)
 
 

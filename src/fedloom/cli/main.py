@@ -1,4 +1,8 @@
-"""The command line. An error of the user's is one sentence and exit code 2, without a traceback."""
+"""The command line: `fedloom demo`, `run`, `report`, `replay`, `export`, `inspect`, and the commands of a deployment.
+
+An error of the user's is one sentence and exit code 2, without a traceback. Each command imports what it needs when it is called, so
+that `fedloom --help` takes no longer than typer.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fedloom.cli.deploy import mount
 from fedloom.cli.inspect import inspect_command
-from fedloom.cli.progress import resume_command, progress_observer
+from fedloom.cli.progress import progress_observer, resume_command
 from fedloom.core.errors import Refused
 from fedloom.core.files import disk_full_error
+from fedloom.runs.public_names import collector_paused
 
 if TYPE_CHECKING:
     from fedloom.runs.execute import Outcome
@@ -38,32 +43,41 @@ err = Console(stderr=True, highlight=False)
 
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field, e.g. schedule.cohort_size=5; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Replace a field of the run, for example schedule.cohort_size=5; may be repeated.",
+    ),
 ]
-OutDir = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder; must not exist yet.")]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="The run's seed: same seed, same bytes.")]
+OutDir = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The folder to write; must not exist yet.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="The seed of the run: the same seed gives the same bytes.")
+]
 
-Who = Annotated[
+WorkerPool = Annotated[
     str,
     typer.Option(
-        metavar="WHO",
-        help="Who trains: [bold]1[/bold] this process; [bold]2[/bold] or more local processes, each on the run's threads, over "
-        "one copy of the base in memory; [bold]ray[/bold] or [bold]ray:ADDRESS[/bold] actors of a Ray cluster, as many as it has "
-        "room for ([bold]4@ray[/bold]: four). The numbers do not depend on it. Processes take seconds to start: for long runs.",
+        metavar="WORKERS",
+        help="Where clients are trained. [bold]1[/bold]: in this process. [bold]2[/bold] or more: in so many processes with one "
+        "copy of the base model in memory, each with the run's number of threads; they take seconds to start. [bold]ray[/bold] or "
+        "[bold]ray:ADDRESS[/bold]: on a Ray cluster, with as many actors as it has room for ([bold]4@ray[/bold]: with four). The "
+        "results do not depend on it.",
     ),
 ]
 
 
-@app.command()
+@app.command("demo")
 def demo_command(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -> None:
     """Fine-tune a real encoder on generated support tickets of eight companies, about two minutes on two cores.
 
-    Compares the default method (ProductDelta: changes of adapters of rank 2, 4 and 8 are added exactly) with FedIT, which
-    averages factors apart.
+    Compares the default method (ProductDelta: changes of adapters of rank 2, 4 and 8 are added exactly) with FedIT, which averages
+    the two factors of adapters separately.
+
+    Example: [bold]fedloom demo --seed 1 --out runs/demo[/bold]
     """
-    from fedloom import prepare
-    from fedloom.cli.demo import baseline_run
-    from fedloom.cli.demo import demo_run as demo_run
+    with collector_paused():
+        from fedloom.runs.prepare import prepare
+    from fedloom.cli.demo import baseline_run, demo_run
     from fedloom.core import files
     from fedloom.report.page import write_report
 
@@ -77,36 +91,42 @@ def demo_command(settings: Settings = None, out_dir: OutDir = None, seed: Seed =
     _conclude(job, ours, fedit, page)
 
 
-@app.command()
+@app.command("run")
 def run_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Python file with a value `run = Run(...)`.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Python file that defines `run = Run(...)`.")],
     settings: Settings = None,
     out_dir: OutDir = None,
     seed: Seed = None,
-    workers: Who = "1",
-    pictures: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html at the end.")] = True,
+    workers: WorkerPool = "1",
+    pictures: Annotated[
+        bool, typer.Option("--report/--no-report", help="Whether to write report.html at the end.")
+    ] = True,
     resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Go on with the unfinished run in this folder.")
+        Path | None, typer.Option(metavar="DIR", help="Continue the unfinished run in this folder.")
     ] = None,
     keep_updates: Annotated[
-        bool, typer.Option("--keep-updates", help="Keep the clients' answers, for [bold]fedloom replay[/bold].")
+        bool,
+        typer.Option(
+            "--keep-updates", help="Keep the answers of clients, so that [bold]fedloom replay[/bold] can read them."
+        ),
     ] = False,
 ) -> None:
-    """Carry out the Run value of a Python file on the virtual clock.
+    """Simulate the run that a Python file defines, on a virtual clock.
 
-    Writes a run folder: manifest.json, metrics.jsonl, trace.jsonl, adapter/ (a PEFT folder) and report.html.
-    The file is Python and is executed: run only files you trust.
+    Writes a run folder: manifest.json, metrics.jsonl, trace.jsonl, adapter/ (a PEFT folder) and report.html. The file is Python code
+    and is executed: run only files that you trust.
 
-    A run that was interrupted or killed goes on with the same command and [bold]--resume DIR[/bold], to the same bytes.
+    A run that was interrupted or killed continues with the same command and [bold]--resume DIR[/bold], and ends in the same bytes.
 
     Example: [bold]fedloom run experiments/tickets.py --set schedule.cohort_size=2 --workers 2 --out runs/mine[/bold]
     """
-    from fedloom import prepare
+    with collector_paused():
+        from fedloom.runs.prepare import prepare
     from fedloom.core import files
     from fedloom.runs.run_file import load_run_file
     from fedloom.train.workers.worker import Workers
 
-    Workers.parse(workers)  # a slip is told before anything is loaded
+    Workers.parse(workers)  # a mistake is reported before anything is loaded
     if resume and out_dir:
         raise Refused("--out", str(out_dir), "a run goes on in its own folder; give --resume alone")
     value = _overridden(load_run_file(file), settings, seed)
@@ -124,12 +144,20 @@ def run_command(
     out.print(f"\nReport   {page}\nAdapter  {outcome.folder / 'adapter'}", soft_wrap=True)
 
 
-@app.command()
+@app.command("report")
 def report_command(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders; several are compared.")],
-    page: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Where to write the page.")] = None,
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="One run folder, or several to compare.")],
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The page to write; by default report.html in the run folder, or here."
+        ),
+    ] = None,
 ) -> None:
-    """Write the HTML report of one run, or the comparison of several, and print the summary."""
+    """Write the HTML report of one run, or a comparison of several, and print a summary.
+
+    Example: [bold]fedloom report runs/hlora runs/fedit --out comparison.html[/bold]
+    """
     from fedloom.report.page import write_report
 
     target = page or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
@@ -140,40 +168,48 @@ def report_command(
     out.print(f"\nReport   {written}")
 
 
-@app.command()
+@app.command("replay")
 def replay_command(
-    place: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the trace in it.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the trace.jsonl in it.")],
 ) -> None:
-    """Feed the events of a run to a fresh server: the same bytes must come out. Nothing is trained and no model is needed.
+    """Feed the events of a run to a new server and compare what it does with the trace: it must be the same bytes.
 
-    The run has to be recorded with [bold]fedloom run FILE --keep-updates[/bold]. Exit code 1 if a line of the trace differs.
+    Nothing is trained and no model is needed. The run has to be recorded with [bold]fedloom run FILE --keep-updates[/bold]. The exit
+    code is 1 if a line of the trace differs.
+
+    Example: [bold]fedloom replay runs/mine[/bold]
     """
     from fedloom.runs.replay import replay
 
-    found = replay(place.parent if place.is_file() else place)
-    if found.difference:
+    result = replay(folder.parent if folder.is_file() else folder)
+    if result.difference:
         out.print(
-            f"{found.events} events gave the same bytes, then a difference\n{_escaped(found.difference)}",
+            f"{result.events} events gave the same bytes, then a difference\n{_escaped(result.difference)}",
             soft_wrap=True,
         )
         raise typer.Exit(1)
-    out.print(f"{found.events} events gave the same bytes")
+    out.print(f"{result.events} events gave the same bytes")
 
 
-@app.command()
+@app.command("export")
 def export_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
-    client: Annotated[str | None, typer.Option(metavar="ID", help="At the rank of this client.")] = None,
-    rank: Annotated[int | None, typer.Option(metavar="R", help="At this rank: the best approximation of it.")] = None,
+    client: Annotated[str | None, typer.Option(metavar="ID", help="Write it at the rank of this client.")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Write its best approximation at this rank.")] = None,
     merged: Annotated[
-        bool, typer.Option("--merged", help="Merged into the base: a plain transformers folder.")
+        bool, typer.Option("--merged", help="Merge it into the base model: a plain transformers folder.")
     ] = False,
-    target: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to; must not exist yet.")] = None,
+    target: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The folder to write; must not exist yet.")
+    ] = None,
 ) -> None:
-    """Write the run's adapter for one client, at one rank, or merged into the base model."""
+    """Write the adapter of a run for one client, at one rank, or merged into the base model.
+
+    Example: [bold]fedloom export runs/mine --rank 4 --out adapter-r4[/bold]
+    """
     from fedloom.core.files import create_folder
     from fedloom.report.run_log import read_run_log
-    from fedloom.train.export import truncate_adapter, open_run, save_adapter, save_merged
+    from fedloom.train.export import open_run, save_adapter, save_merged, truncate_adapter
 
     if sum([client is not None, rank is not None, merged]) != 1:
         raise Refused("export", str(folder), "say exactly one of --client ID, --rank R, --merged")
@@ -189,18 +225,21 @@ def export_command(
         raise Refused("--rank", rank, f"the run's adapter has rank {top}; choose 1 to {top}")
     name = "merged" if merged else f"adapter-{client}" if client else f"adapter-r{rank}"
     place = create_folder(target or folder / name)
-    done = save_adapter(base, truncate_adapter(adapter, rank), names, place) if rank else save_merged(base, adapter, names, place)
-    out.print(f"{'Model' if merged else 'Adapter'}  {done}")
+    if merged:
+        out.print(f"Model  {save_merged(base, adapter, names, place)}")
+    else:
+        assert rank is not None
+        out.print(f"Adapter  {save_adapter(base, truncate_adapter(adapter, rank), names, place)}")
 
 
-app.command()(inspect_command)
+app.command("inspect")(inspect_command)
 mount(app)
 
 
 def main() -> NoReturn:
     """The `fedloom` command."""
     try:
-        code = app(standalone_mode=False)  # typer gives back the code of an Exit, and 130 for Ctrl-C
+        code = app(standalone_mode=False)  # typer returns the code of an Exit, and 130 for Ctrl-C
     except Refused as error:
         err.print(f"[bold red]fedloom:[/bold red] {_escaped(str(error))}", soft_wrap=True)
         sys.exit(2)
@@ -209,12 +248,12 @@ def main() -> NoReturn:
     except typer.Exit as stop:
         code = stop.exit_code
     except Exception as error:
-        if hasattr(error, "format_message"):  # click's own usage errors
+        if hasattr(error, "format_message"):  # a usage error of click
             err.print(f"[bold red]fedloom:[/bold red] {_escaped(error.format_message())}", soft_wrap=True)
             sys.exit(2)
-        if not (lack := disk_full_error(error)):
+        if not (disk_full := disk_full_error(error)):
             raise
-        reason = f"the disk is full: {lack.filename or 'a file'} could not be written; make room"
+        reason = f"the disk is full: {disk_full.filename or 'a file'} could not be written; make room"
         err.print(f"[bold red]fedloom:[/bold red] {_escaped(reason)}", soft_wrap=True)
         sys.exit(2)
     if code == INTERRUPTED:
@@ -248,7 +287,7 @@ def _introduce(job: PreparedRun) -> None:
     ranks = Counter(run.plan(profile, fleet).rank for profile in job.profiles.values())
     out.print("Ranks now: " + ", ".join(f"{rank} at {count} clients" for rank, count in sorted(ranks.items())) + "\n")
     if job.resumed_from:
-        out.print(f"Goes on {job.resumed_from.where}\n")
+        out.print(f"Goes on {job.resumed_from.resume_point}\n")
     for note in job.describe()["notes"]:  # type: ignore[attr-defined]
         out.print(f"[yellow]Note[/yellow] {_escaped(note)}\n")
 
@@ -261,10 +300,10 @@ def _carry_out(job: PreparedRun, folder: Path, workers: str = "1", report: bool 
 
 
 def _what_is_left(folder: Path) -> str:
-    """To be done where a run was stopped: the rest of it, or its report alone."""
+    """Say how to go on where a run was stopped: with the rest of it, or with its report alone."""
     path = folder / "manifest.json"
-    over = path.exists() and json.loads(path.read_bytes()).get("status") == "finished"
-    return f"Report   {sys.argv[0]} report {folder}" if over else f"Go on    {resume_command(sys.argv, folder)}"
+    finished = path.exists() and json.loads(path.read_bytes()).get("status") == "finished"
+    return f"Report   {sys.argv[0]} report {folder}" if finished else f"Go on    {resume_command(sys.argv, folder)}"
 
 
 def _summarise(folders: list[Path]) -> None:
@@ -274,7 +313,7 @@ def _summarise(folders: list[Path]) -> None:
 
 
 def _conclude(job: PreparedRun, ours: Outcome, fedit: Outcome, page: Path) -> None:
-    """What the demo learnt, where it is, how to use it."""
+    """Print what the demo learnt, where it is, and how to use it."""
     _summarise([ours.folder, fedit.folder])
     start, end, other = ours.scores[0]["accuracy"], ours.scores[-1]["accuracy"], fedit.scores[-1]["accuracy"]
     out.print(

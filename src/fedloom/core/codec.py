@@ -1,7 +1,7 @@
-"""How numbers travel: float32, float16, or the difference to what both sides hold in eight bits. Tensors only.
+"""Codecs for the numbers of a task: float32, float16, or the difference to what both sides hold in eight bits. Tensors only.
 
-A codec packs rows: rows of `down`, columns of `up`, rows of a dense matrix. What it gives is what the other side will hold, to the
-bit, so that a simulation merges what a real server would receive.
+A codec packs rows: rows of `down`, columns of `up`, rows of a dense matrix. What `Block.values` returns is what the other side will
+hold, to the bit, so that a simulation merges what a real server would receive.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 TALLEST = 2.0**100
-"""Entries from here on, and those that are no numbers, travel as float32: no answer that will be accepted has any."""
+"""Entries from here on, and those that are not finite, travel as float32: no answer that will be accepted has any."""
 LOWEST = -126
 """Exponent of the smallest normal float32."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
-    """Rows of one tensor on the wire, (rows, width): float32 as they are, float16 times 2^exponent, int8 to be added to the base.
+    """Rows of one tensor on the wire.
 
-    `scales` (rows,) in float32 are what one step of int8 is worth.
+    Fields:
+        numbers: (rows, width); float32 as they are, float16 to be multiplied by 2^exponent, or int8 steps to be added to the base.
+        exponent: exponent for float16.
+        scales: size of one int8 step, (rows,) in float32 (None: no int8).
     """
 
     numbers: Tensor
@@ -31,51 +34,47 @@ class Block:
     scales: Tensor | None = None
 
     def values(self, base: Tensor) -> Tensor:
-        """The rows in float32; `base` (rows, width) is what both sides hold."""
+        """Return the rows in float32; `base` (rows, width) is what both sides hold."""
         if self.scales is not None:
             return base + self.numbers.float() * self.scales[:, None]
         return self.numbers.float() * 2.0**self.exponent if self.exponent else self.numbers.float()
 
     def select(self, rows: Tensor) -> Block:
-        """Some of the rows, by their numbers or a mask."""
+        """Return some of the rows, by their indices or a mask."""
         return replace(self, numbers=self.numbers[rows], scales=None if self.scales is None else self.scales[rows])
 
 
 class Codec(Protocol):
-    """How the numbers of a task travel. `number` and `row` are the bytes of one number, and of a row beside its numbers, up.
-
-    `halved`: what the server sends, and control variates, which have no base, travel as float16 and not as float32. `feedback`: what
-    packing lost is kept by the client and added to its next answer.
-    """
+    """Encoding of the numbers of a task."""
 
     @property
     def number(self) -> int:
-        """Bytes of a number of an answer."""
+        """Bytes of one number of an answer."""
         ...
 
     @property
     def row(self) -> int:
-        """Bytes of a row of an answer, beside its numbers."""
+        """Bytes of one row of an answer, beside those of its numbers."""
         ...
 
     @property
     def halved(self) -> bool:
-        """Whether the way down is float16."""
+        """Whether what the server sends, and control variates (which have no base), travel as float16 instead of float32."""
         ...
 
     @property
     def feedback(self) -> bool:
-        """Whether what was lost is made good later."""
+        """Whether the client keeps what packing lost and adds it to its next answer (error feedback)."""
         ...
 
     def pack(self, values: Tensor, base: Tensor) -> Block:
-        """Rows (rows, width) in float32; `base` are the same rows as both sides hold them. Never raises, whatever the numbers."""
+        """Pack rows (rows, width) in float32; `base` are the same rows as both sides hold them. Never raises."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """Float32, four bytes a number: nothing is lost. What a run does whose `transfer` is None."""
+    """Float32, four bytes a number: nothing is lost. The codec of a run whose `transfer` is None."""
 
     number: ClassVar[int] = 4
     row: ClassVar[int] = 0
@@ -83,7 +82,7 @@ class Exact:
     feedback: ClassVar[bool] = False
 
     def pack(self, values: Tensor, base: Tensor) -> Block:
-        """As they are."""
+        """Pack the rows as they are."""
         return Block(values)
 
 
@@ -97,7 +96,7 @@ class Half:
     feedback: ClassVar[bool] = False
 
     def pack(self, values: Tensor, base: Tensor) -> Block:
-        """Rounded to float16."""
+        """Pack the rows rounded to float16."""
         return pack_half(values)
 
 
@@ -115,7 +114,7 @@ class DeltaInt8:
     feedback: ClassVar[bool] = True
 
     def pack(self, values: Tensor, base: Tensor) -> Block:
-        """values - base to the nearest of 255 steps, of which the row's largest entry is the last."""
+        """Pack values - base, rounded to the nearest of 255 steps, of which the row's largest entry is the last."""
         delta = values - base
         largest = delta.abs().amax(1)
         if not bool((largest < TALLEST).all()):
@@ -128,7 +127,8 @@ EXACT, HALF = Exact(), Half()
 
 
 def pack_half(values: Tensor) -> Block:
-    """Float16 times a power of two that puts the largest entry under 2^15: nothing overflows, and small tensors keep their digits.
+    """Pack as float16 times a power of two that puts the largest entry under 2^15: nothing overflows, small tensors keep their
+    digits.
 
     The exponent is that of the largest entry after rounding, so that packing again what came out changes nothing.
     """
@@ -141,5 +141,5 @@ def pack_half(values: Tensor) -> Block:
 
 
 def round_to_half(tensor: Tensor) -> Tensor:
-    """The tensor as it comes out of float16, in its own shape and dtype."""
+    """Return the tensor as it comes out of float16, in its own shape and dtype."""
     return pack_half(tensor).values(tensor) if tensor.numel() else tensor

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend: it names the field, the value and the remedy."""
+"""The error for settings and inputs that the user can mend: it names the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ class Refused(ValueError):
         self.field, self.value, self.remedy = field, value, remedy
 
     def __reduce__(self) -> tuple[type[Refused], tuple[str, object, str]]:
-        """From a worker process it comes as it was raised."""
+        """Pickle by the three arguments, so that it comes out of a worker process as it was raised."""
         return type(self), (self.field, self.value, self.remedy)

@@ -1,4 +1,7 @@
-"""The run folder: `manifest.json`, `metrics.jsonl`, `trace.jsonl`, `adapter/`, `report.html`. Never overwritten silently."""
+"""Files that are never half written and never silently overwritten: run folders, atomic writes, locks, full disks.
+
+A run folder holds `manifest.json`, `metrics.jsonl`, `trace.jsonl`, `adapter/`, `report.html`.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,21 @@ from typing import IO, Any
 from fedloom.core.errors import Refused
 
 LOCKED = "trace.jsonl"
-"""The file that the process which carries out a run holds a lock of."""
+"""File of a run folder that is locked by the process which carries out the run."""
 DRAFT = ".draft"
-"""How the name of a file ends that is not written to its end."""
+"""Suffix of a file that is being written."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def require_vacant(path: Path) -> Path:
-    """The path, if a run folder can be made there: asked before long work, and again when it is made."""
+    """Return the path if a run folder can be made there, else raise Refused. Call it before long work; `create_folder` does again."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise Refused("--out", str(path), "it exists already; choose another folder or remove it first")
     return path
 
 
 def create_folder(path: Path) -> Path:
-    """A new, empty run folder. Raises Refused if there is something at `path` already."""
+    """Make a new, empty run folder and return it. Raises Refused if there is something at `path` already."""
     require_vacant(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -39,7 +42,7 @@ def create_folder(path: Path) -> Path:
 
 
 def numbered_path(parent: Path, name: str) -> Path:
-    """The first of parent/name-001, -002, ... that does not exist."""
+    """Return the first of parent/name-001, -002, ... that does not exist."""
     number = 1
     while (path := parent / f"{name}-{number:03d}").exists():
         number += 1
@@ -48,20 +51,21 @@ def numbered_path(parent: Path, name: str) -> Path:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A draft to write, which then takes the place of `path`, whole or not at all, also where the power fails.
+    """Yield a draft to write, which then takes the place of `path`: whole or not at all, also where the power fails.
 
-    Where the disk has no room for it, the draft is removed and the error names `path` (`full`).
+    Where the disk has no room for it, the draft is removed and the error names `path` (see `disk_full_error`).
     """
     draft = path.with_suffix(DRAFT)
     try:
         yield draft
-        for place in (draft, path.parent):
-            opened = os.open(place, os.O_RDONLY)
+        # first the bytes, then the name, then the folder that holds the name: after a power cut there is the old file or the new one
+        for target in (draft, path.parent):
+            descriptor = os.open(target, os.O_RDONLY)
             try:
-                os.fsync(opened)
+                os.fsync(descriptor)
             finally:
-                os.close(opened)
-            if place is draft:
+                os.close(descriptor)
+            if target is draft:
                 draft.replace(path)
     except Exception as error:
         if (lack := _lack(error)) is None:
@@ -71,28 +75,29 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def disk_full_error(error: BaseException | None) -> OSError | None:
-    """That a disk or a quota is full, if this error or one that it came from says so: the first one that names a file."""
-    found = None
+    """Return the error that a disk or a quota is full, among this one and its causes: the first that names a file."""
+    full = None
     while error is not None:
-        if (lack := _lack(error)) is not None and (found is None or lack.filename):
-            found = lack
+        if (lack := _lack(error)) is not None and (full is None or lack.filename):
+            full = lack
         error = error.__cause__ or error.__context__
-    return found
+    return full
 
 
 def _lack(error: BaseException) -> OSError | None:
-    """The error itself, if it says that a disk is full; libraries in Rust say it in their text."""
+    """Return the error as an OSError, if it says that a disk is full; libraries in Rust say it in their text."""
     if isinstance(error, OSError):
         return error if error.errno in NO_ROOM else None
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(told[1]) if told else 0
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(match[1]) if match else 0
     return OSError(number, os.strerror(number)) if number in NO_ROOM else None
 
 
 def lock(file: IO[Any], shared: bool = False) -> bool:
-    """Take the lock of an open file until it is closed; False if another holds it. Who only asks shares it with others who ask.
+    """Take the lock of an open file until it is closed, and return True; False if another process holds it.
 
-    Where the system has no such locks, nobody holds one.
+    `shared` is for a process that only looks whether the lock is free: such processes do not get into each other's way. Where the
+    system has no such locks (Windows), the answer is always True.
     """
     if sys.platform == "win32":
         return True
@@ -106,6 +111,6 @@ def lock(file: IO[Any], shared: bool = False) -> bool:
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
-    """Write at once or not at all."""
+    """Write a JSON file, whole or not at all."""
     with atomic_write(path) as draft:
         draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A table that is read by key and by place, so that drawing k of a million keys costs O(k)."""
+"""A mapping that is read by key and by position, so that drawing k of a million keys costs O(k)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ V = TypeVar("V")
 
 
 class Indexed(Mapping[K, V]):
-    """A mapping whose keys stand in a row. Their order follows from what was put and taken so far, and from nothing else."""
+    """Read-only mapping whose keys have positions. Their order follows from what was put and taken so far, and from nothing else."""
 
-    __slots__ = ("_keys", "_places", "_values")
+    __slots__ = ("_keys", "_positions", "_values")
 
     def __init__(self, items: Mapping[K, V] | None = None) -> None:
-        """With these items, in their order."""
+        """Start with these items, in their order."""
         self._keys, self._values = list(items or ()), list(items.values()) if items else []
-        self._places = {key: place for place, key in enumerate(self._keys)}
+        self._positions = {key: position for position, key in enumerate(self._keys)}
 
     def __getitem__(self, key: K) -> V:
-        return self._values[self._places[key]]
+        return self._values[self._positions[key]]
 
     def __iter__(self) -> Iterator[K]:
         return iter(self._keys)
@@ -29,32 +29,32 @@ class Indexed(Mapping[K, V]):
         return len(self._keys)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places
+        return key in self._positions
 
-    def at(self, place: int) -> K:
-        """The key at this place, counted from 0."""
-        return self._keys[place]
+    def at(self, position: int) -> K:
+        """Return the key at this position, counted from 0."""
+        return self._keys[position]
 
 
 class IndexedTable(Indexed[K, V]):
-    """The same for its owner, who may change it."""
+    """Indexed mapping that may be changed."""
 
     __slots__ = ()
 
     def put(self, key: K, value: V) -> None:
-        """A new key goes to the end of the row, a known one keeps its place. O(1)."""
-        place = self._places.setdefault(key, len(self._keys))
-        if place == len(self._keys):
+        """Set a value. A new key goes to the end, another one keeps its position. O(1)."""
+        position = self._positions.setdefault(key, len(self._keys))
+        if position == len(self._keys):
             self._keys.append(key)
             self._values.append(value)
         else:
-            self._values[place] = value
+            self._values[position] = value
 
     def take(self, key: K) -> V:
-        """Remove a key; the last of the row moves to its place. O(1). Raises KeyError if it is not there."""
-        place = self._places.pop(key)
-        last, value = self._keys.pop(), self._values[place]
+        """Remove a key and return its value; the last key moves to its position. O(1). Raises KeyError if it is not there."""
+        position = self._positions.pop(key)
+        last, value = self._keys.pop(), self._values[position]
         moved = self._values.pop()
-        if place < len(self._keys):
-            self._keys[place], self._values[place], self._places[last] = last, moved, place
+        if position < len(self._keys):
+            self._keys[position], self._values[position], self._positions[last] = last, moved, position
         return value

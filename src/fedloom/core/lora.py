@@ -1,9 +1,8 @@
-"""LoRA factors and adapters, and the algebra on them.
-
-A large layer's dense (d_out, d_in) matrix is formed only where it is smaller than the factors that it is the product of.
+"""LoRA factors and adapters, and the algebra on them: cut, pad, stack, sum, truncate, measure.
 
 A factor stands for delta_W = up @ down exactly: the scaling alpha/r is folded into `up`, so that factors of different
-rank may be compared, added and cut without knowing anything else. Decompositions are in `lowrank.py`.
+rank may be compared, added and cut without knowing anything else. A large layer's dense (d_out, d_in) matrix is formed only where
+it is smaller than the factors that it is the product of. Decompositions are in `truncated_svd`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,12 @@ CHUNK = 1024
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
-    """delta_W = up @ down of one linear layer; `down` is (rank, d_in), `up` is (d_out, rank)."""
+    """Low-rank change of one linear layer, delta_W = up @ down.
+
+    Fields:
+        down: (rank, d_in), A in the papers.
+        up: (d_out, rank), B in the papers, with the scaling alpha/r in it.
+    """
 
     down: Tensor
     up: Tensor
@@ -39,9 +43,13 @@ class Factor:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Adapter:
-    """What is trained and sent: a factor for each adapted layer, and dense tensors (a classification head), whole.
+    """Trained weights: a factor for each adapted layer, and dense tensors.
 
-    Nobody writes into its tensors: what is known of an adapter (its sha256, that it was checked) stays true.
+    Nobody writes into its tensors, so that what was found out about an adapter (its sha256, that it was checked) stays true.
+
+    Fields:
+        factors: by layer, its low-rank change.
+        dense: by name, tensors that are trained and sent whole (a classification head).
     """
 
     factors: Mapping[str, Factor]
@@ -49,32 +57,32 @@ class Adapter:
 
 
 def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's tensors under flat names: `NAME.down`, `NAME.up`, and `dense:NAME`."""
+    """Return the adapter's tensors under flat names: `NAME.down`, `NAME.up`, and `dense:NAME`."""
     flat = {f"{name}.down": factor.down for name, factor in adapter.factors.items()}
     flat |= {f"{name}.up": factor.up for name, factor in adapter.factors.items()}
     return flat | {f"dense:{name}": tensor for name, tensor in adapter.dense.items()}
 
 
 def from_tensors(like: Adapter, flat: Mapping[str, Tensor]) -> Adapter:
-    """The adapter of such tensors, with the layers of `like` in their order."""
+    """Return the adapter of `named_tensors`, with the layers of `like` in their order."""
     factors = {name: Factor(flat[f"{name}.down"], flat[f"{name}.up"]) for name in like.factors}
     return Adapter(factors, {name: flat[f"dense:{name}"] for name in like.dense})
 
 
 def cut_factor(factor: Factor, rank: int) -> Factor:
-    """The first `rank` directions; the best approximation of that rank if the factor came from `truncate`."""
+    """Return the first `rank` directions; the best approximation of that rank if the factor came from `truncate`."""
     return factor if rank >= factor.rank else Factor(factor.down[:rank], factor.up[:, :rank])
 
 
 def cut_adapter(adapter: Adapter, rank: int) -> Adapter:
-    """The first `rank` directions of every layer; the adapter itself, where it has no more."""
+    """Return the first `rank` directions of every layer; the adapter itself where it has no more."""
     if all(factor.rank <= rank for factor in adapter.factors.values()):
         return adapter
     return Adapter({name: cut_factor(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
 def take_sides(sides: Collection[str], new: Adapter, old: Adapter) -> Adapter:
-    """`new` on these sides ("down", "up", "dense"), `old` on the others."""
+    """Return `new` on these sides ("down", "up", "dense") and `old` on the others."""
     factors = {
         name: Factor(
             new.factors[name].down if "down" in sides else factor.down,
@@ -86,7 +94,7 @@ def take_sides(sides: Collection[str], new: Adapter, old: Adapter) -> Adapter:
 
 
 def pad(factor: Factor, rank: int) -> Factor:
-    """The same product at a higher rank, by zero directions."""
+    """Return the same product at a higher rank, by zero directions."""
     extra = rank - factor.rank
     if not extra:
         whole = factor.down.is_contiguous() and factor.up.is_contiguous()
@@ -96,12 +104,12 @@ def pad(factor: Factor, rank: int) -> Factor:
 
 
 def scale_product(factor: Factor, by: float | Tensor) -> Factor:
-    """The product times a number, or each direction times its own (a tensor of length rank)."""
+    """Return the product times a number, or each direction times its own (a tensor of length rank)."""
     return Factor(factor.down, factor.up * by)
 
 
 def stack(terms: Sequence[tuple[float, Factor]]) -> Factor:
-    """sum of coefficient * product, exactly; its rank is the sum of the ranks. Cost: one copy.
+    """Return the sum of coefficient * product, exactly; its rank is the sum of the ranks. Cost: one copy.
 
     Each coefficient is split evenly over both sides, which keeps the stacked columns balanced and the decomposition
     of the stack well conditioned.
@@ -113,7 +121,7 @@ def stack(terms: Sequence[tuple[float, Factor]]) -> Factor:
 
 
 def sum_products(terms: Iterable[tuple[float, Factor]]) -> Factor | Tensor:
-    """sum of coefficient * product, exactly: a stack, or the matrix itself (d_out, d_in) where that has fewer directions.
+    """Return the sum of coefficient * product, exactly: a stack, or the matrix itself (d_out, d_in) where that is smaller.
 
     Terms are taken one by one and added up in chunks, so that beside them never more is held than some three matrices of
     that size, however many there are. The sum is in float32 or higher.
@@ -130,17 +138,17 @@ def sum_products(terms: Iterable[tuple[float, Factor]]) -> Factor | Tensor:
 
 
 def truncate(factor: Factor, rank: int) -> Factor:
-    """The best approximation of at most `rank` (Eckart-Young), directions sorted by energy.
+    """Return the best approximation of at most `rank` (Eckart-Young), directions sorted by energy.
 
-    `down` has orthonormal rows and `up` carries the singular values, so `cut` of the result is optimal at every lower
-    rank: one decomposition serves clients of all ranks.
+    `down` has orthonormal rows and `up` carries the singular values, so `cut_factor` of the result is optimal at every
+    lower rank: one decomposition serves clients of all ranks.
     """
     left, values, right = svd(factor.up, factor.down, rank)
     return Factor(right, left * values)
 
 
 def truncate_sum(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float]:
-    """`truncate` of a sum, and the sum's energy (squared Frobenius norm), good to 1e-6."""
+    """Return `truncate` of a sum, and the sum's energy (squared Frobenius norm), right to 1e-6."""
     sum_ = sum_products(terms)
     if isinstance(sum_, Tensor):
         left, values, right = svd_dense(sum_, rank)
@@ -152,7 +160,7 @@ def truncate_sum(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Fact
 
 
 def balance(factor: Factor) -> Factor:
-    """The same product with both sides of each direction equally long, so that one step size suits both.
+    """Return the same product with both sides of each direction equally long, so that one step size suits both.
 
     A direction with a (nearly) empty side stays as it is: scaling it would make the other side empty too.
     """
@@ -163,7 +171,7 @@ def balance(factor: Factor) -> Factor:
 
 
 def revive(factor: Factor, rank: int, seed: int) -> Factor:
-    """The same product at `rank` or more directions, every one of which can learn.
+    """Return the same product at `rank` or more directions, every one of which can learn.
 
     The gradient of `up` is proportional to `down` and that of `down` to `up`, so a direction is dead only if both are
     (nearly) zero, as after `pad`; it then gets up = 0 and a random `down` row as long as its living neighbours (their
@@ -172,8 +180,8 @@ def revive(factor: Factor, rank: int, seed: int) -> Factor:
     if factor.rank < rank:
         factor = pad(factor, rank)
     lengths = torch.linalg.vector_norm(factor.down, dim=1)
-    told = lengths.tolist()
-    if min(told) > 2 * NEGLIGIBLE * max(told):  # the rule below, and much cheaper to see
+    plain = lengths.tolist()
+    if min(plain) > 2 * NEGLIGIBLE * max(plain):  # implies that all directions are present, and is much cheaper
         return factor
     present = lengths > NEGLIGIBLE * lengths.max()
     if bool(present.all()):
@@ -190,13 +198,13 @@ def revive(factor: Factor, rank: int, seed: int) -> Factor:
 
 
 def initial_factor(like: Factor, rank: int, seed: int) -> Factor:
-    """A LoRA at its start: `up` zero, `down` random orthogonal rows as long as those of `like` (their median)."""
+    """Return a LoRA at its start: `up` zero, `down` random orthogonal rows as long as those of `like` (their median)."""
     rows = _fresh_rows(like.down[:0], rank, seed) * like.down.norm(dim=1).median()
     return Factor(rows, like.up.new_zeros(like.up.shape[0], rank))
 
 
 def compact(product: Factor | Tensor) -> Factor:
-    """The same product with no more directions than a matrix of its size can have: a wide one as itself times identity."""
+    """Return the same product with no more directions than a matrix of its size can have: a wide one as itself times identity."""
     if isinstance(product, Factor):
         if product.rank <= min(_sides(product)):
             return product
@@ -207,28 +215,28 @@ def compact(product: Factor | Tensor) -> Factor:
 
 
 def stack_with_fold(adapter: Adapter, fold: Adapter | None) -> Adapter:
-    """Adapter and fold as one adapter, side by side; a layer that only one of them holds is as it is there."""
+    """Return adapter and fold as one adapter, stacked; a layer that only one of them holds is as it is there."""
     if fold is None:
         return adapter
-    own, more = adapter.factors, fold.factors
-    both = {name: stack([(1.0, factor), (1.0, more[name])]) for name, factor in own.items() if name in more}
-    return Adapter({**own, **more, **both}, adapter.dense)
+    trained, folded = adapter.factors, fold.factors
+    both = {name: stack([(1.0, factor), (1.0, folded[name])]) for name, factor in trained.items() if name in folded}
+    return Adapter({**trained, **folded, **both}, adapter.dense)
 
 
 def compact_with_fold(adapter: Adapter, fold: Adapter | None) -> Adapter:
-    """Adapter and fold as one adapter of no more directions than needed: the whole change of the base model."""
+    """Return adapter and fold as one adapter of no more directions than needed: the whole change of the base model."""
     both = stack_with_fold(adapter, fold)
     return Adapter({name: compact(factor) for name, factor in both.factors.items()}, both.dense)
 
 
 def pad_to_one_rank(adapter: Adapter) -> Adapter:
-    """The same products with one rank for all layers, the highest of them, by zero directions."""
+    """Return the same products with one rank for all layers, the highest of them, by zero directions."""
     rank = server_rank(adapter)
     return Adapter({name: pad(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
 def map_tensors(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
-    """`rule` on every tensor of adapters of one shape."""
+    """Apply `rule` to every tensor of adapters of one shape."""
     first = adapters[0]
     factors = {
         name: Factor(
@@ -242,23 +250,26 @@ def map_tensors(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
 
 
 def server_rank(adapter: Adapter) -> int:
-    """The highest rank of the adapter's layers: what the server keeps unless a method says otherwise."""
+    """Return the highest rank of the adapter's layers: what the server keeps unless a method says otherwise."""
     return max(factor.rank for factor in adapter.factors.values())
 
 
 def energy_spectrum(factor: Factor) -> Tensor:
-    """Squared singular values of the product, largest first, (min(rank, d_out, d_in),) in float64."""
+    """Return the squared singular values of the product, largest first, (min(rank, d_out, d_in),) in float64."""
     values: Tensor = torch.linalg.svdvals(_core(factor))
     return values.square()
 
 
 def product_norm(factor: Factor) -> float:
-    """Frobenius norm of the product, in float64, safe where terms of a stack cancel."""
+    """Return the Frobenius norm of the product, in float64, safe where terms of a stack cancel."""
     return float(_core(factor).norm())
 
 
 def product_difference(new: Factor, old: Factor) -> Factor:
-    """The difference of the products. At one rank as B'A' - BA = (B' - B) A' + B (A' - A): nothing cancels where they are near."""
+    """Return the difference of the products, new - old.
+
+    At equal ranks it is B'A' - BA = (B' - B) A' + B (A' - A), so that nothing cancels where they are near.
+    """
     if new.rank != old.rank:
         return stack([(1.0, new), (-1.0, old)])
     return Factor(torch.cat([new.down, new.down - old.down]), torch.cat([new.up - old.up, old.up], 1))

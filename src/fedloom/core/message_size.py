@@ -1,8 +1,8 @@
-"""Bytes on the wire of one task, counted on what really has to be sent, in the run's codec, the head apart from the adapter.
+"""Bytes on the wire of one task: what really has to be sent, in the run's codec, the head apart from the adapter.
 
 Down: the directions to train, without sides that follow from the run's seed, and the fold in the smaller of its two forms
 (factors, or one dense matrix a layer). Up: only what changed. A frozen side, a direction that was not selected, a layer that
-was not trained come back as they were sent, and the receiver has them already. Which rows these are is said beside, uncounted.
+was not trained come back as they were sent, and the receiver has them already. The indices of the rows that are sent do not count.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from fedloom.core.validate_answer import why_malformed
 
 @dataclass(frozen=True, slots=True)
 class MessageSize:
-    """Size of a message; `dense` is the part of `total` that is the head."""
+    """Size of a message.
+
+    Fields:
+        total: all bytes.
+        dense: bytes of the head, a part of `total`.
+    """
 
     total: int
     dense: int
 
 
 def download_size(start: TaskStart) -> MessageSize:
-    """What a client receives. A control variate counts like the adapter, on the sides that the client trains for all."""
+    """Return the size of what a client receives. A control variate counts like the adapter, on the sides that come back."""
     count = _whole(start.train, (*start.seeded, "dense"))
     count += sum(_folded(factor.up, factor.down) for factor in start.fold.factors.values()) if start.fold else 0
     dense = 0 if "dense" in start.seeded else sum(tensor.numel() for tensor in start.train.dense.values())
@@ -37,7 +42,7 @@ def download_size(start: TaskStart) -> MessageSize:
 
 
 def upload_size(task: Task, result: Result) -> MessageSize:
-    """What a client sends back: rows of `down`, columns of `up` and rows of dense tensors that differ from what it got.
+    """Return the size of an answer: rows of `down`, columns of `up` and rows of dense tensors that differ from what was sent.
 
     An answer that has not even the form of one, and will be refused, counts as if everything had been sent.
     """
@@ -56,12 +61,12 @@ def upload_size(task: Task, result: Result) -> MessageSize:
 
 
 def _plain(start: TaskStart) -> Codec:
-    """How travels what has no base."""
+    """Return the codec of numbers that have no base."""
     return HALF if start.codec and start.codec.halved else EXACT
 
 
 def _sent(codec: Codec, before: Tensor | None, after: Tensor, along: int) -> int:
-    """Bytes of the rows, which run along this dimension, that differ; of all of them, where nothing is known of before."""
+    """Return the bytes of the rows, which run along this dimension, that differ; of all rows where `before` is None."""
     if before is None:
         count = after.shape[1 - along]
     elif before.equal(after):  # a frozen side, much cheaper to see
@@ -76,12 +81,12 @@ def _folded(up: Tensor, down: Tensor) -> int:
 
 
 def _control(start: TaskStart) -> int:
-    """Numbers of the control variate that are sent."""
+    """Return how many numbers of the control variate are sent."""
     return _whole(start.control, start.rules.unchanged) if start.control else 0
 
 
 def _whole(adapter: Adapter, without: Collection[Side]) -> int:
-    """Numbers of an adapter, these sides apart."""
+    """Return how many numbers an adapter has, without these sides."""
     count, down, up = 0, "down" not in without, "up" not in without
     for factor in adapter.factors.values():
         count += (factor.down.numel() if down else 0) + (factor.up.numel() if up else 0)

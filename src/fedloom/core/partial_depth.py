@@ -1,9 +1,9 @@
-"""Depth: what a client that trains the top layers alone is sent, and how answers that hold different layers are merged.
+"""Partial depth: the start of a client that trains the top layers alone, and the merge of answers that hold different layers.
 
 Source: HierFedLoRA, arXiv 2503.21213, 2025: a client of depth d trains the d layers next to the output; each layer is averaged over
-those who trained it, and one that nobody trained keeps its value. Aggregators and schedules know nothing of it: a method merges the
-layers that the same answers hold as if there were no others. So whatever a method reckons over layers (HetLoRA's norms, Clip's bound)
-it reckons over these.
+those who trained it, and one that nobody trained keeps its value. Aggregators and schedules know nothing of it: layers are grouped
+by the answers that hold them, and a method merges each group as if there were no other layers. So what a method computes over all
+layers (HetLoRA's norms, Clip's bound) it computes over those of a group.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fedloom.core.policies import Aggregator, Merge, aggregator_layers
 from fedloom.core.types import Budget, Model, Rules, TaskStart, Update
 
 LayerClass = tuple[tuple[int, ...], tuple[str, ...]]
-"""The numbers of the parts that hold some layers, and these layers."""
+"""Indices of the updates that hold some layers, and the names of these layers."""
 
 A = TypeVar("A", Adapter, Adapter | None)
 
 
 def require_all_layers(aggregator: Aggregator, rules: Rules) -> None:
-    """Raise Refused where a method needs every client to train every layer; `rules` are those that it hands out."""
+    """Raise Refused where a method needs every client to train every layer; `rules` are those of the starts that it hands out."""
     if rules.private:
         name, remedy = (
             type(aggregator).__name__,
@@ -42,20 +42,23 @@ def require_all_layers(aggregator: Aggregator, rules: Rules) -> None:
         raise Refused("plan.depth", type(layer).__name__, f"{why}; leave plan.depth or the wrapper out")
 
 
-def start_at_depth(aggregator: Aggregator, model: Model, budget: Budget, seed: int, below: Collection[str]) -> TaskStart:
-    """What a client receives that does not train the layers `below`.
+def start_at_depth(
+    aggregator: Aggregator, model: Model, budget: Budget, seed: int, below: Collection[str]
+) -> TaskStart:
+    """Return what a client receives that does not train the layers `below`.
 
     The model of an edge may lack layers that its own task has in the fold: these run at its members too.
     """
     start, outside = fold_layers(aggregator.start(model, budget, seed), below), _outside(model)
-    known = start.fold.factors if start.fold else {}
-    return start if outside.keys() <= known.keys() else replace(start, fold=Adapter({**outside, **known}))
+    folded = start.fold.factors if start.fold else {}
+    return start if outside.keys() <= folded.keys() else replace(start, fold=Adapter({**outside, **folded}))
 
 
 def fold_layers(start: TaskStart, names: Collection[str]) -> TaskStart:
-    """The start of a client that does not train these layers: they run as a part of its base.
+    """Return the start of a client that does not train these layers: they run as a part of its base.
 
-    Directions that add nothing (a LoRA at its beginning) are not sent. Directions to select are so many fewer as layers are.
+    Directions that add nothing (a LoRA at its beginning) are not sent. The number of directions to select falls with the number of
+    layers.
     """
     if not names:
         return start
@@ -77,73 +80,72 @@ def fold_layers(start: TaskStart, names: Collection[str]) -> TaskStart:
 
 
 def merge_by_layer(aggregator: Aggregator, model: Model, merge: Merge) -> Model:
-    """The next model, each layer merged of those parts that hold it, their weights made to sum to 1.
+    """Return the next model, each layer merged of the updates that hold it, with weights that sum to 1.
 
-    Layers of the same parts, of which a wrapper remembers the same, are merged together. Dense tensors go with the last layer in
-    the model's order, which every part must hold.
+    Layers that the same updates hold, and of which a wrapper's memory has the same entries, are merged together. Dense tensors go
+    with the last layer in the model's order, which every update must hold.
     """
     count = len(model.adapter.factors)
-    whole = all(len(update.result.adapter.factors) == count for _, update in merge.weighted_updates)
-    if whole and not _outside(model) and all(len(entry.factors) in (0, count) for entry in model.memory.values()):
+    everywhere = all(len(update.result.adapter.factors) == count for _, update in merge.weighted_updates)
+    if everywhere and not _outside(model) and all(len(entry.factors) in (0, count) for entry in model.memory.values()):
         return aggregator.merge(model, merge)
     order = [*model.adapter.factors]
     pieces, top, folded = list[Model](), 0, False
     for held, names in layer_classes(model, merge):
-        own = _Cut(frozenset(names), dense=order[-1] in names)
-        piece = own.model(model)
-        after = aggregator.merge(piece, own.merge(merge, held)) if held else replace(piece, discarded=0.0)
-        top, folded = len(pieces) if own.dense else top, folded or after.fold is not piece.fold
+        view = _LayerView(frozenset(names), dense=order[-1] in names)
+        piece = view.model(model)
+        after = aggregator.merge(piece, view.merge(merge, held)) if held else replace(piece, discarded=0.0)
+        top, folded = len(pieces) if view.dense else top, folded or after.fold is not piece.fold
         pieces.append(after)
-    fold = _laid(
+    fold = _combined(
         [Adapter(_outside(model)), *(piece.fold for piece in pieces if piece.fold)], [*_outside(model), *order]
     )
-    return replace(_joined(order, pieces, pieces[top]), fold=(fold if fold.factors else None) if folded else model.fold)
+    return replace(_join(order, pieces, pieces[top]), fold=(fold if fold.factors else None) if folded else model.fold)
 
 
 def layer_classes(model: Model, merge: Merge) -> list[LayerClass]:
-    """The model's layers by the parts that hold them and the memories that know them, in the order of their first layer."""
-    found: dict[object, tuple[tuple[int, ...], list[str]]] = {}
+    """Group the model's layers by the updates and the memory entries that hold them, in the order of their first layer."""
+    groups: dict[object, tuple[tuple[int, ...], list[str]]] = {}
     for name in model.adapter.factors:
         held = tuple(k for k, (_, update) in enumerate(merge.weighted_updates) if name in update.result.adapter.factors)
-        known = tuple(key for key, entry in model.memory.items() if name in entry.factors)
-        found.setdefault((held, known), (held, []))[1].append(name)
-    return [(held, tuple(names)) for held, names in found.values()]
+        remembered = tuple(key for key, entry in model.memory.items() if name in entry.factors)
+        groups.setdefault((held, remembered), (held, []))[1].append(name)
+    return [(held, tuple(names)) for held, names in groups.values()]
 
 
 @dataclass(frozen=True, slots=True)
-class _Cut:
-    """Everything that a merge is about, for these layers alone; what was one adapter is one adapter again."""
+class _LayerView:
+    """Restriction of a merge, with all that it refers to, to some layers. What was one object before is one object after."""
 
     names: frozenset[str]
     dense: bool
     adapters: dict[Adapter, Adapter] = field(default_factory=dict)
 
     def merge(self, whole: Merge, held: Sequence[int]) -> Merge:
-        """The parts with these numbers, by their weights among themselves."""
+        """Return the merge of the updates with these indices, their weights normalised."""
         chosen = [whole.weighted_updates[k] for k in held]
         total = sum(weight for weight, _ in chosen) if len(chosen) < len(whole.weighted_updates) else 1.0
-        parts = tuple((w / total if total > 0 else 1 / len(chosen), self.update(update)) for w, update in chosen)
-        return replace(whole, weighted_updates=parts, anchor=whole.anchor and self.model(whole.anchor))
+        updates = tuple((w / total if total > 0 else 1 / len(chosen), self.update(update)) for w, update in chosen)
+        return replace(whole, weighted_updates=updates, anchor=whole.anchor and self.model(whole.anchor))
 
     def update(self, whole: Update) -> Update:
-        """The answer, the task and the model that it was cut from."""
+        """Restrict an answer, its task and the model that this was cut from."""
         start, result = whole.task.start, whole.result
-        own = replace(
-            start, train=self.adapter(start.train), fold=self.adapter(start.fold), control=self.adapter(start.control)
-        )
+        train, fold, control = self.adapter(start.train), self.adapter(start.fold), self.adapter(start.control)
         result = replace(result, adapter=self.adapter(result.adapter), control=self.adapter(result.control))
-        return Update(replace(whole.task, start=own), result, whole.base and self.model(whole.base))
+        task = replace(whole.task, start=replace(start, train=train, fold=fold, control=control))
+        return Update(task, result, whole.base and self.model(whole.base))
 
     def model(self, whole: Model) -> Model:
-        """The model, with what is remembered of these layers or of none in particular."""
-        told = {k: e for k, e in whole.memory.items() if not e.factors or not self.names.isdisjoint(e.factors)}
-        memory = {key: self.adapter(entry) if entry.factors else entry for key, entry in told.items()}
+        """Restrict a model, with the memory entries of these layers and those of no layer."""
+        entries = {k: e for k, e in whole.memory.items() if not e.factors or not self.names.isdisjoint(e.factors)}
+        memory = {key: self.adapter(entry) if entry.factors else entry for key, entry in entries.items()}
         fold = self.adapter(whole.fold)
         fold = fold if fold and fold.factors else None
         return replace(whole, adapter=self.adapter(whole.adapter), fold=fold, memory=memory)
 
     def adapter(self, whole: A) -> A:
-        """The factors of these layers; dense tensors in one class of layers only."""
+        """Restrict an adapter; dense tensors are in one class of layers only."""
         if whole is None:
             return whole
         if whole not in self.adapters:
@@ -152,20 +154,20 @@ class _Cut:
         return self.adapters[whole]
 
 
-def _joined(order: Sequence[str], pieces: Sequence[Model], top: Model) -> Model:
-    """The pieces as one model, but for the fold.
+def _join(order: Sequence[str], pieces: Sequence[Model], top: Model) -> Model:
+    """Join the pieces to one model, but for the fold.
 
-    Its basis is new if that of one piece is; what is remembered of no layer is as `top` has it.
+    Its basis is new if that of one piece is; memory entries of no layer are those of `top`, the piece with the dense tensors.
     """
     memory = {}
     for key in dict.fromkeys(key for piece in pieces for key in piece.memory):
         entries = [piece.memory[key] for piece in pieces if key in piece.memory]
         first = top.memory.get(key, entries[0])
         dense = first.dense if key in top.memory else {}
-        memory[key] = _laid(entries, order, dense) if any(entry.factors for entry in entries) else first
+        memory[key] = _combined(entries, order, dense) if any(entry.factors for entry in entries) else first
     return replace(
         top,
-        adapter=_laid([piece.adapter for piece in pieces], order, top.adapter.dense),
+        adapter=_combined([piece.adapter for piece in pieces], order, top.adapter.dense),
         basis=max(piece.basis for piece in pieces),
         phase=max(piece.phase for piece in pieces),
         discarded=_discarded(pieces),
@@ -174,19 +176,19 @@ def _joined(order: Sequence[str], pieces: Sequence[Model], top: Model) -> Model:
 
 
 def _outside(model: Model) -> dict[str, Factor]:
-    """What the fold holds of layers that the adapter does not."""
+    """Return the factors of the fold for layers that the adapter does not hold."""
     held = model.fold.factors if model.fold else {}
     return {name: factor for name, factor in held.items() if name not in model.adapter.factors}
 
 
-def _laid(adapters: Sequence[Adapter], order: Sequence[str], dense: Mapping[str, Tensor] | None = None) -> Adapter:
-    """Their factors in this order, and these dense tensors."""
-    found = {name: factor for adapter in adapters for name, factor in adapter.factors.items()}
-    return Adapter({name: found[name] for name in order if name in found}, dense or {})
+def _combined(adapters: Sequence[Adapter], order: Sequence[str], dense: Mapping[str, Tensor] | None = None) -> Adapter:
+    """Return one adapter with the factors of all in this order, and these dense tensors."""
+    factors = {name: factor for adapter in adapters for name, factor in adapter.factors.items()}
+    return Adapter({name: factors[name] for name in order if name in factors}, dense or {})
 
 
 def _discarded(pieces: Sequence[Model]) -> float:
-    """The share of the energy of all pieces together that their merges cut off."""
+    """Return the share of the energy of all pieces together that their merges cut off."""
     if not any(piece.discarded for piece in pieces):
         return 0.0
     left = [sum(product_norm(factor) ** 2 for factor in piece.adapter.factors.values()) for piece in pieces]
@@ -197,7 +199,7 @@ def _discarded(pieces: Sequence[Model]) -> float:
 
 
 def _alive(factor: Factor) -> Factor:
-    """The directions that add something to the product, as far as their `up` tells."""
+    """Return the directions whose `up` is not zero: the others add nothing to the product."""
     keep = factor.up.any(0)
     return factor if bool(keep.all()) else Factor(factor.down[keep], factor.up[:, keep])
 

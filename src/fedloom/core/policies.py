@@ -9,7 +9,7 @@ aggregator.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from fedloom.core.errors import Refused
@@ -99,6 +99,10 @@ class Merge:
     retain: tuple[Update, ...] = ()
     cancel: tuple[int, ...] = ()
     anchor: Model | None = None
+
+    def map_updates(self, rule: Callable[[Update], Update]) -> Merge:
+        """Return the merge with `rule(update)` in the place of each update."""
+        return replace(self, weighted_updates=tuple((weight, rule(update)) for weight, update in self.weighted_updates))
 
 
 class Aggregator(Protocol):
@@ -206,7 +210,6 @@ Evaluator: TypeAlias = Callable[[Model], Mapping[str, float]]
 
 Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
 """Function that is shown each (time, event, commands) after the server handled the event."""
-
 
 
 def do_nothing() -> None:

@@ -1,17 +1,18 @@
 """The one way from a frozen dataclass to JSON and back, and the check of values that people write.
 
-A dataclass stands in JSON as an object of its fields behind a "type" word, the name of its class. Scalars, rows and tables stand as they
-are, a function by its name, and numbers that JSON does not have as the words "nan", "inf" and "-inf". The trace, the manifest, checkpoints,
-the messages of a deployment and the summaries of clients are all written by `Encoder` and read by `Decoder`. What differs between them
-is handed in: how an adapter is written (its sha256, numbers in a buffer), and whether dataclasses stand in place or by reference.
+A dataclass stands in JSON as an object of its fields behind a "type" word, the name of its class. Scalars, rows and tables stand
+as they are, a function by its name, and numbers that JSON does not have as the words "nan", "inf" and "-inf". The trace, the
+manifest, checkpoints, the messages of a deployment and the summaries of clients are all written by `Encoder` and read by
+`Decoder`. What differs between them is handed in: how an adapter is written (its sha256, numbers in a buffer), and whether
+dataclasses stand in place or by reference.
 
-Reading is strict, since some of these texts come over the network. Only the fields that a class declares are read, all of them and no others,
-each of exactly the kind that is declared: no text becomes a number, and True is no number. The text never chooses a class freely. A
-field of a dataclass type takes that class, and one of a protocol type (a policy, a codec) takes a class that the reader handed in or that
-is declared in the module of the protocol, and only if it has the protocol's members. What is wrong raises `Malformed`, which tells the
-path of fields and the kinds, never the value. Reading stops at the first error: a text costs time and memory in proportion to its
-length, whatever stands in it. (pydantic was tried for this and collects all errors: a hostile text of 8 MB then takes 37 s and 3 GB, see
-decision 0029.)
+Reading is strict, since some of these texts come over the network. Only the fields that a class declares are read, all of them
+and no others, each of exactly the kind that is declared: no text becomes a number, and True is no number. The text never chooses
+a class freely. A field of a dataclass type takes that class, and one of a protocol type (a policy, a codec) takes a class that
+the reader handed in or that is declared in the module of the protocol, and only if it has the protocol's members. What is wrong
+raises `Malformed`, which tells the path of fields and the kinds, never the value. Reading stops at the first error: a text costs
+time and memory in proportion to its length, whatever stands in it. (pydantic was tried for this and collects all errors: a
+hostile text of 8 MB then takes 37 s and 3 GB, see decision 0029.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
-from functools import cache, partial
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
@@ -34,8 +35,13 @@ from torch import Tensor
 from fedloom.core.errors import Refused
 from fedloom.core.indexed_dict import IndexedTable
 
-RENAMED: Mapping[str, str] = {}
-"""Classes that had another name: the "type" word in older manifests, with that of today. A class that bears the old name goes before."""
+RENAMED: Mapping[str, str] = {
+    "Scored": "GradientScore",
+    "Earned": "LossRate",
+    "Paced": "BestRoundTime",
+    "Planned": "JointPlan",
+}
+"""Policies that had another name: the "type" word in older manifests, with that of today."""
 
 SCALARS = (bool, int, float, str)
 UNIONS = (Union, UnionType)
@@ -73,8 +79,8 @@ _SCALARS: Mapping[type, Writer] = {
 class Encoder(dict[type, Writer]):
     """Writes values as JSON text. It is a table of one writer a class, made when a value of the class is first met.
 
-    A run writes some sixty values an event, so no decision is taken twice for a class. Floats are written as Python prints them, which is
-    also what the `json` module writes; run hashes and traces depend on it.
+    A run writes some sixty values an event, so no decision is taken twice for a class. Floats are written as Python prints them,
+    which is also what the `json` module writes; run hashes and traces depend on it.
     """
 
     def __init__(
@@ -141,8 +147,8 @@ class Encoder(dict[type, Writer]):
 def jsonable(value: object) -> Any:
     """A value as plain JSON data: what `json.loads` gives for it.
 
-    Used for settings and summaries. Paths are text, sets are lists, functions stand by their name, and what has no place in JSON by the
-    name of its class. Rows of data are told by their number and their sha256: a manifest holds no data.
+    Used for settings and summaries. Paths are text, sets are lists, functions stand by their name, and what has no place in JSON
+    by the name of its class. Rows of data are told by their number and their sha256: a manifest holds no data.
     """
     return json.loads(_SETTINGS.encode(value))
 
@@ -172,12 +178,12 @@ Read: TypeAlias = Callable[[Any, Any], Any]
 
 
 class Decoder:
-    """Reads JSON data back as values of declared types. How a type is read is worked out once for each type.
+    """Reads JSON data back as values of declared types.
 
     Args:
         known: classes and functions that may stand by name in fields of a protocol type or of a function type.
         special: how values of some types are read, from (data, context).
-        reference: reads a dataclass or a tensor that stands by reference, from (data, context); None: they stand in place.
+        reference: reads an object that stands by reference, from (data, context), where data have no "type" word.
         finite: whether numbers have to be finite.
     """
 
@@ -190,7 +196,6 @@ class Decoder:
     ) -> None:
         self.known = {thing.__name__: thing for thing in known}
         self.special, self.reference, self.finite = special or {}, reference, finite
-        self._readers, self._records = dict[Any, Read](), dict[type, Read]()
 
     def decode(self, hint: Any, text: str | bytes, context: Any = None) -> Any:
         """The value of this type that a JSON text holds. Raises Malformed, whatever the text is."""
@@ -203,151 +208,99 @@ class Decoder:
 
     def read(self, hint: Any, data: Any, context: Any = None) -> Any:
         """The value of this type that JSON data hold. Raises Malformed, or what a class raises that refuses its fields."""
-        reader = self._readers.get(hint)
-        if reader is None:
-            reader = self._readers[hint] = self._reader(hint)
-        return reader(data, context)
+        origin, inner = get_origin(hint), get_args(hint)
+        if hint in self.special:
+            return self.special[hint](data, context)
+        if hint is float:
+            return self._number(data)
+        if hint in SCALARS:
+            return _expect(hint, data)
+        if origin is Literal:
+            return _choice(inner, data)
+        if origin in UNIONS:
+            return self._one_of(inner, data, context)
+        if origin is tuple and inner[-1] is not Ellipsis:
+            if len(_expect(list, data, "a list")) != len(inner):
+                raise Malformed(f"expected a list of {len(inner)}, got one of {len(data)}")
+            return tuple([self.read(kind, item, context) for kind, item in zip(inner, data, strict=True)])
+        if origin in ROWS or origin is tuple:
+            row = [self.read(inner[0], item, context) for item in _expect(list, data, "a list")]
+            return tuple(row) if origin is tuple else row
+        if origin in TABLES:
+            items = _expect(dict, data, "an object").items()
+            table = {_key(inner[0], key): self.read(inner[1], item, context) for key, item in items}
+            return IndexedTable(table) if origin is IndexedTable else table
+        if is_dataclass(hint) and self.reference is None:
+            return self._record(cast(type, hint), data, context)
+        return self._named(hint, data, context)
 
     def read_object(self, data: Any, context: Any = None) -> object:
         """The dataclass that JSON data hold by name and fields. Raises Malformed."""
-        kind = self._known(_word(data))
+        kind = self.known.get(_word(data))
         if not isinstance(kind, type) or not is_dataclass(kind):
             raise Malformed(f"there is no kind {_word(data)!r:.60}")
-        return self._record(kind)(data, context)
+        return self._record(kind, data, context)
 
-    def _known(self, word: str) -> Any:
-        return self.known.get(word, self.known.get(RENAMED.get(word, "")))
+    def _record(self, kind: type, data: Any, context: Any) -> object:
+        """A dataclass by its fields: all of them and no others."""
+        if _expect(dict, data, f"a {kind.__name__}").get("type", kind.__name__) != kind.__name__:
+            raise Malformed(f"there is no kind {_word(data)!r:.60} here, expected {kind.__name__}")
+        hints, values, name = declared_fields(kind), dict[str, object](), ""
+        if len(data) != len(hints) + 1 or not all(name in data for name in ("type", *hints)):
+            differ = ", ".join(sorted(data.keys() ^ {"type", *hints}))
+            raise Malformed(f"{kind.__name__} has other fields ({differ:.60})")
+        try:
+            for name, hint in hints.items():
+                values[name] = self.read(hint, data[name], context)
+        except Malformed as error:
+            raise Malformed(f"{name}: {error}") from error
+        return kind(**values)
 
-    def _reader(self, hint: Any) -> Read:
-        """How values of this type are read."""
-        origin, inner = get_origin(hint), get_args(hint)
-        if hint in self.special:
-            return self.special[hint]
-        if hint is float:
-            return _read_finite if self.finite else _read_float
-        if hint in SCALARS:
-            return partial(_read_scalar, hint)
-        if origin is Literal:
-            return partial(_read_literal, inner)
-        if origin in UNIONS:
-            return self._union(inner)
-        if origin is tuple and inner[-1] is not Ellipsis:
-            return self._items(inner)
-        if origin in ROWS or origin is tuple:
-            return self._row(inner[0], tuple if origin is tuple else list)
-        if origin in TABLES:
-            return self._table(*inner, IndexedTable if origin is IndexedTable else dict)
-        if is_dataclass(hint) and self.reference is None:
-            return self._record(cast(type, hint))
-        return self._named(hint)
-
-    def _record(self, kind: type) -> Read:
-        """A dataclass by its fields."""
-        if kind in self._records:
-            return self._records[kind]
-        hints = declared_fields(kind)
-        readers = {name: partial(self.read, hint) for name, hint in hints.items()}
-        names = {"type", *hints}
-
-        def record(data: Any, context: Any) -> object:
-            word = _word(data)
-            if word != kind.__name__ and RENAMED.get(word) != kind.__name__:
-                raise Malformed(f"there is no kind {word!r:.60} here, expected {kind.__name__}")
-            if data.keys() != names:
-                differ = ", ".join(sorted(data.keys() ^ names))
-                raise Malformed(f"{kind.__name__} has other fields ({differ:.60})")
-            values, name = dict[str, object](), ""
-            try:
-                for name, reader in readers.items():
-                    values[name] = reader(data[name], context)
-            except Malformed as error:
-                raise Malformed(f"{name}: {error}") from error
-            return kind(**values)
-
-        self._records[kind] = record
-        return record
-
-    def _union(self, kinds: Sequence[Any]) -> Read:
-        """One of several types, a dataclass by its word, or None."""
+    def _one_of(self, kinds: Sequence[Any], data: Any, context: Any) -> object:
+        """A value of one of several types, a dataclass by its word, or None."""
         rest = [kind for kind in kinds if kind is not NoneType]
-        optional, inside = len(rest) < len(kinds), self.reference is None
-        records = {kind.__name__: self._record(kind) for kind in rest if inside and is_dataclass(kind)}
-        others = [kind for kind in rest if not (inside and is_dataclass(kind))]
-
-        def one_of(data: Any, context: Any) -> object:
-            if data is None and optional:
-                return None
-            if records and isinstance(data, dict):
-                word = _word(data)
-                reader = records.get(word) or records.get(RENAMED.get(word, ""))
-                if reader is not None:
-                    return reader(data, context)
-                if not others:
-                    raise Malformed(f"there is no kind {word!r:.60}")
-            if len(rest) == 1:
-                return self.read(rest[0], data, context)
-            for kind in others:
+        if data is None and len(rest) < len(kinds):
+            return None
+        if len(rest) == 1:
+            return self.read(rest[0], data, context)
+        for kind in rest:
+            if is_dataclass(kind) and kind.__name__ == _word(data):
+                return self._record(cast(type, kind), data, context)
+        for kind in rest:
+            if not is_dataclass(kind) or (self.reference is not None and not _word(data)):
                 with suppress(Malformed):
                     return self.read(kind, data, context)
-            raise _wrong(" or ".join(describe_type(kind, None) for kind in kinds), data)
+        if all(map(is_dataclass, rest)) and isinstance(data, dict):
+            raise Malformed(f"there is no kind {_word(data)!r:.60} here")
+        raise _wrong(" or ".join(describe_type(kind, None) for kind in kinds), data)
 
-        return one_of
-
-    def _items(self, kinds: Sequence[Any]) -> Read:
-        """A row of fixed length."""
-
-        def items(data: Any, context: Any) -> tuple[object, ...]:
-            if type(data) is not list or len(data) != len(kinds):
-                raise _wrong(f"a list of {len(kinds)}", data)
-            return tuple([self.read(kind, item, context) for kind, item in zip(kinds, data, strict=True)])
-
-        return items
-
-    def _row(self, kind: Any, build: Callable[[list[Any]], Any]) -> Read:
-        """A row of items of one type."""
-        item = partial(self.read, kind)
-
-        def row(data: Any, context: Any) -> object:
-            if type(data) is not list:
-                raise _wrong("a list", data)
-            return build([item(part, context) for part in data])
-
-        return row
-
-    def _table(self, key: Any, kind: Any, build: Callable[[dict[Any, Any]], Any]) -> Read:
-        """A table; keys that are numbers stand as text in JSON."""
-        item = partial(self.read, kind)
-
-        def table(data: Any, context: Any) -> object:
-            if type(data) is not dict:
-                raise _wrong("an object", data)
-            return build({_read_key(key, name): item(part, context) for name, part in data.items()})
-
-        return table
-
-    def _named(self, hint: Any) -> Read:
+    def _named(self, hint: Any, data: Any, context: Any) -> object:
         """A reference, a function by its name, or a dataclass by its word where the type asks for members only."""
-        if is_protocol(hint):
-            self.known = {**_implementations(hint), **self.known}
+        if isinstance(data, str) and data in self.known:
+            value = self.known[data]
+        elif not isinstance(data, dict):
+            raise _wrong(describe_type(hint, None), data)
+        elif self.reference is not None and not _word(data):
+            value = self.reference(data, context)
+        elif is_protocol(hint) and _word(data) in _implementations(hint):
+            value = self._record(_implementations(hint)[_word(data)], data, context)
+        else:
+            value = self.read_object(data, context)
+        if not matches_type(value, hint):
+            raise Malformed(f"a {type(value).__name__} in the place of {describe_type(hint, None)}")
+        return value
 
-        def named(data: Any, context: Any) -> object:
-            if isinstance(data, str) and self._known(data) is not None:
-                value = self._known(data)
-            elif not isinstance(data, dict):
-                raise _wrong(describe_type(hint, None), data)
-            elif self.reference is not None and "type" not in data:
-                value = self.reference(data, context)
-            else:
-                value = self.read_object(data, context)
-            if not matches_type(value, hint):
-                raise Malformed(f"a {type(value).__name__} in the place of {describe_type(hint, None)}")
-            return value
-
-        return named
+    def _number(self, data: Any) -> Any:
+        """A number. A whole one stays whole, so that it is written again as it was."""
+        if type(data) in (int, float) and (not self.finite or math.isfinite(data)):
+            return data
+        if type(data) is str and data in NOT_FINITE and not self.finite:
+            return NOT_FINITE[data]
+        raise _wrong("a finite number" if self.finite else "a number", data)
 
 
 def reachable_classes(*hints: Any) -> dict[str, type]:
-    """The dataclasses by name that values of these types are made of.
+    """The dataclasses by name that values of these types are made of, and `Tensor` if it is among them.
 
     Raises TypeError for a type that cannot be read back, and for two classes of one name.
     """
@@ -364,11 +317,22 @@ def reachable_classes(*hints: Any) -> dict[str, type]:
             todo += [inner for inner in declared_fields(kind).values() if inner not in classes.values()]
         elif is_protocol(hint):
             todo += [kind for kind in _implementations(hint).values() if kind not in classes.values()]
-        elif hint not in (*SCALARS, NoneType, Tensor) and origin is not Literal:
+        elif hint is Tensor:
+            classes["Tensor"] = Tensor
+        elif hint not in (*SCALARS, NoneType) and origin is not Literal:
             raise TypeError(f"{hint} cannot be read back")
     return classes
 
 
+def with_current_names(data: Any) -> Any:
+    """JSON data of an older version, with the names that its policies have today."""
+    if isinstance(data, dict):
+        renamed = {key: with_current_names(item) for key, item in data.items()}
+        return renamed if "type" not in data else {**renamed, "type": RENAMED.get(_word(data), data["type"])}
+    return [with_current_names(item) for item in data] if isinstance(data, list) else data
+
+
+@cache
 def _implementations(protocol: Any) -> dict[str, type]:
     """The dataclasses in the module of a protocol that have its members."""
     things = vars(sys.modules[protocol.__module__]).values()
@@ -382,48 +346,40 @@ def _word(data: Any) -> str:
     return word if isinstance(word, str) else ""
 
 
-def _read_scalar(kind: type, data: Any, context: Any) -> Any:
+def _expect(kind: type, data: Any, expected: str = "") -> Any:
+    """The data, if they are exactly of this kind: True is no number."""
     if type(data) is not kind:
-        raise _wrong(describe_type(kind, None), data)
+        raise _wrong(expected or describe_type(kind, None), data)
     return data
 
 
-def _read_float(data: Any, context: Any) -> Any:
-    """A number; a whole one stays whole, so that it is written again as it was."""
-    if type(data) is float or type(data) is int:
-        return data
-    if type(data) is str and data in NOT_FINITE:
-        return NOT_FINITE[data]
-    raise _wrong("a number", data)
-
-
-def _read_finite(data: Any, context: Any) -> Any:
-    if type(data) is int or (type(data) is float and math.isfinite(data)):
-        return data
-    raise _wrong("a finite number", data)
-
-
-def _read_literal(values: Sequence[object], data: Any, context: Any) -> Any:
+def _choice(values: Sequence[object], data: Any) -> Any:
     if not isinstance(data, bool | int | str) or data not in values:
         raise _wrong(" or ".join(map(repr, values)), data)
     return data
 
 
-def _read_key(kind: type, text: str) -> Any:
+def _key(kind: type, text: str) -> Any:
+    """A key of a table. JSON's keys are text."""
     if kind is not int:
-        return _read_scalar(kind, text, None)
+        return _expect(kind, text, "another key than text")
     if not text.removeprefix("-").isdecimal():
         raise Malformed("expected a whole number as a key")
     return int(text)
 
 
-_JSON_KINDS = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
+_JSON_KINDS: Mapping[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+}
 
 
 def _wrong(expected: str, data: object) -> Malformed:
     """The error of data of another kind, which tells the kind and not the data."""
-    kind = {None: "null", True: "true", False: "false"}[data] if data is None or isinstance(data, bool) else ""  # type: ignore[index]
-    return Malformed(f"expected {expected}, got {kind or _JSON_KINDS.get(type(data), type(data).__name__)}")
+    return Malformed(f"expected {expected}, got {_JSON_KINDS.get(type(data), json.dumps(data))}")
 
 
 # Values that people write, in a run file or after `--set` --------------------------------------------------------------

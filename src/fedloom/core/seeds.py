@@ -10,7 +10,7 @@ import random
 
 
 def derive(seed: int, *names: int | str) -> int:
-    """A 63-bit seed for the stream that `names` spell, e.g. `derive(7, "cohort", 12)`.
+    """Return a 63-bit seed for the stream that `names` spell, e.g. `derive(7, "cohort", 12)`.
 
     >>> derive(7, "cohort", 12) == derive(7, "cohort", 12) != derive(7, "cohort", 13)
     True
@@ -20,5 +20,5 @@ def derive(seed: int, *names: int | str) -> int:
 
 
 def rng(seed: int, *names: int | str) -> random.Random:
-    """A generator for that stream alone."""
+    """Return a random generator for the stream that `names` spell."""
     return random.Random(derive(seed, *names))

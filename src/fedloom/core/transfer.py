@@ -1,4 +1,4 @@
-"""What a start and an answer are on the other side of the wire, given the run's codec: the same for simulation and real machines.
+"""Encoding of starts and answers by the run's codec: what they are on the other side, in a simulation as on real machines.
 
 Down: the server rounds what it hands out, so that its own record of a task is what the client receives, and every comparison with
 it (frozen sides, changes, unchanged rows) is exact. Sides that follow from the run's seed are not sent and stay as they are. A fold
@@ -32,12 +32,17 @@ from fedloom.core.types import ClientState, Result, Task, TaskStart
 from fedloom.core.validate_answer import why_invalid
 
 Rows = tuple[int, ...] | None
-"""Numbers of the rows that are sent, in order; None: all."""
+"""Indices of the rows that are sent, in order; None: all."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedAnswer:
-    """An answer on the wire: for each tensor of the start, in order of name, the rows that are sent. Control variates follow."""
+    """Answer on the wire.
+
+    Fields:
+        rank: rank of the answer's factors.
+        blocks: for each tensor of the start, in order of name, the rows that are sent; those of control variates follow.
+    """
 
     rank: int
     blocks: tuple[tuple[Rows, Block | None], ...]
@@ -47,7 +52,7 @@ class PackedAnswer:
 
 
 def encode_start(start: TaskStart, codec: Codec | None) -> TaskStart:
-    """The start as its client receives it."""
+    """Return the start as its client receives it."""
     if codec is None or not codec.halved:
         return start if start.codec is codec else replace(start, codec=codec)
     return replace(
@@ -60,7 +65,7 @@ def encode_start(start: TaskStart, codec: Codec | None) -> TaskStart:
 
 
 def _fold(factor: Factor) -> Factor:
-    """A fold's factors rounded; or, where that is fewer numbers, its dense matrix, as a factor with an identity on one side."""
+    """Return a fold's factors rounded; or, where that is fewer numbers, its dense matrix (with an identity as the other side)."""
     d_out, d_in = factor.up.shape[0], factor.down.shape[1]
     if factor.up.numel() + factor.down.numel() <= d_out * d_in:
         return Factor(round_to_half(factor.down), round_to_half(factor.up))
@@ -74,10 +79,11 @@ def _fold(factor: Factor) -> Factor:
 
 
 def encode_answer(task: Task, before: ClientState, result: Result, local: ClientState) -> tuple[Result, ClientState]:
-    """The answer as the server receives it, and what stays at the client; `before` is what was there when the task came.
+    """Return the answer as the server receives it, and the client's state after it.
 
-    The metrics gain `rounding`, the Frobenius norm of what the products lost relative to the products, and `rounding_change`,
-    relative to what the client changed. An answer that will be refused stays as it is.
+    `before` is the client's state when the task came, `local` that after training. The metrics gain `rounding`, the Frobenius norm of
+    what the products lost relative to the products, and `rounding_change`, relative to what the client changed. An answer that will
+    be refused stays as it is.
     """
     start = task.start
     if start.codec is None or why_invalid(task, result):
@@ -86,25 +92,25 @@ def encode_answer(task: Task, before: ClientState, result: Result, local: Client
     adapter, control = unpack_answer(start, pack_answer(start, result, residual))
     if start.codec.feedback:
         local = replace(local, residual=_lost(result.adapter, residual, adapter))
-    told = _errors(_asked(start.train, adapter), result.adapter, adapter)
-    return replace(result, adapter=adapter, control=control, metrics={**result.metrics, **told}), local
+    errors = _rounding_errors(_at_rank_of(start.train, adapter), result.adapter, adapter)
+    return replace(result, adapter=adapter, control=control, metrics={**result.metrics, **errors}), local
 
 
 def residual_of(start: TaskStart, local: ClientState) -> Adapter | None:
-    """What earlier answers lost, if it is still in the coordinates of this start."""
-    own = local.residual
-    if own is None or local.basis != start.basis or start.codec is None or not start.codec.feedback:
+    """Return what packing lost of earlier answers, if it is still in the coordinates of this start; else None."""
+    residual = local.residual
+    if residual is None or local.basis != start.basis or start.codec is None or not start.codec.feedback:
         return None
-    sizes = [{name: tensor.shape for name, tensor in named_tensors(adapter).items()} for adapter in (own, start.train)]
-    return own if sizes[0] == sizes[1] else None
+    sizes = [{name: tensor.shape for name, tensor in named_tensors(adapter).items()} for adapter in (residual, start.train)]
+    return residual if sizes[0] == sizes[1] else None
 
 
 def pack_answer(start: TaskStart, result: Result, residual: Adapter | None = None) -> PackedAnswer:
-    """The answer to a task with this start, whose layers and shapes it must have; `residual` is what earlier answers lost."""
+    """Pack the answer to a task with this start, whose layers and shapes it must have; `residual` is what earlier answers lost."""
     rank, codec = _rank(result.adapter), start.codec or EXACT
-    extra = named_tensors(_asked(residual, result.adapter)) if residual else {}
+    extra = named_tensors(_at_rank_of(residual, result.adapter)) if residual else {}
     blocks = []
-    for name, base, values in _pairs(_asked(start.train, result.adapter), result.adapter):
+    for name, base, values in _pairs(_at_rank_of(start.train, result.adapter), result.adapter):
         blocks.append(_packed(codec, values, base, tensor_rows(name, extra[name]) if extra else None))
     if start.control and result.control:
         beside = HALF if codec.halved else EXACT
@@ -113,65 +119,64 @@ def pack_answer(start: TaskStart, result: Result, residual: Adapter | None = Non
     return PackedAnswer(rank, tuple(blocks))
 
 
-def unpack_answer(start: TaskStart, parcel: PackedAnswer) -> tuple[Adapter, Adapter | None]:
-    """The adapter of the answer and, if one was asked for, the change of the control variate."""
-    asked = layout(start, parcel.rank)
-    found = []
-    for (name, base), (which, block) in zip(asked, parcel.blocks, strict=True):
-        held = tensor_rows(name, base)
+def unpack_answer(start: TaskStart, packed: PackedAnswer) -> tuple[Adapter, Adapter | None]:
+    """Return the adapter of a packed answer and, if the task brought a control variate, the change of it."""
+    tensors = []
+    for (name, base), (which, block) in zip(layout(start, packed.rank), packed.blocks, strict=True):
+        rows = tensor_rows(name, base)
         if block is not None:
-            chosen = None if which is None else torch.tensor(which)
-            values = block.values(held if chosen is None else held[chosen])
-            held = values if chosen is None else held.index_copy(0, chosen, values)
-            base = held.T.contiguous() if _turned(name) else held.reshape(base.shape)
-        found.append((name, base))
-    like = cut_adapter(start.train, parcel.rank)
-    own = len(named_tensors(like))
-    control = from_tensors(start.control, dict(found[own:])) if start.control else None
-    return from_tensors(like, dict(found[:own])), control
+            sent = None if which is None else torch.tensor(which)
+            values = block.values(rows if sent is None else rows[sent])
+            rows = values if sent is None else rows.index_copy(0, sent, values)
+            base = rows.T.contiguous() if _is_up(name) else rows.reshape(base.shape)
+        tensors.append((name, base))
+    like = cut_adapter(start.train, packed.rank)
+    count = len(named_tensors(like))
+    control = from_tensors(start.control, dict(tensors[count:])) if start.control else None
+    return from_tensors(like, dict(tensors[:count])), control
 
 
 def layout(start: TaskStart, rank: int) -> list[tuple[str, Tensor]]:
-    """Name and base of every tensor of an answer of this rank, in the order in which they are sent."""
-    asked = sorted(named_tensors(cut_adapter(start.train, rank)).items())
-    return asked + (sorted(named_tensors(map_tensors(torch.zeros_like, start.control)).items()) if start.control else [])
+    """Return name and base of every tensor of an answer of this rank, in the order in which they are sent."""
+    tensors = sorted(named_tensors(cut_adapter(start.train, rank)).items())
+    return tensors + (sorted(named_tensors(map_tensors(torch.zeros_like, start.control)).items()) if start.control else [])
 
 
 def _rank(adapter: Adapter) -> int:
     return server_rank(adapter) if adapter.factors else 0
 
 
-def _asked(adapter: Adapter, given: Adapter) -> Adapter:
-    return cut_adapter(adapter, _rank(given))
+def _at_rank_of(adapter: Adapter, answer: Adapter) -> Adapter:
+    return cut_adapter(adapter, _rank(answer))
 
 
-def _turned(name: str) -> bool:
+def _is_up(name: str) -> bool:
     return name.endswith(".up") and not name.startswith("dense:")
 
 
 def dense_rows(dense: Tensor) -> Tensor:
-    """A view (rows, width) of a dense tensor; a vector is one row."""
+    """Return a view (rows, width) of a dense tensor; a vector is one row."""
     return dense.flatten(1) if dense.ndim > 1 else dense.reshape(1, -1)
 
 
 def tensor_rows(name: str, tensor: Tensor) -> Tensor:
-    """A view (rows, width) of any tensor: a row for each direction."""
-    return tensor.T if _turned(name) else dense_rows(tensor)
+    """Return a view (rows, width) of any tensor of an adapter; of a factor, with a row for each direction."""
+    return tensor.T if _is_up(name) else dense_rows(tensor)
 
 
-def _pairs(base: Adapter, given: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
-    own = named_tensors(base)
-    for name, tensor in sorted(named_tensors(given).items()):
-        yield name, tensor_rows(name, own[name]), tensor_rows(name, tensor)
+def _pairs(base: Adapter, answer: Adapter) -> Iterator[tuple[str, Tensor, Tensor]]:
+    before = named_tensors(base)
+    for name, tensor in sorted(named_tensors(answer).items()):
+        yield name, tensor_rows(name, before[name]), tensor_rows(name, tensor)
 
 
 def _packed(codec: Codec, values: Tensor, base: Tensor, residual: Tensor | None) -> tuple[Rows, Block | None]:
-    """The rows that differ, and differ on the other side too."""
+    """Pack the rows that differ from the base, and will differ on the other side too."""
     if values.equal(base):
         return (), None
     block = codec.pack(values if residual is None else values + residual, base)
     got = block.values(base)
-    if bool(_moved(values[:, :8], base[:, :8], got[:, :8]).all()):  # the rule, and much cheaper to see
+    if bool(_moved(values[:, :8], base[:, :8], got[:, :8]).all()):  # implies the rule below, and is much cheaper
         return None, block
     which = _moved(values, base, got).nonzero().flatten()
     if len(which) == len(values):
@@ -180,24 +185,24 @@ def _packed(codec: Codec, values: Tensor, base: Tensor, residual: Tensor | None)
 
 
 def _moved(values: Tensor, base: Tensor, got: Tensor) -> Tensor:
-    """Rows with an entry that changed here and changes there."""
+    """Return a mask of the rows with an entry that changed here and will change there."""
     return ((values != base) & (got != base)).any(1)
 
 
 def _lost(exact: Adapter, residual: Adapter | None, received: Adapter) -> Adapter:
-    """What packing lost, now and of earlier answers."""
+    """Return what packing lost, now and of earlier answers."""
     if residual is None:
         return map_tensors(torch.sub, exact, received)
-    return map_tensors(lambda given, owed, got: given - got + owed, exact, _asked(residual, exact), received)
+    return map_tensors(lambda values, owed, got: values - got + owed, exact, _at_rank_of(residual, exact), received)
 
 
-def _errors(start: Adapter, exact: Adapter, received: Adapter) -> dict[str, float]:
-    """Over all layers together, from the factors."""
-    lost, whole, change = _size(received, exact), _size(exact, None), _size(exact, start)
-    return {"rounding": lost / whole if whole else 0.0, "rounding_change": lost / change if change else 0.0}
+def _rounding_errors(start: Adapter, exact: Adapter, received: Adapter) -> dict[str, float]:
+    """Return the relative errors of the products, over all layers together, from the factors."""
+    lost, total, change = _size(received, exact), _size(exact, None), _size(exact, start)
+    return {"rounding": lost / total if total else 0.0, "rounding_change": lost / change if change else 0.0}
 
 
 def _size(one: Adapter, other: Adapter | None) -> float:
-    """Frobenius norm of the products, or of their difference."""
+    """Return the Frobenius norm of the products, or of their difference."""
     pairs = ((new, other and other.factors[name]) for name, new in one.factors.items())
     return math.sqrt(sum(product_norm(product_difference(new, old) if old else new) ** 2 for new, old in pairs))

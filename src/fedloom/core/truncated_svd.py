@@ -1,4 +1,4 @@
-"""The best low-rank approximation of a product up @ down, found from its thin factors.
+"""Best low-rank approximation of a product up @ down, computed from its thin factors.
 
 `svd` is what the rest of the package calls; it picks one of the methods below, all of which answer the same question
 and may be called alone. U is `up` (d_out, R), V is `down` (R, d_in), n = min(d_out, d_in), and a result is (left,
@@ -24,7 +24,7 @@ Grams: TypeAlias = tuple[Tensor, Tensor]
 """U^T U and V V^T (R, R), each up to a positive factor."""
 
 Reflectors: TypeAlias = tuple[Tensor, Tensor]
-"""An orthogonal Q as LAPACK's geqrf leaves it: vectors below the diagonal (n, k), and their scales (k,)."""
+"""Orthogonal matrix Q as LAPACK's geqrf leaves it: vectors below the diagonal (n, k), and their scales (k,)."""
 
 SMALL = 256
 """Side up to which a dense SVD is cheap."""
@@ -40,7 +40,7 @@ RESOLUTION = 1e-13
 
 
 def svd(up: Tensor, down: Tensor, rank: int, near: Grams | None = None) -> Triple:
-    """The best approximation of up @ down of at most `rank`, by the cheapest method that is exact to rounding.
+    """Return the best approximation of up @ down of at most `rank`, by the cheapest method that is exact to rounding.
 
     Householder while the stack is thin (and for float64), the dense SVD for small layers, else Krylov, else a Gram
     matrix. A product smaller than its factors (R >= n) is formed. The thresholds are crossovers measured on a CPU; a
@@ -57,29 +57,29 @@ def svd(up: Tensor, down: Tensor, rank: int, near: Grams | None = None) -> Tripl
         return householder(up, down, rank)
     if stacked >= smaller or smaller <= SMALL:
         return svd_dense(up @ down, rank)
-    found = krylov([up, down], rank, near)
-    if found is None:
+    triple = krylov([up, down], rank, near)
+    if triple is None:
         return gram(up, down, rank) if stacked <= 0.7 * smaller else dense_gram(up @ down, rank)
-    return found
+    return triple
 
 
 def svd_dense(matrix: Tensor, rank: int) -> Triple:
-    """`svd` of a matrix that is at hand."""
+    """Return `svd` of a matrix that is given whole."""
     smaller = min(matrix.shape)
     if min(rank, smaller) == 0 or smaller <= SMALL or matrix.dtype == torch.float64:
         return dense(matrix, rank)
-    found = krylov([matrix], rank) if smaller > BLOCKS * (rank + OVERSAMPLE) else None
-    return found or dense_gram(matrix, rank)
+    triple = krylov([matrix], rank) if smaller > BLOCKS * (rank + OVERSAMPLE) else None
+    return triple or dense_gram(matrix, rank)
 
 
 def dense(matrix: Tensor, rank: int) -> Triple:
-    """Every singular value, in float64: for small layers only."""
+    """Return the truncated SVD from all singular values, in float64: for small layers only."""
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     return left[:, :rank].to(matrix.dtype), values[:rank].to(matrix.dtype), right[:rank].to(matrix.dtype)
 
 
 def householder(up: Tensor, down: Tensor, rank: int) -> Triple:
-    """Exact for every R: the SVD of R_U R_V^T, where U = Q_U R_U and V^T = Q_V R_V; O((d_out + d_in) R^2 + R^3).
+    """Return the SVD by that of R_U R_V^T, where U = Q_U R_U and V^T = Q_V R_V. Exact for every R; O((d_out + d_in) R^2 + R^3).
 
     The Q are never formed: their reflectors are applied to the q columns that are kept. For a zero product `right`
     spans rows of `down`, so a fresh LoRA keeps its random directions.
@@ -95,12 +95,12 @@ def householder(up: Tensor, down: Tensor, rank: int) -> Triple:
 def krylov(
     product: Sequence[Tensor], rank: int, near: Grams | None = None, tolerance: float = 1e-6, blocks: int = 12
 ) -> Triple | None:
-    """Adaptive block Krylov on an implicit product: O(blocks (d_out + d_in) R q); None if it did not converge.
+    """Return the SVD by adaptive block Krylov on an implicit product: O(blocks (d_out + d_in) R q); None if it did not converge.
 
     `product` is (up, down), or a matrix alone. Each block asks it for directions that the basis does not have yet (Musco
     and Musco, 2015, with a stopping rule). It stops when a block raises the energy of the top q by less than `tolerance`
     of the energy that the basis holds beyond q. That tail is a lower bound of the squared truncation error, so the rule
-    is on the safe side. The first block is random, or what the Gram matrices `near` of both factors tell.
+    is on the safe side. The first block is random, or comes from the Gram matrices `near` of both factors.
     """
     d_out, d_in, first = product[0].shape[0], product[-1].shape[1], product[0]
     width = min(rank + OVERSAMPLE, d_out, *(part.shape[1] for part in product))
@@ -126,7 +126,7 @@ def krylov(
 
 
 def gram(up: Tensor, down: Tensor, rank: int) -> Triple:
-    """The eigenvectors of S^T (U^T U) S with V V^T = S S^T, all in float64, then one projection: O((d_out + d_in) R^2).
+    """Return the SVD by the eigenvectors of S^T (U^T U) S with V V^T = S S^T, in float64, and one projection: O((d_out + d_in) R^2).
 
     The projection restores orthogonality and makes the error second order in that of the eigenvectors.
     """
@@ -137,7 +137,7 @@ def gram(up: Tensor, down: Tensor, rank: int) -> Triple:
 
 
 def dense_gram(matrix: Tensor, rank: int) -> Triple:
-    """The eigenvectors of the smaller float64 Gram matrix of a matrix that is at hand: O(d_out d_in n + n^3)."""
+    """Return the SVD of a matrix by the eigenvectors of its smaller float64 Gram matrix: O(d_out d_in n + n^3)."""
     if matrix.shape[0] > matrix.shape[1]:
         right, values, left = dense_gram(matrix.T, rank)
         return left.T, values, right.T
@@ -146,14 +146,14 @@ def dense_gram(matrix: Tensor, rank: int) -> Triple:
 
 
 def grams(up: Tensor, down: Tensor) -> tuple[Grams, float]:
-    """U^T U and V V^T, each up to a positive factor, and the squared Frobenius norm of up @ down, good to 1e-6."""
+    """Return U^T U and V V^T, each up to a positive factor, and the squared Frobenius norm of up @ down, right to 1e-6."""
     of_up, size_up = _scaled_gram(up)
     of_down, size_down = _scaled_gram(down.T)
     return (of_up, of_down), float((of_up.double() * of_down).sum()) * size_up * size_down
 
 
 def _scaled_gram(tall: Tensor) -> tuple[Tensor, float]:
-    """tall^T tall / size in float32 or higher, and the size: the largest entry, so that nothing under- or overflows."""
+    """Return tall^T tall / size in float32 or higher, and the size: the largest entry, so that nothing under- or overflows."""
     tall = tall.to(torch.promote_types(tall.dtype, torch.float32))
     size, total = float(tall.abs().max()) or 1.0, tall.new_empty(tall.shape[1], tall.shape[1])
     for start in range(0, tall.shape[1], 128):  # only the blocks on and above the diagonal
@@ -164,7 +164,7 @@ def _scaled_gram(tall: Tensor) -> tuple[Tensor, float]:
 
 
 def _leading(down: Tensor, near: Grams, width: int) -> Tensor:
-    """Orthonormal columns (d_in, width) near the leading right directions of the product.
+    """Return orthonormal columns (d_in, width) near the leading right directions of the product.
 
     Six steps of subspace iteration in the R coordinates of the factors, where a step costs R / (d_out + d_in) of one of
     Krylov: V^T U^T U V (V^T x) = V^T (U^T U) (V V^T) x. Too coarse to be an answer (the condition number is squared).
@@ -178,58 +178,58 @@ def _leading(down: Tensor, near: Grams, width: int) -> Tensor:
 
 
 def _normal(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Random entries, the same every time."""
+    """Return random entries, the same every time."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(rows, columns, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def _times(product: Sequence[Tensor], columns: Tensor) -> Tensor:
-    """The product times `columns`, factor by factor from the right."""
+    """Return the product times `columns`, factor by factor from the right."""
     for part in reversed(product):
         columns = part @ columns
     return columns
 
 
 def _under(rows: Tensor, product: Sequence[Tensor]) -> Tensor:
-    """`rows` times the product, factor by factor from the left."""
+    """Return `rows` times the product, factor by factor from the left."""
     for part in product:
         rows = rows @ part
     return rows
 
 
 def _project(product: Sequence[Tensor], span: Tensor) -> Triple:
-    """The best approximation of the product whose columns lie in those of `span` (d_out, q)."""
+    """Return the best approximation of the product whose columns lie in those of `span` (d_out, q)."""
     span = torch.linalg.qr(span)[0]
     return _sorted(span, _under(span.T, product))
 
 
 def _sorted(span: Tensor, rows: Tensor) -> Triple:
-    """span @ rows, where `span` (d_out, q) has orthonormal columns, as its singular vectors and values."""
+    """Return the SVD of span @ rows, where `span` (d_out, q) has orthonormal columns."""
     axes, core = torch.linalg.qr(rows.T)
     left, values, right = torch.linalg.svd(core.double().T)
     return span @ left.to(span.dtype), values.to(span.dtype), right.to(span.dtype) @ axes.T
 
 
-def _extend(reflectors: Reflectors, found: Tensor) -> tuple[Reflectors, Tensor]:
-    """The basis with as many directions more as `found` has columns, and these.
+def _extend(reflectors: Reflectors, columns: Tensor) -> tuple[Reflectors, Tensor]:
+    """Return the basis with as many directions more as there are columns, and these directions.
 
     The basis is the Q of a QR that grows by blocks and is kept as reflectors. Its columns are orthonormal whatever
-    `found` is: where the product's rank is exhausted what is left of `found` is rounding noise, and a projection would
+    `columns` are: where the product's rank is exhausted what is left of them is rounding noise, and a projection would
     leave it with a part along the basis, whose energy would count twice.
     """
     packed, scales = reflectors
-    known = len(scales)
-    turned = torch.ormqr(packed, scales, found, transpose=True) if known else found
-    more, factors = torch.geqrf(turned[known:])
+    size = len(scales)
+    turned = torch.ormqr(packed, scales, columns, transpose=True) if size else columns
+    more, factors = torch.geqrf(turned[size:])
     # by columns, as LAPACK wants it: ormqr would copy the other order at every call
-    packed = torch.cat([packed.T, torch.cat([turned[:known], more]).T]).T
+    packed = torch.cat([packed.T, torch.cat([turned[:size], more]).T]).T
     scales = torch.cat([scales, factors])
-    last = torch.eye(len(scales), dtype=found.dtype, device=found.device)[:, known:]
+    last = torch.eye(len(scales), dtype=columns.dtype, device=columns.device)[:, size:]
     return (packed, scales), _reflect((packed, scales), last)
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
-    """one^T other in float64, by blocks of rows, so that no float64 copy of a tall matrix (n, k) is made."""
+    """Return one^T other in float64, by blocks of rows, so that no float64 copy of a tall matrix (n, k) is made."""
     total = one.new_zeros(one.shape[1], other.shape[1], dtype=torch.float64)
     for start in range(0, len(one), 512):
         total.addmm_(one[start : start + 512].double().T, other[start : start + 512].double())
@@ -237,13 +237,13 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _reflectors(tall: Tensor) -> tuple[Reflectors, Tensor]:
-    """The QR of `tall` (n, k) with Q left as reflectors, and its triangular factor (min(n, k), k)."""
+    """Return the QR of `tall` (n, k): Q as reflectors, and the triangular factor (min(n, k), k)."""
     packed, scales = torch.geqrf(tall)
     return (packed[:, : len(scales)], scales), packed[: len(scales)].triu()
 
 
 def _reflect(reflectors: Reflectors, columns: Tensor) -> Tensor:
-    """Q @ columns, where `columns` (min(n, k), q) are coordinates in the columns of Q."""
+    """Return Q @ columns, where `columns` (min(n, k), q) are coordinates in the columns of Q."""
     packed, scales = reflectors
     padded = columns.new_zeros(columns.shape[1], packed.shape[0]).T
     padded[: columns.shape[0]] = columns

@@ -1,4 +1,8 @@
-"""What comes from outside is checked here before the core uses it. A fault is theirs, never an exception: it becomes a reason."""
+"""Checks of what comes from outside, before the core uses it: a client's answer, a remote edge's statistics.
+
+Each check returns the reason why the value is refused, as text, or None where it is valid. It never raises: a bad answer is the
+sender's fault and must not stop the server, whatever it holds (`server` turns the reason into a `Reject`).
+"""
 
 from __future__ import annotations
 
@@ -15,79 +19,79 @@ from fedloom.core.model_shape import Shape
 from fedloom.core.types import GroupStatistics, MemberWork, Result, Task, TaskStart
 
 MAX_NORM = 1e5
-"""Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; what is beyond would drown the others."""
+"""Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; a larger one would dominate the merge."""
 MAX_MEMBERS, MAX_DIRECTIONS = 10_000, 4096
-"""Of what an edge tells: members of a group, and directions whose energy is told."""
+"""Bounds of an edge's statistics: members of a group, and directions whose energy is reported."""
 MAX_SECONDS, MIN_SECONDS, MAX_LOSS, MAX_MASS = 1e9, 1e-9, 1e12, 1e30
-"""Of what members did: a plan divides by their seconds, and squares how their losses fell."""
+"""Bounds of members' work: a plan divides by their seconds, and squares how their losses fell."""
 
 
 def why_invalid(task: Task, result: Result) -> str | None:
-    """Why `result` is no answer to `task`, in words; None if it is one. Cost: one pass over the tensors. Never raises."""
+    """Return why `result` is no valid answer to `task`; None if it is one. Cost: one pass over the tensors. Never raises."""
     return (
         why_malformed(task, result)
-        or _numbers(task, result)
-        or _sizes("", result.adapter)
-        or (_sizes("control variate: ", result.control) if result.control else None)
-        or _kept(task.start, result.adapter)
+        or _invalid_counts(task, result)
+        or _invalid_norms("", result.adapter)
+        or (_invalid_norms("control variate: ", result.control) if result.control else None)
+        or _changed_side(task.start, result.adapter)
     )
 
 
 def why_invalid_statistics(task: Task, statistics: GroupStatistics, shape: Shape) -> str | None:
-    """Why an edge that is elsewhere cannot have `told` this of its task, in words; None if it can.
+    """Return why a remote edge cannot have these statistics of its task; None if it can.
 
-    All that a plan reckons with is of the size that it can be, so that no plan is brought to a number that is none.
+    Everything that a plan computes with is bounded, so that no plan comes to an infinite number or to none.
     """
     if statistics.budget != task.budget:
         return f"it tells of another budget than that of task {task.id}"
-    if not len(statistics.work) <= MAX_MEMBERS or len({one.client for one in statistics.work}) < len(statistics.work):
+    if not len(statistics.work) <= MAX_MEMBERS or len({work.client for work in statistics.work}) < len(statistics.work):
         return f"it tells of {len(statistics.work)} members, expected at most {MAX_MEMBERS}, each of them once"
     if odd := sorted(statistics.mass.keys() - shape.depths.keys() - task.start.train.dense.keys()):
         return f"it tells how {odd[0]!r:.60} changed, which is no layer of the model"
     if len(statistics.energy) > MAX_DIRECTIONS:
         return f"it tells of {len(statistics.energy)} directions, expected at most {MAX_DIRECTIONS}"
-    known = [("spread", statistics.spread, 0, 1), ("loss", statistics.loss, -MAX_LOSS, MAX_LOSS)]
-    known += [("mass", value, 0, MAX_MASS) for value in statistics.mass.values()]
-    known += [("energy", value, 0, 1) for value in statistics.energy]
-    known += [(name, getattr(statistics, name), 0, MAX_SECONDS) for name in ("seconds", "down", "up")]
-    return _out_of_range(known) or next(filter(None, (_unspendable(task, one) for one in statistics.work)), None)
+    bounded = [("spread", statistics.spread, 0, 1), ("loss", statistics.loss, -MAX_LOSS, MAX_LOSS)]
+    bounded += [("mass", value, 0, MAX_MASS) for value in statistics.mass.values()]
+    bounded += [("energy", value, 0, 1) for value in statistics.energy]
+    bounded += [(name, getattr(statistics, name), 0, MAX_SECONDS) for name in ("seconds", "down", "up")]
+    return _out_of_range(bounded) or next(filter(None, (_invalid_work(task, work) for work in statistics.work)), None)
 
 
-def _unspendable(task: Task, spent: MemberWork) -> str | None:
-    """Why no member can have done this."""
+def _invalid_work(task: Task, work: MemberWork) -> str | None:
+    """Return why no member can have done this work; None if one can."""
     deepest = task.budget.depth or 2**20  # a site may say that it lets a task be deeper than the model is
-    known: list[tuple[str, float | None, float, float]] = [
-        ("name's length", len(spent.client), 1, 200),
-        ("rank", spent.rank, 1, task.budget.rank),
-        ("depth", spent.depth, 1, deepest),
-        ("answers", spent.answers, 1, 10**9),
-        ("steps", spent.steps, 1, task.budget.steps * min(max(spent.answers, 1), 10**9)),
-        ("seconds of training", spent.train, MIN_SECONDS if spent.train else 0, MAX_SECONDS),
-        ("seconds down", spent.down, 0, MAX_SECONDS),
-        ("seconds up", spent.up, 0, MAX_SECONDS),
-        ("first loss", spent.first_loss, -MAX_LOSS, MAX_LOSS),
-        ("last loss", spent.last_loss, -MAX_LOSS, MAX_LOSS),
+    bounded: list[tuple[str, float | None, float, float]] = [
+        ("name's length", len(work.client), 1, 200),
+        ("rank", work.rank, 1, task.budget.rank),
+        ("depth", work.depth, 1, deepest),
+        ("answers", work.answers, 1, 10**9),
+        ("steps", work.steps, 1, task.budget.steps * min(max(work.answers, 1), 10**9)),
+        ("seconds of training", work.train, MIN_SECONDS if work.train else 0, MAX_SECONDS),
+        ("seconds down", work.down, 0, MAX_SECONDS),
+        ("seconds up", work.up, 0, MAX_SECONDS),
+        ("first loss", work.first_loss, -MAX_LOSS, MAX_LOSS),
+        ("last loss", work.last_loss, -MAX_LOSS, MAX_LOSS),
     ]
-    reason = _out_of_range(known)
-    return reason and f"member {spent.client!r:.60}: {reason}"
+    reason = _out_of_range(bounded)
+    return reason and f"member {work.client!r:.60}: {reason}"
 
 
-def _out_of_range(known: Iterable[tuple[str, float | None, float, float]]) -> str | None:
-    """The first number (None: not told) that is not from its least to its most, or none at all."""
-    for name, value, least, most in known:
+def _out_of_range(bounded: Iterable[tuple[str, float | None, float, float]]) -> str | None:
+    """Return the first number (None: not reported) outside its bounds, or not a number at all."""
+    for name, value, least, most in bounded:
         if value is not None and not least <= value <= most:
-            return f"{name} is {_told(value)}, expected {least:g} to {most:g}"
+            return f"{name} is {_short(value)}, expected {least:g} to {most:g}"
     return None
 
 
 def why_malformed(task: Task, result: Result) -> str | None:
-    """Why `result` has not even the form of an answer, its tensors' names, types and shapes. No number is looked at."""
+    """Return why `result` has not the form of an answer: its tensors' names, types and shapes. No number is looked at."""
     if not isinstance(result, Result) or not isinstance(result.adapter, Adapter):
         return f"the answer is a {type(result).__name__}, not a result with an adapter"
     return _adapter(_pruned(task.start, result.adapter), result.adapter) or _control(task.start, result.control)
 
 
-def _numbers(task: Task, result: Result) -> str | None:
+def _invalid_counts(task: Task, result: Result) -> str | None:
     counts = (
         ("examples", result.examples, 1, 10**12),
         ("tokens", result.tokens, 0, 10**15),
@@ -95,17 +99,17 @@ def _numbers(task: Task, result: Result) -> str | None:
     )
     for name, value, low, high in counts:
         if type(value) is not int or not low <= value <= high:
-            return f"{name} is {_told(value)}, expected a whole number from {low} to {high}"
+            return f"{name} is {_short(value)}, expected a whole number from {low} to {high}"
     if not isinstance(result.metrics, Mapping):
         return "metrics are not a mapping of names to numbers"
     for name, number in result.metrics.items():
         if not isinstance(name, str) or type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
-            return f"metric {_told(name)} is {_told(number)}, expected a finite number"
+            return f"metric {_short(name)} is {_short(number)}, expected a finite number"
     return None
 
 
 def _pruned(start: TaskStart, given: Adapter) -> Adapter:
-    """What is asked for; where self-pruning is allowed, at the one rank between `least` and the full one that the client chose."""
+    """Return the adapter that is asked for; under self-pruning at the rank that the client chose, `least` or more."""
     if start.rules.pruning is None or not isinstance(given.factors, Mapping):
         return start.train
     first = next(iter(given.factors.values()), None)
@@ -115,8 +119,8 @@ def _pruned(start: TaskStart, given: Adapter) -> Adapter:
     return cut_adapter(start.train, rank)
 
 
-def _kept(start: TaskStart, given: Adapter) -> str | None:
-    """A side that was to stay as it is, and did not."""
+def _changed_side(start: TaskStart, given: Adapter) -> str | None:
+    """Return the first tensor that changed on a side that had to come back as it was sent."""
     asked = _pruned(start, given)
     for side in sorted(start.rules.unchanged):
         if side == "dense":
@@ -142,7 +146,7 @@ def _adapter(asked: Adapter, given: Adapter) -> str | None:
     for kind, wanted, got in (("layer", asked.factors, given.factors), ("dense tensor", asked.dense, given.dense)):
         if not isinstance(got, Mapping) or wanted.keys() != got.keys():
             odd = sorted(map(str, wanted.keys() ^ (got.keys() if isinstance(got, Mapping) else set())))
-            return f"{kind} {_told(odd[0]) if odd else '?'} is missing or was not asked for"
+            return f"{kind} {_short(odd[0]) if odd else '?'} is missing or was not asked for"
     for name, factor in given.factors.items():
         if not isinstance(factor, Factor):
             return f"layer {name!r} holds a {type(factor).__name__}, not a factor"
@@ -171,20 +175,20 @@ def _tensor(asked: Tensor, given: Tensor) -> str | None:
     return None if given.device == asked.device else f"is on {given.device}, expected {asked.device}"
 
 
-def _sizes(where: str, adapter: Adapter) -> str | None:
-    """The first tensor that is not finite or too large."""
+def _invalid_norms(where: str, adapter: Adapter) -> str | None:
+    """Return the first tensor that is not finite or too large."""
     for name, factor in adapter.factors.items():
-        if reason := _size(factor.down):
+        if reason := _invalid_norm(factor.down):
             return f"{where}{name}.down {reason}"
-        if reason := _size(factor.up):
+        if reason := _invalid_norm(factor.up):
             return f"{where}{name}.up {reason}"
     for name, tensor in adapter.dense.items():
-        if reason := _size(tensor):
+        if reason := _invalid_norm(tensor):
             return f"{where}{name} {reason}"
     return None
 
 
-def _size(tensor: Tensor) -> str | None:
+def _invalid_norm(tensor: Tensor) -> str | None:
     if float(torch.linalg.vector_norm(tensor, dtype=torch.float32)) < 0.5 * MAX_NORM:
         return None  # rounding cannot double a norm
     size = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
@@ -193,8 +197,8 @@ def _size(tensor: Tensor) -> str | None:
     return f"has norm {size:.3g}, above the limit of {MAX_NORM:.0g}" if size > MAX_NORM else None
 
 
-def _told(value: object) -> str:
-    """A foreign value in a few words: its repr may be endless, and that of a huge int raises."""
+def _short(value: object) -> str:
+    """Describe a foreign value shortly: its repr may be endless, and that of a huge int raises."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"a whole number of {value.bit_length()} bits"
     return reprlib.repr(value)

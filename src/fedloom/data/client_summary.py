@@ -23,9 +23,9 @@ from fedloom.data.text_measures import Measure, words
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 LENGTHS = tuple(sorted({round(2 ** (k / 4)) for k in range(57)}))
-"""Where the bins of lengths begin, four to a doubling, from 1 to 16,384; the last one has no end."""
+"""Lower edges of the bins of lengths, four to a doubling, from 1 to 16,384; the last one has no end."""
 LOSSES = (0.0, *(0.05 * 2 ** (k / 4) for k in range(37)))
-"""Where the bins of quality begin, counted downwards from 0 (the best), four to a doubling."""
+"""Lower edges of the bins of quality, counted downwards from 0 (the best), four to a doubling."""
 
 
 @dataclass(frozen=True, slots=True)

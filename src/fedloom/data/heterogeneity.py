@@ -31,7 +31,7 @@ LEAST = 1e-6  # of all texts: a client with less has none
 
 @dataclass(frozen=True, slots=True)
 class HeterogeneityIndex:
-    """How uneven clients are along one axis.
+    """Heterogeneity along one axis.
 
     Fields:
         value: the index; the larger, the more uneven.
@@ -61,7 +61,7 @@ def measure_heterogeneity(summaries: Sequence[Summary], seed: int = 0) -> Hetero
         Refused: fewer than two clients, two of one name, one without examples, or lengths in different units.
     """
     _check(summaries)
-    lengths, parts = np.array([own.lengths for own in summaries]), summaries[0].histograms
+    lengths, parts = np.array([summary.lengths for summary in summaries]), summaries[0].histograms
     epsilon = None if summaries[0].epsilon is None else summaries[0].epsilon / parts
     labels, qualities = label_table(summaries), quality_table(summaries)
     whole = lengths.sum(axis=0)
@@ -144,7 +144,7 @@ def _alpha(excess: float, counts: Floats, seed: int) -> float:
     for alpha in ALPHAS.tolist():
         draw = np.random.default_rng(derive(seed, "alpha", f"{alpha:.3g}"))
         drawn = [(draw.dirichlet([alpha] * len(counts), len(whole)) * whole[:, None]).T for _ in range(DRAWS)]
-        expected.append(np.mean([mean_divergence(own[own.sum(axis=1) > LEAST]) for own in drawn]))
+        expected.append(np.mean([mean_divergence(part[part.sum(axis=1) > LEAST]) for part in drawn]))
     rising = np.maximum.accumulate(expected)
     return float(np.exp(np.interp(excess, rising, np.log(ALPHAS))))
 
@@ -155,7 +155,7 @@ def _alpha_of_sizes(cv: float, clients: int) -> float:
 
 
 def _check(summaries: Sequence[Summary]) -> None:
-    names = [own.client for own in summaries]
+    names = [summary.client for summary in summaries]
     if len(names) < 2:
         raise Refused(
             "clients",
@@ -165,10 +165,10 @@ def _check(summaries: Sequence[Summary]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise Refused("summary.client", twice, "two summaries have this name; write one anew under another file name")
-    empty = next((own.client for own in summaries if own.examples < 1), None)
+    empty = next((summary.client for summary in summaries if summary.examples < 1), None)
     if empty is not None:
         raise Refused("summary.client", empty, "it has no examples; leave it out")
-    for what, kinds in (("unit", {own.unit for own in summaries}), ("epsilon", {own.epsilon for own in summaries})):
+    for what, kinds in (("unit", {each.unit for each in summaries}), ("epsilon", {each.epsilon for each in summaries})):
         if len(kinds) > 1:
             raise Refused(
                 f"summary.{what}",

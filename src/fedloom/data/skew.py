@@ -35,7 +35,7 @@ ROUNDS, CLOSE = 2000, 1e-6  # of scaling, and how near to equal the totals are w
 
 @dataclass(frozen=True)
 class Skew:
-    """How clients differ along one axis: their shares of each bin are from Dirichlet(alpha).
+    """Skew along one axis: the clients' shares of each bin are from Dirichlet(alpha).
 
     Equal values are in one bin. A measure that is the same for all (`ones`) has one bin: its skew is one of sizes.
 

@@ -67,6 +67,7 @@ class Table(Layout):
     quoted: bool | None = None
 
     def load(self, seed: int) -> Split:
+        """Return the split; `seed` decides what is set aside and what `limit` keeps."""
         test = None if self.test is None else read_table_file(Path(self.test), self.quoted)
         return _split(self, read_table_file(Path(self.path), self.quoted), test, seed)
 
@@ -89,6 +90,7 @@ class Hub(Layout):
     test: str | None = "test"
 
     def load(self, seed: int) -> Split:
+        """Return the split; `seed` decides what is set aside and what `limit` keeps."""
         train, labels = self._fetch(self.train)
         test = None if self.test is None else self._fetch(self.test)[0]
         return _split(self, train, test, seed, labels)
@@ -123,6 +125,7 @@ class Rows(Layout):
     test: RowSource | None = None
 
     def load(self, seed: int) -> Split:
+        """Return the split; `seed` decides what is set aside and what `limit` keeps."""
         test = None if self.test is None else gather_rows(self.test, "the test rows")
         return _split(self, gather_rows(self.rows, "the rows"), test, seed)
 

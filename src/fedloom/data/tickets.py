@@ -26,7 +26,7 @@ INTENTS = ("access", "billing", "cancel", "fault", "refund", "status")
 
 
 class Style(NamedTuple):
-    """How a company's customers write; empty strings make an opening or a closing optional."""
+    """Style of a company's customers; empty strings make an opening or a closing optional."""
 
     openings: Sequence[str]
     details: Sequence[str]
@@ -40,7 +40,7 @@ class Phrases(NamedTuple):
     Fields:
         trades: for each trade its nouns: what it sells (thing), charges (fee), delivers (move), what breaks (part) and what one
             logs in to (gate).
-        styles: how customers of a company write.
+        styles: styles of customers, one a company.
         requests: for each intent the whole request of a ticket with one topic.
         topics: for each intent its topic as a noun: the same nouns serve for the topic that counts and for the one that does not.
         settled: sentences about a topic {past} that nobody needs to act on.

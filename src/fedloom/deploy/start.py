@@ -1,30 +1,32 @@
-"""The server's side of a deployment: a folder, a run file, a link. What carries the messages is not known here."""
+"""The server's side of a deployment: a folder, a run file, a transport. What carries the messages is not known here."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedloom.core import schema
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.policies import require_fresh_answers
 from fedloom.core.schema import jsonable
-from fedloom.core.types import ClientId, Profile
+from fedloom.core.types import Budget, ClientId, Profile
 from fedloom.data.examples import without_training_examples
 from fedloom.deploy.link import Transport
 from fedloom.deploy.messages.messages import RunTerms, check_codec
-from fedloom.deploy.region import region
+from fedloom.deploy.region.region import run_region
 from fedloom.deploy.server.config import RUN_FOLDER, DeploymentConfig
 from fedloom.deploy.server.driver import Deployment
-from fedloom.deploy.server.evaluation import held_out_lines
+from fedloom.deploy.server.evaluation import evaluation_lines
+from fedloom.deploy.server.reply_events import REGION
 from fedloom.deploy.server.status import Status
 from fedloom.hierarchy.hierarchy import need_lasting_groups
 from fedloom.runs import manifest
 from fedloom.runs.execute import RunRecorder
-from fedloom.runs.final_scores import sample_lines
+from fedloom.runs.final_scores import final_start, next_ranks, sample_lines
 from fedloom.runs.job import Job
 from fedloom.runs.prepare import PreparedRun, assemble
 from fedloom.runs.resume import FIXED, unfinished_run
@@ -36,48 +38,75 @@ SAME = tuple(section for section in FIXED if section not in ("clients", "partiti
 
 
 def run_deployment(
-    link: Transport, folder: Path, pause: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic
+    transport: Transport,
+    folder: Path,
+    pause: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> str:
     """Carry out the run of a deployment's folder, or go on with it; returns the reason of its end. Raises Refused."""
-    order, target = DeploymentConfig.of(folder), folder / RUN_FOLDER
-    if order.above:
-        region.run_region(link, folder, order, pause, clock)
+    config, target = DeploymentConfig.from_folder(folder), folder / RUN_FOLDER
+    if config.above:
+        run_region(transport, folder, config, pause, clock)
     if reason := finish_reason(target):
         return reason
-    job, profiles = prepare_server(order.run(), target, order.min_clients)
-    over = job.run.hierarchy is not None
-    deployment = Deployment(job.server, link, run_terms(job), profiles, order.min_clients, order.timeouts, clock, over_regions=over)
+    job, profiles = prepare_server(config.run(), target, config.min_clients)
+    over_regions = job.run.hierarchy is not None
+    deployment = Deployment(
+        server=job.server,
+        transport=transport,
+        terms=run_terms(job),
+        profiles=profiles,
+        min_clients=config.min_clients,
+        timeouts=config.timeouts,
+        clock=clock,
+        over_regions=over_regions,
+    )
     status = Status(folder, deployment, job.run.limits)
+    between = status.pause_and_write(pause)
 
     def drive(recording: RunRecorder) -> str:
-        deployment.evaluate, deployment.observe, deployment.save = (
-            recording.evaluate,
-            recording.observe,
-            recording.checkpoints,
-        )
+        deployment.evaluate, deployment.observe = recording.evaluate, recording.observe
+        deployment.save = recording.checkpoints
         recording.track(deployment)
-        reason = deployment.run(status.between(pause))
+        reason = deployment.run(between)
         job.check_failures(reason)
-        for line in (*held_out_lines(job, deployment, status.between(pause)), *sample_lines(job)):
+        for line in (*held_out_lines(job, deployment, between), *sample_lines(job)):
             recording.metrics.write(line)
         return reason
 
-    with status.exported(order.metrics_port):
-        regions = {"regions": order.min_clients} if over else {}
+    with status.exported(config.metrics_port):
+        regions = {"regions": config.min_clients} if over_regions else {}
         about = {"deployed": True, **regions}
         job.record(drive, target, [status], about, checkpoint_seconds=0.0, keep_updates=True)
     return finish_reason(target)
 
 
+def held_out_lines(job: Job, running: Deployment, pause: Callable[[float], None]) -> Iterator[dict[str, object]]:
+    """Have each client evaluate the last model, at the rank of its next task; a region at the largest, which it cuts for its sites.
+
+    Yields a line for each client that ever was there. A site has as long as a task may take.
+    """
+    if not job.run.held_out:
+        return
+    regions = {client for client, one in job.profiles.items() if job.run.hierarchy and one.tier == REGION}
+    largest = Budget(job.run.plan.rank.largest, 1)
+    ranks = {client: largest.at_most(job.profiles[client].most).rank for client in regions}
+    sites = {client: one for client, one in job.profiles.items() if client not in regions}
+    ranks |= next_ranks(job.run.plan, job.server, sites)
+    seconds = running.timeouts.task or running.timeouts.doubt
+    evaluation = running.evaluate_sites(ranks, partial(final_start, job), seconds, pause)
+    yield from evaluation_lines(evaluation, job.profiles, job.base.labels is None)
+
+
 def finish_reason(target: Path) -> str:
-    """The reason for which the run in this folder ended, "" if it has not."""
+    """Return the reason for which the run in this folder ended, "" if it has not."""
     path = target / "manifest.json"
     about = json.loads(path.read_bytes()) if path.is_file() else {}
     return str(about["status_reason"]) if about.get("status") == "finished" else ""
 
 
 def prepare_server(value: Run, target: Path, clients: int = 1) -> tuple[PreparedRun, dict[ClientId, Profile]]:
-    """The job without clients or their data, new or going on in the folder, and the table that its clients will stand in.
+    """Prepare the job without clients or their data, new or going on in the folder, and the table for the clients that join.
 
     Where the run has a hierarchy, its clients are that many regions.
     """
@@ -90,12 +119,12 @@ def prepare_server(value: Run, target: Path, clients: int = 1) -> tuple[Prepared
     job = assemble(value, without_training_examples(value.data, value.seed), (), before, regions=clients)
     job = replace(job, profiles=profiles)
     if before:
-        before.check(job.describe(), SAME)
+        before.check_unchanged(job.describe(), SAME)
     return job, profiles
 
 
 def run_terms(job: Job) -> RunTerms:
-    """What a site must know of the run."""
+    """Return what a site must know of the run."""
     value, names = job.run, job.split.train.names
     return RunTerms(
         run=value.name,

@@ -1,4 +1,4 @@
-"""Who trains with whom: clients put into groups, each led by an edge.
+"""Groupings: rules that put clients into groups, each behind an edge.
 
 Source: Liu, Liao, H. Xu and Y. Xu, HierFedLoRA, arXiv 2503.21213, 2025 (near-IID groups); its predecessor ParallelSFL, arXiv
 2410.01256, 2024 (how they are found); the other groupings are what it is compared with.
@@ -26,11 +26,14 @@ Groups: TypeAlias = tuple[tuple[ClientId, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What a grouping knows of a client.
+    """Facts that a grouping knows of a client.
 
-    `seconds` is the client's own time for one step or one round, whichever the caller measures, the same for all. `labels` counts
-    its examples by label (or by topic, where there are no labels): it may be noisy, and is empty where nobody asked. `region` is
-    where it is, or which link it hangs on.
+    Fields:
+        client: name of the client.
+        examples: number of its training examples.
+        seconds: its own time for one step or one round, whichever the caller measures, the same for all.
+        labels: counts of its examples by label, or by topic where there are no labels; may be noisy; empty where nobody asked.
+        region: where it is, or which link it hangs on ("": unknown).
     """
 
     client: ClientId
@@ -51,12 +54,12 @@ class Member:
 
 
 Grouping: TypeAlias = Callable[[Sequence[Member], int], Groups]
-"""(members, seed) -> groups: every member in exactly one. The order of the members does not matter."""
+"""(members, seed) -> groups, with every member in exactly one. The order of the members does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """The groups that somebody wrote down, in that order."""
+    """Grouping that somebody wrote down, in that order."""
 
     groups: Groups = ()
 
@@ -69,7 +72,7 @@ class Given:
             raise Refused("grouping.groups", self.groups, "a group has at least one client; leave the empty one out")
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
-        """These groups, if they name just these members."""
+        """Return these groups, if they name just these members."""
         named, there = {client for group in self.groups for client in group}, set(members_by_name(members, 1))
         for client in sorted(there - named):
             raise Refused("grouping.groups", client, "is in no group; name every client of the run")
@@ -80,10 +83,10 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class ByRegion:
-    """One group a region, in order of their names: clients beside each other, whose links to an edge are short."""
+    """Grouping by region, in order of their names: clients beside each other, whose links to an edge are short."""
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
-        """Every region's clients."""
+        """Return the clients of each region."""
         regions = dict[str, list[ClientId]]()
         for member in members_by_name(members, 1).values():
             if not member.region:
@@ -96,7 +99,7 @@ class ByRegion:
 
 @dataclass(frozen=True, slots=True)
 class RandomGroups:
-    """So many groups at random, of sizes that differ by at most 1: what every other grouping must beat."""
+    """Grouping at random into so many groups, of sizes that differ by at most 1: what every other grouping must beat."""
 
     groups: int = 8
 
@@ -104,7 +107,7 @@ class RandomGroups:
         check_at_least_one("groups", self.groups)
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
-        """A draw that the seed alone decides."""
+        """Return a draw that the seed alone decides."""
         clients = list(members_by_name(members, self.groups))
         rng(seed, "groups").shuffle(clients)
         return tuple(tuple(sorted(group)) for group in split_evenly(clients, self.groups))
@@ -112,7 +115,7 @@ class RandomGroups:
 
 @dataclass(frozen=True, slots=True)
 class BySpeed:
-    """So many groups of equal speed, the fastest clients first: nobody waits long, whatever the labels (tiers, as in TiFL)."""
+    """Grouping by speed, the fastest clients first: nobody waits long, whatever the labels (tiers, as in TiFL)."""
 
     groups: int = 8
 
@@ -120,19 +123,24 @@ class BySpeed:
         check_at_least_one("groups", self.groups)
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
-        """Sorted by seconds, and cut into pieces of sizes that differ by at most 1."""
-        known = members_by_name(members, self.groups)
-        quickest = sorted(known, key=lambda client: (known[client].seconds, client))
+        """Return the clients sorted by seconds, and cut into pieces of sizes that differ by at most 1."""
+        by_name = members_by_name(members, self.groups)
+        quickest = sorted(by_name, key=lambda client: (by_name[client].seconds, client))
         return tuple(tuple(sorted(group)) for group in split_evenly(quickest, self.groups))
 
 
 @dataclass(frozen=True, slots=True)
 class NearIID:
-    """Groups that each resemble all clients together, in labels, and in which nobody waits long (HierFedLoRA).
+    """Grouping in which each group resembles all clients together, in labels, and nobody waits long (HierFedLoRA).
 
-    Minimises the sum over groups of `waiting` * waiting time + (1 - `waiting`) * KL of the group's labels from all, both
-    relative to random groups: a greedy construction, then swaps until none gains (see `nearest`). Groups have between
-    `smallest` and `largest` clients (None: the even share, rounded up).
+    Minimises the sum over groups of `waiting` * waiting time + (1 - `waiting`) * KL of the group's labels from all, both relative to
+    random groups: a greedy construction, then swaps until none gains (see `near_iid`).
+
+    Fields:
+        groups: number of groups.
+        waiting: weight of waiting, between 0 (labels alone) and 1.
+        smallest: the fewest clients of a group.
+        largest: the most clients of a group (None: the even share, rounded up).
     """
 
     groups: int = 8
@@ -149,20 +157,22 @@ class NearIID:
             raise Refused("grouping.largest", self.largest, f"at least grouping.smallest, which is {self.smallest}")
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
-        """New groups, from nothing. Cost: see `nearest.swapped`; 1,000 clients take seconds."""
-        known = members_by_name(members, self.groups)
-        fleet = self._fleet(list(known.values()), seed)
-        return groups_by_number(list(known), near_iid.improve_by_swaps(fleet, near_iid.build_groups(fleet)), self.groups)
+        """Return new groups, from nothing. Cost: see `near_iid.improve_by_swaps`; 1,000 clients take seconds."""
+        by_name = members_by_name(members, self.groups)
+        fleet = self._fleet(list(by_name.values()), seed)
+        return groups_by_number(
+            list(by_name), near_iid.improve_by_swaps(fleet, near_iid.build_groups(fleet)), self.groups
+        )
 
     def regrouped(self, before: Groups, members: Sequence[Member], seed: int, price: float = 0.05) -> Groups:
-        """The groups `before`, in their order, with as few clients as pays in another one.
+        """Return the groups `before`, in their order, with as few clients as pays in another one.
 
         New clients go where they add least; then swaps, each of which must lower the utility by `price` (a random group has 1).
         From nothing, if `before` cannot be kept: another number of groups, or sizes that are out of bounds now.
         """
-        known = members_by_name(members, self.groups)
-        clients, old = list(known), {client: number for number, group in enumerate(before) for client in group}
-        fleet = self._fleet(list(known.values()), seed)
+        by_name = members_by_name(members, self.groups)
+        clients, old = list(by_name), {client: number for number, group in enumerate(before) for client in group}
+        fleet = self._fleet(list(by_name.values()), seed)
         if len(before) == self.groups:
             group = near_iid.add_members(fleet, torch.tensor([old.get(client, -1) for client in clients]))
             sizes = torch.bincount(group, minlength=self.groups)
@@ -171,7 +181,7 @@ class NearIID:
         return self(members, seed)
 
     def _fleet(self, members: Sequence[Member], seed: int) -> near_iid.FleetArrays:
-        """The members, in order of their names, as tensors."""
+        """Return the members, in order of their names, as tensors."""
         count, lengths = len(members), {len(member.labels) for member in members}
         largest = self.largest if self.largest is not None else -(-count // self.groups)
         if not self.smallest * self.groups <= count <= largest * self.groups:
@@ -185,14 +195,8 @@ class NearIID:
         return near_iid.FleetArrays(labels, seconds, self.groups, self.waiting, self.smallest, largest).with_units(seed)
 
 
-def drifted(before: Sequence[Member], now: Sequence[Member], threshold: float = 0.25) -> bool:
-    """Whether clients' times have moved so far apart that groups made of the old ones are out of date: `drift` above `threshold`."""
-    old, new = ({member.client: member.seconds for member in members} for members in (before, now))
-    return time_drift(old, new) > threshold
-
-
 def time_drift(before: Mapping[ClientId, float], now: Mapping[ClientId, float]) -> float:
-    """By which share clients' seconds have moved apart; inf if no client is in both.
+    """Return the share by which clients' seconds have moved apart; inf if no client is in both.
 
     Compared is each client's time relative to all others': if everybody becomes twice as slow nobody waits longer for anybody.
     It is exp(mean of |log(now / before) - its mean|) - 1, so 0.25 if half the clients became 1.25 times slower, half as much faster.
@@ -205,7 +209,7 @@ def time_drift(before: Mapping[ClientId, float], now: Mapping[ClientId, float]) 
 
 
 def validate_groups(groups: Groups, members: Sequence[Member]) -> Groups:
-    """The groups that are not empty. Raises Refused unless each client is in exactly one."""
+    """Return the groups that are not empty. Raises Refused unless each client is in exactly one."""
     found = tuple(group for group in groups if group)
     every = [client for group in found for client in group]
     for client in {member.client for member in members} ^ set(every):
@@ -218,7 +222,7 @@ def validate_groups(groups: Groups, members: Sequence[Member]) -> Groups:
 
 
 def match_groups(before: Groups, after: Groups) -> Groups:
-    """The groups `after` in the order of `before`, so that few clients change their number: the largest overlaps first.
+    """Return the groups `after` in the order of `before`, so that few clients change their number: the largest overlaps first.
 
     Raises Refused if there are more or fewer than before.
     """
@@ -238,7 +242,7 @@ def match_groups(before: Groups, after: Groups) -> Groups:
 
 
 def members_by_name(members: Sequence[Member], groups: int) -> dict[ClientId, Member]:
-    """The members by client, in order of their names. Raises Refused if one is there twice, or fewer than groups are."""
+    """Return the members by client, in order of their names. Raises Refused if one is there twice, or there are fewer than groups."""
     known = {member.client: member for member in sorted(members, key=lambda member: member.client)}
     if len(known) < len(members):
         raise Refused("members", len(members), f"{len(members) - len(known)} of the clients are there twice")
@@ -248,14 +252,14 @@ def members_by_name(members: Sequence[Member], groups: int) -> dict[ClientId, Me
 
 
 def split_evenly(clients: Sequence[ClientId], groups: int) -> Groups:
-    """In this order, into groups of sizes that differ by at most 1."""
+    """Return the clients in this order, cut into groups of sizes that differ by at most 1."""
     share, rest = divmod(len(clients), groups)
     ends = [number * share + min(number, rest) for number in range(groups + 1)]
     return tuple(tuple(clients[begin:end]) for begin, end in pairwise(ends))
 
 
 def groups_by_number(clients: Sequence[ClientId], group: torch.Tensor, groups: int) -> Groups:
-    """The clients of each group, by the numbers in `group`."""
+    """Return the clients of each group, by the numbers in `group`."""
     held = group.tolist()
     return tuple(
         tuple(client for client, own in zip(clients, held, strict=True) if own == number) for number in range(groups)
@@ -263,6 +267,6 @@ def groups_by_number(clients: Sequence[ClientId], group: torch.Tensor, groups: i
 
 
 def check_at_least_one(field: str, value: int) -> None:
-    """Raises Refused if it is not a count."""
+    """Raise Refused for a setting below 1."""
     if value < 1:
         raise Refused(f"grouping.{field}", value, "choose a whole number of at least 1")

@@ -1,4 +1,4 @@
-"""A hierarchy as a value: which clients are in which group, how a group works, how its edge hangs on the root.
+"""A hierarchy as a value: which clients are in which group, how a group works, how its edge is connected to the root.
 
 Source: HierFedLoRA, arXiv 2503.21213, 2025. The groups' frequencies may differ, and be chosen anew for each task (`rounds`); their
 depths come with `plan`.
@@ -18,8 +18,7 @@ from fedloom.core.partial_depth import require_all_layers
 from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Schedule, aggregator_layers
 from fedloom.core.server import Server
 from fedloom.core.types import Budget, ClientId, GroupHistory, Profile
-from fedloom.hierarchy.edge import MemberBudget, Edge
-from fedloom.hierarchy.edge import matching_phase
+from fedloom.hierarchy.edge import Edge, MemberBudget, matching_phase
 from fedloom.hierarchy.grouping import Grouping, Member, validate_groups
 from fedloom.hierarchy.joint_plan.joint_plan import JointPlan
 from fedloom.hierarchy.regrouping import Compared, Regrouping
@@ -29,23 +28,28 @@ from fedloom.hierarchy.tree_state import Link, Topology
 from fedloom.schedule.rounds import Rounds
 
 InnerRounds: TypeAlias = Callable[[Profile, Fleet], int]
-"""(an edge's profile, the root's fleet) -> the versions that the edge makes of its next task."""
+"""(profile of an edge, fleet of the root) -> versions that the edge makes of its next task."""
 
 
 @dataclass(frozen=True, slots=True)
 class Everybody:
-    """One group of all clients."""
+    """Grouping that puts all clients into one group."""
 
     def __call__(self, members: Sequence[Member], seed: int) -> tuple[tuple[ClientId, ...], ...]:
-        """All of them, by name."""
+        """Return all of them, by name."""
         return (tuple(sorted(member.client for member in members)),)
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeBudget:
-    """The plan of the root: an edge trains the whole model, for as many steps as `plan` says, in so many `rounds`.
+    """Budget rule of the root without a plan for groups: an edge trains the whole model, as many steps as the run's plan says.
 
     Rank and depth are not the plan's: what a weak member cannot hold, another one can, and each is asked for its own.
+
+    Fields:
+        plan: the run's plan, asked for steps alone.
+        rank: rank of every edge's task.
+        rounds: versions that an edge makes of a task, a number or a rule.
     """
 
     plan: BudgetRule
@@ -53,7 +57,7 @@ class EdgeBudget:
     rounds: int | InnerRounds
 
     def __call__(self, profile: Profile, fleet: Fleet) -> Budget:
-        """The budget of this edge's next task; never more rounds than steps."""
+        """Return the budget of this edge's next task; never more rounds than steps."""
         budget = self.plan(profile, fleet)
         rounds = self.rounds if isinstance(self.rounds, int) else self.rounds(profile, fleet)
         return replace(budget, rank=self.rank, rounds=max(1, min(rounds, budget.steps)), depth=None)
@@ -61,18 +65,26 @@ class EdgeBudget:
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """Groups, each led by an edge, which is a client of the run's server.
+    """Groups of clients, each behind an edge, which is a client of the run's server.
 
-    `groups` says who is with whom. An edge makes `rounds` versions of a task, a number or a rule, by the inner `schedule` (None:
-    synchronous rounds of the whole group) and the inner `aggregator` (None: the run's method, without what is wrapped around it),
-    and reports. `plan` says what an edge may do (None: the steps of the run's plan, at the server's rank); the run's plan says what
-    each member may do, which shares the steps of a task out over its rounds. `Planned()` chooses rounds, steps, depth and rank for
-    each group from what is known of all; `rounds` says nothing then. `link` is an edge's to the server (None: the edges
-    live on the server, and nothing travels); a member's link to its edge is `inner_speedup` times as fast as to the server.
-    Groups know how many examples of each label a client has; with `topics` how many of each of so many topics, which are found in
-    what the base model makes of the texts: for data without labels. With `epsilon` a client tells no more than noisy counts, which
-    are `epsilon`-differentially private for one example (`histogram.noised`); 0: the true ones. With `regroup` the groups are made
-    again after a version of the server when clients' times have drifted by more than this share (`group.drift`); 0: never.
+    An edge makes several versions of a task with its members, and reports the last one. The steps of a task are shared out over its
+    rounds; how much each member may do is the run's plan, as without a hierarchy.
+
+    Fields:
+        groups: who is with whom (default: one group of all clients).
+        rounds: versions that an edge makes of a task, a number or a rule (default 2; a `plan` of groups chooses its own).
+        schedule: when an edge merges and whom it starts (None: synchronous rounds of the whole group).
+        aggregator: how an edge merges (None: the run's method, without what is wrapped around it).
+        plan: budgets of edges (None: the steps of the run's plan, at the server's rank). `JointPlan()` chooses rounds, steps,
+            depth and rank for each group from what is known of all.
+        link: link of an edge to the server (None: the edges live on the server, and nothing travels).
+        inner_speedup: how many times as fast a member's link to its edge is as its link to the server (default 1.0).
+        topics: 0: a grouping knows the label counts of each client; 16: counts of that many topics instead, which are found in
+            what the base model makes of the texts, for data without labels.
+        epsilon: counts are noisy, so that they are epsilon-differentially private for one example (`private_histogram.noised`;
+            0: true counts).
+        regroup: drift of clients' times (`grouping.time_drift`) above which groups are made again after a version (0: never;
+            0.1: 10 %).
     """
 
     groups: Grouping = field(default_factory=Everybody)
@@ -101,40 +113,43 @@ class Hierarchy:
             )
 
     def grouped(self, members: Sequence[Member], seed: int) -> dict[ClientId, tuple[ClientId, ...]]:
-        """The groups by the names of their edges. Raises Refused unless each client is in exactly one."""
-        found = validate_groups(self.groups(members, seed), members)
-        width = len(str(len(found) - 1))
-        return {f"edge{k:0{width}d}": group for k, group in enumerate(found)}
+        """Return the groups by the names of their edges. Raises Refused unless each client is in exactly one."""
+        groups = validate_groups(self.groups(members, seed), members)
+        width = len(str(len(groups) - 1))
+        return {f"edge{k:0{width}d}": group for k, group in enumerate(groups)}
 
     def over(
         self, flat: Server, members: Mapping[ClientId, Sequence[Profile]], compared: Compared | None = None
     ) -> Tree:
-        """The tree in the place of `flat`, which has done nothing yet. `compared` is what groups are made again with.
+        """Return the tree in the place of `flat`, which has done nothing yet. Raises Refused where methods do not go together.
 
-        Raises Refused where the methods do not go together.
+        Args:
+            flat: the server without a hierarchy, with the policies of the root.
+            members: profiles of the members of each edge.
+            compared: what groups are made again with (needed with `regroup`).
         """
         most = sum(map(len, members.values())) if self.regroup else 0
-        edges = {name: self.edge(flat, len(own), len(members), most) for name, own in members.items()}
-        root = self.root(flat, len(members), flat.transfer if self.link else None)
+        edges = {name: self.edge(flat, len(group), len(members), most) for name, group in members.items()}
+        root = self._root(flat, len(members), flat.transfer if self.link else None)
         tree = Tree(root, edges, Topology(members, self.link), self._regrouping(compared, flat.seed))
-        self._check(flat, tree.root.fleet())
+        self._check_plan(flat, tree.root.fleet())
         return tree
 
     def over_regions(self, flat: Server, regions: int) -> RootServer:
-        """The server in the place of `flat` whose edges are elsewhere, so many of them. Raises Refused as `over`."""
-        made = RootServer(self.root(flat, regions, flat.transfer), trusted=False)
+        """Return the server in the place of `flat` whose edges are elsewhere, so many of them. Raises Refused as `over` does."""
+        root = RootServer(self._root(flat, regions, flat.transfer), trusted=False)
         able = Profile("region", 1, memory=math.inf)
-        self._check(flat, replace(made.fleet(), groups={able.client: GroupHistory(able, (able,))}))
-        return made
+        self._check_plan(flat, replace(root.fleet(), groups={able.client: GroupHistory(able, (able,))}))
+        return root
 
-    def _check(self, flat: Server, fleet: Fleet) -> None:
+    def _check_plan(self, flat: Server, fleet: Fleet) -> None:
         """Raise Refused where a plan of groups asks for what the method, the model or a client of these groups cannot have."""
         if isinstance(self.plan, JointPlan):
             require_all_layers(flat.aggregator, flat.aggregator.start(flat.state.model, Budget(1, 1), 0).rules)
             self.plan.check(fleet)
 
-    def root(self, flat: Server, edges: int, transfer: Codec | None) -> Server:
-        """The server over so many edges, by a `transfer` of its own. Raises Refused where the methods do not go together."""
+    def _root(self, flat: Server, edges: int, transfer: Codec | None) -> Server:
+        """Return the server over so many edges, by a `transfer` of its own. Raises Refused where methods do not go together."""
         check_methods(flat, self._method(flat), edges)
         return Server(
             flat.state.model,
@@ -148,12 +163,12 @@ class Hierarchy:
         )
 
     def edge(self, flat: Server, size: int, edges: int, most: int = 0) -> Edge:
-        """One of so many edges, over `size` members, who may become `most`."""
+        """Return one of so many edges, over `size` members, who may become `most`."""
         inner = self._inner(flat, size, edges, Rounds(cohort_size=max(size, most)))
         return Edge(inner, isinstance(self.plan, JointPlan), self.regroup > 0)
 
     def _regrouping(self, compared: Compared | None, seed: int) -> Regrouping | None:
-        """Raises ValueError if nobody said how clients compare."""
+        """Return when and how groups are made again (None: never). Raises ValueError if nobody said how clients compare."""
         if not self.regroup:
             return None
         if compared is None:
@@ -161,11 +176,11 @@ class Hierarchy:
         return Regrouping(self.groups, self.regroup, compared, seed)
 
     def _method(self, flat: Server) -> Aggregator:
-        """That of the edges."""
+        """Return the method of the edges."""
         return self.aggregator or cast(Aggregator, list(aggregator_layers(flat.aggregator))[-1])
 
     def _inner(self, flat: Server, size: int, edges: int, everybody: Rounds) -> Server:
-        """The server of an edge with so many members. It gives a task up after its share of the failures that end the run."""
+        """Return the inner server of an edge of this size. It gives a task up after its share of the failures that end the run."""
         failures = max(size, flat.limits.failures // edges)
         return Server(
             flat.state.model,

@@ -1,8 +1,8 @@
-"""The search behind `group.NearIID`: groups that resemble the whole and in which nobody waits long.
+"""The search behind `grouping.NearIID`: groups that resemble the whole and in which nobody waits long.
 
 Source: Liao, Xu, Xu et al., ParallelSFL, arXiv 2410.01256, 2024, Eqs. 11 and 14, Alg. 1, as reconstructed for HierFedLoRA (arXiv
 2503.21213, 2025), which forms groups without a leading worker. Differs from Alg. 1: its k-means only shortens the list of
-candidates, and here all of them are looked at in one go; an exchange with an empty seat (a move) counts as a swap.
+candidates, and here all of them are looked at in one go; an exchange with an empty place (a move) counts as a swap.
 
 The utility of a group is share * waiting + (1 - share) * divergence. Waiting is the mean of (slowest - own) seconds, divergence
 is KL(labels of the group || labels of all) in nats, and each is divided by its mean over random groups of the same sizes, so that a
@@ -25,7 +25,17 @@ LEAST_GAIN = 1e-9  # in utility; below it a swap is rounding
 
 @dataclass(frozen=True, slots=True)
 class FleetArrays:
-    """All members as tensors: `labels` (n, c) and `seconds` (n), float64; how waiting is weighed, and which sizes are allowed."""
+    """All members as tensors, how waiting is weighed, and which sizes are allowed.
+
+    Fields:
+        labels: label counts (n, c), float64.
+        seconds: seconds of each member (n), float64.
+        groups: number of groups.
+        share: weight of waiting.
+        smallest: the fewest members of a group.
+        largest: the most members of a group.
+        units: mean waiting (s) and mean divergence (nats) of random groups, by which both are divided.
+    """
 
     labels: Tensor
     seconds: Tensor
@@ -37,25 +47,25 @@ class FleetArrays:
 
     @property
     def logs(self) -> Tensor:
-        """Logarithms of the label shares of all members together, (c)."""
+        """Logarithms of the label shares of all members together (c)."""
         whole = self.labels.sum(0) + SMOOTHING
         return (whole / whole.sum()).log()
 
     def utility(self, waiting: Tensor, distance: Tensor) -> Tensor:
-        """Of groups with this mean waiting (seconds) and this divergence from the whole (nats)."""
+        """Return the utility of groups with this mean waiting (s) and this divergence from the whole (nats)."""
         return self.share / self.units[0] * waiting + (1.0 - self.share) / self.units[1] * distance
 
     def terms(self, group: Tensor) -> tuple[Tensor, Tensor]:
-        """Waiting and divergence of each group, (groups), if `group` (n) holds the number of each member's group."""
+        """Return waiting and divergence of each group (groups); `group` (n) holds the number of each member's group."""
         labels, slowest, total, size = self.tally(group)
         return slowest - total / size, label_divergence(labels, self.logs)
 
     def group_utility(self, group: Tensor) -> Tensor:
-        """The utility of each group; (groups)."""
+        """Return the utility of each group (groups)."""
         return self.utility(*self.terms(group))
 
     def tally(self, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Label counts, slowest seconds, summed seconds and size of each group."""
+        """Return label counts, slowest seconds, summed seconds and size of each group."""
         zeros = self.seconds.new_zeros(self.groups)
         labels = self.labels.new_zeros(self.groups, self.labels.shape[1]).index_add(0, group, self.labels)
         slowest = (zeros - torch.inf).scatter_reduce(0, group, self.seconds, "amax")
@@ -63,27 +73,27 @@ class FleetArrays:
         return labels, slowest, total, size
 
     def with_units(self, seed: int) -> FleetArrays:
-        """The same with its units: mean waiting and mean divergence of random groups of even sizes."""
+        """Return a copy with its units measured: mean waiting and mean divergence of random groups of even sizes."""
         deals = [self.terms(self.random_groups(seed, deal)) for deal in range(RANDOM_DEALS)]
         waiting, distance = (float(torch.cat(terms).mean()) for terms in zip(*deals, strict=True))
         return replace(self, units=(waiting if waiting > 0 else 1.0, distance if distance > 0 else 1.0))
 
     def random_groups(self, seed: int, deal: int) -> Tensor:
-        """Groups at random, of sizes that differ by at most 1."""
+        """Return groups at random, of sizes that differ by at most 1."""
         generator = torch.Generator().manual_seed(derive(seed, "deal", deal))
         count = len(self.seconds)
         return (torch.arange(count) % self.groups)[torch.randperm(count, generator=generator)]
 
 
 def label_divergence(labels: Tensor, logs: Tensor) -> Tensor:
-    """KL(shares of `labels` (..., c) || exp(logs) (c)), in nats; (...)."""
+    """Return KL(shares of `labels` (..., c) || exp(logs) (c)), in nats; (...)."""
     counts = labels + SMOOTHING
     total = counts.sum(-1)
     return ((counts * (counts.log() - logs)).sum(-1) / total - total.log()).clamp(min=0.0)
 
 
 def build_groups(fleet: FleetArrays) -> Tensor:
-    """Group after group: the slowest who is left, then whoever keeps the group's utility lowest, up to an even size."""
+    """Fill group after group: the slowest who is left, then whoever keeps the group's utility lowest, up to an even size."""
     count, group = len(fleet.seconds), torch.full((len(fleet.seconds),), -1)
     for number in range(fleet.groups):
         size = count // fleet.groups + (number < count % fleet.groups)
@@ -102,7 +112,7 @@ def build_groups(fleet: FleetArrays) -> Tensor:
 
 
 def add_members(fleet: FleetArrays, group: Tensor) -> Tensor:
-    """Members without a group (-1), the slowest first, where they add least to the utility; no group above `largest`."""
+    """Put members without a group (-1), the slowest first, where they add least to the utility; no group grows above `largest`."""
     group = group.clone()
     homeless = (group < 0).nonzero().flatten()
     for member in homeless[fleet.seconds[homeless].argsort(descending=True, stable=True)].tolist():
@@ -119,9 +129,9 @@ def add_members(fleet: FleetArrays, group: Tensor) -> Tensor:
 
 
 def improve_by_swaps(fleet: FleetArrays, group: Tensor, price: float = 0.0) -> Tensor:
-    """The best swap, again and again, until none lowers the summed utility by more than `price`.
+    """Carry out the best swap, again and again, until none lowers the summed utility by more than `price`.
 
-    Rows and columns are members and, after them, one empty seat a group: who changes places with a seat moves there. `alone`
+    Rows and columns are members and, after them, one empty place a group: who changes places with it moves there. `alone`
     (i, j) is what the utility of i's group changes by if j takes i's place, so that after a swap only the rows of two groups are
     new. Cost: O((n + groups)^2) memory; a swap of groups of m members O(n m c), and a pass over the matrix.
     """
@@ -144,14 +154,14 @@ def improve_by_swaps(fleet: FleetArrays, group: Tensor, price: float = 0.0) -> T
 
 
 def replacement_gains(fleet: FleetArrays, home: Tensor, rows: Tensor) -> Tensor:
-    """What the utility of each row's group changes by if each column takes the row's place; inf where that is not allowed."""
+    """Return how the utility of each row's group changes if each column takes the row's place; inf where that is not allowed."""
     count, own = len(fleet.seconds), home[rows]
     before = fleet.tally(home[:count])
     labels, _, total, size = (tally[own] for tally in before)
     held, spent, worth = (
         pad_places(values, fleet.groups) for values in (fleet.labels, fleet.seconds, torch.ones_like(fleet.seconds))
     )
-    reach = torch.where(worth > 0, spent, -torch.inf)  # a seat is nobody's slowest
+    reach = torch.where(worth > 0, spent, -torch.inf)  # an empty place is nobody's slowest
     same = home == own[:, None]
     others = same & (torch.arange(len(home)) != rows[:, None])
     slowest = torch.where(others, reach, -torch.inf).amax(1)[:, None].maximum(reach)
@@ -162,13 +172,13 @@ def replacement_gains(fleet: FleetArrays, home: Tensor, rows: Tensor) -> Tensor:
     return torch.where(refused, torch.inf, after - fleet.group_utility(home[:count])[own][:, None])
 
 
-def pad_places(values: Tensor, seats: int) -> Tensor:
-    """The members' values, and zeros for so many seats after them."""
-    return torch.cat([values, values.new_zeros(seats, *values.shape[1:])])
+def pad_places(values: Tensor, places: int) -> Tensor:
+    """Return the members' values with zeros for so many empty places after them."""
+    return torch.cat([values, values.new_zeros(places, *values.shape[1:])])
 
 
 def pairwise_divergence(rest: Tensor, held: Tensor, logs: Tensor) -> Tensor:
-    """`divergence(rest[:, None] + held, logs)`, label by label so that nothing is larger than the answer."""
+    """`label_divergence(rest[:, None] + held, logs)`, label by label so that nothing is larger than the answer."""
     rest = rest + SMOOTHING
     surprise = rest.new_zeros(len(rest), len(held))
     for ours, theirs, log in zip(rest.T, held.T, logs, strict=True):

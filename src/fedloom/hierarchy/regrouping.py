@@ -89,7 +89,7 @@ class Regrouping:
         return changed
 
     def ask(self, below: TreeState, version: int) -> Regroup | None:
-        """Make groups again after this version, if it is time; who moves is in `below.leaving` then. Raises Refused for invalid groups."""
+        """Make groups again after this version, if it is time; who moves is in `below.leaving`. Raises Refused for invalid groups."""
         now = estimated_seconds(below.grouped, below.seconds)
         if not (drift := time_drift(below.grouped, now)) > self.threshold:
             return None

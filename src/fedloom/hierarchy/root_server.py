@@ -12,9 +12,9 @@ Callers. `Tree`, which holds the edges itself, and the driver of a deployment, w
 What may fail. Edges in one process are `trusted`. Others are not: an answer is checked, then the statistics, then whether the plan
 has a budget for the group as it would be known from now on. The first that fails refuses the whole event with a `Reject`.
 
-Promises. A refused event changes nothing: neither the model nor what is known of any group. A report counts once. What was known of an
-edge that was away is still known when it joins again. The task of an accepted report is the part of it that was trained, so layers
-that no member trained have no part in the next version.
+Promises. A refused event changes nothing: neither the model nor what is known of any group. A report counts once. What was
+known of an edge that was away is still known when it joins again. The task of an accepted report is the part of it that was
+trained, so layers that no member trained have no part in the next version.
 """
 
 from __future__ import annotations

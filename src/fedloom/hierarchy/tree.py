@@ -120,7 +120,9 @@ class Tree:
     def handle(self, now: float, event: Event) -> list[Command]:
         """Return what to do about `event`, in the order in which it is to be done. Raises ValueError if time runs backwards."""
         if not now >= self.below.now:
-            raise ValueError(f"event at {now} s after {self.below.now} s: a driver must deliver events in order of time")
+            raise ValueError(
+                f"event at {now} s after {self.below.now} s: a driver must deliver events in order of time"
+            )
         self.below.now = now
         if self.root.state.stopped:
             return []

@@ -13,9 +13,12 @@ from fedloom.plan.rank import FixedRank, RankRule
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Rank by `rank`; `local_steps` optimiser steps a task, whatever the client's data size (equal steps keep clients comparable).
+    """Budget of each task from independent rules.
 
-    `depth` says how many blocks are trained, given the other two (None: all that is adapted).
+    Fields:
+        rank: rule for the LoRA rank.
+        local_steps: optimiser steps a task, whatever the client's data size: equal steps keep clients comparable.
+        depth: rule for the number of blocks to train, given the other two (None: everything that is adapted).
     """
 
     rank: RankRule = field(default_factory=FixedRank)
@@ -27,6 +30,6 @@ class Plan:
             raise Refused("plan.local_steps", self.local_steps, "a task needs at least 1 optimiser step")
 
     def __call__(self, profile: Profile, fleet: Fleet) -> Budget:
-        """The budget of this client's next task."""
+        """Return the budget of this client's next task."""
         budget = Budget(self.rank(profile, fleet), self.local_steps)
         return replace(budget, depth=self.depth(profile, fleet, budget)) if self.depth else budget

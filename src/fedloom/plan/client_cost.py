@@ -1,4 +1,4 @@
-"""What a task will take one client, by depth: learnt from what it reported, guessed from its device until then.
+"""Estimate of the seconds that a task takes one client, by depth: from its reports, and from its profile until then.
 
 Source: the estimates of HierFedLoRA (arXiv 2503.21213, as rebuilt in methods 4b.2): a step costs t(d) = a + b d seconds, forward
 through all blocks and backward through the top d, and what is known of a client follows what is seen by x <- 0.8 x + 0.2 x_obs. The
@@ -22,14 +22,25 @@ GAIN = 0.2
 """Share of the latest observation (MergeSFL, arXiv 2311.13348, has 0.2); the first few count alike."""
 
 TRUST = 0.02
-"""How much the slope that FLOP tell weighs, against a variance of the depths seen of 1."""
+"""Weight of the slope that follows from FLOP, against a variance of the depths seen of 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """One client. `rise` is the guess of b / a; means and (co)variances are of the depths and step seconds seen, `seen` times.
+    """Estimate for one client. Begin with `from_profile`, go on with `after_training`, `after_upload`, `after_download`: each a new
+    value.
 
-    `up` and `down` are seconds a byte. Begin with `of`, go on with `observed`, `uploaded`, `downloaded`, each a new value.
+    Fields:
+        rise: estimate of b / a from FLOP, for as long as one depth alone was seen.
+        seconds: mean seconds of a step.
+        up: seconds a byte of its uplink.
+        down: seconds a byte of its downlink.
+        depth: mean depth of the tasks seen.
+        variance: variance of these depths.
+        covariance: covariance of depths and step seconds.
+        seen: tasks seen.
+        uploads: uploads seen.
+        downloads: downloads seen.
     """
 
     rise: float
@@ -45,13 +56,13 @@ class CostModel:
 
     @classmethod
     def from_profile(cls, profile: Profile, shape: Shape, rank: int, batch_tokens: int) -> CostModel:
-        """Before anything was observed: FLOP over the profile's speed, and its links."""
+        """Return the estimate before anything was observed: FLOP over the profile's speed, and its links."""
         still, whole = (shape.train_flops(batch_tokens, rank, depth) for depth in (0, None))
         rise = (whole - still) / shape.layers / still
         return cls(rise, still / profile.flops, 8.0 / profile.up_bps, 8.0 / profile.down_bps)
 
     def after_training(self, depth: int, steps: int, seconds: float) -> CostModel:
-        """After a task of so many steps at this depth, which took so long to train."""
+        """Return the estimate after a task of so many steps at this depth, which took so long to train."""
         if not self.seen:
             return replace(self, depth=float(depth), seconds=seconds / steps, seen=1)
         gain = _gain(self.seen)
@@ -66,12 +77,14 @@ class CostModel:
         )
 
     def after_upload(self, size: int, seconds: float) -> CostModel:
-        """After an upload of `size` bytes."""
-        return replace(self, up=_followed(self.up, seconds / size, self.uploads), uploads=self.uploads + 1)
+        """Return the estimate after an upload of `size` bytes."""
+        return replace(self, up=_updated_mean(self.up, seconds / size, self.uploads), uploads=self.uploads + 1)
 
     def after_download(self, size: int, seconds: float) -> CostModel:
-        """After a download of `size` bytes."""
-        return replace(self, down=_followed(self.down, seconds / size, self.downloads), downloads=self.downloads + 1)
+        """Return the estimate after a download of `size` bytes."""
+        return replace(
+            self, down=_updated_mean(self.down, seconds / size, self.downloads), downloads=self.downloads + 1
+        )
 
     @property
     def slope(self) -> float:
@@ -80,35 +93,35 @@ class CostModel:
         return max(0.0, (self.covariance + TRUST * guess) / (self.variance + TRUST))
 
     def step_seconds(self, depth: int) -> float:
-        """t(d) = a + b d, never below a hundredth of the mean seen: a step takes some time."""
+        """Return t(d) = a + b d, never below a hundredth of the mean seen: a step takes some time."""
         return max(self.seconds / 100.0, self.seconds + self.slope * (depth - self.depth))
 
     def upload_seconds(self, size: int) -> float:
-        """For this many bytes."""
+        """Return the seconds to upload so many bytes."""
         return size * self.up
 
     def download_seconds(self, size: int) -> float:
-        """For this many bytes."""
+        """Return the seconds to download so many bytes."""
         return size * self.down
 
     def task_seconds(self, shape: Shape, rank: int, depth: int, steps: int) -> float:
-        """From dispatch to arrival, in float32 and with nothing in the fold but the layers below."""
+        """Return the seconds from dispatch to arrival, in float32 and with nothing in the fold but the layers below."""
         links = self.download_seconds(shape.payload(rank)) + self.upload_seconds(shape.payload(rank, depth))
         return links + steps * self.step_seconds(depth)
 
 
 def moving_mean(values: Iterable[float]) -> float:
-    """What is known after these, oldest first: a plain mean at first, then a moving one; 0 of none."""
-    known = 0.0
+    """Return the moving mean of these values, oldest first: a plain mean of the first few; 0 of none."""
+    mean = 0.0
     for seen, value in enumerate(values):
-        known = _followed(known, value, seen)
-    return known
+        mean = _updated_mean(mean, value, seen)
+    return mean
 
 
 def _gain(seen: int) -> float:
-    """A plain mean at first, then a moving one."""
+    """Return the weight of the latest observation: a plain mean at first, then a moving one."""
     return max(GAIN, 1.0 / (seen + 1))
 
 
-def _followed(known: float, latest: float, seen: int) -> float:
-    return latest if not seen else known + _gain(seen) * (latest - known)
+def _updated_mean(mean: float, latest: float, seen: int) -> float:
+    return latest if not seen else mean + _gain(seen) * (latest - mean)

@@ -1,7 +1,8 @@
-"""How many blocks a client trains, counted from the output. A rule is a value that is called with (profile, fleet, budget).
+"""Rules for the number of blocks that a client trains, counted from the output.
 
-The budget that it is given has the rank and the steps of the task. Depth as in HierFedLoRA (arXiv 2503.21213) and LEGEND (arXiv
-2412.20004): what lies below the trained blocks runs, is not trained and is not sent back.
+A rule is a value that is called with (profile, fleet, budget). The budget has the rank and the steps of the task. Depth as in
+HierFedLoRA (arXiv 2503.21213) and LEGEND (arXiv 2412.20004): what lies below the trained blocks runs, is not trained and is not sent
+back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fedloom.plan.client_cost import CostModel
 
 
 class DepthRule(Protocol):
-    """(profile, fleet, budget) -> depth; `bounds` are what it can give."""
+    """Rule for the depth: (profile, fleet, budget) -> depth, within its `bounds`."""
 
     @property
     def bounds(self) -> tuple[int, int | None]:
@@ -26,13 +27,17 @@ class DepthRule(Protocol):
         ...
 
     def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int:
-        """The depth of this client's next task."""
+        """Return the depth of this client's next task."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FixedDepth:
-    """One depth for every client."""
+    """One depth for every client.
+
+    Fields:
+        depth: blocks to train.
+    """
 
     depth: int = 1
 
@@ -45,15 +50,17 @@ class FixedDepth:
         return self.depth, self.depth
 
     def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int:
-        """The depth, whoever asks."""
+        """Return the depth, the same for every client."""
         return self.depth
 
 
 @dataclass(frozen=True, slots=True)
 class DepthByMemory:
-    """The deepest at which training, at the rank of the task, fits the client's memory; `least` where none fits.
+    """The largest depth at which training, at the rank of the task, fits the client's memory.
 
-    `batch_tokens` is the size of the batch that memory is reckoned with.
+    Fields:
+        batch_tokens: tokens of the batch for which memory is estimated.
+        least: depth where none fits.
     """
 
     batch_tokens: int = 2048
@@ -64,11 +71,11 @@ class DepthByMemory:
 
     @property
     def bounds(self) -> tuple[int, None]:
-        """From `least` on."""
+        """Depths from `least` on."""
         return self.least, None
 
     def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int:
-        """The deepest that fits, else the least."""
+        """Return the largest depth that fits, else `least`."""
 
         def fits(depth: int) -> bool:
             return fleet.shape.train_memory(budget.rank, self.batch_tokens, depth) <= profile.memory
@@ -78,10 +85,15 @@ class DepthByMemory:
 
 @dataclass(frozen=True, slots=True)
 class DepthByCapability:
-    """The deepest that fits the client's memory and lets it answer within `seconds`; `least` where none does.
+    """The largest depth that fits the client's memory and lets it answer in time.
 
     Source: after LEGEND (Liu et al., arXiv 2412.20004): the more capable a device, the deeper it trains, so that all answer at
-    about the same time. The time is that of download, steps and upload in float32, as the client's profile tells them.
+    about the same time. The time is that of download, steps and upload in float32, by the client's profile.
+
+    Fields:
+        seconds: longest task (s).
+        batch_tokens: tokens of the batch for which memory is estimated.
+        least: depth where none fits.
     """
 
     seconds: float = 30.0
@@ -95,11 +107,11 @@ class DepthByCapability:
 
     @property
     def bounds(self) -> tuple[int, None]:
-        """From `least` on."""
+        """Depths from `least` on."""
         return self.least, None
 
     def __call__(self, profile: Profile, fleet: Fleet, budget: Budget) -> int:
-        """The deepest that fits, else the least."""
+        """Return the largest depth that fits, else `least`."""
         shape, rank = fleet.shape, budget.rank
         cost = CostModel.from_profile(profile, shape, rank, self.batch_tokens)
 

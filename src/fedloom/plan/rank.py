@@ -1,4 +1,4 @@
-"""Which LoRA rank a client trains at. A rule is a value that is called with (profile, fleet) and knows its largest rank."""
+"""Rules for the LoRA rank of a client. A rule is a value that is called with (profile, fleet) and knows its largest rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedloom.core.types import Profile
 
 
 class RankRule(Protocol):
-    """(profile, fleet) -> rank; `largest` bounds it and is the server's rank."""
+    """Rule for the rank: (profile, fleet) -> rank. Its `largest` is the server's rank."""
 
     @property
     def largest(self) -> int:
@@ -20,13 +20,17 @@ class RankRule(Protocol):
         ...
 
     def __call__(self, profile: Profile, fleet: Fleet) -> int:
-        """The rank of this client's next task."""
+        """Return the rank of this client's next task."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FixedRank:
-    """One rank for every client, as in FedIT."""
+    """One rank for every client, as in FedIT.
+
+    Fields:
+        rank: the rank.
+    """
 
     rank: int = 8
 
@@ -39,13 +43,18 @@ class FixedRank:
         return self.rank
 
     def __call__(self, profile: Profile, fleet: Fleet) -> int:
-        """The rank, whoever asks."""
+        """Return the rank, the same for every client."""
         return self.rank
 
 
 @dataclass(frozen=True, slots=True)
 class RandomRank:
-    """A uniform whole number between `low` and `high`, drawn anew for each task (HLoRA prototype, its first policy)."""
+    """A uniform random rank, drawn anew for each task (HLoRA prototype, its first policy).
+
+    Fields:
+        low: lowest rank.
+        high: highest rank.
+    """
 
     low: int = 2
     high: int = 8
@@ -61,7 +70,7 @@ class RandomRank:
         return self.high
 
     def __call__(self, profile: Profile, fleet: Fleet) -> int:
-        """A draw that depends on the run's seed, the client and how many tasks it had, on nothing else."""
+        """Return a draw that depends on the run's seed, the client and how many tasks it had, and on nothing else."""
         turn = fleet.dispatched.get(profile.client, 0)
         return rng(fleet.seed, "rank", profile.client, turn).randint(self.low, self.high)
 
@@ -71,6 +80,9 @@ class RankByData:
     """Rank by the percentile of the client's data size among the clients seen so far (HLoRA prototype, its final policy).
 
     r_k = max(1, floor(r_max * #{j seen : n_j <= n_k} / #seen)); a client not seen yet gets r_max.
+
+    Fields:
+        rank_max: highest rank (r_max).
     """
 
     rank_max: int = 8
@@ -84,11 +96,11 @@ class RankByData:
         return self.rank_max
 
     def __call__(self, profile: Profile, fleet: Fleet) -> int:
-        """The percentile rule over `fleet.reported_examples`."""
-        own = fleet.reported_examples.get(profile.client)
-        if own is None:
+        """Apply the percentile rule to `fleet.reported_examples`."""
+        mine = fleet.reported_examples.get(profile.client)
+        if mine is None:
             return self.rank_max
-        below = sum(examples <= own for examples in fleet.reported_examples.values())
+        below = sum(examples <= mine for examples in fleet.reported_examples.values())
         return max(1, self.rank_max * below // len(fleet.reported_examples))
 
 
@@ -96,8 +108,12 @@ class RankByData:
 class RankByCapability:
     """The largest of `ranks` that fits the client: training within its memory, upload (of float32) within `upload_seconds`.
 
-    A client that fits none gets the smallest: it takes part slowly rather than not at all. `batch_tokens` is the size of the
-    batch that memory is reckoned with.
+    A client that fits none gets the smallest: it takes part slowly rather than not at all.
+
+    Fields:
+        ranks: ranks to choose from.
+        upload_seconds: longest upload (s).
+        batch_tokens: tokens of the batch for which memory is estimated.
     """
 
     ranks: tuple[int, ...] = (2, 4, 8)
@@ -118,7 +134,7 @@ class RankByCapability:
         return max(self.ranks)
 
     def __call__(self, profile: Profile, fleet: Fleet) -> int:
-        """The largest rank that fits, else the smallest."""
+        """Return the largest rank that fits, else the smallest."""
 
         def fits(rank: int) -> bool:
             upload = 8 * fleet.shape.payload(rank) / profile.up_bps

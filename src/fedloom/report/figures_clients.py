@@ -56,7 +56,7 @@ Kind: TypeAlias = tuple[str, str, list[tuple[float, float]]]
 
 NAMED = 40  # so many names fit under one picture
 SHOWN_CLIENTS, SHOWN_TASKS, SHOWN_BARS = 40, 800, 200
-LINES = 6  # so many ranks can be told apart in one panel
+LINES = 6  # most ranks in one panel that a reader can distinguish
 ROWS, SHADES = 40, 9  # clients of a picture of texts, and shades of a bin
 PHASES = {"down": SERIES[5], "train": SERIES[0], "up": SERIES[4]}
 WASTED = {

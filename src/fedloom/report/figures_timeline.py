@@ -190,12 +190,12 @@ def _idle(axes: Axes, log: RunLog) -> str:
 def _columns(axes: Axes, shown: Sequence[timeline.ClientShare], order: Sequence[str], heights: Sequence[float]) -> None:
     width = 0.8 if len(shown) <= 60 else 0.96
     for index, tier in enumerate(order):
-        own = [
+        columns = [
             (k - width / 2, 0.0, width, h)
             for k, (row, h) in enumerate(zip(shown, heights, strict=True))
             if row.tier == tier
         ]
-        draw_boxes(axes, own, facecolor=SERIES[index % len(SERIES)], label=legend_text(label(tier, 18)))
+        draw_boxes(axes, columns, facecolor=SERIES[index % len(SERIES)], label=legend_text(label(tier, 18)))
 
 
 def _named(axes: Axes, shown: Sequence[timeline.ClientShare], rows: Sequence[timeline.ClientShare]) -> None:

@@ -19,7 +19,7 @@ from fedloom.report import figures_clients
 from fedloom.report.facts import label
 from fedloom.report.numbers import NONE, format_count, plural
 from fedloom.report.page import Page, render_page, write_page
-from fedloom.report.sections import Block, Section
+from fedloom.report.sections import PageBlock, Section
 from fedloom.report.tables import Grid
 
 AXES = {"length": "lengths", "quality": "quality", "quantity": "sizes", "labels": "labels"}
@@ -171,21 +171,23 @@ def _tiles(summaries: Sequence[Summary], indices: Heterogeneity | None) -> Itera
         yield AXES[axis].capitalize(), f"{index.value:.3f}", f"{beside}{describe_level(axis, index)}"
 
 
-def _sections(summaries: Sequence[Summary], indices: Heterogeneity | None) -> Iterator[tuple[str, tuple[Block, ...]]]:
+def _sections(
+    summaries: Sequence[Summary], indices: Heterogeneity | None
+) -> Iterator[tuple[str, tuple[PageBlock, ...]]]:
     if indices is not None:
         likely = expected_effects(indices)
-        none = Block("", "Nothing: on every axis the clients are about as even as chance makes them.")
-        yield "How uneven", (Block(MEASURED, grid=axis_table(indices)),)
+        none = PageBlock("", "Nothing: on every axis the clients are about as even as chance makes them.")
+        yield "How uneven", (PageBlock(MEASURED, grid=axis_table(indices)),)
         yield (
             "What to expect",
-            tuple(Block(text, level) for level, text in likely) + ((Block(HEDGE),) if likely else (none,)),
+            tuple(PageBlock(text, level) for level, text in likely) + ((PageBlock(HEDGE),) if likely else (none,)),
         )
     yield (
         "Lengths",
-        (Block(LENGTHS if len(summaries) > 1 else "", picture=partial(figures_clients.draw_lengths, summaries)),),
+        (PageBlock(LENGTHS if len(summaries) > 1 else "", picture=partial(figures_clients.draw_lengths, summaries)),),
     )
     if all(summary.quality for summary in summaries):
-        yield "Quality", (Block(QUALITY, picture=partial(figures_clients.draw_quality, summaries)),)
+        yield "Quality", (PageBlock(QUALITY, picture=partial(figures_clients.draw_quality, summaries)),)
     table = label_table(summaries)
     if table is not None and len(summaries) > 1:
         names = sorted({name for summary in summaries for name in summary.labels or ()})
@@ -194,6 +196,6 @@ def _sections(summaries: Sequence[Summary], indices: Heterogeneity | None) -> It
             for summary, row in zip(summaries, table.tolist(), strict=True)
         }
         picture = partial(figures_clients.draw_partition, {"clients": held, "label_names": names})
-        yield "Sizes and labels", (Block(HOLDINGS, picture=picture),)
+        yield "Sizes and labels", (PageBlock(HOLDINGS, picture=picture),)
     some = f"The largest and the smallest of {len(summaries):,}." if len(summaries) > CLIENTS else ""
-    yield "Clients", (Block(some, grid=client_table(summaries)),)
+    yield "Clients", (PageBlock(some, grid=client_table(summaries)),)

@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
 
-from fedloom.report.facts import accuracy, baseline_name, clients_by_tier, is_deployed, label, nan_mean, version_noun
+from fedloom.report.facts import (
+    accuracy,
+    baseline_name,
+    clients_by_tier,
+    is_deployed,
+    label,
+    nan_mean,
+    ranks_of,
+    version_noun,
+)
 from fedloom.report.numbers import format_bytes, percent, plural, short, to_float
 from fedloom.report.run_log import Line, RunLog
 
@@ -75,7 +84,7 @@ def _at_home(log: RunLog) -> list[tuple[str, Line]]:
 
 def ranks_used(log: RunLog) -> list[int]:
     """Ranks at which a client trained or was scored, sorted."""
-    return sorted({int(line["rank"]) for _, line in _at_home(log)})
+    return ranks_of(line for _, line in _at_home(log))
 
 
 def rank_range(ranks: Sequence[int]) -> str:
@@ -89,7 +98,7 @@ def rank_range(ranks: Sequence[int]) -> str:
 
 def low_and_high_ranks(lines: Sequence[Line]) -> tuple[list[int], list[int]]:
     """Split ranks into low and high ones: the lowest and the highest, or the two halves where there are more than four."""
-    ranks = sorted({int(line["rank"]) for line in lines})
+    ranks = ranks_of(lines)
     count = 1 if len(ranks) <= 4 else len(ranks) // 2
     return ranks[:count], ranks[-count:]
 

@@ -16,7 +16,7 @@ from fedloom.report.tables import Grid
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class PageBlock:
     """One picture, table or piece of code of a section, with its words.
 
     Fields:
@@ -41,7 +41,7 @@ class Section:
     """A heading and the blocks below it."""
 
     title: str
-    blocks: tuple[Block, ...]
+    blocks: tuple[PageBlock, ...]
 
 
 CURVES = """
@@ -132,20 +132,25 @@ harder the averaging."""
 def run_sections(log: RunLog) -> list[Section]:
     """Sections of the report of one run; what was not recorded is left out."""
     settings, deployed = tables.settings_table(log), facts.is_deployed(log)
-    curves = log.scores and Block(CURVES.format(facts.time_name(log)), picture=partial(figures.draw_accuracy, [log]))
+    curves = log.scores and PageBlock(
+        CURVES.format(facts.time_name(log)), picture=partial(figures.draw_accuracy, [log])
+    )
     perplexity = facts.generates_text(log) and log.scores
     return _present(
         (facts.score_name(log).capitalize(), curves),
-        ("Perplexity", perplexity and Block(PERPLEXITY, picture=partial(figures.draw_perplexity, [log]))),
-        ("Answers", log.samples and Block(SAMPLES, grid=tables.samples_table(log), kind="texts")),
-        ("Loss", log.versions and Block(LOSS, picture=partial(figures.draw_loss, [log]))),
+        ("Perplexity", perplexity and PageBlock(PERPLEXITY, picture=partial(figures.draw_perplexity, [log]))),
+        ("Answers", log.samples and PageBlock(SAMPLES, grid=tables.samples_table(log), kind="texts")),
+        ("Loss", log.versions and PageBlock(LOSS, picture=partial(figures.draw_loss, [log]))),
         (
             "Rank and energy",
-            facts.versions_with_energy(log) and Block(ENERGY, picture=partial(figures.draw_energy, log)),
+            facts.versions_with_energy(log) and PageBlock(ENERGY, picture=partial(figures.draw_energy, log)),
         ),
         ("Rank heterogeneity", _rank_heterogeneity(log)),
-        ("Sites", deployed and log.manifest["clients"] and Block(SITES, grid=tables.site_table(log))),
-        ("Activity", log.tasks and Block(_activity_caption(log), picture=partial(figures_clients.draw_activity, log))),
+        ("Sites", deployed and log.manifest["clients"] and PageBlock(SITES, grid=tables.site_table(log))),
+        (
+            "Activity",
+            log.tasks and PageBlock(_activity_caption(log), picture=partial(figures_clients.draw_activity, log)),
+        ),
         ("Waiting", timeline.records_slot_use(log) and _waiting(log)),
         ("Groups", _groups(log)),
         ("Staleness", _staleness(log)),
@@ -153,9 +158,9 @@ def run_sections(log: RunLog) -> list[Section]:
         ("Uploads and bytes", timeline.records_slot_use(log) and _traffic(log)),
         ("Data", log.manifest["partition"].get("clients") and _partition(log)),
         ("Use the result", log.versions and _code(log)),
-        ("Model", log.manifest["model"] and Block("", grid=tables.model_table(log), kind="words")),
-        ("Settings", settings.rows and Block(SETTINGS + (UNUSED if deployed else ""), grid=settings, kind="words")),
-        ("Versions and machine", Block("", grid=tables.environment_table(log), kind="words")),
+        ("Model", log.manifest["model"] and PageBlock("", grid=tables.model_table(log), kind="words")),
+        ("Settings", settings.rows and PageBlock(SETTINGS + (UNUSED if deployed else ""), grid=settings, kind="words")),
+        ("Versions and machine", PageBlock("", grid=tables.environment_table(log), kind="words")),
     )
 
 
@@ -165,39 +170,42 @@ def comparison_sections(logs: Sequence[RunLog]) -> list[Section]:
     timed = all(map(timeline.records_slot_use, logs))
     alike = all(facts.clients_by_tier(log) == facts.clients_by_tier(logs[0]) for log in logs)
     differences, perplexity = tables.differences_table(logs), facts.generates_text(*logs) and scored
-    curves = scored and Block(CURVES.format(facts.time_name(*logs)), picture=partial(figures.draw_accuracy, logs))
-    tiers = Block(PARTICIPATION_OF, picture=partial(figures_timeline.draw_participation_comparison, logs))
+    curves = scored and PageBlock(CURVES.format(facts.time_name(*logs)), picture=partial(figures.draw_accuracy, logs))
+    tiers = PageBlock(PARTICIPATION_OF, picture=partial(figures_timeline.draw_participation_comparison, logs))
     return _present(
-        ("Summary", Block(SUMMARY, grid=tables.runs_table(logs))),
-        ("Different settings", Block(DIFFERENT if differences.rows else "None.", grid=differences, kind="words")),
+        ("Summary", PageBlock(SUMMARY, grid=tables.runs_table(logs))),
+        ("Different settings", PageBlock(DIFFERENT if differences.rows else "None.", grid=differences, kind="words")),
         (facts.score_name(*logs).capitalize(), curves),
-        ("Perplexity", perplexity and Block(PERPLEXITY, picture=partial(figures.draw_perplexity, logs))),
-        ("Loss", any(log.versions for log in logs) and Block(LOSSES, picture=partial(figures.draw_loss, logs))),
-        ("Waiting and staleness", timed and Block(PACES, picture=partial(figures_timeline.draw_pace_comparison, logs))),
+        ("Perplexity", perplexity and PageBlock(PERPLEXITY, picture=partial(figures.draw_perplexity, logs))),
+        ("Loss", any(log.versions for log in logs) and PageBlock(LOSSES, picture=partial(figures.draw_loss, logs))),
+        (
+            "Waiting and staleness",
+            timed and PageBlock(PACES, picture=partial(figures_timeline.draw_pace_comparison, logs)),
+        ),
         ("Participation", timed and alike and tiers),
-        ("Rank and energy", collapse and Block(ENERGIES, picture=partial(figures.draw_energy_comparison, logs))),
+        ("Rank and energy", collapse and PageBlock(ENERGIES, picture=partial(figures.draw_energy_comparison, logs))),
     )
 
 
 def _present(*rows: tuple[str, object]) -> list[Section]:
     """Sections of those rows whose blocks, one or several, are there; in the place of an absent one there is something false."""
     several = [(title, blocks if isinstance(blocks, tuple) else (blocks,)) for title, blocks in rows]
-    present = [(title, tuple(block for block in blocks if isinstance(block, Block))) for title, blocks in several]
+    present = [(title, tuple(block for block in blocks if isinstance(block, PageBlock))) for title, blocks in several]
     return [Section(title, blocks) for title, blocks in present if blocks]
 
 
 def _groups(log: RunLog) -> tuple[object, ...]:
-    """What each edge did, how groups changed, and why tasks were as they were."""
+    """Tables of the tasks of edges, of changes of groups, and of the reasons for tasks."""
     reasons, regroupings = tables.reasons_table(log), tables.regrouping_table(log)
     return (
-        log.edges and Block(GROUPED, grid=tables.group_table(log)),
-        regroupings.rows and Block(REGROUPED, grid=regroupings, kind="words"),
-        reasons.rows and Block("", grid=reasons, kind="words"),
+        log.edges and PageBlock(GROUPED, grid=tables.group_table(log)),
+        regroupings.rows and PageBlock(REGROUPED, grid=regroupings, kind="words"),
+        reasons.rows and PageBlock("", grid=reasons, kind="words"),
     )
 
 
 def _rank_heterogeneity(log: RunLog) -> tuple[object, ...]:
-    """What each rank receives and costs, how accurate its clients are, and the same by tier as a table."""
+    """Pictures of what each rank receives, costs and reaches, and the same by tier as a table."""
     ranks, by_tier = rank_facts.ranks_used(log), tables.tier_table(log)
     before = "without any training" if facts.generates_text(log) else "by always answering its commonest label"
     single = f"There is only one rank: every client trains at rank {ranks[0]}." if len(ranks) == 1 else ""
@@ -207,10 +215,10 @@ def _rank_heterogeneity(log: RunLog) -> tuple[object, ...]:
     caption = f"{RECEIVED if shares else ''}{TRAFFIC if traffic else ''}"
     clients = partial(figures_clients.draw_client_accuracy, log)
     return (
-        (traffic or shares) and Block(caption, tasks, picture=partial(figures_clients.draw_received, log)),
-        log.clients and Block(ACCURACY_BY_RANK.format(before), accuracy, picture=clients),
-        not log.clients and accuracy and Block("", accuracy),
-        by_tier.rows and not facts.is_deployed(log) and Block(TIERS, grid=by_tier),
+        (traffic or shares) and PageBlock(caption, tasks, picture=partial(figures_clients.draw_received, log)),
+        log.clients and PageBlock(ACCURACY_BY_RANK.format(before), accuracy, picture=clients),
+        not log.clients and accuracy and PageBlock("", accuracy),
+        by_tier.rows and not facts.is_deployed(log) and PageBlock(TIERS, grid=by_tier),
     )
 
 
@@ -222,21 +230,21 @@ def _activity_caption(log: RunLog) -> str:
     return ACTIVITY.format("") + LINKS if facts.is_deployed(log) else ACTIVITY.format(", slowest tier on top")
 
 
-def _waiting(log: RunLog) -> Block:
-    return Block(WAITING, timeline.waiting_sentence(log), picture=partial(figures_timeline.draw_waiting, log))
+def _waiting(log: RunLog) -> PageBlock:
+    return PageBlock(WAITING, timeline.waiting_sentence(log), picture=partial(figures_timeline.draw_waiting, log))
 
 
-def _traffic(log: RunLog) -> Block:
+def _traffic(log: RunLog) -> PageBlock:
     caption = SENDING if facts.is_deployed(log) else SPENDING
-    return Block(caption, picture=partial(figures_timeline.draw_traffic, log))
+    return PageBlock(caption, picture=partial(figures_timeline.draw_traffic, log))
 
 
 def _staleness(log: RunLog) -> object:
     """A sentence, and a picture where something was stale."""
     counts, sentence = timeline.staleness_counts(log), timeline.staleness_sentence(log)
     if any(counts) and timeline.records_slot_use(log):
-        return Block(STALENESS, sentence, picture=partial(figures_timeline.draw_staleness, log))
-    return counts and Block("", sentence)
+        return PageBlock(STALENESS, sentence, picture=partial(figures_timeline.draw_staleness, log))
+    return counts and PageBlock("", sentence)
 
 
 def _participation(log: RunLog) -> object:
@@ -248,19 +256,19 @@ def _participation(log: RunLog) -> object:
     if not any(row.updates > 0 for row in rows):
         return None
     sentence = timeline.participation_sentence(rows, log)
-    return Block(caption, sentence, picture=partial(figures_timeline.draw_participation, log))
+    return PageBlock(caption, sentence, picture=partial(figures_timeline.draw_participation, log))
 
 
-def _partition(log: RunLog) -> Block:
+def _partition(log: RunLog) -> PageBlock:
     statistics = log.manifest["partition"]
     mixes, sizes = (short(to_float(statistics.get(name))) for name in ("label_js", "size_cv"))
     measured = f"Distance of the label mixes (Jensen-Shannon): {mixes}; variation of the sizes: {sizes}; 0 is alike."
     mix = "kinds of task" if facts.generates_text(log) else "labels"
     picture = partial(figures_clients.draw_partition, statistics)
-    return Block(f"{PARTITION.format(mix)} {measured}", picture=picture)
+    return PageBlock(f"{PARTITION.format(mix)} {measured}", picture=picture)
 
 
-def _code(log: RunLog) -> Block:
+def _code(log: RunLog) -> PageBlock:
     model = log.manifest["model"]
     labels = model.get("labels", len(log.manifest["partition"].get("label_names", [])))
     kind, more = ("CausalLM", "") if facts.generates_text(log) else ("SequenceClassification", f", num_labels={labels}")
@@ -270,4 +278,4 @@ from transformers import AutoModelFor{kind}
 base = AutoModelFor{kind}.from_pretrained({str(model.get("name", "MODEL"))!r}{more})
 model = PeftModel.from_pretrained(base, {str(log.folder / "adapter")!r})"""
     head = "" if facts.generates_text(log) else " and the head"
-    return Block(f"Loads the adapter{head} of this run onto its base model.", code=code)
+    return PageBlock(f"Loads the adapter{head} of this run onto its base model.", code=code)

@@ -21,7 +21,7 @@ Box: TypeAlias = tuple[float, float, float, float]
 
 WIDTH = 9.0
 INK, MUTED, FAINT = "#1f2430", "#5f6773", "#e3e6ea"
-# Okabe and Ito: told apart with every common colour blindness
+# Okabe and Ito: distinct with every common colour blindness
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Paul Tol, muted: nine kinds side by side
 KINDS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499")

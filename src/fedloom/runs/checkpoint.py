@@ -1,15 +1,26 @@
 """Values in one file: a safetensors file with a JSON text and the numbers of all tensors, each memory once. No pickle.
 
-What is one object stays one object: adapters that a window, the tasks under way and their base models share are written once and
-shared again. A tensor is told as torch has it, by its memory, offset, shape and strides, since products round by these.
+Checkpoints of runs and regions, the answers that `replay` needs and the journal of a site are such files. The file holds two
+tensors of bytes, "numbers" and "text". The text is JSON as `fedloom.core.schema` writes it: `about` (sizes of logs, version,
+time), `objects`, and `values` by name. Its metadata hold the number of the format and a sha256 over both tensors.
+
+What is one object stays one object: adapters that a window, the tasks under way and their base models share are written once, into
+`objects`, and shared again. Frozen values without tensors (a profile, a budget, a codec) stand in place. A tensor is described as
+torch has it, by its memory, offset, shape and strides, since products round by these. So a run goes on to the bit.
+
+The sha256 finds damage (a torn write, a bad disk), not forgery. A forged file can make no other objects than the dataclasses that
+the reader's types are made of, with fields of the declared kinds, and no tensor outside the numbers of the file: there is no code
+in it and none runs. A run that goes on from it computes with what it says, as it does with a forged run file or table. Why this
+and not `torch.save` and `torch.load(weights_only=True)`: decision 0028.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +30,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedloom.core.files import atomic_write
-from fedloom.core.schema import Malformed, Reader, reachable_classes
+from fedloom.core.schema import Decoder, Encoder, Malformed, reachable_classes
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "fedloom"
-Given = Mapping[str, object]
-"""Objects that writer and reader both have, by a name that is written instead."""
 
 
-def write_checkpoint(
-    path: Path, values: Mapping[str, object], about: Mapping[str, int | float] | None = None, **given: object
-) -> int:
+def write_checkpoint(path: Path, values: Mapping[str, object], about: Mapping[str, int | float] | None = None) -> int:
     """Replace the file at `path` by these values, at once or not at all; returns its bytes. Memory: a copy of the tensors.
 
     Raises TypeError for an object that is no dataclass, table, row, tensor or scalar.
     """
-    packer = _Packer({id(thing): name for name, thing in given.items() if thing is not None})
-    told = {name: packer.told(value) for name, value in values.items()}
-    text = json.dumps({"about": about or {}, "objects": packer.objects, "values": told}, separators=(",", ":"))
+    packer = _Packer()
+    text = packer.encoder.encode(values)
+    text = f'{{"about":{Encoder().encode(about or {})},"objects":[{",".join(packer.objects)}],"values":{text}}}'
     parts = {"numbers": packer.numbers(), "text": torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)}
     with atomic_write(path) as draft:
         safetensors.torch.save_file(parts, draft, {HEADER: json.dumps([FORMAT, _digest(parts)])})
@@ -45,38 +52,59 @@ def write_checkpoint(
 
 @dataclass(frozen=True, slots=True)
 class StoredValues:
-    """A file that is whole: what is told `about` it, and the rest not yet read."""
+    """A file that is whole: what it says about itself, and the values, not yet made.
+
+    Fields:
+        about: sizes of logs, version and time, as they were handed to the writer.
+        objects: JSON of what is shared, each after what it is made of.
+        values: JSON of the values by name.
+        numbers: the memories of all tensors, one after the other.
+    """
 
     about: Mapping[str, Any]
-    objects: list[Mapping[str, Any]]
+    objects: list[Any]
     values: Mapping[str, Any]
     numbers: Tensor
 
-    def read(self, hints: Mapping[str, Any], **given: object) -> dict[str, Any]:
-        """The values of these names and kinds, in memory of their own. Raises Malformed."""
+    def read(self, hints: Mapping[str, Any], known: Iterable[type] = ()) -> dict[str, Any]:
+        """The values of these names and types, in memory of their own. Raises Malformed.
+
+        `known` are classes for fields of a protocol type, beside those of fedloom: a user's own codec.
+        """
         if self.values.keys() != hints.keys():
             differ = ", ".join(sorted(self.values.keys() ^ hints.keys()))
             raise Malformed(f"it was written by another version of fedloom ({differ})")
-        unpacker = _Unpacker(self, reachable_classes(*hints.values()), given)
-        return {name: unpacker.reader.read(hint, self.values[name]) for name, hint in hints.items()}
+        classes = [*reachable_classes(*hints.values()).values(), *known]
+        decoder = Decoder(classes, reference=lambda data, objects: objects.at(data))
+        objects = _Objects(self.numbers)
+        try:
+            for data in self.objects:
+                is_tensor = isinstance(data, dict) and data.get("type") == "Tensor"
+                objects.made.append(objects.tensor(data) if is_tensor else decoder.read_object(data, objects))
+            return {name: decoder.read(hint, self.values[name], objects) for name, hint in hints.items()}
+        except Malformed:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
+            raise Malformed(f"it is damaged ({type(error).__name__})") from error
 
 
 def read_checkpoint(path: Path) -> StoredValues:
-    """The file, checked against its digest. Raises Malformed if it is damaged or newer than this program."""
+    """The file, checked against its sha256. Raises Malformed if it is damaged or of another format than this program reads."""
     try:
         with safe_open(path, "pt") as file:
             format_, digest = json.loads((file.metadata() or {}).get(HEADER, "[0, 0]"))
-            if type(format_) is int and format_ > FORMAT:
-                raise Malformed(f"a newer fedloom wrote it (format {format_}, this one reads {FORMAT})")
+            if type(format_) is int and format_ not in (0, FORMAT):
+                age = "a newer" if format_ > FORMAT else "an older"
+                raise Malformed(f"{age} fedloom wrote it (format {format_}, this one reads {FORMAT})")
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         if format_ != FORMAT or parts.keys() != {"numbers", "text"} or _digest(parts) != digest:
             raise Malformed("it is damaged")
         text = json.loads(bytes(parts["text"].numpy()))
+        return StoredValues(text["about"], text["objects"], text["values"], parts["numbers"])
     except Malformed:
         raise
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
         raise Malformed(f"it is damaged ({type(error).__name__})") from error
-    return StoredValues(text["about"], text["objects"], text["values"], parts["numbers"])
 
 
 def _digest(parts: Mapping[str, Tensor]) -> str:
@@ -87,31 +115,50 @@ def _digest(parts: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@cache
+def _stands_in_place(kind: Any) -> bool:
+    """Whether objects of a class are values that nobody has to share: frozen, and without tensors."""
+    return bool(kind.__dataclass_params__.frozen) and "Tensor" not in reachable_classes(kind)
+
+
 @dataclass(slots=True)
 class _Packer:
-    """Objects in an order in which each stands after those that it is made of; `seen` also keeps them alive, and their ids."""
+    """Objects in an order in which each stands after those that it is made of.
 
-    given: Mapping[int, str]
-    objects: list[Mapping[str, object]] = field(default_factory=list)
+    Fields:
+        objects: their JSON.
+        seen: number and object by its id; it also keeps the objects alive, and their ids.
+        memories: number and storage by the address of a storage.
+        encoder: writes the values, and numbers the objects that it meets.
+    """
+
+    objects: list[str] = field(default_factory=list)
     seen: dict[int, tuple[int, object]] = field(default_factory=dict)
     memories: dict[int, tuple[int, torch.UntypedStorage]] = field(default_factory=dict)
+    encoder: Encoder = field(init=False)
 
-    def told(self, value: object) -> object:
-        """As JSON; objects by reference."""
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if id(value) in self.given:
-            return {"given": self.given[id(value)]}
-        if isinstance(value, Mapping):
-            if not all(isinstance(key, str | int) for key in value):
-                raise TypeError("keys of a checkpoint are text or whole numbers")
-            return {str(key): self.told(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [self.told(item) for item in value]
+    def __post_init__(self) -> None:
+        self.encoder = Encoder({Tensor: self._reference}, dataclass=self._reference)
+
+    def _reference(self, value: object) -> str:
+        """Encode an object by its number, or in place."""
+        kind = type(value)
+        if not isinstance(value, Tensor) and _stands_in_place(kind):
+            self.encoder[kind] = self.encoder.record(kind)  # this class needs no further question
+            return self.encoder[kind](value)
         if id(value) not in self.seen:
-            self.objects.append(self._parts(value))
+            text = self._tensor(value) if isinstance(value, Tensor) else self.encoder.record(kind)(value)
+            self.objects.append(text)
             self.seen[id(value)] = len(self.objects) - 1, value
-        return {"is": self.seen[id(value)][0]}
+        return f'{{"is":{self.seen[id(value)][0]}}}'
+
+    def _tensor(self, tensor: Tensor) -> str:
+        memory = tensor.untyped_storage()
+        number, _ = self.memories.setdefault(memory._cdata, (len(self.memories), memory))
+        place = {"memory": number, "bytes": memory.nbytes(), "device": str(tensor.device)}
+        place |= {"dtype": str(tensor.dtype).removeprefix("torch."), "offset": tensor.storage_offset()}
+        view = {"shape": list(tensor.shape), "stride": list(tensor.stride())}
+        return json.dumps({"type": "Tensor", **place, **view}, separators=(",", ":"))
 
     def numbers(self) -> Tensor:
         """All memories, one after the other."""
@@ -122,39 +169,29 @@ class _Packer:
             end += memory.nbytes()
         return flat
 
-    def _parts(self, value: object) -> dict[str, object]:
-        kind = type(value).__name__
-        if isinstance(value, Tensor):
-            memory = value.untyped_storage()
-            number, _ = self.memories.setdefault(memory._cdata, (len(self.memories), memory))
-            found: dict[str, object] = {"memory": number, "bytes": memory.nbytes(), "device": str(value.device)}
-            found |= {"dtype": str(value.dtype).removeprefix("torch."), "offset": value.storage_offset()}
-            return {"type": "Tensor", **found, "shape": list(value.shape), "stride": list(value.stride())}
-        if not is_dataclass(value) or isinstance(value, type):
-            raise TypeError(f"{kind} has no place in a checkpoint")
-        return {"type": kind, **{field.name: self.told(getattr(value, field.name)) for field in fields(value)}}
 
+class _Objects:
+    """The objects of a file that were made so far, and the memories of their tensors."""
 
-class _Unpacker:
-    def __init__(self, stored: StoredValues, known: Mapping[str, type], given: Given) -> None:
-        self.given, self.numbers = given, stored.numbers
-        self.made, self.memories, self.end = list[object](), list[Tensor](), 0
-        self.reader = Reader(known, self._referred)
-        for told in stored.objects:
-            self.made.append(self._tensor(told) if told.get("type") == "Tensor" else self.reader.thing(told))
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers, self.end = numbers, 0
+        self.made, self.memories = list[object](), list[Tensor]()
 
-    def _referred(self, told: Mapping[str, Any]) -> object:
-        number, name = told.get("is"), told.get("given")
-        if type(number) is int and 0 <= number < len(self.made):
-            return self.made[number]
-        if isinstance(name, str) and name in self.given:
-            return self.given[name]
-        raise Malformed(f"{str(told)[:60]} refers to nothing")
+    def at(self, data: Mapping[str, Any]) -> object:
+        """The object that a reference means. Raises Malformed."""
+        number = data.get("is")
+        if type(number) is not int or not 0 <= number < len(self.made):
+            raise Malformed("a reference to nothing")
+        return self.made[number]
 
-    def _tensor(self, told: Mapping[str, Any]) -> Tensor:
-        if told["memory"] == len(self.memories):
-            memory = self.numbers[self.end : self.end + told["bytes"]].to(told["device"], copy=True)
-            self.end += told["bytes"]
+    def tensor(self, data: Mapping[str, Any]) -> Tensor:
+        """A view of a memory, which is taken from the numbers when it is first spoken of."""
+        if data["memory"] == len(self.memories):
+            memory = self.numbers[self.end : self.end + data["bytes"]].to(data["device"], copy=True)
+            self.end += data["bytes"]
             self.memories.append(memory)
-        flat: Tensor = self.memories[told["memory"]].view(getattr(torch, told["dtype"]))
-        return flat.as_strided(told["shape"], told["stride"], told["offset"])
+        dtype = getattr(torch, data["dtype"])
+        if not isinstance(dtype, torch.dtype):
+            raise Malformed("a tensor of no type that torch has")
+        flat: Tensor = self.memories[data["memory"]].view(dtype)
+        return flat.as_strided(data["shape"], data["stride"], data["offset"])

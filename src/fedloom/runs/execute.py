@@ -41,7 +41,7 @@ from fedloom.runs.job import Job
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.observation import RunObservation
 from fedloom.runs.replay import UPDATES, Archive
-from fedloom.runs.resume import LOGS, CHECKPOINT, SECONDS, CheckpointWriter, Progress, locked, given, open_log, restore
+from fedloom.runs.resume import CHECKPOINT, LOGS, SECONDS, CheckpointWriter, Progress, locked, open_log, restore_fields
 from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.trace import Trace
 from fedloom.simulate.client_presence import Presence
@@ -91,7 +91,7 @@ class RunRecorder:
     def track(self, *driver: object) -> None:
         """Save these values of the driver in checkpoints too, and restore them, the server and the metrics from the last one."""
         self.checkpoints.owners = (*self.job.server.parts_to_save(), *driver, self.metrics, self.progress)
-        restore(self.job.resumed_from.values if self.job.resumed_from else {}, self.checkpoints.owners)
+        restore_fields(self.job.resumed_from.values if self.job.resumed_from else {}, self.checkpoints.owners)
 
 
 def execute(
@@ -142,7 +142,7 @@ def record(
         manifest = {**job.describe(), **(extra_manifest or {})}
         files.write_json(out / "manifest.json", {**manifest, "status": "running", "status_reason": ""})
         status, reason, progress = "failed", "the process ended without a word", Progress()
-        checkpoints = CheckpointWriter(out, given=given(job.run), seconds=checkpoint_seconds)
+        checkpoints = CheckpointWriter(out, seconds=checkpoint_seconds)
         try:
             with ExitStack() as opened:
                 all_observers = [*observers, *_archive(job, out, keep_updates)]

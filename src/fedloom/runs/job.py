@@ -19,7 +19,7 @@ from fedloom.simulate.availability import Stays
 from fedloom.simulate.devices import Devices
 from fedloom.train import chat_template
 from fedloom.train.base_model import Base
-from fedloom.train.engine.frozen_layers import Cache
+from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.evaluate import score
 from fedloom.train.tokenised import EncodedTexts
 
@@ -53,7 +53,7 @@ class Job:
     test_texts: EncodedTexts
     tested: tuple[int, ...]
     server: Coordinator
-    cache: Cache = field(default_factory=Cache)
+    cache: ActivationCache = field(default_factory=ActivationCache)
     stays: Stays | None = None
     resumed_from: UnfinishedRun | None = None
 
@@ -95,7 +95,9 @@ class Job:
             "partition": partition_statistics(self.split.train, self.shards) if self.shards else sites_elsewhere,
             "clients": {client: jsonable(profile) for client, profile in self.profiles.items()},
             **self.server.manifest_sections(),
-            "baselines": {} if self.base.labels is None else {"majority": manifest.majority_share(self.split.test.labels)},
+            "baselines": {}
+            if self.base.labels is None
+            else {"majority": manifest.majority_share(self.split.test.labels)},
             "notes": self.resumed_from.notes(notes, version("fedloom")) if self.resumed_from else notes,
         }
 

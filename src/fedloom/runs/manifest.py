@@ -1,4 +1,9 @@
-"""What a run was, as plain JSON: its settings, a hash of them, the versions and the kind of machine."""
+"""The manifest of a run, `manifest.json`: its settings, a hash of them, the versions and the kind of machine.
+
+The settings are the run's value as `schema.jsonable` writes it. Two runs with the same hash had the same settings: results are
+compared and runs are resumed by it. `replay` makes a server from the settings; the report shows them. A manifest holds no data:
+examples that stand in a run file are told by their number and their sha256.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ import platform
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +23,7 @@ LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors"
 
 
 def settings_hash(settings: object) -> str:
-    """Twelve hex digits that name these settings: two runs with the same hash had the same, wherever their files lay.
+    """Twelve hex digits that name settings: two runs with the same hash had the same, wherever their files lay.
 
     What is off (None, False, 0, empty) does not count, so that a new option does not rename all earlier runs.
     """
@@ -28,7 +32,7 @@ def settings_hash(settings: object) -> str:
 
 
 def portable_settings(value: object) -> object:
-    """Settings without what is off, and with `shortened` paths."""
+    """Settings without what is off, and with short paths."""
     match value:
         case dict():
             return {key: portable_settings(item) for key, item in value.items() if item}
@@ -49,23 +53,18 @@ def short_paths(value: object) -> object:
     return value
 
 
-def as_json(value: object) -> Any:
-    """The value as it comes back from a file."""
-    return json.loads(json.dumps(value))
-
-
-def json_differences(there: object, here: object, path: str = "", *, off: bool = False) -> Iterator[str]:
-    """Where two values of JSON differ, as "field: 5 there, 6 here"; with `off` two ways of saying "nothing" are the same."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for name in [*there, *(name for name in here if name not in there)]:
-            yield from json_differences(there.get(name), here.get(name), f"{path}.{name}".lstrip("."), off=off)
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        for number, (one, other) in enumerate(zip(there, here, strict=True)):
+def json_differences(recorded: object, current: object, path: str = "", *, off: bool = False) -> Iterator[str]:
+    """The differences of two values of JSON, as "field: 5 there, 6 here"; with `off` all ways of saying "nothing" are the same."""
+    if isinstance(recorded, dict) and isinstance(current, dict):
+        for name in [*recorded, *(name for name in current if name not in recorded)]:
+            yield from json_differences(recorded.get(name), current.get(name), f"{path}.{name}".lstrip("."), off=off)
+    elif isinstance(recorded, list) and isinstance(current, list) and len(recorded) == len(current):
+        for number, (one, other) in enumerate(zip(recorded, current, strict=True)):
             yield from json_differences(one, other, f"{path}[{number}]", off=off)
-    elif off and not there and not here:
+    elif off and not recorded and not current:
         return
-    elif there != here or type(there) is not type(here):
-        yield f"{path}: {_short(there)} there, {_short(here)} here"
+    elif recorded != current or type(recorded) is not type(current):
+        yield f"{path}: {_short(recorded)} there, {_short(current)} here"
 
 
 def _short(value: object) -> str:
@@ -79,20 +78,20 @@ def majority_share(labels: Sequence[int]) -> float:
 
 
 def method_notes(rules: Rules, head: bool) -> list[str]:
-    """What a reader of the figures has to know about a method with these rules; `head`: whether the model has one of its own."""
-    found = []
+    """Notes for a reader of the figures of a method with these rules; `head`: whether the model has one of its own."""
+    notes = []
     if rules.private:
         sides = " and ".join({"dense": "the head"}.get(side, f"`{side}`") for side in rules.private)
-        found.append(
+        notes.append(
             f"Every client has a model of its own ({sides} stay there): the test accuracy says nothing, read the clients'."
         )
     if "dense" in rules.frozen and head:
-        found.append("The head is not trained: if the model came without one, it stays random.")
-    return found
+        notes.append("The head is not trained: if the model came without one, it stays random.")
+    return notes
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what decides on the numbers."""
+    """Versions of the libraries that decide on the numbers."""
     return {name: metadata.version(name) for name in LIBRARIES if _installed(name)}
 
 

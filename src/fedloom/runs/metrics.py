@@ -77,7 +77,7 @@ class ByteCounts:
 class DispatchRecord:
     """What was sent with a task: its bytes, those of its fold, the share of the model's energy in it (None: not computed)."""
 
-    size: message_size.Bytes
+    size: message_size.MessageSize
     fold: int
     energy_share: float | None
 
@@ -107,7 +107,7 @@ class Metrics:
     observation: RunObservation = field(default_factory=RunObservation)
     traffic: ByteCounts = field(default_factory=ByteCounts)
     sent: dict[int, DispatchRecord] = field(default_factory=dict)
-    uploaded: dict[int, message_size.Bytes] = field(default_factory=dict)
+    uploaded: dict[int, message_size.MessageSize] = field(default_factory=dict)
     model: Model | None = None
     energy: float = 0.0
 
@@ -131,7 +131,7 @@ class Metrics:
                 self.traffic.dense_down += record.size.dense
                 self.traffic.fold_down += record.fold
             case TaskAnswered(_, number, result, task) if task is not None:  # also of an answer that is refused
-                size = self.uploaded[number] = message_size.up(task, result)
+                size = self.uploaded[number] = message_size.upload_size(task, result)
                 self.traffic.up += size.total
                 self.traffic.dense_up += size.dense
             case TaskEnded():
@@ -157,10 +157,12 @@ class Metrics:
 
     def _record(self, task: Task) -> DispatchRecord:
         start = task.start
-        size = message_size.down(start)
-        fold = size.total - message_size.down(replace(start, fold=None)).total
+        size = message_size.download_size(start)
+        fold = size.total - message_size.download_size(replace(start, fold=None)).total
         compared = self.model is not None and not self.observation.edge_names
-        return DispatchRecord(size, fold, energy_share(self.model, start, self.energy) if self.model and compared else None)
+        return DispatchRecord(
+            size, fold, energy_share(self.model, start, self.energy) if self.model and compared else None
+        )
 
     def _task_line(self, now: float, ended: TaskEnded) -> dict[str, object]:
         """The line of a client's task. Where no answer was accepted, it "arrived" when it ended."""
@@ -169,7 +171,7 @@ class Metrics:
         line: dict[str, object] = {"kind": "task", "id": task.id, "client": task.client, "version": task.version}
         line |= {"edge": edge} if edge else {}
         line |= {"rank": task.budget.rank, "depth": task.budget.depth, "sent": task.sent, "arrived": arrived}
-        sent, up = self.sent.pop(task.id), self.uploaded.pop(task.id, message_size.Bytes(0, 0))
+        sent, up = self.sent.pop(task.id), self.uploaded.pop(task.id, message_size.MessageSize(0, 0))
         line |= {"status": ended.status, "reason": ended.reason, "kept": sent.energy_share}
         line |= {"bytes_down": sent.size.total, "bytes_down_dense": sent.size.dense, "bytes_down_fold": sent.fold}
         line |= {"bytes_up": up.total, "bytes_up_dense": up.dense}
@@ -184,11 +186,11 @@ class Metrics:
         line: dict[str, object] = {"kind": "edge", "id": task.id, "edge": ended.open.edge, "version": task.version}
         line |= {name: getattr(task.budget, name) for name in ("rank", "depth", "why")}
         line |= {"sent": task.sent, "reported": ended.open.answered, "ended": now}
-        line |= {"status": ended.status, "reason": ended.reason, "bytes_down": message_size.down(task.start).total}
+        line |= {"status": ended.status, "reason": ended.reason, "bytes_down": message_size.download_size(task.start).total}
         if result is not None:
             line |= {name: result.metrics.get(name) for name in ("members", "rounds", "loss", "cut")}
             line |= {"examples": result.examples, "steps": result.steps, "work": result.examples * result.steps}
-            line |= {"bytes_up": message_size.up(trained_part(task, result), result).total}
+            line |= {"bytes_up": message_size.upload_size(trained_part(task, result), result).total}
         return line | ({"seconds": _seconds(ended.update), "staleness": ended.staleness} if ended.update else {})
 
     def _version_line(self, now: float, made: VersionMade) -> dict[str, object]:

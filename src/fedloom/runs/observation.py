@@ -252,12 +252,8 @@ class RunObservation:
                 if task.client in self.remote_edges:
                     self.edge_tasks[task.id] = OpenTask(task, task.client)
                 yield TaskSent(task)
-            case Cancel(number, client):
-                if client in self.remote_edges:
-                    yield from self._end_edge_task(number, "cancelled", "its answer no longer counts")
-                self.cancelled += 1
-                if number in self.sent:
-                    yield from self._end(number, "cancelled", self._why_cancelled(number, before_publish))
+            case Cancel():
+                yield from self._cancel(command, before_publish)
             case Reject():
                 self.rejected += 1
             case Publish(version, model, updates):
@@ -270,10 +266,7 @@ class RunObservation:
             case InsideEdge():
                 yield from self._read_inside(now, command)
             case Stop():
-                for number in list(self.answered):
-                    yield from self._end(number, "unused", "the run ended before it was merged")
-                for number in list(self.edge_tasks):
-                    yield from self._end_edge_task(number, "unused", "the run ended before it was merged")
+                yield from self._stop()
                 yield command
             case Evaluate() | Regroup() | Moved():
                 yield command
@@ -302,6 +295,20 @@ class RunObservation:
             yield from self._end(update.task.id, "merged", "", update, staleness)
             if self.edge_tasks:
                 yield from self._end_edge_task(update.task.id, "merged", "", update, staleness)
+
+    def _cancel(self, cancel: Cancel, before_publish: bool) -> Iterator[Fact]:
+        if cancel.client in self.remote_edges:
+            yield from self._end_edge_task(cancel.task, "cancelled", "its answer no longer counts")
+        self.cancelled += 1
+        if cancel.task in self.sent:
+            yield from self._end(cancel.task, "cancelled", self._why_cancelled(cancel.task, before_publish))
+
+    def _stop(self) -> Iterator[Fact]:
+        reason = "the run ended before it was merged"
+        for number in list(self.answered):
+            yield from self._end(number, "unused", reason)
+        for number in list(self.edge_tasks):
+            yield from self._end_edge_task(number, "unused", reason)
 
     def _why_cancelled(self, number: int, before_publish: bool) -> str:
         """A merge cancels tasks before its version is published, the end of a run cancels them after the last one."""

@@ -33,7 +33,7 @@ from fedloom.runs.job import Job
 from fedloom.runs.resume import UnfinishedRun, unfinished_run
 from fedloom.runs.run import Run
 from fedloom.simulate.devices import Devices, FasterLinks
-from fedloom.train.base_model import Base, check_length, check_rank_fits_model, initial, load_base
+from fedloom.train.base_model import Base, check_length, check_rank_fits_model, initial_adapter, load_base
 from fedloom.train.evaluate import embeddings
 from fedloom.train.settings import PLAIN
 from fedloom.train.tokenised import EncodedTexts, encode_texts
@@ -59,7 +59,7 @@ def prepare(run: Run, resume: Path | None = None) -> PreparedRun:
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
     job = assemble(run, split, shards, unfinished)
     if unfinished:
-        unfinished.check(job.describe())
+        unfinished.check_unchanged(job.describe())
     return job
 
 
@@ -75,12 +75,12 @@ def assemble(
     top = run.plan.rank.largest
     engine = run.engine or PLAIN
     if unfinished:
-        engine = unfinished.engine(engine)
+        engine = unfinished.engine_as_begun(engine)
     base = load_base(run.model, label_count(run, split), run.lora, top, derive(run.seed, "model"), run.device, engine)
     check_aggregator(run, base, None if run.hierarchy or not shards else len(shards))
     train, test = (encode_texts(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
     check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
-    model = run.aggregator.init(initial(base, top))
+    model = run.aggregator.init(initial_adapter(base, top))
     check_depth(run, base, model)
     sizes, devices = {shard.client: len(shard.train) for shard in shards}, devices_of(run)
     profiles = {profile.client: profile for profile in devices.profiles(sizes, run.seed)} if shards else {}
@@ -114,7 +114,7 @@ def assemble(
 
 
 def label_count(run: Run, split: Split) -> int | None:
-    """Return how many labels the model chooses from (None: it writes answers). Raises Refused for `generation` where there are none."""
+    """Return how many labels the model chooses from (None: it writes answers). Raises Refused for a needless `generation`."""
     if split.train.answers is not None:
         return None
     if run.generation:
@@ -203,6 +203,6 @@ def label_counts(
 
 
 def comparison_seconds(shape: Shape, profile: Profile, rank: int, tokens: int) -> float:
-    """Return the seconds by which clients are compared: one task at this rank, full batches of the longest texts, float32 both ways."""
+    """Return the seconds by which clients are compared: a task at this rank, full batches of longest texts, float32 both ways."""
     links = 8.0 * shape.payload(rank) * (1.0 / profile.down_bps + 1.0 / profile.up_bps)
     return shape.train_flops(tokens, rank) / profile.flops + links

@@ -1,7 +1,9 @@
-"""A recorded run through a fresh server: the same events must give the same bytes. Nothing is trained and no model is loaded.
+"""Replay: the events of a recorded run through a new server, which must give the same bytes. Nothing is trained, no model is loaded.
 
-The trace tells tensors by their sha256. So a run that is to be replayed keeps them beside it: the first model and each answer, in
-`updates/`, in the form of a checkpoint.
+This is the audit of a run, also after an incident at a deployment. The server is made from the manifest: its policies are looked
+up by name among the classes and functions of fedloom's rooms of policies, so a manifest can name no other code. The trace holds
+tensors by their sha256. So a run that is to be replayed keeps them beside it: the first model and each answer, in `updates/`, in
+the form of a checkpoint, which is read as strictly (`checkpoint`).
 """
 
 from __future__ import annotations
@@ -9,27 +11,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from pkgutil import walk_packages
 from typing import Any
 
 import torch
 
-from fedloom.core import codec
-from fedloom.core import server as core
+from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, EdgeReported, Event, UpdateArrived
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, BudgetRule, Schedule
-from fedloom.core.schema import Malformed, Reader, jsonable, reachable_classes
+from fedloom.core.schema import Decoder, Malformed, jsonable, with_current_names
 from fedloom.core.server import Coordinator, Limits, Server
-from fedloom.core.types import ClientId, Model, Profile, Result, GroupStatistics
+from fedloom.core.types import ClientId, GroupStatistics, Model, Profile, Result
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.regrouping import Compared
 from fedloom.report.run_log import read_run_log
-from fedloom.runs import checkpoint, manifest
+from fedloom.runs import manifest
+from fedloom.runs.checkpoint import read_checkpoint, write_checkpoint
 from fedloom.runs.trace import encode_step
 
 UPDATES = "updates"
@@ -40,34 +43,43 @@ SERVER_SETTINGS: Mapping[str, Any] = {
     "schedule": Schedule,
     "plan": BudgetRule,
     "limits": Limits,
-    "transfer": codec.Codec | None,
+    "transfer": Codec | None,
     "hierarchy": Hierarchy | None,
 }
-"""What of a run's settings its server is made of."""
+"""The settings of a run that its server is made of."""
 
 
 @dataclass(frozen=True, slots=True)
 class Archive:
-    """An observer that keeps the answers, as they arrived, in `folder`; what the server began with is written at once."""
+    """An observer that keeps the answers as they arrived.
+
+    Fields:
+        folder: where they are kept, one file an answer.
+    """
 
     folder: Path
 
     @classmethod
     def of(cls, folder: Path, server: Coordinator) -> Archive:
-        """For this server, which has done nothing yet, or goes on with what it did."""
+        """Write what this server began with, and return the observer."""
         folder.mkdir(exist_ok=True)
-        checkpoint.write_checkpoint(folder / f"{START}.safetensors", {"first": server.state.first, "shape": server.shape})
+        write_checkpoint(folder / f"{START}.safetensors", {"first": server.state.first, "shape": server.shape})
         return cls(folder)
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
-        """One file an answer, also of one that is refused."""
+        """Keep the answer in a file, also one that is refused."""
         if isinstance(event, UpdateArrived):
-            checkpoint.write_checkpoint(self.folder / f"{event.task}.safetensors", {"result": event.result})
+            write_checkpoint(self.folder / f"{event.task}.safetensors", {"result": event.result})
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """How many events gave the same bytes, and what was different in the next one ("": nothing)."""
+    """The outcome of a replay.
+
+    Fields:
+        events: how many gave the same bytes.
+        difference: what was different in the next one ("": nothing).
+    """
 
     events: int
     difference: str = ""
@@ -107,16 +119,16 @@ def replay(folder: Path, server: Coordinator | None = None) -> Replayed:
 def server_from_manifest(folder: Path) -> Coordinator:
     """The server with which the run in `folder` began, from its manifest and what it kept. Raises Refused."""
     about = read_run_log(folder).manifest
-    settings, reader = {"hierarchy": None, **about["run"]}, Reader(_names())
+    settings, decoder = {"hierarchy": None, **with_current_names(about["run"])}, Decoder(_policy_names())
     try:
-        made = {name: reader.read(hint, settings[name]) for name, hint in SERVER_SETTINGS.items()}
-        if manifest.as_json(jsonable(made)) != {name: settings[name] for name in SERVER_SETTINGS}:
+        made = {name: decoder.read(hint, settings[name]) for name, hint in SERVER_SETTINGS.items()}
+        if jsonable(made) != {name: settings[name] for name in SERVER_SETTINGS}:
             raise Malformed("its manifest does not say all of them")
-        kept = checkpoint.read_checkpoint(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
+        kept = read_checkpoint(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
         known = about["clients"].items() if made["hierarchy"] else ()
-        profiles = {one: reader.read(Profile, told) for one, told in known}
+        profiles = {one: decoder.read(Profile, data) for one, data in known}
         again = made["hierarchy"] and made["hierarchy"].regroup
-        compared = reader.read(Compared, about["compared"]) if again else None
+        compared = decoder.read(Compared, about["compared"]) if again else None
     except (Malformed, KeyError, TypeError) as error:
         remedy = (
             f"its policies cannot be made from the manifest ({error}); in Python, replay(folder, server) takes your own"
@@ -136,7 +148,7 @@ def _led(
     profiles: Mapping[ClientId, Profile],
     compared: Compared | None,
 ) -> Coordinator:
-    """With its edges, or over regions, where these are elsewhere."""
+    """The server with its edges, or over regions, where these are elsewhere."""
     if over is None:
         return flat
     if "regions" in about:
@@ -145,29 +157,37 @@ def _led(
     return over.over(flat, members, compared)
 
 
-def _names() -> Mapping[str, Any]:
-    """Classes and functions of the folders of policies, by name; these of the core too."""
-    folders = [import_module(f"fedloom.{name}") for name in POLICIES]
-    modules = [import_module(one.name) for room in folders for one in walk_packages(room.__path__, f"{room.__name__}.")]
-    things = chain.from_iterable(vars(module).items() for module in (*modules, codec, core))
-    return {name: thing for name, thing in things if callable(thing)}
+@cache
+def _policy_names() -> tuple[Any, ...]:
+    """The classes and functions that are declared in the rooms of policies."""
+    rooms = [import_module(f"fedloom.{name}") for name in POLICIES]
+    modules = [import_module(one.name) for room in rooms for one in walk_packages(room.__path__, f"{room.__name__}.")]
+    things = [
+        thing
+        for module in modules
+        for thing in vars(module).values()
+        if getattr(thing, "__module__", "") == module.__name__
+    ]
+    return tuple(thing for thing in things if hasattr(thing, "__name__"))
 
 
 def _event(recorded: bytes, updates: Path) -> tuple[float, Event]:
     """Time and event of a line of the trace, with the answer itself. Raises ValueError."""
-    told = json.loads(recorded)
-    if not isinstance(told, dict) or not isinstance(told.get("event"), dict):
+    step = json.loads(recorded)
+    if not isinstance(step, dict) or not isinstance(step.get("event"), dict):
         raise Malformed("it tells no event")
-    reader, event = Reader(reachable_classes(Event)), dict(told["event"])
-    now = reader.read(float, told.get("time"))
+    now, event = _EVENTS.read(float, step.get("time")), dict(step["event"])
     if event.get("type") not in (UpdateArrived.__name__, EdgeReported.__name__):
-        return now, reader.read(Event, event)
-    client, task = reader.read(str, event.get("client")), reader.read(int, event.get("task"))
+        return now, _EVENTS.read(Event, event)
+    client, task = _EVENTS.read(str, event.get("client")), _EVENTS.read(int, event.get("task"))
     file = updates / f"{task}.safetensors"
     if not file.is_file():
         raise Malformed(f"the answer to task {task} was not kept")
-    result = checkpoint.read_checkpoint(file).read({"result": Result})["result"]
+    result = read_checkpoint(file).read({"result": Result})["result"]
     if event["type"] == UpdateArrived.__name__:
         return now, UpdateArrived(client, task, result)
-    told = reader.read(GroupStatistics | None, event.get("statistics"))
-    return now, EdgeReported(client, task, result, told, reader.read(tuple[Profile, ...], event.get("members")))
+    statistics = _EVENTS.read(GroupStatistics | None, event.get("statistics"))
+    return now, EdgeReported(client, task, result, statistics, _EVENTS.read(tuple[Profile, ...], event.get("members")))
+
+
+_EVENTS = Decoder()

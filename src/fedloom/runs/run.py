@@ -1,4 +1,4 @@
-"""The Run value: an experiment, whole, as one printable value."""
+"""The `Run`: the settings of an experiment as one printable value. Everything else follows from it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,32 @@ from fedloom.train.settings import Engine, Generation, LoRA, Training
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """An experiment as one value; printing it is the manifest.
+    """A run: all settings of an experiment as one value. Printing it is the manifest.
 
-    `model` is a hub name or a local folder, `data` where examples come from, `partition` how they are divided over clients.
-    `aggregator` says HOW adapters are added, `schedule` WHEN and by whom, `plan` how much each client does, `world` how fast
-    its devices are, `availability` when they can be reached (None: always), `faults` what goes wrong with their tasks (None:
-    nothing). `hierarchy` puts clients into groups with an edge each, which are the clients of `schedule` then (None: there are no
-    groups). `transfer` is how adapters travel: `Half()`, `DeltaInt8()`, or None, which is `Exact()`. `held_out` is the share
-    of each client's examples on which its own accuracy is measured (0: not at all), `test_limit` how many test examples score a
-    version (None: all). `threads` is for torch, `engine` how training is computed (None: plain torch, one client after the other):
-    both are a part of the last digits and therefore of the run. `generation` is, where the data have answers to write, how many
-    are written at the end (None: `Generation()`).
+    Fields:
+        model: base model, by its name on the Hugging Face hub or a local folder.
+        data: where examples come from (`Table`, `Hub`, `Rows`, `Instructions`, `Tickets`).
+        name: name of the run folder (run).
+        partition: how the examples are divided over clients (`LabelDirichlet()`).
+        aggregator: how updates are merged into the next version (`ProductDelta()`: changes are added exactly).
+        schedule: when updates are merged, and which clients start (`Rounds()`: synchronous rounds).
+        plan: how much each client does: rank, steps, depth (`Plan(RankByCapability())`: the rank by its device).
+        lora: which layers get an adapter, and its scaling (`LoRA()`).
+        training: local training: learning rate, batch size, lengths (`Training()`).
+        world: the simulated devices, and how long a task takes them (`World()`: phones, laptops, workstations).
+        availability: when clients can be reached (None: always).
+        faults: what goes wrong with tasks (None: nothing).
+        hierarchy: groups of clients with an edge server each; the edges are then the clients of `schedule` (None: no groups).
+        transfer: how numbers travel: `Half()`, `DeltaInt8()`, or None for `Exact()` (`Half()`: 16 bits).
+        limits: when the run ends, and how often a version is scored (`Limits()`: 10 versions, each scored).
+        held_out: share of each client's examples that measure its own accuracy and are not trained on (0 to 1; 0.2; 0: none).
+        test_limit: how many test examples score a version (None: all).
+        seed: seed of every random draw; the same seed gives the same bytes (0).
+        device: where torch computes: "cpu", "cuda", "mps" (cpu).
+        threads: threads of torch; they change the last digits, and therefore belong to the run (1).
+        engine: how training is computed; it changes the last digits too (`Engine()`: the fastest way; None: plain torch, one
+            client after the other).
+        generation: how many answers are written at the end, where the data have answers (None: `Generation()`).
     """
 
     model: str

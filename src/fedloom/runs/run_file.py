@@ -1,4 +1,4 @@
-"""`--set a.b=c`: a run with single fields replaced, each checked like the original."""
+"""Run files and `--set`: reading a `Run` from a Python file, and replacing single fields of it, each checked like the original."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import fedloom
 from fedloom.core.errors import Refused
-from fedloom.core.schema import matches_type, matches_exactly, describe_type
+from fedloom.core.schema import describe_type, matches_exactly, matches_type
+from fedloom.runs.public_names import HOMES, public_name
 from fedloom.runs.run import Run
-
-METHODS = ("fedloom.aggregate.", "fedloom.schedule.")
-"""Folders whose classes may be named without being listed."""
 
 
 def override(run: Run, settings: Sequence[str]) -> Run:
-    """The run with each `path=value` applied in order. Raises Refused for an unknown field or a value of a wrong kind.
+    """Return the run with each `path=value` applied in order.
 
     A value is a Python literal (`12`, `0.5`, `None`, `(2,4,8)`), a public fedloom name (`linear`), a value made of one
-    (`HLoRA(rank=16)`), or, where text is expected, the text as it stands.
+    (`HLoRA(rank=16)`), or, where text is expected, the text as it stands. Raises Refused for an unknown field or a value of a wrong
+    kind.
     """
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -37,9 +35,9 @@ def override(run: Run, settings: Sequence[str]) -> Run:
 
 def _replaced(owner: Any, path: Sequence[str], text: str, whole: str) -> Any:
     name, rest = path[0], path[1:]
-    known = [f.name for f in fields(owner) if f.init] if is_dataclass(owner) else []
-    if name not in known:
-        has = f"{type(owner).__name__} has: {', '.join(known)}" if known else f"{type(owner).__name__} has no fields"
+    names = [f.name for f in fields(owner) if f.init] if is_dataclass(owner) else []
+    if name not in names:
+        has = f"{type(owner).__name__} has: {', '.join(names)}" if names else f"{type(owner).__name__} has no fields"
         raise Refused("--set", whole, f"there is no field {name!r}; {has}")
     current, hint = getattr(owner, name), get_type_hints(type(owner))[name]
     value = _replaced(current, rest, text, whole) if rest else _value(text, current, hint, whole)
@@ -47,7 +45,7 @@ def _replaced(owner: Any, path: Sequence[str], text: str, whole: str) -> Any:
 
 
 def _value(text: str, current: object, hint: Any, whole: str) -> object:
-    """What `text` stands for; where text is expected and nothing else fits, the text itself."""
+    """Return the value that `text` is written for; where text is expected and nothing else fits, the text itself."""
     try:
         value = _evaluate(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError) as error:
@@ -64,19 +62,19 @@ def _value(text: str, current: object, hint: Any, whole: str) -> object:
 
 
 def _evaluate(node: ast.expr) -> Any:
-    """Literals, public names, and calls of them with such arguments: no other code is ever run."""
+    """Evaluate literals, public names, and calls of them with such arguments. No other code is ever run."""
     if isinstance(node, ast.Name) and _is_public(node.id):
-        return getattr(fedloom, node.id)
+        return public_name(node.id)
     if isinstance(node, ast.Name | ast.Call) and isinstance(name := getattr(node, "func", node), ast.Name):
-        _known(name.id)
+        _check_name(name.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         named = {keyword.arg: _evaluate(keyword.value) for keyword in node.keywords if keyword.arg}
-        made = _evaluate(node.func)
-        if not isinstance(made, type):
+        kind = _evaluate(node.func)
+        if not isinstance(kind, type):
             raise Refused("--set", ast.unparse(node), f"{node.func.id} is no kind of value and cannot be called here")
-        given = [_evaluate(argument) for argument in node.args]
-        _check_arguments(ast.unparse(node), made, len(given), named)
-        return made(*given, **named)
+        positional = [_evaluate(argument) for argument in node.args]
+        _check_arguments(ast.unparse(node), kind, len(positional), named)
+        return kind(*positional, **named)
     if isinstance(node, ast.Tuple):
         return tuple(_evaluate(item) for item in node.elts)
     return ast.literal_eval(node)
@@ -97,21 +95,23 @@ def _check_arguments(text: str, kind: type, count: int, named: Iterable[str]) ->
         raise Refused("--set", text, f"{error}; {has}") from error
 
 
-def _known(name: str) -> None:
-    """Raise Refused for a name that looks like one of ours and is none."""
-    near = difflib.get_close_matches(name, [*fedloom.__all__], 3, 0.7)
+def _check_name(name: str) -> None:
+    """Raise Refused for a name that looks like a public one and is none."""
+    near = difflib.get_close_matches(name, [*HOMES], 3, 0.7)
     if near and not _is_public(name):
         raise Refused("--set", name, f"there is no such name; did you mean {' or '.join(near)}?")
 
 
 def _is_public(name: str) -> bool:
-    """A name of the package's list, or of a class in a folder of methods, which need not be listed."""
-    found = None if name in fedloom.__all__ else getattr(fedloom, name, None)
-    return name in fedloom.__all__ or getattr(found, "__module__", "").startswith(METHODS)
+    try:
+        public_name(name)
+    except AttributeError:
+        return False
+    return True
 
 
 def load_run_file(file: Path) -> Run:
-    """The value `run` of the file, which is executed. Raises Refused if it stops or has none."""
+    """Execute the file and return its value `run`. Raises Refused if it stops with an error or has no such value."""
     if not file.is_file():
         raise Refused("FILE", str(file), "there is no such file; give a Python file with a value `run = Run(...)`")
     sys.path.insert(0, str(file.parent.resolve()))  # as `python FILE` would

@@ -1,11 +1,11 @@
 """The trace: every (time, event, commands) of a run as a line of JSON in `trace.jsonl`, with tensors by their sha256.
 
-Two runs of one seed write the same trace, so comparing two files compares two runs. `replay` feeds its events to a fresh server, `resume`
-cuts it at the length that the last checkpoint names, and the report reads it.
+Two runs of one seed write the same trace, so comparing two files compares two runs. `replay` feeds its events to a fresh server,
+`resume` cuts it at the length that the last checkpoint names, and the report reads it.
 
-An adapter is written as the fingerprint of its numbers, an update as the number of its task (its result was written when it arrived), and
-the memory of a model, which may hold an adapter a client, as one hash. A number that JSON does not have is written in words: a client's
-NaN is refused by the server, and must not stop the trace that tells so.
+An adapter is written as the fingerprint of its numbers, an update as the number of its task (its result was written when it
+arrived), and the memory of a model, which may hold an adapter a client, as one hash. A number that JSON does not have is written
+in words: a client's NaN is refused by the server, and must not stop the trace that tells so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from fedloom.core.types import Model, Update
 
 def encode_step(now: float, event: Event, commands: Sequence[Command]) -> str:
     """Encode one step of a run as a line of JSON. Raises TypeError for a tensor outside an adapter."""
-    return f'{{"time":{ENCODER[type(now)](now)},"event":{ENCODER[type(event)](event)},"commands":{ENCODER.row(commands)}}}'
+    return (
+        f'{{"time":{ENCODER[type(now)](now)},"event":{ENCODER[type(event)](event)},"commands":{ENCODER.row(commands)}}}'
+    )
 
 
 def _model(model: Model) -> str:

@@ -19,10 +19,14 @@ from fedloom.schedule.shared.staleness import SQUARE_ROOT, Discount, check_disco
 
 @dataclass(frozen=True, slots=True)
 class FedAsync:
-    """A step of `mixing` times `discount` towards each client's model; at most `max_in_flight` clients are at work.
+    """A step towards each client's model as soon as it answers.
 
-    `uploader_goes_on`: whoever answered is started again, and not an idle client drawn at random. Work that would come back more
-    than `max_staleness` versions old is aborted.
+    Fields:
+        mixing: size of the step for a fresh answer (alpha; above 0, at most 1).
+        discount: factor by staleness.
+        max_in_flight: clients at work at once.
+        uploader_goes_on: whether the client that answered is started again, and not an idle one drawn at random.
+        max_staleness: versions after which outstanding work is aborted, since its answer would come too late (None: never).
     """
 
     mixing: float = 0.6
@@ -38,7 +42,7 @@ class FedAsync:
         check_discount(self.discount)
 
     def merge(self, fleet: Fleet) -> Merge | None:
-        """The first answer that is there, alone."""
+        """Return the first answer that waits, alone."""
         if not fleet.arrived:
             return None
         update, *others = fleet.arrived
@@ -46,9 +50,9 @@ class FedAsync:
         return Merge(((1.0, update),), step, retain=tuple(others), cancel=too_stale(fleet, self.max_staleness))
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
-        """An idle client for each free place."""
+        """Return an idle client for each free slot."""
         return refill(fleet, self.max_in_flight, self.uploader_goes_on)
 
     def wake(self, fleet: Fleet) -> float | None:
-        """Only answers count."""
+        """Return None: only answers count, no timer."""
         return None

@@ -22,13 +22,22 @@ from fedloom.schedule.shared.weights import Weigh, normalised, uniform
 
 @dataclass(frozen=True, slots=True)
 class FedBuff:
-    """`buffer_size` answers of at most `max_in_flight` clients at work make a version.
+    """A full buffer of answers makes a version.
 
-    A change weighs as `weigh` and, by its staleness, `discount` say; with `normalised_weights` stale answers count less beside
-    fresh ones, but a buffer of stale ones alone steps as far as a fresh one. `waiting`: who answered
-    rests, and its place stays empty, until the next version; otherwise another takes its place at once. With `delay_threshold`
-    the server learning rate is divided by the largest staleness in the buffer, where that is larger than the threshold (FADAS).
-    Work that would come back more than `max_staleness` versions old is aborted.
+    Fields:
+        buffer_size: answers that make a version (K).
+        max_in_flight: clients at work at once.
+        server_learning_rate: factor of the mean change (above 0, at most 1).
+        weigh: weight of an answer before the discount.
+        discount: factor by staleness.
+        normalised_weights: whether stale answers count less beside fresh ones only, so that a buffer of stale ones alone steps as far
+            as a fresh one.
+        waiting: whether a client that answered rests, and its slot stays empty, until the next version (semi-asynchronous);
+            otherwise another client takes the slot at once.
+        uploader_goes_on: whether the client that answered is started again, and not an idle one drawn at random.
+        delay_threshold: staleness above which the server learning rate is divided by the largest staleness in the buffer (FADAS;
+            None: never).
+        max_staleness: versions after which outstanding work is aborted, since its answer would come too late (None: never).
     """
 
     buffer_size: int = 10
@@ -56,29 +65,30 @@ class FedBuff:
         check_discount(self.discount)
 
     def merge(self, fleet: Fleet) -> Merge | None:
-        """The changes in the buffer once it is full, or once everybody who could fill it waits."""
+        """Return the changes in the buffer once it is full, or once everybody who could fill it waits."""
         stuck = self.waiting and not fleet.busy and len(_waiting(fleet)) == len(fleet.idle)
         if not fleet.arrived or (len(fleet.arrived) < self.buffer_size and not stuck):
             return None
-        old = {update.task.id: self.discount(staleness(fleet, update)) for update in fleet.arrived}
+        discounts = {update.task.id: self.discount(staleness(fleet, update)) for update in fleet.arrived}
         plain = normalised(fleet.arrived, self.weigh)
-        counted = 1.0 if self.normalised_weights else fsum(share * old[update.task.id] for share, update in plain)
+        # a merge's weights sum to 1, so what the discounts take off the whole buffer goes into the step
+        counted = 1.0 if self.normalised_weights else fsum(share * discounts[update.task.id] for share, update in plain)
         return Merge(
-            normalised(fleet.arrived, lambda update: self.weigh(update) * old[update.task.id]),
+            normalised(fleet.arrived, lambda update: self.weigh(update) * discounts[update.task.id]),
             step=self._rate(fleet) * counted,
             as_delta=True,
             cancel=too_stale(fleet, self.max_staleness),
         )
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
-        """An idle client for each free place; places of clients that wait are not free."""
+        """Return an idle client for each free slot; slots of clients that wait are not free."""
         waiting = _waiting(fleet) if self.waiting else frozenset[ClientId]()
-        places = self.max_in_flight - (len(fleet.arrived) if self.waiting else 0)
-        drawn = refill(fleet, places + len(waiting), self.uploader_goes_on)
-        return [client for client in drawn if client not in waiting][: max(places - len(fleet.busy), 0)]
+        slots = self.max_in_flight - (len(fleet.arrived) if self.waiting else 0)
+        drawn = refill(fleet, slots + len(waiting), self.uploader_goes_on)  # enough, whoever of the drawn must wait
+        return [client for client in drawn if client not in waiting][: max(slots - len(fleet.busy), 0)]
 
     def wake(self, fleet: Fleet) -> float | None:
-        """Only answers count."""
+        """Return None: only answers count, no timer."""
         return None
 
     def _rate(self, fleet: Fleet) -> float:
@@ -88,5 +98,5 @@ class FedBuff:
 
 
 def _waiting(fleet: Fleet) -> frozenset[ClientId]:
-    """Idle clients whose answers are in the buffer."""
+    """Return the idle clients whose answers are in the buffer."""
     return frozenset(update.task.client for update in fleet.arrived if update.task.client in fleet.idle)

@@ -25,14 +25,19 @@ from fedloom.schedule.shared.weights import Weigh, normalised, uniform
 
 @dataclass(frozen=True, slots=True)
 class FedFa:
-    """The last `window` answers, of at most `max_in_flight` clients at work.
+    """The mean of the last answers, anew at each answer.
 
-    `delta_rate`: None is FedFa-Param; a number is FedFa-Delta with this server learning rate (1 / `window` is the same step an
-    answer as FedBuff with rate 1). `fill`: the window begins filled with the first model ("seed"), or nothing is merged before
-    `window` answers are there ("wait"). Answers weigh as `weigh` and, by their age at the merge, `discount` say. `dedup` keeps the
-    latest answer of each client alone; a window that is being filled still counts every answer. `uploader_goes_on`: whoever
-    answered is started again, and not an idle client drawn at random. Work that would come back more than `max_staleness`
-    versions old is aborted.
+    Fields:
+        window: answers in the mean (K).
+        max_in_flight: clients at work at once.
+        delta_rate: server learning rate of FedFa-Delta (1 / `window` is the same step an answer as FedBuff with rate 1; None:
+            FedFa-Param).
+        fill: "seed": the window begins filled with the first model; "wait": nothing is merged before `window` answers are there.
+        weigh: weight of an answer before the discount.
+        discount: factor by staleness at the merge.
+        dedup: whether only the latest answer of each client counts; a window that is being filled still counts every answer.
+        uploader_goes_on: whether the client that answered is started again, and not an idle one drawn at random.
+        max_staleness: versions after which outstanding work is aborted, since its answer would come too late (None: never).
     """
 
     window: int = 10
@@ -64,7 +69,7 @@ class FedFa:
         return self.window > 1
 
     def merge(self, fleet: Fleet) -> Merge | None:
-        """The mean over the window, as soon as an answer is there that was in none before."""
+        """Return the mean over the window, as soon as an answer waits that was in no version before."""
         fresh, full = len(fleet.arrived) > fleet.retained, len(fleet.arrived) >= self.window
         if not fresh or (self.fill == "wait" and fleet.version == 0 and not full):
             return None
@@ -81,16 +86,16 @@ class FedFa:
         )
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
-        """An idle client for each free place."""
+        """Return an idle client for each free slot."""
         return refill(fleet, self.max_in_flight, self.uploader_goes_on)
 
     def wake(self, fleet: Fleet) -> float | None:
-        """Only answers count."""
+        """Return None: only answers count, no timer."""
         return None
 
 
 def _latest(fleet: Fleet, dedup: bool) -> tuple[Update, ...]:
-    """In order of arrival; with `dedup` each client's latest alone, beside those that no version was made of yet."""
+    """Return the answers in order of arrival; with `dedup` each client's latest, and those that are in no version yet."""
     if not dedup:
         return tuple(fleet.arrived)
     latest = {update.task.client: place for place, update in enumerate(fleet.arrived)}

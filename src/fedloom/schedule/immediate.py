@@ -3,7 +3,7 @@
 Source: our own combination. A buffer, that of FedBuff (arXiv 2106.06639, 2022) or FedFa's window (arXiv 2404.11015, 2024), both sums
 and smooths. Summing needs no buffer: a change divided by K at once is in the model K - 1 answers earlier than in a buffer of K.
 Smoothing is better done on what is published, where it costs no speed. And where idle clients are drawn at random, slow ones hold
-most places most of the time: with equal time for all, and not an equal number of tasks, as many places bring far more answers.
+most slots most of the time: with equal time for all, and not an equal number of tasks, as many slots bring far more answers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from fedloom.schedule.shared.staleness import CONSTANT, Discount, check_discount
 
 @dataclass(frozen=True, slots=True)
 class Immediate:
-    """Each answer moves the model by `server_learning_rate` times its change; at most `max_in_flight` clients are at work.
+    """A step along each client's change as soon as it answers.
 
-    After `steady` versions the rate falls as 1 / sqrt(version) (None: never). `discount` is by staleness. Work that would come back
-    more than `max_staleness` versions old is aborted. A free place goes to the client that has worked the fewest seconds, of
-    `choices` idle ones drawn at random.
+    Fields:
+        server_learning_rate: factor of each change (above 0, at most 1).
+        max_in_flight: clients at work at once.
+        steady: versions after which the rate falls as 1 / sqrt(version) (None: never).
+        discount: factor by staleness.
+        max_staleness: versions after which outstanding work is aborted, since its answer would come too late (None: never).
+        choices: idle clients drawn at random for a free slot, which goes to the one that has worked the fewest seconds.
     """
 
     server_learning_rate: float = 0.1
@@ -47,7 +51,7 @@ class Immediate:
         check_discount(self.discount)
 
     def merge(self, fleet: Fleet) -> Merge | None:
-        """The first answer that is there, alone."""
+        """Return the first answer that waits, alone."""
         if not fleet.arrived:
             return None
         update, *others = fleet.arrived
@@ -57,9 +61,9 @@ class Immediate:
         return Merge(((1.0, update),), step, as_delta=True, retain=tuple(others), cancel=stale)
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
-        """An idle client for each free place."""
+        """Return an idle client for each free slot."""
         return draw_least_worked(fleet, self.max_in_flight - len(fleet.busy), self.choices)
 
     def wake(self, fleet: Fleet) -> float | None:
-        """Only answers count."""
+        """Return None: only answers count, no timer."""
         return None

@@ -19,11 +19,14 @@ from fedloom.schedule.shared.weights import Weigh, by_examples, normalised
 
 @dataclass(frozen=True, slots=True)
 class Rounds:
-    """`cohort_size` answers make a round.
+    """A cohort of answers makes a round; a federation smaller than the cohort takes part whole.
 
-    `over_selection` starts that many times more clients; the first `cohort_size` answers count, the rest is cancelled.
-    `deadline` (seconds from the start of the round) closes a round with what has arrived; with nothing arrived it stays open
-    until the first answer. A federation smaller than the cohort takes part whole.
+    Fields:
+        cohort_size: answers that make a round.
+        over_selection: how many times more clients are started; the first `cohort_size` answers count, the rest is cancelled.
+        deadline: seconds from the start of the round after which it closes with what has arrived, or with the first answer where
+            nothing has (None: no deadline).
+        weigh: weight of an answer.
     """
 
     cohort_size: int = 10
@@ -43,11 +46,11 @@ class Rounds:
 
     @property
     def max_in_flight(self) -> int:
-        """The cohort with those who are started in case."""
+        """Clients that are started in a round, over-selection included."""
         return math.ceil(round(self.cohort_size * self.over_selection, 9))
 
     def start(self, fleet: Fleet) -> Sequence[ClientId]:
-        """A fresh random cohort once the last round is closed."""
+        """Return a new random cohort once the last round is closed."""
         if fleet.busy or fleet.arrived:
             return ()
         idle = sorted(fleet.idle)
@@ -55,14 +58,14 @@ class Rounds:
         return sorted(rng(fleet.seed, "cohort", fleet.version, fleet.tasks).sample(idle, size))
 
     def merge(self, fleet: Fleet) -> Merge | None:
-        """The weighted mean of the round's answers, when the round is complete, decided or overdue."""
+        """Return the weighted mean of the round's answers, when the round is complete or overdue."""
         complete = not fleet.busy or len(fleet.arrived) >= self.cohort_size
         if not fleet.arrived or not (complete or self._overdue(fleet)):
             return None
         return Merge(normalised(fleet.arrived, self.weigh), cancel=tuple(fleet.busy))
 
     def wake(self, fleet: Fleet) -> float | None:
-        """The deadline of the open round, also a missed one; None once it has passed with nothing arrived."""
+        """Return the deadline of the open round, also a missed one; None once it has passed with nothing arrived."""
         due = self._due(fleet)
         return due if due is not None and (fleet.arrived or due > fleet.now) else None
 

@@ -13,27 +13,31 @@ from fedloom.core.types import ClientId
 
 
 class Stays(Protocol):
-    """The periods of each client in turn: available, away, available, ..."""
+    """Periods of each client in turn: available, away, available, ..."""
 
     def stay(self, client: ClientId, period: int) -> float:
-        """Seconds of this period, which may be 0 or inf; even ones are available, odd ones away."""
+        """Return the seconds of this period, which may be 0 or inf; even ones are available, odd ones away."""
         ...
 
 
 class Windows(Protocol):
-    """When which client is available."""
+    """Rule that says when which client is available (`Run.availability`)."""
 
     def of(self, clients: Sequence[ClientId], seed: int) -> Stays:
-        """The periods of these clients. Raises Refused."""
+        """Return the periods of these clients. Raises Refused."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Every client comes and goes on its own: exponential times of mean `online` and `offline` seconds.
+    """Every client comes and goes on its own.
 
-    It is as if this had gone on for ever: at the start a client is there with probability online / (online + offline). With
-    `regular` the times are just so long, each client at its own phase (a phone that charges for eight hours a day).
+    It is as if this had gone on for ever: at the start a client is there with probability online / (online + offline).
+
+    Fields:
+        online: mean time that a client is available (virtual seconds; 3,600; exponential).
+        offline: mean time that it is away (virtual seconds; 3,600; exponential).
+        regular: all times are just so long, each client at its own phase, such as a phone that charges for eight hours a day (False).
     """
 
     online: float = 3600.0
@@ -46,7 +50,7 @@ class Availability:
                 raise Refused(f"availability.{name}", getattr(self, name), "positive seconds; None for always there")
 
     def of(self, clients: Sequence[ClientId], seed: int) -> Stays:
-        """A rule for all clients alike."""
+        """Return the periods, by one rule for all clients."""
         return _Drawn(self, seed)
 
 
@@ -82,13 +86,13 @@ class Traced:
     cycles: Mapping[ClientId, tuple[float, ...]]
 
     def stay(self, client: ClientId, period: int) -> float:
-        """As the cycle says."""
+        """Return the period of the cycle."""
         cycle = self.cycles[client]
         return cycle[period % len(cycle)]
 
 
 def cycle(windows: Sequence[tuple[float, float]], length: float) -> tuple[float, ...]:
-    """Windows (from, to), in order and within `length` seconds, as periods. Never, or always, is a period without an end.
+    """Convert windows (from, to), in order and within `length` seconds, to periods. Never, or always, is a period without an end.
 
     >>> cycle([(2.0, 5.0), (6.0, 10.0)], 10.0)
     (0.0, 2.0, 3.0, 1.0, 4.0, 0.0)

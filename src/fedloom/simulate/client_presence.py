@@ -90,7 +90,9 @@ class Presence:
                 self.vanished_in[client] = number
                 back = now + self.faults.outage(client, number, self.seed)
                 notice = now + self.faults.notice
-                return Consequences((), ((notice, AbsenceNoticed(client, number)), (back, Returned(client))), number, back)
+                return Consequences(
+                    (), ((notice, AbsenceNoticed(client, number)), (back, Returned(client))), number, back
+                )
             case AbsenceNoticed(_, number) if self.vanished_in.get(client) == number:
                 return _lose(client, state, now)
             case Returned():

@@ -21,10 +21,14 @@ USUAL = 1e10
 
 @dataclass(frozen=True, slots=True)
 class Delays:
-    """Log-normal: `median` seconds, times exp(`sigma` z) with z the client's for ever, times exp(`jitter` z) with z the task's.
+    """Log-normal delays: `median` seconds times exp(`sigma` z), z drawn once a client, times exp(`jitter` z), z drawn for each task.
 
-    With both 0 every task takes `median` seconds. The share of the clients that is slower than x medians is Phi(-ln(x) / sigma):
-    with sigma 1 a tenth takes more than 3.6 times the median.
+    The share of the clients that is slower than x medians is Phi(-ln(x) / sigma): with sigma 1 a tenth takes more than 3.6 medians.
+
+    Fields:
+        median: the time of a task at the median client (virtual seconds; 1).
+        sigma: spread over clients (1; 0: all are alike).
+        jitter: spread over the tasks of a client (0: they all take the same time).
     """
 
     median: float = 1.0
@@ -37,13 +41,13 @@ class Delays:
             _spread(name, getattr(self, name))
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """Alike but for their speed."""
+        """Return profiles that differ in their speed alone."""
         return tuple(
             Profile(client, examples[client], flops=USUAL / self._slowness(client, seed)) for client in sorted(examples)
         )
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """The client's time, with this task's jitter."""
+        """Return the client's time, with this task's jitter."""
         drawn = rng(seed, "delay", task.client, task.id).lognormvariate(0.0, self.jitter) if self.jitter else 1.0
         return Seconds(0.0, self.median * self._slowness(task.client, seed) * drawn, 0.0)
 
@@ -53,9 +57,13 @@ class Delays:
 
 @dataclass(frozen=True, slots=True)
 class ExponentialDelays:
-    """t = `scale` * Exp(rate of the client) seconds, the rates log-normal: rate ~ LogNormal(0, `sigma`^2).
+    """Exponential delays: t = `scale` * Exp(rate of the client) seconds, with rate ~ LogNormal(0, `sigma`^2).
 
-    The mean time of a client is `scale` / rate. With sigma 0 all clients are alike and only chance makes them late.
+    The mean time of a client is `scale` / rate.
+
+    Fields:
+        scale: mean time at rate 1 (virtual seconds; 1).
+        sigma: spread of the rates over clients (1; 0: all are alike, and only chance makes them late).
     """
 
     scale: float = 1.0
@@ -66,13 +74,13 @@ class ExponentialDelays:
         _spread("sigma", self.sigma)
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """Alike but for their rate."""
+        """Return profiles that differ in their rate alone."""
         return tuple(
             Profile(client, examples[client], flops=USUAL * self._rate(client, seed)) for client in sorted(examples)
         )
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """An exponential draw at the client's rate."""
+        """Return an exponential draw at the client's rate."""
         drawn = rng(seed, "delay", task.client, task.id).expovariate(self._rate(task.client, seed))
         return Seconds(0.0, self.scale * drawn, 0.0)
 
@@ -82,7 +90,13 @@ class ExponentialDelays:
 
 @dataclass(frozen=True, slots=True)
 class DelayClass:
-    """Clients whose tasks take a uniform time between `low` and `high` seconds; `share` is relative to the other classes'."""
+    """Clients whose tasks take a uniform time between two bounds.
+
+    Fields:
+        name: the class, which becomes the `tier` of its clients.
+        share: of the clients, relative to the other classes.
+        low, high: the bounds (virtual seconds).
+    """
 
     name: str
     share: float
@@ -100,11 +114,14 @@ FAST, SLOWER = DelayClass("fast", 3.0, 1.0, 2.0), DelayClass("slower", 2.0, 3.0,
 
 @dataclass(frozen=True, slots=True)
 class DelayClasses:
-    """Classes of clients. Their shares are drawn once a run from a Dirichlet distribution around the given ones.
+    """Classes of clients whose shares are drawn once a run from a Dirichlet distribution around the given ones.
 
-    Its parameters are `concentration` times the shares: larger is nearer to them, None is just them. Source: FADAS, Wang et al.
-    2024, official simulation: Dirichlet(3, 2, 1), U(1, 2), U(3, 5), and U(5, 8) for mild or U(50, 80) for large delays
-    (`LARGE_DELAYS`).
+    Source: FADAS, Wang et al. 2024, official simulation: Dirichlet(3, 2, 1), U(1, 2), U(3, 5), and U(5, 8) for mild or U(50, 80) for
+    large delays (`LARGE_DELAYS`).
+
+    Fields:
+        classes: the classes (FADAS with mild delays).
+        concentration: the distribution's parameters are this times the shares: larger is nearer to them (1; None: just the shares).
     """
 
     classes: tuple[DelayClass, ...] = (FAST, SLOWER, DelayClass("slow", 1.0, 5.0, 8.0))
@@ -118,7 +135,7 @@ class DelayClasses:
             check_positive("world", "the Dirichlet distribution", concentration=self.concentration)
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """Classes by their drawn shares (largest remainder first), dealt in seeded random order; named by `tier`."""
+        """Return profiles of classes by their drawn shares (largest remainder first), dealt in seeded random order."""
         clients = sorted(examples)
         classes = apportion(self._drawn(seed), len(clients))
         rng(seed, "classes").shuffle(classes)
@@ -128,7 +145,7 @@ class DelayClasses:
         )
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """Uniform between the bounds of the client's class."""
+        """Return a uniform draw between the bounds of the client's class."""
         (own,) = (one for one in self.classes if one.name == profile.tier)
         return Seconds(0.0, rng(seed, "delay", task.client, task.id).uniform(own.low, own.high), 0.0)
 

@@ -32,10 +32,14 @@ USUAL = Profile("", 0)
 
 @dataclass(frozen=True, slots=True)
 class DeviceFile:
-    """A CSV table of devices: columns `flops`, `up_bps`, `down_bps`, and if wanted `client`, `memory` (bytes), `tier`.
+    """Devices from a CSV table: columns `flops`, `up_bps`, `down_bps`, and if wanted `client`, `memory` (bytes), `tier`.
 
     With a `client` column each client has the line of its name; without, the lines are dealt in seeded random order, again from
-    the first where there are more clients. `jitter` is as in `World`.
+    the first where there are more clients.
+
+    Fields:
+        path: the table.
+        jitter: standard deviation of the logarithm of each task's training time (0: none).
     """
 
     path: str | Path
@@ -45,16 +49,17 @@ class DeviceFile:
         _check_jitter(self.jitter)
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """Read the file. Raises Refused with line and column."""
+        """Read the devices of these clients. Raises Refused with line and column."""
         file = ClientTable("world.path", str(self.path))
         entries = file.read(("flops", "up_bps", "down_bps"), ("client", "memory", "tier"))
         for entry in entries:
             self._profile(file, entry, "", 0)  # also lines that nobody gets are checked
-        own = file.deal(entries, examples, seed) if entries[0].client is None else file.by_name(entries, examples)
-        return tuple(self._profile(file, entry, client, examples[client]) for client, entry in own.items())
+        named = entries[0].client is not None
+        by_client = file.by_name(entries, examples) if named else file.deal(entries, examples, seed)
+        return tuple(self._profile(file, entry, client, examples[client]) for client, entry in by_client.items())
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """Bytes over links, FLOP over speed."""
+        """Return bytes over links and FLOP over speed."""
         return task_seconds(task, result, profile, shape, jitter_factor(task, self.jitter, seed))
 
     def _profile(self, file: ClientTable, entry: Entry, client: ClientId, examples: int) -> Profile:
@@ -67,9 +72,14 @@ class DeviceFile:
 class FedScaleDevices:
     """FedScale's devices, dealt in seeded random order: `computation` in ms a sample, `communication` in kbit/s both ways.
 
-    A JSON object {client: {"computation": 162.0, "communication": 5648.1}, ...} or a CSV table with columns client, computation,
-    communication. The latency is that of one inference of a small image network on the device; `sample_flops` is what it costs
-    in FLOP and makes a speed of it (our choice: FedScale takes the latency for whatever is trained). `jitter` is as in `World`.
+    The file is a JSON object {client: {"computation": 162.0, "communication": 5648.1}, ...} or a CSV table with columns client,
+    computation, communication. The latency is that of one inference of a small image network on the device.
+
+    Fields:
+        path: the file.
+        sample_flops: what that inference costs, which makes a speed of the latency (FLOP; 1e9). It is our choice: FedScale takes
+            the latency for whatever is trained.
+        jitter: standard deviation of the logarithm of each task's training time (0: none).
     """
 
     path: str | Path
@@ -82,40 +92,43 @@ class FedScaleDevices:
         _check_jitter(self.jitter)
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """Read the file. Raises Refused with line and column, or the entry."""
-        file, found = ClientTable("world.path", str(self.path)), list[Profile]()
+        """Read the devices of these clients. Raises Refused with line and column, or the entry."""
+        file, profiles = ClientTable("world.path", str(self.path)), list[Profile]()
         entries = file.read(("client", "computation", "communication"))
         for client, entry in file.deal(entries, examples, seed).items():
             latency, kilobits = (file.positive_number(entry, column) for column in ("computation", "communication"))
             bps = 1e3 * kilobits
-            found.append(Profile(client, examples[client], self.sample_flops * 1e3 / latency, bps, bps))
-        return tuple(found)
+            profiles.append(Profile(client, examples[client], self.sample_flops * 1e3 / latency, bps, bps))
+        return tuple(profiles)
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """Bytes over links, FLOP over speed."""
+        """Return bytes over links and FLOP over speed."""
         return task_seconds(task, result, profile, shape, jitter_factor(task, self.jitter, seed))
 
 
 @dataclass(frozen=True, slots=True)
 class AvailabilityFile:
-    """Windows from a file in FedScale's format, repeated after `finish_time` seconds.
+    """Windows of availability from a file in FedScale's format, repeated after `finish_time` seconds.
 
-    A JSON object {client: {"active": [0, 700], "inactive": [300, 900], "finish_time": 1000}, ...}, times in seconds, other keys
-    ignored, or a CSV table with columns client, active, inactive, finish_time and a line for each window. Traces are dealt to
-    clients in seeded random order, or with `by_name` each client has the one of its name.
+    The file is a JSON object {client: {"active": [0, 700], "inactive": [300, 900], "finish_time": 1000}, ...}, times in seconds and
+    other keys ignored, or a CSV table with columns client, active, inactive, finish_time and a line for each window.
+
+    Fields:
+        path: the file.
+        by_name: give each client the windows of its name (False: they are dealt in seeded random order).
     """
 
     path: str | Path
     by_name: bool = False
 
     def of(self, clients: Sequence[ClientId], seed: int) -> Stays:
-        """Read the file. Raises Refused with line and column, or the entry."""
+        """Read the windows of these clients. Raises Refused with line and column, or the entry."""
         file = ClientTable("availability.path", str(self.path))
         entries = file.read(("client", "active", "inactive", "finish_time"))
-        traces = entries if file.is_json else _joined(file, entries)
-        own = file.by_name(traces, clients) if self.by_name else file.deal(traces, clients, seed)
-        cycles = {client: _cycle(file, entry) for client, entry in own.items()}
-        if cycles and all(one == NEVER for one in cycles.values()):
+        traces = entries if file.is_json else _join_lines(file, entries)
+        by_client = file.by_name(traces, clients) if self.by_name else file.deal(traces, clients, seed)
+        cycles = {client: _cycle(file, entry) for client, entry in by_client.items()}
+        if cycles and all(periods == NEVER for periods in cycles.values()):
             raise file.refused("none of the clients is ever available; add windows")
         return Traced(cycles)
 
@@ -136,28 +149,25 @@ def _cycle(file: ClientTable, entry: Entry) -> tuple[float, ...]:
 
 
 def _times(file: ClientTable, entry: Entry, column: str) -> list[float]:
-    given = entry.cells[column]
-    if not isinstance(given, list):
+    times = entry.cells[column]
+    if not isinstance(times, list):
         raise file.refused(f"{entry.where}, {column}: give a list of seconds")
-    return [file.positive_number(Entry(None, entry.where, {column: one}), column, zero=True) for one in given]
+    return [file.positive_number(Entry(None, entry.where, {column: time}), column, zero=True) for time in times]
 
 
-def _joined(file: ClientTable, lines: Sequence[Entry]) -> list[Entry]:
-    """The lines of each client as one entry with lists, which is how JSON has it."""
-    found = dict[ClientId | None, list[Entry]]()
+def _join_lines(file: ClientTable, lines: Sequence[Entry]) -> list[Entry]:
+    """Return the lines of each client as one entry with lists, which is the form of the JSON file."""
+    by_client = dict[ClientId | None, list[Entry]]()
     for line in lines:
-        own = found.setdefault(line.client, [])
-        if own and own[0].cells["finish_time"] != line.cells["finish_time"]:
-            raise file.refused(f"{line.where}, finish_time: another than in {own[0].where} for the same client")
-        own.append(line)
-    return [
-        Entry(
-            client,
-            own[-1].where,
-            {**own[-1].cells, **{c: [one.cells[c] for one in own] for c in ("active", "inactive")}},
-        )
-        for client, own in found.items()
-    ]
+        earlier = by_client.setdefault(line.client, [])
+        if earlier and earlier[0].cells["finish_time"] != line.cells["finish_time"]:
+            raise file.refused(f"{line.where}, finish_time: another than in {earlier[0].where} for the same client")
+        earlier.append(line)
+    entries = []
+    for client, parts in by_client.items():
+        times = {column: [part.cells[column] for part in parts] for column in ("active", "inactive")}
+        entries.append(Entry(client, parts[-1].where, {**parts[-1].cells, **times}))
+    return entries
 
 
 def _check_jitter(jitter: float) -> None:
@@ -173,7 +183,13 @@ PICKLE = b"\x80"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A line of a CSV table, or an item of a JSON object: the client that it names, where it is, what it says."""
+    """A line of a CSV table, or an item of a JSON object.
+
+    Fields:
+        client: the client that it names (None: it names none).
+        where: its place in the file, in words.
+        cells: its values, by column.
+    """
 
     client: ClientId | None
     where: str
@@ -182,18 +198,18 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class ClientTable:
-    """A file, and the setting that names it. Every method raises Refused."""
+    """A file with an entry for each client, and the setting that names it. Every method raises Refused."""
 
     field: str
     path: str
 
     @property
     def is_json(self) -> bool:
-        """By its name."""
+        """Whether it is JSON, by its name."""
         return Path(self.path).suffix.lower() == ".json"
 
     def read(self, required: Sequence[str], optional: Sequence[str] = ()) -> list[Entry]:
-        """All entries: of a `.json` file {client: {column: value}}, else of a CSV table with a header; at least one."""
+        """Read all entries, at least one: of a `.json` file {client: {column: value}}, else of a CSV table with a header."""
         try:
             content = Path(self.path).read_bytes()
             if content.startswith(PICKLE):
@@ -211,7 +227,7 @@ class ClientTable:
         return entries
 
     def positive_number(self, entry: Entry, column: str, zero: bool = False) -> float:
-        """The positive finite number of this column; with `zero` it may be 0."""
+        """Return the positive finite number in this column; with `zero` it may be 0."""
         value = entry.cells.get(column)
         try:
             number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
@@ -224,13 +240,13 @@ class ClientTable:
         return number
 
     def deal(self, entries: Sequence[Entry], clients: Iterable[ClientId], seed: int) -> dict[ClientId, Entry]:
-        """An entry for each client, dealt in random order, again from the first where there are more clients."""
+        """Return an entry for each client, dealt in random order, again from the first where there are more clients."""
         order = list(entries)
         rng(seed, "dealt", self.field).shuffle(order)
         return {client: order[k % len(order)] for k, client in enumerate(sorted(clients))}
 
     def by_name(self, entries: Sequence[Entry], clients: Iterable[ClientId]) -> dict[ClientId, Entry]:
-        """The entry of each client."""
+        """Return the entry that names each client."""
         by_name = dict[ClientId | None, Entry]()
         for entry in entries:
             if entry.client in by_name:
@@ -243,19 +259,19 @@ class ClientTable:
         return {client: by_name[client] for client in sorted(clients)}
 
     def refused(self, remedy: str) -> Refused:
-        """What is wrong with the file."""
+        """Return the error that says what is wrong with the file."""
         return Refused(self.field, self.path, remedy)
 
     def _json(self, text: str, required: Sequence[str]) -> list[Entry]:
         try:
-            given = json.loads(text)
+            content = json.loads(text)
         except RecursionError as error:
             raise self.refused("is nested too deep; give an object of objects") from error
         except ValueError as error:
             raise self.refused(f"is not JSON ({error})") from error
-        if not isinstance(given, dict) or not all(isinstance(item, dict) for item in given.values()):
+        if not isinstance(content, dict) or not all(isinstance(item, dict) for item in content.values()):
             raise self.refused("give a JSON object of objects, one for each client")
-        entries = [Entry(client, f"client {client!r:.40}", cells) for client, cells in given.items()]
+        entries = [Entry(client, f"client {client!r:.40}", cells) for client, cells in content.items()]
         for entry in entries:
             lacking = [name for name in required if name not in entry.cells and name != "client"]
             if lacking:
@@ -277,11 +293,11 @@ class ClientTable:
         return entries
 
     def _header(self, header: list[str], required: Sequence[str], optional: Sequence[str]) -> list[str]:
-        known = [*required, *optional]
+        columns = [*required, *optional]
         for column in header:
-            if column not in known or header.count(column) > 1:
-                problem = "is there twice" if column in known else "is not known"
-                raise self.refused(f"line 1: column {column!r:.40} {problem}; the columns are {', '.join(known)}")
+            if column not in columns or header.count(column) > 1:
+                problem = "is there twice" if column in columns else "is not known"
+                raise self.refused(f"line 1: column {column!r:.40} {problem}; the columns are {', '.join(columns)}")
         lacking = [column for column in required if column not in header]
         if lacking:
             raise self.refused(f"line 1: there is no column {lacking[0]!r}; needed are {', '.join(required)}")

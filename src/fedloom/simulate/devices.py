@@ -15,7 +15,7 @@ from fedloom.core.types import ClientId, Profile, Result, Task
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """The parts of a task's duration, in virtual seconds."""
+    """Virtual seconds of a task: on the link down, in training, on the link up."""
 
     down: float
     train: float
@@ -23,28 +23,28 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        """From dispatch to arrival."""
+        """Seconds from dispatch to arrival."""
         return self.down + self.train + self.up
 
 
 class Devices(Protocol):
-    """Who the clients are and how long they take: the two questions that a simulation asks of `Run.world`."""
+    """Device model of a run (`Run.world`): which devices the clients have, and how long a task takes them."""
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """A device for each client, given its number of examples. Does not depend on the order of the clients."""
+        """Return a device for each client, given its number of examples. Must not depend on the order of the clients."""
         ...
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """How long this task takes this client, whose `turn`-th task it is (from 0): a function of its arguments alone.
+        """Return how long this task takes this client, whose `turn`-th task it is (from 0): a function of its arguments alone.
 
-        It is asked before training too, for an answer with no metrics that changed nothing, and must say no more then: the
-        simulation waits for the real answer at that moment (`ahead`).
+        It is called before training too, with an answer that changed nothing, and must return no more then than for the real one:
+        the simulation waits for the real answer at that moment (`lookahead`).
         """
         ...
 
 
 def check_positive(field: str, name: str, **numbers: float) -> None:
-    """Raise Refused for the first of a class's numbers that is none."""
+    """Raise Refused for the first of these numbers of `name` that is not positive."""
     for which, number in numbers.items():
         if not number > 0:
             raise Refused(f"{field}.{which}", number, f"{name} needs a positive number")
@@ -52,7 +52,15 @@ def check_positive(field: str, name: str, **numbers: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """A class of devices: `share` of the federation, sustained FLOP/s, bits/s up and down, bytes of memory."""
+    """A class of devices.
+
+    Fields:
+        name: the tier, as profiles and reports name it.
+        share: of the federation, relative to the other tiers.
+        flops: sustained speed of training (FLOP/s).
+        up_bps, down_bps: speed of the links (bits/s).
+        memory: of the device (bytes).
+    """
 
     name: str
     share: float
@@ -73,7 +81,12 @@ WORKSTATION = Tier("workstation", 0.2, flops=1e11, up_bps=1e8, down_bps=1e8, mem
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Tiers of devices; `jitter` is the standard deviation of the log of each task's training time (0: none)."""
+    """Tiers of devices.
+
+    Fields:
+        tiers: the classes of devices (half phones, a third laptops, the rest workstations).
+        jitter: standard deviation of the logarithm of each task's training time (0.2; 0: none).
+    """
 
     tiers: tuple[Tier, ...] = (PHONE, LAPTOP, WORKSTATION)
     jitter: float = 0.2
@@ -85,7 +98,7 @@ class World:
             raise Refused("world.jitter", self.jitter, "0 means that a task always takes the same time")
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """A device for each client: tiers by their shares (largest remainder first), dealt in seeded random order."""
+        """Return a device for each client: tiers by their shares (largest remainder first), dealt in seeded random order."""
         clients = sorted(examples)
         tiers = apportion(self.tiers, len(clients))
         rng(seed, "tiers").shuffle(tiers)
@@ -95,13 +108,20 @@ class World:
         )
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """Download, training and upload of one task: bytes over links, FLOP over speed."""
+        """Return the seconds of download, training and upload: bytes over links, FLOP over speed."""
         return task_seconds(task, result, profile, shape, jitter_factor(task, self.jitter, seed))
 
 
 @dataclass(frozen=True, slots=True)
 class Capability:
-    """A class of devices behind one wireless network: `share` of the federation, FLOP/s in the fastest mode, bytes of memory."""
+    """A class of devices behind one wireless network.
+
+    Fields:
+        name: the class, as profiles and reports name it.
+        share: of the federation, relative to the other classes.
+        flops: speed in the fastest mode (FLOP/s).
+        memory: of the device (bytes).
+    """
 
     name: str
     share: float
@@ -121,10 +141,14 @@ STRONG = Capability("strong", 0.125, flops=6e11, memory=3.2e10)
 class Capabilities:
     """Devices whose power and network change all the time: of 80, 30 are weak, 40 middle (2.5 x), 10 strong (6 x).
 
-    Bandwidth, the same both ways, is uniform between `low_bps` and `high_bps` and drawn anew for each task. A device works in one
-    of `modes` (its share of the full speed, as set by a power saver), drawn anew after every `mode_tasks` of its tasks. The
-    server's profile tells the full speed and the mean bandwidth. Source: the simulation profile for HierFedLoRA (2025), after the
+    The server's profile has the full speed and the mean bandwidth. Source: the simulation profile for HierFedLoRA (2025), after the
     platforms of the same group; the speeds in FLOP/s and the modes are our choice.
+
+    Fields:
+        classes: the classes of devices.
+        low_bps, high_bps: the bandwidth, the same both ways, is uniform between these and drawn anew for each task (bits/s).
+        modes: shares of the full speed, as a power saver sets them; a device works in one of them.
+        mode_tasks: after so many of its tasks a device's mode is drawn anew.
     """
 
     classes: tuple[Capability, ...] = (WEAK, MIDDLE, STRONG)
@@ -144,7 +168,7 @@ class Capabilities:
             raise Refused("world.mode_tasks", self.mode_tasks, "a mode lasts for at least 1 task")
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """A device for each client: classes by their shares, dealt in seeded random order."""
+        """Return a device for each client: classes by their shares, dealt in seeded random order."""
         clients, mean = sorted(examples), (self.low_bps + self.high_bps) / 2
         classes = apportion(self.classes, len(clients))
         rng(seed, "classes").shuffle(classes)
@@ -154,7 +178,7 @@ class Capabilities:
         )
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """Bytes over the bandwidth of this task, FLOP over the speed of the mode of this turn."""
+        """Return bytes over the bandwidth of this task and FLOP over the speed of the mode of this turn."""
         mode = rng(seed, "mode", task.client, turn // self.mode_tasks).choice(self.modes)
         bps = rng(seed, "bandwidth", task.client, task.id).uniform(self.low_bps, self.high_bps)
         return task_seconds(task, result, replace(profile, up_bps=bps, down_bps=bps), shape, 1.0 / mode)
@@ -162,30 +186,30 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class FasterLinks:
-    """The devices of `inner`, their links `times` as fast: to an edge that is nearer than the server."""
+    """The devices of `inner` with links that are `times` as fast: to an edge that is nearer than the server."""
 
     inner: Devices
     times: float
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
-        """The same devices."""
-        told = self.inner.profiles(examples, seed)
-        return tuple(replace(one, up_bps=one.up_bps * self.times, down_bps=one.down_bps * self.times) for one in told)
+        """Return the same devices with faster links."""
+        far = self.inner.profiles(examples, seed)
+        return tuple(replace(one, up_bps=one.up_bps * self.times, down_bps=one.down_bps * self.times) for one in far)
 
     def seconds(self, task: Task, result: Result, profile: Profile, shape: Shape, seed: int, turn: int = 0) -> Seconds:
-        """The same work; the messages take a part of the time, whatever the link is at that moment."""
+        """Return the same seconds of training; messages take a part of the time, whatever the link is at that moment."""
         far = replace(profile, up_bps=profile.up_bps / self.times, down_bps=profile.down_bps / self.times)
         took = self.inner.seconds(task, result, far, shape, seed, turn)
         return Seconds(took.down / self.times, took.train, took.up / self.times)
 
 
 def jitter_factor(task: Task, jitter: float, seed: int) -> float:
-    """How many times longer than usual this task is trained: log-normal with this deviation of the logarithm."""
+    """Return how many times longer than usual this task is trained: log-normal with this deviation of the logarithm."""
     return rng(seed, "seconds", task.client, task.id).lognormvariate(0.0, jitter) if jitter else 1.0
 
 
 def task_seconds(task: Task, result: Result, profile: Profile, shape: Shape, slower: float = 1.0) -> Seconds:
-    """Bytes over links and FLOP over speed, training `slower` times as long."""
+    """Return bytes over links and FLOP over speed, with training `slower` times as long."""
     train = slower * shape.train_flops(result.tokens, task.budget.rank, task.budget.depth) / profile.flops
     down, up = message_size.download_size(task.start).total, message_size.upload_size(task, result).total
     return Seconds(8.0 * down / profile.down_bps, train, 8.0 * up / profile.up_bps)
@@ -200,7 +224,7 @@ T = TypeVar("T", bound=_Shared)
 
 
 def apportion(classes: Sequence[T], clients: int) -> list[T]:
-    """A class for each of so many clients, by their shares (largest remainder first), in order of class."""
+    """Return a class for each of so many clients, by their shares (largest remainder first), in order of class."""
     whole = sum(one.share for one in classes)
     exact = [clients * one.share / whole for one in classes]
     counts = [int(value) for value in exact]

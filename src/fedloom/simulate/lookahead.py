@@ -13,15 +13,21 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import TypeGuard
 
-from fedloom.core.policies import PendingResult, BackgroundTrainer, Trainer
+from fedloom.core.policies import BackgroundTrainer, PendingResult, Trainer
 from fedloom.core.types import ClientState, Result, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A task whose answer is not known yet; `before` is what was at its client, whose `turn`-th task it is.
+    """A task whose answer is not known yet.
 
-    It takes `least` seconds at least. `back`: it was dropped, and its answer is sent all the same when the client is back.
+    Fields:
+        task: the task.
+        before: what was at its client when it was sent.
+        turn: number of the client's earlier tasks.
+        least: the seconds that it takes at least.
+        answer: waits for the answer.
+        back: it was dropped, and its answer is sent all the same when the client is back (virtual seconds; None: it was not dropped).
     """
 
     task: Task
@@ -42,8 +48,10 @@ def _overlaps(kind: type[Trainer]) -> bool:
     return issubclass(kind, BackgroundTrainer)
 
 
-def start_training(trainer: Trainer, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]) -> Sequence[PendingResult]:
-    """The answers of a cohort; a trainer that cannot overlap trains it here and now."""
+def start_training(
+    trainer: Trainer, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]
+) -> Sequence[PendingResult]:
+    """Start the training of a cohort; returns its answers. A trainer that cannot overlap trains it here and now."""
     if overlaps(trainer):
         return trainer.begin(work, due)
     return [partial(_itself, pair) for pair in trainer.train(work)]

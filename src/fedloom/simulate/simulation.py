@@ -1,10 +1,10 @@
 """The virtual-clock driver: a heap of events around the pure core. It carries out commands and decides nothing.
 
-Each step takes the earliest event, hands it to the server, shows the step to the observers, and carries out the commands: a `Dispatch`
-is trained, an `Evaluate` scored, a `Cancel` forgotten. Training really happens; its result arrives when the device and link models
-say, and is waited for when the clock comes to the first moment at which it can arrive (`lookahead`). Ties in time are broken by
-the order in which events were made, those of a task at its dispatch. So a run of one seed is one sequence of events, whenever its
-training ended.
+Each step takes the earliest event, hands it to the server, shows the step to the observers, and carries out the commands: the task
+of a `Dispatch` is trained, the model of an `Evaluate` scored, what would follow from a cancelled task removed. Training really
+happens; its result arrives when the device and link models say, and is waited for when the clock comes to the first moment at which
+it can arrive (`lookahead`). Ties in time are broken by the order in which events were made, those of a task at its dispatch. So a
+run of one seed is one sequence of events, whenever its training ended.
 """
 
 from __future__ import annotations
@@ -159,7 +159,10 @@ class Simulation:
         """
         if not dropped:
             return
-        remaining, late = list[tuple[float, int, Event | ClientChange]](), list[tuple[int, float, UpdateArrived | Pending]]()
+        remaining, late = (
+            list[tuple[float, int, Event | ClientChange]](),
+            list[tuple[int, float, UpdateArrived | Pending]](),
+        )
         for time, order, event in self.heap:
             if not isinstance(event, UpdateArrived | TaskFailed | Vanished) or event.task not in dropped:
                 remaining.append((time, order, event))
@@ -221,7 +224,7 @@ class Simulation:
             self._push(arrives, UpdateArrived(task.client, task.id, timed), order + 1)
 
     def _least_seconds(self, task: Task, turn: int) -> float:
-        """Return the seconds that a task takes if training changes nothing, so that little is sent; 0 if the trainer cannot foresee it."""
+        """Return the seconds of a task if training changes nothing, so that little is sent; 0 if the trainer cannot foresee it."""
         if not overlaps(self.trainer):
             return 0.0
         seconds: float = self._with_seconds(task, self.trainer.unchanged_result(task), turn).metrics["seconds"]

@@ -1,3 +1,14 @@
-"""Real training: transformers and peft live here and nowhere else."""
+"""Training of real models: a base model of transformers with PEFT adapters, its local training, evaluation and export.
+
+transformers and peft are imported in this room and nowhere else; beside them it uses torch, and from this package `core`,
+`hierarchy` and `data`. Rooms above it see functions of plain values: texts and an adapter go in, an adapter or figures come out.
+
+- `settings`: what users choose (`LoRA`, `Training`, `Engine`, `Generation`); light to import.
+- `pretrained`, `base_model`, `peft_weights`: the frozen model, shared by all simulated clients, and its adapter slots.
+- `tokenised`, `chat_template`: texts as token ids, and the batches of a task.
+- `trainer`, `objective`, `loss`: one task from the adapter that is received to the adapter that is returned.
+- `engine`: ways to compute the same in less time. `workers`: other processes that train.
+- `evaluate`, `generate`, `text_quality`: scores, written answers, and how well a model predicts texts. `export`: PEFT folders.
+"""
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""One frozen base model in memory for all simulated clients, with one PEFT slot for each LoRA rank in use."""
+"""The base model: one frozen model in memory for all simulated clients, with one PEFT adapter slot for each LoRA rank in use.
+
+`load_base` loads it, checks that the adapters fit and installs the tricks of the engine. A task writes its adapter into the slot of
+its rank (`Base.activate`), trains there, and reads the slot back; nothing of a task stays in the model.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,24 @@ from fedloom.train.pretrained import silence_libraries
 from fedloom.train.settings import PLAIN, Engine, LoRA
 
 HEADS = ("classifier", "score")
-"""Modules that PEFT trains and saves of its own accord where labels are predicted."""
+"""Heads that PEFT trains and saves by itself where labels are predicted."""
 SAMPLE = 1000
-"""Numbers of a layer that tell a model from another, or twice as many."""
+"""Numbers of a layer that go into the model's fingerprint (up to twice as many)."""
 
 
 @dataclass(slots=True)
 class Base:
-    """The model with its tokenizer; `labels` is None where it writes text and does not choose one of so many.
+    """A base model with its tokenizer and adapter slots.
 
-    `fold` is what is added to the frozen base now, `pristine` the base without it, `computed` how it computes (for the manifest).
+    Fields:
+        model: PEFT's wrapper of the transformers model.
+        tokenizer: its tokenizer, which can pad.
+        lora: which layers are adapted, and how.
+        labels: number of labels that it predicts (None: it writes text).
+        name: hub name or folder.
+        fold: the adapter whose products are added to the frozen weights now (None: none).
+        computation: which kernels compute it, for the manifest.
+        original_weights: the frozen weights without any fold; empty until a fold is first added.
     """
 
     model: PeftModel
@@ -44,14 +56,14 @@ class Base:
     original_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def slot(self, rank: int) -> str:
-        """The PEFT adapter of this rank, made at first use."""
+        """Return the name of the PEFT adapter of this rank, which is made at first use."""
         slot = f"r{rank}"
         if slot not in self.model.peft_config:
             self.model.add_adapter(slot, _config(self.lora, rank, self.labels, self._heads()))
         return slot
 
     def activate(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
-        """Load an adapter into the slot of its rank, over the base with `fold` added, and make it active; returns the slot."""
+        """Write an adapter into the slot of its rank, over the base with `fold` added, and make it active; return the slot."""
         self._set_fold(fold)
         rank = max(factor.rank for factor in adapter.factors.values())
         slot = self.slot(rank)
@@ -62,7 +74,7 @@ class Base:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Inside, the model is what it was before any training: without adapter and fold."""
+        """Inside, the model is as it was before any training: without adapter and fold."""
         self._set_fold(None)
         with self.model.disable_adapter():  # type: ignore[no-untyped-call]
             yield
@@ -79,22 +91,22 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Return the device on which the model computes."""
         return next(self.model.parameters()).device
 
     @property
     def head(self) -> nn.Module | None:
-        """What gives the logits of the next token; None where the model chooses a label."""
+        """Return the layer that gives the logits of the next token; None where the model predicts a label."""
         return self.model.get_base_model().get_output_embeddings() if self.labels is None else None  # type: ignore[operator]
 
     @property
     def vocabulary(self) -> int:
-        """Numbers that the model gives for one token: the vocabulary, or 1 where it chooses a label for the whole text."""
+        """Return the number of logits for one token: the vocabulary's size, or 1 where the model predicts a label for a text."""
         weight = getattr(self.head, "weight", None)
         return len(weight) if isinstance(weight, Tensor) else 1
 
     def shape(self) -> Shape:
-        """Sizes of the model, for costs."""
+        """Return the sizes of the model, for cost models."""
         base = self.model.get_base_model()
         adapted = peft_weights.lora_layers(self.model)
         own = [p for n, p in base.named_parameters() if "lora_" not in n and "modules_to_save" not in n]
@@ -115,8 +127,9 @@ class Base:
         )
 
     def fingerprint(self) -> str:
-        """Twelve hex digits that name the frozen weights of the adapted layers, of which a sample is read: copies of one model have
-        the same. "" where they are in 4 bits, which not every machine rounds alike. Asked before a fold was added.
+        """Return twelve hex digits from a sample of the frozen weights of the adapted layers; copies of one model have the same.
+
+        "" where the weights are in 4 bits, which machines round differently. Call it before a fold is added.
         """
         digest = hashlib.sha256()
         for name, layer in peft_weights.lora_layers(self.model).items():
@@ -136,9 +149,9 @@ class Base:
 def load_base(
     name: str, labels: int | None, lora: LoRA, rank: int, seed: int, device: str = "cpu", engine: Engine = PLAIN
 ) -> Base:
-    """A pretrained model by hub name or local folder, adapted at `rank`; head and LoRA initialised from `seed`.
+    """Load a pretrained model by hub name or local folder, adapted at `rank`; head and adapters are initialised from `seed`.
 
-    It chooses one of `labels`, or with None writes text. Raises Refused if the model or the tokenizer cannot be loaded, or has no
+    It predicts one of `labels`, or with None writes text. Raises Refused if the model or the tokenizer cannot be loaded, or has no
     such target modules, or `rank` is too high.
     """
     place = _device(device)
@@ -148,7 +161,9 @@ def load_base(
     with silence_libraries(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, fresh = (
-            pretrained.load_decoder(name, **more) if labels is None else pretrained.load_classifier(name, labels, **more)
+            pretrained.load_decoder(name, **more)
+            if labels is None
+            else pretrained.load_classifier(name, labels, **more)
         )
         tokenizer = pretrained.load_tokenizer(name)
         if labels is None:
@@ -176,7 +191,7 @@ def load_base(
 
 
 def _placed(model: PeftModel, place: torch.device, engine: Engine) -> PeftModel:
-    """At its place, in memory of its own: in a mapped file, products of unaligned numbers have other last digits."""
+    """Move the model to its device, into memory of its own: products of unaligned numbers of a mapped file round differently."""
     if engine.four_bit:  # already there
         return model
     for parameter in model.parameters():
@@ -194,7 +209,7 @@ def _enable_checkpointing(model: PreTrainedModel, engine: Engine) -> None:
 
 
 def initial_adapter(base: Base, rank: int) -> Adapter:
-    """The adapter with which a run starts: PEFT's own initialisation, up = 0 and down random."""
+    """Return the adapter with which a run starts: PEFT's initialisation, up = 0 and down random."""
     return peft_weights.read_adapter(base.model, base.slot(rank))
 
 
@@ -228,7 +243,7 @@ def _target_remedy(model: nn.Module) -> str:
 
 
 def _check_targets(model: PreTrainedModel, lora: LoRA) -> None:
-    """PEFT is content if one of the names is found; we want each of them."""
+    """Refuse a target that names no layer: PEFT itself is content if one of the names is found."""
     for target in lora.target_modules if isinstance(lora.target_modules, tuple) else ():
         if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
             raise Refused("lora.target_modules", target, _target_remedy(model))
@@ -243,7 +258,7 @@ def check_rank_fits_model(base: Base, field: str, rank: int) -> None:
 
 
 def most_tokens(base: Base, otherwise: int) -> int:
-    """The longest text that the model reads, or `otherwise` where nothing limits it to less."""
+    """Return the tokens of the longest text that the model reads, or `otherwise` where nothing limits it to less."""
     positions = getattr(base.model.get_base_model().config, "max_position_embeddings", otherwise)
     return min(positions, base.tokenizer.model_max_length)
 

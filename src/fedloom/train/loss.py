@@ -1,8 +1,8 @@
-"""How wrong a model is: on labels the cross-entropy of each example, on texts that of each token of each answer.
+"""Losses: the cross-entropy of each label, or of each token of each answer.
 
 The loss of an example is the mean over its answer's tokens, that of a batch the mean over its examples: a long answer weighs no more
 than a short one, as one label weighs no more than another. Logits are made only where a token is to be predicted: a vocabulary is
-large, and of a small model they would be most of the memory.
+large, and with a small model the logits would take most of the memory.
 """
 
 from __future__ import annotations
@@ -24,8 +24,14 @@ from fedloom.train.tokenised import IGNORED
 
 @dataclass(frozen=True, slots=True)
 class AnswerLogits:
-    """The tokens to predict in a batch of `rows` examples: logits (tokens, vocabulary), the right ones, and whose they are (both
-    (tokens,))."""
+    """Logits of the answer tokens in a batch.
+
+    Fields:
+        logits: (tokens, vocabulary).
+        targets: the right token ids (tokens,).
+        row: the example of each token (tokens,).
+        rows: number of examples in the batch.
+    """
 
     logits: Tensor
     targets: Tensor
@@ -37,16 +43,16 @@ class AnswerLogits:
         return functional.cross_entropy(self.logits.float(), self.targets, reduction="none")
 
     def sum_by_example(self, values: Tensor) -> Tensor:
-        """Of values (tokens,), the sum over each example's tokens."""
+        """Sum values (tokens,) over the tokens of each example."""
         return torch.zeros(self.rows, dtype=values.dtype, device=values.device).index_add(0, self.row, values)
 
     def counts(self) -> Tensor:
-        """How many tokens each example has to predict."""
+        """Return the number of answer tokens of each example."""
         return self.sum_by_example(torch.ones_like(self.targets))
 
 
 def mean_loss(base: Base, inputs: dict[str, Tensor]) -> Tensor:
-    """The mean loss of a batch."""
+    """Return the mean loss of a batch."""
     if base.labels is not None:
         loss: Tensor = base.model(**inputs).loss
         return loss
@@ -54,7 +60,7 @@ def mean_loss(base: Base, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def example_losses(base: Base, inputs: dict[str, Tensor]) -> Tensor:
-    """The loss of each example (rows,)."""
+    """Return the loss of each example (rows,)."""
     if base.labels is None:
         found = answer_logits(base, inputs)
         return found.sum_by_example(found.losses()) / found.counts().clamp_min(1)
@@ -64,7 +70,7 @@ def example_losses(base: Base, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def answer_logits(base: Base, inputs: dict[str, Tensor]) -> AnswerLogits:
-    """What the model says of each token that `inputs["labels"]` (rows, tokens) asks for, from the tokens before it."""
+    """Predict each token that `inputs["labels"]` (rows, tokens) names, from the tokens before it."""
     inputs = dict(inputs)
     labels = inputs.pop("labels")
     predicted = torch.zeros_like(labels, dtype=torch.bool)
@@ -77,9 +83,9 @@ def answer_logits(base: Base, inputs: dict[str, Tensor]) -> AnswerLogits:
 
 @contextmanager
 def _logits_only_at(base: Base, predicted: Tensor) -> Iterator[bool]:
-    """Inside, the model's head is applied where `asked` (rows, tokens) only; or everywhere, if it is trained itself.
+    """Inside, apply the model's head only where `predicted` (rows, tokens) is set; everywhere, if the head itself is trained.
 
-    Several clients' heads are told apart by the rows of a batch.
+    A trained head must see whole rows: in a common pass the rows of a batch tell the clients' heads apart.
     """
     head = base.head
     if head is None or isinstance(head, LoraLayer | ModulesToSaveWrapper):

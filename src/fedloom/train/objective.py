@@ -1,6 +1,8 @@
-"""What is added to a client's plain gradient: a proximal pull, a control variate, a mask; and the penalty that prunes ranks.
+"""Changes of a client's plain gradient (proximal pull, control variate, mask), the pruning penalty, and its sides and directions.
 
-Everything acts on `.grad` between the backward pass and clipping, on parameters by the names of `convert.parameters`.
+A gradient change acts on `.grad` between the backward pass and clipping, on parameters by the names of
+`peft_weights.slot_parameters`. The other functions put together what a client trains and what it sends: its private sides, its
+control variate and the directions of the server that its task holds. Only torch is imported here.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fedloom.core.lora import Adapter, Factor, cut_factor, map_tensors, take_sides, pad, server_rank
+from fedloom.core.lora import Adapter, Factor, cut_factor, map_tensors, pad, server_rank, take_sides
 from fedloom.core.types import ClientState, Pruning, Side, TaskStart
 
 Weights: TypeAlias = Mapping[str, nn.Parameter]
@@ -20,7 +22,7 @@ GradientChange: TypeAlias = Callable[[], None]
 
 
 def side_of(name: str) -> Side:
-    """The side to which a parameter of this name belongs."""
+    """Return the side to which a parameter of this name belongs."""
     match name.rpartition(".")[2]:
         case "down":
             return "down"
@@ -31,7 +33,9 @@ def side_of(name: str) -> Side:
 
 
 def proximal_pull(weights: Weights, strength: float) -> GradientChange:
-    """FedProx (Li et al., arXiv 1812.06127, Eq. 2): the gradient of strength / 2 * |w - w0|^2, w0 what the task began with."""
+    """Make FedProx's gradient change (Li et al., arXiv 1812.06127, Eq. 2): it adds the gradient of strength / 2 * |w - w0|^2,
+    w0 the weights at the start of the task.
+    """
     origin = {name: weight.detach().clone() for name, weight in weights.items()}
 
     def amend() -> None:
@@ -44,7 +48,15 @@ def proximal_pull(weights: Weights, strength: float) -> GradientChange:
 
 @dataclass(slots=True)
 class ControlVariate:
-    """SCAFFOLD (Karimireddy et al., arXiv 1910.06378, Alg. 1): g - c_i + c, and the mean of g, which is the next c_i."""
+    """SCAFFOLD's gradient change (Karimireddy et al., arXiv 1910.06378, Alg. 1): g - c_i + c; the mean of g is the next c_i.
+
+    Fields:
+        weights: the trained parameters by name.
+        server: c, the server's control variate, by the same names.
+        client: c_i, the client's.
+        gradient_sum: the sum of the plain gradients so far.
+        steps: how many gradients were added.
+    """
 
     weights: Weights
     server: Mapping[str, Tensor]
@@ -53,20 +65,25 @@ class ControlVariate:
     steps: int = 0
 
     def __call__(self) -> None:
-        """Remember the gradient, then correct it."""
+        """Add the plain gradient to the sum, then correct it."""
         self.steps += 1
         for name, weight in self.weights.items():
             if weight.grad is not None:
-                self.gradient_sum[name] = self.gradient_sum[name] + weight.grad if name in self.gradient_sum else weight.grad.clone()
+                self.gradient_sum[name] = (
+                    self.gradient_sum[name] + weight.grad if name in self.gradient_sum else weight.grad.clone()
+                )
                 weight.grad.add_((self.server[name] - self.client[name]).to(weight.grad))
 
     def next_variate(self) -> dict[str, Tensor]:
-        """c_i of the next task: the mean gradient; where nothing was trained, what it was."""
-        return {n: (self.gradient_sum[n] / self.steps).cpu() if n in self.gradient_sum else self.client[n] for n in self.client}
+        """Return c_i of the next task: the mean gradient; where nothing was trained, the old one."""
+        return {
+            n: (self.gradient_sum[n] / self.steps).cpu() if n in self.gradient_sum else self.client[n]
+            for n in self.client
+        }
 
 
 def mask_gradient(weights: Weights, chosen: Mapping[str, Tensor]) -> GradientChange:
-    """No gradient for directions that were not chosen; `chosen` is a mask (rank,) for each layer."""
+    """Make a gradient change that trains only chosen directions; `chosen` holds a mask (rank,) for each layer."""
 
     def amend() -> None:
         for name, weight in weights.items():
@@ -79,7 +96,7 @@ def mask_gradient(weights: Weights, chosen: Mapping[str, Tensor]) -> GradientCha
 
 
 def select_directions(before: Adapter, after: Adapter, count: int) -> dict[str, Tensor]:
-    """The `count` directions, over all layers together, that a trial moved most (LoRA-A2, arXiv 2410.22815).
+    """Choose the `count` directions, over all layers together, that a trial moved most (LoRA-A2, arXiv 2410.22815).
 
     A direction's score is |d up| |down| + |up| |d down|: with one side frozen that is the norm of the product's change.
     """
@@ -97,7 +114,7 @@ def select_directions(before: Adapter, after: Adapter, count: int) -> dict[str, 
 
 
 def pruning_penalty(weights: Weights, pruning: Pruning) -> Tensor:
-    """strength * sum over layers of |up[:, t:]| |down[t:]| (HetLoRA, arXiv 2401.06432), t the beginning of the tail."""
+    """Return strength * sum over layers of |up[:, t:]| |down[t:]| (HetLoRA, arXiv 2401.06432), t the beginning of the tail."""
     total = torch.zeros(())
     for name, down in weights.items():
         if side_of(name) == "down":
@@ -107,10 +124,13 @@ def pruning_penalty(weights: Weights, pruning: Pruning) -> Tensor:
 
 
 def prune_tail(before: Adapter, after: Adapter, pruning: Pruning) -> Adapter:
-    """`after` without its tail, if the tail has become smaller; otherwise as it is."""
+    """Cut the tail off `after` if it has become smaller than that of `before` (HetLoRA); otherwise return `after`."""
 
     def size(adapter: Adapter) -> float:
-        tails = [(f.up[:, pruning.rank_after(f.rank) :], f.down[pruning.rank_after(f.rank) :]) for f in adapter.factors.values()]
+        tails = [
+            (f.up[:, pruning.rank_after(f.rank) :], f.down[pruning.rank_after(f.rank) :])
+            for f in adapter.factors.values()
+        ]
         return sum(float(up.norm() * down.norm()) for up, down in tails)
 
     if not size(after) < size(before):
@@ -119,19 +139,19 @@ def prune_tail(before: Adapter, after: Adapter, pruning: Pruning) -> Adapter:
 
 
 def flatten_adapter(adapter: Adapter) -> dict[str, Tensor]:
-    """An adapter's tensors by the names of the parameters that they belong to."""
+    """Return an adapter's tensors by the names of the parameters that they belong to."""
     found = {f"{name}.{part}": getattr(f, part) for name, f in adapter.factors.items() for part in ("down", "up")}
     return found | dict(adapter.dense)
 
 
 def unflatten_adapter(tensors: Mapping[str, Tensor], like: Adapter) -> Adapter:
-    """The reverse of `flat`."""
+    """Reverse `flatten_adapter`; `like` has the layers."""
     factors = {name: Factor(tensors[f"{name}.down"], tensors[f"{name}.up"]) for name in like.factors}
     return Adapter(factors, {name: tensors[name] for name in like.dense})
 
 
 def take_directions(stored: Adapter, like: Adapter, directions: Sequence[int]) -> Adapter:
-    """The server's directions `slots` of what a client keeps, in the layers of `like`: zeros where it has none yet."""
+    """Take these directions of the server out of what a client has stored, in the layers of `like`; zeros where it has none."""
     held, factors = torch.tensor(list(directions)), {}
     for name, factor in like.factors.items():
         own = stored.factors.get(name, Factor(factor.down[:0], factor.up[:, :0]))
@@ -141,7 +161,7 @@ def take_directions(stored: Adapter, like: Adapter, directions: Sequence[int]) -
 
 
 def put_directions(stored: Adapter | None, new: Adapter, directions: Sequence[int]) -> Adapter:
-    """What a client keeps, by the server's directions: `new` in these, the others, and other layers, as they were."""
+    """Put `new` at these directions of the server into what a client has stored; other directions and layers stay."""
     held, known = torch.tensor(list(directions)), stored.factors if stored else {}
     factors = dict(known)
     for name, factor in new.factors.items():
@@ -151,8 +171,10 @@ def put_directions(stored: Adapter | None, new: Adapter, directions: Sequence[in
     return Adapter(factors, new.dense)
 
 
-def replace_sides(own: Adapter, other: Adapter, sides: frozenset[Side], chosen: Mapping[str, Tensor] | None = None) -> Adapter:
-    """`own`, with these sides, and directions outside of `chosen`, of `other`."""
+def replace_sides(
+    own: Adapter, other: Adapter, sides: frozenset[Side], chosen: Mapping[str, Tensor] | None = None
+) -> Adapter:
+    """Return `own` with these sides, and with the directions outside `chosen`, taken from `other`."""
     found = take_sides(sides, other, own)
     if chosen is None:
         return found
@@ -166,7 +188,7 @@ def replace_sides(own: Adapter, other: Adapter, sides: frozenset[Side], chosen: 
 
 
 def personal_adapter(start: TaskStart, local: ClientState) -> Adapter:
-    """What the client runs: what it was sent, with its own private sides in their place if it has some already."""
+    """Return the adapter that the client runs: the one it received, with its private sides in place if it has some already."""
     if local.private is None or not start.rules.private:
         return start.train
     own = take_directions(local.private, start.train, start_directions(start))
@@ -174,12 +196,12 @@ def personal_adapter(start: TaskStart, local: ClientState) -> Adapter:
 
 
 def start_directions(start: TaskStart) -> Sequence[int]:
-    """The server's directions that a start holds."""
+    """Return the numbers of the server's directions that a start holds."""
     return range(server_rank(start.train)) if start.directions is None else start.directions
 
 
 def client_variate(start: TaskStart, local: ClientState) -> Adapter:
-    """The client's own control variate in the directions of this start; zero where it has none yet."""
+    """Return the client's control variate in the directions of this start; zero where it has none yet."""
     assert start.control is not None
     if local.control is None:
         return map_tensors(torch.zeros_like, start.control)

@@ -1,6 +1,6 @@
-"""PEFT's adapter weights <-> our `Adapter`.
+"""Conversion between PEFT's adapter weights and our `Adapter`, and the layers of a PEFT model.
 
-PEFT keeps delta_W = scaling * B A with scaling = lora_alpha / r; we keep up = scaling * B and down = A. With a scaling that is
+PEFT stores delta_W = scaling * B A with scaling = lora_alpha / r; we store up = scaling * B and down = A. With a scaling that is
 a power of two, the default, the conversion is exact to the bit; otherwise it rounds once, 6e-8 relative.
 """
 
@@ -20,13 +20,13 @@ from fedloom.core.lora import Adapter, Factor
 
 
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    """The adapted layers under the names that the base model gives them, in the model's order (input to output)."""
+    """Return the adapted layers by their names in the base model, in the model's order (input to output)."""
     base = model.get_base_model()
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
 def transformer_blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
-    """The transformer blocks that hold adapted layers, and where the base model holds them; None if it has no such list."""
+    """Find the list of transformer blocks with adapted layers, and its path in the base model; None if there is no such list."""
     adapted = [*lora_layers(model)]
     for path, module in model.get_base_model().named_modules():
         if isinstance(module, nn.ModuleList) and any(name.startswith(f"{path}.") for name in adapted):
@@ -35,7 +35,7 @@ def transformer_blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
 
 
 def layer_depths(model: PeftModel) -> dict[str, int]:
-    """From which depth on each adapted layer is trained: 1 in the top block, 0 above the blocks, one more than there are below.
+    """Return the depth from which on each adapted layer is trained: 1 in the top block, 0 above the blocks, blocks + 1 below them.
 
     Empty where the model has no list of blocks that are passed once each (ALBERT passes one many times).
     """
@@ -54,7 +54,7 @@ def layer_depths(model: PeftModel) -> dict[str, int]:
 
 
 def layer_size(layer: LoraLayer) -> tuple[int, int]:
-    """(d_out, d_in) of an adapted layer."""
+    """Return (d_out, d_in) of an adapted layer."""
     out, inner = layer.out_features, layer.in_features
     if not isinstance(out, int) or not isinstance(inner, int):
         raise TypeError(f"{type(layer).__name__} has no two sizes")
@@ -62,18 +62,18 @@ def layer_size(layer: LoraLayer) -> tuple[int, int]:
 
 
 def is_quantised(parameter: Tensor) -> bool:
-    """Whether it is in 4 bits, several numbers in one entry."""
+    """Whether a parameter is in 4 bits, several numbers in one entry."""
     return getattr(parameter, "quant_state", None) is not None
 
 
 def count_numbers(parameter: Tensor) -> int:
-    """How many numbers a parameter holds."""
+    """Return how many numbers a parameter holds."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else prod(state.shape)
 
 
 def dense_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
-    """Parameters that are trained and sent whole: those of PEFT's `modules_to_save` copies of this slot."""
+    """Return the parameters that are trained and sent whole: PEFT's `modules_to_save` copies of this slot."""
     found = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -83,7 +83,7 @@ def dense_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
 
 
 def slot_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
-    """Everything that training changes in this slot, by a name that does not depend on the slot."""
+    """Return all parameters that training changes in this slot, by names that do not depend on the slot."""
     found: dict[str, nn.Parameter] = {}
     for name, (down, up) in _weights(model, slot).items():
         found |= {f"{name}.down": down, f"{name}.up": up}
@@ -91,7 +91,7 @@ def slot_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
 
 
 def read_adapter(model: PeftModel, slot: str, names: Collection[str] | None = None) -> Adapter:
-    """The slot's weights, of all layers or of these, as an adapter of its own memory, float32 on the CPU."""
+    """Copy the slot's weights, of all layers or of `names`, into an adapter, float32 on the CPU."""
     layers, factors = lora_layers(model), {}
     for name, (down, up) in _weights(model, slot).items():
         if names is not None and name not in names:
@@ -102,7 +102,7 @@ def read_adapter(model: PeftModel, slot: str, names: Collection[str] | None = No
 
 @torch.no_grad()
 def write_adapter(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None:
-    """Put an adapter of the slot's rank into the model, parametrised with `scaling`; a layer that it does not hold adds nothing."""
+    """Write an adapter of the slot's rank into the model, with `scaling`; a layer that the adapter lacks then adds nothing."""
     layers = lora_layers(model)
     for name, (down, up) in _weights(model, slot).items():
         layers[name].scaling[slot] = scaling
@@ -116,9 +116,9 @@ def write_adapter(model: PeftModel, slot: str, adapter: Adapter, scaling: float)
 
 
 def take_base_weights(model: PeftModel) -> dict[str, Tensor]:
-    """The frozen weights of the adapted layers, (out, in). The model goes on with copies, which may be written to.
+    """Take the frozen weights of the adapted layers out of the model, which continues with copies that may be written to.
 
-    So what several processes share stays as it is, and a process that adds a fold pays for one copy of these layers.
+    So weights that several processes share are never changed; a process that adds a fold pays for one copy of these layers.
     """
     taken = {}
     for name, layer in lora_layers(model).items():
@@ -130,7 +130,7 @@ def take_base_weights(model: PeftModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_fold(model: PeftModel, originals: Mapping[str, Tensor], fold: Adapter | None) -> None:
-    """Set the frozen weights of the adapted layers to `pristine` plus the fold's products."""
+    """Set the frozen weights of the adapted layers to `originals` plus the fold's products."""
     for name, layer in lora_layers(model).items():
         weight = base_weight(layer)
         factor = fold.factors.get(name) if fold is not None else None
@@ -143,7 +143,7 @@ def set_fold(model: PeftModel, originals: Mapping[str, Tensor], fold: Adapter | 
 
 
 def base_weight(layer: LoraLayer) -> Tensor:
-    """The frozen weight below an adapter, (out, in), or (in, out) where the layer is a Conv1D."""
+    """Return the frozen weight below an adapter, (out, in), or (in, out) where the layer is a Conv1D."""
     return cast(Tensor, layer.get_base_layer().weight)
 
 

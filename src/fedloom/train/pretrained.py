@@ -1,4 +1,4 @@
-"""A pretrained model and its tokenizer, as transformers loads them, or the reason why it cannot be had."""
+"""Pretrained models and tokenizers as transformers loads them; a model that cannot be loaded is Refused with the reason."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from fedloom.core.errors import Refused
 
 
 def load_classifier(name: str, labels: int, **more: Any) -> tuple[PreTrainedModel, set[str]]:
-    """A model that predicts one of `labels`, and the names of its parameters that were not in the checkpoint (the new head)."""
+    """Load a classifier of `labels` classes; also return the names of its parameters that were not in the checkpoint (its head)."""
     return _load(AutoModelForSequenceClassification, name, "classification", num_labels=labels, **more)
 
 
 def load_decoder(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
-    """A model that writes text from left to right, and the names of its parameters that were not in the checkpoint.
+    """Load a model that writes text from left to right; also return the names of its parameters that were not in the checkpoint.
 
-    Raises Refused for one that reads ahead, as an encoder does even where transformers puts a head for generation on it.
+    Raises Refused for one that sees later tokens, as an encoder does even where transformers puts a head for generation on it.
     """
     model, fresh = _load(AutoModelForCausalLM, name, "generation", **more)
     if reads_ahead(model):
@@ -43,12 +43,12 @@ def load_decoder(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
 
 
 def load_masked_model(name: str, **more: Any) -> tuple[PreTrainedModel, set[str]]:
-    """A model that fills in what is hidden in a text, and the names of its parameters that were not in the checkpoint."""
+    """Load a masked language model; also return the names of its parameters that were not in the checkpoint."""
     return _load(AutoModelForMaskedLM, name, "filling in", **more)
 
 
 def four_bit_arguments(device: torch.device) -> dict[str, Any]:
-    """What to load a model with so that its linear layers are in 4 bits (QLoRA, arXiv 2305.14314: NF4, quantised twice).
+    """Arguments that load a model with its linear layers in 4 bits (QLoRA, arXiv 2305.14314: NF4, quantised twice).
 
     Raises Refused where this machine cannot do that.
     """
@@ -69,7 +69,7 @@ def four_bit_arguments(device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def reads_ahead(model: Any) -> bool:
-    """Whether what a model says of a token depends on tokens after it. Asked of the model itself, by changing the last of a few."""
+    """Whether a model's prediction depends on later tokens. Tried on the model itself, by changing the last of a few tokens."""
     words, training = model.config.get_text_config().vocab_size, model.training
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6]]) % words
     logits: Tensor = model.eval()(input_ids=ids.to(model.device)).logits.float()
@@ -79,7 +79,7 @@ def reads_ahead(model: Any) -> bool:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a token to pad with."""
+    """Load the model's tokenizer and see that it has a token to pad with."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers, tokenizers and the hub client each have their own
@@ -112,13 +112,13 @@ def _remedy(name: str, use: str, error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+    """Return the message of a library's error in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
 
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """The libraries' reports and advice are not for our users: what matters is in the manifest or an error."""
+    """Inside, keep the libraries' reports and advice from the screen: what matters to users is in the manifest or an error."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

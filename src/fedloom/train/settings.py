@@ -1,4 +1,7 @@
-"""The settings of local training as plain values; importing them costs nothing, which keeps the command line quick."""
+"""Settings of local training as plain values: `LoRA`, `Training`, `Engine`, `Generation`, and the decays of the learning rate.
+
+Nothing heavy is imported here (neither torch nor transformers), so that the command line can check a run file quickly.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,15 @@ from fedloom.core.errors import Refused
 
 @dataclass(frozen=True, slots=True)
 class LoRA:
-    """How the base is adapted.
+    """Which layers of the base model get a low-rank adapter, and how it is scaled.
 
-    `target_modules` follows PEFT: names of layers, a regular expression, "all-linear", or None for PEFT's own choice for the
-    architecture, usually query and value.
-    `scaling` is alpha/r, the same for every rank: with a fixed alpha the same adapter would be a different function on each
-    client. 2.0 is PEFT's common lora_alpha = 2 r.
+    The scaling is the same for every rank: with a fixed alpha the same adapter would be a different function on each client.
+
+    Fields:
+        target_modules: names of layers, a regular expression, or "all-linear", as in PEFT (None: PEFT's choice for the architecture,
+            usually query and value).
+        scaling: alpha / r; 2.0 is PEFT's common lora_alpha = 2 r.
+        dropout: probability of dropping an input of an adapter while training, at least 0 and below 1.
     """
 
     target_modules: tuple[str, ...] | str | None = None
@@ -33,9 +39,13 @@ class LoRA:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What a run that generates text writes with its final model: answers to so many test examples, and how long they may be.
+    """Answers that a run which generates text writes with its final model, as samples for the report.
 
     An answer ends with the model's end mark, after `max_new_tokens`, or where the model can read no further.
+
+    Fields:
+        examples: how many test examples are answered (0: none).
+        max_new_tokens: the most tokens of one answer.
     """
 
     examples: int = 8
@@ -50,16 +60,19 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """How training is computed: this changes its time and the last digits, never the method.
+    """How training is computed. It changes time, memory and the last digits of the results, never the method.
 
-    `kernel` computes frozen linear layers in exact float32: "torch", "onednn" (up to 1.7 times faster on some processors), or
-    "fastest", which is measured when a run is prepared and written in its manifest. With `first_token` the last layer of an encoder
-    whose head reads only the first token computes only that. `together` is the most clients that train in one pass (1: one after
-    the other, None: what pays, tiny steps on a CPU and most on a GPU). `cache` is how many bytes of activations to keep of the layers
-    below the trained ones. `bfloat16` keeps the frozen linear layers in bfloat16: half the memory, and faster where the hardware
-    has it, but no longer exact. `four_bit` keeps them in 4 bits (QLoRA): an eighth of the memory, on an NVIDIA GPU with
-    bitsandbytes. `checkpointing` keeps only what goes into each layer and computes the rest again in the backward pass: a third
-    more time for a fraction of the activations, with the same gradients.
+    Fields:
+        kernel: how frozen linear layers are computed in float32: "torch", "onednn" (up to 1.7 times faster on some processors), or
+            "fastest", which is measured when a run is prepared and written in its manifest.
+        first_token: compute of the last layer of an encoder only the first token, where its head reads no other.
+        together: the most clients that train in one pass (1: one after the other; None: what pays, which is tiny steps on a CPU and
+            most steps on a GPU).
+        cache: bytes of activations to keep of the layers below the trained ones (0: none).
+        bfloat16: keep the frozen linear layers in bfloat16: half the memory, faster where the hardware has it, no longer exact.
+        checkpointing: keep only the input of each layer and compute the rest again in the backward pass: a third more time, a
+            fraction of the activations, the same gradients.
+        four_bit: keep the frozen linear layers in 4 bits (QLoRA): an eighth of the memory; needs an NVIDIA GPU and bitsandbytes.
     """
 
     kernel: str = "fastest"
@@ -82,36 +95,44 @@ class Engine:
 
 
 PLAIN = Engine("torch", first_token=False, together=1, cache=0)
-"""One client after the other through torch alone."""
+"""The engine without tricks: one client after the other, through torch alone."""
 
 Decay: TypeAlias = Callable[[float], float]
-"""Share of the task done (0 to 1) -> share of the learning rate."""
+"""From the share of the task that is done (0 to 1) to the share of the learning rate that is used."""
 
 
 def constant(done: float) -> float:
-    """The learning rate stays."""
+    """Keep the learning rate as it is."""
     return 1.0
 
 
 def linear(done: float) -> float:
-    """Falls to 0 in a straight line, as the Hugging Face Trainer does inside every local call."""
+    """Let the learning rate fall to 0 in a straight line, as the Hugging Face Trainer does inside every local call."""
     return 1.0 - done
 
 
 def cosine(done: float) -> float:
-    """Falls to 0 along half a cosine."""
+    """Let the learning rate fall to 0 along half a cosine."""
     return 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Local training with AdamW. `warmup` is the share of a task's steps in which the learning rate rises from 0.
+    """Local training of a client with AdamW. (SCAFFOLD is not a setting but a wrapper: `Scaffold(inner=FedIT())`.)
 
-    `keep_moments` carries Adam's moments over to the client's next task while its factors keep their basis; after a merge
-    that rotated them (HLoRA, raFLoRA) they are always dropped. `proximal` is FedProx's mu: the loss gains
-    proximal / 2 * |change|^2, which keeps a client near what it was sent. (SCAFFOLD is a wrapper: `Scaffold(inner=FedIT())`.)
-    `bucket` puts texts of like length into a batch, to save padding; `stratified`, which goes before it, texts of all the client's
-    lengths into each.
+    Fields:
+        learning_rate: the largest learning rate of a task.
+        batch_size: examples in one optimiser step.
+        max_length: tokens at which a text is cut, its marks included.
+        weight_decay: AdamW's decoupled weight decay.
+        warmup: share of a task's steps in which the learning rate rises from 0, at least 0 and below 1.
+        decay: how the learning rate falls after the warm-up: `constant`, `linear`, `cosine`, or a function of the share done.
+        clip: the largest norm of the gradient.
+        bucket: put texts of similar length into one batch, which saves padding.
+        keep_moments: carry Adam's moments over to the client's next task while its factors keep their basis; after a merge that
+            rotated them (HLoRA, raFLoRA) the moments are always dropped.
+        proximal: mu of FedProx (0: off): the loss gains proximal / 2 * |change|^2, which keeps a client near what it received.
+        stratified: put texts of all lengths of the client into each batch; goes before `bucket`.
     """
 
     learning_rate: float = 5e-4
@@ -143,7 +164,7 @@ class Training:
             raise Refused("training.clip", self.clip, "the largest gradient norm, a positive number")
 
     def rate(self, step: int, steps: int) -> float:
-        """Learning rate of optimiser step `step` (from 0) of `steps`."""
+        """Return the learning rate of optimiser step `step` (from 0) of `steps`."""
         warm = math.ceil(self.warmup * steps)
         if step < warm:
             return self.learning_rate * (step + 1) / (warm + 1)

@@ -1,9 +1,9 @@
-"""What a base model thinks of texts: their lengths in its tokens, and how well it foresees them.
+"""Text measures by a pretrained model: lengths in its tokens, and quality as the likelihood that it gives to a text.
 
 The quality of an example is minus the mean loss (nats) of a token: of the reference answer after request and context, or of the text
-itself where there are no answers, since a raw base says nothing of labels. A causal model foresees each token from those before it; a
-masked model each seventh at a time, from all others (a pseudo-likelihood: Salazar et al. 2020, "Masked language model scoring", hides
-one token at a time, which costs as many passes as there are tokens). Compare scores of one model only.
+itself where there are no answers, since a raw base model knows no labels. A causal model predicts each token from those before it; a
+masked model every seventh token at a time, from all others (a pseudo-likelihood: Salazar et al. 2020, "Masked language model
+scoring", hides one token at a time, which costs as many passes as there are tokens). Compare scores of one model only.
 """
 
 from __future__ import annotations
@@ -23,71 +23,82 @@ from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples, Source, Split
 from fedloom.data.text_measures import example_texts
 from fedloom.data.tickets import Tickets
-from fedloom.train.pretrained import load_masked_model, load_decoder, silence_libraries, load_tokenizer
+from fedloom.train.pretrained import load_decoder, load_masked_model, load_tokenizer, silence_libraries
 from fedloom.train.tokenised import IGNORED
 
-PASSES = 7  # of a masked model: about the share of tokens that it has learnt to fill in
+PASSES = 7  # of a masked model; a seventh is about the share of tokens that it learnt to fill in
 ROWS = 8  # a batch; of similar length
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A measure like `fedloom.data.context.words`: tokens of request, context and answer by the tokenizer of this model."""
+    """A measure like `fedloom.data.text_measures.words`: tokens of request, context and answer by the tokenizer of this model."""
 
     model: str
 
     def __call__(self, examples: Examples) -> Sequence[float]:
-        """One number an example, without special tokens."""
-        own = _tokenizer(self.model)
+        """Return the number of tokens of each example, without special tokens."""
+        tokenizer = _tokenizer(self.model)
         texts = [" ".join(parts) for parts in example_texts(examples)]
-        return tuple(map(len, own(texts, add_special_tokens=False, verbose=False)["input_ids"])) if texts else ()
+        return tuple(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])) if texts else ()
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A source whose training examples bring the quality that this model gives them."""
+    """A source whose training examples carry the quality that this model gives them.
+
+    Fields:
+        source: where the examples come from.
+        model: hub name or folder of the model that judges them.
+    """
 
     source: Source = field(default_factory=Tickets)
     model: str = "distilgpt2"
 
     def load(self, seed: int) -> Split:
-        """The source's split, judged."""
+        """Load the source's split with the quality of its training examples."""
         split = self.source.load(seed)
-        return replace(split, train=replace(split.train, quality=scores(split.train, self.model)))
+        return replace(split, train=replace(split.train, quality=quality_scores(split.train, self.model)))
 
 
 @torch.no_grad()
-def scores(examples: Examples, name: str, longest: int = 256) -> tuple[float, ...]:
-    """The quality of each example; a text is read up to `longest` tokens, and nothing to foresee scores as not foreseen at all.
+def quality_scores(examples: Examples, name: str, longest: int = 256) -> tuple[float, ...]:
+    """Return the quality of each example, read up to `longest` tokens; one without tokens to predict gets that of a uniform guess.
 
     Raises:
         Refused: the model cannot be loaded, or does not predict words.
     """
     model, masked = _model(name)
-    own = _tokenizer(name)
-    rows = [_row(own, parts, examples.answers is not None, masked, longest) for parts in example_texts(examples)]
+    tokenizer = _tokenizer(name)
+    rows = [
+        _token_row(tokenizer, parts, examples.answers is not None, masked, longest) for parts in example_texts(examples)
+    ]
     found = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     for at in range(0, len(order), ROWS):
         batch = order[at : at + ROWS]
-        for i, loss in zip(batch, _losses(model, own, [rows[i] for i in batch], masked), strict=True):
+        for i, loss in zip(batch, _losses(model, tokenizer, [rows[i] for i in batch], masked), strict=True):
             found[i] = -loss
     return tuple(found)
 
 
-def _row(own: Any, parts: Sequence[str], answered: bool, masked: bool, longest: int) -> tuple[list[int], int]:
-    """Token ids, and where what is to be foreseen begins."""
+def _token_row(
+    tokenizer: Any, parts: Sequence[str], answered: bool, masked: bool, longest: int
+) -> tuple[list[int], int]:
+    """Return token ids, and where the tokens to predict begin."""
     before, wanted = (" ".join(parts[:-1]), parts[-1]) if answered else ("", " ".join(parts))
-    first = own.cls_token_id if masked else own.bos_token_id
+    first = tokenizer.cls_token_id if masked else tokenizer.bos_token_id
     start = [] if first is None else [first]
-    told, said = (own(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (before, wanted))
-    said = said[: longest // 2 if told else longest - 2]
-    told = told[: max(0, longest - 2 - len(said))]
-    return [*start, *told, *said], len(start) + len(told)
+    context, target = (
+        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (before, wanted)
+    )
+    target = target[: longest // 2 if context else longest - 2]
+    context = context[: max(0, longest - 2 - len(target))]
+    return [*start, *context, *target], len(start) + len(context)
 
 
-def _losses(model: Any, own: Any, rows: Sequence[tuple[list[int], int]], masked: bool) -> list[float]:
-    """The mean loss of the tokens that are to be foreseen in each row."""
+def _losses(model: Any, tokenizer: Any, rows: Sequence[tuple[list[int], int]], masked: bool) -> list[float]:
+    """Return the mean loss of the tokens to predict in each row."""
     width = max(1, *(len(ids) for ids, _ in rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     seen, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
@@ -101,7 +112,7 @@ def _losses(model: Any, own: Any, rows: Sequence[tuple[list[int], int]], masked:
         sums = torch.zeros(len(rows))
         for turn in range(PASSES):
             now = torch.where(torch.arange(width) % PASSES == turn, labels, IGNORED)
-            hidden = torch.where(now == IGNORED, ids, own.mask_token_id)
+            hidden = torch.where(now == IGNORED, ids, tokenizer.mask_token_id)
             sums += _sums(model(input_ids=hidden, attention_mask=seen).logits, now)
     counts = (labels != IGNORED).sum(1)
     worst = math.log(model.config.vocab_size)
@@ -109,7 +120,7 @@ def _losses(model: Any, own: Any, rows: Sequence[tuple[list[int], int]], masked:
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """The summed loss of each row; of a vocabulary only where there is something to foresee."""
+    """Return the summed loss of each row; the vocabulary's losses are computed only where a token is to be predicted."""
     at = labels != IGNORED
     losses = torch.zeros(labels.shape)
     losses[at] = cross_entropy(logits[at].float(), labels[at], reduction="none")
@@ -124,7 +135,7 @@ def _tokenizer(name: str) -> Any:
 
 @cache
 def _model(name: str) -> tuple[Any, bool]:
-    """The model, and whether it is a masked one."""
+    """Load the model; also return whether it is a masked one."""
     model: Any
     with silence_libraries():
         masked = _is_masked(name)

@@ -1,4 +1,8 @@
-"""Texts as token ids: each example is tokenised once, batches are padded to their own longest."""
+"""Texts as token ids, and the batches of a task.
+
+Each example is tokenised once. A batch is padded to its own longest text. Which examples share a batch is drawn from the task's seed:
+in buckets of similar length, so that little time goes into padding, or with texts of all lengths in each.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,25 @@ from fedloom.data.examples import Examples
 from fedloom.train.chat_template import FitCounts, tokenise_answers
 
 IGNORED = -100
-"""The label of a token that is not to be predicted, as torch and transformers have it."""
+"""The label of a token that is not to be predicted, as in torch and transformers."""
 
 POOL = 8
-"""Batches that are sorted together. Larger pools pad less and mix less; 8 keeps about 90 % of the tokens useful."""
+"""Batches that are sorted by length together. Larger pools pad less and mix less; 8 keeps about 90 % of the tokens useful."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedTexts:
-    """Token ids of each example, with its label; `extras` are the tokenizer's other columns (segment ids).
+    """Tokenised examples.
 
-    Where text is generated, `begins` is where the answer's tokens begin in each example: they, the end mark included, are what is
-    predicted. `fitted` counts what happened to the examples on the way.
+    Fields:
+        ids: token ids of each example.
+        extras: the tokenizer's other columns by name (segment ids), shaped like `ids`.
+        labels: the label of each example.
+        pad: the token id that fills a batch.
+        pad_left: whether batches are padded on the left.
+        answer_starts: where text is generated, the position at which the answer begins in each example; its tokens, the end mark
+            included, are what is predicted (None: labels are predicted).
+        fit_counts: numbers of examples that were changed on the way to tokens (None: no answers).
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -38,11 +49,11 @@ class EncodedTexts:
     fit_counts: FitCounts | None = None
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
-        """Tokens of these examples."""
+        """Return the numbers of tokens of these examples."""
         return [len(self.ids[i]) for i in indices]
 
     def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """Model inputs of these examples, padded to the longest of them, with `labels` (rows,), or (rows, tokens) to predict."""
+        """Make model inputs of these examples, padded to the longest, with `labels` (rows,), or (rows, tokens) to predict."""
         width = max(self.lengths(indices))
         mask = [self._pad([1] * len(self.ids[i]), width, 0) for i in indices]
         inputs = {"input_ids": [self._pad(self.ids[i], width, self.pad) for i in indices], "attention_mask": mask}
@@ -56,7 +67,7 @@ class EncodedTexts:
         return {name: torch.tensor(rows, device=device) for name, rows in inputs.items()}
 
     def token_span(self, index: int, width: int) -> slice:
-        """Where the tokens of this example are in a row of `width`; the rest is padding."""
+        """Return the place of this example's tokens in a row of `width`; the rest is padding."""
         length = len(self.ids[index])
         return slice(width - length, width) if self.pad_left else slice(0, length)
 
@@ -66,7 +77,7 @@ class EncodedTexts:
 
 
 def encode_texts(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedTexts:
-    """Tokenise single sentences or pairs, cut at `max_length` tokens, or requests with their answers, made to fit in as many."""
+    """Tokenise single texts or pairs, cut at `max_length` tokens, or requests with their answers, shortened to as many."""
     pad, left = tokenizer.pad_token_id or 0, tokenizer.padding_side == "left"
     if examples.answers is not None:
         ids, begins, fitted = tokenise_answers(examples, tokenizer, max_length)
@@ -88,9 +99,9 @@ def _tuples(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
 def epoch_batches(
     lengths: Sequence[int], batch_size: int, bucket: bool, seed: int, number: int, stratified: bool = False
 ) -> list[list[int]]:
-    """One pass over all examples as lists of indices: shuffled, sorted by length inside pools of `POOL` batches, shuffled again.
+    """Batches of one pass over all examples: shuffled, sorted by length inside pools of `POOL` batches, shuffled again.
 
-    `stratified` batches have one example of each stratum instead: of the shortest, the next longer ones, and so on.
+    Stratified batches have one example of each stratum instead: of the shortest texts, the next longer ones, and so on.
     """
     draw = rng(seed, "epoch", number)
     order = list(range(len(lengths)))
@@ -108,7 +119,7 @@ def epoch_batches(
 
 
 def _stratified_batches(order: list[int], batch_size: int, draw: random.Random) -> list[list[int]]:
-    """Batches of as nearly the same size as can be, which take from consecutive strata of `order`."""
+    """Batches of nearly equal size that take one example from each of the consecutive strata of `order`."""
     count = -(-len(order) // batch_size)
     batches: list[list[int]] = [[] for _ in range(count)]
     for start in range(0, len(order), count):
@@ -121,7 +132,7 @@ def _stratified_batches(order: list[int], batch_size: int, draw: random.Random) 
 def plan_batches(
     lengths: Sequence[int], batch_size: int, steps: int, bucket: bool, seed: int, stratified: bool = False
 ) -> Iterator[list[int]]:
-    """`steps` batches, pass after pass. The last batch of a pass may be smaller."""
+    """Yield `steps` batches, pass after pass, as indices into `lengths`. The last batch of a pass may be smaller."""
     count, number = 0, 0
     while True:
         for batch in epoch_batches(lengths, batch_size, bucket, seed, number, stratified):

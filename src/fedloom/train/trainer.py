@@ -1,9 +1,24 @@
-"""The trainer: one task after the other on the shared base, each a function of its arguments alone."""
+"""The trainer: local training of clients' tasks on one shared base model.
+
+How tasks are trained:
+
+1. `groups` divides the tasks that it is given, in their order, into groups. Most groups hold one task. Tasks that may share a pass
+   (same steps, same layers, no FedProx, no pruning, no control variate) form a larger group where the engine says that this pays.
+2. A task alone (`_train_one`): its batches are drawn from its seed, the adapter that it received, with the client's private sides
+   put in place, is written into the base model's slot, AdamW makes one step a batch, and the adapter is read back.
+   With LoRA-A2 a short trial before that chooses the directions that are trained.
+   A larger group goes through `engine.batched_clients` in one forward and backward pass a step.
+3. `_result` takes apart what is sent (with sides that were not trained as they came, pruned where the method prunes) and what stays
+   at the client: its optimiser moments, private sides and control variate, as the next `ClientState`.
+
+A result is a function of task, client state, shard and settings alone, to the byte. The base model holds nothing between groups, so
+that the order of groups, and the process that trains them, do not matter (law 9).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TypeAlias
 
@@ -13,117 +28,141 @@ from torch import Tensor, nn
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, map_tensors
 from fedloom.core.policies import PendingResult
-from fedloom.core.types import ClientId, ClientState, Result, Rules, TaskStart, Task
+from fedloom.core.types import ClientId, ClientState, Result, Rules, Task, TaskStart
 from fedloom.train import loss, objective, peft_weights
 from fedloom.train.base_model import Base
 from fedloom.train.engine import batched_clients, frozen_layers
 from fedloom.train.engine.batched_clients import BatchedClient
-from fedloom.train.engine.frozen_layers import Cache
-from fedloom.train.objective import GradientChange, Weights, client_variate, start_directions, personal_adapter
+from fedloom.train.engine.frozen_layers import ActivationCache
+from fedloom.train.objective import GradientChange, Weights, client_variate, personal_adapter, start_directions
 from fedloom.train.settings import PLAIN, Engine, Training
 from fedloom.train.tokenised import EncodedTexts, plan_batches
+from fedloom.train.workers.worker import TaskGroup
 
-Group: TypeAlias = Sequence[tuple[Task, ClientState]]
-Loss: TypeAlias = Callable[[Sequence[int]], Tensor]
+BatchLoss: TypeAlias = Callable[[Sequence[int]], Tensor]
 
-TRIAL = 5
-"""A client that must choose its directions spends one step in `TRIAL` on finding out which (LoRA-A2: one epoch of six)."""
+TRIAL_SHARE = 5
+"""A client that must choose its directions spends one step in `TRIAL_SHARE` on the trial (LoRA-A2: one epoch of six)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedClient:
+    """One client after its optimiser steps.
+
+    Fields:
+        adapter: the adapter as it was trained.
+        moments: the optimiser's state by parameter and name.
+        losses: the loss of each batch, without penalties.
+        control: the client's new control variate (None: the method has none).
+        chosen: masks (rank,) of the directions that were trained, by layer (None: all).
+    """
+
+    adapter: Adapter
+    moments: Mapping[str, Mapping[str, Tensor]]
+    losses: Sequence[float]
+    control: Adapter | None = None
+    chosen: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PeftTrainer:
-    """Trains the clients' shards (indices into `texts`) on one base."""
+    """Trains clients' tasks on one base model.
+
+    Fields:
+        base: the model.
+        texts: all examples, tokenised.
+        shards: each client's examples, as indices into `texts`.
+        training: settings of local training.
+        engine: how it is computed.
+        cache: activations below the trained layers, kept from task to task.
+    """
 
     base: Base
     texts: EncodedTexts
     shards: Mapping[ClientId, tuple[int, ...]]
     training: Training
     engine: Engine = PLAIN
-    cache: Cache = field(default_factory=Cache)
+    cache: ActivationCache = field(default_factory=ActivationCache)
 
     def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
-        """Load, train, read back: each task in turn, or a group in one pass. The base keeps nothing of it."""
-        return [answer for group in self.groups(work) for answer in self.group(group)]
+        """Train the tasks, group by group, and return their results in order."""
+        return [answer for group in self.groups(work) for answer in self.train_group(group)]
 
-    def groups(self, work: Sequence[tuple[Task, ClientState]]) -> list[Group]:
-        """The work, in its order, in groups that are trained in one pass; most often of one task each.
+    def groups(self, work: Sequence[tuple[Task, ClientState]]) -> list[TaskGroup]:
+        """Divide the tasks, in their order, into groups that are trained in one pass; most often of one task each.
 
-        A function of the work alone: whoever carries the groups out, and in which order, the results are the same.
+        A function of the tasks alone: whoever trains the groups, and in which order, the results are the same.
         """
-        found, last = list[list[tuple[Task, ClientState]]](), None
+        groups, last_key = list[list[tuple[Task, ClientState]]](), None
         for task, local in work:
-            known = self._common(task)
-            if known is not None and known == last and len(found[-1]) < self._most(found[-1][0][0]):
-                found[-1].append((task, local))
+            key = self._pass_key(task)
+            if key is not None and key == last_key and len(groups[-1]) < self._clients_per_pass(groups[-1][0][0]):
+                groups[-1].append((task, local))
             else:
-                found.append([(task, local)])
-            last = known
-        return [*found]
+                groups.append([(task, local)])
+            last_key = key
+        return [*groups]
 
     def unchanged_result(self, task: Task) -> Result:
-        """The answer if training changed nothing."""
+        """Return the result if training changed nothing."""
         tokens = sum(sum(self.texts.lengths(batch)) for batch in self._plan(task))
         examples = len(self.shards[task.client])
         return Result(task.start.train, examples, tokens, task.budget.steps, control=task.start.control)
 
     def begin(self, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]) -> Sequence[PendingResult]:
-        """Each group is trained when the first of its answers is asked for; one that nobody asks for is not."""
-        groups = [(group, cache(partial(self.group, group))) for group in self.groups(work)]
-        return [partial(_nth, answers, k) for group, answers in groups for k in range(len(group))]
+        """Return a call for each result. The first call of a group trains it; a group without a call is not trained."""
+        groups = [(group, cache(partial(self.train_group, group))) for group in self.groups(work)]
+        return [partial(_result_of, answers, k) for group, answers in groups for k in range(len(group))]
 
-    def group(self, work: Group) -> list[tuple[Result, ClientState]]:
-        """Carry out one group."""
+    def train_group(self, work: TaskGroup) -> list[tuple[Result, ClientState]]:
+        """Train one group: a single task, or several in one pass."""
         if len(work) == 1:
-            return [self._one(*work[0])]
-        members = [BatchedClient(task, local, personal_adapter(task.start, local), self._plan(task)) for task, local in work]
+            return [self._train_one(*work[0])]
+        members = [
+            BatchedClient(task, local, personal_adapter(task.start, local), self._plan(task)) for task, local in work
+        ]
         trained = batched_clients.train_together(self.base, self.texts, self.training, members)
-        return [self._answer(m.task, m.local, m.plan, *one) for m, one in zip(members, trained, strict=True)]
+        return [
+            self._result(m.task, m.local, m.plan, TrainedClient(*one)) for m, one in zip(members, trained, strict=True)
+        ]
 
-    def _common(self, task: Task) -> object:
-        """What tasks of one pass have in common; None for a task that must be trained alone."""
+    def _pass_key(self, task: Task) -> object:
+        """Return what tasks of one pass must have in common; None for a task that must be trained alone."""
         alone = (
             self.engine.together == 1
             or self.training.proximal
-            or frozen_layers.tower(self.base, [*task.start.train.factors])
+            or frozen_layers.split_layers(self.base, [*task.start.train.factors])
         )
         return None if alone else batched_clients.pass_key(task)
 
-    def _most(self, task: Task) -> int:
+    def _clients_per_pass(self, task: Task) -> int:
         lengths = self.texts.lengths(self.shards[task.client])
         return self.engine.together or batched_clients.clients_per_pass(
             self.base, min(len(lengths), self.training.batch_size) * sum(lengths) / len(lengths)
         )
 
     def _plan(self, task: Task) -> list[list[int]]:
-        """The batches of a task, as examples."""
+        """Return the batches of a task, as indices into `texts`."""
         shard, how = self.shards[task.client], self.training
         lengths, steps = self.texts.lengths(shard), task.budget.steps
         plan = plan_batches(lengths, how.batch_size, steps, how.bucket, task.seed, how.stratified)
         return [[shard[i] for i in batch] for batch in plan]
 
-    def _one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
+    def _train_one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
         start, plan = task.start, self._plan(task)
-        begin = personal_adapter(start, local)
+        adapter = personal_adapter(start, local)
         losses, chosen = list[float](), None
-        if start.rules.select is not None and start.rules.select < sum(f.rank for f in begin.factors.values()):
-            chosen = self._chosen(task, begin, local, plan, losses)
-        trained, moments, control = self._run(task, begin, local, plan[len(losses) :], losses, chosen)
-        return self._answer(task, local, plan, trained, moments, losses, control, chosen)
+        if start.rules.select is not None and start.rules.select < sum(f.rank for f in adapter.factors.values()):
+            chosen, losses = self._choose_directions(task, adapter, local, plan)
+        trained = self._run_steps(task, adapter, local, plan[len(losses) :], chosen)
+        return self._result(task, local, plan, replace(trained, losses=[*losses, *trained.losses]))
 
-    def _answer(
-        self,
-        task: Task,
-        local: ClientState,
-        plan: Sequence[Sequence[int]],
-        trained: Adapter,
-        moments: Mapping[str, Mapping[str, Tensor]],
-        losses: Sequence[float],
-        control: Adapter | None = None,
-        chosen: Mapping[str, Tensor] | None = None,
+    def _result(
+        self, task: Task, local: ClientState, plan: Sequence[Sequence[int]], trained: TrainedClient
     ) -> tuple[Result, ClientState]:
-        """What is sent back, and what stays at the client."""
-        start, slots = task.start, start_directions(task.start)
-        sent = objective.replace_sides(trained, start.train, start.rules.unchanged, chosen)
+        """Take apart what is sent and what stays at the client."""
+        start, held = task.start, start_directions(task.start)
+        sent = objective.replace_sides(trained.adapter, start.train, start.rules.unchanged, trained.chosen)
         if start.rules.pruning is not None:
             sent = objective.prune_tail(personal_adapter(start, local), sent, start.rules.pruning)
         result = Result(
@@ -131,99 +170,105 @@ class PeftTrainer:
             examples=len(self.shards[task.client]),
             tokens=sum(sum(self.texts.lengths(batch)) for batch in plan),
             steps=task.budget.steps,
-            metrics={"loss": sum(losses) / len(losses), "first_loss": losses[0]},
-            control=control and map_tensors(torch.sub, control, client_variate(start, local)),
+            metrics={"loss": sum(trained.losses) / len(trained.losses), "first_loss": trained.losses[0]},
+            control=trained.control and map_tensors(torch.sub, trained.control, client_variate(start, local)),
         )
-        private = objective.put_directions(local.private, trained, slots) if start.rules.private else local.private
-        mine = objective.put_directions(local.control, control, slots) if control else local.control
-        return result, ClientState(start.basis, moments, private, mine)
+        private, control = local.private, local.control
+        if start.rules.private:
+            private = objective.put_directions(private, trained.adapter, held)
+        if trained.control:
+            control = objective.put_directions(control, trained.control, held)
+        return result, ClientState(start.basis, trained.moments, private, control)
 
-    def _chosen(
-        self, task: Task, begin: Adapter, local: ClientState, plan: Sequence[Sequence[int]], losses: list[float]
-    ) -> dict[str, Tensor]:
-        """The directions to train, after a trial on the first batches (LoRA-A2)."""
+    def _choose_directions(
+        self, task: Task, adapter: Adapter, local: ClientState, plan: Sequence[Sequence[int]]
+    ) -> tuple[dict[str, Tensor], list[float]]:
+        """Choose the directions to train by a trial on the first batches (LoRA-A2); also return the losses of the trial."""
         if len(plan) < 2 or task.start.rules.select is None:
             raise Refused("plan.local_steps", len(plan), "choosing directions takes a step of its own: give at least 2")
-        trial = plan[: max(1, len(plan) // TRIAL)]
-        tried, _, _ = self._run(task, begin, ClientState(control=local.control), trial, losses)
-        return objective.select_directions(begin, tried, task.start.rules.select)
+        trial = plan[: max(1, len(plan) // TRIAL_SHARE)]
+        tried = self._run_steps(task, adapter, ClientState(control=local.control), trial)
+        return objective.select_directions(adapter, tried.adapter, task.start.rules.select), [*tried.losses]
 
-    def _run(
+    def _run_steps(
         self,
         task: Task,
-        begin: Adapter,
+        adapter: Adapter,
         local: ClientState,
         plan: Sequence[Sequence[int]],
-        losses: list[float],
         chosen: Mapping[str, Tensor] | None = None,
-    ) -> tuple[Adapter, dict[str, dict[str, Tensor]], Adapter | None]:
-        """Train on these batches and add to `losses`; returns the adapter, optimiser moments, the new control variate."""
+    ) -> TrainedClient:
+        """Train the adapter on these batches."""
         start = task.start
-        slot = self.base.activate(begin, start.scaling, start.fold)
-        weights = released(peft_weights.slot_parameters(self.base.model, slot), start)
-        loss_of = self._loss(task, [*begin.factors])
+        slot = self.base.activate(adapter, start.scaling, start.fold)
+        weights = enable_gradients(peft_weights.slot_parameters(self.base.model, slot), start)
+        loss_of = self._batch_loss(task, [*adapter.factors])
         optimiser = self._optimiser(weights, start, local)
-        amends, control = list[GradientChange](), None
+        changes, control = list[GradientChange](), None
         if start.control is not None:
             shared = {name: w for name, w in weights.items() if objective.side_of(name) not in start.rules.private}
-            own = objective.flatten_adapter(client_variate(start, local))
-            control = objective.ControlVariate(shared, objective.flatten_adapter(start.control), own)
-            amends.append(control)
+            client = objective.flatten_adapter(client_variate(start, local))
+            control = objective.ControlVariate(shared, objective.flatten_adapter(start.control), client)
+            changes.append(control)
         if self.training.proximal:
-            amends.append(objective.proximal_pull(weights, self.training.proximal))
+            changes.append(objective.proximal_pull(weights, self.training.proximal))
         if chosen is not None:
-            amends.append(objective.mask_gradient(weights, chosen))
-        with torch.random.fork_rng():  # after the slot was made, which draws
+            changes.append(objective.mask_gradient(weights, chosen))
+        with torch.random.fork_rng():  # after the slot was made, which draws random numbers
             torch.manual_seed(task.seed)
-            losses += self._steps(plan, loss_of, weights, optimiser, amends, start.rules)
-        after = objective.unflatten_adapter(control.next_variate(), start.control) if control and start.control else None
+            losses = self._optimise(plan, loss_of, weights, optimiser, changes, start.rules)
+        variate = None
+        if control and start.control:
+            variate = objective.unflatten_adapter(control.next_variate(), start.control)
         moments = _moments(weights, optimiser) if self.training.keep_moments else {}
         self.cache.trim(self.engine.cache)
-        return peft_weights.read_adapter(self.base.model, slot, begin.factors), moments, after
+        trained = peft_weights.read_adapter(self.base.model, slot, adapter.factors)
+        return TrainedClient(trained, moments, losses, variate, chosen)
 
-    def _loss(self, task: Task, trained: Sequence[str]) -> Loss:
-        """The mean loss of a batch; where only the top layers are trained, from what comes out below them."""
-        place = frozen_layers.tower(self.base, trained)
-        if place is None:
+    def _batch_loss(self, task: Task, trained: Sequence[str]) -> BatchLoss:
+        """Make the function of a batch's mean loss; where only top layers are trained, it starts from the output below them."""
+        split = frozen_layers.split_layers(self.base, trained)
+        if split is None:
             return lambda batch: loss.mean_loss(self.base, self.texts.batch(batch, self.base.device))
         room, shard = self.engine.cache, self.shards[task.client]
-        below = frozen_layers.features(self.base, self.texts, place, shard, task.start.fold, self.cache, room)
+        features = frozen_layers.frozen_features(self.base, self.texts, split, shard, task.start.fold, self.cache, room)
 
-        def fed(batch: Sequence[int]) -> Tensor:
-            with place.fed(below.of(batch)):
+        def from_features(batch: Sequence[int]) -> Tensor:
+            with split.starting_from(features.for_batch(batch)):
                 return loss.mean_loss(self.base, self.texts.batch(batch, self.base.device))
 
-        return fed
+        return from_features
 
-    def _steps(
+    def _optimise(
         self,
         plan: Sequence[Sequence[int]],
-        loss_of: Loss,
+        loss_of: BatchLoss,
         weights: Weights,
         optimiser: torch.optim.Optimizer,
-        amends: Sequence[GradientChange],
+        changes: Sequence[GradientChange],
         rules: Rules,
     ) -> list[float]:
-        """One optimiser step a batch; returns the losses, without penalties."""
+        """Make one optimiser step a batch; return the losses, without penalties."""
         self.base.model.train()
         losses = list[float]()
         factors = [group["lr"] for group in optimiser.param_groups]
         for step, batch in enumerate(plan):
             for group, factor in zip(optimiser.param_groups, factors, strict=True):
                 group["lr"] = factor * self.training.rate(step, len(plan))
-            found = loss_of(batch)
-            losses.append(float(found.detach()))
+            batch_loss = loss_of(batch)
+            losses.append(float(batch_loss.detach()))
             optimiser.zero_grad(set_to_none=True)
-            extra = None if rules.pruning is None else objective.pruning_penalty(weights, rules.pruning)
-            torch.autograd.backward(found if extra is None else found + extra)
-            for amend in amends:
-                amend()
+            if rules.pruning is not None:
+                batch_loss = batch_loss + objective.pruning_penalty(weights, rules.pruning)
+            torch.autograd.backward(batch_loss)
+            for change in changes:
+                change()
             nn.utils.clip_grad_norm_(weights.values(), self.training.clip)
             optimiser.step()
         return losses
 
     def _optimiser(self, weights: Weights, start: TaskStart, local: ClientState) -> torch.optim.AdamW:
-        """AdamW; a group's rate here is its multiple of the learning rate. Moments of the same basis go on."""
+        """Make AdamW, with moments of the same basis carried over. A group's rate is, for now, its multiple of the learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, weight in weights.items():
             multiple = start.rules.up_rate if objective.side_of(name) == "up" else 1.0
@@ -238,12 +283,12 @@ class PeftTrainer:
         return optimiser
 
 
-def _nth(answers: Callable[[], Sequence[tuple[Result, ClientState]]], number: int) -> tuple[Result, ClientState]:
+def _result_of(answers: Callable[[], Sequence[tuple[Result, ClientState]]], number: int) -> tuple[Result, ClientState]:
     return answers()[number]
 
 
-def released(weights: Weights, start: TaskStart) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, with gradients on for them and off for the others: frozen sides, layers not in the start."""
+def enable_gradients(weights: Weights, start: TaskStart) -> dict[str, nn.Parameter]:
+    """Turn gradients on for the trained parameters, which are returned, and off for frozen sides and layers not in the start."""
     sent = objective.flatten_adapter(start.train)
     for name, weight in weights.items():
         weight.requires_grad_(objective.side_of(name) not in start.rules.frozen and name in sent)

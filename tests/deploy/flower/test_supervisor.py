@@ -14,7 +14,7 @@ import pytest
 
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower import supervisor
-from fedloom.deploy.flower.supervisor import Backoff, ProcessSpec, LogFollower, Supervisor, hold_folder, stop_on_sigterm
+from fedloom.deploy.flower.supervisor import Backoff, LogFollower, ProcessSpec, Supervisor, hold_folder, stop_on_sigterm
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 PARENT = [

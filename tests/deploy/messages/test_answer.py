@@ -17,10 +17,10 @@ from fedloom.aggregate.scaffold import Scaffold
 from fedloom.core import message_size
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import Adapter, Factor, cut_factor, map_tensors, from_tensors, named_tensors
+from fedloom.core.lora import Adapter, Factor, cut_factor, from_tensors, map_tensors, named_tensors
 from fedloom.core.schema import Malformed
 from fedloom.core.transfer import encode_answer, encode_start
-from fedloom.core.types import Budget, ClientState, Result, Rules, TaskStart, Task
+from fedloom.core.types import Budget, ClientState, Result, Rules, Task, TaskStart
 from fedloom.core.validate_answer import why_invalid
 from fedloom.deploy.messages.answer import FORMAT, HEADER, decode_result, encode_result
 from fedloom.hierarchy.edge import trained_part

@@ -22,19 +22,19 @@ from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor, named_tensors
 from fedloom.core.schema import Malformed
 from fedloom.core.transfer import encode_start
-from fedloom.core.types import Budget, Profile, Pruning, Rules, TaskStart, Task
+from fedloom.core.types import Budget, Profile, Pruning, Rules, Task, TaskStart
 from fedloom.deploy.messages import messages
 from fedloom.deploy.messages.answer import encode_result as answer
 from fedloom.deploy.messages.messages import (
     ASK,
-    Request,
     JoinRequest,
     Refusal,
+    Request,
     RunTerms,
-    Welcome,
     TaskRequest,
-    decode_request,
+    Welcome,
     decode_reply,
+    decode_request,
     encode_request,
 )
 from fedloom.train.settings import PLAIN, Engine, LoRA, Training, cosine

@@ -14,12 +14,20 @@ from fedloom import FFA, Clip, DeltaInt8, FedSA, FLoRA, Half, LoRAA2, Scaffold
 from fedloom.core import message_size
 from fedloom.core.errors import Refused
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import Adapter, take_sides, from_tensors, named_tensors
+from fedloom.core.lora import Adapter, from_tensors, named_tensors, take_sides
 from fedloom.core.schema import Malformed
 from fedloom.core.transfer import encode_start
 from fedloom.core.types import Budget, Task
 from fedloom.deploy import start as deploy
-from fedloom.deploy.messages.messages import JoinRequest, Refusal, Welcome, TaskRequest, decode_request, decode_any, decode_reply, encode_request
+from fedloom.deploy.messages.messages import (
+    JoinRequest,
+    Refusal,
+    TaskRequest,
+    Welcome,
+    decode_reply,
+    decode_request,
+    encode_request,
+)
 from fedloom.deploy.messages.seeded_sides import with_seeded_sides, without_seeded_sides
 from fedloom.deploy.site.worker import SiteWorker
 from fedloom.report.run_log import read_run_log
@@ -41,7 +49,7 @@ def work_of(method: Any, first: Adapter, codec: Any, rank: int = 4, **terms: Any
     kept = method.start(begun, Budget(4, 3), 7).seeded
     model = replace(begun, adapter=take_sides(kept, first, lively(first, 3)))
     start = encode_start(method.start(model, Budget(rank, 3), 7), codec)
-    told = terms_of(**({"first": fingerprint(first)} | terms))
+    told = terms_of(**({"first_adapter": fingerprint(first)} | terms))
     return TaskRequest(told, 1, Task(1, "ward", 1, start, Budget(rank, 3), 101, 1.5), 0)
 
 
@@ -104,11 +112,11 @@ def test_a_side_without_numbers_is_refused_where_none_may_be(encoder: Path) -> N
         wrong.append(replace(sent, task=replace(sent.task, start=replace(start, **more))))  # type: ignore[arg-type]
     for work in wrong:
         with pytest.raises(Malformed):
-            decode_any(encode_request(work), LIMIT)
+            decode_request(encode_request(work), LIMIT)
     vast = {name: torch.zeros(()).expand(2**30, 2**30) for name, _ in named_tensors(void).items() if name.endswith(".down")}
     huge = from_tensors(void, named_tensors(void) | vast)
     with pytest.raises(Malformed):  # and no memory is taken for it
-        decode_any(encode_request(replace(sent, task=replace(sent.task, start=replace(start, train=huge)))), LIMIT)
+        decode_request(encode_request(replace(sent, task=replace(sent.task, start=replace(start, train=huge)))), LIMIT)
 
 
 @pytest.mark.parametrize("method", METHODS[:3], ids=str)
@@ -151,7 +159,7 @@ def test_a_deployment_sends_what_its_simulation_counts(encoder: Path, tmp_path: 
     sent, send = list[int](), net.send
 
     def counted(node: int, body: bytes) -> str:
-        if isinstance(ask := decode_any(body, LIMIT), TaskRequest):
+        if isinstance(ask := decode_request(body, LIMIT), TaskRequest):
             assert ask.left_out == ("down",)
             sent.append(numbers(ask))
         return send(node, body)

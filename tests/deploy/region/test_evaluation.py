@@ -15,10 +15,18 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.schema import Malformed
 from fedloom.core.types import Profile
-from fedloom.deploy.messages.messages import EvaluateRequest, EvaluateResult, Refusal, decode_any, decode_marks, encode_reply
-from fedloom.deploy.messages.region_scores import SiteResult, RegionEvaluateResult, decode_sheet, encode_sheet
+from fedloom.deploy.messages.messages import (
+    EvaluateRequest,
+    EvaluateResult,
+    Refusal,
+    RegionEvaluateResult,
+    SiteResult,
+    decode_evaluation,
+    decode_request,
+    encode_reply,
+)
 from fedloom.deploy.server.driver import Deployment
-from fedloom.deploy.server.evaluation import Examiner, figures
+from fedloom.deploy.server.evaluation import result_metrics
 from fedloom.deploy.server.reply_events import REGION
 from fedloom.report.run_log import read_run_log
 from fedloom.runs.prepare import prepare
@@ -41,16 +49,16 @@ class Heard:
     exams: list[bytes] = field(default_factory=list)
 
     def __call__(self, body: bytes) -> bytes:
-        if isinstance(decode_any(body, LIMIT), EvaluateRequest):
+        if isinstance(decode_request(body, LIMIT), EvaluateRequest):
             self.exams.append(body)
         answer: bytes = self.site.worker.answer(body)
         return answer
 
     def marks(self) -> EvaluateResult | Refusal:
         """What the site says to the last of them, asked once more."""
-        exam = decode_any(self.exams[-1], LIMIT)
+        exam = decode_request(self.exams[-1], LIMIT)
         assert isinstance(exam, EvaluateRequest)
-        return decode_marks(self.site.worker.answer(self.exams[-1]), LIMIT, exam)
+        return decode_evaluation(self.site.worker.answer(self.exams[-1]), LIMIT, exam)
 
 
 def country(tmp_path: Path, encoder: Path, limits: dict[int, dict[str, Any]]) -> tuple[Country, dict[str, Heard]]:
@@ -75,7 +83,7 @@ def only_exams(net: Net, then: Any) -> None:
     send = net.send
 
     def sent(node: int, body: bytes) -> str:
-        said = then(node) if isinstance(decode_any(body, LIMIT), EvaluateRequest) else None
+        said = then(node) if isinstance(decode_request(body, LIMIT), EvaluateRequest) else None
         return said or send(node, body)
 
     net.send = sent  # type: ignore[method-assign]
@@ -113,12 +121,12 @@ def test_each_site_of_each_region_is_scored_as_it_scores_itself(encoder: Path, t
     wanted = published(here.folder / "run")
     for line in log.clients:
         site = heard[str(line["client"])]
-        exam, marks = decode_any(site.exams[-1], LIMIT), site.marks()
+        exam, marks = decode_request(site.exams[-1], LIMIT), site.marks()
         assert isinstance(exam, EvaluateRequest)
         assert isinstance(marks, EvaluateResult)
         rank = 2 if line["client"] == "c01" else 4
         told = {"kind": "client", "client": marks.client, "tier": "site", "rank": rank, "edge": homes[marks.client]}
-        assert line == {**told, **figures(marks, False)}
+        assert line == {**told, **result_metrics(marks, False)}
         assert server_rank(exam.start.train) == rank
         if rank == 4:
             assert float(torch.cosine_similarity(products(exam.start.train), wanted, dim=0)) > 0.9999
@@ -135,7 +143,7 @@ def test_who_gave_no_marks_is_told_with_the_reason(encoder: Path, tmp_path: Path
     spoilt: Any = here.above.sites[1]
     whole = spoilt.answer
     spoilt.answer = lambda body: whole(body).replace(
-        b'\\"Seat\\",\\"client\\":\\"c02', b'\\"Seat\\",\\"client\\":\\"c03'
+        b'\\"SiteResult\\",\\"client\\":\\"c02', b'\\"SiteResult\\",\\"client\\":\\"c03'
     )
     with here.open():
         assert here.serve() == "2 versions made"
@@ -145,7 +153,7 @@ def test_who_gave_no_marks_is_told_with_the_reason(encoder: Path, tmp_path: Path
     assert reasons.keys() == {"c00", "c01", "region1"}
     assert reasons["c00"] == ("region0", "it declined: this site tells no scores (limits.scores)")
     assert reasons["c01"] == ("region0", "no answer within 20 s")
-    assert reasons["region1"] == (None, "its answer could not be used: a site is told of twice")
+    assert reasons["region1"] == (None, "its answer could not be used: a site is listed twice")
     assert "3 of 3 clients gave no score" in (here.folder / "run" / "report.html").read_text()
 
 
@@ -153,40 +161,40 @@ GOOD = RegionEvaluateResult("ward", (SiteResult("c00", 2, EvaluateResult("c00", 
 FIRST, SECOND = GOOD.sites
 MARKS = EvaluateResult("c00", 10, 10, 7, 3.5, 5)
 WRONG = [
-    replace(GOOD, client="clinic"), replace(GOOD, seats=()), replace(GOOD, seats=(FIRST, FIRST)),
-    *(replace(GOOD, seats=(replace(FIRST, **one), SECOND)) for one in (
-        {"client": "c02"}, {"rank": 0}, {"rank": 5}, {"rank": 2.0}, {"reason": "none"}, {"marks": None}, {"marks": FIRST},
-        {"marks": replace(MARKS, right=11)}, {"marks": replace(MARKS, loss=float("nan"))}, {"marks": replace(MARKS, asked=9)},
-        {"marks": replace(MARKS, base_loss=1.0)}, {"client": "", "marks": replace(MARKS, client="")},
+    replace(GOOD, client="clinic"), replace(GOOD, sites=()), replace(GOOD, sites=(FIRST, FIRST)),
+    *(replace(GOOD, sites=(replace(FIRST, **one), SECOND)) for one in (
+        {"client": "c02"}, {"rank": 0}, {"rank": 5}, {"rank": 2.0}, {"reason": "none"}, {"result": None}, {"result": FIRST},
+        {"result": replace(MARKS, correct=11)}, {"result": replace(MARKS, loss=float("nan"))}, {"result": replace(MARKS, predictions=9)},
+        {"result": replace(MARKS, base_loss=1.0)}, {"client": "", "result": replace(MARKS, client="")},
     )),
-    *(replace(GOOD, seats=(FIRST, replace(SECOND, **one))) for one in (
+    *(replace(GOOD, sites=(FIRST, replace(SECOND, **one))) for one in (
         {"client": "x" * 201}, {"reason": ""}, {"reason": "x" * 2001}, {"client": ""},
     )),
-    replace(GOOD, seats=tuple(replace(SECOND, client=f"c{k}") for k in range(10_001))),
+    replace(GOOD, sites=tuple(replace(SECOND, client=f"c{k}") for k in range(10_001))),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda sheet: str(sheet)[:80])
 def test_what_no_region_can_say_is_refused(encoder: Path, wrong: Any) -> None:
     exam = exam_of(encoder)
-    assert decode_sheet(encode_sheet(GOOD), LIMIT, exam) == GOOD
+    assert decode_evaluation(encode_reply(GOOD), LIMIT, exam, True) == GOOD
     with pytest.raises(Malformed):
-        decode_sheet(encode_sheet(wrong), LIMIT, exam)
+        decode_evaluation(encode_reply(wrong), LIMIT, exam, True)
 
 
 def test_a_sheet_that_was_cut_is_refused_and_so_are_a_site_s_own_marks(encoder: Path) -> None:
-    exam, data = exam_of(encoder), encode_sheet(GOOD)
+    exam, data = exam_of(encoder), encode_reply(GOOD)
     for length in range(0, len(data), 5):
         with pytest.raises(Malformed):
-            decode_sheet(data[:length], LIMIT, exam)
+            decode_evaluation(data[:length], LIMIT, exam, True)
     with pytest.raises(Malformed, match="above the limit"):
-        decode_sheet(data, len(data) - 1, exam)
+        decode_evaluation(data, len(data) - 1, exam, True)
     with pytest.raises(Malformed):
-        decode_sheet(encode_reply(replace(MARKS, client="ward")), LIMIT, exam)
+        decode_evaluation(encode_reply(replace(MARKS, client="ward")), LIMIT, exam, True)
     with pytest.raises(Malformed):
-        decode_marks(data, LIMIT, exam)
+        decode_evaluation(data, LIMIT, exam)
     no = Refusal("ward", None, "this site tells no scores", True)
-    assert decode_sheet(encode_reply(no), LIMIT, exam) == no
+    assert decode_evaluation(encode_reply(no), LIMIT, exam, True) == no
 
 
 def test_a_region_is_waited_for_twice_as_long_as_a_site(encoder: Path) -> None:
@@ -198,10 +206,10 @@ def test_a_region_is_waited_for_twice_as_long_as_a_site(encoder: Path) -> None:
     turns(running, net, 4)
     assert running.clients.keys() == {"c1", "c7"}
     only_exams(net, lambda node: f"into the void {node}")
-    exam = replace(exam_of(encoder), seconds=10.0)
-    examiner = Examiner(running, {client: replace(exam, client=client) for client in running.clients})
-    examiner.ask(net.pause)
-    assert examiner.without == {"c7": "no answer within 10 s", "c1": "no answer within 20 s"}
+    start = exam_of(encoder).start
+    evaluation = running.begin_evaluation(dict.fromkeys(running.clients, 2), lambda rank: start, 10.0)
+    turns(running, net, 25)
+    assert evaluation.reasons == {"c7": "no answer within 10 s", "c1": "no answer within 20 s"}
 
 
 def exam_of(encoder: Path) -> EvaluateRequest:

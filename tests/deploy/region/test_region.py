@@ -10,19 +10,19 @@ import pytest
 from fedloom import (
     Averaged,
     DeltaInt8,
-    LossRate,
     FedFa,
     FixedDepth,
     FixedRank,
+    GradientScore,
     Hierarchy,
     Immediate,
-    Limits,
-    Plan,
     JointPlan,
+    Limits,
+    LossRate,
+    Plan,
     ProductDelta,
     RandomRank,
     Rounds,
-    GradientScore,
 )
 from fedloom.core.types import Result
 from fedloom.deploy.region.region import Region
@@ -194,7 +194,7 @@ def test_a_report_that_was_written_down_is_the_one_that_is_given(
     def dies(region: Region, led: RegionServer) -> None:
         written(region, led)
         if led.ended and led.ended[0].id not in journaled and region.terms:
-            known = region.journal.done(region.terms.run_hash, led.ended[0].id)
+            known = region.journal.find(region.terms.run_hash, led.ended[0].id)
             if known is not None:
                 journaled[led.ended[0].id] = known.answer.numpy().tobytes()
                 raise Killed
@@ -209,5 +209,5 @@ def test_a_report_that_was_written_down_is_the_one_that_is_given(
     nothing_lost_nor_counted_twice(here)
     kept = [AnswerJournal(folder / "run" / "reports") for folder in here.folders]
     (run,) = {path.name for path in (here.folders[0] / "run" / "reports").iterdir()}
-    found = {n: one.answer.numpy().tobytes() for n in journaled for j in kept if (one := j.done(run, n))}
+    found = {n: one.answer.numpy().tobytes() for n in journaled for j in kept if (one := j.find(run, n))}
     assert found == journaled, "also when its edge had come to the end once more"

@@ -8,7 +8,7 @@ from fedloom.core.events import Cancel, ClientJoined, Command, Discarded, Dispat
 from fedloom.core.types import Budget, Task
 from fedloom.deploy.region.region_edge import RegionServer
 from fedloom.deploy.server.driver import Deployment
-from fedloom.hierarchy.edge import MemberBudget, Edge
+from fedloom.hierarchy.edge import Edge, MemberBudget
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.schedule.rounds import Rounds

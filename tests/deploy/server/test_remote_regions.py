@@ -12,7 +12,7 @@ import pytest
 from hypothesis import Phase, given
 from rich.console import Console
 
-from fedloom import LossRate, FixedRank, Hierarchy, Immediate, Limits, Plan, JointPlan
+from fedloom import FixedRank, Hierarchy, Immediate, JointPlan, Limits, LossRate, Plan
 from fedloom.core.codec import DeltaInt8
 from fedloom.core.events import ClientJoined, Dispatch, Report, TaskReceived, TimerFired, UpdateArrived
 from fedloom.core.server import Server
@@ -135,7 +135,7 @@ def test_a_region_that_cannot_be_planned_for_is_left_alone_with_the_reason_and_a
     running = deployed(net)
     turns(running, net, 4)
     assert running.clients.keys() == running.server.state.groups.keys() == {"north"}
-    assert "c0 cannot train one layer" in running.nodes.nodes[101].why
+    assert "c0 cannot train one layer" in running.nodes.reachable[101].why
     status = Status(tmp_path, running, Limits(versions=50))
     assert "c0 cannot train one layer" in status.waits()
     poor.members = MEMBERS

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedloom.core.errors import Refused
-from fedloom.deploy.site.settings import SiteLimits, Site, read_site
+from fedloom.deploy.site.settings import Site, SiteLimits, read_site
 from tests.support.tiny_models import toy_answers, toy_rows
 
 LEAST = 'name = "ward"\nserver = "s:1"\n[model]\npath = "there"\n[table]\npath = "rows.jsonl"\n'

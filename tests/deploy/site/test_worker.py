@@ -22,7 +22,7 @@ from fedloom.core.seeds import derive
 from fedloom.core.transfer import encode_answer
 from fedloom.core.types import Budget, ClientState, Result
 from fedloom.core.validate_answer import why_invalid
-from fedloom.deploy.messages.messages import JoinRequest, Refusal, Welcome, TaskRequest, decode_reply, encode_request
+from fedloom.deploy.messages.messages import JoinRequest, Refusal, TaskRequest, Welcome, decode_reply, encode_request
 from fedloom.deploy.site.worker import SiteWorker
 from fedloom.train.base_model import load_base
 from fedloom.train.settings import LoRA

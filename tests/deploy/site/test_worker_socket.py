@@ -18,7 +18,16 @@ from pathlib import Path
 import pytest
 
 from fedloom.deploy.site import worker_socket
-from fedloom.deploy.site.worker_socket import ANSWER, HEAD, MARK, STATUS, BrokenFrame, Listener, ask_worker, worker_status
+from fedloom.deploy.site.worker_socket import (
+    ANSWER,
+    HEAD,
+    MARK,
+    STATUS,
+    BrokenFrame,
+    Listener,
+    ask_worker,
+    worker_status,
+)
 
 LIMIT = 3_000_000
 

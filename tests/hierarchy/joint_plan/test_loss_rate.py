@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom import LossRate, Refused
-from fedloom.hierarchy.joint_plan.group_cost import Choice, Device, GroupState, Observed, Sizes
+from fedloom.hierarchy.joint_plan.group_cost import Choice, Device, GroupState, ObservedReward, Sizes
 from fedloom.hierarchy.joint_plan.loss_rate import rewards_by_depth, shallowest_of_best
 from tests.support.storms import tries
 
@@ -35,7 +35,7 @@ def group(*bases: float, bps: float = 1e7, **more: Any) -> GroupState:
 
 def measured(one: GroupState, *pairs: tuple[int, float]) -> GroupState:
     """The group with these (depth, reward)."""
-    return replace(one, earned=tuple(Observed(2, depth, reward) for depth, reward in pairs), tasks=8)
+    return replace(one, inner_rewards=tuple(ObservedReward(2, depth, reward) for depth, reward in pairs), tasks=8)
 
 
 @given(st.lists(devices, min_size=1, max_size=4), st.floats(0.0, 3.0), st.floats(1e7, 1e9), st.floats(1e-4, 1e-2))
@@ -73,9 +73,9 @@ def test_the_slow_do_fewer_steps_and_slow_links_let_do_more(one: Device, times: 
 def test_steps_are_about_a_cube_root() -> None:
     """(l / (2 k t))^(1/3) of t seconds, where an inner round costs l on links, members drift by k p^2 and reports are free."""
     one = group(1.0, 1.0, **KNOWN)
-    (link, _), price = one.links(1, 8), 1e-5
+    (link, _), price = one.link_seconds(1, 8), 1e-5
     (choice,) = LossRate(100, 1, drift=price / 1.5)([one])
-    assert choice.steps == pytest.approx((link / (2 * price * one.steps(1)[0])) ** (1 / 3), rel=0.05)
+    assert choice.steps == pytest.approx((link / (2 * price * one.step_seconds(1)[0])) ** (1 / 3), rel=0.05)
 
 
 def test_dear_reports_are_made_cheap_by_inner_rounds() -> None:

@@ -123,7 +123,9 @@ def test_the_same_work_gives_the_same_bytes_and_leaves_the_base_and_the_generato
 def test_padded_directions_stay_zero(encoder: Path) -> None:
     base = still(base_of(encoder))
     work = tasks(base, 4)
-    members = [batched_clients.BatchedClient(t, ClientState(), t.start.train, [[0, 1], [2, 3], [4, 5], [6]]) for t in work]
+    members = [
+        batched_clients.BatchedClient(t, ClientState(), t.start.train, [[0, 1], [2, 3], [4, 5], [6]]) for t in work
+    ]
     trainer = trainer_of(base)
     for (adapter, moments, losses), task in zip(
         batched_clients.train_together(base, trainer.texts, trainer.training, members), work, strict=True
@@ -156,9 +158,9 @@ def test_only_what_can_share_a_pass_does(encoder: Path) -> None:
 
 def test_the_cost_rule_takes_small_steps_together_and_large_ones_apart(encoder: Path) -> None:
     base = base_of(encoder)
-    assert batched_clients.clients_per_pass(base, 30) == batched_clients.MOST
+    assert batched_clients.clients_per_pass(base, 30) == batched_clients.MOST_CLIENTS
     assert batched_clients.clients_per_pass(base, 500) == 4
     base.model.get_base_model().config.hidden_size = 384
-    assert batched_clients.clients_per_pass(base, 50) == batched_clients.MOST
+    assert batched_clients.clients_per_pass(base, 50) == batched_clients.MOST_CLIENTS
     assert batched_clients.clients_per_pass(base, 400) == 1
     assert batched_clients.clients_per_pass(base, 600) == 1

@@ -17,7 +17,7 @@ from fedloom.train import peft_weights
 from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import frozen_layers
 from fedloom.train.settings import PLAIN
-from fedloom.train.trainer import PeftTrainer, released
+from fedloom.train.trainer import PeftTrainer, enable_gradients
 from tests.support.tiny_runs import base_of, lively, same, task_of, trainer_of
 from tests.support.toys import factor
 
@@ -57,12 +57,14 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
             module.p = 0.0
     task, texts = shallow(base, fold=fold), trainer_of(base).texts
     slot = base.activate(task.start.train, fold=task.start.fold)
-    weights = released(peft_weights.slot_parameters(base.model, slot), task.start)
-    place = frozen_layers.tower(base, [*task.start.train.factors])
+    weights = enable_gradients(peft_weights.slot_parameters(base.model, slot), task.start)
+    place = frozen_layers.split_layers(base, [*task.start.train.factors])
     assert place is not None
-    below = frozen_layers.features(base, texts, place, range(30), task.start.fold, frozen_layers.Cache(), 0)
+    below = frozen_layers.frozen_features(
+        base, texts, place, range(30), task.start.fold, frozen_layers.ActivationCache(), 0
+    )
     found = []
-    for begin in (place.fed(below.of([7, 3, 20, 11])), nullcontext()):
+    for begin in (place.starting_from(below.for_batch([7, 3, 20, 11])), nullcontext()):
         with begin:
             loss = base.model.train()(**texts.batch([7, 3, 20, 11], base.device)).loss
         slopes = torch.autograd.grad(loss, [*weights.values()])
@@ -89,8 +91,8 @@ def test_a_hit_a_miss_and_no_cache_at_all_give_the_same_bytes(request: pytest.Fi
         alone = trained(trainer_of(base), task)
         assert same(trained(warm, task), alone)
         assert same(trained(small, task), alone)
-    assert len(warm.cache.held) == 3  # two folds and none
-    assert trainer_of(base).cache.held == {}
+    assert len(warm.cache.entries) == 3  # two folds and none
+    assert trainer_of(base).cache.entries == {}
 
 
 def test_the_layers_below_are_not_computed_again(encoder: Path) -> None:
@@ -124,32 +126,32 @@ def test_the_blocks_are_all_there_again_and_dropout_is_on_above_only(encoder: Pa
 
 def test_an_error_on_the_way_leaves_the_model_whole(encoder: Path) -> None:
     base = base_of(encoder)
-    place = frozen_layers.tower(base, [n for n in lively(initial_adapter(base, 4)).factors if ".1." in n])
+    place = frozen_layers.split_layers(base, [n for n in lively(initial_adapter(base, 4)).factors if ".1." in n])
     assert place is not None
     before = [name for name, _ in base.model.named_modules()]
-    with pytest.raises(RuntimeError), place.fed(torch.zeros(3, 3, 3)):
+    with pytest.raises(RuntimeError), place.starting_from(torch.zeros(3, 3, 3)):
         base.model(input_ids=torch.zeros(1, 2, dtype=torch.long))
     assert [name for name, _ in base.model.named_modules()] == before
     base.model.eval()
-    assert len(place.below(base.model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})) == 1
+    assert len(place.frozen_output(base.model, {"input_ids": torch.zeros(1, 2, dtype=torch.long)})) == 1
 
 
 def test_the_cache_throws_away_what_was_not_used_for_longest() -> None:
-    cache = frozen_layers.Cache()
+    cache = frozen_layers.ActivationCache()
     for key in "abc":
-        cache.under(key)[0] = torch.zeros(10)
-    cache.under("a")
+        cache.entry(key)[0] = torch.zeros(10)
+    cache.entry("a")
     cache.trim(80)
-    assert [*cache.held] == ["c", "a"]
+    assert [*cache.entries] == ["c", "a"]
     cache.trim(0)
-    assert not cache.held
+    assert not cache.entries
 
 
 def test_all_layers_trained_or_a_layer_outside_of_the_blocks_means_the_plain_way(encoder: Path) -> None:
     base = base_of(encoder)
     names = [*initial_adapter(base, 4).factors]
-    assert frozen_layers.tower(base, names) is None
-    assert frozen_layers.tower(base, ["classifier.dense"]) is None
-    firsts = [frozen_layers.tower(base, names[i:]) for i in range(len(names) // 2, len(names))]
+    assert frozen_layers.split_layers(base, names) is None
+    assert frozen_layers.split_layers(base, ["classifier.dense"]) is None
+    firsts = [frozen_layers.split_layers(base, names[i:]) for i in range(len(names) // 2, len(names))]
     assert [place and place.first for place in firsts] == [1] * len(firsts)
     assert all(a == b for a, b in pairwise(firsts))

@@ -90,7 +90,7 @@ def test_a_base_is_loaded_with_it_and_copied_whole(encoder: Path) -> None:
 
 
 def test_a_torch_without_the_operator_is_told(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_kernel, "available", lambda: False)
+    monkeypatch.setattr(linear_kernel, "onednn_available", lambda: False)
     with pytest.raises(Refused, match="kernel"):
         base_model.load_base(str(encoder), 2, LoRA(), 4, 0, engine=Engine("onednn"))
 

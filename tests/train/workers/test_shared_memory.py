@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fedloom.core.errors import Refused
-from fedloom.train.workers.shared_memory import ALIGNMENT, _unnamed_file, pickle_object, unpickle_object, share_object
+from fedloom.train.workers.shared_memory import ALIGNMENT, _unnamed_file, pickle_object, share_object, unpickle_object
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
 

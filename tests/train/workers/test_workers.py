@@ -190,9 +190,9 @@ from fedloom.train.workers.worker import Workers
 from tests.support.hazards import Toy, toy_work
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
-    with open_pool(Toy(seconds=0.0), Workers.of(2)) as made:
+    with open_pool(Toy(seconds=0.0), Workers.parse(2)) as made:
         made.train(toy_work(2))
-    with open_pool(Toy(seconds=600.0), Workers.of(2)) as made:
+    with open_pool(Toy(seconds=600.0), Workers.parse(2)) as made:
         print("begins", flush=True)
         made.train(toy_work(4))
 """

@@ -1,8 +1,8 @@
-"""What CA2FL and ACE remember: the last change of every client of a federation, in the server's directions.
+"""Memory of the last change of every client of a federation, in the server's directions, for CA2FL and ACE.
 
 One adapter a client in `Model.memory`, zero where it has trained nothing so far, beside their sum and, for each direction and side,
-the number of clients to divide it by: all that do or may train it. A client not heard of counts with a change of zero, as in the
-papers; one that was heard of and has never trained this direction does not count there.
+the number of clients to divide it by: all that do or may train it. A client that has not answered yet counts with a change of zero,
+as in the papers; one that has answered and never trained this direction does not count there.
 
 The sum is kept up to date and not added up anew: a merge then costs as much as its answers, not as the federation. It does not
 drift, because changes are float32 and the sum is float64: what is taken away is what was added, and 29 spare bits keep sums exact
@@ -29,7 +29,13 @@ SUM, COUNT, CHANGE, TRAINED = "sum of last changes", "clients in the sum", "last
 
 @dataclass(frozen=True, slots=True)
 class ClientChange:
-    """What an answer changed `by`, at the server's rank, and `where`: 1 for a direction and side that its client trained."""
+    """Change of the model by one answer.
+
+    Fields:
+        update: the answer.
+        by: the change, at the server's rank.
+        where: 1 for each direction and side that the client trained, else 0.
+    """
 
     update: Update
     by: Adapter
@@ -51,30 +57,36 @@ def require_changes(wrapper: str, inner: Aggregator, clients: int) -> None:
         raise Refused("aggregator.clients", clients, "the number of clients of the federation")
 
 
-def empty_memory(like: Adapter, clients: int) -> dict[str, Adapter]:
-    """Nothing heard of anybody."""
+def with_empty_memory(model: Model, clients: int) -> Model:
+    """Return the model with a memory in which no client of the federation has changed anything."""
+    return replace(model, memory={**model.memory, **_empty_memory(model.adapter, clients)})
+
+
+def _empty_memory(like: Adapter, clients: int) -> dict[str, Adapter]:
     zeros = map_tensors(lambda x: torch.zeros_like(x, dtype=torch.float64), like)
     return {SUM: zeros, COUNT: _marks(like, float(clients))}
 
 
 def mean_last_change(memory: Mapping[str, Adapter]) -> Adapter:
-    """The mean of the last changes, in float64."""
+    """Return the mean of the last changes, in float64."""
     return map_tensors(lambda sum_, count: sum_ / count.clamp_min(1.0), memory[SUM], memory[COUNT])
 
 
 def last_change(memory: Mapping[str, Adapter], one: ClientChange) -> Adapter:
-    """The last change of the client who answers now, before this answer."""
+    """Return the last change before this answer, of the client that answers."""
     return memory.get(CHANGE + one.update.task.client) or map_tensors(torch.zeros_like, one.by)
 
 
 def measure_changes(model: Model, merge: Merge) -> dict[int, ClientChange]:
-    """By task, what the answers changed; none that was trained before the basis was last drawn anew."""
-    updates = [update for _, update in merge.weighted_updates if update.base is None or update.base.basis == model.basis]
+    """Return the changes by task, without answers that were trained before the basis was last drawn anew."""
+    updates = [
+        update for _, update in merge.weighted_updates if update.base is None or update.base.basis == model.basis
+    ]
     return {update.task.id: measure_change(update, model.adapter) for update in updates}
 
 
 def measure_change(update: Update, like: Adapter) -> ClientChange:
-    """What this answer changed; where directions were the client's to select, those that it left alone were not trained."""
+    """Return what this answer changed. Directions that a client could select and left alone count as not trained."""
     start, given = update.task.start, update.result.adapter
     by, where = {}, {}
     for name, own in like.factors.items():
@@ -93,7 +105,7 @@ def measure_change(update: Update, like: Adapter) -> ClientChange:
 
 
 def replace_change(one: ClientChange, by: Adapter) -> Update:
-    """The answer as if it had changed by this where it trained."""
+    """Return the answer as if it had changed by this, where its client trained."""
     start, given = one.update.task.start, one.update.result.adapter
     moved, factors = map_tensors(lambda b, w: b * w, by, one.where), {}
     for name, got in given.factors.items():
@@ -106,7 +118,7 @@ def replace_change(one: ClientChange, by: Adapter) -> Update:
 
 
 def remember_changes(memory: Mapping[str, Adapter], answers: Iterable[ClientChange]) -> dict[str, Adapter]:
-    """The memory with these answers; of two answers of one client the later task is its last."""
+    """Return the memory with these answers; of two answers of one client the later task is its last."""
     new = {key: kept for key, kept in memory.items() if _ours(key)}
     for one in sorted(answers, key=lambda one: one.update.task.id):
         client, old = one.update.task.client, last_change(new, one)
@@ -121,9 +133,9 @@ def remember_changes(memory: Mapping[str, Adapter], answers: Iterable[ClientChan
 
 
 def store_memory(after: Model, before: Model, memory: Mapping[str, Adapter], clients: int) -> Model:
-    """`after` with this memory, or with a blank one where its basis was drawn anew: entries then mean something else."""
+    """Return `after` with this memory, or with an empty one where its basis was drawn anew: entries then mean something else."""
     others = {key: kept for key, kept in after.memory.items() if not _ours(key)}
-    kept = memory if after.basis == before.basis else empty_memory(after.adapter, clients)
+    kept = memory if after.basis == before.basis else _empty_memory(after.adapter, clients)
     return replace(after, memory={**others, **kept})
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower.server_processes import is_loopback
 from fedloom.deploy.flower.supervisor import (
-    ProcessSpec,
     LogFollower,
+    ProcessSpec,
     Supervisor,
+    free_port,
     hold_folder,
     process_environment,
-    free_port,
     program,
-    write_secret,
     stop_on_sigterm,
+    write_secret,
 )
 
 TICK = 0.5

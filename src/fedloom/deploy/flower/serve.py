@@ -12,10 +12,19 @@ from dataclasses import dataclass, field
 from fedloom.core.errors import Refused
 from fedloom.core.files import disk_full_error, write_json
 from fedloom.deploy.flower import keys
-from fedloom.deploy.flower.app_outcome import AppOutcome, read_outcome, last_attempt
+from fedloom.deploy.flower.app_outcome import AppOutcome, last_attempt, read_outcome
 from fedloom.deploy.flower.server_processes import ServerSetup, server_processes
 from fedloom.deploy.flower.superlink import SiteKey, SuperLink, SuperLinkError
-from fedloom.deploy.flower.supervisor import ProcessSpec, LogFollower, Supervisor, hold_folder, free_port, is_listening, write_secret, stop_on_sigterm
+from fedloom.deploy.flower.supervisor import (
+    LogFollower,
+    ProcessSpec,
+    Supervisor,
+    free_port,
+    hold_folder,
+    is_listening,
+    stop_on_sigterm,
+    write_secret,
+)
 
 TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
 """Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""

@@ -1,12 +1,13 @@
 """The answer to a task as bytes: flat buffers of numbers behind a JSON manifest. No pickle, no code, checked before use.
 
-The file is a safetensors file with at most three one-dimensional tensors (float32, float16, int8): the rows that changed, in the order of
-`transfer.layout`, one after the other. Names and shapes are not sent: the receiver has the task, which says what is asked, and a digest
-tells whether both mean the same layers. A region puts a report beside its answer, for plans that learn and groups that change.
+The file is a safetensors file with at most three one-dimensional tensors (float32, float16, int8): the rows that changed, in the
+order of `transfer.layout`, one after the other. Names and shapes are not sent: the receiver has the task, which says what is
+asked, and a digest tells whether both mean the same layers. A region puts a report beside its answer, for plans that learn and
+groups that change.
 
-The server reads answers from sites that it does not trust. The size is checked first, then each field of the manifest by its type and range,
-then that the buffers hold exactly the numbers that the manifest speaks of; whatever is wrong raises `Malformed`. What an attacker can
-do is to send wrong numbers in the right form: those are judged by `core.validate_answer` before they are merged.
+The server reads answers from sites that it does not trust. The size is checked first, then each field of the manifest by its type
+and range, then that the buffers hold exactly the numbers that the manifest speaks of; whatever is wrong raises `Malformed`. What
+an attacker can do is to send wrong numbers in the right form: those are judged by `core.validate_answer` before they are merged.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fedloom.core.codec import LOWEST, Block
 from fedloom.core.lora import Adapter
 from fedloom.core.schema import Decoder, Encoder, Malformed
 from fedloom.core.transfer import PackedAnswer, Rows, layout, pack_answer, tensor_rows, unpack_answer
-from fedloom.core.types import ClientId, Profile, Result, TaskStart, Task, GroupStatistics
+from fedloom.core.types import ClientId, GroupStatistics, Profile, Result, Task, TaskStart
 from fedloom.deploy.messages.checks import MAX_INTEGER, MAX_NAME, check_ranges
 from fedloom.deploy.messages.container import BUFFERS, BufferForm, NotOutstanding, read_buffers, read_header
 from fedloom.hierarchy.edge import trained_part
@@ -95,7 +96,9 @@ class RegionReport:
     members: tuple[Profile, ...]
 
 
-def encode_result(task: Task, result: Result, residual: Adapter | None = None, report: RegionReport | None = None) -> bytes:
+def encode_result(
+    task: Task, result: Result, residual: Adapter | None = None, report: RegionReport | None = None
+) -> bytes:
     """Encode an answer as bytes. The same answer gives the same bytes.
 
     Args:

@@ -1,4 +1,9 @@
-"""The numbers in a message, and between what they may be."""
+"""The ranges of what stands in a message, checked on both sides after the types (`fedloom.core.schema`) and before any use.
+
+The ranges are wide: they keep out what no server or site can mean (a rank of zero, a name of a megabyte, a shape that does not
+fit), so that nothing behind them has to think of it. What a plan or a task allows is narrower, and judged by the core. A site
+also compares what it is sent with its own copy of the base model (`model_mismatch`).
+"""
 
 from __future__ import annotations
 
@@ -8,23 +13,24 @@ import torch
 
 from fedloom.core.lora import Adapter, named_tensors
 from fedloom.core.schema import Malformed
-from fedloom.core.types import Budget, Profile, Side, TaskStart, Task
+from fedloom.core.types import Budget, Profile, Side, Task, TaskStart
 from fedloom.core.validate_answer import MAX_MEMBERS
 from fedloom.deploy.messages.container import is_placeholder
 
 MAX_NAME = 200
 """Characters of a name."""
 MAX_INTEGER = 2**63 - 1
+"""What fits into 64 bits."""
 
 
 def tensor_side(name: str) -> Side:
-    """Of a tensor, by its flat name (`lora.tensors`)."""
+    """The side of an adapter that a tensor belongs to, by its flat name (`lora.named_tensors`)."""
     return "dense" if name.startswith("dense:") else "up" if name.endswith(".up") else "down"
 
 
 def check_start(start: TaskStart, left_out: Sequence[Side] = ()) -> None:
-    """Raise Malformed for a start that no server gives; these sides have no numbers."""
-    check_ranges(_of_start(start))
+    """Raise Malformed for a start that no server gives; the sides `left_out` must have no numbers, and all others must."""
+    check_ranges(_start_ranges(start))
     if not {*left_out} <= {*start.seeded} or len({*left_out}) != len(left_out):
         raise Malformed("a side was left out that does not follow from the seed")
     for where, adapter in (("train", start.train), ("fold", start.fold), ("control", start.control)):
@@ -39,15 +45,15 @@ def check_start(start: TaskStart, left_out: Sequence[Side] = ()) -> None:
                 raise Malformed(f"{where}: {name!r:.60} is no product of two matrices")
     rank = max(factor.rank for factor in start.train.factors.values())
     if start.directions is not None and (not _ascending(start.directions) or len(start.directions) != rank):
-        raise Malformed("slots are not as many numbers in order as there are directions")
+        raise Malformed("directions are not as many numbers in order as the rank")
     if start.control and _shapes(start.control) != _shapes(start.train):
         raise Malformed("the control variate has other shapes than what is trained")
 
 
-def check_profiles(told: Sequence[Profile]) -> None:
-    """Raise Malformed for what no site is, or more of them than a region has."""
-    check_range("members", len(told), 0, MAX_MEMBERS + 1)
-    for profile in told:
+def check_profiles(profiles: Sequence[Profile]) -> None:
+    """Raise Malformed for a profile that no site has, or for more of them than a region has."""
+    check_range("members", len(profiles), 0, MAX_MEMBERS + 1)
+    for profile in profiles:
         check_name("profile.client", profile.client)
         check_range("profile.examples", profile.examples, 1, 10**12)
         for name in ("flops", "up_bps", "down_bps", "memory"):
@@ -67,7 +73,7 @@ def budget_ranges(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
 
 
 def task_ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a task, those of its start apart."""
+    """The numbers of a task without its start, with the least and the most that they can be."""
     yield from budget_ranges(task.budget)
     yield "task", task.id, 1, MAX_INTEGER
     yield "version", task.version, 0, MAX_INTEGER
@@ -75,8 +81,8 @@ def task_ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:
     yield "sent", task.sent, -1e18, 1e18
 
 
-def _of_start(start: TaskStart) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a start."""
+def _start_ranges(start: TaskStart) -> Iterator[tuple[str, float, float, float]]:
+    """The numbers of a start, with the least and the most that they can be."""
     pruning = start.rules.pruning
     yield "basis", len(start.basis), 0, MAX_NAME
     yield "scaling", 1.0 if start.scaling is None else start.scaling, 1e-9, 1e9
@@ -89,19 +95,19 @@ def _of_start(start: TaskStart) -> Iterator[tuple[str, float, float, float]]:
 
 
 def check_ranges(numbers: Iterable[tuple[str, float, float, float]]) -> None:
-    """Raise Malformed for the first that is out of its range."""
+    """Raise Malformed for the first number that is out of its range."""
     for name, value, least, most in numbers:
         check_range(name, value, least, most)
 
 
 def check_range(name: str, value: float, least: float, most: float) -> None:
-    """Raise Malformed for a number that is not."""
+    """Raise Malformed for a number that is out of its range, or is none."""
     if not least <= value <= most:
         raise Malformed(f"{name} is {str(value)[:40]}, expected {least} to {most}")
 
 
 def check_name(field: str, text: str) -> None:
-    """Raise Malformed for a name that is none or too long."""
+    """Raise Malformed for a name that is empty or too long."""
     if not 0 < len(text) <= MAX_NAME:
         raise Malformed(f"{field} has {len(text)} characters, expected 1 to {MAX_NAME}")
 

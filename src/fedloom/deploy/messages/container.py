@@ -1,13 +1,15 @@
 """A dataclass with adapters in it as bytes: flat buffers of numbers behind one JSON text. No pickle, no code, checked before use.
 
-Every request and reply between a server, its regions and its sites has this form, but for the answer to a task (`answer`), which is smaller
-since the receiver has the task. The file is a safetensors file with at most two one-dimensional tensors (float32, float16). Its header holds
-the text: [format, value], as `fedloom.core.schema` writes it, an adapter as entries that say where its numbers lie.
+Every request and reply between a server, its regions and its sites has this form, but for the answer to a task (`answer`), which
+is smaller since the receiver has the task. The file is a safetensors file with at most two one-dimensional tensors (float32,
+float16). Its header holds the text: [format, value], as `fedloom.core.schema` writes it, an adapter as entries that say where its
+numbers lie.
 
-Who reads it trusts nothing in it. The size is checked before anything is parsed; fields are read as their classes declare them, functions
-and codecs only by the names that the receiver hands in, numbers must be finite, shapes can ask for no more memory than was sent, and numbers
-that belong to nothing are refused. A forged file can therefore do no more than a wrong one: it raises `Malformed`. That the values
-make sense (ranges, ranks, sides) is judged by `checks`, and that an answer fits its task by the core.
+Who reads it trusts nothing in it. The size is checked before anything is parsed; fields are read as their classes declare them,
+functions and codecs only by the names that the receiver hands in, numbers must be finite, shapes can ask for no more memory than
+was sent, and numbers that belong to nothing are refused. A forged file can therefore do no more than a wrong one: it raises
+`Malformed`. That the values make sense (ranges, ranks, sides) is judged by `checks`, and that an answer fits its task by the
+core.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ FORMAT = 1
 
 TensorForm: TypeAlias = Literal["f32", "f16", "eye", "void"]
 TensorEntry: TypeAlias = tuple[TensorForm, int, bool, tuple[int, ...]]
-"""One tensor: the buffer that holds it, the exponent of float16, whether its columns come first, its shape. "eye" is an identity, which
-takes no numbers, "void" a tensor in whose place the receiver puts what it has: zeros of no memory (all strides 0).
+"""One tensor: the buffer that holds it, the exponent of float16, whether its columns come first, its shape. "eye" is an identity,
+which takes no numbers, "void" a tensor in whose place the receiver puts what it has: zeros of no memory (all strides 0).
 """
 ADAPTER_ENTRIES = tuple[dict[str, tuple[TensorEntry, TensorEntry]], dict[str, TensorEntry]]
 """An adapter: `down` and `up` of each layer, and its dense tensors."""
@@ -62,7 +64,12 @@ def _entry(tensor: Tensor, parts: Mapping[TensorForm, list[Tensor]]) -> list[obj
     numbers = tensor.detach().cpu()
     if is_placeholder(numbers):
         return ["void", 0, False, [*numbers.shape]]
-    if numbers.ndim == 2 and len(numbers) > 1 and numbers.shape[0] == numbers.shape[1] and numbers.equal(torch.eye(len(numbers))):
+    if (
+        numbers.ndim == 2
+        and len(numbers) > 1
+        and numbers.shape[0] == numbers.shape[1]
+        and numbers.equal(torch.eye(len(numbers)))
+    ):
         return ["eye", 0, False, [*numbers.shape]]
     turned = numbers.ndim == 2 and numbers.stride(0) < numbers.stride(1)  # products round by the order in memory
     row = (numbers.T if turned else numbers).reshape(-1)

@@ -1,6 +1,12 @@
-"""What server and site say to each other, as bytes (`form`): a question, a task, an exam, an answer, marks, a refusal.
+"""Messages between a server and its sites or regions: the dataclasses, their bytes, and the checks of what arrives.
 
-An answer to a task is `wire.encode`'s: it needs no names and shapes, for the server has the task.
+A server sends three requests: `JoinRequest` (may I count on you?), `TaskRequest` (train) and `EvaluateRequest` (score the last model on
+what you hold out). The replies are `Welcome`; the answer to a task, which `answer` encodes, since the server has the task and needs no
+names and shapes; and `EvaluateResult`, or a `RegionEvaluateResult` from a region. Instead of any of them, a `Refusal` may come.
+
+Encoding is the container's (`container`). Decoding checks types, ranges and names, and raises `Malformed` for all else, whatever the
+bytes are. What a site is willing to do is not judged here (`site.settings.why_refused`), nor whether an answer fits its task
+(`core.validate_answer`).
 """
 
 from __future__ import annotations
@@ -13,36 +19,48 @@ from typing import Any, TypeAlias
 
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
 from fedloom.core.errors import Refused
+from fedloom.core.lora import server_rank
 from fedloom.core.schema import Malformed
-from fedloom.core.types import ClientId, Profile, Result, Side, TaskStart, Task
-from fedloom.deploy.messages import answer as wire
+from fedloom.core.types import ClientId, Profile, Result, Side, Task, TaskStart
+from fedloom.core.validate_answer import MAX_MEMBERS
+from fedloom.deploy.messages import answer
 from fedloom.deploy.messages.checks import (
-    MAX_NAME,
     MAX_INTEGER,
-    check_ranges,
+    MAX_NAME,
     check_name,
     check_profiles,
-    check_start,
     check_range,
+    check_ranges,
+    check_start,
     task_ranges,
 )
-from fedloom.deploy.messages.container import read_header, unpack_message, pack_message
+from fedloom.deploy.messages.container import pack_message, read_header, unpack_message
 from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
 
-ASK, WORD = "fedloom-ask", "fedloom-word"
+REQUEST, REPLY = "fedloom-request", "fedloom-reply"
+"""Names under which the text of a message stands in its container."""
 DECAYS = (constant, linear, cosine)
 CODECS = (Exact, Half, DeltaInt8)
 
 
 @dataclass(frozen=True, slots=True)
 class RunTerms:
-    """What a site must know of a run beside its tasks: who asks, and everything of local training that the numbers depend on.
+    """What a site must know of a run beside its tasks: who it works for, and all settings that the numbers of training depend on.
 
-    `run` is its name, `run_hash` names its settings (`manifest.digest`), `model` is what the server calls the base, of which the site
-    has a copy of its own, and `rank` the largest rank of the run. `labels` are the names that the model chooses from, None where it
-    writes text. `threads` is for torch, `seed` the run's. `weights` tells copies of the base from another model
-    (`Base.fingerprint`; "" is not compared). `held_out` is the share of its examples that a site does not train on (`Exam`),
-    `first` the sha256 of the adapter that the run began with ("": not told).
+    Fields:
+        run: name of the run.
+        run_hash: names its settings (`manifest.digest`).
+        model: the server's name of the base model, of which the site has a copy of its own.
+        rank: largest rank of the run.
+        lora: shape of the adapters.
+        training: settings of local training.
+        engine: how training is computed.
+        threads: threads of torch.
+        seed: seed of the run.
+        labels: names that the model chooses from (None: it writes text).
+        weights: tells copies of the base model from another model (`Base.fingerprint`; "": not compared).
+        held_out: share of its examples that a site does not train on, for `EvaluateRequest`.
+        first_adapter: sha256 of the adapter with which the run began ("": not sent).
     """
 
     run: str
@@ -62,15 +80,16 @@ class RunTerms:
     def __post_init__(self) -> None:
         if self.training.decay not in DECAYS:
             name = getattr(self.training.decay, "__name__", "?")
-            remedy = f"no code travels to a site; choose {', '.join(one.__name__ for one in DECAYS)}"
+            remedy = f"no code travels to a site; choose {', '.join(decay.__name__ for decay in DECAYS)}"
             raise Refused("training.decay", name, remedy)
         if not re.fullmatch("[0-9a-f]{12}", self.run_hash):
             raise Refused("run_hash", self.run_hash, "twelve hex digits, as a manifest has them")
         if not re.fullmatch("([0-9a-f]{12})?", self.weights):
             raise Refused("weights", self.weights, "twelve hex digits, or none")
         if not re.fullmatch("([0-9a-f]{64})?", self.first_adapter):
-            raise Refused("first", self.first_adapter, "64 hex digits, or none")
-        for field, text in (("name", self.run), ("model", self.model), *(("labels", one) for one in self.labels or ())):
+            raise Refused("first_adapter", self.first_adapter, "64 hex digits, or none")
+        labels = (("labels", label) for label in self.labels or ())
+        for field, text in (("name", self.run), ("model", self.model), *labels):
             if not 0 < len(text) <= 10 * MAX_NAME:
                 raise Refused(field, text, f"1 to {10 * MAX_NAME} characters")
         for field, number, most in (("rank", self.rank, 2**20), ("threads", self.threads, 1024)):
@@ -84,7 +103,12 @@ class RunTerms:
 
 @dataclass(frozen=True, slots=True)
 class JoinRequest:
-    """Who are you, and may you work for this run? `incarnation` counts the server's starts, the first one is 1."""
+    """Ask a node who it is and whether it works for this run.
+
+    Fields:
+        terms: terms of the run.
+        incarnation: number of the server's start, the first one is 1.
+    """
 
     terms: RunTerms
     incarnation: int
@@ -92,10 +116,15 @@ class JoinRequest:
 
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
-    """A task.
+    """Ask a client to train.
 
-    `settled` is the client's last task whose answer the server accepted (0: none): what a later one left behind at the site is void.
-    `left_out` are sides of the start that the site has already (`seeded`).
+    Fields:
+        terms: terms of the run.
+        incarnation: number of the server's start.
+        task: the task.
+        last_accepted: the client's last task whose answer the server accepted (0: none). The state that a later task left at the
+            site is void.
+        left_out: sides of the start that the site can compute itself (`seeded_sides`).
     """
 
     terms: RunTerms
@@ -107,10 +136,15 @@ class TaskRequest:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateRequest:
-    """How good is this model on what the site of `client` holds out? Nothing is trained.
+    """Ask a client how good the run's last model is on the examples that it holds out. Nothing is trained.
 
-    `start` is what a task that began from the run's last version would begin with, `settled` as in `Work`. An answer is waited for
-    `seconds`; one of a region, which asks its sites and waits as long for each, twice that.
+    Fields:
+        terms: terms of the run.
+        incarnation: number of the server's start.
+        client: who is asked.
+        start: what a task that began from the last version would begin with.
+        last_accepted: as in `TaskRequest`.
+        seconds: how long the server waits for the reply. A region gives each of its sites as long, and is waited for twice as long.
     """
 
     terms: RunTerms
@@ -123,9 +157,13 @@ class EvaluateRequest:
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The site will work for this run. `incarnation` is that of the `Hello` which it answers; `seeded`: it drew `Terms.first` too.
+    """Reply to a `JoinRequest`: the site works for this run.
 
-    A region says who its `members` are where the plan learns of them.
+    Fields:
+        profile: what the site is.
+        incarnation: that of the request.
+        seeded: whether the site drew the run's first adapter itself (`RunTerms.first_adapter`).
+        members: profiles of a region's sites, where the plan learns from them.
     """
 
     profile: Profile
@@ -136,7 +174,14 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The site will not, or could not, and why; `task` None: it is about the run. `lasting`: it holds for other tasks too."""
+    """Reply to any request: the site does not do it, or could not.
+
+    Fields:
+        client: who refuses.
+        task: the refused task (None: the run as a whole).
+        reason: why, in a sentence.
+        lasting: whether the reason holds for other tasks too.
+    """
 
     client: ClientId
     task: int | None
@@ -146,11 +191,17 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateResult:
-    """What an exam came to, in counts and sums over the examples held out.
+    """Reply to an `EvaluateRequest`: counts and sums over the held-out examples. No text leaves a site, and no single example.
 
-    `asked` are its predictions (one an example, or one a token of the reference answers), `right` those that were, `loss` the sum of
-    their cross-entropies. `base_right` would be right without any training: by always answering the commonest label of the examples
-    trained on, or, where text is written, by the base alone, whose `base_loss` is told too (else 0).
+    Fields:
+        client: who was asked.
+        examples: examples held out.
+        predictions: one an example, or one a token of the reference answers.
+        correct: predictions that are right.
+        loss: sum of their cross-entropies.
+        base_correct: predictions that are right without training: of the commonest label among the examples trained on, or,
+            where text is written, of the base model alone.
+        base_loss: sum of the base's cross-entropies, where text is written (else 0).
     """
 
     client: ClientId
@@ -162,104 +213,149 @@ class EvaluateResult:
     base_loss: float = 0.0
 
 
-Request: TypeAlias = JoinRequest | TaskRequest
+@dataclass(frozen=True, slots=True)
+class SiteResult:
+    """Evaluation of one client as its server or region knows it.
+
+    Fields:
+        client: who was asked.
+        rank: rank of the model that was sent.
+        result: what it replied (None: nothing that can be used).
+        reason: why there is no result ("" if there is one).
+    """
+
+    client: ClientId
+    rank: int
+    result: EvaluateResult | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionEvaluateResult:
+    """Reply of the region `client` to an `EvaluateRequest`: the results of all `sites` that ever joined it."""
+
+    client: ClientId
+    sites: tuple[SiteResult, ...]
+
+
+Request: TypeAlias = JoinRequest | TaskRequest | EvaluateRequest
 Reply: TypeAlias = Welcome | Refusal
+EvaluateReply: TypeAlias = EvaluateResult | RegionEvaluateResult
 
 
+# Requests -------------------------------------------------------------------------------------------------------------
 
-# Asks ----------------------------------------------------------------------------------------------------------------
+
+def encode_request(request: Request) -> bytes:
+    """Encode a request; the same request gives the same bytes. Raises Refused for a codec that sites do not know."""
+    if not isinstance(request, JoinRequest):
+        check_codec(start_of(request).codec)
+    return pack_message(REQUEST, request)
 
 
-def encode_request(ask: Request | EvaluateRequest) -> bytes:
-    """The ask as bytes; the same ask gives the same bytes. Raises Refused for a codec that sites do not know."""
-    if isinstance(ask, TaskRequest | EvaluateRequest):
-        check_codec(ask.task.start.codec if isinstance(ask, TaskRequest) else ask.start.codec)
-    return pack_message(ASK, ask)
+def start_of(request: TaskRequest | EvaluateRequest) -> TaskStart:
+    """Return the start that a request carries."""
+    return request.task.start if isinstance(request, TaskRequest) else request.start
 
 
 def check_codec(codec: Codec | None) -> None:
-    """Raise Refused for one that sites do not know."""
+    """Raise Refused for a codec that sites do not know."""
     if type(codec) not in (NoneType, *CODECS):
         raise Refused("transfer", codec, "no code travels to a site; choose Exact(), Half() or DeltaInt8()")
 
 
 def decode_request(data: bytes, limit: int) -> Request:
-    """The ask that such bytes are. Raises Malformed with the reason, whatever the bytes are; memory: a few times `limit`."""
-    ask: Request = _decoded(data, limit, JoinRequest | TaskRequest)
-    return ask
-
-
-def decode_any(data: bytes, limit: int) -> Request | EvaluateRequest:
-    """The same, or an exam on what is held out."""
-    ask: Request | EvaluateRequest = _decoded(data, limit, JoinRequest | TaskRequest | EvaluateRequest)
-    return ask
-
-
-def _decoded(data: bytes, limit: int, kinds: Any) -> Any:
-    ask = unpack_message(data, limit, ASK, kinds, DECAYS)
-    check_range("incarnation", ask.incarnation, 0, MAX_INTEGER)
-    if isinstance(ask, JoinRequest):
-        return ask
-    check_range("settled", ask.settled, 0, MAX_INTEGER)
-    check_name("client", ask.task.client if isinstance(ask, TaskRequest) else ask.client)
-    if isinstance(ask, TaskRequest):
-        check_ranges(task_ranges(ask.task))
-        check_start(ask.task.start, ask.left_out)
+    """Decode a request of at most `limit` bytes. Raises Malformed with the reason; needs a few times `limit` of memory."""
+    request: Request = unpack_message(data, limit, REQUEST, Request, DECAYS)
+    check_range("incarnation", request.incarnation, 0, MAX_INTEGER)
+    if isinstance(request, JoinRequest):
+        return request
+    check_range("last_accepted", request.last_accepted, 0, MAX_INTEGER)
+    if isinstance(request, TaskRequest):
+        check_name("client", request.task.client)
+        check_ranges(task_ranges(request.task))
+        check_start(request.task.start, request.left_out)
     else:
-        check_range("seconds", ask.seconds, 1e-9, 1e9)
-        check_start(ask.start)
-    return ask
+        check_name("client", request.client)
+        check_range("seconds", request.seconds, 1e-9, 1e9)
+        check_start(request.start)
+    return request
 
 
-# Replies -------------------------------------------------------------------------------------------------------------
+# Replies --------------------------------------------------------------------------------------------------------------
 
 
-def encode_reply(word: Reply | EvaluateResult) -> bytes:
-    """The reply as bytes; an answer to a task is made by `wire.encode`."""
-    return pack_message(WORD, word)
+def encode_reply(reply: Reply | EvaluateReply) -> bytes:
+    """Encode a reply, other than the answer to a task (`answer.encode_result`)."""
+    return pack_message(REPLY, reply)
 
 
 def decode_reply(data: bytes, limit: int, tasks: Mapping[int, Task]) -> Reply | tuple[ClientId, int, Result]:
-    """What a site said, or (client, task, result); `tasks` may be answered. Raises Malformed, whatever the bytes are."""
+    """Decode the reply to a join or task request; an answer is (client, task, result). Raises Malformed.
+
+    `tasks` are the outstanding ones: an answer to another task raises NotOutstanding.
+    """
     if len(data) > limit:
         raise Malformed(f"{len(data)} bytes, above the limit of {limit}")
-    if WORD not in read_header(data):
-        return wire.decode_result(data, limit, tasks)
-    word: Reply = unpack_message(data, limit, WORD, Welcome | Refusal)
-    if isinstance(word, Refusal):
-        check_refusal(word)
-        return word
-    check_profiles((word.profile, *word.members))
-    check_range("incarnation", word.incarnation, 0, MAX_INTEGER)
-    return word
+    if REPLY not in read_header(data):
+        return answer.decode_result(data, limit, tasks)
+    reply: Reply = unpack_message(data, limit, REPLY, Reply)
+    if isinstance(reply, Refusal):
+        _check_refusal(reply)
+        return reply
+    check_profiles((reply.profile, *reply.members))
+    check_range("incarnation", reply.incarnation, 0, MAX_INTEGER)
+    return reply
 
 
-def decode_marks(data: bytes, limit: int, exam: EvaluateRequest) -> EvaluateResult | Refusal:
-    """What the site said to this exam. Raises Malformed, whatever the bytes are."""
-    word: EvaluateResult | Refusal = unpack_message(data, limit, WORD, EvaluateResult | Refusal)
-    if word.client != exam.client:
-        raise Malformed(f"{word.client!r:.60} answers the exam of {exam.client!r}")
-    if isinstance(word, Refusal):
-        check_refusal(word)
-        return word
-    check_marks(word, exam)
-    return word
+def decode_evaluation(
+    data: bytes, limit: int, request: EvaluateRequest, region: bool = False
+) -> EvaluateReply | Refusal:
+    """Decode the reply of a site, or of a region, to this evaluate request. Raises Malformed."""
+    kind: Any = RegionEvaluateResult if region else EvaluateResult
+    reply: EvaluateReply | Refusal = unpack_message(data, limit, REPLY, kind | Refusal)
+    if reply.client != request.client:
+        raise Malformed(f"{reply.client!r:.60} replies to the evaluate request of {request.client!r}")
+    if isinstance(reply, Refusal):
+        _check_refusal(reply)
+    elif isinstance(reply, EvaluateResult):
+        _check_result(reply, request)
+    else:
+        check_range("sites", len(reply.sites), 1, MAX_MEMBERS)
+        if len({site.client for site in reply.sites}) < len(reply.sites):
+            raise Malformed("a site is listed twice")
+        for site in reply.sites:
+            _check_site(site, request)
+    return reply
 
 
-def check_marks(word: EvaluateResult, exam: EvaluateRequest) -> None:
-    """Raise Malformed for what no site can come to in this exam."""
-    labelled = exam.terms.labels is not None
-    check_range("examples", word.examples, 1, 10**12)
-    check_range("asked", word.predictions, word.examples if labelled else 1, word.examples if labelled else MAX_INTEGER)
-    check_range("right", word.correct, 0, word.predictions)
-    check_range("base_right", word.base_correct, 0, word.predictions)
-    check_range("loss", word.loss, 0.0, 1e30)
-    check_range("base_loss", word.base_loss, 0.0, 0.0 if labelled else 1e30)
+def _check_result(result: EvaluateResult, request: EvaluateRequest) -> None:
+    """Raise Malformed for figures that no evaluation of this request can have."""
+    labelled = request.terms.labels is not None
+    fewest, most = (result.examples, result.examples) if labelled else (1, MAX_INTEGER)
+    check_range("examples", result.examples, 1, 10**12)
+    check_range("predictions", result.predictions, fewest, most)
+    check_range("correct", result.correct, 0, result.predictions)
+    check_range("base_correct", result.base_correct, 0, result.predictions)
+    check_range("loss", result.loss, 0.0, 1e30)
+    check_range("base_loss", result.base_loss, 0.0, 0.0 if labelled else 1e30)
 
 
-def check_refusal(word: Refusal) -> None:
-    """Raise Malformed for one that no site says."""
-    check_name("client", word.client)
-    check_range("task", 1 if word.task is None else word.task, 1, MAX_INTEGER)
-    if len(word.reason) > 10 * MAX_NAME:
-        raise Malformed(f"a reason of {len(word.reason)} characters")
+def _check_site(site: SiteResult, request: EvaluateRequest) -> None:
+    """Raise Malformed for a site of a region that cannot have been asked so, or cannot have replied so."""
+    check_name("client", site.client)
+    check_range("rank", site.rank, 1, server_rank(request.start.train))
+    check_range("reason", len(site.reason), *((1, 10 * MAX_NAME) if site.result is None else (0, 0)))
+    if site.result is None:
+        return
+    if site.result.client != site.client:
+        raise Malformed(f"{site.client!r:.60} has the result of {site.result.client!r:.60}")
+    _check_result(site.result, request)
+
+
+def _check_refusal(refusal: Refusal) -> None:
+    """Raise Malformed for a refusal that no site sends."""
+    check_name("client", refusal.client)
+    check_range("task", 1 if refusal.task is None else refusal.task, 1, MAX_INTEGER)
+    if len(refusal.reason) > 10 * MAX_NAME:
+        raise Malformed(f"a reason of {len(refusal.reason)} characters")

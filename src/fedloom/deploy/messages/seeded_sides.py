@@ -1,4 +1,4 @@
-"""Sides of a start that follow from the run's seed are not sent, where the site has drawn the same numbers.
+"""Seeded sides: those of a start that follow from the run's seed are not sent, where the site has drawn the same numbers.
 
 A side is left out if it is, to the bit, that of the adapter with which the run began (`Terms.first`), and if the site has said that
 it drew the same: another version of torch may draw other numbers. What was drawn for one task alone (FLoRA) is sent: it goes
@@ -21,7 +21,9 @@ from fedloom.deploy.messages.messages import TaskRequest
 
 
 def without_seeded_sides(work: TaskRequest, first: Adapter) -> TaskRequest:
-    """The same without the sides that a site which began with this adapter has already; whole, if the run began with another one."""
+    """The request without the sides that a site which began with this adapter has already; whole, if the run began with another
+    one.
+    """
     start = work.task.start
     if not start.seeded or fingerprint(first) != work.terms.first_adapter:
         return work
@@ -35,11 +37,13 @@ def without_seeded_sides(work: TaskRequest, first: Adapter) -> TaskRequest:
 
 
 def with_seeded_sides(work: TaskRequest, first: Adapter) -> TaskRequest:
-    """With the sides that were left out, from the site's own first adapter. Raises Refused where that has others."""
+    """The request with the sides that were left out, from the site's own first adapter. Raises Refused where that has others."""
     if not work.left_out:
         return work
     if fingerprint(first) != work.terms.first_adapter:
-        raise Refused("first", work.terms.first_adapter, "the adapter that was drawn here from the run's seed is another one")
+        raise Refused(
+            "first", work.terms.first_adapter, "the adapter that was drawn here from the run's seed is another one"
+        )
     train = work.task.start.train
     flat, known = named_tensors(train), _beginning(train, first)
     own = {name: known.get(name) for name in flat if tensor_side(name) in work.left_out}
@@ -57,10 +61,12 @@ def _with(work: TaskRequest, flat: dict[str, Tensor], sides: tuple[Side, ...]) -
 def _beginning(train: Adapter, first: Adapter) -> dict[str, Tensor]:
     """The tensors of the first adapter at the ranks of `train`, as far as it has such layers."""
     shared = {name: factor.rank for name, factor in train.factors.items() if name in first.factors}
-    return named_tensors(Adapter({name: cut_factor(first.factors[name], rank) for name, rank in shared.items()}, first.dense))
+    return named_tensors(
+        Adapter({name: cut_factor(first.factors[name], rank) for name, rank in shared.items()}, first.dense)
+    )
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    """To the bit, with the order in memory, by which products round."""
+    """Whether two tensors are the same to the bit, with the order in memory, by which products round."""
     turned = [tensor.ndim == 2 and tensor.stride(0) < tensor.stride(1) for tensor in (one, other)]
     return one.shape == other.shape and turned[0] == turned[1] and torch.equal(one, other)

@@ -1,8 +1,11 @@
-"""A region: the server of its own sites, and a site of the server above it. An edge (`fedloom.edge`) between two engines.
+"""A region: the server of its own sites, and a site of the server above it. An edge between two transports.
 
-What comes from above is answered through a Unix socket, as a worker answers; what the region has its sites do goes over a link of
-its own, by the driver of every deployment. It trains nothing and sees no text: it adds what its sites made of a task, as often as the
-task says, and reports; an exam it passes on to them, and tells what each said. Terms come from above and are passed on as they are.
+Requests from above come through a Unix socket, as to a worker, and are answered by a thread of their own (`Region.answer`). The sites'
+messages go over a transport of the region, by the driver of every deployment, in the main thread (`Region.turn`). The two threads share
+one queue. A region trains nothing and sees no text: it adds up what its sites made of a task, as often as the task says, and reports; an
+evaluate request it passes on, and replies with what each site said. The terms of the run come from above and are passed on as they are.
+
+What is promised: a report is written down before a checkpoint says that its task is over, so the same request gets the same bytes again.
 """
 
 from __future__ import annotations
@@ -22,70 +25,82 @@ from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, Event, Report, Stop, TaskReceived
 from fedloom.core.files import atomic_write
-from fedloom.core.lora import Adapter
+from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.schema import Malformed
 from fedloom.core.seeds import derive
 from fedloom.core.server import Server
-from fedloom.core.types import ClientId, ClientState, Profile, Task
+from fedloom.core.transfer import encode_start
+from fedloom.core.types import Budget, ClientId, ClientState, Profile, Task, TaskStart
 from fedloom.deploy.link import Transport
-from fedloom.deploy.messages import answer as wire
-from fedloom.deploy.messages.answer import RegionReport
+from fedloom.deploy.messages.answer import RegionReport, encode_result
 from fedloom.deploy.messages.checks import model_mismatch
 from fedloom.deploy.messages.messages import (
-    Request,
     EvaluateRequest,
     JoinRequest,
     Refusal,
+    RegionEvaluateResult,
+    Request,
     RunTerms,
-    Welcome,
     TaskRequest,
+    Welcome,
     decode_request,
-    decode_any,
-    encode_request,
     encode_reply,
+    encode_request,
+    start_of,
 )
-from fedloom.deploy.messages.region_scores import encode_sheet
-from fedloom.deploy.region.evaluation import sat_below
 from fedloom.deploy.region.region_edge import RegionServer
 from fedloom.deploy.server.config import RUN_FOLDER, DeploymentConfig
 from fedloom.deploy.server.driver import Deployment
+from fedloom.deploy.server.evaluation import Evaluation
 from fedloom.deploy.server.reply_events import REGION
 from fedloom.deploy.server.status import Status
-from fedloom.deploy.site.answer_journal import CompletedTask, AnswerJournal
+from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
 from fedloom.deploy.site.settings import Site, read_site, why_refused
 from fedloom.deploy.site.worker import request_digest, time_of_day
 from fedloom.deploy.site.worker_socket import Listener
+from fedloom.hierarchy.edge import initial_model
 from fedloom.hierarchy.hierarchy import Hierarchy
-from fedloom.runs import checkpoint
-from fedloom.runs.resume import LOGS, CHECKPOINT, CheckpointWriter, locked, given, saved_fields, open_log, restore
+from fedloom.runs.checkpoint import read_checkpoint
+from fedloom.runs.final_scores import next_ranks
+from fedloom.runs.resume import CHECKPOINT, LOGS, CheckpointWriter, locked, open_log, restore_fields, stored_values
 from fedloom.runs.run import Run
 from fedloom.runs.trace import Trace
 from fedloom.train.base_model import initial_adapter, load_base
 
 LOG = getLogger("fedloom.core.server")
 ABOVE = "above.bin"
-"""The last question from above: its terms are what a region that was restarted begins with."""
+"""The last join request from above: its terms are what a region that was restarted begins with."""
 
 
 @dataclass(slots=True)
 class Region:
-    """What is asked from above, between the thread that listens and the one that drives.
+    """Requests from above, between the thread that listens and the one that drives.
 
-    `terms` are those of the run, once somebody has asked; `running` works for them. `tells`: the plan above learns. `codec` is
-    that of the run, `first` the adapter with which it begins, by the model here. A task, or an exam, waits in `asked` with the
-    place for its answer until the driver's thread takes it.
+    Fields:
+        site: what the region is to the server above.
+        folder: of the region's run.
+        min_sites: it begins when so many of its sites are there.
+        terms: terms of the run, once somebody has asked.
+        running: the driver that works for them.
+        reports_statistics: whether the plan above learns.
+        codec: codec of the run.
+        first: the adapter with which the run begins, by the model here.
+        requests: task and evaluate requests, each with the place for its reply, until the driver's thread takes them.
+        waiting: the task that is worked on, and the place for its reply.
+        evaluating: the evaluation that goes on, and the place for its reply.
     """
 
     site: Site
     folder: Path
-    least: int
+    min_sites: int
     terms: RunTerms | None = None
     running: Deployment | None = None
-    tells: bool = False
+    reports_statistics: bool = False
     codec: Codec | None = None
     first: Adapter | None = None
-    asked: SimpleQueue[tuple[TaskRequest | EvaluateRequest, SimpleQueue[bytes]]] = field(default_factory=SimpleQueue)
+    requests: SimpleQueue[tuple[TaskRequest | EvaluateRequest, SimpleQueue[bytes]]] = field(default_factory=SimpleQueue)
     waiting: tuple[int, SimpleQueue[bytes]] | None = None
+    evaluating: tuple[Evaluation, SimpleQueue[bytes]] | None = None
 
     def __post_init__(self) -> None:
         if (self.folder / ABOVE).exists():
@@ -93,152 +108,186 @@ class Region:
 
     @property
     def journal(self) -> AnswerJournal:
-        """Of reports."""
+        """Reports that were written down."""
         return AnswerJournal(self.folder / "reports")
 
     @property
     def members(self) -> tuple[Profile, ...]:
         """Its sites, as far as a plan of groups reckons with them."""
         assert self.running is not None
-        return tuple(replace(one, most=None) for _, one in sorted(self.running.clients.items()))
+        return tuple(replace(profile, most=None) for _, profile in sorted(self.running.clients.items()))
 
     def answer(self, body: bytes) -> bytes:
-        """The reply to a message from above, whatever it is: never raises."""
+        """Return the reply to a message from above, whatever it is; never raises."""
         try:
-            ask = decode_any(body, self.site.limits.bytes)
+            request = decode_request(body, self.site.limits.bytes)
         except Malformed as error:
             return self._refuse(None, f"the message is none: {error}", True)
-        task = ask.task.id if isinstance(ask, TaskRequest) else None
-        if reason := self._unwilling(ask):
+        task = request.task.id if isinstance(request, TaskRequest) else None
+        if reason := self._why_refused(request):
             return self._refuse(task, reason, True)
-        if isinstance(ask, JoinRequest):
-            return self._welcome(ask)
+        if isinstance(request, JoinRequest):
+            return self._welcome(request)
         reply: SimpleQueue[bytes] = SimpleQueue()
-        self.asked.put((ask, reply))
+        self.requests.put((request, reply))
         return reply.get()
 
-    def turn(self, led: RegionServer, pause: Callable[[float], None]) -> None:
-        """A turn of the driver, with what was asked before it, and what came out of it."""
+    def turn(self, server: RegionServer) -> None:
+        """Take a turn of the driver, with what was asked before it; reply to what it has finished."""
         assert self.running is not None
         with suppress(Empty):
-            ask, reply = self.asked.get_nowait()
-            if isinstance(ask, EvaluateRequest):
-                reply.put(encode_sheet(sat_below(ask, led, self.running, pause)))
-            else:
-                self._take(led, ask, reply)
+            if self.evaluating is None:
+                request, reply = self.requests.get_nowait()
+                if isinstance(request, TaskRequest):
+                    self._begin_task(server, request, reply)
+                else:
+                    self.evaluating = begin_evaluation(request, server, self.running), reply
         self.running.turn()
-        if led.ended is not None and self.waiting is not None and self.waiting[0] == led.ended[0].id:
-            self.waiting[1].put(self._reply(led.digest, *led.ended))
-            led.ended, self.waiting = None, None
+        if server.ended is not None and self.waiting is not None and self.waiting[0] == server.ended[0].id:
+            self.waiting[1].put(self._task_reply(server.digest, *server.ended))
+            server.ended, self.waiting = None, None
+        if self.evaluating is not None and not self.evaluating[0].awaited():
+            evaluation, reply = self.evaluating
+            sites = tuple(evaluation.site_result(client) for client in sorted(evaluation.ranks))
+            reply.put(encode_reply(RegionEvaluateResult(self.site.name, sites)))
+            self.running.evaluation, self.evaluating = None, None
 
-    def reported(self, led: RegionServer) -> None:
-        """Write a report down: before a checkpoint says that the task is over."""
-        if led.ended is None or self.terms is None or self.running is None or not isinstance(led.ended[1], Report):
+    def write_report(self, server: RegionServer) -> None:
+        """Write down the report of a task that is over, before a checkpoint says that it is over."""
+        if (
+            server.ended is None
+            or self.terms is None
+            or self.running is None
+            or not isinstance(server.ended[1], Report)
+        ):
             return
-        task, (result, told) = led.ended[0], (led.ended[1].result, led.ended[1].statistics)
-        known = self.journal.done(self.terms.run_hash, task.id)
-        if known is not None and known.mark == led.digest:  # maybe it was given out
+        task, report = server.ended[0], server.ended[1]
+        entry = self.journal.find(self.terms.run_hash, task.id)
+        if entry is not None and entry.request_digest == server.digest:  # maybe it was given out
             return
-        metrics = {**result.metrics, "seconds_train": self.running.elapsed - led.started}
-        telling = None if told is None else RegionReport(told, self.members)
-        data = wire.encode_result(task, replace(result, metrics=metrics), report=telling)
-        kept = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self.journal.keep(self.terms.run_hash, task.id, CompletedTask(led.digest, kept, ClientState()), 0)
+        metrics = {**report.result.metrics, "seconds_train": self.running.elapsed - server.started}
+        beside = None if report.statistics is None else RegionReport(report.statistics, self.members)
+        data = encode_result(task, replace(report.result, metrics=metrics), report=beside)
+        stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.journal.record(self.terms.run_hash, task.id, CompletedTask(server.digest, stored, ClientState()), 0)
 
-    def _take(self, led: RegionServer, work: TaskRequest, reply: SimpleQueue[bytes]) -> None:
+    def _begin_task(self, server: RegionServer, request: TaskRequest, reply: SimpleQueue[bytes]) -> None:
         """Begin with a task, go on with the one that was begun before a restart, or give the same answer again."""
         assert self.running is not None
-        self.waiting, mark = (work.task.id, reply), request_digest(work)
-        known = self.journal.done(work.terms.run_hash, work.task.id)
-        if known is not None and known.mark == mark:
-            led.ended, self.waiting = None, None
-            reply.put(known.answer.numpy().tobytes())
-        elif led.state.outer is None or led.digest != mark:
-            led.digest, led.started, led.ended = mark, self.running.elapsed, None
-            start = replace(work.task.start, codec=self.codec)  # the one that a checkpoint names
-            self.running.happens(TaskReceived(replace(work.task, start=start)))
+        self.waiting, digest = (request.task.id, reply), request_digest(request)
+        entry = self.journal.find(request.terms.run_hash, request.task.id)
+        if entry is not None and entry.request_digest == digest:
+            server.ended, self.waiting = None, None
+            reply.put(entry.answer.numpy().tobytes())
+        elif server.state.outer is None or server.digest != digest:
+            server.digest, server.started, server.ended = digest, self.running.elapsed, None
+            start = replace(request.task.start, codec=self.codec)  # the one that a checkpoint names
+            self.running.handle(TaskReceived(replace(request.task, start=start)))
 
-    def _reply(self, mark: str, task: Task, ended: Report | Stop) -> bytes:
-        """What goes up about a task that has ended."""
-        known = self.journal.done(self.terms.run_hash, task.id) if self.terms else None
-        if isinstance(ended, Report) and known is not None and known.mark == mark:
-            return known.answer.numpy().tobytes()
+    def _task_reply(self, digest: str, task: Task, ended: Report | Stop) -> bytes:
+        """Return the reply to a task that has ended: its report, or a refusal with the reason why there is none."""
+        entry = self.journal.find(self.terms.run_hash, task.id) if self.terms else None
+        if isinstance(ended, Report) and entry is not None and entry.request_digest == digest:
+            return entry.answer.numpy().tobytes()
         reason = ended.reason if isinstance(ended, Stop) else "its report was lost"
         return self._refuse(task.id, f"the region gave the task up: {reason}", False)
 
-    def _unwilling(self, ask: Request | EvaluateRequest) -> str | None:
-        """Why nothing is done about it."""
-        if reason := why_refused(self.site, ask, time_of_day()):
+    def _why_refused(self, request: Request) -> str | None:
+        """Return why nothing is done about a request; None if it is."""
+        if reason := why_refused(self.site, request, time_of_day()):
             return reason
         if self.terms is None:
-            self.terms = ask.terms
+            self.terms = request.terms
             with atomic_write(self.folder / ABOVE) as draft:
-                draft.write_bytes(encode_request(JoinRequest(ask.terms, 0)))
-        if ask.terms != self.terms:
+                draft.write_bytes(encode_request(JoinRequest(request.terms, 0)))
+        if request.terms != self.terms:
             return "the region works for another run, or for other settings of it: start it anew in another folder"
         if self.running is None:
             return "the region is getting ready"
-        start = None if isinstance(ask, JoinRequest) else ask.task.start if isinstance(ask, TaskRequest) else ask.start
+        start = None if isinstance(request, JoinRequest) else start_of(request)
         if start and start.codec != self.codec:
             return f"the task travels by {start.codec}, the run file here says {self.codec}: it is another one"
         if start and self.first and (reason := model_mismatch(self.first, start)):
-            return str(Refused("model", ask.terms.model, reason))
+            return str(Refused("model", request.terms.model, reason))
         if not self.running.opened:
-            return f"the region waits for {self.least - len(self.running.clients)} more of {self.least} sites"
+            return f"the region waits for {self.min_sites - len(self.running.clients)} more of {self.min_sites} sites"
         return None if self.running.clients else "none of the region's sites can be reached"
 
-    def _welcome(self, ask: JoinRequest) -> bytes:
-        """All its sites as one client: the examples of all, the speed and the memory of the least."""
+    def _welcome(self, request: JoinRequest) -> bytes:
+        """Present all its sites as one client: the examples of all, the speed and the memory of the least."""
         assert self.running is not None
-        own, speed = self.members, self.site.speed
-        flops, memory = min(one.flops for one in own), min(one.memory for one in own)
-        examples = sum(one.examples for one in own)
+        members, speed = self.members, self.site.speed
+        flops, memory = min(one.flops for one in members), min(one.memory for one in members)
+        examples = sum(one.examples for one in members)
         links, most = (speed.up_bps, speed.down_bps), self.site.limits.most
         profile = Profile(self.site.name, examples, flops, *links, memory, REGION, most)
-        return encode_reply(Welcome(profile, ask.incarnation, members=own if self.tells else ()))
+        return encode_reply(Welcome(profile, request.incarnation, members=members if self.reports_statistics else ()))
 
     def _refuse(self, task: int | None, reason: str, lasting: bool) -> bytes:
         LOG.warning("refused: %s", reason)
         return encode_reply(Refusal(self.site.name, task, " ".join(reason.split())[:1000], lasting))
 
 
-def run_region(link: Transport, folder: Path, order: DeploymentConfig, pause: Callable[[float], None], clock: Callable[[], float]) -> NoReturn:
-    """Be the region of `order.above`, until stopped. Raises Refused."""
-    value, place = order.run(), folder / RUN_FOLDER
+def begin_evaluation(request: EvaluateRequest, server: RegionServer, running: Deployment) -> Evaluation:
+    """Pass an evaluate request on to the sites, each at the rank at which it would get a task, at most that of the request.
+
+    Tasks go on meanwhile.
+    """
+    flat, most = server.edge.server, server_rank(request.start.train)
+    model, seed = initial_model(flat.aggregator, request.start), derive(flat.seed, "final")
+
+    def start_at(rank: int) -> TaskStart:
+        return encode_start(flat.aggregator.start(model, Budget(rank, 1), seed), flat.transfer)
+
+    ranks = next_ranks(flat.assign, server, running.profiles)
+    ranks = {client: min(rank, most) for client, rank in ranks.items()}
+    return running.begin_evaluation(ranks, start_at, request.seconds)
+
+
+def run_region(
+    transport: Transport,
+    folder: Path,
+    config: DeploymentConfig,
+    pause: Callable[[float], None],
+    clock: Callable[[], float],
+) -> NoReturn:
+    """Be the region of `config.above`, until stopped. Raises Refused."""
+    value, place = config.run(), folder / RUN_FOLDER
     if value.hierarchy is None:
         raise Refused(
             "hierarchy", None, "a region leads a group; give the Run a Hierarchy, the same as at the server above"
         )
     place.mkdir(exist_ok=True)
-    region = Region(read_site(Path(str(order.above))), place, order.min_clients)
+    region = Region(read_site(Path(str(config.above))), place, config.min_clients)
     with locked(place), listening(region), ExitStack() as opened:
         while region.terms is None:
-            pause(order.timeouts.poll)
-        led, profiles = region_server(value, value.hierarchy, region), dict[ClientId, Profile]()
-        region.tells, region.codec, region.first = led.edge.reports_statistics, value.transfer, led.state.first.adapter
-        running = Deployment(led, link, region.terms, profiles, order.min_clients, order.timeouts, clock)
-        trace = opened.enter_context(restore_region(place, value, led, running))
-        keeper = CheckpointWriter(place, given(value), 0.0, (led, running), [trace])
-        status, writes = Status(folder, running, led.edge.server.limits), Trace(trace)
+            pause(config.timeouts.poll)
+        server, profiles = region_server(value, value.hierarchy, region), dict[ClientId, Profile]()
+        region.reports_statistics = server.edge.reports_statistics
+        region.codec, region.first = value.transfer, server.state.first.adapter
+        running = Deployment(server, transport, region.terms, profiles, config.min_clients, config.timeouts, clock)
+        log = opened.enter_context(restore_region(place, value, server, running))
+        checkpoints = CheckpointWriter(place, 0.0, (server, running), [log])
+        status, trace = Status(folder, running, server.edge.server.limits), Trace(log)
 
         def observe(now: float, event: Event, commands: list[Command]) -> None:
-            writes(now, event, commands)
+            trace(now, event, commands)
             status(now, event, commands)
 
-        def settled() -> None:
-            region.reported(led)
-            keeper()
+        def save() -> None:
+            region.write_report(server)
+            checkpoints()
 
-        running.observe, running.save, region.running = observe, settled, running
-        between = status.between(pause)
-        opened.enter_context(status.exported(order.metrics_port))
+        running.observe, running.save, region.running = observe, save, running
+        between = status.pause_and_write(pause)
+        opened.enter_context(status.exported(config.metrics_port))
         while True:
-            region.turn(led, between)
-            between(order.timeouts.poll)
+            region.turn(server)
+            between(config.timeouts.poll)
 
 
 def region_server(value: Run, hierarchy: Hierarchy, region: Region) -> RegionServer:
-    """The edge of this region. The base model is loaded for its shape alone."""
+    """Build the edge of this region. The base model is loaded for its shape alone."""
     terms = region.terms
     assert terms is not None
     labels, seed = None if terms.labels is None else len(terms.labels), derive(terms.seed, "model")
@@ -254,23 +303,22 @@ def region_server(value: Run, hierarchy: Hierarchy, region: Region) -> RegionSer
         seed=derive(value.seed, "region", region.site.name),
         transfer=value.transfer,
     )
-    edge = hierarchy.edge(flat, region.least, 1)
+    edge = hierarchy.edge(flat, region.min_sites, 1)
     return RegionServer(edge, edge.state, hierarchy.plan if edge.reports_statistics else None)
 
 
-def restore_region(place: Path, value: Run, led: RegionServer, running: Deployment) -> TextIO:
-    """The trace, after what the last checkpoint knows of it; that is put back into edge and driver."""
+def restore_region(place: Path, value: Run, server: RegionServer, running: Deployment) -> TextIO:
+    """Put the last checkpoint back into edge and driver; returns the trace, cut after what the checkpoint knows of it."""
     if not (place / CHECKPOINT).exists():
         return open_log(place / LOGS[0], 0)
-    stored = checkpoint.read_checkpoint(place / CHECKPOINT)
-    hints = {name: hint for kind in (RegionServer, Deployment) for name, hint in saved_fields(kind).items()}
-    restore(stored.read(hints, **given(value)), (led, running))
+    stored = read_checkpoint(place / CHECKPOINT)
+    restore_fields(stored_values(stored, (RegionServer, Deployment), value), (server, running))
     return open_log(place / LOGS[0], stored.about[LOGS[0]])
 
 
 @contextmanager
 def listening(region: Region) -> Iterator[None]:
-    """Inside, what comes from above is answered, by a thread of its own."""
+    """Answer requests from above by a thread of its own, until the end of the block."""
     region.site.folder.mkdir(parents=True, exist_ok=True)
     with closing(Listener(region.site.socket, region.site.limits.bytes)) as listener:
         status, excess = (lambda: b"{}"), (lambda size: region.answer(b""))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fedloom.core.events import ClientJoined, Command, Event, Reject, Report, Stop, TaskReceived
+from fedloom.core.model_shape import Shape
 from fedloom.core.policies import BudgetRule, Fleet
 from fedloom.core.server import State
-from fedloom.core.types import GroupHistory, Profile, Task
+from fedloom.core.types import ClientId, GroupHistory, Profile, Task
 from fedloom.hierarchy.edge import Edge, EdgeState
 from fedloom.hierarchy.root_server import why_unplanned
 
@@ -21,7 +22,7 @@ class RegionServer:
     above, `begun` is when (seconds of the region).
     """
 
-    rebuilt: ClassVar[frozenset[str]] = frozenset({"edge", "plan", "done"})
+    rebuilt: ClassVar[frozenset[str]] = frozenset({"edge", "plan", "ended"})
     edge: Edge
     edge_state: EdgeState
     plan: BudgetRule | None = None
@@ -33,6 +34,29 @@ class RegionServer:
     def state(self) -> State:
         """The server's inside the edge."""
         return self.edge_state.server
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the model."""
+        return self.edge.server.shape
+
+    @property
+    def max_in_flight(self) -> int:
+        """The most sites that may be at work at once."""
+        return self.edge.server.max_in_flight
+
+    @property
+    def edges(self) -> tuple[ClientId, ...]:
+        """Nobody: sites hang on this edge alone."""
+        return ()
+
+    def parts_to_save(self) -> tuple[RegionServer]:
+        """Return itself: its fields beside `rebuilt` are saved."""
+        return (self,)
+
+    def manifest_sections(self) -> dict[str, Any]:
+        """Return nothing: a region writes no manifest of its own."""
+        return {}
 
     def handle(self, now: float, event: Event) -> list[Command]:
         """As the edge does; that it gives its task up, for a new one too, stops nobody else."""

@@ -1,4 +1,4 @@
-"""What `fedloom serve` was told to do, as its folder keeps it for the ServerApp."""
+"""Configuration of a deployment: the file that `fedloom serve` leaves for the ServerApp, and how long the driver waits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from typing import Any
 
 from fedloom.core.errors import Refused
 from fedloom.runs.run import Run
-from fedloom.runs.run_file import override, load_run_file
+from fedloom.runs.run_file import load_run_file, override
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long a deployment waits, in seconds.
+    """How long a deployment waits, in seconds; set by `--set patience.FIELD=SECONDS`.
 
-    A task whose answer is not there after `task` is given to somebody else (None: never). A client that cannot be reached is waited
-    for `away` seconds, in which its task is kept, before it counts as lost. A site that refused to work is asked again after `pause`,
-    one that a message did not get to after `again`, and twice that the next time. What was sent `doubt` ago is sent again. The
-    link is looked at every `poll`, for new sites every `look`.
+    Fields:
+        task: a task whose answer is not there by then is given to somebody else (None: never).
+        away: a client that cannot be reached keeps its task so long before it counts as lost.
+        pause: a site that refused is asked again after that.
+        retry: a request that could not be delivered is sent again after that, then after twice that, up to `pause`.
+        doubt: a request without any reply is sent again after that.
+        poll: time between two turns of the driver.
+        look: time between two looks for nodes that came or went.
     """
 
     task: float | None = None
@@ -32,22 +36,27 @@ class Timeouts:
     look: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("task", "away", "pause", "again", "doubt", "poll", "look"):
+        for name in ("task", "away", "pause", "retry", "doubt", "poll", "look"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise Refused(f"patience.{name}", value, "give positive seconds")
 
 
 CONFIG_FILE, RUN_FOLDER = "deployment.json", "run"
-"""The file that an order is in, and the folder of the run."""
+"""In the folder of a deployment: the file with its configuration, and the folder of the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeploymentConfig:
-    """What is to be deployed: the run file with its `--set` settings, the clients to wait for before it begins, how long to wait.
+    """Configuration of a deployment, as `fedloom serve` or `fedloom region` leaves it in the folder for the ServerApp.
 
-    `metrics_port` is where the server tells its figures to Prometheus, on this machine only (None: nowhere). `above`: this is a
-    region, and the site of the server above it that this file describes.
+    Fields:
+        runfile: path of the run file.
+        settings: fields of the Run that were given with `--set`.
+        min_clients: the run begins when so many clients are there (key `clients` in the file).
+        timeouts: how long to wait for what (key `patience` in the file).
+        metrics_port: port of this machine at which Prometheus may ask for figures (None: none).
+        above: this is a region, and this file describes it as a site of the server above (None: it is no region).
     """
 
     runfile: str
@@ -58,19 +67,19 @@ class DeploymentConfig:
     above: str | None = None
 
     @classmethod
-    def of(cls, folder: Path) -> DeploymentConfig:
-        """From the folder of a deployment. Raises Refused where there is none."""
+    def from_folder(cls, folder: Path) -> DeploymentConfig:
+        """Read the configuration in the folder of a deployment. Raises Refused where there is none."""
         path = folder / CONFIG_FILE
         try:
-            told: Mapping[str, Any] = json.loads(path.read_bytes())
-            patience = Timeouts(**told.get("patience", {}))
-            port, settings = told.get("metrics_port"), tuple(told.get("settings", ()))
-            return cls(told["runfile"], settings, int(told.get("clients", 1)), patience, port, told.get("above"))
+            fields: Mapping[str, Any] = json.loads(path.read_bytes())
+            timeouts = Timeouts(**fields.get("patience", {}))
+            port, settings = fields.get("metrics_port"), tuple(fields.get("settings", ()))
+            return cls(fields["runfile"], settings, int(fields.get("clients", 1)), timeouts, port, fields.get("above"))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise Refused(
                 "folder", str(folder), f"it holds no usable {CONFIG_FILE} ({error}); `fedloom serve` writes one"
             ) from error
 
     def run(self) -> Run:
-        """The Run value."""
+        """Load the run file and apply the settings. Raises Refused."""
         return override(load_run_file(Path(self.runfile)), self.settings)

@@ -1,19 +1,32 @@
-"""The driver on real machines: the same pure core as in a simulation, over a link that carries messages. It decides nothing.
+"""The driver of a deployment: the pure core on real machines, over a transport that carries messages. It decides nothing.
 
-What can fail does fail: a message is lost, comes twice, comes late; a site is killed, cut off, restarted; so is the server. On the
-wire a task is sent at least once, in the model its answer counts once:
+Who calls it. `deploy.start` builds a `Deployment` around a `Coordinator` (a server, a root over regions, or the edge of a region) and
+calls `run`, or `turn` again and again. One turn collects the replies that have come, looks which nodes are there, gives up what is
+overdue, lets the coordinator's timer fire, saves a checkpoint if anything happened, and only then sends what is due. There is one
+thread; a transport that needs more keeps them to itself.
+
+What its state is. The coordinator has the state of the method. The driver has the state of the network: the clients that it counts on,
+their outstanding tasks, the last accepted task of each (all saved in a checkpoint), and nodes and messages in flight (`nodes`, not saved).
+
+The way of a message. A node that can be reached gets a `JoinRequest`; its `Welcome` becomes a `ClientJoined` event. `Dispatch` commands
+become `TaskRequest`s to free nodes. A reply is parsed (`reply_events.parse_reply`), becomes an event, and goes to `Coordinator.handle`,
+whose commands are carried out here. An `EvaluateRequest` goes the same way but for the coordinator, which hears nothing of it.
+
+What may fail. A message is lost, comes twice, comes late; bytes are garbage; a site is killed, cut off, restarted; so is the server.
+
+What is promised. A task is sent at least once, and its answer counts once in the model:
 
 - a task keeps its number through every resend and every restart, and a site that has answered it gives the same bytes again;
 - before a task is sent, a checkpoint on the disk knows of it, so a server that comes back asks for what is outstanding and for
   nothing else;
-- a site learns that its answer was accepted, and what it keeps of that task, only with its next task, which is sent later than the
-  checkpoint that says so.
+- a site learns that its answer was accepted, and which state it keeps, only with its next task, which is sent later than the checkpoint
+  that says so.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from logging import getLogger
 from typing import ClassVar
@@ -35,33 +48,72 @@ from fedloom.core.events import (
 from fedloom.core.policies import Evaluator, Observer, do_nothing
 from fedloom.core.schema import Malformed
 from fedloom.core.server import Coordinator
-from fedloom.core.types import ClientId, Profile, Task
-from fedloom.deploy.link import Transport, RawReply
+from fedloom.core.types import ClientId, Model, Profile, Task, TaskStart
+from fedloom.deploy.link import RawReply, Transport
 from fedloom.deploy.messages.container import NotOutstanding
-from fedloom.deploy.messages.messages import JoinRequest, Refusal, RunTerms, Welcome, TaskRequest, encode_request
+from fedloom.deploy.messages.messages import (
+    EvaluateRequest,
+    JoinRequest,
+    Refusal,
+    Request,
+    RunTerms,
+    TaskRequest,
+    Welcome,
+    encode_request,
+)
 from fedloom.deploy.messages.seeded_sides import without_seeded_sides
 from fedloom.deploy.server.config import Timeouts
-from fedloom.deploy.server.nodes import Node, SentMessage, ReachableNodes, LinkTraffic
-from fedloom.deploy.server.reply_events import parse_reply, join_event, no_scores, no_observer
+from fedloom.deploy.server.evaluation import Evaluation
+from fedloom.deploy.server.nodes import LinkTraffic, Node, NodeTable, SentMessage
+from fedloom.deploy.server.reply_events import REGION, join_event, parse_reply
 
 LOG = getLogger("fedloom.core.server")
 MAX_DELIVERIES = 8
 """After so many failed deliveries a task counts as failed."""
 
 
+def no_scores(model: Model) -> Mapping[str, float]:
+    """Return no scores: an evaluator of a run that is not evaluated at the server."""
+    return {}
+
+
+def no_observer(now: float, event: Event, commands: list[Command]) -> None:
+    """Observe nothing."""
+
+
 @dataclass(slots=True)
 class Deployment:
     """One run on real machines.
 
-    `profiles` are all clients that ever joined, `here` those that the server counts on, `led` whom each of them leads: with `over`
-    clients are regions. `accepted` is the last task of each whose answer was accepted, `tasks` are those dispatched and not yet
-    answered. The run begins when `least` clients are there (`opened`). Seconds of the run are those of `clock`; after a restart they
-    go on from `elapsed`, so that the time a server was away does not count.
+    Fields:
+        server: the coordinator, which decides what is to be done.
+        transport: carries the messages.
+        terms: what sites must know of the run.
+        profiles: all clients that ever joined.
+        min_clients: the run begins when so many clients are there.
+        timeouts: how long to wait for what.
+        clock: seconds on this machine.
+        evaluate: scores a model at the server.
+        observe: hears of each event and its commands.
+        save: writes a checkpoint; called after each turn in which something happened, before anything is sent.
+        over_regions: whether clients are regions.
+        clients: the clients that the server counts on.
+        members: the sites of each region.
+        accepted: the last task of each client whose answer was accepted (a coordinator did not reject it).
+        tasks: tasks that were dispatched and not yet answered, by number.
+        opened: whether the run has begun.
+        elapsed: seconds of the run. After a restart they go on from the last checkpoint, so the time without a server does not count.
+        incarnation: how often the server was started.
+        traffic: what went over the transport.
+        nodes: nodes, and messages in flight.
+        evaluation: held-out evaluation by the clients, since one was begun.
+        ended: whether the run is over: the coordinator hears of nothing more, and nothing is saved.
     """
 
     rebuilt: ClassVar[frozenset[str]] = frozenset(
-        {"server", "link", "terms", "evaluate", "observe", "profiles", "least", "patience", "settled", "clock"}
-        | {"traffic", "sites", "failed", "looked", "began", "changed", "over"}
+        {"server", "transport", "terms", "profiles", "min_clients", "timeouts", "clock", "evaluate", "observe", "save"}
+        | {"over_regions", "traffic", "nodes", "evaluation", "ended", "failed_deliveries", "looked_at", "began_at"}
+        | {"changed"}
     )
     server: Coordinator
     transport: Transport
@@ -82,20 +134,22 @@ class Deployment:
     elapsed: float = 0.0
     incarnation: int = 0
     traffic: LinkTraffic = field(default_factory=LinkTraffic)
-    nodes: ReachableNodes = field(default_factory=ReachableNodes)
-    failed_deliveries: dict[int, int] = field(default_factory=dict)
+    nodes: NodeTable = field(default_factory=NodeTable)
+    evaluation: Evaluation | None = None
+    ended: bool = False
+    failed_deliveries: dict[int | ClientId, int] = field(default_factory=dict)
     looked_at: float | None = None
     began_at: float | None = None
     changed: bool = True
 
     def run(self, pause: Callable[[float], None] = time.sleep) -> str:
-        """Until the server stops; returns its reason."""
+        """Take turns until the coordinator stops; returns its reason."""
         while not (stop := self.turn()):
             pause(self.timeouts.poll)
         return stop.reason
 
     def turn(self) -> Stop | None:
-        """All that has happened since the last turn; then a checkpoint, then what is to be sent."""
+        """Handle all that has happened since the last turn; then save a checkpoint, then send what is due."""
         if self.began_at is None:
             self.began_at, self.incarnation = self.clock() - self.elapsed, self.incarnation + 1
             self.profiles.update(self.clients)
@@ -103,123 +157,198 @@ class Deployment:
         for step in (self._collect, self._look, self._overdue, self._timer):
             if stop := step(now):
                 return stop
+        if self.evaluation:
+            self.evaluation.expire(now, self.clients)
         if self.changed:
             self.save()
             self.changed = False
         self._send(now)
         return None
 
-    def happens(self, event: Event) -> Stop | None:
-        """Something that no link tells of."""
-        return self._tell(self.elapsed, event)
+    def handle(self, event: Event) -> Stop | None:
+        """Handle an event that does not come from the transport."""
+        return self._handle(self.elapsed, event)
 
-    # What happened ------------------------------------------------------------------------------------------------------
+    # Evaluation by the clients ---------------------------------------------------------------------------------------------
+
+    def begin_evaluation(
+        self, ranks: Mapping[ClientId, int], start_at: Callable[[int], TaskStart], seconds: float
+    ) -> Evaluation:
+        """Ask the clients of `ranks` that are there how good the model is on what they hold out; turns carry the requests.
+
+        Args:
+            ranks: the rank of the model for each client that ever joined.
+            start_at: the model as a client of this rank receives it.
+            seconds: how long a site has for its reply.
+        """
+        asked = sorted(ranks.keys() & self.clients.keys())
+        starts = {rank: start_at(rank) for rank in {ranks[client] for client in asked}}
+        now = self.elapsed if self.began_at is None else max(self.elapsed, self.clock() - self.began_at)
+        requests = {
+            client: EvaluateRequest(
+                terms=self.terms,
+                incarnation=self.incarnation,
+                client=client,
+                start=starts[ranks[client]],
+                last_accepted=self.accepted.get(client, 0),
+                seconds=seconds,
+            )
+            for client in asked
+        }
+        tiers = {client: self.profiles[client].tier for client in asked}
+        regions = frozenset(client for client in asked if self.over_regions and tiers[client] == REGION)
+        unreached = {client: "it could not be reached" for client in asked if self.nodes.node_of(client) is None}
+        self.evaluation = Evaluation(ranks, requests, regions, now, reasons=unreached)
+        return self.evaluation
+
+    def evaluate_sites(
+        self,
+        ranks: Mapping[ClientId, int],
+        start_at: Callable[[int], TaskStart],
+        seconds: float,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> Evaluation:
+        """Evaluate after the end of the run: take turns until each client has replied or is waited for no longer.
+
+        The last checkpoint stays as it is, so that a server which is killed here comes to the same end again. Nobody counts on what
+        was in flight, and a node need not rest any more.
+        """
+        self.ended, self.changed, self.tasks = True, False, {}
+        for number, node in self.nodes.reachable.items():
+            self.nodes.give_up(number)
+            node.resting_until = 0.0
+        evaluation = self.begin_evaluation(ranks, start_at, seconds)
+        while evaluation.awaited():
+            self.turn()
+            pause(self.timeouts.poll)
+        return evaluation
+
+    # What happened ---------------------------------------------------------------------------------------------------------
 
     def _collect(self, now: float) -> Stop | None:
-        return next((stop for reply in self.transport.collect() if (stop := self.arrived(now, reply))), None)
+        return next((stop for reply in self.transport.collect() if (stop := self._receive(now, reply))), None)
 
-    def arrived(self, now: float, reply: RawReply) -> Stop | None:
-        """What the link has brought: to a task, or to the question who is there."""
-        sent = self.nodes.in_flight.pop(reply.message, SentMessage(reply.node, None, now))
-        if reply.body is None:
-            return self._undelivered(now, sent, reply.error)
+    def _receive(self, now: float, raw: RawReply) -> Stop | None:
+        """Handle the reply to a request; of a message that is not known the node alone is."""
+        sent = self.nodes.in_flight.pop(raw.message, SentMessage(raw.node, sent=now))
+        if raw.body is None:
+            return self._undelivered(now, sent, raw.error)
         self.traffic.received += 1
-        self.traffic.bytes_up += len(reply.body)
+        self.traffic.bytes_up += len(raw.body)
+        if sent.evaluate:
+            if evaluation := self._evaluation_of(sent):
+                self.traffic.refused += evaluation.receive(sent.evaluate, raw.body)
+            return None
         try:
-            told = parse_reply(reply.body, self.tasks, now, self.over_regions)
+            reply = parse_reply(raw.body, self.tasks, now, self.over_regions)
         except NotOutstanding:
             self.traffic.late += 1
             self.nodes.ask_again(sent.node, self.clients)
             return None
         except Malformed as error:
             return self._unusable(now, sent, str(error))
-        if isinstance(told, Welcome):
-            return self._welcome(now, sent.node, told)
-        if isinstance(told, Refusal):
-            return self._refused(now, sent, told)
-        client, number = told.client, told.task
+        if isinstance(reply, Welcome):
+            return self._welcome(now, sent.node, reply)
+        if isinstance(reply, Refusal):
+            return self._refused(now, sent, reply)
+        client, number = reply.client, reply.task
         if number != sent.task or client != self.tasks[number].client:
             return self._unusable(now, sent, f"{client!r} answers task {number} of {self.tasks[number].client!r}")
-        return self._tell(now, told)
+        return self._handle(now, reply)
+
+    def _evaluation_of(self, sent: SentMessage) -> Evaluation | None:
+        """Return the evaluation that waits for the reply to this message; None: it is of another kind, or nobody waits any more."""
+        if sent.evaluate is None or self.evaluation is None:
+            return None
+        return self.evaluation if self.evaluation.awaited().get(sent.evaluate.client) is sent.evaluate else None
 
     def _undelivered(self, now: float, sent: SentMessage, error: str) -> Stop | None:
-        """Sent again when the node has rested, unless that was so too often."""
-        node, tries = self.nodes.nodes.get(sent.node), 1
-        if sent.task in self.tasks and not sent.given_up:
-            tries = self.failed_deliveries[sent.task] = self.failed_deliveries.get(sent.task, 0) + 1
+        """Let the node rest, so that the request is sent again; give up after too many deliveries that failed."""
+        node, evaluation, tries = self.nodes.reachable.get(sent.node), self._evaluation_of(sent), 1
+        client = sent.evaluate.client if sent.evaluate else ""
+        if evaluation or (sent.task in self.tasks and not sent.given_up):
+            key = sent.task or client
+            tries = self.failed_deliveries[key] = self.failed_deliveries.get(key, 0) + 1
         LOG.warning("a message to %s was not answered: %s", node.client if node else sent.node, error)
         if node:
-            node.resting_until, node.why = now + min(self.timeouts.retry * 2 ** (tries - 1), self.timeouts.pause), error
-        if tries < MAX_DELIVERIES or sent.task not in self.tasks:
+            wait = min(self.timeouts.retry * 2 ** (tries - 1), self.timeouts.pause)
+            node.resting_until, node.why = now + wait, error
+        if tries < MAX_DELIVERIES:
             return None
-        return self._failed(now, self.tasks[sent.task], error, gone=True)
+        if evaluation:
+            evaluation.reasons[client] = f"it was not reached: {error}"
+        return self._failed(now, self.tasks[sent.task], error, gone=True) if sent.task in self.tasks else None
 
     def _unusable(self, now: float, sent: SentMessage, reason: str) -> Stop | None:
-        """A reply that is none: what was asked counts as failed."""
+        """Fail the task whose reply cannot be used; after another request let the node rest."""
         LOG.error("a reply of node %s cannot be used: %s", sent.node, reason)
         if sent.task in self.tasks and not sent.given_up:
             return self._failed(now, self.tasks[sent.task], reason)
         self.nodes.rest(now + self.timeouts.pause, sent.node, reason)
         return None
 
-    def _welcome(self, now: float, number: int, told: Welcome) -> Stop | None:
-        node, profile, client = self.nodes.nodes.get(number), told.profile, told.profile.client
+    def _welcome(self, now: float, number: int, welcome: Welcome) -> Stop | None:
+        """Take in the client behind a node, if its name is that of the node's key and nobody else has it."""
+        node, profile, client = self.nodes.reachable.get(number), welcome.profile, welcome.profile.client
         until = now + self.timeouts.pause
         if node is None:
             return None
         if node.name not in (None, client):
-            reason = f"it says that it is {client!r}, and its key is that of {node.name!r}"
-            self.nodes.rest(until, number, reason)
+            self.nodes.rest(until, number, f"it says that it is {client!r}, and its key is that of {node.name!r}")
             return None
-        if self.nodes.of(client) not in (None, number):
+        if self.nodes.node_of(client) not in (None, number):
             self.nodes.rest(until, number, f"there is another {client!r} already")
             return None
-        node.client, node.why, node.seeded = client, "", told.seeded
+        if self.ended and client not in self.clients:
+            self.nodes.rest(until, number, "the run has ended")
+            return None
+        node.client, node.why, node.seeded = client, "", welcome.seeded
         self.nodes.missing.pop(client, None)
-        if self.clients.get(client) == profile and self.members.get(client) == told.members:
+        if self.clients.get(client) == profile and self.members.get(client) == welcome.members:
             return None
         LOG.info("%s is there: %d examples", client, profile.examples)
-        self.clients[client], self.members[client] = profile, told.members
+        self.clients[client], self.members[client] = profile, welcome.members
         self.profiles[client] = profile
         if not self.opened and len(self.clients) < self.min_clients:
             return None
         joining, self.opened = [client] if self.opened else sorted(self.clients), True
-        return self._tell_all(now, [join_event(self.clients[one], self.members[one], self.over_regions) for one in joining])
+        events = [join_event(self.clients[name], self.members[name], self.over_regions) for name in joining]
+        return self._handle_all(now, events)
 
-    def _refused(self, now: float, sent: SentMessage, told: Refusal) -> Stop | None:
-        """A task that a site will not do; if the reason lasts, the site is left alone for a while and its client is gone.
+    def _refused(self, now: float, sent: SentMessage, refusal: Refusal) -> Stop | None:
+        """Fail the task that a site will not do; if the reason lasts, the site is left alone for a while and its client is lost.
 
         Which task it is follows from the message that is replied to: nobody refuses what was sent to another.
         """
         self.traffic.refused, number = self.traffic.refused + 1, sent.task
-        LOG.warning("node %s refuses: %s", sent.node, told.reason)
-        if number is None or told.lasting:
-            self.nodes.rest(now + self.timeouts.pause, sent.node, told.reason)
+        LOG.warning("node %s refuses: %s", sent.node, refusal.reason)
+        if number is None or refusal.lasting:
+            self.nodes.rest(now + self.timeouts.pause, sent.node, refusal.reason)
         if number not in self.tasks:
             self.nodes.ask_again(sent.node, self.clients)
             return None
-        return self._failed(now, self.tasks[number], told.reason, gone=told.lasting)
+        return self._failed(now, self.tasks[number], refusal.reason, gone=refusal.lasting)
 
     def _failed(self, now: float, task: Task, reason: str, gone: bool = False) -> Stop | None:
-        stop = self._tell(now, TaskFailed(task.client, task.id, reason))
+        stop = self._handle(now, TaskFailed(task.client, task.id, reason))
         return self._lost(now, task.client) if gone and not stop else stop
 
     def _look(self, now: float) -> Stop | None:
-        """Nodes that came and went; who was away for too long is lost."""
+        """Look which nodes came and went, now and then; a client that was away for too long is lost."""
         if self.looked_at is not None and now < self.looked_at + self.timeouts.look:
             return None
         self.looked_at = now
-        self.nodes.seen(now, self.transport.nodes(), self.clients)
+        self.nodes.update(now, self.transport.nodes(), self.clients)
         lost = [client for client, since in self.nodes.missing.items() if now > since + self.timeouts.away]
         return next((stop for client in lost if (stop := self._lost(now, client))), None)
 
     def _overdue(self, now: float) -> Stop | None:
-        """Tasks that nobody waits for any more. Their sites count again when they have answered.
+        """Lose the clients whose tasks took too long; they count again when they have answered.
 
         What was sent long ago may be lost without a word: it is sent again, ever more seldom, and a site that still works on it has
         the answer ready when it comes to the second.
         """
-        self.nodes.doubt(now, self.timeouts.doubt)
+        self.nodes.give_up_old(now, self.timeouts.doubt)
         if self.timeouts.task is None:
             return None
         late = [task.client for task in self.tasks.values() if now > task.sent + self.timeouts.task]
@@ -227,41 +356,44 @@ class Deployment:
 
     def _timer(self, now: float) -> Stop | None:
         wake = self.server.wake() if self.opened else None
-        return self._tell(now, TimerFired()) if wake is not None and wake <= now else None
+        return self._handle(now, TimerFired()) if wake is not None and wake <= now else None
 
     def _lost(self, now: float, client: ClientId) -> Stop | None:
         LOG.warning("%s is lost", client)
         del self.clients[client]
         self.nodes.missing.pop(client, None)
-        if (number := self.nodes.of(client)) is not None:
-            self.nodes.nodes[number].client = None
-        return self._tell(now, ClientLost(client)) if self.opened else None
+        if (number := self.nodes.node_of(client)) is not None:
+            self.nodes.reachable[number].client = None
+        return self._handle(now, ClientLost(client)) if self.opened else None
 
-    # What the server does about it --------------------------------------------------------------------------------------
+    # What the coordinator does about it ------------------------------------------------------------------------------------
 
-    def _tell_all(self, now: float, events: Iterable[Event]) -> Stop | None:
+    def _handle_all(self, now: float, events: Iterable[Event]) -> Stop | None:
         stop = None
         for event in events:
-            stop = self._tell(now, event) or stop
+            stop = self._handle(now, event) or stop
         return stop
 
-    def _tell(self, now: float, event: Event) -> Stop | None:
+    def _handle(self, now: float, event: Event) -> Stop | None:
+        """Give an event to the coordinator and carry out its commands; those may make events of their own."""
+        if self.ended:
+            return None
         commands = self.server.handle(now, event)
         self.changed = True
         rejected = any(isinstance(command, Reject) for command in commands)
         if isinstance(event, ClientLost):
             self.tasks = {number: task for number, task in self.tasks.items() if task.client != event.client}
-        if isinstance(event, TaskFailed | UpdateArrived) and not rejected:
+        elif isinstance(event, UpdateArrived | TaskFailed):
             self.tasks.pop(event.task, None)
             self.failed_deliveries.pop(event.task, None)
         if isinstance(event, UpdateArrived) and not rejected:
             self.accepted[event.client] = event.task
         self.observe(now, event, commands)
-        stop = self._tell_all(now, self._carried_out(commands))
+        stop = self._handle_all(now, self._carry_out(commands))
         return commands[-1] if commands and isinstance(commands[-1], Stop) else stop
 
-    def _carried_out(self, commands: Iterable[Command]) -> list[Event]:
-        """Do what can be done at once; the events that it makes."""
+    def _carry_out(self, commands: Iterable[Command]) -> list[Event]:
+        """Do what can be done at once; returns the events that it makes."""
         events = list[Event]()
         for command in commands:
             match command:
@@ -279,21 +411,26 @@ class Deployment:
         return events
 
     def _send(self, now: float) -> None:
-        """Its task to every client that has one, the question who is there to every node that has not said so."""
+        """Send to each free node what is due: a join request, its client's evaluate request, or its client's task."""
         due = {task.client: task for task in self.tasks.values()}
+        awaited = self.evaluation.awaited() if self.evaluation else {}
         for number, node in self.nodes.free(now):
             if node.client is None:
-                self._post(number, None, encode_request(JoinRequest(self.terms, self.incarnation)))
+                self._post(JoinRequest(self.terms, self.incarnation), SentMessage(number, sent=now))
+            elif request := awaited.get(node.client):
+                self._post(request, SentMessage(number, sent=now, evaluate=request))
             elif task := due.get(node.client):
-                self._post(number, task.id, encode_request(self._work(task, node)))
+                self._post(self._task_request(task, node), SentMessage(number, task.id, now))
 
-    def _work(self, task: Task, node: Node) -> TaskRequest:
-        if any(sent.task == task.id for sent in self.nodes.in_flight.values()) or task.id in self.failed_deliveries:
+    def _task_request(self, task: Task, node: Node) -> TaskRequest:
+        in_flight = self.nodes.in_flight.values()
+        if any(sent.task == task.id for sent in in_flight) or task.id in self.failed_deliveries:
             self.traffic.resent += 1
-        work = TaskRequest(self.terms, self.incarnation, task, self.accepted.get(task.client, 0))
-        return without_seeded_sides(work, self.server.state.first.adapter) if node.seeded else work
+        request = TaskRequest(self.terms, self.incarnation, task, self.accepted.get(task.client, 0))
+        return without_seeded_sides(request, self.server.state.first.adapter) if node.seeded else request
 
-    def _post(self, number: int, task: int | None, body: bytes) -> None:
-        self.nodes.in_flight[self.transport.send(number, body)] = SentMessage(number, task, self.elapsed)
+    def _post(self, request: Request, sent: SentMessage) -> None:
+        body = encode_request(request)
+        self.nodes.in_flight[self.transport.send(sent.node, body)] = sent
         self.traffic.sent += 1
         self.traffic.bytes_down += len(body)

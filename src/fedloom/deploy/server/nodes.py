@@ -1,17 +1,34 @@
-"""Who is where: nodes of the engine, the clients behind them, the messages under way. Plain state, no policy."""
+"""Nodes of the transport, the clients behind them and the messages in flight: plain state, no policy.
+
+A node is an address of the transport, a client a participant of the run. Which client is behind a node is known once it has answered a
+`JoinRequest`. Only the driver changes this state; none of it is saved, since a server that was restarted asks everybody anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from logging import getLogger
 
 from fedloom.core.types import ClientId
+from fedloom.deploy.messages.messages import EvaluateRequest
+
+LOG = getLogger("fedloom.core.server")
 
 
 @dataclass(slots=True)
 class LinkTraffic:
-    """What went over the link since the server started: messages and their bytes, each resend counted."""
+    """Messages and bytes over the transport since the server started; each resend counts.
+
+    Fields:
+        sent: requests sent.
+        resent: task requests among them that were sent before.
+        received: replies that came with a body.
+        late: answers to tasks that were no longer outstanding.
+        refused: refusals.
+        bytes_down: bytes of all requests.
+        bytes_up: bytes of all replies.
+    """
 
     sent: int = 0
     resent: int = 0
@@ -22,13 +39,16 @@ class LinkTraffic:
     bytes_up: int = 0
 
 
-LOG = getLogger("fedloom.core.server")
-
-
 @dataclass(slots=True)
 class Node:
-    """A node that can be reached: the name of its key, who it is once it has said so, until when it is left alone, and why; whether
-    it has what follows from the seed (`seeded`).
+    """A node that can be reached.
+
+    Fields:
+        name: the name that its key is registered under (None: it has no key).
+        client: the client behind it, once it has said who it is.
+        resting_until: nothing is sent to it before this time (s of the run).
+        why: the reason why it rests ("": none).
+        seeded: whether its site drew the run's first adapter itself.
     """
 
     name: str | None
@@ -40,77 +60,83 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class SentMessage:
-    """A message under way: to which node, the task that it carries (None: the question who is there), since when.
+    """A request in flight. Without `task` and `evaluate` it is a `JoinRequest`.
 
-    `given_up`: nobody counts on a reply any more, because the node was gone in between or took too long; it may come all the same.
+    Fields:
+        node: where it was sent.
+        task: the task that it carries.
+        sent: when (s of the run).
+        given_up: nobody counts on a reply any more, because the node was gone in between or took too long; it may come all the same.
+        evaluate: the evaluate request that it is.
     """
 
     node: int
-    task: int | None
+    task: int | None = None
     sent: float = 0.0
     given_up: bool = False
+    evaluate: EvaluateRequest | None = None
 
 
 @dataclass(slots=True)
-class ReachableNodes:
-    """The nodes that can be reached now, the messages under way, since when each missing client is missing, and, when the run has
-    ended, whose scores are still awaited.
+class NodeTable:
+    """All nodes, and what is in flight to them.
+
+    Fields:
+        reachable: nodes that can be reached now, by number.
+        in_flight: requests whose reply has not come, by number of the message.
+        missing: since when each client whose node cannot be reached is missing (s of the run).
     """
 
-    nodes: dict[int, Node] = field(default_factory=dict)
+    reachable: dict[int, Node] = field(default_factory=dict)
     in_flight: dict[str, SentMessage] = field(default_factory=dict)
     missing: dict[ClientId, float] = field(default_factory=dict)
-    scoring: tuple[ClientId, ...] = ()
 
-    def seen(self, now: float, present: Mapping[int, str | None], clients: Mapping[ClientId, object]) -> None:
-        """The nodes that the engine sees now; who of `clients` is behind none of them is missing."""
-        for number in self.nodes.keys() - present.keys():
-            del self.nodes[number]
+    def update(self, now: float, present: Mapping[int, str | None], clients: Iterable[ClientId]) -> None:
+        """Take over which nodes the transport reaches now; those of `clients` that are behind none of them are missing."""
+        for number in self.reachable.keys() - present.keys():
+            del self.reachable[number]
             self.give_up(number)
-        for number in present.keys() - self.nodes.keys():
-            self.nodes[number] = Node(present[number])
-        here = {node.client for node in self.nodes.values()}
-        self.missing = {client: self.missing.get(client, now) for client in clients if client not in here}
+        for number in present.keys() - self.reachable.keys():
+            self.reachable[number] = Node(present[number])
+        behind = {node.client for node in self.reachable.values()}
+        self.missing = {client: self.missing.get(client, now) for client in clients if client not in behind}
 
-    def give_up(self, node: int) -> None:
+    def give_up(self, number: int) -> None:
         """Count on no message to this node any more."""
         for message, sent in self.in_flight.items():
-            if sent.node == node:
+            if sent.node == number:
                 self.in_flight[message] = replace(sent, given_up=True)
 
-    def doubt(self, now: float, after: float) -> None:
-        """Count no more on messages that were sent so many seconds ago, twice as many for each one that was doubted before."""
+    def give_up_old(self, now: float, after: float) -> None:
+        """Count no more on messages that were sent `after` seconds ago; twice as many for each one that was given up before."""
         for message, sent in self.in_flight.items():
-            before = sum(one.node == sent.node and one.given_up for one in self.in_flight.values())
+            before = sum(other.node == sent.node and other.given_up for other in self.in_flight.values())
             if not sent.given_up and now > sent.sent + after * 2**before:
                 self.in_flight[message] = replace(sent, given_up=True)
 
     def free(self, now: float) -> list[tuple[int, Node]]:
-        """The nodes that have nothing to do and are not left alone, in order of their numbers."""
+        """Return the nodes that have nothing to do and do not rest, in order of their numbers."""
         busy = {sent.node for sent in self.in_flight.values() if not sent.given_up}
-        return [
-            (number, self.nodes[number])
-            for number in sorted(self.nodes.keys() - busy)
-            if self.nodes[number].resting_until <= now
-        ]
+        free = sorted(self.reachable.keys() - busy)
+        return [(number, self.reachable[number]) for number in free if self.reachable[number].resting_until <= now]
 
-    def rest(self, until: float, node: int, why: str) -> None:
-        """Leave a node alone."""
-        LOG.warning("node %s is left alone until %.0f s: %s", node, until, why)
-        if node in self.nodes:
-            self.nodes[node].resting_until, self.nodes[node].why = until, why
+    def rest(self, until: float, number: int, why: str) -> None:
+        """Send nothing to a node until this time."""
+        LOG.warning("node %s is left alone until %.0f s: %s", number, until, why)
+        if number in self.reachable:
+            self.reachable[number].resting_until, self.reachable[number].why = until, why
 
     def turn_away(self, until: float, client: ClientId, why: str) -> None:
-        """Nobody counts on this client, who is asked later who it is."""
-        if (number := self.of(client)) is not None:
+        """Count on this client no longer; its node rests and is then asked who it is."""
+        if (number := self.node_of(client)) is not None:
             self.rest(until, number, why)
-            self.nodes[number].client = None
+            self.reachable[number].client = None
 
-    def ask_again(self, node: int, here: Mapping[ClientId, object]) -> None:
-        """Who it is, and whether it may work: its last task is settled without it."""
-        if node in self.nodes and self.nodes[node].client not in here:
-            self.nodes[node].client = None
+    def ask_again(self, number: int, clients: Container[ClientId | None]) -> None:
+        """Ask a node again who it is, unless the client behind it is one of these."""
+        if number in self.reachable and self.reachable[number].client not in clients:
+            self.reachable[number].client = None
 
-    def of(self, client: ClientId) -> int | None:
-        """The node of this client."""
-        return next((number for number, node in self.nodes.items() if node.client == client), None)
+    def node_of(self, client: ClientId) -> int | None:
+        """Return the number of this client's node."""
+        return next((number for number, node in self.reachable.items() if node.client == client), None)

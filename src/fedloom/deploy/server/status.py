@@ -1,4 +1,4 @@
-"""What a deployment is doing: a file for `fedloom status` and for `fedloom serve`, figures for Prometheus."""
+"""Status of a deployment: a file that `fedloom status` and `fedloom serve` read, and figures for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,61 +11,51 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
-
 from fedloom.core import files
 from fedloom.core.errors import Refused
-from fedloom.core.events import Command, Event, Publish, Reject, ScoresReady, TaskFailed, UpdateArrived
+from fedloom.core.events import Command, Event
 from fedloom.core.server import Limits
 from fedloom.core.types import Task
 from fedloom.deploy.server.driver import Deployment
+from fedloom.runs.observation import RunObservation, TaskAnswered, staleness_in
 
 LOG = getLogger("fedloom.core.server")
-NAME = "status.json"
-EVERY = 1.0
+STATUS_FILE = "status.json"
+WRITE_EVERY = 1.0
 """Seconds between two writings of the file."""
-HEADINGS = {"since": "for s", "stale": "versions behind"}
 
 
 @dataclass(slots=True)
 class Status:
-    """An observer that counts what happens, and writes it down beside what the deployment waits for."""
+    """An observer that counts what happens, and writes it to a file together with what the deployment waits for.
+
+    Fields:
+        folder: of the deployment.
+        deployment: the driver.
+        limits: when the run ends.
+        observation: what has happened so far.
+        by_client: accepted answers of each client.
+        written: when the file was written last (s of the monotonic clock).
+    """
 
     folder: Path
     deployment: Deployment
     limits: Limits
-    accepted: int = 0
-    rejected: int = 0
-    failed: int = 0
-    merged: int = 0
-    stale: int = 0
-    scores: Mapping[str, float] = field(default_factory=dict)
+    observation: RunObservation = field(default_factory=RunObservation)
     by_client: dict[str, int] = field(default_factory=dict)
     written: float = 0.0
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
-        """As any observer."""
-        rejects = sum(isinstance(command, Reject) for command in commands)
-        self.rejected += rejects
-        self.failed += isinstance(event, TaskFailed)
-        if isinstance(event, UpdateArrived) and not rejects:
-            self.accepted += 1
-            self.by_client[event.client] = self.by_client.get(event.client, 0) + 1
-        if isinstance(event, ScoresReady):
-            self.scores = dict(event.metrics)
-        for command in commands:
-            if isinstance(command, Publish):
-                self.merged += len(command.updates)
-                self.stale += sum(command.version - 1 - update.task.version for update in command.updates)
+        """Count one step."""
+        for fact in self.observation.read(now, event, commands):
+            if isinstance(fact, TaskAnswered) and not fact.refused:
+                self.by_client[fact.client] = self.by_client.get(fact.client, 0) + 1
 
     def snapshot(self) -> dict[str, Any]:
-        """All of it as plain data."""
-        running, state = self.deployment, self.deployment.server.state
+        """Return the status as plain data, as the file has it."""
+        running, state, seen = self.deployment, self.deployment.server.state, self.observation
         work = {task.client: task for task in running.tasks.values()}
-        here = {
+        clients = {
             client: {
                 "reached": client not in running.nodes.missing,
                 "answers": self.by_client.get(client, 0),
@@ -73,7 +63,7 @@ class Status:
                 "since": round(running.elapsed - work[client].sent, 1) if client in work else None,
                 "rank": work[client].budget.rank if client in work else None,
                 **(region_budget(work.get(client)) if running.over_regions else {}),
-                "stale": state.version - work[client].version if client in work else None,
+                "stale": staleness_in(work[client], state.version + 1) if client in work else None,
             }
             for client in sorted(running.clients)
         }
@@ -84,23 +74,23 @@ class Status:
             "seconds": round(running.elapsed, 1),
             "incarnation": running.incarnation,
             "waits": self.waits(),
-            "accepted": self.accepted,
-            "rejected": self.rejected,
-            "failed": self.failed,
-            "mean_staleness": round(self.stale / self.merged, 3) if self.merged else None,
-            "scores": {name: round(value, 6) for name, value in self.scores.items()},
-            "clients": here,
+            "accepted": seen.accepted,
+            "rejected": seen.rejected,
+            "failed": seen.failed,
+            "mean_staleness": None if seen.mean_staleness is None else round(seen.mean_staleness, 3),
+            "scores": {name: round(value, 6) for name, value in seen.scores.items()},
+            "clients": clients,
             "traffic": asdict(running.traffic),
         }
 
     def waits(self) -> str:
-        """What it waits for, in words."""
+        """Return what the deployment waits for, in words that follow "waits"."""
         running = self.deployment
-        if running.nodes.scoring:
-            return f"for what the last version reaches at {', '.join(running.nodes.scoring)}"
+        if running.evaluation and (awaited := running.evaluation.awaited()):
+            return f"for evaluations of the last version by {', '.join(awaited)}"
         resting = [
             f"{node.client or node.name or number}: {node.why}"
-            for number, node in running.nodes.nodes.items()
+            for number, node in running.nodes.reachable.items()
             if node.why
         ]
         why = f"; left alone for a while: {', '.join(resting)}" if resting else ""
@@ -113,27 +103,27 @@ class Status:
             return f"for answers of {', '.join(sorted(task.client for task in running.tasks.values()))}{why}"
         return f"for a client that may be started{why}"
 
-    def between(self, pause: Callable[[float], None]) -> Callable[[float], None]:
-        """The pause between two turns, in which the file is written now and then."""
+    def pause_and_write(self, pause: Callable[[float], None]) -> Callable[[float], None]:
+        """Return a pause between two turns that writes the file now and then."""
 
         def paused(seconds: float) -> None:
-            if time.monotonic() >= self.written + EVERY:
+            if time.monotonic() >= self.written + WRITE_EVERY:
                 self.write()
             pause(seconds)
 
         return paused
 
     def write(self) -> None:
-        """The file, at once or not at all. A full disk does not stop the run here: the next checkpoint will say so."""
+        """Write the file, whole or not at all. A full disk does not stop the run here: the next checkpoint will say so."""
         self.written = time.monotonic()
         try:
-            files.write_json(self.folder / NAME, {**self.snapshot(), "at": time.time()})
+            files.write_json(self.folder / STATUS_FILE, {**self.snapshot(), "at": time.time()})
         except OSError as error:
-            LOG.warning("%s cannot be written: %s", NAME, error)
+            LOG.warning("%s cannot be written: %s", STATUS_FILE, error)
 
     @contextmanager
     def exported(self, port: int | None) -> Iterator[None]:
-        """Inside, Prometheus can ask for the figures at this port of this machine."""
+        """Let Prometheus ask for the figures at this port of this machine, until the end of the block; then write the file."""
         if port is None:
             yield
             self.write()
@@ -156,88 +146,57 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class PrometheusFigures:
-    """Collected when asked for, so that nothing is counted twice."""
+    """Figures of a `Status` for Prometheus, collected when asked for, so that nothing is counted twice."""
 
     status: Status
 
     def collect(self) -> Iterator[Any]:
-        """The figures in Prometheus' words."""
+        """Yield the figures in Prometheus' types."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        told = self.status.snapshot()
-        yield GaugeMetricFamily("fedloom_version", "Global version", told["version"])
-        yield GaugeMetricFamily("fedloom_run_seconds", "Seconds of the run", told["seconds"])
-        yield GaugeMetricFamily("fedloom_clients", "Clients that the server counts on", len(told["clients"]))
-        reached = sum(client["reached"] for client in told["clients"].values())
+        status = self.status.snapshot()
+        yield GaugeMetricFamily("fedloom_version", "Global version", status["version"])
+        yield GaugeMetricFamily("fedloom_run_seconds", "Seconds of the run", status["seconds"])
+        yield GaugeMetricFamily("fedloom_clients", "Clients that the server counts on", len(status["clients"]))
+        reached = sum(client["reached"] for client in status["clients"].values())
         yield GaugeMetricFamily("fedloom_clients_reached", "Clients that can be reached", reached)
-        working = sum(client["task"] is not None for client in told["clients"].values())
+        working = sum(client["task"] is not None for client in status["clients"].values())
         yield GaugeMetricFamily("fedloom_tasks_outstanding", "Tasks dispatched and not answered", working)
-        if told["mean_staleness"] is not None:
+        if status["mean_staleness"] is not None:
             yield GaugeMetricFamily(
-                "fedloom_staleness_mean", "Versions, over all merged updates", told["mean_staleness"]
+                "fedloom_staleness_mean", "Versions, over all merged updates", status["mean_staleness"]
             )
         for name in ("accepted", "rejected", "failed"):
-            yield CounterMetricFamily(f"fedloom_answers_{name}", f"Answers {name} since the server started", told[name])
-        for name, value in told["traffic"].items():
+            yield CounterMetricFamily(
+                f"fedloom_answers_{name}", f"Answers {name} since the server started", status[name]
+            )
+        for name, value in status["traffic"].items():
             yield CounterMetricFamily(f"fedloom_link_{name}", "Of messages, since the server started", value)
         scores = GaugeMetricFamily("fedloom_score", "Of the last version scored", labels=["figure"])
-        for name, value in told["scores"].items():
+        for name, value in status["scores"].items():
             scores.add_metric([name], value)
         yield scores
         answers = CounterMetricFamily("fedloom_client_answers", "Accepted answers", labels=["client"])
-        for name, client in told["clients"].items():
+        for name, client in status["clients"].items():
             answers.add_metric([name], client["answers"])
         yield answers
 
 
 def read_status(folder: Path) -> Mapping[str, Any]:
-    """What was written last. Raises Refused."""
-    path = folder / NAME
+    """Return the status that was written last. Raises Refused."""
+    path = folder / STATUS_FILE
     try:
-        told: Mapping[str, Any] = json.loads(path.read_bytes())
+        status: Mapping[str, Any] = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        remedy = f"there is no readable {NAME} in it ({type(error).__name__}); give the folder of `fedloom serve`"
+        remedy = (
+            f"there is no readable {STATUS_FILE} in it ({type(error).__name__}); give the folder of `fedloom serve`"
+        )
         raise Refused("DIR", str(folder), remedy) from error
-    return told
-
-
-def shown(told: Mapping[str, Any], age: float) -> Group:
-    """For the terminal; `age` is for how many seconds nothing was written."""
-    traffic, scores = told["traffic"], told["scores"]
-    lines = [
-        f"[bold]{escape(told['run'])}[/bold]  version {told['version']} of {told['versions']}, {told['seconds']:,.0f} s, "
-        f"start {told['incarnation']} of the server",
-        f"Waits {escape(told['waits'])}",
-        f"{told['accepted']} answers accepted, {told['rejected']} refused, {told['failed']} tasks failed, "
-        f"mean staleness {told['mean_staleness'] or 0:g}",
-        f"{traffic['bytes_down'] / 1e6:,.1f} MB down, {traffic['bytes_up'] / 1e6:,.1f} MB up, {traffic['resent']} tasks sent again",
-    ]
-    if scores:
-        lines.append("Scores " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    if age > 60:
-        lines.append(f"[yellow]Nothing was written for {age:,.0f} s: is the server still running?[/yellow]")
-    why = [f"{escape(name)}: {escape(client['why'])}" for name, client in told["clients"].items() if client.get("why")]
-    return Group(*lines, _table(told["clients"]), *why)
-
-
-def _table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row a client, or a region."""
-    table, over = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)), any("rounds" in one for one in clients.values())
-    keys = ("answers", "task", "since", "rank", *(("depth", "rounds", "steps") if over else ()), "stale")
-    for heading in ("region" if over else "client", "reached", *keys):
-        table.add_column(HEADINGS.get(heading, heading), justify="right" if heading in ("reached", *keys) else "left")
-    for name, client in clients.items():
-        cells = (str(client[key]) if isinstance(client[key], str) else _number(client[key]) for key in keys)
-        table.add_row(escape(name), "yes" if client["reached"] else "no", *cells)
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"
+    return status
 
 
 def region_budget(task: Task | None) -> dict[str, object]:
-    """What a region was asked for, and why."""
+    """Return the budget of a region's task, and why it is so."""
     if task is None:
         return dict.fromkeys(("depth", "rounds", "steps", "why"))
     budget = task.budget

@@ -1,7 +1,12 @@
-"""What a site remembers of the tasks that it did: the answer, so that none is trained twice, and what stayed behind of each.
+"""The journal of a site: the answers that it gave, so that no task is trained twice, and what stayed behind at its clients.
 
-A file a task, `RUN_HASH/TASK.safetensors`, written at once or not at all before the answer is given out. The server says which of a
-client's tasks was the last to be accepted: what it left behind is where the next one begins, and what a later one left is void.
+One file a task, `RUN_HASH/TASK.safetensors`, written at once or not at all before the answer is given out. A server that restarts
+asks again and gets the same bytes. The digest of the request tells whether it is the same task: a restarted server may give the
+number of a task that never left to another one. Each request names the last task of its client that the server accepted: what
+that one left behind is where the next one begins, and what a later one left is void.
+
+The files are the site's own and are read as checkpoints are (`runs.checkpoint`); a damaged one counts as none, and its task is
+trained again.
 """
 
 from __future__ import annotations
@@ -15,48 +20,58 @@ from torch import Tensor
 
 from fedloom.core.schema import Malformed
 from fedloom.core.types import ClientState
-from fedloom.runs import checkpoint
+from fedloom.runs.checkpoint import read_checkpoint, write_checkpoint
 
 LOG = getLogger("fedloom.worker")
 RUNS = 8
-"""Runs that are remembered."""
+"""How many runs are remembered."""
 TASKS = 4
-"""Tasks of a run that are remembered beside the last one that was accepted: a server may ask for any of them again."""
+"""How many tasks of a run are remembered beside the last one that was accepted: a server may ask for any of them again."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompletedTask:
-    """A task that was done: `mark` names what was asked, `answer` are the bytes that were given back, `local` is what stayed."""
+    """A task that was done.
 
-    mark: str
+    Fields:
+        request_digest: names what was asked.
+        answer: the bytes that were given back.
+        client_state: what stayed at the client.
+    """
+
+    request_digest: str
     answer: Tensor
-    local: ClientState
+    client_state: ClientState
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerJournal:
-    """The tasks done at a site."""
+    """The completed tasks of a site.
+
+    Fields:
+        folder: where they are kept.
+    """
 
     folder: Path
 
-    def done(self, run: str, task: int) -> CompletedTask | None:
-        """This task of this run, if it was done and is remembered. A damaged file counts as none."""
+    def find(self, run: str, task: int) -> CompletedTask | None:
+        """The task, if it was done and is remembered. A damaged file counts as none."""
         path = self._path(run, task)
         if not path.exists():
             return None
         try:
-            found: CompletedTask = checkpoint.read_checkpoint(path).read({"done": CompletedTask})["done"]
+            completed: CompletedTask = read_checkpoint(path).read({"done": CompletedTask})["done"]
         except Malformed as error:
             LOG.error("%s cannot be used: %s", path, error)
             return None
-        return found
+        return completed
 
-    def keep(self, run: str, task: int, done: CompletedTask, settled: int) -> None:
-        """Remember it, and `settled`, the last one that was accepted; forget what nobody will ask for again."""
+    def record(self, run: str, task: int, done: CompletedTask, last_accepted: int) -> None:
+        """Remember a task, and the one that was accepted last; forget what nobody will ask for again."""
         path = self._path(run, task)
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_checkpoint(path, {"done": done})
-        needed = {path, self._path(run, settled)}
+        write_checkpoint(path, {"done": done})
+        needed = {path, self._path(run, last_accepted)}
         for old in _latest(path.parent)[TASKS:]:
             if old not in needed:
                 old.unlink()
@@ -68,5 +83,5 @@ class AnswerJournal:
 
 
 def _latest(folder: Path) -> list[Path]:
-    """What is in a folder, the youngest first."""
+    """The entries of a folder, the youngest first."""
     return sorted(folder.iterdir(), key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)

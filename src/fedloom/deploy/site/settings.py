@@ -13,12 +13,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
-from fedloom.core.types import Budget, ClientId, TaskStart, Task
+from fedloom.core.types import Budget, ClientId, Task, TaskStart
 from fedloom.data.examples import Examples
 from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Shard, hold_out
 from fedloom.data.table import Table
-from fedloom.deploy.messages.messages import Request, EvaluateRequest, RunTerms, TaskRequest
+from fedloom.deploy.messages.messages import EvaluateRequest, Request, RunTerms, TaskRequest
 
 HOURS = r"([01]?\d|2[0-4]):([0-5]\d)-([01]?\d|2[0-4]):([0-5]\d)"
 
@@ -100,7 +100,7 @@ class AnsweredFile(_Section):
 
 
 class SiteLimits(_Section):
-    """What the site lets a server ask for: the largest rank, depth (layers trained, from the top) and number of steps of a task,
+    """What the site lets a server request for: the largest rank, depth (layers trained, from the top) and number of steps of a task,
     megabytes of a message; which runs, by name (`*` stands for anything); at which hours, by the clock of the machine; whether the
     server may be told how the run's last model does on examples that were held out, in counts. If not, none are held out.
     """
@@ -206,13 +206,13 @@ def read_site(path: Path) -> Site:
         raise Refused(field, value, f"{remedy[:1].lower()}{remedy[1:]}; docs/site.md lists all fields") from error
 
 
-def why_refused(site: Site, ask: Request | EvaluateRequest, hour: float) -> str | None:
+def why_refused(site: Site, request: Request, hour: float) -> str | None:
     """Why the site does not do what is asked, in a sentence; None if it does. `hour` is the time of day there, 0 to 24."""
-    return next(_reasons(site, ask, hour), None)
+    return next(_reasons(site, request, hour), None)
 
 
-def _reasons(site: Site, ask: Request | EvaluateRequest, hour: float) -> Iterator[str]:
-    terms, limits = ask.terms, site.limits
+def _reasons(site: Site, request: Request, hour: float) -> Iterator[str]:
+    terms, limits = request.terms, site.limits
     if not any(fnmatchcase(terms.run, name) for name in limits.runs):
         yield f"this site takes part in runs named {' or '.join(limits.runs)}, not in {terms.run!r}"
     if not site.model.is_of(terms.model):
@@ -223,11 +223,11 @@ def _reasons(site: Site, ask: Request | EvaluateRequest, hour: float) -> Iterato
         yield f"the run chooses among {len(terms.labels)} labels, the data of this site have answers"
     if not limits.awake(hour):
         yield f"this site works at {limits.hours}, and it is {int(hour):02}:{int(hour % 1 * 60):02} there"
-    if isinstance(ask, TaskRequest):
-        yield from _why_foreign(site, ask.task.client, ask.task.start)
-        yield from _why_too_large(site, ask.task)
-    if isinstance(ask, EvaluateRequest):
-        yield from _why_foreign(site, ask.client, ask.start)
+    if isinstance(request, TaskRequest):
+        yield from _why_foreign(site, request.task.client, request.task.start)
+        yield from _why_too_large(site, request.task)
+    if isinstance(request, EvaluateRequest):
+        yield from _why_foreign(site, request.client, request.start)
         if not limits.scores:
             yield "this site tells no scores (limits.scores)"
 

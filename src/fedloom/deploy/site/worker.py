@@ -1,4 +1,4 @@
-"""The worker of a site: it keeps model, data and caches warm, trains what a server asks for, and gives back bytes.
+"""The worker of a site: it keeps model, data and caches loaded, trains what a server asks for, and gives back bytes.
 
 What comes back is, to the bit, what a simulation's client would have given; a task is trained once, however often it is sent.
 """
@@ -24,28 +24,30 @@ from fedloom.core.lora import Adapter
 from fedloom.core.schema import Malformed
 from fedloom.core.seeds import derive
 from fedloom.core.transfer import encode_answer, residual_of
-from fedloom.core.types import Budget, ClientState, Profile, TaskStart, Task
+from fedloom.core.types import Budget, ClientState, Profile, Task, TaskStart
 from fedloom.data.partition import Shard
-from fedloom.deploy.messages import answer as wire
+from fedloom.deploy.messages.answer import encode_result
 from fedloom.deploy.messages.checks import model_mismatch
 from fedloom.deploy.messages.messages import (
     EvaluateRequest,
+    EvaluateResult,
     JoinRequest,
     Refusal,
     RunTerms,
-    Welcome,
     TaskRequest,
-    decode_any,
-    encode_request,
+    Welcome,
+    decode_request,
     encode_reply,
+    encode_request,
 )
 from fedloom.deploy.messages.seeded_sides import with_seeded_sides
-from fedloom.deploy.site.answer_journal import CompletedTask, AnswerJournal
-from fedloom.deploy.site.evaluation import sat
+from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
 from fedloom.deploy.site.settings import Site, site_shard, why_refused
 from fedloom.deploy.site.worker_socket import Listener
 from fedloom.train.base_model import Base, check_length, initial_adapter, load_base
-from fedloom.train.tokenised import encode_texts as tokenise
+from fedloom.train.evaluate import evaluate_held_out, evaluate_untrained
+from fedloom.train.objective import personal_adapter
+from fedloom.train.tokenised import encode_texts
 from fedloom.train.trainer import PeftTrainer
 
 LOG = getLogger("fedloom.worker")
@@ -54,14 +56,22 @@ TIMED = 2
 
 
 def time_of_day() -> float:
-    """Of this machine's clock, in hours."""
+    """Return the time of this machine's clock, in hours from 0 to 24."""
     now = datetime.now()
     return now.hour + now.minute / 60
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedSite:
-    """What is kept from task to task while the terms stay the same. The trainer knows of nothing that is held out."""
+    """What is kept loaded from task to task while the terms stay the same.
+
+    Fields:
+        terms: terms of the run.
+        base: the base model.
+        shard: which examples are trained on, and which are held out.
+        trainer: trains tasks; it knows of nothing that is held out.
+        first: the adapter with which the run begins, drawn here from the run's seed.
+    """
 
     terms: RunTerms
     base: Base
@@ -72,7 +82,18 @@ class PreparedSite:
 
 @dataclass(slots=True)
 class SiteWorker:
-    """Answers the server's messages for one site, one at a time. `trained` and `repeated` count answers since the start."""
+    """Answers the server's requests for one site, one at a time.
+
+    Fields:
+        site: settings of the site.
+        hour: the time of day there.
+        prepared: model and data, loaded for the terms of the last request.
+        doing: what it does now, in words.
+        trained: answers that were trained since the start.
+        repeated: answers that were given again from the journal.
+        refused: refusals.
+        journal: completed tasks, on the disk.
+    """
 
     site: Site
     hour: Callable[[], float] = time_of_day
@@ -87,17 +108,17 @@ class SiteWorker:
         self.journal = AnswerJournal(self.site.folder / "journal")
 
     def answer(self, body: bytes) -> bytes:
-        """The reply to a message, whatever it is: never raises."""
+        """Return the reply to a message, whatever it is; never raises."""
         task = None
         try:
-            ask = decode_any(body, self.site.limits.bytes)
-            task = ask.task.id if isinstance(ask, TaskRequest) else None
-            if reason := why_refused(self.site, ask, self.hour()):
+            request = decode_request(body, self.site.limits.bytes)
+            task = request.task.id if isinstance(request, TaskRequest) else None
+            if reason := why_refused(self.site, request, self.hour()):
                 return self._refuse(task, reason, True)
-            self.doing = f"getting ready for {ask.terms.run}"
-            if isinstance(ask, EvaluateRequest):
-                return self._exam(ask)
-            return self._work(ask) if isinstance(ask, TaskRequest) else self._welcome(ask)
+            self.doing = f"getting ready for {request.terms.run}"
+            if isinstance(request, EvaluateRequest):
+                return self._evaluate(request)
+            return self._train(request) if isinstance(request, TaskRequest) else self._welcome(request)
         except Malformed as error:
             return self._refuse(None, f"the message is none: {error}", True)
         except Refused as error:
@@ -110,14 +131,14 @@ class SiteWorker:
             self.doing = "nothing"
 
     def status(self) -> bytes:
-        """What the worker is and does, as JSON."""
+        """Return what the worker is and does, as JSON."""
         terms = self.prepared.terms if self.prepared else None
-        told = {"name": self.site.name, "pid": os.getpid(), "doing": self.doing, "run": terms and terms.run}
+        facts = {"name": self.site.name, "pid": os.getpid(), "doing": self.doing, "run": terms and terms.run}
         counts = {"trained": self.trained, "repeated": self.repeated, "refused": self.refused}
-        return json.dumps({**told, **counts}).encode()
+        return json.dumps({**facts, **counts}).encode()
 
     def excess(self, size: int) -> bytes:
-        """What is said to a message of so many bytes, which is above the limit and was not read."""
+        """Return the refusal of a message of so many bytes, which is above the limit and was not read."""
         return self._refuse(None, f"a message of {size} bytes: this site allows {self.site.limits.bytes}", True)
 
     def _refuse(self, task: int | None, reason: str, lasting: bool) -> bytes:
@@ -125,123 +146,135 @@ class SiteWorker:
         self.refused += 1
         return encode_reply(Refusal(self.site.name, task, " ".join(reason.split())[:1000], lasting))
 
-    def _welcome(self, ask: JoinRequest) -> bytes:
-        warm, speed = self._ready(ask.terms), self.site.speed
+    def _welcome(self, request: JoinRequest) -> bytes:
+        ready, speed = self._ready(request.terms), self.site.speed
         profile = Profile(
             client=self.site.name,
-            examples=len(warm.shard.train),
-            flops=speed.flops or self._flops(warm),
+            examples=len(ready.shard.train),
+            flops=speed.flops or self._flops(ready),
             up_bps=speed.up_bps,
             down_bps=speed.down_bps,
-            memory=speed.memory or _memory(warm.base.device),
+            memory=speed.memory or _memory(ready.base.device),
             tier="site",
             most=self.site.limits.most,
         )
-        LOG.info("takes part in %s with %d examples at %.3g FLOP/s", ask.terms.run, profile.examples, profile.flops)
-        return encode_reply(Welcome(profile, ask.incarnation, ask.terms.first_adapter == fingerprint(warm.first)))
+        LOG.info("takes part in %s with %d examples at %.3g FLOP/s", request.terms.run, profile.examples, profile.flops)
+        return encode_reply(
+            Welcome(profile, request.incarnation, request.terms.first_adapter == fingerprint(ready.first))
+        )
 
-    def _work(self, ask: TaskRequest) -> bytes:
-        """The answer: from the journal if the task was done, else trained now and written down before it is given out."""
-        run, number, mark = ask.terms.run_hash, ask.task.id, request_digest(ask)
-        known = self.journal.done(run, number)
-        if known is not None and known.mark == mark:
+    def _train(self, request: TaskRequest) -> bytes:
+        """Return the answer: from the journal if the task was done, else trained now and written down before it is given out."""
+        run, number, digest = request.terms.run_hash, request.task.id, request_digest(request)
+        entry = self.journal.find(run, number)
+        if entry is not None and entry.request_digest == digest:
             LOG.info("task %d was done before: the same answer again", number)
             self.repeated += 1
-            return known.answer.numpy().tobytes()
-        warm, before = self._ready(ask.terms), self._before(ask)
-        _check_fits(warm, ask.task.start)
-        task = with_seeded_sides(ask, warm.first).task
-        self.doing = f"task {number} of {ask.terms.run}"
+            return entry.answer.numpy().tobytes()
+        ready, before = self._ready(request.terms), self._before(request)
+        _check_fits(ready, request.task.start)
+        task = with_seeded_sides(request, ready.first).task
+        self.doing = f"task {number} of {request.terms.run}"
         began = time.perf_counter()
-        ((result, local),) = warm.trainer.train([(task, before)])
+        ((result, state),) = ready.trainer.train([(task, before)])
         seconds = time.perf_counter() - began
-        received, local = encode_answer(task, before, result, local)
+        received, state = encode_answer(task, before, result, state)
         result = replace(result, metrics={**received.metrics, "seconds_train": seconds})
-        data = wire.encode_result(task, result, residual_of(task.start, before))
-        kept = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self.journal.keep(run, number, CompletedTask(mark, kept, local), ask.last_accepted)
+        data = encode_result(task, result, residual_of(task.start, before))
+        stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        self.journal.record(run, number, CompletedTask(digest, stored, state), request.last_accepted)
         self.trained += 1
-        told = (number, result.steps, task.budget.rank, seconds, len(data))
-        LOG.info("task %d: %d steps at rank %d in %.1f s, an answer of %d bytes", *told)
+        summary = (number, result.steps, task.budget.rank, seconds, len(data))
+        LOG.info("task %d: %d steps at rank %d in %.1f s, an answer of %d bytes", *summary)
         return data
 
-    def _exam(self, ask: EvaluateRequest) -> bytes:
-        """What the last model reaches on what is held out here."""
-        warm = self._ready(ask.terms)
-        _check_fits(warm, ask.start)
-        self.doing = f"the exam of {ask.terms.run}"
-        marks = sat(warm.base, warm.trainer.texts, warm.shard, ask, self._before(ask))
-        LOG.info("exam: %d of %d right on %d examples held out", marks.correct, marks.predictions, marks.examples)
-        return encode_reply(marks)
+    def _evaluate(self, request: EvaluateRequest) -> bytes:
+        """Score the last model on the held-out examples, by the functions that score a simulation's clients; only counts leave."""
+        ready = self._ready(request.terms)
+        _check_fits(ready, request.start)
+        self.doing = f"evaluating for {request.terms.run}"
+        if not ready.shard.held_out:
+            raise Refused("held_out", 0, "this site holds no example out, so there is nothing to evaluate on")
+        adapter = personal_adapter(request.start, self._before(request))
+        client, shards, texts = ready.shard.client, [ready.shard], ready.trainer.texts
+        scores = evaluate_held_out(ready.base, adapter, texts, shards, request.start.fold)[client]
+        baseline = evaluate_untrained(ready.base, texts, shards)[client]
+        predictions, correct, loss = scores.counts()
+        _, base_correct, base_loss = baseline.counts()
+        LOG.info("evaluated: %d of %d right on %d held-out examples", correct, predictions, len(ready.shard.held_out))
+        held_out = len(ready.shard.held_out)
+        return encode_reply(EvaluateResult(client, held_out, predictions, correct, loss, base_correct, base_loss))
 
-    def _before(self, ask: TaskRequest | EvaluateRequest) -> ClientState:
-        """What stayed here of the last task whose answer was accepted."""
-        last = self.journal.done(ask.terms.run_hash, ask.last_accepted) if ask.last_accepted else None
-        if ask.last_accepted and last is None:
-            LOG.warning("nothing is left here of task %d, which was accepted: its state begins anew", ask.last_accepted)
-        return last.local if last else ClientState()
+    def _before(self, request: TaskRequest | EvaluateRequest) -> ClientState:
+        """Return what stayed here of the last task whose answer was accepted."""
+        last = self.journal.find(request.terms.run_hash, request.last_accepted) if request.last_accepted else None
+        if request.last_accepted and last is None:
+            LOG.warning(
+                "nothing is left here of task %d, which was accepted: its state begins anew", request.last_accepted
+            )
+        return last.client_state if last else ClientState()
 
     def _ready(self, terms: RunTerms) -> PreparedSite:
-        """Model and data for these terms; those of others are let go first."""
+        """Return model and data for these terms; those of others are let go first."""
         torch.set_num_threads(terms.threads)
         if self.prepared is None or self.prepared.terms != terms:
             self.prepared = None
-            self.prepared = _warm(self.site, terms)
+            self.prepared = prepare_site(self.site, terms)
         return self.prepared
 
-    def _flops(self, warm: PreparedSite) -> float:
-        """FLOP a second in training, as `Shape.train_flops` counts them: measured once for a model and its settings."""
+    def _flops(self, ready: PreparedSite) -> float:
+        """Return FLOP a second in training, as `Shape.train_flops` counts them: measured once for a model and its settings."""
         path = self.site.folder / "speed.json"
-        terms, site = warm.terms, self.site.model
-        told = [str(site.path), site.device, terms.threads, warm.base.computation, terms.training.batch_size]
-        mark = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        terms, site = ready.terms, self.site.model
+        facts = [str(site.path), site.device, terms.threads, ready.base.computation, terms.training.batch_size]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         try:
-            known = json.loads(path.read_bytes())
-            if known["of"] == mark:
-                return float(known["flops"])
+            entry = json.loads(path.read_bytes())
+            if entry["of"] == digest:
+                return float(entry["flops"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        flops = _measured(warm, self.site.name, min(terms.rank, self.site.limits.rank))
+        flops = _measured(ready, self.site.name, min(terms.rank, self.site.limits.rank))
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"of": mark, "flops": flops})
+        write_json(path, {"of": digest, "flops": flops})
         return flops
 
 
-def _warm(site: Site, terms: RunTerms) -> PreparedSite:
-    """Load everything. Raises Refused where model or data are not fit for the run."""
+def prepare_site(site: Site, terms: RunTerms) -> PreparedSite:
+    """Load model and data. Raises Refused where they are not fit for the run."""
     examples = site.examples(terms.labels)
     labels, seed = None if terms.labels is None else len(terms.labels), derive(terms.seed, "model")
     base = load_base(str(site.model.path), labels, terms.lora, terms.rank, seed, site.model.device, terms.engine)
     if terms.weights and base.fingerprint() not in ("", terms.weights):
         remedy = f"its weights are not those of the run's {terms.model!r}: get a copy of the same model"
         raise Refused("model.path", site.model.path, remedy)
-    texts = tokenise(examples, base.tokenizer, terms.training.max_length)
+    texts = encode_texts(examples, base.tokenizer, terms.training.max_length)
     check_length(base, terms.training.max_length, max(map(len, texts.ids)))
     shard = site_shard(site, examples, terms)
     trainer = PeftTrainer(base, texts, {site.name: shard.train}, terms.training, terms.engine)
     return PreparedSite(terms, base, shard, trainer, initial_adapter(base, terms.rank))
 
 
-def request_digest(ask: TaskRequest) -> str:
-    """Names what was asked, whenever and by whichever start of the server."""
-    return hashlib.sha256(encode_request(replace(ask, incarnation=0))).hexdigest()
+def request_digest(request: TaskRequest) -> str:
+    """Return a digest of what is asked, the same whenever and by whichever start of the server it is asked."""
+    return hashlib.sha256(encode_request(replace(request, incarnation=0))).hexdigest()
 
 
-def _check_fits(warm: PreparedSite, start: TaskStart) -> None:
+def _check_fits(ready: PreparedSite, start: TaskStart) -> None:
     """Raise Refused for a task of another base model."""
-    if reason := model_mismatch(warm.first, start):
-        raise Refused("model", warm.terms.model, reason)
+    if reason := model_mismatch(ready.first, start):
+        raise Refused("model", ready.terms.model, reason)
 
 
-def _measured(warm: PreparedSite, client: str, rank: int) -> float:
+def _measured(ready: PreparedSite, client: str, rank: int) -> float:
     """FLOP a second in training, as `Shape.train_flops` counts them."""
     tokens, seconds = 0, 0.0
     for steps in (1, TIMED):  # the first is for what is made at first use
-        start = TaskStart(initial_adapter(warm.base, rank), "")
+        start = TaskStart(initial_adapter(ready.base, rank), "")
         began = time.perf_counter()
-        ((result, _),) = warm.trainer.train([(Task(1, client, 0, start, Budget(rank, steps), 0, 0.0), ClientState())])
+        ((result, _),) = ready.trainer.train([(Task(1, client, 0, start, Budget(rank, steps), 0, 0.0), ClientState())])
         tokens, seconds = result.tokens, time.perf_counter() - began
-    return warm.base.shape().train_flops(tokens, rank) / seconds
+    return ready.base.shape().train_flops(tokens, rank) / seconds
 
 
 def _memory(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""What a global round costs a group, by how often it averages inside, how deep it trains, at which rank and for how many steps.
+"""Cost of a global round for a group, by how often it averages inside, how deep it trains, at which rank and for how many steps.
 
 Source: HierFedLoRA, arXiv 2503.21213, 2025, and ParallelSFL, arXiv 2410.01256, 2024, Eq. 17. In each of `rounds` inner rounds every
 member receives the adapter, does its share of the `steps`, and answers; the edge waits for the slowest of them, and at both ends for
@@ -28,7 +28,12 @@ SLACK = 1e-9  # relative; what rounding may add to a time that just fits
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes by (depth, rank): of an answer, of what is handed out, and of memory while training.
+    """Bytes by (depth, rank).
+
+    Fields:
+        up: of an answer.
+        down: of what a member receives.
+        memory: of memory while training.
 
     With a `Shape`: `Sizes(lambda d, r: shape.payload(r, d), lambda d, r: shape.payload(r), lambda d, r: shape.train_memory(r,
     batch_tokens, d))`, because the layers below travel down whatever the depth.
@@ -41,7 +46,15 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A member as it was measured: `seconds` of a local step at depth 1, 2, ... of the model, link to the edge, memory in bytes."""
+    """A member as it was measured.
+
+    Fields:
+        client: name of the member.
+        seconds: seconds of a local step at depth 1, 2, ... of the model.
+        up_bps: its link to the edge (bits per second; default no limit).
+        down_bps: its link from the edge (bits per second; default no limit).
+        memory: memory for training (bytes; default no limit).
+    """
 
     client: ClientId
     seconds: tuple[float, ...]
@@ -57,9 +70,14 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a group does in a global round: `steps` of each member, shared out over `rounds` inner aggregations.
+    """Work of a group in a global round.
 
-    At this depth and rank, as the budget of an edge's task has them. `why` says in a sentence which numbers decided.
+    Fields:
+        rounds: inner aggregations.
+        depth: depth at which members train, as in the budget of an edge's task.
+        rank: rank at which they train.
+        steps: steps of each member, shared out over the rounds.
+        why: one sentence with the numbers that decided.
     """
 
     rounds: int
@@ -70,8 +88,8 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
-    """What an earlier choice was worth: by how much the loss fell, per second of the round."""
+class ObservedReward:
+    """Worth of an earlier choice: by how much the loss fell, per second of the round."""
 
     rounds: int
     depth: int
@@ -82,12 +100,18 @@ class Observed:
 class GroupState:
     """A group before a global round.
 
-    `up_bps` and `down_bps` are the link between edge and server. `dispersion` is delta_g, the distance of the members' updates
-    from their mean, per local step and unit of learning rate. `mass` is the squared norm of the gradients in each layer from the
-    output down, `energy` that of each direction of the update, largest first; empty: nothing is known yet, all count alike.
-    `observed` is what was tried, oldest first, by the loss from task to task; `earned` the same by the loss inside a task, if
-    it had two rounds; so many `tasks` are remembered. `barrier` are the seconds that an inner round was seen to take beyond the
-    members' own.
+    Fields:
+        members: its members as they were measured.
+        sizes: bytes of messages and of memory.
+        up_bps: link from the edge to the server (bits per second; default no limit).
+        down_bps: link from the server to the edge (bits per second; default no limit).
+        dispersion: delta_g, the distance of the members' updates from their mean, per local step and unit of learning rate.
+        mass: squared norm of the gradients in each layer, from the output down; empty: nothing is known yet, all count alike.
+        energy: share of each direction of the update, largest first; empty: as for `mass`.
+        rewards: choices that were tried, oldest first, by the loss from task to task.
+        barrier: seconds that an inner round was seen to take beyond the members' own.
+        inner_rewards: choices of two rounds or more, by the loss inside a task.
+        tasks: tasks that are remembered.
     """
 
     members: tuple[Device, ...]
@@ -97,9 +121,9 @@ class GroupState:
     dispersion: float = 0.0
     mass: tuple[float, ...] = ()
     energy: tuple[float, ...] = ()
-    observed: tuple[Observed, ...] = field(default=())
+    rewards: tuple[ObservedReward, ...] = field(default=())
     barrier: float = 0.0
-    earned: tuple[Observed, ...] = field(default=())
+    inner_rewards: tuple[ObservedReward, ...] = field(default=())
     tasks: int = 0
 
     def __post_init__(self) -> None:
@@ -114,34 +138,30 @@ class GroupState:
 
     @property
     def layers(self) -> int:
-        """How deep a client can train."""
+        """Layers of the model, the greatest depth."""
         return len(self.members[0].seconds)
 
-    def links(self, depth: int, rank: int) -> tuple[float, ...]:
-        """Seconds that each member spends on its link, and at the barrier, in one inner round."""
+    def link_seconds(self, depth: int, rank: int) -> tuple[float, ...]:
+        """Return the seconds that each member spends on its link, and at the barrier, in one inner round."""
         up, down = 8.0 * self.sizes.up(depth, rank), 8.0 * self.sizes.down(depth, rank)
         return tuple(up / member.up_bps + down / member.down_bps + self.barrier for member in self.members)
 
-    def outer(self, depth: int, rank: int) -> float:
-        """Seconds that the edge spends on its link in a global round."""
+    def edge_link_seconds(self, depth: int, rank: int) -> float:
+        """Return the seconds that the edge spends on its link in a global round."""
         return 8.0 * self.sizes.up(depth, rank) / self.up_bps + 8.0 * self.sizes.down(depth, rank) / self.down_bps
 
-    def steps(self, depth: int) -> tuple[float, ...]:
-        """Seconds of a local step of each member."""
+    def step_seconds(self, depth: int) -> tuple[float, ...]:
+        """Return the seconds of a local step of each member."""
         return tuple(member.seconds[depth - 1] for member in self.members)
 
     def seconds(self, choice: Choice) -> float:
-        """T: how long a global round lasts for this group."""
-        work = zip(self.steps(choice.depth), self.links(choice.depth, choice.rank), strict=True)
+        """Return T: how long a global round lasts for this group."""
+        work = zip(self.step_seconds(choice.depth), self.link_seconds(choice.depth, choice.rank), strict=True)
         longest = max(choice.steps * step + choice.rounds * link for step, link in work)
-        return longest + self.outer(choice.depth, choice.rank)
+        return longest + self.edge_link_seconds(choice.depth, choice.rank)
 
     def depths(self, rank: int) -> tuple[int, ...]:
-        """Those at which every member can train within its memory.
-
-        Raises:
-            Refused: there is none.
-        """
+        """Return the depths at which every member can train within its memory. Raises Refused where there is none."""
         poorest = min(self.members, key=lambda member: member.memory)
         fit = tuple(depth for depth in range(1, self.layers + 1) if self.sizes.memory(depth, rank) <= poorest.memory)
         if not fit:
@@ -149,19 +169,19 @@ class GroupState:
             raise Refused("device.memory", poorest.memory, remedy)
         return fit
 
-    def covered(self, depth: int) -> float:
-        """G(d): the share of the gradients' mass in the top `depth` layers."""
+    def covered_mass(self, depth: int) -> float:
+        """Return G(d): the share of the gradients' mass in the top `depth` layers."""
         return leading_share(self.mass, depth, self.layers)
 
 
 def leading_share(values: tuple[float, ...], count: int, among: int) -> float:
-    """What the first `count` hold of all `values`; of `among` alike ones, if nothing is known."""
+    """Return what the first `count` hold of all `values`; of `among` alike ones, if nothing is known."""
     total = math.fsum(values)
     return math.fsum(values[:count]) / total if total > 0 else min(count / among, 1.0)
 
 
 def whole_number(ratio: float) -> int:
-    """The largest whole number of at most `ratio`, rounding forgiven; never below 0 nor above a million."""
+    """Return the largest whole number of at most `ratio`, rounding forgiven; never below 0 nor above a million."""
     return int(min(max(ratio * (1.0 + SLACK), 0.0), 1e6))
 
 

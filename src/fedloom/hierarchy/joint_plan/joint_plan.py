@@ -1,4 +1,4 @@
-"""The plan of the root of a hierarchy: a joint rule over all groups, as they are known, gives each edge its budget.
+"""The plan of a root over edges: a joint rule over all groups, as they are known, gives each edge its budget.
 
 Source: HierFedLoRA, arXiv 2503.21213, 2025, whose server estimates and configures before each global round; as rebuilt in methods
 4b.2. What is known is what edges told with their reports (`Fleet.groups`), the devices' profiles until then. So the plan has no
@@ -16,26 +16,29 @@ from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Fleet
-from fedloom.core.types import Budget, ClientId, GroupHistory, Profile, MemberWork, GroupStatistics
+from fedloom.core.types import Budget, ClientId, GroupHistory, GroupStatistics, MemberWork, Profile
 from fedloom.hierarchy.joint_plan.gradient_score import GradientScore
-from fedloom.hierarchy.joint_plan.group_cost import Device, GroupState, Observed, Sizes
-from fedloom.hierarchy.joint_plan.shared import Joint
+from fedloom.hierarchy.joint_plan.group_cost import Device, GroupState, ObservedReward, Sizes
+from fedloom.hierarchy.joint_plan.shared import JointRule
 from fedloom.plan.client_cost import GAIN, CostModel
 from fedloom.plan.depth import FixedDepth, check_blocks
 
 RANK = 8
-"""Of a client before it was seen; it adds little to the time of a step."""
+"""Rank that a client is reckoned with before it was seen; it adds little to the time of a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class JointPlan:
-    """Rounds, steps, depth and rank of each edge's task by `rule`.
+    """Budget rule of the root: rounds, steps, depth and rank of each edge's task, chosen for all groups together.
 
-    `rounds` and `depth` take the place of what the rule chose (None: they do not), to see what each is worth. `batch_tokens` is the
-    size of the batch that memory is reckoned with, and a step's time before any was seen.
+    Fields:
+        rule: chooses them from what is known of all groups.
+        rounds: takes the place of the rounds that the rule chose, to see what they are worth (None: it does not).
+        depth: takes the place of the depth that the rule chose (None: it does not).
+        batch_tokens: tokens of the batch that memory is reckoned with, and a step's time before any was seen.
     """
 
-    rule: Joint = field(default_factory=GradientScore)
+    rule: JointRule = field(default_factory=GradientScore)
     rounds: int | None = None
     depth: int | None = None
     batch_tokens: int = 2048
@@ -46,10 +49,10 @@ class JointPlan:
                 raise Refused(f"hierarchy.plan.{name}", getattr(self, name), "choose a whole number of at least 1")
 
     def __call__(self, profile: Profile, fleet: Fleet) -> Budget:
-        """The budget of this edge's next task."""
+        """Return the budget of this edge's next task."""
         if profile.client not in fleet.groups:
-            raise Refused("plan", "Planned", "it plans for edges; give it as Hierarchy(plan=Planned())")
-        groups = {edge: group_state(log, fleet.shape, self.batch_tokens) for edge, log in fleet.groups.items()}
+            raise Refused("plan", "JointPlan", "it plans for edges; give it as Hierarchy(plan=JointPlan())")
+        groups = {edge: group_state(one, fleet.shape, self.batch_tokens) for edge, one in fleet.groups.items()}
         chosen = dict(zip(groups, self.rule(tuple(groups.values())), strict=True))[profile.client]
         if self.rounds is not None:
             chosen = replace(chosen, rounds=min(self.rounds, chosen.steps), why=f"rounds are fixed; {chosen.why}")
@@ -65,68 +68,69 @@ class JointPlan:
         if self.depth is not None:
             check_blocks(FixedDepth(self.depth), fleet.shape)
         top = server_rank(fleet.first.adapter) if fleet.first else math.inf
-        for log in fleet.groups.values():
-            if (rank := self(log.edge, fleet).rank) > top:
+        for history in fleet.groups.values():
+            if (rank := self(history.edge, fleet).rank) > top:
                 remedy = f"the server's rank is {top:g}, the highest of the run's plan; choose at most that"
                 raise Refused("hierarchy.plan.rule.rank", rank, remedy)
 
 
-def group_state(log: GroupHistory, shape: Shape, batch_tokens: int) -> GroupState:
-    """A group as its log tells it."""
-    up, down = log.edge.up_bps, log.edge.down_bps
+def group_state(history: GroupHistory, shape: Shape, batch_tokens: int) -> GroupState:
+    """Return a group before its next task, from what the root knows of it."""
+    up, down, reports = history.edge.up_bps, history.edge.down_bps, history.statistics
     sizes = Sizes(
         lambda depth, rank: shape.payload(rank, depth),
         lambda depth, rank: shape.payload(rank),
         lambda depth, rank: shape.train_memory(rank, batch_tokens, depth),
     )
-    known = GroupState(tuple(member_device(one, log, shape, batch_tokens) for one in log.members), sizes, up, down)
+    members = tuple(member_device(profile, history, shape, batch_tokens) for profile in history.members)
+    group = GroupState(members, sizes, up, down)
     return replace(
-        known,
-        dispersion=math.sqrt(moving_average([told.spread for told in log.statistics])),
-        mass=layer_mass(log, shape),
-        energy=log.statistics[-1].energy if log.statistics else (),
-        observed=tuple(rewards_between_tasks(log.statistics, shape)),
-        barrier=moving_average([max(barrier_seconds(told), slow_link_seconds(told, known)) for told in log.statistics]),
-        earned=tuple(rewards_within_tasks(log.statistics, shape)),
-        tasks=len(log.statistics),
+        group,
+        dispersion=math.sqrt(moving_average([report.spread for report in reports])),
+        mass=layer_mass(history, shape),
+        energy=reports[-1].energy if reports else (),
+        rewards=tuple(rewards_between_tasks(reports, shape)),
+        barrier=moving_average([max(barrier_seconds(one), slow_link_seconds(one, group)) for one in reports]),
+        inner_rewards=tuple(rewards_within_tasks(reports, shape)),
+        tasks=len(reports),
     )
 
 
-def member_device(profile: Profile, log: GroupHistory, shape: Shape, batch_tokens: int) -> Device:
-    """A member by what it did in its group's tasks, oldest first.
+def member_device(profile: Profile, history: GroupHistory, shape: Shape, batch_tokens: int) -> Device:
+    """Return a member as its work in its groups' tasks shows it.
 
     Sizes are those of float32 without folds, in what is learnt and in what is told from it; so a codec counts as a faster link, a
     fold as a slower one.
     """
-    spent = [one for one in member_history(log, profile.client) if one.train > 0]
-    cost = CostModel.from_profile(profile, shape, spent[-1].rank if spent else RANK, batch_tokens)
-    for one in spent:
-        cost = _followed(cost, one, shape)
+    past = [work for work in member_history(history, profile.client) if work.train > 0]
+    cost = CostModel.from_profile(profile, shape, past[-1].rank if past else RANK, batch_tokens)
+    for work in past:
+        cost = _after_work(cost, work, shape)
     seconds = tuple(cost.step_seconds(depth) for depth in range(1, shape.layers + 1))
     up, down = (8.0 / link if link > 0 else math.inf for link in (cost.up, cost.down))
     return Device(profile.client, seconds, up, down, profile.memory)
 
 
-def member_history(log: GroupHistory, client: ClientId) -> tuple[MemberWork, ...]:
-    """What a member did, oldest first: in other groups before, then in this one."""
-    here = (one for told in log.statistics for one in told.work if one.client == client)
-    return (*log.past.get(client, ()), *here)
+def member_history(history: GroupHistory, client: ClientId) -> tuple[MemberWork, ...]:
+    """Return the work of a member, oldest first: in other groups before, then in this one."""
+    here = (work for report in history.statistics for work in report.work if work.client == client)
+    return (*history.past.get(client, ()), *here)
 
 
-def _followed(cost: CostModel, one: MemberWork, shape: Shape) -> CostModel:
-    cost = cost.after_training(min(one.depth or shape.layers, shape.layers), one.steps, one.train)
-    cost = cost.after_upload(one.answers * shape.payload(one.rank, one.depth), one.up)
-    return cost.after_download(one.answers * shape.payload(one.rank), one.down)
+def _after_work(cost: CostModel, work: MemberWork, shape: Shape) -> CostModel:
+    cost = cost.after_training(min(work.depth or shape.layers, shape.layers), work.steps, work.train)
+    cost = cost.after_upload(work.answers * shape.payload(work.rank, work.depth), work.up)
+    return cost.after_download(work.answers * shape.payload(work.rank), work.down)
 
 
-def layer_mass(log: GroupHistory, shape: Shape) -> tuple[float, ...]:
-    """By depth, from the output down, what each layer was last seen to change; one that was never seen counts as their mean.
+def layer_mass(history: GroupHistory, shape: Shape) -> tuple[float, ...]:
+    """Return, by depth from the output down, what each layer was last seen to change; one never seen counts as their mean.
 
     The head is trained at any depth, and counts with the first.
     """
     latest = dict[str, float]()
-    for told in log.statistics:
-        latest |= told.mass
+    for report in history.statistics:
+        latest |= report.mass
     if not latest:
         return ()
     seen: Mapping[int, float] = {
@@ -135,58 +139,59 @@ def layer_mass(log: GroupHistory, shape: Shape) -> tuple[float, ...]:
         if any(shape.depths.get(name) == depth for name in latest)
     }
     usual = math.fsum(seen.values()) / max(1, len(seen))
-    holds, head = set(shape.depths.values()), math.fsum(v for name, v in latest.items() if name not in shape.depths)
-    first, *lower = (seen.get(depth, usual if depth in holds else 0.0) for depth in range(1, shape.layers + 1))
+    with_layers, head = (
+        set(shape.depths.values()),
+        math.fsum(v for name, v in latest.items() if name not in shape.depths),
+    )
+    first, *lower = (seen.get(depth, usual if depth in with_layers else 0.0) for depth in range(1, shape.layers + 1))
     return (first + head, *lower)
 
 
-def rewards_between_tasks(told: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[Observed]:
-    """What earlier choices earned: by how much the members' loss fell since the task before, a second."""
-    for before, after in pairwise(told):
+def rewards_between_tasks(reports: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[ObservedReward]:
+    """Yield, for each choice, by how much the members' loss fell a second since the task before."""
+    for before, after in pairwise(reports):
         if before.loss is not None and after.loss is not None and after.seconds > 0:
             depth = after.budget.depth or shape.layers
-            yield Observed(after.budget.rounds, depth, (before.loss - after.loss) / after.seconds)
+            yield ObservedReward(after.budget.rounds, depth, (before.loss - after.loss) / after.seconds)
 
 
-def rewards_within_tasks(told: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[Observed]:
-    """What choices earned without other groups: by how much members' own losses fell between rounds of one task, a second."""
-    for one in told:
-        falls = [fall for fall in map(loss_fall, one.work) if fall is not None]
-        if falls and one.seconds > 0:
-            depth = one.budget.depth or shape.layers
-            yield Observed(one.budget.rounds, depth, math.fsum(falls) / len(falls) * one.budget.rounds / one.seconds)
+def rewards_within_tasks(reports: tuple[GroupStatistics, ...], shape: Shape) -> Iterator[ObservedReward]:
+    """Yield, for each choice, by how much members' own losses fell a second between rounds of its task: no other group has a part."""
+    for report in reports:
+        falls = [fall for fall in map(loss_fall, report.work) if fall is not None]
+        if falls and report.seconds > 0:
+            depth, rounds = report.budget.depth or shape.layers, report.budget.rounds
+            yield ObservedReward(rounds, depth, math.fsum(falls) / len(falls) * rounds / report.seconds)
 
 
-def loss_fall(spent: MemberWork) -> float | None:
-    """By how much a member's loss fell from one of its answers to the next; None: it answered once, or told no loss."""
-    if spent.answers < 2 or spent.first_loss is None or spent.last_loss is None:
+def loss_fall(work: MemberWork) -> float | None:
+    """Return by how much a member's loss fell from one of its answers to the next; None: it answered once, or told no loss."""
+    if work.answers < 2 or work.first_loss is None or work.last_loss is None:
         return None
-    return (spent.first_loss - spent.last_loss) / (spent.answers - 1)
+    return (work.first_loss - work.last_loss) / (work.answers - 1)
 
 
-def barrier_seconds(told: GroupStatistics) -> float:
-    """Seconds of an inner round in which even the busiest member waited."""
-    own = max((one.down + one.train + one.up for one in told.work), default=0.0)
-    return max(0.0, told.seconds - told.down - told.up - own) / told.budget.rounds
+def barrier_seconds(report: GroupStatistics) -> float:
+    """Return the seconds of an inner round in which even the busiest member waited."""
+    busiest = max((work.down + work.train + work.up for work in report.work), default=0.0)
+    return max(0.0, report.seconds - report.down - report.up - busiest) / report.budget.rounds
 
 
-def slow_link_seconds(told: GroupStatistics, known: GroupState) -> float:
-    """Seconds by which the slowest links of a task were slower than the slowest that is known (`known` has no barrier yet).
+def slow_link_seconds(report: GroupStatistics, group: GroupState) -> float:
+    """Return by how many seconds the slowest link of a task was slower than the slowest that is known (`group` has no barrier yet).
 
-    Those of members who have left since say nothing of the group.
     It is nothing where links stay as they are. Where they are drawn anew each time some member has a slow one in every inner round,
-    and an average does not tell.
+    and an average does not tell. Links of members who have left since say nothing of the group.
     """
-    links = [(one.down + one.up) / one.answers for one in told.work if one.client]
+    links = [(work.down + work.up) / work.answers for work in report.work if work.client]
     if not links:
         return 0.0
-    slowest = max(links)
-    depth = told.budget.depth or known.layers
-    return max(0.0, slowest - max(known.links(depth, told.budget.rank)))
+    depth = report.budget.depth or group.layers
+    return max(0.0, max(links) - max(group.link_seconds(depth, report.budget.rank)))
 
 
 def moving_average(values: list[float]) -> float:
-    """A moving average, x <- 0.8 x + 0.2 x_obs; 0 before anything was seen."""
+    """Return a moving average, x <- 0.8 x + 0.2 x_obs; 0 before anything was seen."""
     average = values[0] if values else 0.0
     for value in values[1:]:
         average += GAIN * (value - average)

@@ -1,9 +1,9 @@
-"""Depth by what training earned, steps and rounds by what a second brings: each group for itself, for groups that wait for nobody.
+"""A rule for groups that wait for nobody: depth by how fast losses fell, steps and rounds by what a second brings.
 
 Our own. What a layer weighs does not tell what it is worth: it may move far, and to and fro. So depths are tried, and compared by how
-much the members' own losses fell a second between the inner rounds of one task (`GroupState.earned`), in which no other group has a
-part. Losses are noisy: of the depths that earn about the most the shallowest is taken, as in the rule of one standard error
-(Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3).
+much the members' own losses fell a second between the inner rounds of one task (`GroupState.inner_rewards`), in which no other
+group has a part. Losses are noisy: of the depths that earn about the most the shallowest is taken, as in the rule of one
+standard error (Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from statistics import fmean, variance
 
-from fedloom.core.errors import Refused
 from fedloom.hierarchy.joint_plan.group_cost import Choice, GroupState
+from fedloom.hierarchy.joint_plan.shared import check_counts, check_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,20 @@ class LossRate:
 
     p steps of a member are worth p (1 - drift delta^2 p^2 (1 + f^2 / n)): members drift apart with the square of the steps between
     two averages, groups of n near-IID members with that of all their steps, and as their means n times less (the bound for
-    hierarchical averaging, as in `Scored`). So about the cube root of (seconds on the link / seconds of a step) are best: slow
+    hierarchical averaging, as in `GradientScore`). So about the cube root of (seconds on the link / seconds of a step) are best: slow
     members do few steps, slow links let all do more, and there are as many inner rounds as make the report cheap.
 
-    Depths are `cuts`, from the shallowest to the deepest that memory allows. All begin with the shallowest. A group that
-    remembers `patience` tasks, and none in which it measured one of these depths, tries that next, in two rounds or more; what
-    all groups measured decides. `steps` and `most` bound p and f.
+    Depths are tried from the shallowest to the deepest that memory allows. All groups begin with the shallowest. A group that
+    remembers enough tasks, and none in which it measured one of these depths, tries that next, in two rounds or more; what all
+    groups measured decides.
+
+    Fields:
+        steps: the most local steps between two averages (p).
+        most: the most inner rounds (f).
+        rank: rank of every task.
+        drift: weight of the loss by drift.
+        cuts: number of depths that are tried.
+        patience: tasks that a group remembers before it measures a depth anew.
     """
 
     steps: int = 20
@@ -40,39 +48,36 @@ class LossRate:
     patience: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "most", "rank", "cuts", "patience"):
-            if getattr(self, name) < 1:
-                raise Refused(f"joint.{name}", getattr(self, name), "choose a whole number of at least 1")
-        if not 0 <= self.drift < math.inf:
-            raise Refused("joint.drift", self.drift, "a finite number, 0 or more")
+        check_counts(steps=self.steps, most=self.most, rank=self.rank, cuts=self.cuts, patience=self.patience)
+        check_weight("drift", self.drift)
 
     def __call__(self, groups: Sequence[GroupState]) -> tuple[Choice, ...]:
-        """A choice for each group."""
+        """Return a choice for each group."""
         seen = rewards_by_depth(groups)
-        return tuple(self._of(group, seen) for group in groups)
+        return tuple(self._choose(group, seen) for group in groups)
 
     def depths(self, group: GroupState) -> tuple[int, ...]:
-        """Those that are tried, the shallowest first."""
+        """Return the depths that are tried, the shallowest first."""
         first, *_, last = 2 * group.depths(self.rank)
         return tuple(sorted({round(first + (last - first) * cut / max(1, self.cuts - 1)) for cut in range(self.cuts)}))
 
     def worth(self, group: GroupState, rounds: int, part: int) -> float:
-        """Of `rounds` times `part` steps, in steps that do not drift; members that nothing is known of have nothing in common."""
+        """Return what `rounds` times `part` steps are worth, in steps that do not drift; unknown members have nothing in common."""
         delta = group.dispersion if group.mass else 1.0
         lost = self.drift * (delta * part) ** 2 * (1.0 + rounds**2 / len(group.members))
         return rounds * part * max(0.0, 1.0 - lost)
 
-    def _of(self, group: GroupState, seen: Mapping[int, Sequence[float]]) -> Choice:
-        depths, measured = self.depths(group), {one.depth for one in group.earned}
+    def _choose(self, group: GroupState, seen: Mapping[int, Sequence[float]]) -> Choice:
+        depths, measured = self.depths(group), {one.depth for one in group.inner_rewards}
         untried = [depth for depth in reversed(depths) if depth not in measured]
         if len(depths) > 1 and untried and group.tasks >= self.patience:
-            return self._paced(group, untried[0], f"depth {untried[0]} is measured anew; ", 2)
+            return self._best_pace(group, untried[0], f"depth {untried[0]} is measured anew; ", 2)
         depth = shallowest_of_best(depths, seen)
         why = f"depth {depth} earned {fmean(seen[depth]):.2g} of loss a second; " if depth in seen else ""
-        return self._paced(group, depth, why, 1)
+        return self._best_pace(group, depth, why, 1)
 
-    def _paced(self, group: GroupState, depth: int, why: str, least: int) -> Choice:
-        """At this depth, in `least` rounds or more."""
+    def _best_pace(self, group: GroupState, depth: int, why: str, least: int) -> Choice:
+        """Return the best choice at this depth, in `least` rounds or more."""
         pairs = product(range(least, max(self.most, least) + 1), range(1, self.steps + 1))
         every = [Choice(rounds, depth, self.rank, rounds * part) for rounds, part in pairs]
 
@@ -86,15 +91,15 @@ class LossRate:
 
 
 def rewards_by_depth(groups: Sequence[GroupState]) -> dict[int, list[float]]:
-    """By depth, what all groups earned a second."""
+    """Return, by depth, by how much the losses of all groups fell a second."""
     seen = dict[int, list[float]]()
-    for one in (one for group in groups for one in group.earned):
+    for one in (one for group in groups for one in group.inner_rewards):
         seen.setdefault(one.depth, []).append(one.reward)
     return seen
 
 
 def shallowest_of_best(depths: Sequence[int], seen: Mapping[int, Sequence[float]]) -> int:
-    """The first that earned no less than the best by more than one standard error of the difference."""
+    """Return the shallowest depth that is no worse than the best by more than one standard error of the difference."""
     known = [depth for depth in depths if len(seen.get(depth, ())) > 1]
     if not known:
         return depths[0]

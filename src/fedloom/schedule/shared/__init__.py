@@ -1,1 +1,1 @@
-"""(to be written)"""
+"""Building blocks of schedules: staleness and its discounts, weights of clients, and the draw of idle clients. No schedule."""

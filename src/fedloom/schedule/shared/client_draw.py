@@ -1,4 +1,4 @@
-"""Who starts next: idle clients drawn at random, in a time that does not depend on how many there are."""
+"""Draw of the clients that start next, in a time that does not depend on how many there are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedloom.core.types import ClientId
 
 
 def draw_idle(fleet: Fleet, count: int, stream: str = "draw", first: int | None = None) -> list[ClientId]:
-    """`count` different idle clients (all, if there are fewer), every choice equally likely. Cost: O(count).
+    """Return `count` different idle clients (all, if there are fewer), every choice equally likely. Cost: O(count).
 
     A Fisher-Yates shuffle of the row of idle clients that ends after `count` steps and notes only what it moved. The k-th
     draw is number `first` + k of its stream: that of the task that will be made, so that a client who starts alone is drawn like
@@ -24,11 +24,11 @@ def draw_idle(fleet: Fleet, count: int, stream: str = "draw", first: int | None 
 
 
 def draw_least_worked(fleet: Fleet, count: int, choices: int) -> list[ClientId]:
-    """Of `choices` times as many idle clients, drawn at random, the `count` that would then have worked the fewest seconds.
+    """Draw `choices` times as many idle clients at random; return the `count` that will have worked the fewest seconds after a task.
 
-    So clients get equal time and not equal numbers of tasks: a place is not held by slow ones most of the time, and each brings what
+    So clients get equal time and not equal numbers of tasks: a slot is not held by slow ones most of the time, and each brings what
     it can. A client's next task is taken to last as long as those that it ended did on average; one that has ended none comes first.
-    With 1 choice `draw` itself. A few are enough for nearly equal shares (Mitzenmacher, "The Power of Two Choices in Randomized
+    With 1 choice this is `draw_idle`. A few are enough for nearly equal shares (Mitzenmacher, "The Power of Two Choices in Randomized
     Load Balancing", 2001), so nothing has to be sorted but they. Cost: O(count * choices).
     """
     if choices == 1:
@@ -42,12 +42,12 @@ def draw_least_worked(fleet: Fleet, count: int, choices: int) -> list[ClientId]:
     return sorted(drawn, key=seconds)[: max(0, count)]
 
 
-def refill(fleet: Fleet, places: int, uploader_goes_on: bool) -> list[ClientId]:
-    """An idle client for each of `places` that is free: drawn at random, or the last one to answer before the others.
+def refill(fleet: Fleet, slots: int, uploader_goes_on: bool) -> list[ClientId]:
+    """Return an idle client for each free slot: drawn at random, or the last one to answer before the others.
 
-    Where no more clients are there than places, both are the same: the one who answered is the only one idle.
+    Where there are no more clients than slots, both are the same: the one that answered is the only one idle.
     """
-    free = places - len(fleet.busy)
+    free = slots - len(fleet.busy)
     drawn = draw_idle(fleet, free)
     latest = fleet.latest
     if not uploader_goes_on or not drawn or latest is None or latest not in fleet.idle or latest in drawn:

@@ -1,4 +1,7 @@
-"""How much an answer counts by its staleness, the number of versions made since the one that it was trained from.
+"""Staleness of an answer, the number of versions made since the one that it was trained from, and how much it then counts.
+
+A schedule multiplies an answer's weight, or its step, by `discount(staleness(fleet, update))`. This is the only place where staleness
+comes in: the aggregator sees the resulting weights.
 
 Source: Xie et al., "Asynchronous Federated Optimization", arXiv 1903.03934, 2019, section 5.2 (constant, polynomial, hinge);
 FedBuff, arXiv 2106.06639, section 4 uses the polynomial with exponent 1/2.
@@ -15,21 +18,25 @@ from fedloom.core.policies import Fleet
 from fedloom.core.types import Update
 
 Discount: TypeAlias = Callable[[int], float]
-"""staleness (versions) -> factor in (0, 1], 1 for a fresh answer."""
+"""staleness (versions) -> factor in (0, 1], which is 1 for a fresh answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """1, however stale."""
+    """A factor of 1, however stale an answer is."""
 
     def __call__(self, staleness: int) -> float:
-        """The factor."""
+        """Return the factor of an answer of this staleness."""
         return 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Polynomial:
-    """(1 + staleness) ** -exponent."""
+    """A factor of (1 + staleness) ** -exponent.
+
+    Fields:
+        exponent: how fast stale answers lose weight (0: never).
+    """
 
     exponent: float = 0.5
 
@@ -38,13 +45,18 @@ class Polynomial:
             raise Refused("schedule.discount.exponent", self.exponent, "0 counts all alike, 0.5 is usual")
 
     def __call__(self, staleness: int) -> float:
-        """The factor."""
+        """Return the factor of an answer of this staleness."""
         return float((1 + staleness) ** -self.exponent)
 
 
 @dataclass(frozen=True, slots=True)
 class Hinge:
-    """1 up to `grace` versions, then 1 / (slope (staleness - grace) + 1)."""
+    """A factor of 1 up to `grace` versions, then 1 / (slope (staleness - grace) + 1).
+
+    Fields:
+        slope: how fast older answers lose weight.
+        grace: versions that cost nothing.
+    """
 
     slope: float = 10.0
     grace: int = 4
@@ -56,7 +68,7 @@ class Hinge:
             raise Refused("schedule.discount.grace", self.grace, "a number of versions: 0 or more")
 
     def __call__(self, staleness: int) -> float:
-        """The factor."""
+        """Return the factor of an answer of this staleness."""
         return 1.0 if staleness <= self.grace else 1.0 / (self.slope * (staleness - self.grace) + 1.0)
 
 
@@ -64,21 +76,21 @@ CONSTANT, SQUARE_ROOT = Constant(), Polynomial(0.5)
 
 
 def staleness(fleet: Fleet, update: Update) -> int:
-    """Versions made since the one that this answer was trained from."""
+    """Return the number of versions made since the one that this answer was trained from."""
     return fleet.version - update.task.version
 
 
 def too_stale(fleet: Fleet, limit: int | None) -> tuple[int, ...]:
-    """Outstanding tasks whose answers would be more than `limit` versions old once the next version is made."""
+    """Return the outstanding tasks whose answers will be more than `limit` versions old once the next version is made."""
     if limit is None:
         return ()
     return tuple(number for number, task in fleet.busy.items() if fleet.version + 1 - task.version > limit)
 
 
 def check_discount(discount: Discount) -> None:
-    """Raise Refused for a function of something else than staleness."""
-    found = [discount(age) for age in (0, 1, 50)]
-    if found[0] != 1 or not all(0 < factor <= 1 for factor in found):
+    """Raise Refused for a function that is no discount: 1 for a fresh answer, then in (0, 1]."""
+    factors = [discount(age) for age in (0, 1, 50)]
+    if factors[0] != 1 or not all(0 < factor <= 1 for factor in factors):
         remedy = "1 for a fresh answer, then above 0 and at most 1: Constant(), Polynomial(0.5) or Hinge(10, 4)"
         raise Refused("schedule.discount", discount, remedy)
 

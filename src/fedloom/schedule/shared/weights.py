@@ -1,4 +1,4 @@
-"""Weights of updates in a merge, as plain functions that a schedule takes as a field."""
+"""Weights of clients in a merge, before staleness: plain functions of an update that a schedule takes as its field `weigh`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from fedloom.core.errors import Refused
 from fedloom.core.types import Update
 
 Weigh: TypeAlias = Callable[[Update], float]
+"""Weight of an update, 0 or more; `normalised` makes the weights of a merge sum to 1."""
 
 
 def by_examples(update: Update) -> float:
-    """The client's training examples: FedAvg's weight n_k."""
+    """Weigh by the client's training examples: FedAvg's n_k."""
     return float(update.result.examples)
 
 
 def by_tokens(update: Update) -> float:
-    """Tokens trained on in this task, padding not counted: after as many steps, the length of the client's texts."""
+    """Weigh by the tokens trained on in this task, padding not counted: at equal steps, by the length of the client's texts."""
     return float(update.result.tokens)
 
 
 def by_text(update: Update) -> float:
-    """The tokens that the client holds, judged from those it trained on: CLLoRA's p_k in proportion to the sum of lengths.
+    """Weigh by the tokens that the client holds, estimated from those it trained on: CLLoRA's p_k, by the sum of lengths.
 
     Examples times tokens a step. Source: Zhang et al., "CLLoRA", arXiv 2502.18910, 2025, whose aggregation is open; weights are ours.
     """
@@ -32,7 +33,7 @@ def by_text(update: Update) -> float:
 
 
 def by_work(update: Update) -> float:
-    """Training examples times the local steps done with each: n_g times the steps of a group, ParallelSFL's N_c tau_c.
+    """Weigh by training examples times local steps: n_g times the steps of a group, ParallelSFL's N_c tau_c.
 
     Source: Liao et al., "ParallelSFL", arXiv 2410.01256, 2024, Eq. 18; for HierFedLoRA's groups, arXiv 2503.21213, 2025.
     """
@@ -41,11 +42,14 @@ def by_work(update: Update) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ByQuality:
-    """Examples, discounted by how badly the client's texts fit the model: n_k exp(-`sharpness` loss_k).
+    """Weight by examples, discounted by how badly the client's texts fit the model: n_k exp(-`sharpness` loss_k).
 
     The loss is the mean one of local training as the client reports it; in nats, so that with a sharpness of 1 it is the geometric
     mean of the chances that the model gave to the right answers. All that the server knows of quality is this number, and it
     cannot tell bad texts from hard ones, nor an honest report from another. Who reports none is not discounted.
+
+    Fields:
+        sharpness: how fast weight falls with the loss (0: by examples alone).
     """
 
     sharpness: float = 2.0
@@ -55,17 +59,17 @@ class ByQuality:
             raise Refused("schedule.weigh.sharpness", self.sharpness, "0 weighs by examples alone, 2 is a start")
 
     def __call__(self, update: Update) -> float:
-        """The weight of this answer."""
+        """Return the weight of this answer."""
         return update.result.examples * math.exp(-self.sharpness * update.result.metrics.get("loss", 0.0))
 
 
 def uniform(update: Update) -> float:
-    """Every client alike."""
+    """Weigh every client alike."""
     return 1.0
 
 
 def normalised(updates: Sequence[Update], weigh: Weigh) -> tuple[tuple[float, Update], ...]:
-    """(weight, update) in task order with weights that sum to 1; where all weigh nothing, every client alike."""
+    """Return (weight, update) pairs in task order, with weights that sum to 1; equal ones where all weigh nothing."""
     ordered = sorted(updates, key=lambda update: update.task.id)
     weights = [weigh(update) for update in ordered]
     total = sum(weights)

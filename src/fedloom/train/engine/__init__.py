@@ -1,1 +1,11 @@
-"""(to be written)"""
+"""Ways to train faster or in less memory without changing the method; one trick a module, each switched by a field of `Engine`.
+
+- `linear_kernel`: frozen linear layers through oneDNN, or in bfloat16.
+- `first_token`: the last layer of an encoder for the first token alone.
+- `frozen_layers`: layers below all trained ones run once, without a graph, and their output is kept.
+- `batched_clients`: several clients in one forward and backward pass.
+
+A new trick is a module here, a field of `settings.Engine` that can switch it off, and one call in `base_model.load_base` (if it
+changes the model) or in `trainer.PeftTrainer` (if it changes how tasks are computed). It must give the results of plain torch up
+to rounding, and a test in `tests/train/engine` compares the two.
+"""

@@ -25,44 +25,44 @@ from fedloom.train.base_model import Base
 from fedloom.train.settings import Training
 from fedloom.train.tokenised import EncodedTexts
 
-TOKENS = {"cpu": 2048}
+TOKENS_PER_PASS = {"cpu": 2048}
 """Tokens in one pass up to which a common pass was measured to gain on a CPU; elsewhere 16384, which keeps memory small."""
 
-SMALL = {"cpu": 32768}
+SMALL_STEP = {"cpu": 32768}
 """Tokens times hidden size of one client's step above which its own products keep a CPU busy: 256 tokens of bert-tiny."""
 
-LOGITS = 2**28
-"""Numbers that say what comes next, in one pass, tokens times vocabulary: a gigabyte."""
+LOGITS_PER_PASS = 2**28
+"""Logits in one pass at most, tokens times vocabulary: a gigabyte."""
 
-LEAST, MOST = 4, 16
-"""Clients in one pass: with fewer on a CPU, the gain was below a tenth; more gained nothing."""
+LEAST_CLIENTS, MOST_CLIENTS = 4, 16
+"""Clients in one pass, at least and at most: with fewer, a CPU gained less than a tenth; more gained nothing."""
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-"""Those of `torch.optim.AdamW`."""
+"""Defaults of `torch.optim.AdamW`."""
 
 Moments = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
 class BatchedClient:
-    """One task of a common pass: what it begins with and the examples of its batches."""
+    """One task of a common pass: the client's state, the adapter it starts from, and the examples of its batches (`plan`)."""
 
     task: Task
     local: ClientState
-    begin: Adapter
+    adapter: Adapter
     plan: Sequence[Sequence[int]]
 
 
 def clients_per_pass(base: Base, tokens: float) -> int:
-    """How many clients to train in one pass if a step of one has this many tokens: 1 where a common pass gains nothing."""
-    if tokens * base.shape().hidden > SMALL.get(base.device.type, math.inf):
+    """Return how many clients to train in one pass if a step of one has this many tokens: 1 where a common pass gains nothing."""
+    if tokens * base.shape().hidden > SMALL_STEP.get(base.device.type, math.inf):
         return 1
-    room = int(min(TOKENS.get(base.device.type, 16384), LOGITS / base.vocabulary) / max(1.0, tokens))
-    return min(MOST, room) if room >= LEAST else 1
+    room = int(min(TOKENS_PER_PASS.get(base.device.type, 16384), LOGITS_PER_PASS / base.vocabulary) / max(1.0, tokens))
+    return min(MOST_CLIENTS, room) if room >= LEAST_CLIENTS else 1
 
 
 def pass_key(task: Task) -> object:
-    """Tasks that may share a pass have the same; None if a task must be trained alone."""
+    """Return a key that is equal for tasks that may share a pass; None if a task must be trained alone."""
     rules, start = task.start.rules, task.start
     if rules.select is not None or rules.pruning is not None or start.control is not None:
         return None
@@ -72,16 +72,16 @@ def pass_key(task: Task) -> object:
 def train_together(
     base: Base, texts: EncodedTexts, training: Training, members: Sequence[BatchedClient]
 ) -> list[tuple[Adapter, Moments, list[float]]]:
-    """The adapter, the optimiser's moments and the losses of each. The members have the same `key`."""
+    """Train clients with the same `pass_key`; return the adapter, the optimiser's moments and the losses of each."""
     start = members[0].task.start
-    slot = base.activate(members[0].begin, start.scaling, start.fold)
-    weights = _stack([member.begin for member in members], [_scaling(base, m) for m in members], base.device)
+    slot = base.activate(members[0].adapter, start.scaling, start.fold)
+    weights = _stack([member.adapter for member in members], [_scaling(base, m) for m in members], base.device)
     for name, weight in weights.items():
         weight.requires_grad_(objective.side_of(name) not in start.rules.frozen)
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     optimiser = _AdamW(training, trained, members, start.rules.up_rate)
     losses: list[list[float]] = []
-    with torch.random.fork_rng(), _added(base, slot, weights, len(members), members):
+    with torch.random.fork_rng(), _stacked_layers(base, slot, weights, len(members), members):
         torch.manual_seed(members[0].task.seed)
         base.model.train()
         for step in range(len(members[0].plan)):
@@ -89,7 +89,7 @@ def train_together(
             losses.append(each.tolist())
             slopes = torch.autograd.grad(each.sum(), [*trained.values()])
             optimiser.step(dict(zip(trained, slopes, strict=True)), training.rate(step, len(members[0].plan)))
-    adapters = _apart(weights, members, base)
+    adapters = _unstack(weights, members, base)
     moments = optimiser.moments(members) if training.keep_moments else [{} for _ in members]
     return [(adapters[k], moments[k], [line[k] for line in losses]) for k in range(len(members))]
 
@@ -99,38 +99,40 @@ def _scaling(base: Base, member: BatchedClient) -> float:
 
 
 def _rank(member: BatchedClient) -> int:
-    return max(factor.rank for factor in member.begin.factors.values())
+    return max(factor.rank for factor in member.adapter.factors.values())
 
 
 def _stack(adapters: Sequence[Adapter], scalings: Sequence[float], device: torch.device) -> dict[str, Tensor]:
-    """By the names of `convert.parameters`, with a leading dimension for the clients; `up` without the scaling, as PEFT has it."""
-    found, first = dict[str, Tensor](), adapters[0]
+    """Stack adapters by the names of `slot_parameters`, clients first; `up` without the scaling, as PEFT stores it."""
+    stacked, first = dict[str, Tensor](), adapters[0]
     top = max(factor.rank for adapter in adapters for factor in adapter.factors.values())
     for name in first.factors:
         wide = [pad(adapter.factors[name], top) for adapter in adapters]
-        found[f"{name}.down"] = torch.stack([f.down for f in wide]).to(device)
-        found[f"{name}.up"] = torch.stack([f.up / s for f, s in zip(wide, scalings, strict=True)]).to(device)
-    return found | {name: torch.stack([a.dense[name] for a in adapters]).to(device) for name in first.dense}
+        stacked[f"{name}.down"] = torch.stack([f.down for f in wide]).to(device)
+        stacked[f"{name}.up"] = torch.stack([f.up / s for f, s in zip(wide, scalings, strict=True)]).to(device)
+    return stacked | {name: torch.stack([a.dense[name] for a in adapters]).to(device) for name in first.dense}
 
 
-def _apart(weights: Mapping[str, Tensor], members: Sequence[BatchedClient], base: Base) -> list[Adapter]:
-    """The reverse of `_stacked`, each at its own rank."""
+def _unstack(weights: Mapping[str, Tensor], members: Sequence[BatchedClient], base: Base) -> list[Adapter]:
+    """Reverse `_stack`, each client at its own rank."""
     flat, adapters = {name: weight.detach().cpu() for name, weight in weights.items()}, []
     for k, member in enumerate(members):
         factors = {
-            name: cut_factor(Factor(flat[f"{name}.down"][k], flat[f"{name}.up"][k] * _scaling(base, member)), factor.rank)
-            for name, factor in member.begin.factors.items()
+            name: cut_factor(
+                Factor(flat[f"{name}.down"][k], flat[f"{name}.up"][k] * _scaling(base, member)), factor.rank
+            )
+            for name, factor in member.adapter.factors.items()
         }
-        own = {name: Factor(f.down.clone(), f.up.contiguous().clone()) for name, f in factors.items()}
-        adapters.append(Adapter(own, {name: flat[name][k].clone() for name in member.begin.dense}))
+        factors_of_client = {name: Factor(f.down.clone(), f.up.contiguous().clone()) for name, f in factors.items()}
+        adapters.append(Adapter(factors_of_client, {name: flat[name][k].clone() for name in member.adapter.dense}))
     return adapters
 
 
 @contextmanager
-def _added(
+def _stacked_layers(
     base: Base, slot: str, weights: Mapping[str, Tensor], clients: int, members: Sequence[BatchedClient]
 ) -> Iterator[None]:
-    """Inside, the model's layers and heads are those of the stacked adapters, and PEFT's are off."""
+    """Inside, the model computes with the stacked adapters and heads instead of PEFT's."""
     scales = torch.tensor([_scaling(base, m) for m in members], device=base.device)[:, None, None]
     with ExitStack() as stack:
         stack.enter_context(base.model.disable_adapter())  # type: ignore[no-untyped-call]
@@ -158,7 +160,7 @@ def _added(
 
 
 def _losses(base: Base, texts: EncodedTexts, plan: Sequence[Sequence[int]]) -> Tensor:
-    """Each client's mean loss (clients,) on its batch; a smaller batch is filled up with rows that do not count."""
+    """Return each client's mean loss (clients,) on its batch; a smaller batch is filled up with rows that do not count."""
     size = max(len(batch) for batch in plan)
     inputs = texts.batch([i for batch in plan for i in [*batch, *[batch[0]] * (size - len(batch))]], base.device)
     each = loss.example_losses(base, inputs).view(len(plan), size)
@@ -176,19 +178,24 @@ class _AdamW:
         self.training, self.weights, self.up_rate = training, weights, up_rate
         known = [m.local.moments if m.local.basis == m.task.start.basis else {} for m in members]
         self.counts = {n: [float(k[n]["step"]) if n in k else 0.0 for k in known] for n in weights}
-        self.mean = {n: _filled(w, [k[n]["exp_avg"] if n in k else None for k in known]) for n, w in weights.items()}
+        self.mean = {
+            n: _stack_moments(w, [k[n]["exp_avg"] if n in k else None for k in known]) for n, w in weights.items()
+        }
         self.square = {
-            n: _filled(w, [k[n]["exp_avg_sq"] if n in k else None for k in known]) for n, w in weights.items()
+            n: _stack_moments(w, [k[n]["exp_avg_sq"] if n in k else None for k in known]) for n, w in weights.items()
         }
 
     @torch.no_grad()
     def step(self, slopes: Mapping[str, Tensor], rate: float) -> None:
-        """One step of every client at learning rate `rate`."""
+        """Make one step of every client at learning rate `rate`."""
         norms = torch.stack([slope.flatten(1).square().sum(1) for slope in slopes.values()]).sum(0).sqrt()
         shrink = (self.training.clip / (norms + 1e-6)).clamp(max=1.0)
         for name, weight in self.weights.items():
             shape = (-1, *[1] * (weight.ndim - 1))
-            slope, lr = slopes[name] * shrink.view(shape), rate * (self.up_rate if objective.side_of(name) == "up" else 1)
+            slope, lr = (
+                slopes[name] * shrink.view(shape),
+                rate * (self.up_rate if objective.side_of(name) == "up" else 1),
+            )
             self.counts[name] = [count + 1 for count in self.counts[name]]
             first, second = (
                 torch.tensor([1 - beta**count for count in self.counts[name]], device=weight.device).view(shape)
@@ -200,13 +207,13 @@ class _AdamW:
             weight.sub_(lr / first * self.mean[name] / ((self.square[name] / second).sqrt() + EPSILON))
 
     def moments(self, members: Sequence[BatchedClient]) -> list[Moments]:
-        """The state of each client at its own rank, as `torch.optim.AdamW` keeps it."""
+        """Return the state of each client at its own rank, in the form of `torch.optim.AdamW`."""
         return [
             {
                 name: {
                     "step": torch.tensor(self.counts[name][k]),
-                    "exp_avg": _at_rank(name, self.mean[name][k], _rank(member)),
-                    "exp_avg_sq": _at_rank(name, self.square[name][k], _rank(member)),
+                    "exp_avg": _at_client_rank(name, self.mean[name][k], _rank(member)),
+                    "exp_avg_sq": _at_client_rank(name, self.square[name][k], _rank(member)),
                 }
                 for name in self.weights
             }
@@ -214,16 +221,16 @@ class _AdamW:
         ]
 
 
-def _filled(like: Tensor, own: Sequence[Tensor | None]) -> Tensor:
-    """Zeros of the stack's shape, with what each client has in the corner of its rank."""
+def _stack_moments(like: Tensor, client_moments: Sequence[Tensor | None]) -> Tensor:
+    """Stack the clients' moments in the shape of `like`, each in the corner of its rank, zeros elsewhere."""
     found = torch.zeros_like(like, requires_grad=False)
-    for row, tensor in zip(found, own, strict=True):
+    for row, tensor in zip(found, client_moments, strict=True):
         if tensor is not None:
             row[tuple(slice(0, n) for n in tensor.shape)] = tensor.to(row)
     return found
 
 
-def _at_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
+def _at_client_rank(name: str, tensor: Tensor, rank: int) -> Tensor:
     match objective.side_of(name):
         case "down":
             return tensor[:rank].clone()

@@ -1,9 +1,9 @@
-"""The last layer of an encoder only where its head looks: at the first token.
+"""The last layer of an encoder, computed only for the first token, where its head reads no other.
 
 A BERT-like classifier predicts from the first token of the last layer. Keys and values of that layer are needed of all tokens;
 queries, attention, the output projection and the feed-forward part only of the first. That is ten twelfths of the layer's products,
-forward and backward, and leaves logits and gradients as they are, to rounding. Whether a model is of this kind is asked of the model
-itself: its logits on a few tokens must not change.
+forward and backward, and leaves logits and gradients as they are, to rounding. Whether a model is of this kind is tried on the
+model itself: its logits on a few tokens must not change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class FirstToken(nn.Module):
     """The attention block of BERT and its relatives, for the first token alone; (batch, 1, hidden) goes on from here."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **rest: Any) -> tuple[Tensor, None]:
-        """The block's output for the first token."""
+        """Return the block's output for the first token."""
         inner: Any = self.self
         rows = len(hidden_states)
 
@@ -38,7 +38,7 @@ class FirstToken(nn.Module):
 
 
 def install_first_token(model: nn.Module) -> bool:
-    """Let the last layer of the model compute its first token alone; False, and nothing changed, if its head needs more."""
+    """Make the last layer of the model compute its first token alone; return False, with nothing changed, if its head needs more."""
     blocks = [module for module in model.modules() if _is_attention(module)]
     config: Any = getattr(model, "config", None)
     if not blocks or getattr(config, "_attn_implementation", "") != "sdpa" or getattr(config, "is_decoder", False):
@@ -65,7 +65,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _logits(model: nn.Module) -> Tensor:
-    """Of two short rows, one of them padded."""
+    """Return the logits of two short rows, one of them padded."""
     training, config = model.training, getattr(model, "config", None)
     ids = torch.arange(12).reshape(2, 6) % max(1, getattr(config, "vocab_size", 1))
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])

@@ -16,11 +16,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 LEAST_GAIN = 1.15
-"""How much faster a kernel has to be than torch's own to be taken: far from both what is measured where it gains and where not."""
+"""Speed-up over torch's own kernel from which on one is chosen: far from what is measured both where it gains and where not."""
 
 
 def onednn_available() -> bool:
-    """Whether this torch has the operator and it computes."""
+    """Whether this build of torch has oneDNN's linear operator, and it computes."""
     try:
         one = torch.ones(1, 1)
         return bool(_product(one, one, None) == one)
@@ -29,7 +29,7 @@ def onednn_available() -> bool:
 
 
 def fastest_kernel() -> str:
-    """The name of the faster kernel, "onednn" or "torch", measured in a few milliseconds: processor seconds, the best of seven."""
+    """Measure which kernel is faster, "onednn" or "torch", in a few milliseconds (processor seconds, the best of seven)."""
     if not onednn_available():
         return "torch"
     draw = torch.Generator().manual_seed(0)
@@ -47,10 +47,10 @@ def fastest_kernel() -> str:
 
 
 def install_linear_kernel(model: nn.Module, bfloat16: bool = False) -> int:
-    """Let every frozen `nn.Linear` of the model compute through oneDNN, or in bfloat16; returns how many there are.
+    """Make every frozen `nn.Linear` of the model compute through oneDNN, or in bfloat16; return how many there are.
 
-    Not a head that PEFT keeps beside its trained copies: it is what each further copy is made of. Nor, in bfloat16, one that is
-    also an embedding: what it gives would make the whole model compute so.
+    A head that PEFT keeps beside its trained copies is left out: further copies are made of it. So is, in bfloat16, a layer that is
+    also an embedding: its output would make the whole model compute in bfloat16.
     """
     heads = [m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
     spared = {id(inner) for head in heads for inner in head.modules()}
@@ -67,7 +67,7 @@ def install_linear_kernel(model: nn.Module, bfloat16: bool = False) -> int:
 
 
 class HalfLinear(nn.Linear):
-    """A frozen `nn.Linear` in bfloat16; what goes in and comes out keeps its type."""
+    """A frozen `nn.Linear` in bfloat16; inputs and outputs keep their type."""
 
     def forward(self, input: Tensor) -> Tensor:
         """x W^T + b, computed in bfloat16."""
@@ -75,7 +75,7 @@ class HalfLinear(nn.Linear):
 
 
 class FrozenLinear(nn.Linear):
-    """An `nn.Linear` whose weight is not trained. The transposed weight is kept beside it and follows its changes."""
+    """An `nn.Linear` with a frozen weight, through oneDNN. The transposed weight is kept beside it and follows its changes."""
 
     def forward(self, input: Tensor) -> Tensor:
         """x W^T + b."""
@@ -87,11 +87,11 @@ class FrozenLinear(nn.Linear):
         return _product(input, self.weight, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process, which makes its own transposed weight."""
+        """Leave the transposed weight out: another process makes its own."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_of", "_weight_t")}
 
     def _transposed(self) -> Tensor:
-        """W^T, contiguous; made anew when W was written to (a fold was added to the base)."""
+        """Return W^T, contiguous; computed again when W was written to (a fold was added to the base)."""
         state = self.__dict__
         if state.get("_of") != (self.weight.data_ptr(), self.weight._version):
             state["_of"] = (self.weight.data_ptr(), self.weight._version)

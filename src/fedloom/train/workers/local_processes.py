@@ -1,4 +1,7 @@
-"""Workers as processes of this machine, started afresh (spawn: torch's threads do not survive a fork) over one copy of the base."""
+"""Workers as local processes over one copy of the base model in memory.
+
+Processes are spawned, not forked: torch's threads do not survive a fork. The base lies in a file that all of them map.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,11 @@ from fedloom.train.workers.shared_memory import SharedObject, share_object
 from fedloom.train.workers.worker import TrainingWorker, Workers, train_pickled
 
 MEMORY = Path("/dev/shm")
-"""Where the shared base lies if there is room; else in the folder for temporary files, of which memory holds one copy too."""
+"""Folder of the shared base if it has room; else the folder for temporary files, of which memory holds one copy too."""
 
 
 class LocalProcesses:
-    """A crew of local processes."""
+    """Local processes over one shared trainer."""
 
     death_errors = (BrokenProcessPool,)
 
@@ -45,19 +48,19 @@ class LocalProcesses:
         self.started: list[LocalProcess] = []
 
     def start_worker(self) -> TrainingWorker:
-        """A process of its own."""
+        """Start a process."""
         self.started.append(LocalProcess(self.shared))
         return self.started[-1]
 
     def close(self) -> None:
-        """Free the memory, as far as this process itself does not use it."""
+        """Free the shared memory, as far as this process itself does not use it."""
         for process in self.started:
             process.pool.shutdown()
         self.shared.file.close()
 
 
 class LocalProcess:
-    """One process, in a pool of its own, so that its death is its own. It lives while this process holds the `leash`."""
+    """One process, in an executor of its own, so that its death ends no other. It lives while this process holds the `leash`."""
 
     def __init__(self, shared: SharedObject) -> None:
         context = get_context("spawn")
@@ -65,7 +68,7 @@ class LocalProcess:
         self.pool = ProcessPoolExecutor(1, context, _begin, (shared, held, torch.get_num_threads()))
 
     def submit(self, group: bytes) -> Future[bytes]:
-        """The first group starts the process."""
+        """Submit a group; the first one starts the process."""
         try:
             with _no_interrupt():
                 return self.pool.submit(_train, group)
@@ -75,13 +78,13 @@ class LocalProcess:
             return dead
 
     def stop(self) -> None:
-        """Let go of the leash."""
+        """End the process by closing the leash."""
         self.leash.close()
 
 
 @contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """A process started here never hears Ctrl-C, which a terminal sends to all: this process ends it by the leash."""
+    """Inside, start processes that ignore Ctrl-C, which a terminal sends to all: this process ends them by the leash."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -103,7 +106,7 @@ def _begin(shared: SharedObject, leash: Connection, threads: int) -> None:
 
 
 def _end_with(leash: Connection) -> None:
-    """Nothing is ever sent: that the leash can be read means that its other end is closed, by us or by death."""
+    """End this process when the leash can be read: nothing is ever sent, so its other end was closed, on purpose or by death."""
     leash.poll(None)
     os._exit(1)
 

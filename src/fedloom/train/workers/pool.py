@@ -1,7 +1,7 @@
-"""Who carries out the training of a cohort: this process, several local processes over one base in memory, or actors of Ray.
+"""The worker pool: divides tasks over local processes or Ray actors, or leaves them to this process.
 
-The numbers do not depend on it (law 9): a task is a function of its arguments, and results are put in the order of the tasks.
-So the choice belongs to the execution of a run and is no part of what the run is.
+The results do not depend on who trains (law 9): a task is a function of its arguments, and results are put in the order of the
+tasks. So the choice belongs to the execution of a run and is no part of its settings.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from fedloom.core.errors import Refused
 from fedloom.core.policies import PendingResult, Trainer
 from fedloom.core.types import ClientState, Result, Task
 from fedloom.train.workers.shared_memory import pickle_object, unpickle_object
-from fedloom.train.workers.worker import Answers, WorkerFactory, GroupedTrainer, TaskGroup, TrainingWorker, Workers
+from fedloom.train.workers.worker import Answers, GroupedTrainer, TaskGroup, TrainingWorker, WorkerFactory, Workers
 
 MOST_DEATHS = 3
-"""A group of tasks under which so many workers died, one after the other, is given up, and with it the run."""
+"""Worker deaths, one after the other, after which a group of tasks is given up, and with it the run."""
 
 
 @contextmanager
 def open_pool(trainer: GroupedTrainer, workers: Workers) -> Iterator[Trainer]:
-    """A trainer that does what `trainer` does, with these workers; they are gone at the end of the block."""
+    """Give a trainer that does what `trainer` does, with these workers; they are stopped at the end of the block."""
     if workers == Workers():
         yield trainer
         return
@@ -39,7 +39,13 @@ def open_pool(trainer: GroupedTrainer, workers: Workers) -> Iterator[Trainer]:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class PendingGroup:
-    """A group on its way: the answers when they are there, or the error in their place. It is wanted as long as somebody holds it."""
+    """A group of tasks to be trained; it is wanted as long as somebody holds a reference to it.
+
+    Fields:
+        group: the tasks.
+        deaths: workers that died under it.
+        answers: its results, or the error in their place (None: not yet trained).
+    """
 
     group: TaskGroup
     deaths: int = 0
@@ -48,12 +54,21 @@ class PendingGroup:
 
 @dataclass(slots=True)
 class WorkerPool:
-    """A trainer that divides work over workers, and begins with a task before its answer is needed.
+    """A trainer that divides work over workers, and begins with a task before its result is needed.
 
-    They are started when a second group is there to be trained, so a run that trains one client at a time pays for none; such
-    a single group is trained here. What is due first is trained first, each group when a worker is free, and what nobody waits
-    for any more not at all. A worker that dies is replaced and its group trained again: nothing of it had counted.
-    Nobody but the caller's thread hands out work: a worker that is done while that thread merges or scores rests until it is back.
+    Workers are started when a second group is there to be trained, so a run that trains one client at a time pays for none; such a
+    single group is trained in this process. The group that is due first is trained first, each when a worker is free; a group that
+    nobody waits for any more is not trained. A worker that dies is replaced and its group trained again: none of it had counted.
+    Only the caller's thread submits work: a worker that is done while that thread merges or scores rests until it is back.
+
+    Fields:
+        inner: the trainer whose work is divided.
+        workers: the setting.
+        factory: where workers come from (None: none was needed yet).
+        started: the workers, `free` those that are idle.
+        todo: (time at which it is due, number, weak reference) of each group that waits.
+        running: the group and the worker of each future.
+        queued: groups queued so far, which breaks ties between due times.
     """
 
     inner: GroupedTrainer
@@ -66,26 +81,26 @@ class WorkerPool:
     queued: int = 0
 
     def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
-        """The cohort's results in its order."""
+        """Train the tasks and return their results in their order."""
         if len(self.inner.groups(work)) < 2:
             return self.inner.train(work)
         return [answer() for answer in self.begin(work, [0.0] * len(work))]
 
     def unchanged_result(self, task: Task) -> Result:
-        """As the trainer itself."""
+        """Return the result if training changed nothing."""
         return self.inner.unchanged_result(task)
 
     def begin(self, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]) -> Sequence[PendingResult]:
-        """The cohort's answers; its groups are trained in the order in which all that is asked for is due."""
-        times, jobs = iter(due), [PendingGroup(group) for group in self.inner.groups(work)]
-        for job in jobs:
-            self._enqueue(min(islice(times, len(job.group))), job)
+        """Begin to train the tasks, in the order in which they and all earlier ones are due; return a call for each result."""
+        times, pending_groups = iter(due), [PendingGroup(group) for group in self.inner.groups(work)]
+        for pending in pending_groups:
+            self._enqueue(min(islice(times, len(pending.group))), pending)
         self._collect(0.0)
-        return [partial(self._answer, job, k) for job in jobs for k in range(len(job.group))]
+        return [partial(self._answer, pending, k) for pending in pending_groups for k in range(len(pending.group))]
 
     @contextmanager
     def closing(self) -> Iterator[WorkerPool]:
-        """Stop all workers at the end, also of one by Ctrl-C."""
+        """Stop all workers at the end of the block, also when it ends by Ctrl-C."""
         try:
             yield self
         finally:
@@ -94,50 +109,50 @@ class WorkerPool:
             if self.factory is not None:
                 self.factory.close()
 
-    def _answer(self, job: PendingGroup, number: int) -> tuple[Result, ClientState]:
-        while job.answers is None:
+    def _answer(self, pending: PendingGroup, number: int) -> tuple[Result, ClientState]:
+        while pending.answers is None:
             if self.running:
                 self._collect()
             else:
-                job.answers = self.inner.train(job.group)
-        if isinstance(job.answers, Exception):
-            raise job.answers
-        return job.answers[number]
+                pending.answers = self.inner.train(pending.group)
+        if isinstance(pending.answers, Exception):
+            raise pending.answers
+        return pending.answers[number]
 
-    def _enqueue(self, due: float, job: PendingGroup) -> None:
-        self.todo.append((due, self.queued, ref(job)))
+    def _enqueue(self, due: float, pending: PendingGroup) -> None:
+        self.todo.append((due, self.queued, ref(pending)))
         self.queued += 1
 
     def _collect(self, seconds: float | None = None) -> None:
-        """Take what is done, waiting so long for the first (None: for ever), and give the free workers what is due."""
+        """Take the results that are there, waiting `seconds` for the first (None: for ever), and give free workers new groups."""
         for future in wait(self.running, seconds, FIRST_COMPLETED).done:
-            job, worker = self.running.pop(future)
+            pending, worker = self.running.pop(future)
             assert self.factory is not None
             try:
-                job.answers = unpickle_object(future.result())
+                pending.answers = unpickle_object(future.result())
             except self.factory.death_errors as error:
-                worker, job.deaths = self._replace(worker), job.deaths + 1
-                if job.deaths == MOST_DEATHS:
-                    job.answers = self._give_up(job.group, error)
-                self._enqueue(-math.inf, job)
+                worker, pending.deaths = self._replace(worker), pending.deaths + 1
+                if pending.deaths == MOST_DEATHS:
+                    pending.answers = self._give_up(pending.group, error)
+                self._enqueue(-math.inf, pending)
             self.free.append(worker)
         self._hand_out()
 
     def _hand_out(self) -> None:
-        wanted = [(job, entry) for entry in self.todo if (job := entry[2]()) and job.answers is None]
+        wanted = [(pending, entry) for entry in self.todo if (pending := entry[2]()) and pending.answers is None]
         self.todo = sorted(entry for _, entry in wanted)
         if not self.started and len(wanted) < 2:
             return
         factory = self.factory = self.factory or _worker_factory(self.inner, self.workers)
         while self.todo and (self.free or len(self.started) < factory.most_workers):
-            job = self.todo.pop(0)[2]()
-            assert job is not None  # `wanted` holds it
-            group = pickle_object(job.group)
+            pending = self.todo.pop(0)[2]()
+            assert pending is not None  # `wanted` holds it
+            group = pickle_object(pending.group)
             if not self.free:
                 self.started.append(factory.start_worker())
                 self.free.append(self.started[-1])
             worker = self.free.popleft()
-            self.running[worker.submit(group)] = job, worker
+            self.running[worker.submit(group)] = pending, worker
 
     def _replace(self, dead: TrainingWorker) -> TrainingWorker:
         assert self.factory is not None
@@ -148,7 +163,9 @@ class WorkerPool:
     def _give_up(self, group: TaskGroup, error: BaseException) -> Refused:
         names = ", ".join(f"task {task.id} of client {task.client}" for task, _ in group)
         last = str(error).strip().rpartition("\n")[2]
-        remedy = f"{MOST_DEATHS} workers ended one after the other in {names} ({last}); if memory ran out, ask for fewer"
+        remedy = (
+            f"{MOST_DEATHS} workers ended one after the other in {names} ({last}); if memory ran out, ask for fewer"
+        )
         return Refused("workers", str(self.workers), remedy)
 
 

@@ -1,6 +1,6 @@
-"""Ray's one door: workers as actors, on this machine or a cluster of machines, each with a warm base of its own.
+"""Workers as Ray actors, on this machine or a cluster, each with a base model of its own. Ray is imported here alone.
 
-Every machine needs the same versions of fedloom and its libraries; same bytes from different kinds of processors are not to be had.
+Every machine needs the same versions of fedloom and its libraries; different kinds of processors give different last digits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedloom.train.workers.worker import TrainingWorker, Workers, train_pickled
 
 
 class RayActors:
-    """A crew of actors: each has as many processors as the run has threads, and a share of a GPU if the base lies on one."""
+    """Ray actors: each has as many processors as the run has threads, and a share of a GPU if the base model lies on one."""
 
     death_errors = (RayActorError, NodeDiedError, OutOfMemoryError)
 
@@ -40,34 +40,36 @@ class RayActors:
             raise
 
     def start_worker(self) -> TrainingWorker:
-        """A new actor, wherever the cluster has room."""
+        """Start an actor wherever the cluster has room."""
         actor_class: Any = ray.remote(_ActorBody)
-        return RayActor(actor_class.options(num_cpus=self.threads, num_gpus=self.gpus).remote(self.trainer, self.threads))
+        return RayActor(
+            actor_class.options(num_cpus=self.threads, num_gpus=self.gpus).remote(self.trainer, self.threads)
+        )
 
     def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
+        """Shut the cluster down if it was started here."""
         if self.owns_cluster:
             ray.shutdown()
 
 
 class RayActor:
-    """One actor, seen from here."""
+    """The handle of one actor."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
 
     def submit(self, group: bytes) -> Future[bytes]:
-        """The group travels through Ray's object store."""
+        """Submit a group, which travels through Ray's object store."""
         future: Future[bytes] = self.handle.train.remote(group).future()
         return future
 
     def stop(self) -> None:
-        """At once; Ray restarts nothing, `Cohorts` hires anew."""
+        """Kill the actor at once; Ray restarts nothing, the pool starts a new one."""
         ray.kill(self.handle)
 
 
 class _ActorBody:
-    """One actor, inside."""
+    """What runs inside an actor."""
 
     def __init__(self, trainer: bytes, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -78,18 +80,18 @@ class _ActorBody:
 
 
 def _connect(workers: Workers) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run tells nobody of itself
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     host, _, port = workers.ray.removeprefix("ray://").rpartition(":") if workers.ray else ("", "", "")
     try:
         if port.isdigit():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=workers.ray or "local", log_to_driver=False, logging_level="error")
-    except Exception as error:  # Ray has many ways to say that nobody answers
+    except Exception as error:  # Ray raises many kinds of errors where nobody answers
         raise Refused("workers", str(workers), f"no Ray cluster can be reached there ({error})") from error
 
 
 def _shares(workers: Workers, threads: int, on_gpu: bool) -> tuple[int, float]:
-    """How many actors, and each one's share of a GPU. Raises Refused for more than the cluster has room for."""
+    """Return how many actors to start, and each one's share of a GPU. Raises Refused for more than the cluster has room for."""
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 0) / threads), int(resources.get("GPU", 0))
     count = workers.count or (min(cpus, gpus) if on_gpu else cpus)

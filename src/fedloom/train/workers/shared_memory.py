@@ -1,6 +1,6 @@
-"""Objects as bytes for other processes of ours: tensors by value, or apart in one file that all of them map.
+"""Objects as bytes for worker processes: tensors by value, or apart in one file that all processes map.
 
-Pickle, so for processes that this one started itself and never across a boundary of trust.
+This is pickle: use it for processes that this one started, never across a boundary of trust.
 """
 
 from __future__ import annotations
@@ -21,43 +21,47 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 64
-"""Bytes. Torch aligns its own memory so; some kernels round differently at another alignment."""
+"""Bytes to which tensors are aligned, as torch aligns its memory; some kernels round differently at another alignment."""
 
 
 def pickle_object(thing: object) -> bytes:
-    """`thing` with its tensors by value: a view costs what it shows and not what lies behind it, no handle is left open."""
+    """Pickle `thing` with its tensors by value: a view costs what it shows, not the storage behind it; no handle is left open."""
     stream = io.BytesIO()
     _Pickler(stream).dump(thing)
     return stream.getvalue()
 
 
 def unpickle_object(data: bytes, apart: Iterable[memoryview] = ()) -> Any:
-    """The thing again, its tensors in memory of their own or, where they were put `apart`, in that memory."""
+    """Unpickle an object, its tensors in memory of their own or, where they were put `apart`, in that memory."""
     return pickle.loads(data, buffers=apart)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedObject:
-    """A thing in a file without a name: it is gone with the last process that has it open, however that ends.
+    """An object in a file without a name, which is gone with the last process that has it open, however that ends.
 
-    Every process maps the file copy-on-write: memory holds one copy of the tensors, and who writes to one has from then on the
-    pages that it wrote for itself. `spans` are (first byte, bytes) of the pickle and of each tensor.
+    Every process maps the file copy-on-write: memory holds one copy of the tensors, and a process that writes to one then has its
+    own copy of the pages that it wrote to.
+
+    Fields:
+        file: the open file.
+        spans: (first byte, bytes) of the pickle and of each tensor.
     """
 
     file: IO[bytes]
     spans: tuple[tuple[int, int], ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For a child process that is just being spawned: it inherits the descriptor."""
+        """Pickle for a child process that is being spawned: it inherits the descriptor."""
         return _from_descriptor, (DupFd(self.file.fileno()), self.spans)
 
     def views(self) -> list[memoryview]:
-        """The pickle and the tensors, mapped; a written page becomes private to this mapping."""
+        """Map the pickle and the tensors; a page that is written to becomes private to this mapping."""
         mapped = memoryview(mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY))
         return [mapped[first : first + length] for first, length in self.spans]
 
     def get(self) -> Any:
-        """The thing, its tensors in the mapped memory."""
+        """Return the object, its tensors in the mapped memory."""
         head, *tensors = self.views()
         return unpickle_object(bytes(head), tensors)
 
@@ -82,14 +86,14 @@ def share_object(thing: object, folders: Iterable[Path]) -> SharedObject:
         shared.file.write(part)
     shared.file.truncate(end)
     shared.file.flush()
-    for tensor, made in zip(pickler.tensors, shared.views()[1:], strict=True):
+    for tensor, view in zip(pickler.tensors, shared.views()[1:], strict=True):
         if tensor.device.type == "cpu":
-            tensor.data = _tensor_view(made, tensor.dtype, tuple(tensor.shape), _contiguous(tensor).stride())
+            tensor.data = _tensor_view(view, tensor.dtype, tuple(tensor.shape), _contiguous(tensor).stride())
     return shared
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors and parameters as the bytes they show, without gradients and hooks; remembers which it met."""
+    """Pickles tensors and parameters as the bytes they show, without gradients and hooks; `tensors` are those it met."""
 
     def __init__(self, stream: IO[bytes], apart: Callable[[pickle.PickleBuffer], object] | None = None) -> None:
         super().__init__(stream, protocol=5, buffer_callback=apart)
@@ -113,7 +117,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
-    """On the CPU and without gaps; the order of the dimensions in memory stays, which products may round by."""
+    """Copy to the CPU without gaps; the order of dimensions in memory stays, since the rounding of products depends on it."""
     here = tensor.detach().cpu()
     return here if here.is_contiguous() else here.clone()
 
@@ -127,20 +131,22 @@ def _rebuild_tensor(
     kind: type[Tensor],
     gradient: bool,
 ) -> Tensor:
-    """The tensor; bytes that came in the stream are copied to memory as torch aligns it, bytes apart are used in place."""
-    made = _tensor_view(raw, dtype, shape, stride)
-    made = (made if isinstance(raw, memoryview) else made.clone()).to(device)
-    return nn.Parameter(made, gradient) if kind is nn.Parameter else made.requires_grad_(gradient)
+    """Rebuild a tensor; bytes from the stream are copied to memory that torch aligns, bytes apart are used in place."""
+    tensor = _tensor_view(raw, dtype, shape, stride)
+    tensor = (tensor if isinstance(raw, memoryview) else tensor.clone()).to(device)
+    return nn.Parameter(tensor, gradient) if kind is nn.Parameter else tensor.requires_grad_(gradient)
 
 
-def _tensor_view(raw: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+def _tensor_view(
+    raw: bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
+) -> Tensor:
     if not raw:  # torch makes no tensor of an empty buffer
         return torch.empty_strided(shape, stride, dtype=dtype)
     return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).as_strided(shape, stride)
 
 
 def _unnamed_file(size: int, folders: Iterable[Path]) -> IO[bytes]:
-    """An open file without a name in the first folder that has `size` bytes free."""
+    """Open a file without a name in the first folder that has `size` bytes free."""
     for folder in folders:
         if folder.is_dir() and shutil.disk_usage(folder).free > size:
             return tempfile.TemporaryFile(dir=folder)

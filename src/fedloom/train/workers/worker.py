@@ -1,4 +1,8 @@
-"""(to be written)"""
+"""Workers that train tasks: the setting `Workers`, and the protocols that every kind of worker follows.
+
+A pool asks a `WorkerFactory` for workers and submits to each a group of tasks as bytes. Inside the worker `train_pickled` trains the
+group and returns the results as bytes. Groups are given by the trainer: they follow from the tasks alone.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +25,11 @@ Answers: TypeAlias = list[tuple[Result, ClientState]]
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Who trains: `count` local processes (1: this one), or actors of the Ray cluster at `ray` ("" starts one here).
+    """Who trains the tasks of a run.
 
-    `count` None: as many actors as the cluster has processors, or GPUs, for.
+    Fields:
+        count: number of local processes (1: this one), or of Ray actors (None: as many as the cluster has processors, or GPUs, for).
+        ray: address of a Ray cluster whose actors train ("": start one on this machine; None: local processes).
     """
 
     count: int | None = 1
@@ -31,11 +37,11 @@ class Workers:
 
     @classmethod
     def parse(cls, setting: str | int) -> Workers:
-        """From a command line: a number, "ray" or "ray:ADDRESS", with "4@" before it for four actors.
+        """Read the setting of a command line: a number, "ray" or "ray:ADDRESS", with "4@" before it for four actors.
 
         Raises Refused, also where Ray is not installed.
 
-        >>> Workers.of(2), str(Workers.of("2"))
+        >>> Workers.parse(2), str(Workers.parse("2"))
         (Workers(count=2, ray=None), '2')
         """
         match = re.fullmatch(r"(?:(\d+)@)?ray(?::(.+))?|(\d+)", str(setting))
@@ -56,59 +62,59 @@ class Workers:
 
 
 class GroupedTrainer(Trainer, Protocol):
-    """A trainer that says which of a cohort's tasks it trains in one pass."""
+    """A trainer that divides tasks into the groups that it trains in one pass."""
 
     def groups(self, work: Sequence[tuple[Task, ClientState]]) -> Sequence[TaskGroup]:
-        """The units of work, in order. They follow from the work alone, not from who will train."""
+        """Divide the work, in its order, into groups. They follow from the work alone, not from who will train."""
         ...
 
     def unchanged_result(self, task: Task) -> Result:
-        """The answer if training changed nothing, see `Overlapping`."""
+        """Return the result if training changed nothing, see `Overlapping`."""
         ...
 
 
 class TrainingWorker(Protocol):
-    """One place where groups are trained, one after the other, with the base already there."""
+    """A process or actor that trains groups one after the other, with the base model already in its memory."""
 
     def submit(self, group: bytes) -> Future[bytes]:
-        """Begin to train a group, which is `dumps` of it; the future holds `carry_out`'s answer, or that the worker died."""
+        """Begin to train a pickled group; the future holds what `train_pickled` returns, or raises if the worker died."""
         ...
 
     def stop(self) -> None:
-        """End it, whatever it is doing, and do not wait."""
+        """End the worker, whatever it is doing, and do not wait."""
         ...
 
 
 class WorkerFactory(Protocol):
-    """Where workers come from."""
+    """A kind of worker, set up for one trainer."""
 
     @property
     def most_workers(self) -> int:
-        """The most workers that are of use."""
+        """Return the most workers that are of use."""
         ...
 
     @property
     def death_errors(self) -> tuple[type[BaseException], ...]:
-        """The errors by which a future says that its worker is no more."""
+        """Return the errors that a future raises when its worker died."""
         ...
 
     def start_worker(self) -> TrainingWorker:
-        """A new worker; it may still be starting."""
+        """Start a worker; it may still be starting on return."""
         ...
 
     def close(self) -> None:
-        """Wait for the end of all workers, which are stopped, and free what they shared."""
+        """Wait for the end of all workers, which have been stopped, and free what they shared."""
         ...
 
 
 def train_pickled(trainer: Trainer, group: bytes) -> bytes:
-    """What a worker does with a group: its answers, or the error as a value, which ends a run but no worker."""
+    """Train a pickled group in a worker; return its pickled results, or the error as a value, which ends the run but no worker."""
     try:
         return pickle_object(trainer.train(unpickle_object(group)))
     except Exception as error:
         error.add_note("".join(traceback.format_exception(error)))
         try:
             unpickle_object(answer := pickle_object(error))
-        except Exception:  # it does not survive the way; its words do
+        except Exception:  # it cannot be unpickled; its words can
             return pickle_object(RuntimeError(f"{type(error).__name__}: {error}"))
         return answer

@@ -1,4 +1,4 @@
-"""Fleets with skewed labels and three classes of devices, for the benchmarks of groups."""
+"""Fleets of clients with skewed labels and three classes of devices, for what is measured of groups."""
 
 from __future__ import annotations
 

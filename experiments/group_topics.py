@@ -1,6 +1,6 @@
 """Groups by topics where there are no labels, measured by labels that the grouping never saw.
 
-    python -m bench.group --topics
+    PYTHONPATH=. python experiments/group_topics.py
 
 Texts as mean-pooled embeddings of all-MiniLM-L6-v2, none of it tuned, 48 tokens each; topics are counted by `histogram.topics`,
 groups are made of them (waiting not weighed), and what is measured is the KL of a group's true labels from all, against 20 random
@@ -118,3 +118,8 @@ def table() -> list[dict[str, float | str]]:
     """Both federations."""
     hush()
     return [*case("AG News", news()), *case("Natural Instructions", instructions())]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps({"topics": table()}))

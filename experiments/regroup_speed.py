@@ -1,6 +1,6 @@
 """What groups that are made again save when clients' times drift: `Hierarchy.regroup`, on the virtual clock.
 
-    python -m bench.regroup [--quick]
+    PYTHONPATH=. python experiments/regroup_speed.py [--quick]
 
 80 devices (classes 30/40/10 at speeds 1 : 2.5 : 6, 0.5 s a step for the slowest), 4 labels by Dirichlet(0.1), eight near-IID groups
 whose edges are near their members (links U(1, 30) Mb/s, ten times as fast to the edge, drawn anew for each task), 100 Mb/s between
@@ -23,9 +23,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
+from edge_speed import INNER, RANK, STEPS, TOKENS, Moved, server
 
-from bench.edges import INNER, RANK, STEPS, TOKENS, Moved, server
-from bench.skewed import fleet
 from fedloom.core.events import Command, Event
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Schedule
@@ -36,15 +35,16 @@ from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.regrouping import Compared
 from fedloom.hierarchy.tree import Tree
 from fedloom.hierarchy.tree_state import Link
-from fedloom.runs.prepare import comparison_seconds
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.observation import RunObservation
+from fedloom.runs.prepare import comparison_seconds
 from fedloom.runs.slot_usage import SlotUsage
 from fedloom.schedule.fedfa import FedFa
 from fedloom.schedule.rounds import Rounds
 from fedloom.schedule.shared.weights import by_work
 from fedloom.simulate.devices import Capabilities, Devices, FasterLinks, Seconds
 from fedloom.simulate.simulation import Simulation
+from tests.support.skewed_fleet import fleet
 
 GROUPS, NEAR, SLOWER, SHARE, THRESHOLD = 8, 10.0, 4.0, 0.1, 0.1
 PLATFORM, LINK = Capabilities(low_bps=1e5, high_bps=3e6, modes=(1.0,)), Link(1e7, 1e7)

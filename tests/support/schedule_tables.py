@@ -29,7 +29,7 @@ def at(version: int, *arrived: Update, busy: tuple[Task, ...] = (), idle: int | 
     return toys.fleet(version=version, arrived=arrived, busy={one.id: one for one in busy}, **given)
 
 
-def told(merge: Merge | None) -> tuple[dict[int, float], float]:
+def weights_and_step(merge: Merge | None) -> tuple[dict[int, float], float]:
     """Weights by the number of the task, and the step."""
     assert merge is not None
     return {update.task.id: round(weight, 12) for weight, update in merge.weighted_updates}, round(merge.step, 12)

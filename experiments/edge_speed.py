@@ -1,6 +1,6 @@
 """What edges cost the server, and what they save of virtual time.
 
-    python -m bench.edges [--quick]
+    PYTHONPATH=. python experiments/edge_speed.py [--quick]
 
 Virtual seconds in which 80 devices (classes 30/40/10 at speeds 1 : 2.5 : 6, 0.5 s a step for the slowest, links U(1, 30) Mb/s drawn
 anew for each task, an adapter of 9.6 Mb) all do 20 local steps: with one average, with four, in eight groups that average four times

@@ -1,6 +1,6 @@
 """What a fixed number of inner averages costs against one that is aligned: a cost simulation without events and without learning.
 
-    python -m bench.group --toy
+    PYTHONPATH=. python experiments/group_costs.py
 
 80 devices, 30 : 40 : 10 of them at 1 : 2.5 : 6 in speed, 0.5 s a step the slowest; links U(1, 30) Mbit/s, the same both ways, drawn
 anew for every device and global round; 9.6 Mbit of adapter at rank 8, which go down whole and up in proportion to depth; twelve
@@ -14,19 +14,20 @@ falls by a fifth a layer, delta_g is 1: these two are made up, so depths and ran
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from bench.skewed import fleet
+from joint_rules import JointMemory, TimeAligned
+
 from fedloom.core.seeds import rng
 from fedloom.hierarchy.grouping import BySpeed, Grouping, Groups, Member, NearIID, RandomGroups
 from fedloom.hierarchy.joint_plan.gradient_score import GradientScore
 from fedloom.hierarchy.joint_plan.group_cost import Choice, Device, GroupState, Sizes
-from fedloom.hierarchy.joint_plan.joint_memory import JointMemory
-from fedloom.hierarchy.joint_plan.shared import Joint
-from fedloom.hierarchy.joint_plan.time_aligned import TimeAligned
+from fedloom.hierarchy.joint_plan.shared import JointRule
+from tests.support.skewed_fleet import fleet
 
 LAYERS, BITS, RANK = 12, 9.6e6, 8
 LOW_BPS, HIGH_BPS = 1e6, 3e7
@@ -75,7 +76,7 @@ class Scene:
     lasts: int = 1
 
 
-def simulate(members: Sequence[Member], how: Grouping, rule: Joint, scene: Scene, seed: int) -> list[Spent]:
+def simulate(members: Sequence[Member], how: Grouping, rule: JointRule, scene: Scene, seed: int) -> list[Spent]:
     """Round after round, links drawn anew."""
     step, spent = {one.client: one.seconds for one in members}, list[Spent]()
     groups = how(members, seed)
@@ -115,8 +116,8 @@ def round_of(groups: Sequence[GroupState], choices: Sequence[Choice]) -> Spent:
     seconds = max(group.seconds(choice) for group, choice in pairs)
     busy, steps, layers, bits = 0.0, 0.0, 0.0, 0.0
     for group, choice in pairs:
-        count, links = len(group.members), group.links(choice.depth, choice.rank)
-        busy += choice.steps * sum(group.steps(choice.depth)) + choice.rounds * sum(links)
+        count, links = len(group.members), group.link_seconds(choice.depth, choice.rank)
+        busy += choice.steps * sum(group.step_seconds(choice.depth)) + choice.rounds * sum(links)
         steps += choice.steps * count
         layers += choice.steps * count * choice.depth / LAYERS
         bits += (
@@ -129,7 +130,7 @@ def round_of(groups: Sequence[GroupState], choices: Sequence[Choice]) -> Spent:
 TOLD, GUESSED, LASTING, NEAR = Scene(), Scene(told=False), Scene(told=False, lasts=20), Scene(edge=10.0)
 
 
-def row(name: str, how: Grouping, rule: Joint, scene: Scene = TOLD) -> dict[str, float | str]:
+def row(name: str, how: Grouping, rule: JointRule, scene: Scene = TOLD) -> dict[str, float | str]:
     """Print a line of the table, and return its figures."""
     runs = [simulate(fleet(80, 10, seed), how, rule, scene, seed) for seed in SEEDS]
     rates = [sum(one.steps for one in run) / sum(one.seconds for one in run) for run in runs]
@@ -177,3 +178,7 @@ def table() -> list[dict[str, float | str]]:
         row("edges: near-IID 0.3, scored", near[0], GradientScore(), NEAR),
         row("edges: near-IID 0.3, joint memory", near[0], memory, NEAR),
     ]
+
+
+if __name__ == "__main__":
+    print(json.dumps({"costs": table()}))

@@ -1,0 +1,59 @@
+"""The names that `import fedloom` offers, each imported from its module when it is first used.
+
+So `import fedloom` and the command line start without torch, which takes seconds. The list is `fedloom/__init__.pyi`. A class
+of an aggregator or a schedule need not be listed: it is found by looking through their folders, so that a new method is one file.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+STUB = Path(__file__).parents[1] / "__init__.pyi"
+METHOD_FOLDERS = ("fedloom.aggregate", "fedloom.schedule")
+"""Folders with one method a file."""
+
+
+def _read_stub() -> dict[str, str]:
+    imports = [node for node in ast.parse(STUB.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+HOMES = _read_stub()
+"""The module of each listed name."""
+
+
+def public_name(name: str) -> Any:
+    """Import a public name, listed or not. Raises AttributeError if there is none."""
+    with collector_paused():
+        if name in HOMES:
+            return getattr(import_module(HOMES[name]), name)
+        for module in _methods() if name[:1].isupper() else ():
+            value = getattr(import_module(module), name, None)
+            if isinstance(value, type) and value.__module__ == module:
+                return value
+    raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
+
+
+def _methods() -> Iterator[str]:
+    """Modules of aggregators and schedules."""
+    for folder in METHOD_FOLDERS:
+        yield from (f"{folder}.{module.name}" for module in iter_modules(import_module(folder).__path__))
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Inside, no garbage is collected: importing torch and transformers makes a million objects that all stay."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
