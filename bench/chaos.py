@@ -101,7 +101,7 @@ class Storm:
         return True
 
 
-def drawn(counts: Mapping[str, int], versions: int, names: Sequence[str], seed: int) -> list[Blow]:
+def draw_blows(counts: Mapping[str, int], versions: int, names: Sequence[str], seed: int) -> list[Blow]:
     """The blows of a seed: so many of each part, the cut, and the full disk where there is one of its own."""
     random, blows = Random(seed), list[Blow]()
     for part, count in {**counts, "cut": 1, **({"disk": 1} if os.geteuid() == 0 else {})}.items():
@@ -210,7 +210,7 @@ def carried_out(
     folder.mkdir()
     with disk(folder / "server"):
         run = make(folder, sites, versions, STEPS, seed)
-        storm, end = Storm(run, drawn(counts, versions, run.names, seed) if counts else []), time.monotonic() + seconds
+        storm, end = Storm(run, draw_blows(counts, versions, run.names, seed) if counts else []), time.monotonic() + seconds
         with running(run):
             while not run.over() and time.monotonic() < end:
                 storm.look()

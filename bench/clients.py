@@ -51,7 +51,7 @@ class Case:
         return f"d={shape}  clients={len(self.ranks)}  ranks={span}  sum of ranks={sum(self.ranks)}"
 
 
-def drawn(clients: int) -> tuple[int, ...]:
+def draw_ranks(clients: int) -> tuple[int, ...]:
     """Ranks drawn evenly from 2..64; 50 clients have 1,030 directions together, 1,000 have 20,732."""
     generator = torch.Generator().manual_seed(0)
     return tuple(MIXED[i] for i in torch.randint(0, len(MIXED), (clients,), generator=generator).tolist())

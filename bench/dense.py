@@ -12,14 +12,14 @@ from itertools import groupby
 
 import torch
 
-from bench.clients import Case, drawn, server_call, weighted, worst_gap
+from bench.clients import Case, draw_ranks, server_call, weighted, worst_gap
 from bench.memory import HONEST_MALLOC, peak
 from bench.timing import Time, against, ratio, sample, show, under
 from fedloom.core.lora import stack
 
-QUICK = (Case(4096, drawn(50), time_bar=40), Case(4096, (8,) * 50, time_bar=100))
-FULL = (*QUICK, Case(4096, drawn(50), time_bar=80, wide=11008))
-MANY = Case(4096, drawn(1000))
+QUICK = (Case(4096, draw_ranks(50), time_bar=40), Case(4096, (8,) * 50, time_bar=100))
+FULL = (*QUICK, Case(4096, draw_ranks(50), time_bar=80, wide=11008))
+MANY = Case(4096, draw_ranks(1000))
 MANY_BYTES = 1.5e9
 
 

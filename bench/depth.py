@@ -52,7 +52,7 @@ def base_of(folder: Path) -> Base:
     return load_base(str(folder), 2, LoRA(dropout=0.0), RANK, 0, engine=Engine())
 
 
-def begun(base: Base) -> Adapter:
+def random_adapter(base: Base) -> Adapter:
     """An adapter that has learnt something: `up` is not zero, so the layers below have a fold."""
     born = initial_adapter(base, RANK)
     return Adapter({n: Factor(f.down, 0.01 * f.down.new_ones(f.up.shape)) for n, f in born.factors.items()}, born.dense)
@@ -71,7 +71,7 @@ def trainer_of(base: Base, engine: Engine) -> PeftTrainer:
 
 def timed(base: Base, repeats: int) -> dict[str, dict[int, list[float]]]:
     """Processor seconds a step, by way and depth."""
-    tasks = {depth: task_of(base, begun(base), depth) for depth in DEPTHS}
+    tasks = {depth: task_of(base, random_adapter(base), depth) for depth in DEPTHS}
     trainers = {way: trainer_of(base, engine) for way, engine in WAYS.items()}
     for task in tasks.values():
         trainers["kept"].train([(task, ClientState())])  # what is kept is computed here
@@ -94,7 +94,7 @@ def predicted(base: Base, seen: Mapping[int, Sequence[float]]) -> dict[int, floa
     return {depth: model.step_seconds(depth) for depth in DEPTHS}
 
 
-def told(base: Base, way: str, times: Mapping[int, Sequence[float]]) -> tuple[dict[str, float], float]:
+def print_times(base: Base, way: str, times: Mapping[int, Sequence[float]]) -> tuple[dict[str, float], float]:
     """Print a block of the table; speed-ups, and the largest error of the cost model at a depth not seen."""
     print(f"\nactivations below the trained blocks {way}")
     says, middle = predicted(base, times), {depth: median(own) for depth, own in times.items()}
@@ -110,10 +110,12 @@ def told(base: Base, way: str, times: Mapping[int, Sequence[float]]) -> tuple[di
 def remembered(folder: Path, depth: int) -> tuple[int, float]:
     """In a fresh process: bytes by which the resident set rises in a task, and what `Shape` says beside the base."""
     base = base_of(folder)
-    trainer, task, shape = trainer_of(base, Engine(cache=0)), task_of(base, begun(base), depth), base.shape()
+    trainer, task, shape = trainer_of(base, Engine(cache=0)), task_of(base, random_adapter(base), depth), base.shape()
     tokens = BATCH * max(trainer.texts.lengths(range(SHARD)))
-    warm = task_of(base, begun(base), 1)
-    trainer.train([(warm, ClientState())])  # what is made at first use: slots, transposed weights, the base without a fold
+    warm = task_of(base, random_adapter(base), 1)
+    trainer.train(
+        [(warm, ClientState())]
+    )  # what is made at first use: slots, transposed weights, the base without a fold
     before, highest = peak(lambda: trainer.train([(task, ClientState())]))
     frozen = 4.0 * (shape.parameters + shape.embeddings)
     return highest - before, shape.train_memory(RANK, tokens, depth) - frozen
@@ -143,7 +145,7 @@ def main() -> None:
         times = timed(base, 2 if options.quick else 4)
         figures: dict[str, object] = {}
         for way, end in (("anew", ""), ("kept", "_kept")):
-            figures[f"speedup{end}"], error = told(base, way, times[way])
+            figures[f"speedup{end}"], error = print_times(base, way, times[way])
             figures[f"step_error{end}"] = round(error, 3)
         print("\nmemory of a task beside the base")
         found = {depth: memory_of(folder, depth) for depth in (SEEN if options.quick else DEPTHS)}

@@ -79,7 +79,7 @@ def measured(clients: int, classes: int, seed: int) -> Case:
     groups = how(everyone, seed)
     seconds = time.perf_counter() - begun
     ours, waited = terms(groups, known)
-    at = {epsilon: far / terms(told(how, everyone, epsilon, seed), known)[0] for epsilon in EPSILONS}
+    at = {epsilon: far / terms(noisy_groups(how, everyone, epsilon, seed), known)[0] for epsilon in EPSILONS}
     return Case(far / ours, wait / waited, seconds, at, *again(how, groups, everyone, seed))
 
 
@@ -95,7 +95,7 @@ def again(how: NearIID, groups: Groups, everyone: Sequence[Member], seed: int) -
     return stayed / len(now), (old - kept) / (old - fresh)
 
 
-def told(how: Grouping, everyone: Sequence[Member], epsilon: float, seed: int) -> Groups:
+def noisy_groups(how: Grouping, everyone: Sequence[Member], epsilon: float, seed: int) -> Groups:
     """Groups by noisy histograms."""
     noisy = [replace(one, labels=noised(one.labels, epsilon, seed, one.client)) for one in everyone]
     return how(noisy, seed)

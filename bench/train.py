@@ -147,7 +147,7 @@ def interleaved(loops: Mapping[str, Loop], clients: int, repeats: int) -> dict[s
     return {name: [one[name] for one in rounds] for name in loops}
 
 
-def told(title: str, times: Mapping[str, Sequence[Time]]) -> dict[str, float]:
+def print_times(title: str, times: Mapping[str, Sequence[Time]]) -> dict[str, float]:
     """Print a block of the table; medians in processor seconds."""
     print(f"\n{title}")
     for name, own in times.items():
@@ -164,7 +164,9 @@ def against_peft(folder: Path, base: Base, texts: EncodedTexts, repeats: int) ->
         "PEFT loop, dynamic padding": peft_loop(folder, texts, False),
         "fedloom": lambda clients: trainer.train(work[:clients]),
     }
-    found = told(f"{CLIENTS} clients, {SHARD // BATCH} steps of {BATCH} pairs", interleaved(loops, CLIENTS, repeats))
+    found = print_times(
+        f"{CLIENTS} clients, {SHARD // BATCH} steps of {BATCH} pairs", interleaved(loops, CLIENTS, repeats)
+    )
     padded, dynamic, ours = found.values()
     return {"vs_peft_padded": padded / ours, "vs_peft_dynamic": dynamic / ours}
 
@@ -178,7 +180,7 @@ def shallow(repeats: int) -> dict[str, float]:
     kept, anew = trainer_of(base, texts, Engine()), trainer_of(base, texts, Engine(cache=0))
     first = {"first pass, keeping": [sample(lambda: kept.train(work))]}
     loops: dict[str, Loop] = {"kept": lambda _: kept.train(work), "computed anew": lambda _: anew.train(work)}
-    found = told("one trained layer of six, a pass over 64 pairs", first | interleaved(loops, 1, repeats))
+    found = print_times("one trained layer of six, a pass over 64 pairs", first | interleaved(loops, 1, repeats))
     return {"depth1_cached": found["computed anew"] / found["kept"]}
 
 

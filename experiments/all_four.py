@@ -21,12 +21,12 @@ from generation_data import MODEL, natural_instructions
 from grid import Grid, Line, interval, main, start
 from hierfedlora_80 import (
     AT_ONCE,
+    BY_LOSS_RATE,
+    BY_SCORE,
     CLIENTS,
-    EARNED,
     EDGES,
     ENDLESS,
     GROUPS,
-    SCORED,
     SECONDS,
     STUDIES,
     H,
@@ -35,30 +35,30 @@ from hierfedlora_80 import (
     final,
     ratio,
     reaches,
-    told,
+    table_row,
 )
 
 from fedloom import (
     Averaged,
+    BestRoundTime,
     Corrupted,
     DeltaInt8,
     FedFa,
     FedIT,
     FixedRank,
     Generation,
+    GradientScore,
     Hierarchy,
+    JointPlan,
     Limits,
     Link,
     LoRA,
     Mixture,
     NearIID,
-    BestRoundTime,
     Plan,
-    JointPlan,
     ProductDelta,
     Rounds,
     Run,
-    GradientScore,
     Skew,
     Training,
     by_examples,
@@ -76,7 +76,7 @@ class Work:
     """Data and model, and how much is done: local `steps` of a task, tasks of each client in a run that does not choose its steps.
 
     A run of our own ends after virtual `seconds`. `target` is an accuracy, or a share of the base's perplexity;
-    `topics` are what groups are told of where there are no labels.
+    `topics` are what groups are table_row of where there are no labels.
     """
 
     study: Study
@@ -111,7 +111,7 @@ class Method:
     """Which of the four a run has: exact sums over mixed ranks, no waiting, planned groups, weights by what is in the texts.
 
     `at_once` is our own way to do the second and the third: each answer is a step, an average of the versions is published, groups
-    are planned by what training earned (`hierfedlora_80.EARNED`); an answer is not weighed, so texts of all lengths are in each
+    are planned by what training earned (`hierfedlora_80.BY_LOSS_RATE`); an answer is not weighed, so texts of all lengths are in each
     batch in the place of weights by tokens. With `int8` answers travel as differences in eight bits.
     """
 
@@ -170,7 +170,7 @@ def cell(name: str, seed: int) -> Run:
             stratified=method.at_once and method.context,
         ),
         world=study.world,
-        hierarchy=groups(work, EARNED if method.at_once else Hierarchy(plan=planned(work))) if method.groups else None,
+        hierarchy=groups(work, BY_LOSS_RATE if method.at_once else Hierarchy(plan=planned(work))) if method.groups else None,
         limits=limits,
         transfer=DeltaInt8() if method.int8 else None,
         held_out=0.1,
@@ -182,7 +182,7 @@ def cell(name: str, seed: int) -> Run:
 
 def planned(work: Work) -> JointPlan:
     """The plan of `hierfedlora`, with the steps of a task here."""
-    return replace(SCORED, rule=BestRoundTime(GradientScore(work.steps)))
+    return replace(BY_SCORE, rule=BestRoundTime(GradientScore(work.steps)))
 
 
 def groups(work: Work, how: Hierarchy) -> Hierarchy:
@@ -263,7 +263,7 @@ def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
     for name in names:
         if own := [line for line in found if line["cell"] == name]:
             columns = (
-                *told(name, own, [reached(line) for line in own]),
+                *table_row(name, own, [reached(line) for line in own]),
                 worst(own),
                 perplexity(own),
                 f"{median(line['virtual_seconds'] for line in own):,.0f}",

@@ -294,7 +294,7 @@ def _row(found: Sequence[Line], name: str, own: Sequence[Line]) -> str:
     indices = [[line["uneven"].get(axis) for line in own] for axis in ("length", "quality", "quantity")]
     uneven = ", ".join("–" if None in index else f"{mean(index):.2f}" for index in indices)
     level = mean(at_the_end(line, "accuracy") or 0.0 for line in own)
-    effects = [_told(differences(found, name, other, figure)) if other else _level(own, figure) for figure in FIGURES]
+    effects = [_points_text(differences(found, name, other, figure)) if other else _level(own, figure) for figure in FIGURES]
     columns = (
         name.replace("/", ", "),
         (other or "–").replace("/", ", "),
@@ -311,7 +311,7 @@ def _level(own: Sequence[Line], figure: str) -> str:
     return f"({mean(known):.1f})" if known else "–"
 
 
-def _told(points: Sequence[float]) -> str:
+def _points_text(points: Sequence[float]) -> str:
     if not points:
         return "–"
     around = interval(points)

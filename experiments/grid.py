@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedloom.core.schema import jsonable
+from fedloom.core.schema import RENAMED, jsonable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -80,6 +80,7 @@ def main(grid: Grid) -> None:
     parser.add_argument("--cell", choices=[*grid.cells], help="with --quick: which cell (default: drawn at random)")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default 2)")
     parser.add_argument("--summary", action="store_true", help="only summarise what is in results/")
+    parser.add_argument("--rehash", action="store_true", help="name the lines by today's names of policies, then summarise")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="run the cells whose names fit: 'hlora*', or '*'")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"run the first N seeds (default {len(grid.seeds)})")
     parser.add_argument("--device", default="cpu", help="where to train, for instance cuda (default cpu)")
@@ -87,7 +88,9 @@ def main(grid: Grid) -> None:
     if not SHARED.is_dir():
         parser.exit(2, f"this experiment needs the data in {SHARED}, which is not there; see the .md beside it\n")
     verdict: Line = {}
-    if given.quick:
+    if given.rehash:
+        verdict = {"rehashed": rehash(grid)}
+    elif given.quick:
         verdict = reproduce(grid, given.cell, given.device)
     elif not given.summary:
         run_missing(grid, given.workers, given.only, given.seeds, given.device)
@@ -106,6 +109,33 @@ def current(grid: Grid) -> list[Line]:
 def hashed(run: Run) -> str:
     """The hash that names the run's settings, wherever it is computed."""
     return manifest.settings_hash(jsonable(replace(run, device="cpu")))
+
+
+def rehash(grid: Grid) -> int:
+    """Replace the hash of each line whose run had it under the earlier names of policies (`RENAMED`); returns how many it were.
+
+    A policy that is renamed changes the hash of a run and nothing that happens in it. Lines with any other hash stay as they are.
+    """
+    path, count = RESULTS / f"{grid.name}.jsonl", 0
+    lines = path.read_text().splitlines()
+    for number, text in enumerate(lines):
+        line = json.loads(text)
+        if line["cell"] not in grid.cells:
+            continue
+        run = replace(grid.cells[line["cell"]](line["seed"]), device="cpu")
+        if line["run_hash"] == manifest.settings_hash(with_earlier_names(jsonable(run))) != hashed(run):
+            lines[number] = text.replace(f'"run_hash": "{line["run_hash"]}"', f'"run_hash": "{hashed(run)}"')
+            count += 1
+    path.write_text("\n".join(lines) + "\n")
+    return count
+
+
+def with_earlier_names(data: Any) -> Any:
+    """Settings as JSON with the names that policies had before they were renamed."""
+    if isinstance(data, dict):
+        earlier = {new: old for old, new in RENAMED.items()}
+        return {key: earlier.get(item, item) if key == "type" else with_earlier_names(item) for key, item in data.items()}
+    return [with_earlier_names(item) for item in data] if isinstance(data, list) else data
 
 
 def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int | None, device: str) -> None:

@@ -169,13 +169,13 @@ def grouped(plan: JointPlan | None, groups: object = NearIID(GROUPS), rounds: in
     return Method(hierarchy=hierarchy, **{"rank": RankOfClass(), **more})  # type: ignore[arg-type]
 
 
-SCORED = JointPlan(BestRoundTime(GradientScore(H)), batch_tokens=TOKENS)
+BY_SCORE = JointPlan(BestRoundTime(GradientScore(H)), batch_tokens=TOKENS)
 ACROSS = FedFa(GROUPS // 2, GROUPS, weigh=by_work)
 AT_ONCE = Immediate(0.4, GROUPS, 6 * GROUPS, Polynomial(0.5))
 FIRST = Rounds(7, over_selection=10 / 7)
 """Inside a group: all ten start, the first seven answers count."""
-EARNED = Hierarchy(NearIID(GROUPS), schedule=FIRST, plan=JointPlan(LossRate(), batch_tokens=TOKENS))
-OURS = Method(aggregator=Averaged(FedIT()), rank=RankOfClass(), hierarchy=EARNED, schedule=AT_ONCE, timed=True)
+BY_LOSS_RATE = Hierarchy(NearIID(GROUPS), schedule=FIRST, plan=JointPlan(LossRate(), batch_tokens=TOKENS))
+OURS = Method(aggregator=Averaged(FedIT()), rank=RankOfClass(), hierarchy=BY_LOSS_RATE, schedule=AT_ONCE, timed=True)
 BASELINES = ("fedit-5", "fedit-10", "fedit-20", "hetlora", "flora", "legend")
 METHODS: dict[str, Method] = {
     "fedit-5": Method(5),
@@ -185,24 +185,24 @@ METHODS: dict[str, Method] = {
     "flora": Method(aggregator=FLoRA(), rank=RankOfClass()),
     "legend": Method(rank=RankOfClass(), within=0.7),
     "depth-only": Method(within=0.7),
-    "hierfedlora": grouped(SCORED),
-    "equal-ranks": grouped(SCORED, rank=FixedRank(8)),
+    "hierfedlora": grouped(BY_SCORE),
+    "equal-ranks": grouped(BY_SCORE, rank=FixedRank(8)),
     "groups-only": grouped(None, rounds=5),
-    "fixed-rounds": grouped(replace(SCORED, rounds=5)),
-    "fixed-depth": grouped(replace(SCORED, depth=1)),
-    "no-joint": grouped(replace(SCORED, rule=TimeAligned(H, 5, work_grows=False))),
-    "unpaced": grouped(replace(SCORED, rule=GradientScore(H))),
-    "work-grows": grouped(replace(SCORED, rule=TimeAligned(H, 5))),
-    "random-groups": grouped(SCORED, RandomGroups(GROUPS)),
-    "joint-memory": grouped(replace(SCORED, rule=JointMemory(H, 5, ranks=(2, 4, 8)))),
-    "fedfa-across": grouped(SCORED, schedule=ACROSS),
+    "fixed-rounds": grouped(replace(BY_SCORE, rounds=5)),
+    "fixed-depth": grouped(replace(BY_SCORE, depth=1)),
+    "no-joint": grouped(replace(BY_SCORE, rule=TimeAligned(H, 5, work_grows=False))),
+    "unpaced": grouped(replace(BY_SCORE, rule=GradientScore(H))),
+    "work-grows": grouped(replace(BY_SCORE, rule=TimeAligned(H, 5))),
+    "random-groups": grouped(BY_SCORE, RandomGroups(GROUPS)),
+    "joint-memory": grouped(replace(BY_SCORE, rule=JointMemory(H, 5, ranks=(2, 4, 8)))),
+    "fedfa-across": grouped(BY_SCORE, schedule=ACROSS),
     "ours": OURS,
     "ours-synchronous": replace(OURS, schedule=None),
     "ours-fedfa": replace(OURS, schedule=ACROSS),
     "ours-unaveraged": replace(OURS, aggregator=FedIT()),
-    "ours-for-all-ten": replace(OURS, hierarchy=replace(EARNED, schedule=None)),
-    "ours-weighed": replace(OURS, hierarchy=replace(EARNED, plan=SCORED)),
-    "ours-random-groups": replace(OURS, hierarchy=replace(EARNED, groups=RandomGroups(GROUPS))),
+    "ours-for-all-ten": replace(OURS, hierarchy=replace(BY_LOSS_RATE, schedule=None)),
+    "ours-weighed": replace(OURS, hierarchy=replace(BY_LOSS_RATE, plan=BY_SCORE)),
+    "ours-random-groups": replace(OURS, hierarchy=replace(BY_LOSS_RATE, groups=RandomGroups(GROUPS))),
     "ours-ungrouped": replace(OURS, hierarchy=None, schedule=replace(AT_ONCE, max_in_flight=CLIENTS), depth=1),
     "legend-averaged": Method(aggregator=Averaged(FedIT()), rank=RankOfClass(), within=0.7),
 }
@@ -314,7 +314,7 @@ def summary(found: Sequence[Line]) -> Line:
     }
 
 
-def told(name: str, own: Sequence[Line], times: Sequence[float]) -> tuple[str, ...]:
+def table_row(name: str, own: Sequence[Line], times: Sequence[float]) -> tuple[str, ...]:
     """The first columns of a cell's row: its name, seeds, median time to the target, how many got there, accuracy at the end."""
     took, ends = median(times), [100 * final(line) for line in own]
     return (
@@ -336,7 +336,7 @@ def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
     for name in names:
         if own := [line for line in found if line["cell"] == name]:
             columns = (
-                *told(name, own, [reached(line) for line in own]),
+                *table_row(name, own, [reached(line) for line in own]),
                 f"{median(line['virtual_seconds'] for line in own):,.0f}",
                 f"{median(line['bytes_up'] for line in own) / 1e6:.1f}",
             )

@@ -153,7 +153,7 @@ def measured(across: str, rounds: int, seed: int) -> dict[str, float]:
     }
 
 
-def told(rows: Sequence[Mapping[str, float]], name: str) -> str:
+def spread_text(rows: Sequence[Mapping[str, float]], name: str) -> str:
     """Mean (minimum - maximum) over the seeds."""
     values = [row[name] for row in rows]
     return f"{fmean(values):.3g} ({min(values):.3g} - {max(values):.3g})"
@@ -170,7 +170,7 @@ def main() -> None:
         rows = [measured(across, 8 if quick else 32, seed) for seed in range(1 if quick else 3)]
         found[across] = {name: fmean(row[name] for row in rows) for name in rows[0]}
         for name in rows[0]:
-            print(f"{across:8s} {name:20s} {told(rows, name)}")
+            print(f"{across:8s} {name:20s} {spread_text(rows, name)}")
     print(json.dumps(found))
 
 

@@ -1,4 +1,4 @@
-"""Tiny models and one finished run of them, made once a session; where child processes find the source; quick pictures."""
+"""Tiny models and one finished run of them, made once a session; where child processes find the source; empty pictures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ PATHS = [Path(fedloom.__file__).parents[1], Path(__file__).parents[1]]
 os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, PATHS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-@pytest.fixture(autouse=True)
-def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside the report's own tests a picture is its alternative text in an empty frame: to draw a page takes two seconds."""
-    if "report" not in request.path.parts:
-        frame = '<svg viewBox="0 0 1 1" role="img" aria-label="{}"></svg>'
-        monkeypatch.setattr(style, "_svg", lambda figure, alt: frame.format(escape(alt)))
+DRAW = style._svg
+
+
+def frame(figure: object, alt: str) -> str:
+    """An empty picture with the alternative text: to draw the pictures of a page takes more than a second."""
+    return f'<svg viewBox="0 0 1 1" role="img" aria-label="{escape(alt)}"></svg>'
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Pictures are drawn for the tests of the report, and for all others they are empty frames."""
+    style._svg = DRAW if "report" in item.path.parts else frame
 
 
 @pytest.fixture(scope="session")
@@ -54,5 +60,7 @@ def finished(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.tiny_models import tiny_run
 
     out = tmp_path_factory.mktemp("runs") / "finished"
-    prepare(tiny_run(encoder, name="finished", seed=5)).execute(out)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(style, "_svg", DRAW)
+        prepare(tiny_run(encoder, name="finished", seed=5)).execute(out)
     return out

@@ -49,4 +49,6 @@ def test_what_goes_up_is_down_alone() -> None:
     model = METHOD.init(adapter(8))
     (update,) = answers(METHOD, model, (4,))
     inner = sum(f.down.shape[1] for f in model.adapter.factors.values())
-    assert message_size.upload_size(update.task, update.result) == message_size.MessageSize(total=4 * 4 * inner, dense=0)
+    assert message_size.upload_size(update.task, update.result) == message_size.MessageSize(
+        total=4 * 4 * inner, dense=0
+    )

@@ -63,7 +63,9 @@ def test_changes_are_added_with_their_weight_whoever_else_chose_the_slot(as_delt
 def test_only_chosen_slots_are_uploaded() -> None:
     task = sent(METHOD, METHOD.init(adapter(8)), 1)
     update = returned(task, one_slot(task, "query", 5))
-    assert message_size.upload_size(task, update.result) == message_size.MessageSize(total=4 * LAYERS["query"][0], dense=0)
+    assert message_size.upload_size(task, update.result) == message_size.MessageSize(
+        total=4 * LAYERS["query"][0], dense=0
+    )
 
 
 def test_the_head_is_frozen_as_in_the_paper_if_that_is_asked_for() -> None:

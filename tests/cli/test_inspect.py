@@ -11,8 +11,8 @@ import pytest
 
 from fedloom.cli import main
 from fedloom.core.errors import Refused
-from fedloom.data.table import as_examples, guess_columns
 from fedloom.data.file_formats import RawTable
+from fedloom.data.table import as_examples, guess_columns
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 Fedloom = Callable[..., tuple[int | str | None, str]]

@@ -49,7 +49,9 @@ def fedloom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def run_file(text: str, encoder: Path, name: str = "mine.py") -> Path:
-    head = f"from fedloom import *\nfrom tests.support.tiny_models import tiny_run, toy_rows\nmodel = {str(encoder)!r}\n"
+    head = (
+        f"from fedloom import *\nfrom tests.support.tiny_models import tiny_run, toy_rows\nmodel = {str(encoder)!r}\n"
+    )
     path = Path(name)
     path.write_text(head + text, encoding="utf-8")
     return path

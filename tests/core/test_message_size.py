@@ -56,7 +56,9 @@ def test_what_a_method_sends_down_and_up_at_rank_4(method: Any, down: int, up: i
     update = answer(method)
     if isinstance(method, Scaffold):
         update = replace(update, result=replace(update.result, control=update.task.start.control))
-    assert message_size.download_size(update.task.start) == wire(down, 0 if "dense" in update.task.start.seeded else HEAD)
+    assert message_size.download_size(update.task.start) == wire(
+        down, 0 if "dense" in update.task.start.seeded else HEAD
+    )
     assert message_size.upload_size(update.task, update.result) == wire(up, head)
 
 
@@ -97,7 +99,9 @@ def test_a_seeded_side_is_not_sent_down(side: Any, numbers: int) -> None:
 )
 def test_a_fold_is_sent_in_the_smaller_of_its_two_forms(rank: int, query: int, value: int) -> None:
     fold = Adapter(adapter(rank, 5).factors)
-    assert message_size.download_size(TaskStart(adapter(4), "0", fold=fold)) == wire(4 * (DOWN + UP) + HEAD + query + value)
+    assert message_size.download_size(TaskStart(adapter(4), "0", fold=fold)) == wire(
+        4 * (DOWN + UP) + HEAD + query + value
+    )
 
 
 def test_the_stack_of_flora_grows_until_it_is_as_large_as_the_layers() -> None:

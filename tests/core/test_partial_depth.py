@@ -1,9 +1,7 @@
-"""Depth from the server to the wire: what a shallow client is sent, what it may answer, what it costs; whole runs of it."""
+"""Depth from the server to the wire: what a shallow client is sent, what it may answer, and what it costs."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,25 +10,15 @@ import pytest
 import torch
 
 from fedloom import (
-    ACE,
-    DepthByCapability,
     FedEx,
-    FedFa,
-    FedSA,
     FixedDepth,
     FlexLoRA,
     FLoRA,
-    HLoRA,
-    Limits,
     LoRAA2,
     Momentum,
-    Noise,
     Plan,
     ProductDelta,
-    RankByCapability,
-    Refused,
     Scaffold,
-    prepare,
 )
 from fedloom.aggregate.fedit import FedIT
 from fedloom.core import message_size
@@ -47,13 +35,8 @@ from fedloom.core.validate_answer import why_invalid
 from fedloom.deploy.messages.answer import decode_result, encode_result
 from fedloom.plan.rank import FixedRank
 from fedloom.runs import checkpoint
-from fedloom.runs.replay import Replayed, replay
 from fedloom.simulate.devices import World
 from tests.support import toys
-from tests.support.same_bytes import COMPARED
-from tests.support.storms import one_in
-from tests.support.tiny_models import tiny_encoder
-from tests.support.tiny_runs import tiny_run
 
 LAYERS = {"low": (6, 5), "middle": (5, 7), "top": (4, 6)}
 SHAPE = Shape(100, 10, 3, 6, modules=tuple(LAYERS.values()), dense=3, depths={"low": 3, "middle": 2, "top": 1})
@@ -187,7 +170,9 @@ def test_bytes_are_those_of_what_is_sent(tmp_path: Path) -> None:
         task = first_task(server(depth=depth, transfer=codec))
         up = message_size.upload_size(task, toys.make_result(toys.changed(task.start, 1)))
         assert up.total == number * SHAPE.payload(2, depth) // 4
-        assert message_size.download_size(task.start).total == number * SHAPE.payload(2) // 4  # rank 2 is the smaller form here
+        assert (
+            message_size.download_size(task.start).total == number * SHAPE.payload(2) // 4
+        )  # rank 2 is the smaller form here
         assert World(jitter=0.0).seconds(
             task, toys.make_result(task.start.train), toys.profiles(1)["c0"], SHAPE, 0
         ).train == pytest.approx(SHAPE.train_flops(100, 2, depth) / 1e4)
@@ -226,84 +211,9 @@ def test_a_memory_of_some_layers_is_completed_when_the_others_are_trained() -> N
     model = method.init(adapter(2))
     for depth in (1, 3):
         names = [*LAYERS][: 3 - depth]
-        task = Task(depth, "c", 0, fold_layers(method.start(model, Budget(2, 5), 1), names), Budget(2, 5, depth), 0, 0.0)
+        task = Task(
+            depth, "c", 0, fold_layers(method.start(model, Budget(2, 5), 1), names), Budget(2, 5, depth), 0, 0.0
+        )
         model = merge_by_layer(method, model, Merge(((1.0, toys.returned(task, toys.changed(task.start, depth))),)))
         assert [*model.memory["momentum"].factors] == [*LAYERS][3 - depth :]
         assert model.memory["momentum"].dense.keys() == {"head"}
-
-
-# Whole runs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three blocks."""
-    return tiny_encoder(tmp_path_factory.mktemp("three"), num_hidden_layers=3)
-
-
-def mixed(encoder: Path, **more: Any) -> Any:
-    """Phones train the top block alone, laptops and workstations all three."""
-    plan = Plan(RankByCapability((2, 4, 8), upload_seconds=0.02), 4, DepthByCapability(seconds=0.12))
-    return tiny_run(encoder, **({"plan": plan, "seed": 5} | more))
-
-
-def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line for line in map(json.loads, text) if line["kind"] == kind]
-
-
-ASYNC: dict[str, Any] = {"schedule": FedFa(window=3, max_in_flight=4), "limits": Limits(versions=8)}
-
-
-@pytest.mark.parametrize("method", one_in(3, [ProductDelta(), FLoRA(), Momentum()]), ids=toys.called)
-def test_a_run_of_mixed_depth_repeats_resumes_and_replays(encoder: Path, tmp_path: Path, method: Any) -> None:
-    run = mixed(encoder, aggregator=method, **ASYNC)
-    one = prepare(run).execute(tmp_path / "one", report=False, keep_updates=True)
-    assert {line["depth"] for line in lines(one.folder, "task")} == {1, 3}
-    assert replay(one.folder) == Replayed((one.folder / "trace.jsonl").read_bytes().count(b"\n"))
-
-    def stop(now: float, event: Any, commands: Any) -> None:
-        if any(getattr(command, "version", 0) == 5 for command in commands):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(run).execute(tmp_path / "two", [stop], report=False, checkpoint_seconds=0.0)
-    prepare(run, resume=tmp_path / "two").execute(report=False)
-    for name in COMPARED:
-        assert (tmp_path / "two" / name).read_bytes() == (one.folder / name).read_bytes(), name
-    shutil.rmtree(tmp_path / "two")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, ASYNC], ids=["rounds", "fedfa"])
-def test_any_number_of_workers_writes_the_same_bytes(encoder: Path, tmp_path: Path, more: Any) -> None:
-    run = mixed(encoder, engine=None, **more)
-    folders = [prepare(run).execute(tmp_path / str(n), report=False, workers=n).folder for n in (1, 2)]
-    for name in COMPARED:
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
-
-
-def test_a_depth_saves_upload_and_time(encoder: Path, tmp_path: Path) -> None:
-    taken = {}
-    for depth in (1, 2, 3):
-        plan = Plan(FixedRank(8), 4, FixedDepth(depth))
-        done = prepare(mixed(encoder, plan=plan, limits=Limits(versions=1))).execute(
-            tmp_path / str(depth), report=False
-        )
-        (version,) = lines(done.folder, "version")
-        taken[depth] = version["bytes_up"] - version["bytes_up_dense"], version["time"]
-        assert done.adapter.factors.keys() == prepare(mixed(encoder)).server.state.model.adapter.factors.keys()
-    assert taken[1][0] * 3 == taken[2][0] * 3 // 2 == taken[3][0]
-    assert taken[1][1] < taken[2][1] < taken[3][1]
-
-
-@pytest.mark.parametrize("method", [FedSA(), Noise(), ACE(clients=6)], ids=toys.called)
-def test_methods_that_need_all_layers_are_refused_before_anything_runs(encoder: Path, method: Any) -> None:
-    prepare(mixed(encoder, aggregator=method, plan=Plan(FixedRank(4), 4)))
-    with pytest.raises(Refused, match=r"plan\.depth"):
-        prepare(mixed(encoder, aggregator=method))
-
-
-def test_a_depth_that_the_model_does_not_have_is_refused(encoder: Path) -> None:
-    with pytest.raises(Refused, match=r"plan\.depth = 4: the model has 3 blocks; choose at most"):
-        prepare(mixed(encoder, aggregator=HLoRA(), plan=Plan(FixedRank(4), 4, FixedDepth(4))))

@@ -99,7 +99,12 @@ def test_a_value_of_every_kind_comes_back() -> None:
     assert isinstance(back.places, IndexedTable)
     assert {**back.places} == {**EVERYTHING.places}
     assert FUNCTIONS.encode(back) == text
-    assert (back.event, back.shape, back.function, back.codec) == (TaskFailed("c", 1, "why"), Triangle(4), double, Half())
+    assert (back.event, back.shape, back.function, back.codec) == (
+        TaskFailed("c", 1, "why"),
+        Triangle(4),
+        double,
+        Half(),
+    )
 
 
 @pytest.mark.parametrize("number", [0.1, 1e-05, 1e16, 1e22, 5e-324, -0.0, 12345678.9, 10**30, True, None])
@@ -127,7 +132,9 @@ def test_what_has_no_place_in_json_is_an_error(odd: object) -> None:
 
 def test_settings_hold_paths_names_and_no_data() -> None:
     rows = [{"text": "a patient"}, {"text": "another"}]
-    told = jsonable({"at": Path("a/b"), "how": double, "who": object(), "rows": rows, "set": {1}, "budget": Budget(1, 2)})
+    told = jsonable(
+        {"at": Path("a/b"), "how": double, "who": object(), "rows": rows, "set": {1}, "budget": Budget(1, 2)}
+    )
     assert told["at"] == "a/b"
     assert (told["how"], told["who"], told["set"]) == ("double", "object", [1])
     assert told["budget"] == {"type": "Budget", "rank": 1, "steps": 2, "depth": None, "rounds": 1, "why": ""}
@@ -214,7 +221,11 @@ def test_what_is_wrong_is_told_by_its_place_and_never_by_its_value() -> None:
 
 
 def test_names_of_an_older_version_are_those_of_today() -> None:
-    old = {"plan": {"type": "Planned", "rule": {"type": "Earned", "Planned": "Planned"}}, "rows": [{"type": "Scored"}], "n": 1}
+    old = {
+        "plan": {"type": "Planned", "rule": {"type": "Earned", "Planned": "Planned"}},
+        "rows": [{"type": "Scored"}],
+        "n": 1,
+    }
     assert with_current_names(old) == {
         "plan": {"type": "JointPlan", "rule": {"type": "LossRate", "Planned": "Planned"}}, "rows": [{"type": "GradientScore"}], "n": 1,
     }  # fmt: skip

@@ -202,7 +202,12 @@ def test_the_budget_is_asked_for_each_task_anew() -> None:
 
 def test_the_policies_cannot_write_into_the_server() -> None:
     server, _ = started()
-    for table in (server.fleet().idle, server.fleet().busy, server.fleet().reported_examples, server.fleet().dispatched):
+    for table in (
+        server.fleet().idle,
+        server.fleet().busy,
+        server.fleet().reported_examples,
+        server.fleet().dispatched,
+    ):
         with pytest.raises(TypeError):
             table["x"] = None  # type: ignore[index]
 

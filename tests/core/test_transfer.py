@@ -259,9 +259,7 @@ def run(method: Any, codec: Codec | None, versions: int = 6, trainer: Any = None
 QUADRATIC = Quadratic()
 
 
-@pytest.mark.parametrize(
-    ("method", "codec"), one_in(3, itertools.product(toys.aggregators(), CODECS[1:])), ids=str
-)
+@pytest.mark.parametrize(("method", "codec"), one_in(3, itertools.product(toys.aggregators(), CODECS[1:])), ids=str)
 def test_two_runs_write_the_same_trace_and_what_is_merged_came_through_the_codec(method: Any, codec: Codec) -> None:
     log, again = run(method, codec, 3), run(method, codec, 3)
     assert log.file.getvalue() == again.file.getvalue()

@@ -160,7 +160,8 @@ def test_one_bit_of_a_frozen_side_is_enough() -> None:
     down[3, 5] = torch.nextafter(down[3, 5], torch.tensor(9.0))
     factors = {**given.factors, "value": Factor(down, given.factors["value"].up)}
     assert (
-        str(why_invalid(task, make_result(Adapter(factors, given.dense)))) == "the down side of 'value' was not to be changed"
+        str(why_invalid(task, make_result(Adapter(factors, given.dense))))
+        == "the down side of 'value' was not to be changed"
     )
 
 

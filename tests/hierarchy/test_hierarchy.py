@@ -30,6 +30,7 @@ from fedloom import (
     prepare,
 )
 from fedloom.core.events import Publish
+from fedloom.core.schema import RENAMED
 from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.data.private_histogram import noised
 from fedloom.hierarchy.grouping import Given, Member
@@ -117,6 +118,27 @@ def test_a_planned_run_replays_and_goes_on_to_the_same_files(encoder: Path, plan
     prepare(planning(encoder), resume=out).execute(report=False)
     for name in (*COMPARED, "manifest.json"):
         assert (out / name).read_bytes() == (planned / name).read_bytes(), name
+
+
+def with_earlier_names(folder: Path) -> None:
+    """The manifest of a run folder as it would have been written before policies were renamed."""
+    file = folder / "manifest.json"
+    text = file.read_text(encoding="utf-8")
+    earlier = {new: old for old, new in RENAMED.items()}
+    for new in ("JointPlan", "GradientScore"):
+        assert f'"{new}"' in text
+        text = text.replace(f'"{new}"', f'"{earlier[new]}"')
+    file.write_text(text, encoding="utf-8")
+
+
+def test_a_manifest_with_earlier_names_is_read(encoder: Path, planned: Path, tmp_path: Path) -> None:
+    done = shutil.copytree(planned, tmp_path / "done")
+    with_earlier_names(done)
+    assert replay(done).difference == ""
+    out = interrupt_run(planning(encoder), tmp_path / "out", version=3, checkpoint_seconds=0.0)
+    with_earlier_names(out)
+    prepare(planning(encoder), resume=out).execute(report=False)
+    assert (out / "trace.jsonl").read_bytes() == (planned / "trace.jsonl").read_bytes()
 
 
 def test_a_recorded_run_gives_the_same_bytes_without_its_model(recorded: Path) -> None:

@@ -19,7 +19,6 @@ from fedloom.hierarchy.joint_plan.joint_plan import member_history
 from fedloom.hierarchy.regrouping import Compared, estimated_seconds, possible_moves, target_groups
 from fedloom.hierarchy.tree import Tree
 from fedloom.hierarchy.tree_state import TreeState
-from fedloom.runs.prepare import comparison_seconds
 from fedloom.simulate.devices import Devices, Seconds
 from fedloom.simulate.simulation import Simulation
 from tests.support import toys
@@ -39,6 +38,8 @@ def test_drift_is_the_share_by_which_times_moved_apart() -> None:
 
 def test_times_are_those_that_were_foreseen_where_tasks_took_what_was_foreseen() -> None:
     """Whatever the rank and the depth of the tasks that were seen."""
+    from fedloom.runs.prepare import comparison_seconds  # here, since it imports transformers, which no other test needs
+
     profile, tokens = Profile("c0", 10, flops=1e4, up_bps=1e4, down_bps=2e4), 300
     for rank, depth in ((8, None), (2, None), (4, 1)):
         train = 2 * SHAPE.train_flops(50, rank, depth) / 1e4

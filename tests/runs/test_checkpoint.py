@@ -19,7 +19,7 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.indexed_dict import IndexedTable
 from fedloom.core.lora import Adapter, Factor, cut_factor
 from fedloom.core.schema import Malformed
-from fedloom.core.types import Model, Profile, Result, TaskStart, Task, Update
+from fedloom.core.types import Model, Profile, Result, Task, TaskStart, Update
 from fedloom.runs.checkpoint import FORMAT, HEADER, _digest, read_checkpoint, write_checkpoint
 from tests.support import toys
 from tests.support.storms import tries
@@ -194,13 +194,25 @@ def forged(path: Path, text: object, numbers: bytes = b"") -> Path:
     return path
 
 
-TENSOR = {"type": "Tensor", "memory": 0, "bytes": 8, "device": "cpu", "dtype": "float32", "offset": 0, "shape": [2], "stride": [1]}
+TENSOR = {
+    "type": "Tensor",
+    "memory": 0,
+    "bytes": 8,
+    "device": "cpu",
+    "dtype": "float32",
+    "offset": 0,
+    "shape": [2],
+    "stride": [1],
+}
 FACTOR = {"type": "Factor", "down": {"is": 0}, "up": {"is": 0}}
 
 
 def test_a_forged_file_is_read_as_far_as_it_is_a_right_one(tmp_path: Path) -> None:
     text = {"about": {}, "objects": [TENSOR, FACTOR], "values": {"value": {"is": 1}}}
-    assert read_checkpoint(forged(tmp_path / "file", text, b"\0" * 8)).read({"value": Factor})["value"].up.tolist() == [0, 0]
+    assert read_checkpoint(forged(tmp_path / "file", text, b"\0" * 8)).read({"value": Factor})["value"].up.tolist() == [
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +246,9 @@ def test_a_forged_file_makes_nothing_but_what_its_reader_expects(tmp_path: Path,
         read_checkpoint(forged(tmp_path / "file", text, b"\0" * 8)).read({"value": Factor})
 
 
-@pytest.mark.parametrize("text", [None, [], {}, {"about": {}, "objects": 3, "values": {"value": 1}}, {"about": 1, "objects": []}], ids=str)
+@pytest.mark.parametrize(
+    "text", [None, [], {}, {"about": {}, "objects": 3, "values": {"value": 1}}, {"about": 1, "objects": []}], ids=str
+)
 def test_a_forged_text_that_is_no_checkpoint_is_refused(tmp_path: Path, text: object) -> None:
     with pytest.raises(Malformed):
         read_checkpoint(forged(tmp_path / "file", text)).read({"value": Factor})

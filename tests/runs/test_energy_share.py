@@ -24,7 +24,7 @@ from fedloom.core.policies import Aggregator
 from fedloom.core.types import Budget, Model, TaskStart
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
-from fedloom.runs.metrics import Metrics, model_energy, energy_share
+from fedloom.runs.metrics import Metrics, energy_share, model_energy
 from fedloom.runs.slot_usage import SlotUsage
 from fedloom.schedule.rounds import Rounds
 from tests.support import toys
@@ -43,7 +43,9 @@ def grown(method: Aggregator, rounds: int = 4, **layers: tuple[int, int]) -> Mod
 
 def by_definition(model: Model, start: TaskStart) -> float:
     """1 - |model - start|^2 / |model|^2 from whole matrices."""
-    ours, theirs = (toys.products(compact_with_fold(*pair)) for pair in ((model.adapter, model.fold), (start.train, start.fold)))
+    ours, theirs = (
+        toys.products(compact_with_fold(*pair)) for pair in ((model.adapter, model.fold), (start.train, start.fold))
+    )
     missing = sum(float((ours[name] - theirs[name]).square().sum()) for name in ours)
     return 1 - missing / sum(float(product.square().sum()) for product in ours.values())
 

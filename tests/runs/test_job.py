@@ -66,7 +66,7 @@ def test_a_finished_run_has_everything_in_its_folder(finished: Path) -> None:
     assert len(log.tasks) == 3 * 4
     assert {line["status"] for line in log.tasks} == {"merged"}
     assert len({line["rank"] for line in log.tasks}) > 1
-    assert all(0 < line["rounding"] <= line["rounding_change"] < 1e-3 for line in log.versions), "float16, the default"
+    assert all(0 < line["rounding"] <= line["rounding_change"] * 1.001 < 1e-3 for line in log.versions), "float16"
     assert "Numbers travel as float16" in (finished / "report.html").read_text(encoding="utf-8")
 
 
@@ -195,7 +195,9 @@ def test_a_client_is_scored_on_its_own_held_out_part_at_its_own_rank(encoder: Pa
     job = prepare(tiny_run(encoder, partition=IID(5), held_out=0.3, limits=Limits(versions=2)))
     outcome = job.execute(tmp_path / "out")
     lines = read_run_log(outcome.folder).clients
-    assert [score["accuracy"] for score in outcome.scores] == [line["accuracy"] for line in read_run_log(outcome.folder).scores]
+    assert [score["accuracy"] for score in outcome.scores] == [
+        line["accuracy"] for line in read_run_log(outcome.folder).scores
+    ]
     assert {line["client"]: line["accuracy"] for line in lines} == pytest.approx(expected_scores(job))
     for shard, line in zip(job.shards, lines, strict=True):
         held = [job.split.train.labels[i] for i in shard.held_out]

@@ -25,7 +25,9 @@ def regrouping(encoder: Path, **more: Any) -> Any:
     """FedFa over two near-IID groups of devices whose speeds change all the time."""
     how: dict[str, Any] = {"rounds": 2, "link": Link(1e6, 1e6), "inner_speedup": 4.0, "regroup": 0.1} | more
     world = Capabilities(mode_tasks=3)
-    return grouped_run(encoder, hierarchy=Hierarchy(NearIID(2, waiting=1.0), **how), world=world, limits=Limits(versions=10))
+    return grouped_run(
+        encoder, hierarchy=Hierarchy(NearIID(2, waiting=1.0), **how), world=world, limits=Limits(versions=10)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,11 @@ def test_the_hash_of_a_run_that_keeps_its_groups_is_what_it_was(encoder: Path) -
 
     before: Any = jsonable(regrouping(encoder, regroup=0.0))
     assert before["hierarchy"].pop("regroup") == 0.0
-    assert settings_hash(before) == settings_hash(jsonable(regrouping(encoder, regroup=0.0))) != settings_hash(jsonable(regrouping(encoder)))
+    assert (
+        settings_hash(before)
+        == settings_hash(jsonable(regrouping(encoder, regroup=0.0)))
+        != settings_hash(jsonable(regrouping(encoder)))
+    )
 
 
 def test_regions_keep_their_sites(encoder: Path, tmp_path: Path) -> None:

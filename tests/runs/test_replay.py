@@ -15,7 +15,7 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.policies import Fleet
 from fedloom.core.schema import jsonable
 from fedloom.core.types import Profile
-from fedloom.runs.replay import Replayed, server_from_manifest, replay
+from fedloom.runs.replay import Replayed, replay, server_from_manifest
 from fedloom.schedule.shared.weights import uniform
 from tests.support import toys
 from tests.support.tiny_runs import tiny_run

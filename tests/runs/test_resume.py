@@ -6,12 +6,8 @@ import dataclasses
 import itertools
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,22 +33,18 @@ from fedloom import (
     Plan,
     ProductDelta,
     RandomRank,
-    Refused,
-    Rounds,
-    Rows,
     Scaffold,
     World,
-    prepare,
 )
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.core.codec import Codec
+from fedloom.core.coordinator import Coordinator
 from fedloom.core.events import Command, Event
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import compact_with_fold
 from fedloom.core.policies import Aggregator, Schedule
-from fedloom.core.schema import Malformed, declared_fields, reachable_classes
-from fedloom.core.server import Coordinator
+from fedloom.core.schema import declared_fields, reachable_classes
 from fedloom.core.types import Model
 from fedloom.hierarchy.grouping import BySpeed, NearIID
 from fedloom.hierarchy.hierarchy import Hierarchy
@@ -67,7 +59,6 @@ from fedloom.runs.resume import (
     REBUILT,
     CheckpointWriter,
     Progress,
-    locked,
     open_log,
     restore_fields,
     saved_fields,
@@ -78,14 +69,10 @@ from fedloom.simulate.availability import Availability
 from fedloom.simulate.client_presence import Presence
 from fedloom.simulate.faults import Faults
 from fedloom.simulate.simulation import Simulation
-from tests.support import killed_runs as kennel
 from tests.support import toys
-from tests.support.folder_runs import interrupt_run
 from tests.support.pairs import goes_together
-from tests.support.same_bytes import COMPARED
 from tests.support.simulated_runs import Remembering
 from tests.support.storms import tries
-from tests.support.tiny_runs import tiny_run, toy_rows
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {
@@ -275,7 +262,10 @@ def test_so_does_a_run_whose_groups_are_made_again(
     unreliable: bool,
 ) -> None:
     """A checkpoint holds the present groups, the times that they were made of, and who is still to move."""
-    below, plan = data.draw(st.sampled_from([None, *toys.schedules()])), JointPlan(GradientScore(6, 3, rank=4), batch_tokens=50)
+    below, plan = (
+        data.draw(st.sampled_from([None, *toys.schedules()])),
+        JointPlan(GradientScore(6, 3, rank=4), batch_tokens=50),
+    )
     how: dict[str, Any] = {"link": data.draw(st.sampled_from([None, Link(2e4, 2e4)])), "schedule": below}
     how |= {"plan": data.draw(st.sampled_from([None, plan])), "regroup": 1e-6}
     hierarchy = Hierarchy(data.draw(st.sampled_from([BySpeed(2), NearIID(2, waiting=1.0, largest=5)])), **how)
@@ -286,9 +276,7 @@ def test_so_does_a_run_whose_groups_are_made_again(
     check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
 
 
-@pytest.mark.parametrize(
-    "rule", [GradientScore(6, 3, rank=4), LossRate(6, 3, rank=4, patience=2)], ids=toys.called
-)
+@pytest.mark.parametrize("rule", [GradientScore(6, 3, rank=4), LossRate(6, 3, rank=4, patience=2)], ids=toys.called)
 @given(stops=STOPS, unreliable=st.booleans(), linked=st.booleans())
 @tries(10)
 def test_so_does_a_run_whose_root_plans(
@@ -328,138 +316,6 @@ def test_every_field_is_saved_or_named_as_rebuilt(kind: type) -> None:
     assert reachable_classes(*saved_fields(kind).values()) or kind in (Progress, Presence)
 
 
-# A real run ----------------------------------------------------------------------------------------------------------------
-
-
-def asynchronous(encoder: Path, **more: Any) -> Any:
-    return tiny_run(
-        encoder, **({"schedule": FedFa(window=3, max_in_flight=4), "limits": Limits(versions=8), "seed": 5} | more)
-    )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, its answers kept."""
-    out = tmp_path_factory.mktemp("undisturbed") / "out"
-    prepare(asynchronous(encoder)).execute(out, report=False, keep_updates=True)
-    return out
-
-
-@pytest.fixture(scope="module")
-def half(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, interrupted; tests must not write into it."""
-    return interrupt_run(asynchronous(encoder), tmp_path_factory.mktemp("half") / "out", checkpoint_seconds=0.0)
-
-
-def test_an_interrupted_run_goes_on_to_the_same_files(
-    encoder: Path, undisturbed: Path, half: Path, tmp_path: Path
-) -> None:
-    out = shutil.copytree(half, tmp_path / "out")
-    (out / "checkpoint.draft").write_bytes(b"half")
-    job = prepare(asynchronous(encoder), resume=out)
-    assert job.resumed_from is not None
-    assert "version 4" in job.resumed_from.resume_point
-    outcome = job.execute(report=False)
-    assert (len(outcome.scores), outcome.folder) == (9, out)
-    for name in (*COMPARED, "manifest.json"):
-        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
-    assert not {CHECKPOINT, "checkpoint.draft"} & {path.name for path in out.iterdir()}
-    with pytest.raises(Refused, match="its run is finished"):
-        prepare(asynchronous(encoder), resume=out)
-
-
-def test_a_run_without_a_checkpoint_begins_again_in_its_folder(
-    encoder: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    out = interrupt_run(asynchronous(encoder), tmp_path / "out")
-    assert not (out / CHECKPOINT).exists(), "half a minute had not passed"
-    job = prepare(asynchronous(encoder), resume=out)
-    assert job.resumed_from is not None
-    assert "version 0" in job.resumed_from.resume_point
-    job.execute(report=False)
-    for name in COMPARED:
-        assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
-
-
-@pytest.mark.parametrize(
-    ("more", "parts"),
-    [
-        ({"schedule": FedFa(window=4, max_in_flight=4)}, ("schedule.window: 3 there, 4 here",)),
-        ({"schedule": Rounds()}, ("schedule.type", "FedFa", "Rounds")),
-        ({"data": Rows(toy_rows(120))}, ("data.rows.rows: 240 there, 120 here",)),
-        ({"seed": 6}, ("seed: 5 there, 6 here",)),
-        ({"seed": 0}, ("seed: 5 there, 0 here",)),
-        ({"held_out": 0.0}, ("held_out: 0.2 there, 0.0 here",)),
-    ],
-)
-def test_another_run_is_refused_with_what_differs(
-    encoder: Path, half: Path, more: dict[str, Any], parts: tuple[str, ...]
-) -> None:
-    with pytest.raises(Refused, match="not the one that was begun") as caught:
-        prepare(asynchronous(encoder, **more), resume=half)
-    assert all(part in str(caught.value) for part in parts), caught.value
-
-
-def test_other_data_under_the_same_name_are_refused(encoder: Path, half: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(half, tmp_path / "out")
-    text = (out / "manifest.json").read_text(encoding="utf-8")
-    (out / "manifest.json").write_text(text.replace('"majority": 0.5', '"majority": 0.6'), encoding="utf-8")
-    with pytest.raises(
-        Refused, match=r"its data or its model are not what .*baselines\.majority: 0\.6 there, 0\.5 here"
-    ):
-        prepare(asynchronous(encoder), resume=out)
-
-
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(encoder: Path, half: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(half, tmp_path / "out")
-    good = (out / CHECKPOINT).read_bytes()
-    for bad in (b"", good[:-1], good[:99] + b"x" + good[100:], good.replace(b"[1, ", b"[7, ", 1)):
-        (out / CHECKPOINT).write_bytes(bad)
-        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-        with pytest.raises(Refused, match=r"cannot be used: .* remove it to begin again at version 0"):
-            prepare(asynchronous(encoder), resume=out)
-        assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    (out / CHECKPOINT).write_bytes(good)
-    (out / "trace.jsonl").write_bytes(b"")
-    with pytest.raises(Refused, match=r"trace\.jsonl is shorter"):
-        prepare(asynchronous(encoder), resume=out)
-
-
-def test_what_is_no_run_or_still_goes_on_is_refused(encoder: Path, half: Path, tmp_path: Path) -> None:
-    for place in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(Refused, match=r"holds a manifest\.json"):
-            prepare(asynchronous(encoder), resume=place)
-    out = shutil.copytree(half, tmp_path / "out")
-    job = prepare(asynchronous(encoder), resume=out)
-    before = (out / "manifest.json").read_bytes()
-    with locked(out), pytest.raises(Refused, match="still going on"):
-        job.execute()
-    assert (out / "manifest.json").read_bytes() == before
-    with pytest.raises(Refused, match="goes on in its own folder"):
-        job.execute(tmp_path / "elsewhere")
-
-
-def test_the_kernel_is_the_one_that_was_chosen_first(encoder: Path, half: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(half, tmp_path / "out")
-    text = (out / "manifest.json").read_text(encoding="utf-8")
-    other = {"onednn": "torch", "torch": "onednn"}
-    found = next(name for name in other if f'"kernel": "{name}",' in text)
-    (out / "manifest.json").write_text(
-        text.replace(f'"kernel": "{found}",', f'"kernel": "{other[found]}",'), encoding="utf-8"
-    )
-    job = prepare(asynchronous(encoder), resume=out)
-    assert job.base.computation["kernel"] == other[found]
-
-
-def test_other_libraries_are_noted(encoder: Path, half: Path, tmp_path: Path) -> None:
-    out = shutil.copytree(half, tmp_path / "out")
-    text = (out / "manifest.json").read_text(encoding="utf-8")
-    (out / "manifest.json").write_text(text.replace('"peft": "', '"peft": "9.', 1), encoding="utf-8")
-    (note,) = prepare(asynchronous(encoder), resume=out).describe()["notes"]  # type: ignore[misc]
-    assert "peft 9." in note
-    assert "last digits" in note
-
-
 def test_checkpoints_take_at_most_a_twentieth_of_the_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [100.0]
     written = list[float]()
@@ -481,46 +337,3 @@ def test_checkpoints_take_at_most_a_twentieth_of_the_time(monkeypatch: pytest.Mo
     for _ in range(3):
         keeper()
     assert len(written) == 3
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_fifty_moments_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    """kill -9 from outside at any moment, and from inside in the middle of a checkpoint, a rename, a line, the last files."""
-    command = [sys.executable, str(Path(kennel.__file__)), str(tmp_path), "50", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=590, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.splitlines()[-1].removesuffix(" kills")) >= 50
-
-
-def version_at(path: Path) -> int:
-    """Of a checkpoint that is replaced now and then; one that was replaced while it was read is looked at again."""
-    while True:
-        with suppress(Malformed):
-            return int(checkpoint.read_checkpoint(path).about["version"])
-
-
-@pytest.mark.slow
-def test_it_may_go_on_with_other_workers(encoder: Path, tmp_path: Path) -> None:
-    """Killed while two processes train, which end with it, and resumed by one."""
-    run = tiny_run(encoder, limits=Limits(versions=6))
-    prepare(run).execute(tmp_path / "alone", report=False)
-    code = "import sys; from pathlib import Path; from tests.support.tiny_models import *; settle(); from fedloom import *\n"
-    code += "if __name__ == '__main__':\n    run = tiny_run(Path(sys.argv[1]), limits=Limits(versions=6))\n"
-    code += "    prepare(run).execute(Path(sys.argv[2]), workers=2, report=False, checkpoint_seconds=0)\n"
-    (tmp_path / "start.py").write_text(code, encoding="utf-8")
-    out = tmp_path / "out"
-    child = subprocess.Popen(
-        [sys.executable, str(tmp_path / "start.py"), str(encoder), str(out)], cwd=ROOT, env=ENVIRONMENT
-    )
-    while child.poll() is None and not (out / CHECKPOINT).exists():
-        time.sleep(0.01)
-    while child.poll() is None and version_at(out / CHECKPOINT) < 2:
-        time.sleep(0.01)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-    job = prepare(run, resume=out)
-    assert job.resumed_from is not None
-    assert job.resumed_from.version >= 2
-    job.execute(report=False)
-    for name in COMPARED:
-        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name

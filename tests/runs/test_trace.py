@@ -16,6 +16,7 @@ from weakref import ref
 import pytest
 import torch
 
+from fedloom.core import fingerprint as fingerprints
 from fedloom.core.codec import DeltaInt8
 from fedloom.core.events import (
     Cancel,
@@ -30,6 +31,7 @@ from fedloom.core.events import (
     EdgeReturned,
     Evaluate,
     Event,
+    InsideEdge,
     Move,
     Moved,
     Publish,
@@ -42,13 +44,11 @@ from fedloom.core.events import (
     TaskReceived,
     TimerFired,
     UpdateArrived,
-    InsideEdge,
 )
-from fedloom.core import fingerprint as fingerprints
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter, Factor, cut_factor
-from fedloom.core.types import Budget, Model, Profile, Pruning, Result, Rules, MemberWork, GroupStatistics, Update
-from fedloom.runs.trace import Trace, ENCODER, encode_step
+from fedloom.core.types import Budget, GroupStatistics, MemberWork, Model, Profile, Pruning, Result, Rules, Update
+from fedloom.runs.trace import ENCODER, Trace, encode_step
 from tests.support.toys import adapter, make_result, make_task, make_update
 
 ONE = adapter(2)
@@ -93,7 +93,9 @@ def test_an_adapter_is_hashed_once_and_not_kept_for_it(monkeypatch: pytest.Monke
     monkeypatch.setattr(fingerprints, "_digest", lambda adapter: str(hashed.append(adapter)))
     one = adapter(2)
     for _ in range(2):
-        encode_step(0.0, UpdateArrived("a", 1, make_result(one)), [Publish(1, Model(one), ()), Dispatch(make_task(one, 2))])
+        encode_step(
+            0.0, UpdateArrived("a", 1, make_result(one)), [Publish(1, Model(one), ()), Dispatch(make_task(one, 2))]
+        )
     assert hashed == [one]
     gone = ref(one)
     hashed.clear()
@@ -160,7 +162,9 @@ RICH = replace(
 )
 MEMORY = Model(ONE, 3, 0.25, fold=ONE, memory=MappingProxyType({"ö": ONE, "b": adapter(3)}))
 HOSTILE = Result(ONE, True, None, 10**30, MappingProxyType({ODD: 0.1, "b": [1, (2.5, {})], "c": -0.0, 3: "x"}), ONE)  # type: ignore[arg-type,dict-item]
-TOLD = GroupStatistics(Budget(4, 2), (MemberWork(ODD, 4, None, 1, 2, 0.5, 1e-300, 0.0, None, 1.0),), {ODD: 0.1}, 0.5, (1.0, 0.0), None)
+TOLD = GroupStatistics(
+    Budget(4, 2), (MemberWork(ODD, 4, None, 1, 2, 0.5, 1e-300, 0.0, None, 1.0),), {ODD: 0.1}, 0.5, (1.0, 0.0), None
+)
 
 
 @pytest.mark.parametrize("now", [0, 0.1, 1e-300, 12345678.9])
@@ -168,7 +172,13 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
     """Byte for byte, for every event and command: what was written yesterday can be compared with what is written today."""
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False, default=encoded).encode
     profile = Profile(ODD, 3, 1e300, tier="")
-    events = [*EVENTS, ClientJoined(profile), UpdateArrived(ODD, 7, HOSTILE), ScoresReady(0, {}), TaskFailed(ODD, 1, ODD)]
+    events = [
+        *EVENTS,
+        ClientJoined(profile),
+        UpdateArrived(ODD, 7, HOSTILE),
+        ScoresReady(0, {}),
+        TaskFailed(ODD, 1, ODD),
+    ]
     events += [TaskReceived(RICH), EdgeLost(ODD, resumes=True), EdgeReturned(ODD)]
     events += [
         EdgeJoined(profile, (profile,)),
@@ -176,7 +186,11 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
         EdgeReported(ODD, 7, HOSTILE),
     ]
     commands = [*COMMANDS, Dispatch(RICH), Publish(2, MEMORY, ()), Evaluate(2, MEMORY), Reject(ODD, 2, ODD)]
-    commands += [Report(HOSTILE), Discarded(3, ODD, ODD), InsideEdge(ODD, 9, Publish(2, MEMORY, (make_update(ONE, 2, 5),)))]
+    commands += [
+        Report(HOSTILE),
+        Discarded(3, ODD, ODD),
+        InsideEdge(ODD, 9, Publish(2, MEMORY, (make_update(ONE, 2, 5),))),
+    ]
     commands += [Regroup(3, 0.25, 0.1, (Move(ODD, "e0", "e1"),)), Moved(Move(ODD, "e0", "e1"), 4)]
     assert {type(event) for event in events} == set(get_args(Event))
     assert {type(command) for command in commands} == set(get_args(Command))

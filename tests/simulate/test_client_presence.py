@@ -40,8 +40,8 @@ from fedloom.simulate.delays import Delays, ExponentialDelays
 from fedloom.simulate.devices import Devices
 from fedloom.simulate.faults import Faults, Vanished
 from fedloom.simulate.simulation import Simulation
-from tests.support.simulated_runs import Log, simulation
 from tests.support import toys
+from tests.support.simulated_runs import Log, simulation
 from tests.support.storms import tries
 from tests.support.toys import Null
 
@@ -419,8 +419,17 @@ def test_no_table_grows_with_the_events() -> None:
     class Watched(Ledger):
         def __call__(self, now: float, event: Any, commands: list[Any]) -> None:
             metrics(now, event, commands)
-            tables = {"heap": one.heap, "in_flight": one.in_flight, "client_states": one.client_states, "sent": metrics.sent}
-            tables |= {"uploaded": metrics.uploaded, "vanished_in": one.presence.vanished_in, "periods": one.presence.periods}
+            tables = {
+                "heap": one.heap,
+                "in_flight": one.in_flight,
+                "client_states": one.client_states,
+                "sent": metrics.sent,
+            }
+            tables |= {
+                "uploaded": metrics.uploaded,
+                "vanished_in": one.presence.vanished_in,
+                "periods": one.presence.periods,
+            }
             half = halves[one.server.state.version >= 60]
             for name, table in tables.items():
                 half[name] = max(half.get(name, 0), len(table))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Factors on which a low-rank decomposition can go wrong, and how wrong it went; for the tests and the benchmark."""
+"""Factors that are hard for a truncated SVD, and the error of a decomposition of them; for tests and `bench.aggregate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A deployment that is killed and begun again, and the storms in which it is tried."""
+"""A deployment of toys over a simulated link whose server is killed and restarted (`Life`), and the storms for it."""
 
 from __future__ import annotations
 

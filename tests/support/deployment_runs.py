@@ -1,4 +1,4 @@
-"""Runs on real workers in this process, for the tests of deployments."""
+"""Deployments with real site workers in this process, over a simulated link: run, folder and net of a simulation."""
 
 from __future__ import annotations
 

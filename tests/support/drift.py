@@ -1,4 +1,4 @@
-"""Law 11's measure: where the server's model goes if every client always moves its own by 1.
+"""Drift, the measure of law 11: where the server's model goes if every client always moves its model by 1.
 
 The model is one number, beside a layer that nobody trains. Clients are alike and take the same time for every task,
 so that each task's answer is made into a version `places` answers after the one that it was cut from.

@@ -1,4 +1,4 @@
-"""The energy of the first two directions after rounds in which nobody learns anything."""
+"""Share of the energy in the first two directions of a model, after rounds in which nobody learns anything."""
 
 from __future__ import annotations
 

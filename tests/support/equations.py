@@ -1,4 +1,4 @@
-"""Words for writing down a paper's merge rule in dense float64, with no helper of the package; `oracles.py` uses them.
+"""Vocabulary for writing down a paper's merge rule in dense float64, with no helper of the package; `oracles.py` uses them.
 
 A side is kept with one row for each direction, "query.A" (r, d_in) and "query.B" (r, d_out), so that B A of the papers is
 B^T A here; "query" is a dense matrix, the whole change of a layer.

@@ -1,4 +1,7 @@
-"""Trainers for other processes: light to import, they say where they ran, and one kills its process."""
+"""Toy trainers for worker processes: `Toy` says where it ran, `Lethal` kills its process, `Unsendable` cannot be unpickled.
+
+The module is light, since every worker process imports it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A process that carries out runs of a tiny model in children, kills them and lets others go on. For tests: it says how it ended.
+"""Runs of a tiny model in child processes that are killed and resumed; each must end in the bytes of the same run left alone.
 
-Started as `python kennel.py FOLDER KILLS SEED`. Children are forked from a process that has imported everything, so that a kill costs
+Started as `python killed_runs.py FOLDER KILLS SEED`. Children are forked from a process that has imported everything, so that a kill costs
 no start of Python; each prepares its run anew, from the files alone.
 """
 

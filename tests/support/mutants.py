@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-STORMS = "laws/test_every_schedule.py"
+SCHEDULES = "laws/test_every_schedule.py"
 METHODS = "laws/test_every_aggregator.py"
 WINDOWS = "laws/test_windows.py"
 DEPTHS = "laws/test_every_depth.py"
@@ -39,55 +39,55 @@ MUTANTS = [
         "anyone may answer a task",
         "client not in state.working or state.working[client][1] != number",
         "number not in state.busy",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "an answered task stays busy",
         "task = self.state.busy.pop(number)",
         "task = self.state.busy[number]",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "a rejected answer closes its task",
         "reason = why_invalid(task, result)\n",
         "reason = why_invalid(task, result)\n                if reason:\n                    self._release(number)\n",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "a reply is merged again and again",
         "state.arrived, state.retained = list(merge.retain), len(merge.retain)",
         "pass",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "a cancelled client stays busy",
         "Cancel(number, self._release(number).client)",
         "Cancel(number, self.state.busy[number].client)",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "a task id is used again",
         "number, state.next_task = state.next_task, state.next_task + 1",
         "number = max(state.busy, default=0) + 1",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "wake in the past",
         "max(time, state.now) for time in times",
         "time for time in times",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "a missed deadline is forgotten",
         "(fleet.arrived or due > fleet.now)",
         "due > fleet.now",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "a deadline that fires for ever",
         "return due if due is not None and (fleet.arrived or due > fleet.now) else None",
         "return due",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "what an edge threw away is not said",
@@ -241,7 +241,7 @@ MUTANTS = [
     ),
     Mutant(
         "what inner rounds wait is not learnt",
-        "barrier=followed([max(barrier(told), surprise(told, known)) for told in log.told]),",
+        "barrier=moving_average([max(barrier_seconds(one), slow_link_seconds(one, group)) for one in reports]),",
         "",
         "hierarchy/joint_plan/test_joint_plan.py",
     ),
@@ -382,7 +382,7 @@ MUTANTS = [
         "an aborted place stays taken",
         "commands: list[Command] = [self._cancel(number) for number in merge.cancel]",
         "commands: list[Command] = [Cancel(number, self.state.busy[number].client) for number in merge.cancel]",
-        STORMS,
+        SCHEDULES,
     ),
     Mutant(
         "seeds by hash()",
@@ -452,14 +452,14 @@ MUTANTS = [
     ),
     Mutant(
         "a client moves while its edge is at work",
-        "if branches.edges[branches.edge_of[client]].server.outer is None",
+        "if below.edges[below.edge_of[client]].server.outer is None",
         "if True",
         REGROUPED,
     ),
     Mutant(
         "an edge loses its last member",
-        "for one in who if not after[one.edge]",
-        "for one in who if False",
+        "for move in going if not after[move.edge]",
+        "for move in going if False",
         REGROUPED,
     ),
     Mutant(
@@ -470,25 +470,25 @@ MUTANTS = [
     ),
     Mutant(
         "a client that moved is not taken in",
-        "self._edge(move.to).handle(now, ClientJoined(here))",
+        "self._edge(move.to).handle(now, ClientJoined(reachable))",
         "pass",
         REGROUPED,
     ),
     Mutant(
         "the root knows an edge by the members that it had",
-        "if known != root.groups[edge].edge and",
-        "if known is None and",
+        "if before != group.edge and",
+        "if before is None and",
         REGROUPED,
     ),
     Mutant(
         "the tasks of a client that moved begin anew",
-        'for table in ("seen", "dispatched", "worked", "pruned"):',
-        'for table in ("seen", "worked", "pruned"):',
+        'record = below.edges[move.edge].server.take_record(move.client)',
+        'record = below.edges[move.edge].server.take_record(move.client) | {"dispatched": 0}',
         "hierarchy/test_regrouping.py",
     ),
     Mutant(
         "what a member did is forgotten when it moves",
-        "_remembering(after, move.client, history(before, move.client))",
+        "_with_past(after, move.client, member_history(before, move.client))",
         "after",
         "hierarchy/test_regrouping.py",
     ),

@@ -1,4 +1,4 @@
-"""Every merge rule of `aggregate/` a second time: from the papers' equations, in the dense words of `equations.py`.
+"""Oracles: every merge rule of `aggregate/` a second time, from the papers' equations, in the vocabulary of `equations.py`.
 
 A new method brings its own: a function `oracle(method, round) -> Values` in `tests/aggregate/test_<module>.py`.
 """

@@ -1,4 +1,4 @@
-"""Which aggregators and schedules go together, as the server says."""
+"""Pairs of an aggregator and a schedule that the server accepts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One seed in two processes that hash differently: whether they write the same bytes."""
+"""The same run in two processes with different PYTHONHASHSEED, and whether they write the same bytes."""
 
 from __future__ import annotations
 

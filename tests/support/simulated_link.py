@@ -42,6 +42,7 @@ class Site:
         ask = decode_request(body, 2**30)
         if isinstance(ask, JoinRequest):
             return encode_reply(Welcome(self.profile, ask.incarnation))
+        assert isinstance(ask, TaskRequest)
         task = ask.task
         key = (task.id, fingerprint(task.start.train))
         if self.last and self.last[:2] == key:

@@ -1,4 +1,4 @@
-"""Tiny models for the tests: from the benchmark, which builds them without a network, and what tests do with them."""
+"""Loaded tiny models and trainers for the tests of training. Imports transformers: tests of toys use `tiny_models` or `toys`."""
 
 from __future__ import annotations
 

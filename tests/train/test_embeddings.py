@@ -12,8 +12,8 @@ from transformers import AutoModel
 from fedloom import ByClient, Hierarchy, NearIID, Refused, Rows, prepare
 from fedloom.hierarchy.tree import Tree
 from fedloom.train.base_model import load_base
-from fedloom.train.evaluate import EMBEDDED_ROWS, embeddings
 from fedloom.train.settings import PLAIN, Engine, LoRA
+from fedloom.train.text_features import EMBEDDED_ROWS, embeddings
 from fedloom.train.tokenised import encode_texts
 from tests.support.tiny_runs import answered, examples, tiny_run, writer_of
 

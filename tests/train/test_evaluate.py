@@ -85,7 +85,7 @@ def test_answers_are_scored_token_by_token_in_the_order_asked_for(
     base = writer_of(generator)
     texts, adapter, asked = answered(base), lively(initial_adapter(base, 4)), [40, 3, 17, 8]
     if few:  # room for the logits of one answer
-        monkeypatch.setattr(evaluate, "LOGITS", 7 * base.vocabulary)
+        monkeypatch.setattr(evaluate, "MOST_LOGITS", 7 * base.vocabulary)
     found = score(base, adapter, texts, asked)
     assert isinstance(found, AnswerScores)
     for row, i in enumerate(asked):

@@ -16,8 +16,8 @@ from fedloom import IID, Instructions, Limits, prepare
 from fedloom.cli.main import app
 from fedloom.core.errors import Refused
 from fedloom.train.base_model import initial_adapter
+from fedloom.train.evaluate import generate_answers
 from fedloom.train.export import open_run, save_adapter, save_merged, truncate_adapter
-from fedloom.train.generate import generate_answers
 from fedloom.train.tokenised import encode_texts
 from tests.support.roundtrip import BAR, roundtrip_errors
 from tests.support.tiny_models import toy_answers

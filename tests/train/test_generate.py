@@ -9,9 +9,9 @@ import torch
 
 from fedloom.core.lora import Adapter
 from fedloom.core.types import ClientState
-from fedloom.train import generate
+from fedloom.train import evaluate
 from fedloom.train.base_model import Base, initial_adapter
-from fedloom.train.generate import answer_metrics, exact_match, generate_answers, worked_result
+from fedloom.train.evaluate import answer_metrics, exact_match, generate_answers, worked_result
 from tests.support.tiny_runs import answered, lively, task_of, writer_of, writing_trainer
 from tests.support.toys import factor
 
@@ -33,7 +33,7 @@ def test_the_likeliest_token_is_written_each_time_whatever_is_padded_beside_it(
 ) -> None:
     base = writer_of(generator)
     texts, adapter, some = answered(base), lively(initial_adapter(base, 4)), [9, 1, 4, 22, 17]
-    monkeypatch.setattr(generate, "BATCH", 3)
+    monkeypatch.setattr(evaluate, "GENERATED_TOGETHER", 3)
     fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in adapter.factors.items()})
     found = generate_answers(base, adapter, texts, some, 8, fold)
     base.activate(adapter, fold=fold)

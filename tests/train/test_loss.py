@@ -96,7 +96,8 @@ def test_padding_on_the_left_is_never_asked_and_an_answer_may_begin_at_once(gene
     right = replace(answered(base), answer_starts=(0,) * 60)  # the first token has nothing before it
     with torch.no_grad():
         losses = [
-            loss.example_losses(base, replace(right, pad_left=left).batch([3, 8, 1], base.device)) for left in (False, True)
+            loss.example_losses(base, replace(right, pad_left=left).batch([3, 8, 1], base.device))
+            for left in (False, True)
         ]
     assert losses[0].tolist() == pytest.approx(by_hand(base, right, [3, 8, 1]), rel=1e-4)
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)

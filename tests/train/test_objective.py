@@ -117,17 +117,17 @@ def test_the_best_directions_over_all_layers_are_selected(
 ) -> None:
     """LoRA-A2 (arXiv 2410.22815): S = |dB[:, i] A[i]| or |B[:, i] dA[i]|, the best r_i N of all modules together."""
     scores = {"query": [4.0, 1.0, 0.5, 9.0], "value": [20.0, 2.0, 10.0, 0.0]}
-    keep = objective.select_directions(*scored(scores, side), count)
+    keep = objective.most_moved_directions(*scored(scores, side), count)
     assert {name: mask.nonzero()[:, 0].tolist() for name, mask in keep.items()} == {"query": query, "value": value}
 
 
 def test_equal_scores_are_broken_by_order_and_more_than_there_are_is_all() -> None:
     before = adapter(4)
-    assert [m.tolist() for m in objective.select_directions(before, before, 3).values()] == [
+    assert [m.tolist() for m in objective.most_moved_directions(before, before, 3).values()] == [
         [True] * 3 + [False],
         [False] * 4,
     ]
-    assert all(bool(m.all()) for m in objective.select_directions(before, adapter(4, 1), 99).values())
+    assert all(bool(m.all()) for m in objective.most_moved_directions(before, adapter(4, 1), 99).values())
 
 
 @pytest.mark.parametrize(("keep", "first"), [(0.99, 7), (0.5, 4), (0.2, 2)])

@@ -108,7 +108,7 @@ def test_directions_that_were_not_chosen_stay_to_the_bit(base: Base, count: int)
     trainer = trainer_of(base, weight_decay=0.1)
     result, local = train(trainer, ordered(start, steps=5, rules=Rules(frozen=("down",), select=count)))
     trial, _ = train(trainer, ordered(start, steps=1, rules=Rules(frozen=("down",))))
-    wanted = objective.select_directions(start, trial.adapter, count)
+    wanted = objective.most_moved_directions(start, trial.adapter, count)
     moved = {n: (f.up != start.factors[n].up).any(0) for n, f in result.adapter.factors.items()}
     assert sum(int(mask.sum()) for mask in moved.values()) == count
     assert all(mask.equal(wanted[name]) for name, mask in moved.items())

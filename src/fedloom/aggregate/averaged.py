@@ -78,8 +78,8 @@ def last_version(model: Model) -> Model:
     version, fold = model.memory[LAST], model.memory.get(FOLD)
     if rest := model.adapter.factors.keys() - version.factors.keys():
         version = Adapter({**model.adapter.factors, **version.factors}, version.dense)
-        own = {name: factor for name, factor in (model.fold or Adapter({})).factors.items() if name in rest}
-        fold = Adapter({**own, **(fold.factors if fold else {})}) if own else fold
+        folded = {name: factor for name, factor in (model.fold or Adapter({})).factors.items() if name in rest}
+        fold = Adapter({**folded, **(fold.factors if fold else {})}) if folded else fold
     return replace(published_average(model), adapter=version, fold=fold)
 
 

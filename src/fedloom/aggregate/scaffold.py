@@ -54,14 +54,14 @@ class Scaffold(Wrapper):
         """Return the wrapped merge, with c + (1/N) sum of the clients' changes of their control variates."""
         after, control = self.inner.merge(model, merge), model.memory[CONTROL]
         factors = {}
-        for name, own in control.factors.items():
-            down, up = own.down.clone(), own.up.clone()
+        for name, factor in control.factors.items():
+            down, up = factor.down.clone(), factor.up.clone()
             for _, update in merge.weighted_updates:
                 if update.result.control is not None:
-                    given = update.result.control.factors[name]
-                    held = held_directions(update.task.start, given.rank)
-                    down.index_add_(0, held, given.down / self.clients)
-                    up.index_add_(1, held, given.up / self.clients)
+                    change = update.result.control.factors[name]
+                    held = held_directions(update.task.start, change.rank)
+                    down.index_add_(0, held, change.down / self.clients)
+                    up.index_add_(1, held, change.up / self.clients)
             factors[name] = Factor(down, up)
         dense = dict(control.dense)
         for name in dense:
@@ -74,6 +74,6 @@ class Scaffold(Wrapper):
         """Hand out what the wrapped method does, with c in the client's directions."""
         start, control = self.inner.start(model, budget, seed), model.memory[CONTROL]
         factors = {}
-        for name, own in control.factors.items():
-            factors[name] = select_directions(own, held_directions(start, start.train.factors[name].rank))
+        for name, factor in control.factors.items():
+            factors[name] = select_directions(factor, held_directions(start, start.train.factors[name].rank))
         return replace(start, control=Adapter(factors, control.dense))

@@ -129,7 +129,7 @@ def _summary(name: str, examples: Examples, model: str | None, judged: int = JUD
     if model is None:
         return summarise(name, examples)
     from fedloom.core.seeds import rng
-    from fedloom.train.text_quality import Tokens, quality_scores
+    from fedloom.train.text_features import Tokens, quality_scores
 
     some = examples.take(sorted(rng(0, "judged", name).sample(range(len(examples)), min(judged, len(examples)))))
     seen = summarise(name, replace(some, quality=quality_scores(some, model, LONGEST)))
@@ -177,7 +177,9 @@ def _show(out: Console, summaries: Sequence[Summary], name: str, notes: Sequence
     if likely:
         out.print(" ".join(heterogeneity_page.HEDGE.split()), markup=False, style="dim")
     out.print(
-        f"\nPage     {heterogeneity_page.write_heterogeneity_report(summaries, found, name, notes, page)}", markup=False, soft_wrap=True
+        f"\nPage     {heterogeneity_page.write_heterogeneity_report(summaries, found, name, notes, page)}",
+        markup=False,
+        soft_wrap=True,
     )
 
 

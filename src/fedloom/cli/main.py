@@ -7,9 +7,11 @@ that `fedloom --help` takes no longer than typer.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -18,13 +20,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fedloom.cli.deploy import mount
 from fedloom.cli.inspect import inspect_command
-from fedloom.cli.progress import progress_observer, resume_command
 from fedloom.core.errors import Refused
 from fedloom.core.files import disk_full_error
 from fedloom.runs.public_names import collector_paused
 
 if TYPE_CHECKING:
+    from fedloom.core.events import Command, Event
+    from fedloom.core.policies import Observer
     from fedloom.runs.execute import Outcome
+    from fedloom.runs.job import Job
     from fedloom.runs.prepare import PreparedRun
     from fedloom.runs.run import Run
 
@@ -299,11 +303,51 @@ def _carry_out(job: PreparedRun, folder: Path, workers: str = "1", report: bool 
         return job.execute(folder, [progress_observer(progress, job)], workers, report, **more)
 
 
+def progress_observer(progress: Progress, job: Job) -> Observer:
+    """Return an observer that moves a bar: versions or virtual time, whichever ends the run first, and what it has reached."""
+    from fedloom.core.events import ScoresReady
+    from fedloom.runs.observation import RunObservation, VersionMade
+
+    limits, version = job.run.limits, job.resumed_from.version if job.resumed_from else 0
+    observation = RunObservation(version=version)
+    bar = progress.add_task(f"{type(job.run.aggregator).__name__:8s}", total=1.0, now="")
+    progress.update(bar, completed=version / limits.versions)
+    shown = {"version": f"{version}/{limits.versions}", "time": "", "accuracy": "", "loss": "", "stale": ""}
+
+    def observe(now: float, event: Event, commands: list[Command]) -> None:
+        shown["time"] = f"{now:,.0f} virtual s"
+        for fact in observation.read(now, event, commands):
+            match fact:
+                case ScoresReady(_, metrics) if "perplexity" in metrics:
+                    shown["accuracy"] = f"ppl {metrics['perplexity']:.1f}"
+                case ScoresReady(_, metrics):
+                    shown["accuracy"] = f"acc {100 * metrics['accuracy']:.1f} %"
+                case VersionMade():
+                    shown["version"] = f"{fact.version}/{limits.versions}"
+                    shown["loss"] = f"loss {mean(u.result.metrics.get('loss', 0.0) for u in fact.updates):.2f}"
+                    stale = mean(fact.staleness)
+                    shown["stale"] = f"{stale:.0f} stale" if stale >= 1 else ""
+        done = max(observation.version / limits.versions, now / limits.seconds if limits.seconds else 0.0)
+        progress.update(bar, completed=min(done, 1.0), now="  ".join(filter(None, shown.values())))
+
+    return observe
+
+
 def _what_is_left(folder: Path) -> str:
     """Say how to go on where a run was stopped: with the rest of it, or with its report alone."""
     path = folder / "manifest.json"
     finished = path.exists() and json.loads(path.read_bytes()).get("status") == "finished"
     return f"Report   {sys.argv[0]} report {folder}" if finished else f"Go on    {resume_command(sys.argv, folder)}"
+
+
+def resume_command(arguments: list[str], folder: Path) -> str:
+    """Return the command that goes on with an interrupted run: the same one, with --resume in the place of --out."""
+    rest, skip = list[str](), False
+    for argument in arguments:
+        if not skip and argument.partition("=")[0] not in ("--out", "--resume"):
+            rest.append(argument)
+        skip = not skip and argument in ("--out", "--resume")
+    return shlex.join([*rest, "--resume", str(folder)])
 
 
 def _summarise(folders: list[Path]) -> None:

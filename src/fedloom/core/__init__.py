@@ -1,7 +1,7 @@
 """The pure core: data types, the server as a state machine, and LoRA algebra. No clock, no network, no threads.
 
 - `types`, `events`, `policies`: what travels, what happens and must be done, what a method implements.
-- `server`: turns events into commands. Begin to read here.
+- `server`: turns events into commands (begin to read here); `coordinator`: the interface that drivers use.
 - `lora`, `truncated_svd`, `partial_depth`: factors and adapters, their decomposition, merges of clients of different depths.
 - `validate_answer`: whether an answer that comes from outside may be used.
 - `codec`, `transfer`, `message_size`: how numbers travel, what arrives on the other side, how many bytes that is.

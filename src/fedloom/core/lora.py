@@ -288,7 +288,7 @@ def _formed(factor: Factor, onto: Tensor | None) -> Tensor:
 
 
 def _core(factor: Factor) -> Tensor:
-    """A matrix of at most (rank, rank) with the singular values of the product: R_u R_d^T of the QR of both sides."""
+    """Return a matrix of at most (rank, rank) with the singular values of the product: R_u R_d^T of the QR of both sides."""
     of_up: Tensor = torch.linalg.qr(factor.up.double(), mode="r").R
     of_down: Tensor = torch.linalg.qr(factor.down.double().T, mode="r").R
     return of_up @ of_down.T

@@ -49,13 +49,13 @@ def upload_size(task: Task, result: Result) -> MessageSize:
     start, codec, count = task.start, task.start.codec or EXACT, 0
     control = _plain(start).number * _control(start)
     refused = why_malformed(task, result) is not None
-    given = start.train if refused else result.adapter
-    for name, factor in given.factors.items():
+    received = start.train if refused else result.adapter
+    for name, factor in received.factors.items():
         sent = cut_factor(start.train.factors[name], factor.rank)
         count += _sent(codec, None if refused else sent.down, factor.down, 1)
         count += _sent(codec, None if refused else sent.up, factor.up, 0)
     dense = 0
-    for name, tensor in given.dense.items():
+    for name, tensor in received.dense.items():
         dense += _sent(codec, None if refused else dense_rows(start.train.dense[name]), dense_rows(tensor), 1)
     return MessageSize(count + dense + control, dense)
 

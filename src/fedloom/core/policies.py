@@ -213,4 +213,4 @@ Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
 
 
 def do_nothing() -> None:
-    """Between two events there is nothing to do."""
+    """Do nothing: the default of what a driver calls between two events."""

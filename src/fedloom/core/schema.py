@@ -264,7 +264,7 @@ class Decoder:
         if len(rest) == 1:
             return self.read(rest[0], data, context)
         for kind in rest:
-            if is_dataclass(kind) and kind.__name__ == _word(data):
+            if is_dataclass(kind) and cast(type, kind).__name__ == _word(data):
                 return self._record(cast(type, kind), data, context)
         for kind in rest:
             if not is_dataclass(kind) or (self.reference is not None and not _word(data)):

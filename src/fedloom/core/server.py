@@ -48,7 +48,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
@@ -85,120 +85,13 @@ def inner_start(start: TaskStart, outer: Task | None) -> TaskStart:
     return start if outer is None else replace(start, basis=f"{outer.id}:{start.basis}")
 
 
-class StateView(Protocol):
-    """What drivers and observers read of a coordinator's state. `State` has all of it; a tree shows its edges' states as one."""
-
-    @property
-    def model(self) -> Model:
-        """The global model."""
-        ...
-
-    @property
-    def first(self) -> Model:
-        """The model of version 0."""
-        ...
-
-    @property
-    def now(self) -> float:
-        """The time of the last event (s)."""
-        ...
-
-    @property
-    def version(self) -> int:
-        """The number of the global version."""
-        ...
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the run is over."""
-        ...
-
-    @property
-    def failures(self) -> int:
-        """Tasks that failed in a row."""
-        ...
-
-    @property
-    def busy(self) -> Mapping[int, Task]:
-        """Outstanding tasks of clients, by number."""
-        ...
-
-    @property
-    def idle(self) -> Mapping[ClientId, Profile]:
-        """Clients without a task."""
-        ...
-
-    @property
-    def working(self) -> Mapping[ClientId, tuple[Profile, int]]:
-        """Clients with a task, and its number."""
-        ...
-
-    @property
-    def dispatched(self) -> Mapping[ClientId, int]:
-        """Tasks sent to each client so far."""
-        ...
-
-    @property
-    def pruned(self) -> Mapping[ClientId, int]:
-        """The rank to which a client pruned itself."""
-        ...
-
-
-class Coordinator(Protocol):
-    """Whatever a driver drives: a flat server, a tree of servers, the root over remote edges, or the edge of a region.
-
-    A driver delivers events in order of time, carries out the commands, and asks `wake` when to come again. It needs to know nothing
-    of what stands behind this protocol.
-    """
-
-    @property
-    def state(self) -> StateView:
-        """The state as far as a driver may read it."""
-        ...
-
-    @property
-    def shape(self) -> Shape:
-        """Sizes of the model."""
-        ...
-
-    @property
-    def max_in_flight(self) -> int:
-        """The most clients that may be at work at once."""
-        ...
-
-    @property
-    def edges(self) -> tuple[ClientId, ...]:
-        """Edges that are part of this process, in the order of their blocks of task numbers; empty without any."""
-        ...
-
-    def handle(self, now: float, event: Event) -> list[Command]:
-        """Return what to do about `event`, in the order in which it is to be done."""
-        ...
-
-    def wake(self) -> float | None:
-        """Return the latest time at which to call `handle` again; None: not before another event."""
-        ...
-
-    def fleet(self) -> Fleet:
-        """Return the view that policies get."""
-        ...
-
-    def parts_to_save(self) -> tuple[object, ...]:
-        """Return the objects whose fields a checkpoint saves, and restores in place."""
-        ...
-
-    def manifest_sections(self) -> dict[str, Any]:
-        """Return what only the coordinator can tell a manifest: the groups of clients, and by what they are compared."""
-        ...
-
-
 CLIENT_TABLES = ("reported_examples", "dispatched", "work_seconds", "pruned")
 """Tables of `State` with an entry a client that stays when it leaves."""
 
 
 @dataclass(slots=True)
 class State:
-    """All that changes in a server.
+    """Mutable state of a server: everything that a checkpoint must save.
 
     Fields:
         model: the global model.
@@ -332,7 +225,9 @@ class Server:
     def advance(self, now: float) -> None:
         """Set the clock to the time of an event. Raises ValueError if time runs backwards."""
         if not now >= self.state.now:
-            raise ValueError(f"event at {now} s after {self.state.now} s: a driver must deliver events in order of time")
+            raise ValueError(
+                f"event at {now} s after {self.state.now} s: a driver must deliver events in order of time"
+            )
         self.state.now = now
 
     def wake(self) -> float | None:
@@ -464,7 +359,9 @@ class Server:
         """Close a task; its client is idle again."""
         task = self.state.busy.pop(number)
         del self.state.bases[number]
-        self.state.work_seconds[task.client] = self.state.work_seconds.get(task.client, 0.0) + self.state.now - task.sent
+        self.state.work_seconds[task.client] = (
+            self.state.work_seconds.get(task.client, 0.0) + self.state.now - task.sent
+        )
         self.state.idle.put(task.client, self.state.working.pop(task.client)[0])
         return task
 

@@ -101,7 +101,9 @@ def residual_of(start: TaskStart, local: ClientState) -> Adapter | None:
     residual = local.residual
     if residual is None or local.basis != start.basis or start.codec is None or not start.codec.feedback:
         return None
-    sizes = [{name: tensor.shape for name, tensor in named_tensors(adapter).items()} for adapter in (residual, start.train)]
+    sizes = [
+        {name: tensor.shape for name, tensor in named_tensors(adapter).items()} for adapter in (residual, start.train)
+    ]
     return residual if sizes[0] == sizes[1] else None
 
 
@@ -139,7 +141,9 @@ def unpack_answer(start: TaskStart, packed: PackedAnswer) -> tuple[Adapter, Adap
 def layout(start: TaskStart, rank: int) -> list[tuple[str, Tensor]]:
     """Return name and base of every tensor of an answer of this rank, in the order in which they are sent."""
     tensors = sorted(named_tensors(cut_adapter(start.train, rank)).items())
-    return tensors + (sorted(named_tensors(map_tensors(torch.zeros_like, start.control)).items()) if start.control else [])
+    return tensors + (
+        sorted(named_tensors(map_tensors(torch.zeros_like, start.control)).items()) if start.control else []
+    )
 
 
 def _rank(adapter: Adapter) -> int:

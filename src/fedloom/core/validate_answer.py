@@ -108,71 +108,74 @@ def _invalid_counts(task: Task, result: Result) -> str | None:
     return None
 
 
-def _pruned(start: TaskStart, given: Adapter) -> Adapter:
+def _pruned(start: TaskStart, received: Adapter) -> Adapter:
     """Return the adapter that is asked for; under self-pruning at the rank that the client chose, `least` or more."""
-    if start.rules.pruning is None or not isinstance(given.factors, Mapping):
+    if start.rules.pruning is None or not isinstance(received.factors, Mapping):
         return start.train
-    first = next(iter(given.factors.values()), None)
+    first = next(iter(received.factors.values()), None)
     if not isinstance(first, Factor) or type(first.down) is not Tensor or first.down.is_nested or first.down.dim() != 2:
         return start.train
     rank = max(min(start.rules.pruning.least, server_rank(start.train)), first.down.shape[0])
     return cut_adapter(start.train, rank)
 
 
-def _changed_side(start: TaskStart, given: Adapter) -> str | None:
+def _changed_side(start: TaskStart, received: Adapter) -> str | None:
     """Return the first tensor that changed on a side that had to come back as it was sent."""
-    asked = _pruned(start, given)
+    expected = _pruned(start, received)
     for side in sorted(start.rules.unchanged):
         if side == "dense":
-            pairs = {name: (tensor, given.dense[name]) for name, tensor in asked.dense.items()}
+            pairs = {name: (tensor, received.dense[name]) for name, tensor in expected.dense.items()}
         else:
-            pairs = {n: (getattr(f, side), getattr(given.factors[n], side)) for n, f in asked.factors.items()}
+            pairs = {n: (getattr(f, side), getattr(received.factors[n], side)) for n, f in expected.factors.items()}
         for name, (sent, back) in pairs.items():
             if not sent.equal(back):
                 return f"the {side} side of {name!r} was not to be changed"
     return None
 
 
-def _control(start: TaskStart, given: object) -> str | None:
+def _control(start: TaskStart, received: object) -> str | None:
     if start.control is None:
-        return None if given is None else "a control variate was not asked for"
-    if not isinstance(given, Adapter):
-        return f"the control variate is a {type(given).__name__}, not an adapter"
-    reason = _adapter(start.control, given)
+        return None if received is None else "a control variate was not asked for"
+    if not isinstance(received, Adapter):
+        return f"the control variate is a {type(received).__name__}, not an adapter"
+    reason = _adapter(start.control, received)
     return reason and f"control variate: {reason}"
 
 
-def _adapter(asked: Adapter, given: Adapter) -> str | None:
-    for kind, wanted, got in (("layer", asked.factors, given.factors), ("dense tensor", asked.dense, given.dense)):
+def _adapter(expected: Adapter, received: Adapter) -> str | None:
+    for kind, wanted, got in (
+        ("layer", expected.factors, received.factors),
+        ("dense tensor", expected.dense, received.dense),
+    ):
         if not isinstance(got, Mapping) or wanted.keys() != got.keys():
             odd = sorted(map(str, wanted.keys() ^ (got.keys() if isinstance(got, Mapping) else set())))
             return f"{kind} {_short(odd[0]) if odd else '?'} is missing or was not asked for"
-    for name, factor in given.factors.items():
+    for name, factor in received.factors.items():
         if not isinstance(factor, Factor):
             return f"layer {name!r} holds a {type(factor).__name__}, not a factor"
-        own = asked.factors[name]
-        if reason := _tensor(own.down, factor.down):
+        sent = expected.factors[name]
+        if reason := _tensor(sent.down, factor.down):
             return f"{name}.down {reason}"
-        if reason := _tensor(own.up, factor.up):
+        if reason := _tensor(sent.up, factor.up):
             return f"{name}.up {reason}"
-    for name, tensor in given.dense.items():
-        if reason := _tensor(asked.dense[name], tensor):
+    for name, tensor in received.dense.items():
+        if reason := _tensor(expected.dense[name], tensor):
             return f"{name} {reason}"
     return None
 
 
-def _tensor(asked: Tensor, given: Tensor) -> str | None:
-    if type(given) is not Tensor:  # a subclass may lack data, or shape, or do anything
-        return f"is a {type(given).__name__}, not a plain tensor"
-    if given.is_nested:
+def _tensor(expected: Tensor, received: Tensor) -> str | None:
+    if type(received) is not Tensor:  # a subclass may lack data, or shape, or do anything
+        return f"is a {type(received).__name__}, not a plain tensor"
+    if received.is_nested:
         return "is a nested tensor"
-    if given.requires_grad:  # it would keep the graph behind it alive
+    if received.requires_grad:  # it would keep the graph behind it alive
         return "requires a gradient; detach it"
-    if given.layout != torch.strided or given.dtype != asked.dtype:
-        return f"is {given.layout} {given.dtype}, expected strided {asked.dtype}"
-    if given.shape != asked.shape:
-        return f"has shape {tuple(given.shape)}, expected {tuple(asked.shape)}"
-    return None if given.device == asked.device else f"is on {given.device}, expected {asked.device}"
+    if received.layout != torch.strided or received.dtype != expected.dtype:
+        return f"is {received.layout} {received.dtype}, expected strided {expected.dtype}"
+    if received.shape != expected.shape:
+        return f"has shape {tuple(received.shape)}, expected {tuple(expected.shape)}"
+    return None if received.device == expected.device else f"is on {received.device}, expected {expected.device}"
 
 
 def _invalid_norms(where: str, adapter: Adapter) -> str | None:

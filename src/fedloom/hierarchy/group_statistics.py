@@ -23,16 +23,16 @@ class StatisticsCollector:
 
     def add_answer(self, update: Update) -> None:
         """Count an answer that is in a version for the first time."""
-        budget, made, client = update.task.budget, update.result, update.task.client
-        loss = made.metrics.get("loss")
+        budget, result, client = update.task.budget, update.result, update.task.client
+        loss = result.metrics.get("loss")
         before = self.work.get(client, MemberWork(client, 0, None, 0, 0, 0.0, 0.0, 0.0, loss))
-        down, train, up = (made.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up"))
+        down, train, up = (result.metrics.get(f"seconds_{part}", 0.0) for part in ("down", "train", "up"))
         self.work[client] = replace(
             before,
             rank=budget.rank,
             depth=budget.depth,
             answers=before.answers + 1,
-            steps=before.steps + made.steps,
+            steps=before.steps + result.steps,
             down=before.down + down,
             train=before.train + train,
             up=before.up + up,

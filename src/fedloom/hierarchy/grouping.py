@@ -210,15 +210,15 @@ def time_drift(before: Mapping[ClientId, float], now: Mapping[ClientId, float]) 
 
 def validate_groups(groups: Groups, members: Sequence[Member]) -> Groups:
     """Return the groups that are not empty. Raises Refused unless each client is in exactly one."""
-    found = tuple(group for group in groups if group)
-    every = [client for group in found for client in group]
+    valid = tuple(group for group in groups if group)
+    every = [client for group in valid for client in group]
     for client in {member.client for member in members} ^ set(every):
         remedy = "is no client of this run" if client in every else "is in no group"
         raise Refused("hierarchy.groups", client, f"this client {remedy}; each client belongs to exactly one")
     if len(every) > len(set(every)):
         twice = next(client for client in every if every.count(client) > 1)
         raise Refused("hierarchy.groups", twice, "this client is in two groups; each belongs to exactly one")
-    return found
+    return valid
 
 
 def match_groups(before: Groups, after: Groups) -> Groups:
@@ -243,12 +243,12 @@ def match_groups(before: Groups, after: Groups) -> Groups:
 
 def members_by_name(members: Sequence[Member], groups: int) -> dict[ClientId, Member]:
     """Return the members by client, in order of their names. Raises Refused if one is there twice, or there are fewer than groups."""
-    known = {member.client: member for member in sorted(members, key=lambda member: member.client)}
-    if len(known) < len(members):
-        raise Refused("members", len(members), f"{len(members) - len(known)} of the clients are there twice")
-    if len(known) < max(groups, 1):
-        raise Refused("grouping.groups", groups, f"there are {len(known)} clients; make no more groups than clients")
-    return known
+    by_name = {member.client: member for member in sorted(members, key=lambda member: member.client)}
+    if len(by_name) < len(members):
+        raise Refused("members", len(members), f"{len(members) - len(by_name)} of the clients are there twice")
+    if len(by_name) < max(groups, 1):
+        raise Refused("grouping.groups", groups, f"there are {len(by_name)} clients; make no more groups than clients")
+    return by_name
 
 
 def split_evenly(clients: Sequence[ClientId], groups: int) -> Groups:

@@ -118,8 +118,8 @@ def add_members(fleet: FleetArrays, group: Tensor) -> Tensor:
     for member in homeless[fleet.seconds[homeless].argsort(descending=True, stable=True)].tolist():
         settled = replace(fleet, labels=fleet.labels[group >= 0], seconds=fleet.seconds[group >= 0])
         labels, slowest, total, size = settled.tally(group[group >= 0])
-        own = fleet.seconds[member]
-        waiting = slowest.maximum(own) - (total + own) / (size + 1)
+        seconds = fleet.seconds[member]
+        waiting = slowest.maximum(seconds) - (total + seconds) / (size + 1)
         gain = fleet.utility(waiting, label_divergence(labels + fleet.labels[member], fleet.logs))
         gain = gain - torch.where(
             size > 0, settled.utility(slowest - total / size, label_divergence(labels, fleet.logs)), 0.0
@@ -155,21 +155,21 @@ def improve_by_swaps(fleet: FleetArrays, group: Tensor, price: float = 0.0) -> T
 
 def replacement_gains(fleet: FleetArrays, home: Tensor, rows: Tensor) -> Tensor:
     """Return how the utility of each row's group changes if each column takes the row's place; inf where that is not allowed."""
-    count, own = len(fleet.seconds), home[rows]
+    count, group = len(fleet.seconds), home[rows]
     before = fleet.tally(home[:count])
-    labels, _, total, size = (tally[own] for tally in before)
+    labels, _, total, size = (tally[group] for tally in before)
     held, spent, worth = (
         pad_places(values, fleet.groups) for values in (fleet.labels, fleet.seconds, torch.ones_like(fleet.seconds))
     )
     reach = torch.where(worth > 0, spent, -torch.inf)  # an empty place is nobody's slowest
-    same = home == own[:, None]
+    same = home == group[:, None]
     others = same & (torch.arange(len(home)) != rows[:, None])
     slowest = torch.where(others, reach, -torch.inf).amax(1)[:, None].maximum(reach)
     sizes = (size - worth[rows])[:, None] + worth
     waiting = slowest - ((total - spent[rows])[:, None] + spent) / sizes
     after = fleet.utility(waiting, pairwise_divergence(labels - held[rows], held, fleet.logs))
     refused = same | (sizes < fleet.smallest) | (sizes > fleet.largest)
-    return torch.where(refused, torch.inf, after - fleet.group_utility(home[:count])[own][:, None])
+    return torch.where(refused, torch.inf, after - fleet.group_utility(home[:count])[group][:, None])
 
 
 def pad_places(values: Tensor, places: int) -> Tensor:

@@ -142,7 +142,7 @@ class _Packer:
 
     def _reference(self, value: object) -> str:
         """Encode an object by its number, or in place."""
-        kind = type(value)
+        kind: Any = type(value)
         if not isinstance(value, Tensor) and _stands_in_place(kind):
             self.encoder[kind] = self.encoder.record(kind)  # this class needs no further question
             return self.encoder[kind](value)

@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedloom.aggregate.averaged import published_average
+from fedloom.core.coordinator import Coordinator
 from fedloom.core.policies import BudgetRule
 from fedloom.core.seeds import derive, rng
-from fedloom.core.server import Coordinator
 from fedloom.core.transfer import encode_start
 from fedloom.core.types import Budget, ClientId, ClientState, Profile, TaskStart
 from fedloom.data.partition import Shard
 from fedloom.runs.job import Job
-from fedloom.train.evaluate import AnswerScores, Scores, evaluate_held_out, evaluate_untrained
-from fedloom.train.generate import answer_metrics, generate_answers
+from fedloom.train.evaluate import (
+    AnswerScores,
+    Scores,
+    answer_metrics,
+    evaluate_held_out,
+    evaluate_untrained,
+    generate_answers,
+)
 from fedloom.train.objective import personal_adapter
 from fedloom.train.settings import Generation
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
+from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
 from fedloom.core.schema import jsonable
-from fedloom.core.server import Coordinator
 from fedloom.core.types import Budget, ClientId, Model, Profile
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, partition_statistics

@@ -186,7 +186,11 @@ class Metrics:
         line: dict[str, object] = {"kind": "edge", "id": task.id, "edge": ended.open.edge, "version": task.version}
         line |= {name: getattr(task.budget, name) for name in ("rank", "depth", "why")}
         line |= {"sent": task.sent, "reported": ended.open.answered, "ended": now}
-        line |= {"status": ended.status, "reason": ended.reason, "bytes_down": message_size.download_size(task.start).total}
+        line |= {
+            "status": ended.status,
+            "reason": ended.reason,
+            "bytes_down": message_size.download_size(task.start).total,
+        }
         if result is not None:
             line |= {name: result.metrics.get(name) for name in ("members", "rounds", "loss", "cut")}
             line |= {"examples": result.examples, "steps": result.steps, "work": result.examples * result.steps}

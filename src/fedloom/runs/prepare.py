@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from fedloom.core import schema
+from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
 from fedloom.core.model_shape import Shape
 from fedloom.core.partial_depth import require_all_layers
 from fedloom.core.policies import aggregator_layers, require_fresh_answers
 from fedloom.core.seeds import derive, rng
-from fedloom.core.server import Coordinator, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Budget, ClientId, Model, Profile
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, hold_out
@@ -34,8 +35,8 @@ from fedloom.runs.resume import UnfinishedRun, unfinished_run
 from fedloom.runs.run import Run
 from fedloom.simulate.devices import Devices, FasterLinks
 from fedloom.train.base_model import Base, check_length, check_rank_fits_model, initial_adapter, load_base
-from fedloom.train.evaluate import embeddings
 from fedloom.train.settings import PLAIN
+from fedloom.train.text_features import embeddings
 from fedloom.train.tokenised import EncodedTexts, encode_texts
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import gc
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +31,10 @@ HOMES = _read_stub()
 
 
 def public_name(name: str) -> Any:
-    """Import a public name, listed or not. Raises AttributeError if there is none."""
+    """Import a public name, listed or not; an earlier name of a policy is understood, with a warning.
+
+    Raises AttributeError if there is none.
+    """
     with collector_paused():
         if name in HOMES:
             return getattr(import_module(HOMES[name]), name)
@@ -38,6 +42,11 @@ def public_name(name: str) -> Any:
             value = getattr(import_module(module), name, None)
             if isinstance(value, type) and value.__module__ == module:
                 return value
+        renamed: Mapping[str, str] = import_module("fedloom.core.schema").RENAMED
+    if name in renamed:
+        # a FutureWarning is shown to whoever runs a run file, a DeprecationWarning would not be
+        warnings.warn(f"{name} is {renamed[name]} now, and the old name will go", FutureWarning, stacklevel=3)
+        return public_name(renamed[name])
     raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
 
 

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from fedloom.core.codec import Codec
+from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, EdgeReported, Event, UpdateArrived
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, BudgetRule, Schedule
 from fedloom.core.schema import Decoder, Malformed, jsonable, with_current_names
-from fedloom.core.server import Coordinator, Limits, Server
+from fedloom.core.server import Limits, Server
 from fedloom.core.types import ClientId, GroupStatistics, Model, Profile, Result
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.regrouping import Compared

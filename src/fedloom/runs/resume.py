@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from fedloom.core.errors import Refused
 from fedloom.core.files import DRAFT, LOCKED, lock
 from fedloom.core.policies import do_nothing
-from fedloom.core.schema import Malformed, declared_fields, jsonable
+from fedloom.core.schema import Malformed, declared_fields, jsonable, with_current_names
 from fedloom.core.server import State
 from fedloom.hierarchy.tree_state import TreeState
 from fedloom.report.run_log import read_run_log
@@ -211,7 +211,8 @@ def unfinished_run(folder: Path, run: Run, driver: Sequence[type] = SIMULATED) -
     if about["status"] == "finished":
         raise Refused("--resume", str(folder), f"its run is finished ({about['status_reason']}); nothing is left to do")
     settings = jsonable(run)
-    if manifest.settings_hash(settings) != about.get("run_hash"):
+    hashes = {about.get("run_hash"), manifest.settings_hash(with_current_names(about["run"]))}
+    if manifest.settings_hash(settings) not in hashes:
         changed = _changed(about["run"], settings)
         raise Refused("--resume", str(folder), f"the run is not the one that was begun there: {changed}")
     if not (folder / CHECKPOINT).exists():

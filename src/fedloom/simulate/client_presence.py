@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from fedloom.core.coordinator import StateView
 from fedloom.core.events import ClientJoined, ClientLost, Event, TaskFailed
-from fedloom.core.server import StateView
 from fedloom.core.types import ClientId, Profile, Task
 from fedloom.simulate.availability import Stays
 from fedloom.simulate.faults import Faults, Vanished

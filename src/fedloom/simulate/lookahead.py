@@ -1,8 +1,8 @@
 """Conservative look-ahead: a task's answer is waited for when the virtual clock reaches the first moment at which it can matter.
 
-Until then its training may go on in other processes beside that of other tasks. How long a task takes at least is told by the
-device model for the least answer that can come, so the clock never passes a moment at which something should have happened.
-Order numbers are kept for a task's events when it is dispatched: ties in time are broken as if all had been known then.
+Until then its training may go on in other processes beside that of other tasks. The device model says how
+long a task takes at least, for the least answer that can come, so the clock never passes a moment at which something should have
+happened. Order numbers are reserved for a task's events when it is dispatched: ties in time are broken as if all had been known.
 Source: the conservative synchronisation of Chandy and Misra 1979, lookahead in the words of Fujimoto 1990.
 """
 
@@ -39,7 +39,7 @@ class Pending:
 
 
 def overlaps(trainer: Trainer) -> TypeGuard[BackgroundTrainer]:
-    """Whether it is `Overlapping`; asked of its class, and once of each: a protocol takes ten microseconds to answer."""
+    """Whether the trainer can train in the background. Asked once a class, since a protocol takes ten microseconds to answer."""
     return _overlaps(type(trainer))
 
 

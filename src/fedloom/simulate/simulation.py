@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
 from fedloom.core.events import (
     Cancel,
@@ -29,7 +30,6 @@ from fedloom.core.events import (
     UpdateArrived,
 )
 from fedloom.core.policies import Evaluator, Observer, Trainer, do_nothing
-from fedloom.core.server import Coordinator
 from fedloom.core.transfer import encode_answer
 from fedloom.core.types import ClientId, ClientState, Profile, Result, Task
 from fedloom.simulate.client_presence import AvailabilityChanged, ClientChange, Presence

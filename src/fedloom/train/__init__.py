@@ -8,7 +8,8 @@ transformers and peft are imported in this room and nowhere else; beside them it
 - `tokenised`, `chat_template`: texts as token ids, and the batches of a task.
 - `trainer`, `objective`, `loss`: one task from the adapter that is received to the adapter that is returned.
 - `engine`: ways to compute the same in less time. `workers`: other processes that train.
-- `evaluate`, `generate`, `text_quality`: scores, written answers, and how well a model predicts texts. `export`: PEFT folders.
+- `evaluate`: predictions, generated answers, and their metrics. `text_features`: lengths, embeddings and quality of texts.
+- `export`: adapters as PEFT folders. `demo_model`: the small encoder of `fedloom demo`.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Evaluation of an adapter: predictions on tokenised texts and their metrics; and embeddings of texts by the base model."""
+"""Evaluation of an adapter: predictions of labels and answers, generated answers, and the metrics of both."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +17,12 @@ from fedloom.core.lora import Adapter
 from fedloom.core.types import ClientId
 from fedloom.data.partition import Shard
 from fedloom.train import loss
-from fedloom.train.base_model import Base
+from fedloom.train.base_model import Base, most_tokens
+from fedloom.train.chat_template import PromptFormat
 from fedloom.train.engine import frozen_layers
 from fedloom.train.engine.frozen_layers import ActivationCache
+from fedloom.train.pretrained import silence_libraries
+from fedloom.train.settings import LARGEST_LOSS
 from fedloom.train.tokenised import EncodedTexts
 
 BATCH = 64
@@ -26,11 +31,12 @@ BATCH = 64
 MOST_LOGITS = 2**26
 """Logits of one batch at most, answers' tokens times vocabulary: a quarter of a gigabyte."""
 
-EMBEDDED_ROWS = 32
-"""Examples embedded together; of similar length."""
 
-LARGEST_LOSS = 100.0
-"""Loss at which perplexity is capped: a larger one tells nothing, and the exponential would soon be too large for a number."""
+GENERATED_TOGETHER = 16
+"""Answers generated together; a row that has ended waits for the others."""
+
+NUMBER = re.compile(r"####\s*([-+]?[\d,.]*\d)")
+"""The result of a worked answer, as GSM8K marks it (Cobbe et al., arXiv 2110.14168)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,25 +212,108 @@ def _score_answers(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return answers.sum_by_example(right), answers.counts(), answers.sum_by_example(answers.losses())
 
 
-@torch.no_grad()
-def embeddings(base: Base, texts: EncodedTexts, indices: Sequence[int]) -> Tensor:
-    """Embed these examples without any adapter: means over tokens of the last hidden states, (examples, hidden size), float32.
+# Generated answers -----------------------------------------------------------------------------------------------------
 
-    A last layer that computes one token only (`first_token`) has no states of the others; then the layer below it is used.
+
+@torch.no_grad()
+def generate_answers(
+    base: Base,
+    adapter: Adapter | None,
+    texts: EncodedTexts,
+    indices: Sequence[int],
+    most: int,
+    fold: Adapter | None = None,
+) -> list[str]:
+    """Answer these examples' requests greedily in at most `most` tokens, with the adapter over base and fold, or the base alone."""
+    assert texts.answer_starts is not None
+    requests = [texts.ids[i][: texts.answer_starts[i]] for i in indices]
+    if adapter is None:
+        with base.without_adapter():
+            return _generate(base, requests, texts.pad, most)
+    base.activate(adapter, fold=fold)
+    return _generate(base, requests, texts.pad, most)
+
+
+def _generate(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int) -> list[str]:
+    model: Any = base.model.eval().get_base_model()
+    tokenizer: Any = base.tokenizer
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i]))
+    answers, ends = dict[int, str](), _end_marks(model, tokenizer)
+    for start in range(0, len(order), GENERATED_TOGETHER):
+        chosen = order[start : start + GENERATED_TOGETHER]
+        width = max(len(requests[i]) for i in chosen)
+        filled = [[pad] * (width - len(requests[i])) + list(requests[i]) for i in chosen]
+        mask = [[0] * (width - len(requests[i])) + [1] * len(requests[i]) for i in chosen]
+        with silence_libraries():
+            rows = model.generate(
+                input_ids=torch.tensor(filled, device=base.device),
+                attention_mask=torch.tensor(mask, device=base.device),
+                max_new_tokens=min(most, most_tokens(base, width + most) - width),
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad,
+                eos_token_id=ends or None,
+            )
+        for i, row in zip(chosen, rows, strict=True):
+            answers[i] = tokenizer.decode(row[width:], skip_special_tokens=True).strip()
+    return [answers[i] for i in range(len(requests))]
+
+
+def _end_marks(model: Any, tokenizer: Any) -> list[int]:
+    """Return the marks that end an answer: the model's own, and those that the references end with."""
+    model_marks = model.generation_config.eos_token_id
+    return sorted(
+        {
+            *(model_marks if isinstance(model_marks, list) else [model_marks]),
+            *PromptFormat.for_tokenizer(tokenizer).end_marks,
+        }
+        - {None}
+    )
+
+
+def answer_metrics(written: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Return exact match and ROUGE-L (F1 of the longest common subsequence of words; Lin 2004, section 3), means over the answers."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_WordTokenizer())
+    pairs = [*zip(written, references, strict=True)]
+    overlaps = [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
+    count = max(1, len(pairs))
+    return {"exact_match": sum(exact_match(*pair) for pair in pairs) / count, "rouge_l": sum(overlaps) / count}
+
+
+def exact_match(text: str, reference: str) -> bool:
+    """Whether an answer is right: it has the number behind `####` where the reference has one, else the same words.
+
+    >>> exact("2 + 2 = 4, so\\n#### 1,004.0", "#### 1004"), exact("Yes, Paris.", "yes paris"), exact("42", "#### 42")
+    (True, True, False)
     """
-    model, rows = base.model, dict[int, Tensor]()
-    order = sorted(indices, key=lambda i: (len(texts.ids[i]), i))
-    training = model.training
-    model.eval()
-    with base.without_adapter():
-        for at in range(0, len(order), EMBEDDED_ROWS):
-            batch = order[at : at + EMBEDDED_ROWS]
-            inputs = texts.batch(batch, base.device)
-            inputs.pop("labels")
-            mask = inputs["attention_mask"][..., None]
-            layers = model(**inputs, output_hidden_states=True).hidden_states
-            states = next(layer for layer in reversed(layers) if layer.shape[1] == mask.shape[1])
-            means = (states.float() * mask).sum(1) / mask.sum(1)
-            rows |= dict(zip(batch, means.cpu(), strict=True))
-    model.train(training)
-    return torch.stack([rows[i] for i in indices]) if indices else torch.empty(0, 0)
+    wanted = worked_result(reference)
+    if wanted is not None:
+        return worked_result(text) == wanted
+    return (scored_words(text) or text.split()) == (scored_words(reference) or reference.split())
+
+
+def worked_result(text: str) -> float | None:
+    """Return the number behind the last `####`; None where there is none."""
+    numbers = NUMBER.findall(text)
+    try:
+        return float(numbers[-1].replace(",", "")) if numbers else None
+    except ValueError:  # 1.2.3
+        return None
+
+
+def scored_words(text: str) -> list[str]:
+    """Split a text of any script into words, without case and punctuation.
+
+    >>> words("It's  Zürich!")
+    ['it', 's', 'zürich']
+    """
+    return re.findall(r"\w+", text.casefold())
+
+
+class _WordTokenizer:
+    """Our words for rouge_score, whose own tokenizer knows Latin letters only."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return scored_words(text)

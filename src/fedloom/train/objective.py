@@ -95,7 +95,7 @@ def mask_gradient(weights: Weights, chosen: Mapping[str, Tensor]) -> GradientCha
     return amend
 
 
-def select_directions(before: Adapter, after: Adapter, count: int) -> dict[str, Tensor]:
+def most_moved_directions(before: Adapter, after: Adapter, count: int) -> dict[str, Tensor]:
     """Choose the `count` directions, over all layers together, that a trial moved most (LoRA-A2, arXiv 2410.22815).
 
     A direction's score is |d up| |down| + |up| |d down|: with one side frozen that is the norm of the product's change.

@@ -97,6 +97,9 @@ class Engine:
 PLAIN = Engine("torch", first_token=False, together=1, cache=0)
 """The engine without tricks: one client after the other, through torch alone."""
 
+LARGEST_LOSS = 100.0
+"""Loss at which perplexity is capped: a larger one tells nothing, and the exponential would soon be too large for a number."""
+
 Decay: TypeAlias = Callable[[float], float]
 """From the share of the task that is done (0 to 1) to the share of the learning rate that is used."""
 

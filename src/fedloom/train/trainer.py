@@ -188,7 +188,7 @@ class PeftTrainer:
             raise Refused("plan.local_steps", len(plan), "choosing directions takes a step of its own: give at least 2")
         trial = plan[: max(1, len(plan) // TRIAL_SHARE)]
         tried = self._run_steps(task, adapter, ClientState(control=local.control), trial)
-        return objective.select_directions(adapter, tried.adapter, task.start.rules.select), [*tried.losses]
+        return objective.most_moved_directions(adapter, tried.adapter, task.start.rules.select), [*tried.losses]
 
     def _run_steps(
         self,

@@ -45,9 +45,9 @@ def test_a_region_refuses_a_task_and_an_exam_of_another_model_before_its_sites_s
         TaskRequest(terms_of(), 1, replace(task, start=strange), 0),
         EvaluateRequest(terms_of(), 1, "ward", strange, 0, 10.0),
     ):
-        assert "it is another model" in str(region._unwilling(ask))
+        assert "it is another model" in str(region._why_refused(ask))
         told = decode_reply(region.answer(encode_request(ask)), 2**20, {})
         assert isinstance(told, Refusal)
         assert told.lasting
         assert "it is another model" in told.reason
-    assert region.asked.empty()
+    assert region.requests.empty()

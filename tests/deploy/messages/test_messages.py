@@ -26,7 +26,7 @@ from fedloom.core.types import Budget, Profile, Pruning, Rules, Task, TaskStart
 from fedloom.deploy.messages import messages
 from fedloom.deploy.messages.answer import encode_result as answer
 from fedloom.deploy.messages.messages import (
-    ASK,
+    REQUEST,
     JoinRequest,
     Refusal,
     Request,
@@ -153,13 +153,13 @@ def test_no_code_travels() -> None:
 WORK = work_for(TaskStart(adapter(2), "0", directions=(0, 5), control=adapter(2, 3), fold=adapter(40, 1)), Half())
 BYTES = encode_request(WORK)
 FLAT = safetensors.torch.load(BYTES)
-TEXT = json.loads(json.loads(BYTES[8 : 8 + int.from_bytes(BYTES[:8], "little")])["__metadata__"][ASK])
+TEXT = json.loads(json.loads(BYTES[8 : 8 + int.from_bytes(BYTES[:8], "little")])["__metadata__"][REQUEST])
 
 
 def packed(text: Any, flat: dict[str, Tensor] | None = None) -> bytes:
     """A file with any text and any buffers."""
     told = text if isinstance(text, str) else json.dumps(text)
-    return safetensors.torch.save(FLAT if flat is None else flat, {ASK: told})
+    return safetensors.torch.save(FLAT if flat is None else flat, {REQUEST: told})
 
 
 def refused(data: bytes, because: str = ".", limit: int = LIMIT) -> None:
@@ -208,11 +208,11 @@ def test_a_text_that_is_no_ask_is_refused(text: str) -> None:
 
 
 RANGES = [
-    ("incarnation", -1), ("settled", -1), ("settled", 2**63), ("terms.held_out", -0.1), ("terms.held_out", 1.0),
+    ("incarnation", -1), ("last_accepted", -1), ("last_accepted", 2**63), ("terms.held_out", -0.1), ("terms.held_out", 1.0),
     ("terms.held_out", float("nan")), ("task.id", 0), ("task.client", ""), ("task.client", "x" * 201), ("task.seed", -1),
     ("task.seed", 2**64), ("task.version", -1), ("task.sent", float("inf")), ("task.budget.rank", 0),
     ("task.budget.steps", 0), ("task.budget.depth", 0), ("task.budget.rounds", 0),
-    ("task.start.scaling", 0.0), ("task.start.scaling", -1.0), ("task.start.slots", [5, 0]), ("task.start.slots", [1]),
+    ("task.start.scaling", 0.0), ("task.start.scaling", -1.0), ("task.start.directions", [5, 0]), ("task.start.directions", [1]),
     ("task.start.rules.select", 0), ("task.start.rules.up_rate", 0.0), ("task.start.seeded", ["left"]),
     ("task.start.codec", "Half"), ("task.start.codec", "cosine"), ("task.start.codec", {"type": "Rules"}),
     ("terms.run_hash", "../../etc/x"), ("terms.run_hash", "0123456789AB"), ("terms.rank", 0), ("terms.threads", 10**6),

@@ -148,7 +148,7 @@ def test_a_site_that_drew_other_numbers_says_so(encoder: Path, tmp_path: Path) -
     assert "drawn here from the run's seed is another one" in refused.reason
     assert isinstance(decode_reply(worker.answer(encode_request(replace(work, terms=other))), LIMIT, {1: work.task}), tuple)
     with pytest.raises(Refused, match="64 hex digits"):
-        replace(work.terms, first="x")
+        replace(work.terms, first_adapter="x")
 
 
 @pytest.mark.slow

@@ -119,14 +119,14 @@ def test_time_goes_on_after_a_restart_and_what_the_server_missed_does_not_count(
 
 def deployment(net: Net, **more: Any) -> Deployment:
     server = toys.server(**({"limits": Limits(versions=50), "start": toys.adapter(2)} | more.pop("server", {})))
-    given: dict[str, Any] = {"patience": QUICK, "clock": net.clock} | more
+    given: dict[str, Any] = {"timeouts": QUICK, "clock": net.clock} | more
     return Deployment(server, net, TERMS, {}, **given)
 
 
 def test_a_run_begins_when_enough_clients_are_there_with_all_of_them(tmp_path: Path) -> None:
     net = Net(sites())
     net.back = {101: 20.0}
-    running = deployment(net, least=4)
+    running = deployment(net, min_clients=4)
     turns(running, net, 15)
     assert len(running.clients) == 3
     assert running.server.state.next_task == 1
@@ -213,7 +213,7 @@ def test_garbage_from_a_site_hurts_nobody_else() -> None:
 
 def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     net = Net(sites(2))
-    running = deployment(net, least=3)
+    running = deployment(net, min_clients=3)
     status = Status(tmp_path, running, running.server.limits)
     running.observe = status
     turns(running, net, 3)
@@ -248,7 +248,7 @@ def test_what_was_lost_without_a_word_is_sent_again_ever_more_seldom() -> None:
 
     net.send = silent  # type: ignore[method-assign]
     patience = replace(QUICK, task=None, doubt=5.0)
-    running = deployment(net, patience=patience, server={"schedule": FedFa(2), "limits": Limits(versions=500)})
+    running = deployment(net, timeouts=patience, server={"schedule": FedFa(2), "limits": Limits(versions=500)})
     turns(running, net, 60)
     first, second, third = lost
     assert 5 <= second - first <= 6

@@ -130,7 +130,7 @@ def test_what_a_task_left_behind_counts_only_if_its_answer_was_accepted(
 ) -> None:
     calm, first = SiteWorker(site_at(tmp_path / "calm", encoder)), works[0]
     result_of(calm, first)
-    third = replace(works[2], settled=1)
+    third = replace(works[2], last_accepted=1)
     wanted = result_of(calm, third)
     site = site_at(tmp_path / "stormy", encoder)
     result_of(SiteWorker(site), first)
@@ -142,7 +142,7 @@ def test_a_message_that_comes_late_changes_nothing(encoder: Path, tmp_path: Path
     calm = SiteWorker(site_at(tmp_path / "calm", encoder))
     wanted = [result_of(calm, work) for work in works][-1]
     late = SiteWorker(site_at(tmp_path / "late", encoder))
-    for work in (works[0], works[1], works[0], replace(works[0], settled=9), works[2]):
+    for work in (works[0], works[1], works[0], replace(works[0], last_accepted=9), works[2]):
         given = result_of(late, work)
     assert alike(given, wanted)
 
@@ -167,7 +167,7 @@ def test_the_journal_does_not_grow(encoder: Path, tmp_path: Path, works: list[Ta
     worker = SiteWorker(site_at(tmp_path, encoder))
     result_of(worker, works[0])
     for number in range(2, 12):
-        refused = replace(works[1], task=replace(works[1].task, id=number, budget=Budget(4, 1)), settled=1)
+        refused = replace(works[1], task=replace(works[1].task, id=number, budget=Budget(4, 1)), last_accepted=1)
         result_of(worker, refused)
     kept = {int(path.stem) for path in (tmp_path / "state" / "journal").rglob("*.safetensors")}
     assert kept == {1, 8, 9, 10, 11}
@@ -197,7 +197,7 @@ def test_nothing_grows_from_task_to_task(encoder: Path, tmp_path: Path, works: l
     base = worker.prepared.base
     slots, shards = len(base.model.peft_config), worker.prepared.trainer.shards
     for number in range(4, 8):
-        result_of(worker, replace(works[2], task=replace(works[2].task, id=number), settled=number - 1))
+        result_of(worker, replace(works[2], task=replace(works[2].task, id=number), last_accepted=number - 1))
     assert worker.prepared.base is base
     assert (len(base.model.peft_config), worker.prepared.trainer.shards) == (slots, shards)
 

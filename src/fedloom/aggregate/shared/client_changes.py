@@ -87,45 +87,51 @@ def measure_changes(model: Model, merge: Merge) -> dict[int, ClientChange]:
 
 def measure_change(update: Update, like: Adapter) -> ClientChange:
     """Return what this answer changed. Directions that a client could select and left alone count as not trained."""
-    start, given = update.task.start, update.result.adapter
+    start, received = update.task.start, update.result.adapter
     by, where = {}, {}
-    for name, own in like.factors.items():
-        got = given.factors[name]
-        sent, held = cut_factor(start.train.factors[name], got.rank), held_directions(start, got.rank).to(own.up.device)
-        down = torch.zeros_like(own.down).index_copy(0, held, got.down - sent.down)
-        up = torch.zeros_like(own.up).index_copy(1, held, got.up - sent.up)
-        trained = own.up.new_zeros(own.rank).index_fill(0, held, 1.0)
+    for name, factor in like.factors.items():
+        returned = received.factors[name]
+        sent, held = (
+            cut_factor(start.train.factors[name], returned.rank),
+            held_directions(start, returned.rank).to(factor.up.device),
+        )
+        down = torch.zeros_like(factor.down).index_copy(0, held, returned.down - sent.down)
+        up = torch.zeros_like(factor.up).index_copy(1, held, returned.up - sent.up)
+        trained = factor.up.new_zeros(factor.rank).index_fill(0, held, 1.0)
         of_down, of_up = (trained * (side not in start.rules.unchanged) for side in ("down", "up"))
         if start.rules.select is not None:
             of_down, of_up = of_down * down.any(1), of_up * up.any(0)
         by[name], where[name] = Factor(down, up), Factor(of_down[:, None], of_up[None])
-    dense = {name: given.dense[name] - start.train.dense[name] for name in like.dense}
+    dense = {name: received.dense[name] - start.train.dense[name] for name in like.dense}
     free = {name: x.new_full((), float("dense" not in start.rules.unchanged)) for name, x in like.dense.items()}
     return ClientChange(update, Adapter(by, dense), Adapter(where, free))
 
 
 def replace_change(one: ClientChange, by: Adapter) -> Update:
     """Return the answer as if it had changed by this, where its client trained."""
-    start, given = one.update.task.start, one.update.result.adapter
+    start, received = one.update.task.start, one.update.result.adapter
     moved, factors = map_tensors(lambda b, w: b * w, by, one.where), {}
-    for name, got in given.factors.items():
-        sent, held = cut_factor(start.train.factors[name], got.rank), held_directions(start, got.rank).to(got.up.device)
+    for name, returned in received.factors.items():
+        sent, held = (
+            cut_factor(start.train.factors[name], returned.rank),
+            held_directions(start, returned.rank).to(returned.up.device),
+        )
         down = sent.down.double() + moved.factors[name].down[held]
         up = sent.up.double() + moved.factors[name].up[:, held]
-        factors[name] = Factor(down.to(got.down), up.to(got.up))
-    dense = {name: (start.train.dense[name].double() + moved.dense[name]).to(x) for name, x in given.dense.items()}
+        factors[name] = Factor(down.to(returned.down), up.to(returned.up))
+    dense = {name: (start.train.dense[name].double() + moved.dense[name]).to(x) for name, x in received.dense.items()}
     return replace(one.update, result=replace(one.update.result, adapter=Adapter(factors, dense)))
 
 
 def remember_changes(memory: Mapping[str, Adapter], answers: Iterable[ClientChange]) -> dict[str, Adapter]:
     """Return the memory with these answers; of two answers of one client the later task is its last."""
-    new = {key: kept for key, kept in memory.items() if _ours(key)}
+    new = {key: entry for key, entry in memory.items() if _ours(key)}
     for one in sorted(answers, key=lambda one: one.update.task.id):
         client, old = one.update.task.client, last_change(new, one)
-        known = new.get(TRAINED + client)
+        trained_before = new.get(TRAINED + client)
         now = map_tensors(lambda d, o, w: torch.where(w > 0, d, o), one.by, old, one.where)
-        trained = map_tensors(torch.maximum, known, one.where) if known else one.where
-        counted = known or _marks(one.by, 1.0)
+        trained = map_tensors(torch.maximum, trained_before, one.where) if trained_before else one.where
+        counted = trained_before or _marks(one.by, 1.0)
         new[SUM] = map_tensors(lambda s, o, n: s - o.double() + n.double(), new[SUM], old, now)
         new[COUNT] = map_tensors(lambda c, o, n: c - o + n, new[COUNT], counted, trained)
         new[CHANGE + client], new[TRAINED + client] = now, trained
@@ -134,9 +140,9 @@ def remember_changes(memory: Mapping[str, Adapter], answers: Iterable[ClientChan
 
 def store_memory(after: Model, before: Model, memory: Mapping[str, Adapter], clients: int) -> Model:
     """Return `after` with this memory, or with an empty one where its basis was drawn anew: entries then mean something else."""
-    others = {key: kept for key, kept in after.memory.items() if not _ours(key)}
-    kept = memory if after.basis == before.basis else _empty_memory(after.adapter, clients)
-    return replace(after, memory={**others, **kept})
+    others = {key: entry for key, entry in after.memory.items() if not _ours(key)}
+    entries = memory if after.basis == before.basis else _empty_memory(after.adapter, clients)
+    return replace(after, memory={**others, **entries})
 
 
 def _ours(key: str) -> bool:

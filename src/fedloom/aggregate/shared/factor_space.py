@@ -65,21 +65,23 @@ def move_factors(model: Adapter, merge: Merge, divisor: Divisor) -> Adapter:
     step * weight / divisor * (its value - the model's, or with `as_delta` what it was sent).
     """
     factors = {}
-    for name, own in merge_origin(model, merge).factors.items():
-        divisors = divisor(name, merge, own.rank)
-        down, up = own.down.double(), own.up.double()
+    for name, factor in merge_origin(model, merge).factors.items():
+        divisors = divisor(name, merge, factor.rank)
+        down, up = factor.down.double(), factor.up.double()
         for weight, update in merge.weighted_updates:
-            start, given = update.task.start, update.result.adapter.factors[name]
-            held = held_directions(start, given.rank).to(down.device)
+            start, received = update.task.start, update.result.adapter.factors[name]
+            held = held_directions(start, received.rank).to(down.device)
             origin = (
-                cut_factor(start.train.factors[name], given.rank) if merge.as_delta else select_directions(own, held)
+                cut_factor(start.train.factors[name], received.rank)
+                if merge.as_delta
+                else select_directions(factor, held)
             )
             share = (merge.step * weight / torch.where(divisors > 0, divisors, 1.0)).to(down.device)[held]
             if "down" not in start.rules.unchanged:
-                down = down.index_add(0, held, share[:, None] * (given.down.double() - origin.down.double()))
+                down = down.index_add(0, held, share[:, None] * (received.down.double() - origin.down.double()))
             if "up" not in start.rules.unchanged:
-                up = up.index_add(1, held, share * (given.up.double() - origin.up.double()))
-        factors[name] = Factor(down.to(own.down), up.to(own.up))
+                up = up.index_add(1, held, share * (received.up.double() - origin.up.double()))
+        factors[name] = Factor(down.to(factor.down), up.to(factor.up))
     return Adapter(factors, dense_mean(model, linear_terms(model, merge)))
 
 

@@ -28,7 +28,7 @@ def euclidean_norm(adapter: Adapter) -> float:
 
 def drop_memory(model: Model, *names: str) -> Model:
     """Return the model without these entries of its memory."""
-    return replace(model, memory={name: kept for name, kept in model.memory.items() if name not in names})
+    return replace(model, memory={name: entry for name, entry in model.memory.items() if name not in names})
 
 
 def trained_sides(merge: Merge) -> frozenset[Side]:

@@ -239,7 +239,7 @@ def begin_evaluation(request: EvaluateRequest, server: RegionServer, running: De
     def start_at(rank: int) -> TaskStart:
         return encode_start(flat.aggregator.start(model, Budget(rank, 1), seed), flat.transfer)
 
-    ranks = next_ranks(flat.assign, server, running.profiles)
+    ranks = next_ranks(flat.budget_rule, server, running.profiles)
     ranks = {client: min(rank, most) for client, rank in ranks.items()}
     return running.begin_evaluation(ranks, start_at, request.seconds)
 

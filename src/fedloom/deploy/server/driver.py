@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from logging import getLogger
 from typing import ClassVar
 
+from fedloom.core.coordinator import Coordinator
 from fedloom.core.events import (
     Cancel,
     ClientLost,
@@ -47,7 +48,6 @@ from fedloom.core.events import (
 )
 from fedloom.core.policies import Evaluator, Observer, do_nothing
 from fedloom.core.schema import Malformed
-from fedloom.core.server import Coordinator
 from fedloom.core.types import ClientId, Model, Profile, Task, TaskStart
 from fedloom.deploy.link import RawReply, Transport
 from fedloom.deploy.messages.container import NotOutstanding

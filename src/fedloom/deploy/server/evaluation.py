@@ -23,7 +23,7 @@ from fedloom.deploy.messages.messages import (
     decode_evaluation,
 )
 from fedloom.deploy.server.reply_events import MAX_REPLY
-from fedloom.train.evaluate import LARGEST_LOSS
+from fedloom.train.settings import LARGEST_LOSS
 
 LOG = getLogger("fedloom.core.server")
 

@@ -100,13 +100,13 @@ def rewards_by_depth(groups: Sequence[GroupState]) -> dict[int, list[float]]:
 
 def shallowest_of_best(depths: Sequence[int], seen: Mapping[int, Sequence[float]]) -> int:
     """Return the shallowest depth that is no worse than the best by more than one standard error of the difference."""
-    known = [depth for depth in depths if len(seen.get(depth, ())) > 1]
-    if not known:
+    measured = [depth for depth in depths if len(seen.get(depth, ())) > 1]
+    if not measured:
         return depths[0]
-    best = max(known, key=lambda depth: fmean(seen[depth]))
+    best = max(measured, key=lambda depth: fmean(seen[depth]))
 
     def keeps_up(depth: int) -> bool:
         error = math.sqrt(sum(variance(seen[one]) / len(seen[one]) for one in (depth, best)))
         return fmean(seen[depth]) >= fmean(seen[best]) - error
 
-    return next(depth for depth in known if keeps_up(depth))
+    return next(depth for depth in measured if keeps_up(depth))

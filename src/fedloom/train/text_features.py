@@ -1,4 +1,4 @@
-"""Text measures by a pretrained model: lengths in its tokens, and quality as the likelihood that it gives to a text.
+"""Features of texts by a pretrained model: lengths in its tokens, embeddings, and quality, the likelihood that it gives to a text.
 
 The quality of an example is minus the mean loss (nats) of a token: of the reference answer after request and context, or of the text
 itself where there are no answers, since a raw base model knows no labels. A causal model predicts each token from those before it; a
@@ -23,11 +23,37 @@ from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples, Source, Split
 from fedloom.data.text_measures import example_texts
 from fedloom.data.tickets import Tickets
+from fedloom.train.base_model import Base
 from fedloom.train.pretrained import load_decoder, load_masked_model, load_tokenizer, silence_libraries
-from fedloom.train.tokenised import IGNORED
+from fedloom.train.tokenised import IGNORED, EncodedTexts
 
 PASSES = 7  # of a masked model; a seventh is about the share of tokens that it learnt to fill in
 ROWS = 8  # a batch; of similar length
+EMBEDDED_ROWS = 32  # the same for embeddings
+
+
+@torch.no_grad()
+def embeddings(base: Base, texts: EncodedTexts, indices: Sequence[int]) -> Tensor:
+    """Embed these examples without any adapter: means over tokens of the last hidden states, (examples, hidden size), float32.
+
+    A last layer that computes one token only (`first_token`) has no states of the others; then the layer below it is used.
+    """
+    model, rows = base.model, dict[int, Tensor]()
+    order = sorted(indices, key=lambda i: (len(texts.ids[i]), i))
+    training = model.training
+    model.eval()
+    with base.without_adapter():
+        for at in range(0, len(order), EMBEDDED_ROWS):
+            batch = order[at : at + EMBEDDED_ROWS]
+            inputs = texts.batch(batch, base.device)
+            inputs.pop("labels")
+            mask = inputs["attention_mask"][..., None]
+            layers = model(**inputs, output_hidden_states=True).hidden_states
+            states = next(layer for layer in reversed(layers) if layer.shape[1] == mask.shape[1])
+            means = (states.float() * mask).sum(1) / mask.sum(1)
+            rows |= dict(zip(batch, means.cpu(), strict=True))
+    model.train(training)
+    return torch.stack([rows[i] for i in indices]) if indices else torch.empty(0, 0)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples
 from fedloom.data.table import Rows
-from fedloom.train.text_quality import PASSES, Judged, Tokens, quality_scores
+from fedloom.train.text_features import PASSES, Judged, Tokens, quality_scores
 
 
 @pytest.fixture(scope="module")
