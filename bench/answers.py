@@ -64,7 +64,7 @@ def step(base: Base, way: str) -> Callable[[], None]:
 def measured(folder: Path, way: str, repeats: int) -> tuple[int, list[float]]:
     """In a fresh process: bytes by which the resident set rises in a step, and processor seconds of some."""
     base = load_base(str(folder), None, LoRA(dropout=0.0), RANK, 0, engine=WAYS[way])
-    base.activate(initial_adapter(base, RANK))
+    base.put(initial_adapter(base, RANK))
     base.model.train()
     once = step(base, way)
     once()  # what is made at first use

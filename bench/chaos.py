@@ -210,7 +210,10 @@ def carried_out(
     folder.mkdir()
     with disk(folder / "server"):
         run = make(folder, sites, versions, STEPS, seed)
-        storm, end = Storm(run, draw_blows(counts, versions, run.names, seed) if counts else []), time.monotonic() + seconds
+        storm, end = (
+            Storm(run, draw_blows(counts, versions, run.names, seed) if counts else []),
+            time.monotonic() + seconds,
+        )
         with running(run):
             while not run.over() and time.monotonic() < end:
                 storm.look()

@@ -35,7 +35,7 @@ from bench.timing import sample, spread, under
 from bench.train import BATCH, RANK, SIX, model_folder, texts_of
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.partial_depth import fold_layers
-from fedloom.core.types import Budget, ClientState, Profile, TaskStart, Task
+from fedloom.core.types import Budget, ClientState, Profile, Task, TaskStart
 from fedloom.plan.client_cost import CostModel
 from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.settings import Engine, LoRA, Training
@@ -113,9 +113,7 @@ def remembered(folder: Path, depth: int) -> tuple[int, float]:
     trainer, task, shape = trainer_of(base, Engine(cache=0)), task_of(base, random_adapter(base), depth), base.shape()
     tokens = BATCH * max(trainer.texts.lengths(range(SHARD)))
     warm = task_of(base, random_adapter(base), 1)
-    trainer.train(
-        [(warm, ClientState())]
-    )  # what is made at first use: slots, transposed weights, the base without a fold
+    trainer.train([(warm, ClientState())])  # makes slots, transposed weights, the base without a fold
     before, highest = peak(lambda: trainer.train([(task, ClientState())]))
     frozen = 4.0 * (shape.parameters + shape.embeddings)
     return highest - before, shape.train_memory(RANK, tokens, depth) - frozen

@@ -139,7 +139,7 @@ def deploy(encoder: Path, folder: Path) -> None:
         worker: Any = one.worker  # type: ignore[attr-defined]
         speed = worker.site.speed.model_copy(update={"flops": 1e9, "memory": 1e9})
         worker.site = worker.site.model_copy(update={"speed": speed})
-    start.run(link, place, link.pause, link.clock)
+    start.run_deployment(link, place, link.pause, link.clock)
     if difference := replay(place / "run").difference:
         raise RuntimeError(f"the deployment does not replay: {difference}")
 

@@ -39,7 +39,7 @@ from fedloom.core.lora import Adapter, Factor
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Merge, Observer
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Budget, ClientId, ClientState, Model, Profile, Result, TaskStart, Task
+from fedloom.core.types import Budget, ClientId, ClientState, Model, Profile, Result, Task, TaskStart
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.runs.trace import Trace

@@ -30,7 +30,7 @@ from bench.timing import Time, sample, spread
 from bench.workers import workers2
 from fedloom.core.lora import Adapter
 from fedloom.core.seeds import rng
-from fedloom.core.types import Budget, ClientState, Result, TaskStart, Task
+from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.settings import Engine, LoRA, Training
 from fedloom.train.tokenised import EncodedTexts

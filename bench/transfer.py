@@ -27,7 +27,7 @@ import torch
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
 from fedloom.core.lora import Adapter, Factor, map_tensors, named_tensors
 from fedloom.core.transfer import encode_answer, encode_start
-from fedloom.core.types import Budget, ClientState, Result, TaskStart, Task
+from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.deploy.messages import answer as wire
 from tests.support.tiny_models import hush, settle
 

@@ -42,7 +42,7 @@ from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Trainer
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Budget, ClientState, Result, TaskStart, Task
+from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
 from fedloom.runs.trace import Trace

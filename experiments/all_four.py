@@ -76,7 +76,7 @@ class Work:
     """Data and model, and how much is done: local `steps` of a task, tasks of each client in a run that does not choose its steps.
 
     A run of our own ends after virtual `seconds`. `target` is an accuracy, or a share of the base's perplexity;
-    `topics` are what groups are table_row of where there are no labels.
+    `topics` are what groups are told apart by where there are no labels.
     """
 
     study: Study

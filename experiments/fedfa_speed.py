@@ -279,7 +279,7 @@ def shown(found: Sequence[Line], names: Iterable[str], _: float) -> str:
     """A Markdown table: a row a cell, medians over seeds."""
     rows = [
         "| method, split, devices | seeds | seconds to the target | uploads to it | reached | accuracy at the end (range) "
-        "| waiting (place-seconds) | staleness |",
+        "| waiting (slot-seconds) | staleness |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in names:

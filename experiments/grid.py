@@ -80,7 +80,9 @@ def main(grid: Grid) -> None:
     parser.add_argument("--cell", choices=[*grid.cells], help="with --quick: which cell (default: drawn at random)")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default 2)")
     parser.add_argument("--summary", action="store_true", help="only summarise what is in results/")
-    parser.add_argument("--rehash", action="store_true", help="name the lines by today's names of policies, then summarise")
+    parser.add_argument(
+        "--rehash", action="store_true", help="name the lines by today's names of policies, then summarise"
+    )
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="run the cells whose names fit: 'hlora*', or '*'")
     parser.add_argument("--seeds", type=int, metavar="N", help=f"run the first N seeds (default {len(grid.seeds)})")
     parser.add_argument("--device", default="cpu", help="where to train, for instance cuda (default cpu)")
@@ -134,7 +136,9 @@ def with_earlier_names(data: Any) -> Any:
     """Settings as JSON with the names that policies had before they were renamed."""
     if isinstance(data, dict):
         earlier = {new: old for old, new in RENAMED.items()}
-        return {key: earlier.get(item, item) if key == "type" else with_earlier_names(item) for key, item in data.items()}
+        return {
+            key: earlier.get(item, item) if key == "type" else with_earlier_names(item) for key, item in data.items()
+        }
     return [with_earlier_names(item) for item in data] if isinstance(data, list) else data
 
 

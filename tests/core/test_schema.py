@@ -227,8 +227,10 @@ def test_names_of_an_older_version_are_those_of_today() -> None:
         "n": 1,
     }
     assert with_current_names(old) == {
-        "plan": {"type": "JointPlan", "rule": {"type": "LossRate", "Planned": "Planned"}}, "rows": [{"type": "GradientScore"}], "n": 1,
-    }  # fmt: skip
+        "plan": {"type": "JointPlan", "rule": {"type": "LossRate", "Planned": "Planned"}},
+        "rows": [{"type": "GradientScore"}],
+        "n": 1,
+    }
 
 
 HOSTILE = {

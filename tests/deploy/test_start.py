@@ -168,4 +168,4 @@ def test_what_cannot_be_deployed_is_refused_when_it_is_served(
 def test_a_folder_without_an_order_is_refused(tmp_path: Path, told: str) -> None:
     (tmp_path / "deployment.json").write_text(told)
     with pytest.raises(Refused):
-        DeploymentConfig.of(tmp_path)
+        DeploymentConfig.from_folder(tmp_path)

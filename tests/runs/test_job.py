@@ -180,7 +180,7 @@ def expected_scores(job: Job) -> dict[str, float]:
     for shard in job.shards:
         budget = job.run.plan(job.profiles[shard.client], fleet)
         start = job.run.aggregator.start(job.server.state.model, budget, 0)
-        job.base.activate(start.train)
+        job.base.put(start.train)
         hits = 0
         for index in shard.held_out:
             inputs = job.train_texts.batch([index], job.base.device)

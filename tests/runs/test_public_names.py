@@ -1,48 +1,30 @@
-"""Public names are found in their modules, and policies also by an earlier name."""
+"""Public names: one list, imported when used, and methods that need no line in it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
 import fedloom
-from fedloom import Hierarchy, JointPlan, LossRate, Run, Tickets
-from fedloom.core.schema import RENAMED
-from fedloom.runs.public_names import HOMES, public_name
-from fedloom.runs.run_file import load_run_file, override
+from fedloom.runs import public_names
 
 
-@pytest.mark.parametrize("name", sorted(HOMES))
-def test_a_listed_name_is_where_the_list_says(name: str) -> None:
-    assert getattr(fedloom, name) is public_name(name)
+def test_a_method_that_is_not_listed_is_found_by_looking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(public_names.HOMES, "HLoRA")
+    monkeypatch.delitem(public_names.HOMES, "FedFa")
+    assert fedloom.HLoRA.__module__ == "fedloom.aggregate.hlora"
+    assert fedloom.FedFa.__module__ == "fedloom.schedule.fedfa"
 
 
-@pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_an_earlier_name_is_understood_with_a_warning(old: str, new: str) -> None:
-    with pytest.warns(FutureWarning, match=f"{old} is {new} now") as warned:
-        assert getattr(fedloom, old) is getattr(fedloom, new)
-    assert warned[0].filename == __file__, "it points to the line that has to be changed"
-    assert old not in fedloom.__all__
+@pytest.mark.parametrize("name", ["Task", "Adapter", "hlora", "Merge", ""])
+def test_what_is_neither_listed_nor_a_method_is_no_public_name(name: str) -> None:
+    with pytest.raises(AttributeError, match="no attribute"):
+        public_names.public_name(name)
 
 
-def test_a_run_file_with_earlier_names_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "old.py"
-    file.write_text(
-        "from fedloom import Earned, Hierarchy, Planned, Run, Tickets\n"
-        "run = Run('model', Tickets(), hierarchy=Hierarchy(plan=Planned(Earned())))\n"
-    )
-    with pytest.warns(FutureWarning) as warned:
-        run = load_run_file(file)
-    assert {str(one.message).partition(",")[0] for one in warned} == {
-        "Earned is LossRate now",
-        "Planned is JointPlan now",
-    }
-    assert run == Run("model", Tickets(), hierarchy=Hierarchy(plan=JointPlan(LossRate())))
-
-
-def test_a_setting_with_earlier_names_is_read() -> None:
-    run = Run("model", Tickets(), hierarchy=Hierarchy())
-    with pytest.warns(FutureWarning):
-        changed = override(run, ["hierarchy.plan=Planned(Earned())"])
-    assert changed.hierarchy == Hierarchy(plan=JointPlan(LossRate()))
+def test_importing_fedloom_imports_no_torch() -> None:
+    code = "import fedloom, sys; print(len(fedloom.__all__), 'torch' in sys.modules, fedloom.__version__)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert printed == [str(len(fedloom.__all__)), "False", fedloom.__version__]

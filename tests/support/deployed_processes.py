@@ -60,7 +60,7 @@ class Life:
         sizes = {name: stored.about[name] for name in LOGS} if stored else dict.fromkeys(LOGS, 0)
         with ExitStack() as opened:
             logs = [opened.enter_context(open_log(self.folder / name, size)) for name, size in sizes.items()]
-            metrics, progress = Metrics(logs[1], SlotUsage(server.schedule.max_in_flight)), Progress()
+            metrics, progress = Metrics(logs[1], SlotUsage(server.max_in_flight)), Progress()
             watching = [Trace(logs[0]), metrics, Archive.of(self.folder / "updates", server)]
             keeper = CheckpointWriter(self.folder, seconds=0.0, logs=logs)
 

@@ -1,7 +1,7 @@
 """Runs of a tiny model in child processes that are killed and resumed; each must end in the bytes of the same run left alone.
 
-Started as `python killed_runs.py FOLDER KILLS SEED`. Children are forked from a process that has imported everything, so that a kill costs
-no start of Python; each prepares its run anew, from the files alone.
+Started as `python killed_runs.py FOLDER KILLS SEED`. Children are forked from a process that has imported everything, so that a
+kill costs no start of Python; each prepares its run anew, from the files alone.
 """
 
 from __future__ import annotations
@@ -74,28 +74,15 @@ def begin(folder: Path, out: Path, number: int, place: str = "") -> int:
 
 
 def set_trap(place: str) -> None:
-    """At a random visit this process dies in the middle of writing."""
-    visits = random.randint(1, 12)
+    """Replace a function of the place so that this process dies in the middle of writing, at a random visit."""
+    from fedloom.runs import execute
+    from fedloom.runs.metrics import Metrics
 
-    def due() -> bool:
-        nonlocal visits
-        visits -= 1
-        return visits == 0
-
-    def die(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def torn(write: Callable[..., Any], half: Callable[..., None]) -> Callable[..., Any]:
-        def instead(*given: Any) -> Any:
-            if due():
-                half(*given)
-                die()
-            return write(*given)
-
-        return instead
+    library: Any = checkpoint.safetensors.torch
+    save_file = library.save_file
 
     def half_a_file(parts: Any, path: Path, *_: object) -> None:
-        whole(parts, path, *_)
+        save_file(parts, path, *_)
         os.truncate(path, path.stat().st_size // 2)
 
     def half_a_line(self: Any, *step: Any) -> None:
@@ -107,23 +94,30 @@ def set_trap(place: str) -> None:
         self.file.write('{"kind":')
         self.file.flush()
 
-    library: Any = checkpoint.safetensors.torch
-    whole = library.save_file
-    if place == "checkpoint":
-        library.save_file = torn(whole, half_a_file)
-    elif place == "before the rename":
-        os.fsync = torn(os.fsync, lambda *_: None)
-    elif place == "trace":
-        trace.Trace.__call__ = torn(trace.Trace.__call__, half_a_line)  # type: ignore[method-assign]
-    elif place == "metrics":
-        from fedloom.runs.metrics import Metrics
+    traps: dict[str, tuple[Any, str, Callable[..., None], int]] = {
+        "checkpoint": (library, "save_file", half_a_file, 12),
+        "before the rename": (os, "fsync", lambda *_: None, 12),
+        "trace": (trace.Trace, "__call__", half_a_line, 12),
+        "metrics": (Metrics, "write", half_a_metric, 12),
+        "adapter": (execute, "save_adapter", lambda *_: None, 1),
+    }
+    owner, name, write_half, visits = traps[place]
+    setattr(owner, name, dies_at(random.randint(1, visits), getattr(owner, name), write_half))
 
-        Metrics.write = torn(Metrics.write, half_a_metric)  # type: ignore[method-assign]
-    elif place == "adapter":
-        from fedloom.runs import execute
 
-        visits = 1
-        execute.save_adapter = torn(execute.save_adapter, lambda *_: None)
+def dies_at(visit: int, write: Callable[..., Any], write_half: Callable[..., None]) -> Callable[..., Any]:
+    """`write`, which at this visit writes half of it and kills the process."""
+    visits = 0
+
+    def trapped(*values: Any) -> Any:
+        nonlocal visits
+        visits += 1
+        if visits == visit:
+            write_half(*values)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(*values)
+
+    return trapped
 
 
 def ended(child: int) -> bool:

@@ -52,7 +52,7 @@ def _predict(model: Any, job: Any) -> Tensor:
 
 
 def _logits(job: Any, adapter: Adapter) -> Tensor:
-    job.base.activate(adapter)
+    job.base.put(adapter)
     return _predict(job.base.model, job)
 
 

@@ -85,7 +85,8 @@ def lively(adapter: Adapter, seed: int = 0) -> Adapter:
     draw = torch.Generator().manual_seed(seed)
 
     def random(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=draw) / like.shape[-1] ** 0.5
+        drawn: Tensor = torch.randn(like.shape, generator=draw) / like.shape[-1] ** 0.5
+        return drawn
 
     factors = {name: Factor(random(f.down), random(f.up)) for name, f in adapter.factors.items()}
     return Adapter(factors, {name: random(tensor) for name, tensor in adapter.dense.items()})
@@ -93,7 +94,7 @@ def lively(adapter: Adapter, seed: int = 0) -> Adapter:
 
 @torch.no_grad()
 def logits(base: Base, adapter: Adapter, texts: EncodedTexts, scaling: float | None = None) -> Tensor:
-    base.activate(adapter, scaling)
+    base.put(adapter, scaling)
     inputs = texts.batch(range(len(texts.ids)), base.device)
     inputs.pop("labels")
     found: Tensor = base.model.eval()(**inputs).logits

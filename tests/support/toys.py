@@ -140,7 +140,8 @@ def function(model: Model | TaskStart) -> dict[str, Tensor]:
 def best(matrix: Tensor, rank: int) -> Tensor:
     """Eckart-Young, in float64."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return (left[:, :rank] * values[:rank]) @ right[:rank]
+    product: Tensor = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return product
 
 
 def weighted(terms: Sequence[tuple[float, Mapping[str, Tensor]]]) -> dict[str, Tensor]:

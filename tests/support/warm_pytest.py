@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 SECONDS = 300
-"""A fork that takes longer is killed: the bug made a loop without end."""
+"""Of processor time; a fork that takes more is killed, because the bug made a loop without end."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _run(source: str, output: str, tests: list[str]) -> None:
     """Run pytest in this fork, and end it."""
     import pytest
 
-    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(file, number)

@@ -50,7 +50,7 @@ def test_a_second_rank_adds_no_second_base(encoder: Path) -> None:
     base = base_of(encoder, rank=2)
     before = {name: p.data_ptr() for name, p in base.model.named_parameters()}
     total = sum(p.numel() for p in base.model.parameters())
-    base.activate(initial_adapter(base, 8))
+    base.put(initial_adapter(base, 8))
     extra = sum(p.numel() for p in base.model.parameters()) - total
     assert extra == base.shape().adapter_parameters(8) + base.shape().dense
     after = {name: p.data_ptr() for name, p in base.model.named_parameters()}
@@ -105,7 +105,7 @@ def test_conv1d_layers_can_be_adapted_at_several_ranks(encoder: Path, tmp_path: 
     )
     base = base_of(other(GPT2Model(config), encoder, tmp_path))
     assert base.shape().modules == ((96, 32),)
-    base.activate(initial_adapter(base, 8))
+    base.put(initial_adapter(base, 8))
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
@@ -230,5 +230,5 @@ def test_the_other_kernel_gives_a_writing_model_the_same_loss(generator: Path) -
 def test_a_fingerprint_is_that_of_the_model_and_not_of_its_adapters(encoder: Path, decoder: Path) -> None:
     one = base_of(encoder)
     before = one.fingerprint()
-    one.activate(lively(initial_adapter(one, 4)))
+    one.put(lively(initial_adapter(one, 4)))
     assert one.fingerprint() == before == base_of(encoder, rank=8).fingerprint() != base_of(decoder).fingerprint()

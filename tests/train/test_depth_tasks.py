@@ -61,7 +61,7 @@ def deep(base: Base, depth: int | None, number: int = 1, seed: int = 0, **more: 
 def gradients(trainer: PeftTrainer, task: Task, batch: Sequence[int]) -> dict[str, Tensor]:
     """What the trainer's loss says of one batch."""
     base, start = trainer.base, task.start
-    slot = base.activate(start.train, start.scaling, start.fold)
+    slot = base.put(start.train, start.scaling, start.fold)
     weights = enable_gradients(peft_weights.slot_parameters(base.model, slot), start)
     base.model.train()
     loss = trainer._batch_loss(task, [*start.train.factors])(batch)
@@ -94,7 +94,7 @@ def test_nothing_below_is_trained_kept_or_sent(folders: dict[str, Path], kind: s
         assert local.moments.keys() == names | task.start.train.dense.keys()
         asked = {n for n, p in base.model.named_parameters() if p.requires_grad and "lora_" in n and ".r4" in n}
         assert len(asked) == 2 * 2 * depth
-    base.activate(lively(initial_adapter(base, 4)))
+    base.put(lively(initial_adapter(base, 4)))
     after = frozen(base)
     assert all(torch.equal(before[name], after[name]) for name in before)
 

@@ -101,7 +101,7 @@ def test_a_base_alone_scores_as_before_any_training(generator: Path) -> None:
     base = writer_of(generator)
     texts, start = answered(base), initial_adapter(base, 4)
     before = score(base, start, texts, range(20)).metrics()  # `up` is zero
-    base.activate(lively(start))
+    base.put(lively(start))
     assert score(base, None, texts, range(20)).metrics() == before
     assert score(base, lively(start), texts, range(20)).metrics() != before
 

@@ -36,7 +36,7 @@ def test_the_likeliest_token_is_written_each_time_whatever_is_padded_beside_it(
     monkeypatch.setattr(evaluate, "GENERATED_TOGETHER", 3)
     fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in adapter.factors.items()})
     found = generate_answers(base, adapter, texts, some, 8, fold)
-    base.activate(adapter, fold=fold)
+    base.put(adapter, fold=fold)
     assert found == [by_hand(base, texts.ids[i][: texts.answer_starts[i]], 8) for i in some]  # type: ignore[index]
     assert len({*found}) > 1
 
@@ -47,7 +47,7 @@ def test_the_base_alone_writes_as_before_any_training(generator: Path) -> None:
     texts, start = answered(base), initial_adapter(base, 4)
     before = generate_answers(base, start, texts, [3, 5], 8)  # `up` is zero
     fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in start.factors.items()})
-    base.activate(lively(start), fold=fold)
+    base.put(lively(start), fold=fold)
     assert generate_answers(base, None, texts, [3, 5], 8) == before
     assert generate_answers(base, lively(start), texts, [3, 5], 8) != before
 

@@ -72,7 +72,7 @@ def test_an_example_is_the_mean_of_its_answers_tokens_and_a_batch_the_mean_of_it
     # methods 2g: the loss is per sample; a mean over all tokens would count a long answer more
     base = writer_of(model)
     texts, some = answered(base), [3, 8, 1, 30]
-    base.activate(lively(initial_adapter(base, 4)))
+    base.put(lively(initial_adapter(base, 4)))
     base.model.eval()
     with torch.no_grad():
         wanted = by_hand(base, texts, some)
@@ -126,7 +126,7 @@ def test_the_head_is_applied_to_the_tokens_before_an_answer_only(generator: Path
 def test_gradients_are_those_of_torch_on_all_logits(model: Path) -> None:
     base = writer_of(model)
     texts, task = answered(base), task_of(lively(initial_adapter(base, 4)))
-    base.activate(task.start.train)
+    base.put(task.start.train)
     inputs = texts.batch([2, 9, 4], base.device)
     ours = gradients(base, task, loss.mean_loss(base, inputs))
     labels = inputs.pop("labels")
@@ -143,7 +143,7 @@ def test_training_the_top_layers_has_the_gradients_of_the_whole_model(model: Pat
     task = task_of(Adapter({n: f for n, f in whole.factors.items() if ".1." in n}, {}))
     if whole.dense:
         task = task_of(Adapter(task.start.train.factors, whole.dense))
-    base.activate(task.start.train)
+    base.put(task.start.train)
     base.model.train()
     place = frozen_layers.split_layers(base, [*task.start.train.factors])
     assert place is not None

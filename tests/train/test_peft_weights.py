@@ -16,7 +16,7 @@ from tests.support.tiny_runs import base_of, lively, same
 def test_a_round_trip_is_exact_when_scaling_is_a_power_of_two(encoder: Path, scaling: float) -> None:
     base = base_of(encoder, scaling=scaling)
     adapter = lively(initial_adapter(base, 4))
-    slot = base.activate(adapter)
+    slot = base.put(adapter)
     assert same(peft_weights.read_adapter(base.model, slot), adapter)
 
 
@@ -24,7 +24,7 @@ def test_a_round_trip_is_exact_when_scaling_is_a_power_of_two(encoder: Path, sca
 def test_a_round_trip_rounds_once_at_odd_scalings(decoder: Path, scaling: float) -> None:
     base = base_of(decoder, scaling=scaling)
     adapter = lively(initial_adapter(base, 4))
-    read = peft_weights.read_adapter(base.model, base.activate(adapter))
+    read = peft_weights.read_adapter(base.model, base.put(adapter))
     for name, factor in adapter.factors.items():
         assert torch.equal(read.factors[name].down, factor.down)
         assert torch.allclose(read.factors[name].up, factor.up, rtol=1e-6, atol=0)
@@ -33,8 +33,8 @@ def test_a_round_trip_rounds_once_at_odd_scalings(decoder: Path, scaling: float)
 def test_an_adapter_that_was_read_has_memory_of_its_own(encoder: Path) -> None:
     base = base_of(encoder)
     adapter = lively(initial_adapter(base, 4))
-    read = peft_weights.read_adapter(base.model, base.activate(adapter))
-    base.activate(lively(adapter, seed=1))
+    read = peft_weights.read_adapter(base.model, base.put(adapter))
+    base.put(lively(adapter, seed=1))
     assert same(read, adapter)
 
 

@@ -146,7 +146,7 @@ def gradient(trainer: PeftTrainer, task: Task) -> dict[str, Tensor]:
     """Of the loss on the first batch of the task, in PEFT's parametrisation (up / scaling)."""
     model, shard = trainer.base.model.train(), trainer.shards[task.client]
     (batch,) = plan_batches(trainer.texts.lengths(shard), trainer.training.batch_size, 1, True, task.seed)
-    weights = peft_weights.slot_parameters(model, trainer.base.activate(task.start.train))
+    weights = peft_weights.slot_parameters(model, trainer.base.put(task.start.train))
     with torch.random.fork_rng():
         torch.manual_seed(task.seed)  # dropout
         loss = model(**trainer.texts.batch([shard[i] for i in batch], trainer.base.device)).loss
@@ -205,7 +205,7 @@ def test_a_fold_is_the_same_function_as_the_whole_adapter(request: pytest.Fixtur
     texts, start = encode_texts(examples(12), base.tokenizer, 32), lively(initial_adapter(base, 4))
     fold, inputs = fold_of(start, rank), texts.batch(range(12), base.device)
     wanted, plain = logits(base, compact_with_fold(start, fold), texts), logits(base, start, texts)
-    base.activate(start, fold=fold)
+    base.put(start, fold=fold)
     with torch.no_grad():
         given = base.model.eval()(**inputs).logits
     torch.testing.assert_close(given, wanted, rtol=0, atol=1e-4)

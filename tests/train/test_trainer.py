@@ -51,7 +51,7 @@ def test_the_base_is_untouched_and_the_start_too(request: pytest.FixtureRequest,
 
 def test_nothing_but_lora_and_head_would_be_trained(encoder: Path) -> None:
     base = base_of(encoder)
-    slot = base.activate(initial_adapter(base, 4))
+    slot = base.put(initial_adapter(base, 4))
     trained = {n for n, p in base.model.named_parameters() if p.requires_grad}
     assert trained
     assert all(f".{slot}." in name and ("lora_" in name or "classifier" in name) for name in trained)

@@ -1,4 +1,4 @@
-"""`fedloom inspect`: how uneven a federation's texts are, before training, from the texts or from what clients tell of theirs."""
+"""`fedloom inspect`: how heterogeneous the texts of clients are, before training, from the texts or from clients' summaries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedloom.data.examples import Examples
 
 JUDGED, FEWEST, LONGEST = 300, 8, 128
-"""Examples that a model judges, over all clients and of each one; and the tokens of them that it reads. It takes a while."""
+"""Examples that a model judges: over all clients, at least of each one; and how many tokens of an example it reads."""
 WORDS = ("Axis", "Client", "In words", "Commonest labels")
 """Columns of words, the others are of numbers."""
 
@@ -30,51 +30,56 @@ def inspect_command(
             metavar="DATA...", help="A table (.csv, .tsv, .jsonl, .parquet, also .gz), or clients' summaries (.json)."
         ),
     ],
-    clients: Annotated[str | None, typer.Option(metavar="COLUMN", help="The column that names clients.")] = None,
+    clients: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column that names the client of each row.")
+    ] = None,
     columns: Annotated[
         list[str] | None,
         typer.Option(
-            "--column", metavar="WHAT=NAME", help="What a column is: text, pair, answer or label; may be repeated."
+            "--column", metavar="WHAT=NAME", help="Say what a column is: text, pair, answer or label; may be repeated."
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A language model: counts tokens in its own, and judges quality.")
+        str | None, typer.Option(metavar="NAME", help="A language model that counts tokens and judges quality.")
     ] = None,
     page: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="Where to write the page; it is written anew.")
+        Path, typer.Option("--out", metavar="FILE", help="The page to write; an older one is replaced.")
     ] = Path("inspect.html"),
     client_summary: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Write this one client's summary (.json), named as the file, and nothing else."
+            metavar="FILE", help="Write the summary of one client (.json), named as the file, and nothing else."
         ),
     ] = None,
     epsilon: Annotated[
-        float | None, typer.Option(metavar="E", help="Noise for the summary: E-differentially private for one example.")
+        float | None,
+        typer.Option(metavar="E", help="Add noise to the summary: E-differential privacy for one example."),
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option(metavar="A,B,...", help="With --epsilon: all labels there may be; else labels are not told."),
+        typer.Option(
+            metavar="A,B,...", help="With --epsilon: all labels that may occur (default: labels are left out)."
+        ),
     ] = None,
 ) -> None:
-    """Tell how uneven clients' texts are in length, quality, amount and label, and what that may do. Nothing is trained.
+    """Show how much clients' texts differ in length, quality, amount and label, and what that may do. Nothing is trained.
 
-    Where texts must not leave a client, each one runs [bold]fedloom inspect DATA --client-summary NAME.json[/bold], which holds
-    counts and no text, and whoever has the summaries runs [bold]fedloom inspect *.json[/bold].
+    Where texts must not leave a client, each client runs [bold]fedloom inspect DATA --client-summary NAME.json[/bold], which writes
+    counts and no text, and whoever has all summaries runs [bold]fedloom inspect *.json[/bold].
 
     Example: [bold]fedloom inspect tickets.csv --clients company --column text=message[/bold]
     """
-    from fedloom.data.client_summary import parse_summary as read_summary
+    from fedloom.data.client_summary import parse_summary
 
     out = Console(highlight=False)
     if client_summary is None and (epsilon is not None or labels is not None):
         raise Refused("--epsilon", epsilon, "noise and labels belong to a summary; add --client-summary FILE")
-    told = [path for path in data if path.suffix == ".json"]
-    if told:
-        if len(told) < len(data) or clients or columns or model or client_summary:
-            raise Refused("DATA", str(told[0]), "summaries stand alone: neither tables nor settings beside them")
-        notes = [f"Read {len(told)} summaries; no text was needed."]
-        _show(out, [read_summary(_text(path), str(path)) for path in told], "Federation", notes, page)
+    files = [path for path in data if path.suffix == ".json"]
+    if files:
+        if len(files) < len(data) or clients or columns or model or client_summary:
+            raise Refused("DATA", str(files[0]), "summaries stand alone: neither tables nor settings beside them")
+        notes = [f"Read {len(files)} summaries; no text was needed."]
+        _show(out, [parse_summary(_text(path), str(path)) for path in files], "Federation", notes, page)
         return
     if len(data) > 1:
         raise Refused("DATA", str(data[1]), "give one table, or several summaries (.json)")
@@ -82,7 +87,7 @@ def inspect_command(
     for note in notes:
         out.print(note, markup=False, soft_wrap=True)
     if client_summary is not None:
-        _tell(out, examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
+        _write_summary(out, examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
         return
     parts = _parts(examples, data[0].name)
     judged = max(FEWEST, JUDGED // len(parts))
@@ -91,25 +96,25 @@ def inspect_command(
         unmeasured if model is None else f"{Path(model).name} judges at most {judged} examples of each client."
     )
     out.print(notes[-1], markup=False, soft_wrap=True)
-    summaries = [_summary(name, own, model, judged) for name, own in parts.items()]
+    summaries = [_summary(name, part, model, judged) for name, part in parts.items()]
     _show(out, summaries, data[0].name, notes, page)
 
 
 def _load(path: Path, clients: str | None, columns: Sequence[str]) -> tuple[Examples, list[str]]:
-    """The examples of a table, and what was taken for what."""
-    from fedloom.data.table import as_examples, guess_columns
+    """Read the examples of a table; also returns notes that say what each column was taken for."""
     from fedloom.data.file_formats import read_table_file
+    from fedloom.data.table import as_examples, guess_columns
 
-    given = {} if clients is None else {"client": clients}
+    named = {} if clients is None else {"client": clients}
     for setting in columns:
         role, equals, name = setting.partition("=")
         if not equals:
             raise Refused("--column", setting, "write it as WHAT=NAME, such as text=message")
-        given[role] = name
+        named[role] = name
     raw = read_table_file(path, None)
-    roles = guess_columns(raw, given)
-    said = ", ".join(f"{role} from “{name}”{'' if role in given else ' (guessed)'}" for role, name in roles.items())
-    notes = [f"Read {path.name}: {said}."]
+    roles = guess_columns(raw, named)
+    used = ", ".join(f"{role} from “{name}”{'' if role in named else ' (guessed)'}" for role, name in roles.items())
+    notes = [f"Read {path.name}: {used}."]
     if "client" not in roles:
         notes.append("No column names clients: all of it is shown as one client. Name one with --clients COLUMN.")
     return as_examples(raw, roles), notes
@@ -136,11 +141,11 @@ def _summary(name: str, examples: Examples, model: str | None, judged: int = JUD
     return replace(summarise(name, examples, Tokens(model), f"tokens of {Path(model).name}"), quality=seen.quality)
 
 
-def _tell(
+def _write_summary(
     out: Console, examples: Examples, target: Path, model: str | None, epsilon: float | None, labels: Sequence[str]
 ) -> None:
     """Write the summary of one client."""
-    from fedloom.data.client_summary import private_summary, encode_summary
+    from fedloom.data.client_summary import encode_summary, private_summary
 
     if target.suffix != ".json":
         raise Refused("--client-summary", str(target), "end its name with .json")
@@ -161,23 +166,23 @@ def _tell(
 
 
 def _show(out: Console, summaries: Sequence[Summary], name: str, notes: Sequence[str], page: Path) -> None:
-    """In the terminal and as a page."""
-    from fedloom.data.heterogeneity import measure_heterogeneity
+    """Print the summaries, and write them as a page."""
     from fedloom.cli.tables import rich_table
+    from fedloom.data.heterogeneity import measure_heterogeneity
     from fedloom.report import heterogeneity_page
 
-    found = measure_heterogeneity(summaries) if len(summaries) > 1 else None
-    out.print(f"\n{heterogeneity_page.heterogeneity_sentence(summaries, found)}\n", style="bold", markup=False)
-    if found is not None:
-        out.print(rich_table(heterogeneity_page.axis_table(found), WORDS))
+    measured = measure_heterogeneity(summaries) if len(summaries) > 1 else None
+    out.print(f"\n{heterogeneity_page.heterogeneity_sentence(summaries, measured)}\n", style="bold", markup=False)
+    if measured is not None:
+        out.print(rich_table(heterogeneity_page.axis_table(measured), WORDS))
     out.print(rich_table(heterogeneity_page.client_table(summaries, 10), WORDS))
-    likely = heterogeneity_page.expected_effects(found) if found is not None else []
+    likely = heterogeneity_page.expected_effects(measured) if measured is not None else []
     for how, text in likely:
         out.print(f"{how} {text}", markup=False)
     if likely:
         out.print(" ".join(heterogeneity_page.HEDGE.split()), markup=False, style="dim")
     out.print(
-        f"\nPage     {heterogeneity_page.write_heterogeneity_report(summaries, found, name, notes, page)}",
+        f"\nPage     {heterogeneity_page.write_heterogeneity_report(summaries, measured, name, notes, page)}",
         markup=False,
         soft_wrap=True,
     )

@@ -102,8 +102,8 @@ class Encoder(dict[type, Writer]):
         """Encode a value as JSON. Raises TypeError for what has no place in it."""
         return self[type(value)](value)
 
-    def record(self, kind: type) -> Writer:
-        """The writer of a dataclass by its fields, behind its name."""
+    def record(self, kind: type, parts: Callable[[Any], tuple[object, ...]] | None = None) -> Writer:
+        """The writer of a dataclass by its fields, behind its name; `parts` gives what is written of them, in their order."""
         names = [field.name for field in fields(kind)]
         if not names:
             empty = f'{{"type":"{kind.__name__}"}}'
@@ -112,7 +112,7 @@ class Encoder(dict[type, Writer]):
         if len(names) == 1:  # attrgetter gives no tuple then
             only = attrgetter(names[0])
             return lambda value: template % self[type(part := only(value))](part)
-        parts = attrgetter(*names)
+        parts = parts or attrgetter(*names)
         return lambda value: template % tuple([self[type(part)](part) for part in parts(value)])
 
     def row(self, value: Iterable[object]) -> str:

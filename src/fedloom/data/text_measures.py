@@ -9,7 +9,7 @@ from fedloom.core.errors import Refused
 from fedloom.data.examples import Examples
 
 Measure: TypeAlias = Callable[[Examples], Sequence[float]]
-"""One number per example. `fedloom.train.quality.Tokens` counts tokens in the same way as `words` counts words."""
+"""One number per example. `fedloom.train.text_features.Tokens` counts tokens in the same way as `words` counts words."""
 
 
 def ones(examples: Examples) -> Sequence[float]:

@@ -8,19 +8,19 @@ import sys
 
 
 class JsonLines(logging.Formatter):
-    """Each record as one line of JSON, a traceback inside it."""
+    """Formats each record as one line of JSON, a traceback inside it."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        told = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
-        told |= {"of": record.name, "says": record.getMessage()}
+        """Return a record as one line of JSON."""
+        fields = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower()}
+        fields |= {"logger": record.name, "message": record.getMessage()}
         if record.exc_info:
-            told["error"] = self.formatException(record.exc_info)
-        return json.dumps(told, ensure_ascii=False)
+            fields["error"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
 
 
 def to_stderr() -> None:
-    """From now on what fedloom logs goes there."""
+    """Send what fedloom logs to stderr from now on, as lines of JSON."""
     handler, log = logging.StreamHandler(sys.stderr), logging.getLogger("fedloom")
     handler.setFormatter(JsonLines())
     log.addHandler(handler)

@@ -1,4 +1,4 @@
-"""What a deployment asks of the engine that carries its messages: who is there, send, collect. Bytes in, bytes out."""
+"""Transport of a deployment, as the driver sees it: who is there, send, collect. Bytes in, bytes out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class RawReply:
-    """What became of a message to `node`: the body of the answer, or None and the engine's own word on why there is none."""
+    """What became of a message.
+
+    Fields:
+        message: its number.
+        node: where it was sent.
+        body: the bytes of the reply (None: there is none).
+        error: why there is no reply, in the transport's words.
+    """
 
     message: str
     node: int
@@ -18,16 +25,16 @@ class RawReply:
 
 
 class Transport(Protocol):
-    """An engine, seen from the server. A node has at most one message at a time; whoever sends more waits in line there."""
+    """Carries messages between the server and nodes. A node has at most one message at a time; whoever sends more waits in line there."""
 
     def nodes(self) -> Mapping[int, str | None]:
-        """The nodes that can be reached now, each with the name that its key was registered under (None: it has no key)."""
+        """Return the nodes that can be reached now, each with the name that its key was registered under (None: it has no key)."""
         ...
 
     def send(self, node: int, body: bytes) -> str:
-        """Hand over a message; returns its number. A node that is gone may be found out about later, by a reply with an error."""
+        """Hand over a message; returns its number. That a node is gone may only show later, by a reply with an error."""
         ...
 
     def collect(self) -> Sequence[RawReply]:
-        """The replies that are there, each once. It does not wait."""
+        """Return the replies that are there, each once. It does not wait."""
         ...

@@ -87,10 +87,13 @@ class Replayed:
 
 
 def replay(folder: Path, server: Coordinator | None = None) -> Replayed:
-    """Feed the events of the run in `folder` to a fresh server and compare its trace, up to the first difference.
+    """Feed the events of a recorded run to a new server and compare its trace, up to the first difference.
 
-    The server is made from the manifest; give one where the run has policies of its own. A last line that a killed run left
-    unfinished is passed over. Raises Refused where the folder holds no trace or not the answers.
+    A last line that a killed run left unfinished is passed over. Raises Refused where the folder holds no trace or not the answers.
+
+    Args:
+        folder: the run folder.
+        server: the server at version 0, where the run has policies of its own (None: it is made from the manifest).
     """
     if not (folder / "trace.jsonl").is_file():
         raise Refused("replay", str(folder), "there is no trace.jsonl in it; give the folder of a run")
@@ -102,13 +105,13 @@ def replay(folder: Path, server: Coordinator | None = None) -> Replayed:
     for number, recorded in enumerate(lines):
         try:
             now, event = _event(recorded, folder / UPDATES)
-            made = encode_step(now, event, server.handle(now, event)).encode()
+            repeated = encode_step(now, event, server.handle(now, event)).encode()
         except ValueError as error:
             return Replayed(number, f"line {number + 1}: {error}")
-        if made != recorded:
-            where = "; ".join(islice(manifest.json_differences(json.loads(recorded), json.loads(made)), 3))
-            told = f"line {number + 1}, {now:g} virtual s, {type(event).__name__}"
-            return Replayed(number, f"{told}: {where or 'the same JSON in other bytes'}")
+        if repeated != recorded:
+            where = "; ".join(islice(manifest.json_differences(json.loads(recorded), json.loads(repeated)), 3))
+            place = f"line {number + 1}, {now:g} virtual s, {type(event).__name__}"
+            return Replayed(number, f"{place}: {where or 'the same JSON in other bytes'}")
     unfinished = json.loads((folder / "manifest.json").read_bytes()).get("status") != "finished"
     if not unfinished and (torn or not server.state.stopped):
         return Replayed(
@@ -122,40 +125,38 @@ def server_from_manifest(folder: Path) -> Coordinator:
     about = read_run_log(folder).manifest
     settings, decoder = {"hierarchy": None, **with_current_names(about["run"])}, Decoder(_policy_names())
     try:
-        made = {name: decoder.read(hint, settings[name]) for name, hint in SERVER_SETTINGS.items()}
-        if jsonable(made) != {name: settings[name] for name in SERVER_SETTINGS}:
+        values = {name: decoder.read(hint, settings[name]) for name, hint in SERVER_SETTINGS.items()}
+        if jsonable(values) != {name: settings[name] for name in SERVER_SETTINGS}:
             raise Malformed("its manifest does not say all of them")
-        kept = read_checkpoint(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
-        known = about["clients"].items() if made["hierarchy"] else ()
-        profiles = {one: decoder.read(Profile, data) for one, data in known}
-        again = made["hierarchy"] and made["hierarchy"].regroup
-        compared = decoder.read(Compared, about["compared"]) if again else None
+        start = read_checkpoint(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
+        hierarchy: Hierarchy | None = values["hierarchy"]
+        clients = about["clients"].items() if hierarchy else ()
+        profiles = {client: decoder.read(Profile, data) for client, data in clients}
+        compared = decoder.read(Compared, about["compared"]) if hierarchy and hierarchy.regroup else None
     except (Malformed, KeyError, TypeError) as error:
         remedy = (
             f"its policies cannot be made from the manifest ({error}); in Python, replay(folder, server) takes your own"
         )
         raise Refused("replay", str(folder), remedy) from error
     torch.set_num_threads(settings["threads"])
-    policies = (made["aggregator"], made["schedule"], made["plan"])
-    more = {"limits": made["limits"], "seed": settings["seed"], "transfer": made["transfer"]}
-    flat = Server(kept["first"], *policies, shape=kept["shape"], **more)
-    return _led(flat, made["hierarchy"], about, profiles, compared)
+    policies = (values["aggregator"], values["schedule"], values["plan"])
+    options = {"limits": values["limits"], "seed": settings["seed"], "transfer": values["transfer"]}
+    server = Server(start["first"], *policies, shape=start["shape"], **options)
+    return server if hierarchy is None else _with_edges(server, hierarchy, about, profiles, compared)
 
 
-def _led(
-    flat: Server,
-    over: Hierarchy | None,
+def _with_edges(
+    server: Server,
+    hierarchy: Hierarchy,
     about: Mapping[str, Any],
     profiles: Mapping[ClientId, Profile],
     compared: Compared | None,
 ) -> Coordinator:
     """The server with its edges, or over regions, where these are elsewhere."""
-    if over is None:
-        return flat
     if "regions" in about:
-        return over.over_regions(flat, about["regions"])
-    members = {edge: tuple(profiles[one] for one in own) for edge, own in about["groups"].items()}
-    return over.over(flat, members, compared)
+        return hierarchy.over_regions(server, about["regions"])
+    groups = {edge: tuple(profiles[client] for client in clients) for edge, clients in about["groups"].items()}
+    return hierarchy.over(server, groups, compared)
 
 
 @cache

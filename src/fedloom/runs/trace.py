@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TextIO, cast
+from operator import attrgetter
+from typing import TextIO
 
 from fedloom.core.events import Command, Event
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
-from fedloom.core.schema import Encoder
+from fedloom.core.schema import Encoder, declared_fields
 from fedloom.core.types import Model, Update
 
 
@@ -29,9 +29,10 @@ def encode_step(now: float, event: Event, commands: Sequence[Command]) -> str:
     )
 
 
-def _model(model: Model) -> str:
-    """Encode a model with one hash for the adapters in its memory."""
-    return _MODEL(replace(model, memory=cast(Any, _memory_hash(model.memory))))
+def _model_parts(model: Model) -> tuple[object, ...]:
+    """The fields of a model, with one hash for the adapters in its memory."""
+    *parts, memory = _FIELDS(model)
+    return *parts, _memory_hash(memory)
 
 
 def _memory_hash(memory: Mapping[str, Adapter]) -> str | None:
@@ -45,11 +46,11 @@ ENCODER = Encoder(
     {
         Adapter: lambda adapter: f'"sha256:{fingerprint(adapter)}"',
         Update: lambda update: f"{update.task.id}",
-        Model: _model,
     }
 )
 """How the values of a run are written in its trace."""
-_MODEL = ENCODER.record(Model)
+_FIELDS = attrgetter(*declared_fields(Model))  # of which memory is the last
+ENCODER[Model] = ENCODER.record(Model, _model_parts)
 
 
 class Trace:

@@ -238,8 +238,7 @@ class Simulation:
     def _with_seconds(self, task: Task, result: Result, turn: int) -> Result:
         """Return the result with the virtual seconds that it took, as a real client would report them."""
         took = self.devices.seconds(task, result, self.profiles[task.client], self.server.shape, self.seed, turn)
-        parts = {"seconds_down": took.down, "seconds_train": took.train, "seconds_up": took.up}
-        return replace(result, metrics={**result.metrics, "seconds": took.total, **parts})
+        return result.with_seconds(took.total, took.down, took.train, took.up)
 
     def _wait(self, time: float, pending: Pending) -> None:
         """Look at a task again at this time. Two order numbers are reserved for its events."""

@@ -1,7 +1,7 @@
 """The base model: one frozen model in memory for all simulated clients, with one PEFT adapter slot for each LoRA rank in use.
 
 `load_base` loads it, checks that the adapters fit and installs the tricks of the engine. A task writes its adapter into the slot of
-its rank (`Base.activate`), trains there, and reads the slot back; nothing of a task stays in the model.
+its rank (`Base.put`), trains there, and reads the slot back; nothing of a task stays in the model.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Base:
             self.model.add_adapter(slot, _config(self.lora, rank, self.labels, self._heads()))
         return slot
 
-    def activate(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
+    def put(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
         """Write an adapter into the slot of its rank, over the base with `fold` added, and make it active; return the slot."""
         self._set_fold(fold)
         rank = max(factor.rank for factor in adapter.factors.values())

@@ -132,7 +132,7 @@ def score(
     """
     split, features = None, None
     if adapter is not None:
-        base.activate(adapter, fold=fold)
+        base.put(adapter, fold=fold)
         split = frozen_layers.split_layers(base, [*adapter.factors]) if room else None
         features = (
             frozen_layers.frozen_features(base, texts, split, indices, fold, cache or ActivationCache(), room)
@@ -230,7 +230,7 @@ def generate_answers(
     if adapter is None:
         with base.without_adapter():
             return _generate(base, requests, texts.pad, most)
-    base.activate(adapter, fold=fold)
+    base.put(adapter, fold=fold)
     return _generate(base, requests, texts.pad, most)
 
 

@@ -45,7 +45,7 @@ Several requests at once are padded on the left: `AutoTokenizer.from_pretrained(
 
 def save_adapter(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
     """Write `adapter` as a PEFT folder that `PeftModel.from_pretrained` loads."""
-    slot = base.activate(adapter)
+    slot = base.put(adapter)
     folder.mkdir(parents=True, exist_ok=True)
     # "auto" would ask the hub whether the vocabulary has grown
     weights = get_peft_model_state_dict(base.model, adapter_name=slot, save_embedding_layers=False)
@@ -74,7 +74,7 @@ def _card(base: Base, names: Sequence[str], folder: str) -> str:
 
 def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path) -> Path:
     """Write the base model with the adapter merged in, and its tokenizer: a plain transformers folder."""
-    base.activate(adapter)
+    base.put(adapter)
     with silence_libraries():
         model = copy.deepcopy(base.model).merge_and_unload()
         if base.labels is not None:

@@ -200,7 +200,7 @@ class PeftTrainer:
     ) -> TrainedClient:
         """Train the adapter on these batches."""
         start = task.start
-        slot = self.base.activate(adapter, start.scaling, start.fold)
+        slot = self.base.put(adapter, start.scaling, start.fold)
         weights = enable_gradients(peft_weights.slot_parameters(self.base.model, slot), start)
         loss_of = self._batch_loss(task, [*adapter.factors])
         optimiser = self._optimiser(weights, start, local)

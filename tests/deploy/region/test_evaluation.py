@@ -157,7 +157,10 @@ def test_who_gave_no_marks_is_told_with_the_reason(encoder: Path, tmp_path: Path
     assert "3 of 3 clients gave no score" in (here.folder / "run" / "report.html").read_text()
 
 
-GOOD = RegionEvaluateResult("ward", (SiteResult("c00", 2, EvaluateResult("c00", 10, 10, 7, 3.5, 5)), SiteResult("c01", 4, None, "it declined: no")))
+GOOD = RegionEvaluateResult(
+    "ward",
+    (SiteResult("c00", 2, EvaluateResult("c00", 10, 10, 7, 3.5, 5)), SiteResult("c01", 4, None, "it declined: no")),
+)
 FIRST, SECOND = GOOD.sites
 MARKS = EvaluateResult("c00", 10, 10, 7, 3.5, 5)
 WRONG = [
@@ -207,10 +210,11 @@ def test_a_region_is_waited_for_twice_as_long_as_a_site(encoder: Path) -> None:
     assert running.clients.keys() == {"c1", "c7"}
     only_exams(net, lambda node: f"into the void {node}")
     start = exam_of(encoder).start
-    evaluation = running.begin_evaluation(dict.fromkeys(running.clients, 2), lambda rank: start, 10.0)
-    turns(running, net, 25)
+    evaluation = running.evaluate_sites(dict.fromkeys(running.clients, 2), lambda rank: start, 10.0, net.pause)
     assert evaluation.reasons == {"c7": "no answer within 10 s", "c1": "no answer within 20 s"}
 
 
 def exam_of(encoder: Path) -> EvaluateRequest:
-    return EvaluateRequest(terms_of(held_out=0.25), 1, "ward", task_of(FedIT(), trainer_of(encoder, terms_of()), None, 1).start, 0)
+    return EvaluateRequest(
+        terms_of(held_out=0.25), 1, "ward", task_of(FedIT(), trainer_of(encoder, terms_of()), None, 1).start, 0
+    )

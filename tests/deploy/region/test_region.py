@@ -25,8 +25,7 @@ from fedloom import (
     Rounds,
 )
 from fedloom.core.types import Result
-from fedloom.deploy.region.region import Region
-from fedloom.deploy.region.region_edge import RegionServer
+from fedloom.deploy.region.region import Region, RegionServer
 from fedloom.deploy.site.answer_journal import AnswerJournal
 from fedloom.deploy.site.worker_socket import ask_worker
 from fedloom.report.run_log import read_run_log
@@ -127,7 +126,9 @@ def test_layers_that_nobody_trained_keep_their_value(encoder: Path, tmp_path: Pa
     with here.open():
         assert here.serve() == "2 versions made"
     assert replay(here.folder / "run").difference == ""
-    files = [read_checkpoint(path).read({"result": Result})["result"] for path in here.folder.glob("run/updates/[0-9]*")]
+    files = [
+        read_checkpoint(path).read({"result": Result})["result"] for path in here.folder.glob("run/updates/[0-9]*")
+    ]
     assert len(files) == 4
     assert all(".layer.1." in name for result in files for name in result.adapter.factors)
     made = adapter_at(here.folder / "run")

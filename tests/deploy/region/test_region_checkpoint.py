@@ -14,8 +14,7 @@ from fedloom.core.events import ClientJoined, TaskReceived
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.transfer import encode_start
 from fedloom.core.types import Budget, Task
-from fedloom.deploy.region.region import restore_region
-from fedloom.deploy.region.region_edge import RegionServer
+from fedloom.deploy.region.region import RegionServer, restore_region
 from fedloom.deploy.server.driver import Deployment
 from fedloom.hierarchy.edge import Edge, MemberBudget
 from fedloom.plan.budget import Plan

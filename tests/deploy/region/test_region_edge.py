@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fedloom.core.events import Cancel, ClientJoined, Command, Discarded, Dispatch, Event, TaskReceived, UpdateArrived
 from fedloom.core.types import Budget, Task
-from fedloom.deploy.region.region_edge import RegionServer
+from fedloom.deploy.region.region import RegionServer
 from fedloom.deploy.server.driver import Deployment
 from fedloom.hierarchy.edge import Edge, MemberBudget
 from fedloom.plan.budget import Plan
@@ -28,17 +28,17 @@ def test_a_new_task_cancels_what_is_under_way_for_the_old_one_and_says_what_is_d
 
     running.observe = observe
     for profile in toys.profiles(3).values():
-        running.happens(ClientJoined(profile))
+        running.handle(ClientJoined(profile))
     start = policies.aggregator.start(policies.state.model, Budget(2, 4), 0)
     outer = Task(7, "north", 0, start, Budget(2, 4, rounds=2), 0, 0.0)
-    running.happens(TaskReceived(outer))
+    running.handle(TaskReceived(outer))
     first, *others = [one.task for one in told if isinstance(one, Dispatch)]
     assert len(others) == 2
     result = toys.make_result(toys.changed(first.start, 1))
-    running.happens(UpdateArrived(first.client, first.id, result))
+    running.handle(UpdateArrived(first.client, first.id, result))
     assert running.tasks == {one.id: one for one in others}
 
-    running.happens(TaskReceived(replace(outer, id=8)))
+    running.handle(TaskReceived(replace(outer, id=8)))
     assert {one.task for one in told if isinstance(one, Cancel)} == {one.id for one in others}
     assert [(one.task, one.client) for one in told if isinstance(one, Discarded)] == [(first.id, first.client)]
     anew = [one.task for one in told if isinstance(one, Dispatch)]

@@ -233,7 +233,7 @@ def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     assert "still running?" in text
     figures = {one.name: one for one in PrometheusFigures(status).collect()}
     assert figures["fedloom_version"].samples[0].value == told["version"]
-    assert figures["fedloom_answers_accepted"].samples[0].value == status.accepted > 0
+    assert figures["fedloom_answers_accepted"].samples[0].value == status.observation.accepted > 0
 
 
 def test_what_was_lost_without_a_word_is_sent_again_ever_more_seldom() -> None:

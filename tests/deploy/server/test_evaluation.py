@@ -42,7 +42,9 @@ HELD = {"held_out": 0.25}
 SHARDS = hold_out({"ward": tuple(range(40))}, labelled(toy_rows(40)), 0.25, 3)
 
 
-def exam_of(method: Aggregator, encoder: Path, codec: Codec | None = None, last_accepted: int = 0, **more: Any) -> EvaluateRequest:
+def exam_of(
+    method: Aggregator, encoder: Path, codec: Codec | None = None, last_accepted: int = 0, **more: Any
+) -> EvaluateRequest:
     terms = terms_of(**(HELD | more))
     start = task_of(method, trainer_of(encoder, terms_of()), codec, 1).start
     return EvaluateRequest(terms, 1, "ward", start, last_accepted)
@@ -86,7 +88,8 @@ def test_marks_that_cannot_be_are_refused(encoder: Path, wrong: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("client", ""), ("last_accepted", -1), ("incarnation", -1), ("seconds", 0.0), ("seconds", 1e10)]
+    ("field", "value"),
+    [("client", ""), ("last_accepted", -1), ("incarnation", -1), ("seconds", 0.0), ("seconds", 1e10)],
 )
 def test_an_exam_out_of_its_range_is_refused(encoder: Path, field: str, value: Any) -> None:
     exam = exam_of(FedIT(), encoder)
@@ -105,7 +108,9 @@ def test_a_site_is_scored_as_a_simulation_s_client(encoder: Path, tmp_path: Path
     task = task_of(method, trainer, None, 1)
     ((trained, local),) = trainer.train([(task, ClientState())])
     local = encode_answer(task, ClientState(), trained, local)[1]
-    given = decode_reply(SiteWorker(site).answer(encode_request(TaskRequest(terms_of(**HELD), 1, task, 0))), LIMIT, {1: task})
+    given = decode_reply(
+        SiteWorker(site).answer(encode_request(TaskRequest(terms_of(**HELD), 1, task, 0))), LIMIT, {1: task}
+    )
     assert isinstance(given, tuple)
     assert (given[2].examples, given[2].tokens) == (30, trained.tokens)
     exam = exam_of(method, encoder, last_accepted=1)

@@ -13,6 +13,7 @@ from hypothesis import Phase, given
 from rich.console import Console
 
 from fedloom import FixedRank, Hierarchy, Immediate, JointPlan, Limits, LossRate, Plan
+from fedloom.cli.deploy import status_view
 from fedloom.core.codec import DeltaInt8
 from fedloom.core.events import ClientJoined, Dispatch, Report, TaskReceived, TimerFired, UpdateArrived
 from fedloom.core.server import Server
@@ -22,7 +23,7 @@ from fedloom.deploy.messages.answer import RegionReport
 from fedloom.deploy.messages.messages import JoinRequest, Welcome, decode_request, encode_reply
 from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.reply_events import REGION
-from fedloom.deploy.server.status import Status, shown
+from fedloom.deploy.server.status import Status
 from fedloom.hierarchy.edge import Edge
 from fedloom.hierarchy.root_server import RootServer
 from fedloom.runs.replay import replay
@@ -144,7 +145,7 @@ def test_a_region_that_cannot_be_planned_for_is_left_alone_with_the_reason_and_a
     told = status.snapshot()
     assert {one["rounds"] for one in told["clients"].values()} <= {1, 2, None}
     console = Console(width=120, file=StringIO())
-    console.print(shown(told, age=0.0))
+    console.print(status_view(told, age=0.0))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "rounds" in text
     assert "steps a second" in text, "why"

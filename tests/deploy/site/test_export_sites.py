@@ -84,7 +84,9 @@ def test_workers_repeat_a_run_to_the_bit(encoder: Path, tmp_path: Path, method: 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
         if isinstance(event, UpdateArrived) and event.task in tasks:
             task = tasks[event.task]
-            reply = workers[event.client].answer(encode_request(TaskRequest(run_terms(job), 1, task, settled[event.client])))
+            reply = workers[event.client].answer(
+                encode_request(TaskRequest(run_terms(job), 1, task, settled[event.client]))
+            )
             _, number, result = decode_reply(reply, 10**8, tasks)  # type: ignore[misc]
             assert fingerprint(result.adapter) == fingerprint(event.result.adapter)
             assert (

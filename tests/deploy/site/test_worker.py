@@ -90,7 +90,9 @@ def test_a_worker_that_writes_text_answers_alike(generator: Path, tmp_path: Path
     trainer = PeftTrainer(base, texts, {"ward": tuple(range(40))}, terms.training, terms.engine)
     task = task_of(FedIT(), trainer, Half(), 1)
     ((trained, after),) = trainer.train([(task, ClientState())])
-    assert alike(result_of(worker, TaskRequest(terms, 1, task, 0)), encode_answer(task, ClientState(), trained, after)[0])
+    assert alike(
+        result_of(worker, TaskRequest(terms, 1, task, 0)), encode_answer(task, ClientState(), trained, after)[0]
+    )
 
 
 # Once, however often it is sent --------------------------------------------------------------------------------------
@@ -147,7 +149,9 @@ def test_a_message_that_comes_late_changes_nothing(encoder: Path, tmp_path: Path
     assert alike(given, wanted)
 
 
-def test_another_task_of_the_same_number_is_another_task(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+def test_another_task_of_the_same_number_is_another_task(
+    encoder: Path, tmp_path: Path, works: list[TaskRequest]
+) -> None:
     worker, other = SiteWorker(site_at(tmp_path, encoder)), replace(works[0], task=replace(works[1].task, id=1))
     first = result_of(worker, works[0])
     assert not same(result_of(worker, other).adapter, first.adapter)
@@ -266,7 +270,9 @@ def test_a_run_that_the_site_is_not_fit_for_is_refused_with_the_reason(
     assert told.lasting
 
 
-def test_a_task_of_another_base_or_another_client_is_refused(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
+def test_a_task_of_another_base_or_another_client_is_refused(
+    encoder: Path, tmp_path: Path, works: list[TaskRequest]
+) -> None:
     worker = SiteWorker(site_at(tmp_path, encoder))
     task = works[0].task
     name, factor = next(iter(task.start.train.factors.items()))

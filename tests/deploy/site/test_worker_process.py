@@ -66,7 +66,10 @@ def tasks(encoder: Path) -> list[TaskRequest]:
     """Three tasks of a second or so, each answer accepted."""
     trainer = trainer_of(encoder, terms_of())
     plain = [task_of(FedIT(), trainer, DeltaInt8(), number) for number in (1, 2, 3)]
-    return [TaskRequest(terms_of(), 1, replace(task, budget=Budget(4, STEPS)), settled) for settled, task in enumerate(plain)]
+    return [
+        TaskRequest(terms_of(), 1, replace(task, budget=Budget(4, STEPS)), settled)
+        for settled, task in enumerate(plain)
+    ]
 
 
 def result(work: TaskRequest, reply: bytes) -> Result:
@@ -129,4 +132,4 @@ def test_one_worker_at_a_site_and_an_orderly_end(encoder: Path, tmp_path: Path) 
         assert process.wait(20) == 0
         assert not site.socket.exists()
     for line in (tmp_path / "log").read_text().splitlines():
-        assert json.loads(line).keys() >= {"time", "level", "of", "says"}
+        assert json.loads(line).keys() >= {"time", "level", "logger", "message"}

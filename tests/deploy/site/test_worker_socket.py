@@ -103,7 +103,8 @@ def test_too_many_messages_at_once_are_refused_and_those_in_line_answered(echo: 
     echo.hold.clear()
     path, answers = echo.listener.path, list[bytes]()
     asking = [
-        threading.Thread(target=lambda: answers.append(ask_worker(path, b"ab"))) for _ in range(1 + worker_socket.IN_LINE)
+        threading.Thread(target=lambda: answers.append(ask_worker(path, b"ab")))
+        for _ in range(1 + worker_socket.IN_LINE)
     ]
     for one in asking:
         one.start()
@@ -206,6 +207,6 @@ def test_ten_thousand_junk_frames_are_refused_and_memory_stays_flat(
 
 
 def test_asking_imports_the_standard_library_only() -> None:
-    code = "import sys; from fedloom.deploy.site.worker_socket import ask; print({m.partition('.')[0] for m in sys.modules})"
+    code = "import sys; from fedloom.deploy.site.worker_socket import ask_worker; print({m.partition('.')[0] for m in sys.modules})"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"torch", "numpy", "pydantic", "flwr", "safetensors"} & ast.literal_eval(told)

@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     task, texts = shallow(base, fold=fold), trainer_of(base).texts
-    slot = base.activate(task.start.train, fold=task.start.fold)
+    slot = base.put(task.start.train, fold=task.start.fold)
     weights = enable_gradients(peft_weights.slot_parameters(base.model, slot), task.start)
     place = frozen_layers.split_layers(base, [*task.start.train.factors])
     assert place is not None

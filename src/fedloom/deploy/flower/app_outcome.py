@@ -1,4 +1,4 @@
-"""The word that a ServerApp leaves for the server that submitted it: that it lives, and how it ended."""
+"""Outcome of a ServerApp, which it leaves for the server that submitted it: that it lives, and how it ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from fedloom.core.files import atomic_write, disk_full_error
 
 SIZE = 4096
-"""Bytes of a word at least, so that the last one fits into the place of the first where the disk has become full."""
+"""Bytes of a outcome at least, so that the last one fits into the place of the first where the disk has become full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class AppOutcome:
 
 
 def write_outcome(folder: Path, attempt: int, outcome: AppOutcome) -> None:
-    """Write the word of the deployment's n-th attempt. Raises OSError."""
+    """Write the outcome of the deployment's n-th attempt. Raises OSError."""
     place, text = _place(folder, attempt), json.dumps(asdict(outcome)).encode().ljust(SIZE)
     try:
         with atomic_write(place) as draft:
@@ -56,7 +56,7 @@ def write_outcome(folder: Path, attempt: int, outcome: AppOutcome) -> None:
 
 
 def read_outcome(folder: Path, attempt: int) -> AppOutcome | None:
-    """The word of an attempt, or None while it has not begun, or is just being written."""
+    """The outcome of an attempt, or None while it has not begun, or is just being written."""
     try:
         return AppOutcome(**json.loads(_place(folder, attempt).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError):

@@ -57,7 +57,7 @@ ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
 class NoAnswer(Exception):
-    """There is nothing to answer, or no answer; the text says why."""
+    """A message that has no answer; the text says why."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -69,13 +69,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--socket", type=Path, required=True, help="the worker's Unix socket")
     parser.add_argument("--secret", type=Path, help="file with the secret that the SuperNode was started with")
     parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds that a message waits for the worker")
-    parser.add_argument("--ask", type=float, default=POLL, help="seconds between two questions whether there is a task")
-    given = parser.parse_args(words)
-    secret = given.secret.read_bytes() if given.secret else None
-    execute_tasks(given.runtime, given.socket, secret, given.patience, given.ask)
+    parser.add_argument("--ask", type=float, default=POLL, help="seconds between two polls for a task")
+    arguments = parser.parse_args(words)
+    secret = arguments.secret.read_bytes() if arguments.secret else None
+    execute_tasks(arguments.runtime, arguments.socket, secret, arguments.patience, arguments.ask)
 
 
-def execute_tasks(runtime: str, socket: Path, secret: bytes | None, patience: float = PATIENCE, pause: float = POLL) -> None:
+def execute_tasks(
+    runtime: str, socket: Path, secret: bytes | None, patience: float = PATIENCE, pause: float = POLL
+) -> None:
     """Take one task after the other. The SuperNode hands out one at a time."""
     signed = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []
     asking = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
@@ -94,12 +96,15 @@ def execute_tasks(runtime: str, socket: Path, secret: bytes | None, patience: fl
 
 def execute_task(runtime: str, token: str, socket: Path, patience: float) -> None:
     """Pull the message that `token` stands for, and push the worker's answer, or an error in its place."""
-    with runtime_client(runtime, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)]) as supernode, heartbeats(supernode):
+    with (
+        runtime_client(runtime, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)]) as supernode,
+        heartbeats(supernode),
+    ):
         message, context = pull_message(supernode)
-        begun, reply = time.monotonic(), answer_message(message, socket, patience)
+        started, reply = time.monotonic(), answer_message(message, socket, patience)
         _say(
             "answered",
-            seconds=round(time.monotonic() - begun, 3),
+            seconds=round(time.monotonic() - started, 3),
             error=reply.error.reason if reply.has_error() else "",
         )
         push_message(supernode, reply, context)
@@ -107,24 +112,24 @@ def execute_task(runtime: str, token: str, socket: Path, patience: float) -> Non
 
 
 def pull_message(supernode: RuntimeHttpClient) -> tuple[Message, Context]:
-    """The message of the task, and whose it is. The app that comes with it stays where it is."""
+    """Pull the message of the task, with its context. The app that comes with it is not fetched."""
     context = context_from_proto(supernode.PullTaskInput(PullTaskInputRequest()).context)
     until = time.monotonic() + STORED
     while True:
-        told = supernode.PullMessages(PullAppMessagesRequest())
-        if told.messages_list:
+        pulled = supernode.PullMessages(PullAppMessagesRequest())
+        if pulled.messages_list:
             break
         if time.monotonic() > until:
-            raise NoAnswer("the SuperNode told of a task and has no message for it")
-        time.sleep(POLL)  # it tells of the task before it stores the message
-    [tree] = told.message_object_trees
+            raise NoAnswer("the SuperNode announced a task and has no message for it")
+        time.sleep(POLL)  # it announces the task before it stores the message
+    [tree] = pulled.message_object_trees
     message = fetch_message(supernode, tree, Node(node_id=context.node_id), context.run_id)
     message.metadata.__dict__["_message_id"] = tree.object_id  # it has none of its own while it travels; as Flower does
     return message, context
 
 
 def answer_message(message: Message, socket: Path, patience: float) -> Message:
-    """The worker's answer to a message, as a message."""
+    """Return the worker's answer to a message, as a message."""
     try:
         return Message(pack_body(ask_until_answered(socket, unpack_body(message.content), patience)), reply_to=message)
     except (ValueError, NoAnswer) as error:
@@ -132,10 +137,10 @@ def answer_message(message: Message, socket: Path, patience: float) -> Message:
 
 
 def ask_until_answered(socket: Path, body: bytes, patience: float) -> bytes:
-    """The worker's answer. It may be away for `patience` seconds, and may die `BROKEN` times.
+    """Return the worker's answer. It may be away for `patience` seconds, and may die `BROKEN` times.
 
     Raises:
-        Lost: more than that.
+        NoAnswer: it was away for longer, or died more often.
     """
     until, broken = time.monotonic() + patience, 0
     while True:
@@ -156,7 +161,7 @@ def ask_until_answered(socket: Path, body: bytes, patience: float) -> bytes:
 def runtime_client(
     runtime: str, component: str, interceptors: Sequence[ProtobufClientInterceptor]
 ) -> Iterator[RuntimeHttpClient]:
-    """A client of the SuperNode's Runtime API; a call is tried for some seconds, then its error goes up."""
+    """Connect to the SuperNode's Runtime API; a call is tried for some seconds, then its error goes up."""
     client = RuntimeHttpClient.from_server_address(
         runtime,
         insecure=True,  # loopback of this machine; `--secret` keeps other users of it out
@@ -172,7 +177,7 @@ def runtime_client(
 
 @contextmanager
 def heartbeats(supernode: RuntimeHttpClient) -> Iterator[None]:
-    """Tell the SuperNode that the task is worked on, as long as it is."""
+    """Send the SuperNode heartbeats until the end of the block: the task is worked on."""
     done = threading.Event()
 
     def beat() -> None:

@@ -5,7 +5,7 @@
 Flower's SuperLink serves three interfaces at one port: Fleet for the sites, Runtime for the server's own processes, Control for
 its owner. Without account servers anyone who reaches that port may, through Control, register a key or submit an app, which the
 server would then run. So the SuperLink listens on loopback, and this gate in front of it ends TLS and passes on Fleet's calls.
-It reads requests strictly (RFC 9112), so that none can hide in another's body; answers go back as they are.
+It reads the heads of requests strictly (with h11), so that none can hide in another's body; answers go back as they are.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-REQUEST = re.compile(rb"POST /v1/fleet/[a-z-]{1,64} HTTP/1\.1")
-FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*")
-LENGTH = re.compile(rb"[0-9]{1,12}")
+import h11
+
+TARGET = re.compile(rb"/v1/fleet/[a-z-]{1,64}")
+REFUSED_FIELDS = frozenset([b"transfer-encoding", b"upgrade", b"expect"])
 HEAD, BODY, CHUNK = 2**15, 2**26, 2**16
 """Bytes at most: of a request's head; of its body (Flower sends pieces of 5 MB); passed on at once."""
 IDLE, CONNECTIONS = 300.0, 1024
@@ -30,24 +31,33 @@ class RequestRefused(Exception):
     """A request that is not for sites; the text is HTTP's status line."""
 
 
-def length_of(head: bytes) -> int:
-    """The length of the body behind a head, which ends before the empty line.
+def body_length(head: bytes) -> int:
+    """Return the length of the body behind the head of a request, which ends before the empty line.
+
+    The head is read by h11, which follows RFC 9112. Where h11 is lenient (bare line feeds, folded lines, a length that stands twice)
+    it would write other lines than it has read: such a head is refused, since the SuperLink might read it otherwise.
 
     Raises:
-        Refused: it is no call of Fleet, or leaves any doubt about where it ends.
+        RequestRefused: it is no call of Fleet, or leaves any doubt about where it ends.
     """
-    lines = head.split(b"\r\n")
-    if not REQUEST.fullmatch(lines[0]):
-        raise RequestRefused("403 Forbidden")
-    fields = [FIELD.fullmatch(line) for line in lines[1:]]
-    named = [(found[1].lower(), found[2]) for found in fields if found]
-    lengths = [value for name, value in named if name == b"content-length"]
-    odd = any(name in (b"transfer-encoding", b"upgrade", b"expect") for name, _ in named)
-    if len(named) != len(fields) or odd or len(lengths) != 1 or not LENGTH.fullmatch(lengths[0]):
+    parser, writer = h11.Connection(h11.SERVER, HEAD), h11.Connection(h11.CLIENT)
+    parser.receive_data(head + b"\r\n\r\n")
+    try:
+        request = parser.next_event()
+        if not isinstance(request, h11.Request):
+            raise RequestRefused("400 Bad Request")
+        if (request.method, request.http_version) != (b"POST", b"1.1") or not TARGET.fullmatch(request.target):
+            raise RequestRefused("403 Forbidden")
+        written = writer.send(request) or b""
+    except h11.ProtocolError as error:
+        raise RequestRefused("400 Bad Request") from error
+    lengths = [int(value) for name, value in request.headers if name == b"content-length"]
+    odd = any(name in REFUSED_FIELDS for name, _ in request.headers)
+    if odd or len(lengths) != 1 or sorted(written.split(b"\r\n")) != sorted([*head.split(b"\r\n"), b"", b""]):
         raise RequestRefused("400 Bad Request")
-    if int(lengths[0]) > BODY:
+    if lengths[0] > BODY:
         raise RequestRefused("413 Content Too Large")
-    return int(lengths[0])
+    return lengths[0]
 
 
 class Gate:
@@ -72,7 +82,7 @@ class Gate:
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await _head(reader)  # the first request is read before the SuperLink hears of the connection
-        length_of(head)
+        body_length(head)
         answers, asking = await asyncio.open_connection("127.0.0.1", self._port, ssl=self._trusted, limit=CHUNK)
         back = asyncio.create_task(_copy(answers, writer))
         there = asyncio.create_task(_requests(head, reader, asking))
@@ -89,7 +99,7 @@ class Gate:
 
 async def _requests(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     while True:
-        left = length_of(head)
+        left = body_length(head)
         writer.write(head + b"\r\n\r\n")
         while left:
             piece = await asyncio.wait_for(reader.read(min(left, CHUNK)), IDLE)
@@ -135,9 +145,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--listen", required=True, help="host:port that sites connect to")
     parser.add_argument("--to", type=int, required=True, help="the SuperLink's port on loopback")
     parser.add_argument("--keys", type=Path, required=True, help="folder with ca.crt, server.crt and server.key")
-    given = parser.parse_args(words)
-    host, _, port = given.listen.rpartition(":")
-    asyncio.run(run_gate(host.strip("[]"), int(port), given.to, given.keys))
+    arguments = parser.parse_args(words)
+    host, _, port = arguments.listen.rpartition(":")
+    asyncio.run(run_gate(host.strip("[]"), int(port), arguments.to, arguments.keys))
 
 
 if __name__ == "__main__":

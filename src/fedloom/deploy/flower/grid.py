@@ -1,4 +1,4 @@
-"""A Link over Flower's Grid. A message is one flat array of bytes, so that it travels in few pieces, and only data."""
+"""A Transport over Flower's Grid. A message is one flat array of bytes, so that it travels in few pieces, and only data."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ LIFETIME = 14 * 24 * 3600.0
 """Seconds until Flower forgets a message. Deadlines are the driver's: this one only lies beyond them all."""
 DOWNLOADS = 32
 """Replies that are fetched at once."""
-ASK = 0.2
-"""Seconds between two questions for news."""
-SELDOM = 2.0
+POLL = 0.2
+"""Seconds between two polls for replies."""
+MOST_POLL = 2.0
 """Seconds at most: a busy SuperLink is asked in no more than a fifth of the time."""
 
 SHORT = 2**20
@@ -39,9 +39,9 @@ SOON, LATER = 0.05, 1.0
 
 
 def pack_body(body: bytes) -> RecordDict:
-    """A body as Flower's content; a large one Flower cuts into pieces of 5 MB, each sent once.
+    """Wrap a body as Flower's content; Flower cuts a large one into pieces of 5 MB, each sent once.
 
-    Each part of a content is asked for by itself, so a short one has as few as there can be.
+    Each part of a content is requested by itself, so a short one has as few as there can be.
     """
     if len(body) <= SHORT:
         return RecordDict({NAME: ConfigRecord({NAME: body})})
@@ -49,7 +49,7 @@ def pack_body(body: bytes) -> RecordDict:
 
 
 def unpack_body(content: RecordDict) -> bytes:
-    """The body in Flower's content.
+    """Return the body in Flower's content.
 
     Raises:
         ValueError: there is none, or something beside it.
@@ -63,7 +63,7 @@ def unpack_body(content: RecordDict) -> bytes:
 
 
 def fetch_message(client: RuntimeHttpClient, tree: ObjectTree, node: Node, run: int) -> Message:
-    """The message of which `tree` tells, as soon as all its pieces are there."""
+    """Fetch the message that `tree` announces, as soon as all its pieces are there."""
     return pull_and_inflate_object_from_tree(
         tree,
         make_pull_object_fn_protobuf(client.PullObject, node, run),
@@ -77,7 +77,7 @@ def fetch_message(client: RuntimeHttpClient, tree: ObjectTree, node: Node, run: 
 
 
 class GridTransport:
-    """`Link` over `grid`, which is connected to a SuperLink; a site's name is what its key was registered under.
+    """`Transport` over `grid`, which is connected to a SuperLink; a site's name is what its key was registered under.
 
     A thread asks for news all the time, whatever the driver does meanwhile. Flower tells of a lost message only while its node is
     away, which may be seconds, and drops a finished reply whose node has left before it was asked for.
@@ -134,14 +134,14 @@ class GridTransport:
     def _ask(self) -> None:
         try:
             while True:
-                begun = time.monotonic()
+                started = time.monotonic()
                 if waiting := list(self._sent):
-                    told = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=waiting))
-                    for message, tree in zip(told.messages_list, told.message_object_trees, strict=True):
+                    pulled = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=waiting))
+                    for message, tree in zip(pulled.messages_list, pulled.message_object_trees, strict=True):
                         number = message.metadata.reply_to_message_id
                         if (node := self._sent.pop(number, None)) is not None:
                             self._pool.submit(self._fetch, number, node, tree)
-                time.sleep(min(max(ASK, 4 * (time.monotonic() - begun)), SELDOM))
+                time.sleep(min(max(POLL, 4 * (time.monotonic() - started)), MOST_POLL))
         except BaseException as error:
             self._trouble = error
 

@@ -24,21 +24,28 @@ from fedloom.deploy.flower.supervisor import (
 
 TICK = 0.5
 IDLE = 3.0
-"""Seconds between two questions of an idle SuperNode for work, as Flower has it."""
+"""Seconds between two polls of an idle SuperNode for work, as Flower has it."""
 EXPLANATIONS = {
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one of the authority that this site trusts, is for another "
     "name, or has expired",
     "[code: 2004]": "the server does not know this site's key, or counts on another process that holds it for a minute yet",
     "[code: 2001]": "the server takes no site without a key",
 }
-"""What Flower says on leaving, and what it means."""
+"""Messages of Flower on leaving, and what they mean."""
 
 
 @dataclass(frozen=True, slots=True)
 class SiteSetup:
-    """What a site must know to join: the server, whom it trusts, who it is, where its files are, how its worker is started.
+    """What a site needs to join a deployment.
 
-    `idle` are the seconds between two questions for work (None: as Flower has it, three).
+    Fields:
+        server: address of the server, host:port.
+        folder: files of the site.
+        socket: Unix socket of its worker.
+        worker: command that starts the worker.
+        ca: certificate of the authority that it trusts (None: no TLS).
+        key: its private key (None: no key).
+        idle: time between two polls for work (s; None: as Flower has it, three).
     """
 
     server: str
@@ -61,10 +68,10 @@ class SiteSetup:
 
 
 def site_setup(config: Path, insecure: bool, idle: float | None = None) -> SiteSetup:
-    """The seat that a site's settings describe.
+    """Return the setup that a site's settings describe.
 
     Raises:
-        Refused: they lack key or authority, and `insecure` was not said.
+        Refused: they lack key or authority, and `insecure` is not set.
     """
     from fedloom.deploy.site.settings import read_site  # heavy: it reads data
 
@@ -81,12 +88,12 @@ def site_setup(config: Path, insecure: bool, idle: float | None = None) -> SiteS
 
 
 def site_processes(setup: SiteSetup, runtime: int) -> list[list[ProcessSpec]]:
-    """The processes of a site. SuperNode and executor live and die together.
+    """Return the processes of a site. SuperNode and executor live and die together.
 
-    A SuperNode waits without end for the answer to a message that its executor took along; and one that leaves in order tells the
+    A SuperNode waits without end for the answer to a message that its executor took along; and one that leaves in order reports to the
     server at once that the message is lost. The worker goes on: it gives the same answer when it is asked again.
     """
-    given = process_environment(setup.folder / "flower")
+    variables = process_environment(setup.folder / "flower")
     shared = str(setup.folder / "flower" / "secret")
     node = ["--superlink", setup.server, "--host", "127.0.0.1", "--port", str(runtime), "--isolation", "process"]
     node += ["--superexec-auth-secret-file", shared]
@@ -98,7 +105,7 @@ def site_processes(setup: SiteSetup, runtime: int) -> list[list[ProcessSpec]]:
     execute = ["--runtime", f"127.0.0.1:{runtime}", "--socket", str(setup.socket), "--secret", shared]
     execute += ["--ask", f"{min(max((setup.idle or IDLE) / 6, 0.1), 2.0):.2f}"]
     return [
-        [ProcessSpec("worker", setup.worker, given)],
+        [ProcessSpec("worker", setup.worker, variables)],
         [
             ProcessSpec(
                 "supernode",
@@ -112,18 +119,18 @@ def site_processes(setup: SiteSetup, runtime: int) -> list[list[ProcessSpec]]:
                     "--",
                     *node,
                 ],
-                given,
+                variables,
             ),
-            ProcessSpec("executor", [sys.executable, "-m", "fedloom.deploy.flower.executor", *execute], given),
+            ProcessSpec("executor", [sys.executable, "-m", "fedloom.deploy.flower.executor", *execute], variables),
         ],
     ]
 
 
 def region_processes(config: Path, insecure: bool) -> list[list[ProcessSpec]]:
-    """The processes that take a region to the server above it; in the place of a worker, its ServerApp answers.
+    """Return the processes that connect a region to the server above it; in the place of a worker, its ServerApp answers.
 
     Raises:
-        Refused: as `seat`, or the settings are not those of a region.
+        Refused: as `site_setup`, or the settings are not those of a region.
     """
     from fedloom.deploy.site.settings import read_site
 
@@ -144,7 +151,9 @@ def join_deployment(setup: SiteSetup, say: Callable[[str], None]) -> None:
     """
     with hold_folder(setup.folder / "flower" / "lock", setup.folder), stop_on_sigterm() as asked_to_stop:
         write_secret(setup.folder / "flower" / "secret")
-        supervisor = Supervisor(site_processes(setup, free_port()), setup.folder / "logs", lambda line: say(explain(line)))
+        supervisor = Supervisor(
+            site_processes(setup, free_port()), setup.folder / "logs", lambda line: say(explain(line))
+        )
         log, silent = LogFollower(setup.folder / "logs" / "supernode.log").skip(), False
         try:
             while True:
@@ -163,7 +172,7 @@ def join_deployment(setup: SiteSetup, say: Callable[[str], None]) -> None:
 
 
 def explain(line: str) -> str:
-    """A supervisor's line with what it means."""
+    """Return a supervisor's line, explained where it is one of Flower's known messages."""
     return (
         "; ".join([line.partition(": ")[0], *(word for sign, word in EXPLANATIONS.items() if sign in line)])
         if is_explained(line)
@@ -172,5 +181,5 @@ def explain(line: str) -> str:
 
 
 def is_explained(line: str) -> bool:
-    """Whether we have a plain word for it."""
+    """Whether an explanation is known for a line."""
     return any(sign in line for sign in EXPLANATIONS)

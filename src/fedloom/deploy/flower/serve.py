@@ -37,7 +37,7 @@ ROOM = 2**24
 CLEARING = 30.0
 """Seconds until a new ServerApp is begun after one that found the disk full, although there was so much room."""
 NOTE = "deployment.json"
-"""What was ordered, in the folder of the server (`fedloom.flower.order`, which is heavy)."""
+"""Configuration of the deployment, in the folder of the server (`server.config`, which is heavy)."""
 GO_ON = "then go on with `fedloom serve ... --resume`"
 
 MOVED = re.compile(r"\[Fleet\.(?:De)?[Aa]ctivateNode\] (Activated|Deactivated) node_id=(\d+)")
@@ -88,9 +88,9 @@ class Serving:
         return self._try(self._follow)
 
     def _try(self, step: Callable[[], str | None]) -> str | None:
-        """A step that Flower may refuse: the SuperLink has just gone, or says no. It is tried again, and told once.
+        """A step that Flower may refuse: the SuperLink has just gone, or says no. It is tried again, and said once.
 
-        As it is where the disk is full, of which `_look_for_room` tells.
+        As it is where the disk is full, which `_look_for_room` says.
         """
         name = step.__name__
         if time.monotonic() < self.pauses.get(name, 0.0):
@@ -128,12 +128,12 @@ class Serving:
             raise SuperLinkError(str(error)) from error
         self.names = {fingerprint: entry.name for fingerprint, entry in listed.items()}
         if not self.keys_sent or listed.keys() != self.nodes.keys():
-            self._tell({key: SiteKey(str(one.path), one.name) for key, one in listed.items()})
+            self._send_keys({key: SiteKey(str(one.path), one.name) for key, one in listed.items()})
         if not listed and not self.run:
             self.say("no site may come yet: `fedloom keys add PUB --name NAME` lets one in, also while this runs")
 
-    def _tell(self, listed: Mapping[str, SiteKey]) -> None:
-        """Let the SuperLink know who may come, until it has said that it does."""
+    def _send_keys(self, listed: Mapping[str, SiteKey]) -> None:
+        """Send the SuperLink the keys that may come, until it has accepted them."""
         before, self.keys_sent = self.nodes, False
         done = self.control.admit(listed)
         self.nodes, self.keys_sent = done.nodes, True
@@ -145,61 +145,61 @@ class Serving:
             raise SuperLinkError("; ".join(done.refused.values()))
 
     def _announce(self) -> None:
-        """Who came and who left, from the SuperLink's log."""
+        """Say who came and who left, from the SuperLink's log."""
         of = {node: self.names.get(fingerprint) for fingerprint, node in self.nodes.items()}
         for came, number in (found.groups() for line in self.log.lines() if (found := MOVED.search(line))):
             name = of.get(int(number)) or f"node {number}"
             (self.here.add if came == "Activated" else self.here.discard)(name)
-            told = "has come" if came == "Activated" else "has left"
-            self.say(f"{name} {told}; {len(self.here)} here" + (f" of {len(of)}" if of else ""))
+            what = "has come" if came == "Activated" else "has left"
+            self.say(f"{name} {what}; {len(self.here)} here" + (f" of {len(of)}" if of else ""))
 
     def _relay(self) -> None:
-        """What the driver says that it waits for, when that has changed, and not too often."""
+        """Say what the driver waits for, when that has changed, and not too often."""
         note = self.server.folder / "status.json"
         if time.monotonic() < self.relayed + RELAY or not note.exists():
             return
-        told = json.loads(note.read_bytes())
-        line = f"version {told['version']} of {told['versions']}; waits {told['waits']}"
+        status = json.loads(note.read_bytes())
+        line = f"version {status['version']} of {status['versions']}; waits {status['waits']}"
         if line != self.line:
             self.say(line)
             self.line, self.relayed = line, time.monotonic()
 
     def _follow(self) -> str | None:
-        """Submit the app, wait for its word, and submit it again where it was killed."""
+        """Submit the app, wait for its outcome, and submit it again where it was killed."""
         if not self.run:
             if self.full:
                 return None
             self.attempt, self.since = self.attempt + 1, time.monotonic()
             self.run = self.control.submit(self.server.folder, self.attempt)
             return None
-        word, lived = read_outcome(self.server.folder, self.attempt), time.monotonic() - self.since
-        if word is not None and word.ended:
-            if word.reason:
-                return word.reason
-            if word.refused:
-                raise Refused("RUNFILE", str(self.server.folder), f"it cannot be carried out: {word.refused}")
-        elif word.lives if word is not None else lived < STARTS:
+        outcome, lived = read_outcome(self.server.folder, self.attempt), time.monotonic() - self.since
+        if outcome is not None and outcome.ended:
+            if outcome.reason:
+                return outcome.reason
+            if outcome.refused:
+                raise Refused("RUNFILE", str(self.server.folder), f"it cannot be carried out: {outcome.refused}")
+        elif outcome.lives if outcome is not None else lived < STARTS:
             return None
-        said = self._why(word)
+        reason = self._why(outcome)
         self.quick = self.quick + 1 if lived < QUICK and not self.full else 0
         if self.quick >= MOST_QUICK:
-            raise self._vain(word, said)
-        self.say(f"the ServerApp ended ({said}); a new one goes on from the last checkpoint")
+            raise self._vain(outcome, reason)
+        self.say(f"the ServerApp ended ({reason}); a new one goes on from the last checkpoint")
         self.run = 0
-        if word is not None and word.full:
+        if outcome is not None and outcome.full:
             self.pauses[self._follow.__name__] = time.monotonic() + CLEARING
         return None
 
-    def _why(self, word: AppOutcome | None) -> str:
-        """Why a ServerApp ended that did not carry the run out."""
-        if word is not None and (word.failed or word.full):
-            return word.failed or f"the disk is full: {word.full} could not be written"
-        return ("it was killed" if word else "it did not start") + (", and the disk is full" if self.full else "")
+    def _why(self, outcome: AppOutcome | None) -> str:
+        """Return why a ServerApp ended that did not carry the run out."""
+        if outcome is not None and (outcome.failed or outcome.full):
+            return outcome.failed or f"the disk is full: {outcome.full} could not be written"
+        return ("it was killed" if outcome else "it did not start") + (", and the disk is full" if self.full else "")
 
-    def _vain(self, word: AppOutcome | None, reason: str) -> Refused:
-        """That the run came to nothing again and again."""
-        if word is not None and word.full:
-            return disk_full(self.server, word.full)
+    def _vain(self, outcome: AppOutcome | None, reason: str) -> Refused:
+        """Return the refusal of a run that comes to nothing again and again."""
+        if outcome is not None and outcome.full:
+            return disk_full(self.server, outcome.full)
         remedy = f"the run ends as soon as it begins: {reason}; see logs/serverapp.log"
         return Refused("RUNFILE", str(self.server.folder), remedy)
 
@@ -223,14 +223,16 @@ def serve_deployment(
 
 
 def disk_full(server: ServerSetup, path: str) -> Refused:
-    """That the disk has no room for this file, and what to do."""
+    """Return the refusal that the disk has no room for this file, with what to do."""
     again = GO_ON if (server.folder / NOTE).exists() else "then give the same command again"
     return Refused(
         "--folder", str(server.folder), f"its disk is full: {path} could not be written; free space, {again}"
     )
 
 
-def _serve(server: ServerSetup, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[ProcessSpec]]) -> str:
+def _serve(
+    server: ServerSetup, facts: Mapping[str, object], resume: bool, say: Say, more: Sequence[Sequence[ProcessSpec]]
+) -> str:
     note = server.folder / NOTE
     if note.exists() != resume:
         remedy = "there is no deployment to go on with" if resume else "it has a deployment; --resume goes on with it"

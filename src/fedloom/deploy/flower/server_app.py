@@ -25,14 +25,14 @@ app = ServerApp()
 
 @app.main()  # type: ignore[untyped-decorator, arg-type]
 def main(grid: HttpGrid, context: Context) -> None:
-    """Carry out the deployment of the folder that the run's configuration names, and leave word of how it ended."""
+    """Carry out the deployment of the folder that the run's configuration names, and leave the outcome."""
     from fedloom.deploy.start import run_deployment  # heavy
 
     run_server_app(grid, context, run_deployment)
 
 
 def run_server_app(grid: HttpGrid, context: Context, run: Callable[[Transport, Path], str]) -> None:
-    """`run` over a link, with a log, and with a word to the server that waits for it."""
+    """Call `run` with a transport, with a log, and leave the outcome for the server that waits for it."""
     die_with_parent(os.getppid())
     folder, attempt = Path(str(context.run_config["folder"])), int(str(context.run_config["attempt"]))
     _log_to(folder / "logs" / "serverapp.log")
@@ -45,15 +45,15 @@ def run_server_app(grid: HttpGrid, context: Context, run: Callable[[Transport, P
         raise
     except Exception as error:
         lack = disk_full_error(error)
-        told = {"full": str(lack.filename or folder)} if lack else {"failed": f"{type(error).__name__}: {error}"}
-        write_outcome(folder, attempt, AppOutcome(pid, **told))
+        how = {"full": str(lack.filename or folder)} if lack else {"failed": f"{type(error).__name__}: {error}"}
+        write_outcome(folder, attempt, AppOutcome(pid, **how))
         with suppress(OSError):  # the log is on the same disk
             traceback.print_exc()
         raise
 
 
 def _log_to(path: Path) -> None:
-    """What this process says goes there; Flower would throw it away."""
+    """Send the output of this process there; Flower would throw it away."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)

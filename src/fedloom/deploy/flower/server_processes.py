@@ -1,4 +1,4 @@
-"""Where the server of a deployment lives: its folder, its address, and Flower's processes there."""
+"""Processes of a deployment's server: where it lives, and the commands of Flower's programs there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ APP = "fedloom.deploy.flower.server_app:app"
 
 @dataclass(frozen=True, slots=True)
 class ServerSetup:
-    """Where a deployment lives and how it is reached."""
+    """Where a deployment lives and how it is reached.
+
+    Fields:
+        folder: its folder.
+        host: address that it listens at.
+        port: port for the sites.
+        insecure: without keys and TLS, on this machine only.
+        app: the ServerApp, as MODULE:NAME.
+    """
 
     folder: Path
     host: str = "0.0.0.0"
@@ -59,8 +67,8 @@ def is_loopback(host: str) -> bool:
 
 
 def server_processes(server: ServerSetup, inner: int) -> list[list[ProcessSpec]]:
-    """The processes at the server: SuperLink at port `inner` of loopback, the gate before it, SuperExec."""
-    given, pki = process_environment(server.home), server.folder / "keys"
+    """Return the processes at the server: SuperLink at port `inner` of loopback, the gate before it, SuperExec."""
+    variables, pki = process_environment(server.home), server.folder / "keys"
     shared = ["--superexec-auth-secret-file", str(server.home / "secret")]
     link = [
         "--host",
@@ -80,9 +88,9 @@ def server_processes(server: ServerSetup, inner: int) -> list[list[ProcessSpec]]
         link += [word if word.startswith("--") else str(pki / word) for word in tls] + ["--enable-supernode-auth"]
         execute += ["--root-certificates", str(pki / "ca.crt")]
         listen = ["--listen", f"{server.host}:{server.port}", "--to", str(inner), "--keys", str(pki)]
-        gate = [[ProcessSpec("gate", [sys.executable, "-m", "fedloom.deploy.flower.gate", *listen], given)]]
+        gate = [[ProcessSpec("gate", [sys.executable, "-m", "fedloom.deploy.flower.gate", *listen], variables)]]
     return [
-        [ProcessSpec("superlink", [program("flower-superlink"), *link], given)],
+        [ProcessSpec("superlink", [program("flower-superlink"), *link], variables)],
         *gate,
-        [ProcessSpec("superexec", [program("flower-superexec"), *execute], given)],
+        [ProcessSpec("superexec", [program("flower-superexec"), *execute], variables)],
     ]

@@ -1,4 +1,4 @@
-"""What the owner of a SuperLink does with it: accept keys, submit the app, stop a run. Each by a process."""
+"""Owner's calls to a SuperLink: accept keys, submit the app, stop a run. Each by a process."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ attempt = 0
 
 
 class SuperLinkError(Exception):
-    """Flower said no, or nothing; the text is what it said."""
+    """Flower refused a call, or did not answer; the text is what it said."""
 
 
 @dataclass(frozen=True, slots=True)
 class SiteKey:
-    """Who is to be let in: the file of the public key, and the name of its holder."""
+    """A key to accept: the file of the public key, and the name of its holder."""
 
     key: str
     name: str
@@ -48,7 +48,7 @@ class SiteKey:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Who may come now, by the fingerprint of the key the node that its holder is; and why somebody who is listed may not."""
+    """Result of accepting keys: the node of each accepted key, and why others were refused, by fingerprint of the key."""
 
     nodes: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -79,11 +79,11 @@ class SuperLink:
     def admit(self, listed: Mapping[str, SiteKey]) -> Admission:
         """Accept these keys, by their fingerprints, and no others. Flower takes the key of who went never again.
 
-        Raises Unwilling where the SuperLink cannot be asked; then it is not known who may come.
+        Raises SuperLinkError where the SuperLink cannot be asked; then it is not known who may come.
         """
         where = [str(self.port), *([] if self.certificate is None else [str(self.certificate)])]
-        told = json.dumps({key: asdict(one) for key, one in listed.items()})
-        done = self._run([sys.executable, "-m", "fedloom.deploy.flower.register_keys", *where], told)
+        text = json.dumps({key: asdict(one) for key, one in listed.items()})
+        done = self._run([sys.executable, "-m", "fedloom.deploy.flower.register_keys", *where], text)
         if done.returncode:
             raise SuperLinkError((done.stderr or done.stdout).strip()[-500:])
         return Admission(**json.loads(done.stdout))
@@ -91,7 +91,7 @@ class SuperLink:
     def submit(self, folder: Path, attempt: int) -> int:
         """Start a Flower run of the app; returns its number.
 
-        All others are stopped first, and what they left at the sites is dropped: also one whose number was never told, because the
+        All others are stopped first, and what they left at the sites is dropped: also one whose number was never returned, because the
         SuperLink ended or hung. It would hold the folder against this one.
         """
         for run in self._ask("list", HERE).get("runs", []):
@@ -101,7 +101,7 @@ class SuperLink:
         return int(self._ask("run", str(self.home / "app"), HERE, "--run-config", config)["run-id"])
 
     def _ask(self, *words: str) -> Mapping[str, Any]:
-        """Flower's command line."""
+        """Call Flower's command line; returns its JSON."""
         done = self._run([program("flwr"), *words, "--format", "json"])
         start = done.stdout.find("{")
         try:
@@ -113,7 +113,7 @@ class SuperLink:
         return answer
 
     def _run(self, command: Sequence[str], input_text: str = "") -> subprocess.CompletedProcess[str]:
-        """A process to its end. Raises Unwilling where that does not come."""
+        """A process to its end. Raises SuperLinkError where that does not come."""
         try:
             return subprocess.run(
                 command,

@@ -10,7 +10,7 @@ A SuperNode that was killed holds its place at the server for a minute, in which
 `--was` names the file with the node id that this site had: it is given back first, with the site's own key, so that a restart takes
 seconds, and the server hears of the lost message at once.
 
-`--idle` is the one place where something inside Flower is changed, and only if it is asked for: between two questions for work an
+`--idle` is the one place where something inside Flower is changed, and only if it is asked for: between two polls for work an
 idle SuperNode waits three seconds, which is most of a short round trip. `tests/flower/test_contract.py` pins that line.
 """
 
@@ -49,7 +49,7 @@ GAP = 2.0
 
 
 def release_node(number: int, server: str, authority: Path, key: Path) -> None:
-    """Tell the server that node `number`, whose key this is, has left."""
+    """Deactivate node `number`, whose key this is, at the server."""
     private = load_ssh_private_key(key.read_bytes(), None)
     assert isinstance(private, ec.EllipticCurvePrivateKey)
     signed = NodeAuthHttpInterceptor(private, private.public_key())
@@ -67,9 +67,9 @@ class NodeIdHandler(logging.Handler):
         self._path = path
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Of a line of Flower's log."""
-        if (said := record.getMessage()).startswith(NODE_ID_PREFIX):
-            self._path.write_text(said.removeprefix(NODE_ID_PREFIX), encoding="utf-8")
+        """Handle a line of Flower's log."""
+        if (line := record.getMessage()).startswith(NODE_ID_PREFIX):
+            self._path.write_text(line.removeprefix(NODE_ID_PREFIX), encoding="utf-8")
 
 
 def shorten_idle_wait(idle: float) -> None:
@@ -94,17 +94,17 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     parser.add_argument("--idle", type=float, help="seconds between two questions for work")
     parser.add_argument("--was", type=Path, help="file with the node id that the site had")
     parser.add_argument("rest", nargs=argparse.REMAINDER)
-    given = parser.parse_args(words)
-    rest = given.rest[given.rest[:1] == ["--"] :]
-    if given.idle is not None:
-        shorten_idle_wait(given.idle)
-    if given.was and given.was.exists() and KEY in rest:
+    arguments = parser.parse_args(words)
+    rest = arguments.rest[arguments.rest[:1] == ["--"] :]
+    if arguments.idle is not None:
+        shorten_idle_wait(arguments.idle)
+    if arguments.was and arguments.was.exists() and KEY in rest:
         server, authority, key = (rest[rest.index(word) + 1] for word in ("--superlink", "--root-certificates", KEY))
         with suppress(httpx.HTTPError, OSError, ValueError):  # it had left in order, or the server is away
-            release_node(int(given.was.read_text()), server, Path(authority), Path(key))
+            release_node(int(arguments.was.read_text()), server, Path(authority), Path(key))
     threading.excepthook = exit_process
-    if given.was:
-        logging.getLogger("flwr").addHandler(NodeIdHandler(given.was))
+    if arguments.was:
+        logging.getLogger("flwr").addHandler(NodeIdHandler(arguments.was))
     sys.argv = ["flower-supernode", *rest]
     code = 1
     try:

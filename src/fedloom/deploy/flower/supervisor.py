@@ -32,7 +32,13 @@ LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 @dataclass(frozen=True, slots=True)
 class ProcessSpec:
-    """A process to keep running: its name, which is also its log's, and its command."""
+    """A process to keep running.
+
+    Fields:
+        name: its name, which is also its log's.
+        command: program and arguments.
+        environment: its environment variables.
+    """
 
     name: str
     command: Sequence[str]
@@ -50,7 +56,7 @@ class Backoff:
 
 @dataclass(slots=True)
 class ProcessGroup:
-    """Parts that live and die together: where one ends, the others are stopped and all are started anew."""
+    """Processes that live and die together: where one ends, the others are stopped and all are started anew."""
 
     parts: Sequence[ProcessSpec]
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -67,7 +73,11 @@ class Supervisor:
     """
 
     def __init__(
-        self, units: Sequence[Sequence[ProcessSpec]], logs: Path, say: Callable[[str], None], wait: Backoff | None = None
+        self,
+        units: Sequence[Sequence[ProcessSpec]],
+        logs: Path,
+        say: Callable[[str], None],
+        wait: Backoff | None = None,
     ) -> None:
         self._units = [ProcessGroup(parts) for parts in units]
         self._logs, self._say, self._wait = logs, say, wait or Backoff()
@@ -97,7 +107,7 @@ class Supervisor:
             _shorten(log)
 
     def pid(self, name: str) -> int | None:
-        """The process of a part, while it runs."""
+        """Return the process id of a part, while it runs."""
         for unit in self._units:
             for part, child in zip(unit.parts, unit.running, strict=False):
                 if part.name == name and child.poll() is None:
@@ -142,12 +152,12 @@ class Supervisor:
         unit.running = []
 
     def _last_words(self, part: ProcessSpec) -> str:
-        """What Flower said on leaving, if it did, or else its last error."""
+        """Return what Flower said on leaving, if it did, or else its last error."""
         lines = LogFollower(self._logs / f"{part.name}.log", self._born.get(part.name, 0)).lines()
         for number in range(len(lines) - 1, -1, -1):
             if "Exit Code: " in lines[number]:
-                said = [line for line in lines[number : number + 4] if line]
-                return ": " + " ".join(said).partition("Exit Code: ")[2]
+                words = [line for line in lines[number : number + 4] if line]
+                return ": " + " ".join(words).partition("Exit Code: ")[2]
         errors = [line for line in lines if "ERROR" in line or "Error: " in line]
         return f": {errors[-1]}" if errors else ""
 
@@ -161,12 +171,12 @@ def die_with_parent(parent: int) -> None:
 
 
 def program(name: str) -> str:
-    """A command that was installed with this Python."""
+    """Return the path of a command that was installed with this Python."""
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
 def process_environment(home: Path) -> dict[str, str]:
-    """Ours, with every call outside switched off and Flower's files in `home`."""
+    """Return our environment, with every call outside switched off and Flower's files in `home`."""
     scripts = sysconfig.get_path("scripts")
     return {
         **os.environ,
@@ -183,14 +193,14 @@ def process_environment(home: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """Return a port of loopback that nobody listens on."""
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         return int(door.getsockname()[1])
 
 
 def is_listening(host: str, port: int) -> bool:
-    """Whether somebody takes connections there."""
+    """Whether connections are accepted there."""
     try:
         socket.create_connection((host, port), 1.0).close()
     except OSError:
@@ -200,13 +210,13 @@ def is_listening(host: str, port: int) -> bool:
 
 @dataclass(slots=True)
 class LogFollower:
-    """Follows a log: what was written since it was read last."""
+    """Follows a log: reads what was written since it was read last."""
 
     path: Path
     position: int = 0
 
     def lines(self) -> list[str]:
-        """The whole lines that are new."""
+        """Return the whole lines that are new."""
         if not self.path.exists():
             return []
         if self.path.stat().st_size < self.position:
@@ -224,7 +234,7 @@ class LogFollower:
 
 
 def last_text(path: Path, size: int = 4096) -> str:
-    """The last bytes of a file as text; of none, nothing."""
+    """Return the last bytes of a file as text; "" if there is none."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - size))
@@ -253,15 +263,15 @@ def stop_on_sigterm() -> Iterator[Callable[[], None]]:
 
     What is yielded has to be called now and then, too: Python drops what a signal raises where it comes in a finaliser.
     """
-    asked = False
+    requested = False
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        nonlocal asked
-        asked = True
+        nonlocal requested
+        requested = True
         raise KeyboardInterrupt
 
     def look() -> None:
-        if asked:
+        if requested:
             raise KeyboardInterrupt
 
     ours = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
@@ -291,8 +301,8 @@ def _ending(code: int | None) -> str:
 def _shorten(log: Path) -> None:
     """Keep the end of a log that has grown large, in place: the process that writes it appends."""
     if log.stat().st_size > LARGEST_LOG:
-        kept = last_text(log, KEPT_LOG)
+        end = last_text(log, KEPT_LOG)
         with log.open("r+b") as file:
             file.truncate(0)
         with log.open("ab") as file:
-            file.write(kept.encode())
+            file.write(end.encode())

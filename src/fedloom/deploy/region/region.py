@@ -17,20 +17,22 @@ from dataclasses import dataclass, field, replace
 from logging import getLogger
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import NoReturn, TextIO
+from typing import Any, ClassVar, NoReturn, TextIO
 
 import torch
 
 from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
-from fedloom.core.events import Command, Event, Report, Stop, TaskReceived
+from fedloom.core.events import ClientJoined, Command, Event, Reject, Report, Stop, TaskReceived
 from fedloom.core.files import atomic_write
 from fedloom.core.lora import Adapter, server_rank
+from fedloom.core.model_shape import Shape
+from fedloom.core.policies import BudgetRule, Fleet
 from fedloom.core.schema import Malformed
 from fedloom.core.seeds import derive
-from fedloom.core.server import Server
+from fedloom.core.server import Server, State
 from fedloom.core.transfer import encode_start
-from fedloom.core.types import Budget, ClientId, ClientState, Profile, Task, TaskStart
+from fedloom.core.types import Budget, ClientId, ClientState, GroupHistory, Profile, Task, TaskStart
 from fedloom.deploy.link import Transport
 from fedloom.deploy.messages.answer import RegionReport, encode_result
 from fedloom.deploy.messages.checks import model_mismatch
@@ -48,7 +50,6 @@ from fedloom.deploy.messages.messages import (
     encode_request,
     start_of,
 )
-from fedloom.deploy.region.region_edge import RegionServer
 from fedloom.deploy.server.config import RUN_FOLDER, DeploymentConfig
 from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.evaluation import Evaluation
@@ -58,8 +59,9 @@ from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
 from fedloom.deploy.site.settings import Site, read_site, why_refused
 from fedloom.deploy.site.worker import request_digest, time_of_day
 from fedloom.deploy.site.worker_socket import Listener
-from fedloom.hierarchy.edge import initial_model
+from fedloom.hierarchy.edge import Edge, EdgeState, initial_model
 from fedloom.hierarchy.hierarchy import Hierarchy
+from fedloom.hierarchy.root_server import why_unplanned
 from fedloom.runs.checkpoint import read_checkpoint
 from fedloom.runs.final_scores import next_ranks
 from fedloom.runs.resume import CHECKPOINT, LOGS, CheckpointWriter, locked, open_log, restore_fields, stored_values
@@ -70,6 +72,84 @@ from fedloom.train.base_model import initial_adapter, load_base
 LOG = getLogger("fedloom.core.server")
 ABOVE = "above.bin"
 """The last join request from above: its terms are what a region that was restarted begins with."""
+
+
+@dataclass(slots=True)
+class RegionServer:
+    """An edge as a coordinator: it never stops, and how a task from above ended is put down in `ended`.
+
+    Fields:
+        edge: the edge.
+        edge_state: its state, as a checkpoint saves it.
+        plan: the plan of the groups, if it learns: a site that it has nothing for is not let in.
+        digest: names the request that is worked on.
+        started: when the task was begun (s of the region).
+        ended: the last task that ended, with its report or the reason why there is none.
+    """
+
+    rebuilt: ClassVar[frozenset[str]] = frozenset({"edge", "plan", "ended"})
+    edge: Edge
+    edge_state: EdgeState
+    plan: BudgetRule | None = None
+    digest: str = ""
+    started: float = 0.0
+    ended: tuple[Task, Report | Stop] | None = None
+
+    @property
+    def state(self) -> State:
+        """State of the server inside the edge."""
+        return self.edge_state.server
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the model."""
+        return self.edge.server.shape
+
+    @property
+    def max_in_flight(self) -> int:
+        """The most sites that may be at work at once."""
+        return self.edge.server.max_in_flight
+
+    @property
+    def edges(self) -> tuple[ClientId, ...]:
+        """Nobody: sites hang on this edge alone."""
+        return ()
+
+    def parts_to_save(self) -> tuple[RegionServer]:
+        """Return itself: its fields beside `rebuilt` are saved."""
+        return (self,)
+
+    def manifest_sections(self) -> dict[str, Any]:
+        """Return nothing: a region writes no manifest of its own."""
+        return {}
+
+    def handle(self, now: float, event: Event) -> list[Command]:
+        """Let the edge handle an event; that it gives its task up, for a new one too, stops nobody else."""
+        self.edge.state = self.edge_state
+        if isinstance(event, ClientJoined) and (reason := self._why_unplanned(event.profile)):
+            return [Reject(event.profile.client, 0, reason)]
+        replaces = isinstance(event, TaskReceived) and self.state.outer is not None
+        dropped = self.edge.drop_task(now) if replaces else []
+        outer = event.task if isinstance(event, TaskReceived) else self.state.outer
+        commands = [*dropped, *self.edge.handle(now, event)]
+        for command in commands:
+            if isinstance(command, Report | Stop) and outer is not None:
+                self.ended = outer, command
+        return [command for command in commands if not isinstance(command, Stop)]
+
+    def wake(self) -> float | None:
+        """Return when the edge wants to be called again."""
+        return self.edge_state.due
+
+    def fleet(self) -> Fleet:
+        """Return the view of the server inside, whatever task the edge has."""
+        self.edge.server.state = self.state  # also one that was restored
+        return replace(self.edge.server.fleet(), outer=None)
+
+    def _why_unplanned(self, site: Profile) -> str | None:
+        """Return why the plan of the groups has nothing for one with this site in it; None if it has."""
+        alone = GroupHistory(site, (replace(site, most=None),))
+        return self.plan and why_unplanned(self.plan, self.edge.server.fleet(), alone)
 
 
 @dataclass(slots=True)

@@ -383,7 +383,7 @@ class Deployment:
         rejected = any(isinstance(command, Reject) for command in commands)
         if isinstance(event, ClientLost):
             self.tasks = {number: task for number, task in self.tasks.items() if task.client != event.client}
-        elif isinstance(event, UpdateArrived | TaskFailed):
+        if isinstance(event, UpdateArrived | TaskFailed) and not rejected:  # else it fails next
             self.tasks.pop(event.task, None)
             self.failed_deliveries.pop(event.task, None)
         if isinstance(event, UpdateArrived) and not rejected:

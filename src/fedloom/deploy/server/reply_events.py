@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from fedloom.core.events import ClientJoined, EdgeJoined, EdgeReported, UpdateArrived
 from fedloom.core.message_size import download_size, upload_size
@@ -55,5 +54,4 @@ def with_seconds(task: Task, result: Result, now: float) -> Result:
     train = min(result.metrics.get("seconds_train", 0.0), total)
     sizes = download_size(task.start).total, upload_size(task, result).total
     share = sizes[0] / sum(sizes) if sum(sizes) else 0.5
-    parts = {"seconds_down": share * (total - train), "seconds_up": (1 - share) * (total - train)}
-    return replace(result, metrics={**result.metrics, "seconds": total, "seconds_train": train, **parts})
+    return result.with_seconds(total, share * (total - train), train, (1 - share) * (total - train))

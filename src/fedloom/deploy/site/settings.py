@@ -66,16 +66,16 @@ class LabelledFile(_Section):
     quoted: bool | None = None
 
     def examples(self, labels: tuple[str, ...] | None) -> Examples:
-        """All rows, under the run's labels. Raises Refused."""
+        """Return all rows, under the run's labels. Raises Refused."""
         if labels is None:
             raise Refused("data.path", str(self.path), "the run writes text, and these data have labels")
-        own = self.labels or labels
-        names = own if isinstance(own, dict) else dict(zip(own, labels, strict=False))
-        if {*names.values()} != {*labels} or (isinstance(own, tuple) and len(own) != len(labels)):
+        values = self.labels or labels
+        names = values if isinstance(values, dict) else dict(zip(values, labels, strict=False))
+        if {*names.values()} != {*labels} or (isinstance(values, tuple) and len(values) != len(labels)):
             remedy = (
                 f"the labels of the run are {', '.join(labels)}: give the data's values in that order, or name each"
             )
-            raise Refused("table.labels", ", ".join(own), remedy)
+            raise Refused("table.labels", ", ".join(values), remedy)
         named = {value: name for one in labels for value, name in names.items() if name == one}
         how: dict[str, Any] = self.model_dump(exclude={"path", "labels"})
         # nothing is set aside where test rows are given; they are not looked at here
@@ -92,7 +92,7 @@ class AnsweredFile(_Section):
     messages: str | None = None
 
     def examples(self, labels: tuple[str, ...] | None) -> Examples:
-        """All rows that have an answer. Raises Refused."""
+        """Return all rows that have an answer. Raises Refused."""
         if labels is not None:
             raise Refused("data.path", str(self.path), "the run chooses labels, and these data have answers")
         how: dict[str, Any] = self.model_dump(exclude={"path"})
@@ -115,12 +115,12 @@ class SiteLimits(_Section):
 
     @property
     def most(self) -> Budget:
-        """The largest task."""
+        """The largest budget of a task."""
         return Budget(self.rank, self.steps, self.depth)
 
     @property
     def bytes(self) -> int:
-        """Of a message, at most."""
+        """Largest size of a message in bytes."""
         return int(self.megabytes * 1e6)
 
     def awake(self, hour: float) -> bool:
@@ -173,14 +173,14 @@ class Site(_Section):
         return self.folder / "worker.sock"
 
     def examples(self, labels: tuple[str, ...] | None) -> Examples:
-        """The site's data for a run with these labels (None: it writes text). Raises Refused."""
+        """Load the site's data for a run with these labels (None: it writes text). Raises Refused."""
         file = self.table or self.instructions
         assert file is not None
         return file.examples(labels)
 
 
 def site_shard(site: Site, examples: Examples, terms: RunTerms) -> Shard:
-    """What the site trains on and what it holds out, by number: the same at every start, and those of a simulation with these rows.
+    """Divide the examples into what is trained on and what is held out, by number: the same at every start, and those of a simulation with these rows.
 
     Nothing is held out where the run or the site does not want it, nor of a single example.
     """
@@ -190,10 +190,10 @@ def site_shard(site: Site, examples: Examples, terms: RunTerms) -> Shard:
 
 
 def read_site(path: Path) -> Site:
-    """The site of this file. Raises Refused with the field, its value and what it should be."""
+    """Read the settings of a site. Raises Refused with the field, its value and what it should be."""
     try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Site.model_validate(told, context={"folder": path.parent})
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Site.model_validate(fields, context={"folder": path.parent})
     except OSError as error:
         raise Refused("--config", str(path), f"it cannot be read ({error.strerror}); docs/site.md shows one") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -207,7 +207,7 @@ def read_site(path: Path) -> Site:
 
 
 def why_refused(site: Site, request: Request, hour: float) -> str | None:
-    """Why the site does not do what is asked, in a sentence; None if it does. `hour` is the time of day there, 0 to 24."""
+    """Return why the site does not do what is asked, in a sentence; None if it does. `hour` is the time of day there, 0 to 24."""
     return next(_reasons(site, request, hour), None)
 
 

@@ -37,7 +37,7 @@ class BrokenFrame(OSError):
 
 
 def ask_worker(path: Path, body: bytes, timeout: float | None = None) -> bytes:
-    """The worker's answer to a message. `timeout` are the seconds that it may take to train (None: as long as it takes).
+    """Return the worker's answer to a message. `timeout` are the seconds that it may take to train (None: as long as it takes).
 
     Raises OSError where no worker listens, TimeoutError where it takes longer, Broken where it takes the frame for none.
     """
@@ -45,7 +45,7 @@ def ask_worker(path: Path, body: bytes, timeout: float | None = None) -> bytes:
 
 
 def worker_status(path: Path, timeout: float | None = 5.0) -> bytes:
-    """What the worker does, as JSON, also while it trains. Raises OSError."""
+    """Return what the worker does, as JSON, also while it trains. Raises OSError."""
     return _asked(path, STATUS, b"", timeout)
 
 
@@ -56,10 +56,10 @@ def _asked(path: Path, kind: int, body: bytes, timeout: float | None) -> bytes:
         with suppress(BrokenPipeError):  # it may have refused the head already, and says why
             _send(line, kind, body)
         line.settimeout(timeout)
-        told, length = _head(line)
+        replied, length = _head(line)
         line.settimeout(PATIENCE)
         reply = _body(line, length)
-        if told != kind:
+        if replied != kind:
             raise BrokenFrame(f"the worker takes this for no frame: {reply.decode(errors='replace')}")
         return reply
 
@@ -112,15 +112,15 @@ class Listener:
             except OSError:  # closed
                 return
             try:
-                said = self._taken(line, status, excess)
+                reply = self._take(line, status, excess)
             except OSError as error:
                 LOG.warning("a frame was refused: %s", error)
-                said = NONE, str(error).encode()
-            if said is not None:
+                reply = NONE, str(error).encode()
+            if reply is not None:
                 with closing(line), suppress(OSError):
-                    _say_and_hear_out(line, *said)
+                    _reply_and_drain(line, *reply)
 
-    def _taken(
+    def _take(
         self, line: socket.socket, status: Callable[[], bytes], excess: Callable[[int], bytes]
     ) -> tuple[int, bytes] | None:
         """What is to be said at once; None: a message has come, and waits. Raises OSError."""
@@ -162,8 +162,8 @@ def _body(line: socket.socket, length: int) -> bytes:
     return b"".join(parts)
 
 
-def _say_and_hear_out(line: socket.socket, kind: int, body: bytes) -> None:
-    """Who is still sending would not get what is said if the line were closed at once."""
+def _reply_and_drain(line: socket.socket, kind: int, body: bytes) -> None:
+    """Send a reply, then read on for a while: who is still sending would not get it if the line were closed at once."""
     line.settimeout(1.0)
     _send(line, kind, body)
     line.shutdown(socket.SHUT_WR)

@@ -74,7 +74,7 @@ def train_together(
 ) -> list[tuple[Adapter, Moments, list[float]]]:
     """Train clients with the same `pass_key`; return the adapter, the optimiser's moments and the losses of each."""
     start = members[0].task.start
-    slot = base.activate(members[0].adapter, start.scaling, start.fold)
+    slot = base.put(members[0].adapter, start.scaling, start.fold)
     weights = _stack([member.adapter for member in members], [_scaling(base, m) for m in members], base.device)
     for name, weight in weights.items():
         weight.requires_grad_(objective.side_of(name) not in start.rules.frozen)
