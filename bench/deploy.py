@@ -50,7 +50,7 @@ def measured(folder: Path, sites: int, counts: dict[str, int], seconds: float, i
     def heard(line: str) -> None:
         """One site after the other: in earnest each has a machine of its own to start on."""
         print(f"  {line}", flush=True)
-        if commands and ("listens at" in line or "has come" in line):
+        if commands and ("listens at" in line or "has joined" in line):
             with (folder / f"{len(joined)}.out").open("wb") as out:
                 joined.append(subprocess.Popen(commands.pop(0), stdout=out, stderr=out))
 

@@ -20,6 +20,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from fedloom.runs.public_names import HOMES, METHOD_FOLDERS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "fedloom"
 RESULTS = ROOT / "results" / "house.jsonl"
@@ -55,7 +57,30 @@ PRIVATE_WORDS = frozenset(
     ]
 )
 """Words that no other federated system uses; nothing in `src` may bear one of them as its whole name."""
-DOORS: Mapping[str, str] = {}
+REASONS: Mapping[str, str] = {
+    "cli.demo": "one command; imports the parts of a run only when it is used",
+    "cli.deploy": "the commands of a deployment; the others work without them",
+    "cli.inspect": "one command; imports its page only when it is used",
+    "core.truncated_svd": "an algorithm",
+    "deploy.flower.join": "the door through which a site's command starts its processes",
+    "deploy.flower.serve": "the door through which the server's command starts its processes",
+    "deploy.region.region": "the process of a region, one of the two that a deployment's folder can start",
+    "deploy.region.region_edge": "an edge as a coordinator, apart from the process around it",
+    "deploy.server.nodes": "which nodes are there and what was sent to them: state of its own beside the driver's",
+    "deploy.site.export_sites": "one command",
+    "deploy.start": "what Flower's server app calls; knows nothing of Flower",
+    "hierarchy.near_iid": "an algorithm",
+    "hierarchy.tree": "the machine behind the value `Hierarchy`",
+    "report.figures_timeline": "drawings, apart from the facts: they import matplotlib",
+    "report.heterogeneity_page": "the page of `fedloom inspect`",
+    "train.demo_model": "the door to the package that brings the demo's weights",
+    "train.engine.batched_clients": "an algorithm that a field of `Engine` switches",
+    "train.engine.first_token": "an algorithm that a field of `Engine` switches",
+    "train.engine.linear_kernel": "an algorithm that a field of `Engine` switches",
+    "train.workers.local_processes": "one kind of worker",
+    "train.workers.pool": "an algorithm: divides work over workers of any kind",
+    "train.workers.ray_actors": "the only door to Ray",
+}
 """Modules that exactly one other imports, and why each is a file of its own."""
 
 
@@ -186,13 +211,17 @@ def private_words(modules: Mapping[str, ast.Module]) -> Iterator[str]:
 
 
 def one_importer(imports: Mapping[str, Iterable[str]]) -> Iterator[str]:
-    """Modules that exactly one other one imports, with the reason for which they are files of their own."""
+    """Modules that exactly one other one imports, with the reason for which they are files of their own.
+
+    Not those that users reach by name: the modules of public names, and the methods that are found by looking.
+    """
+    public = set(HOMES.values()) | {name for name in imports if name.startswith(METHOD_FOLDERS)}
     inside = {name: own for name, own in imports.items() if name != "fedloom"}
     counts = Counter(module for own in inside.values() for module in set(own))
     for name in sorted(inside):
-        if counts[name] == 1:
+        if counts[name] == 1 and name not in public:
             (by,) = (other for other, own in inside.items() if name in own)
-            yield f"{name} (by {by}): {DOORS.get(name.removeprefix('fedloom.'), 'NO REASON GIVEN')}"
+            yield f"{name} (by {by}): {REASONS.get(name.removeprefix('fedloom.'), 'NO REASON GIVEN')}"
 
 
 def gate() -> dict[str, object]:

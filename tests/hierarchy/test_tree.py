@@ -360,6 +360,22 @@ def test_a_task_that_reaches_a_dead_edge_waits_for_it() -> None:
     assert len(tasks_of(tree.handle(50.0, EdgeReturned("edge0")))) == 2
 
 
+def test_a_report_of_a_task_that_was_dropped_never_arrives() -> None:
+    tree: Tree = toys.tree((2,), Hierarchy(rounds=1, link=Link(1e4, 1e4)), schedule=Rounds(cohort_size=1), **GIVEN)
+    for profile in toys.profiles(2).values():
+        tree.handle(0.0, ClientJoined(profile))
+    tree.handle(0.0, TimerFired())
+    commands = tree.handle(tree.wake() or 0.0, TimerFired())
+    for task in tasks_of(commands):
+        commands = answer(tree, 100.0, task)
+    assert within(commands, Report)
+    arrives = tree.wake() or 0.0
+    assert arrives > 100.0, "it is on its way"
+    tree.handle(100.0, EdgeLost("edge0", resumes=False))
+    assert tree.wake() is None
+    assert tree.handle(arrives, TimerFired()) == []
+
+
 def test_a_group_whose_members_are_gone_reports_what_it_has_or_gives_its_task_up() -> None:
     tree, commands = begun()
     for task in tasks_of(commands)[:3]:

@@ -43,6 +43,7 @@ from fedloom.core.events import Command, Event, Publish
 from fedloom.report.page import write_report
 from fedloom.report.run_log import read_run_log
 from tests.support.same_bytes import COMPARED
+from tests.support.storms import one_in
 from tests.support.tiny_models import toy_answers
 from tests.support.tiny_runs import tiny_run
 
@@ -218,13 +219,16 @@ def test_rows_as_they_are_become_a_report(generator: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "more",
-    [
-        {"aggregator": FLoRA(), "lora": LoRA(target_modules="all-linear")},
-        {"aggregator": LoRAA2()},
-        {"aggregator": Scaffold(clients=3), "schedule": Rounds(cohort_size=3)},
-        {"hierarchy": Hierarchy(RandomGroups(2)), "schedule": Rounds(cohort_size=2)},
-        {"engine": Engine(checkpointing=True, bfloat16=True, together=4)},
-    ],
+    one_in(
+        3,
+        [
+            {"aggregator": FLoRA(), "lora": LoRA(target_modules="all-linear")},
+            {"aggregator": LoRAA2()},
+            {"aggregator": Scaffold(clients=3), "schedule": Rounds(cohort_size=3)},
+            {"hierarchy": Hierarchy(RandomGroups(2)), "schedule": Rounds(cohort_size=2)},
+            {"engine": Engine(checkpointing=True, bfloat16=True, together=4)},
+        ],
+    ),
     ids=["folds", "chosen directions", "control variates", "groups", "engine"],
 )
 def test_other_methods_and_ways_to_compute_learn_too(generator: Path, tmp_path: Path, more: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ MUTANTS = [
         "a report arrives although its task was dropped",
         "if entry[2].task_id != number",
         "if True",
-        TREES,
+        EDGES,
     ),
     Mutant(
         "an edge without members keeps its task",

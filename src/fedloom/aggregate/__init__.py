@@ -5,8 +5,8 @@ What several of them need is in `shared/`. The room imports `core` only, and a m
 method that they wrap by default, which import-linter checks.
 
 To add a method, write one new file with one frozen dataclass. It needs no registration: the laws of `tests/laws` find it in the
-folder and hold it to everything that it does not name in `exempt`. Add it to `fedloom.__init__` if users should import it from the
-package.
+folder and hold it to everything that it does not name in `exempt`. It is `fedloom.NAME` then; name it in
+`fedloom/__init__.pyi` too, for `from fedloom import *` and type checkers.
 """
 
 from __future__ import annotations

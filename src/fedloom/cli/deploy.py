@@ -42,7 +42,7 @@ def serve(
             help="Replace a field of the Run; may be repeated. Also patience.task=3600: seconds.",
         ),
     ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Begin when so many clients are there; more may come later.")] = 1,
+    clients: Annotated[int, typer.Option(min=1, help="Begin when so many clients are there; more may join later.")] = 1,
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port of this machine at which Prometheus may ask.")
     ] = None,
@@ -90,20 +90,23 @@ def region(
 
 
 def _facts(file: Path, settings: list[str] | None, clients: int) -> dict[str, object]:
-    """What the server is to know. Settings of `patience` are its own, all others the run's; a slip is told before anything starts."""
+    """Return the configuration of a deployment. Settings of `patience` are its timeouts, all others the run's.
+
+    A mistake in them is refused before anything starts.
+    """
     from fedloom.core.errors import Refused
     from fedloom.deploy.server.config import Timeouts
     from fedloom.hierarchy.hierarchy import need_lasting_groups
     from fedloom.runs.run_file import load_run_file, override
 
-    own = [one for one in settings or [] if one.startswith("patience.")]
-    rest = [one for one in settings or [] if one not in own]
+    timeouts = [one for one in settings or [] if one.startswith("patience.")]
+    rest = [one for one in settings or [] if one not in timeouts]
     need_lasting_groups(override(load_run_file(file), rest).hierarchy)
     try:
-        patience = {one[9:].partition("=")[0].strip(): float(one.partition("=")[2]) for one in own}
+        patience = {one[9:].partition("=")[0].strip(): float(one.partition("=")[2]) for one in timeouts}
         Timeouts(**patience)
     except (TypeError, ValueError) as error:
-        raise Refused("--set", " ".join(own), f"{error}; for instance patience.task=3600, in seconds") from error
+        raise Refused("--set", " ".join(timeouts), f"{error}; for instance patience.task=3600, in seconds") from error
     return {"runfile": str(file.resolve()), "settings": rest, "clients": clients, "patience": patience}
 
 
@@ -181,7 +184,7 @@ def worker(
     from fedloom.deploy import json_log
     from fedloom.deploy.site.settings import read_site
 
-    site = read_site(config)  # a slip is told before anything is loaded
+    site = read_site(config)  # a mistake is refused before anything is loaded
     from fedloom.deploy.site.worker import serve_worker
 
     json_log.to_stderr()
@@ -316,27 +319,27 @@ def keys_add(
     name: Annotated[str, typer.Option("--name", help="What the server calls the site.")],
     folder: Of,
 ) -> None:
-    """At the server: let a site in. A server that runs needs no restart."""
+    """At the server: register a site, so that it may join. A server that runs needs no restart."""
     from fedloom.deploy.flower import keys
 
     entry = keys.add(public, name, folder)
-    out.print(f"{entry.name} may come, with key {entry.fingerprint}", soft_wrap=True)
+    out.print(f"{entry.name} may join, with key {entry.fingerprint}", soft_wrap=True)
 
 
 @keys_app.command("remove")
 def keys_remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The site, as the server calls it.")], folder: Of
 ) -> None:
-    """At the server: let a site in no longer. If it is to come back, it needs a new key."""
+    """At the server: remove a site, which may then no longer join. If it is to come back, it needs a new key."""
     from fedloom.deploy.flower import keys
 
     keys.remove(name, folder)
-    out.print(f"{name} may come no longer")
+    out.print(f"{name} may no longer join")
 
 
 @keys_app.command("list")
 def keys_list(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]) -> None:
-    """At the server: the sites that may come."""
+    """At the server: list the sites that may join."""
     from fedloom.deploy.flower import keys
 
     for entry in keys.listed(folder):

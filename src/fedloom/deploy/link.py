@@ -25,7 +25,9 @@ class RawReply:
 
 
 class Transport(Protocol):
-    """Carries messages between the server and nodes. A node has at most one message at a time; whoever sends more waits in line there."""
+    """Carries messages between the server and nodes. A node has at most one message at a time; whoever sends more waits in
+    line there.
+    """
 
     def nodes(self) -> Mapping[int, str | None]:
         """Return the nodes that can be reached now, each with the name that its key was registered under (None: it has no key)."""

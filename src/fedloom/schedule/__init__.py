@@ -4,8 +4,8 @@ A schedule (Rounds, FedBuff, FedFa, ...) implements `core.policies.Schedule`: it
 looks into a model. Staleness (`shared/staleness.py`), weights of clients (`shared/weights.py`) and the draw of idle clients
 (`shared/client_draw.py`) are functions that several schedules use. The room imports `core` only, and a schedule imports no other one.
 
-To add a schedule, write one new file with one frozen dataclass; the laws of `tests/laws` find it in the folder. Add it to
-`fedloom.__init__` if users should import it from the package.
+To add a schedule, write one new file with one frozen dataclass; the laws of `tests/laws` find it in the folder. It is
+`fedloom.NAME` then; name it in `fedloom/__init__.pyi` too, for `from fedloom import *` and type checkers.
 """
 
 from __future__ import annotations

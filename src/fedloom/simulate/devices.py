@@ -38,7 +38,7 @@ class Devices(Protocol):
         """Return how long this task takes this client, whose `turn`-th task it is (from 0): a function of its arguments alone.
 
         It is called before training too, with an answer that changed nothing, and must return no more then than for the real one:
-        the simulation waits for the real answer at that moment (`lookahead`).
+        the simulation waits for the real answer at that moment (lookahead, see `simulation`).
         """
         ...
 

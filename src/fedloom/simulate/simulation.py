@@ -3,16 +3,23 @@
 Each step takes the earliest event, hands it to the server, shows the step to the observers, and carries out the commands: the task
 of a `Dispatch` is trained, the model of an `Evaluate` scored, what would follow from a cancelled task removed. Training really
 happens; its result arrives when the device and link models say, and is waited for when the clock comes to the first moment at which
-it can arrive (`lookahead`). Ties in time are broken by the order in which events were made, those of a task at its dispatch. So a
+it can arrive. Ties in time are broken by the order in which events were made, those of a task at its dispatch. So a
 run of one seed is one sequence of events, whenever its training ended.
+
+Lookahead: until its result is needed, a task's training may go on in other processes beside that of other tasks. The device model
+says how long a task takes at least, for the least answer that can come, so the clock never passes a moment at which something
+should have happened. Order numbers are reserved for a task's events when it is dispatched: ties in time are broken as if all had
+been known. Source: the conservative synchronisation of Chandy and Misra 1979, lookahead in the words of Fujimoto 1990.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import TypeGuard
 
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
@@ -29,13 +36,33 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
-from fedloom.core.policies import Evaluator, Observer, Trainer, do_nothing
+from fedloom.core.policies import BackgroundTrainer, Evaluator, Observer, PendingResult, Trainer, do_nothing
 from fedloom.core.transfer import encode_answer
 from fedloom.core.types import ClientId, ClientState, Profile, Result, Task
 from fedloom.simulate.client_presence import AvailabilityChanged, ClientChange, Presence
 from fedloom.simulate.devices import Devices
 from fedloom.simulate.faults import Vanished
-from fedloom.simulate.lookahead import Pending, overlaps, start_training
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A task whose answer is not known yet.
+
+    Fields:
+        task: the task.
+        before: what was at its client when it was sent.
+        turn: number of the client's earlier tasks.
+        least: the seconds that it takes at least.
+        answer: waits for the answer.
+        back: it was dropped, and its answer is sent all the same when the client is back (virtual seconds; None: it was not dropped).
+    """
+
+    task: Task
+    before: ClientState
+    turn: int
+    least: float
+    answer: PendingResult
+    back: float | None = None
 
 
 @dataclass(slots=True)
@@ -250,3 +277,26 @@ class Simulation:
             return
         heapq.heappush(self.heap, (time, self.next_order if order is None else order, event))
         self.next_order += order is None
+
+
+def overlaps(trainer: Trainer) -> TypeGuard[BackgroundTrainer]:
+    """Whether the trainer can train in the background. Asked once a class, since a protocol takes ten microseconds to answer."""
+    return _overlaps(type(trainer))
+
+
+@cache
+def _overlaps(kind: type[Trainer]) -> bool:
+    return issubclass(kind, BackgroundTrainer)
+
+
+def start_training(
+    trainer: Trainer, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]
+) -> Sequence[PendingResult]:
+    """Start the training of a cohort; returns its answers. A trainer that cannot overlap trains it here and now."""
+    if overlaps(trainer):
+        return trainer.begin(work, due)
+    return [partial(_itself, pair) for pair in trainer.train(work)]
+
+
+def _itself(answer: tuple[Result, ClientState]) -> tuple[Result, ClientState]:
+    return answer

@@ -9,7 +9,7 @@ import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from fedloom.deploy.flower import grid
-from fedloom.deploy.flower.grid import ASK, SELDOM, GridTransport
+from fedloom.deploy.flower.grid import MOST_POLL, POLL, GridTransport
 
 
 def test_a_push_that_took_too_long_is_a_reply_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,4 +43,4 @@ def test_a_busy_superlink_is_asked_less_and_an_outage_delays_nothing_after_it(mo
     link = GridTransport(flower)
     link._sent["1"] = 7
     link._ask()
-    assert slept == pytest.approx([ASK, 4 * 0.3, SELDOM])
+    assert slept == pytest.approx([POLL, 4 * 0.3, MOST_POLL])

@@ -44,14 +44,14 @@ def test_who_is_listed_may_come_and_nobody_else_however_often_it_is_said(control
     assert control.admit(both) == done, "as if its answer had been lost"
 
     some = control.admit({"north": both["north"], "junk": SiteKey(str(junk), "junk")})
-    assert "junk cannot be let in" in some.refused["junk"]
+    assert "junk cannot be registered" in some.refused["junk"]
     assert some.nodes == {"north": done.nodes["north"]}
     assert control.admit(both) == done, "south was not put out while a key could not be read"
 
     assert control.admit({"south": both["south"]}).nodes == {"south": done.nodes["south"]}
     back = control.admit(both)
     assert back.nodes == {"south": done.nodes["south"]}
-    assert "north cannot be let in" in back.refused["north"], "Flower takes the key of who went never again"
+    assert "north cannot be registered" in back.refused["north"], "Flower takes the key of who went never again"
     assert control.admit({}).nodes == {}
 
 

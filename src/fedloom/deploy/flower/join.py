@@ -90,8 +90,8 @@ def site_setup(config: Path, insecure: bool, idle: float | None = None) -> SiteS
 def site_processes(setup: SiteSetup, runtime: int) -> list[list[ProcessSpec]]:
     """Return the processes of a site. SuperNode and executor live and die together.
 
-    A SuperNode waits without end for the answer to a message that its executor took along; and one that leaves in order reports to the
-    server at once that the message is lost. The worker goes on: it gives the same answer when it is asked again.
+    A SuperNode waits without end for the answer to a message that its executor took along; and one that leaves in order
+    reports to the server at once that the message is lost. The worker goes on: it gives the same answer when it is asked again.
     """
     variables = process_environment(setup.folder / "flower")
     shared = str(setup.folder / "flower" / "secret")
@@ -161,7 +161,7 @@ def join_deployment(setup: SiteSetup, say: Callable[[str], None]) -> None:
                 supervisor.look()
                 for line in log.lines():
                     if "SuperNode ID:" in line:
-                        say(f"the server at {setup.server} has let this site in")
+                        say(f"the server at {setup.server} has accepted this site")
                         silent = False
                     elif "retrying in" in line and not silent:
                         say(f"the server at {setup.server} does not answer; trying until it does")

@@ -1,4 +1,4 @@
-"""Who may speak: our own certificate authority and server certificate for TLS, and a key for each site.
+"""Keys of a deployment: our own certificate authority and server certificate for TLS, and a key for each site.
 
 In the server's folder: `keys/ca.crt` (give it to every site), `keys/ca.key`, `keys/server.crt`, `keys/server.key`, and in `sites/`
 the public key of each site, named after it. A site makes its key itself; the private half never leaves it.

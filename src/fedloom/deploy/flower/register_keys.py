@@ -38,7 +38,7 @@ def admit_keys(client: ControlHttpClient, listed: Mapping[str, SiteKey]) -> Admi
         try:
             keys[fingerprint] = read_public_key(Path(one.key))
         except (OSError, ValueError, UnsupportedAlgorithm) as error:
-            done.refused[fingerprint] = f"{one.name} cannot be let in: {error}"
+            done.refused[fingerprint] = f"{one.name} cannot be registered: {error}"
     for node in [] if done.refused else [node for key, node in registered.items() if key not in keys.values()]:
         client.UnregisterNode(UnregisterNodeRequest(node_id=node))
     for fingerprint, key in keys.items():
@@ -46,7 +46,7 @@ def admit_keys(client: ControlHttpClient, listed: Mapping[str, SiteKey]) -> Admi
             request = RegisterNodeRequest(public_key=key, name=listed[fingerprint].name)
             done.nodes[fingerprint] = registered.get(key) or client.RegisterNode(request).node_id
         except httpx.HTTPStatusError as error:
-            done.refused[fingerprint] = f"{listed[fingerprint].name} cannot be let in: {_reason(error)}"
+            done.refused[fingerprint] = f"{listed[fingerprint].name} cannot be registered: {_reason(error)}"
     return done
 
 

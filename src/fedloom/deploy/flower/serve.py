@@ -130,17 +130,19 @@ class Serving:
         if not self.keys_sent or listed.keys() != self.nodes.keys():
             self._send_keys({key: SiteKey(str(one.path), one.name) for key, one in listed.items()})
         if not listed and not self.run:
-            self.say("no site may come yet: `fedloom keys add PUB --name NAME` lets one in, also while this runs")
+            self.say(
+                "no site is registered yet: `fedloom keys add PUB --name NAME` registers one, also while this runs"
+            )
 
     def _send_keys(self, listed: Mapping[str, SiteKey]) -> None:
-        """Send the SuperLink the keys that may come, until it has accepted them."""
+        """Send the SuperLink the keys that it may accept, until it has accepted them."""
         before, self.keys_sent = self.nodes, False
         done = self.control.admit(listed)
         self.nodes, self.keys_sent = done.nodes, True
         for fingerprint in sorted(done.nodes.keys() - before.keys()):
-            self.say(f"{listed[fingerprint].name} may come (key {fingerprint})")
+            self.say(f"{listed[fingerprint].name} may join (key {fingerprint})")
         for fingerprint in sorted(before.keys() - done.nodes.keys()):
-            self.say(f"the holder of key {fingerprint} may come no longer")
+            self.say(f"the holder of key {fingerprint} may no longer join")
         if done.refused:
             raise SuperLinkError("; ".join(done.refused.values()))
 
@@ -150,7 +152,7 @@ class Serving:
         for came, number in (found.groups() for line in self.log.lines() if (found := MOVED.search(line))):
             name = of.get(int(number)) or f"node {number}"
             (self.here.add if came == "Activated" else self.here.discard)(name)
-            what = "has come" if came == "Activated" else "has left"
+            what = "has joined" if came == "Activated" else "has left"
             self.say(f"{name} {what}; {len(self.here)} here" + (f" of {len(of)}" if of else ""))
 
     def _relay(self) -> None:

@@ -91,8 +91,8 @@ class SuperLink:
     def submit(self, folder: Path, attempt: int) -> int:
         """Start a Flower run of the app; returns its number.
 
-        All others are stopped first, and what they left at the sites is dropped: also one whose number was never returned, because the
-        SuperLink ended or hung. It would hold the folder against this one.
+        All others are stopped first, and what they left at the sites is dropped: also one whose number was never returned,
+        because the SuperLink ended or hung. It would hold the folder against this one.
         """
         for run in self._ask("list", HERE).get("runs", []):
             if not str(run["status"]).startswith("finished"):

@@ -1,8 +1,9 @@
 """Messages between a server and its sites or regions: the dataclasses, their bytes, and the checks of what arrives.
 
-A server sends three requests: `JoinRequest` (may I count on you?), `TaskRequest` (train) and `EvaluateRequest` (score the last model on
-what you hold out). The replies are `Welcome`; the answer to a task, which `answer` encodes, since the server has the task and needs no
-names and shapes; and `EvaluateResult`, or a `RegionEvaluateResult` from a region. Instead of any of them, a `Refusal` may come.
+A server sends three requests: `JoinRequest` (may I count on you?), `TaskRequest` (train) and `EvaluateRequest` (score the last
+model on what you hold out). The replies are `Welcome`; the answer to a task, which `answer` encodes, since the server has the
+task and needs no names and shapes; and `EvaluateResult`, or a `RegionEvaluateResult` from a region. Instead of any of them, a
+`Refusal` may come.
 
 Encoding is the container's (`container`). Decoding checks types, ranges and names, and raises `Malformed` for all else, whatever the
 bytes are. What a site is willing to do is not judged here (`site.settings.why_refused`), nor whether an answer fits its task

@@ -1,11 +1,13 @@
 """A region: the server of its own sites, and a site of the server above it. An edge between two transports.
 
-Requests from above come through a Unix socket, as to a worker, and are answered by a thread of their own (`Region.answer`). The sites'
-messages go over a transport of the region, by the driver of every deployment, in the main thread (`Region.turn`). The two threads share
-one queue. A region trains nothing and sees no text: it adds up what its sites made of a task, as often as the task says, and reports; an
-evaluate request it passes on, and replies with what each site said. The terms of the run come from above and are passed on as they are.
+Requests from above come through a Unix socket, as to a worker, and are answered by a thread of their own (`Region.answer`).
+The sites' messages go over a transport of the region, by the driver of every deployment, in the main thread (`Region.turn`).
+The two threads share one queue. A region trains nothing and sees no text: it adds up what its sites made of a task, as often
+as the task says, and reports; an evaluate request it passes on, and replies with what each site said. The terms of the run
+come from above and are passed on as they are.
 
-What is promised: a report is written down before a checkpoint says that its task is over, so the same request gets the same bytes again.
+What is promised: a report is written down before a checkpoint says that its task is over, so the same request gets the same
+bytes again.
 """
 
 from __future__ import annotations

@@ -5,12 +5,14 @@ calls `run`, or `turn` again and again. One turn collects the replies that have 
 overdue, lets the coordinator's timer fire, saves a checkpoint if anything happened, and only then sends what is due. There is one
 thread; a transport that needs more keeps them to itself.
 
-What its state is. The coordinator has the state of the method. The driver has the state of the network: the clients that it counts on,
-their outstanding tasks, the last accepted task of each (all saved in a checkpoint), and nodes and messages in flight (`nodes`, not saved).
+What its state is. The coordinator has the state of the method. The driver has the state of the network: the clients that it
+counts on, their outstanding tasks, the last accepted task of each (all saved in a checkpoint), and nodes and messages in
+flight (`nodes`, not saved).
 
-The way of a message. A node that can be reached gets a `JoinRequest`; its `Welcome` becomes a `ClientJoined` event. `Dispatch` commands
-become `TaskRequest`s to free nodes. A reply is parsed (`reply_events.parse_reply`), becomes an event, and goes to `Coordinator.handle`,
-whose commands are carried out here. An `EvaluateRequest` goes the same way but for the coordinator, which hears nothing of it.
+The way of a message. A node that can be reached gets a `JoinRequest`; its `Welcome` becomes a `ClientJoined` event. `Dispatch`
+commands become `TaskRequest`s to free nodes. A reply is parsed (`reply_events.parse_reply`), becomes an event, and goes to
+`Coordinator.handle`, whose commands are carried out here. An `EvaluateRequest` goes the same way but for the coordinator,
+which hears nothing of it.
 
 What may fail. A message is lost, comes twice, comes late; bytes are garbage; a site is killed, cut off, restarted; so is the server.
 
@@ -19,8 +21,8 @@ What is promised. A task is sent at least once, and its answer counts once in th
 - a task keeps its number through every resend and every restart, and a site that has answered it gives the same bytes again;
 - before a task is sent, a checkpoint on the disk knows of it, so a server that comes back asks for what is outstanding and for
   nothing else;
-- a site learns that its answer was accepted, and which state it keeps, only with its next task, which is sent later than the checkpoint
-  that says so.
+- a site learns that its answer was accepted, and which state it keeps, only with its next task, which is sent later than the
+  checkpoint that says so.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Nodes of the transport, the clients behind them and the messages in flight: plain state, no policy.
 
-A node is an address of the transport, a client a participant of the run. Which client is behind a node is known once it has answered a
-`JoinRequest`. Only the driver changes this state; none of it is saved, since a server that was restarted asks everybody anew.
+A node is an address of the transport, a client a participant of the run. Which client is behind a node is known once it has
+answered a `JoinRequest`. Only the driver changes this state; none of it is saved, since a server that was restarted asks
+everybody anew.
 """
 
 from __future__ import annotations

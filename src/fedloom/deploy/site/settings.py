@@ -1,4 +1,4 @@
-"""What a site is and what it allows: `site.toml`, and the one question that is asked of it, whether a message may be obeyed."""
+"""Settings of a site, `site.toml`: what it is, what it allows, and whether a request may be obeyed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,13 @@ class _Section(BaseModel):
 
 
 class ModelCopy(_Section):
-    """The site's own copy of the base model. `name` is what the server calls it; by default the last part of `path` has to agree."""
+    """The site's own copy of the base model.
+
+    Fields:
+        path: its folder, or a name under which the cache of this machine has it.
+        name: what the server calls it (default: the last part of `path` has to agree).
+        device: where it is computed.
+    """
 
     path: Annotated[str, AfterValidator(_model_path)]
     name: str | None = None
@@ -100,9 +106,16 @@ class AnsweredFile(_Section):
 
 
 class SiteLimits(_Section):
-    """What the site lets a server request for: the largest rank, depth (layers trained, from the top) and number of steps of a task,
-    megabytes of a message; which runs, by name (`*` stands for anything); at which hours, by the clock of the machine; whether the
-    server may be told how the run's last model does on examples that were held out, in counts. If not, none are held out.
+    """What the site lets a server ask for.
+
+    Fields:
+        rank: largest rank of a task.
+        depth: most layers that are trained, from the top (default: all).
+        steps: most local steps of a task.
+        megabytes: largest message (MB).
+        runs: names of runs that it takes part in (`*` stands for anything).
+        hours: times of day at which it works, by the machine's clock, as "22:00-6:00" (default: always).
+        scores: whether the server may be sent how the run's last model does on held-out examples, in counts. If not, nothing is.
     """
 
     rank: int = Field(default=64, ge=1)
@@ -132,7 +145,14 @@ class SiteLimits(_Section):
 
 
 class Speed(_Section):
-    """What the server is told of the machine: FLOP a second and bytes of memory (measured, if not given), links in bits a second."""
+    """What the server is told of the machine.
+
+    Fields:
+        flops: training speed (FLOP/s; default: measured).
+        memory: memory for training (bytes; default: measured).
+        up_bps: speed of the link to the server (bits/s).
+        down_bps: speed of the link from the server (bits/s).
+    """
 
     flops: float | None = Field(default=None, gt=0)
     memory: float | None = Field(default=None, gt=0)
@@ -141,9 +161,20 @@ class Speed(_Section):
 
 
 class Site(_Section):
-    """A site, as `site.toml` says it: who it is, where the server is, its model and its data, what it allows.
+    """Settings of a site, as `site.toml` has them.
 
-    A `region` has no data: it leads sites of its own, and is started by `fedloom region`.
+    Fields:
+        name: name of the site.
+        server: address of the server, host:port.
+        ca: certificate of the authority that it trusts.
+        key: private key of the site.
+        folder: files of the site (default: `state` beside the settings).
+        model: its copy of the base model.
+        region: whether it is a region, which has no data, leads sites of its own, and is started by `fedloom region`.
+        table: labelled texts.
+        instructions: requests with reference answers.
+        limits: what a server may ask for.
+        speed: what the server is told of the machine.
     """
 
     name: str = Field(min_length=1, max_length=200)
@@ -180,7 +211,8 @@ class Site(_Section):
 
 
 def site_shard(site: Site, examples: Examples, terms: RunTerms) -> Shard:
-    """Divide the examples into what is trained on and what is held out, by number: the same at every start, and those of a simulation with these rows.
+    """Divide the examples into what is trained on and what is held out, by number: the same at every start, and those of a
+    simulation with these rows.
 
     Nothing is held out where the run or the site does not want it, nor of a single example.
     """
