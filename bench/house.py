@@ -65,7 +65,6 @@ REASONS: Mapping[str, str] = {
     "deploy.flower.join": "the door through which a site's command starts its processes",
     "deploy.flower.serve": "the door through which the server's command starts its processes",
     "deploy.region.region": "the process of a region, one of the two that a deployment's folder can start",
-    "deploy.region.region_edge": "an edge as a coordinator, apart from the process around it",
     "deploy.server.nodes": "which nodes are there and what was sent to them: state of its own beside the driver's",
     "deploy.site.export_sites": "one command",
     "deploy.start": "what Flower's server app calls; knows nothing of Flower",

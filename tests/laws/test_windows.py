@@ -42,7 +42,7 @@ from tests.support import toys
 from tests.support.equations import round_of, values
 from tests.support.oracles import oracle_of
 from tests.support.server_storm import RecordingSchedule
-from tests.support.storms import one_in, tries
+from tests.support.storms import tries
 
 FULL, UPLOADS, KEPT = 10, 40, 2e-5
 Matrices = Mapping[str, Tensor]
@@ -112,7 +112,7 @@ def whole(model: Model) -> Matrices:
 
 
 @every_schedule
-@pytest.mark.parametrize("method", one_in(2, PRODUCTS), ids=toys.called)
+@pytest.mark.parametrize("method", PRODUCTS, ids=toys.called)
 def test_products_are_those_of_whole_models(method: Aggregator, schedule: Schedule) -> None:
     made, bases = list[Matrices](), set[int]()
     for server, before, merge in versions(method, schedule):

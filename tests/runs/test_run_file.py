@@ -1,13 +1,29 @@
-"""`--set`: single fields replaced, by values and by nothing else."""
+"""Run files, and `--set`: single fields replaced, by values and by nothing else."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedloom import FixedRank, HLoRA, RandomRank, Refused, Rounds, Rows, Run, Table, Tickets, linear, uniform
-from fedloom.runs.run_file import override
+from fedloom import (
+    FixedRank,
+    GradientScore,
+    Hierarchy,
+    HLoRA,
+    JointPlan,
+    RandomRank,
+    Refused,
+    Rounds,
+    Rows,
+    Run,
+    Table,
+    Tickets,
+    linear,
+    uniform,
+)
+from fedloom.runs.run_file import load_run_file, override
 
 RUN = Run(model="some/model", data=Table(path="a.csv"))
 
@@ -114,3 +130,14 @@ def test_no_code_is_run(code: str) -> None:
 
 def test_rows_may_be_replaced_by_other_rows() -> None:
     assert override(RUN, ["data=Rows([{'text': 'a', 'label': 'b'}])"]).data == Rows([{"text": "a", "label": "b"}])
+
+
+@pytest.mark.parametrize(
+    "line", ["from fedloom import *", "from fedloom import *\nfrom fedloom import Planned, Scored"]
+)
+def test_a_run_file_with_earlier_names_of_policies_goes_on_to_be_read(tmp_path: Path, line: str) -> None:
+    """`from fedloom import *`, as in the README, brings the names of today; the earlier ones are understood, and told of."""
+    file = tmp_path / "old.py"
+    file.write_text(f"{line}\nrun = Run('none', Rows([]), hierarchy=Hierarchy(plan=Planned(Scored(rank=4))))\n")
+    with pytest.warns(FutureWarning, match="is (JointPlan|GradientScore) now"):
+        assert load_run_file(file).hierarchy == Hierarchy(plan=JointPlan(GradientScore(rank=4)))

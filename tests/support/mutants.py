@@ -75,13 +75,13 @@ MUTANTS = [
         "wake in the past",
         "max(time, state.now) for time in times",
         "time for time in times",
-        SCHEDULES,
+        f"{SCHEDULES}::test_a_late_driver_misses_no_deadline",
     ),
     Mutant(
         "a missed deadline is forgotten",
         "(fleet.arrived or due > fleet.now)",
         "due > fleet.now",
-        SCHEDULES,
+        f"{SCHEDULES}::test_a_late_driver_misses_no_deadline",
     ),
     Mutant(
         "a deadline that fires for ever",
@@ -334,7 +334,7 @@ MUTANTS = [
         "a version of nothing new",
         "len(fleet.arrived) > fleet.retained, len",
         "len(fleet.arrived) > 0, len",
-        "schedule/test_fedfa.py",
+        "schedule/test_fedfa.py::test_who_waits_for_a_full_window_waits_once",
     ),
     Mutant(
         "FedBuff's stale answers count less beside fresh ones alone",
@@ -482,14 +482,14 @@ MUTANTS = [
     ),
     Mutant(
         "the tasks of a client that moved begin anew",
-        'record = below.edges[move.edge].server.take_record(move.client)',
+        "record = below.edges[move.edge].server.take_record(move.client)",
         'record = below.edges[move.edge].server.take_record(move.client) | {"dispatched": 0}',
-        "hierarchy/test_regrouping.py",
+        "hierarchy/test_regrouping.py::test_what_is_known_of_a_client_moves_along",
     ),
     Mutant(
         "what a member did is forgotten when it moves",
         "_with_past(after, move.client, member_history(before, move.client))",
         "after",
-        "hierarchy/test_regrouping.py",
+        "hierarchy/test_regrouping.py::test_what_is_known_of_a_client_moves_along",
     ),
 ]

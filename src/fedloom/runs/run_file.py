@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 import runpy
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedloom.core.errors import Refused
-from fedloom.core.schema import describe_type, matches_exactly, matches_type
+from fedloom.core.schema import RENAMED, describe_type, matches_exactly, matches_type
 from fedloom.runs.public_names import HOMES, public_name
 from fedloom.runs.run import Run
 
@@ -104,7 +106,9 @@ def _check_name(name: str) -> None:
 
 def _is_public(name: str) -> bool:
     try:
-        public_name(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a name is an older one is told when its value is taken
+            public_name(name)
     except AttributeError:
         return False
     return True
@@ -116,7 +120,7 @@ def load_run_file(file: Path) -> Run:
         raise Refused("FILE", str(file), "there is no such file; give a Python file with a value `run = Run(...)`")
     sys.path.insert(0, str(file.parent.resolve()))  # as `python FILE` would
     try:
-        value = runpy.run_path(str(file)).get("run")
+        value = runpy.run_path(str(file), init_globals=_older_names(file)).get("run")
         value = value() if callable(value) else value
     except (Refused, KeyboardInterrupt):
         raise
@@ -125,3 +129,9 @@ def load_run_file(file: Path) -> Run:
     if not isinstance(value, Run):
         raise Refused("FILE", str(file), "it defines no `run`; end it with `run = Run(...)`")
     return value
+
+
+def _older_names(file: Path) -> dict[str, Any]:
+    """Return the policies that a run file calls by an earlier name: `from fedloom import *` brings the names of today only."""
+    words = set(re.findall(r"\w+", file.read_text(encoding="utf-8", errors="replace")))
+    return {name: public_name(name) for name in RENAMED if name in words}

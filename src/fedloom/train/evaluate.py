@@ -285,7 +285,7 @@ def answer_metrics(written: Sequence[str], references: Sequence[str]) -> dict[st
 def exact_match(text: str, reference: str) -> bool:
     """Whether an answer is right: it has the number behind `####` where the reference has one, else the same words.
 
-    >>> exact("2 + 2 = 4, so\\n#### 1,004.0", "#### 1004"), exact("Yes, Paris.", "yes paris"), exact("42", "#### 42")
+    >>> exact_match("2 + 2 = 4, so\\n#### 1,004.0", "#### 1004"), exact_match("Yes, Paris.", "yes paris"), exact_match("42", "#### 42")
     (True, True, False)
     """
     wanted = worked_result(reference)
@@ -306,7 +306,7 @@ def worked_result(text: str) -> float | None:
 def scored_words(text: str) -> list[str]:
     """Split a text of any script into words, without case and punctuation.
 
-    >>> words("It's  Zürich!")
+    >>> scored_words("It's  Zürich!")
     ['it', 's', 'zürich']
     """
     return re.findall(r"\w+", text.casefold())

@@ -190,7 +190,7 @@ def test_a_report_that_was_written_down_is_the_one_that_is_given(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed when it had written its report down, and no checkpoint said so: its edge does the end of the task again."""
-    written, journaled = Region.reported, dict[int, bytes]()
+    written, journaled = Region.write_report, dict[int, bytes]()
 
     def dies(region: Region, led: RegionServer) -> None:
         written(region, led)
@@ -200,7 +200,7 @@ def test_a_report_that_was_written_down_is_the_one_that_is_given(
                 journaled[led.ended[0].id] = known.answer.numpy().tobytes()
                 raise Killed
 
-    monkeypatch.setattr(Region, "reported", dies)
+    monkeypatch.setattr(Region, "write_report", dies)
     here = country(tmp_path, encoder, hierarchy=CHOSEN, schedule=Rounds(2), limits=Limits(versions=2))
     with here.open():
         assert here.serve() == "2 versions made"

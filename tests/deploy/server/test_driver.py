@@ -17,9 +17,19 @@ from fedloom import CA2FL, Averaged, DeltaInt8, FedBuff, FedFa, FedIT, Half, Imm
 from fedloom.cli.deploy import status_view
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.server import Limits, Server
-from fedloom.core.types import Profile, Task
+from fedloom.core.types import Budget, Profile, Task
+from fedloom.deploy.link import RawReply
 from fedloom.deploy.messages import answer as wire
-from fedloom.deploy.messages.messages import JoinRequest, Refusal, TaskRequest, decode_request, encode_reply
+from fedloom.deploy.messages.messages import (
+    EvaluateRequest,
+    EvaluateResult,
+    JoinRequest,
+    Refusal,
+    TaskRequest,
+    Welcome,
+    decode_request,
+    encode_reply,
+)
 from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.status import PrometheusFigures, Status, read_status
 from fedloom.runs.replay import replay
@@ -304,3 +314,44 @@ def test_nobody_speaks_for_the_task_of_another() -> None:
 def returned_bytes(task: Task) -> bytes:
     """An answer to this task, whoever sends it."""
     return wire.encode_result(task, toys.make_result(task.start.train))
+
+
+def test_after_the_end_clients_evaluate_whatever_happens_on_the_way_and_nothing_is_saved() -> None:
+    """One client leaves and comes back, the message to another is lost; a newcomer is not counted any more."""
+    net = Net(sites(3))
+    running = deployment(net, server={"schedule": FedFa(2), "limits": Limits(versions=2)})
+    assert running.run(net.pause) == "2 versions made"
+    state, saved = running.server.state, list[float]()
+    running.save = lambda: saved.append(net.time)
+    before = (state.version, state.failures, dict(state.dispatched), dict(running.profiles))
+    result = EvaluateResult("c0", 10, 10, 7, 3.5, 5)
+    for site in net.sites.values():
+        site.answer = lambda body, site=site: encode_reply(  # type: ignore[method-assign, misc]
+            Welcome(site.profile, 1)
+            if isinstance(decode_request(body, 2**30), JoinRequest)
+            else replace(result, client=site.profile.client)
+        )
+    send, lost = net.send, list[int]()
+
+    def loses(node: int, body: bytes) -> str:
+        evaluates = isinstance(decode_request(body, 2**30), EvaluateRequest)
+        if not evaluates or node in lost or node == 102:
+            return send(node, body)
+        lost.append(node)
+        if node == 101:
+            net.back[101] = net.time + 3.0
+        net._put(net.time + 1.0, RawReply(f"lost{node}", node, error="it did not get there"))
+        return f"lost{node}"
+
+    net.send = loses  # type: ignore[method-assign]
+    net.sites[103] = Site(Profile("c3", 5))  # type: ignore[index]
+    net.sites[103].answer = lambda body: encode_reply(Welcome(Profile("c3", 5), 1))  # type: ignore[method-assign]
+    start = FedIT().start(state.model, Budget(2, 1), 0)
+    evaluation = running.evaluate_sites(
+        dict.fromkeys([*running.profiles, "gone"], 2), lambda rank: start, 30.0, net.pause
+    )
+    assert evaluation.results == {name: replace(result, client=name) for name in ("c0", "c1", "c2")}
+    assert evaluation.site_result("gone").reason == "it was gone before the end"
+    assert sorted(lost) == [100, 101]
+    assert before == (state.version, state.failures, dict(state.dispatched), dict(running.profiles))
+    assert not saved
