@@ -46,9 +46,9 @@ federation: .venv/ready ## deployments of real processes that take minutes: the 
 check: .venv/ready ## format, lint, types, import contracts, fast tests
 	@$(BIN)/ruff format --check --quiet . || (echo "run: $(BIN)/ruff format ." && false)
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache > .venv/imports.log || (cat .venv/imports.log && false)
-	@$(PYTEST)
+	@$(BIN)/mypy > .venv/types.log & types=$$!; $(PYTEST); tests=$$?; \
+	  wait $$types || { cat .venv/types.log; exit 1; }; exit $$tests
 
 bench: .venv/ready ## the quick benches; each prints a table and one JSON line
 	@$(BIN)/python -m bench.aggregate --quick

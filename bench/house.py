@@ -58,7 +58,6 @@ PRIVATE_WORDS = frozenset(
 )
 """Words that no other federated system uses; nothing in `src` may bear one of them as its whole name."""
 REASONS: Mapping[str, str] = {
-    "cli.demo": "one command; imports the parts of a run only when it is used",
     "cli.deploy": "the commands of a deployment; the others work without them",
     "cli.inspect": "one command; imports its page only when it is used",
     "core.truncated_svd": "an algorithm",

@@ -3,9 +3,9 @@
     python -m bench.reference_runs FOLDER                 # write the runs, and their digests to FOLDER/digests.json
     python -m bench.reference_runs FOLDER --against OTHER # ... and compare with the runs in another folder
 
-Rounds with HLoRA at mixed ranks; FedFa over ProductDelta with faults, stopped and resumed; a planned hierarchy; instructions; SCAFFOLD;
-a deployment over a loopback link, replayed. Adapters, traces and metrics are compared by sha256 (`results/reference_runs.json` holds those of
-the machine that is named there). The last line is one JSON object. Bytes are equal on one kind of processor only.
+Rounds with HLoRA at mixed ranks; FedFa over ProductDelta with faults, stopped and resumed; a planned hierarchy; instructions;
+SCAFFOLD; a deployment over a loopback link, replayed. Adapters, traces and metrics are compared by sha256. The last line is one JSON
+object. Bytes are equal on one kind of processor only; seconds that the deployment measures are left out.
 """
 
 from __future__ import annotations

@@ -170,7 +170,9 @@ def cell(name: str, seed: int) -> Run:
             stratified=method.at_once and method.context,
         ),
         world=study.world,
-        hierarchy=groups(work, BY_LOSS_RATE if method.at_once else Hierarchy(plan=planned(work))) if method.groups else None,
+        hierarchy=groups(work, BY_LOSS_RATE if method.at_once else Hierarchy(plan=planned(work)))
+        if method.groups
+        else None,
         limits=limits,
         transfer=DeltaInt8() if method.int8 else None,
         held_out=0.1,

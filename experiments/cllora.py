@@ -294,7 +294,9 @@ def _row(found: Sequence[Line], name: str, own: Sequence[Line]) -> str:
     indices = [[line["uneven"].get(axis) for line in own] for axis in ("length", "quality", "quantity")]
     uneven = ", ".join("–" if None in index else f"{mean(index):.2f}" for index in indices)
     level = mean(at_the_end(line, "accuracy") or 0.0 for line in own)
-    effects = [_points_text(differences(found, name, other, figure)) if other else _level(own, figure) for figure in FIGURES]
+    effects = [
+        _points_text(differences(found, name, other, figure)) if other else _level(own, figure) for figure in FIGURES
+    ]
     columns = (
         name.replace("/", ", "),
         (other or "–").replace("/", ", "),

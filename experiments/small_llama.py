@@ -99,7 +99,9 @@ def batches(texts: EncodedTexts, seed: int) -> Iterator[Tensor]:
         epoch += 1
 
 
-def train(model: LlamaForCausalLM, texts: EncodedTexts, seed: int, minutes: float, steps: int | None) -> dict[str, float]:
+def train(
+    model: LlamaForCausalLM, texts: EncodedTexts, seed: int, minutes: float, steps: int | None
+) -> dict[str, float]:
     """AdamW at a rate that rises and falls to 0 in a straight line, in bfloat16 where that keeps the sums in float32.
 
     Without `steps` as many as `minutes` hold at the pace of the first ones. The loss is that of all tokens, not of answers alone.
@@ -153,7 +155,9 @@ def loss_of(model: LlamaForCausalLM, texts: EncodedTexts) -> float:
 
 def unigram(seen: EncodedTexts, texts: EncodedTexts) -> float:
     """The same of the frequencies of answers' tokens, with one more of each."""
-    counts = Counter(token for ids, begin in zip(seen.ids, seen.answer_starts or (), strict=True) for token in ids[begin:])
+    counts = Counter(
+        token for ids, begin in zip(seen.ids, seen.answer_starts or (), strict=True) for token in ids[begin:]
+    )
     size = counts.total() + VOCABULARY
     tokens = [token for ids, begin in zip(texts.ids, texts.answer_starts or (), strict=True) for token in ids[begin:]]
     return sum(math.log(size / (counts[token] + 1)) for token in tokens) / len(tokens)

@@ -1,7 +1,8 @@
-"""The public names of fedloom and where each lives: the only list of them.
+"""The public names of fedloom and where each lives.
 
 Type checkers and editors read this file, and `fedloom.runs.public_names` reads it when the package runs. `X as X` is how a stub file
-says that a name is public. A new aggregator or schedule works without a line here; with one, type checkers know it too.
+says that a name is public. A new aggregator or schedule works without a line here, also in `from fedloom import *`; with one, type
+checkers and editors know it too. A new partition, source or other class needs a line.
 """
 
 from fedloom.aggregate.ace import ACE as ACE

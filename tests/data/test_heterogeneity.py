@@ -27,6 +27,7 @@ from fedloom.data.heterogeneity import Heterogeneity, measure_heterogeneity, ten
 from fedloom.data.partition import IID, LabelDirichlet, Partition, QuantityDirichlet
 from fedloom.data.skew import LengthDirichlet, QualityDirichlet, Shuffled
 from fedloom.data.text_measures import ones, quality
+from tests.support.storms import one_in
 
 CLIENTS = 10
 
@@ -123,7 +124,7 @@ def test_every_index_sees_its_own_axis_and_no_other() -> None:
     assert null.length.value < 1.5 * null.length.chance[1]
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("alpha", one_in(3, [0.5, 0.1, 2.0]))
 def test_the_alpha_that_is_told_is_about_the_one_that_was_drawn(alpha: float) -> None:
     """Within 2.5: bins of a summary are not quite those of the partition, which blurs a strong skew of lengths."""
     examples = corpus()

@@ -48,14 +48,10 @@ def mine(done: float) -> float:
 
 @pytest.mark.parametrize(
     ("method", "codec"),
-    [
-        (ProductDelta(), DeltaInt8()),
-        pytest.param(ProductDelta(), None, marks=pytest.mark.slow),
-        pytest.param(FedSA(), None, marks=pytest.mark.slow),
-        pytest.param(Scaffold(clients=6), None, marks=pytest.mark.slow),
-    ],
+    [(ProductDelta(), DeltaInt8()), (ProductDelta(), None), (FedSA(), None), (Scaffold(clients=6), None)],
     ids=str,
 )
+@pytest.mark.slow
 def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: Any, codec: Any) -> None:
     """Synchronous rounds, in which no order is left to chance, at mixed ranks: the same numbers, to the bit; and of each client the
     same scores on the same examples held out.

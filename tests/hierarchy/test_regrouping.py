@@ -38,7 +38,9 @@ def test_drift_is_the_share_by_which_times_moved_apart() -> None:
 
 def test_times_are_those_that_were_foreseen_where_tasks_took_what_was_foreseen() -> None:
     """Whatever the rank and the depth of the tasks that were seen."""
-    from fedloom.runs.prepare import comparison_seconds  # here, since it imports transformers, which no other test needs
+    from fedloom.runs.prepare import (
+        comparison_seconds,  # here, since it imports transformers, which no other test needs
+    )
 
     profile, tokens = Profile("c0", 10, flops=1e4, up_bps=1e4, down_bps=2e4), 300
     for rank, depth in ((8, None), (2, None), (4, 1)):

@@ -22,6 +22,7 @@ from fedloom.schedule.rounds import Rounds
 from fedloom.simulate.devices import World
 from fedloom.simulate.simulation import Simulation
 from tests.support import toys
+from tests.support.storms import one_in
 
 CLIENTS, VERSIONS = 12, 160
 PROFILES = toys.profiles(CLIENTS) | {"c0": Profile("c0", 10, flops=1e-3)}
@@ -80,7 +81,7 @@ class Watch:
             half[name] = max(size, half.get(name, 0))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=toys.called)
+@pytest.mark.parametrize("schedule", one_in(2, SCHEDULES), ids=toys.called)
 def test_no_table_grows_with_the_events(schedule: Schedule) -> None:
     server = toys.server(schedule, limits=Limits(versions=VERSIONS, evaluate_every=50))
     watch = Watch(server)
@@ -100,7 +101,7 @@ def test_no_table_grows_with_the_events(schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize(
-    "schedule", [Rounds(cohort_size=4, over_selection=1.5), FedFa(max_in_flight=5)], ids=toys.called
+    "schedule", one_in(2, [FedFa(max_in_flight=5), Rounds(cohort_size=4, over_selection=1.5)]), ids=toys.called
 )
 def test_no_object_outlives_its_use(schedule: Schedule) -> None:
     """Also what no table of ours holds: objects that the garbage collector knows, halfway and towards the end."""

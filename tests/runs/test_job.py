@@ -241,7 +241,7 @@ def test_a_reader_is_told_where_the_test_accuracy_says_nothing(encoder: Path) ->
 
 
 @pytest.mark.parametrize(
-    "method", one_in(3, [FLoRA(), FedEx(), FedSA(), FedPLoRA(), HetLoRA(), LoRAA2(), FoldedDelta()]), ids=repr
+    "method", one_in(7, [FLoRA(), FedEx(), FedSA(), FedPLoRA(), HetLoRA(), LoRAA2(), FoldedDelta()]), ids=repr
 )
 def test_every_kind_of_method_runs_to_a_folder_that_can_be_exported(
     encoder: Path, tmp_path: Path, method: Aggregator

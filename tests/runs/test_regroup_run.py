@@ -93,6 +93,7 @@ def test_the_hash_of_a_run_that_keeps_its_groups_is_what_it_was(encoder: Path) -
     )
 
 
+@pytest.mark.slow
 def test_regions_keep_their_sites(encoder: Path, tmp_path: Path) -> None:
     """`fedloom serve` says so before anything starts, and so does what it starts."""
     said = r"hierarchy\.regroup.*sites stay with the region"

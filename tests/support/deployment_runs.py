@@ -46,7 +46,9 @@ def folder_of(tmp_path: Path, run: Run, name: str = "deployment", **more: Any) -
     folder = tmp_path / name
     folder.mkdir()
     VALUES[str(folder)] = run
-    (folder / "run.py").write_text(f"from tests.support.simulated_link import VALUES\n\nrun = VALUES[{str(folder)!r}]\n")
+    (folder / "run.py").write_text(
+        f"from tests.support.simulated_link import VALUES\n\nrun = VALUES[{str(folder)!r}]\n"
+    )
     told = {"runfile": str(folder / "run.py"), "clients": 6, **more}
     (folder / "deployment.json").write_text(json.dumps(told))
     return folder

@@ -93,7 +93,11 @@ class Federation:
     def pid(self, place: str, part: str) -> int | None:
         """The process of a part, while it runs: "superlink", "gate", "serverapp" of the server, "worker", "supernode" of a site."""
         if part == "serverapp":
-            word = app_outcome.read_outcome(self.server, app_outcome.last_attempt(self.server)) if self.server.exists() else None
+            word = (
+                app_outcome.read_outcome(self.server, app_outcome.last_attempt(self.server))
+                if self.server.exists()
+                else None
+            )
             return word.pid if word and word.lives and not word.ended else None
         parent = self.processes[place].pid
         return next((pid for pid in children(parent) if any(mark in command_of(pid) for mark in MARKS[part])), None)

@@ -97,7 +97,9 @@ class Lethal:
 def toy_work(count: int, first: int = 1, **seeds: int) -> list[tuple[Task, ClientState]]:
     """Tasks numbered from `first`, one for each of `count` clients; `t3=-1` gives task 3 the seed -1."""
     numbers = range(first, first + count)
-    starts = [TaskStart(Adapter({"only": Factor(torch.full((2, 4), float(n)), torch.ones(3, 2))}), "0") for n in numbers]
+    starts = [
+        TaskStart(Adapter({"only": Factor(torch.full((2, 4), float(n)), torch.ones(3, 2))}), "0") for n in numbers
+    ]
     return [
         (Task(n, f"c{n}", 0, start, Budget(2, 1), seeds.get(f"t{n}", n), 0.0), ClientState(basis=f"b{n}"))
         for n, start in zip(numbers, starts, strict=True)

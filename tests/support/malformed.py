@@ -56,8 +56,9 @@ def throw(server: Server, thrown: Thrown) -> str:
 def malformed(count: int, seed: int = 0) -> Verdicts:
     """Throw `count` malformed answers, kind by kind in turn, a third in each codec; then see that good ones are still welcome."""
     verdicts = Verdicts()
-    for codec in CODECS:
-        _storm(count // len(CODECS), seed, codec, verdicts)
+    share, rest = divmod(count, len(CODECS))
+    for k, codec in enumerate(CODECS):
+        _storm(share + (k < rest), seed, codec, verdicts)
     return verdicts
 
 

@@ -144,7 +144,10 @@ def other_rank(draw: Draw, adapter: Adapter) -> Adapter:
     own = next(iter(adapter.factors.values())).rank
     rank = draw.choice([r for r in (1, *RANKS, 16) if r != own])
     chosen = draw.choice([list(adapter.factors), [draw.choice(list(adapter.factors))]])
-    made = {n: (cut_factor(f, rank) if rank < own else pad(f, rank)) if n in chosen else f for n, f in adapter.factors.items()}
+    made = {
+        n: (cut_factor(f, rank) if rank < own else pad(f, rank)) if n in chosen else f
+        for n, f in adapter.factors.items()
+    }
     return Adapter(made, adapter.dense)
 
 

@@ -111,7 +111,8 @@ class Net:
         answer = site.answer(body)
         lost = draw() < self.trouble.unanswered
         self._put(
-            self.free[node], RawReply(message, node, None, "the answer was lost") if lost else RawReply(message, node, answer)
+            self.free[node],
+            RawReply(message, node, None, "the answer was lost") if lost else RawReply(message, node, answer),
         )
         if draw() < self.trouble.twice:
             self._put(self.free[node] + 3 * draw(), RawReply(message, node, site.answer(body) if not lost else answer))

@@ -1,4 +1,4 @@
-"""ACE: every step goes along the mean of all clients' last changes, whoever answered.
+"""ACE: every step goes along the mean of all clients' last changes, whichever client answered.
 
 Source: Chang et al., "Mitigating Participation Imbalance Bias in Asynchronous Federated Learning", arXiv 2511.19066, 2025 (ACE):
 the server keeps g_i, the last change of client i, and on each arrival u <- u + (g_new - g_i) / N, w <- w + eta u. A client

@@ -6,7 +6,7 @@ that steps at every answer needs it most. The weights are those of Shamir and Zh
 Optimization", ICML 2013, section 3 (polynomial decay):
 average_t = (1 - a) average_{t-1} + a version_t with a = (focus + 1) / (t + focus), so that about the last 1 / (focus + 1) of all
 versions count, early in a run and late. Products are averaged, exactly but for the cut to the server's rank.
-Cost: beside the wrapped merge one decomposition of twice the rank a layer.
+Cost: besides the wrapped merge one decomposition of twice the rank per layer.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ Written answer by answer, sum_k p_k (Delta_k - h_k + h), the rule needs to know 
 corrected answers. Each is corrected on the directions and sides that its client trained and nowhere else, and h is the mean over the
 clients that train a direction, so that neither mixed ranks nor frozen, private or alternating sides count as a change of zero.
 In a merge of models each client's model is moved by h - h_k, which is the same where all started from the server's model. An answer
-from before the basis was drawn anew is merged as it is. Cost: a few passes over the answers; memory of one adapter a client.
+from before the basis was drawn anew is merged as it is. Cost: a few passes over the answers; memory of one adapter per client.
 """
 
 from __future__ import annotations

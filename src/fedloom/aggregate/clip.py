@@ -1,4 +1,4 @@
-"""Clip: a client's change counts up to a largest norm, so that nobody pulls the model away alone.
+"""Clip: a client's change counts up to a largest norm, so that no client can pull the model away alone.
 
 Source: McMahan et al., "Learning Differentially Private Recurrent Language Models", arXiv 1710.06963, 2018 (flat clipping):
 what a client changed is multiplied by min(1, S / |change|), the norm over all factors and the head together, in the

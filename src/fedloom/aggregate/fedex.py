@@ -4,7 +4,7 @@ Source: Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficie
 2410.09432, 2024: A = sum p_k A_k, B = sum p_k B_k, W0 += sum p_k B_k A_k - B A. The paper has one rank for all. Here a client
 of lower rank receives the directions that it cannot train as a part of its base, so it starts from the whole model, and votes
 for no change of them. What is averaged into the base is the clients' change, so that nothing folded is counted twice. Cost:
-one stack a layer, and the fold on the way down, at most one dense matrix a layer.
+one stack per layer, and the fold on the way down, at most one dense matrix per layer.
 """
 
 from __future__ import annotations

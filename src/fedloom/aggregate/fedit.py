@@ -29,7 +29,7 @@ class FedIT:
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             5: "zero-padded directions shrink at every merge by the weight of the clients that do not hold them",
-            8: "a client of low rank votes zero on the directions it did not train",
+            8: "a client of low rank counts as zero in the directions that it did not train",
         }
     )
     init = staticmethod(first_model)

@@ -1,7 +1,7 @@
 """FedSA-LoRA: `down` is shared, `up` and the head stay at each client.
 
 Source: Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", arXiv 2410.01463, 2024: train A and
-B, share only A = sum p_k A_k; the official code keeps the classifier local too. The result is one model a client: judge it by
+B, share only A = sum p_k A_k; the official code keeps the classifier local too. The result is one model per client: judge it by
 the clients' own scores, the server alone has no `up`. The paper has one rank for all: each row is averaged here over those
 who hold it. Cost: one pass over `down`.
 """
@@ -37,5 +37,5 @@ class FedSA:
         return replace(model, adapter=move_factors(model.adapter, merge, holder_weights))
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """Hand out the shared rows; the client puts its own `up` and head beside them, which begin as the run's seed says."""
+        """Hand out the shared rows; the client adds its own `up` and head, which begin as the run's seed says."""
         return replace(leading_start(model, budget), seeded=("up", "dense"), rules=Rules(private=("up", "dense")))

@@ -29,7 +29,7 @@ class FlexLoRA:
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             5: "rank-agnostic weights drain energy into the smallest shared rank, as in HLoRA",
-            8: "a client of low rank votes zero on the directions it did not train",
+            8: "a client of low rank counts as zero in the directions that it did not train",
         }
     )
     init = staticmethod(first_model)

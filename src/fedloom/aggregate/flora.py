@@ -3,7 +3,7 @@
 Source: Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations", arXiv
 2409.05976, 2024: A = [p_1 A_1; p_2 A_2; ...], B = [B_1, B_2, ...], so that B A = sum p_k B_k A_k exactly at any mixture of
 ranks; every client merges it into its base and re-initialises its adapter. The price: the way down grows with the sum of the
-ranks (here at most to one dense matrix a layer), and optimiser moments start anew each round. Cost: one stack a layer, and
+ranks (here at most to one dense matrix per layer), and optimiser moments start anew each round. Cost: one stack per layer, and
 one dense product when it outgrows the layer.
 """
 

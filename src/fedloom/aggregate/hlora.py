@@ -3,11 +3,11 @@
 Source: Liu et al., "HLoRA: Efficient Federated Learning System for LLM Heterogeneous Fine-Tuning", arXiv 2503.00813, 2025
 (the rule: W = sum p_k B_k A_k, then a truncated SVD); the same aggregation as FlexLoRA, arXiv 2402.11505. Details follow the
 public prototype, as far as it is known: down = V^T orthonormal, up = U S; the client receives the leading directions.
-Cost: one decomposition a layer for all ranks, O((d_in + d_out) R^2) with R the sum of ranks, or less; see `core.truncated_svd`.
+Cost: one decomposition per layer for all ranks, O((d_in + d_out) R^2) with R the sum of ranks, or less; see `core.truncated_svd`.
 
 Known weakness: rank collapse (arXiv 2602.13486). A client of rank r hands back only its r leading directions, so each merge
 multiplies direction i by the weight of clients with rank >= i, and energy drains into the smallest shared rank. `RaFLoRA`
-and `ProductDelta` mend it.
+and `ProductDelta` fix it.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class HLoRA:
     def exempt(self) -> Mapping[int, str]:
         """Laws broken by design, by number, with the reason."""
         collapse = {5: "rank-agnostic weights drain energy into the smallest shared rank (arXiv 2602.13486)"}
-        trap = {
+        published_scaling = {
             1: "the factors are averaged without the scaling that made them a function",
             2: "as law 1: a rank other than the server's is rescaled",
             4: "alpha/r with fixed alpha: one adapter is a different function at each rank",
         }
-        return {**collapse, 8: "a client of low rank votes zero on the directions it did not train"} | (
-            trap if self.published_alpha is not None else {}
+        return {**collapse, 8: "a client of low rank counts as zero in the directions that it did not train"} | (
+            published_scaling if self.published_alpha is not None else {}
         )
 
     def merge(self, model: Model, merge: Merge) -> Model:
@@ -71,17 +71,17 @@ class HLoRA:
         start = truncated_start(model, budget, seed, self.balanced)
         if self.published_alpha is None:
             return start
-        grown = _times(start.train, (self.rank or server_rank(model.adapter)) / budget.rank)
+        grown = _scaled(start.train, (self.rank or server_rank(model.adapter)) / budget.rank)
         return TaskStart(grown, start.basis, scaling=self.published_alpha / budget.rank)
 
 
-def _times(adapter: Adapter, by: float) -> Adapter:
+def _scaled(adapter: Adapter, by: float) -> Adapter:
     return Adapter({name: scale_product(factor, by) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
 def _rescaled(update: Update, top: int) -> Update:
     """The update as the prototype's server sees it: the factors without the client's alpha/r, under the server's alpha/top."""
     by = update.task.budget.rank / top
-    started = replace(update.task.start, train=_times(update.task.start.train, by))
+    started = replace(update.task.start, train=_scaled(update.task.start.train, by))
     task = replace(update.task, start=started)
-    return Update(task, replace(update.result, adapter=_times(update.result.adapter, by)))
+    return Update(task, replace(update.result, adapter=_scaled(update.result.adapter, by)))

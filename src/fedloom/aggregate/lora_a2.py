@@ -53,7 +53,7 @@ class LoRAA2:
         return replace(model, adapter=adapter, phase=model.phase + 1)
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:
-        """Hand out the whole adapter, to be trained in `rank` directions a layer on average, one side of them frozen."""
+        """Hand out the whole adapter, to be trained in `rank` directions per layer on average, one side of them frozen."""
         whole = leading_start(model, replace(budget, rank=server_rank(model.adapter)))
         side: tuple[Literal["up", "down"], ...] = ("up",) if model.phase % 2 else ("down",)
         rules = Rules(

@@ -196,7 +196,7 @@ def status(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder, as given to `fedloom serve`.")],
     watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")] = False,
 ) -> None:
-    """What a deployment is doing: versions, who is there and at work, staleness, bytes, and what it waits for."""
+    """Show what a deployment is doing: versions, who is there and at work, staleness, bytes, and what it waits for."""
     import time
 
     from rich.live import Live
@@ -279,7 +279,7 @@ def _number(value: float | None) -> str:
 def keys_new(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")], hosts: Hosts, days: Days = 397
 ) -> None:
-    """At the server: make a certificate authority and the server's certificate."""
+    """Make a certificate authority and the server's certificate, at the server."""
     from fedloom.deploy.flower import keys
 
     certificate = keys.new(folder, hosts, days)
@@ -291,7 +291,7 @@ def keys_new(
 def keys_renew(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")], hosts: Hosts, days: Days = 397
 ) -> None:
-    """At the server: a new certificate; sites need nothing new. Restart the server after it."""
+    """Make a new certificate, at the server; sites need nothing new. Restart the server after it."""
     from fedloom.deploy.flower import keys
 
     out.print(f"Ends     {keys.expiry(keys.renew(folder, hosts, days)):%Y-%m-%d}")
@@ -302,7 +302,7 @@ def keys_site(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What the site is called.")],
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to put the two halves.")] = Path(),
 ) -> None:
-    """At a site: make its key."""
+    """Make the key of a site, at the site."""
     from fedloom.deploy.flower import keys
 
     private, public = keys.site(name, folder)
@@ -319,7 +319,7 @@ def keys_add(
     name: Annotated[str, typer.Option("--name", help="What the server calls the site.")],
     folder: Of,
 ) -> None:
-    """At the server: register a site, so that it may join. A server that runs needs no restart."""
+    """Register a site at the server, so that it may join. A server that runs needs no restart."""
     from fedloom.deploy.flower import keys
 
     entry = keys.add(public, name, folder)
@@ -330,7 +330,7 @@ def keys_add(
 def keys_remove(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The site, as the server calls it.")], folder: Of
 ) -> None:
-    """At the server: remove a site, which may then no longer join. If it is to come back, it needs a new key."""
+    """Remove a site at the server, which may then no longer join. If it is to come back, it needs a new key."""
     from fedloom.deploy.flower import keys
 
     keys.remove(name, folder)
@@ -339,7 +339,7 @@ def keys_remove(
 
 @keys_app.command("list")
 def keys_list(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's folder.")]) -> None:
-    """At the server: list the sites that may join."""
+    """List the sites that may join, at the server."""
     from fedloom.deploy.flower import keys
 
     for entry in keys.listed(folder):

@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -70,6 +71,32 @@ WorkerPool = Annotated[
 ]
 
 
+def demo_run() -> Run:
+    """Return the demo's run: ranks 2, 4 and 8 by device, synchronous rounds, ProductDelta; 144 steps of 16 tickets in all."""
+    from fedloom.core.server import Limits
+    from fedloom.data.partition import ByClient
+    from fedloom.data.tickets import Tickets
+    from fedloom.plan.budget import Plan
+    from fedloom.plan.rank import RankByCapability
+    from fedloom.runs.run import Run
+    from fedloom.schedule.rounds import Rounds
+    from fedloom.train.demo_model import minilm
+    from fedloom.train.settings import Training
+
+    return Run(
+        name="demo-product-delta",
+        model=str(minilm()),
+        data=Tickets(tangled=0.1, alpha=3.0),
+        partition=ByClient(),
+        schedule=Rounds(cohort_size=3),
+        plan=Plan(RankByCapability(ranks=(2, 4, 8), upload_seconds=0.5), local_steps=8),
+        training=Training(learning_rate=5e-3, max_length=64),
+        limits=Limits(versions=6, evaluate_every=2),
+        test_limit=240,
+        threads=2,
+    )
+
+
 @app.command("demo")
 def demo_command(settings: Settings = None, out_dir: OutDir = None, seed: Seed = None) -> None:
     """Fine-tune a real encoder on generated support tickets of eight companies, about two minutes on two cores.
@@ -81,7 +108,7 @@ def demo_command(settings: Settings = None, out_dir: OutDir = None, seed: Seed =
     """
     with collector_paused():
         from fedloom.runs.prepare import prepare
-    from fedloom.cli.demo import baseline_run, demo_run
+    from fedloom.aggregate.fedit import FedIT
     from fedloom.core import files
     from fedloom.report.page import write_report
 
@@ -90,7 +117,8 @@ def demo_command(settings: Settings = None, out_dir: OutDir = None, seed: Seed =
     job = prepare(run)
     _introduce(job)
     ours = _carry_out(job, parent / "product-delta")
-    fedit = _carry_out(prepare(baseline_run(run)), parent / "fedit")
+    baseline = replace(run, name="demo-fedit", aggregator=FedIT())
+    fedit = _carry_out(prepare(baseline), parent / "fedit")
     page = write_report([ours.folder, fedit.folder], parent / "report.html")
     _conclude(job, ours, fedit, page)
 

@@ -74,7 +74,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """Float32, four bytes a number: nothing is lost. The codec of a run whose `transfer` is None."""
+    """Float32, four bytes per number: nothing is lost. The codec of a run whose `transfer` is None."""
 
     number: ClassVar[int] = 4
     row: ClassVar[int] = 0
@@ -88,7 +88,7 @@ class Exact:
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """Float16, two bytes a number, each tensor times a power of two of its own: a product is right to about 3e-4."""
+    """Float16, two bytes per number, each tensor times a power of two of its own: a product is right to about 3e-4."""
 
     number: ClassVar[int] = 2
     row: ClassVar[int] = 0

@@ -16,7 +16,7 @@ from fedloom.core.types import ClientId, Model, Profile, Task
 
 
 class StateView(Protocol):
-    """What drivers and observers read of a coordinator's state. `State` has all of it; a tree shows its edges' states as one."""
+    """State of a coordinator as drivers and observers read it. `State` has all of it; a tree shows its edges' states as one."""
 
     @property
     def model(self) -> Model:

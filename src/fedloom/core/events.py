@@ -274,7 +274,7 @@ class Moved:
 
     Fields:
         move: the move.
-        max_in_flight: the most clients that may be at work at once from now on.
+        max_in_flight: largest number of clients that may be at work at once from now on.
     """
 
     move: Move

@@ -1,7 +1,7 @@
 """Bytes on the wire of one task: what really has to be sent, in the run's codec, the head apart from the adapter.
 
 Down: the directions to train, without sides that follow from the run's seed, and the fold in the smaller of its two forms
-(factors, or one dense matrix a layer). Up: only what changed. A frozen side, a direction that was not selected, a layer that
+(factors, or one dense matrix per layer). Up: only what changed. A frozen side, a direction that was not selected, a layer that
 was not trained come back as they were sent, and the receiver has them already. The indices of the rows that are sent do not count.
 """
 

@@ -2,7 +2,7 @@
 
 A method is a frozen dataclass with the members of one of these protocols. It inherits from nothing and is registered nowhere, and all
 that it may decide on comes in as an argument: a schedule and a budget rule see the `Fleet`, an aggregator sees the `Merge` that the
-schedule decided on. A schedule never looks into an adapter, an aggregator never sees staleness: so every schedule goes with every
+schedule decided on. A schedule never reads an adapter, an aggregator never sees staleness: so every schedule goes with every
 aggregator.
 """
 
@@ -37,21 +37,21 @@ from fedloom.core.types import (
 class Fleet:
     """Read-only view of a server, the one argument of schedules and budget rules.
 
-    It shows the server's own tables, so that making one costs nothing, however many clients there are.
+    It holds the server's own tables, not copies, so that making one costs O(1).
 
     Fields:
         now: time of the event (s).
         version: number of the global version.
         seed: seed of the run.
-        idle: clients without a task.
-        busy: outstanding tasks by number.
+        idle: profiles of clients without a task, by client.
+        busy: outstanding tasks, by task number.
         arrived: accepted answers that wait to be merged, in order of arrival.
-        shape: sizes of the model.
+        shape: sizes of the base model: parameters, layers, blocks, hidden size.
         reported_examples: by client, the examples that it reported with its last accepted answer.
         dispatched: by client, tasks sent to it so far.
         work_seconds: by client, seconds that it spent on tasks that have ended, answered or not.
-        tasks: tasks sent to all clients so far; a random draw from a stream named after it is never repeated.
-        latest: client whose accepted answer this event is (None: something else happened).
+        tasks: tasks sent so far; part of the name of a random stream, so that no draw is repeated.
+        latest: client whose answer was just accepted (None: another event).
         retained: how many of `arrived` (the first ones) the last merge kept.
         first: model of version 0.
         outer: task that an edge works on (None: this is no edge).
@@ -106,7 +106,17 @@ class Merge:
 
 
 class Aggregator(Protocol):
-    """HOW adapters are added, and what of the model each client receives. It never sees staleness."""
+    """Merging of adapters (HOW), and the part of the model that each client receives. It never sees staleness.
+
+    Optional attributes, which are read with getattr:
+        inner: the wrapped method, of a wrapper.
+        each_once: why an answer may be merged only once (a sentence; refused with a schedule that has `reuses_answers`).
+        remembers_changes: True where changes of clients are kept between merges (refused with partial depth, and around another).
+        adds_noise: True where noise is added to the merge (refused with partial depth, and inside wrappers that keep changes).
+        rank: rank of the server, which is checked against the model.
+        clients: number of clients, which is checked against the federation.
+        plain_mean: True where each entry is the mean with the schedule's weights, which `Noise` needs.
+    """
 
     @property
     def space(self) -> Literal["factor", "product"]:
@@ -132,11 +142,15 @@ class Aggregator(Protocol):
 
 
 class Schedule(Protocol):
-    """WHEN a version is made, from which updates, and who starts next. It never looks into a model. Stateless."""
+    """Time of versions (WHEN), the updates in each, and the clients that start next. It never reads a model. Stateless.
+
+    Optional attribute, which is read with getattr:
+        reuses_answers: True where an answer is a part of more than one merge (refused with an aggregator that has `each_once`).
+    """
 
     @property
     def max_in_flight(self) -> int:
-        """The largest number of clients that it lets work at once; a free slot beside an idle client is waiting time."""
+        """The largest number of clients that may work at once; a free slot is waiting time while a client is idle."""
         ...
 
     def merge(self, fleet: Fleet) -> Merge | None:
@@ -148,7 +162,7 @@ class Schedule(Protocol):
         ...
 
     def wake(self, fleet: Fleet) -> float | None:
-        """Return the next moment at which to look again even if nothing happens; a level, not a command."""
+        """Return the next due time, at which to call again even if nothing happens (None: none); asking changes nothing."""
         ...
 
 

@@ -77,7 +77,7 @@ _SCALARS: Mapping[type, Writer] = {
 
 
 class Encoder(dict[type, Writer]):
-    """Writes values as JSON text. It is a table of one writer a class, made when a value of the class is first met.
+    """Writes values as JSON text. It is a table of one writer per class, made when a value of the class is first met.
 
     A run writes some sixty values an event, so no decision is taken twice for a class. Floats are written as Python prints them,
     which is also what the `json` module writes; run hashes and traces depend on it.
@@ -425,7 +425,7 @@ def matches_exactly(value: Any, hint: Any) -> bool:
 
 
 def describe_type(hint: Any, current: object) -> str:
-    """What a field of this type takes, in words for a person; `current` is its value now, as an example."""
+    """Describe what a field of this type takes, in words for a person; `current` is its value now, as an example."""
     simple = {bool: "True or False", int: "a whole number", float: "a number", str: "text", NoneType: "None"}
     origin, inner = get_origin(hint), get_args(hint)
     if hint in simple:

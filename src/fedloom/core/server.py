@@ -4,21 +4,22 @@ Who calls it. A driver: the virtual clock of `simulate`, or `deploy.server` on r
 out the commands in their order, and calls again no later than `wake()`. The server never calls anybody and never waits. A tree of
 servers stands behind the same interface (`Coordinator`), so that no driver knows whether there is a hierarchy.
 
-State. All that changes is in `State`, all that a policy may look at in `Fleet`, a read-only view of it. Policies are values without
+State. All that changes is in `State`, all that a policy may use in `Fleet`, a read-only view of it. Policies are values without
 state: the schedule says when, the budget rule how much, the aggregator how. So a checkpoint is `State` and nothing else, and a run is
 replayed from its trace by handing the same events to a new server.
 
 From a reply to the next version, in this file:
 
-1. `_apply` checks that the task is outstanding at this client and that the answer has the form, the counts and the magnitudes that
-   the task allows (`validate_answer.why_invalid`). What does not pass is refused with a `Reject`, here and nowhere else, and leaves
-   the state as it was.
-2. An accepted answer becomes an `Update` in `State.arrived`, beside the model that its task was cut from; its client is idle again.
+1. `_apply` checks that the task is outstanding at this client, and that the form, counts, magnitudes and unchanged sides of the
+   answer are as the task demands (`validate_answer.why_invalid`). What fails is refused with a `Reject`, and the state stays as it
+   was. The root of a hierarchy checks reports first (`hierarchy.root_server`); an edge without a task refuses every answer
+   (`hierarchy.edge`). On real machines, bytes that are no answer are refused before the server sees them (`deploy.server.driver`).
+2. An accepted answer becomes an `Update` in `State.arrived`, with the model that its task was cut from; its client is idle again.
 3. `_decide` asks the schedule for a `Merge`. Here the staleness weight comes in: a schedule multiplies an answer's weight, or its
    step, by a discount of `schedule.shared.staleness.staleness`, the number of versions made since the task was sent. The aggregator
    sees weights only.
 4. `_merge` gives the merge to the aggregator, layer by layer where clients train to different depths (`partial_depth`). The model
-   that comes back is the next version: it is published, and evaluated if its turn has come.
+   that comes back is the next version: it is published, and evaluated if it is due.
 5. 3 and 4 repeat while a merge is due. Then the run ends, if it has reached a limit, or the schedule's choice of idle clients gets
    tasks (`_dispatch`): the budget, the part of the model for that budget, and the encoding that the transfer codec makes of it.
 
@@ -28,17 +29,20 @@ cannot work raises `Refused` when it is constructed, not in the middle of a run.
 
 What is promised (tests/laws hold every method to it):
 
-1. Merging one client's answer with weight 1 reproduces its model up to rank; agreement is a fixed point; order does not matter.
+1. Merging one client's answer with weight 1 reproduces its model up to rank; if all clients return the same model, the merge is that
+   model; the order of the answers does not matter.
 2. At equal ranks and a shared `down` the merge is the plain mean of products.
 3. An adapter that is sent has the rank and depth of its budget, is finite, and every direction of it can learn.
 4. An adapter is the same function on every client: the scaling does not depend on the rank.
 5. Where nobody learns anything, each direction keeps its energy, over many rounds.
 6. A reply counts once, for the task that it answers; every dispatched task ends merged, dropped or outstanding; a lost client blocks
    nobody.
-7. A timer is a level, not a command: `wake` is never in the past, and may be asked as often as one likes. Task ids are never reused.
+7. `wake` only tells the next due time, which is never in the past; asking changes nothing. Task ids are never reused.
 8. What a client did not train is not counted as its contribution.
 9. On a CPU, two runs of one seed give the same bytes, for any number of workers: every random draw has a stream of its own (`seeds`).
 10. A run that is killed anywhere and resumed gives the same bytes as one that is not.
+11. The distance that one answer moves the model, with C equally fast clients that always move theirs by d, is what the schedule's
+    formula says: for FedFa-Param with window K it is d / (C + (K - 1) / 2) (tests/laws/test_drift.py).
 
 A method that breaks one of 1 to 5 or 8 by design says so in `exempt`.
 """
@@ -86,7 +90,7 @@ def inner_start(start: TaskStart, outer: Task | None) -> TaskStart:
 
 
 CLIENT_TABLES = ("reported_examples", "dispatched", "work_seconds", "pruned")
-"""Tables of `State` with an entry a client that stays when it leaves."""
+"""Tables of `State` that keep a client's entry after it leaves."""
 
 
 @dataclass(slots=True)
@@ -99,22 +103,22 @@ class State:
         now: time of the last event (s).
         version: number of the global version.
         next_task: number of the next task.
-        undecided: whether clients have joined since the last decision.
+        has_new_clients: whether clients have joined since the last decision.
         stopped: whether the run is over.
         last_evaluated: last version that was sent to evaluation (-1: none).
-        failures: tasks that failed or were lost in a row.
-        last_failure: reason of the last one.
+        failures: consecutive tasks that failed or were lost.
+        last_failure: reason of the last of them.
         idle: clients without a task.
-        working: clients with a task, and its number.
+        working: by client with a task, its profile and the number of the task.
         busy: outstanding tasks by number.
         bases: by outstanding task, the model that it was cut from.
         arrived: accepted answers that wait to be merged, in order of arrival.
         retained: how many of `arrived` (the first ones) the last merge kept.
-        latest: client whose accepted answer the last event was (None: something else happened).
+        latest: client of the last event, if that was an accepted answer (None: another event).
         reported_examples: by client, the examples that it reported with its last accepted answer.
         dispatched: by client, tasks sent to it so far.
         work_seconds: by client, seconds of its tasks that have ended.
-        pruned: by client, the rank to which it pruned itself; it is asked for no more.
+        pruned: by client, the rank to which it pruned itself: the cap of its later ranks.
         outer: task that this server works on as an edge (None: it is no edge).
         groups: at the root of a tree, what is known of the groups of its edges.
     """
@@ -124,7 +128,7 @@ class State:
     now: float = 0.0
     version: int = 0
     next_task: int = 1
-    undecided: bool = False
+    has_new_clients: bool = False
     stopped: bool = False
     last_evaluated: int = -1
     failures: int = 0
@@ -144,26 +148,26 @@ class State:
     groups: dict[ClientId, GroupHistory] = field(default_factory=dict)
 
     def take_record(self, client: ClientId) -> dict[str, Any]:
-        """Take out and return what is counted of a client, who moves to another server."""
+        """Remove and return the table entries of a client that moves away."""
         tables: dict[str, dict[ClientId, Any]] = {name: getattr(self, name) for name in CLIENT_TABLES}
         return {name: table.pop(client) for name, table in tables.items() if client in table}
 
     def add_record(self, client: ClientId, record: Mapping[str, Any]) -> None:
-        """Write down what another server counted of a client, who moved here."""
+        """Add the entries of a client that moved here."""
         for name, value in record.items():
             getattr(self, name)[client] = value
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """When a run ends, and how often its model is evaluated.
+    """Limits of a run: when it ends, and how often its model is evaluated.
 
     Fields:
-        versions: global versions after which the run ends (at least 1).
-        seconds: time at which it ends, if that is earlier (s; None: no limit).
-        failures: tasks that fail or are lost in a row, after which it ends: when every answer is refused (training diverged,
-            say), waiting longer helps nobody.
-        evaluate_every: evaluate the first model, every so many versions and the last one (0: the last one alone).
+        versions: global versions after which the run ends (at least 1; default 10).
+        seconds: time at which it ends, if that is earlier (s; default None: no limit).
+        failures: consecutive failed or lost tasks after which the run ends (default 100): where every answer is refused, for
+            instance because training diverged, more time does not help.
+        evaluate_every: evaluate version 0, every n-th version and the last (default 1; 0: only the last).
     """
 
     versions: int = 10
@@ -175,7 +179,7 @@ class Limits:
         if self.versions < 1:
             raise Refused("limits.versions", self.versions, "a run makes at least 1 global version")
         if self.seconds is not None and not self.seconds > 0:
-            raise Refused("limits.seconds", self.seconds, "give positive virtual seconds, or None for no limit")
+            raise Refused("limits.seconds", self.seconds, "give positive seconds, or None for no limit")
         if self.failures < 1:
             raise Refused("limits.failures", self.failures, "how many tasks may fail in a row: at least 1")
         if self.evaluate_every < 0:
@@ -217,9 +221,9 @@ class Server:
         state.latest = event.client if isinstance(event, UpdateArrived) else None
         if isinstance(event, ClientJoined):
             # no decision yet: others may join at the same time, and the first cohort is to be drawn from all of them (see `wake`)
-            state.undecided = True
+            state.has_new_clients = True
             return []
-        state.undecided = False
+        state.has_new_clients = False
         return self._decide()
 
     def advance(self, now: float) -> None:
@@ -239,7 +243,7 @@ class Server:
         state = self.state
         if state.stopped:
             return None
-        if state.undecided:
+        if state.has_new_clients:
             return state.now
         times = [self.schedule.wake(self.fleet()), self.limits.seconds]
         due = [max(time, state.now) for time in times if time is not None]
@@ -285,12 +289,12 @@ class Server:
 
     @property
     def max_in_flight(self) -> int:
-        """The most clients that may be at work at once."""
+        """The largest number of clients that may be at work at once."""
         return self.schedule.max_in_flight
 
     @property
     def edges(self) -> tuple[ClientId, ...]:
-        """Nobody: the clients hang on this server."""
+        """Empty: clients connect to this server directly."""
         return ()
 
     def parts_to_save(self) -> tuple[State]:
@@ -315,9 +319,9 @@ class Server:
         """Replace the outstanding task of this number by the part of it that was trained."""
         self.state.busy[task.id] = task
 
-    def count_failures(self, more: int) -> None:
+    def add_failures(self, count: int) -> None:
         """Count tasks that failed below an edge among the failures that end the run."""
-        self.state.failures += more
+        self.state.failures += count
 
     def _apply(self, event: Event) -> Reject | None:
         """Write the event into the state, or refuse it and leave the state as it was."""
@@ -371,11 +375,11 @@ class Server:
         if state.last_evaluated < 0 and self.limits.evaluate_every:
             commands.append(self._evaluate())
         fleet = self.fleet()
-        # more than one merge may be due: a schedule that merges one answer at a time retains the others, and is asked again
+        # more than one merge may be due: a schedule that merges one answer at a time retains the others, and is called again
         while state.version < self.limits.versions and (merge := self.schedule.merge(fleet)):
             commands += self._merge(merge)
             fleet = self.fleet()
-        if reason := self._finished():
+        if reason := self._stop_reason():
             return commands + self.stop(reason)
         return commands + [self._dispatch(client, fleet) for client in self.schedule.start(fleet)]
 
@@ -396,7 +400,7 @@ class Server:
         self.state.last_evaluated = self.state.version
         return Evaluate(self.state.version, self.state.model)
 
-    def _finished(self) -> str | None:
+    def _stop_reason(self) -> str | None:
         if self.state.version >= self.limits.versions:
             return f"{self.state.version} versions made"
         if self.limits.seconds is not None and self.state.now >= self.limits.seconds:

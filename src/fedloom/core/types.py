@@ -32,9 +32,10 @@ class Budget:
         rank: LoRA rank to train at.
         steps: local optimiser steps.
         depth: transformer blocks to train, counted from the output, with all adapted modules above them; the rest runs as a part of
-            the base (None: everything that is adapted).
-        rounds: versions that an edge makes of one task before it reports; its members share `steps` out among them.
-        why: one sentence on what decided, where a rule weighed something ("": nothing to say).
+            the base (default None: everything that is adapted).
+        rounds: versions that an edge makes of one task before it reports; in each of them every member trains `steps // rounds`
+            steps (at least 1; default 1).
+        why: reason for this choice, in one sentence, for the report (default "": none).
     """
 
     rank: int
@@ -106,7 +107,7 @@ class Pruning:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Instructions of a method to its clients; the plain case is all defaults.
+    """Instructions of a method to its clients; plain training needs only the defaults.
 
     Fields:
         frozen: sides that are neither trained nor sent back.
@@ -131,17 +132,17 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class TaskStart:
-    """Everything that a client receives to train on, beside the base model.
+    """Everything that a client receives to train on, besides the base model.
 
     Fields:
         train: adapter to train.
         basis: name of the coordinate system of the factors. While it stays the same, optimiser moments of an earlier task are still
             meaningful; a merge that rotates the factors changes it, and the moments must be dropped.
-        scaling: alpha/r with which the client parametrises LoRA (None, the rule: the run's constant; a scaling that changes with
-            the rank makes one adapter a different function on each client).
+        scaling: alpha / r of the client's LoRA (None: the run's constant, which is usual; a scaling that changes with the rank makes
+            one adapter a different function on each client).
         fold: adapter that is added to the frozen base and not trained (None: nothing).
         directions: indices of the server's directions that `train` holds (None: the first ones).
-        seeded: sides that follow from the run's seed, so that nobody has to send them.
+        seeded: sides that the client computes from the run's seed, so they are not sent.
         control: the server's control variate, of the shape of `train` (SCAFFOLD; None: the method has none).
         rules: instructions of the method.
         codec: encoding of the task's numbers, already applied to everything here (None: float32).
@@ -160,7 +161,7 @@ class TaskStart:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One piece of work for one client.
+    """Work for one client: what it starts from, and how much it may do.
 
     Fields:
         id: number of the task, never used twice in a run.
@@ -211,8 +212,7 @@ class Result:
 class Update:
     """Accepted result, with the task that it answers and the model that the task was cut from.
 
-    A client means by its answer the model `base` with its change, even where it trained a part of it only and the server has gone on
-    since.
+    An answer stands for `base` plus the client's change, even if the client trained only a part and newer versions exist.
 
     Fields:
         task: the task as it was sent.
@@ -277,12 +277,13 @@ class MemberWork:
 
 @dataclass(frozen=True, slots=True)
 class GroupStatistics:
-    """Report of an edge to the root beside its answer to a task, for plans that learn.
+    """Report of an edge to the root, with its answer to a task, for plans that learn.
 
     Fields:
         budget: budget of the task.
         work: work of each member.
-        mass: by layer, the squared change of a member per step, of the last inner version.
+        mass: by layer and head tensor, the squared Frobenius norm of a member's change per step, averaged over the members
+            that trained the layer, with their examples as weights; of the last inner version that trained it.
         spread: share of the members' squared changes that cancels in their mean, of the last inner version (0 to 1).
         energy: share of energy of each direction of the answer, largest first.
         loss: mean loss of the members (None: not reported).
@@ -309,7 +310,7 @@ class GroupHistory:
     Fields:
         edge: profile of the edge.
         members: profiles of its members.
-        statistics: latest reports, oldest first; the work of a member who has left counts for nobody.
+        statistics: latest reports, oldest first; the work of a member that has left is ignored.
         past: by member who came from another group, its work there.
     """
 
@@ -321,13 +322,13 @@ class GroupHistory:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The global model beside its base: adapter and fold.
+    """The global model without the frozen base: adapter and fold.
 
     Fields:
         adapter: what clients train.
         basis: how often the adapter's basis was rotated.
         discarded: share of energy that the last merge cut off.
-        phase: merges so far, of a method that trains its sides in turn.
+        phase: merges so far, for a method that alternates between sides.
         fold: what belongs to the model and is not trained any more (None: nothing).
         memory: what a wrapper carries from merge to merge, by name (momentum, control variates).
     """

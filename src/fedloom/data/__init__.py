@@ -5,8 +5,11 @@ Partitions (`partition`, and `skew` for axes that are measured with `text_measur
 `client_summary`, `private_histogram` and `heterogeneity` tell how uneven clients are, from counts that hold no text.
 
 A new partition is a frozen dataclass with `split(examples, seed)`, as the protocol `partition.Partition` says. It goes to
-`partition`, or to a file of its own if it brings a method of its own, and is named in `fedloom/__init__.pyi`; a run then takes it
-as `Run(partition=...)`. A new source is the same with `load(seed)`, as the protocol `examples.Source` says.
+`partition`, or to a file of its own if it brings a method of its own, and needs a line in `fedloom/__init__.pyi`; a run then takes
+it as `Run(partition=...)`. No test finds partitions by itself: add it to `partitions` in `tests/data/test_partition.py`, whose tests
+hold of every partition there, or give it a test file of its own.
+
+A new source is the same with `load(seed)`, as the protocol `examples.Source` says.
 
 This package imports `core` only. pyarrow is imported by `file_formats`, and `datasets` when something is loaded from the hub.
 """

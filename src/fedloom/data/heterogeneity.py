@@ -1,4 +1,4 @@
-"""Heterogeneity of clients along each axis, from their summaries: indices of CLLoRA's axes, beside their values by chance alone.
+"""Heterogeneity of clients along each axis, from their summaries: indices of CLLoRA's axes, and their values by chance alone.
 
 H_len = mean_k JS(P_k(length bin) || P(length bin)), H_qual = mean_k |mean u on k - mean u| / sd(u), H_n = CV(n_k); labels by the same
 divergence as lengths. Which lengths make a bin is ours: tenths of all texts, to within a bin of the summaries.

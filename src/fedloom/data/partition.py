@@ -209,7 +209,7 @@ class ByClient:
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's examples, as indices in the training data.
+    """Examples of one client, as indices in the training data.
 
     Fields:
         client: its name.

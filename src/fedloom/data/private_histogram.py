@@ -39,7 +39,7 @@ def noised(counts: Sequence[float], epsilon: float, seed: int, client: ClientId)
 def topics(embeddings: Mapping[ClientId, Tensor], count: int, seed: int) -> dict[ClientId, tuple[float, ...]]:
     """Count each client's examples of `count` topics: an example's topic is the nearest of the centres of all clients' examples.
 
-    `embeddings` are one row an example, (examples, width), from a frozen base model. They are pooled here, which a simulation may
+    `embeddings` are one row per example, (examples, width), from a frozen base model. They are pooled here, which a simulation may
     do; where they must not leave a client, find `centres` of public texts and let each client do its own `count_topics`, `noised`.
 
     Raises:

@@ -80,7 +80,7 @@ class SkewedPartition(Protocol):
 
     @property
     def skews(self) -> tuple[Skew, ...]:
-        """Skews, one an axis."""
+        """Return the skews, one per axis."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Mixture:
 
     Fields:
         clients, smallest, equal: as in `LengthDirichlet`.
-        of: skews, one an axis.
+        of: skews, one per axis.
     """
 
     clients: int = 20

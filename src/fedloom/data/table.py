@@ -55,7 +55,7 @@ class Layout:
 class Table(Layout):
     """Labelled texts in a CSV, TSV, JSONL or Parquet file, by its suffix; each may be gzipped (`.gz`).
 
-    Fields, beside those of `Layout`:
+    Fields, besides those of `Layout`:
         path: file of the training examples, or of all.
         test: file of the test examples (default: a share of the first is set aside).
         quoted: whether a quotation mark encloses a field (default: in `.csv` it does, in `.tsv` it is plain text).
@@ -76,7 +76,7 @@ class Table(Layout):
 class Hub(Layout):
     """Labelled texts of a data set on the Hugging Face hub.
 
-    Fields, beside those of `Layout`:
+    Fields, besides those of `Layout`:
         name: name of the data set.
         config: name of its configuration (default: the only one).
         train: name of its training split.
@@ -116,7 +116,7 @@ class Hub(Layout):
 class Rows(Layout):
     """Labelled texts in Python rows (mappings of column to value), or from a function that returns rows at each load.
 
-    Fields, beside those of `Layout`:
+    Fields, besides those of `Layout`:
         rows: training rows, or all.
         test: test rows (default: a share of the first is set aside).
     """

@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class RawReply:
-    """What became of a message.
+    """Outcome of a message: the bytes of a reply, or an error.
 
     Fields:
         message: its number.

@@ -5,22 +5,22 @@ leaves open is our choice: an inner round is one version of the inner server, `B
 optimiser moments live through these rounds and begin anew with the next outer task. Nothing here knows a method: any schedule and any
 aggregator may stand above an edge, and any in it.
 
-State. `EdgeState` is all that changes: the state of the inner server, which belongs to the edge and to nobody else, the outer task in
+State. `EdgeState` is all that changes: the state of the inner server, which belongs only to the edge, the outer task in
 it (`State.outer`), and what has been counted for the report. Without an outer task the inner server is stopped; members that come
 and go are written down. With a task it begins at version 0 with the task's model, and `Budget.rounds` is its limit of versions.
 
 Callers. `Tree` (one process) and `RegionServer` (a process of its own) call `handle(now, event)` with the events of members and with
 `TaskReceived`, and `drop_task`, `go_down` and `come_back` for what happens to the edge itself. They carry out the commands, and
-come again at `EdgeState.due`. Whoever restores a checkpoint sets `edge.state`; each call puts it onto the server first.
+call again by `EdgeState.due`. Whoever restores a checkpoint sets `edge.state`; each call attaches it to the inner server first.
 
 What may fail. A member's answer may be refused, a member may be lost, all of them may be: then, and after too many failures, the edge
-reports the versions that there are; without any it ends the task with `Stop(reason)`. The edge may die: `go_down` keeps its last
-version, what came after it is dropped. A task that arrives meanwhile waits.
+reports the versions that there are; without any it ends the task with `Stop(reason)`. The edge may go offline: `go_down` keeps its
+last version, what came after it is dropped. A task that arrives meanwhile waits.
 
 Promises. Each outer task ends with exactly one `Report` or `Stop`, or with `drop_task`. An answer counts once in the report, however
 often a schedule merged it. With the report everything under way is cancelled, and each accepted answer that is in no version is
-`Discarded`. A report has the rank of the task and the sides as they were sent that have to stay so; layers that no member trained are
-left out, because they are no contribution.
+`Discarded`. A report has the task's rank; sides that must not change are as they were sent. Layers that no member trained are left
+out, because they are no contribution.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from fedloom.hierarchy.group_statistics import StatisticsCollector
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """What one accepted answer added to an edge's task."""
+    """Counts of one accepted answer in the report of an edge."""
 
     client: ClientId
     examples: int
@@ -67,18 +67,18 @@ class Contribution:
 
 @dataclass(slots=True)
 class EdgeState:
-    """All that changes in an edge.
+    """State of an edge: all that changes in it.
 
     Fields:
         server: state of the inner server; stopped while the edge has no task.
         contributions: by task of a member, what its answer added to the model.
         loss: mean loss of the answers in the last version (None: not reported).
-        trained_layers: layers that a member trained in this task.
-        statistics: what the root's plan will want to know, so far.
-        local: what stays here between tasks of the edge, as at any client.
-        due: when the edge has to look again (s; None: not before another event).
-        down: the edge died and will come back.
-        waiting_task: task that arrived while it was down.
+        trained_layers: layers that some member trained in this task.
+        statistics: statistics for the root's plan, so far.
+        local: client state of the edge, which stays here between its tasks, as at any client.
+        due: time by which the edge must be called again (s; None: not before another event).
+        down: whether the edge is offline; it will come back.
+        waiting_task: task that arrived while it was down (None: none).
     """
 
     server: State
@@ -118,7 +118,7 @@ class Edge:
 
     def handle(self, now: float, event: Event) -> list[Command]:
         """Return what to do about `event`, in the order in which it is to be done."""
-        state = self._with_state()
+        state = self._attach_state()
         if isinstance(event, TaskReceived):
             commands = self._begin(now, event.task)
         elif state.server.stopped:
@@ -131,28 +131,28 @@ class Edge:
         return commands
 
     def drop_task(self, now: float) -> list[Command]:
-        """Give up the outer task, which nobody wants any more; returns a `Discarded` for each answer that is dropped."""
-        state = self._with_state()
+        """Give up the outer task, which was cancelled; returns a `Discarded` for each answer that is dropped."""
+        state = self._attach_state()
         state.waiting_task = None
         if state.server.outer is None:
             return []
-        commands = self._halt(now, "the edge's task was given up")
-        self._close()
+        commands = self._cancel_and_discard(now, "the edge's task was given up")
+        self._clear_task()
         return commands
 
     def go_down(self, now: float) -> list[Command]:
-        """Die, and keep the last version; returns a `Discarded` for each answer that came after it."""
-        state = self._with_state()
+        """Go offline and keep the last version; returns a `Discarded` for each answer that came after it."""
+        state = self._attach_state()
         state.down, state.due = True, None
         if state.server.stopped:
             return []
-        commands = self._halt(now, "its edge died before it was merged")
+        commands = self._cancel_and_discard(now, "its edge died before it was merged")
         del state.server.arrived[state.server.retained :]
         return commands
 
     def come_back(self, now: float) -> list[Command]:
-        """Return to life: go on with the task, or begin with the one that waits."""
-        state = self._with_state()
+        """Come back online: go on with the task, or begin with the one that waits."""
+        state = self._attach_state()
         state.down = False
         waiting, state.waiting_task = state.waiting_task, None
         if waiting is not None:
@@ -162,8 +162,8 @@ class Edge:
         state.server.stopped = False
         return self.handle(now, TimerFired())
 
-    def _with_state(self) -> EdgeState:
-        """Put the state onto the server, also one that was restored from a checkpoint, and return it."""
+    def _attach_state(self) -> EdgeState:
+        """Attach the state, also one that was restored from a checkpoint, to the inner server, and return it."""
         server, outer = self.state.server, self.state.server.outer
         self.server.state = server
         self.server.limits = replace(self.server.limits, versions=outer.budget.rounds if outer else 1)
@@ -178,15 +178,15 @@ class Edge:
             state.waiting_task = task
             return []
         model = initial_model(self.server.aggregator, task.start)
-        fresh = replace(before, model=model, first=model, now=now, version=0, undecided=False, stopped=False)
+        fresh = replace(before, model=model, first=model, now=now, version=0, has_new_clients=False, stopped=False)
         state.server = replace(fresh, last_evaluated=-1, failures=0, last_failure="", latest=None, outer=task)
-        self._with_state()
+        self._attach_state()
         if state.empty:
             return self._translated(self.server.stop("no member is left"))
         return self._translated(self.server.handle(now, TimerFired()))
 
     def _note_member(self, now: float, event: Event) -> list[Command]:
-        """Write down who comes and goes while there is no task, or the edge is down: no answer is expected from anybody."""
+        """Record members that come and go while there is no task, or the edge is down: no answer is expected."""
         server = self.state.server
         server.now = now
         match event:
@@ -207,7 +207,7 @@ class Edge:
                     self._count(model, updates)
                     translated.append(command)
                 case Stop(reason):
-                    translated += self._end(reason)
+                    translated += self._finish_task(reason)
                 case Evaluate():
                     pass
                 case _:
@@ -229,14 +229,14 @@ class Edge:
         if self.reports_layers:
             state.statistics.add_version(model, updates)
 
-    def _end(self, reason: str) -> list[Command]:
+    def _finish_task(self, reason: str) -> list[Command]:
         """End the task: report the versions that there are; without any, give it up."""
         end: Command = self._report() if self.state.server.version else Stop(reason)
         commands = [*self._discards("its edge reported before it was merged"), end]
-        self._close()
+        self._clear_task()
         return commands
 
-    def _halt(self, now: float, reason: str) -> list[Command]:
+    def _cancel_and_discard(self, now: float, reason: str) -> list[Command]:
         """Cancel what is under way and discard what waits to be merged."""
         self.state.server.now = now
         under_way = [] if self.state.server.stopped else self.server.stop(reason)
@@ -247,8 +247,8 @@ class Edge:
         server = self.state.server
         return [Discarded(one.task.id, one.task.client, reason) for one in server.arrived[server.retained :]]
 
-    def _close(self) -> None:
-        """Have no task, and nothing of the last one left."""
+    def _clear_task(self) -> None:
+        """Clear the task and all that was counted for it."""
         server = self.state.server
         server.outer, server.stopped, server.arrived, server.retained = None, True, [], 0
         self.state.contributions, self.state.loss, self.state.due = {}, None, None
@@ -266,7 +266,7 @@ class Edge:
     def _result(self) -> Result:
         """Return the answer to the outer task.
 
-        It counts the examples of the members in it (n_g), and as steps those that an example was trained for, in the mean.
+        `examples` is the sum over contributing members (n_g), `steps` the mean number of steps per example.
         """
         state, task = self.state, self.state.server.outer
         assert task is not None
@@ -288,9 +288,9 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class MemberBudget:
-    """Budget rule of an edge: what `plan` gives a member, and no more than the outer task allows.
+    """Budget rule of an edge: what `plan` gives a member, with rank and depth no larger than those of the outer task.
 
-    The steps of the outer task are shared out over its rounds; nobody trains deeper than the edge.
+    The steps are not the plan's: in each round every member trains the outer task's steps divided by its rounds (at least 1).
     """
 
     plan: BudgetRule
@@ -310,17 +310,17 @@ class MemberBudget:
 
 @dataclass(frozen=True, slots=True)
 class FrozenPhase(Wrapper):
-    """Keep a method that trains its sides in turn at the turn of the outer task, whose other sides must come back as sent."""
+    """Keep the phase of an alternating method at that of the outer task, so that the other sides come back as sent."""
 
     inner: Aggregator
 
     def merge(self, model: Model, merge: Merge) -> Model:
-        """Merge as `inner` does, and leave the turn as it is."""
+        """Merge as `inner` does, and keep the phase."""
         return replace(self.inner.merge(model, merge), phase=model.phase)
 
 
 def initial_model(aggregator: Aggregator, start: TaskStart) -> Model:
-    """Return the model with which an edge begins a task: all that it was sent, also layers that are in the fold alone."""
+    """Return the model with which an edge begins a task: all that it was sent, also layers that are only in the fold."""
     model = aggregator.init(start.train)
     if start.fold is not None:
         model = replace(model, fold=stack_with_fold(start.fold, model.fold))
@@ -337,11 +337,11 @@ def trained_part(task: Task, result: Result) -> Task:
 
 
 def matching_phase(aggregator: Aggregator, model: Model, start: TaskStart) -> int | None:
-    """Return the turn in which the method leaves alone what the outer task wants back unchanged; None: there is none."""
+    """Return the phase in which the method keeps the sides that must come back unchanged in the outer task (None: no phase does)."""
     budget = Budget(server_rank(start.train), 1)
-    for turn in (0, 1):
-        if start.rules.unchanged <= aggregator.start(replace(model, phase=turn), budget, 0).rules.unchanged:
-            return turn
+    for phase in (0, 1):
+        if start.rules.unchanged <= aggregator.start(replace(model, phase=phase), budget, 0).rules.unchanged:
+            return phase
     return None
 
 

@@ -40,7 +40,7 @@ class StatisticsCollector:
         )
 
     def add_version(self, model: Model, updates: Sequence[Update]) -> None:
-        """Look at a version and the answers in it: how much each layer changed, and how much of that is left in the version."""
+        """Add a version and the answers in it: how much each layer changed, and how much of that is left in the version."""
         changes = [squared_changes(update) for update in updates]
         sizes = [float(update.result.examples) for update in updates]
         mass, common, whole = dict(self.mass), 0.0, 0.0

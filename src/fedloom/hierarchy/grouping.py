@@ -32,7 +32,7 @@ class Member:
         client: name of the client.
         examples: number of its training examples.
         seconds: its own time for one step or one round, whichever the caller measures, the same for all.
-        labels: counts of its examples by label, or by topic where there are no labels; may be noisy; empty where nobody asked.
+        labels: counts of its examples by label, or by topic where there are no labels; may be noisy; empty if no grouping needs them.
         region: where it is, or which link it hangs on ("": unknown).
     """
 
@@ -59,7 +59,7 @@ Grouping: TypeAlias = Callable[[Sequence[Member], int], Groups]
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Grouping that somebody wrote down, in that order."""
+    """Grouping as given, in that order."""
 
     groups: Groups = ()
 
@@ -83,7 +83,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class ByRegion:
-    """Grouping by region, in order of their names: clients beside each other, whose links to an edge are short."""
+    """Grouping by region, in order of their names: clients near each other, whose links to an edge are short."""
 
     def __call__(self, members: Sequence[Member], seed: int) -> Groups:
         """Return the clients of each region."""
@@ -115,7 +115,7 @@ class RandomGroups:
 
 @dataclass(frozen=True, slots=True)
 class BySpeed:
-    """Grouping by speed, the fastest clients first: nobody waits long, whatever the labels (tiers, as in TiFL)."""
+    """Grouping by speed, the fastest clients first: clients wait little, whatever the labels (tiers, as in TiFL)."""
 
     groups: int = 8
 
@@ -131,7 +131,7 @@ class BySpeed:
 
 @dataclass(frozen=True, slots=True)
 class NearIID:
-    """Grouping in which each group resembles all clients together, in labels, and nobody waits long (HierFedLoRA).
+    """Grouping in which each group resembles all clients together, in labels, and clients wait little (HierFedLoRA).
 
     Minimises the sum over groups of `waiting` * waiting time + (1 - `waiting`) * KL of the group's labels from all, both relative to
     random groups: a greedy construction, then swaps until none gains (see `near_iid`).
@@ -140,7 +140,7 @@ class NearIID:
         groups: number of groups.
         waiting: weight of waiting, between 0 (labels alone) and 1.
         smallest: the fewest clients of a group.
-        largest: the most clients of a group (None: the even share, rounded up).
+        largest: largest number of clients of a group (None: the even share, rounded up).
     """
 
     groups: int = 8
@@ -198,7 +198,7 @@ class NearIID:
 def time_drift(before: Mapping[ClientId, float], now: Mapping[ClientId, float]) -> float:
     """Return the share by which clients' seconds have moved apart; inf if no client is in both.
 
-    Compared is each client's time relative to all others': if everybody becomes twice as slow nobody waits longer for anybody.
+    Compared is each client's time relative to all others': if all become twice as slow, waiting does not change.
     It is exp(mean of |log(now / before) - its mean|) - 1, so 0.25 if half the clients became 1.25 times slower, half as much faster.
     """
     moves = [math.log(max(now[one], 1e-9) / max(was, 1e-9)) for one, was in before.items() if one in now]

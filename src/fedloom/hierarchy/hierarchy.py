@@ -67,24 +67,23 @@ class EdgeBudget:
 class Hierarchy:
     """Groups of clients, each behind an edge, which is a client of the run's server.
 
-    An edge makes several versions of a task with its members, and reports the last one. The steps of a task are shared out over its
-    rounds; how much each member may do is the run's plan, as without a hierarchy.
+    An edge makes several versions of a task with its members, and reports the last one. In each of these rounds every member trains
+    the steps of the task divided by the rounds; its rank and depth are those of the run's plan, as without a hierarchy.
 
     Fields:
-        groups: who is with whom (default: one group of all clients).
+        groups: rule that divides clients into groups (default: one group of all clients).
         rounds: versions that an edge makes of a task, a number or a rule (default 2; a `plan` of groups chooses its own).
-        schedule: when an edge merges and whom it starts (None: synchronous rounds of the whole group).
-        aggregator: how an edge merges (None: the run's method, without what is wrapped around it).
-        plan: budgets of edges (None: the steps of the run's plan, at the server's rank). `JointPlan()` chooses rounds, steps,
-            depth and rank for each group from what is known of all.
-        link: link of an edge to the server (None: the edges live on the server, and nothing travels).
+        schedule: when an edge merges and which members it starts (default None: synchronous rounds of the whole group).
+        aggregator: how an edge merges (default None: the run's method, without what is wrapped around it).
+        plan: budgets of edges (default None: the steps of the run's plan, at the server's rank). `JointPlan()` chooses rounds,
+            steps, depth and rank for each group from what is known of all.
+        link: link of an edge to the server (default None: the edges live on the server, and nothing travels).
         inner_speedup: how many times as fast a member's link to its edge is as its link to the server (default 1.0).
-        topics: 0: a grouping knows the label counts of each client; 16: counts of that many topics instead, which are found in
-            what the base model makes of the texts, for data without labels.
-        epsilon: counts are noisy, so that they are epsilon-differentially private for one example (`private_histogram.noised`;
-            0: true counts).
-        regroup: drift of clients' times (`grouping.time_drift`) above which groups are made again after a version (0: never;
-            0.1: 10 %).
+        topics: number of topics that clients are compared by, clustered from the base model's embeddings, for data without labels
+            (default 0: by label counts).
+        epsilon: privacy budget of the counts, differential privacy per example (`private_histogram.noised`; default 0: exact counts).
+        regroup: drift of clients' times (`grouping.time_drift`) above which groups are made again after a version (default 0:
+            never; 0.1: 10 %).
     """
 
     groups: Grouping = field(default_factory=Everybody)
@@ -168,7 +167,7 @@ class Hierarchy:
         return Edge(inner, isinstance(self.plan, JointPlan), self.regroup > 0)
 
     def _regrouping(self, compared: Compared | None, seed: int) -> Regrouping | None:
-        """Return when and how groups are made again (None: never). Raises ValueError if nobody said how clients compare."""
+        """Return when and how groups are made again (None: never). Raises ValueError without `compared`."""
         if not self.regroup:
             return None
         if compared is None:

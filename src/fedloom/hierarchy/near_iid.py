@@ -1,8 +1,8 @@
-"""The search behind `grouping.NearIID`: groups that resemble the whole and in which nobody waits long.
+"""The search behind `grouping.NearIID`: groups that resemble the whole and in which clients wait little.
 
 Source: Liao, Xu, Xu et al., ParallelSFL, arXiv 2410.01256, 2024, Eqs. 11 and 14, Alg. 1, as reconstructed for HierFedLoRA (arXiv
 2503.21213, 2025), which forms groups without a leading worker. Differs from Alg. 1: its k-means only shortens the list of
-candidates, and here all of them are looked at in one go; an exchange with an empty place (a move) counts as a swap.
+candidates, and here all of them are evaluated at once; an exchange with an empty place (a move) counts as a swap.
 
 The utility of a group is share * waiting + (1 - share) * divergence. Waiting is the mean of (slowest - own) seconds, divergence
 is KL(labels of the group || labels of all) in nats, and each is divided by its mean over random groups of the same sizes, so that a
@@ -25,7 +25,7 @@ LEAST_GAIN = 1e-9  # in utility; below it a swap is rounding
 
 @dataclass(frozen=True, slots=True)
 class FleetArrays:
-    """All members as tensors, how waiting is weighed, and which sizes are allowed.
+    """Members as tensors, the weight of waiting, and the allowed sizes of groups.
 
     Fields:
         labels: label counts (n, c), float64.
@@ -33,7 +33,7 @@ class FleetArrays:
         groups: number of groups.
         share: weight of waiting.
         smallest: the fewest members of a group.
-        largest: the most members of a group.
+        largest: largest number of members of a group.
         units: mean waiting (s) and mean divergence (nats) of random groups, by which both are divided.
     """
 
@@ -93,7 +93,7 @@ def label_divergence(labels: Tensor, logs: Tensor) -> Tensor:
 
 
 def build_groups(fleet: FleetArrays) -> Tensor:
-    """Fill group after group: the slowest who is left, then whoever keeps the group's utility lowest, up to an even size."""
+    """Fill group after group: the slowest left, then the one that keeps the group's utility lowest, up to an even size."""
     count, group = len(fleet.seconds), torch.full((len(fleet.seconds),), -1)
     for number in range(fleet.groups):
         size = count // fleet.groups + (number < count % fleet.groups)
@@ -131,7 +131,7 @@ def add_members(fleet: FleetArrays, group: Tensor) -> Tensor:
 def improve_by_swaps(fleet: FleetArrays, group: Tensor, price: float = 0.0) -> Tensor:
     """Carry out the best swap, again and again, until none lowers the summed utility by more than `price`.
 
-    Rows and columns are members and, after them, one empty place a group: who changes places with it moves there. `alone`
+    Rows and columns are members and, after them, one empty place per group: who changes places with it moves there. `alone`
     (i, j) is what the utility of i's group changes by if j takes i's place, so that after a swap only the rows of two groups are
     new. Cost: O((n + groups)^2) memory; a swap of groups of m members O(n m c), and a pass over the matrix.
     """

@@ -1,4 +1,4 @@
-"""The root of a hierarchy: a server whose clients are edges, beside it in one process or elsewhere.
+"""The root of a hierarchy: a server whose clients are edges, in the same process or elsewhere.
 
 It wraps a plain `Server` and adds what only edges tell: who their members are (`EdgeJoined`), and with an answer which layers were
 trained and how the work went (`EdgeReported`). Both are written down before the server decides, so that its plan knows them.
@@ -68,7 +68,7 @@ class RootServer:
 
     @property
     def edges(self) -> tuple[ClientId, ...]:
-        """Nobody: the edges are clients, and number no tasks here."""
+        """Empty: the edges are clients, and number no tasks here."""
         return ()
 
     def handle(self, now: float, event: Event) -> list[Command]:
@@ -141,7 +141,7 @@ class RootServer:
 
 
 def why_unplanned(plan: BudgetRule, fleet: Fleet, history: GroupHistory) -> str | None:
-    """Return why a plan has no budget for a group, beside the others of the fleet; None: it has one."""
+    """Return why a plan has no budget for a group among the others of the fleet; None: it has one."""
     try:
         plan(history.edge, replace(fleet, groups={**fleet.groups, history.edge.client: history}))
     except Refused as error:

@@ -1,7 +1,7 @@
 """A tree of servers in one process: a root, its edges, and the links between them. Towards a driver it is one server.
 
 The driver tells it what happens to members and carries out what is for them. Messages between root and edges take their time on a
-link and are kept here, so `wake` speaks of them too. What happens inside is told by `InsideEdge`, and only the root's versions are
+link and are kept here, so `wake` speaks of them too. What happens inside is shown by `InsideEdge`, and only the root's versions are
 versions of the run. Tasks of all servers are numbered apart: edge k has the numbers from k * BLOCK + 1, the root those after the
 last edge's, so that one edge of all clients numbers as a server without a tree.
 """
@@ -109,7 +109,7 @@ class Tree:
         )
 
     def parts_to_save(self) -> tuple[State, TreeState]:
-        """Return the root's state, and that of the tree beside it."""
+        """Return the root's state, and that of the rest of the tree."""
         return (self.root.state, self.below)
 
     def manifest_sections(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class Tree:
         return commands
 
     def _timer(self, now: float) -> list[Command]:
-        """Let root and edges look that wanted to."""
+        """Call root and edges that are due."""
         due, commands = self.root.wake(), list[Command]()
         if due is not None and due <= now:
             commands += self._tell_root(now, TimerFired())
@@ -184,7 +184,7 @@ class Tree:
         return commands
 
     def _lost(self, now: float, edge: ClientId, resumes: bool) -> list[Command]:
-        """Let an edge die. The root does not hear of one that resumes with its last version; any other is a client that is gone."""
+        """Take an edge offline. The root gets no event if it resumes with its last version; any other is a client that is lost."""
         commands = self._from_edge(edge, self._edge(edge).go_down(now), now)
         return commands if resumes else commands + self._gone(now, edge, "the edge was lost")
 
@@ -218,7 +218,7 @@ class Tree:
         return EdgeReported(message.edge, message.task_id, result, timed)
 
     def _move(self, now: float) -> list[Command]:
-        """Move whoever is to be in another group and can leave now: for edges, a member that is lost here and joins there."""
+        """Move clients that are to be in another group and can leave now: for edges, a member that is lost here and joins there."""
         root, below = self.root.state, self.below
         moves = possible_moves(root.groups, below) if below.leaving and not root.stopped else []
         for move in moves:
@@ -234,7 +234,7 @@ class Tree:
     def _from_edge(self, edge: ClientId, commands: Sequence[Command], now: float) -> list[Command]:
         """Return an edge's commands as the tree's, and send its answer on its way to the root.
 
-        Commands for members stay as they are; what happens inside is told.
+        Commands for members stay as they are; what happens inside is shown by `InsideEdge`.
         """
         number, outside = self.root.task_of(edge), list[Command]()
         for command in commands:
@@ -249,7 +249,7 @@ class Tree:
                     if self.below.edges[edge].empty:
                         outside += self._gone(now, edge, reason)
                     else:  # members' failures end the run as any others; the root counts one itself, for the edge's task
-                        self.root.server.count_failures(max(0, self.below.edges[edge].server.failures - 1))
+                        self.root.server.add_failures(max(0, self.below.edges[edge].server.failures - 1))
                         outside.append(InsideEdge(edge, number, command))
                         outside += self._tell_root(now, TaskFailed(edge, number, reason))
                 case Publish() | Discarded():
@@ -311,7 +311,7 @@ class Tree:
             self.root.server.set_group(edge, history)
 
     def _max_in_flight(self, edge: ClientId) -> int:
-        """Return the most members of this edge that may be at work at once."""
+        """Return the largest number of members of this edge that may be at work at once."""
         return min(len(self.root.state.groups[edge].members), self._edges[edge].server.max_in_flight)
 
     def _edge(self, name: ClientId) -> Edge:

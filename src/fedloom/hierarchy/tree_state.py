@@ -1,4 +1,4 @@
-"""State of a tree of servers beside its root's: edges, messages under way, and a view of all of it as the state of one server."""
+"""State of a tree of servers besides its root's: edges, messages under way, and a view of all of it as the state of one server."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Topology:
         return {edge: [profile.client for profile in profiles] for edge, profiles in self.members.items()}
 
     def profile(self, edge: ClientId, members: Sequence[Profile]) -> Profile:
-        """Return an edge of these members as the root sees it: the examples of all, the speed and the memory of the least of them."""
+        """Return an edge of these members as the root sees it: the examples of all, the smallest speed and memory."""
         link = self.link
         up, down = (link.up_bps, link.down_bps) if link else (math.inf, math.inf)
         flops, memory = min(one.flops for one in members), min(one.memory for one in members)
@@ -101,7 +101,7 @@ class ReportMessage:
 
 @dataclass(slots=True)
 class TreeState:
-    """All that changes in a tree beside the root's state.
+    """State of a tree without that of the root: all else that changes.
 
     Fields:
         edges: state of each edge, by name.
@@ -129,7 +129,7 @@ V = TypeVar("V")
 
 
 class RoutedTable(Mapping[K, V]):
-    """Tables of all edges as one read-only table. A look-up costs what it costs in one table."""
+    """Tables of all edges as one read-only table. A look-up costs as much as in one table."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ class Plan:
 
     Fields:
         rank: rule for the LoRA rank.
-        local_steps: optimiser steps a task, whatever the client's data size: equal steps keep clients comparable.
+        local_steps: optimiser steps per task, whatever the client's data size: equal steps keep clients comparable.
         depth: rule for the number of blocks to train, given the other two (None: everything that is adapted).
     """
 

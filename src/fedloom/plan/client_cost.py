@@ -4,7 +4,7 @@ Source: the estimates of HierFedLoRA (arXiv 2503.21213, as rebuilt in methods 4b
 through all blocks and backward through the top d, and what is known of a client follows what is seen by x <- 0.8 x + 0.2 x_obs. The
 line through depths is least squares under the same weights, so a client that became slower is followed at every depth. Where one
 depth alone was seen the slope is that of the model's FLOP; with kept activations, where it is steeper, a second depth tells. Links
-are averaged as seconds a byte, not bytes a second: of a bandwidth that changes all the time, that is what predicts the time.
+are averaged as seconds per byte, not bytes per second: of a bandwidth that changes all the time, that is what predicts the time.
 
 Sizes need no learning: bytes up are `Shape.payload(rank, depth)`, bytes down `Shape.payload(rank)` at any depth (the layers below
 travel in the fold), memory is `Shape.train_memory(rank, batch_tokens, depth)`.
@@ -33,8 +33,8 @@ class CostModel:
     Fields:
         rise: estimate of b / a from FLOP, for as long as one depth alone was seen.
         seconds: mean seconds of a step.
-        up: seconds a byte of its uplink.
-        down: seconds a byte of its downlink.
+        up: seconds per byte of its uplink.
+        down: seconds per byte of its downlink.
         depth: mean depth of the tasks seen.
         variance: variance of these depths.
         covariance: covariance of depths and step seconds.
@@ -88,7 +88,7 @@ class CostModel:
 
     @property
     def slope(self) -> float:
-        """b, the seconds that one more trained block adds to a step; a may be below 0, where the top block costs less than others."""
+        """Return b, the seconds per step of one more trained block; a may be below 0, where the top block costs less than others."""
         guess = self.rise * self.seconds / (1.0 + self.rise * self.depth)
         return max(0.0, (self.covariance + TRUST * guess) / (self.variance + TRUST))
 

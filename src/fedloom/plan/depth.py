@@ -33,7 +33,7 @@ class DepthRule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FixedDepth:
-    """One depth for every client.
+    """Constant depth for every client.
 
     Fields:
         depth: blocks to train.

@@ -26,7 +26,7 @@ class RankRule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FixedRank:
-    """One rank for every client, as in FedIT.
+    """Constant rank for every client, as in FedIT.
 
     Fields:
         rank: the rank.

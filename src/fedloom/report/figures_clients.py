@@ -1,4 +1,4 @@
-"""Pictures with one row or column a client: what it was busy with, its data and texts, what its rank receives, its accuracy.
+"""Pictures with one row or column per client: what it was busy with, its data and texts, what its rank receives, its accuracy.
 
 Each takes one run, or the summaries of clients, and returns an SVG text.
 """
@@ -192,7 +192,7 @@ def draw_partition(figure: Figure, part: Line) -> str:
 
 
 def _columns(axes: Axes, kinds: Sequence[Kind]) -> None:
-    """Draw stacked columns, one a client: every kind with its colour and its (start, height) in each."""
+    """Draw stacked columns, one per client: every kind with its colour and its (start, height) in each."""
     for _, color, rows in kinds:
         width = 0.8 if len(rows) <= 60 else 0.92
         draw_boxes(
@@ -254,7 +254,7 @@ def _cost(group: RankGroup) -> str:
 
 
 def _energy(axes: Axes, log: RunLog, shares: Mapping[int, Sequence[tuple[int, float]]]) -> None:
-    """A line a rank; those drawn first are wider, so that one is seen under another."""
+    """Draw a line per rank; those drawn first are wider, so that one is seen under another."""
     shown = _some_ranks(list(shares))
     colours = _colours(log, shown)
     for position, rank in enumerate(shown):
@@ -287,7 +287,7 @@ def _colours(log: RunLog, shown: Sequence[int]) -> dict[int, str]:
 
 
 def _bytes(axes: Axes, shown: Sequence[RankGroup]) -> None:
-    """Two bars a group, down above up, each of its parts; the number beside it is the whole."""
+    """Draw two bars per group, down above up, each of its parts; the number beside it is the whole."""
     loads = [
         (row, way, rank_facts.mean_task_bytes(group.tasks, way))
         for row, group in enumerate(shown)

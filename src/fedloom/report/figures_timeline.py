@@ -172,7 +172,7 @@ def draw_waiting(figure: Figure, log: RunLog) -> str:
 
 
 def _idle(axes: Axes, log: RunLog) -> str:
-    """A column a client, slowest tier first and in each the busiest first."""
+    """Draw a column per client, slowest tier first and in each the busiest first."""
     order = list(clients_by_tier(log))
     rows = sorted(timeline.client_shares(log), key=lambda row: (order.index(row.tier), row.idle, row.client))
     shown = evenly(rows, COLUMNS)

@@ -104,7 +104,7 @@ def low_and_high_ranks(lines: Sequence[Line]) -> tuple[list[int], list[int]]:
 
 
 def received_energy(log: RunLog) -> dict[int, list[tuple[int, float]]]:
-    """For each rank the versions that its tasks started from, with the mean share of the version's energy that they received."""
+    """Return, by rank, the versions that its tasks started from, with the mean share of the version's energy that they received."""
     shares: dict[int, dict[int, list[float]]] = {}
     for task in log.tasks:
         if not math.isnan(to_float(task.get("kept"))):

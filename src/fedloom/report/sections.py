@@ -17,7 +17,7 @@ from fedloom.report.tables import Grid
 
 @dataclass(frozen=True, slots=True)
 class PageBlock:
-    """One picture, table or piece of code of a section, with its words.
+    """Block of a section: a picture, table or piece of code, with its text.
 
     Fields:
         caption: how to read it.
@@ -83,7 +83,7 @@ TIERS = """
 Slowest tier first, sums over all tasks. What is neither head nor fold is adapter; the time is the mean of receiving,
 training and sending together."""
 ACTIVITY = """
-One row a client{}; white is idle, hatched work was thrown away, and fine vertical lines are merges (where
+One row per client{}; white is idle, hatched work was thrown away, and fine vertical lines are merges (where
 there are few enough to be told apart)."""
 LINKS = """
 Down and up are what of a task was not training, divided as its bytes were: the engine's own waiting is in them."""
@@ -95,7 +95,7 @@ A slot is one of the tasks that the schedule lets be in flight at once; it waits
 idle. Left, the mean number of slots over time; right, how much of the run each client was without a task; in a
 federation of more clients than slots, others have their turn meanwhile."""
 GROUPED = """
-One row a group with its edge: means over the tasks that were merged. Weight is the group's share of examples times local steps,
+One row per group with its edge: means over the tasks that were merged. Weight is the group's share of examples times local steps,
 summed over all its reports; what a schedule makes of it is in its own weights."""
 REGROUPED = """
 Regroupings: the times of clients had drifted apart since the groups were made; above, clients are counted as they

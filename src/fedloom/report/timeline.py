@@ -35,7 +35,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class ClientShare:
-    """One client's shares in a run.
+    """Shares of one client in a run.
 
     Fields:
         client: its name.

@@ -1,15 +1,15 @@
-"""Carries out a job: drives it to its end and fills its run folder.
+"""Execution of a job: drives it to its end and fills its run folder.
 
 How a run is carried out:
 
-1. `record` takes the run folder: a new one, or the one of the run that goes on. A lock in it keeps other processes out; it ends with
+1. `record` creates the run folder, or reopens that of the run that goes on. A lock in it keeps other processes out; it ends with
    this process, so a run that was killed leaves no lock behind.
 2. It writes `manifest.json` with the status "running" and opens the logs: `trace.jsonl` (every step) and `metrics.jsonl`.
-3. It hands a `RunRecorder` to the driver. The driver is a function that delivers events to the job's server and carries out its
-   commands until the server stops: `execute` simulates on a virtual clock, a deployment (`fedloom.deploy.start`) talks to sites.
-   The driver scores versions with `evaluate`, shows each step `(now, event, commands)` to `observe`, and calls `checkpoints`
-   between two steps. Before its first step it calls `track` with its own values: they are put back to where the last checkpoint
-   left them, and saved in the next one.
+3. It hands a `RunRecorder` to `drive`, a function that runs a driver until the server stops: `execute` simulates on a virtual clock
+   (`Simulation`), `fedloom.deploy.start` talks to sites (`Deployment`). The driver delivers events to the job's server, carries out
+   its commands, scores versions with `evaluate`, shows each step `(now, event, commands)` to `observe`, and calls `checkpoints`
+   between two steps. Before its first step `drive` calls `track` with the driver's own values: they are restored from the last
+   checkpoint, and saved in the next one.
 4. However the driver ends, the adapter of the last version, the final manifest and the report are written. The manifest says
    "finished", "interrupted" (Ctrl-C) or "failed". It says "finished" only when all else is there; until then the run can go on
    with `prepare(run, resume=folder).execute()`, to the same bytes as an undisturbed run.
@@ -41,7 +41,16 @@ from fedloom.runs.job import Job
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.observation import RunObservation
 from fedloom.runs.replay import UPDATES, Archive
-from fedloom.runs.resume import CHECKPOINT, LOGS, SECONDS, CheckpointWriter, Progress, locked, open_log, restore_fields
+from fedloom.runs.resume import (
+    CHECKPOINT,
+    CHECKPOINT_SECONDS,
+    LOGS,
+    CheckpointWriter,
+    Progress,
+    locked,
+    open_log,
+    restore_fields,
+)
 from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.trace import Trace
 from fedloom.simulate.client_presence import Presence
@@ -70,7 +79,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class RunRecorder:
-    """What a driver needs to carry out a job.
+    """Means of a driver to carry out a job: scoring, observers and checkpoints.
 
     Fields:
         job: the job.
@@ -100,7 +109,7 @@ def execute(
     observers: Sequence[Observer] = (),
     workers: int | str = 1,
     report: bool = True,
-    checkpoint_seconds: float = SECONDS,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
     keep_updates: bool = False,
 ) -> Outcome:
     """Simulate a job to its end and fill its run folder.
@@ -111,11 +120,11 @@ def execute(
     Args:
         out: the run folder, which must not exist yet (None: `runs/NAME`, numbered; or the folder of the run that goes on).
         observers: each is called with every step.
-        workers: who trains, which the numbers do not depend on: 1 this process, 2 or more local processes over one copy of the base,
-            "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
+        workers: which processes train; results do not depend on it: 1 this process, 2 or more local processes over one copy of the
+            base, "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
         report: whether to write report.html, which takes a second or two; `fedloom report` can do it later.
         checkpoint_seconds: time between two checkpoints (seconds; 0: after each event).
-        keep_updates: whether to keep the answers themselves beside the trace, so that `fedloom replay` can repeat the server's part.
+        keep_updates: whether to keep the answers themselves besides the trace, so that `fedloom replay` can repeat the server's part.
     """
     pool = Workers.parse(workers)
     drive = partial(_simulate, job, pool)
@@ -129,7 +138,7 @@ def record(
     observers: Sequence[Observer] = (),
     extra_manifest: Mapping[str, object] | None = None,
     report: bool = True,
-    checkpoint_seconds: float = SECONDS,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
     keep_updates: bool = False,
 ) -> Outcome:
     """Fill the run folder with what happens while `drive` carries the job out; `drive` returns the reason of the end.
@@ -141,7 +150,7 @@ def record(
     with locked(out):
         manifest = {**job.describe(), **(extra_manifest or {})}
         files.write_json(out / "manifest.json", {**manifest, "status": "running", "status_reason": ""})
-        status, reason, progress = "failed", "the process ended without a word", Progress()
+        status, reason, progress = "failed", "the process ended without giving a reason", Progress()
         checkpoints = CheckpointWriter(out, seconds=checkpoint_seconds)
         try:
             with ExitStack() as opened:
@@ -204,12 +213,12 @@ def _recorder(
 def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
     """Drive the job on the virtual clock, then score the final model for each client; returns the reason of the end."""
     shards = {shard.client: shard.train for shard in job.shards}
-    inner = PeftTrainer(job.base, job.train_texts, shards, job.run.training, job.run.engine or PLAIN)
-    with open_pool(inner, workers) as trainer:
+    trainer = PeftTrainer(job.base, job.train_texts, shards, job.run.training, job.run.engine or PLAIN)
+    with open_pool(trainer, workers) as pool:
         presence = Presence(job.stays, job.run.faults, job.run.seed)
         simulation = Simulation(
             job.server,
-            trainer,
+            pool,
             job.devices,
             job.profiles,
             recorder.evaluate,

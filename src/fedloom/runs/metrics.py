@@ -75,7 +75,7 @@ class ByteCounts:
 
 @dataclass(frozen=True, slots=True)
 class DispatchRecord:
-    """What was sent with a task: its bytes, those of its fold, the share of the model's energy in it (None: not computed)."""
+    """Record of a dispatch: bytes of the task, those of its fold, the share of the model's energy in it (None: not computed)."""
 
     size: message_size.MessageSize
     fold: int
@@ -86,7 +86,7 @@ class DispatchRecord:
 class Metrics:
     """An observer that writes `metrics.jsonl`.
 
-    Energies are computed where they cost little beside the work between two of them: for a version that ends a round (nobody is at
+    Energies are computed where they cost little compared with the work between: for a version that ends a round (nobody is at
     work when it is made), and for one that is evaluated. An asynchronous run makes a version with every answer, and would spend
     more on them than on merging. With edges in this process, what a member receives is not compared with the run's model, which
     it was not cut from.

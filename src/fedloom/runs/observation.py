@@ -151,7 +151,7 @@ def staleness_in(task: Task, version: int) -> int:
 
 @dataclass(slots=True)
 class RunObservation:
-    """What was seen of a run so far. It may begin in the middle of one: what it has not seen, it does not count.
+    """Counts and facts of a run so far. It may begin in the middle of one: what it has not seen, it does not count.
 
     Fields:
         edge_names: edges in this process, by which the numbers of tasks are read (empty: there are none).

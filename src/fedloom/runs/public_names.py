@@ -1,7 +1,7 @@
 """The names that `import fedloom` offers, each imported from its module when it is first used.
 
 So `import fedloom` and the command line start without torch, which takes seconds. The list is `fedloom/__init__.pyi`. A class
-of an aggregator or a schedule need not be listed: it is found by looking through their folders, so that a new method is one file.
+of an aggregator or a schedule need not be listed: it is found in the files of their folders, so that a new method is one file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 STUB = Path(__file__).parents[1] / "__init__.pyi"
 METHOD_FOLDERS = ("fedloom.aggregate", "fedloom.schedule")
-"""Folders with one method a file."""
+"""Folders with one method per file."""
 
 
 def _read_stub() -> dict[str, str]:
@@ -50,6 +50,18 @@ def public_name(name: str) -> Any:
     raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
 
 
+def all_names() -> list[str]:
+    """Return the listed names and those of all aggregators and schedules, sorted: what `from fedloom import *` imports."""
+    folders = [STUB.parent / folder.rpartition(".")[2] for folder in METHOD_FOLDERS]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in folder.glob("*.py")]
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    return sorted({*HOMES, *(one.name for one in classes if one.name[0] != "_" and _has_merge(one))})
+
+
+def _has_merge(method: ast.ClassDef) -> bool:
+    return any(isinstance(node, ast.FunctionDef) and node.name == "merge" for node in method.body)
+
+
 def _methods() -> Iterator[str]:
     """Modules of aggregators and schedules."""
     for folder in METHOD_FOLDERS:
@@ -58,7 +70,7 @@ def _methods() -> Iterator[str]:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Inside, no garbage is collected: importing torch and transformers makes a million objects that all stay."""
+    """Pause garbage collection inside the block: importing torch and transformers makes a million objects that all stay."""
     collecting = gc.isenabled()
     gc.disable()
     try:

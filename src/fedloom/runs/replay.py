@@ -2,7 +2,7 @@
 
 This is the audit of a run, also after an incident at a deployment. The server is made from the manifest: its policies are looked
 up by name among the classes and functions of fedloom's rooms of policies, so a manifest can name no other code. The trace holds
-tensors by their sha256. So a run that is to be replayed keeps them beside it: the first model and each answer, in `updates/`, in
+tensors by their sha256. So a run that is to be replayed keeps them too: the first model and each answer, in `updates/`, in
 the form of a checkpoint, which is read as strictly (`checkpoint`).
 """
 
@@ -55,7 +55,7 @@ class Archive:
     """An observer that keeps the answers as they arrived.
 
     Fields:
-        folder: where they are kept, one file an answer.
+        folder: where they are kept, one file per answer.
     """
 
     folder: Path

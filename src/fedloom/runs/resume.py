@@ -40,7 +40,7 @@ CHECKPOINT = "checkpoint.safetensors"
 LOGS = (LOCKED, "metrics.jsonl")
 SHARE = 0.05
 """The share of a run's time that checkpoints may take."""
-SECONDS = 30.0
+CHECKPOINT_SECONDS = 30.0
 """Time between two checkpoints (s), or more where they take more than their share."""
 FIXED = ("computed", "model", "partition", "clients", "groups", "compared", "baselines")
 """Sections of the manifest that follow from the run and its data, and have to be the same when it goes on."""
@@ -48,7 +48,7 @@ FIXED = ("computed", "model", "partition", "clients", "groups", "compared", "bas
 
 @dataclass(slots=True)
 class Progress:
-    """What the driver of a job counts.
+    """Counts of a job's driver.
 
     Fields:
         scores: the figures of all evaluations so far, in order.
@@ -110,7 +110,7 @@ class CheckpointWriter:
     """
 
     folder: Path
-    seconds: float = SECONDS
+    seconds: float = CHECKPOINT_SECONDS
     owners: Sequence[object] = ()
     logs: Sequence[TextIO] = ()
     due: float | None = None
@@ -174,7 +174,7 @@ class UnfinishedRun:
 
     @property
     def resume_point(self) -> str:
-        """Where it goes on, in words for a person."""
+        """Describe where a run goes on, in words for a person."""
         if not self.values:
             return "at version 0: it had written no checkpoint"
         return f"at version {self.version}, {self.values['State.now']:,.0f} virtual s"

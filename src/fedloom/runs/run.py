@@ -28,27 +28,30 @@ class Run:
     Fields:
         model: base model, by its name on the Hugging Face hub or a local folder.
         data: where examples come from (`Table`, `Hub`, `Rows`, `Instructions`, `Tickets`).
-        name: name of the run folder (run).
-        partition: how the examples are divided over clients (`LabelDirichlet()`).
-        aggregator: how updates are merged into the next version (`ProductDelta()`: changes are added exactly).
-        schedule: when updates are merged, and which clients start (`Rounds()`: synchronous rounds).
-        plan: how much each client does: rank, steps, depth (`Plan(RankByCapability())`: the rank by its device).
-        lora: which layers get an adapter, and its scaling (`LoRA()`).
-        training: local training: learning rate, batch size, lengths (`Training()`).
-        world: the simulated devices, and how long a task takes them (`World()`: phones, laptops, workstations).
-        availability: when clients can be reached (None: always).
-        faults: what goes wrong with tasks (None: nothing).
-        hierarchy: groups of clients with an edge server each; the edges are then the clients of `schedule` (None: no groups).
-        transfer: how numbers travel: `Half()`, `DeltaInt8()`, or None for `Exact()` (`Half()`: 16 bits).
-        limits: when the run ends, and how often a version is scored (`Limits()`: 10 versions, each scored).
-        held_out: share of each client's examples that measure its own accuracy and are not trained on (0 to 1; 0.2; 0: none).
-        test_limit: how many test examples score a version (None: all).
-        seed: seed of every random draw; the same seed gives the same bytes (0).
-        device: where torch computes: "cpu", "cuda", "mps" (cpu).
-        threads: threads of torch; they change the last digits, and therefore belong to the run (1).
-        engine: how training is computed; it changes the last digits too (`Engine()`: the fastest way; None: plain torch, one
-            client after the other).
-        generation: how many answers are written at the end, where the data have answers (None: `Generation()`).
+        name: name of the run folder (default "run").
+        partition: how the examples are divided over clients (default `LabelDirichlet()`).
+        aggregator: how updates are merged into the next version (default `ProductDelta()`: changes are added exactly).
+        schedule: when updates are merged, and which clients start (default `Rounds()`: synchronous rounds).
+        plan: how much each client does: rank, steps, depth (default `Plan(RankByCapability())`: the rank by its
+            device).
+        lora: which layers get an adapter, and its scaling (default `LoRA()`).
+        training: local training: learning rate, batch size, lengths (default `Training()`).
+        world: the simulated devices, and how long a task takes them (default `World()`: phones, laptops, workstations).
+        availability: when clients can be reached (default None: always).
+        faults: what goes wrong with tasks (default None: nothing).
+        hierarchy: groups of clients with an edge server each; the edges are then the clients of `schedule` (default None:
+            no groups).
+        transfer: how numbers travel: `Half()`, `DeltaInt8()` or `Exact()` (default `Half()`: 16 bits; None: `Exact()`).
+        limits: when the run ends, and how often a version is scored (default `Limits()`: 10 versions, each scored).
+        held_out: share of each client's examples kept for its own evaluation, not trained on (at least 0, below 1; default 0.2; 0:
+            none).
+        test_limit: test examples used to score a version (default None: all).
+        seed: seed of every random draw; the same seed gives the same bytes (default 0).
+        device: where torch computes: "cpu", "cuda", "mps" (default "cpu").
+        threads: threads of torch; they change the last digits, and therefore belong to the run (default 1).
+        engine: how training is computed; it changes the last digits too (default `Engine()`: the fastest way; None: plain torch,
+            one client after the other).
+        generation: settings of the sample answers written at the end, for data with answers (default None: `Generation()`).
     """
 
     model: str

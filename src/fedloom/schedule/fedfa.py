@@ -1,12 +1,12 @@
 """FedFa: every answer makes a new version, the mean of the last `window` answers, and nobody ever waits.
 
 Source: Xu et al., "FedFa: A Fully Asynchronous Training Paradigm for Federated Learning", arXiv 2404.11015, IJCAI 2024.
-FedFa-Param averages the clients' models; its rule is known from two public re-implementations that agree. Of FedFa-Delta only
-is known that clients send differences: here their mean over the window is a step of the server's learning rate, so that each
-difference is used `window` times. The rest is choice: how the window begins, weights, one answer a client.
+FedFa-Param averages the clients' models; its rule is known from two public re-implementations that agree. Of FedFa-Delta it is
+known only that clients send differences: here their mean over the window is a step of the server's learning rate, so that each
+difference is used `window` times. The rest is our choice: how the window begins, the weights, `dedup`.
 
-FedFa-Param damps itself: with C equally fast clients that always move by d, the model moves by d / (C + (window - 1) / 2) an
-answer (law 11), where a buffer of K answers moves by d / K.
+FedFa-Param damps itself: with C equally fast clients that always move by d, the model moves by d / (C + (window - 1) / 2) per
+answer (law 11 in `core.server`), where a buffer of K answers moves by d / K.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fedloom.schedule.shared.weights import Weigh, normalised, uniform
 
 @dataclass(frozen=True, slots=True)
 class FedFa:
-    """The mean of the last answers, anew at each answer.
+    """The mean of the last `window` answers, recomputed at each answer.
 
     Fields:
         window: answers in the mean (K).
         max_in_flight: clients at work at once.
-        delta_rate: server learning rate of FedFa-Delta (1 / `window` is the same step an answer as FedBuff with rate 1; None:
-            FedFa-Param).
+        delta_rate: server learning rate of FedFa-Delta; with 1 / `window` one answer moves the model as far as with FedBuff at
+            rate 1 (None: FedFa-Param).
         fill: "seed": the window begins filled with the first model; "wait": nothing is merged before `window` answers are there.
         weigh: weight of an answer before the discount.
         discount: factor by staleness at the merge.
@@ -69,7 +69,7 @@ class FedFa:
         return self.window > 1
 
     def merge(self, fleet: Fleet) -> Merge | None:
-        """Return the mean over the window, as soon as an answer waits that was in no version before."""
+        """Return the mean over the window, as soon as there is an answer that is in no version yet."""
         fresh, full = len(fleet.arrived) > fleet.retained, len(fleet.arrived) >= self.window
         if not fresh or (self.fill == "wait" and fleet.version == 0 and not full):
             return None

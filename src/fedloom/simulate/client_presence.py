@@ -1,7 +1,7 @@
 """Who can be reached, whatever the server believes: availability and drop-outs, turned into events for the server.
 
-The heap of the simulation holds changes of clients beside the server's own events; here it is decided which events the server gets of
-them. All state is in two small tables; every draw is named by seed, client and task, so that no random stream has to be saved.
+The heap of the simulation holds changes of clients besides the server's own events; here it is decided which events the server gets
+of them. All state is in two small tables; every draw is named by seed, client and task, so that no random stream has to be saved.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ClientChange: TypeAlias = AvailabilityChanged | Vanished | AbsenceNoticed | Retu
 
 @dataclass(frozen=True, slots=True)
 class Consequences:
-    """What follows from a change of a client.
+    """Consequences of a change of a client.
 
     Fields:
         events: for the server, now.
@@ -64,7 +64,7 @@ NOTHING = Consequences()
 
 @dataclass(slots=True)
 class Presence:
-    """Where clients are: reachable, away, or vanished in the middle of a task.
+    """Presence of clients: reachable, away, or vanished in the middle of a task.
 
     Fields:
         stays: periods of availability (None: everybody is always available).

@@ -1,15 +1,15 @@
 """The virtual-clock driver: a heap of events around the pure core. It carries out commands and decides nothing.
 
 Each step takes the earliest event, hands it to the server, shows the step to the observers, and carries out the commands: the task
-of a `Dispatch` is trained, the model of an `Evaluate` scored, what would follow from a cancelled task removed. Training really
+of a `Dispatch` is trained, the model of an `Evaluate` scored, the pending events of a cancelled task removed. Training really
 happens; its result arrives when the device and link models say, and is waited for when the clock comes to the first moment at which
-it can arrive. Ties in time are broken by the order in which events were made, those of a task at its dispatch. So a
-run of one seed is one sequence of events, whenever its training ended.
+it can arrive. Ties in time are broken by the order in which events were made, those of a task at its dispatch. One seed
+gives one sequence of events, whenever training ends in real time.
 
-Lookahead: until its result is needed, a task's training may go on in other processes beside that of other tasks. The device model
-says how long a task takes at least, for the least answer that can come, so the clock never passes a moment at which something
-should have happened. Order numbers are reserved for a task's events when it is dispatched: ties in time are broken as if all had
-been known. Source: the conservative synchronisation of Chandy and Misra 1979, lookahead in the words of Fujimoto 1990.
+Lookahead: until its result is needed, a task's training may go on in other processes, at the same time as that of other tasks.
+The device model says how long a task takes at least, for the smallest possible answer, so the clock never passes a moment at which
+something should have happened. Order numbers are reserved for a task's events when it is dispatched: ties in time are broken as if
+all had been known. Source: the conservative synchronisation of Chandy and Misra 1979, lookahead in the words of Fujimoto 1990.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Pending:
 
     Fields:
         task: the task.
-        before: what was at its client when it was sent.
+        before: state of its client when it was sent.
         turn: number of the client's earlier tasks.
-        least: the seconds that it takes at least.
+        least: its minimum duration (s).
         answer: waits for the answer.
-        back: it was dropped, and its answer is sent all the same when the client is back (virtual seconds; None: it was not dropped).
+        back: for a dropped task: when its answer is sent after all, once the client is back (virtual s; None: it was not dropped).
     """
 
     task: Task
@@ -67,28 +67,28 @@ class Pending:
 
 @dataclass(slots=True)
 class Simulation:
-    """One run on the virtual clock.
+    """Driver of one run on the virtual clock.
 
     A task whose answer is refused, cancelled or lost leaves nothing behind at its client, so that client and server never disagree on
     what the client contributed (SCAFFOLD's control variates, residuals of error feedback, private sides). Between two steps, and
     after `drain`, all that goes on is in plain values of the fields, so that a checkpoint can hold it.
 
     Fields:
-        server: what decides; a flat server or a tree of servers.
-        trainer: what trains tasks.
-        devices: how many virtual seconds a task takes.
+        server: the coordinator, which decides: a flat server or a tree of servers.
+        trainer: trains the tasks.
+        devices: device and link models: how many virtual seconds a task takes.
         profiles: each client's device.
         evaluate: scores a model.
-        observe: is shown each step.
-        seed: that of the run, for the draws of devices.
+        observe: called with each step.
+        seed: seed of the run, for the draws of devices.
         presence: when clients can be reached, and what goes wrong with them.
-        heap: what will happen, as (time, order, event): events for the server and changes of clients.
+        heap: future events for the server and changes of clients, as (time, order, event).
         next_order: the order number of the next event.
-        client_states: what stays at each client between its tasks.
-        in_flight: what will stay there of answers that are under way, by task.
-        joined: whether the clients have been introduced to the server.
-        after_step: is called between two steps, when all commands are carried out.
-        pending: tasks whose answers are not known yet, each at the first moment at which something of it can happen.
+        client_states: state of each client between its tasks.
+        in_flight: client state that takes effect when the answer is accepted, by task.
+        joined: whether the clients have joined the server.
+        after_step: called between two steps, when all commands are carried out.
+        pending: tasks whose answers are not known yet, as (time of the first possible event, order, task).
     """
 
     server: Coordinator
@@ -125,7 +125,7 @@ class Simulation:
         return stop
 
     def _apply_change(self, now: float, what: ClientChange) -> tuple[Event, ...]:
-        """Carry out what happens to a client; returns the events that the server gets of it at once."""
+        """Carry out what happens to a client; returns the events that it causes for the server at once."""
         after = self.presence.apply(now, what, self.profiles[what.client], self.server.state)
         for time, event in after.scheduled:
             self._push(time, event)
@@ -137,7 +137,7 @@ class Simulation:
         local = self.in_flight.pop(event.task) if isinstance(event, UpdateArrived) else None
         commands = self.server.handle(now, event)
         if isinstance(event, UpdateArrived) and local and Reject not in map(type, commands):
-            # What a refused task left behind, moments of NaN say, is dropped.
+            # The client state of a rejected answer is dropped, e.g. NaN moments.
             self.client_states[event.client] = local
         self.observe(now, event, commands)
         self._carry_out(now, commands)
@@ -179,10 +179,9 @@ class Simulation:
                     self._push(now, TaskFailed(client, number, reason))
 
     def _forget(self, dropped: set[int], back: float = 0.0) -> None:
-        """Remove what would happen of these tasks, so that nothing waits for a time that may be far away.
+        """Remove the pending events of these tasks, so that nothing waits for a time that may be far away.
 
-        Only a client that does not learn that its answer has become useless sends it all the same, once it is `back`; the server
-        must bear it.
+        A client that does not learn of it still sends its answer once it is `back`; the server then rejects it.
         """
         if not dropped:
             return
@@ -214,7 +213,7 @@ class Simulation:
         return back < math.inf and self.presence.comes_late(client, task)
 
     def _train(self, now: float, cohort: list[Task]) -> None:
-        """Start the training of a cohort, and wait for what can happen at once."""
+        """Start the training of a cohort, and wait for answers that may cause an event at once."""
         work, times = [], []
         for task in cohort:
             turn = self.server.state.dispatched[task.client] - 1
@@ -229,13 +228,13 @@ class Simulation:
         self.drain(now)
 
     def drain(self, until: float = math.inf) -> None:
-        """Wait for the answers of which something can happen until then. It changes nothing that happens."""
+        """Wait for all answers that may cause an event by `until`; the order of events does not change."""
         while self.pending and self.pending[0][0] <= until:
             _, order, pending = heapq.heappop(self.pending)
             self._schedule_answer(order, pending)
 
     def _schedule_answer(self, order: int, pending: Pending) -> None:
-        """Put on the heap what happens of a task, now that its answer is known."""
+        """Put the events of a task on the heap, now that its answer is known."""
         task, (result, local) = pending.task, encode_answer(pending.task, pending.before, *pending.answer())
         timed = self._with_seconds(task, result, pending.turn)
         seconds = timed.metrics["seconds"]
@@ -258,7 +257,7 @@ class Simulation:
         return seconds
 
     def _seconds_to_first_event(self, task: Task, least: float) -> float:
-        """Return the least seconds to its first event: a task that takes longer fails or is cut off no earlier."""
+        """Return the minimum number of seconds to its first event: a task that takes longer fails or is cut off no earlier."""
         interruption = self.presence.interruption(task, least)
         return min(interruption[0], least) if interruption else least
 
@@ -268,7 +267,7 @@ class Simulation:
         return result.with_seconds(took.total, took.down, took.train, took.up)
 
     def _wait(self, time: float, pending: Pending) -> None:
-        """Look at a task again at this time. Two order numbers are reserved for its events."""
+        """Wait for the answer of a task at this time. Two order numbers are reserved for its events."""
         heapq.heappush(self.pending, (time, self.next_order, pending))
         self.next_order += 2
 
@@ -280,7 +279,7 @@ class Simulation:
 
 
 def overlaps(trainer: Trainer) -> TypeGuard[BackgroundTrainer]:
-    """Whether the trainer can train in the background. Asked once a class, since a protocol takes ten microseconds to answer."""
+    """Whether the trainer can train in the background. Cached per class; a protocol check takes ten microseconds."""
     return _overlaps(type(trainer))
 
 
@@ -292,7 +291,7 @@ def _overlaps(kind: type[Trainer]) -> bool:
 def start_training(
     trainer: Trainer, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]
 ) -> Sequence[PendingResult]:
-    """Start the training of a cohort; returns its answers. A trainer that cannot overlap trains it here and now."""
+    """Start the training of a cohort; returns its answers. A trainer that cannot train in the background trains it at once."""
     if overlaps(trainer):
         return trainer.begin(work, due)
     return [partial(_itself, pair) for pair in trainer.train(work)]

@@ -1,6 +1,6 @@
 """Training of real models: a base model of transformers with PEFT adapters, its local training, evaluation and export.
 
-transformers and peft are imported in this room and nowhere else; beside them it uses torch, and from this package `core`,
+transformers and peft are imported in this room and nowhere else; besides them it uses torch, and from this package `core`,
 `hierarchy` and `data`. Rooms above it see functions of plain values: texts and an adapter go in, an adapter or figures come out.
 
 - `settings`: what users choose (`LoRA`, `Training`, `Engine`, `Generation`); light to import.

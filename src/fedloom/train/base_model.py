@@ -74,7 +74,7 @@ class Base:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Inside, the model is as it was before any training: without adapter and fold."""
+        """Make the model inside the block as it was before any training: without adapter and fold."""
         self._set_fold(None)
         with self.model.disable_adapter():  # type: ignore[no-untyped-call]
             yield
@@ -226,7 +226,7 @@ def _config(lora: LoRA, rank: int, labels: int | None, heads: list[str]) -> Lora
 
 
 def _new_modules(model: PreTrainedModel, fresh: set[str]) -> list[str]:
-    """The highest modules that are new as a whole, beside `HEADS`: `pre_classifier`, or a masked LM's pooler."""
+    """The highest modules that are new as a whole, besides `HEADS`: `pre_classifier`, or a masked LM's pooler."""
     known = {name for name, _ in model.named_parameters()} - fresh
     heads = set()
     for key in fresh:

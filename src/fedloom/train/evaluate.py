@@ -172,7 +172,7 @@ def evaluate_held_out(
 def evaluate_untrained(
     base: Base, texts: EncodedTexts, shards: Sequence[Shard]
 ) -> dict[ClientId, Scores | AnswerScores]:
-    """Score what needs no training on the held-out part of each client: the baseline that its scores stand beside.
+    """Score what needs no training on the held-out part of each client: the baseline of its scores.
 
     Where text is written that is the base alone; where labels are chosen, the commonest label of the client's training examples,
     whatever is asked (with a cross-entropy of 0, since no probability is predicted).
@@ -285,8 +285,10 @@ def answer_metrics(written: Sequence[str], references: Sequence[str]) -> dict[st
 def exact_match(text: str, reference: str) -> bool:
     """Whether an answer is right: it has the number behind `####` where the reference has one, else the same words.
 
-    >>> exact_match("2 + 2 = 4, so\\n#### 1,004.0", "#### 1004"), exact_match("Yes, Paris.", "yes paris"), exact_match("42", "#### 42")
-    (True, True, False)
+    >>> exact_match("2 + 2 = 4, so\\n#### 1,004.0", "#### 1004"), exact_match("Yes, Paris.", "yes paris")
+    (True, True)
+    >>> exact_match("42", "#### 42")
+    False
     """
     wanted = worked_result(reference)
     if wanted is not None:

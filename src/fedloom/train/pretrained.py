@@ -118,7 +118,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Inside, keep the libraries' reports and advice from the screen: what matters to users is in the manifest or an error."""
+    """Silence the libraries' reports and advice inside the block: what matters to users is in the manifest or an error."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]

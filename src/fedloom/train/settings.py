@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from fedloom.core.errors import Refused
@@ -15,15 +15,15 @@ from fedloom.core.errors import Refused
 
 @dataclass(frozen=True, slots=True)
 class LoRA:
-    """Which layers of the base model get a low-rank adapter, and how it is scaled.
+    """Low-rank adapter: which layers of the base model get one, and how it is scaled.
 
     The scaling is the same for every rank: with a fixed alpha the same adapter would be a different function on each client.
 
     Fields:
-        target_modules: names of layers, a regular expression, or "all-linear", as in PEFT (None: PEFT's choice for the architecture,
-            usually query and value).
-        scaling: alpha / r; 2.0 is PEFT's common lora_alpha = 2 r.
-        dropout: probability of dropping an input of an adapter while training, at least 0 and below 1.
+        target_modules: names of layers, a regular expression, or "all-linear", as in PEFT (default None: PEFT's choice for the
+            architecture, usually query and value).
+        scaling: alpha / r (default 2.0, which is PEFT's common lora_alpha = 2 r).
+        dropout: probability of dropping an input of an adapter while training, at least 0 and below 1 (default 0.05).
     """
 
     target_modules: tuple[str, ...] | str | None = None
@@ -44,8 +44,8 @@ class Generation:
     An answer ends with the model's end mark, after `max_new_tokens`, or where the model can read no further.
 
     Fields:
-        examples: how many test examples are answered (0: none).
-        max_new_tokens: the most tokens of one answer.
+        examples: number of test examples that are answered (default 8; 0: none).
+        max_new_tokens: largest number of tokens of one answer (default 64).
     """
 
     examples: int = 8
@@ -60,19 +60,21 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """How training is computed. It changes time, memory and the last digits of the results, never the method.
+    """Ways to compute training. They change time, memory and the last digits of the results, never the method.
 
     Fields:
         kernel: how frozen linear layers are computed in float32: "torch", "onednn" (up to 1.7 times faster on some processors), or
-            "fastest", which is measured when a run is prepared and written in its manifest.
-        first_token: compute of the last layer of an encoder only the first token, where its head reads no other.
-        together: the most clients that train in one pass (1: one after the other; None: what pays, which is tiny steps on a CPU and
-            most steps on a GPU).
-        cache: bytes of activations to keep of the layers below the trained ones (0: none).
-        bfloat16: keep the frozen linear layers in bfloat16: half the memory, faster where the hardware has it, no longer exact.
+            "fastest", which is measured when a run is prepared and written in its manifest (default "fastest").
+        first_token: in an encoder's last layer compute only the first token, if the head reads no other (default True).
+        together: largest number of clients that train in one pass (1: one after the other; default None: chosen by size: small
+            steps on a CPU, most steps on a GPU).
+        cache: largest size of cached activations from below the trained layers (bytes; default 2e9; 0: no cache).
+        bfloat16: keep the frozen linear layers in bfloat16: half the memory, faster where the hardware has it, no longer exact
+            (default False).
         checkpointing: keep only the input of each layer and compute the rest again in the backward pass: a third more time, a
-            fraction of the activations, the same gradients.
-        four_bit: keep the frozen linear layers in 4 bits (QLoRA): an eighth of the memory; needs an NVIDIA GPU and bitsandbytes.
+            fraction of the activations, the same gradients (default False).
+        four_bit: keep the frozen linear layers in 4 bits (QLoRA): an eighth of the memory; needs an NVIDIA GPU and bitsandbytes
+            (default False).
     """
 
     kernel: str = "fastest"
@@ -101,7 +103,7 @@ LARGEST_LOSS = 100.0
 """Loss at which perplexity is capped: a larger one tells nothing, and the exponential would soon be too large for a number."""
 
 Decay: TypeAlias = Callable[[float], float]
-"""From the share of the task that is done (0 to 1) to the share of the learning rate that is used."""
+"""Function of the fraction of steps done (0 to 1) that returns the fraction of the learning rate that is used."""
 
 
 def constant(done: float) -> float:
@@ -124,18 +126,20 @@ class Training:
     """Local training of a client with AdamW. (SCAFFOLD is not a setting but a wrapper: `Scaffold(inner=FedIT())`.)
 
     Fields:
-        learning_rate: the largest learning rate of a task.
-        batch_size: examples in one optimiser step.
-        max_length: tokens at which a text is cut, its marks included.
-        weight_decay: AdamW's decoupled weight decay.
-        warmup: share of a task's steps in which the learning rate rises from 0, at least 0 and below 1.
-        decay: how the learning rate falls after the warm-up: `constant`, `linear`, `cosine`, or a function of the share done.
-        clip: the largest norm of the gradient.
-        bucket: put texts of similar length into one batch, which saves padding.
+        learning_rate: the largest learning rate of a task (default 5e-4).
+        batch_size: examples in one optimiser step (default 16).
+        max_length: largest number of tokens of a text, special tokens included; the rest is cut (default 128).
+        weight_decay: AdamW's decoupled weight decay (default 0).
+        warmup: share of a task's steps in which the learning rate rises from 0, at least 0 and below 1 (default 0).
+        decay: how the learning rate falls after the warm-up: `constant`, `linear`, `cosine`, or a function of the fraction of
+            steps done (default `constant`).
+        clip: the largest norm of the gradient (default 1).
+        bucket: put texts of similar length into one batch, which saves padding (default True).
         keep_moments: carry Adam's moments over to the client's next task while its factors keep their basis; after a merge that
-            rotated them (HLoRA, raFLoRA) the moments are always dropped.
-        proximal: mu of FedProx (0: off): the loss gains proximal / 2 * |change|^2, which keeps a client near what it received.
-        stratified: put texts of all lengths of the client into each batch; goes before `bucket`.
+            rotated them (HLoRA, raFLoRA) the moments are always dropped (default True).
+        proximal: mu of FedProx: the loss gains proximal / 2 * |change|^2, which keeps a client near what it received (default 0:
+            off).
+        stratified: put texts of all lengths of the client into each batch; overrides `bucket` (default False).
     """
 
     learning_rate: float = 5e-4
@@ -143,7 +147,7 @@ class Training:
     max_length: int = 128
     weight_decay: float = 0.0
     warmup: float = 0.0
-    decay: Decay = constant
+    decay: Decay = field(default_factory=lambda: constant)  # so that help() shows no address of a function
     clip: float = 1.0
     bucket: bool = True
     keep_moments: bool = True

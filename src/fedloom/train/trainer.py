@@ -4,15 +4,15 @@ How tasks are trained:
 
 1. `groups` divides the tasks that it is given, in their order, into groups. Most groups hold one task. Tasks that may share a pass
    (same steps, same layers, no FedProx, no pruning, no control variate) form a larger group where the engine says that this pays.
-2. A task alone (`_train_one`): its batches are drawn from its seed, the adapter that it received, with the client's private sides
-   put in place, is written into the base model's slot, AdamW makes one step a batch, and the adapter is read back.
+2. A task alone (`_train_one`): batches are drawn from the task's seed. The received adapter, with the client's private sides, is
+   written into the base model's slot. AdamW makes one step per batch; the adapter is read back.
    With LoRA-A2 a short trial before that chooses the directions that are trained.
-   A larger group goes through `engine.batched_clients` in one forward and backward pass a step.
-3. `_result` takes apart what is sent (with sides that were not trained as they came, pruned where the method prunes) and what stays
-   at the client: its optimiser moments, private sides and control variate, as the next `ClientState`.
+   A larger group goes through `engine.batched_clients` in one forward and backward pass per step.
+3. `_result` separates what is sent from what stays: an answer (with sides that were not trained as they came, pruned where the method
+   prunes), and the next `ClientState`: optimiser moments, private sides and control variate.
 
-A result is a function of task, client state, shard and settings alone, to the byte. The base model holds nothing between groups, so
-that the order of groups, and the process that trains them, do not matter (law 9).
+A result depends only on task, client state, shard and settings, to the byte. The base model keeps nothing between groups, so neither
+their order nor the process that trains them matters (law 9).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TRIAL_SHARE = 5
 
 @dataclass(frozen=True, slots=True)
 class TrainedClient:
-    """One client after its optimiser steps.
+    """State of one client after its optimiser steps.
 
     Fields:
         adapter: the adapter as it was trained.
@@ -91,26 +91,26 @@ class PeftTrainer:
     def groups(self, work: Sequence[tuple[Task, ClientState]]) -> list[TaskGroup]:
         """Divide the tasks, in their order, into groups that are trained in one pass; most often of one task each.
 
-        A function of the tasks alone: whoever trains the groups, and in which order, the results are the same.
+        It depends only on the tasks: whoever trains the groups, and in which order, the results are the same.
         """
         groups, last_key = list[list[tuple[Task, ClientState]]](), None
-        for task, local in work:
+        for task, client_state in work:
             key = self._pass_key(task)
             if key is not None and key == last_key and len(groups[-1]) < self._clients_per_pass(groups[-1][0][0]):
-                groups[-1].append((task, local))
+                groups[-1].append((task, client_state))
             else:
-                groups.append([(task, local)])
+                groups.append([(task, client_state)])
             last_key = key
         return [*groups]
 
     def unchanged_result(self, task: Task) -> Result:
         """Return the result if training changed nothing."""
-        tokens = sum(sum(self.texts.lengths(batch)) for batch in self._plan(task))
+        tokens = sum(sum(self.texts.lengths(batch)) for batch in self._batches(task))
         examples = len(self.shards[task.client])
         return Result(task.start.train, examples, tokens, task.budget.steps, control=task.start.control)
 
     def begin(self, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]) -> Sequence[PendingResult]:
-        """Return a call for each result. The first call of a group trains it; a group without a call is not trained."""
+        """Return one callable per result; the first call for a group trains it, and a group without a call is not trained."""
         groups = [(group, cache(partial(self.train_group, group))) for group in self.groups(work)]
         return [partial(_result_of, answers, k) for group, answers in groups for k in range(len(group))]
 
@@ -119,7 +119,8 @@ class PeftTrainer:
         if len(work) == 1:
             return [self._train_one(*work[0])]
         members = [
-            BatchedClient(task, local, personal_adapter(task.start, local), self._plan(task)) for task, local in work
+            BatchedClient(task, client_state, personal_adapter(task.start, client_state), self._batches(task))
+            for task, client_state in work
         ]
         trained = batched_clients.train_together(self.base, self.texts, self.training, members)
         return [
@@ -141,39 +142,39 @@ class PeftTrainer:
             self.base, min(len(lengths), self.training.batch_size) * sum(lengths) / len(lengths)
         )
 
-    def _plan(self, task: Task) -> list[list[int]]:
+    def _batches(self, task: Task) -> list[list[int]]:
         """Return the batches of a task, as indices into `texts`."""
-        shard, how = self.shards[task.client], self.training
+        shard, training = self.shards[task.client], self.training
         lengths, steps = self.texts.lengths(shard), task.budget.steps
-        plan = plan_batches(lengths, how.batch_size, steps, how.bucket, task.seed, how.stratified)
+        plan = plan_batches(lengths, training.batch_size, steps, training.bucket, task.seed, training.stratified)
         return [[shard[i] for i in batch] for batch in plan]
 
-    def _train_one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
-        start, plan = task.start, self._plan(task)
-        adapter = personal_adapter(start, local)
+    def _train_one(self, task: Task, client_state: ClientState) -> tuple[Result, ClientState]:
+        start, plan = task.start, self._batches(task)
+        adapter = personal_adapter(start, client_state)
         losses, chosen = list[float](), None
         if start.rules.select is not None and start.rules.select < sum(f.rank for f in adapter.factors.values()):
-            chosen, losses = self._choose_directions(task, adapter, local, plan)
-        trained = self._run_steps(task, adapter, local, plan[len(losses) :], chosen)
-        return self._result(task, local, plan, replace(trained, losses=[*losses, *trained.losses]))
+            chosen, losses = self._choose_directions(task, adapter, client_state, plan)
+        trained = self._run_steps(task, adapter, client_state, plan[len(losses) :], chosen)
+        return self._result(task, client_state, plan, replace(trained, losses=[*losses, *trained.losses]))
 
     def _result(
-        self, task: Task, local: ClientState, plan: Sequence[Sequence[int]], trained: TrainedClient
+        self, task: Task, client_state: ClientState, plan: Sequence[Sequence[int]], trained: TrainedClient
     ) -> tuple[Result, ClientState]:
-        """Take apart what is sent and what stays at the client."""
+        """Return the answer that is sent, and the client state that stays."""
         start, held = task.start, start_directions(task.start)
         sent = objective.replace_sides(trained.adapter, start.train, start.rules.unchanged, trained.chosen)
         if start.rules.pruning is not None:
-            sent = objective.prune_tail(personal_adapter(start, local), sent, start.rules.pruning)
+            sent = objective.prune_tail(personal_adapter(start, client_state), sent, start.rules.pruning)
         result = Result(
             adapter=sent,
             examples=len(self.shards[task.client]),
             tokens=sum(sum(self.texts.lengths(batch)) for batch in plan),
             steps=task.budget.steps,
             metrics={"loss": sum(trained.losses) / len(trained.losses), "first_loss": trained.losses[0]},
-            control=trained.control and map_tensors(torch.sub, trained.control, client_variate(start, local)),
+            control=trained.control and map_tensors(torch.sub, trained.control, client_variate(start, client_state)),
         )
-        private, control = local.private, local.control
+        private, control = client_state.private, client_state.control
         if start.rules.private:
             private = objective.put_directions(private, trained.adapter, held)
         if trained.control:
@@ -181,20 +182,20 @@ class PeftTrainer:
         return result, ClientState(start.basis, trained.moments, private, control)
 
     def _choose_directions(
-        self, task: Task, adapter: Adapter, local: ClientState, plan: Sequence[Sequence[int]]
+        self, task: Task, adapter: Adapter, client_state: ClientState, plan: Sequence[Sequence[int]]
     ) -> tuple[dict[str, Tensor], list[float]]:
         """Choose the directions to train by a trial on the first batches (LoRA-A2); also return the losses of the trial."""
         if len(plan) < 2 or task.start.rules.select is None:
             raise Refused("plan.local_steps", len(plan), "choosing directions takes a step of its own: give at least 2")
         trial = plan[: max(1, len(plan) // TRIAL_SHARE)]
-        tried = self._run_steps(task, adapter, ClientState(control=local.control), trial)
+        tried = self._run_steps(task, adapter, ClientState(control=client_state.control), trial)
         return objective.most_moved_directions(adapter, tried.adapter, task.start.rules.select), [*tried.losses]
 
     def _run_steps(
         self,
         task: Task,
         adapter: Adapter,
-        local: ClientState,
+        client_state: ClientState,
         plan: Sequence[Sequence[int]],
         chosen: Mapping[str, Tensor] | None = None,
     ) -> TrainedClient:
@@ -203,11 +204,11 @@ class PeftTrainer:
         slot = self.base.put(adapter, start.scaling, start.fold)
         weights = enable_gradients(peft_weights.slot_parameters(self.base.model, slot), start)
         loss_of = self._batch_loss(task, [*adapter.factors])
-        optimiser = self._optimiser(weights, start, local)
+        optimiser = self._optimiser(weights, start, client_state)
         changes, control = list[GradientChange](), None
         if start.control is not None:
             shared = {name: w for name, w in weights.items() if objective.side_of(name) not in start.rules.private}
-            client = objective.flatten_adapter(client_variate(start, local))
+            client = objective.flatten_adapter(client_variate(start, client_state))
             control = objective.ControlVariate(shared, objective.flatten_adapter(start.control), client)
             changes.append(control)
         if self.training.proximal:
@@ -230,8 +231,8 @@ class PeftTrainer:
         split = frozen_layers.split_layers(self.base, trained)
         if split is None:
             return lambda batch: loss.mean_loss(self.base, self.texts.batch(batch, self.base.device))
-        room, shard = self.engine.cache, self.shards[task.client]
-        features = frozen_layers.frozen_features(self.base, self.texts, split, shard, task.start.fold, self.cache, room)
+        shard, fold, limit = self.shards[task.client], task.start.fold, self.engine.cache
+        features = frozen_layers.frozen_features(self.base, self.texts, split, shard, fold, self.cache, limit)
 
         def from_features(batch: Sequence[int]) -> Tensor:
             with split.starting_from(features.for_batch(batch)):
@@ -248,7 +249,7 @@ class PeftTrainer:
         changes: Sequence[GradientChange],
         rules: Rules,
     ) -> list[float]:
-        """Make one optimiser step a batch; return the losses, without penalties."""
+        """Make one optimiser step per batch; return the losses, without penalties."""
         self.base.model.train()
         losses = list[float]()
         factors = [group["lr"] for group in optimiser.param_groups]
@@ -267,7 +268,7 @@ class PeftTrainer:
             optimiser.step()
         return losses
 
-    def _optimiser(self, weights: Weights, start: TaskStart, local: ClientState) -> torch.optim.AdamW:
+    def _optimiser(self, weights: Weights, start: TaskStart, client_state: ClientState) -> torch.optim.AdamW:
         """Make AdamW, with moments of the same basis carried over. A group's rate is, for now, its multiple of the learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, weight in weights.items():
@@ -277,9 +278,9 @@ class PeftTrainer:
             [{"params": members, "lr": multiple} for multiple, members in groups.items()],
             weight_decay=self.training.weight_decay,
         )
-        for name, weight in weights.items() if local.basis == start.basis else ():
-            if name in local.moments:
-                optimiser.state[weight] = {key: value.clone() for key, value in local.moments[name].items()}
+        for name, weight in weights.items() if client_state.basis == start.basis else ():
+            if name in client_state.moments:
+                optimiser.state[weight] = {key: value.clone() for key, value in client_state.moments[name].items()}
         return optimiser
 
 

@@ -163,7 +163,9 @@ def test_an_answer_of_some_layers_arrives_with_these_and_takes_no_bytes_for_othe
         alone = encode_answer(trained_part(task, some), ClientState(), some, ClientState())[0]
         assert fingerprint(back.adapter) == fingerprint(alone.adapter)
         assert len(encode_result(task, some)) < len(encode_result(task, whole))
-        assert "query" in str(why_invalid(task, back)) or "value" in str(why_invalid(task, back)), "a client was asked for all"
+        assert "query" in str(why_invalid(task, back)) or "value" in str(why_invalid(task, back)), (
+            "a client was asked for all"
+        )
 
 
 @pytest.mark.parametrize("layers", [[], [2], [-1], [1, 0], [0, 0], ["only"], "only", [10**400], [True]])

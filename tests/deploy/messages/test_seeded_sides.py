@@ -113,7 +113,9 @@ def test_a_side_without_numbers_is_refused_where_none_may_be(encoder: Path) -> N
     for work in wrong:
         with pytest.raises(Malformed):
             decode_request(encode_request(work), LIMIT)
-    vast = {name: torch.zeros(()).expand(2**30, 2**30) for name, _ in named_tensors(void).items() if name.endswith(".down")}
+    vast = {
+        name: torch.zeros(()).expand(2**30, 2**30) for name, _ in named_tensors(void).items() if name.endswith(".down")
+    }
     huge = from_tensors(void, named_tensors(void) | vast)
     with pytest.raises(Malformed):  # and no memory is taken for it
         decode_request(encode_request(replace(sent, task=replace(sent.task, start=replace(start, train=huge)))), LIMIT)
@@ -143,10 +145,14 @@ def test_a_site_that_drew_other_numbers_says_so(encoder: Path, tmp_path: Path) -
     told = decode_reply(worker.answer(encode_request(JoinRequest(other, 1))), LIMIT, {})
     assert isinstance(told, Welcome)
     assert not told.seeded
-    refused = decode_reply(worker.answer(encode_request(replace(without_seeded_sides(work, first), terms=other))), LIMIT, {})
+    refused = decode_reply(
+        worker.answer(encode_request(replace(without_seeded_sides(work, first), terms=other))), LIMIT, {}
+    )
     assert isinstance(refused, Refusal)
     assert "drawn here from the run's seed is another one" in refused.reason
-    assert isinstance(decode_reply(worker.answer(encode_request(replace(work, terms=other))), LIMIT, {1: work.task}), tuple)
+    assert isinstance(
+        decode_reply(worker.answer(encode_request(replace(work, terms=other))), LIMIT, {1: work.task}), tuple
+    )
     with pytest.raises(Refused, match="64 hex digits"):
         replace(work.terms, first_adapter="x")
 

@@ -211,6 +211,7 @@ def test_a_server_that_cannot_even_begin_says_why_with_code_2(tmp_path: Path, re
         serve_deployment(ServerSetup(folder, "127.0.0.1", insecure=True), {}, resume, print)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_code_2_and_no_traceback(encoder: Path, tmp_path: Path) -> None:
     folder, run = tmp_path / "server", tmp_path / "run.py"
     run.write_text(f"from tests.support.tiny_models import tiny_run\n\nrun = tiny_run({str(encoder)!r})\n")

@@ -30,6 +30,7 @@ from fedloom.train.tokenised import encode_texts as tokenise
 from fedloom.train.trainer import PeftTrainer
 from tests.support import toys
 from tests.support.sites import site_at, task_of, terms_of, trainer_of
+from tests.support.storms import one_in
 from tests.support.tiny_models import tiny_encoder
 from tests.support.tiny_runs import same
 
@@ -59,7 +60,7 @@ def alike(one: Result, other: Result) -> bool:
 
 
 @pytest.mark.parametrize("codec", [None, Half(), DeltaInt8()], ids=str)
-@pytest.mark.parametrize("method", [FedIT(), FedSA(), Scaffold()], ids=toys.called)
+@pytest.mark.parametrize("method", one_in(3, [FedIT(), FedSA(), Scaffold()]), ids=toys.called)
 def test_a_worker_answers_to_the_bit_as_a_simulation_s_client(
     encoder: Path, tmp_path: Path, method: Aggregator, codec: Codec | None
 ) -> None:
@@ -317,7 +318,7 @@ def test_whatever_comes_is_answered_with_a_refusal(encoder: Path, tmp_path: Path
         cut = good[: draw.randrange(len(good))]
         told = decode_reply(worker.answer(draw.choice((cut, draw.randbytes(draw.randrange(300))))), LIMIT, {})
         assert isinstance(told, Refusal)
-        assert told.reason.startswith("the message is none: ")
+        assert told.reason.startswith("not a valid message: ")
 
 
 def test_the_status_says_what_is_going_on(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:

@@ -1,6 +1,6 @@
 """Memory of the last change of every client of a federation, in the server's directions, for CA2FL and ACE.
 
-One adapter a client in `Model.memory`, zero where it has trained nothing so far, beside their sum and, for each direction and side,
+One adapter per client in `Model.memory`, zero where it has trained nothing so far, their sum and, for each direction and side,
 the number of clients to divide it by: all that do or may train it. A client that has not answered yet counts with a change of zero,
 as in the papers; one that has answered and never trained this direction does not count there.
 

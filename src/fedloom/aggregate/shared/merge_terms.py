@@ -119,7 +119,7 @@ def require_server_rank(rank: int | None) -> None:
 
 
 def divide_by_one(name: str, merge: Merge, rank: int) -> Tensor:
-    """Divide by 1: who does not hold a direction votes zero on it, or for no change where changes are merged."""
+    """Divide by 1: a client without a direction counts as zero there, or as no change where changes are merged."""
     return torch.ones(rank, dtype=torch.float64)
 
 

@@ -51,7 +51,7 @@ def blend(share: float, old: Adapter, new: Adapter) -> Adapter:
 
 
 def take_step(before: Model, after: Model, merge: Merge, step: Adapter, memory: Mapping[str, Adapter]) -> Model:
-    """Return `after` with the step from `before` in the place of the merge's, on the sides that somebody trained, and this memory."""
+    """Return `after` with the step from `before` in the place of the merge's, on the trained sides, and this memory."""
     moved = map_tensors(lambda w, s: (w.double() + s).to(w.dtype), before.adapter, step)
     adapter = take_sides(trained_sides(merge), moved, after.adapter)
     return replace(after, adapter=adapter, memory={**after.memory, **memory})

@@ -36,7 +36,7 @@ EXPLANATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class SiteSetup:
-    """What a site needs to join a deployment.
+    """Settings and files that a site needs to join a deployment.
 
     Fields:
         server: address of the server, host:port.

@@ -150,7 +150,7 @@ def listed(folder: Path) -> list[Registered]:
 
 
 def expiry(certificate: Path) -> datetime:
-    """When a certificate ends."""
+    """Return the time at which a certificate ends."""
     return x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
 
 

@@ -47,7 +47,7 @@ Say = Callable[[str], None]
 
 @dataclass(slots=True)
 class Serving:
-    """One `fedloom serve`: what it has started and learnt so far."""
+    """State of one `fedloom serve`: what it has started and learnt so far."""
 
     server: ServerSetup
     control: SuperLink
@@ -70,7 +70,7 @@ class Serving:
     keys_sent: bool = False
 
     def look(self) -> str | None:
-        """One look at everything; returns why the run ended, once it has.
+        """Check the processes and the run once; returns why the run ended, once it has.
 
         Raises:
             Refused: the run cannot be carried out, or comes to nothing again and again.

@@ -17,7 +17,7 @@ APP = "fedloom.deploy.flower.server_app:app"
 
 @dataclass(frozen=True, slots=True)
 class ServerSetup:
-    """Where a deployment lives and how it is reached.
+    """Folder and addresses of a deployment.
 
     Fields:
         folder: its folder.

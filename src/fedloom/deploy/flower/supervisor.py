@@ -68,7 +68,7 @@ class ProcessGroup:
 class Supervisor:
     """Keeps units running; `look` must be called about once a second, from the thread that made the first call.
 
-    `say` hears of every end and restart. Logs are files named after the parts. As the children are asked for by the kernel to end
+    `say` gets every end and restart. Logs are files named after the parts. As the children are asked for by the kernel to end
     with this process (Linux), nothing is left even when it is killed.
     """
 
@@ -193,7 +193,7 @@ def process_environment(home: Path) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
+    """Return a free port of loopback."""
     with socket.socket() as door:
         door.bind(("127.0.0.1", 0))
         return int(door.getsockname()[1])

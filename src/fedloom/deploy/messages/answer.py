@@ -43,7 +43,7 @@ Entry: TypeAlias = tuple[BufferForm, int, tuple[int, ...] | None]
 
 @dataclass(frozen=True, slots=True)
 class AnswerManifest:
-    """What goes beside the numbers.
+    """Header of an answer, without the tensors.
 
     Fields:
         format: the number of this format.
@@ -72,7 +72,7 @@ class AnswerManifest:
     layers: tuple[int, ...] | None = None
 
     def ranges(self) -> Iterator[tuple[str, float, float, float]]:
-        """The numbers with the least and the most that they can be. What the task allows is not known here."""
+        """Return the numbers with their minimum and maximum. What the task allows is not known here."""
         yield "format", self.format, FORMAT, FORMAT
         yield "task", self.task, 1, MAX_INTEGER
         yield "characters of the client", len(self.client), 1, MAX_NAME
@@ -85,7 +85,7 @@ class AnswerManifest:
 
 @dataclass(frozen=True, slots=True)
 class RegionReport:
-    """What a region reports beside its answer.
+    """Report of a region, which it sends with its answer.
 
     Fields:
         statistics: what the root's plan is to learn.
@@ -155,7 +155,7 @@ def decode_result(data: bytes, limit: int, tasks: Mapping[int, Task]) -> tuple[C
 
 
 def decode_report(data: bytes) -> RegionReport | None:
-    """The report of a region beside its answer, None if there is none. Raises Malformed, whatever the bytes are."""
+    """Return the report of a region that came with its answer, None if there is none. Raises Malformed, whatever the bytes are."""
     text = read_header(data).get(REPORT)
     return None if text is None else parse_report(text)
 

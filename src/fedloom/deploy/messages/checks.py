@@ -64,7 +64,7 @@ def check_profiles(profiles: Sequence[Profile]) -> None:
 
 
 def budget_ranges(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a budget, with the least and the most that they can be."""
+    """Return the numbers of a budget, with their minimum and maximum."""
     yield "rank", budget.rank, 1, 2**20
     yield "steps", budget.steps, 1, 10**9
     yield "depth", 1 if budget.depth is None else budget.depth, 1, 2**20
@@ -73,7 +73,7 @@ def budget_ranges(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
 
 
 def task_ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a task without its start, with the least and the most that they can be."""
+    """Return the numbers of a task without its start, with their minimum and maximum."""
     yield from budget_ranges(task.budget)
     yield "task", task.id, 1, MAX_INTEGER
     yield "version", task.version, 0, MAX_INTEGER
@@ -82,7 +82,7 @@ def task_ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:
 
 
 def _start_ranges(start: TaskStart) -> Iterator[tuple[str, float, float, float]]:
-    """The numbers of a start, with the least and the most that they can be."""
+    """Return the numbers of a start, with their minimum and maximum."""
     pruning = start.rules.pruning
     yield "basis", len(start.basis), 0, MAX_NAME
     yield "scaling", 1.0 if start.scaling is None else start.scaling, 1e-9, 1e9
@@ -121,7 +121,7 @@ def _shapes(adapter: Adapter) -> Mapping[str, torch.Size]:
 
 
 def model_mismatch(first: Adapter, start: TaskStart) -> str:
-    """Why a start is one of another base model than that of `first`, the adapter that is drawn here; "" if it is not.
+    """Return why a start is one of another base model than that of `first`, the adapter that is drawn here; "" if it is not.
 
     Layers and dense tensors are compared by name and size, whatever their rank.
     """

@@ -163,7 +163,7 @@ BUFFERS: dict[BufferForm, torch.dtype] = {"f32": torch.float32, "f16": torch.flo
 
 
 class NotOutstanding(Malformed):
-    """An answer to a task that nobody waits for (any more)."""
+    """An answer to a task that is not outstanding (any more)."""
 
 
 def read_header(data: bytes) -> dict[str, str]:

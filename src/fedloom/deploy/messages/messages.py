@@ -46,7 +46,7 @@ CODECS = (Exact, Half, DeltaInt8)
 
 @dataclass(frozen=True, slots=True)
 class RunTerms:
-    """What a site must know of a run beside its tasks: who it works for, and all settings that the numbers of training depend on.
+    """Terms of a run, which a site must know besides its tasks: whose run it is, and all settings that training depends on.
 
     Fields:
         run: name of the run.
@@ -197,7 +197,7 @@ class EvaluateResult:
     Fields:
         client: who was asked.
         examples: examples held out.
-        predictions: one an example, or one a token of the reference answers.
+        predictions: one per example, or one per token of the reference answers.
         correct: predictions that are right.
         loss: sum of their cross-entropies.
         base_correct: predictions that are right without training: of the commonest label among the examples trained on, or,

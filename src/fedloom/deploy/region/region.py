@@ -71,7 +71,7 @@ from fedloom.runs.run import Run
 from fedloom.runs.trace import Trace
 from fedloom.train.base_model import initial_adapter, load_base
 
-LOG = getLogger("fedloom.core.server")
+LOG = getLogger("fedloom.deploy.server")
 ABOVE = "above.bin"
 """The last join request from above: its terms are what a region that was restarted begins with."""
 
@@ -118,7 +118,7 @@ class RegionServer:
         return ()
 
     def parts_to_save(self) -> tuple[RegionServer]:
-        """Return itself: its fields beside `rebuilt` are saved."""
+        """Return itself: its fields that are not in `rebuilt` are saved."""
         return (self,)
 
     def manifest_sections(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Region:
 
     @property
     def members(self) -> tuple[Profile, ...]:
-        """Its sites, as far as a plan of groups reckons with them."""
+        """Return the profiles of its sites that a plan of groups takes into account."""
         assert self.running is not None
         return tuple(replace(profile, most=None) for _, profile in sorted(self.running.clients.items()))
 
@@ -204,7 +204,7 @@ class Region:
         try:
             request = decode_request(body, self.site.limits.bytes)
         except Malformed as error:
-            return self._refuse(None, f"the message is none: {error}", True)
+            return self._refuse(None, f"not a valid message: {error}", True)
         task = request.task.id if isinstance(request, TaskRequest) else None
         if reason := self._why_refused(request):
             return self._refuse(task, reason, True)

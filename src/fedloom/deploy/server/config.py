@@ -15,16 +15,16 @@ from fedloom.runs.run_file import load_run_file, override
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long a deployment waits, in seconds; set by `--set patience.FIELD=SECONDS`.
+    """Waiting times of a deployment, in seconds; set by `--set patience.FIELD=SECONDS`.
 
     Fields:
-        task: a task whose answer is not there by then is given to somebody else (None: never).
-        away: a client that cannot be reached keeps its task so long before it counts as lost.
-        pause: a site that refused is asked again after that.
-        retry: a request that could not be delivered is sent again after that, then after twice that, up to `pause`.
-        doubt: a request without any reply is sent again after that.
-        poll: time between two turns of the driver.
-        look: time between two looks for nodes that came or went.
+        task: time after which an unanswered task is given to another client (default None: never).
+        away: time after which a client that cannot be reached counts as lost, with its task (default 180).
+        pause: time after which a site that refused is asked again (default 60).
+        retry: time after which an undelivered request is sent again; it doubles each time, up to `pause` (default 2).
+        doubt: time after which a request without any reply is sent again (default 900).
+        poll: time between two turns of the driver (default 0.2).
+        look: time between two updates of the nodes (default 2).
     """
 
     task: float | None = None

@@ -1,7 +1,7 @@
 """The driver of a deployment: the pure core on real machines, over a transport that carries messages. It decides nothing.
 
 Who calls it. `deploy.start` builds a `Deployment` around a `Coordinator` (a server, a root over regions, or the edge of a region) and
-calls `run`, or `turn` again and again. One turn collects the replies that have come, looks which nodes are there, gives up what is
+calls `run`, or `turn` again and again. One turn collects the replies that have come, updates the nodes, gives up what is
 overdue, lets the coordinator's timer fire, saves a checkpoint if anything happened, and only then sends what is due. There is one
 thread; a transport that needs more keeps them to itself.
 
@@ -11,14 +11,15 @@ flight (`nodes`, not saved).
 
 The way of a message. A node that can be reached gets a `JoinRequest`; its `Welcome` becomes a `ClientJoined` event. `Dispatch`
 commands become `TaskRequest`s to free nodes. A reply is parsed (`reply_events.parse_reply`), becomes an event, and goes to
-`Coordinator.handle`, whose commands are carried out here. An `EvaluateRequest` goes the same way but for the coordinator,
-which hears nothing of it.
+`Coordinator.handle`, whose commands are carried out here. `EvaluateRequest`s travel the same way, but the coordinator never sees
+them or their replies.
 
-What may fail. A message is lost, comes twice, comes late; bytes are garbage; a site is killed, cut off, restarted; so is the server.
+What may fail. A message is lost, comes twice, comes late; bytes are garbage; a site is killed, cut off, restarted; the server too.
 
 What is promised. A task is sent at least once, and its answer counts once in the model:
 
-- a task keeps its number through every resend and every restart, and a site that has answered it gives the same bytes again;
+- a task keeps its number through every resend and every restart, and a site that has answered it gives the same bytes again
+  (as long as its journal holds it);
 - before a task is sent, a checkpoint on the disk knows of it, so a server that comes back asks for what is outstanding and for
   nothing else;
 - a site learns that its answer was accepted, and which state it keeps, only with its next task, which is sent later than the
@@ -69,7 +70,7 @@ from fedloom.deploy.server.evaluation import Evaluation
 from fedloom.deploy.server.nodes import LinkTraffic, Node, NodeTable, SentMessage
 from fedloom.deploy.server.reply_events import REGION, join_event, parse_reply
 
-LOG = getLogger("fedloom.core.server")
+LOG = getLogger("fedloom.deploy.server")
 MAX_DELIVERIES = 8
 """After so many failed deliveries a task counts as failed."""
 
@@ -85,10 +86,10 @@ def no_observer(now: float, event: Event, commands: list[Command]) -> None:
 
 @dataclass(slots=True)
 class Deployment:
-    """One run on real machines.
+    """Driver of one run on real machines.
 
     Fields:
-        server: the coordinator, which decides what is to be done.
+        server: the coordinator, which decides.
         transport: carries the messages.
         terms: what sites must know of the run.
         profiles: all clients that ever joined.
@@ -96,7 +97,7 @@ class Deployment:
         timeouts: how long to wait for what.
         clock: seconds on this machine.
         evaluate: scores a model at the server.
-        observe: hears of each event and its commands.
+        observe: called with each event and its commands.
         save: writes a checkpoint; called after each turn in which something happened, before anything is sent.
         over_regions: whether clients are regions.
         clients: the clients that the server counts on.
@@ -109,7 +110,13 @@ class Deployment:
         traffic: what went over the transport.
         nodes: nodes, and messages in flight.
         evaluation: held-out evaluation by the clients, since one was begun.
-        ended: whether the run is over: the coordinator hears of nothing more, and nothing is saved.
+        ended: whether the run is over: the coordinator gets no more events, and nothing is saved.
+        failed_deliveries: by task, or client with an evaluate request, how many deliveries have failed so far.
+        looked_at: when the nodes were last compared with those of the transport (s of the run; None: not yet).
+        began_at: time of `clock` at which the run began, the time without a server taken off (s; None: no turn yet).
+        changed: whether anything has happened since the last checkpoint.
+
+    `rebuilt` names the fields that no checkpoint holds: they are made anew at a restart.
     """
 
     rebuilt: ClassVar[frozenset[str]] = frozenset(
@@ -156,7 +163,7 @@ class Deployment:
             self.began_at, self.incarnation = self.clock() - self.elapsed, self.incarnation + 1
             self.profiles.update(self.clients)
         now = self.elapsed = max(self.elapsed, self.clock() - self.began_at)
-        for step in (self._collect, self._look, self._overdue, self._timer):
+        for step in (self._collect, self._update_nodes, self._lose_overdue, self._timer):
             if stop := step(now):
                 return stop
         if self.evaluation:
@@ -176,7 +183,7 @@ class Deployment:
     def begin_evaluation(
         self, ranks: Mapping[ClientId, int], start_at: Callable[[int], TaskStart], seconds: float
     ) -> Evaluation:
-        """Ask the clients of `ranks` that are there how good the model is on what they hold out; turns carry the requests.
+        """Ask the reachable clients in `ranks` to score the model on their held-out examples; later turns send the requests.
 
         Args:
             ranks: the rank of the model for each client that ever joined.
@@ -212,8 +219,8 @@ class Deployment:
     ) -> Evaluation:
         """Evaluate after the end of the run: take turns until each client has replied or is waited for no longer.
 
-        The last checkpoint stays as it is, so that a server which is killed here comes to the same end again. Nobody counts on what
-        was in flight, and a node need not rest any more.
+        The last checkpoint stays as it is, so that a server which is killed here comes to the same end again. No reply is expected
+        to what was in flight, and a node need not rest any more.
         """
         self.ended, self.changed, self.tasks = True, False, {}
         for number, node in self.nodes.reachable.items():
@@ -231,10 +238,10 @@ class Deployment:
         return next((stop for reply in self.transport.collect() if (stop := self._receive(now, reply))), None)
 
     def _receive(self, now: float, raw: RawReply) -> Stop | None:
-        """Handle the reply to a request; of a message that is not known the node alone is."""
+        """Handle the reply to a request. If the message is unknown, as after a restart, only its node is known."""
         sent = self.nodes.in_flight.pop(raw.message, SentMessage(raw.node, sent=now))
         if raw.body is None:
-            return self._undelivered(now, sent, raw.error)
+            return self._handle_undelivered(now, sent, raw.error)
         self.traffic.received += 1
         self.traffic.bytes_up += len(raw.body)
         if sent.evaluate:
@@ -248,23 +255,24 @@ class Deployment:
             self.nodes.ask_again(sent.node, self.clients)
             return None
         except Malformed as error:
-            return self._unusable(now, sent, str(error))
+            return self._handle_unusable(now, sent, str(error))
         if isinstance(reply, Welcome):
             return self._welcome(now, sent.node, reply)
         if isinstance(reply, Refusal):
-            return self._refused(now, sent, reply)
+            return self._handle_refusal(now, sent, reply)
         client, number = reply.client, reply.task
         if number != sent.task or client != self.tasks[number].client:
-            return self._unusable(now, sent, f"{client!r} answers task {number} of {self.tasks[number].client!r}")
+            reason = f"{client!r} answers task {number} of {self.tasks[number].client!r}"
+            return self._handle_unusable(now, sent, reason)
         return self._handle(now, reply)
 
     def _evaluation_of(self, sent: SentMessage) -> Evaluation | None:
-        """Return the evaluation that waits for the reply to this message; None: it is of another kind, or nobody waits any more."""
+        """Return the evaluation that waits for the reply to this message; None: it is of another kind, or none is awaited."""
         if sent.evaluate is None or self.evaluation is None:
             return None
         return self.evaluation if self.evaluation.awaited().get(sent.evaluate.client) is sent.evaluate else None
 
-    def _undelivered(self, now: float, sent: SentMessage, error: str) -> Stop | None:
+    def _handle_undelivered(self, now: float, sent: SentMessage, error: str) -> Stop | None:
         """Let the node rest, so that the request is sent again; give up after too many deliveries that failed."""
         node, evaluation, tries = self.nodes.reachable.get(sent.node), self._evaluation_of(sent), 1
         client = sent.evaluate.client if sent.evaluate else ""
@@ -279,18 +287,18 @@ class Deployment:
             return None
         if evaluation:
             evaluation.reasons[client] = f"it was not reached: {error}"
-        return self._failed(now, self.tasks[sent.task], error, gone=True) if sent.task in self.tasks else None
+        return self._fail_task(now, self.tasks[sent.task], error, gone=True) if sent.task in self.tasks else None
 
-    def _unusable(self, now: float, sent: SentMessage, reason: str) -> Stop | None:
-        """Fail the task whose reply cannot be used; after another request let the node rest."""
+    def _handle_unusable(self, now: float, sent: SentMessage, reason: str) -> Stop | None:
+        """Fail the task; if the request was no task, let the node rest."""
         LOG.error("a reply of node %s cannot be used: %s", sent.node, reason)
         if sent.task in self.tasks and not sent.given_up:
-            return self._failed(now, self.tasks[sent.task], reason)
+            return self._fail_task(now, self.tasks[sent.task], reason)
         self.nodes.rest(now + self.timeouts.pause, sent.node, reason)
         return None
 
     def _welcome(self, now: float, number: int, welcome: Welcome) -> Stop | None:
-        """Take in the client behind a node, if its name is that of the node's key and nobody else has it."""
+        """Take in the client behind a node, if its name is that of the node's key and no other node has it."""
         node, profile, client = self.nodes.reachable.get(number), welcome.profile, welcome.profile.client
         until = now + self.timeouts.pause
         if node is None:
@@ -317,7 +325,7 @@ class Deployment:
         events = [join_event(self.clients[name], self.members[name], self.over_regions) for name in joining]
         return self._handle_all(now, events)
 
-    def _refused(self, now: float, sent: SentMessage, refusal: Refusal) -> Stop | None:
+    def _handle_refusal(self, now: float, sent: SentMessage, refusal: Refusal) -> Stop | None:
         """Fail the task that a site will not do; if the reason lasts, the site is left alone for a while and its client is lost.
 
         Which task it is follows from the message that is replied to: nobody refuses what was sent to another.
@@ -329,38 +337,38 @@ class Deployment:
         if number not in self.tasks:
             self.nodes.ask_again(sent.node, self.clients)
             return None
-        return self._failed(now, self.tasks[number], refusal.reason, gone=refusal.lasting)
+        return self._fail_task(now, self.tasks[number], refusal.reason, gone=refusal.lasting)
 
-    def _failed(self, now: float, task: Task, reason: str, gone: bool = False) -> Stop | None:
+    def _fail_task(self, now: float, task: Task, reason: str, gone: bool = False) -> Stop | None:
         stop = self._handle(now, TaskFailed(task.client, task.id, reason))
-        return self._lost(now, task.client) if gone and not stop else stop
+        return self._lose_client(now, task.client) if gone and not stop else stop
 
-    def _look(self, now: float) -> Stop | None:
-        """Look which nodes came and went, now and then; a client that was away for too long is lost."""
+    def _update_nodes(self, now: float) -> Stop | None:
+        """Update the nodes, every `Timeouts.look` seconds; a client that was away for too long is lost."""
         if self.looked_at is not None and now < self.looked_at + self.timeouts.look:
             return None
         self.looked_at = now
         self.nodes.update(now, self.transport.nodes(), self.clients)
         lost = [client for client, since in self.nodes.missing.items() if now > since + self.timeouts.away]
-        return next((stop for client in lost if (stop := self._lost(now, client))), None)
+        return next((stop for client in lost if (stop := self._lose_client(now, client))), None)
 
-    def _overdue(self, now: float) -> Stop | None:
+    def _lose_overdue(self, now: float) -> Stop | None:
         """Lose the clients whose tasks took too long; they count again when they have answered.
 
-        What was sent long ago may be lost without a word: it is sent again, ever more seldom, and a site that still works on it has
-        the answer ready when it comes to the second.
+        A request sent long ago may be lost. It is sent again, at growing intervals; a site that is still working answers the copy
+        from its journal.
         """
         self.nodes.give_up_old(now, self.timeouts.doubt)
         if self.timeouts.task is None:
             return None
         late = [task.client for task in self.tasks.values() if now > task.sent + self.timeouts.task]
-        return next((stop for client in late if (stop := self._lost(now, client))), None)
+        return next((stop for client in late if (stop := self._lose_client(now, client))), None)
 
     def _timer(self, now: float) -> Stop | None:
         wake = self.server.wake() if self.opened else None
         return self._handle(now, TimerFired()) if wake is not None and wake <= now else None
 
-    def _lost(self, now: float, client: ClientId) -> Stop | None:
+    def _lose_client(self, now: float, client: ClientId) -> Stop | None:
         LOG.warning("%s is lost", client)
         del self.clients[client]
         self.nodes.missing.pop(client, None)
@@ -385,7 +393,7 @@ class Deployment:
         rejected = any(isinstance(command, Reject) for command in commands)
         if isinstance(event, ClientLost):
             self.tasks = {number: task for number, task in self.tasks.items() if task.client != event.client}
-        if isinstance(event, UpdateArrived | TaskFailed) and not rejected:  # else it fails next
+        if isinstance(event, UpdateArrived | TaskFailed) and not rejected:  # a rejected one fails in `_carry_out`
             self.tasks.pop(event.task, None)
             self.failed_deliveries.pop(event.task, None)
         if isinstance(event, UpdateArrived) and not rejected:
@@ -405,7 +413,7 @@ class Deployment:
                     self.tasks.pop(number, None)
                 case Evaluate(version, model):
                     events.append(ScoresReady(version, self.evaluate(model)))
-                case Reject(client, 0, reason):
+                case Reject(client, 0, reason):  # task 0: a join was rejected
                     self.nodes.turn_away(self.elapsed + self.timeouts.pause, client, reason)
                     events += [ClientLost(client)] if self.clients.pop(client, None) else []
                 case Reject(client, number, reason) if number in self.tasks:

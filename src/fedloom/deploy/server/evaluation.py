@@ -25,12 +25,12 @@ from fedloom.deploy.messages.messages import (
 from fedloom.deploy.server.reply_events import MAX_REPLY
 from fedloom.train.settings import LARGEST_LOSS
 
-LOG = getLogger("fedloom.core.server")
+LOG = getLogger("fedloom.deploy.server")
 
 
 @dataclass(slots=True)
 class Evaluation:
-    """One evaluation of the last model. It is over when each client that was asked has a result or a reason why it has none.
+    """State of one evaluation of the last model. It is over when each client that was asked has a result or a reason for none.
 
     Fields:
         ranks: rank of the model for each client that ever joined.

@@ -14,7 +14,7 @@ from logging import getLogger
 from fedloom.core.types import ClientId
 from fedloom.deploy.messages.messages import EvaluateRequest
 
-LOG = getLogger("fedloom.core.server")
+LOG = getLogger("fedloom.deploy.server")
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class SentMessage:
         node: where it was sent.
         task: the task that it carries.
         sent: when (s of the run).
-        given_up: nobody counts on a reply any more, because the node was gone in between or took too long; it may come all the same.
+        given_up: no reply is expected any more, because the node was gone in between or took too long; one may come all the same.
         evaluate: the evaluate request that it is.
     """
 
@@ -80,7 +80,7 @@ class SentMessage:
 
 @dataclass(slots=True)
 class NodeTable:
-    """All nodes, and what is in flight to them.
+    """Table of all nodes, and of the requests in flight to them.
 
     Fields:
         reachable: nodes that can be reached now, by number.
@@ -93,7 +93,7 @@ class NodeTable:
     missing: dict[ClientId, float] = field(default_factory=dict)
 
     def update(self, now: float, present: Mapping[int, str | None], clients: Iterable[ClientId]) -> None:
-        """Take over which nodes the transport reaches now; those of `clients` that are behind none of them are missing."""
+        """Set the nodes that the transport reaches now; those of `clients` that are behind none of them are missing."""
         for number in self.reachable.keys() - present.keys():
             del self.reachable[number]
             self.give_up(number)
@@ -103,13 +103,13 @@ class NodeTable:
         self.missing = {client: self.missing.get(client, now) for client in clients if client not in behind}
 
     def give_up(self, number: int) -> None:
-        """Count on no message to this node any more."""
+        """Give up the messages to this node: no reply to them is expected any more."""
         for message, sent in self.in_flight.items():
             if sent.node == number:
                 self.in_flight[message] = replace(sent, given_up=True)
 
     def give_up_old(self, now: float, after: float) -> None:
-        """Count no more on messages that were sent `after` seconds ago; twice as many for each one that was given up before."""
+        """Give up messages that were sent `after` seconds ago; twice as many for each one that was given up before."""
         for message, sent in self.in_flight.items():
             before = sum(other.node == sent.node and other.given_up for other in self.in_flight.values())
             if not sent.given_up and now > sent.sent + after * 2**before:
@@ -128,7 +128,7 @@ class NodeTable:
             self.reachable[number].resting_until, self.reachable[number].why = until, why
 
     def turn_away(self, until: float, client: ClientId, why: str) -> None:
-        """Count on this client no longer; its node rests and is then asked who it is."""
+        """Drop this client; its node rests and is then asked who it is."""
         if (number := self.node_of(client)) is not None:
             self.rest(until, number, why)
             self.reachable[number].client = None

@@ -1,4 +1,4 @@
-"""Replies from the network as events of the core: the border between bytes that nobody vouches for and the server's `handle`."""
+"""Replies from the network as events of the core: the border between untrusted bytes and the server's `handle`."""
 
 from __future__ import annotations
 

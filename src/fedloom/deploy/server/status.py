@@ -19,7 +19,7 @@ from fedloom.core.types import Task
 from fedloom.deploy.server.driver import Deployment
 from fedloom.runs.observation import RunObservation, TaskAnswered, staleness_in
 
-LOG = getLogger("fedloom.core.server")
+LOG = getLogger("fedloom.deploy.server")
 STATUS_FILE = "status.json"
 WRITE_EVERY = 1.0
 """Seconds between two writings of the file."""

@@ -1,6 +1,6 @@
 """The journal of a site: the answers that it gave, so that no task is trained twice, and what stayed behind at its clients.
 
-One file a task, `RUN_HASH/TASK.safetensors`, written at once or not at all before the answer is given out. A server that restarts
+One file per task, `RUN_HASH/TASK.safetensors`, written at once or not at all before the answer is given out. A server that restarts
 asks again and gets the same bytes. The digest of the request tells whether it is the same task: a restarted server may give the
 number of a task that never left to another one. Each request names the last task of its client that the server accepted: what
 that one left behind is where the next one begins, and what a later one left is void.
@@ -26,7 +26,7 @@ LOG = getLogger("fedloom.worker")
 RUNS = 8
 """How many runs are remembered."""
 TASKS = 4
-"""How many tasks of a run are remembered beside the last one that was accepted: a server may ask for any of them again."""
+"""How many tasks of a run are remembered besides the last one that was accepted: a server may ask for any of them again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,16 +106,17 @@ class AnsweredFile(_Section):
 
 
 class SiteLimits(_Section):
-    """What the site lets a server ask for.
+    """Limits of what a server may ask of the site.
 
     Fields:
-        rank: largest rank of a task.
-        depth: most layers that are trained, from the top (default: all).
-        steps: most local steps of a task.
-        megabytes: largest message (MB).
-        runs: names of runs that it takes part in (`*` stands for anything).
-        hours: times of day at which it works, by the machine's clock, as "22:00-6:00" (default: always).
-        scores: whether the server may be sent how the run's last model does on held-out examples, in counts. If not, nothing is.
+        rank: largest rank of a task (default 64).
+        depth: largest number of trained layers, from the top (default None: all).
+        steps: largest number of local steps of a task (default 10 000).
+        megabytes: largest message (MB; default 512).
+        runs: names of runs that it takes part in (`*` stands for anything; default: all).
+        hours: times of day at which it works, by the machine's clock, as "22:00-6:00" (default None: always).
+        scores: whether counts of how the last model does on held-out examples may be sent (default true; false: nothing is held
+            out).
     """
 
     rank: int = Field(default=64, ge=1)
@@ -145,13 +146,13 @@ class SiteLimits(_Section):
 
 
 class Speed(_Section):
-    """What the server is told of the machine.
+    """Speed and memory of the machine, as they are reported to the server.
 
     Fields:
         flops: training speed (FLOP/s; default: measured).
         memory: memory for training (bytes; default: measured).
-        up_bps: speed of the link to the server (bits/s).
-        down_bps: speed of the link from the server (bits/s).
+        up_bps: speed of the link to the server (bits/s; default 1e7).
+        down_bps: speed of the link from the server (bits/s; default 1e7).
     """
 
     flops: float | None = Field(default=None, gt=0)
@@ -170,11 +171,11 @@ class Site(_Section):
         key: private key of the site.
         folder: files of the site (default: `state` beside the settings).
         model: its copy of the base model.
-        region: whether it is a region, which has no data, leads sites of its own, and is started by `fedloom region`.
+        region: whether it is a region, which has no data but sites of its own, and is started by `fedloom region`.
         table: labelled texts.
         instructions: requests with reference answers.
         limits: what a server may ask for.
-        speed: what the server is told of the machine.
+        speed: speed and memory of the machine, as they are reported to the server.
     """
 
     name: str = Field(min_length=1, max_length=200)
@@ -200,7 +201,7 @@ class Site(_Section):
 
     @property
     def socket(self) -> Path:
-        """Where the worker listens."""
+        """Path of the worker's socket."""
         return self.folder / "worker.sock"
 
     def examples(self, labels: tuple[str, ...] | None) -> Examples:

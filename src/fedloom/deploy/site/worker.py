@@ -1,6 +1,7 @@
 """The worker of a site: it keeps model, data and caches loaded, trains what a server asks for, and gives back bytes.
 
-What comes back is, to the bit, what a simulation's client would have given; a task is trained once, however often it is sent.
+What comes back is, to the bit and apart from measured seconds, what a simulation's client would have given; a task is trained once,
+however often it is sent.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ from fedloom.train.tokenised import encode_texts
 from fedloom.train.trainer import PeftTrainer
 
 LOG = getLogger("fedloom.worker")
-TIMED = 2
-"""Steps that the speed of a machine is measured on, after one that is not counted."""
+TIMED_STEPS = 2
+"""Steps timed to measure speed, after one warm-up step."""
 
 
 def time_of_day() -> float:
@@ -63,13 +64,13 @@ def time_of_day() -> float:
 
 @dataclass(frozen=True, slots=True)
 class PreparedSite:
-    """What is kept loaded from task to task while the terms stay the same.
+    """Model and data of a run, kept loaded from task to task while the terms stay the same.
 
     Fields:
         terms: terms of the run.
         base: the base model.
         shard: which examples are trained on, and which are held out.
-        trainer: trains tasks; it knows of nothing that is held out.
+        trainer: trains tasks; it has no held-out example.
         first: the adapter with which the run begins, drawn here from the run's seed.
     """
 
@@ -120,10 +121,10 @@ class SiteWorker:
                 return self._evaluate(request)
             return self._train(request) if isinstance(request, TaskRequest) else self._welcome(request)
         except Malformed as error:
-            return self._refuse(None, f"the message is none: {error}", True)
+            return self._refuse(None, f"not a valid message: {error}", True)
         except Refused as error:
             return self._refuse(task, str(error), True)
-        except Exception as error:  # whatever torch or the disk comes up with is the server's to know
+        except Exception as error:  # any other error is reported to the server
             LOG.exception("task %s failed", task)
             self.prepared = None
             return self._refuse(task, f"{type(error).__name__}: {error}", False)
@@ -137,7 +138,7 @@ class SiteWorker:
         counts = {"trained": self.trained, "repeated": self.repeated, "refused": self.refused}
         return json.dumps({**facts, **counts}).encode()
 
-    def excess(self, size: int) -> bytes:
+    def refuse_oversized(self, size: int) -> bytes:
         """Return the refusal of a message of so many bytes, which is above the limit and was not read."""
         return self._refuse(None, f"a message of {size} bytes: this site allows {self.site.limits.bytes}", True)
 
@@ -171,7 +172,7 @@ class SiteWorker:
             LOG.info("task %d was done before: the same answer again", number)
             self.repeated += 1
             return entry.answer.numpy().tobytes()
-        ready, before = self._ready(request.terms), self._before(request)
+        ready, before = self._ready(request.terms), self._last_client_state(request)
         _check_fits(ready, request.task.start)
         task = with_seeded_sides(request, ready.first).task
         self.doing = f"task {number} of {request.terms.run}"
@@ -195,7 +196,7 @@ class SiteWorker:
         self.doing = f"evaluating for {request.terms.run}"
         if not ready.shard.held_out:
             raise Refused("held_out", 0, "this site holds no example out, so there is nothing to evaluate on")
-        adapter = personal_adapter(request.start, self._before(request))
+        adapter = personal_adapter(request.start, self._last_client_state(request))
         client, shards, texts = ready.shard.client, [ready.shard], ready.trainer.texts
         scores = evaluate_held_out(ready.base, adapter, texts, shards, request.start.fold)[client]
         baseline = evaluate_untrained(ready.base, texts, shards)[client]
@@ -205,12 +206,12 @@ class SiteWorker:
         held_out = len(ready.shard.held_out)
         return encode_reply(EvaluateResult(client, held_out, predictions, correct, loss, base_correct, base_loss))
 
-    def _before(self, request: TaskRequest | EvaluateRequest) -> ClientState:
-        """Return what stayed here of the last task whose answer was accepted."""
+    def _last_client_state(self, request: TaskRequest | EvaluateRequest) -> ClientState:
+        """Return the client state that the last accepted task left here; an empty one if there is none."""
         last = self.journal.find(request.terms.run_hash, request.last_accepted) if request.last_accepted else None
         if request.last_accepted and last is None:
             LOG.warning(
-                "nothing is left here of task %d, which was accepted: its state begins anew", request.last_accepted
+                "no state of accepted task %d is stored: the client starts with an empty one", request.last_accepted
             )
         return last.client_state if last else ClientState()
 
@@ -223,7 +224,7 @@ class SiteWorker:
         return self.prepared
 
     def _flops(self, ready: PreparedSite) -> float:
-        """Return FLOP a second in training, as `Shape.train_flops` counts them: measured once for a model and its settings."""
+        """Return the training speed (FLOP/s, as `Shape.train_flops` counts them), measured once for a model and its settings."""
         path = self.site.folder / "speed.json"
         terms, site = ready.terms, self.site.model
         facts = [str(site.path), site.device, terms.threads, ready.base.computation, terms.training.batch_size]
@@ -267,9 +268,9 @@ def _check_fits(ready: PreparedSite, start: TaskStart) -> None:
 
 
 def _measured(ready: PreparedSite, client: str, rank: int) -> float:
-    """FLOP a second in training, as `Shape.train_flops` counts them."""
+    """Measure the training speed (FLOP/s, as `Shape.train_flops` counts them)."""
     tokens, seconds = 0, 0.0
-    for steps in (1, TIMED):  # the first is for what is made at first use
+    for steps in (1, TIMED_STEPS):  # the first is a warm-up
         start = TaskStart(initial_adapter(ready.base, rank), "")
         began = time.perf_counter()
         ((result, _),) = ready.trainer.train([(Task(1, client, 0, start, Budget(rank, steps), 0, 0.0), ClientState())])
@@ -285,7 +286,9 @@ def _memory(device: torch.device) -> float:
 
 
 def serve_worker(site: Site) -> None:
-    """Answer at the site's socket until the process is stopped. Raises Refused where another worker does that, or nobody can."""
+    """Answer at the site's socket until the process is stopped. Raises Refused where another worker is running, or no
+    socket can be made.
+    """
     site.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there was learnt from the data
     with (site.folder / "worker.lock").open("w") as held:
         if not lock(held):
@@ -297,4 +300,4 @@ def serve_worker(site: Site) -> None:
         worker = SiteWorker(site)
         with closing(listener):
             LOG.info("%s listens at %s", site.name, site.socket)
-            listener.serve(worker.answer, worker.status, worker.excess)
+            listener.serve(worker.answer, worker.status, worker.refuse_oversized)

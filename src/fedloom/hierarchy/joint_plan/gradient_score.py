@@ -29,7 +29,7 @@ class GradientScore:
 
     Fields:
         steps: local steps of each member in a global round.
-        most: the most inner rounds.
+        most: largest number of inner rounds.
         rank: rank of every task.
         drift: gamma * eta^2, with eta the learning rate; at 0 depth is all that counts.
     """

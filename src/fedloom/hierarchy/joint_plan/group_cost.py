@@ -131,7 +131,7 @@ class GroupState:
         if len(depths) != 1:
             raise Refused("group.members", len(self.members), "at least one, with step seconds for the same depths")
         if self.mass and {len(self.mass)} != depths:
-            raise Refused("group.mass", self.mass, f"one number a layer, of which there are {self.layers}")
+            raise Refused("group.mass", self.mass, f"one number per layer, of which there are {self.layers}")
         if not all(0 <= value < math.inf for value in (self.dispersion, *self.mass, *self.energy)):
             raise Refused("group.mass", self.mass, "mass, energy and dispersion are finite, 0 or more")
         _positive("group", up_bps=self.up_bps, down_bps=self.down_bps)

@@ -1,7 +1,7 @@
 """The plan of a root over edges: a joint rule over all groups, as they are known, gives each edge its budget.
 
 Source: HierFedLoRA, arXiv 2503.21213, 2025, whose server estimates and configures before each global round; as rebuilt in methods
-4b.2. What is known is what edges told with their reports (`Fleet.groups`), the devices' profiles until then. So the plan has no
+4b.2. What is known is what edges reported (`Fleet.groups`), the devices' profiles until then. So the plan has no
 memory of its own, and a run that goes on or is replayed plans the same.
 """
 
@@ -99,7 +99,7 @@ def group_state(history: GroupHistory, shape: Shape, batch_tokens: int) -> Group
 def member_device(profile: Profile, history: GroupHistory, shape: Shape, batch_tokens: int) -> Device:
     """Return a member as its work in its groups' tasks shows it.
 
-    Sizes are those of float32 without folds, in what is learnt and in what is told from it; so a codec counts as a faster link, a
+    Sizes are those of float32 without folds, in what is learnt and in what is computed from it; so a codec counts as a faster link, a
     fold as a slower one.
     """
     past = [work for work in member_history(history, profile.client) if work.train > 0]
@@ -165,7 +165,7 @@ def rewards_within_tasks(reports: tuple[GroupStatistics, ...], shape: Shape) -> 
 
 
 def loss_fall(work: MemberWork) -> float | None:
-    """Return by how much a member's loss fell from one of its answers to the next; None: it answered once, or told no loss."""
+    """Return by how much a member's loss fell from one of its answers to the next; None: it answered once, or reported no loss."""
     if work.answers < 2 or work.first_loss is None or work.last_loss is None:
         return None
     return (work.first_loss - work.last_loss) / (work.answers - 1)

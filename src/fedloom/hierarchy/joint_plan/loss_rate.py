@@ -1,4 +1,4 @@
-"""A rule for groups that wait for nobody: depth by how fast losses fell, steps and rounds by what a second brings.
+"""A rule for groups that do not wait for each other: depth by how fast losses fell, steps and rounds by the gain per second.
 
 Our own. What a layer weighs does not tell what it is worth: it may move far, and to and fro. So depths are tried, and compared by how
 much the members' own losses fell a second between the inner rounds of one task (`GroupState.inner_rewards`), in which no other
@@ -32,8 +32,8 @@ class LossRate:
     groups measured decides.
 
     Fields:
-        steps: the most local steps between two averages (p).
-        most: the most inner rounds (f).
+        steps: largest number of local steps between two averages (p).
+        most: largest number of inner rounds (f).
         rank: rank of every task.
         drift: weight of the loss by drift.
         cuts: number of depths that are tried.

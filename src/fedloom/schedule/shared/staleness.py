@@ -1,7 +1,8 @@
 """Staleness of an answer, the number of versions made since the one that it was trained from, and how much it then counts.
 
-A schedule multiplies an answer's weight, or its step, by `discount(staleness(fleet, update))`. This is the only place where staleness
-comes in: the aggregator sees the resulting weights.
+A schedule multiplies an answer's weight, or its step, by `discount(staleness(fleet, update))`. Besides the discount,
+`FedBuff.delay_threshold` divides the step by the largest staleness in the buffer, and `max_staleness` cancels work. Aggregators see
+the resulting weights and step only.
 
 Source: Xie et al., "Asynchronous Federated Optimization", arXiv 1903.03934, 2019, section 5.2 (constant, polynomial, hinge);
 FedBuff, arXiv 2106.06639, section 4 uses the polynomial with exponent 1/2.

@@ -27,7 +27,8 @@ def by_tokens(update: Update) -> float:
 def by_text(update: Update) -> float:
     """Weigh by the tokens that the client holds, estimated from those it trained on: CLLoRA's p_k, by the sum of lengths.
 
-    Examples times tokens a step. Source: Zhang et al., "CLLoRA", arXiv 2502.18910, 2025, whose aggregation is open; weights are ours.
+    Examples times tokens per step. Source: Zhang et al., "CLLoRA", arXiv 2502.18910, 2025, whose aggregation is open;
+    the weights are ours.
     """
     return update.result.examples * update.result.tokens / max(1, update.result.steps)
 

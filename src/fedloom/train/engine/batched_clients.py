@@ -45,7 +45,7 @@ Moments = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class BatchedClient:
-    """One task of a common pass: the client's state, the adapter it starts from, and the examples of its batches (`plan`)."""
+    """Task of a common pass: the client's state, the adapter it starts from, and the examples of its batches (`plan`)."""
 
     task: Task
     local: ClientState

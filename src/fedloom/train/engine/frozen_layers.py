@@ -89,7 +89,7 @@ class LayerSplit:
 
     @contextmanager
     def starting_from(self, hidden: Tensor) -> Iterator[None]:
-        """Inside, a forward pass begins at the first trained block, with `hidden` (batch, tokens, hidden size).
+        """Make a forward pass inside the block begin at the first trained block, with `hidden` (batch, tokens, hidden size).
 
         No hook: the block may be computed again in the backward pass, outside (`Engine.checkpointing`).
         """

@@ -60,7 +60,7 @@ class LocalProcesses:
 
 
 class LocalProcess:
-    """One process, in an executor of its own, so that its death ends no other. It lives while this process holds the `leash`."""
+    """Worker process, in an executor of its own, so that its death ends no other. It lives while this process holds the `leash`."""
 
     def __init__(self, shared: SharedObject) -> None:
         context = get_context("spawn")

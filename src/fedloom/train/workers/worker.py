@@ -25,7 +25,7 @@ Answers: TypeAlias = list[tuple[Result, ClientState]]
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Who trains the tasks of a run.
+    """Workers of a run: the processes that train its tasks.
 
     Fields:
         count: number of local processes (1: this one), or of Ray actors (None: as many as the cluster has processors, or GPUs, for).
@@ -90,7 +90,7 @@ class WorkerFactory(Protocol):
 
     @property
     def most_workers(self) -> int:
-        """Return the most workers that are of use."""
+        """Return the largest useful number of workers."""
         ...
 
     @property
