@@ -253,6 +253,7 @@ def and_more(draw: Draw, manifest: Manifest) -> object:
 
 MISTYPED: Mapping[str, list[object]] = {
     "client": [None, [], {}, 3, "", "x" * 201, True],
+    "layers": [[], {"a": "b"}, True, "1", 1.5, NAN, [1], [None]],  # None says that all layers were trained
     "layout": [None, [], 3, "", "0" * 12, {}],
     "tensors": [None, 3, {}, "f32", [], [[]], [None], [["f32", 0, None]], [["f32", 0, None]] * 99],
     "metrics": [None, [], 0.5, {"loss": "low"}, {"loss": None}, {f"m{i}": 0.0 for i in range(101)}, {"loss": [0.5]}],

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.core.codec import Codec
 from fedloom.core.events import ClientJoined, Command, Dispatch, TimerFired, UpdateArrived
+from fedloom.core.indexed_dict import IndexedTable
 from fedloom.core.lora import Adapter, Factor, truncate
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import BudgetRule, Fleet
@@ -127,7 +128,7 @@ def _feed(put: Callable[[bytes], object], value: object) -> None:
         put(f"{value!r};".encode())
     elif isinstance(value, Tensor):
         put(f"{value.dtype}{tuple(value.shape)}".encode() + value.detach().contiguous().numpy().tobytes())
-    elif isinstance(value, dict):
+    elif isinstance(value, dict | IndexedTable):
         put(b"{")
         for key, item in value.items():
             put(f"{key!r}:".encode())
