@@ -58,7 +58,7 @@ def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: A
 
     `together=1`: a simulation trains clients in one pass where it can, and each site alone; dropout then draws other masks.
     """
-    run = run_of(encoder, aggregator=method, transfer=codec, engine=Engine(together=1))
+    run = run_of(encoder, aggregator=method, transfer=codec, engine=Engine("torch", together=1))
     job = prepare(run)
     simulated = job.execute(tmp_path / "simulated", report=False)
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)

@@ -121,7 +121,7 @@ def settle() -> None:
 
 def tiny_run(model: Path, **more: Any) -> Any:
     """A run of three rounds, six clients and ranks 2, 4 and 8 on a tiny model, at a rate that moves it visibly."""
-    from fedloom import IID, Limits, Plan, RankByCapability, Rounds, Rows, Run, Training
+    from fedloom import IID, Engine, Limits, Plan, RankByCapability, Rounds, Rows, Run, Training
 
     given: dict[str, Any] = {
         "data": Rows(toy_rows(240)),
@@ -130,5 +130,6 @@ def tiny_run(model: Path, **more: Any) -> Any:
         "plan": Plan(RankByCapability(ranks=RANKS, upload_seconds=0.02), local_steps=4),
         "training": Training(learning_rate=1e-2),
         "limits": Limits(versions=3),
+        "engine": Engine(kernel="torch"),  # a kernel that is measured may be another one in the next run
     }
     return Run(model=str(model), **(given | more))
