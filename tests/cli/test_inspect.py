@@ -145,14 +145,72 @@ def test_headers_of_known_tables_are_understood(header: str, roles: dict[str, st
 
 
 def test_what_is_missing_is_an_empty_text_but_a_client_is_not() -> None:
-    raw = RawTable({"text": ["a", None], "client": [3, None], "label": [str(k) for k in range(2)]}, "here")
-    with pytest.raises(Refused, match="row 2 names no client"):
-        as_examples(raw, {"text": "text", "client": "client"})
-    assert as_examples(raw, {"text": "text"}).texts == ("a", "")
+    raw = RawTable({"text": ["a", None], "client": [3, 3.0], "label": [str(k) for k in range(2)]}, "here")
+    assert as_examples(raw, {"text": "text", "client": "client"})[0].texts == ("a", "")
+    with pytest.raises(Refused, match="row 2 of here name no client"):
+        as_examples(raw._replace(columns={**raw.columns, "client": [3, None]}), {"text": "text", "client": "client"})
     with pytest.raises(Refused, match="no rows"):
         as_examples(RawTable({"text": []}, "here"), {"text": "text"})
     many = RawTable({"text": ["a"] * 300, "label": [str(k) for k in range(300)]}, "here")
     assert "label" not in guess_columns(many, {})
+
+
+def ugly(path: Path) -> Path:
+    """Semicolons and cp1252, an empty cell, a label in two spellings, a rare one, repeated texts with different labels."""
+    lines = [f"klagt über Husten {i % 20};{('Müde', 'müde')[i % 3 == 0]};{('1', '1.0', '2')[i % 3]}" for i in range(60)]
+    lines[5], lines[7] = ";Müde;2", "neu;selten;1"
+    path.write_bytes("\n".join(["text;label;client", *lines]).encode("cp1252"))
+    return path
+
+
+def test_it_says_what_is_doubtful(fedloom: Fedloom) -> None:
+    code, said = fedloom("inspect", ugly(Path("ugly.csv")), "--test", "ugly.csv")
+    assert code == 0
+    for finding in (
+        "separator ';', encoding cp1252",
+        "1 of 60 cells of the column “text” (text) are empty: row 6.",
+        "1 name is written in more than one way in the column 'client'",
+        "3 labels; always answering the commonest, “Müde”, is right for 65.0 %",
+        "1 of 3 labels have fewer than 8 examples: “selten”.",
+        "“Müde”, “müde”. Is that one label?",
+        "38 of 60 texts stand there before",
+        "texts have different labels in different rows",
+        "60 of 60 test examples are in the training data",
+    ):
+        assert finding in said
+    assert "Husten" not in said
+
+
+def test_how_to_read_a_table_can_be_said(fedloom: Fedloom) -> None:
+    Path("two.csv").write_text("text;x,label;y\na;b,c;d\ne;f,g;h\n")
+    code, said = fedloom("inspect", "two.csv")
+    assert code == 2
+    assert "--read separator=" in said
+    assert fedloom("inspect", "two.csv", "--read", "separator=;")[0] == 0
+    for wrong in ("separator", "colour=red"):
+        assert fedloom("inspect", "two.csv", "--read", wrong)[0] == 2
+
+
+def test_an_array_of_rows_is_a_table_and_no_summary(fedloom: Fedloom) -> None:
+    Path("rows.json").write_text(json.dumps([{"instruction": "cat", "output": "dog"}] * 2))
+    code, said = fedloom("inspect", "rows.json")
+    assert code == 0
+    assert "answer from “output”" in said
+
+
+def test_examples_are_shown_as_the_model_reads_them(fedloom: Fedloom, encoder: Path, decoder: Path) -> None:
+    table("l.jsonl", [{"text": "red blue", "label": "a"}, {"text": "blue", "label": "b"}])
+    code, said = fedloom("inspect", "l.jsonl", "--show", "1")
+    assert code == 2
+    assert "--model" in said
+    _, said = fedloom("inspect", "l.jsonl", "--model", encoder, "--show", "1")
+    assert "[CLS]" in said
+    assert "[SEP] -> a" in said
+    assert "2. (" not in said
+    table("a.jsonl", [{"instruction": "red", "answer": "blue"}])
+    _, said = fedloom("inspect", "a.jsonl", "--model", decoder, "--show", "1")
+    assert ">>" in said
+    assert "</s><<" in said
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def test_a_column_can_say_what_is_tested_on() -> None:
     split = Instructions(ROWS, split="part").load(0)
     assert split.train.texts == tuple(row["instruction"] for row in ROWS if row["part"] == "train")
     assert split.test.texts == tuple(row["instruction"] for row in ROWS if row["part"] == "test")
-    assert split.notes == ("10 rows are neither trained nor tested on (split: dev).",)
+    assert split.notes == ("10 rows are neither trained nor tested on (part says neither train nor test).",)
     assert split.train.pairs is None
 
 
@@ -93,8 +93,8 @@ def test_rows_without_an_answer_are_left_out_and_told() -> None:
 
 
 def test_a_conversation_ends_with_the_last_answer() -> None:
-    told = _talk(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
-    split = Instructions(TALKS, test=[told, _talk(("user", "Anybody?"))], messages="messages").load(0)
+    spoken = _talk(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"))
+    split = Instructions(TALKS, test=[spoken, _talk(("user", "Anybody?"))], messages="messages").load(0)
     assert split.train.before is not None
     assert split.train.before[2] == (Turn("user", "Say 2."), Turn("assistant", "2."))
     assert (split.train.texts[2], split.train.answers and split.train.answers[2]) == ("Again.", "2, again.")
@@ -103,7 +103,142 @@ def test_a_conversation_ends_with_the_last_answer() -> None:
         ("Hello",),
         ((Turn("system", "Be brief."),),),
     )
-    assert split.notes == ("1 of 2 test rows have no answer and are left out.",)
+    assert split.notes == (
+        "1 of 2 conversations of the test rows go on after the last answer; what nobody answers is left out.",
+        "1 of 2 test rows have no answer and are left out.",
+    )
+
+
+SHAREGPT: list[dict[str, Any]] = [
+    {
+        "conversations": [
+            {"from": "gpt" if number % 2 else "human", "value": message["content"]}
+            for number, message in enumerate(talk["messages"])
+        ]
+    }
+    for talk in TALKS
+]
+LAYOUTS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "roles": (TALKS, {}),
+    "sharegpt": (SHAREGPT, {"messages": "conversations"}),
+    "sharegpt, found": (SHAREGPT, {}),
+    "as JSON text": ([{"messages": json.dumps(talk["messages"])} for talk in TALKS], {}),
+    "in parts": (
+        [
+            {"messages": [{**one, "content": [{"type": "text", "text": one["content"]}]} for one in talk["messages"]]}
+            for talk in TALKS
+        ],
+        {},
+    ),
+    "a list for each key": (
+        [{"messages": {key: [one[key] for one in talk["messages"]] for key in ("role", "content")}} for talk in TALKS],
+        {},
+    ),
+    "own names": (
+        [
+            {"messages": [{**one, "role": {"user": "Patient"}.get(one["role"], "nurse")} for one in talk["messages"]]}
+            for talk in TALKS
+        ],
+        {"roles": {"patient": "user", "nurse": "assistant"}},
+    ),
+    "with messages of nobody": (
+        [
+            _talk(
+                ("assistant", "Welcome."), *((one["role"], one["content"]) for one in talk["messages"]), ("user", " ")
+            )
+            for talk in TALKS
+        ],
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_conversations_are_the_same_in_every_layout(name: str) -> None:
+    rows, more = LAYOUTS[name]
+    split, wanted = Instructions(rows, **more).load(1), Instructions(TALKS, messages="messages").load(1)
+    assert (split.train, split.test) == (wanted.train, wanted.test)
+    found = "conversations" if "conversations" in rows[0] else "messages"
+    assert (
+        f"Columns by their usual names: `{found}` as the messages; choose others with data.messages." in split.notes
+    ) == ("messages" not in more)
+
+
+@pytest.mark.parametrize(
+    ("renamed", "found"),
+    [
+        ({"context": "input", "answer": "output"}, "`output` as the answer, `input` as the context"),
+        (
+            {"instruction": "question", "answer": "response"},
+            "`question` as the instruction, `response` as the answer, `context`",
+        ),
+        ({"instruction": "prompt", "answer": "completion"}, "`prompt` as the instruction, `completion` as the answer"),
+    ],
+)
+def test_columns_with_usual_names_are_found_and_noted(renamed: dict[str, str], found: str) -> None:
+    rows = [{renamed.get(name, name): value for name, value in row.items()} for row in ROWS]
+    split, wanted = Instructions(rows).load(0), Instructions(ROWS, context="context").load(0)
+    assert (split.train, split.test) == (wanted.train, wanted.test)
+    assert found in split.notes[0]
+
+
+def test_a_choice_between_columns_is_left_to_the_user() -> None:
+    several = [{"instruction": "a", "output": "b", "response": "c"}]
+    with pytest.raises(Refused, match=r"data\.answer = 'answer'.*the columns are instruction, output, response"):
+        Instructions(several).load(0)
+
+
+def test_messages_are_mended_for_chat_templates_and_counted() -> None:
+    odd = [
+        _talk(("system", "Be brief."), ("user", "Hi"), ("user", "there"), ("assistant", "Hello"), ("assistant", "you")),
+        _talk(("user", "Hi"), ("assistant", ""), ("user", "Who?"), ("assistant", "Me")),
+        _talk(("assistant", "Good day"), ("user", "Hi"), ("assistant", "Hello")),
+        _talk(("system", "Be brief.")),
+        _talk(("assistant", "Good day")),
+        _talk(),
+    ]
+    split = Instructions(TALKS, test=odd, messages="messages").load(0)
+    assert split.test.texts == ("Hi\n\nthere", "Hi\n\nWho?", "Hi")
+    assert split.test.answers == ("Hello\n\nyou", "Me", "Hello")
+    assert split.test.before == ((Turn("system", "Be brief."),), (), ())
+    assert split.notes == (
+        "1 of 6 conversations of the test rows begin with an answer to nothing, which is left out.",
+        "1 of 6 conversations of the test rows have empty messages, which are left out.",
+        "2 of 6 conversations of the test rows have messages of one speaker in a row, which are joined by an empty line.",
+        "3 of 6 test rows have no answer and are left out.",
+    )
+
+
+SECRET = "0123-secret"
+UNREADABLE: dict[str, Any] = {
+    "not a list of messages": SECRET,
+    "tools are called": [{"role": "user", "content": SECRET}, {"role": "tool", "content": SECRET}],
+    "tools are called, which": [{"role": "assistant", "content": None, "tool_calls": [{"name": SECRET}]}],
+    "a speaker who is not known": [{"role": SECRET, "content": "Hi"}],
+    "a message without": [{"content": SECRET}],
+    "parts that are no text, such as images": [{"role": "user", "content": [{"type": "image", "url": SECRET}]}],
+}
+
+
+@pytest.mark.parametrize("reason", UNREADABLE)
+def test_conversations_that_cannot_be_read_are_refused_or_dropped_without_a_word_of_them(reason: str) -> None:
+    rows = [*TALKS, {"messages": UNREADABLE[reason]}, {"messages": None}]
+    with pytest.raises(Refused, match=r"data\.messages.*row 12\).*data\.missing=drop") as missing:
+        Instructions(rows, messages="messages").load(0)
+    with pytest.raises(Refused, match=rf"data\.messages.*row 11 of the rows: .*{reason}.*data\.missing=drop") as unread:
+        Instructions(rows[:-1], messages="messages").load(0)
+    split = Instructions(rows, messages="messages", missing="drop").load(0)
+    assert len(split.train) + len(split.test) == 10
+    assert "1 of 12 rows of the rows lack a value" in split.notes[0]
+    assert reason in split.notes[1]
+    assert SECRET not in " ".join([str(missing.value), str(unread.value), *split.notes])
+
+
+def test_rows_without_a_request_are_refused_or_dropped() -> None:
+    rows = [*ROWS, {"instruction": " ", "answer": "a"}, {"answer": "a"}]
+    with pytest.raises(Refused, match=r"data\.instruction.*rows 41 and 42.*data\.missing=drop"):
+        Instructions(rows).load(0)
+    assert Instructions(rows, missing="drop").load(0).train == Instructions(ROWS).load(0).train
 
 
 def test_conversations_come_from_files_and_are_taken_with_their_turns(tmp_path: Path) -> None:
@@ -123,18 +258,15 @@ def test_conversations_come_from_files_and_are_taken_with_their_turns(tmp_path: 
         (ROWS, {"answer": "output"}, r"data\.answer = 'output'.*no such column"),
         (ROWS, {"context": "input"}, r"data\.context = 'input'.*no such column"),
         (ROWS, {"messages": "chat"}, r"data\.messages = 'chat'.*no such column"),
-        (ROWS, {"messages": "answer"}, r"data\.messages.*row 1 of the rows holds '1'; give a list of messages"),
-        (ROWS, {"answer": "who"}, r"data\.answer.*row 1 of the rows holds 0, not text"),
-        (ROWS, {"split": "kind"}, r'data\.split.*no row of the rows says "train" there, but even, odd'),
-        ([{"instruction": " ", "answer": "a"}], {}, r"data\.instruction.*the text in row 1 of the rows is empty"),
-        ([{"instruction": "a", "answer": None}], {}, r"data\.answer.*none of the 1 rows has an answer"),
+        (ROWS, {"messages": "answer"}, r"data\.messages.*rows 1, 2, 3.*of the rows: not a list of messages"),
         (
-            [_talk(("assistant", "Hi"))],
-            {"messages": "messages"},
-            r"data\.messages.*no message of the user comes before",
+            [{"instruction": "a", "answer": ["b"]}],
+            {},
+            r"data\.answer.*row 1 of the rows: a value of type list, not text",
         ),
-        ([_talk(("tool", "Hi"))], {"messages": "messages"}, r'data\.messages.*give "role" \(system, user, assistant\)'),
-        ([_talk(("user", ["Hi"]))], {"messages": "messages"}, r'data\.messages.*"content", a text'),
+        (ROWS, {"split": "kind"}, r'data\.split.*no row of the rows says "train" there$'),
+        ([{"instruction": "a", "answer": None}], {}, r"data\.answer.*none of the 1 rows has an answer"),
+        ([_talk(("assistant", "Hi"))], {"messages": "messages"}, r"data\.messages.*none of the 1 rows has an answer"),
         ([], {}, r"data\.path.*there are no rows"),
     ],
 )
@@ -150,6 +282,10 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         Instructions(ROWS, limit=0)
     with pytest.raises(Refused, match=r"data\.split"):
         Instructions(ROWS, ROWS, split="part")
+    with pytest.raises(Refused, match=r"data\.roles.*doctor: expert"):
+        Instructions(ROWS, roles={"doctor": "expert"})
+    with pytest.raises(Refused, match=r"data\.missing"):
+        Instructions(ROWS, missing="ignore")  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,14 @@ from fedloom.data.examples import Examples
 from fedloom.data.partition import (
     IID,
     ByClient,
+    ClientDirichlet,
     LabelDirichlet,
     Partition,
     QuantityDirichlet,
     Shard,
     Shards,
     hold_out,
+    partition_notes,
     partition_statistics,
 )
 from tests.support.storms import tries
@@ -145,6 +148,7 @@ def test_seeds_differ_and_hash_seeds_do_not() -> None:
         lambda: ByClient().split(Examples(("a", "b"), None, (0, 1), ("x", "y"), ("site", " ")), 0),
         lambda: hold_out({"c00": (0, 1)}, toy(10), share=1.0),
         lambda: hold_out({"c00": (0, 99)}, toy(10)),
+        lambda: hold_out({"c00": ()}, toy(10)),
     ],
 )
 def test_impossible_partitions_are_refused(make: object) -> None:
@@ -153,9 +157,43 @@ def test_impossible_partitions_are_refused(make: object) -> None:
         make()
 
 
-def test_a_client_with_one_example_is_named() -> None:
-    with pytest.raises(Refused, match=r"partition\.client = 'c01': has 1 example"):
-        hold_out({"c00": (0, 1), "c01": (2,)}, toy(10))
+def test_a_client_with_one_example_trains_on_it_without_being_scored_and_is_counted() -> None:
+    shards = hold_out({"c00": (0, 1), "c01": (2,)}, toy(3))
+    assert [(len(shard.train), len(shard.held_out)) for shard in shards] == [(1, 1), (1, 0)]
+    assert partition_notes(toy(3), shards, 0.2) == [
+        "1 of 2 clients have a single example: they train on it and are not scored."
+    ]
+    assert partition_notes(toy(3), shards, 0.0) == []
+    with pytest.raises(Refused, match=r"partition\.client = 2: this client has no example") as refused:
+        hold_out({"c00": (0, 1), "SECRET": ()}, toy(10))
+    assert "SECRET" not in str(refused.value)
+
+
+def test_clients_below_the_smallest_size_are_left_out_and_counted() -> None:
+    examples = replace(toy(9), clients=("a", "b", "b", "c", "c", "c", "d", "d", "d"))
+    shards = hold_out(ByClient(smallest=3).split(examples, 0), examples)
+    assert [shard.client for shard in shards] == ["c", "d"]
+    assert partition_notes(examples, shards, 0.2) == [
+        "3 of 9 training examples are at no client and are not used, those of 2 clients with too few examples "
+        "(partition.smallest)."
+    ]
+    assert ByClient().split(examples, 0) == ByClient(1).split(examples, 0)
+    with pytest.raises(Refused, match=r"partition\.smallest = 4: no client has so many examples; the largest has 3"):
+        ByClient(smallest=4).split(examples, 0)
+    with pytest.raises(Refused, match=r"partition\.smallest"):
+        ByClient(smallest=0)
+
+
+@tries(100)
+@given(partitions(), st.integers(96, 200), st.integers(0, 99))
+def test_nobody_vanishes_without_a_note(how: Partition, size: int, seed: int) -> None:
+    examples = toy(size, clients=5)
+    for one in (how, ClientDirichlet(3, size=20), ByClient(size // 5 + 1) if size % 5 else how):
+        shards = hold_out(one.split(examples, seed), examples, 0.2, seed)
+        used = sum(len(shard.train) + len(shard.held_out) for shard in shards)
+        assert any(note.startswith(f"{size - used} of {size}") for note in partition_notes(examples, shards, 0.2)) == (
+            used < size
+        )
 
 
 def test_statistics_by_hand() -> None:

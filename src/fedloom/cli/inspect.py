@@ -1,12 +1,16 @@
-"""`fedloom inspect`: how heterogeneous the texts of clients are, before training, from the texts or from clients' summaries."""
+"""`fedloom inspect`: what is doubtful about a table, and how much clients' texts differ, before anything is trained.
+
+It reads a table, or the summaries of clients whose texts must not leave them.
+"""
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -16,18 +20,24 @@ from fedloom.core.errors import Refused
 if TYPE_CHECKING:
     from fedloom.data.client_summary import Summary
     from fedloom.data.examples import Examples
+    from fedloom.data.raw_table import RawTable
 
 JUDGED, FEWEST, LONGEST = 300, 8, 128
 """Examples that a model judges: over all clients, at least of each one; and how many tokens of an example it reads."""
+LENGTHS = (64, 128, 256, 512, 1024, 2048)
+"""Values of `max_length` for which is said how many examples would be cut."""
+LEARNT = (">>", "<<")
+"""What stands around the tokens that a model learns to write."""
 WORDS = ("Axis", "Client", "In words", "Commonest labels")
 """Columns of words, the others are of numbers."""
 
 
-def inspect_command(
+def inspect_command(  # noqa: PLR0913  # they are its options
     data: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DATA...", help="A table (.csv, .tsv, .jsonl, .parquet, also .gz), or clients' summaries (.json)."
+            metavar="DATA...",
+            help="A table (CSV, JSON, Excel, Parquet, Arrow, a database with --read query=...), or clients' summaries (.json).",
         ),
     ],
     clients: Annotated[
@@ -39,9 +49,23 @@ def inspect_command(
             "--column", metavar="WHAT=NAME", help="Say what a column is: text, pair, answer or label; may be repeated."
         ),
     ] = None,
+    read: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--read",
+            metavar="WHAT=VALUE",
+            help="Say how to read the table: separator, encoding, quoted, sheet_name or query; may be repeated.",
+        ),
+    ] = None,
+    test: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The test examples: says which of them are in DATA, too.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="NAME", help="A language model that counts tokens and judges quality.")
     ] = None,
+    show: Annotated[
+        int, typer.Option(metavar="K", help="Print the first K examples as the model reads them (with --model).")
+    ] = 0,
     page: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="The page to write; an older one is replaced.")
     ] = Path("inspect.html"),
@@ -62,19 +86,25 @@ def inspect_command(
         ),
     ] = None,
 ) -> None:
-    """Show how much clients' texts differ in length, quality, amount and label, and what that may do. Nothing is trained.
+    """Show what is doubtful about a table: how it was read, empty cells, repeated texts, rare labels, what would be cut.
+
+    Then show how much clients' texts differ in length, quality, amount and label, and what that may do. Nothing is trained.
 
     Where texts must not leave a client, each client runs [bold]fedloom inspect DATA --client-summary NAME.json[/bold], which writes
     counts and no text, and whoever has all summaries runs [bold]fedloom inspect *.json[/bold].
 
     Example: [bold]fedloom inspect tickets.csv --clients company --column text=message[/bold]
+
+    As the model reads them: [bold]fedloom inspect tickets.csv --model models/encoder --show 3[/bold]
     """
     from fedloom.data.client_summary import parse_summary
 
     out = Console(highlight=False)
     if client_summary is None and (epsilon is not None or labels is not None):
         raise Refused("--epsilon", epsilon, "noise and labels belong to a summary; add --client-summary FILE")
-    files = [path for path in data if path.suffix == ".json"]
+    if show and model is None:
+        raise Refused("--show", show, "name the model that would read the examples with --model")
+    files = [path for path in data if path.suffix == ".json" and not _is_table(path)]
     if files:
         if len(files) < len(data) or clients or columns or model or client_summary:
             raise Refused("DATA", str(files[0]), "summaries stand alone: neither tables nor settings beside them")
@@ -83,9 +113,14 @@ def inspect_command(
         return
     if len(data) > 1:
         raise Refused("DATA", str(data[1]), "give one table, or several summaries (.json)")
-    examples, notes = _load(data[0], clients, columns or [])
+    found = _load(data[0], test, _named(clients, columns or []), _settings("--read", read or []))
+    examples, notes = found.examples, [*found.notes, *_findings(found)]
+    if model is not None:
+        notes += _length_notes(examples, model)
     for note in notes:
         out.print(note, markup=False, soft_wrap=True)
+    if show and model is not None:
+        _show_examples(out, examples.take(range(min(show, len(examples)))), model)
     if client_summary is not None:
         _write_summary(out, examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
         return
@@ -100,24 +135,124 @@ def inspect_command(
     _show(out, summaries, data[0].name, notes, page)
 
 
-def _load(path: Path, clients: str | None, columns: Sequence[str]) -> tuple[Examples, list[str]]:
-    """Read the examples of a table; also returns notes that say what each column was taken for."""
-    from fedloom.data.file_formats import read_table_file
+# The table ----------------------------------------------------------------------------------------------------------------
+
+
+class _Found(NamedTuple):
+    """A table, its test rows if there are any, the column of each role, the examples of both, and notes on how it was read."""
+
+    raw: RawTable
+    roles: Mapping[str, str]
+    examples: Examples
+    tested: Examples | None
+    notes: list[str]
+
+
+def _settings(option: str, given: Sequence[str]) -> dict[str, str]:
+    """Return the settings WHAT=VALUE of an option that may be repeated."""
+    pairs = [setting.partition("=") for setting in given]
+    for what, equals, _ in pairs:
+        if not equals:
+            raise Refused(option, what, f"write it as WHAT={'NAME' if option == '--column' else 'VALUE'}")
+    return {what: value for what, _, value in pairs}
+
+
+def _named(clients: str | None, columns: Sequence[str]) -> dict[str, str]:
+    return ({} if clients is None else {"client": clients}) | _settings("--column", columns)
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a JSON file holds rows, and no summary of a client."""
+    try:
+        whole = json.loads(_text(path))
+    except ValueError:  # a row a line
+        return True
+    return not isinstance(whole, dict) or any(isinstance(whole.get(name), list) for name in ("data", "rows"))
+
+
+def _load(path: Path, test: Path | None, named: Mapping[str, str], how: Mapping[str, str]) -> _Found:
+    """Read a table and make examples of it; the notes say how it was read, and what each column was taken for."""
+    from fedloom.data.delimited import FileFormat
+    from fedloom.data.file_formats import read_table_file, read_tables
     from fedloom.data.table import as_examples, guess_columns
 
-    named = {} if clients is None else {"client": clients}
-    for setting in columns:
-        role, equals, name = setting.partition("=")
-        if not equals:
-            raise Refused("--column", setting, "write it as WHAT=NAME, such as text=message")
-        named[role] = name
-    raw = read_table_file(path, None)
+    known = FileFormat.__dataclass_fields__
+    for what, value in how.items():
+        if what not in known:
+            raise Refused("--read", f"{what}={value}", f"say how to read it: one of {', '.join(known)}")
+    quoted = {"quoted": how["quoted"].lower() == "true"} if "quoted" in how else {}
+    settings = FileFormat(**{**how, **quoted})  # type: ignore[arg-type]
+    try:
+        raw, tested = read_tables(str(path), settings)
+        tested = read_table_file(test, settings) if test is not None else tested
+    except Refused as error:
+        raise Refused(error.field, error.value, error.remedy.replace("--set data.", "--read ")) from error
     roles = guess_columns(raw, named)
     used = ", ".join(f"{role} from “{name}”{'' if role in named else ' (guessed)'}" for role, name in roles.items())
-    notes = [f"Read {path.name}: {used}."]
+    notes = [f"Read {path.name}: {used}.", *raw.notes]
     if "client" not in roles:
         notes.append("No column names clients: all of it is shown as one client. Name one with --clients COLUMN.")
-    return as_examples(raw, roles), notes
+    examples, spelled = as_examples(raw, roles)
+    have = {role: name for role, name in roles.items() if tested is not None and name in tested.columns}
+    both = None if tested is None or "text" not in have else as_examples(tested, have)[0]
+    return _Found(raw, roles, examples, both, [*notes, *spelled])
+
+
+def _findings(found: _Found) -> list[str]:
+    """Say what is doubtful about the examples."""
+    from fedloom.data import data_checks
+
+    return [
+        *data_checks.missing_sentences(found.raw, found.roles),
+        *data_checks.label_sentences(found.examples),
+        *data_checks.repeat_sentences(found.examples),
+        *(data_checks.overlap_sentences(found.examples, found.tested) if found.tested else ()),
+    ]
+
+
+def _length_notes(examples: Examples, model: str) -> list[str]:
+    """Say how long examples are in tokens, and how many would be cut at which `max_length`."""
+    from fedloom.train.pretrained import load_tokenizer
+    from fedloom.train.tokenised import encode_texts
+
+    tokenizer = load_tokenizer(model)
+    ids = encode_texts(examples, tokenizer, 10**6).ids
+    lengths, unknown = [*map(len, ids)], tokenizer.unk_token_id
+    longest, middle = max(lengths), sorted(lengths)[len(lengths) // 2]
+    cut = [(most, sum(length > most for length in lengths)) for most in LENGTHS]
+    said = ", ".join(f"{count} at {most}" for most, count in cut if count) or f"none at {LENGTHS[0]}"
+    lines = [f"The longest example has {longest} tokens, the middle one {middle}. Cut at max_length: {said}."]
+    if longest > tokenizer.model_max_length:
+        over = sum(length > tokenizer.model_max_length for length in lengths)
+        lines.append(f"{over} examples are longer than the {tokenizer.model_max_length} tokens that the model reads.")
+    if foreign := sum(row.count(unknown) for row in ids if unknown is not None):
+        share = 100 * foreign / sum(lengths)
+        lines.append(f"{share:.1f} % of all tokens are unknown to the tokenizer ({tokenizer.unk_token}).")
+    return lines
+
+
+def _show_examples(out: Console, examples: Examples, model: str) -> None:
+    """Print examples as the model reads them: with its special tokens, and marks around what it learns to write."""
+    from fedloom.train.pretrained import load_tokenizer
+    from fedloom.train.tokenised import IGNORED, encode_texts
+
+    tokenizer = load_tokenizer(model)
+    texts = encode_texts(examples, tokenizer, min(max(LENGTHS), tokenizer.model_max_length))
+    legend = f"{LEARNT[0]} {LEARNT[1]} stand around what is learnt" if examples.answers else "then the label"
+    out.print(f"\nAs {Path(model).name} reads them, special tokens included ({legend}):", style="bold", markup=False)
+    for number, ids in enumerate(texts.ids):
+        targets = [IGNORED] * len(ids) if texts.answer_starts is None else texts.targets(number)
+        spans, start = [], 0
+        for end in range(1, len(ids) + 1):
+            if end == len(ids) or (targets[end] == IGNORED) != (targets[start] == IGNORED):
+                said = str(tokenizer.decode(list(ids[start:end]), skip_special_tokens=False))
+                spans.append(said if targets[start] == IGNORED else f"{LEARNT[0]}{said}{LEARNT[1]}")
+                start = end
+        label = "" if examples.answers else f"  -> {examples.names[examples.labels[number]]}"
+        out.print(f"{number + 1}. ({len(ids)} tokens) {''.join(spans)}{label}", markup=False, soft_wrap=True)
+
+
+# Clients ------------------------------------------------------------------------------------------------------------------
 
 
 def _parts(examples: Examples, name: str) -> Mapping[str, Examples]:

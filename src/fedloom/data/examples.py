@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -9,6 +10,15 @@ from typing import NamedTuple, Protocol
 
 from fedloom.core.errors import Refused
 from fedloom.core.seeds import rng
+
+
+def without_surrogates(text: str) -> str:
+    """Return text that Unicode allows: JSON knows halves of a character (lone surrogates), which no tokenizer and no file takes.
+
+    >>> without_surrogates("half an emoji: \\ud83d") == "half an emoji: \N{REPLACEMENT CHARACTER}"
+    True
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Turn(NamedTuple):
@@ -59,6 +69,11 @@ class Examples:
             quality=None if self.quality is None else tuple(self.quality[i] for i in at),
         )
 
+    def with_names(self, names: tuple[str, ...]) -> Examples:
+        """Number the labels in the order of `names`, which are the same names."""
+        number = {name: at for at, name in enumerate(names)}
+        return replace(self, names=names, labels=tuple(number[self.names[label]] for label in self.labels))
+
 
 @dataclass(frozen=True)
 class Split:
@@ -67,12 +82,16 @@ class Split:
     Fields:
         train: examples to be divided over clients.
         test: global test examples, which no client sees.
-        notes: remarks for the report on rows that are in neither.
+        notes: remarks for the report: how the data were read, and rows that are in neither.
     """
 
     train: Examples
     test: Examples
     notes: tuple[str, ...] = ()
+
+    def with_names(self, names: tuple[str, ...]) -> Split:
+        """Number the labels of all examples in the order of `names`, which are the same names."""
+        return replace(self, train=self.train.with_names(names), test=self.test.with_names(names))
 
 
 class Source(Protocol):
@@ -92,22 +111,65 @@ def check_shares(test_share: float, limit: int | None) -> None:
 
 
 def set_aside(examples: Examples, share: float, limit: int | None, seed: int) -> Split:
-    """Split off a random `share` of each label as test examples, rounded; each label keeps at least one training example.
+    """Split off a random `share` of the examples as test examples; each label keeps at least one training example.
+
+    Where the data name clients, the examples are drawn within them: of n examples of a client `share * n` are set aside, rounded up
+    or down at random, and never all. Else they are drawn within each label, rounded. Notes count clients that are left without a
+    training example.
 
     Raises:
         Refused: no example would be left to test on.
     """
+    chosen = _drawn_within_clients(examples, share, seed) or _drawn_within_labels(examples, share, seed)
+    if not chosen:
+        remedy = f"too few of the {len(examples)} examples; choose a larger share or give test data"
+        raise Refused("data.test_share", share, remedy)
+    rest = limited(examples.take(i for i in range(len(examples)) if i not in chosen), limit, seed)
+    return Split(rest, examples.take(sorted(chosen)), lost_clients(examples, rest))
+
+
+def _drawn_within_labels(examples: Examples, share: float, seed: int) -> set[int]:
+    """Draw a share of each label, all but one at most."""
     chosen: set[int] = set()
     for label in set(examples.labels):
         members = [i for i, other in enumerate(examples.labels) if other == label]
         chosen.update(
             rng(seed, "test_share", label).sample(members, min(round(share * len(members)), len(members) - 1))
         )
-    if not chosen:
-        remedy = f"too few of the {len(examples)} examples; choose a larger share or give test data"
-        raise Refused("data.test_share", share, remedy)
-    rest = examples.take(i for i in range(len(examples)) if i not in chosen)
-    return Split(limited(rest, limit, seed), examples.take(sorted(chosen)))
+    return chosen
+
+
+def _drawn_within_clients(examples: Examples, share: float, seed: int) -> set[int]:
+    """Draw at even distances from all examples, sorted by client and by label within each (systematic sampling).
+
+    No example of a client that has only one is drawn, and none where the data name no clients.
+    """
+    owners = examples.clients
+    if owners is None:
+        return set()
+    sizes, members = Counter(owners), defaultdict[tuple[str, int], list[int]](list)
+    for index, (owner, label) in enumerate(zip(owners, examples.labels, strict=True)):
+        if sizes[owner] > 1:
+            members[owner, label].append(index)
+    order: list[int] = []
+    for owner, label in sorted(members):
+        rng(seed, "test_share", owner, label).shuffle(members[owner, label])
+        order += members[owner, label]
+    start = rng(seed, "test_share").random()
+    places = (int((k + start) / share) for k in range(len(order)))
+    chosen = {order[place] for place in places if place < len(order)}
+    for group in (owners, examples.labels):
+        left = {group[i] for i in range(len(examples)) if i not in chosen}
+        last = {group[i]: i for i in chosen if group[i] not in left}  # one of each that would have none to train on
+        chosen -= set(last.values())
+    return chosen
+
+
+def lost_clients(before: Examples, after: Examples) -> tuple[str, ...]:
+    """Note how many clients have examples before a choice of training examples and none after it."""
+    if lost := len(set(before.clients or ()) - set(after.clients or ())):
+        return (f"{lost} client(s) of the data are left without a training example, by the test share or data.limit.",)
+    return ()
 
 
 def limited(examples: Examples, limit: int | None, seed: int) -> Examples:

@@ -193,7 +193,16 @@ class ClientDirichlet:
 
 @dataclass(frozen=True)
 class ByClient:
-    """Clients as the data name them in their client column."""
+    """Clients as the data name them in their client column.
+
+    Fields:
+        smallest: clients with fewer examples are left out, and a note counts them.
+    """
+
+    smallest: int = 1
+
+    def __post_init__(self) -> None:
+        check_partition(1, smallest=self.smallest)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
         """Divide the examples over clients."""
@@ -204,7 +213,13 @@ class ByClient:
             if not name.strip():
                 raise Refused("data.client", name, f"training example {index} has no client; fill the column")
             parts[name].append(index)
-        return {name: tuple(part) for name, part in parts.items()}
+        large = {name: tuple(part) for name, part in parts.items() if len(part) >= self.smallest}
+        if not large:
+            most = max(map(len, parts.values()), default=0)
+            raise Refused(
+                "partition.smallest", self.smallest, f"no client has so many examples; the largest has {most}"
+            )
+        return large
 
 
 @dataclass(frozen=True)
@@ -214,7 +229,7 @@ class Shard:
     Fields:
         client: its name.
         train: examples to train on.
-        held_out: examples of its own evaluation.
+        held_out: examples of its own evaluation; none where the client has only one example.
     """
 
     client: str
@@ -227,26 +242,40 @@ def hold_out(
 ) -> tuple[Shard, ...]:
     """Set a random `share` of each client's examples aside, at least one unless it is 0, and leave at least one to train on.
 
+    A client with one example trains on it and is not scored (`partition_notes` counts such clients).
+
     Raises:
-        Refused: a client has fewer than two examples (one, where none is set aside), or an index that `examples` lack.
+        Refused: a client has no example, or an index that `examples` lack.
     """
     if not 0 <= share < 1:
         raise Refused("held_out", share, "choose a share of at least 0 (clients are not scored) and below 1")
-    least = 2 if share else 1
     shards = []
-    for client, part in parts.items():
-        if len(part) < least:
-            raise Refused(
-                "partition.client",
-                client,
-                f"has {len(part)} example(s), needs {least}; use fewer clients, or leave this one's rows out",
-            )
+    for number, (client, part) in enumerate(parts.items(), 1):
+        if not part:
+            raise Refused("partition.client", number, "this client has no example; use fewer clients, or leave it out")
         if not all(0 <= index < len(examples) for index in part):
-            raise Refused("partition.client", client, f"has an index outside the {len(examples)} examples")
+            raise Refused("partition.client", number, f"has an index outside the {len(examples)} examples")
         shuffled = partition_generator(seed, "held out", client).permutation(part).tolist()
         cut = min(max(1, round(share * len(part))), len(part) - 1) if share else 0
         shards.append(Shard(client, tuple(sorted(shuffled[cut:])), tuple(sorted(shuffled[:cut]))))
     return tuple(shards)
+
+
+def partition_notes(examples: Examples, shards: Sequence[Shard], share: float) -> list[str]:
+    """Note clients that train without being scored, and training examples that no client has.
+
+    `share` is what each client was to hold out.
+    """
+    notes = []
+    if share and (unscored := sum(not shard.held_out for shard in shards)):
+        notes.append(f"{unscored} of {len(shards)} clients have a single example: they train on it and are not scored.")
+    unused = len(examples) - sum(len(shard.train) + len(shard.held_out) for shard in shards)
+    if shards and unused:
+        named = set(examples.clients or ())
+        lost = len(named) - len(shards) if named.issuperset(shard.client for shard in shards) else 0
+        whose = f", those of {lost} clients with too few examples (partition.smallest)" if lost else ""
+        notes.append(f"{unused} of {len(examples)} training examples are at no client and are not used{whose}.")
+    return notes
 
 
 def partition_statistics(examples: Examples, shards: tuple[Shard, ...]) -> dict[str, Any]:

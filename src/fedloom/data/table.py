@@ -1,25 +1,21 @@
-"""Labelled texts from a file, from the Hugging Face hub, or from any Python rows, always as a `Split`.
+"""Labelled texts from a file or folder, from the Hugging Face hub, or from anything in Python, always as a `Split`.
 
 A run names its columns (`Layout`). For `fedloom inspect` they are guessed from their names (`guess_columns`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from fedloom.core.errors import Refused
-from fedloom.data.examples import Examples, Split, check_shares, limited, set_aside
-from fedloom.data.file_formats import (
-    RawTable,
-    RowSource,
-    by_number,
-    complete_column,
-    gather_rows,
-    label_values,
-    read_table_file,
-)
+from fedloom.data import cells
+from fedloom.data.delimited import FileFormat
+from fedloom.data.examples import Examples, Split, check_shares, limited, lost_clients, set_aside
+from fedloom.data.file_formats import read_tables
+from fedloom.data.raw_table import RawTable, RowSource, Tables, gather_rows, gather_tables, held_rows, row_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +30,9 @@ class Layout:
         test_text: column or columns of the text in the test data (default: as `text`).
         labels: label names; a tuple lists the values in order, a mapping gives each value its name (default: the training values,
             sorted).
-        test_share: share of each label that is set aside to test on, where there is no test data.
+        test_share: share of each label, or of each client, that is set aside to test on, where there is no test data.
         limit: number of random training examples to keep (default: all).
+        missing: what becomes of rows without a text, pair, label or client: "refuse", or "drop" (a note counts them).
     """
 
     text: str | tuple[str, ...] = "text"
@@ -46,30 +43,37 @@ class Layout:
     labels: tuple[str, ...] | Mapping[str, str] | None = None
     test_share: float = 0.2
     limit: int | None = None
+    missing: Literal["refuse", "drop"] = "refuse"
 
     def __post_init__(self) -> None:
         check_shares(self.test_share, self.limit)
+        if self.missing not in ("refuse", "drop"):
+            raise Refused("data.missing", self.missing, 'choose "refuse" or "drop"')
 
 
 @dataclass(frozen=True)
-class Table(Layout):
-    """Labelled texts in a CSV, TSV, JSONL or Parquet file, by its suffix; each may be gzipped (`.gz`).
+class Table(FileFormat, Layout):
+    """Labelled texts in a CSV, JSON, Excel, Parquet or Arrow file, or in a folder of Parquet or Arrow files or saved by `datasets`.
 
-    Fields, besides those of `Layout`:
+    Fields, besides those of `Layout` and `FileFormat`:
         path: file of the training examples, or of all.
-        test: file of the test examples (default: a share of the first is set aside).
-        quoted: whether a quotation mark encloses a field (default: in `.csv` it does, in `.tsv` it is plain text).
+        test: file of the test examples (default: the split "test" of the data, else a share of the first is set aside).
     """
 
     path: str | Path
     test: str | Path | None = None
-    _: KW_ONLY
-    quoted: bool | None = None
+
+    def __post_init__(self) -> None:
+        FileFormat.__post_init__(self)
+        Layout.__post_init__(self)
 
     def load(self, seed: int) -> Split:
         """Return the split; `seed` decides what is set aside and what `limit` keeps."""
-        test = None if self.test is None else read_table_file(Path(self.test), self.quoted)
-        return _split(self, read_table_file(Path(self.path), self.quoted), test, seed)
+        tables = read_tables(self.path, self)
+        if self.test is not None:
+            test = read_tables(self.test, self)
+            tables = Tables(tables.train, test.test or test.train)
+        return layout_split(self, tables, seed)
 
 
 @dataclass(frozen=True)
@@ -91,104 +95,121 @@ class Hub(Layout):
 
     def load(self, seed: int) -> Split:
         """Return the split; `seed` decides what is set aside and what `limit` keeps."""
-        train, labels = self._fetch(self.train)
-        test = None if self.test is None else self._fetch(self.test)[0]
-        return _split(self, train, test, seed, labels)
+        train = self._fetch(self.train)
+        return layout_split(self, Tables(train, None if self.test is None else self._fetch(self.test)), seed)
 
-    def _fetch(self, split: str) -> tuple[RawTable, Mapping[str, str] | None]:
-        """Load a split, and the data set's own names of its whole-number labels."""
+    def _fetch(self, split: str) -> RawTable:
+        """Load a split, with the data set's own names of its labels."""
         import datasets  # slow to import, and needed here only
 
         try:
             data = datasets.load_dataset(self.name, self.config, split=split)
-            columns = data.to_dict()
         except Exception as error:  # the hub client raises errors of several libraries
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             remedy = f"cannot load split {split!r} ({reason}); check the name, config and split, and the network"
             raise Refused("data.name", self.name, remedy) from error
-        feature = data.features.get(self.label)
-        named = isinstance(feature, datasets.ClassLabel)
-        names = {str(i): name for i, name in enumerate(feature.names)} if named else None
-        return RawTable(columns, f"{self.name}[{split}]"), names
+        return gather_rows(data, f"{self.name}[{split}]")
 
 
 @dataclass(frozen=True)
 class Rows(Layout):
-    """Labelled texts in Python rows (mappings of column to value), or from a function that returns rows at each load.
+    """Labelled texts in Python: rows (mappings of column to value) or columns (a mapping of column to values), a frame of pandas or
+    polars, an Arrow table, a `datasets` object, or a function that returns one of these at each load.
 
     Fields, besides those of `Layout`:
         rows: training rows, or all.
-        test: test rows (default: a share of the first is set aside).
+        test: test rows (default: the split "test" of the data, else a share of the first is set aside).
     """
 
     rows: RowSource
     test: RowSource | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rows", "test"):
+            object.__setattr__(self, name, held_rows(getattr(self, name)))
+
     def load(self, seed: int) -> Split:
         """Return the split; `seed` decides what is set aside and what `limit` keeps."""
-        test = None if self.test is None else gather_rows(self.test, "the test rows")
-        return _split(self, gather_rows(self.rows, "the rows"), test, seed)
+        tables = gather_tables(self.rows, "the rows")
+        if self.test is not None:
+            tables = Tables(tables.train, gather_rows(self.test, "the test rows"))
+        return layout_split(self, tables, seed)
 
 
-def _split(
-    layout: Layout, train: RawTable, test: RawTable | None, seed: int, hub_names: Mapping[str, str] | None = None
-) -> Split:
-    """Bring both halves under one label map: the user's, else the data set's own (`hub_names`), else the sorted training labels."""
-    raw = label_values(train, "label", layout.label)
-    names = _label_map(layout.labels or hub_names, raw)
-    learn = _examples(layout, layout.text, train, raw, names)
+def layout_split(layout: Layout, tables: Tables, seed: int) -> Split:
+    """Bring both tables under one label map: the user's, else the names of the data's classes, else the sorted training labels.
+
+    Raises:
+        Refused: a missing column, missing or wrong cells, a column that does not hold classes.
+    """
+    learn, known, notes = _training_examples(layout, tables.train)
     if len(learn.names) < 2:
-        raise Refused(
-            "data.label", layout.label, f"there is one label only ({learn.names[0]}); nothing is to be learnt"
-        )
-    if test is None:
-        return set_aside(learn, layout.test_share, layout.limit, seed)
-    test_layout = layout if layout.client in test.columns else replace(layout, client=None)
-    check = _examples(
-        test_layout, layout.test_text or layout.text, test, label_values(test, "label", layout.label), names
+        raise Refused("data.label", layout.label, "all rows have the same label; nothing is to be learnt")
+    if tables.test is None:
+        split = set_aside(learn, layout.test_share, layout.limit, seed)
+        return replace(split, notes=(*notes, *split.notes))
+    client = layout.client if layout.client in tables.test.columns else None
+    check, more = _examples(replace(layout, client=client, text=layout.test_text or layout.text), tables.test, known)
+    rest = limited(learn, layout.limit, seed)
+    notes = (*notes, *(note for note in more if note not in notes), *lost_clients(learn, rest))
+    return Split(rest, check, notes)
+
+
+def _training_examples(layout: Layout, raw: RawTable) -> tuple[Examples, Mapping[str, str], Sequence[str]]:
+    """Return the training examples, the map of label values to names, and notes."""
+    known = None if layout.labels is None else _given_labels(layout.labels, raw.classes.get(layout.label))
+    if known is None and layout.label in raw.classes:
+        known = {name: name for name in map(cells.identity, raw.classes[layout.label])}
+    examples, notes = _examples(layout, raw, known)
+    return examples, known or {name: name for name in examples.names}, notes
+
+
+def _given_labels(labels: tuple[str, ...] | Mapping[str, str], classes: tuple[str, ...] | None) -> dict[str, str]:
+    """Return the name of each label value that the user gave; values may be the numbers of the data's own classes.
+
+    Raises:
+        Refused: a value that stands there twice, with different names.
+    """
+    pairs = labels.items() if isinstance(labels, Mapping) else [(value, str(value)) for value in labels]
+    known: dict[str, str] = {}
+    for value, name in pairs:
+        key = cells.identity(value)
+        if known.setdefault(key, name) != name:
+            raise Refused("data.labels", key, 'it is named twice (1, 1.0 and "1" are one value); name it once')
+    numbers = {str(number): cells.identity(name) for number, name in enumerate(classes or ())}
+    return {numbers[key]: name for key, name in known.items()} if known.keys() <= numbers.keys() else known
+
+
+def _examples(layout: Layout, raw: RawTable, known: Mapping[str, str] | None) -> tuple[Examples, Sequence[str]]:
+    """Make examples of the columns, and notes; without a map of labels their names are their values, sorted. Raises Refused."""
+    names: dict[str, Sequence[str]] = {"text": _columns(layout.text), "label": (layout.label,)}
+    if layout.pair is not None:
+        names["pair"] = _columns(layout.pair)
+    if layout.client is not None:
+        names["client"] = (layout.client,)
+    cells.check_columns(raw, names)
+    raw = cells.drop_missing(raw, names, layout.missing)
+    labels = cells.column_identities(raw, "label", layout.label)
+    if known is None:
+        cells.check_classes(raw, "label", layout.label, labels.values)
+        known = {value: value for value in sorted(set(labels.values), key=cells.by_number)}
+    cells.refuse_unknown(raw, "label", layout.label, labels.values, known)
+    clients = None if layout.client is None else cells.column_identities(raw, "client", layout.client)
+    label_names = tuple(dict.fromkeys(known.values()))
+    number = {name: k for k, name in enumerate(label_names)}
+    examples = Examples(
+        texts=cells.column_texts(raw, "text", names["text"]),
+        pairs=None if layout.pair is None else cells.column_texts(raw, "pair", names["pair"]),
+        labels=tuple(number[known[value]] for value in labels.values),
+        names=label_names,
+        clients=None if clients is None else tuple(clients.values),
     )
-    return Split(limited(learn, layout.limit, seed), check)
+    return examples, (*raw.notes, *labels.notes, *(clients.notes if clients else ()))
 
 
-def _texts(raw: RawTable, field: str, names: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Read the texts of one column, or of several joined by ". "; raise Refused for one that is empty."""
-    each = [complete_column(raw, field, name) for name in (names.split("+") if isinstance(names, str) else names)]
-    texts = []
-    for number, parts in enumerate(zip(*each, strict=True), 1):
-        words = [part for part in parts if isinstance(part, str)]
-        if len(words) < len(parts):
-            raise Refused(f"data.{field}", names, f"row {number} of {raw.where} holds {parts!r:.60}, not text")
-        texts.append(". ".join(word for word in words if word.strip()))
-        if not texts[-1]:
-            raise Refused(
-                f"data.{field}", names, f"the text in row {number} of {raw.where} is empty; fill or drop the row"
-            )
-    return tuple(texts)
-
-
-def _label_map(labels: tuple[str, ...] | Mapping[str, str] | None, raw: list[str]) -> Mapping[str, str]:
-    """Map each label value to its name, in the order of the label numbers."""
-    if isinstance(labels, Mapping):
-        return {str(value): name for value, name in labels.items()}
-    return {str(value): str(value) for value in labels or sorted(set(raw), key=by_number)}
-
-
-def _examples(
-    layout: Layout, text: str | tuple[str, ...], raw: RawTable, labels: list[str], label_names: Mapping[str, str]
-) -> Examples:
-    """Make examples of the columns; raise Refused for a label that the map lacks."""
-    names = tuple(dict.fromkeys(label_names.values()))
-    for number, value in enumerate(labels, 1):
-        if value not in label_names:
-            remedy = f"row {number} of {raw.where} holds {value!r}, known are {', '.join(label_names)}; name all in data.labels"
-            raise Refused("data.label", layout.label, remedy)
-    return Examples(
-        texts=_texts(raw, "text", text),
-        pairs=None if layout.pair is None else _texts(raw, "pair", layout.pair),
-        labels=tuple(names.index(label_names[value]) for value in labels),
-        names=names,
-        clients=None if layout.client is None else tuple(map(str, complete_column(raw, "client", layout.client))),
-    )
+def _columns(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(names.split("+")) if isinstance(names, str) else names
 
 
 LIKELY_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -225,7 +246,7 @@ def guess_columns(raw: RawTable, chosen: Mapping[str, str]) -> dict[str, str]:
         if role not in LIKELY_NAMES:
             raise Refused("--column", f"{role}={name}", f"say what it is: one of {', '.join(LIKELY_NAMES)}")
         if name not in raw.columns:
-            raise Refused("--column", name, f"no such column in {raw.where}; the columns are {', '.join(raw.columns)}")
+            raise Refused("--column", name, f"no such column in {raw.where}; {cells.describe_columns(raw)}")
     roles = dict(chosen)
     for role, names in LIKELY_NAMES.items():
         likely = next((have[name] for name in names if name in have and have[name] not in roles.values()), None)
@@ -234,34 +255,44 @@ def guess_columns(raw: RawTable, chosen: Mapping[str, str]) -> dict[str, str]:
         if role != "label" or len(set(map(str, raw.columns[likely]))) <= MOST_LABELS:
             roles[role] = likely
     if "text" not in roles:
-        remedy = f"none of {', '.join(raw.columns)} is known to be the text; say which with --column text=NAME"
+        remedy = f"no column is known to be the text ({cells.describe_columns(raw)}); say which with --column text=NAME"
         raise Refused("DATA", raw.where, remedy)
     return roles
 
 
-def as_examples(raw: RawTable, roles: Mapping[str, str]) -> Examples:
-    """Make examples of the rows by the columns of these roles; what is missing is an empty text.
+def as_examples(raw: RawTable, roles: Mapping[str, str]) -> tuple[Examples, Sequence[str]]:
+    """Make examples of the rows by the columns of these roles, and notes on how they are written; what is missing is an empty text.
 
     Raises:
-        Refused: no rows, or a row without a client.
+        Refused: no rows, or rows without a client.
     """
-    columns = {
-        role: ["" if value is None else str(value) for value in raw.columns[name]] for role, name in roles.items()
-    }
-    if not columns["text"]:
+    if not row_count(raw):
         raise Refused("DATA", raw.where, "there are no rows")
-    owners = columns.get("client")
-    if owners is not None and not all(map(str.strip, owners)):
-        row = next(row for row, name in enumerate(owners, 1) if not name.strip())
-        raise Refused("--clients", roles["client"], f"row {row} names no client; fill or drop it")
-    kinds = columns.get("label", [""] * len(columns["text"]))
-    names = tuple(sorted(set(kinds)))
-    number = {name: k for k, name in enumerate(names)}
-    return Examples(
-        texts=tuple(columns["text"]),
-        pairs=tuple(columns["pair"]) if "pair" in columns else None,
+    texts = {
+        role: tuple("" if cell is None else str(cell) for cell in raw.columns[roles[role]])
+        for role in ("text", "pair", "answer")
+        if role in roles
+    }
+    notes: list[str] = []
+    names: dict[str, list[str]] = {}
+    for role in ("label", "client"):
+        if role in roles:
+            filled = ["" if cells.is_missing(cell) else cell for cell in raw.columns[roles[role]]]
+            named = cells.column_identities(raw._replace(columns={roles[role]: filled}), role, roles[role])
+            names[role], notes = named.values, [*notes, *named.notes]
+    if nameless := [row for row, owner in enumerate(names.get("client", ())) if not owner]:
+        raise Refused(
+            "--clients", roles["client"], f"{raw.rows(nameless)} of {raw.where} name no client; fill or drop them"
+        )
+    kinds = names.get("label", [""] * row_count(raw))
+    known = tuple(sorted(set(kinds), key=cells.by_number))
+    number = {name: k for k, name in enumerate(known)}
+    examples = Examples(
+        texts=texts["text"],
+        pairs=texts.get("pair"),
         labels=tuple(number[kind] for kind in kinds),
-        names=names,
-        clients=None if owners is None else tuple(owners),
-        answers=tuple(columns["answer"]) if "answer" in columns else None,
+        names=known,
+        clients=tuple(names["client"]) if "client" in names else None,
+        answers=texts.get("answer"),
     )
+    return examples, notes

@@ -55,6 +55,59 @@ def test_a_slip_is_told_with_the_field_and_a_remedy(tmp_path: Path, text: str, r
         told(tmp_path, text)
 
 
+def test_a_site_reads_a_file_as_a_run_does_and_logs_what_it_leaves_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Semicolons, cp1252, 1 and 1.0, and a row without a label: the same code, the same identity of labels."""
+    content = "text;label\nmüde;1.0\nOhne Befund, entlassen;\nÖdem;0\n"
+    (tmp_path / "rows.csv").write_text(content, encoding="cp1252")
+    asked = 'path = "rows.csv"\nmissing = "drop"'
+    with caplog.at_level("INFO", "fedloom"):
+        examples = told(tmp_path, LEAST.replace('path = "rows.jsonl"', asked)).examples(("0", "1"))
+    assert (examples.texts, examples.labels) == (("müde", "Ödem"), (1, 0))
+    assert "rows.csv: separator ';', encoding cp1252." in caplog.messages
+    assert any(message.startswith("1 of 3 rows of rows.csv lack a value") for message in caplog.messages)
+    given = 'path = "rows.csv"\nseparator = ";"\nencoding = "cp1252"\nquoted = true'
+    with pytest.raises(Refused, match=r"1 of the 3 rows of rows\.csv lack a value") as refused:
+        told(tmp_path, LEAST.replace('path = "rows.jsonl"', given)).examples(("0", "1"))
+    assert not any(word in str(refused.value) + caplog.text for word in ("müde", "Befund", "Ödem"))
+
+
+def test_rows_come_from_a_database_by_a_query(tmp_path: Path) -> None:
+    import duckdb
+
+    with duckdb.connect(str(tmp_path / "ward.duckdb")) as database:
+        database.execute("create table notes as select 'note ' || i as note, i % 2 as kind from range(8) t(i)")
+    asked = 'path = "ward.duckdb"\nquery = "select note as text, kind as label from notes"'
+    examples = told(tmp_path, LEAST.replace('path = "rows.jsonl"', asked)).examples(("0", "1"))
+    assert examples.texts == tuple(f"note {i}" for i in range(8))
+    assert examples.labels == (0, 1) * 4
+
+
+def test_the_address_of_a_database_is_no_path(tmp_path: Path) -> None:
+    place = "postgresql://ward@db/notes"
+    site = told(tmp_path, LEAST.replace("rows.jsonl", place))
+    assert site.table is not None
+    assert site.table.path == place
+    with pytest.raises(Refused, match="a database needs a query"):
+        site.examples(("0", "1"))
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """As editors of Windows write it."""
+    path = tmp_path / "site.toml"
+    path.write_text(LEAST.replace("ward", "w\u00e4rd"), encoding="utf-8-sig")
+    assert read_site(path).name == "w\u00e4rd"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "cp1252"])
+def test_settings_in_another_encoding_are_refused_in_one_sentence(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(f"# caf\u00e9\n{LEAST}", encoding=encoding)
+    with pytest.raises(Refused, match=r"^--config = .*(UTF-8|not TOML)"):
+        read_site(path)
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="cannot be read"):
         read_site(tmp_path / "site.toml")

@@ -6,20 +6,23 @@ import re
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from logging import getLogger
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
 from fedloom.core.types import Budget, ClientId, Task, TaskStart
-from fedloom.data.examples import Examples
+from fedloom.data.database import is_postgres
+from fedloom.data.examples import Examples, Source
 from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Shard, hold_out
 from fedloom.data.table import Table
 from fedloom.deploy.messages.messages import EvaluateRequest, Request, RunTerms, TaskRequest
 
+LOG = getLogger("fedloom.worker")
 HOURS = r"([01]?\d|2[0-4]):([0-5]\d)-([01]?\d|2[0-4]):([0-5]\d)"
 
 
@@ -59,17 +62,32 @@ class ModelCopy(_Section):
         return called == self.name if self.name else Path(called).name == Path(self.path).name
 
 
-class LabelledFile(_Section):
+def _data_path(path: str, info: ValidationInfo) -> str:
+    """A file or folder there, or the address of a database."""
+    return path if is_postgres(path) else str(_resolve_path(Path(path), info))
+
+
+class _DataFile(_Section):
+    """A file or database of the site, and how it is to be read: the fields of `fedloom.Table`."""
+
+    path: Annotated[str, AfterValidator(_data_path)]
+    separator: str | None = None
+    encoding: str | None = None
+    quoted: bool | None = None
+    sheet_name: str | None = None
+    query: str | None = None
+    missing: Literal["refuse", "drop"] = "refuse"
+
+
+class LabelledFile(_DataFile):
     """Labelled texts, the columns as in `fedloom.Table`. `labels` are their values in the order of the run's labels, or for each
     value the name that it has there; without them the values are the run's names.
     """
 
-    path: Place
     text: str = "text"
     pair: str | None = None
     label: str = "label"
     labels: tuple[str, ...] | dict[str, str] | None = None
-    quoted: bool | None = None
 
     def examples(self, labels: tuple[str, ...] | None) -> Examples:
         """Return all rows, under the run's labels. Raises Refused."""
@@ -85,24 +103,32 @@ class LabelledFile(_Section):
         named = {value: name for one in labels for value, name in names.items() if name == one}
         how: dict[str, Any] = self.model_dump(exclude={"path", "labels"})
         # nothing is set aside where test rows are given; they are not looked at here
-        return Table(self.path, self.path, labels=named, **how).load(0).train
+        return _training_rows(Table(self.path, self.path, labels=named, **how))
 
 
-class AnsweredFile(_Section):
+class AnsweredFile(_DataFile):
     """Requests with reference answers, the columns as in `fedloom.Instructions`."""
 
-    path: Place
     instruction: str = "instruction"
     context: str | None = None
     answer: str = "answer"
     messages: str | None = None
+    roles: dict[str, str] | None = None
 
     def examples(self, labels: tuple[str, ...] | None) -> Examples:
         """Return all rows that have an answer. Raises Refused."""
         if labels is not None:
             raise Refused("data.path", str(self.path), "the run chooses labels, and these data have answers")
         how: dict[str, Any] = self.model_dump(exclude={"path"})
-        return Instructions(self.path, self.path, **how).load(0).train
+        return _training_rows(Instructions(self.path, self.path, **how))
+
+
+def _training_rows(source: Source) -> Examples:
+    """Load the training examples; what is noted of them, such as rows that were left out, goes to the site's log."""
+    split = source.load(0)
+    for note in split.notes:
+        LOG.info(note)
+    return split.train
 
 
 class SiteLimits(_Section):
@@ -225,11 +251,13 @@ def site_shard(site: Site, examples: Examples, terms: RunTerms) -> Shard:
 def read_site(path: Path) -> Site:
     """Read the settings of a site. Raises Refused with the field, its value and what it should be."""
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows put a mark in front
         return Site.model_validate(fields, context={"folder": path.parent})
     except OSError as error:
         raise Refused("--config", str(path), f"it cannot be read ({error.strerror}); docs/site.md shows one") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise Refused("--config", str(path), "it is not a text in UTF-8; save it again in that encoding") from error
+    except tomllib.TOMLDecodeError as error:
         raise Refused("--config", str(path), f"it is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
