@@ -44,7 +44,7 @@ from tests.support.tiny_models import settle
 
 DEPTHS, SEEN, SHARD = range(1, 7), (1, 3, 6), 32
 STEPS, BAR = SHARD // BATCH, 0.2
-WAYS = {"anew": Engine(cache=0), "kept": Engine()}
+WAYS = {"anew": Engine(cache=1), "kept": Engine()}  # of one byte: for a task alone
 
 
 def base_of(folder: Path) -> Base:
@@ -110,7 +110,7 @@ def print_times(base: Base, way: str, times: Mapping[int, Sequence[float]]) -> t
 def remembered(folder: Path, depth: int) -> tuple[int, float]:
     """In a fresh process: bytes by which the resident set rises in a task, and what `Shape` says beside the base."""
     base = base_of(folder)
-    trainer, task, shape = trainer_of(base, Engine(cache=0)), task_of(base, random_adapter(base), depth), base.shape()
+    trainer, task, shape = trainer_of(base, Engine(cache=1)), task_of(base, random_adapter(base), depth), base.shape()
     tokens = BATCH * max(trainer.texts.lengths(range(SHARD)))
     warm = task_of(base, random_adapter(base), 1)
     trainer.train([(warm, ClientState())])  # makes slots, transposed weights, the base without a fold

@@ -77,6 +77,7 @@ def planned(encoder: Path, generator: Path) -> fl.Run:
     """Two groups whose rounds and depth are planned."""
     plan, link = fl.JointPlan(fl.GradientScore(rank=4)), fl.Link(1e6, 1e6)
     more = {"hierarchy": fl.Hierarchy(fl.NearIID(groups=2), plan=plan, link=link), "aggregator": fl.FedIT()}
+    more |= {"training": fl.Training(learning_rate=1e-2, max_length=128)}  # plans count full texts
     return with_torch(encoder, seed=7, schedule=fl.FedFa(2, max_in_flight=2), limits=fl.Limits(versions=6), **more)
 
 

@@ -28,7 +28,7 @@ Row = Mapping[str, object]
 @cache
 def rows() -> tuple[Row, ...]:
     """All rows of all clients."""
-    columns = read_table_file(TASKS, None).columns
+    columns = read_table_file(TASKS).columns
     return tuple(dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True))
 
 

@@ -185,7 +185,7 @@ def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | No
         "cell": cell,
         "seed": seed,
         "accuracy": last["accuracy"],
-        **({"f1": last["f1"]} if "f1" in last else {}),
+        **({"f1": last.get("f1", last.get("f1_macro"))} if "perplexity" not in last else {}),
         **answered(log),
         "curve": [[line["version"], line["time"], line["accuracy"]] for line in log.scores],
         "losses": [line["loss"] for line in versions],

@@ -118,7 +118,7 @@ class Study:
             aggregator=aggregator,
             schedule=Rounds(cohort_size=cohort, weigh=weigh),
             plan=Plan(rank, self.steps),
-            training=Training(learning_rate=self.rate, batch_size=self.batch),
+            training=Training(learning_rate=self.rate, batch_size=self.batch, max_length=128),
             limits=Limits(versions=self.versions, evaluate_every=4),
             test_limit=self.test_limit,
             transfer=None,

@@ -13,7 +13,7 @@ from fedloom import Table
 FILE = SHARED / "data" / "qqp" / "dev_part.tsv.gz"
 STUDY = Study(
     "hlora_qqp",
-    Table(FILE, text="question1", pair="question2"),
+    Table(FILE, text="question1", pair="question2", quoted=False),  # as measured
     target=0.70,  # fixed before the runs; the majority is 62.8 %
     client_size=500,
     test_limit=1500,

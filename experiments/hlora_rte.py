@@ -13,7 +13,9 @@ from fedloom import Table
 FOLDER = SHARED / "data" / "rte"
 STUDY = Study(
     "hlora_rte",
-    Table(FOLDER / "train.tsv.gz", FOLDER / "dev.tsv.gz", text="sentence1", pair="sentence2"),
+    Table(
+        FOLDER / "train.tsv.gz", FOLDER / "dev.tsv.gz", text="sentence1", pair="sentence2", quoted=False
+    ),  # as measured
     target=0.60,  # fixed before the runs; the majority is 52.7 %
     client_size=100,
     usual=("centralised", "fedit-padded", "product-delta"),

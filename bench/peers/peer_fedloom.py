@@ -41,6 +41,7 @@ def define(folder: Path, full: bool = False) -> Run:
         training=Training(
             learning_rate=settings["rate"],
             batch_size=settings["batch"],
+            max_length=128,
             clip=settings["clip"],
             keep_moments=False,
         ),

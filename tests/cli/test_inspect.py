@@ -187,7 +187,8 @@ def test_how_to_read_a_table_can_be_said(fedloom: Fedloom) -> None:
     assert code == 2
     assert "--read separator=" in said
     assert fedloom("inspect", "two.csv", "--read", "separator=;")[0] == 0
-    for wrong in ("separator", "colour=red"):
+    assert "--read separator=SIGN" in fedloom("inspect", "two.csv", "--read", "separator=tab")[1]
+    for wrong in ("separator", "colour=red", "quoted=perhaps"):
         assert fedloom("inspect", "two.csv", "--read", wrong)[0] == 2
 
 
@@ -203,7 +204,8 @@ def test_examples_are_shown_as_the_model_reads_them(fedloom: Fedloom, encoder: P
     code, said = fedloom("inspect", "l.jsonl", "--show", "1")
     assert code == 2
     assert "--model" in said
-    _, said = fedloom("inspect", "l.jsonl", "--model", encoder, "--show", "1")
+    code, said = fedloom("inspect", "l.jsonl", "--model", encoder, "--show", "1")
+    assert code == 0 and "Quality was not measured: " in said  # an encoder predicts no words
     assert "[CLS]" in said
     assert "[SEP] -> a" in said
     assert "2. (" not in said
@@ -229,3 +231,36 @@ def test_real_tables(fedloom: Fedloom, name: str, says: str) -> None:
     code, said = fedloom("inspect", SHARED / name)
     assert code == 0
     assert says in said
+
+
+@pytest.mark.parametrize("layout", ["messages", "conversations", "dialog"])
+def test_conversations_are_looked_at_and_shown(fedloom: Fedloom, decoder: Path, layout: str) -> None:
+    talk = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]
+    path = table("c.jsonl", [{layout: talk, "user": k % 2} for k in range(4)] + [{layout: talk[:1], "user": 1}])
+    code, said = fedloom("inspect", path, "--test", path)
+    assert code == 0
+    assert f"text from “{layout}” (guessed), client from “user”" in said
+    assert "1 of 5 training rows have no answer" in said
+    assert "4 of 4 test examples are in the training data" in said
+    assert "test rows" not in said
+    assert ">>blue </s><<" in fedloom("inspect", path, "--model", decoder, "--show", "1")[1]
+
+
+@pytest.mark.parametrize("name", ["train", "examples", "text"])
+def test_an_object_that_holds_rows_is_a_table_and_no_summary(fedloom: Fedloom, name: str) -> None:
+    rows = [{"text": f"word {k}", "label": "ab"[k % 2]} for k in range(4)]
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    Path("rows.json").write_text(json.dumps(columns if name == "text" else {name: rows}), encoding="utf-8-sig")
+    code, said = fedloom("inspect", "rows.json")
+    assert code == 0
+    assert "label from “label”" in said
+
+
+def test_cells_that_are_no_labels_are_not_printed(fedloom: Fedloom) -> None:
+    table("ids.jsonl", [{"text": f"word {k}", "label": f"Adamson {k}"} for k in range(30)])
+    code, said = fedloom("inspect", "ids.jsonl", "--test", table("t.jsonl", [{"note": "a"}]))
+    assert code == 0
+    assert "The column 'label' is not taken for labels: 30 different values in 30 rows" in said
+    assert "--column label=COLUMN" in said
+    assert "t.jsonl has no column “text”: it is not compared." in said
+    assert "Adamson" not in said + Path("inspect.html").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from fedloom.cli import main
@@ -74,15 +77,15 @@ BAD_RUNS = {
         "run = tiny_run(model, data=Rows(toy_rows(20), text='title'))",
         ("data.text = 'title'", "no such column", "text, label"),
     ),
-    "empty client": (
+    "clients too small": (
         "rows = [dict(r, who='b' if i == 9 else 'a') for i, r in enumerate(toy_rows(40))]\n"
-        "run = tiny_run(model, data=Rows(rows, test=rows[:9], client='who'), partition=ByClient())",
-        ("partition.client = 'b'", "1 example"),
+        "run = tiny_run(model, data=Rows(rows, test=rows[:9], client='who'), partition=ByClient(smallest=50))",
+        ("partition.smallest = 50", "the largest has 39"),
     ),
     "client without a name": (
         "rows = [dict(r, who=' ' if i == 9 else 'a') for i, r in enumerate(toy_rows(40))]\n"
         "run = tiny_run(model, data=Rows(rows, test=rows[:9], client='who'), partition=ByClient())",
-        ("data.client = ' '", "fill the column"),
+        ("data.client = 'who'", "who is empty in row 10"),
     ),
     "too many clients": ("run = tiny_run(model, partition=IID(10**4))", ("partition.clients = 10000", "at most")),
     "unknown target module": (
@@ -93,7 +96,7 @@ BAD_RUNS = {
     "rank too high": ("run = tiny_run(model, plan=Plan(FixedRank(33)))", ("plan.rank = 33", "at most 32")),
     "unseen label": (
         "run = tiny_run(model, data=Rows(toy_rows(40), test=[{'text': 'a', 'label': 'car'}]))",
-        ("data.label = 'label'", "'car'", "known are colour, pet", "name all in data.labels"),
+        ("data.label = 'label'", "row 1 of the test rows", "none of the 2 known labels", "name all in data.labels"),
     ),
     "corrupt file": ("run = tiny_run(model, data=Table('corrupt.parquet'))", ("data.path = 'corrupt.parquet'",)),
     "corrupt archive": ("run = tiny_run(model, data=Table('corrupt.csv.gz'))", ("data.path = 'corrupt.csv.gz'",)),
@@ -205,7 +208,7 @@ def test_ctrl_c_is_said_in_one_sentence(fedloom: Fedloom, encoder: Path, monkeyp
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedloom.runs.job.Job.evaluate", interrupted)
+    monkeypatch.setattr("fedloom.runs.job.Job.score", interrupted)
     said = fedloom("run", run_file("run = tiny_run(model)", encoder), "--out", "out")
     assert said.code == 130
     assert "interrupted" in said.err
@@ -239,11 +242,31 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     one_sentence(fedloom("run", path, "--resume", "nowhere"), "run folder = 'nowhere'")
 
 
+@pytest.mark.slow
+def test_a_finished_run_is_made_longer_and_another_begins_from_its_adapter(fedloom: Fedloom, encoder: Path) -> None:
+    """The latest one of its name, or the one that is named."""
+    path = run_file("run = tiny_run(model)", encoder)
+    short, plain = ("--set", "limits.versions=1"), "--no-report"
+    assert fedloom("run", path, "--set", "limits.versions=3", plain, "--out", "alone").code == 0
+    one_sentence(fedloom("run", path, *short, "--more", "2"), "--more = 2", "there is no run run-001 in runs/")
+    assert fedloom("run", path, *short, plain).code == 0
+    said = fedloom("run", path, *short, plain, "--more", "2")
+    assert said.code == 0, said.err
+    assert "Goes on" in said.out
+    for name in ("trace.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert Path("runs/run-001", name).read_bytes() == Path("alone", name).read_bytes(), name
+    one_sentence(fedloom("run", path, *short, "--more", "2", "--out", "x"), "--out = 'x'", "goes on in its own folder")
+    said = fedloom("run", path, *short, plain, "--set", "start=runs/run-001", "--out", "next")
+    assert said.code == 0, said.err
+    assert "version 0 is that one" in " ".join(said.out.split())
+
+
 def _interrupting(now: float, event: object, commands: list[Any]) -> None:
     if any(type(command).__name__ == "Publish" and command.version == 2 for command in commands):
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     fedloom: Fedloom, encoder: Path, monkeypatch: pytest.MonkeyPatch
@@ -290,6 +313,7 @@ def test_a_recorded_run_is_replayed_and_a_changed_line_is_found(fedloom: Fedloom
     one_sentence(fedloom("replay", "nowhere"), "replay = 'nowhere'")
 
 
+@pytest.mark.slow
 def test_report_writes_one_page_for_one_run_and_a_comparison_for_two(fedloom: Fedloom, finished: Path) -> None:
     one, two = shutil.copytree(finished, "one"), shutil.copytree(finished, "two")
     Path("one/report.html").unlink()
@@ -358,6 +382,49 @@ def test_an_export_of_what_is_torn_is_one_sentence(fedloom: Fedloom, finished: P
     Path("torn/manifest.json").write_text("{}")
     one_sentence(fedloom("export", "torn", "--rank", 1), "run folder = 'torn'", "cannot be read")
     assert not Path("torn/merged").exists()
+
+
+@given(st.text(), st.sampled_from(["cp1252", "ascii", "latin-1", "cp437", "shift-jis", "utf-8", "utf-16"]))
+def test_any_text_goes_to_any_terminal(text: str, encoding: str) -> None:
+    """In UTF-8 as it is, elsewhere in ASCII: readers of a redirected file take it for UTF-8 or for whatever they are used to."""
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding=encoding, newline="")
+    main.write_any_text(stream)
+    stream.write(text)
+    stream.flush()
+    if encoding.startswith("utf"):
+        proper = not any("\ud800" <= letter <= "\udfff" for letter in text)
+        assert not proper or written.getvalue().decode(encoding) == text
+    else:
+        assert not text.isascii() or written.getvalue().decode("ascii") == text
+        assert written.getvalue().isascii()
+
+
+def test_marks_are_spelt_plainly() -> None:
+    stream = io.TextIOWrapper(written := io.BytesIO(), encoding="cp1252")
+    main.write_any_text(stream)
+    stream.write("50.0\u00a0% \u00b1 2 \u2026 \u2013 \u05db")
+    stream.flush()
+    assert written.getvalue() == rb"50.0 % +- 2 ... - \u05db"
+
+
+@pytest.mark.slow
+def test_a_run_with_labels_of_another_script_goes_through_in_any_terminal(tmp_path: Path, encoder: Path) -> None:
+    rows = "Rows([{'text': 'my cat', 'label': '\u05db\u05df' if i % 2 else 'n\u00e3o'} for i in range(60)])"
+    text = f"from fedloom import *\nfrom tests.support.tiny_models import tiny_run\nrun = tiny_run({str(encoder)!r}, "
+    (tmp_path / "\u05db.py").write_text(f"{text}data={rows}, limits=Limits(versions=1))\n", encoding="utf-8")
+    env = {**os.environ, "PYTHONUTF8": "0", "PYTHONPATH": str(Path.cwd())}
+
+    def call(module: str, encoding: str, out: str) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", module, "run", "\u05db.py", "--no-report", "--out", out]
+        given = env | {"PYTHONIOENCODING": encoding}
+        return subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, check=False)
+
+    done = call("fedloom", "cp1252", "\u05dc\u05d0")
+    assert done.returncode == 0, done.stderr
+    assert r"\u05db\u05df" in done.stdout.decode("ascii")
+    again = call("fedloom.cli", "ascii", "\u05dc\u05d0")
+    assert (again.returncode, again.stderr.count(b"\n")) == (2, 1), "there is such a folder already"
 
 
 @pytest.mark.slow

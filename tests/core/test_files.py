@@ -30,6 +30,12 @@ def test_free_is_the_first_number_that_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "run-001").mkdir()
     (tmp_path / "run-003").write_text("")
     assert files.numbered_path(tmp_path, "run").name == "run-002"
+    (tmp_path / "run-other-004").mkdir()
+    (tmp_path / "run-x").mkdir()
+    latest = files.latest_path(tmp_path, "run")
+    assert latest is not None
+    assert latest.name == "run-003"
+    assert files.latest_path(tmp_path, "nobody") is None
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

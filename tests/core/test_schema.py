@@ -16,9 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.core.codec import Codec, Half
+from fedloom.core.errors import Refused
 from fedloom.core.events import Event, TaskFailed
 from fedloom.core.indexed_dict import IndexedTable
-from fedloom.core.schema import Decoder, Encoder, Malformed, jsonable, reachable_classes, with_current_names
+from fedloom.core.schema import (
+    Decoder,
+    Encoder,
+    Malformed,
+    check_fields,
+    jsonable,
+    reachable_classes,
+    with_current_names,
+)
 from fedloom.core.types import Budget, GroupStatistics, MemberWork, Profile
 from tests.support.storms import one_in
 
@@ -286,3 +295,15 @@ def test_anything_in_any_place_is_read_as_it_is_or_refused(path: tuple[Any, ...]
     with suppress(Malformed):
         back = Decoder([double]).decode(Everything, json.dumps(data))
         assert json.loads(FUNCTIONS.encode(back)) == json.loads(FUNCTIONS.encode(json.loads(json.dumps(data))))
+
+
+def test_a_text_that_no_file_can_hold_is_refused() -> None:
+    """Half a character (a lone surrogate) in a field: the manifest could not be written."""
+    check_fields(budget_because("an emoji: \N{GRINNING FACE}"))
+    with pytest.raises(Refused, match=r"why = .*half of a character") as caught:
+        check_fields(budget_because("half an emoji: \ud83d"))
+    str(caught.value).encode()
+
+
+def budget_because(why: str) -> Budget:
+    return Budget(2, 3, why=why)

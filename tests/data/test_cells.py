@@ -15,6 +15,7 @@ from fedloom.data.cells import (
     by_number,
     check_classes,
     check_columns,
+    class_notes,
     column_identities,
     column_texts,
     drop_missing,
@@ -36,7 +37,8 @@ def _labels(*cells: object) -> RawTable:
 @given(st.integers(-(2**53) + 1, 2**53 - 1), BLANKS, BLANKS)
 def test_a_whole_number_is_the_same_however_it_is_written(number: int, before: str, after: str) -> None:
     written = [number, float(number), Decimal(number), np.int64(number), np.float64(number)]
-    texts = [str(number), f"{number}.0", f"{number}.00", f"{number},0", f"{before}{number}{after}"]
+    texts = [str(number), f"{number}.0", f"{number}.", f"{number},0", f"{before}{number}{after}", f"{number:.17e}"]
+    texts += [f"{number:+}", str(number).replace("-", "\u2212")]
     assert {identity(value) for value in written + texts} == {str(number)}
 
 
@@ -50,7 +52,7 @@ def test_words_are_stripped_and_composed_once_and_for_all(word: str, before: str
 
 
 def test_codes_and_words_stay_what_they_are() -> None:
-    for word in ("007", "01", "1,000", "1e3", "+1", "1.5", "1.", "null", "NA", "nan", "None", "inf", "-", "\u0661"):
+    for word in ("007", "01", "1,000", "1e3", "1.5", "null", "NA", "nan", "None", "inf", "-", "\u0661"):
         assert identity(word) == word
     assert {identity(value) for value in (-0.0, "-0", "-0.0", 0)} == {"0"}
     assert {identity(value) for value in (True, "true", "True", "TRUE", np.bool_(True))} == {"true"}
@@ -91,7 +93,7 @@ def test_words_numbers_codes_and_booleans_are_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    "cell", ["1.23457E+12", "1e+16", float(2**53), 1e300, float("inf"), "9007199254740993.0", [1], {"a": 1}, b"x"]
+    "cell", ["1.23457E+12", "1e+16", float(2**53), 1e300, float("inf"), "9007199254740993.0", [1], {"a": 1}, b"\xff"]
 )
 def test_what_lost_its_digits_or_is_no_word_is_refused(cell: object) -> None:
     raw = _labels("a", cell)
@@ -111,6 +113,7 @@ def test_spellings_that_met_and_names_that_nearly_do_are_noted_with_rows_and_wit
     assert "2 names are written in more than one way in the column 'label' of here" in same
     assert "rows 1 and 3" in same
     assert "4 names are told apart by case, inner blanks or leading zeros only" in different
+    assert column_identities(_labels("0", ""), "label", "label").notes == []  # where empty cells are left in
     assert "rows 1 and 6" in different
     assert not any(word in note for note in found.notes for word in ("yes", "Yes", "no ", "007"))
     assert column_identities(_labels("a", "b", "a"), "label", "label").notes == []
@@ -149,7 +152,35 @@ def test_columns_are_listed_unless_they_look_like_cells() -> None:
     with pytest.raises(Refused, match="the columns are title, class of 2024"):
         check_columns(named, {"text": ["text"]})
     for first in (("5", "fine"), ("it went well, thank you all", "pos"), ("alpha", "beta"), ("only",)):
-        headless = table_of_columns({name: ["x", "beta"] for name in first}, "here")
+        headless = table_of_columns({name: ["x", "beta"] for name in first}, "here")._replace(advice="")
         with pytest.raises(Refused, match="first row") as refused:
             check_columns(headless, {"text": ["text"]})
         assert not any(name in str(refused.value).replace("such as text,label", "") for name in first if name != "5")
+
+
+def test_columns_of_no_file_have_names_of_their_own() -> None:
+    for columns, said in (
+        ({"0": [1], "chat": [2]}, "the columns are 0, chat"),
+        ({"('a', 'b')": [1]}, "1 columns have names that"),
+    ):
+        with pytest.raises(Refused, match=said):
+            check_columns(table_of_columns(columns, "the rows"), {"text": ["text"]})
+
+
+def test_few_of_many_columns_are_listed() -> None:
+    many = table_of_columns({f"word {k}": ["x"] for k in range(500)}, "here")
+    for table in (many, many._replace(advice="")):
+        with pytest.raises(Refused) as refused:
+            check_columns(table, {"text": ["text"]})
+        assert len(str(refused.value)) < 500
+
+
+def test_labels_that_may_be_none_are_noted_without_their_names() -> None:
+    def said(*values: str) -> str:
+        return " ".join(class_notes(_labels(*values), "label", values))
+
+    assert said("yes", "no", "and, or") == said("1", "2") == ""
+    assert "21 numbers in the column 'label' of here" in said(*map(str, range(21)))
+    assert "2 names have ';' between other names" in said("cough", "fever", "cough;fever", "fever; cough")
+    assert "1 of 3 labels in the column 'label' of here have a single row (row 3)" in said("a", "b", "unit", *"ab" * 9)
+    assert "cough" not in said("cough", "fever", "cough;fever")

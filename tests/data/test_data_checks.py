@@ -48,3 +48,11 @@ def test_counts_are_those_of_sets(rows: list[tuple[str, int]]) -> None:
     assert f"{len(rows)} of {len(rows)} test examples" in said
     repeated = len(rows) - len({text for text, _ in rows})
     assert (f"{repeated} of {len(rows)} texts" in said) == (repeated > 0)
+
+
+def test_labels_that_only_test_examples_have_are_counted() -> None:
+    train = examples([("a", 0), ("b", 1)], ("no", "yes"))
+    assert list(overlap_sentences(train, examples([("c", 0), ("d", 1)], ("yes", "never")))) == [
+        "1 of 2 test examples have a label that no training example has."
+    ]
+    assert list(overlap_sentences(train, examples([("c", 0)], ("",)))) == []

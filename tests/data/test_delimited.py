@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.errors import Refused
-from fedloom.data.delimited import FileFormat, decode_text, read_delimited
+from fedloom.data.cells import check_columns
+from fedloom.data.delimited import FileFormat, read_delimited
 from tests.support.storms import tries
 
 WORDS = st.text(st.sampled_from("ab 0,;|\t\"'\n\\é"), max_size=8)
@@ -80,6 +81,11 @@ def test_what_is_said_to_be_enclosed_is_read_back_between_tabs_too(rows: list[tu
         ('text\tlabel\n"a ""b"""\t0\nc\t1\n', 'a "b"'),
         ('text\tlabel\n"a\nb"\t0\nc\t1\n', "a\nb"),
         ("text,label\n# a,0\n", "# a"),
+        ("text,label\na\\, b\\\\,0\nc,1\n", "a, b\\"),
+        ('text,label\na \\"q\\"\\, b\\\nc,0\n', 'a "q", b\nc'),
+        ("text,label\na\\,0\nb,1\n", "a\\"),
+        ('text,label\n"a\\, b",0\nc,1\n', "a\\, b"),
+        ("text\tlabel\na\\\tb\t0\nc\t1\n", "a\tb"),
         ("text,label\nnull,0\n", "null"),
     ],
 )
@@ -99,6 +105,9 @@ def test_dialects_that_people_have(text: str, first: str) -> None:
         ("text,text,label\na,b,0\n", "columns 1 and 2 have the same name"),
         ("text,label,label \na,0,1\n", "columns 2 and 3 have the same name"),
         (",,\n,,\n", "the first line has no names of columns"),
+        ("text,label\na, b,0\nc,1\n", r"row 1 has 3 cells.*a cell with ',' in it belongs in quotation marks"),
+        ("text;label;more\na;0;1\nTotal 2\n", "row 2 has 1 cell.*take it out if it is no row"),
+        ('text,label\n"a, b,0\nc,1\n', "row 1 has a quotation mark that is not closed"),
         ("\ufeff", "the file is empty"),
     ],
 )
@@ -140,6 +149,47 @@ def test_an_index_column_and_columns_of_nothing_are_not_read() -> None:
     )
 
 
+@tries(200)
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6), st.lists(st.integers(0, 3), min_size=6, max_size=6))
+def test_empty_cells_at_the_end_of_a_line_count_for_nothing(rows: list[tuple[str, str]], ends: list[int]) -> None:
+    table = [["text", "other"], *map(list, rows)]
+    lines = [
+        f"{_written([row], ';').strip(chr(13) + chr(10))}{';' * end}"
+        for row, end in zip(table, [*ends, 0], strict=False)
+    ]
+    assert _rows("\n".join(lines), separator=";", quoted=True) == _rows(
+        _written(table, ";"), separator=";", quoted=True
+    )
+
+
+def test_an_index_without_a_name_is_not_read_if_it_numbers_the_rows() -> None:
+    """As R's `write.table` does by default."""
+    rows = [(f"text {i}", "ab"[i % 2]) for i in range(6)]
+    numbered = "text\tlabel\n" + "".join(f"{i + 1}\t{text}\t{label}\n" for i, (text, label) in enumerate(rows))
+    assert _rows(numbered)[1:] == rows
+    spaced = _written([["text", "label"], *[[str(i), *row] for i, row in enumerate(rows)]], " ", quoting=csv.QUOTE_ALL)
+    assert _rows(spaced, separator=" ")[1:] == rows
+    for text in (
+        numbered.replace("\n6\t", "\n5\t"),
+        numbered.replace("\n6\t", "\nsix\t"),
+        "text,label\n1,a,b\n2,c,d\n",
+    ):
+        with pytest.raises(Refused, match="row 1 has 3 cells, the first line has 2"):
+            _rows(text)
+
+
+def test_a_single_column_is_told_how_separators_are_given() -> None:
+    table = read_delimited(b"text^label\na^0\n", "a.csv")
+    with pytest.raises(Refused, match=r"--set data\.separator=SIGN"):
+        check_columns(table, {"text": ["text"]})
+    assert _rows("text^label\na^0\n", separator="^")[1] == ("a", "0")
+
+
+def test_names_of_columns_have_no_blanks_that_nobody_sees() -> None:
+    assert _rows("\u200btext ;\u00a0label\ufeff\na;0\n")[0] == ("text", "label")
+    assert _rows('"sep=;"\ntext;label\na,b;0\n')[0] == ("text", "label")
+
+
 def test_a_cell_may_be_long() -> None:
     long = "word " * 800_000
     assert _rows(f"text,label\n{long},0\n")[1] == (long, "0")
@@ -172,31 +222,8 @@ def test_found_facts_stand_in_one_note_and_given_ones_in_none() -> None:
     assert read_delimited(b"text\tlabel\nx\t0\n", "a.txt").notes == ("a.txt: separator tab.",)
 
 
-def test_other_languages_are_told_apart_or_refused() -> None:
-    polish = "tekst;label\nZażółć gęślą jaźń, nie jest źle;0\nświetnie, bardzo się cieszę;1\n"
-    assert decode_text(polish.encode("cp1250"), "a.csv") == (polish, "cp1250")
-    short = "text;label\nОчень хороший фильм;0\n".encode("cp1251")
-    with pytest.raises(Refused, match=r"its encoding may be .*cp1251.*--set data\.encoding="):
-        decode_text(short, "a.csv")
-    assert decode_text(short, "a.csv", "cp1251")[0] == short.decode("cp1251")
-    with pytest.raises(Refused, match=r"it is not UTF-8 .*--set data\.encoding="):
-        decode_text("text;label\nとても良い映画でした;0\n".encode("shift_jis"), "a.csv")
-
-
-@pytest.mark.parametrize(
-    ("content", "encoding", "said"),
-    [
-        (
-            "größere Änderungen für über\nzweite\n".encode() + b"\xff,0\n",
-            None,
-            "1 characters of .* the first in line 3",
-        ),
-        (b"text\n\xe4\n", "utf-8", "line 2 of a.csv is not in it"),
-        (b"text\n", "klingon", "Python knows no such encoding"),
-        (b"text\n", "base64", "Python knows no such encoding"),
-        (b"\xff\xfea\x00b", None, "line 1 of a.csv is not in it"),
-    ],
-)
-def test_text_that_is_in_no_encoding_is_refused(content: bytes, encoding: str | None, said: str) -> None:
-    with pytest.raises(Refused, match=said):
-        decode_text(content, "a.csv", encoding)
+def test_files_that_were_put_one_after_the_other_are_one() -> None:
+    table = read_delimited(b"text,label\na,0\ntext,label\nb,1\n", "a.csv")
+    assert (table.columns["text"], table.rows([1])) == (["a", "b"], "row 3")
+    assert table.notes == ("a.csv: rows that repeat the names of the columns are left out (row 2).",)
+    assert read_delimited(b"text\na\ntext\n", "a.csv").columns == {"text": ["a", "text"]}

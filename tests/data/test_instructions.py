@@ -298,3 +298,19 @@ def test_public_data_sets_can_be_read_and_divided() -> None:
     assert len(LabelDirichlet(8, 0.3).split(train, 0)) == 8
     gsm = Instructions(SHARED / "gsm8k/train.jsonl.gz", instruction="question").load(0).train
     assert all("####" in answer for answer in gsm.answers or ())
+
+
+def test_conversations_are_found_under_any_name_or_the_user_says_where() -> None:
+    talks = [row["messages"] for row in TALKS]
+    split = Instructions([{"dialog": talk, "tags": [{"name": "x"}]} for talk in talks]).load(0)
+    assert split.train == Instructions(TALKS).load(0).train
+    assert "`dialog` as the messages" in split.notes[0]
+    for names in (("messages", "conversations"), ("chosen", "rejected")):
+        both = [dict.fromkeys(names, talk) for talk in talks]
+        with pytest.raises(
+            Refused, match=rf"the columns {', '.join(names)} hold conversations.*--set data\.messages={names[0]}"
+        ):
+            Instructions(both).load(0)
+        assert Instructions(both, messages=names[0]).load(0).train == split.train
+    with pytest.raises(Refused, match="none of the 3 rows has an answer to a request"):
+        Instructions([_talk(("user", " "), ("assistant", "A"))] * 3).load(0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import date, datetime
+from decimal import Decimal
+from enum import IntEnum, StrEnum
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -16,10 +19,18 @@ from fedloom.core.errors import Refused
 from fedloom.core.schema import jsonable
 from fedloom.data.instructions import Instructions
 from fedloom.data.raw_table import RawTable, gather_rows, gather_tables, plain_value, table_of_columns
-from fedloom.data.table import Rows
+from fedloom.data.table import Rows, Table
 
 ROWS: list[dict[str, Any]] = [{"text": "a", "label": 1}, {"text": None, "label": 0}, {"text": "c", "label": 1}]
 COLUMNS = {"text": ["a", None, "c"], "label": [1, 0, 1]}
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+class Grade(IntEnum):
+    GOOD = 1
 
 
 def _pandas() -> Any:
@@ -88,6 +99,12 @@ def test_a_manifest_tells_the_number_and_the_hash_of_rows_and_never_a_cell(make:
         (datetime(2020, 1, 2, 3, 4), "2020-01-02T03:04:00"),
         (np.datetime64("NaT"), None),
         (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (Decimal("NaN"), None),
+        (b"caf\xc3\xa9", "café"),
+        (np.bytes_(b"a"), "a"),
+        (b"\xff", b"\xff"),
+        (Colour.RED, "red"),
+        (Grade.GOOD, 1),
         ([1], [1]),
     ],
 )
@@ -112,6 +129,7 @@ def test_missing_values_of_pandas_are_missing() -> None:
         ([{"text": "a"}, ["SECRET"]], "row 2 is of type list; give one object of columns per row"),
         ({"text": ["SECRET"], "label": [1, 2]}, "its columns are of different lengths"),
         ({"text": "SECRET"}, "the column 'text' is no list"),
+        ({"text": {"0": "SECRET"}, "label": {"0": 1}}, "the column 'text' is no list"),
         (5, "a value of type int is no table"),
         ("SECRET", "a value of type str is no table"),
     ],
@@ -144,14 +162,39 @@ def test_class_labels_of_a_data_set_are_their_names_and_no_label_is_missing() ->
     features = datasets.Features({"y": datasets.ClassLabel(names=["neg", "pos"])})
     data = datasets.Dataset.from_dict({"y": [1, 0, -1]}, features=features)
     splits = datasets.DatasetDict({"train": data, "test": data})
-    for table in (gather_rows(data, "here"), gather_rows(splits, "here"), gather_rows(data.data.table, "here")):
+    sources = (data, splits, data.data.table, data.to_iterable_dataset(), data.with_format("numpy"))
+    for table in (gather_rows(source, "here") for source in sources):
         assert table.columns["y"] == ["pos", "neg", None]
         assert table.classes == {"y": ("neg", "pos")}
     with pytest.raises(Refused, match="it has the splits a, b and none named 'train'"):
         gather_tables(datasets.DatasetDict({"a": data, "b": data}), "here")
+    with pytest.raises(Refused, match="it has the splits a, b and none named 'train'"):
+        Rows(datasets.DatasetDict({"a": data, "b": data})).load(0)
 
 
 def test_rows_keep_the_numbers_that_they_had() -> None:
     table = table_of_columns({"a": list("wxyz")}, "here").select([1, 3]).select([1])
     assert (table.columns["a"], table.rows([0])) == (["z"], "row 4")
     assert table_of_columns({"a": list("wxyz")}, "here").rows([0, 1, 3]) == "rows 1, 2 and 4"
+
+
+def test_an_index_with_a_name_is_a_column_as_in_a_file() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"text": ["a", "b"], "label": [1, 0]})
+    assert dict(gather_rows(frame.set_index("label"), "here").columns) == {"text": ["a", "b"], "label": [1, 0]}
+    assert dict(gather_rows(frame.iloc[::-1], "here").columns) == {"text": ["b", "a"], "label": [0, 1]}
+
+
+def test_ordered_categories_are_classes_in_their_order_from_a_frame_and_from_a_file(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    order = ["low", "mid", "high", "never"]
+    frame = pandas.DataFrame(
+        {"text": list("abcdefghijkl"), "label": pandas.Categorical(["mid", "high", "low"] * 4, order, True)}
+    )
+    frame.to_parquet(tmp_path / "rows.parquet")
+    for source in (Rows(frame), Table(tmp_path / "rows.parquet")):
+        assert source.load(0).train.names == ("low", "mid", "high")
+    unordered = frame.assign(label=frame["label"].cat.as_unordered())
+    numbers = frame.assign(label=pandas.Categorical([10, 2, 1] * 4, [2, 1, 10], True))
+    assert Rows(unordered).load(0).train.names == ("high", "low", "mid")
+    assert Rows(numbers).load(0).train.names == ("1", "2", "10")

@@ -402,3 +402,13 @@ def test_ag_news_with_a_test_file_of_other_columns() -> None:
         pytest.skip(f"the real data set {folder} is not on this machine")
     split = Table(folder / "train_part.tsv.gz", test=folder / "test.tsv.gz", test_text="title+description").load(0)
     assert (len(split.train), len(split.test), split.train.names) == (4991, 7600, ("0", "1", "2", "3"))
+
+
+def test_test_rows_may_have_the_numbers_of_the_classes() -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    data = datasets.Dataset.from_dict({"text": list("abcd"), "label": [1, 0, 1, 0]}, features=features)
+    test = Rows(data, test=[{"text": "e", "label": 1}, {"text": "f", "label": "neg"}]).load(0).test
+    assert (test.names, test.labels) == (("neg", "pos"), (1, 0))
+    with pytest.raises(Refused, match="row 1 of the test rows"):
+        Rows(data, test=[{"text": "e", "label": 2}]).load(0)

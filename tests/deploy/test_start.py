@@ -10,11 +10,13 @@ import pytest
 
 from fedloom import (
     ACE,
+    FFA,
     DeltaInt8,
     Engine,
     FedFa,
     FedSA,
     FixedRank,
+    FLoRA,
     GradientScore,
     Half,
     Hierarchy,
@@ -125,6 +127,83 @@ def test_sites_of_other_limits_train_at_their_own_rank(encoder: Path, tmp_path: 
         client: rank for client, rank in zip(known, [2, 4, 8, 8, 4, 2], strict=True) if client in ranks
     }
     assert len(set(ranks.values())) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "codec", "gone"),
+    [
+        (ProductDelta(), DeltaInt8(), None),
+        (FedSA(), None, None),
+        (Scaffold(clients=6), None, None),
+        (ProductDelta(), None, 2),
+    ],
+    ids=str,
+)
+def test_a_finished_deployment_is_made_longer(
+    encoder: Path, tmp_path: Path, method: Any, codec: Any, gone: int | None
+) -> None:
+    """It ends as the simulation of that length. What clients keep is still there, and what was trained is not trained again.
+
+    What was published stays, though a site whose answer is in the last version does not come back.
+    """
+
+    def run(versions: int) -> Any:
+        more = {"limits": Limits(versions=versions), "engine": Engine("torch", together=1)}
+        return run_of(encoder, aggregator=method, transfer=codec, **more)
+
+    folder, net = folder_of(tmp_path, run(2)), net_of(tmp_path, prepare(run(2)), encoder)
+    start.run_deployment(net, folder, net.pause, net.clock)
+    before, first = (folder / "run" / "trace.jsonl").read_bytes().splitlines(), adapter_at(folder / "run")
+    trained = sum(site.worker.trained for site in net.sites.values())  # type: ignore[attr-defined]
+    told = json.loads((folder / "deployment.json").read_text())
+    (folder / "deployment.json").write_text(json.dumps({**told, "until": 4, "patience": {"away": 20.0}}))
+    net.forget()
+    net.pause(1e6)
+    if gone is not None:
+        net.sites.pop(gone)
+    assert start.run_deployment(net, folder, net.pause, net.clock) == "4 versions made"
+    after = (folder / "run" / "trace.jsonl").read_bytes().splitlines()
+    same = next(number for number, (one, other) in enumerate(zip(before, after, strict=False)) if one != other)
+    assert json.loads(before[same])["event"] == json.loads(after[same])["event"], "all but what the last event led to"
+    assert replay(folder / "run").difference == ""
+    log = read_run_log(folder / "run")
+    assert [line["version"] for line in log.versions] == [1, 2, 3, 4]
+    assert any(note.startswith("Made longer after version 2:") for note in log.manifest["notes"])
+    if gone is None:
+        longer = adapter_at(prepare(run(4)).execute(tmp_path / "simulated", report=False).folder)
+        assert all(longer[name].equal(tensor) for name, tensor in adapter_at(folder / "run").items())
+        assert sum(site.worker.trained for site in net.sites.values()) == 2 * trained  # type: ignore[attr-defined]
+    assert any(not first[name].equal(tensor) for name, tensor in adapter_at(folder / "run").items())
+    assert start.run_deployment(net, folder) == "4 versions made"  # as often as it is served
+
+
+@pytest.mark.slow
+def test_an_old_deployment_without_its_checkpoint_is_not_made_longer(encoder: Path, tmp_path: Path) -> None:
+    run = run_of(encoder, limits=Limits(versions=1))
+    folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    start.run_deployment(net, folder, net.pause, net.clock)
+    (folder / "run" / "checkpoint.safetensors").unlink()
+    told = json.loads((folder / "deployment.json").read_text())
+    (folder / "deployment.json").write_text(json.dumps({**told, "until": 2}))
+    with pytest.raises(Refused, match="begin a new run with start="):
+        start.run_deployment(net, folder, net.pause, net.clock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [FFA(), FLoRA(), FedSA()], ids=str)
+def test_a_deployment_begins_from_an_adapter(encoder: Path, tmp_path: Path, method: Any) -> None:
+    """As its simulation does, to the bit; no site draws the first adapter, which is not that of the seed."""
+    prepare(run_of(encoder)).execute(tmp_path / "first", report=False)
+    given = {"aggregator": method, "transfer": None, "engine": Engine("torch", together=1)}
+    run = run_of(encoder, start=str(tmp_path / "first"), **given)
+    here = adapter_at(prepare(run).execute(tmp_path / "simulated", report=False).folder)
+    folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    start.run_deployment(net, folder, net.pause, net.clock)
+    there = adapter_at(folder / "run")
+    assert all(there[name].equal(tensor) for name, tensor in here.items())
+    about = read_run_log(folder / "run").manifest
+    assert about["start"]["adapter"].endswith("first")
 
 
 def test_the_training_file_need_not_be_at_the_server(encoder: Path, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_a_round_is_a_version_with_the_means_of_what_began_from_it() -> None:
     assert (last.local, last.own, last.gain) == (None, None, None), "a task of another version is not its own"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", one_in(4, RUNS))
 def test_measuring_changes_nothing(how: str, encoder: Path, tmp_path: Path) -> None:
     run = tiny_run(encoder, **RUNS[how], limits=Limits(versions=3, evaluate_every=1))

@@ -111,6 +111,7 @@ def test_a_plan_is_in_the_folder_and_in_the_report(planned: Path, tmp_path: Path
     assert b'"why":"gradient norm' in (planned / "trace.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_planned_run_replays_and_goes_on_to_the_same_files(encoder: Path, planned: Path, tmp_path: Path) -> None:
     """Law 10: what the plan knows is in the checkpoint, and follows from the answers alone."""
     assert replay(planned) == Replayed((planned / "trace.jsonl").read_bytes().count(b"\n"))
@@ -131,6 +132,7 @@ def with_earlier_names(folder: Path) -> None:
     file.write_text(text, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_manifest_with_earlier_names_is_read(encoder: Path, planned: Path, tmp_path: Path) -> None:
     done = shutil.copytree(planned, tmp_path / "done")
     with_earlier_names(done)
@@ -155,6 +157,7 @@ def test_replay_finds_another_inner_version(recorded: Path, tmp_path: Path) -> N
     assert "commands[0].command.version: 3 there, 1 here" in replay(out).difference
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_files(encoder: Path, recorded: Path, tmp_path: Path) -> None:
     out = interrupt_run(grouped_run(encoder), tmp_path / "out", version=4, checkpoint_seconds=0.0)
     job = prepare(grouped_run(encoder), resume=out)

@@ -459,6 +459,7 @@ def test_a_hierarchy_checks_its_fields(wrong: dict[str, Any]) -> None:
 # A thousand clients ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_thousand_clients_in_thirty_edges() -> None:
     sizes = [34] * 10 + [33] * 20
     tree = toys.tree(

@@ -100,6 +100,7 @@ def test_no_table_grows_with_the_events(schedule: Schedule) -> None:
     assert {name: size for name, size in second.items() if size > max(first[name], CLIENTS)} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule", one_in(2, [FedFa(max_in_flight=5), Rounds(cohort_size=4, over_selection=1.5)]), ids=toys.called
 )

@@ -125,7 +125,7 @@ def test_a_run_stopped_before_its_first_round_says_so(fake: Fake, tmp_path: Path
     assert "PeftModel" not in words
 
 
-@pytest.mark.parametrize("keep", [0, 1, 9, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", [0, 1, *(pytest.param(k, marks=pytest.mark.slow) for k in (9, 40))])
 def test_any_beginning_of_a_run_has_a_report(fake: Fake, tmp_path: Path, keep: int) -> None:
     run = fake(status="running")
     metrics = run / "metrics.jsonl"

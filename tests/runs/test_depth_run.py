@@ -54,6 +54,7 @@ def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
 ASYNC: dict[str, Any] = {"schedule": FedFa(window=3, max_in_flight=4), "limits": Limits(versions=8)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", one_in(3, [ProductDelta(), FLoRA(), Momentum()]), ids=toys.called)
 def test_a_run_of_mixed_depth_repeats_resumes_and_replays(encoder: Path, tmp_path: Path, method: Any) -> None:
     run = mixed(encoder, aggregator=method, **ASYNC)

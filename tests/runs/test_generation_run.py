@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedloom import (
+    IID,
     ByClient,
     Engine,
     FedFa,
@@ -248,3 +249,29 @@ def test_a_client_with_a_private_side_is_scored_with_its_own(generator: Path, tm
 def test_how_much_to_write_is_checked(wrong: Callable[[], Generation]) -> None:
     with pytest.raises(Refused, match="generation"):
         wrong()
+
+
+@pytest.mark.slow
+def test_conversations_are_learnt_whole(generator: Path, tmp_path: Path) -> None:
+    """All answers of a talk are predicted, in training and in the scores."""
+    rows = toy_answers(240)
+    talks = [
+        {
+            "conversations": [
+                {"from": speaker, "value": text}
+                for row in rows[start : start + 2]
+                for speaker, text in (("human", row["instruction"]), ("gpt", row["answer"]))
+            ]
+        }
+        for start in range(0, 240, 2)
+    ]
+    more: dict[str, Any] = {"partition": IID(3)}
+    job = prepare(small(generator, data=Instructions(talks), **more))
+    assert job.train_texts.earlier_answers is not None
+    assert {len(spans) for spans in job.train_texts.earlier_answers} == {1}
+    job.execute(tmp_path / "talks")
+    log = read_run_log(tmp_path / "talks")
+    assert log.scores[-1]["perplexity"] < 0.8 * log.scores[0]["perplexity"]
+    alone = prepare(small(generator, data=Instructions(rows), **more))
+    assert log.scores[-1]["tokens"] == 2 * alone.test_texts.target_count(0) * log.scores[-1]["examples"]
+    assert any("`conversations` as the messages" in note for note in log.manifest["notes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from fedloom.core.events import Command, Event
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.policies import Aggregator
 from fedloom.core.schema import jsonable
+from fedloom.data.examples import Split
+from fedloom.data.partition import Shard
 from fedloom.report.page import write_report
 from fedloom.report.run_log import read_run_log
 from fedloom.runs.manifest import settings_hash
@@ -78,7 +81,9 @@ def test_the_manifest_says_what_the_run_was(finished: Path, encoder: Path) -> No
         "finished",
         "3 versions made",
     )
-    settings = jsonable(tiny_run(encoder, name="finished", seed=5))
+    settings = jsonable(
+        tiny_run(encoder, name="finished", seed=5, training=Training(learning_rate=1e-2, max_length=14))
+    )
     assert about["run"] == json.loads(json.dumps(settings))
     assert about["run_hash"] == settings_hash(settings)
     assert about["partition"]["label_names"] == ["colour", "pet"]
@@ -87,6 +92,55 @@ def test_the_manifest_says_what_the_run_was(finished: Path, encoder: Path) -> No
     assert about["baselines"]["majority"] == pytest.approx(0.5)
     assert about["versions"].keys() >= {"torch", "transformers", "peft"}
     assert about["clients"].keys() == about["partition"]["clients"].keys()
+
+
+def test_the_majority_stands_beside_every_score_and_labels_are_counted_at_the_end(finished: Path) -> None:
+    about, log = manifest(finished), read_run_log(finished)
+    assert about["metrics"] == {"f1": "F1 of 'pet'", "majority_label": "colour", "majority_of": "training examples"}
+    assert {line["base_accuracy"] for line in log.scores} == {about["baselines"]["majority"]}
+    assert [line["version"] for line in log.labels] == [0, 3]
+    for line, score in zip(log.labels, (log.scores[0], log.scores[-1]), strict=True):
+        assert {name: line[name] for name in ("accuracy", "f1", "examples")} == {
+            name: score[name] for name in ("accuracy", "f1", "examples")
+        }
+        assert sum(map(sum, line["confusion"])) == score["examples"]
+        assert 0 <= line["roc_auc"] <= 1
+    events = [json.loads(line)["event"] for line in (finished / "trace.jsonl").read_text().splitlines()]
+    traced = [event["metrics"].keys() for event in events if event["type"] == "ScoresReady"]
+    assert traced == [{"accuracy", "f1", "loss", "examples"}] * 4, "a trace has what the server is given and no more"
+
+
+def test_the_baseline_is_the_commonest_training_label_on_the_examples_that_are_scored(encoder: Path) -> None:
+    job = prepare(tiny_run(encoder, test_limit=9))
+    train, test = job.split.train, job.split.test
+    tested = [test.labels[i] for i in job.tested]
+    rare = min((0, 1), key=tested.count)  # of nine examples, so the other is the commonest there
+    mostly = [i for i, label in enumerate(train.labels) if label == rare]
+    job = replace(job, split=Split(train.take([*mostly, train.labels.index(1 - rare)]), test), shards=())
+    assert job.baselines() == {"majority": tested.count(rare) / 9}
+    assert job.describe()["metrics"]["majority_label"] == ("colour", "pet")[rare]  # type: ignore[index]
+    elsewhere = replace(job, split=Split(train.take(()), test))
+    assert elsewhere.baselines() == {"majority": tested.count(1 - rare) / 9}, "at a server without training examples"
+    assert elsewhere.describe()["metrics"]["majority_of"] == "test examples"  # type: ignore[index]
+    (note,) = replace(job, tested=tuple(i for i in job.tested if test.labels[i])).describe()["notes"]  # type: ignore[misc]
+    assert note == "No test example has the label 'colour': how well it is recognised is not measured."
+
+
+@pytest.mark.slow
+def test_clients_that_hold_nothing_out_train_and_are_told_as_unscored(encoder: Path, tmp_path: Path) -> None:
+    job = prepare(tiny_run(encoder, partition=IID(5)))
+    few = tuple(Shard(s.client, s.train + s.held_out, ()) if k < 2 else s for k, s in enumerate(job.shards))
+    log = read_run_log(replace(job, shards=few).execute(tmp_path / "few").folder)
+    assert [line["client"] for line in log.unscored] == [shard.client for shard in few[:2]]
+    assert [line["client"] for line in log.clients] == [shard.client for shard in few[2:]]
+    assert {line["client"] for line in log.tasks} & {shard.client for shard in few[:2]}
+    text = (tmp_path / "few" / "report.html").read_text(encoding="utf-8")
+    assert "2 of 5 clients gave no score" in text
+    nobody = tuple(Shard(s.client, s.train + s.held_out, ()) for s in job.shards)
+    log = read_run_log(
+        replace(prepare(tiny_run(encoder, partition=IID(5))), shards=nobody).execute(tmp_path / "no").folder
+    )
+    assert (len(log.unscored), log.clients) == (5, ())
 
 
 def test_the_same_seed_writes_the_same_bytes(finished: Path, encoder: Path, tmp_path: Path) -> None:
@@ -158,7 +212,13 @@ def test_a_run_cut_short_before_its_first_version_has_a_report_and_no_adapter(en
         ({"aggregator": Noise(), "schedule": FedFa()}, "schedule"),
         ({"schedule": Rounds(cohort_size=2.5)}, "schedule.cohort_size"),  # type: ignore[arg-type]
         ({"training": Training(learning_rate=float("inf"))}, "training.learning_rate"),
-        ({"data": Rows([{"text": "red cat " * 200, "label": str(i % 2)} for i in range(60)])}, "training.max_length"),
+        (
+            {
+                "data": Rows([{"text": "red cat " * 200, "label": str(i % 2)} for i in range(60)]),
+                "training": Training(max_length=128),
+            },
+            "training.max_length",
+        ),
         ({"data": Rows(iter(toy_rows(60)))}, "data.rows"),
         ({"device": "gpu"}, "device"),
     ],
@@ -217,7 +277,7 @@ def test_the_test_limit_is_kept_and_drawn_from_the_seed(encoder: Path) -> None:
     one, two, other = (prepare(tiny_run(encoder, test_limit=7, seed=seed)) for seed in (1, 1, 2))
     assert len(one.tested) == 7
     assert one.tested == two.tested != other.tested
-    assert one.evaluate(one.server.state.model)["examples"] == 7
+    assert one.score(one.server.state.model).counts()[0] == 7
 
 
 def test_the_manifest_holds_no_text_of_the_clients(encoder: Path) -> None:

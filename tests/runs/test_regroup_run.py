@@ -57,6 +57,7 @@ def test_the_folder_and_the_report_tell_each_regrouping(recorded: Path, tmp_path
     assert log.manifest["compared"]["members"][0]["client"] == "c00"
 
 
+@pytest.mark.slow
 def test_it_replays_and_goes_on_to_the_same_files(encoder: Path, recorded: Path, tmp_path: Path) -> None:
     """Interrupted after the first regrouping, before the last."""
     assert isinstance(server_from_manifest(recorded), Tree)

@@ -305,6 +305,29 @@ def test_so_does_every_pair(
     check_stopped(tmp_path_factory.mktemp("toy"), lambda folder: Toy(folder, method, schedule, transfer), stops)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", toys.schedules(), ids=toys.called)
+@given(data=st.data(), shorter=st.integers(1, 6), unreliable=st.booleans())
+@tries(4)
+def test_a_run_made_longer_from_before_its_last_event_is_the_longer_run(
+    tmp_path_factory: pytest.TempPathFactory,
+    schedule: Schedule,
+    data: st.DataObject,
+    shorter: int,
+    unreliable: bool,
+) -> None:
+    """Up to its last event, nothing depends on how long a run is."""
+    method = data.draw(st.sampled_from([method for method in METHODS if goes_together(method, schedule)]))
+    root, events = tmp_path_factory.mktemp("toy"), list[int]()
+    short = Toy(root / "short", method, schedule, None, unreliable, shorter)
+    short.run(lambda event: bool(events.append(event)))  # type: ignore[func-returns-value]
+    with pytest.raises(Stopped):
+        short.run(lambda event: event == events[-1])
+    whole = replace(short, folder=root / "whole", versions=7).run()
+    assert replace(short, versions=7).run(goes_on=True) == whole
+    shutil.rmtree(root)
+
+
 @pytest.mark.parametrize("kind", REBUILT, ids=lambda kind: kind.__name__)
 def test_every_field_is_saved_or_named_as_rebuilt(kind: type) -> None:
     """A field that is neither cannot be read back, and this says so."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,21 +17,34 @@ import pytest
 
 import fedloom
 from fedloom import (
+    Averaged,
+    DeltaInt8,
+    FedBuff,
     FedFa,
+    FedIT,
+    FedSA,
+    FLoRA,
+    Hierarchy,
+    Immediate,
     Limits,
+    Link,
+    Momentum,
+    RandomGroups,
     Refused,
     Rounds,
     Rows,
     prepare,
 )
 from fedloom.core.schema import Malformed
+from fedloom.report.run_log import read_run_log
 from fedloom.runs import checkpoint
+from fedloom.runs.replay import replay
 from fedloom.runs.resume import (
     CHECKPOINT,
     locked,
 )
 from tests.support import killed_runs
-from tests.support.folder_runs import interrupt_run
+from tests.support.folder_runs import at_version, interrupt_run, stop_at
 from tests.support.same_bytes import COMPARED
 from tests.support.tiny_models import tiny_run, toy_rows
 
@@ -73,11 +87,12 @@ def test_an_interrupted_run_goes_on_to_the_same_files(
     assert (len(outcome.scores), outcome.folder) == (9, out)
     for name in (*COMPARED, "manifest.json"):
         assert (out / name).read_bytes() == (undisturbed / name).read_bytes(), name
-    assert not {CHECKPOINT, "checkpoint.draft"} & {path.name for path in out.iterdir()}
-    with pytest.raises(Refused, match="its run is finished"):
+    assert not (out / "checkpoint.draft").exists()
+    with pytest.raises(Refused, match=r"its run is finished .* --more N adds N versions"):
         prepare(asynchronous(encoder), resume=out)
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_begins_again_in_its_folder(
     encoder: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +199,98 @@ def version_at(path: Path) -> int:
     while True:
         with suppress(Malformed):
             return int(checkpoint.read_checkpoint(path).about["version"])
+
+
+LONGER: dict[str, dict[str, Any]] = {
+    "rounds": {},
+    "asynchronous": {"schedule": FedFa(window=3, max_in_flight=4)},
+    "private, compressed": {
+        "schedule": FedBuff(buffer_size=2, max_in_flight=4),
+        "aggregator": Averaged(FedSA()),
+        "transfer": DeltaInt8(),
+    },
+    "folds, stragglers cancelled": {"schedule": Rounds(cohort_size=3, over_selection=1.5), "aggregator": FLoRA()},
+    "server memory": {"schedule": Immediate(max_in_flight=3), "aggregator": Momentum(FedIT())},
+    "edges": {
+        "schedule": FedFa(window=2, max_in_flight=2),
+        "hierarchy": Hierarchy(RandomGroups(groups=2), link=Link(1e6, 1e6)),
+    },
+}
+
+
+NUMBERS = ("trace.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "every"), [*zip(LONGER, (1, 0, 3, 1, 2, 1), strict=True)])
+def test_a_finished_run_made_longer_is_the_longer_run(encoder: Path, tmp_path: Path, kind: str, every: int) -> None:
+    """Also killed in between: the same bytes, a trace that replays, and a manifest that says where it had ended."""
+
+    def run(versions: int) -> Any:
+        return tiny_run(encoder, **LONGER[kind], limits=Limits(versions=versions, evaluate_every=every), seed=5)
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    prepare(run(6)).execute(whole, report=False)
+    prepare(run(3)).execute(out, report=False, checkpoint_seconds=0.0 if every else 30.0, keep_updates=True)
+    name = json.loads((out / "manifest.json").read_bytes())["run_hash"]
+    child = os.fork()
+    if not child:
+        try:
+            dies = [at_version(5, lambda: os.kill(os.getpid(), signal.SIGKILL))]
+            prepare(run(3), resume=out, more=3).execute(observers=dies, report=False, checkpoint_seconds=0.0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    prepare(run(3), resume=out).execute(report=False)
+    for file in NUMBERS:
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), file
+    assert replay(out).difference == ""
+    about, wanted = (json.loads((folder / "manifest.json").read_bytes()) for folder in (out, whole))
+    assert about.pop("extended") == [{"version": 3, "run_hash": name}]
+    assert about == wanted
+    prepare(run(3), resume=out, more=1).execute(report=False)
+    about = json.loads((out / "manifest.json").read_bytes())
+    assert about["status_reason"] == "7 versions made"
+    assert [entry["version"] for entry in about["extended"]] == [3, 6]
+
+
+@pytest.mark.slow
+def test_a_run_that_time_ended_is_made_longer_without_its_limit(encoder: Path, tmp_path: Path) -> None:
+    def run(**limits: Any) -> Any:
+        return tiny_run(encoder, limits=Limits(**limits))
+
+    prepare(run(versions=4)).execute(tmp_path / "whole", report=False)
+    ends = [line["time"] for line in read_run_log(tmp_path / "whole").versions]
+    timed, out = run(versions=90, seconds=(ends[1] + ends[2]) / 2), tmp_path / "out"
+    prepare(timed).execute(out, report=False)
+    assert len(read_run_log(out).versions) == 2
+    prepare(timed, resume=out, more=2).execute(report=False)
+    for file in NUMBERS:
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+@pytest.mark.slow
+def test_an_extension_cut_short_before_the_old_end_leaves_the_old_adapter(encoder: Path, tmp_path: Path) -> None:
+    """A run without a checkpoint is computed again from the beginning; until it is where it was, its adapter stays."""
+    run, out = tiny_run(encoder), tmp_path / "out"
+    prepare(run).execute(out, report=False)
+    before = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        prepare(run, resume=out, more=1).execute(observers=[stop_at(KeyboardInterrupt, 2)], report=False)
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_only_a_finished_run_is_made_longer_and_only_the_same_run(encoder: Path, undisturbed: Path, half: Path) -> None:
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    for more, folder, run, why in (
+        (1, half, asynchronous(encoder), "has not come to its end; go on with --resume"),
+        (0, undisturbed, asynchronous(encoder), "at least 1"),
+        (1, None, asynchronous(encoder), "name the folder of the finished run"),
+        (1, undisturbed, asynchronous(encoder, seed=6), r"seed: 5 there, 6 here; .* with start=DIR"),
+    ):
+        with pytest.raises(Refused, match=why):
+            prepare(run, resume=folder, more=more)
+    assert before == {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow

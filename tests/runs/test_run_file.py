@@ -26,6 +26,7 @@ from fedloom import (
 from fedloom.runs.run_file import load_run_file, override
 
 RUN = Run(model="some/model", data=Table(path="a.csv"))
+RUN_FILE = "from fedloom import Run, Table\nrun = Run(name='caf\u00e9', model='m', data=Table(path='a.csv'))\n"
 
 
 def read(run: Any, path: str) -> Any:
@@ -141,3 +142,21 @@ def test_a_run_file_with_earlier_names_of_policies_goes_on_to_be_read(tmp_path: 
     file.write_text(f"{line}\nrun = Run('none', Rows([]), hierarchy=Hierarchy(plan=Planned(Scored(rank=4))))\n")
     with pytest.warns(FutureWarning, match="is (JointPlan|GradientScore) now"):
         assert load_run_file(file).hierarchy == Hierarchy(plan=JointPlan(GradientScore(rank=4)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_run_file_is_in_utf_8_with_or_without_a_mark(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(RUN_FILE, encoding=encoding)
+    assert load_run_file(path).name == "caf\u00e9"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-16-le"])
+def test_a_run_file_in_another_encoding_is_refused_in_one_sentence(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(RUN_FILE, encoding=encoding)
+    with pytest.raises(Refused, match=r"^FILE = .*save it again in that encoding$"):
+        load_run_file(path)
+    if encoding == "cp1252":
+        path.write_text(f"# coding: {encoding}\n{RUN_FILE}", encoding=encoding)
+        assert load_run_file(path).name == "caf\u00e9", "Python knows which it is"

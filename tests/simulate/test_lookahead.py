@@ -124,6 +124,7 @@ def test_the_trace_is_that_of_training_at_dispatch(
     assert len(set(early.trained)) == len(early.trained)
 
 
+@pytest.mark.slow
 def test_ties_are_broken_by_the_moment_of_dispatch() -> None:
     """All tasks take 1 s; clients come and go at quarters, so windows change, made later, at the moment of an answer."""
     stays = Traced({f"c{k}": (0.25 * (k + 1), 0.25, 0.5, 0.25 * k + 0.25) for k in range(6)})

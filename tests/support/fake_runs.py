@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from fedloom.train.confusion import Confusion
+
 HEAD = 4 * 4000
 TIERS = {"phone": (2, 1e9, 1e6), "laptop": (4, 1e10, 1e7), "server": (8, 1e11, 1e8)}
 LABELS = ["abbreviation", "entity", "description", "human", "location", "number"]
@@ -35,11 +37,22 @@ def write_run(
     part = {client: _part(dice, len(labels)) for client in who}
     lines = list(_history(dice, tier, rounds, collapse, scored=status != "interrupted"))
     if status == "finished":
+        counted = {0: guesses(len(labels), 1), rounds: guesses(len(labels), 5)}
+        lines += [{"kind": "labels", "version": version, **one.metrics()} for version, one in counted.items()]
         lines += [_end(dice, client, tier[client], part[client]["held_out"]) for client in who]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps(_manifest(name, seed, status, tier, part, labels)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+def guesses(labels: int, right: int) -> Confusion:
+    """Predictions of 10, 20, 30, ... examples of the labels: `right` tenths are right, the others taken for the next label."""
+    rows = [[0] * labels for _ in range(labels)]
+    for k, row in enumerate(rows):
+        row[k] += right * (k + 1)
+        row[(k + 1) % labels] += (10 - right) * (k + 1)
+    return Confusion(tuple(map(tuple, rows)), right / 10 if labels == 2 else None)
 
 
 def _part(dice: random.Random, labels: int) -> dict[str, Any]:
@@ -135,6 +148,6 @@ def _manifest(
         },
         "partition": {"clients": part, "label_names": labels, "label_js": 0.31, "size_cv": 0.55},
         "clients": {c: {**link, "memory": 8e9, "examples": part[c]["examples"]} for c, link in links.items()},
-        "baselines": {"majority": 0.23},
+        "baselines": {"majority": 0.23}, "metrics": {"majority_label": labels[0], "majority_of": "training examples"},
         "notes": ["The adapter of the smallest tier has 2 of 8 directions."],
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,23 @@ def grouped_run(encoder: Path, **more: Any) -> Any:
     return tiny_run(encoder, **(given | more))
 
 
-def stop_at(error: type[BaseException], version: int) -> Any:
-    """An observer that raises the error when this version is published."""
+def at_version(version: int, act: Callable[[], object]) -> Any:
+    """An observer that does this when the version is published."""
 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
         if any(isinstance(command, Publish) and command.version == version for command in commands):
-            raise error("enough")
+            act()
 
     return observe
+
+
+def stop_at(error: type[BaseException], version: int) -> Any:
+    """An observer that raises the error when this version is published."""
+
+    def stop() -> None:
+        raise error("enough")
+
+    return at_version(version, stop)
 
 
 def interrupt_run(run: Any, out: Path, version: int = 5, **more: Any) -> Path:

@@ -36,6 +36,18 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a run that begins from an adapter forgets what its method folded",
+        "fold = compact_with_fold(start.rest, model.fold)",
+        "fold = start.rest",
+        "runs/test_start_adapter.py",
+    ),
+    Mutant(
+        "a run that begins from an adapter of low rank never has a higher one",
+        "first[name] = revive(cut_factor(whole, rank), rank, drawn)",
+        "first[name] = cut_factor(whole, rank)",
+        "runs/test_start_adapter.py",
+    ),
+    Mutant(
         "anyone may answer a task",
         "client not in state.working or state.working[client][1] != number",
         "number not in state.busy",
@@ -491,5 +503,23 @@ MUTANTS = [
         "_with_past(after, move.client, member_history(before, move.client))",
         "after",
         "hierarchy/test_regrouping.py::test_what_is_known_of_a_client_moves_along",
+    ),
+    Mutant(
+        "examples that tie do not count in the AUC",
+        "below, not_above = (torch.searchsorted(others, ours, right=right) for right in (False, True))",
+        "below, not_above = (torch.searchsorted(others, ours, right=right) for right in (False, False))",
+        "train/test_evaluate.py::test_the_area_is_the_probability_of_concordance",
+    ),
+    Mutant(
+        "a label that nobody has counts in the macro F1",
+        "2 * hits / (true + given) if true + given else None for hits",
+        "2 * hits / (true + given) if true + given else 0.0 for hits",
+        "train/test_confusion.py",
+    ),
+    Mutant(
+        "the majority is looked up in the test examples",
+        "commonest_label(self.split.train.labels or self._tested_labels())",
+        "commonest_label(self._tested_labels())",
+        "runs/test_job.py::test_the_baseline_is_the_commonest_training_label_on_the_examples_that_are_scored",
     ),
 ]

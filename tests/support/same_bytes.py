@@ -14,9 +14,11 @@ COMPARED = (
     "trace.jsonl",
     "metrics.jsonl",
     "adapter/adapter_model.safetensors",
-    "adapter/adapter_config.json",
     "adapter/README.md",
 )
+"""Files of a run folder that are the same wherever it is."""
+PLACED = ("adapter/adapter_config.json", "adapter/base/config.json")
+"""Files that are the same but for where the folder is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +33,15 @@ class Twins:
         if any(child.wait() for child in self.children):
             raise RuntimeError("a child process failed; its error stands above")
         one, other = self.outs
-        same = {name: (one / name).read_bytes() == (other / name).read_bytes() for name in COMPARED}
+        same = {name: _read(one, name) == _read(other, name) for name in (*COMPARED, *PLACED)}
         for name, equal in same.items():
             print(f"  {name:34s} {'same' if equal else 'DIFFERENT'}", flush=True)
         return all(same.values())
+
+
+def _read(out: Path, name: str) -> bytes:
+    """What a file of a run folder says, but for where that folder is: PEFT wants to know whole paths."""
+    return (out / name).read_bytes().replace(str(out.resolve()).encode(), b"OUT")
 
 
 def start_twins(folder: Path) -> Twins:

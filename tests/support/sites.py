@@ -58,7 +58,7 @@ def labelled(rows: Sequence[Any]) -> Examples:
 def trainer_of(model: Path, terms: RunTerms) -> PeftTrainer:
     """The simulation's, for a client whose shard is the second half of the run's examples."""
     base = load_base(str(model), 2, terms.lora, terms.rank, derive(terms.seed, "model"), engine=terms.engine)
-    texts = tokenise(labelled([*toy_rows(40, 1), *toy_rows(40)]), base.tokenizer, terms.training.max_length)
+    texts = tokenise(labelled([*toy_rows(40, 1), *toy_rows(40)]), base.tokenizer, terms.training.token_limit)
     return PeftTrainer(base, texts, {"ward": tuple(range(40, 80))}, terms.training, terms.engine)
 
 

@@ -33,9 +33,9 @@ def tiny_encoder(folder: Path, **sizes: Any) -> Path:
     marks = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
     names: dict[str, Any] = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     names["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-    _save_tokenizer(folder, marks, names, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
+    save_word_tokenizer(folder, marks, names, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
     config = {"vocab_size": len(marks + WORDS), "pad_token_id": 0, **SIZES, **sizes}
-    return _save_model(folder, BertModel, BertConfig(**config))
+    return save_random_model(folder, BertModel, BertConfig(**config))
 
 
 def tiny_decoder(folder: Path, **sizes: Any) -> Path:
@@ -44,9 +44,9 @@ def tiny_decoder(folder: Path, **sizes: Any) -> Path:
 
     marks = ("<unk>", "<s>", "</s>")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    _save_tokenizer(folder, marks, names, "<s> $A", "<s> $A $B")
+    save_word_tokenizer(folder, marks, names, "<s> $A", "<s> $A $B")
     config = {"vocab_size": len(marks + WORDS), "num_key_value_heads": 2, "pad_token_id": None, **SIZES, **sizes}
-    return _save_model(folder, LlamaModel, LlamaConfig(bos_token_id=1, eos_token_id=2, **config))
+    return save_random_model(folder, LlamaModel, LlamaConfig(bos_token_id=1, eos_token_id=2, **config))
 
 
 def tiny_generator(folder: Path, **sizes: Any) -> Path:
@@ -55,9 +55,11 @@ def tiny_generator(folder: Path, **sizes: Any) -> Path:
 
     marks = ("<unk>", "<s>", "</s>", "<pad>")
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    _save_tokenizer(folder, marks, names, "<s> $A", "<s> $A $B")
+    save_word_tokenizer(folder, marks, names, "<s> $A", "<s> $A $B")
     config = {"vocab_size": len(marks + WORDS), "num_key_value_heads": 2, "tie_word_embeddings": True, **SIZES, **sizes}
-    return _save_model(folder, LlamaForCausalLM, LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3, **config))
+    return save_random_model(
+        folder, LlamaForCausalLM, LlamaConfig(bos_token_id=1, eos_token_id=2, pad_token_id=3, **config)
+    )
 
 
 def toy_answers(count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -82,7 +84,8 @@ def toy_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return rows
 
 
-def _save_tokenizer(folder: Path, marks: Sequence[str], names: Mapping[str, Any], single: str, pair: str) -> None:
+def save_word_tokenizer(folder: Path, marks: Sequence[str], names: Mapping[str, Any], single: str, pair: str) -> None:
+    """Write a tokenizer of `marks` and `WORDS`: their names in transformers, and what it puts around one text and a pair."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -95,7 +98,8 @@ def _save_tokenizer(folder: Path, marks: Sequence[str], names: Mapping[str, Any]
     made(tokenizer_object=tokenizer, **names).save_pretrained(folder)
 
 
-def _save_model(folder: Path, made: Callable[[Any], Any], config: Any) -> Path:
+def save_random_model(folder: Path, made: Callable[[Any], Any], config: Any) -> Path:
+    """Write the model that `made` makes of a configuration; its weights are always the same."""
     hush()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

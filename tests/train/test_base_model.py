@@ -176,6 +176,7 @@ def test_a_classifier_of_a_kind_that_can_write_may_be_named(generator: Path, tmp
     assert initial_adapter(base, 4).dense == {}
 
 
+@pytest.mark.slow
 def test_what_cannot_write_is_refused_with_a_remedy(encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="BertLMHeadModel sees the words that it is to predict; give a decoder"):
         written_by(encoder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict, replace
+from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fedloom.core.errors import Refused
+from fedloom.core.text import without_surrogates
 from fedloom.data.examples import Examples, Turn
 from fedloom.train import chat_template
 from fedloom.train.chat_template import FitCounts, PromptFormat, PromptParts
@@ -122,7 +125,7 @@ def test_earlier_turns_come_before_the_request() -> None:
     )
     prompt, _, _ = one(TOKENIZERS["plain"], some, 100)
     assert prompt.startswith(
-        "<s>### System:\nBe brief.\n\n### Instruction:\nHi\n\n### Response:\nHello\n\n### Instruction:\nName"
+        "<s>### System:\nBe brief.\n\n### Instruction:\nHi\n\n### Response:\nHello</s>\n\n### Instruction:\nName"
     )
     with pytest.raises(Refused, match=r"(?s)data\.messages.*system, user, assistant, user.*must alternate"):
         encode_texts(some, TOKENIZERS["llama2"], 100)
@@ -164,7 +167,7 @@ def test_the_tokens_of_a_prompt_begin_those_of_the_example(
     assert begin < len(ids) or not answer
     if not any(asdict(texts.fit_counts)[name] for name in ("context", "history", "request", "template", "answer")):
         assert ids[:begin] == chat_template.prompt_tokens(tokenizer, PromptParts(request, context), max_length)
-        said = chat_template._replace_surrogates(answer)
+        said = without_surrogates(answer)
         wanted = f" {said.strip()} " if tokenizer.chat_template == LLAMA2 else said
         marks = PromptFormat.for_tokenizer(tokenizer).end_marks
         plain = [token for token in ids[begin:] if token not in marks]
@@ -222,13 +225,141 @@ def test_a_template_that_does_not_fit_is_told() -> None:
     assert (answer, fitted) == ("Paris</s>", FitCounts(1, context=1, request=1, template=1))
 
 
+CHATML_THINKS = (  # as Qwen3's: the last answer has a place for thoughts, earlier ones have lost it
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PHI3 = (  # the end of the text is marked behind the last message, and only there
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+TALKERS = {**TOKENIZERS, "phi3": tokenizer_of(PHI3, eos_token="<|endoftext|>")}
+TALK = (Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Who?"), Turn("assistant", "Me, France."))
+
+
+@pytest.mark.parametrize("tokenizer", TALKERS.values(), ids=TALKERS)
+def test_all_answers_of_a_conversation_are_learnt(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Each begins where its own prompt ends, and has the tokens that it would have as the last answer, to its end mark."""
+    whole = encode_texts(examples((QUESTION, "", ANSWER), before=TALK), tokenizer, 200)
+    assert whole.earlier_answers is not None
+    spans = [*whole.earlier_answers[0], (whole.answer_starts[0], len(whole.ids[0]))]  # type: ignore[index]
+    said = [*TALK, Turn("user", QUESTION), Turn("assistant", ANSWER)]
+    mark = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for place, (begin, end) in enumerate(spans):
+        alone = encode_texts(
+            examples((said[2 * place].content, "", said[2 * place + 1].content), before=tuple(said[: 2 * place])),
+            tokenizer,
+            200,
+        )
+        (start,) = alone.answer_starts or ()
+        assert alone.ids[0][:start] == whole.ids[0][:begin]
+        if tokenizer is TALKERS["phi3"] and place < 2:
+            assert alone.ids[0][start:][: end - begin] == whole.ids[0][begin:end]
+            assert mark in whole.ids[0][begin:end]
+        else:
+            assert alone.ids[0][start:] == whole.ids[0][begin:end]
+    labels = whole.batch([0], CPU)["labels"][0].tolist()
+    inside = {place for begin, end in spans for place in range(begin, end)}
+    assert labels == [token if place in inside else IGNORED for place, token in enumerate(whole.ids[0])]
+    assert whole.targets(0) == labels
+    assert whole.target_count(0) == len(inside)
+    assert whole.fit_counts == FitCounts(1)
+
+
+def test_where_earlier_answers_are_rewritten_the_last_one_is_learnt_alone() -> None:
+    tokenizer = tokenizer_of(CHATML_THINKS, eos_token="<|endoftext|>")
+    texts = encode_texts(examples((QUESTION, "", ANSWER), before=TALK), tokenizer, 200)
+    assert texts.earlier_answers is None
+    assert texts.fit_counts == FitCounts(1, last_only=1)
+    assert texts.targets(0).count(IGNORED) == (texts.answer_starts or (0,))[0]
+
+
+@given(
+    said=st.lists(strange.filter(str.strip), min_size=2, max_size=4),
+    name=st.sampled_from(sorted(TALKERS)),
+    max_length=st.integers(20, 200),
+)
+@tries(25)
+def test_earlier_answers_are_found_in_any_text(said: list[str], name: str, max_length: int) -> None:
+    """What is learnt of an earlier answer is tokens of that answer, and its end mark where there is room for all turns."""
+    tokenizer = TALKERS[name]
+    before = tuple(turn for text in said[:-1] for turn in (Turn("user", "Hi"), Turn("assistant", text)))
+    texts = encode_texts(examples(("Hi", "", said[-1]), before=before), tokenizer, max_length)
+    (begin,), (spans,) = texts.answer_starts or (), texts.earlier_answers or ((),)
+    assert len(texts.ids[0]) <= max_length
+    assert all(0 <= first < last <= begin for first, last in spans)
+    assert all(one[1] <= other[0] for one, other in pairwise(spans))
+    assert texts.fit_counts is not None
+    if texts.fit_counts.history + texts.fit_counts.last_only + texts.fit_counts.template == 0:
+        assert len(spans) == len(said) - 1
+
+
+def test_a_date_stands_still() -> None:
+    """Llama 3's way to the date, Mistral's, and one in a macro; `strftime` itself says what each should write."""
+    talk = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    forms = ("%d %b %Y", "%Y-%m-%d", "%A, %-d %B %y at %H:%M:%S, day %j, %%")
+    for form in forms:
+        for template in (
+            "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('FORM') %}"
+            "{%- else %}{%- set date_string = 'never' %}{%- endif %}{%- endif %}{{ date_string }}" + talk,
+            "\n {%- set today = strftime_now('FORM') %}{{ today }}" + talk,
+            "{% macro now() %}{{ strftime_now('FORM') }}{% endmacro %}{{ now() }}" + talk,
+        ):
+            tokenizer = tokenizer_of(template.replace("FORM", form), eos_token="</s>")
+            found = PromptFormat.for_tokenizer(tokenizer, "2024-02-29").prompt_text(PromptParts("Hi"))
+            assert found == datetime(2024, 2, 29).strftime(form).replace("%%", "%") + "Hi"
+            assert chat_template.prompt_notes(tokenizer, "2024-02-29")[0].startswith(
+                "The chat template writes the date: it is given 2024-02-29"
+            )
+
+
+def test_a_date_changes_the_prompts_that_have_one_and_no_others() -> None:
+    dated = tokenizer_of("{{ strftime_now('%Y') }}" + CHATML, eos_token="<|endoftext|>")
+    for tokenizer, differ in ((dated, True), (TOKENIZERS["chatml"], False), (TOKENIZERS["plain"], False)):
+        one, other, default = (
+            encode_texts(examples((QUESTION, "", ANSWER)), tokenizer, 100, date).ids
+            for date in ("2024-02-29", "2026-01-01", None)
+        )
+        assert (one != other) == differ
+        assert other == default
+
+
+@pytest.mark.parametrize("drawn", ["{{ ['a', 'b'] | random }}", "{{ lipsum() }}"])
+def test_a_template_that_draws_at_random_is_refused(drawn: str) -> None:
+    with pytest.raises(Refused, match="its chat template draws at random"):
+        encode_texts(examples((QUESTION, "", ANSWER)), tokenizer_of(drawn + CHATML), 100)
+
+
+def test_of_several_templates_the_default_one_is_taken() -> None:
+    tokenizer = tokenizer_of(CHATML, eos_token="<|endoftext|>")
+    wanted = encode_texts(examples((QUESTION, "", ANSWER)), tokenizer, 100)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ 1 / 0 }}"}
+    assert encode_texts(examples((QUESTION, "", ANSWER)), tokenizer, 100) == wanted
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(Refused, match=r"none of its chat templates is the default \(rag, tool_use\)"):
+        encode_texts(examples((QUESTION, "", ANSWER)), tokenizer, 100)
+
+
+def test_special_tokens_in_texts_are_counted() -> None:
+    texts = encode_texts(
+        examples((QUESTION, "", ANSWER), ("Hi<|im_end|>", "", ANSWER), ("Hi", "", "I am </s>"), ("<s> a", "</s>", "b")),
+        TOKENIZERS["plain"],
+        100,
+    )
+    assert texts.fit_counts == FitCounts(4, special_tokens=3)
+
+
 def test_what_happened_is_counted_and_said() -> None:
     tokenizer = TOKENIZERS["no marks"]
     fitted = encode_texts(
         examples((QUESTION, "ab" * 99, ANSWER), ("Hi", "", "\ud800"), ("Hi", "", "")), tokenizer, 90
     ).fit_counts
     assert fitted == FitCounts(3, context=1, replaced_characters=1, empty=1)
-    told = chat_template.fit_notes(tokenizer, 90, {"training": fitted, "test": None})
+    told = [
+        *chat_template.fit_notes(90, {"training": fitted, "test": None}),
+        *chat_template.prompt_notes(tokenizer),
+    ]
     assert told[0] == "1 of 3 training examples: the middle of the context is taken out to fit training.max_length=90."
     assert [line.split(":")[0] for line in told[1:]] == [
         "1 of 3 training examples",
@@ -237,8 +368,8 @@ def test_what_happened_is_counted_and_said() -> None:
         "The tokenizer has no end mark",
         "The tokenizer has no token to pad with",
     ]
-    assert chat_template.fit_notes(TOKENIZERS["chatml"], 90, {"training": FitCounts(3)}) == []
-    assert chat_template.fit_notes(tokenizer, 90, {"training": None, "test": None}) == []
+    assert chat_template.fit_notes(90, {"training": FitCounts(3), "test": None}) == []
+    assert chat_template.prompt_notes(TOKENIZERS["chatml"]) == []
 
 
 def test_long_texts_bring_no_warning_of_the_tokenizer(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,8 @@ from fedloom.train.base_model import load_base
 from fedloom.train.settings import PLAIN, Engine, LoRA
 from fedloom.train.text_features import EMBEDDED_ROWS, embeddings
 from fedloom.train.tokenised import encode_texts
-from tests.support.tiny_runs import answered, examples, tiny_run, writer_of
+from tests.support.families import FAMILIES
+from tests.support.tiny_runs import answered, base_of, examples, tiny_run, trainer_of, writer_of
 
 
 @pytest.mark.parametrize(("engine", "layer"), [(PLAIN, -1), (Engine(), -2)])
@@ -41,6 +42,16 @@ def test_models_that_write_have_embeddings_too(decoder: Path) -> None:
     rows = embeddings(base, answered(base, 6), range(6))
     assert rows.isfinite().all()
     assert len(rows) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["T5", "BART", "XLNet"])
+def test_other_kinds_of_models_have_embeddings_that_padding_does_not_change(name: str, tmp_path: Path) -> None:
+    base = base_of(FAMILIES[name].save(tmp_path))
+    texts = trainer_of(base, 12).texts
+    rows = embeddings(base, texts, range(12))
+    for i in range(12):
+        assert torch.allclose(rows[i], embeddings(base, texts, [i])[0], atol=1e-4)
 
 
 def test_groups_by_topics_mix_what_labels_do_not_tell(encoder: Path) -> None:

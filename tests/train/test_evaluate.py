@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from fedloom.core.lora import Adapter
+from fedloom.data.partition import Shard
 from fedloom.train import evaluate
 from fedloom.train.base_model import initial_adapter
 from fedloom.train.engine.frozen_layers import ActivationCache
-from fedloom.train.evaluate import BATCH, AnswerScores, Scores, score
+from fedloom.train.evaluate import (
+    BATCH,
+    AnswerScores,
+    Scores,
+    evaluate_held_out,
+    evaluate_untrained,
+    roc_auc,
+    score,
+)
 from fedloom.train.tokenised import encode_texts
+from tests.support.storms import tries
 from tests.support.tiny_runs import answered, base_of, examples, lively, logits, writer_of
 
 
@@ -33,11 +48,11 @@ def test_three_classes_by_hand() -> None:
     # F1: 0 -> 2*1/(2+1), 1 -> 2*1/(1+3), 2 -> 2*1/(2+1)
     figures = scores([0, 1, 1, 1, 2], [0, 0, 1, 2, 2], 3).metrics()
     assert figures["accuracy"] == pytest.approx(3 / 5)
-    assert figures["f1"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
+    assert figures["f1_macro"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
 
 
 def test_a_class_that_is_neither_present_nor_predicted_does_not_count() -> None:
-    assert scores([0, 1], [0, 1], 7).metrics()["f1"] == 1.0
+    assert scores([0, 1], [0, 1], 7).metrics()["f1_macro"] == 1.0
 
 
 def test_nothing_right_is_zero_and_not_nan() -> None:
@@ -46,10 +61,58 @@ def test_nothing_right_is_zero_and_not_nan() -> None:
 
 
 def test_a_part_has_the_scores_of_its_members() -> None:
-    part = scores([1, 0, 1], [1, 1, 0]).subset([2, 0])
+    part = replace(scores([1, 0, 1], [1, 1, 0]), margins=torch.tensor([0.5, -1.0, 2.0])).subset([2, 0])
     assert part.predicted.tolist() == [1, 1]
     assert part.labels.tolist() == [0, 1]
     assert part.losses.tolist() == [2.0, 0.0]
+    assert part.margins is not None
+    assert part.margins.tolist() == [2.0, 0.5]
+
+
+def test_counts_are_by_true_and_predicted_label() -> None:
+    counted = scores([0, 1, 1, 1, 2], [0, 0, 1, 2, 2], 4).confusion()
+    assert counted.counts == ((1, 1, 0, 0), (0, 1, 0, 0), (0, 1, 1, 0), (0, 0, 0, 0))
+
+
+class Area(NamedTuple):
+    """Scores of few distinct values, so that many tie, and which of their examples are positive."""
+
+    scores: list[float]
+    positive: list[bool]
+
+
+areas = st.lists(st.tuples(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 3.0]), st.booleans()), max_size=25).map(
+    lambda rows: Area([score for score, _ in rows], [positive for _, positive in rows])
+)
+
+
+@tries(200)
+@given(areas)
+def test_the_area_is_the_probability_of_concordance(area: Area) -> None:
+    """Every pair of a positive and a negative example counted, a tie as half (Hanley and McNeil 1982)."""
+    rows = [*zip(area.scores, area.positive, strict=True)]
+    ours, others = ([score for score, kind in rows if kind is wanted] for wanted in (True, False))
+    found = roc_auc(torch.tensor(area.scores), torch.tensor(area.positive, dtype=torch.bool))
+    if not ours or not others:
+        assert found is None
+        return
+    pairs = [Fraction((a > b) * 2 + (a == b), 2) for a in ours for b in others]
+    assert found == float(sum(pairs) / len(pairs))
+
+
+@tries(200)
+@given(areas)
+def test_the_area_sees_only_the_order(area: Area) -> None:
+    scores, positive = torch.tensor(area.scores), torch.tensor(area.positive, dtype=torch.bool)
+    found = roc_auc(scores, positive)
+    assert roc_auc(scores.exp() * 3 - 7, positive) == found
+    turned = roc_auc(-scores, positive)
+    assert (turned is None) is (found is None)
+    assert turned is None or found is None or turned == pytest.approx(1 - found)
+
+
+def test_scores_that_are_not_finite_have_no_area() -> None:
+    assert roc_auc(torch.tensor([0.0, math.nan]), torch.tensor([True, False])) is None
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
@@ -64,7 +127,27 @@ def test_scores_come_in_the_order_asked_for_whatever_the_batches(request: pytest
     assert torch.equal(found.labels, labels)
     assert torch.equal(found.predicted, wanted.argmax(1))
     assert torch.allclose(found.losses, functional.cross_entropy(wanted, labels, reduction="none"), atol=1e-5)
+    assert torch.allclose(found.margins, wanted[:, 1] - wanted[:, 0], atol=1e-5)
     assert math.isfinite(found.metrics()["loss"])
+
+
+def test_who_holds_nothing_out_is_not_scored(encoder: Path) -> None:
+    base = base_of(encoder)
+    texts, adapter = encode_texts(examples(12), base.tokenizer, 32), lively(initial_adapter(base, 4))
+    shards = [Shard("none", (0, 1), ()), Shard("some", (2, 3, 5), (4, 7, 6)), Shard("one", (8,), ())]
+    (found,) = evaluate_held_out(base, adapter, texts, shards).items()
+    assert found[0] == "some"
+    alone = score(base, adapter, texts, [4, 7, 6])
+    assert isinstance(found[1], Scores)
+    assert torch.equal(found[1].losses, alone.losses)
+    (baseline,) = evaluate_untrained(base, texts, shards).items()
+    assert baseline[0] == "some"
+    assert baseline[1].counts()[:2] == (3, 1)  # examples 3 and 5 make label 1 the commonest, which 7 alone has
+    for evaluate_nobody in (
+        evaluate_held_out(base, adapter, texts, shards[::2]),
+        evaluate_untrained(base, texts, shards[::2]),
+    ):
+        assert evaluate_nobody == {}
 
 
 def test_answers_by_hand() -> None:

@@ -16,6 +16,7 @@ from fedloom.core.types import ClientState, Task
 from fedloom.train import loss, peft_weights
 from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import frozen_layers
+from fedloom.train.evaluate import score
 from fedloom.train.settings import PLAIN
 from fedloom.train.tokenised import IGNORED
 from fedloom.train.trainer import enable_gradients
@@ -79,6 +80,32 @@ def test_an_example_is_the_mean_of_its_answers_tokens_and_a_batch_the_mean_of_it
         inputs = texts.batch(some, base.device)
         assert loss.example_losses(base, inputs).tolist() == pytest.approx(wanted, rel=1e-4)
         assert float(loss.mean_loss(base, inputs)) == pytest.approx(sum(wanted) / 4, rel=1e-4)
+
+
+@KINDS
+def test_a_conversation_is_the_mean_over_the_tokens_of_all_its_answers(model: Path) -> None:
+    """One that has three answers in a row against three examples that end with one each: the same tokens, the same losses."""
+    base = writer_of(model)
+    one = answered(base, 3)
+    assert one.answer_starts is not None
+    talk = one.ids[0] + one.ids[1][1:] + one.ids[2][1:]
+    after = [len(one.ids[0]) - 1, len(one.ids[0]) + len(one.ids[1]) - 2]
+    spans = [(one.answer_starts[0], after[0] + 1), (after[0] + one.answer_starts[1], after[1] + 1)]
+    last = after[1] + one.answer_starts[2]
+    whole = replace(one, ids=(talk,), answer_starts=(last,), earlier_answers=(tuple(spans),))
+    apart = replace(one, ids=tuple(talk[:end] for end in (spans[0][1], spans[1][1], len(talk))))
+    apart = replace(apart, answer_starts=(spans[0][0], spans[1][0], last))
+    base.put(lively(initial_adapter(base, 4)))
+    with torch.no_grad():
+        found = loss.example_losses(base, whole.batch([0], base.device))
+        each = loss.example_losses(base, apart.batch([0, 1, 2], base.device))
+    counts = [apart.target_count(i) for i in range(3)]
+    assert whole.target_count(0) == sum(counts)
+    assert float(found) == pytest.approx(
+        sum(map(float.__mul__, each.tolist(), map(float, counts))) / sum(counts), rel=1e-4
+    )
+    scores = [score(base, None, texts, range(len(texts.ids))).counts() for texts in (whole, apart)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
 
 
 def test_long_answers_weigh_no_more_than_short_ones(generator: Path) -> None:

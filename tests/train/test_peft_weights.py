@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedloom.core.errors import Refused
+from fedloom.plan.depth import FixedDepth, check_blocks
 from fedloom.train import peft_weights
 from fedloom.train.base_model import initial_adapter
+from tests.support.families import FAMILIES, Family
 from tests.support.tiny_runs import base_of, lively, same
 
 
@@ -44,3 +47,37 @@ def test_names_are_those_of_the_base_model_at_any_rank(encoder: Path) -> None:
     plain = dict(base.model.get_base_model().named_modules())
     assert list(low.factors) == list(high.factors) == [name for name in low.factors if name in plain]
     assert list(low.dense) == ["classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "path", "depths"),
+    [
+        ("BERT", "bert.encoder.layer", {0, 1, 2, 3, 4}),  # the pooler lies above
+        ("T5", "transformer.decoder.block", {1, 2, 3, 4, 5}),  # the encoder lies below the decoder
+        ("BART", "model.decoder.layers", {1, 2, 3, 4, 5}),
+        ("OPT", "model.decoder.layers", {1, 2, 3, 4}),
+        ("Mixtral", "model.layers", {1, 2, 3, 4}),
+        ("Gemma 3, vision", "model.language_model.layers", {1, 2, 3, 4, 5, 6}),
+    ],
+)
+def test_blocks_are_those_that_text_passes_last(name: str, path: str, depths: set[int], tmp_path: Path) -> None:
+    base = base_of(FAMILIES[name].save(tmp_path), target_modules="all-linear")
+    found = peft_weights.transformer_blocks(base.model)
+    assert found is not None
+    assert found[0] == path
+    assert {*peft_weights.layer_depths(base.model).values()} == depths
+    assert (base.shape().layers, base.shape().hidden) == (len(found[1]), 32)
+
+
+@pytest.mark.slow
+def test_no_list_of_blocks_where_blocks_are_not_passed_once_each(tmp_path: Path) -> None:
+    """ALBERT passes one block many times; XLM has a list of attentions and one of the rest of its blocks."""
+    sizes = {"vocab_size": 30, "emb_dim": 32, "n_layers": 3, "n_heads": 4, "pad_index": 0, "unk_index": 1}
+    for family in (FAMILIES["ALBERT"], Family("XLM", "encoder", "XLMConfig", "XLMModel", sizes, "encoder")):
+        base = base_of(family.save(tmp_path / family.name), target_modules="all-linear")
+        assert peft_weights.transformer_blocks(base.model) is None
+        assert base.shape().depths == {}
+        kind = type(base.model.get_base_model()).__name__
+        with pytest.raises(Refused, match=f"{kind} has no list of blocks, each passed once; leave plan.depth out"):
+            check_blocks(FixedDepth(1), base.shape(), kind)

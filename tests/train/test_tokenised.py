@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedloom.data.examples import Examples
-from fedloom.train.tokenised import encode_texts
+from fedloom.train.chat_template import FitCounts
+from fedloom.train.tokenised import encode_texts, longest_of
+from tests.support.storms import tries
+from tests.support.tiny_models import WORDS
 from tests.support.tiny_runs import base_of, examples
 
 CPU = torch.device("cpu")
@@ -54,3 +63,55 @@ def test_pairs_are_told_apart(encoder: Path) -> None:
     inputs = encode_texts(pairs, base_of(encoder).tokenizer, 32).batch([0], CPU)
     assert inputs["input_ids"].shape == (1, 5)  # [CLS] cat [SEP] dog [SEP]
     assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]
+
+
+words = st.lists(st.sampled_from([*WORDS, "[SEP]", "half \ud83d"]), min_size=1, max_size=12).map(" ".join)
+
+
+@given(texts=st.lists(st.tuples(words, words), min_size=1, max_size=6), limit=st.integers(5, 24), paired=st.booleans())
+@tries(30)
+def test_what_is_cut_is_counted_and_what_is_long_enough_changes_nothing(
+    encoder: Path, texts: list[tuple[str, str]], limit: int, paired: bool
+) -> None:
+    """Against the tokenizer without a limit; at the length that `longest_of` finds, all texts have the tokens of the larger limit."""
+    tokenizer = _tokenizer(encoder)
+    one, other = zip(*texts, strict=True)
+    some = Examples(one, other if paired else None, (0,) * len(texts), ("x", "y"), None)
+    found = encode_texts(some, tokenizer, limit)
+    clean = [[text.replace("\ud83d", "\N{REPLACEMENT CHARACTER}") for text in column] for column in (one, other)]
+    whole = tokenizer(*clean[: 1 + paired])["input_ids"]
+    read = texts if paired else [(text, "") for text in one]
+    assert found.fit_counts == FitCounts(
+        len(texts),
+        text=sum(len(row) > limit for row in whole),
+        special_tokens=sum("[SEP]" in "".join(row) for row in read),
+        replaced_characters=sum("\ud83d" in "".join(row) for row in read),
+    )
+    assert [len(row) for row in found.ids] == [min(limit, len(row)) for row in whole]
+    enough = longest_of([found, encode_texts(some.take(()), tokenizer, limit)], limit)
+    assert max(map(len, found.ids)) <= enough <= limit
+    again = encode_texts(some, tokenizer, enough)
+    assert (again.ids, again.extras) == (found.ids, found.extras)
+
+
+@cache
+def _tokenizer(model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(model)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_draws_draws_no_more(encoder: Path, tmp_path: Path) -> None:
+    made = Tokenizer(models.BPE(unk_token="[UNK]"))
+    made.train_from_iterator(
+        WORDS, trainers.BpeTrainer(vocab_size=34, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+    )
+    made.model.dropout = 0.5  # type: ignore[attr-defined]
+    for file in encoder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    kind: Any = PreTrainedTokenizerFast  # untyped
+    kind(tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    drawn: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert len({tuple(drawn("yellow horse")["input_ids"]) for _ in range(50)}) > 1, "the tokenizer draws"
+    base = base_of(tmp_path)
+    assert len({encode_texts(examples(), base.tokenizer, 64).ids for _ in range(5)}) == 1
+    assert any("BPE dropout" in note for note in base.notes)

@@ -33,6 +33,7 @@ class FedEx:
     """Means of factors, and the residual in the fold: together the exact mean of products."""
 
     space: ClassVar[Literal["product"]] = "product"
+    has_fold: ClassVar[bool] = True
     exempt: ClassVar[Mapping[int, str]] = VOTES_SERVER_VALUE
     init = staticmethod(first_model)
 

@@ -26,6 +26,7 @@ class FlexLoRA:
     """Mean of products without truncation; the clients' directions in the adapter, the rest in a fold that is not sent."""
 
     space: ClassVar[Literal["product"]] = "product"
+    has_fold: ClassVar[bool] = True
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             5: "rank-agnostic weights drain energy into the smallest shared rank, as in HLoRA",

@@ -27,6 +27,7 @@ class FLoRA:
     """The sum of the stacked products goes into the fold; each client starts from up = 0 and a `down` of its own."""
 
     space: ClassVar[Literal["product"]] = "product"
+    has_fold: ClassVar[bool] = True
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {8: "all clients share the weight of a direction, also those whose rank is too low to bring one like it"}
     )

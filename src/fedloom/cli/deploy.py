@@ -31,7 +31,7 @@ Hosts = Annotated[
 Days = Annotated[int, typer.Option("--days", min=1, help="Days until the server's certificate ends.")]
 
 
-def serve(
+def serve(  # noqa: PLR0913  # they are its options
     file: Annotated[Path, typer.Argument(metavar="RUNFILE", help="A Python file with a value `run = Run(...)`.")],
     folder: Of,
     settings: Annotated[
@@ -47,16 +47,26 @@ def serve(
         int | None, typer.Option(min=1, max=65535, help="Port of this machine at which Prometheus may ask.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the deployment in this folder.")] = False,
+    more: Annotated[
+        int | None, typer.Option("--more", metavar="N", help="Add N versions to the finished run in this folder.")
+    ] = None,
     port: Annotated[str, typer.Option(metavar="[HOST:]PORT", help="Where sites connect to.")] = "8080",
     insecure: Insecure = False,
 ) -> None:
     """Carry out a Run on real machines: the server. Sites come with [bold]fedloom join[/bold], at any time.
 
-    What is killed is started again and goes on from the last checkpoint; Ctrl-C ends all, [bold]--resume[/bold] goes on.
+    What is killed is started again and goes on from the last checkpoint; Ctrl-C ends all, [bold]--resume[/bold] goes on. With
+    [bold]--more N[/bold] a finished run makes N more versions; its sites come as before.
 
     Example: [bold]fedloom keys new DIR --host server.example.org[/bold], then [bold]fedloom serve mine.py --folder DIR[/bold]
     """
-    _carry_out(file, folder, port, insecure, resume, _facts(file, settings, clients) | {"metrics_port": metrics_port})
+    facts = _facts(file, settings, clients) | {"metrics_port": metrics_port}
+    if more is not None:
+        from fedloom.deploy.server.config import RUN_FOLDER
+        from fedloom.runs.resume import version_to_reach
+
+        facts["until"] = version_to_reach(folder / RUN_FOLDER, more)
+    _carry_out(file, folder, port, insecure, resume or more is not None, facts)
 
 
 def region(
@@ -113,14 +123,12 @@ def _facts(file: Path, settings: list[str] | None, clients: int) -> dict[str, ob
 def _carry_out(
     file: Path, folder: Path, port: str, insecure: bool, resume: bool, facts: dict[str, object], more: Any = ()
 ) -> None:
-    from fedloom.core.errors import Refused
+    from fedloom.deploy.flower.address import parse_address
     from fedloom.deploy.flower.serve import serve_deployment
     from fedloom.deploy.flower.server_processes import ServerSetup
 
-    host, _, number = port.rpartition(":")
-    if not number.isdigit():
-        raise Refused("--port", port, "give a port, or an address of this machine and a port: 10.0.0.5:8080")
-    server = ServerSetup(folder, host or ("127.0.0.1" if insecure else "0.0.0.0"), int(number), insecure)
+    address = parse_address("--port", port, "127.0.0.1" if insecure else "0.0.0.0")
+    server = ServerSetup(folder, address.host, address.port, insecure)
     try:
         reason = serve_deployment(server, facts, resume, _say, more)
     except KeyboardInterrupt:

@@ -61,7 +61,8 @@ def inspect_command(  # noqa: PLR0913  # they are its options
         Path | None, typer.Option(metavar="FILE", help="The test examples: says which of them are in DATA, too.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A language model that counts tokens and judges quality.")
+        str | None,
+        typer.Option(metavar="NAME", help="A model that counts tokens; a language model also judges quality."),
     ] = None,
     show: Annotated[
         int, typer.Option(metavar="K", help="Print the first K examples as the model reads them (with --model).")
@@ -125,12 +126,9 @@ def inspect_command(  # noqa: PLR0913  # they are its options
         _write_summary(out, examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
         return
     parts = _parts(examples, data[0].name)
-    judged = max(FEWEST, JUDGED // len(parts))
-    unmeasured = "Quality was not measured: name a language model with --model."
-    notes.append(
-        unmeasured if model is None else f"{Path(model).name} judges at most {judged} examples of each client."
-    )
-    out.print(notes[-1], markup=False, soft_wrap=True)
+    judged, note = _judged(examples, model, max(FEWEST, JUDGED // len(parts)))
+    notes.append(note)
+    out.print(note, markup=False, soft_wrap=True)
     summaries = [_summary(name, part, model, judged) for name, part in parts.items()]
     _show(out, summaries, data[0].name, notes, page)
 
@@ -167,35 +165,59 @@ def _is_table(path: Path) -> bool:
         whole = json.loads(_text(path))
     except ValueError:  # a row a line
         return True
-    return not isinstance(whole, dict) or any(isinstance(whole.get(name), list) for name in ("data", "rows"))
+    return not isinstance(whole, dict) or (
+        "lengths" not in whole and any(isinstance(part, list | dict) for part in whole.values())
+    )
 
 
 def _load(path: Path, test: Path | None, named: Mapping[str, str], how: Mapping[str, str]) -> _Found:
     """Read a table and make examples of it; the notes say how it was read, and what each column was taken for."""
     from fedloom.data.delimited import FileFormat
     from fedloom.data.file_formats import read_table_file, read_tables
-    from fedloom.data.table import as_examples, guess_columns
+    from fedloom.data.instructions import conversation_columns
+    from fedloom.data.table import guess_columns
 
     known = FileFormat.__dataclass_fields__
     for what, value in how.items():
         if what not in known:
             raise Refused("--read", f"{what}={value}", f"say how to read it: one of {', '.join(known)}")
+    if how.get("quoted", "true").lower() not in ("true", "false"):
+        raise Refused("--read", f"quoted={how['quoted']}", "write quoted=true or quoted=false")
     quoted = {"quoted": how["quoted"].lower() == "true"} if "quoted" in how else {}
     settings = FileFormat(**{**how, **quoted})  # type: ignore[arg-type]
     try:
         raw, tested = read_tables(str(path), settings)
         tested = read_table_file(test, settings) if test is not None else tested
+        conversations = conversation_columns(raw)
+        roles = guess_columns(raw, {"text": conversations[0], **named} if len(conversations) == 1 else named)
     except Refused as error:
         raise Refused(error.field, error.value, error.remedy.replace("--set data.", "--read ")) from error
-    roles = guess_columns(raw, named)
     used = ", ".join(f"{role} from “{name}”{'' if role in named else ' (guessed)'}" for role, name in roles.items())
     notes = [f"Read {path.name}: {used}.", *raw.notes]
     if "client" not in roles:
         notes.append("No column names clients: all of it is shown as one client. Name one with --clients COLUMN.")
-    examples, spelled = as_examples(raw, roles)
+    examples, spelled = _examples(raw, roles)
     have = {role: name for role, name in roles.items() if tested is not None and name in tested.columns}
-    both = None if tested is None or "text" not in have else as_examples(tested, have)[0]
+    if tested is not None and "text" not in have:
+        spelled = [*spelled, f"{tested.where} has no column “{roles['text']}”: it is not compared."]
+    both = None if tested is None or "text" not in have else _examples(tested, have)[0]
+    spelled = [note.replace("--set data.label=", "--column label=") for note in spelled]
     return _Found(raw, roles, examples, both, [*notes, *spelled])
+
+
+def _examples(raw: RawTable, roles: Mapping[str, str]) -> tuple[Examples, Sequence[str]]:
+    """Make examples of labelled texts, of requests with answers, or of conversations, and notes on them."""
+    from fedloom.data.instructions import Instructions, conversation_columns
+    from fedloom.data.table import as_examples
+
+    if roles["text"] not in conversation_columns(raw):
+        return as_examples(raw, roles)
+    rows = raw._replace(notes=())
+    source = Instructions(
+        rows, rows, messages=roles["text"], client=roles.get("client"), kind=roles.get("label"), missing="drop"
+    )
+    split = source.load(0)  # nothing is set aside where test rows are given; they are the same rows
+    return split.train, [note for note in split.notes if " test rows " not in note]
 
 
 def _findings(found: _Found) -> list[str]:
@@ -221,7 +243,7 @@ def _length_notes(examples: Examples, model: str) -> list[str]:
     longest, middle = max(lengths), sorted(lengths)[len(lengths) // 2]
     cut = [(most, sum(length > most for length in lengths)) for most in LENGTHS]
     said = ", ".join(f"{count} at {most}" for most, count in cut if count) or f"none at {LENGTHS[0]}"
-    lines = [f"The longest example has {longest} tokens, the middle one {middle}. Cut at max_length: {said}."]
+    lines = [f"The longest example has {longest} tokens, the median is {middle}. Cut at max_length: {said}."]
     if longest > tokenizer.model_max_length:
         over = sum(length > tokenizer.model_max_length for length in lengths)
         lines.append(f"{over} examples are longer than the {tokenizer.model_max_length} tokens that the model reads.")
@@ -263,7 +285,21 @@ def _parts(examples: Examples, name: str) -> Mapping[str, Examples]:
     return {client: examples.take(part) for client, part in ByClient().split(examples, 0).items()}
 
 
+def _judged(examples: Examples, model: str | None, most: int) -> tuple[int, str]:
+    """Return how many examples of each client the model judges, at `most` and 0 where it cannot, and a note on that."""
+    if model is None:
+        return 0, "Quality was not measured: name a language model with --model."
+    from fedloom.train.text_features import quality_scores
+
+    try:
+        quality_scores(examples.take(range(1)), model, LONGEST)
+    except Refused as error:  # an encoder without the head of a language model, which counts tokens all the same
+        return 0, f"Quality was not measured: {error.remedy}."
+    return most, f"{Path(model).name} judges at most {most} examples of each client."
+
+
 def _summary(name: str, examples: Examples, model: str | None, judged: int = JUDGED) -> Summary:
+    """Summarise one client; its tokens are counted with the model, which judges so many of its examples."""
     from fedloom.data.client_summary import summarise
 
     if model is None:
@@ -271,9 +307,12 @@ def _summary(name: str, examples: Examples, model: str | None, judged: int = JUD
     from fedloom.core.seeds import rng
     from fedloom.train.text_features import Tokens, quality_scores
 
+    counted = summarise(name, examples, Tokens(model), f"tokens of {Path(model).name}")
+    if not judged:
+        return counted
     some = examples.take(sorted(rng(0, "judged", name).sample(range(len(examples)), min(judged, len(examples)))))
     seen = summarise(name, replace(some, quality=quality_scores(some, model, LONGEST)))
-    return replace(summarise(name, examples, Tokens(model), f"tokens of {Path(model).name}"), quality=seen.quality)
+    return replace(counted, quality=seen.quality)
 
 
 def _write_summary(
@@ -325,6 +364,6 @@ def _show(out: Console, summaries: Sequence[Summary], name: str, notes: Sequence
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise Refused("DATA", str(path), "there is no such file, or it is not text") from error

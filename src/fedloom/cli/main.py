@@ -6,11 +6,14 @@ that `fedloom --help` takes no longer than typer.
 
 from __future__ import annotations
 
+import codecs
 import json
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -42,6 +45,10 @@ app = typer.Typer(
 )
 INTERRUPTED = 130
 """What a shell expects of a program that Ctrl-C ended."""
+ESCAPED = "fedloom.escaped"
+PLAIN_MARKS = str.maketrans(
+    {"\u00a0": " ", "\u2013": "-", "\u2026": "...", "\u00b1": "+-", "\u00d7": "x", "\u2192": "->"}
+)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -124,7 +131,7 @@ def demo_command(settings: Settings = None, out_dir: OutDir = None, seed: Seed =
 
 
 @app.command("run")
-def run_command(
+def run_command(  # noqa: PLR0913  # they are its options
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A Python file that defines `run = Run(...)`.")],
     settings: Settings = None,
     out_dir: OutDir = None,
@@ -135,6 +142,14 @@ def run_command(
     ] = True,
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Continue the unfinished run in this folder.")
+    ] = None,
+    more: Annotated[
+        int | None,
+        typer.Option(
+            "--more",
+            metavar="N",
+            help="Add N versions to a finished run: that of [bold]--resume DIR[/bold], or the latest one of this name in runs/.",
+        ),
     ] = None,
     keep_updates: Annotated[
         bool,
@@ -149,6 +164,8 @@ def run_command(
     and is executed: run only files that you trust.
 
     A run that was interrupted or killed continues with the same command and [bold]--resume DIR[/bold], and ends in the same bytes.
+    [bold]--more N[/bold] adds N versions to a finished run, on the same data, as if it had been that long from the beginning. For
+    other data (next month's), begin a new run from its adapter: [bold]--set start=DIR[/bold]; any LoRA folder of PEFT will do.
 
     Example: [bold]fedloom run experiments/tickets.py --set schedule.cohort_size=2 --workers 2 --out runs/mine[/bold]
     """
@@ -159,11 +176,15 @@ def run_command(
     from fedloom.train.workers.worker import Workers
 
     Workers.parse(workers)  # a mistake is reported before anything is loaded
-    if resume and out_dir:
+    if (resume or more is not None) and out_dir:
         raise Refused("--out", str(out_dir), "a run goes on in its own folder; give --resume alone")
     value = _overridden(load_run_file(file), settings, seed)
+    if more is not None and resume is None:
+        resume = files.latest_path(Path("runs"), value.name)
+        if resume is None:
+            raise Refused("--more", more, f"there is no run {value.name}-001 in runs/; name its folder: --resume DIR")
     target = resume or files.require_vacant(out_dir or files.numbered_path(Path("runs"), value.name))
-    job = prepare(value, resume)
+    job = prepare(value, resume, more)
     _introduce(job)
     try:
         outcome = _carry_out(job, target, workers, pictures, keep_updates=keep_updates)
@@ -247,7 +268,7 @@ def export_command(
         raise Refused("export", str(folder), "say exactly one of --client ID, --rank R, --merged")
     log = read_run_log(folder)
     if client is not None:
-        ranks = {str(line["client"]): int(line["rank"]) for line in log.clients}
+        ranks = {str(line["client"]): int(line["rank"]) for line in (*log.clients, *log.unscored)}
         if client not in ranks:
             raise Refused("--client", client, f"the run scored {', '.join(sorted(ranks)) or 'no clients'}")
         rank = ranks[client]
@@ -258,10 +279,11 @@ def export_command(
     name = "merged" if merged else f"adapter-{client}" if client else f"adapter-r{rank}"
     place = create_folder(target or folder / name)
     if merged:
-        out.print(f"Model  {save_merged(base, adapter, names, place)}")
+        out.print(f"Model  {_escaped(str(save_merged(base, adapter, names, place)))}", soft_wrap=True)
     else:
         assert rank is not None
-        out.print(f"Adapter  {save_adapter(base, truncate_adapter(adapter, rank), names, place)}")
+        written = save_adapter(base, truncate_adapter(adapter, rank), names, place, log.manifest["run"].get("date"))
+        out.print(f"Adapter  {_escaped(str(written))}", soft_wrap=True)
 
 
 app.command("inspect")(inspect_command)
@@ -270,6 +292,8 @@ mount(app)
 
 def main() -> NoReturn:
     """The `fedloom` command."""
+    write_any_text(sys.stdout)
+    write_any_text(sys.stderr)
     try:
         code = app(standalone_mode=False)  # typer returns the code of an Exit, and 130 for Ctrl-C
     except Refused as error:
@@ -295,6 +319,23 @@ def main() -> NoReturn:
     sys.exit(code or 0)
 
 
+def write_any_text(stream: object) -> None:
+    """Let a stream take any text: where it is not in UTF-8, as ASCII with escapes, which every terminal and every reader of a file
+    shows alike; where it is, with escapes for what no text holds.
+    """
+    if isinstance(stream, TextIOWrapper):
+        codecs.register_error(ESCAPED, _escape_letters)
+        encoding = None if stream.encoding.lower().startswith("utf") else "ascii"
+        stream.reconfigure(encoding=encoding, errors=ESCAPED)
+
+
+def _escape_letters(error: UnicodeError) -> tuple[str, int]:
+    """Spell marks of punctuation plainly, and escape all else."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end].translate(PLAIN_MARKS)
+    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
 def _overridden(value: Run, settings: list[str] | None, seed: int | None) -> Run:
     from fedloom.runs.run_file import override
 
@@ -318,9 +359,13 @@ def _introduce(job: PreparedRun) -> None:
     fleet = job.server.fleet()
     ranks = Counter(run.plan(profile, fleet).rank for profile in job.profiles.values())
     out.print("Ranks now: " + ", ".join(f"{rank} at {count} clients" for rank, count in sorted(ranks.items())) + "\n")
+    about: Mapping[str, Any] = job.describe()
+    for share in about["baselines"].values():
+        answer = f"Always answering {about['metrics']['majority_label']!r}"
+        out.print(f"{_escaped(answer)} would be right for {100 * share:.1f} % of the test examples\n")
     if job.resumed_from:
         out.print(f"Goes on {job.resumed_from.resume_point}\n")
-    for note in job.describe()["notes"]:  # type: ignore[attr-defined]
+    for note in about["notes"]:
         out.print(f"[yellow]Note[/yellow] {_escaped(note)}\n")
 
 
@@ -369,12 +414,12 @@ def _what_is_left(folder: Path) -> str:
 
 
 def resume_command(arguments: list[str], folder: Path) -> str:
-    """Return the command that goes on with an interrupted run: the same one, with --resume in the place of --out."""
-    rest, skip = list[str](), False
+    """Return the command that goes on with an interrupted run: the same one, with --resume in the place of --out and --more."""
+    rest, skip, replaced = list[str](), False, ("--out", "--resume", "--more")
     for argument in arguments:
-        if not skip and argument.partition("=")[0] not in ("--out", "--resume"):
+        if not skip and argument.partition("=")[0] not in replaced:
             rest.append(argument)
-        skip = not skip and argument in ("--out", "--resume")
+        skip = not skip and argument in replaced
     return shlex.join([*rest, "--resume", str(folder)])
 
 
@@ -389,8 +434,9 @@ def _conclude(job: PreparedRun, ours: Outcome, fedit: Outcome, page: Path) -> No
     _summarise([ours.folder, fedit.folder])
     start, end, other = ours.scores[0]["accuracy"], ours.scores[-1]["accuracy"], fedit.scores[-1]["accuracy"]
     out.print(
-        f"\nThe untrained model classified {100 * start:.1f} % of the test tickets correctly, FedIT reached "
-        f"{100 * other:.1f} %, [bold]ProductDelta {100 * end:.1f} %[/bold]; no ticket left its company.\n"
+        f"\nAlways answering the commonest label would be right for {100 * job.baselines()['majority']:.1f} % of the test "
+        f"tickets. The untrained model classified {100 * start:.1f} % correctly, FedIT reached {100 * other:.1f} %, "
+        f"[bold]ProductDelta {100 * end:.1f} %[/bold]; no ticket left its company.\n"
     )
     out.print(
         f"Report   {page}\nAdapter  {ours.folder / 'adapter'} (README.md there shows how to load it with peft)",

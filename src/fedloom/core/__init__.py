@@ -7,7 +7,7 @@
 - `codec`, `transfer`, `message_size`: how numbers travel, what arrives on the other side, how many bytes that is.
 - `model_shape`: what a task costs in FLOP, bytes and memory.
 - `schema`: dataclasses to JSON and back, with checks.
-- `seeds`, `fingerprint`, `files`, `indexed_dict`, `errors`: small tools.
+- `seeds`, `fingerprint`, `files`, `indexed_dict`, `text`, `errors`: small tools.
 
 The room imports torch and the standard library only (`schema` may import pydantic), and no other room. What is added here must be
 needed by more than one room and must not read a clock, a file system (but for `files`) or a global random generator.

@@ -49,6 +49,13 @@ def numbered_path(parent: Path, name: str) -> Path:
     return path
 
 
+def latest_path(parent: Path, name: str) -> Path | None:
+    """Return the one of parent/name-001, -002, ... with the highest number; None if there is none."""
+    numbers = [path.name.removeprefix(f"{name}-") for path in parent.glob("*") if path.name.startswith(f"{name}-")]
+    found = [number for number in numbers if number.isdecimal()]
+    return parent / f"{name}-{max(found, key=int)}" if found else None
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a draft to write, which then takes the place of `path`: whole or not at all, also where the power fails.

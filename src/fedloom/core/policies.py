@@ -115,6 +115,7 @@ class Aggregator(Protocol):
         adds_noise: True where noise is added to the merge (refused with partial depth, and inside wrappers that keep changes).
         rank: rank of the server, which is checked against the model.
         clients: number of clients, which is checked against the federation.
+        has_fold: True where the model keeps in a fold, at any rank, what its adapter has no room for.
         plain_mean: True where each entry is the mean with the schedule's weights, which `Noise` needs.
     """
 

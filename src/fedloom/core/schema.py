@@ -34,6 +34,7 @@ from torch import Tensor
 
 from fedloom.core.errors import Refused
 from fedloom.core.indexed_dict import IndexedTable
+from fedloom.core.text import has_surrogate
 
 RENAMED: Mapping[str, str] = {
     "Scored": "GradientScore",
@@ -386,7 +387,7 @@ def _wrong(expected: str, data: object) -> Malformed:
 
 
 def check_fields(value: Any, path: str = "") -> None:
-    """Raise Refused for the first field, however deep, of another type than declared, or with an infinite number."""
+    """Raise Refused for the first field, however deep, of another type than declared, with an infinite number or no Unicode."""
     if not is_dataclass(value) or isinstance(value, type):
         return
     for field, hint in declared_fields(type(value)).items():
@@ -395,6 +396,8 @@ def check_fields(value: Any, path: str = "") -> None:
             raise Refused(name, content, f"expected {describe_type(hint, None)}")
         if isinstance(content, float) and not math.isfinite(content):
             raise Refused(name, content, "expected a finite number")
+        if isinstance(content, str) and has_surrogate(content):
+            raise Refused(name, ascii(content), "it has half of a character (a lone surrogate), which no file can hold")
         for item in content if isinstance(content, tuple) else (content,):
             check_fields(item, f"{name}.")
 

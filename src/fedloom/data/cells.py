@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from math import isfinite
 from typing import NamedTuple
 
 from fedloom.core.errors import Refused
-from fedloom.data.raw_table import RawTable, row_count
+from fedloom.core.text import has_surrogate
+from fedloom.data.raw_table import RawTable, row_count, strip_blanks
 
-INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad"
-"""Characters without a width that `str.strip` leaves: zero-width spaces and joiners, marks of direction, a byte order mark."""
-WHOLE = re.compile(r"(-?)(0|[1-9][0-9]*)(?:\.0+|,00?)?")
+WHOLE = re.compile(r"([-+\u2212]?)(0|[1-9][0-9]*)(?:\.0*|,00?)?")
 """A whole number, also as a column of decimal numbers or a spreadsheet writes it; not 007, nor 1,000."""
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:[.,][0-9]*)?|[.,][0-9]+)(?:[eE][+-]?[0-9]+)?")
 FRACTION = re.compile(r"[+-]?[0-9]*[.,][0-9]*[1-9][0-9]*|.*[eE]-[0-9]+")
+SCIENTIFIC = re.compile(r"([-+]?)([0-9])(?:\.([0-9]*))?[eE]([-+]?[0-9]{1,2})")
+"""A number as numpy and others write it by default, such as 1.000e+00."""
 ROUNDED = re.compile(r"[+-]?[0-9]+(?:[.,][0-9]+)?[eE]\+[0-9]+")
 """A long number as a spreadsheet shows it: its last digits are lost."""
 COLUMN_NAME = re.compile(r"(?!.* .* .* )[\w .()/%#&-]{1,40}")
 """What names of columns look like: up to three words, and no sentence."""
+MOST_LISTED = 30
+"""Names of columns that a message lists at most."""
 LARGEST_EXACT = 2**53
 """Whole numbers from here on are not all different as floating numbers of 64 bits."""
+FEWEST_ROWS = 20
+"""Rows from which on a label of a single row is noted."""
+LISTING = (";", ",", "|")
+"""What people write between several labels in one cell."""
 MOST_CLASSES = 20
 """A column with more values than this, and more than half as many as rows, is not taken for one of labels."""
 
@@ -43,24 +51,20 @@ class Identities(NamedTuple):
 def identity(value: object) -> str:
     """Return what a label or client is called that a cell holds.
 
-    >>> [identity(value) for value in (1, 1.0, "1", "1.0 ", "-0", "007", True, "TRUE", "yes\\u200b", 2.5)]
-    ['1', '1', '1', '1', '0', '007', 'true', 'true', 'yes', '2.5']
+    >>> [identity(value) for value in (1, 1.0, "1", "1.0 ", "+1", "1.0e+00", "-0", "007", True, "TRUE", "yes\\u200b", 2.5)]
+    ['1', '1', '1', '1', '1', '1', '0', '007', 'true', 'true', 'yes', '2.5']
     """
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float | Decimal) and value % 1 == 0:
+    if isinstance(value, float | Decimal) and isfinite(value) and value % 1 == 0:
         return str(int(value))
     text = unicodedata.normalize("NFC", strip_blanks(str(value)))
     if text in ("True", "TRUE", "False", "FALSE"):
         return text.lower()
+    if (found := SCIENTIFIC.fullmatch(text)) is not None and int(found[4]) <= len(found[3] or ""):
+        text = f"{Decimal(text):f}"  # all its digits are there
     whole = WHOLE.fullmatch(text)
-    return text if whole is None else "0" if whole[2] == "0" else whole[1] + whole[2]
-
-
-def strip_blanks(text: str) -> str:
-    """Return a text without blanks at its ends, also those that nobody sees."""
-    stripped = text.strip().strip(INVISIBLE)
-    return stripped if stripped == text else strip_blanks(stripped)
+    return text if whole is None else "0" if whole[2] == "0" else whole[1].strip("+").replace("\u2212", "-") + whole[2]
 
 
 def is_missing(value: object) -> bool:
@@ -89,11 +93,17 @@ def check_columns(raw: RawTable, names: Mapping[str, Sequence[str]]) -> None:
 def describe_columns(raw: RawTable) -> str:
     """Say which columns there are, unless the first row may be data or a remark: no value of a cell is ever shown."""
     names = list(raw.columns)
+    if raw.advice is None:
+        shown = [name for name in names if COLUMN_NAME.fullmatch(name)][:MOST_LISTED]
+        more = f"{len(names) - len(shown)} columns have names that are not shown"
+        return "; ".join([f"the columns are {', '.join(shown)}"] * bool(shown) + [more] * (len(shown) < len(names)))
+    advice = f"; {raw.advice}" if raw.advice else ""
     if any(NUMBER.fullmatch(name) or name in raw.columns[name] for name in names):
         return "its first row looks like data, not like names of columns: write a row of names above it, such as text,label"
     if len(names) < 2 or not all(COLUMN_NAME.fullmatch(name) for name in names):
-        return f"the names of its columns ({len(names)}) have to stand in its first row, such as text,label"
-    return f"the columns are {', '.join(names)}"
+        return f"the names of its columns ({len(names)}) have to stand in its first row, such as text,label{advice}"
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return f"the columns are {', '.join(names[:MOST_LISTED])}{more}{advice}"
 
 
 def drop_missing(raw: RawTable, names: Mapping[str, Sequence[str]], missing: str) -> RawTable:
@@ -165,12 +175,14 @@ def column_identities(raw: RawTable, field: str, name: str) -> Identities:
     _refuse_types(raw, field, name, "not a word or a number")
     cells = raw.columns[name]
     if rounded := [index for index, cell in enumerate(cells) if _lost_digits(cell)]:
-        remedy = "a number so long that its last digits are lost (as spreadsheets and decimal columns do); write the column as text"
-        raise Refused(f"data.{field}", name, f"{raw.rows(rounded)} of {raw.where}: {remedy}")
+        reason = "a number without end, or whose last digits are lost (as in spreadsheets and decimal columns)"
+        raise Refused(f"data.{field}", name, f"{raw.rows(rounded)} of {raw.where}: {reason}; write the column as text")
     values = [identity(cell) for cell in cells]
-    if broken := [index for index, value in enumerate(values) if not _is_unicode(value)]:
+    if broken := [index for index, value in enumerate(values) if has_surrogate(value)]:
         raise Refused(
-            f"data.{field}", name, f"{raw.rows(broken)} of {raw.where}: half of a character (a lone surrogate)"
+            f"data.{field}",
+            name,
+            f"{raw.rows(broken)} of {raw.where}: half of a character (a lone surrogate); mend the cells",
         )
     return Identities(values, [*_spelling_notes(raw, name, values), *_likeness_notes(raw, name, values)])
 
@@ -178,16 +190,14 @@ def column_identities(raw: RawTable, field: str, name: str) -> Identities:
 def _lost_digits(cell: object) -> bool:
     if isinstance(cell, float):
         return abs(cell) >= LARGEST_EXACT
+    if isinstance(cell, Decimal):
+        return cell.is_infinite()
     if not isinstance(cell, str):
         return False
     text = strip_blanks(cell)
-    return bool(ROUNDED.fullmatch(text)) or (
+    return bool(ROUNDED.fullmatch(identity(text))) or (
         text.endswith(".0") and WHOLE.fullmatch(text) is not None and abs(float(text)) >= LARGEST_EXACT
     )
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _spelling_notes(raw: RawTable, name: str, values: Sequence[str]) -> Iterator[str]:
@@ -207,6 +217,8 @@ def _likeness_notes(raw: RawTable, name: str, values: Sequence[str]) -> Iterator
     """Note different names that differ in case, inner blanks or leading zeros only."""
     alike = defaultdict[str, dict[str, int]](dict)
     for index, value in enumerate(values):
+        if not value:  # `fedloom inspect` leaves empty cells in
+            continue
         folded = " ".join(value.casefold().split())
         alike[folded.lstrip("0") or "0"].setdefault(value, index)
     several = [sorted(group.values()) for group in alike.values() if len(group) > 1]
@@ -244,6 +256,31 @@ def check_classes(raw: RawTable, field: str, name: str, values: Sequence[str]) -
     if different > MOST_CLASSES and different > len(values) / 2:
         remedy = f"{different} different values in {len(values)} rows of {raw.where} are no classes; choose another column with"
         raise Refused(f"data.{field}", name, f"{remedy} --set data.{field}=COLUMN, {named}")
+
+
+def class_notes(raw: RawTable, name: str, values: Sequence[str]) -> Iterator[str]:
+    """Note what may be no classes: many numbers, labels of a single row, and labels that are several others in one cell."""
+    different = set(values)
+    if len(different) > MOST_CLASSES and all(map(NUMBER.fullmatch, different)):
+        yield (
+            f"{len(different)} numbers in the column {name!r} of {raw.where} are taken for as many classes; "
+            "if they are scores or ids, choose another column with data.label."
+        )
+    counts = Counter(values)
+    single = [index for index, value in enumerate(values) if counts[value] == 1]
+    if single and len(values) >= FEWEST_ROWS:
+        yield (
+            f"{len(single)} of {len(different)} labels in the column {name!r} of {raw.where} have a single row "
+            f"({raw.rows(single)}): misspelt, or no label?"
+        )
+    for sign in LISTING:
+        several = [{part.strip() for part in value.split(sign)} for value in different if sign in value]
+        uses = Counter(part for parts in [*several, *({value} for value in different)] for part in parts)
+        if several and all("" not in parts and max(map(uses.__getitem__, parts)) > 1 for parts in several):
+            yield (
+                f"{_names(len(several), 'has', 'have')} {sign!r} between other names in the column {name!r} of {raw.where}: "
+                "each combination counts as a class of its own, as an example has one label."
+            )
 
 
 def refuse_unknown(raw: RawTable, field: str, name: str, values: Sequence[str], known: Iterable[str]) -> None:

@@ -98,7 +98,9 @@ def private_summary(summary: Summary, epsilon: float, seed: int, labels: Sequenc
     """
     strange = sorted(set(summary.labels or ()) - set(labels)) if labels else []
     if strange:
-        raise Refused("labels", tuple(labels), f"{len(strange)} label(s) of the client are not in the list; name all labels")
+        raise Refused(
+            "labels", tuple(labels), f"{len(strange)} label(s) of the client are not in the list; name all labels"
+        )
     measured = (summary.lengths, *([summary.quality] if summary.quality else []))
     named = [(summary.labels or {}).get(name, 0.0) for name in labels]
     parts = len(measured) + bool(named)

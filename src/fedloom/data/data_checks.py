@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
+from fedloom.core.text import list_some
 from fedloom.data.examples import Examples
 from fedloom.data.raw_table import RawTable
 
@@ -59,10 +60,13 @@ def repeat_sentences(examples: Examples) -> Iterator[str]:
 
 
 def overlap_sentences(train: Examples, test: Examples) -> Iterator[str]:
-    """Say how many test examples are among the training examples, whatever their label or answer."""
+    """Say how many test examples are among the training examples, whatever their label or answer, and how many labels are new."""
     trained = set(_questions(train))
     if both := sum(question in trained for question in _questions(test)):
         yield f"{both} of {len(test)} test examples are in the training data, too: scores on them say little."
+    named = [test.names[label] for label in test.labels if test.names[label]]
+    if len(train.names) > 1 and (new := sum(name not in train.names for name in named)):
+        yield f"{new} of {len(test)} test examples have a label that no training example has."
 
 
 def _questions(examples: Examples) -> list[Hashable]:
@@ -86,5 +90,4 @@ def _folded(name: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(f"“{name}”" for name in names[:NAMED]) + more
+    return list_some([f"“{name}”" for name in names], NAMED)

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from fedloom.core.errors import Refused
+from fedloom.core.text import first_line
 from fedloom.data.raw_table import RawTable, check_column_names, table_of_columns
 
 SECONDS_TO_CONNECT = 10
@@ -60,7 +61,7 @@ def ask_postgres(place: str, query: str) -> Answer:
         connection = psycopg.connect(place, connect_timeout=SECONDS_TO_CONNECT, application_name="fedloom")
     except psycopg.Error as error:
         remedy = (
-            f"the database cannot be reached ({_first_line(error)}); a password belongs into ~/.pgpass or PGPASSWORD"
+            f"the database cannot be reached ({first_line(error)}); a password belongs into ~/.pgpass or PGPASSWORD"
         )
         raise Refused("data.path", address, remedy) from error
     with closing(connection):
@@ -112,10 +113,6 @@ def _why(kind: str, state: str | None) -> str:
     """Say why a query failed: what databases write themselves may quote a cell."""
     code = f", SQLSTATE {state}" if state else ""
     return f"the database refuses it ({kind}{code}); try it in the database's own client"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
 
 
 def _plain_number(value: object) -> object:

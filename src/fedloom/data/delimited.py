@@ -7,23 +7,23 @@ has the reasons.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fedloom.core.errors import Refused
-from fedloom.data.raw_table import RawTable, check_column_names, table_of_columns
+from fedloom.data.encodings import decode_text
+from fedloom.data.raw_table import RawTable, check_column_names, strip_blanks, table_of_columns, without_repeated_names
 
 SEPARATORS: Mapping[str, str] = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 """Separators that are looked for, and what notes call them."""
 LONGEST_CELL = 2**31 - 1
-MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-USUAL = "cp1252"
-LIKELY = (USUAL, "cp1250", "cp1251", "cp1253", "cp1254")
-"""Encodings of office programs, among which the detector chooses; others have to be given."""
+FEWEST_NUMBERED = 5
+"""Rows that a first column without a name has to number, to be taken for the index that R writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Quoting:
 
     Fields:
         encloses: whether it encloses a cell; else it is a character like others.
-        backslash: whether a backslash stands before one inside a cell; else it is doubled.
+        backslash: whether a backslash stands before one inside a cell; else it is doubled. Where none encloses: before a separator.
         padded: whether blanks may stand before one that opens a cell.
     """
 
@@ -72,21 +72,24 @@ class Quoting:
     def settings(self) -> dict[str, Any]:
         """Settings of `csv.reader`."""
         if not self.encloses:
-            return {"quoting": csv.QUOTE_NONE, "quotechar": None}
+            return {"quoting": csv.QUOTE_NONE, "quotechar": None, "escapechar": "\\" if self.backslash else None}
         escape = {"escapechar": "\\", "doublequote": False} if self.backslash else {}
         return {**escape, "skipinitialspace": self.padded}
 
 
 PLAIN, ENCLOSED = Quoting(encloses=False), Quoting()
-PADDED, BACKSLASH = Quoting(padded=True), Quoting(backslash=True)
+PADDED, BACKSLASH, ESCAPED = Quoting(padded=True), Quoting(backslash=True), Quoting(encloses=False, backslash=True)
 
 
 class Unreadable(Exception):
-    """Rows that cannot be cut into cells in one way; `row` is the number of the first of them, `columns` how many the header has."""
+    """Rows that cannot be cut into cells in one way.
 
-    def __init__(self, row: int, columns: int, reason: str) -> None:
+    `row` numbers the first of them, `cells` counts its cells, `columns` those of the first line.
+    """
+
+    def __init__(self, row: int, cells: int, columns: int, reason: str) -> None:
         super().__init__(reason)
-        self.row, self.columns = row, columns
+        self.row, self.cells, self.columns = row, cells, columns
 
 
 class Reading(NamedTuple):
@@ -109,7 +112,7 @@ def read_delimited(content: bytes, where: str, how: FileFormat = FOUND) -> RawTa
     text, separator = _declared_separator(text.replace("\r\n", "\n"), how.separator)
     reading = _find_reading(text, where, separator, how.quoted)
     found = _found(reading, encoding, how, where)
-    header = [name.strip() for name in reading.rows[0]]
+    header = [strip_blanks(name) for name in reading.rows[0]]
     unnamed = [k for k, name in enumerate(header) if not name or name.startswith("Unnamed: ")]
     named = [k for k in range(len(header)) if k not in unnamed]
     check_column_names([header[k] for k in named], where)
@@ -118,7 +121,10 @@ def read_delimited(content: bytes, where: str, how: FileFormat = FOUND) -> RawTa
     if filled:
         notes.append(f"{where}: {len(filled)} column(s) without a name are not read.")
     columns = {header[k]: [row[k] for row in reading.rows[1:]] for k in named}
-    return table_of_columns(columns, where)._replace(notes=tuple(notes))
+    advice = (
+        "cells that end at another sign than , ; | or tab need --set data.separator=SIGN" if len(header) < 2 else ""
+    )
+    return without_repeated_names(table_of_columns(columns, where)._replace(notes=tuple(notes), advice=advice))
 
 
 def _found(reading: Reading, encoding: str, how: FileFormat, where: str) -> list[str]:
@@ -131,7 +137,9 @@ def _found(reading: Reading, encoding: str, how: FileFormat, where: str) -> list
     if how.quoted is None and reading.quoting.encloses != (reading.separator != "\t"):
         facts.append("quotation marks " + ("enclose cells" if reading.quoting.encloses else "are part of the text"))
     if reading.quoting.backslash:
-        facts.append("a backslash before quotation marks inside cells")
+        facts.append(
+            f"a backslash before {'quotation marks' if reading.quoting.encloses else 'separators'} inside cells"
+        )
     return facts
 
 
@@ -140,74 +148,13 @@ def _usual_separator(where: str) -> str:
     return "\t" if where.lower().removesuffix(".gz").endswith((".tsv", ".tab")) else ","
 
 
-# Encoding -------------------------------------------------------------------------------------------------------------------
-
-
-def decode_text(content: bytes, where: str, encoding: str | None = None) -> tuple[str, str]:
-    """Return the text of a file without its byte order mark, and the encoding: as given, by its mark, UTF-8, or as detected.
-
-    Raises:
-        Refused: bytes that the encoding does not have, or none that fits.
-    """
-    marked = next((name for mark, name in MARKS if content.startswith(mark)), None)
-    encoding = encoding or marked or _unicode_form(content) or detect_encoding(content, where)
-    try:
-        return content.decode(encoding).removeprefix("\ufeff"), encoding
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        remedy = f"line {line} of {where} is not in it; save the file as UTF-8, or give its encoding with --set data.encoding=..."
-        raise Refused("data.encoding", encoding, remedy) from None
-    except (LookupError, ValueError):
-        raise Refused("data.encoding", encoding, "Python knows no such encoding; cp1252 and utf-16 are some") from None
-
-
-def _unicode_form(content: bytes) -> str | None:
-    """Return which form of Unicode bytes without a mark are: in UTF-16 each second byte of most texts is zero. None: neither."""
-    start = content[:4096]
-    if start.count(0) > len(start) / 4:
-        return "utf-16-be" if start[::2].count(0) > start[1::2].count(0) else "utf-16-le"
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    return "utf-8"
-
-
-def detect_encoding(content: bytes, where: str) -> str:
-    """Find the encoding of text that is not UTF-8. Of encodings that give the same text, or fit equally, cp1252 is the usual one.
-
-    Raises:
-        Refused: UTF-8 with a few broken characters, no encoding that fits, or none in which a language is recognised.
-    """
-    from charset_normalizer import from_bytes
-
-    lenient = content.decode("utf-8", "replace")
-    broken = lenient.count("\ufffd")
-    line = lenient[: lenient.find("\ufffd")].count("\n") + 1
-    remedy = "save it as UTF-8, or give its encoding with --set data.encoding=cp1252 (or another)"
-    if sum(character > "\x7f" for character in lenient) > 2 * broken:
-        raise Refused(
-            "data.encoding", "utf-8", f"{broken} characters of {where} are broken, the first in line {line}; {remedy}"
-        )
-    fitting = list(from_bytes(content, cp_isolation=list(LIKELY)))
-    if not fitting:
-        raise Refused("data.path", where, f"it is not UTF-8 (line {line}), and its encoding was not found; {remedy}")
-    best = fitting[0]
-    equal = [match for match in fitting if (match.chaos, match.coherence) == (best.chaos, best.coherence)]
-    if USUAL in [match.encoding for match in equal] or content.decode(USUAL, "replace") == str(best):
-        return USUAL
-    if best.coherence == 0:  # no language is recognised
-        names = " or ".join(match.encoding for match in equal)
-        raise Refused("data.path", where, f"it is not UTF-8 (line {line}), and its encoding may be {names}; {remedy}")
-    return best.encoding
-
-
 # Separator and quoting --------------------------------------------------------------------------------------------------------
 
 
 def _declared_separator(text: str, given: str | None) -> tuple[str, str | None]:
     """Take off a first line "sep=;", by which spreadsheets tell each other the separator."""
     first, newline, rest = text.partition("\n")
+    first = first.strip('"')
     if first.lower().startswith("sep=") and len(first) == 5 and newline:
         return rest, given or first[4]
     return text, given
@@ -232,8 +179,12 @@ def _find_reading(text: str, where: str, separator: str | None, quoted: bool | N
         remedy = f"{' and '.join(signs)} both read all rows of {where}; say which with --set data.separator={signs[0]} (or the other)"
         raise Refused("data.separator", None, remedy)
     if not readings:
-        worst = max(failures, key=lambda one: one.columns)
-        remedy = "mend the row, or say how to read the file with --set data.separator=';' or --set data.quoted=False"
+        at, worst = max(zip(candidates, failures, strict=True), key=lambda one: one[1].columns)
+        mark = SEPARATORS.get(at, repr(at))
+        long = f"mend it (a cell with {mark} in it belongs in quotation marks)"
+        remedy = long if worst.cells > worst.columns else "mend it, or take it out if it is no row of the table"
+        if quoted is None and '"' in lines and isinstance(_attempt(lines, at, PLAIN), Reading):
+            remedy += ", or take these marks for text with --set data.quoted=False"
         raise Refused("data.path", where, f"{f'row {worst.row}' if worst.row else 'the first line'} {worst}; {remedy}")
     return (wide or readings)[0]
 
@@ -242,8 +193,17 @@ def _read(text: str, separator: str, quoted: bool | None) -> Reading:
     """Read a text with this separator, in the first way of quoting that gives rows of one length.
 
     Between tabs quotation marks are text, as data sets have them, unless all of them enclose cells, as spreadsheets write them.
-    Elsewhere they enclose cells, unless no cell is enclosed and they would make the rows unequal.
+    Elsewhere they enclose cells, unless no cell is enclosed and they would make the rows unequal. Where no cell begins with one, a
+    backslash may stand before separators inside cells.
     """
+    if (
+        quoted is None
+        and f"\\{separator}" in text
+        and not re.search(rf'(?:^|{re.escape(separator)})\s*"', text, re.MULTILINE)
+    ):
+        escaped = _attempt(text, separator, ESCAPED)
+        if isinstance(escaped, Reading):
+            return escaped
     if '"' not in text:
         return Reading(_rows(text, separator, PLAIN), separator, PLAIN if separator == "\t" else ENCLOSED)
     if quoted is False:
@@ -284,24 +244,49 @@ def _successful(attempt: Reading | Unreadable) -> Reading:
 
 
 def _rows(text: str, separator: str, quoting: Quoting) -> list[list[str]]:
-    """Return the rows, the header first, without those that are empty. Raises Unreadable where they are not of one length."""
+    """Return the rows, the header first; as R writes them, it may lack a cell above a column that numbers the rows."""
+    try:
+        return _equal_rows(text, separator, quoting)
+    except Unreadable as failure:
+        numbered = []
+        if failure.row == 1:
+            with suppress(Unreadable):
+                numbered = _equal_rows(separator + text.lstrip("\n"), separator, quoting)
+        index = [row[0] for row in numbered[1:]]
+        if len(set(index)) < max(len(index), FEWEST_NUMBERED) or not all(map(str.isdecimal, index)):
+            raise
+        return numbered
+
+
+def _equal_rows(text: str, separator: str, quoting: Quoting) -> list[list[str]]:
+    """Return the rows, the header first, without those that are empty. Raises Unreadable where they are not of one length, apart from
+    empty cells at their ends that have no name.
+    """
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, **quoting.settings)
     rows: list[list[str]] = []
-    width = 0
+    width = named = 0
     try:
         for row in reader:
             if not row or not (row[0].strip() or any(map(str.strip, row))):
                 continue
-            width = width or len(row)
+            if not rows:
+                width, named = len(row), max(k for k, cell in enumerate(row, 1) if cell.strip())
             if len(row) != width:
-                raise Unreadable(len(rows), width, f"has {_cells(len(row))}, the first line has {width}")
+                row = _without_end(row, named, width, len(rows))
             rows.append(row)
         if not rows:
-            raise Unreadable(0, 0, "has no names of columns")
+            raise Unreadable(0, 0, 0, "has no names of columns")
     except csv.Error:
-        raise Unreadable(len(rows), width, "has a quotation mark that is not closed, or text behind one") from None
+        raise Unreadable(len(rows), 0, width, "has a quotation mark that is not closed, or text behind one") from None
     return rows
+
+
+def _without_end(row: list[str], named: int, width: int, number: int) -> list[str]:
+    """Return a row with as many cells as the first line, if it lacks or has more of those that are empty and without a name only."""
+    if len(row) < named or any(map(str.strip, row[width:])):
+        raise Unreadable(number, len(row), width, f"has {_cells(len(row))}, the first line has {width}")
+    return [*row[:width], *[""] * (width - len(row))]
 
 
 def _cells(count: int) -> str:

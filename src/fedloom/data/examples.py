@@ -12,15 +12,6 @@ from fedloom.core.errors import Refused
 from fedloom.core.seeds import rng
 
 
-def without_surrogates(text: str) -> str:
-    """Return text that Unicode allows: JSON knows halves of a character (lone surrogates), which no tokenizer and no file takes.
-
-    >>> without_surrogates("half an emoji: \\ud83d") == "half an emoji: \N{REPLACEMENT CHARACTER}"
-    True
-    """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 class Turn(NamedTuple):
     """One message of a conversation; `role` is "system", "user" or "assistant"."""
 
@@ -102,12 +93,14 @@ class Source(Protocol):
         ...
 
 
-def check_shares(test_share: float, limit: int | None) -> None:
-    """Raise Refused for a share or a limit that `set_aside` and `limited` cannot work with."""
+def check_row_options(test_share: float, limit: int | None, missing: str) -> None:
+    """Raise Refused for a share or a limit that `set_aside` and `limited` cannot work with, or a wrong `missing`."""
     if not 0 < test_share < 1:
         raise Refused("data.test_share", test_share, "choose a share between 0 and 1")
     if limit is not None and limit < 1:
         raise Refused("data.limit", limit, "choose a whole number of at least 1, or leave it out")
+    if missing not in ("refuse", "drop"):
+        raise Refused("data.missing", missing, 'choose "refuse" or "drop"')
 
 
 def set_aside(examples: Examples, share: float, limit: int | None, seed: int) -> Split:

@@ -5,19 +5,24 @@ Libraries read each format and `delimited` finds what a delimited file does not 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from fedloom.core.errors import Refused
+from fedloom.data.cells import identity
 from fedloom.data.database import is_postgres, query_database
-from fedloom.data.delimited import FileFormat, decode_text, read_delimited
+from fedloom.data.delimited import FileFormat, read_delimited
+from fedloom.data.encodings import decode_text
 from fedloom.data.raw_table import (
+    TRAINING,
     RawTable,
     RowSource,
     Tables,
@@ -25,19 +30,22 @@ from fedloom.data.raw_table import (
     check_column_names,
     choose_splits,
     gather_tables,
+    row_count,
+    strip_blanks,
     table_of_columns,
     table_of_rows,
+    without_repeated_names,
 )
 
-TEXT, JSON, WORKBOOK = (
-    (".csv", ".tsv", ".txt", ".tab"),
-    (".json", ".jsonl", ".ndjson"),
-    (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods"),
-)
+TEXT, JSON = (".csv", ".tsv", ".txt", ".tab"), (".json", ".jsonl", ".ndjson")
+WORKBOOK = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods")
 PARQUET, ARROW = (".parquet", ".pq"), (".arrow", ".feather", ".ipc")
+WORKBOOK_MARKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"\x09\x08", b"\x09\x04", b"\x09\x02", b"\x09\x00")
 SUFFIXES = (*TEXT, *JSON, *WORKBOOK, *PARQUET, *ARROW)
 KINDS = "a CSV, TSV, JSON, Excel, Parquet or Arrow file, or a folder of one of the last two"
 """What can be read, for messages."""
+GAP = re.compile(r"[\s,\x1e]*")
+"""What may stand between the values of a JSON file."""
 SPLIT_NAME = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?:ing|set|uation)?(?![a-z])")
 
 
@@ -53,7 +61,11 @@ def read_tables(given: str | Path | RowSource | RawTable, how: FileFormat, where
         return Tables(query_database(str(given), how.query))
     if is_postgres(str(given)):
         raise Refused("data.query", None, "a database needs a query: select text, label from notes")
-    return _file_tables(Path(given), how)
+    if ":/" in str(given):
+        raise Refused(
+            "data.path", str(given), "addresses on the web are not read; download the file, or use data=Hub(...)"
+        )
+    return _file_tables(Path(given).expanduser(), how)
 
 
 def read_table_file(path: Path, how: FileFormat | None = None) -> RawTable:
@@ -85,46 +97,89 @@ def _content_tables(content: bytes, where: str, suffix: str, how: FileFormat) ->
     """Read the content of a file by what it begins with, else by the suffix of its name."""
     if content.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) or suffix in (*PARQUET, *ARROW):
         return Tables(_arrow_file(content, where))
-    if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")) or suffix in WORKBOOK:
+    start = content.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if content.startswith(WORKBOOK_MARKS) or (suffix in WORKBOOK and start != b"<" and not _is_text(content)):
         return Tables(_workbook(content, where, how.sheet_name))
-    if suffix in JSON:
+    if start == b"<":
+        raise Refused(
+            "data.path", where, "it holds HTML or XML; open it in an office program and save it as a workbook or CSV"
+        )
+    if suffix in JSON or (start in (b"[", b"{") and _is_json(content, where, how)):
         return _json_tables(decode_text(content, where, how.encoding)[0], where)
     return Tables(read_delimited(content, where, how))
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether a file of whatever name may be delimited text, as programs save it under the name of a workbook."""
+    return b"\n" in content and (b"\0" not in content or content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)))
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------------
 
 
-def _json_tables(text: str, where: str) -> Tables:
-    """Read an array of rows, an object that holds one, or a row a line."""
-    if text.lstrip().startswith("["):
-        return Tables(table_of_rows(_parsed(text, where, "it"), where))
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+def _is_json(content: bytes, where: str, how: FileFormat) -> bool:
+    """Whether a file begins with JSON, whatever its name says."""
     try:
-        whole = json.loads(text)
-    except ValueError:
-        return Tables(table_of_rows((_parsed(line, where, f"line {number}") for number, line in lines), where))
+        json.JSONDecoder().raw_decode(decode_text(content, where, how.encoding)[0].lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _json_tables(text: str, where: str) -> Tables:
+    """Read an array of rows, an object that holds one, or rows one after the other."""
+    values = list(_json_values(text, where))
+    if len(values) != 1:
+        return Tables(table_of_rows(values, where))
+    (whole,) = values
+    if isinstance(whole, list):
+        return Tables(table_of_rows(whole, where))
     if not isinstance(whole, dict):
         raise Refused("data.path", where, "it holds a single value; give an array of rows, or one row a line")
-    for name in ("data", "rows"):
-        if isinstance(whole.get(name), list) and all(isinstance(row, dict) for row in whole[name]):
-            return Tables(table_of_rows(whole[name], where))
+    return _tables_of_object(whole, where)
+
+
+def _tables_of_object(whole: dict[str, Any], where: str) -> Tables:
+    """Read the rows that an object holds: for each split, under any one name, as cells below `columns`, or a list for each column."""
+    tables = {name: part for name, part in whole.items() if _are_rows(part)}
+    if TRAINING in tables:
+        return gather_tables(tables, where)
+    if len(tables) == 1:
+        return Tables(table_of_rows(next(iter(tables.values())), where))
+    names, cells = whole.get("columns"), whole.get("data")
+    if isinstance(names, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
+        return Tables(table_of_rows([dict(zip(map(str, names), row, strict=False)) for row in cells], where))
     if whole and all(isinstance(part, list) for part in whole.values()):
         return gather_tables(whole, where)
     if any(isinstance(part, dict) for part in whole.values()):
-        raise Refused("data.path", where, "it is one object of objects; give an array of rows, or one row a line")
+        remedy = 'give an array of rows (in pandas: orient="records"), or one row a line'
+        raise Refused("data.path", where, f"it is one object of objects; {remedy}")
     return Tables(table_of_rows([whole], where))
 
 
-def _parsed(text: str, where: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "a number is too long"
-        line = f", in line {error.lineno}" if isinstance(error, json.JSONDecodeError) and what == "it" else ""
-        raise Refused("data.path", where, f"{what} is not JSON ({reason}{line})") from None
-    except RecursionError:
-        raise Refused("data.path", where, f"{what} is nested too deeply") from None
+def _are_rows(part: object) -> bool:
+    """Whether this is a list of rows, and not the messages of one conversation."""
+    rows = isinstance(part, list) and bool(part) and all(isinstance(row, dict) for row in part)
+    return rows and not {"role", "from"} & part[0].keys()  # type: ignore[index]
+
+
+def _json_values(text: str, where: str) -> Iterator[Any]:
+    """Yield the values of a text that stand one after the other, on lines of their own or not; a comma may stand between them."""
+    decoder, place = json.JSONDecoder(), GAP.match(text).end()  # type: ignore[union-attr]
+    while place < len(text):
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except RecursionError:
+            raise Refused("data.path", where, "it is nested too deeply") from None
+        except ValueError as error:
+            position, reason = place, "a number is too long"
+            if isinstance(error, json.JSONDecodeError):
+                position, reason = error.pos, error.msg
+            line = text.count("\n", 0, position) + 1
+            remedy = "give an array of rows, or one row a line"
+            raise Refused("data.path", where, f"line {line} is not JSON ({reason}); {remedy}") from None
+        yield value
+        place = GAP.match(text, place).end()  # type: ignore[union-attr]
 
 
 # Workbooks --------------------------------------------------------------------------------------------------------------------
@@ -138,23 +193,34 @@ def _workbook(content: bytes, where: str, name: str | None) -> RawTable:
 
     try:
         book = calamine.CalamineWorkbook.from_filelike(io.BytesIO(content))
-        names = list(book.sheet_names)
+        names = [sheet.name for sheet in book.sheets_metadata]
         if name is not None and name not in names:
             raise Refused("data.sheet_name", name, f"no such sheet in {where}; it has {', '.join(names)}")
-        rows = book.get_sheet_by_name(name or names[0]).to_python()
+        shown = [sheet.name for sheet in book.sheets_metadata if sheet.visible == calamine.SheetVisibleEnum.Visible]
+        for chosen in [name] if name is not None else shown or names:
+            rows = [row for row in book.get_sheet_by_name(chosen).to_python() if any(cell != "" for cell in row)]
+            if len(rows) > 1:
+                break
     except (calamine.CalamineError, OSError, IndexError, ValueError) as error:
         if isinstance(error, Refused):
             raise
-        raise Refused("data.path", where, f"it is no workbook that can be read ({type(error).__name__})") from None
-    rows = [row for row in rows if any(cell != "" for cell in row)]
+        remedy = "save it again as .xlsx without a password, or as CSV"
+        raise Refused(
+            "data.path", where, f"it is no workbook that can be read ({type(error).__name__}); {remedy}"
+        ) from None
     if not rows:
-        raise Refused("data.path", where, f"the sheet {name or names[0]!r} is empty")
-    header = [str(cell).strip() for cell in rows[0]]
+        raise Refused("data.path", where, f"the sheet {chosen!r} is empty")
+    header = [strip_blanks(identity(cell)) for cell in rows[0]]
     named = [k for k, cell in enumerate(header) if cell and not cell.startswith("Unnamed: ")]
     check_column_names([header[k] for k in named], where)
-    table = table_of_columns({header[k]: [row[k] for row in rows[1:]] for k in named}, where)
-    note = f"{where}: the first of {len(names)} sheets is read ({names[0]!r}); data.sheet_name chooses another."
-    return table._replace(notes=(note,) if name is None and len(names) > 1 else ())
+    table = without_repeated_names(table_of_columns({header[k]: [row[k] for row in rows[1:]] for k in named}, where))
+    if name is not None or len(names) == 1:
+        return table._replace(advice="")
+    note = f"{where}: the sheet {chosen!r} is read, one of {len(names)}; data.sheet_name chooses another."
+    return table._replace(
+        notes=(note, *table.notes),
+        advice=f"its sheets are {', '.join(names)}: choose one with --set data.sheet_name=NAME",
+    )
 
 
 # Parquet and Arrow ------------------------------------------------------------------------------------------------------------
@@ -190,8 +256,17 @@ def _folder_tables(path: Path) -> Tables:
         )
     parts = defaultdict[str, list[RawTable]](list)
     for file in files:
-        parts[_split_of(file.relative_to(path))].append(_arrow_file(file.read_bytes(), file.name))
+        inside = file.relative_to(path)
+        parts[_split_of(inside)].append(_with_folders(_arrow_file(file.read_bytes(), file.name), inside))
     return choose_splits({name: _joined(tables, where) for name, tables in parts.items()}, where)
+
+
+def _with_folders(table: RawTable, file: Path) -> RawTable:
+    """Add the columns that folders name, such as ward=7, as Spark and pandas divide a table."""
+    named = dict(part.split("=", 1) for part in file.parts[:-1] if "=" in part)
+    size = row_count(table)
+    added = {name: list[object]([unquote(value)]) * size for name, value in named.items()}
+    return table._replace(columns={**table.columns, **added})
 
 
 def _split_of(file: Path) -> str:

@@ -16,12 +16,11 @@ from fedloom.data.cells import (
     column_identities,
     column_texts,
     drop_missing,
-    strip_blanks,
 )
 from fedloom.data.delimited import FileFormat
-from fedloom.data.examples import Examples, Split, Turn, check_shares, limited, lost_clients, set_aside
+from fedloom.data.examples import Examples, Split, Turn, check_row_options, limited, lost_clients, set_aside
 from fedloom.data.file_formats import read_tables
-from fedloom.data.raw_table import TESTING, TRAINING, RawTable, RowSource, held_rows, row_count
+from fedloom.data.raw_table import TESTING, TRAINING, RawTable, RowSource, held_rows, row_count, strip_blanks
 
 REQUESTS = ("instruction", "prompt", "question", "request", "query")
 CONTEXTS = ("input", "context")
@@ -94,9 +93,7 @@ class Instructions(FileFormat):
         super().__post_init__()
         for name in ("path", "test"):
             object.__setattr__(self, name, held_rows(getattr(self, name)))
-        check_shares(self.test_share, self.limit)
-        if self.missing not in ("refuse", "drop"):
-            raise Refused("data.missing", self.missing, 'choose "refuse" or "drop"')
+        check_row_options(self.test_share, self.limit, self.missing)
         if self.split is not None and self.test is not None:
             raise Refused("data.split", self.split, "data.test gives the test rows already; leave out one of the two")
         for speaker, role in (self.roles or {}).items():
@@ -142,9 +139,14 @@ class Instructions(FileFormat):
         have, given = set(raw.columns), {self.instruction, self.context, self.answer}
         if self.messages or {self.instruction, self.answer} <= have:
             return self, []
-        talks = [name for name in CONVERSATIONS if name in have and _is_conversation(raw.columns[name])]
-        if given == {REQUESTS[0], None, ANSWERS[0]} and len(talks) == 1:
-            return replace(self, messages=talks[0]), [_column_note({"messages": talks[0]})]
+        columns = conversation_columns(raw)
+        if given == {REQUESTS[0], None, ANSWERS[0]} and columns:
+            if len(columns) > 1:
+                remedy = (
+                    f"the columns {', '.join(columns)} hold columns; say which with --set data.messages={columns[0]}"
+                )
+                raise Refused("data.messages", None, remedy)
+            return replace(self, messages=columns[0]), [_column_note({"messages": columns[0]})]
         found = dict[str, str]()
         for field, usual in (("instruction", REQUESTS), ("answer", ANSWERS)):
             likely = [name for name in usual if name in have and name not in given]
@@ -169,33 +171,34 @@ class Instructions(FileFormat):
         check_columns(raw, columns | texts)
         raw, size = drop_missing(raw, columns, self.missing), row_count(raw)
         if self.messages:
-            raw, talks = _conversations(raw, self.messages, self.roles or {}, self.missing)
+            raw, rows = _conversations(raw, self.messages, self.roles or {}, self.missing)
         else:
             contexts = column_texts(raw, "context", [self.context]) if self.context else ("",) * row_count(raw)
             requests, answers = (column_texts(raw, f, [getattr(self, f)]) for f in ("instruction", "answer"))
-            talks = [_Talk((), *parts) for parts in zip(requests, contexts, answers, strict=True)]
-        kept = [i for i, talk in enumerate(talks) if talk.answer]
+            rows = [_Row((), *parts) for parts in zip(requests, contexts, answers, strict=True)]
+        kept = [i for i, row in enumerate(rows) if row.answer]
         if not kept:
             field = "messages" if self.messages else "answer"
-            raise Refused(f"data.{field}", getattr(self, field), f"none of the {size} {which} has an answer")
+            lack = "an answer to a request" if self.messages else "an answer"
+            raise Refused(f"data.{field}", getattr(self, field), f"none of the {size} {which} has {lack}")
         notes = [*raw.notes]
-        if silent := len(talks) - len(kept):
+        if silent := len(rows) - len(kept):
             notes.append(f"{silent} of {size} {which} have no answer and are left out.")
         raw = raw.select(kept)
         kinds = None if self.kind is None else column_identities(raw, "kind", self.kind)
         clients = None if unnamed or self.client is None else column_identities(raw, "client", self.client)
         notes += [note for found in (kinds, clients) if found for note in found.notes]
         return _Answered(
-            talks=[talks[i] for i in kept],
+            rows=[rows[i] for i in kept],
             kinds=[""] * len(kept) if kinds is None else kinds.values,
             clients=None if clients is None else tuple(clients.values),
             context=self.context is not None and not self.messages,
-            spoken=self.messages is not None,
+            conversations=self.messages is not None,
             notes=notes,
         )
 
 
-class _Talk(NamedTuple):
+class _Row(NamedTuple):
     """The messages before a request, the request, its context, and the answer ("": there is none)."""
 
     before: tuple[Turn, ...]
@@ -207,23 +210,23 @@ class _Talk(NamedTuple):
 class _Answered(NamedTuple):
     """Rows with an answer, their kinds and clients, whether they have a column of contexts or are conversations, and notes."""
 
-    talks: list[_Talk]
+    rows: list[_Row]
     kinds: list[str]
     clients: tuple[str, ...] | None
     context: bool
-    spoken: bool
+    conversations: bool
     notes: list[str]
 
     def examples(self, names: tuple[str, ...]) -> Examples:
         """Make examples of all rows; `names` are the kinds of the whole run."""
         return Examples(
-            texts=tuple(talk.request for talk in self.talks),
-            pairs=tuple(talk.context for talk in self.talks) if self.context else None,
+            texts=tuple(row.request for row in self.rows),
+            pairs=tuple(row.context for row in self.rows) if self.context else None,
             labels=tuple(names.index(kind) for kind in self.kinds),
             names=names,
             clients=self.clients,
-            answers=tuple(talk.answer for talk in self.talks),
-            before=tuple(talk.before for talk in self.talks) if self.spoken else None,
+            answers=tuple(row.answer for row in self.rows),
+            before=tuple(row.before for row in self.rows) if self.conversations else None,
         )
 
 
@@ -235,17 +238,26 @@ def _column_note(found: Mapping[str, str]) -> str:
 # Conversations ----------------------------------------------------------------------------------------------------------
 
 
-def _conversations(raw: RawTable, name: str, roles: Mapping[str, str], missing: str) -> tuple[RawTable, list[_Talk]]:
+def conversation_columns(raw: RawTable) -> list[str]:
+    """Return the columns that hold conversations: those of a usual name, or any, where none is named like a request or an answer."""
+    columns = {name: keys for name, cells in raw.columns.items() if (keys := _message_keys(cells))}
+    if usual := [name for name in columns if name in CONVERSATIONS]:
+        return usual
+    asked = not set(raw.columns).isdisjoint((*REQUESTS, *ANSWERS))
+    return [] if asked else [name for name, keys in columns.items() if keys & {"role", "from"}]
+
+
+def _conversations(raw: RawTable, name: str, roles: Mapping[str, str], missing: str) -> tuple[RawTable, list[_Row]]:
     """Read the conversations of a column; rows that cannot be read are left out if `missing` is "drop". Raises Refused."""
-    found, wrong, changes = list[tuple[int, _Talk]](), dict[str, list[int]](), Counter[str]()
+    found, wrong, changes = list[tuple[int, _Row]](), dict[str, list[int]](), Counter[str]()
     for index, value in enumerate(raw.columns[name]):
         try:
             turns = _turns(value, {**ROLES, **{speaker.lower(): role for speaker, role in roles.items()}})
         except ValueError as error:
             wrong.setdefault(str(error), []).append(index)
         else:
-            talk, changed = _talk(turns)
-            found.append((index, talk))
+            row, changed = _divided(turns)
+            found.append((index, row))
             changes.update(changed)
     notes, size = [*raw.notes], row_count(raw)
     for reason, indices in wrong.items():
@@ -256,10 +268,10 @@ def _conversations(raw: RawTable, name: str, roles: Mapping[str, str], missing: 
             f"{len(indices)} of {size} conversations of {raw.where} are left out: {reason} ({raw.rows(indices)})."
         )
     notes += [f"{count} of {size} conversations of {raw.where} {what}." for what, count in sorted(changes.items())]
-    return raw.select(index for index, _ in found)._replace(notes=tuple(notes)), [talk for _, talk in found]
+    return raw.select(index for index, _ in found)._replace(notes=tuple(notes)), [row for _, row in found]
 
 
-def _talk(turns: Sequence[Turn]) -> tuple[_Talk, set[str]]:
+def _divided(turns: Sequence[Turn]) -> tuple[_Row, set[str]]:
     """Divide the messages of a conversation in what comes before the last answer, and that answer; also return what was changed.
 
     Chat templates want a user's message before each answer, and none that is empty.
@@ -279,11 +291,11 @@ def _talk(turns: Sequence[Turn]) -> tuple[_Talk, set[str]]:
     joined = [turn for place, turn in enumerate(joined) if place > asked or turn.role != "assistant"]
     ends = [place for place, turn in enumerate(joined) if turn.role == "assistant" and joined[place - 1].role == "user"]
     if not ends:
-        return _Talk((), "", "", ""), set()  # it is counted as one without an answer
+        return _Row((), "", "", ""), set()  # it is counted as one without an answer
     if ends[-1] + 1 < len(joined):
         changed.add("go on after the last answer; what nobody answers is left out")
     before, request, answer = joined[: ends[-1] - 1], joined[ends[-1] - 1], joined[ends[-1]]
-    return _Talk(tuple(before), request.content, "", answer.content), changed
+    return _Row(tuple(before), request.content, "", answer.content), changed
 
 
 def _turns(value: object, roles: Mapping[str, str]) -> list[Turn]:
@@ -334,10 +346,10 @@ def _content(content: object) -> str:
     return "".join(map(str, texts))
 
 
-def _is_conversation(cells: Sequence[object]) -> bool:
-    """Whether a column holds conversations, by its first cell that holds anything."""
+def _message_keys(cells: Sequence[object]) -> set[str]:
+    """Return the keys of the messages in the first cell that holds anything; none where it is no conversation."""
     first = next((cell for cell in cells if cell), None)
     try:
-        return bool(list(_messages(first)))
+        return {str(key) for message in _messages(first) for key in message}
     except ValueError:
-        return False
+        return set()

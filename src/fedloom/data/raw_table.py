@@ -6,6 +6,8 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +20,8 @@ Columns: TypeAlias = Mapping[str, Sequence[object]]
 RowSource: TypeAlias = Iterable[Any] | Callable[[], Iterable[Any]]
 """Rows as mappings, a mapping of columns, a frame of pandas or polars, an Arrow table, a `datasets` object; or what returns one."""
 TRAINING, TESTING = "train", "test"
+INVISIBLE = "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad"
+"""Characters without a width that `str.strip` leaves: zero-width spaces and joiners, marks of direction, a byte order mark."""
 SHOWN = 10
 """Numbers of rows that a message lists at most."""
 
@@ -31,6 +35,7 @@ class RawTable(NamedTuple):
         notes: remarks for the report on how it was read.
         classes: names of the classes of a column, in their order, where the data bring them.
         numbers: number of each row in the source, from 1 (None: 1, 2, 3, ...).
+        advice: what to do where a column that is looked for is not there; None where names of columns are no cells of the source.
     """
 
     columns: Mapping[str, list[object]]
@@ -38,6 +43,7 @@ class RawTable(NamedTuple):
     notes: tuple[str, ...] = ()
     classes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     numbers: Sequence[int] | None = None
+    advice: str | None = None
 
     def number(self, index: int) -> int:
         """Return the number of the row at this index, as messages give it."""
@@ -55,6 +61,19 @@ class RawTable(NamedTuple):
         at = list(indices)
         columns = {name: [cells[i] for i in at] for name, cells in self.columns.items()}
         return self._replace(columns=columns, numbers=[self.number(i) for i in at])
+
+
+def without_repeated_names(table: RawTable) -> RawTable:
+    """Leave out rows that repeat the names of the columns, as in files that were put one after the other; a note counts them."""
+    names = tuple(table.columns)
+    repeated = [
+        at for at, row in enumerate(zip(*table.columns.values(), strict=True)) if row == names and len(names) > 1
+    ]
+    if not repeated:
+        return table
+    kept = set(range(row_count(table))) - set(repeated)
+    note = f"{table.where}: rows that repeat the names of the columns are left out ({table.rows(repeated)})."
+    return table.select(sorted(kept))._replace(notes=(*table.notes, note))
 
 
 class TableRows(Sequence[Mapping[str, object]]):
@@ -116,7 +135,9 @@ def held_rows(given: Any) -> Any:
 
 def _has_splits(given: Mapping[Any, Any]) -> bool:
     """Whether a mapping holds a table for each split, and not a list of values for each column."""
-    if _is_a(given, "datasets", "DatasetDict"):
+    if _is_a(given, "datasets", "DatasetDict") or (
+        given and all(isinstance(part, TableRows) for part in given.values())
+    ):
         return True
     parts = [
         part
@@ -157,8 +178,8 @@ def table_of_columns(
     Raises:
         Refused: columns of different lengths, or with the same name.
     """
-    check_column_names([name.strip() for name in columns], where)
-    plain = {name.strip(): [plain_value(value) for value in cells] for name, cells in columns.items()}
+    check_column_names([strip_blanks(name) for name in columns], where)
+    plain = {strip_blanks(name): [plain_value(value) for value in cells] for name, cells in columns.items()}
     if len({len(cells) for cells in plain.values()}) > 1:
         raise Refused("data.path", where, "its columns are of different lengths; give as many values in each")
     classes = classes or {}
@@ -181,13 +202,26 @@ def table_of_rows(rows: Iterable[object], where: str) -> RawTable:
     return table_of_columns({str(name): [row.get(name) for row in rowed] for name in names}, where)
 
 
+def strip_blanks(text: str) -> str:
+    """Return a text without blanks at its ends, also those that nobody sees."""
+    stripped = text.strip().strip(INVISIBLE)
+    return stripped if stripped == text else strip_blanks(stripped)
+
+
 def plain_value(value: object) -> object:
-    """Return Python's own value of a scalar or list of numpy, pandas, torch or pyarrow; None for one that says it is missing."""
+    """Return Python's own value of a scalar or list of numpy, pandas, torch or pyarrow, or of a member of an `Enum`.
+
+    None for one that says it is missing. Bytes are text where they are UTF-8.
+    """
     kind = type(value)
     if kind in (str, int, bool) or value is None:
         return value
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float | Decimal) and value != value:
         return None
+    if isinstance(value, Enum):
+        return plain_value(value.value)
+    if isinstance(value, bytes):
+        return _text_of_bytes(value)
     if kind.__name__ in ("NAType", "NaTType"):
         return None
     if hasattr(value, "as_py"):
@@ -200,6 +234,14 @@ def plain_value(value: object) -> object:
     if isinstance(value, UUID):
         return str(value)
     return value
+
+
+def _text_of_bytes(value: bytes) -> str | bytes:
+    """Return the text that a column of bytes holds, as some writers of Parquet store it."""
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return value
 
 
 def row_count(raw: RawTable) -> int:
@@ -223,9 +265,15 @@ def arrow_table(table: Any, where: str) -> RawTable:
     """
     check_column_names(table.column_names, where)
     names = [name for name in table.column_names if not name.startswith("__index_level_")]
-    return table_of_columns(
-        {name: table.column(name).to_pylist() for name in names}, where, _classes_in_schema(table.schema)
-    )
+    columns = {name: table.column(name).to_pylist() for name in names}
+    ordered = {
+        name: dict.fromkeys(
+            category for chunk in table.column(name).chunks for category in chunk.dictionary.to_pylist()
+        )
+        for name in names
+        if getattr(table.schema.field(name).type, "ordered", False)
+    }
+    return table_of_columns(columns, where, _present_classes(ordered, columns) | _classes_in_schema(table.schema))
 
 
 def _classes_in_schema(schema: Any) -> dict[str, tuple[str, ...]]:
@@ -240,25 +288,48 @@ def _classes_in_schema(schema: Any) -> dict[str, tuple[str, ...]]:
 
 
 def data_set_table(data: Any, where: str) -> RawTable:
-    """Make a table of a `datasets.Dataset`, with the names of its class labels."""
+    """Make a table of a `datasets.Dataset` or `IterableDataset`, with the names of its class labels."""
     classes = {
         name: tuple(feature.names)
-        for name, feature in data.features.items()
+        for name, feature in (data.features or {}).items()
         if _is_a(feature, "datasets", "ClassLabel")
     }
+    if _is_a(data, "datasets", "IterableDataset"):
+        return table_of_columns(table_of_rows(data, where).columns, where, classes)
     return table_of_columns(data.with_format(None).to_dict(), where, classes)
+
+
+def _frame_table(frame: Any, where: str) -> RawTable:
+    """Make a table of a frame of pandas; an index that has a name is a column, as it is in the files that pandas writes."""
+    named = [name for name in frame.index.names if name is not None and name not in frame.columns]
+    frame = frame.reset_index(level=named) if named else frame
+    names = [str(name) for name in frame.columns]
+    check_column_names(names, where)
+    columns = {name: frame.iloc[:, k].tolist() for k, name in enumerate(names)}
+    ordered = {
+        name: kind.categories for name, kind in zip(names, frame.dtypes, strict=True) if getattr(kind, "ordered", False)
+    }
+    return table_of_columns(columns, where, _present_classes(ordered, columns))
+
+
+def _present_classes(ordered: Mapping[str, Iterable[object]], columns: Columns) -> dict[str, tuple[str, ...]]:
+    """Return the categories of columns whose data set orders them, where they are words, without those that no row has."""
+    listed = {name: list(categories) for name, categories in ordered.items()}
+    return {
+        name: tuple(str(category) for category in categories if category in set(columns[name]))
+        for name, categories in listed.items()
+        if all(isinstance(category, str) for category in categories)
+    }
 
 
 def _one_table(given: Any, where: str) -> RawTable:
     """Make the table of anything but splits."""
     if isinstance(given, TableRows | RawTable):
         return (given.table if isinstance(given, TableRows) else given)._replace(where=where)
-    if _is_a(given, "datasets", "Dataset"):
+    if _is_a(given, "datasets", "Dataset") or _is_a(given, "datasets", "IterableDataset"):
         return data_set_table(given, where)
     if _is_a(given, "pandas", "DataFrame"):
-        names = [str(name) for name in given.columns]
-        check_column_names(names, where)
-        return table_of_columns({name: given.iloc[:, k].tolist() for k, name in enumerate(names)}, where)
+        return _frame_table(given, where)
     if _is_a(given, "polars", "LazyFrame"):
         given = given.collect()
     if _is_a(given, "polars", "DataFrame"):
@@ -267,7 +338,7 @@ def _one_table(given: Any, where: str) -> RawTable:
         return arrow_table(given, where)
     if isinstance(given, Mapping):
         if wrong := [
-            name for name, cells in given.items() if isinstance(cells, str) or not isinstance(cells, Iterable)
+            name for name, cells in given.items() if isinstance(cells, str | Mapping) or not isinstance(cells, Iterable)
         ]:
             raise Refused(
                 "data.rows", where, f"the column {str(wrong[0])!r} is no list; give rows, or a list for each column"

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 from fedloom.core.errors import Refused
+from fedloom.core.text import first_line
 from fedloom.data import cells
 from fedloom.data.delimited import FileFormat
-from fedloom.data.examples import Examples, Split, check_shares, limited, lost_clients, set_aside
+from fedloom.data.examples import Examples, Split, check_row_options, limited, lost_clients, set_aside
 from fedloom.data.file_formats import read_tables
 from fedloom.data.raw_table import RawTable, RowSource, Tables, gather_rows, gather_tables, held_rows, row_count
 
@@ -46,9 +47,7 @@ class Layout:
     missing: Literal["refuse", "drop"] = "refuse"
 
     def __post_init__(self) -> None:
-        check_shares(self.test_share, self.limit)
-        if self.missing not in ("refuse", "drop"):
-            raise Refused("data.missing", self.missing, 'choose "refuse" or "drop"')
+        check_row_options(self.test_share, self.limit, self.missing)
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,9 @@ class Hub(Layout):
         try:
             data = datasets.load_dataset(self.name, self.config, split=split)
         except Exception as error:  # the hub client raises errors of several libraries
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            remedy = f"cannot load split {split!r} ({reason}); check the name, config and split, and the network"
+            remedy = (
+                f"cannot load split {split!r} ({first_line(error)}); check the name, config and split, and the network"
+            )
             raise Refused("data.name", self.name, remedy) from error
         return gather_rows(data, f"{self.name}[{split}]")
 
@@ -161,6 +161,8 @@ def _training_examples(layout: Layout, raw: RawTable) -> tuple[Examples, Mapping
     known = None if layout.labels is None else _given_labels(layout.labels, raw.classes.get(layout.label))
     if known is None and layout.label in raw.classes:
         known = {name: name for name in map(cells.identity, raw.classes[layout.label])}
+        if not any(map(cells.NUMBER.fullmatch, known)):  # test rows may have the numbers of the classes
+            known |= {str(number): name for number, name in enumerate(list(known))}
     examples, notes = _examples(layout, raw, known)
     return examples, known or {name: name for name in examples.names}, notes
 
@@ -194,6 +196,7 @@ def _examples(layout: Layout, raw: RawTable, known: Mapping[str, str] | None) ->
     if known is None:
         cells.check_classes(raw, "label", layout.label, labels.values)
         known = {value: value for value in sorted(set(labels.values), key=cells.by_number)}
+        labels.notes.extend(cells.class_notes(raw, layout.label, labels.values))
     cells.refuse_unknown(raw, "label", layout.label, labels.values, known)
     clients = None if layout.client is None else cells.column_identities(raw, "client", layout.client)
     label_names = tuple(dict.fromkeys(known.values()))
@@ -280,6 +283,14 @@ def as_examples(raw: RawTable, roles: Mapping[str, str]) -> tuple[Examples, Sequ
             filled = ["" if cells.is_missing(cell) else cell for cell in raw.columns[roles[role]]]
             named = cells.column_identities(raw._replace(columns={roles[role]: filled}), role, roles[role])
             names[role], notes = named.values, [*notes, *named.notes]
+    labelled = raw.select(row for row, kind in enumerate(names.get("label", ())) if kind)
+    try:
+        cells.check_classes(
+            labelled, "label", roles.get("label", ""), [kind for kind in names.get("label", ()) if kind]
+        )
+    except Refused as error:  # then they are cells, which nobody prints
+        notes.append(f"The column {error.value!r} is not taken for labels: {error.remedy}.")
+        del names["label"]
     if nameless := [row for row, owner in enumerate(names.get("client", ())) if not owner]:
         raise Refused(
             "--clients", roles["client"], f"{raw.rows(nameless)} of {raw.where} name no client; fill or drop them"

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from fedloom.core import schema
+from fedloom.core.errors import Refused
+from fedloom.core.files import LOCKED
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.policies import require_fresh_answers
 from fedloom.core.schema import jsonable
@@ -24,12 +26,14 @@ from fedloom.deploy.server.evaluation import evaluation_lines
 from fedloom.deploy.server.reply_events import REGION
 from fedloom.deploy.server.status import Status
 from fedloom.hierarchy.hierarchy import need_lasting_groups
+from fedloom.report.run_log import read_run_log
 from fedloom.runs import manifest
 from fedloom.runs.execute import RunRecorder
-from fedloom.runs.final_scores import final_start, next_ranks, sample_lines
+from fedloom.runs.final_scores import final_start, label_lines, next_ranks, sample_lines
 from fedloom.runs.job import Job
 from fedloom.runs.prepare import PreparedRun, assemble
-from fedloom.runs.resume import FIXED, unfinished_run
+from fedloom.runs.replay import recorded_steps
+from fedloom.runs.resume import FIXED, unfinished_run, versions_made
 from fedloom.runs.run import Run
 from fedloom.train.settings import PLAIN
 
@@ -47,9 +51,11 @@ def run_deployment(
     config, target = DeploymentConfig.from_folder(folder), folder / RUN_FOLDER
     if config.above:
         run_region(transport, folder, config, pause, clock)
-    if reason := finish_reason(target):
+    reason, until = finish_reason(target), config.until
+    if reason and (until is None or until <= versions_made(read_run_log(target))):
         return reason
-    job, profiles = prepare_server(config.run(), target, config.min_clients)
+    job, profiles = prepare_server(config.run(), target, config.min_clients, until if reason else None)
+    last = recorded_steps(target, job.resumed_from.sizes[LOCKED]) if reason and job.resumed_from else []
     over_regions = job.run.hierarchy is not None
     deployment = Deployment(
         server=job.server,
@@ -61,16 +67,19 @@ def run_deployment(
         clock=clock,
         over_regions=over_regions,
     )
-    status = Status(folder, deployment, job.run.limits)
+    status = Status(folder, deployment, job.run.limits, job.baselines().get("majority"))
     between = status.pause_and_write(pause)
 
     def drive(recording: RunRecorder) -> str:
         deployment.evaluate, deployment.observe = recording.evaluate, recording.observe
         deployment.save = recording.checkpoints
         recording.track(deployment)
+        if last:
+            deployment.repeat(last)
         reason = deployment.run(between)
         job.check_failures(reason)
-        for line in (*held_out_lines(job, deployment, between), *sample_lines(job)):
+        counted = label_lines(recording.progress.confusions)
+        for line in (*counted, *held_out_lines(job, deployment, between), *sample_lines(job)):
             recording.metrics.write(line)
         return reason
 
@@ -105,16 +114,22 @@ def finish_reason(target: Path) -> str:
     return str(about["status_reason"]) if about.get("status") == "finished" else ""
 
 
-def prepare_server(value: Run, target: Path, clients: int = 1) -> tuple[PreparedRun, dict[ClientId, Profile]]:
+def prepare_server(
+    value: Run, target: Path, clients: int = 1, until: int | None = None
+) -> tuple[PreparedRun, dict[ClientId, Profile]]:
     """Prepare the job without clients or their data, new or going on in the folder, and the table for the clients that join.
 
-    Where the run has a hierarchy, its clients are that many regions.
+    Where the run has a hierarchy, its clients are that many regions. A finished run goes on `until` this version.
     """
     schema.check_fields(value)
     check_codec(value.transfer)
     need_lasting_groups(value.hierarchy)
     require_fresh_answers(value.aggregator, value.schedule)
-    before = unfinished_run(target, value, (Deployment,)) if (target / "manifest.json").is_file() else None
+    begun = (target / "manifest.json").is_file()
+    before = unfinished_run(target, value, (Deployment,), until) if begun else None
+    if before and before.extended and not before.values:
+        remedy = f"its last checkpoint is not there; begin a new run with start={target}"
+        raise Refused("--more", str(target), remedy)
     profiles = dict[ClientId, Profile]()
     job = assemble(value, without_training_examples(value.data, value.seed), (), before, regions=clients)
     job = replace(job, profiles=profiles)
@@ -128,7 +143,7 @@ def run_terms(job: Job) -> RunTerms:
     value, names = job.run, job.split.train.names
     return RunTerms(
         run=value.name,
-        run_hash=manifest.settings_hash(jsonable(value)),
+        run_hash=job.resumed_from.first_hash if job.resumed_from else manifest.settings_hash(jsonable(value)),
         model=value.model,
         lora=value.lora,
         training=value.training,
@@ -140,4 +155,5 @@ def run_terms(job: Job) -> RunTerms:
         weights=job.base.fingerprint(),
         held_out=value.held_out,
         first_adapter=fingerprint(job.server.state.first.adapter),
+        date=value.date,
     )

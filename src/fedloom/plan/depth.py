@@ -122,11 +122,11 @@ class DepthByCapability:
         return _deepest(shape, self.least, fits)
 
 
-def check_blocks(rule: DepthRule, shape: Shape) -> None:
-    """Raise Refused for a depth that this model does not have."""
+def check_blocks(rule: DepthRule, shape: Shape, model: str = "the model") -> None:
+    """Raise Refused for a depth that this model, an architecture of this name, does not have."""
     least, most = rule.bounds
     if not shape.depths:
-        raise Refused("plan.depth", rule, "the model has no list of blocks, each passed once; leave plan.depth out")
+        raise Refused("plan.depth", rule, f"{model} has no list of blocks, each passed once; leave plan.depth out")
     if max(least, most or 0) > shape.layers:
         raise Refused(
             "plan.depth", max(least, most or 0), f"the model has {shape.layers} blocks; choose at most that many"

@@ -100,6 +100,28 @@ def baseline_name(log: RunLog) -> str:
     return "the model before training" if generates_text(log) else "always answering their commonest label"
 
 
+def majority_accuracy(log: RunLog) -> float:
+    """Test accuracy of always answering the commonest label; NaN where text is written or it is not recorded."""
+    return to_float(log.manifest["baselines"].get("majority"))
+
+
+def majority_answer(log: RunLog, length: int = 28) -> str:
+    """Name the majority baseline in words, with its label where that is recorded."""
+    name = log.manifest["metrics"].get("majority_label")
+    answer = "the commonest label" if name is None else f"'{label(name, length)}'"
+    return f"always answering {answer}"
+
+
+def majority_clause(log: RunLog, score: Line) -> str:
+    """Clause that compares a score with the majority baseline; empty where there is none."""
+    base = majority_accuracy(log)
+    gap, doubt = accuracy(score) - base, sampling_error(score)
+    if math.isnan(gap):
+        return ""
+    verdict = ", which is more" if gap < -doubt else ", no different within the sampling error" if gap <= doubt else ""
+    return f"; {majority_answer(log)} would give {percent(base)}{verdict}"
+
+
 def final_score(log: RunLog) -> Line | None:
     """Score line of the last version that was scored."""
     return log.scores[-1] if log.scores else None
@@ -150,11 +172,14 @@ def lowest_accuracy(scores: Iterable[Line]) -> Line | None:
 
 
 def worst_client_text(log: RunLog, line: Line) -> str:
-    """Name of the client of this score with its tier or, on real machines, with the number of sites that gave no score."""
-    name, lacking = label(line["client"]), len(log.unscored)
-    if not is_deployed(log):
-        return f"{name} ({label(line.get('tier'))})"
-    return f"{name}; {lacking} of {len(log.clients) + lacking} gave no score" if lacking else name
+    """Name of the client of this score with its tier (on real machines there are none), its baseline, and how many gave no score."""
+    name, base, lacking = label(line["client"]), to_float(line.get("base_accuracy")), len(log.unscored)
+    parts = [name if is_deployed(log) else f"{name} ({label(line.get('tier'))})"]
+    if not math.isnan(base):
+        parts.append(f"{percent(base)} {'before training' if generates_text(log) else 'by its commonest label'}")
+    if lacking:
+        parts.append(f"{lacking} of {len(log.clients) + lacking} gave no score")
+    return "; ".join(parts)
 
 
 def client_ranks(log: RunLog) -> list[int]:
@@ -225,7 +250,8 @@ def result_sentence(log: RunLog) -> str:
         return f"{used} no {score_name(log)} was measured."
     shown = f"{'predicts' if generates_text(log) else 'classifies'} {_shown(score)}"
     if score.get("version") == 0:
-        return f"The untrained model {shown}; no trained version was scored ({plural(done, what)} done)."
+        beside = majority_clause(log, score)
+        return f"The untrained model {shown}{beside}; no trained version was scored ({plural(done, what)} done)."
     who = plural(len(log.manifest["clients"]), "region" if "regions" in log.manifest else "site")
     used = duration_text(log, to_float(score.get("time"))) + (f", {who}" if is_deployed(log) else "")
     uploads = value_at_version(log, score.get("version"), "uploads")
@@ -236,6 +262,7 @@ def result_sentence(log: RunLog) -> str:
     before = perplexity(initial_score(log))
     text += "" if math.isnan(begin) else f"; it started at {percent(begin)}"
     text += "" if math.isnan(before) else f" and {short(before)}"
+    text += majority_clause(log, score)
     ranks = client_ranks(log)
     text += f"; the largest client rank is {ranks[-1]}." if ranks else "."
     return text if score["version"] == done else f"{text} {what.capitalize()} {done} was not scored."
@@ -260,4 +287,5 @@ def comparison_sentence(logs: Sequence[RunLog]) -> str:
     (high, leader, log), (low, trailer, _) = ordered[0], ordered[-1]
     gap = f"{100 * (high - low):.1f} points above the lowest, {trailer} ({percent(low)})"
     doubt = f"one score alone is uncertain by ± {100 * sampling_error(final_score(log)):.1f} points (95 %, choice of test examples)"
-    return f"Of {plural(len(logs), 'run')}, {leader} ends highest with {percent(high)}, {gap}; {doubt}."
+    text = f"Of {plural(len(logs), 'run')}, {leader} ends highest with {percent(high)}, {gap}; {doubt}"
+    return f"{text}{majority_clause(log, log.scores[-1])}."

@@ -26,6 +26,7 @@ _EMPTY: Line = {
     "partition": {},
     "clients": {},
     "baselines": {},
+    "metrics": {},
     "notes": [],
 }
 
@@ -37,9 +38,9 @@ class RunLog:
     Fields:
         folder: the run folder.
         manifest: content of manifest.json; every section is present, an unwritten one is empty.
-        versions, scores, tasks, clients, edges, samples, unscored, regroups, moves: lines of metrics.jsonl by kind. `clients` are
-            the final scores of clients, `samples` texts that the model wrote, `unscored` clients of a deployment without a final
-            score.
+        versions, scores, tasks, clients, edges, samples, unscored, regroups, moves, labels: lines of metrics.jsonl by kind. `clients`
+            are the final scores of clients, `samples` texts that the model wrote, `unscored` clients without a final score, `labels`
+            how well a version tells labels apart.
         generation: figures of the texts that the model wrote; None if it wrote none.
     """
 
@@ -55,6 +56,7 @@ class RunLog:
     generation: Line | None = None
     regroups: tuple[Line, ...] = ()
     moves: tuple[Line, ...] = ()
+    labels: tuple[Line, ...] = ()
 
 
 def read_run_log(folder: Path) -> RunLog:
@@ -69,7 +71,8 @@ def read_run_log(folder: Path) -> RunLog:
 
     parts = (of("version"), of("score"), of("task"), of("client"), of("edge"), of("sample"), of("unscored"))
     generation = next(reversed(of("generation")), None)
-    return RunLog(folder, manifest, *parts, generation=generation, regroups=of("regroup"), moves=of("move"))
+    more = {"regroups": of("regroup"), "moves": of("move"), "labels": of("labels")}
+    return RunLog(folder, manifest, *parts, generation=generation, **more)
 
 
 def _abandoned(folder: Path) -> bool:

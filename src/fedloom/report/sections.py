@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fedloom.report import facts, figures, figures_clients, figures_timeline, rank_facts, tables, timeline
+from fedloom.report import facts, figures, figures_clients, figures_timeline, label_facts, rank_facts, tables, timeline
 from fedloom.report.numbers import short, to_float
 from fedloom.report.run_log import RunLog
 from fedloom.report.tables import Grid
@@ -47,6 +47,17 @@ class Section:
 CURVES = """
 The same scores of the global model three times: against rounds (or uploads, where a version is no round), against {}
 and against bytes sent by clients; dashed lines are baselines. A curve that rises earlier got there with less."""
+MEASURES = """
+On the test examples, named as in scikit-learn. Balanced accuracy is the mean recall of the labels; F1 is the harmonic mean of
+precision and recall{}. A model that has learnt nothing but which label is commonest is no better than the first column."""
+AREA = """; AUC is the probability that an example of '{}' is ranked above one that is not, 0.5 by chance"""
+RECALL = """
+Of the test examples of a label, recall is the share that the last model gives this label; of those that it gives the label,
+precision is the share that has it.{}"""
+CONFUSION = """
+One row per label of the test examples, one column per answer of the last model; what is on the diagonal is right."""
+CONFUSED = """
+The pairs of labels that the last model confuses most often on the test examples."""
 PERPLEXITY = """
 Perplexity is the exponential of the mean loss of a token of the reference answers: how many tokens the model wavers between, as it
 were. 1 would be a model that knows the answers by heart; a curve that falls earlier got there with less."""
@@ -80,16 +91,16 @@ A dot is the final model, as a client of that rank receives it, on that client's
 it would reach {}. A line is the mean of the clients, its band one standard error.
 Clients differ in more than their rank (speed, data, how often they took part), so a gap need not come from the rank."""
 TIERS = """
-Slowest tier first, sums over all tasks. What is neither head nor fold is adapter; the time is the mean of receiving,
-training and sending together."""
+Slowest tier first, sums over all tasks; the baseline is the mean of {} for its clients. What is neither
+head nor fold is adapter; the time is the mean of receiving, training and sending together."""
 ACTIVITY = """
 One row per client{}; white is idle, hatched work was thrown away, and fine vertical lines are merges (where
 there are few enough to be told apart)."""
 LINKS = """
 Down and up are what of a task was not training, divided as its bytes were: the engine's own waiting is in them."""
 SITES = """
-Sums over all tasks; the time is the mean of receiving, training and sending together; speed and memory are what the
-site reported."""
+Sums over all tasks; the baseline is that of {}. The time is the mean of receiving, training and sending
+together; speed and memory are what the site reported."""
 WAITING = """
 A slot is one of the tasks that the schedule lets be in flight at once; it waits while it is empty although a client is
 idle. Left, the mean number of slots over time; right, how much of the run each client was without a task; in a
@@ -132,12 +143,14 @@ harder the averaging."""
 def run_sections(log: RunLog) -> list[Section]:
     """Sections of the report of one run; what was not recorded is left out."""
     settings, deployed = tables.settings_table(log), facts.is_deployed(log)
+    sites = deployed and log.manifest["clients"] and SITES.format(facts.baseline_name(log))
     curves = log.scores and PageBlock(
         CURVES.format(facts.time_name(log)), picture=partial(figures.draw_accuracy, [log])
     )
     perplexity = facts.generates_text(log) and log.scores
     return _present(
         (facts.score_name(log).capitalize(), curves),
+        ("Labels", _labels(log)),
         ("Perplexity", perplexity and PageBlock(PERPLEXITY, picture=partial(figures.draw_perplexity, [log]))),
         ("Answers", log.samples and PageBlock(SAMPLES, grid=tables.samples_table(log), kind="texts")),
         ("Loss", log.versions and PageBlock(LOSS, picture=partial(figures.draw_loss, [log]))),
@@ -146,7 +159,7 @@ def run_sections(log: RunLog) -> list[Section]:
             facts.versions_with_energy(log) and PageBlock(ENERGY, picture=partial(figures.draw_energy, log)),
         ),
         ("Rank heterogeneity", _rank_heterogeneity(log)),
-        ("Sites", deployed and log.manifest["clients"] and PageBlock(SITES, grid=tables.site_table(log))),
+        ("Sites", sites and PageBlock(sites, grid=tables.site_table(log))),
         (
             "Activity",
             log.tasks and PageBlock(_activity_caption(log), picture=partial(figures_clients.draw_activity, log)),
@@ -194,6 +207,22 @@ def _present(*rows: tuple[str, object]) -> list[Section]:
     return [Section(title, blocks) for title, blocks in present if blocks]
 
 
+def _labels(log: RunLog) -> tuple[object, ...]:
+    """Tables of how well labels are told apart at the end."""
+    line, names = label_facts.labels_after(log), label_facts.label_names(log)
+    if not line:
+        return ()
+    area = AREA.format(names[1]) if len(names) == 2 else ""
+    found = _joined(label_facts.lowest_recall_sentence(log, line), label_facts.absent_labels_sentence(log, line))
+    lowest = f" Listed are the {tables.MOST_RECALLS} lowest." if len(names) > tables.MOST_RECALLS else ""
+    confused = CONFUSION if len(names) <= tables.MOST_LABELS else CONFUSED
+    return (
+        PageBlock(MEASURES.format(area), found, grid=tables.measures_table(log, line)),
+        PageBlock(RECALL.format(lowest), grid=tables.recall_table(log, line)),
+        PageBlock(confused, grid=tables.confusion_table(log, line)),
+    )
+
+
 def _groups(log: RunLog) -> tuple[object, ...]:
     """Tables of the tasks of edges, of changes of groups, and of the reasons for tasks."""
     reasons, regroupings = tables.reasons_table(log), tables.regrouping_table(log)
@@ -218,7 +247,7 @@ def _rank_heterogeneity(log: RunLog) -> tuple[object, ...]:
         (traffic or shares) and PageBlock(caption, tasks, picture=partial(figures_clients.draw_received, log)),
         log.clients and PageBlock(ACCURACY_BY_RANK.format(before), accuracy, picture=clients),
         not log.clients and accuracy and PageBlock("", accuracy),
-        by_tier.rows and not facts.is_deployed(log) and PageBlock(TIERS, grid=by_tier),
+        by_tier.rows and not facts.is_deployed(log) and PageBlock(TIERS.format(facts.baseline_name(log)), grid=by_tier),
     )
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedloom.report import facts, timeline
+from fedloom.report import facts, label_facts, timeline
 from fedloom.report.facts import accuracy, label, nan_mean
 from fedloom.report.numbers import NONE, format_bytes, format_count, format_seconds, percent, plural, short, to_float
 from fedloom.report.run_log import Line, RunLog
@@ -42,11 +42,12 @@ def runs_table(logs: Sequence[RunLog]) -> Grid:
         "Seed",
         f"{facts.version_noun(*logs).capitalize()}s",
         facts.score_name(*logs).capitalize(),
+        "Majority",
         "Best",
     )
-    heads = (*head, "Perplexity", "Worst client")
+    heads = (*head, label_facts.f1_name(*logs), "Perplexity", "Worst client")
     heads += ("Time", "Uploads", "Waiting", "Staleness", "Up", "Not merged", *shared)
-    usual = {"Status": "finished", "Seed": rows[0][2], "Staleness": "0"}
+    usual = {"Status": "finished", "Seed": rows[0][2], "Staleness": "0", "Not merged": "0"}
     return _columns(
         Grid(heads, tuple(rows)),
         [k for k, name in enumerate(heads) if {row[k] for row in rows} - {usual.get(name, NONE), NONE}],
@@ -64,7 +65,9 @@ def _figures(log: RunLog) -> tuple[str, ...]:
         str(log.manifest["seed"]),
         str(facts.version_count(log)),
         percent(accuracy(facts.final_score(log))),
+        percent(facts.majority_accuracy(log)),
         percent(facts.best_accuracy(log)),
+        percent(label_facts.f1(facts.final_score(log))),
         short(facts.perplexity(facts.final_score(log))),
         percent(accuracy(facts.worst_client(log))),
         format_seconds(facts.elapsed_seconds(log)),
@@ -90,7 +93,6 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     score, worst = facts.final_score(log), facts.worst_client(log)
     unmerged = Counter(str(task.get("status")) for task in log.tasks if task.get("status") != "merged")
     spectra = facts.versions_with_energy(log)
-    bases = [f"{label(name)} {percent(to_float(value))}" for name, value in log.manifest["baselines"].items()]
     chance = f"± {100 * facts.sampling_error(score):.1f} points (95 %)" if score else "not measured"
     who = facts.worst_client_text(log, worst) if worst else "not measured"
     energy = spectra[-1]["energy"] if spectra else []
@@ -100,8 +102,8 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     losses = ", ".join(f"{count} {status}" for status, count in sorted(unmerged.items()))
     return (
         (f"Test {facts.score_name(log)}", percent(accuracy(score)), chance),
-        ("Before training", percent(accuracy(facts.initial_score(log))), "; ".join(bases)),
-        *(_generation(log) if facts.generates_text(log) else ()),
+        ("Before training", percent(accuracy(facts.initial_score(log))), f"test {facts.score_name(log)}, version 0"),
+        *(_generation(log) if facts.generates_text(log) else _classification(log)),
         ("Worst client", percent(accuracy(worst)), who),
         (
             f"{facts.version_noun(log).capitalize()}s",
@@ -114,6 +116,18 @@ def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
         ("Effective rank", *rank),
         *(_pace(log) if timeline.records_slot_use(log) else ()),
     )
+
+
+def _classification(log: RunLog) -> Iterator[tuple[str, str, str]]:
+    """Key figures of a model that chooses labels."""
+    base, score, line = facts.majority_accuracy(log), facts.final_score(log), label_facts.labels_after(log)
+    if not math.isnan(base):
+        yield "Majority", percent(base), f"test accuracy of {facts.majority_answer(log)}"
+    if score and not math.isnan(label_facts.f1(score)):
+        area, balanced = (to_float((line or {}).get(key)) for key in ("roc_auc", "balanced_accuracy"))
+        beside = [f"AUC {short(area)}"] * (not math.isnan(area))
+        beside += [f"balanced accuracy {percent(balanced)}"] * (not math.isnan(balanced))
+        yield label_facts.f1_name(log), percent(label_facts.f1(score)), ", ".join(beside)
 
 
 def _generation(log: RunLog) -> tuple[tuple[str, str, str], ...]:
@@ -228,18 +242,68 @@ def model_table(log: RunLog) -> Grid:
     return Grid(("What", "Which"), tuple(rows))
 
 
+MOST_LABELS = 12
+"""Labels whose confusion matrix is shown whole; of more, the commonest confusions are listed."""
+MOST_RECALLS = 40
+"""Labels whose recall is listed; of more, those with the lowest."""
+MEASURES = (
+    ("Accuracy", "accuracy", percent),
+    ("Balanced accuracy", "balanced_accuracy", percent),
+    ("", "f1", percent),  # is named by its label
+    ("Macro F1", "f1_macro", percent),
+    ("AUC", "roc_auc", short),
+)
+
+
+def measures_table(log: RunLog, after: Line) -> Grid:
+    """Compare the last model with the untrained one and with what needs no training, by each measure on the test examples."""
+    before, constant = label_facts.labels_before(log) or {}, label_facts.majority_counts(log, after)
+    columns = (constant.metrics() if constant else {}, before, after)
+    rows = (
+        (what or label_facts.f1_name(log), *(shown(to_float(column.get(key))) for column in columns))
+        for what, key, shown in MEASURES
+        if key in after
+    )
+    answer = facts.majority_answer(log, 16)
+    return Grid(("Measure", answer[0].upper() + answer[1:], "Before training", "Last model"), tuple(rows))
+
+
+def recall_table(log: RunLog, line: Line) -> Grid:
+    """Tabulate how well each label is recognised; of many labels those with the lowest recall."""
+    counted = label_facts.counts_of(line)
+    shares = (counted.recall(), counted.precision(), counted.f1())
+    labels = [*zip(label_facts.label_names(log), counted.true, *(map(to_float, row) for row in shares), strict=False)]
+    if len(labels) > MOST_RECALLS:
+        labels = sorted(labels, key=lambda row: (math.isnan(row[2]), row[2]))[:MOST_RECALLS]
+    rows = ((name, f"{examples:,}", *map(percent, own)) for name, examples, *own in labels)
+    return Grid(("Label", "Test examples", "Recall", "Precision", "F1"), tuple(rows))
+
+
+def confusion_table(log: RunLog, line: Line) -> Grid:
+    """Tabulate the confusion matrix; of many labels the pairs that are confused most often."""
+    names = label_facts.label_names(log)
+    if len(names) > MOST_LABELS:
+        pairs = label_facts.confused_labels(log, line)[: 2 * MOST_LABELS]
+        return Grid(("Label", "Taken for", "Times"), tuple((true, given, f"{count:,}") for true, given, count in pairs))
+    rows = zip(names, line["confusion"], strict=False)
+    return Grid(
+        ("Label", *(f"→ {name}" for name in names)), tuple((name, *map(format_count, row)) for name, row in rows)
+    )
+
+
 def summary_table(logs: Sequence[RunLog]) -> Grid:
     """Compare runs in the columns that fit into eighty characters of a terminal."""
     grid = runs_table(logs)
-    wide = {"Seed", "Best", "Staleness", "Not merged"}
+    wide = {"Seed", "Best", "Staleness", "Not merged", label_facts.f1_name(*logs)}
     wide |= {"Worst client"} if {"Status", "Versions"} & set(grid.head) else set()
+    wide |= {"Uploads", "Waiting"} if "Status" in grid.head or "Versions" not in grid.head else set()
     shown = [k for k, head in enumerate(grid.head) if head not in wide and " to " not in head]
     return _columns(grid, shown)
 
 
 def tier_table(log: RunLog) -> Grid:
     """Tabulate tiers: their clients, how well these are served and what they pay; folds only where there are any."""
-    head = ("Tier", "Clients", "Rank", f"Mean {facts.score_name(log)}", "Worst client")
+    head = ("Tier", "Clients", "Rank", f"Mean {facts.score_name(log)}", "Baseline", "Worst client")
     folds = any(to_float(task.get("bytes_down_fold")) > 0 for task in log.tasks)
     traffic = (
         "Tasks",
@@ -265,6 +329,7 @@ def _tier(log: RunLog, tier: str, members: set[str], ways: Sequence[str]) -> tup
         str(len(members)),
         ", ".join(map(str, facts.ranks_of((*tasks, *ends)))) or NONE,
         percent(nan_mean(map(accuracy, ends))),
+        percent(nan_mean(to_float(line.get("base_accuracy")) for line in ends)),
         f"{percent(accuracy(worst))} ({label(worst['client'], 16)})" if worst else NONE,
         f"{len(tasks):,}",
         f"{facts.merged_count(tasks):,}",
@@ -337,10 +402,10 @@ def _move(line: Line) -> tuple[str, str, str]:
 
 def site_table(log: RunLog) -> Grid:
     """Tabulate the sites of a deployment by name; a region's score is the mean of its sites'."""
-    head = ("Site", "Examples", "GFLOP/s", "Memory", "Rank", f"{facts.score_name(log).capitalize()}", "Tasks", "Merged")
+    head = ("Site", "Examples", "GFLOP/s", "Memory", "Rank", f"{facts.score_name(log).capitalize()}", "Baseline")
     profiles = log.manifest["clients"]
     rows = tuple(_row(log, client, profiles[client]) for client in sorted(profiles))
-    return Grid((*head, "Seconds a task", "Up", "Down"), rows)
+    return Grid((*head, "Tasks", "Merged", "Seconds a task", "Up", "Down"), rows)
 
 
 def _row(log: RunLog, client: str, profile: Line) -> tuple[str, ...]:
@@ -353,6 +418,7 @@ def _row(log: RunLog, client: str, profile: Line) -> tuple[str, ...]:
         format_bytes(to_float(profile.get("memory"))),
         ", ".join(map(str, facts.ranks_of((*tasks, *ends)))) or NONE,
         percent(nan_mean(map(accuracy, ends))),
+        percent(nan_mean(to_float(line.get("base_accuracy")) for line in ends)),
         format_count(float(len(tasks))),
         format_count(float(facts.merged_count(tasks))),
         short(facts.mean_task_seconds(tasks)),

@@ -12,7 +12,8 @@ How a run is carried out:
    checkpoint, and saved in the next one.
 4. However the driver ends, the adapter of the last version, the final manifest and the report are written. The manifest says
    "finished", "interrupted" (Ctrl-C) or "failed". It says "finished" only when all else is there; until then the run can go on
-   with `prepare(run, resume=folder).execute()`, to the same bytes as an undisturbed run.
+   with `prepare(run, resume=folder).execute()`, to the same bytes as an undisturbed run. The last checkpoint of a finished run stays:
+   `prepare(run, resume=folder, more=n).execute()` goes on from it.
 
 What may fail: Refused for a folder that exists or is in use, and for a run in which so many tasks failed in a row that its limit
 was reached. Any other exception of a driver or an observer passes through, after the folder was closed.
@@ -36,13 +37,12 @@ from fedloom.core.policies import Evaluator, Observer
 from fedloom.core.schema import jsonable
 from fedloom.core.types import Model
 from fedloom.report.page import write_report
-from fedloom.runs.final_scores import client_scores, sample_lines
+from fedloom.runs.final_scores import client_scores, label_lines, sample_lines
 from fedloom.runs.job import Job
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.observation import RunObservation
 from fedloom.runs.replay import UPDATES, Archive
 from fedloom.runs.resume import (
-    CHECKPOINT,
     CHECKPOINT_SECONDS,
     LOGS,
     CheckpointWriter,
@@ -193,8 +193,7 @@ def _recorder(
     """Open the logs, until the end of the block, and return what writes them."""
 
     def evaluate(model: Model) -> Mapping[str, float]:
-        progress.scores.append(job.evaluate(model))
-        return progress.scores[-1]
+        return progress.add(job.server.state.version, job.score(model), len(job.tested))
 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
         for observer in all_observers:
@@ -204,7 +203,8 @@ def _recorder(
     sizes = job.resumed_from.sizes if job.resumed_from else dict.fromkeys(LOGS, 0)
     checkpoints.logs = [opened.enter_context(open_log(checkpoints.folder / name, size)) for name, size in sizes.items()]
     trace, lines = checkpoints.logs
-    metrics = Metrics(lines, SlotUsage(job.server.max_in_flight), RunObservation(job.server.edges))
+    slots, majority = SlotUsage(job.server.max_in_flight), job.baselines().get("majority")
+    metrics = Metrics(lines, slots, RunObservation(job.server.edges), majority=majority)
     # The trace comes first: it has the step even if another observer fails on it.
     all_observers: list[Observer] = [Trace(trace), metrics, *observers]
     return RunRecorder(job, checkpoints, metrics, progress, evaluate, observe)
@@ -231,19 +231,21 @@ def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
         recorder.track(simulation, presence)
         reason = simulation.run()
         job.check_failures(reason)
-        for line in (*client_scores(job, simulation.client_states), *sample_lines(job)):
+        counted = label_lines(recorder.progress.confusions)
+        for line in (*counted, *client_scores(job, simulation.client_states), *sample_lines(job)):
             recorder.metrics.write(line)
     return reason
 
 
 def _close(job: Job, out: Path, manifest: Mapping[str, object], report: bool) -> None:
-    """Write the adapter of the last version, the final manifest and the report, also for a run that was cut short."""
-    if job.server.state.version > 0:
+    """Write the adapter of the last version, the final manifest and the report, also for a run that was cut short.
+
+    A run that is made longer, and cut short before it has come to where it had ended, leaves the adapter that is there.
+    """
+    if job.server.state.version >= max(1, job.resumed_from.written_version if job.resumed_from else 0):
         model = job.server.state.model
         adapter = pad_to_one_rank(compact_with_fold(model.adapter, model.fold))
-        save_adapter(job.base, adapter, job.split.train.names, out / "adapter")
+        save_adapter(job.base, adapter, job.split.train.names, out / "adapter", job.run.date)
     files.write_json(out / "manifest.json", manifest)
-    if manifest["status"] == "finished":
-        (out / CHECKPOINT).unlink(missing_ok=True)
     if report:
         write_report([out], out / "report.html")

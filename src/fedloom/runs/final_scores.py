@@ -12,6 +12,7 @@ from fedloom.core.transfer import encode_start
 from fedloom.core.types import Budget, ClientId, ClientState, Profile, TaskStart
 from fedloom.data.partition import Shard
 from fedloom.runs.job import Job
+from fedloom.train.confusion import Confusion
 from fedloom.train.evaluate import (
     AnswerScores,
     Scores,
@@ -29,21 +30,28 @@ def client_scores(job: Job, states: Mapping[ClientId, ClientState]) -> list[dict
 
     Its model is the one that it would run, at its rank. Beside it stands the share of its commonest label, or, where text is written,
     what the base reached before any training. Clients of one rank are predicted together, so the base is loaded once a rank and
-    not once a client; where something stays private (FedSA), each has a model of its own.
+    not once a client; where something stays private (FedSA), each has a model of its own. The line of a client that holds nothing
+    out says so.
     """
     if not job.run.held_out:
         return []
     ranks = next_ranks(job.run.plan, job.server, job.profiles)
-    baseline = evaluate_untrained(job.base, job.train_texts, job.shards)
-    lines = []
-    for rank in sorted(set(ranks.values())):
+    scored = [shard for shard in job.shards if shard.held_out]
+    baseline = evaluate_untrained(job.base, job.train_texts, scored)
+    lines = [_unscored_line(job, shard, ranks[shard.client]) for shard in job.shards if not shard.held_out]
+    for rank in sorted({ranks[shard.client] for shard in scored}):
         start = final_start(job, rank)
-        members = [shard for shard in job.shards if ranks[shard.client] == rank]
+        members = [shard for shard in scored if ranks[shard.client] == rank]
         for group in [[shard] for shard in members] if start.rules.private else [members]:
             adapter = personal_adapter(start, states.get(group[0].client, ClientState()))
             scores = evaluate_held_out(job.base, adapter, job.train_texts, group, start.fold)
             lines += [_line(job, shard, rank, scores[shard.client], baseline[shard.client]) for shard in group]
     return sorted(lines, key=lambda line: str(line["client"]))
+
+
+def label_lines(confusions: Mapping[int, Confusion]) -> list[dict[str, object]]:
+    """Return a line for each of these versions: how well it tells the labels of the test examples apart."""
+    return [{"kind": "labels", "version": version, **counted.metrics()} for version, counted in confusions.items()]
 
 
 def next_ranks(rule: BudgetRule, server: Coordinator, profiles: Mapping[ClientId, Profile]) -> dict[ClientId, int]:
@@ -65,6 +73,11 @@ def _line(
     line: dict[str, object] = {"kind": "client", "client": shard.client, "tier": job.profiles[shard.client].tier}
     untrained = {f"base_{name}": v for name, v in baseline.metrics().items() if name in ("accuracy", "perplexity")}
     return {**line, "rank": rank, "held_out": len(shard.held_out), **scores.metrics(), **untrained}
+
+
+def _unscored_line(job: Job, shard: Shard, rank: int) -> dict[str, object]:
+    line = {"kind": "unscored", "client": shard.client, "tier": job.profiles[shard.client].tier, "rank": rank}
+    return {**line, "reason": f"none of its examples ({len(shard.train)}) is held out"}
 
 
 def sample_lines(job: Job) -> list[dict[str, object]]:

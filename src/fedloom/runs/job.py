@@ -10,17 +10,20 @@ from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
 from fedloom.core.schema import jsonable
 from fedloom.core.types import Budget, ClientId, Model, Profile
+from fedloom.data.data_checks import overlap_sentences
 from fedloom.data.examples import Split
-from fedloom.data.partition import Shard, partition_statistics
+from fedloom.data.partition import Shard, partition_notes, partition_statistics
 from fedloom.runs import manifest
 from fedloom.runs.resume import UnfinishedRun
 from fedloom.runs.run import Run
+from fedloom.runs.start_adapter import StartAdapter
 from fedloom.simulate.availability import Stays
 from fedloom.simulate.devices import Devices
 from fedloom.train import chat_template
 from fedloom.train.base_model import Base
+from fedloom.train.confusion import commonest_label
 from fedloom.train.engine.frozen_layers import ActivationCache
-from fedloom.train.evaluate import score
+from fedloom.train.evaluate import AnswerScores, Scores, score
 from fedloom.train.tokenised import EncodedTexts
 
 
@@ -41,6 +44,7 @@ class Job:
         cache: outputs of frozen layers on test examples, computed once.
         stays: when each client can be reached (None: always).
         resumed_from: the unfinished run that goes on (None: it is a new one).
+        start: the adapter that the run begins from (None: it begins untrained).
     """
 
     run: Run
@@ -56,12 +60,28 @@ class Job:
     cache: ActivationCache = field(default_factory=ActivationCache)
     stays: Stays | None = None
     resumed_from: UnfinishedRun | None = None
+    start: StartAdapter | None = None
+
+    def score(self, model: Model) -> Scores | AnswerScores:
+        """Predict the test examples with a model."""
+        room = self.run.engine.cache if self.run.engine else 0
+        return score(self.base, model.adapter, self.test_texts, self.tested, model.fold, self.cache, room)
 
     def evaluate(self, model: Model) -> dict[str, float]:
-        """Score a model on the test examples."""
-        room = self.run.engine.cache if self.run.engine else 0
-        scores = score(self.base, model.adapter, self.test_texts, self.tested, model.fold, self.cache, room)
-        return {**scores.metrics(), "examples": len(self.tested)}
+        """Return the metrics of a model on the test examples."""
+        return {**self.score(model).metrics(), "examples": len(self.tested)}
+
+    def baselines(self) -> dict[str, float]:
+        """Return the test accuracy of always answering the commonest label; empty where text is written."""
+        tested = self._tested_labels()
+        return {} if self.base.labels is None else {"majority": tested.count(self._majority()) / len(tested)}
+
+    def _tested_labels(self) -> list[int]:
+        return [self.split.test.labels[i] for i in self.tested]
+
+    def _majority(self) -> int:
+        """The commonest label of the training examples; of the test examples at a server whose training examples lie at sites."""
+        return commonest_label(self.split.train.labels or self._tested_labels())
 
     def check_failures(self, reason: str) -> None:
         """Raise Refused if the run ended because so many tasks failed."""
@@ -84,6 +104,9 @@ class Job:
             "versions": manifest.library_versions(),
             "machine": manifest.machine_kind(),
             "computed": self.base.computation,
+            "base_weights": self.base.fingerprint(),
+            **({"start": self.start.facts} if self.start else {}),
+            **({"extended": self.resumed_from.extended} if self.resumed_from and self.resumed_from.extended else {}),
             "model": {
                 "name": self.run.model,
                 "labels": self.base.labels,
@@ -95,15 +118,35 @@ class Job:
             "partition": partition_statistics(self.split.train, self.shards) if self.shards else sites_elsewhere,
             "clients": {client: jsonable(profile) for client, profile in self.profiles.items()},
             **self.server.manifest_sections(),
-            "baselines": {}
-            if self.base.labels is None
-            else {"majority": manifest.majority_share(self.split.test.labels)},
+            "baselines": self.baselines(),
+            "metrics": self._metric_meanings(),
             "notes": self.resumed_from.notes(notes, version("fedloom")) if self.resumed_from else notes,
         }
 
+    def _metric_meanings(self) -> dict[str, str]:
+        if self.base.labels is None:
+            return {}
+        of = "training examples" if self.split.train.labels else "test examples"
+        return manifest.metric_meanings(self.split.train.names, self._majority(), of)
+
     def _notes(self) -> list[str]:
-        """What a reader of the figures has to know: of the data, of the texts that were cut, of the method."""
+        """What a reader of the figures has to know: of data, checkpoint, labels, cut texts, method."""
         rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
         counts = {"training": self.train_texts.fit_counts, "test": self.test_texts.fit_counts}
-        cut = chat_template.fit_notes(self.base.tokenizer, self.run.training.max_length, counts)
-        return [*self.split.notes, *cut, *manifest.method_notes(rules, head=self.server.shape.dense > 0)]
+        cut = chat_template.fit_notes(self.run.training.token_limit, counts)
+        if self.base.labels is None:
+            cut += chat_template.prompt_notes(self.base.tokenizer, self.run.date)
+        absent = [] if self.base.labels is None else manifest.label_notes(self.split.train.names, self._tested_labels())
+        started = self.start.notes if self.start else ()
+        longer = self.resumed_from.extension_notes if self.resumed_from and not self.shards else []
+        return [
+            *started,
+            *longer,
+            *self.split.notes,
+            *overlap_sentences(self.split.train, self.split.test),
+            *partition_notes(self.split.train, self.shards, self.run.held_out),
+            *self.base.notes,
+            *absent,
+            *cut,
+            *manifest.method_notes(rules, head=self.server.shape.dense > 0),
+        ]

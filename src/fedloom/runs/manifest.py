@@ -11,21 +11,29 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from fedloom.core.text import list_some
 from fedloom.core.types import Rules
 
+NAMED_LABELS = 6
+"""Labels that a note lists by name."""
+AS_BEFORE: Mapping[tuple[object, str], object] = {
+    **{(source, "missing"): "refuse" for source in ("Table", "Rows", "Hub", "Instructions")},
+    ("ByClient", "smallest"): 1,
+}
+"""Options that came later and are never off, by class and name, with the value that says what was done before them."""
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
 def settings_hash(settings: object) -> str:
     """Twelve hex digits that name settings: two runs with the same hash had the same, wherever their files lay.
 
-    What is off (None, False, 0, empty) does not count, so that a new option does not rename all earlier runs.
+    What is off (None, False, 0, empty, or as in `AS_BEFORE`) does not count, so that a new option does not rename all earlier runs.
     """
     text = json.dumps(portable_settings(settings), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -35,7 +43,9 @@ def portable_settings(value: object) -> object:
     """Settings without what is off, and with short paths."""
     match value:
         case dict():
-            return {key: portable_settings(item) for key, item in value.items() if item}
+            kind = value.get("type")
+            on = {key: item for key, item in value.items() if item and item != AS_BEFORE.get((kind, key))}
+            return {key: portable_settings(item) for key, item in on.items()}
         case list():
             return [portable_settings(item) for item in value]
     return short_paths(value)
@@ -72,9 +82,19 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def majority_share(labels: Sequence[int]) -> float:
-    """The share of the commonest label: what always giving that one would reach."""
-    return max(labels.count(label) for label in set(labels)) / len(labels)
+def metric_meanings(names: Sequence[str], majority: int, of: str) -> dict[str, str]:
+    """Say which label each metric is about; `majority` is the commonest label of `of`, by which the baseline answers."""
+    f1 = {"f1": f"F1 of {names[1]!r}"} if len(names) == 2 else {"f1_macro": "mean of the F1 of each label"}
+    return {**f1, "majority_label": names[majority], "majority_of": of}
+
+
+def label_notes(names: Sequence[str], labels: Sequence[int]) -> list[str]:
+    """Note which labels no test example has, given the label of each."""
+    absent = [name for number, name in enumerate(names) if number not in set(labels)]
+    if not absent:
+        return []
+    listed = list_some([f"{name!r:.40}" for name in absent], NAMED_LABELS)
+    return [f"No test example has the label {listed}: how well it is recognised is not measured."]
 
 
 def method_notes(rules: Rules, head: bool) -> list[str]:

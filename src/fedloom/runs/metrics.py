@@ -100,6 +100,7 @@ class Metrics:
         uploaded: bytes of the answer to each of them that has one.
         model: the model that tasks start from now (None: its energy is not computed).
         energy: that of `model`.
+        majority: accuracy of always answering the commonest label, written beside every score (None: text is written).
     """
 
     file: TextIO
@@ -110,6 +111,7 @@ class Metrics:
     uploaded: dict[int, message_size.MessageSize] = field(default_factory=dict)
     model: Model | None = None
     energy: float = 0.0
+    majority: float | None = None
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """Turn one step into lines."""
@@ -142,7 +144,8 @@ class Metrics:
             case Evaluate(_, model):
                 self._set_model(model)
             case ScoresReady(version, figures):
-                self.write({"kind": "score", "version": version, "time": now, **figures})
+                beside = {} if self.majority is None else {"base_accuracy": self.majority}
+                self.write({"kind": "score", "version": version, "time": now, **figures, **beside})
             case Regroup():
                 line = {"kind": "regroup", "version": fact.version, "time": now, "drift": fact.drift}
                 self.write({**line, "threshold": fact.threshold, "moves": [_move(move) for move in fact.moves]})

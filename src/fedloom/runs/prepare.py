@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,13 +32,17 @@ from fedloom.hierarchy.regrouping import Compared
 from fedloom.plan.depth import check_blocks
 from fedloom.runs.execute import execute, record
 from fedloom.runs.job import Job
-from fedloom.runs.resume import UnfinishedRun, unfinished_run
+from fedloom.runs.resume import UnfinishedRun, unfinished_run, version_to_reach
 from fedloom.runs.run import Run
+from fedloom.runs.start_adapter import first_version, load_start, start_folder
 from fedloom.simulate.devices import Devices, FasterLinks
-from fedloom.train.base_model import Base, check_length, check_rank_fits_model, initial_adapter, load_base
+from fedloom.train.base_model import Base, check_rank_fits_model, load_base, most_tokens
+from fedloom.train.chat_template import DATE, writes_date
 from fedloom.train.settings import PLAIN
+from fedloom.train.text_checks import check_texts
 from fedloom.train.text_features import embeddings
-from fedloom.train.tokenised import EncodedTexts, encode_texts
+from fedloom.train.tokenised import LONGEST_BY_DEFAULT, EncodedTexts, encode_texts, longest_of
+from fedloom.train.trainer import engine_notes
 
 
 class PreparedRun(Job):
@@ -48,14 +53,21 @@ class PreparedRun(Job):
     record = record
 
 
-def prepare(run: Run, resume: Path | None = None) -> PreparedRun:
-    """Load, divide and check everything, for a new run or to go on with the unfinished one in the folder `resume`.
+def prepare(run: Run, resume: Path | None = None, more: int | None = None) -> PreparedRun:
+    """Load, divide and check everything, for a new run or to go on with the one in the folder `resume`.
 
     Raises Refused with field, value and remedy; nothing is written.
+
+    Args:
+        resume: folder of an unfinished run, or with `more` of a finished one.
+        more: how many versions to add to the finished run (None: the run is not finished, or a new one).
     """
+    if more is not None and resume is None:
+        raise Refused("more", more, "name the folder of the finished run: resume=FOLDER")
     schema.check_fields(run)
     require_fresh_answers(run.aggregator, run.schedule)
-    unfinished = unfinished_run(resume, run) if resume else None
+    until = version_to_reach(resume, more) if resume and more is not None else None
+    unfinished = unfinished_run(resume, run, until=until) if resume else None
     split = run.data.load(run.seed)
     shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
     job = assemble(run, split, shards, unfinished)
@@ -73,16 +85,23 @@ def assemble(
     the run has a hierarchy.
     """
     torch.set_num_threads(run.threads)
+    start_folder(run)  # a mistake is found before the model is loaded
     top = run.plan.rank.largest
     engine = run.engine or PLAIN
     if unfinished:
-        engine = unfinished.engine_as_begun(engine)
-    base = load_base(run.model, label_count(run, split), run.lora, top, derive(run.seed, "model"), run.device, engine)
+        run, engine = unfinished.run_as_begun(run), unfinished.engine_as_begun(engine)
+    labels, names, seed = label_count(run, split), split.train.names, derive(run.seed, "model")
+    base = load_base(run.model, labels, run.lora, top, seed, run.device, engine, names)
+    split = split.with_names(base.label_names or names)
     check_aggregator(run, base, None if run.hierarchy or not shards else len(shards))
-    train, test = (encode_texts(part, base.tokenizer, run.training.max_length) for part in (split.train, split.test))
-    check_length(base, run.training.max_length, max(len(ids) for ids in train.ids + test.ids))
-    model = run.aggregator.init(initial_adapter(base, top))
+    limit = run.training.max_length or min(LONGEST_BY_DEFAULT, most_tokens(base, LONGEST_BY_DEFAULT))
+    train, test = (encode_texts(part, base.tokenizer, limit, run.date) for part in (split.train, split.test))
+    base.notes += check_texts(base, (train, test), limit)
+    run = settled(run, base, longest_of((train, test), limit) if shards else limit)
+    start = load_start(run, base, split.train.names)
+    model = first_version(run, base, start)
     check_depth(run, base, model)
+    base.notes += engine_notes(base, engine, run.plan.depth.bounds if run.plan.depth else None)
     sizes, devices = {shard.client: len(shard.train) for shard in shards}, devices_of(run)
     profiles = {profile.client: profile for profile in devices.profiles(sizes, run.seed)} if shards else {}
     flat = Server(
@@ -108,6 +127,7 @@ def assemble(
         server=add_edges(run, flat, base, train, shards, len(split.train.names), profiles, regions),
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
         resumed_from=unfinished,
+        start=start,
     )
 
 
@@ -123,6 +143,13 @@ def label_count(run: Run, split: Split) -> int | None:
     return len(split.train.names)
 
 
+def settled(run: Run, base: Base, max_length: int) -> Run:
+    """Return the run with what it left open: this `max_length`, and the date where the model's prompts have one."""
+    training = run.training if run.training.max_length else replace(run.training, max_length=max_length)
+    dated = base.labels is None and writes_date(base.tokenizer)
+    return replace(run, training=training, date=run.date or (DATE if dated else None))
+
+
 def check_aggregator(run: Run, base: Base, clients: int | None) -> None:
     """Raise Refused for a rank that the model is too small for, or another number of clients than there are (None: not known yet)."""
     for layer in aggregator_layers(run.aggregator):
@@ -135,7 +162,7 @@ def check_aggregator(run: Run, base: Base, clients: int | None) -> None:
 def check_depth(run: Run, base: Base, model: Model) -> None:
     """Raise Refused for a depth that the model does not have, or a method that cannot have clients of different depth."""
     if run.plan.depth is not None:
-        check_blocks(run.plan.depth, base.shape())
+        check_blocks(run.plan.depth, base.shape(), type(base.model.get_base_model()).__name__)
         require_all_layers(run.aggregator, run.aggregator.start(model, Budget(1, 1), 0).rules)
 
 
@@ -174,7 +201,7 @@ def add_edges(
     if not shards:
         return run.hierarchy.over_regions(flat, regions)
     steps, top = run.plan.local_steps, run.plan.rank.largest
-    tokens = steps * run.training.batch_size * run.training.max_length
+    tokens = steps * run.training.batch_size * run.training.token_limit
     members, counts = [], label_counts(run.hierarchy, base, texts, shards, names, run.seed)
     for shard in shards:
         seconds = comparison_seconds(flat.shape, profiles[shard.client], top, tokens)

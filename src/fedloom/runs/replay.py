@@ -120,6 +120,16 @@ def replay(folder: Path, server: Coordinator | None = None) -> Replayed:
     return Replayed(len(lines))
 
 
+def recorded_steps(folder: Path, size: int) -> list[tuple[float, Event]]:
+    """Return the times and events after the first `size` bytes of a run's trace, with the answers that it kept. Raises Refused."""
+    *lines, _ = (folder / "trace.jsonl").read_bytes()[size:].split(b"\n")
+    try:
+        return [_event(recorded, folder / UPDATES) for recorded in lines]
+    except ValueError as error:
+        remedy = f"its last events cannot be read ({error}); begin a new run with start={folder}"
+        raise Refused("--more", str(folder), remedy) from error
+
+
 def server_from_manifest(folder: Path) -> Coordinator:
     """The server with which the run in `folder` began, from its manifest and what it kept. Raises Refused."""
     about = read_run_log(folder).manifest

@@ -25,15 +25,17 @@ from fedloom.core.errors import Refused
 from fedloom.core.files import DRAFT, LOCKED, lock
 from fedloom.core.policies import do_nothing
 from fedloom.core.schema import Malformed, declared_fields, jsonable, with_current_names
-from fedloom.core.server import State
+from fedloom.core.server import Limits, State
 from fedloom.hierarchy.tree_state import TreeState
-from fedloom.report.run_log import read_run_log
+from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.runs import manifest
 from fedloom.runs.checkpoint import StoredValues, read_checkpoint, write_checkpoint
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.run import Run
 from fedloom.simulate.client_presence import Presence
 from fedloom.simulate.simulation import Simulation
+from fedloom.train.confusion import Confusion
+from fedloom.train.evaluate import AnswerScores, Scores
 from fedloom.train.settings import Engine
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -42,8 +44,11 @@ SHARE = 0.05
 """The share of a run's time that checkpoints may take."""
 CHECKPOINT_SECONDS = 30.0
 """Time between two checkpoints (s), or more where they take more than their share."""
-FIXED = ("computed", "model", "partition", "clients", "groups", "compared", "baselines")
+FIXED = ("computed", "start", "model", "partition", "clients", "groups", "compared", "baselines")
 """Sections of the manifest that follow from the run and its data, and have to be the same when it goes on."""
+
+OTHER_DATA = "; for other data or settings begin a new run from its adapter, with start=DIR"
+"""Advice to somebody who makes a run longer and changed more than its length."""
 
 
 @dataclass(slots=True)
@@ -52,9 +57,19 @@ class Progress:
 
     Fields:
         scores: the figures of all evaluations so far, in order.
+        confusions: by version, the predictions of the untrained model and of the last one that was scored, where labels are chosen.
     """
 
     scores: list[Mapping[str, float]] = field(default_factory=list)
+    confusions: dict[int, Confusion] = field(default_factory=dict)
+
+    def add(self, version: int, scores: Scores | AnswerScores, examples: int) -> Mapping[str, float]:
+        """Add the scores of a version on so many examples; returns its figures."""
+        if isinstance(scores, Scores):
+            untrained = {0: self.confusions[0]} if 0 in self.confusions else {}
+            self.confusions = {**untrained, version: scores.confusion()}
+        self.scores.append({**scores.metrics(), "examples": examples})
+        return self.scores[-1]
 
 
 REBUILT: Mapping[type, frozenset[str]] = {
@@ -64,7 +79,7 @@ REBUILT: Mapping[type, frozenset[str]] = {
         {"server", "trainer", "devices", "profiles", "evaluate", "observe", "seed", "presence", "after_step", "pending"}
     ),
     Presence: frozenset({"stays", "faults", "seed"}),
-    Metrics: frozenset({"file"}),
+    Metrics: frozenset({"file", "majority"}),
     Progress: frozenset(),
 }
 """Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`).
@@ -160,12 +175,16 @@ class UnfinishedRun:
         manifest: its manifest.
         sizes: the lengths of its logs at the last checkpoint (bytes).
         values: the saved fields of the last checkpoint (empty: there was none, and it begins again).
+        limits: with which it goes on.
+        extended: where it had ended before it was made longer: `version`, and the `run_hash` that it had until then.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
     sizes: Mapping[str, int]
     values: Mapping[str, Any]
+    limits: Limits
+    extended: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def version(self) -> int:
@@ -178,6 +197,31 @@ class UnfinishedRun:
         if not self.values:
             return "at version 0: it had written no checkpoint"
         return f"at version {self.version}, {self.values['State.now']:,.0f} virtual s"
+
+    @property
+    def written_version(self) -> int:
+        """The version whose adapter lies in the folder as a final one; 0: none does."""
+        return int(self.extended[-1]["version"]) if self.extended else 0
+
+    @property
+    def extension_notes(self) -> list[str]:
+        """What a reader of a deployment's figures has to know, where it was made longer."""
+        ends = ", ".join(str(one["version"]) for one in self.extended)
+        return [f"Made longer after version {ends}: sites may have had other data since."] if ends else []
+
+    @property
+    def advice(self) -> str:
+        """What to do with other data, where the run is made longer."""
+        return OTHER_DATA if self.extended else ""
+
+    @property
+    def first_hash(self) -> str:
+        """The hash of the settings with which the run was begun: its name among the sites, also when it is made longer."""
+        return str((self.extended[0] if self.extended else self.manifest)["run_hash"])
+
+    def run_as_begun(self, run: Run) -> Run:
+        """The run with what was found when it was begun, and with the limits that it has now."""
+        return replace(as_settled(run, self.manifest["run"]), limits=self.limits)
 
     def engine_as_begun(self, engine: Engine) -> Engine:
         """The engine with the kernel that was chosen when the run was begun: another one has other last digits."""
@@ -195,38 +239,82 @@ class UnfinishedRun:
 
     def check_unchanged(self, about: Mapping[str, object], sections: Sequence[str] = FIXED) -> None:
         """Raise Refused where the data or the model are not what they were when the run was begun."""
-        now = json.loads(json.dumps({name: about.get(name) for name in sections}))
-        changed = _changed({name: self.manifest.get(name) for name in sections}, now)
+        then = {name: self.manifest.get(name) for name in sections} | self._base_weights(self.manifest)
+        now = json.loads(json.dumps({name: about.get(name) for name in sections})) | self._base_weights(about)
+        changed = _changed(then, now)
         if changed:
-            remedy = f"its data or its model are not what they were when it was begun: {changed}"
+            remedy = f"its data or its model are not what they were when it was begun: {changed}{self.advice}"
             raise Refused("--resume", str(self.folder), remedy)
 
+    def _base_weights(self, about: Mapping[str, object]) -> dict[str, object]:
+        """Return the fingerprint of the base model in a manifest, if this run kept one."""
+        return {"base_weights": about.get("base_weights")} if self.manifest.get("base_weights") else {}
 
-def unfinished_run(folder: Path, run: Run, driver: Sequence[type] = SIMULATED) -> UnfinishedRun:
-    """The unfinished run in `folder`, begun by a driver of these classes.
+
+def version_to_reach(folder: Path, more: int) -> int:
+    """The version at which the finished run in `folder` ends when it is made longer by `more`. Raises Refused."""
+    log = read_run_log(folder)
+    if more < 1:
+        raise Refused("--more", more, "how many versions to add: at least 1")
+    if log.manifest["status"] != "finished":
+        remedy = f"the run in {folder} has not come to its end; go on with --resume, without --more"
+        raise Refused("--more", more, remedy)
+    return versions_made(log) + more
+
+
+def versions_made(log: RunLog) -> int:
+    """The last version that a run has made."""
+    return max((int(line["version"]) for line in log.versions), default=0)
+
+
+def unfinished_run(
+    folder: Path, run: Run, driver: Sequence[type] = SIMULATED, until: int | None = None
+) -> UnfinishedRun:
+    """The unfinished run in `folder`, begun by a driver of these classes; a finished one goes on `until` this version.
+
+    A run that is made longer has no limit in seconds any more. Its last checkpoint stands before its last event, which is handled
+    again under the new limits.
 
     Raises Refused if there is none, if it was another run, or if its checkpoint is damaged.
     """
-    about = read_run_log(folder).manifest
-    if about["status"] == "finished":
-        raise Refused("--resume", str(folder), f"its run is finished ({about['status_reason']}); nothing is left to do")
-    settings = jsonable(run)
+    log = read_run_log(folder)
+    about = log.manifest
+    if about["status"] == "finished" and until is None:
+        remedy = f"its run is finished ({about['status_reason']}); --more N adds N versions to it"
+        raise Refused("--resume", str(folder), remedy)
+    extended, limits = tuple(about.get("extended", ())), run.limits
+    if until or extended:
+        there = with_current_names(about["run"])["limits"]
+        limits = replace(limits, versions=there["versions"], seconds=there["seconds"])
+    settings = jsonable(replace(as_settled(run, about["run"]), limits=limits))
     hashes = {about.get("run_hash"), manifest.settings_hash(with_current_names(about["run"]))}
     if manifest.settings_hash(settings) not in hashes:
         changed = _changed(about["run"], settings)
-        raise Refused("--resume", str(folder), f"the run is not the one that was begun there: {changed}")
+        advice = OTHER_DATA if until else ""
+        raise Refused("--resume", str(folder), f"the run is not the one that was begun there: {changed}{advice}")
+    if until:
+        extended += ({"version": versions_made(log), "run_hash": about["run_hash"]},)
+        limits = replace(limits, versions=until, seconds=None)
     if not (folder / CHECKPOINT).exists():
-        return UnfinishedRun(folder, about, dict.fromkeys(LOGS, 0), {})
+        return UnfinishedRun(folder, about, dict.fromkeys(LOGS, 0), {}, limits, extended)
     try:
         stored = read_checkpoint(folder / CHECKPOINT)
         sizes = {name: stored.about[name] for name in LOGS}
         for name, size in sizes.items():
             if not (folder / name).is_file() or (folder / name).stat().st_size < size:
                 raise Malformed(f"{name} is shorter than when it was written")
-        return UnfinishedRun(folder, about, sizes, stored_values(stored, saved_types(run, driver), run))
+        values = stored_values(stored, saved_types(run, driver), run)
+        return UnfinishedRun(folder, about, sizes, values, limits, extended)
     except Malformed as error:
         remedy = f"{CHECKPOINT} cannot be used: {error}; remove it to begin again at version 0 in the same folder"
         raise Refused("--resume", str(folder), remedy) from error
+
+
+def as_settled(run: Run, settings: Mapping[str, Any]) -> Run:
+    """The run with what it leaves to be found (`training.max_length`, `date`) as in these settings of a manifest."""
+    length, date = settings["training"]["max_length"], settings.get("date")
+    training = run.training if run.training.max_length else replace(run.training, max_length=length)
+    return replace(run, training=training, date=run.date or date)
 
 
 def _changed(there: object, here: object) -> str:

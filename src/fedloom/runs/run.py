@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import date as day
 
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.core.codec import Codec, Half
@@ -52,6 +53,9 @@ class Run:
         engine: how training is computed; it changes the last digits too (default `Engine()`: the fastest way; None: plain torch,
             one client after the other).
         generation: settings of the sample answers written at the end, for data with answers (default None: `Generation()`).
+        start: folder of the adapter that the run begins from: a run folder, or a LoRA folder of PEFT, of any rank (default None:
+            the run begins untrained).
+        date: the date that a chat template writes which reads the clock, as "2026-01-31" (default None: "2026-01-01", on any day).
     """
 
     model: str
@@ -76,6 +80,8 @@ class Run:
     threads: int = 1
     engine: Engine | None = field(default_factory=Engine)
     generation: Generation | None = None
+    start: str | None = None
+    date: str | None = None
 
     def __post_init__(self) -> None:
         if self.test_limit is not None and self.test_limit < 1:
@@ -84,3 +90,15 @@ class Run:
             raise Refused("threads", self.threads, "torch needs at least 1 thread")
         if not self.name or "/" in self.name:
             raise Refused("name", self.name, "it names the run folder: at least one letter and no slash")
+        if self.date is not None:
+            check_date(self.date)
+
+
+def check_date(date: str) -> None:
+    """Raise Refused for what is no date as 2026-01-31."""
+    try:
+        right = day.fromisoformat(date).isoformat() == date
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise Refused("date", date, "write a date as 2026-01-31: year, month, day")

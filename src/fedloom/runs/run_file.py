@@ -125,6 +125,8 @@ def load_run_file(file: Path) -> Run:
     except (Refused, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, SyntaxError) and re.search("unicode error|null bytes", str(error)):
+            raise Refused("FILE", str(file), "it is not a text in UTF-8; save it again in that encoding") from error
         raise Refused("FILE", str(file), f"it stopped with {type(error).__name__}: {error}") from error
     if not isinstance(value, Run):
         raise Refused("FILE", str(file), "it defines no `run`; end it with `run = Run(...)`")

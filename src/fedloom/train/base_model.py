@@ -7,26 +7,26 @@ its rank (`Base.put`), trains there, and reads the slot back; nothing of a task 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
-from fedloom.train import peft_weights, pretrained
+from fedloom.core.text import first_line
+from fedloom.train import checkpoint, peft_weights, pretrained
 from fedloom.train.engine import first_token, linear_kernel
-from fedloom.train.pretrained import silence_libraries
+from fedloom.train.library_messages import collect_messages, log_messages, notes_of
 from fedloom.train.settings import PLAIN, Engine, LoRA
+from fedloom.train.targets import HEADS, check_adapted_layers, choose_targets, target_remedy, unfit_layers
 
-HEADS = ("classifier", "score")
-"""Heads that PEFT trains and saves by itself where labels are predicted."""
 SAMPLE = 1000
 """Numbers of a layer that go into the model's fingerprint (up to twice as many)."""
 
@@ -44,6 +44,9 @@ class Base:
         fold: the adapter whose products are added to the frozen weights now (None: none).
         computation: which kernels compute it, for the manifest.
         original_weights: the frozen weights without any fold; empty until a fold is first added.
+        trials: what the engine found out by trying it on the model, each thing once.
+        notes: sentences on how the checkpoint was adapted, for manifest and report.
+        label_names: names of the labels in the order of its outputs, where they were given.
     """
 
     model: PeftModel
@@ -54,12 +57,16 @@ class Base:
     fold: Adapter | None = None
     computation: dict[str, object] = field(default_factory=dict)
     original_weights: dict[str, Tensor] = field(default_factory=dict)
+    trials: dict[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
 
     def slot(self, rank: int) -> str:
         """Return the name of the PEFT adapter of this rank, which is made at first use."""
         slot = f"r{rank}"
         if slot not in self.model.peft_config:
-            self.model.add_adapter(slot, _config(self.lora, rank, self.labels, self._heads()))
+            targets = next(iter(self.model.peft_config.values())).target_modules  # type: ignore[attr-defined]  # of all slots
+            self.model.add_adapter(slot, _config(self.lora, rank, self.labels, self._heads(), targets))
         return slot
 
     def put(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
@@ -67,7 +74,7 @@ class Base:
         self._set_fold(fold)
         rank = max(factor.rank for factor in adapter.factors.values())
         slot = self.slot(rank)
-        with silence_libraries():
+        with log_messages():
             self.model.set_adapter(slot)
         peft_weights.write_adapter(self.model, slot, adapter, scaling or self.lora.scaling)
         return slot
@@ -115,25 +122,28 @@ class Base:
         looked_up = sum(weight.numel() for weight in tables)
         first = next(iter(self.model.peft_config))
         dense = sum(p.numel() for p in peft_weights.dense_parameters(self.model, first).values())
-        config = base.config
+        config = cast(PreTrainedConfig, base.config).get_text_config()
+        blocks = peft_weights.transformer_blocks(self.model)
         return Shape(
             parameters=sum(map(peft_weights.count_numbers, own)) - looked_up,
             embeddings=looked_up,
-            layers=getattr(config, "num_hidden_layers", 1),
+            layers=len(blocks[1]) if blocks else getattr(config, "num_hidden_layers", 1),
             hidden=getattr(config, "hidden_size", 1),
             modules=tuple(peft_weights.layer_size(layer) for layer in adapted.values()),
             dense=dense,
             depths=peft_weights.layer_depths(self.model),
         )
 
-    def fingerprint(self) -> str:
-        """Return twelve hex digits from a sample of the frozen weights of the adapted layers; copies of one model have the same.
+    def fingerprint(self, names: Collection[str] | None = None) -> str:
+        """Return twelve hex digits from a sample of the frozen weights of the adapted layers, or of `names` among them.
 
-        "" where the weights are in 4 bits, which machines round differently. Call it before a fold is added.
+        Copies of one model have the same; a fold does not count. "" where weights are in 4 bits, which machines round differently.
         """
         digest = hashlib.sha256()
         for name, layer in peft_weights.lora_layers(self.model).items():
-            weight = peft_weights.base_weight(layer).detach()
+            if names is not None and name not in names:
+                continue
+            weight = self.original_weights.get(name, peft_weights.base_weight(layer)).detach()
             if peft_weights.is_quantised(weight):
                 return ""
             sample = weight.flatten()[:: max(1, weight.numel() // SAMPLE)]
@@ -147,44 +157,56 @@ class Base:
 
 
 def load_base(
-    name: str, labels: int | None, lora: LoRA, rank: int, seed: int, device: str = "cpu", engine: Engine = PLAIN
+    name: str,
+    labels: int | None,
+    lora: LoRA,
+    rank: int,
+    seed: int,
+    device: str = "cpu",
+    engine: Engine = PLAIN,
+    label_names: Sequence[str] = (),
 ) -> Base:
     """Load a pretrained model by hub name or local folder, adapted at `rank`; head and adapters are initialised from `seed`.
 
-    It predicts one of `labels`, or with None writes text. Raises Refused if the model or the tokenizer cannot be loaded, or has no
-    such target modules, or `rank` is too high.
+    It predicts one of `labels`, or with None writes text. With `label_names` a head that the checkpoint brings is used as it names
+    its labels, see `checkpoint.adopt_head`. Raises Refused if the model or the tokenizer cannot be loaded, is not what it seems, or
+    has no such target modules, or `rank` is too high.
     """
     place = _device(device)
     if engine.kernel == "onednn" and not linear_kernel.onednn_available():
         raise Refused("engine.kernel", engine.kernel, "this build of torch has no such kernel; choose fastest")
     more = pretrained.four_bit_arguments(place) if engine.four_bit else {}
-    with silence_libraries(), torch.random.fork_rng(devices=[]):
+    with collect_messages() as messages, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, fresh = (
+        model, report = (
             pretrained.load_decoder(name, **more)
             if labels is None
             else pretrained.load_classifier(name, labels, **more)
         )
         tokenizer = pretrained.load_tokenizer(name)
-        if labels is None:
-            tokenizer.padding_side = "right"  # a token's position is its number then, also where positions are learnt
-        model.config.pad_token_id = tokenizer.pad_token_id
-        _check_targets(model, lora)
-        reads_first = engine.first_token and labels is not None and first_token.install_first_token(model)
+        for part in (model.config, model.config.get_text_config()):
+            part.pad_token_id = tokenizer.pad_token_id
+        order, notes = checkpoint.examine(model, tokenizer, report, label_names if labels is not None else None)
         biggest = max(max(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
         if rank > biggest:  # before peft makes matrices of it
             raise Refused("plan.rank", rank, f"no layer of the model is that large; choose ranks below {biggest}")
+        heads = checkpoint.head_modules(model, report, labels is not None)
+        targets = choose_targets(model, lora.target_modules, _config(lora, rank, labels, heads, None))
+        spare = [model.get_submodule(path) for path in unfit_layers(model)] if engine.bfloat16 else []
+        reads_first = engine.first_token and labels is not None and first_token.install_first_token(model)
         try:
-            config = _config(lora, rank, labels, _new_modules(model, fresh))
+            config = _config(lora, rank, labels, heads, targets.modules)
             adapted = get_peft_model(model, config, adapter_name=f"r{rank}")
         except ValueError as error:
-            raise Refused("lora.target_modules", lora.target_modules, _target_remedy(model)) from error
+            raise Refused("lora.target_modules", lora.target_modules, target_remedy(model, error)) from error
+        check_adapted_layers(adapted)
+        notes += (*targets.notes, *checkpoint.untie_adapted(adapted))
         _enable_checkpointing(model, engine)
-    base = Base(_placed(adapted, place, engine), tokenizer, lora, labels, name)
-    _check_linear(base)
+    base = Base(_placed(adapted, place, engine), tokenizer, lora, labels, name, label_names=order)
+    base.notes = (*notes, *notes_of(messages))
     chosen = linear_kernel.fastest_kernel() if engine.kernel == "fastest" and place.type == "cpu" else engine.kernel
     if engine.bfloat16 or chosen == "onednn":
-        linear_kernel.install_linear_kernel(base.model, engine.bfloat16)
+        linear_kernel.install_linear_kernel(base.model, engine.bfloat16, spare)
     base.computation = {"kernel": chosen.replace("fastest", "torch"), "first_token": reads_first}
     check_rank_fits_model(base, "plan.rank", rank)
     return base
@@ -206,6 +228,9 @@ def _enable_checkpointing(model: PreTrainedModel, engine: Engine) -> None:
         except ValueError as error:
             remedy = f"{type(model).__name__} cannot compute its layers again; leave it off"
             raise Refused("engine.checkpointing", True, remedy) from error
+        configs: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+        for config in configs:
+            config.use_cache = False  # a block that is computed again would add its keys to the cache again
 
 
 def initial_adapter(base: Base, rank: int) -> Adapter:
@@ -213,8 +238,7 @@ def initial_adapter(base: Base, rank: int) -> Adapter:
     return peft_weights.read_adapter(base.model, base.slot(rank))
 
 
-def _config(lora: LoRA, rank: int, labels: int | None, heads: list[str]) -> LoraConfig:
-    targets = list(lora.target_modules) if isinstance(lora.target_modules, tuple) else lora.target_modules
+def _config(lora: LoRA, rank: int, labels: int | None, heads: list[str], targets: list[str] | str | None) -> LoraConfig:
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM if labels is None else TaskType.SEQ_CLS,
         r=rank,
@@ -223,30 +247,6 @@ def _config(lora: LoRA, rank: int, labels: int | None, heads: list[str]) -> Lora
         target_modules=targets,
         modules_to_save=heads,
     )
-
-
-def _new_modules(model: PreTrainedModel, fresh: set[str]) -> list[str]:
-    """The highest modules that are new as a whole, besides `HEADS`: `pre_classifier`, or a masked LM's pooler."""
-    known = {name for name, _ in model.named_parameters()} - fresh
-    heads = set()
-    for key in fresh:
-        owners = accumulate(key.split(".")[:-1], "{}.{}".format)
-        heads |= {next((o for o in owners if not any(name.startswith(f"{o}.") for name in known)), HEADS[0])}
-    return sorted(heads - set(HEADS))
-
-
-def _target_remedy(model: nn.Module) -> str:
-    linear = (m for m in model.named_modules() if isinstance(m[1], nn.Linear) or "Conv1D" in type(m[1]).__name__)
-    names = [n for n, _ in linear if ".lora_" not in n and n.split(".")[0] not in HEADS]
-    leaves = sorted({n.removesuffix(".base_layer").rsplit(".", 1)[-1] for n in names})
-    return f"name linear layers of {type(model).__name__}: {', '.join(leaves)}"
-
-
-def _check_targets(model: PreTrainedModel, lora: LoRA) -> None:
-    """Refuse a target that names no layer: PEFT itself is content if one of the names is found."""
-    for target in lora.target_modules if isinstance(lora.target_modules, tuple) else ():
-        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
-            raise Refused("lora.target_modules", target, _target_remedy(model))
 
 
 def check_rank_fits_model(base: Base, field: str, rank: int) -> None:
@@ -259,8 +259,9 @@ def check_rank_fits_model(base: Base, field: str, rank: int) -> None:
 
 def most_tokens(base: Base, otherwise: int) -> int:
     """Return the tokens of the longest text that the model reads, or `otherwise` where nothing limits it to less."""
-    positions = getattr(base.model.get_base_model().config, "max_position_embeddings", otherwise)
-    return min(positions, base.tokenizer.model_max_length)
+    positions = checkpoint.position_limit(base.model.get_base_model())
+    most, stated = otherwise if positions is None else positions, base.tokenizer.model_max_length
+    return int(min(most, stated)) if isinstance(stated, int | float) and stated > 0 else most
 
 
 def check_length(base: Base, max_length: int, longest: int) -> None:
@@ -272,17 +273,10 @@ def check_length(base: Base, max_length: int, longest: int) -> None:
         )
 
 
-def _check_linear(base: Base) -> None:
-    for name, layer in peft_weights.lora_layers(base.model).items():
-        inner = layer.get_base_layer()
-        if not isinstance(inner, nn.Linear) and "Conv1D" not in type(inner).__name__:
-            raise Refused("lora.target_modules", name, "only linear layers can be adapted")
-
-
 def _device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        remedy = f"this machine has no such device ({pretrained.first_line(error)}); choose cpu"
+        remedy = f"this machine has no such device ({first_line(error)}); choose cpu"
         raise Refused("device", name, remedy) from error

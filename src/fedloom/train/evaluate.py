@@ -19,9 +19,10 @@ from fedloom.data.partition import Shard
 from fedloom.train import loss
 from fedloom.train.base_model import Base, most_tokens
 from fedloom.train.chat_template import PromptFormat
+from fedloom.train.confusion import Confusion, commonest_label
 from fedloom.train.engine import frozen_layers
 from fedloom.train.engine.frozen_layers import ActivationCache
-from fedloom.train.pretrained import silence_libraries
+from fedloom.train.library_messages import log_messages
 from fedloom.train.settings import LARGEST_LOSS
 from fedloom.train.tokenised import EncodedTexts
 
@@ -48,37 +49,49 @@ class Scores:
         labels: the true label of each.
         losses: the cross-entropy of each.
         classes: number of labels.
+        margins: of two labels the logit of the second less that of the first, for each example (None: not known).
     """
 
     predicted: Tensor
     labels: Tensor
     losses: Tensor
     classes: int
+    margins: Tensor | None = None
 
     def subset(self, indices: Sequence[int]) -> Scores:
         """Return the scores of these examples alone."""
         chosen = torch.tensor(list(indices), dtype=torch.long)
-        return Scores(self.predicted[chosen], self.labels[chosen], self.losses[chosen], self.classes)
+        margins = None if self.margins is None else self.margins[chosen]
+        return Scores(self.predicted[chosen], self.labels[chosen], self.losses[chosen], self.classes, margins)
 
     def counts(self) -> tuple[int, int, float]:
         """Return the number of predictions, how many are right, and the sum of their cross-entropies."""
         return len(self.labels), int((self.predicted == self.labels).sum()), float(self.losses.double().sum())
 
+    def confusion(self) -> Confusion:
+        """Return the counts by true and predicted label."""
+        size = self.classes
+        counts = torch.bincount(self.labels * size + self.predicted, minlength=size * size).reshape(size, size)
+        area = roc_auc(self.margins, self.labels == 1) if size == 2 and self.margins is not None else None
+        return Confusion(tuple(map(tuple, counts.tolist())), area)
+
     def metrics(self) -> dict[str, float]:
-        """Return accuracy, F1 (of label 1 for two classes, else the mean over classes), mean cross-entropy."""
-        classes = self.classes
-        counts = torch.zeros(classes, classes, dtype=torch.float64)
-        counts.index_put_(
-            (self.labels, self.predicted), torch.ones(len(self.labels), dtype=torch.float64), accumulate=True
-        )
-        hits, wanted, given = counts.diagonal(), counts.sum(1), counts.sum(0)
-        f1 = 2 * hits / (wanted + given).clamp_min(1.0)
-        present = f1[(wanted + given) > 0]
-        return {
-            "accuracy": float(hits.sum() / counts.sum()),
-            "f1": float(f1[1] if classes == 2 else present.mean()),
-            "loss": float(self.losses.double().mean()),
-        }
+        """Return accuracy, F1 (of two labels `f1`, that of the second; else `f1_macro`, the mean of all), mean cross-entropy."""
+        counted = self.confusion()
+        return {"accuracy": counted.accuracy(), **counted.f1_metrics(), "loss": float(self.losses.double().mean())}
+
+
+def roc_auc(scores: Tensor, positive: Tensor) -> float | None:
+    """Return the area under the ROC curve: how probably a random positive example scores above a random negative one.
+
+    A tie counts half: the U of Mann and Whitney (1947) over its largest value (Hanley and McNeil 1982), exact.
+    None where examples of one kind are lacking, or a score is not finite.
+    """
+    ours, others = scores[positive], scores[~positive].sort().values
+    if not len(ours) or not len(others) or not bool(scores.isfinite().all()):
+        return None
+    below, not_above = (torch.searchsorted(others, ours, right=right) for right in (False, True))
+    return int((below + not_above).sum()) / (2 * len(ours) * len(others))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +149,7 @@ def score(
         split = frozen_layers.split_layers(base, [*adapter.factors]) if room else None
         features = (
             frozen_layers.frozen_features(base, texts, split, indices, fold, cache or ActivationCache(), room)
-            if split
+            if split and split.form
             else None
         )
     base.model.eval()
@@ -154,16 +167,19 @@ def score(
     columns = [torch.cat(column).cpu()[back] for column in zip(*columns_by_batch, strict=True)]
     if base.labels is None:
         return AnswerScores(*columns)
-    predicted, losses = columns
-    return Scores(predicted, torch.tensor([texts.labels[i] for i in indices]), losses, base.labels)
+    predicted, losses, margins = columns
+    return Scores(predicted, torch.tensor([texts.labels[i] for i in indices]), losses, base.labels, margins)
 
 
 def evaluate_held_out(
     base: Base, adapter: Adapter | None, texts: EncodedTexts, shards: Sequence[Shard], fold: Adapter | None = None
 ) -> dict[ClientId, Scores | AnswerScores]:
-    """Score one adapter (None: the base alone) on the held-out part of each client, all of them in one pass."""
-    scores, end, by_client = score(base, adapter, texts, [i for shard in shards for i in shard.held_out], fold), 0, {}
-    for shard in shards:
+    """Score one adapter (None: the base alone) on the held-out part of each client that has one, all of them in one pass."""
+    held = [shard for shard in shards if shard.held_out]
+    if not held:
+        return {}
+    scores, end, by_client = score(base, adapter, texts, [i for shard in held for i in shard.held_out], fold), 0, {}
+    for shard in held:
         start, end = end, end + len(shard.held_out)
         by_client[shard.client] = scores.subset(range(start, end))
     return by_client
@@ -172,7 +188,7 @@ def evaluate_held_out(
 def evaluate_untrained(
     base: Base, texts: EncodedTexts, shards: Sequence[Shard]
 ) -> dict[ClientId, Scores | AnswerScores]:
-    """Score what needs no training on the held-out part of each client: the baseline of its scores.
+    """Score what needs no training on the held-out part of each client that has one: the baseline of its scores.
 
     Where text is written that is the base alone; where labels are chosen, the commonest label of the client's training examples,
     whatever is asked (with a cross-entropy of 0, since no probability is predicted).
@@ -180,21 +196,20 @@ def evaluate_untrained(
     if base.labels is None:
         return evaluate_held_out(base, None, texts, shards)
     by_client = dict[ClientId, Scores | AnswerScores]()
-    for shard in shards:
-        trained, wanted = ([texts.labels[i] for i in part] for part in (shard.train, shard.held_out))
-        labels = torch.tensor(wanted)
-        commonest = torch.full_like(labels, max(sorted(set(trained)), key=trained.count))
+    for shard in (shard for shard in shards if shard.held_out):
+        labels = torch.tensor([texts.labels[i] for i in shard.held_out])
+        commonest = torch.full_like(labels, commonest_label([texts.labels[i] for i in shard.train]))
         by_client[shard.client] = Scores(commonest, labels, torch.zeros(len(labels)), base.labels)
     return by_client
 
 
 def _batches(texts: EncodedTexts, indices: Sequence[int], words: int) -> Iterator[Sequence[int]]:
     """Cut into batches of at most `BATCH` examples whose logits fit."""
-    begins, start = texts.answer_starts, 0
+    start = 0
     while start < len(indices):
         batch = indices[start : start + BATCH]
-        if begins is not None:
-            longest = max(len(texts.ids[i]) - begins[i] for i in batch)
+        if texts.answer_starts is not None:
+            longest = max(map(texts.target_count, batch))
             batch = batch[: max(1, MOST_LOGITS // (words * max(1, longest)))]
         yield batch
         start += len(batch)
@@ -203,7 +218,7 @@ def _batches(texts: EncodedTexts, indices: Sequence[int], words: int) -> Iterato
 def _score_labels(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     labels = inputs.pop("labels")
     logits = base.model(**inputs).logits.float()
-    return logits.argmax(1), functional.cross_entropy(logits, labels, reduction="none")
+    return logits.argmax(1), functional.cross_entropy(logits, labels, reduction="none"), logits[:, -1] - logits[:, 0]
 
 
 def _score_answers(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -244,13 +259,16 @@ def _generate(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int
         width = max(len(requests[i]) for i in chosen)
         filled = [[pad] * (width - len(requests[i])) + list(requests[i]) for i in chosen]
         mask = [[0] * (width - len(requests[i])) + [1] * len(requests[i]) for i in chosen]
-        with silence_libraries():
+        with log_messages():
             rows = model.generate(
                 input_ids=torch.tensor(filled, device=base.device),
                 attention_mask=torch.tensor(mask, device=base.device),
                 max_new_tokens=min(most, most_tokens(base, width + most) - width),
                 do_sample=False,
                 num_beams=1,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
+                tokenizer=tokenizer,  # for `stop_strings`
                 pad_token_id=pad,
                 eos_token_id=ends or None,
             )

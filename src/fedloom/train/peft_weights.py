@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from math import prod
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -26,31 +26,58 @@ def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
 
 
 def transformer_blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
-    """Find the list of transformer blocks with adapted layers, and its path in the base model; None if there is no such list."""
-    adapted = [*lora_layers(model)]
-    for path, module in model.get_base_model().named_modules():
-        if isinstance(module, nn.ModuleList) and any(name.startswith(f"{path}.") for name in adapted):
-            return path, module
-    return None
+    """Find the list of transformer blocks with adapted layers, and its path in the base model.
+
+    Of several it is the list next to the output: a decoder's, or the language model's of a model that also sees images. None if
+    there is no list of blocks that are passed once each (ALBERT passes one many times, XLM has a list for each half of its blocks).
+    """
+    base, adapted = model.get_base_model(), [*lora_layers(model)]
+    lists = [
+        (path, module)
+        for path, module in base.named_modules()
+        if isinstance(module, nn.ModuleList) and any(name.startswith(f"{path}.") for name in adapted)
+    ]
+    counts, language = _block_counts(base.config), f"{_language_path(base)}."
+    fitting = [
+        (path, module)
+        for path, module in lists
+        if len(module) in counts and not any(path.startswith(f"{outer}.") for outer, _ in lists)  # a block's experts
+    ]
+    inside = [found for found in fitting if found[0].startswith(language)] or fitting
+    return inside[0] if len(inside) == 1 else None
 
 
 def layer_depths(model: PeftModel) -> dict[str, int]:
     """Return the depth from which on each adapted layer is trained: 1 in the top block, 0 above the blocks, blocks + 1 below them.
 
-    Empty where the model has no list of blocks that are passed once each (ALBERT passes one many times).
+    Empty where the model has no list of blocks. Below is also what stands beside the text's own part of a model: an encoder.
     """
     found, base = transformer_blocks(model), model.get_base_model()
-    if found is None or len(found[1]) != getattr(base.config, "num_hidden_layers", len(found[1])):
+    if found is None:
         return {}
-    path, count = found[0], len(found[1])
+    path, count, language = found[0], len(found[1]), _language_path(base)
     order = {name: place for place, (name, _) in enumerate(base.named_modules())}
+    around = language.rpartition(".")[0]
 
     def depth(name: str) -> int:
         if name.startswith(f"{path}."):
             return count - int(name.removeprefix(f"{path}.").split(".")[0])
-        return 0 if order[name] > order[path] else count + 1
+        beside = around and name.startswith(f"{around}.") and not name.startswith(f"{language}.")
+        return count + 1 if beside or order[name] < order[path] else 0
 
     return {name: depth(name) for name in lora_layers(model)}
+
+
+def _language_path(base: Any) -> str:
+    """Path of the part of a model that computes the output from text: all of it, a decoder, or a language model beside a tower."""
+    part = base.get_decoder()
+    return next((path for path, module in base.named_modules() if module is part), "")
+
+
+def _block_counts(config: Any) -> set[int]:
+    """How many blocks the text passes: in a decoder beside an encoder there may be another number of them."""
+    names = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
+    return {n for part in (config, config.get_text_config()) for name in names if (n := getattr(part, name, None))}
 
 
 def layer_size(layer: LoraLayer) -> tuple[int, int]:
@@ -76,7 +103,7 @@ def dense_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained and sent whole: PEFT's `modules_to_save` copies of this slot."""
     found = {}
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
+        if isinstance(module, ModulesToSaveWrapper) and slot in module.modules_to_save:
             for inner, parameter in module.modules_to_save[slot].named_parameters():
                 found[f"{name}.{inner}"] = parameter
     return found
@@ -148,10 +175,11 @@ def base_weight(layer: LoraLayer) -> Tensor:
 
 
 def _weights(model: PeftModel, slot: str) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
-    """PEFT's A and B of each adapted layer."""
+    """PEFT's A and B of each layer that this slot adapts."""
     return {
         name: (cast(nn.Parameter, layer.lora_A[slot].weight), cast(nn.Parameter, layer.lora_B[slot].weight))
         for name, layer in lora_layers(model).items()
+        if slot in layer.lora_A
     }
 
 

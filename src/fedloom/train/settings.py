@@ -21,7 +21,7 @@ class LoRA:
 
     Fields:
         target_modules: names of layers, a regular expression, or "all-linear", as in PEFT (default None: PEFT's choice for the
-            architecture, usually query and value).
+            architecture, usually query and value; where it has none, the linear layers of the transformer blocks).
         scaling: alpha / r (default 2.0, which is PEFT's common lora_alpha = 2 r).
         dropout: probability of dropping an input of an adapter while training, at least 0 and below 1 (default 0.05).
     """
@@ -67,10 +67,11 @@ class Engine:
             "fastest", which is measured when a run is prepared and written in its manifest (default "fastest").
         first_token: in an encoder's last layer compute only the first token, if the head reads no other (default True).
         together: largest number of clients that train in one pass (1: one after the other; default None: chosen by size: small
-            steps on a CPU, most steps on a GPU).
-        cache: largest size of cached activations from below the trained layers (bytes; default 2e9; 0: no cache).
+            steps on a CPU, most steps on a GPU). Always 1, with a note, where a model does not keep clients apart (DeBERTa, XLNet).
+        cache: largest size of cached activations from below the trained layers (bytes; default 2e9; 0: none, each step is a plain
+            pass; as for a model whose blocks hand on more than hidden states (T5) or read padding, with a note).
         bfloat16: keep the frozen linear layers in bfloat16: half the memory, faster where the hardware has it, no longer exact
-            (default False).
+            (default False). Refused where a model has no such layer.
         checkpointing: keep only the input of each layer and compute the rest again in the backward pass: a third more time, a
             fraction of the activations, the same gradients (default False).
         four_bit: keep the frozen linear layers in 4 bits (QLoRA): an eighth of the memory; needs an NVIDIA GPU and bitsandbytes
@@ -98,6 +99,9 @@ class Engine:
 
 PLAIN = Engine("torch", first_token=False, together=1, cache=0)
 """The engine without tricks: one client after the other, through torch alone."""
+
+SHORTEST_TEXT = 4
+"""The least that `Training.max_length` may be: a text with its marks."""
 
 LARGEST_LOSS = 100.0
 """Loss at which perplexity is capped: a larger one tells nothing, and the exponential would soon be too large for a number."""
@@ -128,7 +132,9 @@ class Training:
     Fields:
         learning_rate: the largest learning rate of a task (default 5e-4).
         batch_size: examples in one optimiser step (default 16).
-        max_length: largest number of tokens of a text, special tokens included; the rest is cut (default 128).
+        max_length: largest number of tokens of a text, special tokens included; the rest is cut (default None: enough for the longest
+            text of the run, at most 1024 and what the model reads; `prepare` fills it in. In a deployment, where the texts lie
+            elsewhere, it is that limit).
         weight_decay: AdamW's decoupled weight decay (default 0).
         warmup: share of a task's steps in which the learning rate rises from 0, at least 0 and below 1 (default 0).
         decay: how the learning rate falls after the warm-up: `constant`, `linear`, `cosine`, or a function of the fraction of
@@ -144,7 +150,7 @@ class Training:
 
     learning_rate: float = 5e-4
     batch_size: int = 16
-    max_length: int = 128
+    max_length: int | None = None
     weight_decay: float = 0.0
     warmup: float = 0.0
     decay: Decay = field(default_factory=lambda: constant)  # so that help() shows no address of a function
@@ -159,8 +165,9 @@ class Training:
             raise Refused("training.learning_rate", self.learning_rate, "give a positive number, for instance 5e-4")
         if self.batch_size < 1:
             raise Refused("training.batch_size", self.batch_size, "a batch holds at least 1 example")
-        if self.max_length < 4:
-            raise Refused("training.max_length", self.max_length, "a text needs at least 4 tokens, its marks included")
+        if self.max_length is not None and self.max_length < SHORTEST_TEXT:
+            remedy = f"a text needs at least {SHORTEST_TEXT} tokens, its marks included"
+            raise Refused("training.max_length", self.max_length, remedy)
         if not 0 <= self.warmup < 1:
             raise Refused("training.warmup", self.warmup, "the share of steps to warm up in, at least 0 and below 1")
         if self.weight_decay < 0:
@@ -169,6 +176,17 @@ class Training:
             raise Refused("training.proximal", self.proximal, "mu of FedProx, 0 (off) or more; 0.01 is usual")
         if self.clip <= 0:
             raise Refused("training.clip", self.clip, "the largest gradient norm, a positive number")
+
+    @property
+    def token_limit(self) -> int:
+        """`max_length` of a run that was prepared. Raises Refused where nobody has filled it in."""
+        if self.max_length is None:
+            raise Refused(
+                "training.max_length",
+                None,
+                "it follows from the data and the model: use the run that `prepare` returns",
+            )
+        return self.max_length
 
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of optimiser step `step` (from 0) of `steps`."""

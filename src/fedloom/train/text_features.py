@@ -24,7 +24,8 @@ from fedloom.data.examples import Examples, Source, Split
 from fedloom.data.text_measures import example_texts
 from fedloom.data.tickets import Tickets
 from fedloom.train.base_model import Base
-from fedloom.train.pretrained import load_decoder, load_masked_model, load_tokenizer, silence_libraries
+from fedloom.train.library_messages import log_messages
+from fedloom.train.pretrained import load_decoder, load_masked_model, load_tokenizer
 from fedloom.train.tokenised import IGNORED, EncodedTexts
 
 PASSES = 7  # of a masked model; a seventh is about the share of tokens that it learnt to fill in
@@ -36,7 +37,8 @@ EMBEDDED_ROWS = 32  # the same for embeddings
 def embeddings(base: Base, texts: EncodedTexts, indices: Sequence[int]) -> Tensor:
     """Embed these examples without any adapter: means over tokens of the last hidden states, (examples, hidden size), float32.
 
-    A last layer that computes one token only (`first_token`) has no states of the others; then the layer below it is used.
+    A last layer that computes one token only (`first_token`) has no states of the others; then the layer below it is used. Of an
+    encoder-decoder they are the encoder's.
     """
     model, rows = base.model, dict[int, Tensor]()
     order = sorted(indices, key=lambda i: (len(texts.ids[i]), i))
@@ -48,7 +50,8 @@ def embeddings(base: Base, texts: EncodedTexts, indices: Sequence[int]) -> Tenso
             inputs = texts.batch(batch, base.device)
             inputs.pop("labels")
             mask = inputs["attention_mask"][..., None]
-            layers = model(**inputs, output_hidden_states=True).hidden_states
+            found = model(**inputs, output_hidden_states=True)
+            layers = getattr(found, "hidden_states", None) or found.encoder_hidden_states
             states = next(layer for layer in reversed(layers) if layer.shape[1] == mask.shape[1])
             means = (states.float() * mask).sum(1) / mask.sum(1)
             rows |= dict(zip(batch, means.cpu(), strict=True))
@@ -155,7 +158,7 @@ def _sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 @cache
 def _tokenizer(name: str) -> Any:
-    with silence_libraries():
+    with log_messages():
         return load_tokenizer(name)
 
 
@@ -163,10 +166,10 @@ def _tokenizer(name: str) -> Any:
 def _model(name: str) -> tuple[Any, bool]:
     """Load the model; also return whether it is a masked one."""
     model: Any
-    with silence_libraries():
+    with log_messages():
         masked = _is_masked(name)
-        model, fresh = load_masked_model(name) if masked else load_decoder(name)
-    if fresh:
+        model, report = load_masked_model(name) if masked else load_decoder(name)
+    if report.new:
         raise Refused("model", name, "it comes without the head that predicts words; name a language model")
     return model.eval(), masked
 

@@ -15,11 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.core.seeds import rng
+from fedloom.core.text import without_surrogates
 from fedloom.data.examples import Examples
-from fedloom.train.chat_template import FitCounts, tokenise_answers
+from fedloom.train.chat_template import FitCounts, Span, special_token_pattern, tokenise_answers
+from fedloom.train.settings import SHORTEST_TEXT
 
 IGNORED = -100
 """The label of a token that is not to be predicted, as in torch and transformers."""
+
+LONGEST_BY_DEFAULT = 1024
+"""Tokens of a text at most where no `max_length` is given, as in TRL. Attention takes memory with the square of a text's length, and
+the whole batch is as long as its longest: one text of 100,000 tokens should not decide on the memory that a run needs.
+"""
 
 POOL = 8
 """Batches that are sorted by length together. Larger pools pad less and mix less; 8 keeps about 90 % of the tokens useful."""
@@ -37,7 +44,8 @@ class EncodedTexts:
         pad_left: whether batches are padded on the left.
         answer_starts: where text is generated, the position at which the answer begins in each example; its tokens, the end mark
             included, are what is predicted (None: labels are predicted).
-        fit_counts: numbers of examples that were changed on the way to tokens (None: no answers).
+        fit_counts: numbers of examples that were changed on the way to tokens (None: not known).
+        earlier_answers: where earlier answers stand in the same conversation; their tokens are predicted too (None: there are none).
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -47,6 +55,22 @@ class EncodedTexts:
     pad_left: bool
     answer_starts: tuple[int, ...] | None = None
     fit_counts: FitCounts | None = None
+    earlier_answers: tuple[tuple[Span, ...], ...] | None = None
+
+    def targets(self, index: int) -> list[int]:
+        """Return the tokens of an example that are to be predicted, each at its position, `IGNORED` elsewhere."""
+        assert self.answer_starts is not None
+        ids, start = self.ids[index], self.answer_starts[index]
+        row = [*[IGNORED] * start, *ids[start:]]
+        for begin, end in self.earlier_answers[index] if self.earlier_answers else ():
+            row[begin:end] = ids[begin:end]
+        return row
+
+    def target_count(self, index: int) -> int:
+        """Return how many tokens of an example are to be predicted."""
+        assert self.answer_starts is not None
+        earlier = self.earlier_answers[index] if self.earlier_answers else ()
+        return len(self.ids[index]) - self.answer_starts[index] + sum(end - begin for begin, end in earlier)
 
     def lengths(self, indices: Sequence[int]) -> list[int]:
         """Return the numbers of tokens of these examples."""
@@ -62,8 +86,7 @@ class EncodedTexts:
         if self.answer_starts is None:
             inputs["labels"] = [self.labels[i] for i in indices]  # type: ignore[misc]
         else:
-            targets = [[*[IGNORED] * self.answer_starts[i], *self.ids[i][self.answer_starts[i] :]] for i in indices]
-            inputs["labels"] = [self._pad(row, width, IGNORED) for row in targets]
+            inputs["labels"] = [self._pad(self.targets(i), width, IGNORED) for i in indices]
         return {name: torch.tensor(rows, device=device) for name, rows in inputs.items()}
 
     def token_span(self, index: int, width: int) -> slice:
@@ -76,20 +99,65 @@ class EncodedTexts:
         return [*filler, *row] if self.pad_left else [*row, *filler]
 
 
-def encode_texts(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedTexts:
-    """Tokenise single texts or pairs, cut at `max_length` tokens, or requests with their answers, shortened to as many."""
+def encode_texts(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int, date: str | None = None
+) -> EncodedTexts:
+    """Tokenise single texts or pairs, cut at `max_length` tokens, or requests with their answers, shortened to as many.
+
+    A chat template that writes the date is given this `date` (None: `chat_template.DATE`).
+    """
     pad, left = tokenizer.pad_token_id or 0, tokenizer.padding_side == "left"
     if examples.answers is not None:
-        ids, begins, fitted = tokenise_answers(examples, tokenizer, max_length)
-        return EncodedTexts(ids, {}, examples.labels, pad, left, begins, fitted)
+        found = tokenise_answers(examples, tokenizer, max_length, date)
+        earlier = found.earlier if any(found.earlier) else None
+        return EncodedTexts(found.ids, {}, examples.labels, pad, left, found.starts, found.counts, earlier)
     if not len(examples):
-        return EncodedTexts((), {}, (), pad, left)
-    pairs = list(examples.pairs) if examples.pairs is not None else None
-    columns = tokenizer(
-        list(examples.texts), pairs, truncation=True, max_length=max_length, return_attention_mask=False
-    )
+        return EncodedTexts((), {}, (), pad, left, fit_counts=FitCounts(0))
+    texts = [tuple(map(without_surrogates, parts)) for parts in (examples.texts, examples.pairs or ())]
+    pairs = list(texts[1]) if examples.pairs is not None else None
+    columns = tokenizer(list(texts[0]), pairs, truncation=True, max_length=max_length, return_attention_mask=False)
     extras = {name: _tuples(rows) for name, rows in columns.items() if name != "input_ids"}
-    return EncodedTexts(_tuples(columns["input_ids"]), extras, examples.labels, pad, left)
+    ids = _tuples(columns["input_ids"])
+    counts = _label_counts(examples, texts, tokenizer, ids, max_length)
+    return EncodedTexts(ids, extras, examples.labels, pad, left, fit_counts=counts)
+
+
+def _label_counts(
+    examples: Examples,
+    texts: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[Sequence[int]],
+    max_length: int,
+) -> FitCounts:
+    """Count the examples whose `texts` (of both columns) differ from what the model reads of them in at most `max_length` tokens."""
+    given = [column for column in (examples.texts, examples.pairs) if column is not None]
+    rows, mended = list(zip(*given, strict=True)), list(zip(*texts[: len(given)], strict=True))
+    full = [i for i, row in enumerate(ids) if len(row) >= max_length]  # the others cannot have been cut
+    whole = (
+        tokenizer(*(list(column) for column in zip(*(mended[i] for i in full), strict=True)), verbose=False)
+        if full
+        else {}
+    )
+    special = special_token_pattern(tokenizer)
+    cut = sum(len(row) > max_length for row in whole.get("input_ids", ()))
+    return FitCounts(
+        examples=len(rows),
+        text=cut if tokenizer.truncation_side == "right" else 0,
+        text_beginning=cut if tokenizer.truncation_side == "left" else 0,
+        special_tokens=sum(any(map(special.search, parts)) for parts in rows),
+        replaced_characters=sum(one != other for one, other in zip(rows, mended, strict=True)),
+    )
+
+
+def longest_of(parts: Sequence[EncodedTexts], limit: int) -> int:
+    """Return the number of tokens that is enough for all these texts, which were encoded in at most `limit`.
+
+    Encoded with it instead, they would have the same tokens.
+    """
+    counts = [part.fit_counts for part in parts if part.fit_counts]
+    if any(each.shortened for each in counts):
+        return limit
+    return max([SHORTEST_TEXT, *(len(row) for part in parts for row in part.ids)])
 
 
 def _tuples(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

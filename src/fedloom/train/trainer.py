@@ -132,11 +132,13 @@ class PeftTrainer:
         alone = (
             self.engine.together == 1
             or self.training.proximal
-            or frozen_layers.split_layers(self.base, [*task.start.train.factors])
+            or frozen_layers.lowest_trained(self.base, [*task.start.train.factors])
         )
         return None if alone else batched_clients.pass_key(task)
 
     def _clients_per_pass(self, task: Task) -> int:
+        if not batched_clients.can_share_pass(self.base):
+            return 1
         lengths = self.texts.lengths(self.shards[task.client])
         return self.engine.together or batched_clients.clients_per_pass(
             self.base, min(len(lengths), self.training.batch_size) * sum(lengths) / len(lengths)
@@ -227,18 +229,25 @@ class PeftTrainer:
         return TrainedClient(trained, moments, losses, variate, chosen)
 
     def _batch_loss(self, task: Task, trained: Sequence[str]) -> BatchLoss:
-        """Make the function of a batch's mean loss; where only top layers are trained, it starts from the output below them."""
+        """Make the function of a batch's mean loss.
+
+        Where only top layers are trained, it starts from the kept output below them, if the engine keeps any and the model allows it.
+        """
         split = frozen_layers.split_layers(self.base, trained)
         if split is None:
             return lambda batch: loss.mean_loss(self.base, self.texts.batch(batch, self.base.device))
         shard, fold, limit = self.shards[task.client], task.start.fold, self.engine.cache
-        features = frozen_layers.frozen_features(self.base, self.texts, split, shard, fold, self.cache, limit)
+        features = (
+            frozen_layers.frozen_features(self.base, self.texts, split, shard, fold, self.cache, limit)
+            if split.form and limit
+            else None
+        )
 
-        def from_features(batch: Sequence[int]) -> Tensor:
-            with split.starting_from(features.for_batch(batch)):
+        def batch_loss(batch: Sequence[int]) -> Tensor:
+            with split.starting_from(features.for_batch(batch)) if features else split.plain():
                 return loss.mean_loss(self.base, self.texts.batch(batch, self.base.device))
 
-        return from_features
+        return batch_loss
 
     def _optimise(
         self,
@@ -262,6 +271,9 @@ class PeftTrainer:
             if rules.pruning is not None:
                 batch_loss = batch_loss + objective.pruning_penalty(weights, rules.pruning)
             torch.autograd.backward(batch_loss)
+            for weight in weights.values():
+                if weight.grad is None:  # the model does not use its layer: the cross-attention of a decoder alone
+                    weight.grad = torch.zeros_like(weight)
             for change in changes:
                 change()
             nn.utils.clip_grad_norm_(weights.values(), self.training.clip)
@@ -286,6 +298,18 @@ class PeftTrainer:
 
 def _result_of(answers: Callable[[], Sequence[tuple[Result, ClientState]]], number: int) -> tuple[Result, ClientState]:
     return answers()[number]
+
+
+def engine_notes(base: Base, engine: Engine, depths: tuple[int, int | None] | None) -> tuple[str, ...]:
+    """Say what the engine cannot do with this model; `depths` are the lowest and the highest of a run (None: full depth)."""
+    name, notes = type(base.model.get_base_model()).__name__, list[str]()
+    if engine.together != 1 and not batched_clients.can_share_pass(base):
+        why = "its layers do not keep rows apart by client, or padding changes what it computes"
+        notes.append(f"engine.together: {name} trains one client after the other, since {why}.")
+    if depths and engine.cache and not frozen_layers.keeps_activations(base, *depths):
+        why = "a pass that begins above them gives other logits"
+        notes.append(f"engine.cache: {name} computes the blocks below the trained ones in each step, since {why}.")
+    return tuple(notes)
 
 
 def enable_gradients(weights: Weights, start: TaskStart) -> dict[str, nn.Parameter]:

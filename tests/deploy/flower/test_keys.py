@@ -41,13 +41,15 @@ def handshake(server: Path, trusted: Path, name: str) -> None:
 @pytest.fixture
 def authority(tmp_path: Path) -> Path:
     folder = tmp_path / "server"
-    keys.new(folder, ["fedloom.example.org", "10.1.2.3"])
+    keys.new(folder, ["fedloom.example.org", "10.1.2.3", "[2001:db8::5]"])
     return folder
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 class TestTls:
-    @pytest.mark.parametrize("name", ["fedloom.example.org", "10.1.2.3", "localhost", "127.0.0.1"])
+    @pytest.mark.parametrize(
+        "name", ["fedloom.example.org", "10.1.2.3", "2001:db8::5", "localhost", "127.0.0.1", "::1"]
+    )
     def test_the_server_is_known_by_the_names_it_was_given(self, authority: Path, name: str) -> None:
         handshake(authority, authority, name)
 
@@ -128,6 +130,15 @@ def test_what_is_no_key_of_ours_is_refused(authority: Path, tmp_path: Path) -> N
     for path in (tmp_path / "ed.pub", tmp_path / "junk.pub", tmp_path / "none.pub", private):
         with pytest.raises(Refused, match=r"\.pub file"):
             keys.add(path, "x", authority)
+
+
+@pytest.mark.parametrize(
+    "host", ["fed.example.org:8080", "[::1]:8080", "https://fed", "b\u00fccher.example", "a b", ""]
+)
+def test_what_is_no_host_is_refused_before_anything_is_made(tmp_path: Path, host: str) -> None:
+    with pytest.raises(Refused, match="without a port"):
+        keys.new(tmp_path / "server", ["localhost", host])
+    assert not (tmp_path / "server").exists()
 
 
 def test_a_folder_without_authority_says_so(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def control(tmp_path: Path) -> Iterator[SuperLink]:
     server, port = ServerSetup(tmp_path / "server", "127.0.0.1", free_port()), free_port()
     server.home.mkdir()
     write_secret(server.home / "secret")
-    supervisor = Supervisor(server_processes(server, port)[:1], tmp_path / "logs", print)
+    supervisor = Supervisor(server_processes(server, port, [])[:1], tmp_path / "logs", print)
     supervisor.look()
     until = time.monotonic() + 60
     while not is_listening("127.0.0.1", port):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,28 @@ def test_a_region_is_the_server_of_its_sites_and_a_site_of_the_server_above(enco
         assert len(reports) in (len(outer), len(outer) - 1)
         assert all(report["result"]["metrics"]["rounds"] == 2 for report in reports)
         assert all(report["result"]["metrics"]["members"] == 3 for report in reports)
+
+
+@pytest.mark.slow
+def test_a_run_over_regions_begins_from_an_adapter_and_is_made_longer(encoder: Path, tmp_path: Path) -> None:
+    """The adapter is at the server above alone; the regions stay through both parts of the run."""
+    prepare(tiny_run(encoder)).execute(tmp_path / "first", report=False)
+    more = {"hierarchy": Hierarchy(rounds=2), "schedule": FedFa(2), "limits": Limits(versions=3)}
+    here = country(tmp_path, encoder, start=str(tmp_path / "first"), **more)
+    with here.open():
+        assert here.serve() == "3 versions made"
+        published = read_run_log(here.folder / "run").versions
+        told = json.loads((here.folder / "deployment.json").read_text())
+        (here.folder / "deployment.json").write_text(json.dumps({**told, "until": 5}))
+        here.above.forget()
+        assert here.serve() == "5 versions made"
+    assert replay(here.folder / "run").difference == ""
+    log = read_run_log(here.folder / "run")
+    kept = ("version", "time", "loss", "updates")
+    assert [[line[name] for name in kept] for line in log.versions[:3]] == [
+        [p[name] for name in kept] for p in published
+    ]
+    assert [line["version"] for line in log.versions] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow

@@ -224,8 +224,9 @@ def test_garbage_from_a_site_hurts_nobody_else() -> None:
 def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     net = Net(sites(2))
     running = deployment(net, min_clients=3)
-    status = Status(tmp_path, running, running.server.limits)
-    running.observe = status
+    status = Status(tmp_path, running, running.server.limits, majority=0.6)
+    running.observe, running.evaluate = status, lambda model: {"accuracy": 0.7}
+    assert status.snapshot()["scores"] == {}
     turns(running, net, 3)
     assert status.waits().startswith("for 1 more of 3 clients; there: c0, c1")
     running.min_clients = 2
@@ -235,6 +236,7 @@ def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     status.write()
     told = read_status(tmp_path)
     assert told["version"] == running.server.state.version
+    assert told["scores"] == {"accuracy": 0.7, "base_accuracy": 0.6}, "the majority stands beside every score"
     assert set(told["clients"]) == {"c0", "c1", "c2"}
     console = Console(width=120, file=StringIO())
     console.print(status_view(told, age=100.0))

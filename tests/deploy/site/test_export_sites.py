@@ -15,6 +15,7 @@ from fedloom.core.codec import DeltaInt8
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, Dispatch, Event, UpdateArrived
 from fedloom.core.fingerprint import fingerprint
+from fedloom.core.text import without_surrogates
 from fedloom.core.types import Task
 from fedloom.data.examples import Examples
 from fedloom.data.instructions import Instructions
@@ -71,6 +72,16 @@ def test_a_site_reads_what_its_client_had(encoder: Path, tmp_path: Path, data: A
         assert site.model.path == str(encoder)
 
 
+def test_half_characters_are_written_as_a_model_reads_them(encoder: Path, tmp_path: Path) -> None:
+    rows = [{**row, "text": f"{row['text']} \ud83d"} for row in toy_rows(60)]
+    run = tiny_run(encoder, data=Rows(rows), partition=IID(3))
+    wanted = shards_of(run)
+    for site in map(read_site, export_sites(run, tmp_path / "sites")):
+        own = wanted[site.name]
+        assert site.examples(own.names).texts == tuple(map(without_surrogates, own.texts))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", one_in(3, [ProductDelta(), Scaffold(clients=6), FedSA()]), ids=lambda method: type(method).__name__
 )

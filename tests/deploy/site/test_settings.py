@@ -168,3 +168,13 @@ def test_answers_are_read_and_rows_without_one_left_out(tmp_path: Path) -> None:
     assert site.examples(None).answers == tuple(row["answer"] for row in rows[:4])
     with pytest.raises(Refused, match="these data have answers"):
         site.examples(("a", "b"))
+
+
+def test_what_is_wrong_with_the_data_is_told_in_the_words_of_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("text,a;label,b\nx,0;1,y\n")
+    with pytest.raises(
+        Refused, match=r"^table\.separator = None: .* rows of data\.csv; say which with table\.separator=','"
+    ):
+        told(tmp_path, LEAST.replace("rows.jsonl", "data.csv")).examples(("0", "1"))
+    with pytest.raises(Refused, match="single quotes"):
+        told(tmp_path, LEAST.replace("rows.jsonl", r"C:\Users\x.csv"))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, BertForSequenceClassification
 
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.fedsa import FedSA
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.core.codec import Codec, DeltaInt8, Half
+from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.policies import Aggregator
 from fedloom.core.seeds import derive
@@ -23,15 +28,15 @@ from fedloom.core.transfer import encode_answer
 from fedloom.core.types import Budget, ClientState, Result
 from fedloom.core.validate_answer import why_invalid
 from fedloom.deploy.messages.messages import JoinRequest, Refusal, TaskRequest, Welcome, decode_reply, encode_request
-from fedloom.deploy.site.worker import SiteWorker
+from fedloom.deploy.site.worker import SiteWorker, prepare_site
 from fedloom.train.base_model import load_base
-from fedloom.train.settings import LoRA
+from fedloom.train.settings import LoRA, Training
 from fedloom.train.tokenised import encode_texts as tokenise
 from fedloom.train.trainer import PeftTrainer
 from tests.support import toys
-from tests.support.sites import site_at, task_of, terms_of, trainer_of
+from tests.support.sites import LABELS, site_at, task_of, terms_of, trainer_of
 from tests.support.storms import one_in
-from tests.support.tiny_models import tiny_encoder
+from tests.support.tiny_models import tiny_encoder, toy_rows
 from tests.support.tiny_runs import same
 
 LIMIT = 10**8
@@ -87,13 +92,46 @@ def test_a_worker_that_writes_text_answers_alike(generator: Path, tmp_path: Path
     site = site_at(tmp_path, generator, section="instructions")
     terms, worker = terms_of(labels=None), SiteWorker(site)
     base = load_base(str(generator), None, terms.lora, terms.rank, derive(terms.seed, "model"), engine=terms.engine)
-    texts = tokenise(site.examples(None), base.tokenizer, terms.training.max_length)
+    texts = tokenise(site.examples(None), base.tokenizer, terms.training.token_limit)
     trainer = PeftTrainer(base, texts, {"ward": tuple(range(40))}, terms.training, terms.engine)
     task = task_of(FedIT(), trainer, Half(), 1)
     ((trained, after),) = trainer.train([(task, ClientState())])
     assert alike(
         result_of(worker, TaskRequest(terms, 1, task, 0)), encode_answer(task, ClientState(), trained, after)[0]
     )
+
+
+def test_a_site_tells_its_own_log_what_is_cut(encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    terms = terms_of(training=Training(max_length=8))
+    with caplog.at_level(logging.WARNING):
+        ready = prepare_site(site_at(tmp_path, encoder), terms)
+    cut = sum(2 + len(row["text"].split()) > 8 for row in toy_rows(40))
+    assert 0 < cut < 40
+    assert max(map(len, ready.trainer.texts.ids)) == 8
+    told = [record.getMessage() for record in caplog.records if "cut off" in record.getMessage()]
+    assert [line.partition(":")[0] for line in told] == [f"{cut} of 40 local examples"]
+
+
+def test_a_site_writes_prompts_with_the_date_of_the_terms(generator: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in generator.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{{ ['cat', 'dog'][strftime_now('%d') | int - 1] }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+    site = site_at(tmp_path / "site", model, section="instructions")
+    one, other = (prepare_site(site, terms_of(labels=None, date=f"2026-05-0{day}")).trainer.texts for day in (1, 2))
+    cat, dog = tokenizer.convert_tokens_to_ids(["cat", "dog"])
+    assert {ids[0] for ids in one.ids} == {cat}
+    assert {ids[0] for ids in other.ids} == {dog}
+
+
+def test_a_length_that_the_server_left_open_is_refused(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"training\.max_length"):
+        prepare_site(site_at(tmp_path, encoder), terms_of(training=Training()))
 
 
 # Once, however often it is sent --------------------------------------------------------------------------------------
@@ -168,6 +206,7 @@ def test_a_damaged_journal_is_trained_again(encoder: Path, tmp_path: Path, works
     assert alike(result_of(worker, works[0]), first)
 
 
+@pytest.mark.slow
 def test_the_journal_does_not_grow(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
     worker = SiteWorker(site_at(tmp_path, encoder))
     result_of(worker, works[0])
@@ -256,7 +295,7 @@ def test_a_limit_is_kept_and_the_reason_told(
     ("terms", "reason"),
     [
         ({"model": "another/encoder"}, "the run trains 'another/encoder', this site has '/at/the/server/tiny'"),
-        ({"labels": ("cat", "dog")}, "row 1 of .*rows.jsonl holds 'colour|row 1 of .*rows.jsonl holds 'pet'"),
+        ({"labels": ("cat", "dog")}, r"rows.jsonl: none of the 2 known labels"),
         ({"labels": None}, "the run writes text, the data of this site have labels"),
         ({"rank": 4000}, "no layer of the model is that large"),
         ({"lora": LoRA(("rotary",))}, "name linear layers of Bert"),
@@ -269,6 +308,27 @@ def test_a_run_that_the_site_is_not_fit_for_is_refused_with_the_reason(
     assert isinstance(told, Refusal)
     assert re.search(reason, told.reason)
     assert told.lasting
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_asked_the_same_questions_at_a_site(
+    encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = BertForSequenceClassification.from_pretrained(encoder, id2label={0: "pet", 1: "colour"})
+    shutil.copytree(encoder, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    site = site_at(tmp_path / "site", tmp_path / "model")
+    told = asked(SiteWorker(site), JoinRequest(terms_of(labels=LABELS), 1))
+    assert isinstance(told, Refusal)
+    assert "numbers the labels as pet, colour, the run as colour, pet" in told.reason
+    ready = prepare_site(site, terms_of(labels=("pet", "colour")))
+    assert torch.equal(ready.first.dense["classifier.weight"], model.classifier.weight.detach())
+    model.get_parameter("bert.pooler.dense.weight").data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    told = asked(SiteWorker(site), JoinRequest(terms_of(labels=("pet", "colour")), 1))
+    assert isinstance(told, Refusal)
+    assert "not all of its weights are finite numbers: bert.pooler.dense.weight" in told.reason
+    assert told.reason in caplog.text
 
 
 def test_a_task_of_another_base_or_another_client_is_refused(

@@ -14,8 +14,9 @@ from fedloom.core.types import ClientState, Pruning, Rules, Task
 from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import batched_clients, linear_kernel
 from fedloom.train.settings import PLAIN
-from fedloom.train.trainer import PeftTrainer
-from tests.support.tiny_runs import base_of, frozen, lively, same, task_of, trainer_of
+from fedloom.train.trainer import PeftTrainer, engine_notes
+from tests.support.families import FAMILIES, Family
+from tests.support.tiny_runs import base_of, frozen, lively, same, task_of, trainer_of, writer_of, writing_trainer
 from tests.support.toys import factor
 
 KINDS = pytest.mark.parametrize("kind", ["encoder", "decoder"])
@@ -164,3 +165,89 @@ def test_the_cost_rule_takes_small_steps_together_and_large_ones_apart(encoder: 
     assert batched_clients.clients_per_pass(base, 50) == batched_clients.MOST_CLIENTS
     assert batched_clients.clients_per_pass(base, 400) == 1
     assert batched_clients.clients_per_pass(base, 600) == 1
+
+
+# Models in which the rows of a batch do not tell clients apart ---------------------------------------------------------------
+
+
+def check_together(trainer: PeftTrainer, shared: bool) -> None:
+    """In one pass or not, each client gets the losses and gradients of its own adapter."""
+    work = [(task, ClientState()) for task in tasks(trainer.base)]
+    common = replace(trainer, engine=COMMON)
+    assert [len(group) for group in common.groups(work)] == ([3] if shared else [1, 1, 1])
+    for (one, kept), (other, also) in zip(trainer.train(work), common.train(work), strict=True):
+        assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-4)
+        for name, state in kept.moments.items():
+            error = float((state["exp_avg"] - also.moments[name]["exp_avg"]).norm())
+            assert error <= 1e-3 * float(state["exp_avg"].norm()) + 1e-9, name
+
+
+@KINDS
+def test_a_trial_leaves_the_model_and_the_generator_as_they_were(request: pytest.FixtureRequest, kind: str) -> None:
+    base = base_of(request.getfixturevalue(kind))
+    before, start = frozen(base), initial_adapter(base, 4)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert batched_clients._gives_each_its_own(base)
+    assert batched_clients.can_share_pass(base)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(initial_adapter(base, 4), start)
+    assert all(torch.equal(before[name], tensor) for name, tensor in frozen(base).items())
+    assert base.model.training
+
+
+def test_a_layer_that_gets_tokens_before_rows_is_noticed(encoder: Path) -> None:
+    base = base_of(encoder)
+    query = base.model.get_base_model().bert.encoder.layer[0].attention.self.query
+    query.register_forward_pre_hook(lambda _, args: (args[0].transpose(0, 1).contiguous(),))
+    query.register_forward_hook(lambda _, args, out: out.transpose(0, 1))
+    assert not batched_clients.can_share_pass(base)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "targets", "shared"),
+    [
+        ("DeBERTa-v3", None, False),  # positions are projected once for all rows
+        ("DeBERTa-v2", None, True),
+        ("DeBERTa-v2", "all-linear", False),
+        ("XLNet", None, False),  # tokens before rows
+        ("OPT", "all-linear", True),  # rows and tokens in one axis
+        ("BART", "all-linear", True),
+        ("T5", None, True),
+        ("Mixtral", "all-linear", True),
+        ("Qwen3-Next", None, True),
+    ],
+)
+def test_each_client_gets_its_own_in_every_kind_of_model(
+    name: str, targets: str | None, shared: bool, tmp_path: Path
+) -> None:
+    family = FAMILIES[name]
+    folder = replace(family, sizes={**family.sizes, "dropout": 0.0}).save(tmp_path)
+    check_together(trainer_of(still(base_of(folder, target_modules=targets)), clip=1e6), shared)
+
+
+@pytest.mark.slow
+def test_a_model_that_mixes_padding_with_words_trains_one_client_after_the_other(tmp_path: Path) -> None:
+    """FNet has no mask: in a common pass a client's rows are padded to the longest row of another."""
+    sizes = {k: v for k, v in FAMILIES["BERT"].sizes.items() if k != "num_attention_heads"}
+    folder = Family("FNet", "encoder", "FNetConfig", "FNetModel", sizes, "encoder").save(tmp_path)
+    base = still(base_of(folder, target_modules="all-linear"))
+    check_together(trainer_of(base, clip=1e6), shared=False)
+    (note,) = engine_notes(base, COMMON, None)
+    assert note.startswith("engine.together: FNetForSequenceClassification trains one client after the other")
+
+
+@pytest.mark.slow
+def test_layers_that_a_model_does_not_use_stay_as_they_are(tmp_path: Path) -> None:
+    """A decoder cut out of an encoder-decoder has cross-attention that nothing reaches."""
+    alone = {"is_decoder": True, "is_encoder_decoder": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    sizes = {**FAMILIES["BART"].sizes, **alone, "dropout": 0.0}
+    folder = Family("BART", "decoder", "BartConfig", "BartForCausalLM", sizes, "decoder").save(tmp_path)
+    trainer = writing_trainer(writer_of(folder, target_modules="all-linear"), clip=1e6)
+    check_together(trainer, shared=True)
+    (task, *_) = tasks(trainer.base)
+    ((result, _),) = trainer.train([(task, ClientState())])
+    unused = {name for name in result.adapter.factors if "encoder_attn" in name}
+    sent = task.start.train.factors
+    assert unused == {n for n, f in result.adapter.factors.items() if torch.equal(f.up, sent[n].up)}

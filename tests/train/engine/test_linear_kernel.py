@@ -17,7 +17,8 @@ from fedloom.train import base_model
 from fedloom.train.base_model import initial_adapter
 from fedloom.train.engine import linear_kernel
 from fedloom.train.settings import Engine, LoRA
-from tests.support.tiny_runs import base_of, lively, same, task_of, trainer_of
+from tests.support.families import FAMILIES
+from tests.support.tiny_runs import base_of, lively, same, task_of, trainer_of, writing_trainer
 from tests.support.toys import factor
 
 pytestmark = pytest.mark.skipif(
@@ -115,3 +116,34 @@ def test_a_base_in_bfloat16_takes_half_the_memory_and_learns_the_same_roughly(en
     )
     assert other.metrics["first_loss"] == pytest.approx(one.metrics["first_loss"], rel=0.1)
     assert all(f.up.dtype == torch.float32 for f in other.adapter.factors.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "spared"), [("GPT-2", ()), ("Mamba", ("dt_proj",)), ("Qwen3-Next", ()), ("T5", ()), ("Falcon", ())]
+)
+def test_bfloat16_computes_in_every_kind_of_model(name: str, spared: tuple[str, ...], tmp_path: Path) -> None:
+    """GPT-2 and Falcon have linear layers of their own kinds; Mamba reads the weight of a layer that it does not call."""
+    family = FAMILIES[name]
+    labels = 2 if family.kind == "encoder-decoder" else None
+    base = base_model.load_base(str(family.save(tmp_path)), labels, LoRA(), 4, 0, engine=Engine("torch", bfloat16=True))
+    halves = [m for m in base.model.modules() if isinstance(m, linear_kernel.HalfLinear | linear_kernel.HalfConv1D)]
+    assert len(halves) >= len(initial_adapter(base, 4).factors)
+    for path, module in base.model.named_modules():
+        if path.endswith(spared):
+            assert module.weight.dtype == torch.float32
+    trainer = trainer_of(base) if labels else writing_trainer(base)
+    ((result, _),) = trainer.train([(task_of(initial_adapter(base, 4)), ClientState())])
+    assert result.metrics["loss"] > 0
+
+
+def test_bfloat16_is_refused_where_it_would_change_nothing() -> None:
+    class Router(nn.Linear):
+        def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            logits = super().forward(input)
+            return logits, logits.argmax(-1)
+
+    router = Router(4, 3).requires_grad_(False)
+    with pytest.raises(Refused, match=r"engine\.bfloat16"):
+        linear_kernel.install_linear_kernel(nn.Sequential(router), bfloat16=True)
+    assert linear_kernel.install_linear_kernel(nn.Sequential(router, nn.Linear(4, 3).requires_grad_(False)), True) == 1

@@ -53,6 +53,7 @@ def plain(answers: Any) -> list[Any]:
 # With a trainer that needs no model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cohort_is_divided_and_its_results_are_in_order() -> None:
     work = toy_work(6)
     with cohorts(Toy()) as made:

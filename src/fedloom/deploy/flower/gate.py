@@ -1,10 +1,11 @@
 """The only door of the server to the network: it lets sites at the calls that are made for sites, and at nothing else.
 
-    python -m fedloom.deploy.flower.gate --listen HOST:PORT --to PORT --keys FOLDER
+    python -m fedloom.deploy.flower.gate --sockets NUMBER... --to PORT [--keys FOLDER]
 
 Flower's SuperLink serves three interfaces at one port: Fleet for the sites, Runtime for the server's own processes, Control for
 its owner. Without account servers anyone who reaches that port may, through Control, register a key or submit an app, which the
 server would then run. So the SuperLink listens on loopback, and this gate in front of it ends TLS and passes on Fleet's calls.
+It inherits sockets at which `fedloom serve` listens already, so that the port is the deployment's for as long as that runs.
 It reads the heads of requests strictly (with h11), so that none can hide in another's body; answers go back as they are.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
+import socket
 import ssl
 from collections.abc import Sequence
 from contextlib import suppress
@@ -61,9 +63,9 @@ def body_length(head: bytes) -> int:
 
 
 class Gate:
-    """Passes requests from connections on to a SuperLink at `port` of loopback."""
+    """Passes requests from connections on to a SuperLink at `port` of loopback, over TLS if it has `trusted` certificates."""
 
-    def __init__(self, port: int, trusted: ssl.SSLContext) -> None:
+    def __init__(self, port: int, trusted: ssl.SSLContext | None) -> None:
         self._port, self._trusted, self._open = port, trusted, 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -128,26 +130,28 @@ async def _close(writer: asyncio.StreamWriter) -> None:
         await asyncio.wait_for(writer.wait_closed(), 5.0)
 
 
-async def run_gate(host: str, port: int, to: int, keys: Path) -> None:
-    """Listen until the process ends."""
-    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ours.minimum_version = ssl.TLSVersion.TLSv1_2
-    ours.load_cert_chain(keys / "server.crt", keys / "server.key")
-    trusted = ssl.create_default_context(cafile=str(keys / "ca.crt"))
-    server = await asyncio.start_server(Gate(to, trusted).serve, host, port, ssl=ours, limit=HEAD)
-    async with server:
-        await server.serve_forever()
+async def run_gate(sockets: Sequence[socket.socket], to: int, keys: Path | None) -> None:
+    """Accept connections until the process ends; with TLS if there are `keys`."""
+    ours, trusted = None, None
+    if keys is not None:
+        ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        ours.minimum_version = ssl.TLSVersion.TLSv1_2
+        ours.load_cert_chain(keys / "server.crt", keys / "server.key")
+        trusted = ssl.create_default_context(cafile=str(keys / "ca.crt"))
+    gate = Gate(to, trusted)
+    servers = [await asyncio.start_server(gate.serve, sock=one, ssl=ours, limit=HEAD) for one in sockets]
+    await asyncio.gather(*(server.serve_forever() for server in servers))
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Listen until the process is stopped."""
     parser = argparse.ArgumentParser(prog="fedloom.deploy.flower.gate", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--listen", required=True, help="host:port that sites connect to")
+    parser.add_argument("--sockets", type=int, nargs="+", required=True, help="inherited sockets that sites connect to")
     parser.add_argument("--to", type=int, required=True, help="the SuperLink's port on loopback")
-    parser.add_argument("--keys", type=Path, required=True, help="folder with ca.crt, server.crt and server.key")
+    parser.add_argument("--keys", type=Path, help="folder with ca.crt, server.crt and server.key (without: no TLS)")
     arguments = parser.parse_args(words)
-    host, _, port = arguments.listen.rpartition(":")
-    asyncio.run(run_gate(host.strip("[]"), int(port), arguments.to, arguments.keys))
+    sockets = [socket.socket(fileno=number) for number in arguments.sockets]
+    asyncio.run(run_gate(sockets, arguments.to, arguments.keys))
 
 
 if __name__ == "__main__":

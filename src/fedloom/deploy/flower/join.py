@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedloom.core.errors import Refused
-from fedloom.deploy.flower.server_processes import is_loopback
+from fedloom.deploy.flower.address import is_loopback, parse_address
 from fedloom.deploy.flower.supervisor import (
     LogFollower,
     ProcessSpec,
@@ -39,7 +39,7 @@ class SiteSetup:
     """Settings and files that a site needs to join a deployment.
 
     Fields:
-        server: address of the server, host:port.
+        server: address of the server, host:port or [IPv6 address]:port.
         folder: files of the site.
         socket: Unix socket of its worker.
         worker: command that starts the worker.
@@ -57,8 +57,9 @@ class SiteSetup:
     idle: float | None = None
 
     def __post_init__(self) -> None:
-        host = self.server.rpartition(":")[0]
-        if (self.ca is None or self.key is None) and not is_loopback(host):
+        address = parse_address("server", self.server)
+        object.__setattr__(self, "server", str(address))
+        if (self.ca is None or self.key is None) and not is_loopback(address.host):
             raise Refused("--insecure", self.server, "without key and TLS a site speaks to its own machine only")
         if self.idle is not None and not 0.05 <= self.idle <= 60.0:
             raise Refused("--idle", self.idle, "choose 0.05 to 60 seconds")

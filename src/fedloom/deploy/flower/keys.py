@@ -10,7 +10,7 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedloom.core.errors import Refused
+from fedloom.deploy.flower.address import HOST
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CA_DAYS, SERVER_DAYS = 3650, 397
@@ -51,9 +52,10 @@ def new(folder: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> Path:
     """Make the authority and the server's certificate for these host names and addresses; returns the certificate for the sites.
 
     Raises:
-        Refused: the folder has an authority already.
+        Refused: the folder has an authority already, or a host is none.
     """
     keys = folder / "keys"
+    _alternatives(hosts)
     if (keys / "ca.key").exists():
         raise Refused(
             "FOLDER", str(folder), "it has an authority already; `fedloom keys renew` makes a new server certificate"
@@ -79,9 +81,7 @@ def renew(folder: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> Path:
     Raises:
         Refused: there is no authority, or no host is named.
     """
-    keys = folder / "keys"
-    if not hosts:
-        raise Refused("--host", "", "name the host names and addresses by which sites reach the server")
+    keys, alternatives = folder / "keys", _alternatives(hosts)
     authority = x509.load_pem_x509_certificate(_present(keys / "ca.crt", folder).read_bytes())
     signer = load_pem_private_key(_present(keys / "ca.key", folder).read_bytes(), None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
@@ -91,7 +91,7 @@ def renew(folder: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> Path:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(list(_alternatives((*hosts, *LOOPBACK)))), critical=False)
+        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         .sign(signer, hashes.SHA384())
     )
     (keys / "server.key").unlink(missing_ok=True)
@@ -196,12 +196,20 @@ def _named(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
 
 
-def _alternatives(hosts: Iterable[str]) -> Iterable[x509.GeneralName]:
-    for host in dict.fromkeys(hosts):
+def _alternatives(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """Return what a certificate says for these hosts and for this machine itself. Raises Refused."""
+    if not hosts:
+        raise Refused("--host", "", "name the host names and addresses by which sites reach the server")
+    names = list[x509.GeneralName]()
+    for host in dict.fromkeys((*hosts, *LOOPBACK)):
         try:
-            yield x509.IPAddress(ip_address(host))
+            names.append(x509.IPAddress(ip_address(host.removeprefix("[").removesuffix("]").partition("%")[0])))
         except ValueError:
-            yield x509.DNSName(host)
+            if not HOST.fullmatch(host.removeprefix("*.")):
+                remedy = "name a host or an address without a port, for instance fed.example.org or ::1"
+                raise Refused("--host", host, remedy) from None
+            names.append(x509.DNSName(host))
+    return names
 
 
 def _draft(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fedloom.core.errors import Refused
 from fedloom.core.files import disk_full_error, write_json
 from fedloom.deploy.flower import keys
+from fedloom.deploy.flower.address import Address, listen_at
 from fedloom.deploy.flower.app_outcome import AppOutcome, last_attempt, read_outcome
 from fedloom.deploy.flower.server_processes import ServerSetup, server_processes
 from fedloom.deploy.flower.superlink import SiteKey, SuperLink, SuperLinkError
@@ -39,6 +40,8 @@ CLEARING = 30.0
 NOTE = "deployment.json"
 """Configuration of the deployment, in the folder of the server (`server.config`, which is heavy)."""
 GO_ON = "then go on with `fedloom serve ... --resume`"
+
+LOOPBACK = "127.0.0.1"
 
 MOVED = re.compile(r"\[Fleet\.(?:De)?[Aa]ctivateNode\] (Activated|Deactivated) node_id=(\d+)")
 
@@ -76,11 +79,11 @@ class Serving:
             Refused: the run cannot be carried out, or comes to nothing again and again.
         """
         self._try(self.supervisor.look)
-        if not is_listening("127.0.0.1", self.control.port):
+        if self.supervisor.pid("superlink") is None or not is_listening(LOOPBACK, self.control.port):
             return None
         if not self.up:
             self.up = True
-            self.say(f"the server listens at {self.server.host}:{self.server.port}")
+            self.say(f"the server listens at {self.server.address}")
         self._look_for_room()
         self._try(self._admit)
         self._announce()
@@ -213,8 +216,8 @@ def serve_deployment(
     processes to keep alive beside it.
 
     Raises:
-        Refused: the folder is in use, or has a deployment already, or has none to resume, or its disk is full, or the run cannot be
-            carried out.
+        Refused: the folder is in use, or has a deployment already, or has none to resume, or its disk is full, or the address cannot
+            be listened at, or the run cannot be carried out.
     """
     try:
         return _serve(server, facts, resume, say, more)
@@ -239,13 +242,15 @@ def _serve(
     if note.exists() != resume:
         remedy = "there is no deployment to go on with" if resume else "it has a deployment; --resume goes on with it"
         raise Refused("--folder", str(server.folder), remedy)
-    with hold_folder(server.home / "lock", server.folder):
+    with hold_folder(server.home / "lock", server.folder), listen_at("--port", server.address) as sockets:
+        _check_metrics_port(facts.get("metrics_port"))
         write_json(note, {**facts, "insecure": server.insecure})
         write_secret(server.home / "secret")
-        inner = server.port if server.insecure else free_port()
+        inner = free_port()
         control = SuperLink(server.home, inner, None if server.insecure else server.folder / "keys" / "ca.crt")
         control.prepare(server.app)
-        supervisor = Supervisor([*server_processes(server, inner), *map(list, more)], server.folder / "logs", say)
+        processes = server_processes(server, inner, [one.fileno() for one in sockets])
+        supervisor = Supervisor([*processes, *map(list, more)], server.folder / "logs", say)
         log = LogFollower(server.folder / "logs" / "superlink.log").skip()
         serving = Serving(server, control, supervisor, say, log, last_attempt(server.folder))
         try:
@@ -256,3 +261,10 @@ def _serve(
                 return reason
         finally:
             supervisor.stop()
+
+
+def _check_metrics_port(port: object) -> None:
+    """Raise Refused where the ServerApp could not listen there."""
+    if isinstance(port, int):
+        with listen_at("--metrics-port", Address(LOOPBACK, port)):
+            pass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from ipaddress import ip_address
 from pathlib import Path
 
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower import keys
+from fedloom.deploy.flower.address import Address, is_loopback
 from fedloom.deploy.flower.supervisor import ProcessSpec, process_environment, program
 
 APP = "fedloom.deploy.flower.server_app:app"
@@ -21,7 +22,7 @@ class ServerSetup:
 
     Fields:
         folder: its folder.
-        host: address that it listens at.
+        host: name or address that it listens at, an IPv6 address without brackets.
         port: port for the sites.
         insecure: without keys and TLS, on this machine only.
         app: the ServerApp, as MODULE:NAME.
@@ -36,11 +37,8 @@ class ServerSetup:
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", self.folder.resolve())  # Flower's processes want whole paths
         if self.insecure and not is_loopback(self.host):
-            raise Refused(
-                "--insecure",
-                self.host,
-                "without keys and TLS the server listens on this machine only; --host 127.0.0.1",
-            )
+            remedy = f"without keys and TLS the server listens on this machine only; --port 127.0.0.1:{self.port}"
+            raise Refused("--insecure", self.host, remedy)
         if not self.insecure:
             certificate = self.folder / "keys" / "server.crt"
             if not certificate.exists():
@@ -53,21 +51,18 @@ class ServerSetup:
                 )
 
     @property
+    def address(self) -> Address:
+        """Where sites connect to."""
+        return Address(self.host, self.port)
+
+    @property
     def home(self) -> Path:
         """Flower's part of the folder."""
         return self.folder / "flower"
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, seen from itself."""
-    try:
-        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def server_processes(server: ServerSetup, inner: int) -> list[list[ProcessSpec]]:
-    """Return the processes at the server: SuperLink at port `inner` of loopback, the gate before it, SuperExec."""
+def server_processes(server: ServerSetup, inner: int, sockets: Sequence[int]) -> list[list[ProcessSpec]]:
+    """Return the processes at the server: SuperLink at port `inner` of loopback, the gate before it at open `sockets`, SuperExec."""
     variables, pki = process_environment(server.home), server.folder / "keys"
     shared = ["--superexec-auth-secret-file", str(server.home / "secret")]
     link = [
@@ -80,17 +75,17 @@ def server_processes(server: ServerSetup, inner: int) -> list[list[ProcessSpec]]
         "--disable-runtime-dependency-installation",
     ]
     link += ["--database", str(server.home / "state.db"), *shared]
+    gate = ["--sockets", *map(str, sockets), "--to", str(inner)]
     execute = ["--runtime-api-address", f"127.0.0.1:{inner}", *shared]
     if server.insecure:
-        link, execute, gate = [*link, "--insecure"], [*execute, "--insecure"], []
+        link, execute = [*link, "--insecure"], [*execute, "--insecure"]
     else:
         tls = ["--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.crt", "--ssl-keyfile", "server.key"]
         link += [word if word.startswith("--") else str(pki / word) for word in tls] + ["--enable-supernode-auth"]
         execute += ["--root-certificates", str(pki / "ca.crt")]
-        listen = ["--listen", f"{server.host}:{server.port}", "--to", str(inner), "--keys", str(pki)]
-        gate = [[ProcessSpec("gate", [sys.executable, "-m", "fedloom.deploy.flower.gate", *listen], variables)]]
+        gate += ["--keys", str(pki)]
     return [
         [ProcessSpec("superlink", [program("flower-superlink"), *link], variables)],
-        *gate,
+        [ProcessSpec("gate", [sys.executable, "-m", "fedloom.deploy.flower.gate", *gate], variables, sockets)],
         [ProcessSpec("superexec", [program("flower-superexec"), *execute], variables)],
     ]

@@ -120,7 +120,8 @@ class SuperLink:
                 env=process_environment(self.home),
                 input=input_text,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=TIMEOUT,
                 check=False,
             )

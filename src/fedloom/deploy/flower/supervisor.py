@@ -38,11 +38,13 @@ class ProcessSpec:
         name: its name, which is also its log's.
         command: program and arguments.
         environment: its environment variables.
+        sockets: numbers of open sockets that it inherits.
     """
 
     name: str
     command: Sequence[str]
     environment: Mapping[str, str]
+    sockets: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                pass_fds=tuple(part.sockets),
                 start_new_session=True,  # Ctrl-C is for the supervisor, which ends the others in order
                 preexec_fn=partial(die_with_parent, os.getpid()),
             )
@@ -189,6 +192,8 @@ def process_environment(home: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONUTF8": "1",  # what they print is read as UTF-8, wherever this process prints to
+        "PYTHONIOENCODING": "utf-8",
     }
 
 

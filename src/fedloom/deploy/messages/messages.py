@@ -36,6 +36,7 @@ from fedloom.deploy.messages.checks import (
     task_ranges,
 )
 from fedloom.deploy.messages.container import pack_message, read_header, unpack_message
+from fedloom.runs.run import check_date
 from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
 
 REQUEST, REPLY = "fedloom-request", "fedloom-reply"
@@ -62,6 +63,7 @@ class RunTerms:
         weights: tells copies of the base model from another model (`Base.fingerprint`; "": not compared).
         held_out: share of its examples that a site does not train on, for `EvaluateRequest`.
         first_adapter: sha256 of the adapter with which the run began ("": not sent).
+        date: the date that prompts have (None: they have none).
     """
 
     run: str
@@ -77,6 +79,7 @@ class RunTerms:
     weights: str = ""
     held_out: float = 0.0
     first_adapter: str = ""
+    date: str | None = None
 
     def __post_init__(self) -> None:
         if self.training.decay not in DECAYS:
@@ -100,6 +103,8 @@ class RunTerms:
             raise Refused("seed", self.seed, "a whole number of 64 bits")
         if not 0 <= self.held_out < 1:
             raise Refused("held_out", self.held_out, "a share of at least 0 and below 1")
+        if self.date is not None:
+            check_date(self.date)
 
 
 @dataclass(frozen=True, slots=True)

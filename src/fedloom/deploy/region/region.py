@@ -373,7 +373,8 @@ def region_server(value: Run, hierarchy: Hierarchy, region: Region) -> RegionSer
     terms = region.terms
     assert terms is not None
     labels, seed = None if terms.labels is None else len(terms.labels), derive(terms.seed, "model")
-    base = load_base(str(region.site.model.path), labels, terms.lora, terms.rank, seed, engine=terms.engine)
+    path, names = str(region.site.model.path), terms.labels or ()
+    base = load_base(path, labels, terms.lora, terms.rank, seed, engine=terms.engine, label_names=names)
     model = value.aggregator.init(initial_adapter(base, terms.rank))
     flat = Server(
         model,

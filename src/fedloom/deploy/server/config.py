@@ -57,6 +57,7 @@ class DeploymentConfig:
         timeouts: how long to wait for what (key `patience` in the file).
         metrics_port: port of this machine at which Prometheus may ask for figures (None: none).
         above: this is a region, and this file describes it as a site of the server above (None: it is no region).
+        until: the version up to which a finished run is made longer (None: it is not).
     """
 
     runfile: str
@@ -65,6 +66,7 @@ class DeploymentConfig:
     timeouts: Timeouts = field(default_factory=Timeouts)
     metrics_port: int | None = None
     above: str | None = None
+    until: int | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> DeploymentConfig:
@@ -74,7 +76,8 @@ class DeploymentConfig:
             fields: Mapping[str, Any] = json.loads(path.read_bytes())
             timeouts = Timeouts(**fields.get("patience", {}))
             port, settings = fields.get("metrics_port"), tuple(fields.get("settings", ()))
-            return cls(fields["runfile"], settings, int(fields.get("clients", 1)), timeouts, port, fields.get("above"))
+            clients, above, until = int(fields.get("clients", 1)), fields.get("above"), fields.get("until")
+            return cls(fields["runfile"], settings, clients, timeouts, port, above, until)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise Refused(
                 "folder", str(folder), f"it holds no usable {CONFIG_FILE} ({error}); `fedloom serve` writes one"

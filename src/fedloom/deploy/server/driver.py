@@ -37,6 +37,7 @@ from typing import ClassVar
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.events import (
     Cancel,
+    ClientJoined,
     ClientLost,
     Command,
     Dispatch,
@@ -156,6 +157,26 @@ class Deployment:
         while not (stop := self.turn()):
             pause(self.timeouts.poll)
         return stop.reason
+
+    def repeat(self, steps: Iterable[tuple[float, Event]]) -> None:
+        """Handle recorded steps once more, before the first turn: those after the last checkpoint of a run that is made longer.
+
+        What follows from commands (scores, the failure of a refused answer) is made again and not taken from the record.
+        """
+        for now, event in steps:
+            self.elapsed = now
+            match event:
+                case ScoresReady():
+                    continue
+                case TaskFailed(_, number) if number not in self.tasks:
+                    continue
+                case ClientLost(client) if self.clients.pop(client, None) is None:
+                    continue
+                case ClientJoined(profile):
+                    self.clients[profile.client] = self.profiles[profile.client] = profile
+                    self.members[profile.client], self.opened = getattr(event, "members", ()), True
+            self._handle(now, event)
+        self.save()
 
     def turn(self) -> Stop | None:
         """Handle all that has happened since the last turn; then save a checkpoint, then send what is due."""

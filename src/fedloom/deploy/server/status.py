@@ -33,6 +33,7 @@ class Status:
         folder: of the deployment.
         deployment: the driver.
         limits: when the run ends.
+        majority: accuracy of always answering the commonest label, shown beside scores (None: unknown, or text is written).
         observation: what has happened so far.
         by_client: accepted answers of each client.
         written: when the file was written last (s of the monotonic clock).
@@ -41,6 +42,7 @@ class Status:
     folder: Path
     deployment: Deployment
     limits: Limits
+    majority: float | None = None
     observation: RunObservation = field(default_factory=RunObservation)
     by_client: dict[str, int] = field(default_factory=dict)
     written: float = 0.0
@@ -67,6 +69,7 @@ class Status:
             }
             for client in sorted(running.clients)
         }
+        beside = {} if self.majority is None or not seen.scores else {"base_accuracy": self.majority}
         return {
             "run": running.terms.run,
             "version": state.version,
@@ -78,7 +81,7 @@ class Status:
             "rejected": seen.rejected,
             "failed": seen.failed,
             "mean_staleness": None if seen.mean_staleness is None else round(seen.mean_staleness, 3),
-            "scores": {name: round(value, 6) for name, value in seen.scores.items()},
+            "scores": {name: round(value, 6) for name, value in (*seen.scores.items(), *beside.items())},
             "clients": clients,
             "traffic": asdict(running.traffic),
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from fedloom.core.files import create_folder
+from fedloom.core.text import without_surrogates
 from fedloom.data.examples import Examples
 from fedloom.runs.run import Run
 
@@ -33,7 +34,7 @@ def _plain(name: str) -> str:
 def _site(run: Run, name: str, examples: Examples, folder: Path) -> Path:
     folder.mkdir()
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(examples))
-    (folder / ROWS).write_text(text, encoding="utf-8")
+    (folder / ROWS).write_text(without_surrogates(text), encoding="utf-8")
     file = folder / "site.toml"
     file.write_text(_settings(run, name, examples), encoding="utf-8")
     return file

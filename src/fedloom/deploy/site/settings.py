@@ -103,7 +103,7 @@ class LabelledFile(_DataFile):
         named = {value: name for one in labels for value, name in names.items() if name == one}
         how: dict[str, Any] = self.model_dump(exclude={"path", "labels"})
         # nothing is set aside where test rows are given; they are not looked at here
-        return _training_rows(Table(self.path, self.path, labels=named, **how))
+        return _training_rows(Table(self.path, self.path, labels=named, **how), "table")
 
 
 class AnsweredFile(_DataFile):
@@ -120,12 +120,20 @@ class AnsweredFile(_DataFile):
         if labels is not None:
             raise Refused("data.path", str(self.path), "the run chooses labels, and these data have answers")
         how: dict[str, Any] = self.model_dump(exclude={"path"})
-        return _training_rows(Instructions(self.path, self.path, **how))
+        return _training_rows(Instructions(self.path, self.path, **how), "instructions")
 
 
-def _training_rows(source: Source) -> Examples:
-    """Load the training examples; what is noted of them, such as rows that were left out, goes to the site's log."""
-    split = source.load(0)
+def _training_rows(source: Source, section: str) -> Examples:
+    """Load the training examples; what is noted of them, such as rows that were left out, goes to the site's log.
+
+    Raises:
+        Refused: as the source does, in the words of the settings.
+    """
+    try:
+        split = source.load(0)
+    except Refused as error:
+        remedy = error.remedy.replace("--set data.", f"{section}.").replace(" in data.", f" in {section}.")
+        raise Refused(error.field.replace("data.", f"{section}."), error.value, remedy) from error
     for note in split.notes:
         LOG.info(note)
     return split.train
@@ -258,7 +266,8 @@ def read_site(path: Path) -> Site:
     except UnicodeDecodeError as error:
         raise Refused("--config", str(path), "it is not a text in UTF-8; save it again in that encoding") from error
     except tomllib.TOMLDecodeError as error:
-        raise Refused("--config", str(path), f"it is not TOML: {error}") from error
+        windows = "; a path of Windows stands in single quotes" if "\\" in path.read_text(encoding="utf-8-sig") else ""
+        raise Refused("--config", str(path), f"it is not TOML: {error}{windows}") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or str(path)

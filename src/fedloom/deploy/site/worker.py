@@ -45,9 +45,11 @@ from fedloom.deploy.messages.seeded_sides import with_seeded_sides
 from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
 from fedloom.deploy.site.settings import Site, site_shard, why_refused
 from fedloom.deploy.site.worker_socket import Listener
-from fedloom.train.base_model import Base, check_length, initial_adapter, load_base
+from fedloom.train.base_model import Base, initial_adapter, load_base
+from fedloom.train.chat_template import fit_notes
 from fedloom.train.evaluate import evaluate_held_out, evaluate_untrained
 from fedloom.train.objective import personal_adapter
+from fedloom.train.text_checks import check_texts
 from fedloom.train.tokenised import encode_texts
 from fedloom.train.trainer import PeftTrainer
 
@@ -245,12 +247,19 @@ def prepare_site(site: Site, terms: RunTerms) -> PreparedSite:
     """Load model and data. Raises Refused where they are not fit for the run."""
     examples = site.examples(terms.labels)
     labels, seed = None if terms.labels is None else len(terms.labels), derive(terms.seed, "model")
-    base = load_base(str(site.model.path), labels, terms.lora, terms.rank, seed, site.model.device, terms.engine)
+    path, device = str(site.model.path), site.model.device
+    base = load_base(path, labels, terms.lora, terms.rank, seed, device, terms.engine, terms.labels or ())
+    if base.label_names != (terms.labels or ()):
+        remedy = f"it numbers the labels as {', '.join(base.label_names)}, the run as {', '.join(terms.labels or ())}"
+        raise Refused("model.path", site.model.path, f"{remedy}: get a copy of the same model")
     if terms.weights and base.fingerprint() not in ("", terms.weights):
         remedy = f"its weights are not those of the run's {terms.model!r}: get a copy of the same model"
         raise Refused("model.path", site.model.path, remedy)
-    texts = encode_texts(examples, base.tokenizer, terms.training.max_length)
-    check_length(base, terms.training.max_length, max(map(len, texts.ids)))
+    limit = terms.training.token_limit
+    texts = encode_texts(examples, base.tokenizer, limit, terms.date)
+    tried = check_texts(base, [texts], limit)
+    for note in (*base.notes, *fit_notes(limit, {"local": texts.fit_counts}), *tried):
+        LOG.warning("%s", note)
     shard = site_shard(site, examples, terms)
     trainer = PeftTrainer(base, texts, {site.name: shard.train}, terms.training, terms.engine)
     return PreparedSite(terms, base, shard, trainer, initial_adapter(base, terms.rank))

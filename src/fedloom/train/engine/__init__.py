@@ -4,6 +4,8 @@
 - `first_token`: the last layer of an encoder for the first token alone.
 - `frozen_layers`: layers below all trained ones run once, without a graph, and their output is kept.
 - `batched_clients`: several clients in one forward and backward pass.
+- `trial_texts`: what a trick is tried on. Not every architecture allows every trick: whether this one does is tried on the model, and
+  where it does not, the model is computed plainly and a note of the run says so.
 
 A new trick is a module here, a field of `settings.Engine` that can switch it off, and one call in `base_model.load_base` (if it
 changes the model) or in `trainer.PeftTrainer` (if it changes how tasks are computed). It must give the results of plain torch up

@@ -18,10 +18,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fedloom.core.lora import Adapter, Factor, cut_factor, pad
+from fedloom.core.lora import Adapter, Factor, cut_factor, map_tensors, pad
 from fedloom.core.types import ClientState, Task
 from fedloom.train import loss, objective, peft_weights
 from fedloom.train.base_model import Base
+from fedloom.train.engine.trial_texts import FAILURES, trial_texts
 from fedloom.train.settings import Training
 from fedloom.train.tokenised import EncodedTexts
 
@@ -36,6 +37,9 @@ LOGITS_PER_PASS = 2**28
 
 LEAST_CLIENTS, MOST_CLIENTS = 4, 16
 """Clients in one pass, at least and at most: with fewer, a CPU gained less than a tenth; more gained nothing."""
+
+ROUNDING = {torch.float32: 1e-3}
+"""Largest relative difference of gradients that is still rounding, by the type of the frozen layers; in others 0.05."""
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Defaults of `torch.optim.AdamW`."""
@@ -69,26 +73,121 @@ def pass_key(task: Task) -> object:
     return task.budget.steps, id(start.fold), rules.frozen, rules.up_rate, tuple(start.train.factors)
 
 
+def can_share_pass(base: Base) -> bool:
+    """Whether clients can share a pass of this model: each must get the losses and gradients of its own adapter. Tried once.
+
+    Their adapters are told apart by the place of a row in the batch. A layer that has no rows of clients in front is something
+    else: a projection of positions that all clients share (DeBERTa), tokens before rows (XLNet), tokens by expert. Nor may it
+    matter how far a row is padded, as it does where tokens are mixed without a mask (FNet).
+    """
+    if "common pass" not in base.trials:
+        in_front, ignores_padding = _try_rows(base)
+        base.trials["common pass"] = ignores_padding and (in_front or _gives_each_its_own(base))
+    return bool(base.trials["common pass"])
+
+
+@torch.no_grad()
+def _try_rows(base: Base) -> tuple[bool, bool]:
+    """Whether the rows of the batch are the first axis of what each adapted layer and head gets, and whether padding is ignored."""
+    texts = trial_texts(base.model.get_base_model(), base.tokenizer, base.labels)
+    training, found = base.model.training, list[bool]()
+    layers: list[Any] = [*peft_weights.lora_layers(base.model).values()]
+    layers += [m for m in base.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    rows = range(len(texts.ids))
+    padded = min(rows, key=lambda i: len(texts.ids[i]))
+
+    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(bool(args) and len(args[0]) == len(rows))
+
+    base.model.eval()
+    try:
+        with ExitStack() as hooks:
+            for layer in layers:
+                hooks.callback(layer.register_forward_pre_hook(see).remove)
+            together = loss.example_losses(base, texts.batch(rows, base.device))[padded]
+        alone = loss.example_losses(base, texts.batch([padded], base.device))[0]
+    except FAILURES:
+        return False, False
+    finally:
+        base.model.train(training)
+    return all(found), float((together - alone).abs()) <= _rounding(base) * (1.0 + float(alone.abs()))
+
+
+def _gives_each_its_own(base: Base) -> bool:
+    """Whether two clients with random adapters get in one pass what each gets alone; the model is left as it was."""
+    texts = trial_texts(base.model.get_base_model(), base.tokenizer, base.labels, copies=2)
+    slot, training = next(iter(base.model.peft_config)), base.model.training
+    weights = peft_weights.slot_parameters(base.model, slot)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    like, draw = peft_weights.read_adapter(base.model, slot), torch.Generator().manual_seed(0)
+    adapters = [map_tensors(lambda t: torch.randn(t.shape, generator=draw) / t.shape[-1] ** 0.5, like) for _ in "ab"]
+    half = len(texts.ids) // 2
+    plan, alone = [range(half), range(half, 2 * half)], []
+    base.model.eval()
+    try:
+        for adapter, rows in zip(adapters, plan, strict=True):
+            base.put(adapter, fold=base.fold)
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            losses = loss.example_losses(base, texts.batch(rows, base.device))
+            alone.append(_gradients(losses / half, weights))
+        scalings = [base.lora.scaling] * 2
+        stacked = {name: w.requires_grad_(True) for name, w in _stack(adapters, scalings, base.device).items()}
+        with _stacked_layers(base, slot, stacked, scalings):
+            common = _gradients(_losses(base, texts, plan), stacked)
+    except FAILURES:
+        return False
+    finally:
+        base.model.train(training)
+        with torch.no_grad():
+            for name, value in before.items():
+                weights[name].copy_(value)
+    return all(
+        _same_gradients({name: both[k] for name, both in common.items()}, slopes, _rounding(base))
+        for k, slopes in enumerate(alone)
+    )
+
+
+def _same_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rounding: float) -> bool:
+    """Whether gradients are equal to rounding; what is a thousandth of the largest of them, or less, hardly counts."""
+    least = max(float(slope.norm()) for slope in expected.values()) / 1000
+    return all(
+        float((found[name] - slope).norm()) <= rounding * (float(slope.norm()) + least)
+        for name, slope in expected.items()
+    )
+
+
+def _rounding(base: Base) -> float:
+    layers = peft_weights.lora_layers(base.model).values()
+    return max(ROUNDING.get(peft_weights.base_weight(layer).dtype, 0.05) for layer in layers)
+
+
+def _gradients(losses: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of the sum of these losses; zero for a layer that the model does not use (the cross-attention of a decoder alone)."""
+    slopes = torch.autograd.grad(losses.sum(), [*weights.values()], allow_unused=True, materialize_grads=True)
+    return dict(zip(weights, slopes, strict=True))
+
+
 def train_together(
     base: Base, texts: EncodedTexts, training: Training, members: Sequence[BatchedClient]
 ) -> list[tuple[Adapter, Moments, list[float]]]:
     """Train clients with the same `pass_key`; return the adapter, the optimiser's moments and the losses of each."""
     start = members[0].task.start
     slot = base.put(members[0].adapter, start.scaling, start.fold)
-    weights = _stack([member.adapter for member in members], [_scaling(base, m) for m in members], base.device)
+    scalings = [_scaling(base, member) for member in members]
+    weights = _stack([member.adapter for member in members], scalings, base.device)
     for name, weight in weights.items():
         weight.requires_grad_(objective.side_of(name) not in start.rules.frozen)
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     optimiser = _AdamW(training, trained, members, start.rules.up_rate)
     losses: list[list[float]] = []
-    with torch.random.fork_rng(), _stacked_layers(base, slot, weights, len(members), members):
+    with torch.random.fork_rng(), _stacked_layers(base, slot, weights, scalings):
         torch.manual_seed(members[0].task.seed)
         base.model.train()
         for step in range(len(members[0].plan)):
             each = _losses(base, texts, [member.plan[step] for member in members])
             losses.append(each.tolist())
-            slopes = torch.autograd.grad(each.sum(), [*trained.values()])
-            optimiser.step(dict(zip(trained, slopes, strict=True)), training.rate(step, len(members[0].plan)))
+            optimiser.step(_gradients(each, trained), training.rate(step, len(members[0].plan)))
     adapters = _unstack(weights, members, base)
     moments = optimiser.moments(members) if training.keep_moments else [{} for _ in members]
     return [(adapters[k], moments[k], [line[k] for line in losses]) for k in range(len(members))]
@@ -129,11 +228,9 @@ def _unstack(weights: Mapping[str, Tensor], members: Sequence[BatchedClient], ba
 
 
 @contextmanager
-def _stacked_layers(
-    base: Base, slot: str, weights: Mapping[str, Tensor], clients: int, members: Sequence[BatchedClient]
-) -> Iterator[None]:
+def _stacked_layers(base: Base, slot: str, weights: Mapping[str, Tensor], scalings: Sequence[float]) -> Iterator[None]:
     """Inside, the model computes with the stacked adapters and heads instead of PEFT's."""
-    scales = torch.tensor([_scaling(base, m) for m in members], device=base.device)[:, None, None]
+    scales, clients = torch.tensor(scalings, device=base.device)[:, None, None], len(scalings)
     with ExitStack() as stack:
         stack.enter_context(base.model.disable_adapter())  # type: ignore[no-untyped-call]
         for name, layer in peft_weights.lora_layers(base.model).items():

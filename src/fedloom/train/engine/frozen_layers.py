@@ -8,10 +8,10 @@ groups of like length that do not depend on the batches, so that a hit and a mis
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,14 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
 from fedloom.train import peft_weights
 from fedloom.train.base_model import Base
+from fedloom.train.engine.trial_texts import FAILURES, trial_inputs
 from fedloom.train.tokenised import EncodedTexts
 
 CHUNK_EXAMPLES = {"cpu": 8}
 """Examples of one client, in order of length, whose activations are computed together; elsewhere 32."""
+
+ROUNDING = 1e-5
+"""Largest difference, relative to the largest number, that is still rounding."""
 
 Activations: TypeAlias = dict[int, Tensor]
 """Activations by example, (tokens, hidden size) each, without padding."""
@@ -54,18 +58,53 @@ class _TrainedBlockReached(Exception):
     """Ends a forward pass at the first trained block."""
 
 
-class _BlockWithInput(nn.Module):
-    """A block that computes from `hidden`, whatever its input is."""
+@dataclass(frozen=True, slots=True)
+class BlockForm:
+    """How a model calls its blocks.
 
-    def __init__(self, block: nn.Module, hidden: Tensor) -> None:
+    Fields:
+        rows: axis of the examples in a block's input.
+        tokens: axis of the tokens.
+        returned: of each block below the trained ones, how many values it returns (0: a tensor by itself).
+    """
+
+    rows: int
+    tokens: int
+    returned: tuple[int, ...]
+
+
+class _BlockInPlace(nn.Module):
+    """Stands in the place of a block; what a model asks of its blocks, for instance their attention, is the block's."""
+
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.block, self.hidden = block, hidden
+        self.block = block
 
     def __getattr__(self, name: str) -> Any:
-        """A model may ask its blocks what they are, for instance which attention they have."""
-        return super().__getattr__(name) if name in ("block", "hidden") else getattr(self.block, name)
+        return super().__getattr__(name) if name == "block" else getattr(self.block, name)
+
+
+class _SkippedBlock(_BlockInPlace):
+    """A block below the trained ones: returns its input in the form of its output."""
+
+    def __init__(self, block: nn.Module, returned: int) -> None:
+        super().__init__(block)
+        self.returned = returned
 
     def forward(self, *args: Any, **named: Any) -> Any:
+        hidden = _block_input(args, named)
+        return (hidden, *[None] * (self.returned - 1)) if self.returned else hidden
+
+
+class _FirstTrainedBlock(_BlockInPlace):
+    """Computes from `hidden`, whatever its input is; `reached` is called before."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor, reached: Callable[[], None]) -> None:
+        super().__init__(block)
+        self.hidden, self.reached = hidden, reached
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        self.reached()
         if args:
             return self.block(self.hidden, *args[1:], **named)
         return self.block(**{**named, "hidden_states": self.hidden})
@@ -75,17 +114,23 @@ class _BlockWithInput(nn.Module):
 class LayerSplit:
     """A transformer split below its lowest trained block.
 
+    Blocks keep their places, also those that are skipped: a model chooses masks and rotary embeddings by them.
+
     Fields:
+        model: the whole model.
         owner: the module that holds the blocks.
         name: its attribute for them.
         blocks: all blocks.
         first: index of the lowest trained one.
+        form: how the blocks are called (None: a pass cannot begin at the first trained block).
     """
 
+    model: nn.Module
     owner: nn.Module
     name: str
     blocks: Sequence[nn.Module]
     first: int
+    form: BlockForm | None = None
 
     @contextmanager
     def starting_from(self, hidden: Tensor) -> Iterator[None]:
@@ -93,42 +138,183 @@ class LayerSplit:
 
         No hook: the block may be computed again in the backward pass, outside (`Engine.checkpointing`).
         """
+        form = cast(BlockForm, self.form)
+        entry = hidden.movedim((0, 1), (form.rows, form.tokens))
+        skipped = [_SkippedBlock(*pair) for pair in zip(self.blocks[: self.first], form.returned, strict=True)]
         lowest, *above = self.blocks[self.first :]
-        setattr(self.owner, self.name, nn.ModuleList([_BlockWithInput(lowest, hidden), *above]))
+        with self._dropout_above() as reached:
+            blocks = nn.ModuleList([*skipped, _FirstTrainedBlock(lowest, entry, reached), *above])
+            setattr(self.owner, self.name, blocks)
+            try:
+                yield
+            finally:
+                setattr(self.owner, self.name, self.blocks)
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Leave a forward pass inside the block as it is, but for dropout below the first trained block, which is off."""
+        with self._dropout_above() as reached:
+            hook = self.blocks[self.first].register_forward_pre_hook(lambda *_: reached())
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    @contextmanager
+    def _dropout_above(self) -> Iterator[Callable[[], None]]:
+        """Put the model in eval mode; what is yielded puts it back, and is to be called at the first trained block."""
+        training = self.model.training
+
+        def reached() -> None:
+            self.model.train(training)
+
+        self.model.eval()
         try:
-            yield
+            yield reached
         finally:
-            setattr(self.owner, self.name, self.blocks)
+            reached()
 
     @torch.no_grad()
-    def frozen_output(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    def frozen_output(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the input of the first trained block, (batch, tokens, hidden size); without a graph, of a model in eval mode."""
-        found: list[Tensor] = []
+        form, found = cast(BlockForm, self.form), list[Tensor]()
 
         def stop(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found.append(args[0] if args else named["hidden_states"])
+            found.append(_block_input(args, named))
             raise _TrainedBlockReached
 
         hook = self.blocks[self.first].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            model(**inputs)
+            self.model(**inputs)
         except _TrainedBlockReached:
             pass
         finally:
             hook.remove()
-        return found[0]
+        return found[0].movedim((form.rows, form.tokens), (0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """A forward pass.
+
+    Fields:
+        logits: its result.
+        early: layers outside of the blocks that were called before the first trained block, of those that were looked for.
+        entries: inputs of the first trained block.
+        calls: the blocks, in the order of their calls.
+        outputs: what they returned.
+    """
+
+    logits: Tensor
+    early: list[nn.Module] = field(default_factory=list)
+    entries: list[Tensor] = field(default_factory=list)
+    calls: list[nn.Module] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+    def last(self, form: BlockForm) -> Tensor:
+        """Output of the last block, (batch, tokens, hidden size)."""
+        output = self.outputs[-1]
+        hidden = cast(Tensor, output[0] if isinstance(output, tuple | list) else output)
+        return hidden.movedim((form.rows, form.tokens), (0, 1))
+
+
+def _traced(split: LayerSplit, inputs: Mapping[str, Tensor], outside: Sequence[nn.Module] = ()) -> _Trace:
+    trace = _Trace(torch.empty(0))
+
+    def call(layer: nn.Module, _: Any) -> None:
+        if not trace.entries:
+            trace.early.append(layer)
+
+    def enter(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        trace.entries.append(_block_input(args, named))
+
+    def leave(block: nn.Module, _: Any, output: Any) -> None:
+        trace.calls.append(block)
+        trace.outputs.append(output)
+
+    with ExitStack() as hooks:
+        hooks.callback(split.blocks[split.first].register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for layer in outside:
+            hooks.callback(layer.register_forward_pre_hook(call).remove)
+        for block in split.blocks:
+            hooks.callback(block.register_forward_hook(leave).remove)
+        return replace(trace, logits=split.model(**inputs).logits)
+
+
+def _block_input(args: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    return cast(Tensor, args[0] if args else named["hidden_states"])
+
+
+def _close(one: Tensor, other: Tensor, mask: Tensor) -> bool:
+    """Whether two tensors are equal to rounding; with a row and a token for each of `mask`, where it is set."""
+    if one.shape[:2] == mask.shape:
+        one, other = one[mask.bool()], other[mask.bool()]
+    return one.shape == other.shape and float((one - other).abs().max()) <= ROUNDING * float(other.abs().max())
+
+
+def lowest_trained(base: Base, trained: Collection[str]) -> int:
+    """Return the index of the lowest block that holds one of these layers, 0 where layers lie below or the blocks are not known."""
+    found, depths = peft_weights.transformer_blocks(base.model), peft_weights.layer_depths(base.model)
+    if found is None or any(name not in depths for name in trained):
+        return 0
+    return max(0, len(found[1]) - max(1, *(depths[name] for name in trained), 1))
 
 
 def split_layers(base: Base, trained: Collection[str]) -> LayerSplit | None:
     """Split the blocks below the trained layers; None if no block lies below all of them."""
-    found, depths = peft_weights.transformer_blocks(base.model), peft_weights.layer_depths(base.model)
-    if found is None or any(name not in depths for name in trained):
-        return None
-    path, blocks = found
-    first = len(blocks) - max(1, *(depths[name] for name in trained), 1)
+    first = lowest_trained(base, trained)
+    return split_at(base, first) if first else None
+
+
+def split_at(base: Base, first: int) -> LayerSplit:
+    """Split the blocks below the one at this index. Whether a pass can begin there is tried on the model, once."""
+    path, blocks = cast(tuple[str, nn.ModuleList], peft_weights.transformer_blocks(base.model))
     owner, _, name = path.rpartition(".")
-    holder = base.model.get_base_model().get_submodule(owner)
-    return LayerSplit(holder, name, blocks, first) if first > 0 else None  # type: ignore[arg-type]
+    split = LayerSplit(base.model, base.model.get_base_model().get_submodule(owner), name, blocks, first)  # type: ignore[arg-type]
+    trial = f"pass from block {first}"
+    if trial not in base.trials:
+        base.trials[trial] = _form_of(base, split)
+    return replace(split, form=cast(BlockForm | None, base.trials[trial]))
+
+
+def keeps_activations(base: Base, least: int, most: int | None) -> bool:
+    """Whether a pass can begin at the first trained block at every depth from `least` to `most` (None: all blocks)."""
+    found = peft_weights.transformer_blocks(base.model)
+    count = len(found[1]) if found else 0
+    places = range(max(1, count - (count if most is None else most)), count - least + 1)
+    return all(split_at(base, first).form for first in places)
+
+
+@torch.no_grad()
+def _form_of(base: Base, split: LayerSplit) -> BlockForm | None:
+    """Return how the blocks are called; None where a pass from the first trained one is not what the plain model computes.
+
+    So it is where a block below hands on more than its output (keys, a position bias), which a later block would miss, where padded
+    tokens are read, and where a layer that is trained at every depth comes before the blocks.
+    """
+    inputs, training = trial_inputs(base.model.get_base_model(), base.tokenizer), base.model.training
+    layers = peft_weights.lora_layers(base.model)
+    above: list[Any] = [layers[name] for name, depth in peft_weights.layer_depths(base.model).items() if not depth]
+    rows, tokens = inputs["input_ids"].shape
+    base.model.eval()
+    try:
+        plain = _traced(split, inputs, above)
+        sizes = [*plain.entries[0].shape]
+        if {sizes.count(rows), sizes.count(tokens)} != {1} or plain.calls != list(split.blocks) or plain.early:
+            return None
+        returned = tuple(len(out) if isinstance(out, tuple | list) else 0 for out in plain.outputs[: split.first])
+        form = BlockForm(sizes.index(rows), sizes.index(tokens), returned)
+        split = replace(split, form=form)
+        hidden = split.frozen_output(inputs)
+        padded = ~inputs["attention_mask"].bool().reshape(rows, tokens, *[1] * (hidden.ndim - 2))
+        with split.starting_from(hidden.masked_fill(padded, 0)):  # as kept activations are
+            short = _traced(split, inputs)
+        pairs = [(short.logits, plain.logits), (short.last(form), plain.last(form))]
+        return form if all(_close(*pair, inputs["attention_mask"]) for pair in pairs) else None
+    except FAILURES:
+        return None
+    finally:
+        base.model.train(training)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +343,13 @@ class FrozenFeatures:
         for chunk in missing:
             inputs = self.texts.batch(chunk, self.base.device)
             inputs.pop("labels")
-            rows = self.split.frozen_output(self.base.model, inputs)
+            rows = self.split.frozen_output(inputs)
             for i, row in zip(chunk, rows, strict=True):
                 self.stored[i] = row[self.texts.token_span(i, len(row))].clone()
         if missing:
             self.base.model.train(training)
         width, some = max(self.texts.lengths(batch)), self.stored[batch[0]]
-        hidden = some.new_zeros(len(batch), width, some.shape[1])
+        hidden = some.new_zeros(len(batch), width, *some.shape[1:])
         for row, i in zip(hidden, batch, strict=True):
             row[self.texts.token_span(i, width)] = self.stored[i]
         return hidden

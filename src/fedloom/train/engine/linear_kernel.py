@@ -8,15 +8,23 @@ where the weight is trained or the input is not float32 on the CPU, a layer comp
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.core.errors import Refused
+from fedloom.train.engine.trial_texts import FAILURES
 
 LEAST_GAIN = 1.15
 """Speed-up over torch's own kernel from which on one is chosen: far from what is measured both where it gains and where not."""
+
+
+ROUNDING = 1e-4
+"""Largest difference of two products, relative to the largest number, that is still rounding."""
 
 
 def onednn_available() -> bool:
@@ -46,24 +54,46 @@ def fastest_kernel() -> str:
     return "onednn" if plain > LEAST_GAIN * fast else "torch"
 
 
-def install_linear_kernel(model: nn.Module, bfloat16: bool = False) -> int:
-    """Make every frozen `nn.Linear` of the model compute through oneDNN, or in bfloat16; return how many there are.
+def install_linear_kernel(model: nn.Module, bfloat16: bool = False, spare: Collection[nn.Module] = ()) -> int:
+    """Make every frozen linear layer of the model compute through oneDNN, or in bfloat16; return how many there are.
 
     A head that PEFT keeps beside its trained copies is left out: further copies are made of it. So is, in bfloat16, a layer that is
-    also an embedding: its output would make the whole model compute in bfloat16.
+    also an embedding: its output would make the whole model compute in bfloat16. GPT-2's `Conv1D` has its weight the other way round:
+    torch multiplies it, but it can be in bfloat16. `spare` are further layers to leave as they are: those whose weights are read by
+    other layers, which expect float32 (Mamba). Raises Refused where bfloat16 would change nothing.
     """
     heads = [m.original_module for m in model.modules() if isinstance(m, ModulesToSaveWrapper)]
-    spared = {id(inner) for head in heads for inner in head.modules()}
+    spared = {id(inner) for head in heads for inner in head.modules()} | {id(module) for module in spare}
     if bfloat16:
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         spared |= {id(m) for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) in tables}
-    linear = [m for m in model.modules() if type(m) is nn.Linear and id(m) not in spared]
+    kinds = HALVES if bfloat16 else {nn.Linear: FrozenLinear}
+    linear: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and id(m) not in spared]
+    linear = [m for m in linear if type(m) in kinds or (bfloat16 and _is_linear_in_fact(m))]
     frozen = [m for m in linear if not m.weight.requires_grad]
+    if bfloat16 and not frozen:
+        raise Refused("engine.bfloat16", True, "the model has no frozen linear layer that could be; leave it off")
     for layer in frozen:
-        layer.__class__ = HalfLinear if bfloat16 else FrozenLinear  # it stays the module that peft and state dicts know
+        layer.__class__ = kinds.get(type(layer), HalfLinear)  # it stays the module that peft and state dicts know
         if bfloat16:
             layer.to(torch.bfloat16)
     return len(frozen)
+
+
+@torch.no_grad()
+def _is_linear_in_fact(layer: nn.Module) -> bool:
+    """Whether a layer that is derived from `nn.Linear` computes x W^T + b, as Falcon's do, and routers of experts do not."""
+    if not isinstance(layer, nn.Linear) or layer.weight.dtype != torch.float32:
+        return False
+    x = torch.linspace(-1.0, 1.0, layer.in_features, device=layer.weight.device)[None]
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    try:
+        found = layer(x)
+    except FAILURES:
+        return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return float((found - expected).abs().max()) <= ROUNDING * float(expected.abs().max())
 
 
 class HalfLinear(nn.Linear):
@@ -72,6 +102,19 @@ class HalfLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """x W^T + b, computed in bfloat16."""
         return super().forward(input.to(self.weight.dtype)).to(input.dtype)
+
+
+class HalfConv1D(Conv1D):
+    """The same for GPT-2's linear layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W + b, computed in bfloat16."""
+        found: Tensor = super().forward(x.to(self.weight.dtype))  # type: ignore[no-untyped-call]
+        return found.to(x.dtype)
+
+
+HALVES: Mapping[type[nn.Module], type[nn.Module]] = {nn.Linear: HalfLinear, Conv1D: HalfConv1D}
+"""Kinds of linear layers, and what they become in bfloat16."""
 
 
 class FrozenLinear(nn.Linear):

@@ -19,6 +19,7 @@ from weakref import ref
 
 from fedloom.core.errors import Refused
 from fedloom.core.policies import PendingResult, Trainer
+from fedloom.core.text import last_line
 from fedloom.core.types import ClientState, Result, Task
 from fedloom.train.workers.shared_memory import pickle_object, unpickle_object
 from fedloom.train.workers.worker import Answers, GroupedTrainer, TaskGroup, TrainingWorker, WorkerFactory, Workers
@@ -162,10 +163,7 @@ class WorkerPool:
 
     def _give_up(self, group: TaskGroup, error: BaseException) -> Refused:
         names = ", ".join(f"task {task.id} of client {task.client}" for task, _ in group)
-        last = str(error).strip().rpartition("\n")[2]
-        remedy = (
-            f"{MOST_DEATHS} workers ended one after the other in {names} ({last}); if memory ran out, ask for fewer"
-        )
+        remedy = f"{MOST_DEATHS} workers ended one after the other in {names} ({last_line(error)}); if memory ran out, ask for fewer"
         return Refused("workers", str(self.workers), remedy)
 
 
