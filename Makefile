@@ -58,6 +58,7 @@ bench: .venv/ready ## the quick benches; each prints a table and one JSON line
 	@$(BIN)/python -m bench.simulate --quick
 	@$(BIN)/python -m bench.transfer --quick
 	@$(BIN)/python -m bench.group --quick
+	@$(BIN)/python -m bench.models --quick
 	@$(BIN)/python -m bench.tables --quick
 
 clean: ## remove .venv and caches; run folders stay

@@ -101,7 +101,7 @@ BAD_RUNS = {
     "corrupt file": ("run = tiny_run(model, data=Table('corrupt.parquet'))", ("data.path = 'corrupt.parquet'",)),
     "corrupt archive": ("run = tiny_run(model, data=Table('corrupt.csv.gz'))", ("data.path = 'corrupt.csv.gz'",)),
     "missing file": ("run = tiny_run(model, data=Table('none.csv'))", ("data.path = 'none.csv'", "no such file")),
-    "corrupt model": ("run = tiny_run('broken')", ("model = 'broken'", "no model that transformers can load")),
+    "corrupt model": ("run = tiny_run('broken')", ("model = 'broken'", "transformers cannot load it")),
     "missing model": ("run = tiny_run('./no/model')", ("model = './no/model'", "no such folder")),
     "contradiction of ranks": (
         "run = tiny_run(model, plan=Plan(RandomRank(low=8, high=2)))",
@@ -378,7 +378,7 @@ def test_an_export_of_what_is_torn_is_one_sentence(fedloom: Fedloom, finished: P
     one_sentence(fedloom("export", "nowhere", "--merged"), "run folder = 'nowhere'")
     shutil.copytree(finished, "torn")
     Path("torn/adapter/adapter_model.safetensors").write_bytes(b"junk")
-    one_sentence(fedloom("export", "torn", "--merged"), "run folder = 'torn'", "cannot be read")
+    one_sentence(fedloom("export", "torn", "--merged"), "run folder = 'torn/adapter'", "is damaged")
     Path("torn/manifest.json").write_text("{}")
     one_sentence(fedloom("export", "torn", "--rank", 1), "run folder = 'torn'", "cannot be read")
     assert not Path("torn/merged").exists()

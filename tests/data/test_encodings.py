@@ -25,6 +25,8 @@ LATIN = {
     "Turkish": ("cp1254", "Hasta ateşli ve öksürüyor\nçok kötü, ışıklar sönük"),
     "signs alone": ("cp1252", "it’s “fine” – 5 €"),
     "a currency": ("iso8859-15", "schöne Grüße für 5 €"),
+    "units": ("cp1252 latin-1", "38 °C, 5 µg ±2, §5, größer, x²"),
+    "several": ("cp1252", "müde\ntrès déçu\nEl niño\nsjukhuset å\nnão está\nsygehus ø\n“naïve”"),
 }
 RUSSIAN = "Пациент жалуется на боль в животе\nВсе хорошо, спасибо большое за помощь\nУжасное обслуживание"
 

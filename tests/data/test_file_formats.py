@@ -124,6 +124,12 @@ def test_a_sheet_with_rows_is_read_and_its_name_is_noted(tmp_path: Path) -> None
         check_columns(table, {"text": ["words"]})
 
 
+def test_texts_may_begin_like_another_kind_of_file(tmp_path: Path) -> None:
+    for first in ("<text>", "[text]", "{text}", "[1]", '["a"]'):
+        (tmp_path / "a.csv").write_text(f"{first};label\n{first};0\nb;1\n")
+        assert list(read_table_file(tmp_path / "a.csv").columns)[1:] == ["label"]
+
+
 def test_delimited_text_under_the_name_of_a_workbook_is_read(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-16"):
         (tmp_path / "export.xls").write_bytes("text\tlabel\na\t1\n".encode(encoding))

@@ -135,6 +135,17 @@ def test_other_data_under_the_same_name_are_refused(encoder: Path, half: Path, t
         prepare(asynchronous(encoder), resume=out)
 
 
+def test_another_base_model_under_the_same_name_is_refused(encoder: Path, half: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(half, tmp_path / "out")
+    about = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    (out / "manifest.json").write_text(json.dumps(about | {"base_weights": "0123456789ab"}), encoding="utf-8")
+    with pytest.raises(Refused, match=r"its data or its model are not what .*base_weights: \"0123456789ab\" there"):
+        prepare(asynchronous(encoder), resume=out)
+    del about["base_weights"]  # a manifest of an earlier fedloom
+    (out / "manifest.json").write_text(json.dumps(about), encoding="utf-8")
+    assert prepare(asynchronous(encoder), resume=out).resumed_from is not None
+
+
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(encoder: Path, half: Path, tmp_path: Path) -> None:
     out = shutil.copytree(half, tmp_path / "out")
     good = (out / CHECKPOINT).read_bytes()

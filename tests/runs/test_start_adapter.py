@@ -13,6 +13,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from fedloom import FFA, FedIT, FLoRA, Generation, HLoRA, Instructions, Momentum, Refused, Rows, prepare
@@ -274,6 +275,17 @@ def test_what_is_no_such_folder_is_refused(encoder: Path, tmp_path: Path) -> Non
     config.write_text("{")
     refused("cannot be read")
     config.write_text(text)
+    held, whole = load_file(weights), weights.read_bytes()
+    weights.write_bytes(whole[:-50])
+    refused("adapter_model.safetensors is damaged")
+    save_file({name: weight * float("nan") for name, weight in held.items()}, weights)
+    refused("not all of its weights are finite numbers")
+    embedding = "bert.embeddings.word_embeddings.weight"
+    table = AutoModelForSequenceClassification.from_pretrained(encoder).get_parameter(embedding).detach()
+    save_file(held | {f"base_model.model.{embedding}": table + 1}, weights)
+    refused(f"replaces whole layers that the run does not train .{embedding}")
+    save_file(held | {f"base_model.model.{embedding}": table.clone()}, weights)
+    prepare(tiny_run(encoder, start=str(tmp_path / "peft")))  # as PEFT saves it beside an adapter
     weights.rename(tmp_path / "peft" / "adapter_model.bin")
     refused("is a pickle, and loading one may run code")
     (tmp_path / "peft" / "adapter_model.bin").unlink()

@@ -19,7 +19,7 @@ from fedloom.core.errors import Refused
 from fedloom.core.text import without_surrogates
 from fedloom.data.examples import Examples, Turn
 from fedloom.train import chat_template
-from fedloom.train.chat_template import FitCounts, PromptFormat, PromptParts
+from fedloom.train.chat_template import FitCounts, PromptFormat, PromptParts, prompt_notes
 from fedloom.train.tokenised import IGNORED, encode_texts
 from tests.support.storms import tries
 
@@ -329,6 +329,29 @@ def test_a_date_changes_the_prompts_that_have_one_and_no_others() -> None:
 def test_a_template_that_draws_at_random_is_refused(drawn: str) -> None:
     with pytest.raises(Refused, match="its chat template draws at random"):
         encode_texts(examples((QUESTION, "", ANSWER)), tokenizer_of(drawn + CHATML), 100)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for m in messages %}{{ m.content }}", "does not take a plain request and its answer .*endfor"),
+        ("{{ unknown(messages) }}", "does not take a plain request and its answer .*'unknown' is undefined"),
+        ("{% for m in messages %}{{ m.content[0].text }}{% endfor %}", "leaves out the request and the answer"),
+        ("a", "leaves out the request and the answer"),
+        ("{{ messages[0].content }}", "leaves out the answer"),
+        ("{{ messages[1:] }}", "leaves out the request"),
+    ],
+)
+def test_a_template_without_request_or_answer_is_refused_as_the_models_fault(template: str, why: str) -> None:
+    with pytest.raises(Refused, match=why) as caught:
+        encode_texts(examples((QUESTION, "", ANSWER)), tokenizer_of(template), 100)
+    assert caught.value.field == "model"
+
+
+def test_what_a_template_writes_before_an_answer_alone_is_told() -> None:
+    shy = tokenizer_of("{% for m in messages %}{{ '[' + m.role + '] ' + m.content }}{% endfor %}")
+    assert "The chat template writes '[assistant]' before an answer, not in the prompt" in prompt_notes(shy)[0]
+    assert not any("before an answer" in note for note in prompt_notes(tokenizer_of(CHATML)))
 
 
 def test_of_several_templates_the_default_one_is_taken() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from itertools import permutations
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -163,6 +165,23 @@ def test_a_head_without_names_is_used_by_number_and_told(encoder: Path, tmp_path
 
 
 @pytest.mark.slow
+def test_names_that_transformers_drops_are_the_checkpoints_all_the_same(encoder: Path, tmp_path: Path) -> None:
+    """Of a config.json with `label2id` alone transformers makes LABEL_0, LABEL_1, ..."""
+    tuned = fine_tuned(encoder, tmp_path / "tuned", num_labels=3)
+    model = copied(tuned, tmp_path / "edited", label2id={"dog": 0, "Bird": 1, "cat": 2})
+    assert base_for(model, NAMES).label_names == ("dog", "bird", "cat")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["classifier.dense.weight", "classifier.out_proj.bias"])
+def test_a_head_of_which_a_part_is_missing_is_told(tmp_path: Path, lost: str) -> None:
+    family = FAMILIES["RoBERTa"].save(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(family, num_labels=2)
+    model.save_pretrained(family, state_dict={k: v for k, v in model.state_dict().items() if k != lost})
+    assert f"lacks a part of its head, which starts anew: {lost}." in " ".join(base_for(family, ("a", "b")).notes)
+
+
+@pytest.mark.slow
 def test_case_counts_where_labels_differ_by_it_alone(encoder: Path, tmp_path: Path) -> None:
     base = base_for(fine_tuned(encoder, tmp_path, **named(("pet", "Pet", "dog"))), ("Pet", "dog", "pet"))
     assert base.label_names == ("pet", "Pet", "dog")
@@ -265,6 +284,25 @@ def test_weights_of_another_architecture_are_refused(encoder: Path, decoder: Pat
     model = shutil.copytree(encoder, tmp_path, dirs_exist_ok=True)
     shutil.copy(decoder / "model.safetensors", model)
     assert "not of the architecture" in refusal_of(model)
+
+
+@pytest.mark.slow
+def test_weights_that_the_architecture_has_no_place_for_are_refused_or_told(tmp_path: Path) -> None:
+    """transformers leaves them out: Qwen2 as a Llama computes without its biases, Gemma 2 as a Gemma without half of its norms."""
+    qwen = copied(FAMILIES["Qwen2"].save(tmp_path / "qwen"), tmp_path / "llama", model_type="llama")
+    assert "LlamaForCausalLM has no model.layers.0.self_attn.k_proj.bias" in refusal_of(qwen, labels=None)
+    gemma = copied(FAMILIES["Gemma 2"].save(tmp_path / "gemma2"), tmp_path / "gemma", model_type="gemma")
+    assert (
+        "GemmaForCausalLM does not use: model.layers.0.post_feedforward_layernorm.weight" in writer_of(gemma).notes[0]
+    )
+
+
+@pytest.mark.slow
+def test_a_wrapper_that_was_saved_with_the_model_is_refused_by_its_name(encoder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(encoder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(model / "model.safetensors")
+    save_file({f"module.{name}": weight for name, weight in weights.items()}, model / "model.safetensors")
+    assert "begin with 'module.'" in refusal_of(model)
 
 
 @pytest.mark.slow
@@ -399,6 +437,15 @@ def test_what_is_no_checkpoint_is_refused_by_what_it_is(encoder: Path, tmp_path:
     (run / "manifest.json").write_text('{"model": {"name": "org/base"}}')
     assert f"folder of a run, not a model: give model='org/base', and start={str(run)!r}" in refusal_of(run)
     assert "GGUF" in refusal_of(emptied(tmp_path / "gguf", "base.Q4.gguf"))
+    (adapter / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "org/base", "peft_type": "PROMPT_TUNING"}'
+    )
+    assert "no run goes on from an adapter of the kind PROMPT_TUNING" in refusal_of(adapter)
+    assert f"it is a file; give the folder of the checkpoint: {adapter}" in refusal_of(adapter / "adapter_config.json")
+    assert "without the config.json" in refusal_of(emptied(tmp_path / "weights", "model.safetensors", "tokenizer.json"))
+    pointer = emptied(tmp_path / "pointer", "config.json")
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "pointer of Git LFS" in refusal_of(pointer)
     assert "only a tokenizer" in refusal_of(emptied(tmp_path / "words", "tokenizer.json"))
     assert "config.json without" in refusal_of(emptied(tmp_path / "outline", "config.json"))
     for number in (20, 100):
@@ -418,6 +465,22 @@ def test_an_adapter_beside_a_whole_model_is_refused_too(encoder: Path, tmp_path:
     shutil.copytree(encoder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     assert "it is an adapter of org/base" in refusal_of(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    assert "move adapter_config.json and adapter_model.safetensors into a folder of their own" in refusal_of(tmp_path)
+
+
+def test_code_of_a_checkpoint_is_neither_run_nor_offered_to_run(
+    encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks at the terminal where it is not told."""
+    model = copied(
+        encoder, tmp_path / "own", model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModel": "own.Own"}
+    )
+    (model / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert "program code of its own, which is not run" in refusal_of(model)
+    assert not (tmp_path / "ran").exists()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

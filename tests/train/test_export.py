@@ -29,7 +29,7 @@ from fedloom.train.export import open_run, save_adapter, save_merged, truncate_a
 from fedloom.train.peft_weights import lora_layers
 from fedloom.train.tokenised import encode_texts
 from tests.support.roundtrip import BAR, roundtrip_errors
-from tests.support.tiny_models import tiny_generator, toy_answers
+from tests.support.tiny_models import tiny_encoder, tiny_generator, toy_answers
 from tests.support.tiny_runs import answered, base_of, examples, frozen, lively, logits, same, tiny_run, writer_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -105,6 +105,27 @@ def test_a_run_folder_gives_back_base_adapter_and_labels(finished: Path, tmp_pat
     original = finished / "adapter" / "adapter_model.safetensors"
     assert (again / "adapter_model.safetensors").read_bytes() == original.read_bytes()
     assert same(truncate_adapter(adapter, 8), truncate_adapter(adapter, 8))
+
+
+@pytest.mark.slow
+def test_a_base_model_is_found_from_elsewhere_and_another_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_encoder(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    prepare(tiny_run(Path("model"))).execute(Path("run"), report=False)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert open_run(tmp_path / "run")[0].name == str(model)
+    tiny_encoder(tmp_path / "other" / "model", initializer_range=0.3)
+    with pytest.raises(Refused, match="model has other weights than when the run was made"):
+        open_run(tmp_path / "run")
+    shutil.rmtree(tmp_path / "other")
+    model.rename(tmp_path / "moved")
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"name": "model"', json.dumps({"name": str(model)})[1:-1]))
+    with pytest.raises(Refused, match=r"its base model cannot be loaded: .*It belongs where it was, or a link to it"):
+        open_run(tmp_path / "run")
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedloom.data.examples import Examples
-from fedloom.train.chat_template import FitCounts
+from fedloom.train.chat_template import FitCounts, fit_notes
 from fedloom.train.tokenised import encode_texts, longest_of
 from tests.support.storms import tries
 from tests.support.tiny_models import WORDS
@@ -56,6 +57,14 @@ def test_our_batches_are_what_the_tokenizer_would_make(request: pytest.FixtureRe
 def test_texts_are_cut_at_the_limit_and_lengths_count_no_padding(encoder: Path) -> None:
     texts = encode_texts(THREE, base_of(encoder).tokenizer, 6)
     assert texts.lengths([0, 1, 2]) == [3, 5, 6]
+
+
+def test_the_note_says_which_end_is_cut(encoder: Path) -> None:
+    tokenizer = copy.deepcopy(base_of(encoder).tokenizer)
+    tokenizer.truncation_side = "left"
+    counts = encode_texts(THREE, tokenizer, 5).fit_counts
+    assert counts == FitCounts(3, text_beginning=1)
+    assert "the beginning of the text is cut off" in fit_notes(5, {"test": counts})[0]
 
 
 def test_pairs_are_told_apart(encoder: Path) -> None:

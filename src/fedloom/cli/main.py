@@ -46,6 +46,7 @@ app = typer.Typer(
 INTERRUPTED = 130
 """What a shell expects of a program that Ctrl-C ended."""
 ESCAPED = "fedloom.escaped"
+"""Name of the error handler for letters that the encoding of a terminal lacks."""
 PLAIN_MARKS = str.maketrans(
     {"\u00a0": " ", "\u2013": "-", "\u2026": "...", "\u00b1": "+-", "\u00d7": "x", "\u2192": "->"}
 )
@@ -360,9 +361,9 @@ def _introduce(job: PreparedRun) -> None:
     ranks = Counter(run.plan(profile, fleet).rank for profile in job.profiles.values())
     out.print("Ranks now: " + ", ".join(f"{rank} at {count} clients" for rank, count in sorted(ranks.items())) + "\n")
     about: Mapping[str, Any] = job.describe()
-    for share in about["baselines"].values():
+    if (majority := about["baselines"].get("majority")) is not None:
         answer = f"Always answering {about['metrics']['majority_label']!r}"
-        out.print(f"{_escaped(answer)} would be right for {100 * share:.1f} % of the test examples\n")
+        out.print(f"{_escaped(answer)} would be right for {100 * majority:.1f} % of the test examples\n")
     if job.resumed_from:
         out.print(f"Goes on {job.resumed_from.resume_point}\n")
     for note in about["notes"]:

@@ -1,4 +1,4 @@
-"""What a cell means, whatever format it came from: a text, the name of a label or client, or nothing.
+"""Meaning of a cell, whatever format it came from: a text, the name of a label or client, or nothing.
 
 One rule of identity holds for labels and clients. Texts are stripped of blanks, also invisible ones, and brought to one form of
 Unicode (NFC). A whole number is the same written 1, 1.0 or "1"; one with leading zeros is a code and stays as it is. `True`,
@@ -42,7 +42,7 @@ MOST_CLASSES = 20
 
 
 class Identities(NamedTuple):
-    """What the cells of a column of labels or clients stand for, and remarks on cells that were written in several ways."""
+    """Identities of the cells of a column of labels or clients, and notes on names that are written in several ways."""
 
     values: list[str]
     notes: list[str]
@@ -95,8 +95,10 @@ def describe_columns(raw: RawTable) -> str:
     names = list(raw.columns)
     if raw.advice is None:
         shown = [name for name in names if COLUMN_NAME.fullmatch(name)][:MOST_LISTED]
-        more = f"{len(names) - len(shown)} columns have names that are not shown"
-        return "; ".join([f"the columns are {', '.join(shown)}"] * bool(shown) + [more] * (len(shown) < len(names)))
+        parts = [f"the columns are {', '.join(shown)}"] if shown else []
+        if len(shown) < len(names):
+            parts.append(f"{len(names) - len(shown)} columns have names that are not shown")
+        return "; ".join(parts)
     advice = f"; {raw.advice}" if raw.advice else ""
     if any(NUMBER.fullmatch(name) or name in raw.columns[name] for name in names):
         return "its first row looks like data, not like names of columns: write a row of names above it, such as text,label"

@@ -1,4 +1,4 @@
-"""What is doubtful about examples before anything is trained on them: repeated texts, test texts that were trained on, rare labels.
+"""Checks of examples before anything is trained on them: repeated texts, test texts that were trained on, rare labels.
 
 Counts and label names only, never a text.
 """
@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 from fedloom.core.text import list_some
+from fedloom.data.cells import is_missing
 from fedloom.data.examples import Examples
 from fedloom.data.raw_table import RawTable
 
@@ -23,7 +24,7 @@ def missing_sentences(raw: RawTable, roles: Mapping[str, str]) -> Iterator[str]:
     """Say for each column in use how many of its cells are empty, and in which rows; `roles` give the column of each role."""
     for role, name in roles.items():
         cells = raw.columns[name]
-        gaps = [row for row, cell in enumerate(cells) if cell is None or (isinstance(cell, str) and not cell.strip())]
+        gaps = [row for row, cell in enumerate(cells) if is_missing(cell)]
         if gaps:
             yield f"{len(gaps)} of {len(cells)} cells of the column “{name}” ({role}) are empty: {raw.rows(gaps)}."
 
@@ -55,8 +56,8 @@ def repeat_sentences(examples: Examples) -> Iterator[str]:
     if repeated := len(asked) - len(answers):
         yield f"{repeated} of {len(asked)} texts stand there before; keep one of each, or they weigh double."
     what = "answers" if examples.answers is not None else "labels"
-    if torn := sum(len(found) > 1 for found in answers.values()):
-        yield f"{torn} texts have different {what} in different rows."
+    if several := sum(len(found) > 1 for found in answers.values()):
+        yield f"{several} texts have different {what} in different rows."
 
 
 def overlap_sentences(train: Examples, test: Examples) -> Iterator[str]:
@@ -70,7 +71,7 @@ def overlap_sentences(train: Examples, test: Examples) -> Iterator[str]:
 
 
 def _questions(examples: Examples) -> list[Hashable]:
-    """What is asked in each example: its text, its second text, and the conversation before."""
+    """Return what is asked in each example: its text, its second text, and the conversation before."""
     pairs, before = examples.pairs or ("",) * len(examples), examples.before or ((),) * len(examples)
     return [*zip(map(_words, examples.texts), pairs, before, strict=True)]
 

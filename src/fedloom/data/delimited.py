@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from fedloom.core.errors import Refused
 from fedloom.data.encodings import decode_text
-from fedloom.data.raw_table import RawTable, check_column_names, strip_blanks, table_of_columns, without_repeated_names
+from fedloom.data.raw_table import RawTable, strip_blanks, table_below_header
 
 SEPARATORS: Mapping[str, str] = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 """Separators that are looked for, and what notes call them."""
@@ -28,7 +28,7 @@ FEWEST_NUMBERED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class FileFormat:
-    """How a file is to be read; what is None is found, and the notes of the run say what was found, unless it is the ordinary.
+    """Settings for reading a file; what is None is found, and the notes of the run say what was found, unless it is the ordinary.
 
     Fields:
         separator: character between the cells of a CSV file, or "tab".
@@ -56,7 +56,7 @@ FOUND = FileFormat()
 
 @dataclass(frozen=True, slots=True)
 class Quoting:
-    """What a quotation mark means.
+    """Meaning of a quotation mark in a file.
 
     Fields:
         encloses: whether it encloses a cell; else it is a character like others.
@@ -112,19 +112,13 @@ def read_delimited(content: bytes, where: str, how: FileFormat = FOUND) -> RawTa
     text, separator = _declared_separator(text.replace("\r\n", "\n"), how.separator)
     reading = _find_reading(text, where, separator, how.quoted)
     found = _found(reading, encoding, how, where)
-    header = [strip_blanks(name) for name in reading.rows[0]]
-    unnamed = [k for k, name in enumerate(header) if not name or name.startswith("Unnamed: ")]
-    named = [k for k in range(len(header)) if k not in unnamed]
-    check_column_names([header[k] for k in named], where)
-    filled = [k for k in unnamed if k and any(row[k].strip() for row in reading.rows[1:])]
+    header, *rows = reading.rows
+    table = table_below_header([strip_blanks(name) for name in header], rows, where)
     notes = [f"{where}: {', '.join(found)}."] if found else []
-    if filled:
-        notes.append(f"{where}: {len(filled)} column(s) without a name are not read.")
-    columns = {header[k]: [row[k] for row in reading.rows[1:]] for k in named}
     advice = (
         "cells that end at another sign than , ; | or tab need --set data.separator=SIGN" if len(header) < 2 else ""
     )
-    return without_repeated_names(table_of_columns(columns, where)._replace(notes=tuple(notes), advice=advice))
+    return table._replace(notes=(*notes, *table.notes), advice=advice)
 
 
 def _found(reading: Reading, encoding: str, how: FileFormat, where: str) -> list[str]:
@@ -196,11 +190,7 @@ def _read(text: str, separator: str, quoted: bool | None) -> Reading:
     Elsewhere they enclose cells, unless no cell is enclosed and they would make the rows unequal. Where no cell begins with one, a
     backslash may stand before separators inside cells.
     """
-    if (
-        quoted is None
-        and f"\\{separator}" in text
-        and not re.search(rf'(?:^|{re.escape(separator)})\s*"', text, re.MULTILINE)
-    ):
+    if quoted is None and _has_escaped(text, separator):
         escaped = _attempt(text, separator, ESCAPED)
         if isinstance(escaped, Reading):
             return escaped
@@ -219,6 +209,13 @@ def _read(text: str, separator: str, quoted: bool | None) -> Reading:
     if separator != "\t" and any(len(cell) > 1 and cell[0] == cell[-1] == '"' for row in plain.rows for cell in row):
         return _successful(enclosed)
     return plain
+
+
+def _has_escaped(text: str, separator: str) -> bool:
+    """Whether a backslash stands before a separator, which is no second one, and no cell begins with a quotation mark."""
+    sign = re.escape(separator)
+    opened = re.search(rf'(?:^|{sign})\s*"', text, re.MULTILINE)
+    return opened is None and re.search(rf"(?<!\\)(?:\\\\)*\\{sign}", text) is not None
 
 
 def _enclosed(text: str, separator: str) -> Reading | Unreadable:

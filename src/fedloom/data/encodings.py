@@ -56,6 +56,10 @@ SAMPLE = 20_000
 """Characters beyond ASCII that are looked at."""
 JOINS = "'’‘´`\xad\xa0·"
 """What stands between two letters beside letters and dashes."""
+ORDINALS = "ªº"
+"""What stands behind numbers and words, not before a letter."""
+SIGNS = f"µ{ORDINALS}"
+"""Signs that count as letters in Unicode, and belong to no alphabet."""
 APART = "¬¶±"
 """What stands at no letter; letters of iso8859-2 are these in other encodings."""
 PADDING = bytes(8)
@@ -146,7 +150,7 @@ def _latin_encoding(content: bytes) -> str | None:
         except UnicodeDecodeError:
             continue
         foreign = [match[0].lower()[0] for match in islice(re.finditer(r"[^\x00-\x7f]", text), SAMPLE)]
-        letters = [sign for sign in foreign if sign.isalpha() and sign > "\x7f"]
+        letters = [sign for sign in foreign if sign.isalpha() and sign > "\x7f" and sign not in SIGNS]
         known = max(sum(sign in alphabet for sign in letters) for alphabet in alphabets)
         if known >= (1 - FOREIGN_SHARE) * len(letters) and not _is_broken(text):
             return encoding
@@ -163,6 +167,8 @@ def _is_broken(text: str) -> bool:
 def _is_strange(before: str, sign: str, after: str) -> bool:
     if sign == "¤" or unicodedata.category(sign) == "Cc":
         return True
+    if sign in ORDINALS:
+        return after.isalpha()
     if sign.isalpha():
         return sign.isupper() and before.islower()
     if sign in APART:

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from fedloom.core.errors import Refused
 from fedloom.data.cells import identity
 from fedloom.data.database import is_postgres, query_database
-from fedloom.data.delimited import FileFormat, read_delimited
+from fedloom.data.delimited import FOUND, FileFormat, read_delimited
 from fedloom.data.encodings import decode_text
 from fedloom.data.raw_table import (
     TRAINING,
@@ -27,14 +27,12 @@ from fedloom.data.raw_table import (
     RowSource,
     Tables,
     arrow_table,
-    check_column_names,
     choose_splits,
     gather_tables,
     row_count,
     strip_blanks,
-    table_of_columns,
+    table_below_header,
     table_of_rows,
-    without_repeated_names,
 )
 
 TEXT, JSON = (".csv", ".tsv", ".txt", ".tab"), (".json", ".jsonl", ".ndjson")
@@ -44,6 +42,8 @@ WORKBOOK_MARKS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"\x09\x08", b"\x09\x04", 
 SUFFIXES = (*TEXT, *JSON, *WORKBOOK, *PARQUET, *ARROW)
 KINDS = "a CSV, TSV, JSON, Excel, Parquet or Arrow file, or a folder of one of the last two"
 """What can be read, for messages."""
+MARKUP = re.compile(rb"<(?:[?!]|html|head|body|table|workbook)", re.IGNORECASE)
+"""What HTML and XML begin with, which some programs write under the name of a workbook."""
 GAP = re.compile(r"[\s,\x1e]*")
 """What may stand between the values of a JSON file."""
 SPLIT_NAME = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?:ing|set|uation)?(?![a-z])")
@@ -68,9 +68,9 @@ def read_tables(given: str | Path | RowSource | RawTable, how: FileFormat, where
     return _file_tables(Path(given).expanduser(), how)
 
 
-def read_table_file(path: Path, how: FileFormat | None = None) -> RawTable:
+def read_table_file(path: Path, how: FileFormat = FOUND) -> RawTable:
     """Read one table: that of a file, or the training rows of a folder with splits. Raises Refused."""
-    return read_tables(path, how or FileFormat()).train
+    return read_tables(path, how).train
 
 
 def _file_tables(path: Path, how: FileFormat) -> Tables:
@@ -97,14 +97,15 @@ def _content_tables(content: bytes, where: str, suffix: str, how: FileFormat) ->
     """Read the content of a file by what it begins with, else by the suffix of its name."""
     if content.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) or suffix in (*PARQUET, *ARROW):
         return Tables(_arrow_file(content, where))
-    start = content.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
-    if content.startswith(WORKBOOK_MARKS) or (suffix in WORKBOOK and start != b"<" and not _is_text(content)):
+    start = content.removeprefix(codecs.BOM_UTF8).lstrip()[:16]
+    markup = MARKUP.match(start) is not None
+    if content.startswith(WORKBOOK_MARKS) or (suffix in WORKBOOK and not markup and not _is_text(content)):
         return Tables(_workbook(content, where, how.sheet_name))
-    if start == b"<":
+    if markup:
         raise Refused(
             "data.path", where, "it holds HTML or XML; open it in an office program and save it as a workbook or CSV"
         )
-    if suffix in JSON or (start in (b"[", b"{") and _is_json(content, where, how)):
+    if suffix in JSON or (start.startswith((b"[", b"{")) and _is_json(content, where, how)):
         return _json_tables(decode_text(content, where, how.encoding)[0], where)
     return Tables(read_delimited(content, where, how))
 
@@ -118,12 +119,12 @@ def _is_text(content: bytes) -> bool:
 
 
 def _is_json(content: bytes, where: str, how: FileFormat) -> bool:
-    """Whether a file begins with JSON, whatever its name says."""
+    """Whether a file begins with a row or with rows of JSON, whatever its name says."""
     try:
-        json.JSONDecoder().raw_decode(decode_text(content, where, how.encoding)[0].lstrip())
+        first = json.JSONDecoder().raw_decode(decode_text(content, where, how.encoding)[0].lstrip())[0]
     except (ValueError, RecursionError):
         return False
-    return True
+    return isinstance(first, dict) or _are_rows(first)
 
 
 def _json_tables(text: str, where: str) -> Tables:
@@ -211,9 +212,7 @@ def _workbook(content: bytes, where: str, name: str | None) -> RawTable:
     if not rows:
         raise Refused("data.path", where, f"the sheet {chosen!r} is empty")
     header = [strip_blanks(identity(cell)) for cell in rows[0]]
-    named = [k for k, cell in enumerate(header) if cell and not cell.startswith("Unnamed: ")]
-    check_column_names([header[k] for k in named], where)
-    table = without_repeated_names(table_of_columns({header[k]: [row[k] for row in rows[1:]] for k in named}, where))
+    table = table_below_header(header, rows[1:], where)
     if name is not None or len(names) == 1:
         return table._replace(advice="")
     note = f"{where}: the sheet {chosen!r} is read, one of {len(names)}; data.sheet_name chooses another."

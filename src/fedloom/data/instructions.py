@@ -142,9 +142,7 @@ class Instructions(FileFormat):
         columns = conversation_columns(raw)
         if given == {REQUESTS[0], None, ANSWERS[0]} and columns:
             if len(columns) > 1:
-                remedy = (
-                    f"the columns {', '.join(columns)} hold columns; say which with --set data.messages={columns[0]}"
-                )
+                remedy = f"the columns {', '.join(columns)} hold conversations; say which with --set data.messages={columns[0]}"
                 raise Refused("data.messages", None, remedy)
             return replace(self, messages=columns[0]), [_column_note({"messages": columns[0]})]
         found = dict[str, str]()

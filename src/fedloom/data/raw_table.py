@@ -63,19 +63,6 @@ class RawTable(NamedTuple):
         return self._replace(columns=columns, numbers=[self.number(i) for i in at])
 
 
-def without_repeated_names(table: RawTable) -> RawTable:
-    """Leave out rows that repeat the names of the columns, as in files that were put one after the other; a note counts them."""
-    names = tuple(table.columns)
-    repeated = [
-        at for at, row in enumerate(zip(*table.columns.values(), strict=True)) if row == names and len(names) > 1
-    ]
-    if not repeated:
-        return table
-    kept = set(range(row_count(table))) - set(repeated)
-    note = f"{table.where}: rows that repeat the names of the columns are left out ({table.rows(repeated)})."
-    return table.select(sorted(kept))._replace(notes=(*table.notes, note))
-
-
 class TableRows(Sequence[Mapping[str, object]]):
     """Rows of a table as mappings, made when they are asked for; so a run's manifest tells their number and their hash."""
 
@@ -142,7 +129,7 @@ def _has_splits(given: Mapping[Any, Any]) -> bool:
     parts = [
         part
         for part in given.values()
-        if not isinstance(part, list | tuple) or any(isinstance(row, Mapping) for row in part[:1])
+        if not isinstance(part, list | tuple) or not part or isinstance(part[0], Mapping)
     ]
     return TRAINING in given and len(parts) == len(given)
 
@@ -200,6 +187,34 @@ def table_of_rows(rows: Iterable[object], where: str) -> RawTable:
     rowed: list[Mapping[str, object]] = listed  # type: ignore[assignment]
     names = dict.fromkeys(name for row in rowed for name in row)
     return table_of_columns({str(name): [row.get(name) for row in rowed] for name in names}, where)
+
+
+def table_below_header(header: Sequence[str], rows: Sequence[Sequence[object]], where: str) -> RawTable:
+    """Make a table of rows of cells, as many in each as names in the header.
+
+    Columns without a name are not read, and a note counts those that hold anything; the first one is an index. Rows that repeat the
+    header, as in files that were put one after the other, are left out, and a note says which.
+
+    Raises:
+        Refused: columns with the same name.
+    """
+    unnamed = [k for k, name in enumerate(header) if not name or name.startswith("Unnamed: ")]
+    named = [k for k in range(len(header)) if k not in unnamed]
+    check_column_names([header[k] for k in named], where)
+    table = table_of_columns({header[k]: [row[k] for row in rows] for k in named}, where)
+    notes = []
+    if filled := [k for k in unnamed if k and any(str(row[k]).strip() for row in rows)]:
+        notes.append(f"{where}: {len(filled)} column(s) without a name are not read.")
+    names = tuple(table.columns)
+    repeated = {
+        at for at, row in enumerate(zip(*table.columns.values(), strict=True)) if len(names) > 1 and row == names
+    }
+    if repeated:
+        notes.append(
+            f"{where}: rows that repeat the names of the columns are left out ({table.rows(sorted(repeated))})."
+        )
+        table = table.select(at for at in range(row_count(table)) if at not in repeated)
+    return table._replace(notes=tuple(notes))
 
 
 def strip_blanks(text: str) -> str:

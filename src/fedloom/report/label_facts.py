@@ -32,12 +32,12 @@ def f1(score: Line | None) -> float:
 
 
 def labels_before(log: RunLog) -> Line | None:
-    """How well the model before training tells labels apart."""
+    """Line on how well the model before training tells labels apart; None where it was not scored."""
     return next((line for line in log.labels if line.get("version") == 0), None)
 
 
 def labels_after(log: RunLog) -> Line | None:
-    """How well the last version that was scored tells labels apart; None if only the untrained model was."""
+    """Line on how well the last version that was scored tells labels apart; None if only the untrained model was."""
     return next((line for line in reversed(log.labels) if line.get("version") != 0), None)
 
 

@@ -125,8 +125,9 @@ def _classification(log: RunLog) -> Iterator[tuple[str, str, str]]:
         yield "Majority", percent(base), f"test accuracy of {facts.majority_answer(log)}"
     if score and not math.isnan(label_facts.f1(score)):
         area, balanced = (to_float((line or {}).get(key)) for key in ("roc_auc", "balanced_accuracy"))
-        beside = [f"AUC {short(area)}"] * (not math.isnan(area))
-        beside += [f"balanced accuracy {percent(balanced)}"] * (not math.isnan(balanced))
+        beside = [] if math.isnan(area) else [f"AUC {short(area)}"]
+        if not math.isnan(balanced):
+            beside.append(f"balanced accuracy {percent(balanced)}")
         yield label_facts.f1_name(log), percent(label_facts.f1(score)), ", ".join(beside)
 
 

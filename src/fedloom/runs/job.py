@@ -130,7 +130,7 @@ class Job:
         return manifest.metric_meanings(self.split.train.names, self._majority(), of)
 
     def _notes(self) -> list[str]:
-        """What a reader of the figures has to know: of data, checkpoint, labels, cut texts, method."""
+        """Notes for a reader of the figures: on data, checkpoint, labels, cut texts, method."""
         rules = self.run.aggregator.start(self.server.state.model, Budget(1, 1), 0).rules
         counts = {"training": self.train_texts.fit_counts, "test": self.test_texts.fit_counts}
         cut = chat_template.fit_notes(self.run.training.token_limit, counts)

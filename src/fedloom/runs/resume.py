@@ -205,13 +205,13 @@ class UnfinishedRun:
 
     @property
     def extension_notes(self) -> list[str]:
-        """What a reader of a deployment's figures has to know, where it was made longer."""
+        """Notes for a reader of a deployment's figures, where it was made longer."""
         ends = ", ".join(str(one["version"]) for one in self.extended)
         return [f"Made longer after version {ends}: sites may have had other data since."] if ends else []
 
     @property
     def advice(self) -> str:
-        """What to do with other data, where the run is made longer."""
+        """Advice for other data, where the run is made longer."""
         return OTHER_DATA if self.extended else ""
 
     @property

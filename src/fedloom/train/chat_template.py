@@ -55,7 +55,7 @@ FIT_NOTES = {
     "empty": "the answer has no tokens in this tokenizer",
     "last_only": "only the last answer is learnt: the chat template writes an earlier one differently once the talk goes on",
     "text": "the end of the text is cut off to fit {limit}, of a pair that of the longer one first",
-    "text_beginning": "the beginning of the text is cut off (the tokenizer's side) to fit {limit}, of a pair that of the longer one first",
+    "text_beginning": "the beginning of the text is cut off to fit {limit}, on the tokenizer's side, of a pair the longer one first",
     "special_tokens": "a text has a special token of the tokenizer in it, such as an end mark, and is read so",
     "replaced_characters": "half characters (lone surrogates) are replaced",
 }

@@ -1,4 +1,4 @@
-"""What is this checkpoint? The questions that are asked of a model and its tokenizer before anything is trained.
+"""Questions that are asked of a model and its tokenizer before anything is trained: what is this checkpoint?
 
 Each answer is an adaptation of the model, a refusal with its remedy, or a note. The same questions are asked where a run is prepared
 and at each site. Those that need texts are in `text_checks`; whether the weights are all there is asked in `pretrained`.
@@ -114,9 +114,12 @@ def adopt_head(
 
 
 def _stated_names(config: Any, count: int) -> tuple[str, ...]:
-    """Return the labels of a checkpoint's outputs, by `id2label` or, where that names none, by `label2id`."""
+    """Return the labels of a checkpoint's outputs: of `id2label` or, where it has none, of `label2id`, which transformers drops."""
     there = tuple(str(config.id2label.get(number, f"LABEL_{number}")) for number in range(count))
-    numbers = config.label2id if _unnamed(there) and isinstance(config.label2id, dict) else {}
+    if not _unnamed(there):
+        return there
+    written = config.get_config_dict(config.name_or_path)[0].get("label2id")
+    numbers = written if isinstance(written, dict) and len(written) == count else {}
     by_number = {str(number): str(name) for name, number in numbers.items()}
     return tuple(by_number.get(str(number), name) for number, name in enumerate(there))
 

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -98,6 +99,8 @@ def save_adapter(base: Base, adapter: Adapter, names: Sequence[str], folder: Pat
         if base.labels is not None:
             place = folder.resolve() / BASE if local else folder
             _save_classifier(base, names, place)
+            if local:
+                _link_into(folder, place)
             config.base_model_name_or_path = str(place) if local else base.name
         _own_tokenizer(base).save_pretrained(folder)
     config.save_pretrained(str(folder))
@@ -146,6 +149,16 @@ def _save_classifier(base: Base, names: Sequence[str], place: Path) -> None:
         plain = copy.deepcopy(base.model).unload()
         plain.save_pretrained(place)
         config.save_pretrained(place)
+
+
+def _link_into(folder: Path, place: Path) -> None:
+    """Put the configuration in `place`, inside `folder`, and links to its weights into `folder`: these can be moved together."""
+    shutil.copy(place / "config.json", folder)
+    for pattern in WEIGHTS:
+        for file in place.glob(pattern):
+            with suppress(OSError):  # a system without links
+                (folder / file.name).unlink(missing_ok=True)
+                (folder / file.name).symlink_to(file.relative_to(folder.resolve()))
 
 
 def _checkpoint_files(name: str) -> list[Path]:
@@ -268,6 +281,20 @@ def truncate_adapter(adapter: Adapter, rank: int) -> Adapter:
     return Adapter(factors, adapter.dense)
 
 
+def _base_model(name: str, adapter: Path, written: str) -> str:
+    """Return where the base model of a run lies: by its name or, seen from another directory, by what is in its adapter's folder.
+
+    `written` is what PEFT's configuration says.
+    """
+    if Path(name).is_dir():
+        return name
+    linked = (file.resolve().parent for pattern in WEIGHTS for file in (adapter / BASE).glob(pattern))
+    for place in (*linked, Path(written)):
+        if (place / "config.json").is_file() and any(file.is_file() for one in WEIGHTS for file in place.glob(one)):
+            return str(place)
+    return name
+
+
 def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
     """Load the base model, the final adapter and the label names of a run folder. Raises Refused if it holds no adapter."""
     if not (run / "adapter" / "adapter_model.safetensors").is_file():
@@ -280,14 +307,18 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
         modules = tuple(sorted(targets)) if targets and not isinstance(targets, str) else targets
         lora = LoRA(modules, config.lora_alpha / config.r, config.lora_dropout)
         labels = about["model"].get("labels", len(names))  # null: it writes text
+        name = _base_model(name, run / "adapter", str(config.base_model_name_or_path))
         base = load_base(name, labels, lora, 1, seed, label_names=names)  # the stored adapter brings its own rank
         engine, weights = about.get("run", {}).get("engine") or {}, about.get("base_weights")
         if weights and not engine.get("bfloat16") and weights != base.fingerprint():
             remedy = f"{name} has other weights than when the run was made; bring them back, or carry out the run again"
             raise Refused("run folder", str(run), remedy)
         return base, read_peft_folder(base, run / "adapter", "run folder").adapter, names
-    except Refused:
-        raise
+    except Refused as refused:
+        if refused.field != "model":
+            raise
+        remedy = f"its base model cannot be loaded: {refused.value!r}: {refused.remedy}. It belongs where it was, or a link to it"
+        raise Refused("run folder", str(run), remedy) from refused
     except Exception as error:  # json, peft, safetensors and torch each have their own
         remedy = f"its manifest or adapter cannot be read ({type(error).__name__}: {error}); carry out the run again"
         raise Refused("run folder", str(run), remedy.replace("\n", " ")) from error

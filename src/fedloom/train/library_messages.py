@@ -1,4 +1,4 @@
-"""What transformers, peft, tokenizers and torch say while they work: collected, and told as notes.
+"""Messages of transformers, peft, tokenizers and torch while they work: collected, and made into notes.
 
 Their warnings are often the only sign that a checkpoint is not what it seems. Inside `collect_messages` they go into a list and not
 to the terminal; `notes_of` leaves out those that this package answers itself, and makes a sentence of each of the others.

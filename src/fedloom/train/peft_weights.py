@@ -75,7 +75,7 @@ def _language_path(base: Any) -> str:
 
 
 def _block_counts(config: Any) -> set[int]:
-    """How many blocks the text passes: in a decoder beside an encoder there may be another number of them."""
+    """Return the numbers of blocks that text passes: in a decoder beside an encoder there may be another number of them."""
     names = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
     return {n for part in (config, config.get_text_config()) for name in names if (n := getattr(part, name, None))}
 

@@ -39,7 +39,7 @@ IN_BLOCK = re.compile(r"\.\d+\.")
 
 @dataclass(frozen=True, slots=True)
 class WeightReport:
-    """How the weights of a checkpoint and the parameters of a model fit.
+    """Fit of the weights of a checkpoint to the parameters of a model.
 
     Fields:
         new: parameters that the checkpoint lacks, or has in another size; they are drawn at random.
@@ -238,6 +238,7 @@ def _check_folder(path: Path) -> None:
     if _any(path, "tokenizer*"):
         remedy = "the folder holds no model, only a tokenizer: add config.json and model.safetensors"
         raise Refused("model", str(path), remedy)
+    raise Refused("model", str(path), "the folder holds no model: neither config.json nor weights; give another one")
 
 
 def _check_no_adapter(name: str) -> None:

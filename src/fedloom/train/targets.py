@@ -211,7 +211,7 @@ def _linear_layers(model: PreTrainedModel) -> set[str]:
 
 
 def _default_layers(model: PreTrainedModel, linear: Collection[str]) -> set[str]:
-    """Those in the transformer blocks, without gates: layers so narrow that low ranks save nothing."""
+    """Return the layers in the transformer blocks, without gates: layers so narrow that low ranks save nothing."""
     blocks = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
     sides = {name: _sides(model, name) for name in linear if name.startswith(blocks)}
     return {name for name, (out, into) in sides.items() if max(out, into) <= NARROW * min(out, into)}

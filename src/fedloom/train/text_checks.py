@@ -1,4 +1,4 @@
-"""Can this model read these texts? All are looked at, and a few go through the model, before anything is written.
+"""Checks that a model can read the texts of a run: all are looked at, a few go through the model, before anything is written.
 
 What fails here would fail in the middle of a run, or go on in silence with wrong numbers.
 """

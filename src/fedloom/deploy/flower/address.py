@@ -25,7 +25,7 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a server listens, or is reached.
+    """Address at which a server listens, or is reached.
 
     Fields:
         host: name or address, an IPv6 address without brackets; 0.0.0.0 stands for all IPv4 addresses of a machine, :: for all of

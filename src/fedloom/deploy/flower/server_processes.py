@@ -52,7 +52,7 @@ class ServerSetup:
 
     @property
     def address(self) -> Address:
-        """Where sites connect to."""
+        """Address that sites connect to."""
         return Address(self.host, self.port)
 
     @property

@@ -60,7 +60,7 @@ class _TrainedBlockReached(Exception):
 
 @dataclass(frozen=True, slots=True)
 class BlockForm:
-    """How a model calls its blocks.
+    """Form in which a model calls its blocks.
 
     Fields:
         rows: axis of the examples in a block's input.
