@@ -11,7 +11,7 @@ SEED ?= $(shell date +%Y%m%d)
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-seed=$(SEED)
 # Which tests `make test` runs, in pytest's words.
-MARK ?= not gpu and not mutants and not federation
+MARK ?= not gpu and not mutants and not federation and not storms
 
 .PHONY: help demo test mutants storms federation check bench clean
 .DEFAULT_GOAL := help
@@ -37,8 +37,8 @@ test: .venv/ready ## every test that needs no GPU
 mutants: .venv/ready ## whether the laws notice each of some eighty bugs, two minutes
 	@$(PYTEST) -m 'mutants or slow' tests/laws/test_mutants.py
 
-storms: .venv/ready ## every random test with all its examples, ten times as many as in `make test`
-	@STORMS=10 $(PYTEST) -m 'hypothesis and not gpu'
+storms: .venv/ready ## every random test with all its examples, ten times as many as in `make test`, and long tables whole
+	@STORMS=10 $(PYTEST) -m '(hypothesis or storms) and not gpu'
 
 federation: .venv/ready ## deployments of real processes that take minutes: the guide's own commands, whatever is killed
 	@$(BIN)/python -m pytest -m federation

@@ -271,7 +271,12 @@ def test_without_ray_one_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) 
 
 # Whole runs of a real model -----------------------------------------------------------------------------------------------
 
-METHODS = ("ProductDelta()", "FLoRA()", "FedEx()", "FedSA()", "LoRAA2()", "Scaffold(clients=6)")
+METHODS = (
+    "ProductDelta()",
+    "FLoRA()",
+    "Scaffold(clients=6)",
+    *(pytest.param(method, marks=pytest.mark.storms) for method in ("FedEx()", "FedSA()", "LoRAA2()")),
+)
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install ray)")
 Execute = Callable[..., Path]
 
