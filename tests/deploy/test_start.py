@@ -191,7 +191,9 @@ def test_an_old_deployment_without_its_checkpoint_is_not_made_longer(encoder: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [FFA(), FLoRA(), FedSA()], ids=str)
+@pytest.mark.parametrize(
+    "method", [FLoRA(), *(pytest.param(one, marks=pytest.mark.storms) for one in (FFA(), FedSA()))], ids=str
+)
 def test_a_deployment_begins_from_an_adapter(encoder: Path, tmp_path: Path, method: Any) -> None:
     """As its simulation does, to the bit; no site draws the first adapter, which is not that of the seed."""
     prepare(run_of(encoder)).execute(tmp_path / "first", report=False)

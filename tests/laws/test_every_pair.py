@@ -47,6 +47,6 @@ def test_a_storm(method: Aggregator, schedule: Schedule, script: list[tuple[str,
 @pytest.mark.slow
 @all_pairs
 @given(script=STORM)
-@tries(40)
+@tries(20)
 def test_a_storm_of_every_pair(method: Aggregator, schedule: Schedule, script: list[tuple[str, int, float]]) -> None:
     check_storm(method, schedule, script)

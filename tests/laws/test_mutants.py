@@ -17,7 +17,7 @@ from tests.support.mutants import MUTANTS, Mutant
 from tests.support.warm_pytest import WarmPytest
 
 PACKAGE = Path(fedloom.__file__).parent
-TRIED = [pytest.param(one, marks=[pytest.mark.mutants] * (k % 20 > 0), id=one.bug) for k, one in enumerate(MUTANTS)]
+TRIED = [pytest.param(one, marks=[pytest.mark.mutants] * (k % 40 > 0), id=one.bug) for k, one in enumerate(MUTANTS)]
 
 
 @pytest.fixture(scope="module")

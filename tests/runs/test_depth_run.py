@@ -75,7 +75,9 @@ def test_a_run_of_mixed_depth_repeats_resumes_and_replays(encoder: Path, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, ASYNC], ids=["rounds", "fedfa"])
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, id="rounds", marks=pytest.mark.storms), pytest.param(ASYNC, id="fedfa")]
+)
 def test_any_number_of_workers_writes_the_same_bytes(encoder: Path, tmp_path: Path, more: Any) -> None:
     run = mixed(encoder, engine=None, **more)
     folders = [prepare(run).execute(tmp_path / str(n), report=False, workers=n).folder for n in (1, 2)]

@@ -363,7 +363,7 @@ def survived(lethal: Path, alone: Path, together: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ProductDelta()", "FLoRA()"])
+@pytest.mark.parametrize("method", ["ProductDelta()", pytest.param("FLoRA()", marks=pytest.mark.storms)])
 def test_a_run_survives_the_death_of_a_worker(execute: Execute, lethal: Path, method: str) -> None:
     survived(lethal, execute(1, method), execute(2, method))
 
