@@ -9,6 +9,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
@@ -136,7 +137,7 @@ def inspect_command(  # noqa: PLR0913  # they are its options
 # The table ----------------------------------------------------------------------------------------------------------------
 
 
-class _Found(NamedTuple):
+class _InspectedTable(NamedTuple):
     """A table, its test rows if there are any, the column of each role, the examples of both, and notes on how it was read."""
 
     raw: RawTable
@@ -170,7 +171,7 @@ def _is_table(path: Path) -> bool:
     )
 
 
-def _load(path: Path, test: Path | None, named: Mapping[str, str], how: Mapping[str, str]) -> _Found:
+def _load(path: Path, test: Path | None, named: Mapping[str, str], how: Mapping[str, str]) -> _InspectedTable:
     """Read a table and make examples of it; the notes say how it was read, and what each column was taken for."""
     from fedloom.data.delimited import FileFormat
     from fedloom.data.file_formats import read_table_file, read_tables
@@ -202,7 +203,7 @@ def _load(path: Path, test: Path | None, named: Mapping[str, str], how: Mapping[
         spelled = [*spelled, f"{tested.where} has no column “{roles['text']}”: it is not compared."]
     both = None if tested is None or "text" not in have else _examples(tested, have)[0]
     spelled = [note.replace("--set data.label=", "--column label=") for note in spelled]
-    return _Found(raw, roles, examples, both, [*notes, *spelled])
+    return _InspectedTable(raw, roles, examples, both, [*notes, *spelled])
 
 
 def _examples(raw: RawTable, roles: Mapping[str, str]) -> tuple[Examples, Sequence[str]]:
@@ -220,7 +221,7 @@ def _examples(raw: RawTable, roles: Mapping[str, str]) -> tuple[Examples, Sequen
     return split.train, [note for note in split.notes if " test rows " not in note]
 
 
-def _findings(found: _Found) -> list[str]:
+def _findings(found: _InspectedTable) -> list[str]:
     """Say what is doubtful about the examples."""
     from fedloom.data import data_checks
 
@@ -264,12 +265,10 @@ def _show_examples(out: Console, examples: Examples, model: str) -> None:
     out.print(f"\nAs {Path(model).name} reads them, special tokens included ({legend}):", style="bold", markup=False)
     for number, ids in enumerate(texts.ids):
         targets = [IGNORED] * len(ids) if texts.answer_starts is None else texts.targets(number)
-        spans, start = [], 0
-        for end in range(1, len(ids) + 1):
-            if end == len(ids) or (targets[end] == IGNORED) != (targets[start] == IGNORED):
-                said = str(tokenizer.decode(list(ids[start:end]), skip_special_tokens=False))
-                spans.append(said if targets[start] == IGNORED else f"{LEARNT[0]}{said}{LEARNT[1]}")
-                start = end
+        spans = []
+        for learnt, span in groupby(zip(ids, targets, strict=True), lambda token: token[1] != IGNORED):
+            text = str(tokenizer.decode([token for token, _ in span], skip_special_tokens=False))
+            spans.append(f"{LEARNT[0]}{text}{LEARNT[1]}" if learnt else text)
         label = "" if examples.answers else f"  -> {examples.names[examples.labels[number]]}"
         out.print(f"{number + 1}. ({len(ids)} tokens) {''.join(spans)}{label}", markup=False, soft_wrap=True)
 

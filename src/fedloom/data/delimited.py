@@ -111,7 +111,7 @@ def read_delimited(content: bytes, where: str, how: FileFormat = FOUND) -> RawTa
         raise Refused("data.path", where, "the file is empty")
     text, separator = _declared_separator(text.replace("\r\n", "\n"), how.separator)
     reading = _find_reading(text, where, separator, how.quoted)
-    found = _found(reading, encoding, how, where)
+    found = _unusual_settings(reading, encoding, how, where)
     header, *rows = reading.rows
     table = table_below_header([strip_blanks(name) for name in header], rows, where)
     notes = [f"{where}: {', '.join(found)}."] if found else []
@@ -121,8 +121,8 @@ def read_delimited(content: bytes, where: str, how: FileFormat = FOUND) -> RawTa
     return table._replace(notes=(*notes, *table.notes), advice=advice)
 
 
-def _found(reading: Reading, encoding: str, how: FileFormat, where: str) -> list[str]:
-    """Say what was found and is not the ordinary."""
+def _unusual_settings(reading: Reading, encoding: str, how: FileFormat, where: str) -> list[str]:
+    """Say which settings were found that are not the usual ones."""
     facts = []
     if how.separator is None and reading.separator != _usual_separator(where) and len(reading.rows[0]) > 1:
         facts.append(f"separator {SEPARATORS.get(reading.separator, repr(reading.separator))}")

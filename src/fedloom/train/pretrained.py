@@ -201,7 +201,7 @@ def input_embedding(model: PreTrainedModel) -> Tensor | None:
     """Return the weights of the token embedding (rows, size); None where the architecture does not name it."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError):  # what transformers raises where it finds none
         return None
     return weight if isinstance(weight, Tensor) else None
 
