@@ -13,7 +13,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-see
 # Which tests `make test` runs, in pytest's words.
 MARK ?= not gpu and not mutants and not federation and not storms
 
-.PHONY: help demo test mutants storms federation check bench clean
+.PHONY: help demo test mutants storms federation redteam check bench lock release clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -43,6 +43,9 @@ storms: .venv/ready ## every random test with all its examples, ten times as man
 federation: .venv/ready ## deployments of real processes that take minutes: the guide's own commands, whatever is killed
 	@$(BIN)/python -m pytest -m federation
 
+redteam: .venv/ready ## every attack on a site, a server, the wire and files, each with a control that succeeds
+	@$(PYTEST) -m 'not gpu' tests/attacks
+
 check: .venv/ready ## format, lint, types, import contracts, fast tests
 	@$(BIN)/ruff format --check --quiet . || (echo "run: $(BIN)/ruff format ." && false)
 	@$(BIN)/ruff check --quiet .
@@ -60,6 +63,30 @@ bench: .venv/ready ## the quick benches; each prints a table and one JSON line
 	@$(BIN)/python -m bench.group --quick
 	@$(BIN)/python -m bench.models --quick
 	@$(BIN)/python -m bench.tables --quick
+
+# What makes a release stands apart from .venv: it is not needed to work on fedloom.
+build/release/ready: constraints.txt
+	@$(PYTHON) -m venv build/release
+	@build/release/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build uv cyclonedx-bom
+	@touch $@
+
+# Without the name of an index: each user's own is taken, and the hashes say whether it gives the same files.
+LOCK = build/release/bin/uv pip compile --quiet -c constraints.txt --generate-hashes --universal --python-version 3.11 --no-annotate \
+  --no-header --no-emit-index-url --no-emit-find-links
+LOCKED = examples/deploy/requirements.txt examples/deploy/requirements-build.txt
+
+lock: build/release/ready ## pin the image's packages again, each with the hashes of its files (examples/deploy/requirements*.txt)
+	@$(LOCK) --extra deploy pyproject.toml > build/locked && mv build/locked $(word 1,$(LOCKED))
+	@echo 'setuptools>=77' | $(LOCK) - > build/locked && mv build/locked $(word 2,$(LOCKED))
+	@sed -i '1i # Made by: make lock. What the image is made of, with the hashes of all files.' $(LOCKED)
+
+release: build/release/ready ## wheel, source archive, bill of materials (CycloneDX) and their hashes, in dist/
+	@rm -rf dist && mkdir dist
+	@PIP_CONSTRAINT=constraints.txt SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+	  build/release/bin/python -m build --outdir dist . > build/release/build.log || (cat build/release/build.log && false)
+	@build/release/bin/python -m cyclonedx_py requirements --pyproject pyproject.toml --of JSON \
+	  --output-reproducible -o dist/fedloom.cdx.json $(word 1,$(LOCKED))
+	@cd dist && sha256sum * > SHA256SUMS && cat SHA256SUMS
 
 clean: ## remove .venv and caches; run folders stay
 	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
