@@ -11,7 +11,7 @@ SEED ?= $(shell date +%Y%m%d)
 WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-seed=$(SEED)
 # Which tests `make test` runs, in pytest's words.
-MARK ?= not gpu and not mutants and not federation and not storms
+MARK ?= not gpu and not mutants and not federation and not storms and not redteam
 
 .PHONY: help demo test mutants storms federation redteam check bench lock release clean
 .DEFAULT_GOAL := help

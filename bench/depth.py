@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -35,6 +36,7 @@ from bench.timing import sample, spread, under
 from bench.train import BATCH, RANK, SIX, model_folder, texts_of
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.partial_depth import fold_layers
+from fedloom.core.seeds import simulated_secret
 from fedloom.core.types import Budget, ClientState, Profile, Task, TaskStart
 from fedloom.plan.client_cost import CostModel
 from fedloom.train.base_model import Base, initial_adapter, load_base
@@ -61,12 +63,19 @@ def random_adapter(base: Base) -> Adapter:
 def task_of(base: Base, start: Adapter, depth: int) -> Task:
     """One pass of a client at this depth."""
     own = fold_layers(TaskStart(start, "0"), base.shape().untrained_modules(start.factors, depth))
-    return Task(depth, "c", 0, own, Budget(RANK, STEPS, depth), 0, 0.0)
+    return Task(depth, "c", 0, own, Budget(RANK, STEPS, depth), 0.0)
 
 
 def trainer_of(base: Base, engine: Engine) -> PeftTrainer:
     """One client."""
-    return PeftTrainer(base, texts_of(base, SHARD), {"c": tuple(range(SHARD))}, Training(batch_size=BATCH), engine)
+    return PeftTrainer(
+        base,
+        texts_of(base, SHARD),
+        {"c": tuple(range(SHARD))},
+        Training(batch_size=BATCH),
+        partial(simulated_secret, 0),
+        engine,
+    )
 
 
 def timed(base: Base, repeats: int) -> dict[str, dict[int, list[float]]]:

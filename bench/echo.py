@@ -55,7 +55,7 @@ def trips(link: Transport, node: int, megabytes: str, count: int, folder: Path) 
     before = sum(cpu(folder).values())
     for _ in range(count):
         body, begun = os.urandom(size), time.monotonic()
-        link.send(node, body)
+        link.send(node, body, len(body))
         while not (replies := link.collect()):
             time.sleep(POLL)
         seconds.append(time.monotonic() - begun)
@@ -68,13 +68,13 @@ def crowd(link: Transport, here: Mapping[str, int], seconds: float, folder: Path
     """All sites at once, each with one small message under way: messages a second, and cores in use, by process."""
     begun, before, came, waiting = time.monotonic(), cpu(folder), 0, 0
     for node in here.values():
-        link.send(node, os.urandom(100))
+        link.send(node, os.urandom(100), 100)
         waiting += 1
     while (now := time.monotonic() - begun) < seconds:
         for reply in link.collect():
             came, waiting = came + (reply.body is not None), waiting - 1
             if time.monotonic() < begun + seconds:
-                link.send(reply.node, os.urandom(100))
+                link.send(reply.node, os.urandom(100), 100)
                 waiting += 1
         time.sleep(POLL)
     used, told = cpu(folder), {name: memory(folder, name) for name in ("superlink", "gate")}

@@ -29,7 +29,7 @@ import torch
 from bench.timing import Time, sample, spread
 from bench.workers import workers2
 from fedloom.core.lora import Adapter
-from fedloom.core.seeds import rng
+from fedloom.core.seeds import rng, simulated_secret
 from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.settings import Engine, LoRA, Training
@@ -130,12 +130,12 @@ def inputs(texts: EncodedTexts, batch: Sequence[int], padded: bool) -> dict[str,
 def trainer_of(base: Base, texts: EncodedTexts, engine: Engine) -> PeftTrainer:
     """The clients with `SHARD` examples each."""
     shards = {str(k): tuple(range(k * SHARD, (k + 1) * SHARD)) for k in range(CLIENTS)}
-    return PeftTrainer(base, texts, shards, Training(batch_size=BATCH), engine)
+    return PeftTrainer(base, texts, shards, Training(batch_size=BATCH), partial(simulated_secret, 0), engine)
 
 
 def cohort(start: Adapter, clients: int, steps: int) -> list[tuple[Task, ClientState]]:
     """A task for each client."""
-    tasks = [Task(k + 1, str(k), 0, TaskStart(start, "0"), Budget(RANK, steps), k, 0.0) for k in range(clients)]
+    tasks = [Task(k + 1, str(k), 0, TaskStart(start, "0"), Budget(RANK, steps), 0.0) for k in range(clients)]
     return [(task, ClientState()) for task in tasks]
 
 

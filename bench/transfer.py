@@ -86,7 +86,7 @@ def synthetic(shape: Shape, repeats: int) -> list[dict[str, Any]]:
     flat = named_tensors(exact)
     ways[SAFETENSORS] = (lambda: safetensors.torch.save(flat), safetensors.torch.load, {})
     for codec in CODECS:
-        task = Task(1, "c", 0, encode_start(TaskStart(base, "0"), codec), Budget(shape.rank, 1), 0, 0.0)
+        task = Task(1, "c", 0, encode_start(TaskStart(base, "0"), codec), Budget(shape.rank, 1), 0.0)
         result = Result(moved(task.start.train), 10, 100, 1)
         told, _ = encode_answer(task, ClientState(), result, ClientState())
         ways[type(codec).__name__] = (*way(task, result), dict(told.metrics))

@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -41,6 +42,7 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Trainer
+from fedloom.core.seeds import simulated_secret
 from fedloom.core.server import Limits, Server
 from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.plan.budget import Plan
@@ -92,8 +94,10 @@ def scene(folder: Path, steps: int, clients: int = CLIENTS) -> tuple[PeftTrainer
     base: Base = load_base(str(tiny_encoder(folder, **BERT_MINI)), 2, LoRA(), RANK, seed=0)
     shards = {f"c{k}": tuple(range(k * EXAMPLES, (k + 1) * EXAMPLES)) for k in range(clients)}
     start = TaskStart(initial_adapter(base, RANK), "0")
-    tasks = [Task(k, f"c{k}", 0, start, Budget(RANK, steps), k, 0.0) for k in range(clients)]
-    return PeftTrainer(base, texts(clients * EXAMPLES), shards, Training()), [(task, ClientState()) for task in tasks]
+    tasks = [Task(k, f"c{k}", 0, start, Budget(RANK, steps), 0.0) for k in range(clients)]
+    return PeftTrainer(base, texts(clients * EXAMPLES), shards, Training(), partial(simulated_secret, 0)), [
+        (task, ClientState()) for task in tasks
+    ]
 
 
 def shortened(work: Work, count: int) -> Work:

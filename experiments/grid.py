@@ -3,6 +3,9 @@
 A cell is a function from a seed to a `Run`. Without flags the missing (cell, seed) pairs are run, `--workers` at a time, each
 in its own process with one BLAS thread. `--quick` re-runs the first versions of one cell, which are the same as in the whole
 run because nothing in a run depends on where it ends, and compares their scores with the committed ones.
+
+Results of an earlier version, which drew batches and held-out rows in another way, are named in `results/made_by.json` with the last
+commit that made some of them: their figures do not come again, though what they say should. They are not added to.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.runs import manifest
 
 RESULTS = Path(__file__).parents[1] / "results"
+MADE_BY = RESULTS / "made_by.json"
 SHARED = Path(__file__).parents[2] / "shared"
 TOLERANCE = 0.02
 """By how much an accuracy or a loss may differ on another kind of machine; on the same kind it should not differ at all."""
@@ -108,6 +112,12 @@ def current(grid: Grid) -> list[Line]:
     return [line for line in known if line["run_hash"] == hashed(grid.cells[line["cell"]](line["seed"]))]
 
 
+def made_by(grid: Grid) -> str | None:
+    """The last commit of an earlier version that made results of this experiment; None where they are of this version."""
+    commits: dict[str, str] = json.loads(MADE_BY.read_text())
+    return commits.get(f"{grid.name}.jsonl")
+
+
 def hashed(run: Run) -> str:
     """The hash that names the run's settings, wherever it is computed."""
     return manifest.settings_hash(jsonable(replace(run, device="cpu")))
@@ -150,6 +160,9 @@ def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int
     if not wanted:
         raise SystemExit(f"no cell fits {only}; there are: {', '.join(grid.cells)}")
     todo = [(cell, seed) for seed in grid.seeds[:seeds] for cell in wanted if (cell, seed) not in have]
+    if todo and (commit := made_by(grid)):
+        remedy = f"move it away, with its line in {MADE_BY.name}, to make all of it again"
+        raise SystemExit(f"results/{grid.name}.jsonl was made by an earlier version ({commit}); {remedy}")
     failed = []
     RESULTS.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
@@ -232,7 +245,7 @@ def reproduce(grid: Grid, cell: str | None, device: str) -> Line:
     """Re-run the start of a committed cell; compare each version's training loss, and scores of the same examples."""
     found = [line for line in current(grid) if cell in (None, line["cell"])]
     if not found:
-        return {"reproduced": False, "cell": cell, "why": "no committed result of these settings"}
+        return {"reproduces": False, "cell": cell, "why": "no committed result of these settings"}
     committed = random.choice(found)
     cell = str(committed["cell"])
     run = grid.cells[cell](committed["seed"])
@@ -243,9 +256,11 @@ def reproduce(grid: Grid, cell: str | None, device: str) -> Line:
         known = {version: accuracy for version, _, accuracy in committed["curve"]}
         pairs += [(known[version], accuracy) for version, _, accuracy in again["curve"] if version in known]
     gap = max(abs(old - new) for old, new in pairs)
-    same = again["machine"] == committed["machine"]
-    print(f"{cell}, seed {committed['seed']}: {len(pairs)} losses and accuracies, largest difference {gap:.6f}")
-    return {"reproduced": gap <= TOLERANCE, "cell": cell, "largest_difference": gap, "same_kind_of_machine": same}
+    same, commit = again["machine"] == committed["machine"], made_by(grid)
+    age = f" (made by an earlier version, {commit}, which drew otherwise)" if commit else ""
+    print(f"{cell}, seed {committed['seed']}: {len(pairs)} losses and accuracies, largest difference {gap:.6f}{age}")
+    verdict = {"reproduces": gap <= TOLERANCE, "cell": cell, "largest_difference": gap, "same_kind_of_machine": same}
+    return verdict | ({"made_by": commit} if commit else {})
 
 
 def rounds_to(line: Line, target: float) -> int | None:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from bench.peers import peer_fedloom
 from bench.peers.job import Settings
 from fedloom import prepare
 from fedloom.core.events import Command, Dispatch, Event
+from fedloom.core.seeds import simulated_secret
 from fedloom.runs.prepare import PreparedRun
 from fedloom.train.demo_model import minilm
-from fedloom.train.tokenised import EncodedTexts, plan_batches
+from fedloom.train.tokenised import EncodedTexts
+from fedloom.train.trainer import PeftTrainer
 from tests.support.tiny_models import hush
 
 TINY = Settings("tinybert-20", clients=20, cohort=4, rounds=5, steps=4, batch=16, rate=5e-3)
@@ -166,19 +169,14 @@ def _columns(encoded: EncodedTexts) -> dict[str, torch.Tensor]:
 
 def _plan(job: PreparedRun, same: bool) -> list[list[tuple[str, list[list[int]]]]]:
     """Rounds of (client, batches of example ids), as fedloom starts them; its batches, or shuffled ones."""
-    shards = {shard.client: shard.train for shard in job.shards}
-    training, rounds = job.run.training, list[list[tuple[str, list[list[int]]]]]()
+    shards, rounds = {shard.client: shard.train for shard in job.shards}, list[list[tuple[str, list[list[int]]]]]()
+    training = replace(job.run.training, bucket=same and job.run.training.bucket)
+    trainer = PeftTrainer(job.base, job.train_texts, shards, training, partial(simulated_secret, job.run.seed))
 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
         cohort = [command.task for command in commands if isinstance(command, Dispatch)]
-        planned = []
-        for task in cohort:
-            shard = shards[task.client]
-            lengths = job.train_texts.lengths(shard)
-            ids = plan_batches(lengths, training.batch_size, task.budget.steps, same and training.bucket, task.seed)
-            planned.append((task.client, [[shard[i] for i in batch] for batch in ids]))
-        if planned:
-            rounds.append(planned)
+        if cohort:
+            rounds.append([(task.client, trainer.batches(task)) for task in cohort])
 
     with tempfile.TemporaryDirectory() as scratch:
         job.execute(Path(scratch) / "run", [observe])

@@ -29,6 +29,7 @@ from fedloom.aggregate.product_delta import ProductDelta as ProductDelta
 from fedloom.aggregate.raflora import RaFLoRA as RaFLoRA
 from fedloom.aggregate.rolora import RoLoRA as RoLoRA
 from fedloom.aggregate.scaffold import Scaffold as Scaffold
+from fedloom.core.canary import Canary as Canary
 from fedloom.core.codec import DeltaInt8 as DeltaInt8
 from fedloom.core.codec import Exact as Exact
 from fedloom.core.codec import Half as Half

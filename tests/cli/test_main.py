@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from fedloom.cli import main
+from fedloom.cli.console import SafeConsole
 from fedloom.runs.resume import CheckpointWriter
 from tests.support.same_bytes import COMPARED
 
@@ -41,8 +41,8 @@ def fedloom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     def call(*arguments: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
-        monkeypatch.setattr(main, "out", Console(highlight=False, width=200, file=sys.stdout))
-        monkeypatch.setattr(main, "err", Console(highlight=False, width=200, file=sys.stderr))
+        monkeypatch.setattr(main, "out", SafeConsole(width=200, file=sys.stdout))
+        monkeypatch.setattr(main, "err", SafeConsole(width=200, file=sys.stderr))
         with pytest.raises(SystemExit) as stop:
             main.main()
         said = capsys.readouterr()
@@ -311,6 +311,12 @@ def test_a_recorded_run_is_replayed_and_a_changed_line_is_found(fedloom: Fedloom
     assert fedloom("run", path, "--out", "bare", "--no-report").code == 0
     one_sentence(fedloom("replay", "bare"), "replay = 'bare'", "fedloom run FILE --keep-updates")
     one_sentence(fedloom("replay", "nowhere"), "replay = 'nowhere'")
+
+
+def test_a_rollback_without_answers_or_without_a_wish_is_a_sentence(fedloom: Fedloom) -> None:
+    Path("bare").mkdir()
+    one_sentence(fedloom("rollback", "bare"), "rollback = 'bare'", "exactly one of --to VERSION, --without SITE")
+    one_sentence(fedloom("rollback", "bare", "--to", "1"), "replay = 'bare'", "no trace.jsonl")
 
 
 @pytest.mark.slow

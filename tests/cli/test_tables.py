@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from fedloom.cli.tables import partition_table, runs_in_terminal
+from fedloom.core.seeds import simulated_secret
 from fedloom.data.examples import Examples
 from fedloom.data.partition import IID, hold_out, partition_statistics
 
@@ -18,7 +20,8 @@ from fedloom.data.partition import IID, hold_out, partition_statistics
 def test_a_partition_fits_a_terminal(clients: int, labels: int, rows: int) -> None:
     kinds = tuple(i % labels for i in range(1000))
     examples = Examples(tuple(f"text {i}" for i in range(1000)), None, kinds, tuple(map(str, range(labels))), None)
-    table = partition_table(partition_statistics(examples, hold_out(IID(clients).split(examples, 0), examples)))
+    shards = hold_out(IID(clients).split(examples, 0), examples, 0.2, partial(simulated_secret, 0))
+    table = partition_table(partition_statistics(examples, shards))
     assert table.row_count == rows
     console = Console(width=110, file=io.StringIO())
     console.print(table)

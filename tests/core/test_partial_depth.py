@@ -109,7 +109,7 @@ def test_layers_that_only_the_fold_holds_run_and_stay(method: Aggregator) -> Non
         assert [*start.train.factors] == [name for name in ("middle", "top") if name not in names]
         assert start.fold is not None
         assert start.fold.factors["low"] is outer.fold.factors["low"]
-        task = Task(turn, "c", 0, start, Budget(2, 5), 0, 0.0)
+        task = Task(turn, "c", 0, start, Budget(2, 5), 0.0)
         after = merge_by_layer(method, model, Merge(((1.0, toys.returned(task, toys.changed(start, turn))),)))
         assert after.fold is not None
         assert after.fold.factors["low"] is outer.fold.factors["low"]
@@ -183,7 +183,7 @@ def test_what_was_owed_at_another_depth_is_not_added() -> None:
     codec, local, deep = DeltaInt8(), ClientState(), TaskStart(adapter(2), "0")
     for turn, names in enumerate([(), ("low",), ()]):
         start = encode_start(fold_layers(deep, names), codec)
-        task = Task(turn + 1, "c", 0, start, Budget(2, 5), 0, 0.0)
+        task = Task(turn + 1, "c", 0, start, Budget(2, 5), 0.0)
         _, local = encode_answer(task, local, toys.make_result(toys.changed(start, turn)), ClientState(start.basis))
         assert local.residual is not None
         assert local.residual.factors.keys() == start.train.factors.keys()
@@ -193,7 +193,7 @@ def test_partial_folds_are_kept_by_a_checkpoint(tmp_path: Path) -> None:
     start = lower(adapter(2), "low", fold=Adapter({"top": toys.factor(1, *LAYERS["top"])}))
     method = FLoRA()
     model = method.init(toys.fresh(2))
-    task = Task(1, "c", 0, fold_layers(method.start(model, Budget(2, 5), 1), ("query",)), Budget(2, 5, 1), 0, 0.0)
+    task = Task(1, "c", 0, fold_layers(method.start(model, Budget(2, 5), 1), ("query",)), Budget(2, 5, 1), 0.0)
     model = merge_by_layer(method, model, Merge(((1.0, toys.returned(task, toys.changed(task.start, 1))),)))
     assert model.fold is not None
     assert [*model.fold.factors] == ["value"]
@@ -211,9 +211,7 @@ def test_a_memory_of_some_layers_is_completed_when_the_others_are_trained() -> N
     model = method.init(adapter(2))
     for depth in (1, 3):
         names = [*LAYERS][: 3 - depth]
-        task = Task(
-            depth, "c", 0, fold_layers(method.start(model, Budget(2, 5), 1), names), Budget(2, 5, depth), 0, 0.0
-        )
+        task = Task(depth, "c", 0, fold_layers(method.start(model, Budget(2, 5), 1), names), Budget(2, 5, depth), 0.0)
         model = merge_by_layer(method, model, Merge(((1.0, toys.returned(task, toys.changed(task.start, depth))),)))
         assert [*model.memory["momentum"].factors] == [*LAYERS][3 - depth :]
         assert model.memory["momentum"].dense.keys() == {"head"}

@@ -19,12 +19,14 @@ from fedloom.core.events import (
     Publish,
     Reject,
     ScoresReady,
+    SetAside,
     Stop,
     TaskFailed,
     TimerFired,
     UpdateArrived,
 )
-from fedloom.core.lora import Adapter, cut_factor
+from fedloom.core.fingerprint import fingerprint
+from fedloom.core.lora import Adapter, cut_factor, map_tensors
 from fedloom.core.server import Limits, Server
 from fedloom.core.types import Profile, Task
 from fedloom.plan.budget import Plan
@@ -92,13 +94,6 @@ def test_seconds_at_work_count_however_a_task_ended() -> None:
     (second,) = tasks(answer(server, 1.0, tasks(commands)[0]))
     answer(server, 3.0, second)
     assert server.fleet().work_seconds == {second.client: 3.0}
-
-
-def test_every_task_has_its_own_seed_and_the_seed_of_the_run_decides_it() -> None:
-    every = [tasks(started(clients=5, seed=seed)[1]) for seed in (0, 0, 1)]
-    seeds = [[task.seed for task in one] for one in every]
-    assert seeds[0] == seeds[1]
-    assert len({*seeds[0], *seeds[2]}) == 10
 
 
 def test_a_run_stops_after_its_versions_and_cancels_nothing_twice() -> None:
@@ -212,11 +207,64 @@ def test_the_policies_cannot_write_into_the_server() -> None:
             table["x"] = None  # type: ignore[index]
 
 
+@pytest.mark.parametrize("schedule", toys.schedules(), ids=toys.called)
+def test_the_weight_of_a_client_depends_on_no_answer_of_it(schedule: Any) -> None:
+    """A liar about its examples changes not a bit, whatever the schedule."""
+    made = [versions_with(schedule, lie) for lie in (10, 1, 10**12)]
+    assert made[0] == made[1] == made[2]
+
+
+def versions_with(schedule: Any, lie: int) -> list[str]:
+    """The versions of a run in which `c1` answers with so many examples."""
+    server, commands = started(4, schedule=schedule, limits=Limits(versions=4, evaluate_every=0))
+    done, now = list[str](), 0.0
+    while server.state.busy and now < 60:
+        now += 1.0
+        task = min(server.state.busy.values(), key=lambda one: one.id)
+        result = make_result(toys.changed(task.start, task.id), lie if task.client == "c1" else 10)
+        commands = server.handle(now, UpdateArrived(task.client, task.id, result))
+        done += [fingerprint(command.model.adapter) for command in commands if isinstance(command, Publish)]
+    assert done
+    return done
+
+
+def test_one_bad_first_answer_is_set_aside_once_there_are_others() -> None:
+    server, commands = started(4, schedule=Rounds(cohort_size=4))
+    found = list[Command]()
+    for task in tasks(commands):
+        by = 100.0 if task.client == "c0" else 0.1
+        found += server.handle(
+            1.0, UpdateArrived(task.client, task.id, make_result(toys.changed(task.start, task.id, by)))
+        )
+    aside = [command for command in found if isinstance(command, SetAside)]
+    assert [one.client for one in aside] == ["c0"]
+    assert "the median of others" in aside[0].reason
+    merged = [update.task.client for command in found if isinstance(command, Publish) for update in command.updates]
+    assert sorted(merged) == ["c1", "c2", "c3"]
+    far = min(server.state.busy.values(), key=lambda one: one.id)
+    (reject,) = server.handle(2.0, UpdateArrived(far.client, far.id, make_result(toys.changed(far.start, 1, 100.0))))
+    assert isinstance(reject, Reject)
+    assert (
+        server.handle(2.0, UpdateArrived(far.client, far.id, make_result(toys.changed(far.start, 1, 0.1)))) is not None
+    )
+    assert far.id not in server.state.busy
+
+
+def test_a_spoilt_model_can_be_trained_on() -> None:
+    """The limit on a tensor's norm is about its change: honest answers to a model of norm 7e8 are taken."""
+    start = toys.adapter(2, layers={"only": (4, 3)})
+    huge = map_tensors(lambda tensor: tensor * 1e8, start)
+    server, commands = started(start=huge)
+    (task, *_) = tasks(commands)
+    assert not any(isinstance(one, Reject) for one in answer(server, 1.0, task))
+
+
 def test_what_clients_reported_is_remembered_for_the_plan() -> None:
     server, commands = started(schedule=Rounds(cohort_size=2))
     task = tasks(commands)[0]
     server.handle(1.0, UpdateArrived(task.client, task.id, make_result(task.start.train, examples=123)))
-    assert server.fleet().reported_examples == {task.client: 123}
+    registered = server.state.idle[task.client].examples
+    assert server.fleet().reported_examples == {task.client: registered}, "not what the answer says"
     assert server.fleet().dispatched == {"c0": 1, "c1": 1}
 
 

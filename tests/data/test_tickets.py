@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedloom.core.errors import Refused
+from fedloom.core.seeds import simulated_secret
 from fedloom.data.examples import Examples, Split
 from fedloom.data.partition import ByClient, hold_out, partition_statistics
 from fedloom.data.tickets import INTENTS, Tickets, phrases
@@ -42,7 +44,7 @@ def test_tickets_are_varied_short_and_whole(split: Split) -> None:
 
 
 def test_clients_differ_in_labels_and_words(split: Split) -> None:
-    shards = hold_out(ByClient().split(split.train, 0), split.train)
+    shards = hold_out(ByClient().split(split.train, 0), split.train, 0.2, partial(simulated_secret, 0))
     stats = partition_statistics(split.train, shards)
     assert stats["label_js"] > 0.05
     words = [client["mean_words"] for client in stats["clients"].values()]

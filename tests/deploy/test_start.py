@@ -33,7 +33,7 @@ from fedloom.deploy.server.config import DeploymentConfig
 from fedloom.report.run_log import read_run_log
 from fedloom.runs.prepare import prepare
 from fedloom.runs.replay import replay
-from tests.support.deployment_runs import folder_of, net_of, run_of
+from tests.support.deployment_runs import as_deployed, folder_of, net_of, run_of
 from tests.support.simulated_regions import Killed, adapter_at
 
 
@@ -61,7 +61,7 @@ def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: A
     `together=1`: a simulation trains clients in one pass where it can, and each site alone; dropout then draws other masks.
     """
     run = run_of(encoder, aggregator=method, transfer=codec, engine=Engine("torch", together=1))
-    job = prepare(run)
+    job = as_deployed(prepare(run))
     simulated = job.execute(tmp_path / "simulated", report=False)
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
     assert start.run_deployment(net, folder, net.pause, net.clock) == "3 versions made"
@@ -90,12 +90,12 @@ def test_a_server_that_was_killed_goes_on_in_its_folder(encoder: Path, tmp_path:
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
     sent, send = 0, net.send
 
-    def dies(node: int, body: bytes) -> str:
+    def dies(node: int, body: bytes, largest: int) -> str:
         nonlocal sent
         sent += 1
         if sent == 6 + after:
             raise Killed
-        return send(node, body)
+        return send(node, body, largest)
 
     net.send = dies  # type: ignore[method-assign]
     with pytest.raises(Killed):
@@ -171,7 +171,7 @@ def test_a_finished_deployment_is_made_longer(
     assert [line["version"] for line in log.versions] == [1, 2, 3, 4]
     assert any(note.startswith("Made longer after version 2:") for note in log.manifest["notes"])
     if gone is None:
-        longer = adapter_at(prepare(run(4)).execute(tmp_path / "simulated", report=False).folder)
+        longer = adapter_at(as_deployed(prepare(run(4)), run(2)).execute(tmp_path / "simulated", report=False).folder)
         assert all(longer[name].equal(tensor) for name, tensor in adapter_at(folder / "run").items())
         assert sum(site.worker.trained for site in net.sites.values()) == 2 * trained  # type: ignore[attr-defined]
     assert any(not first[name].equal(tensor) for name, tensor in adapter_at(folder / "run").items())
@@ -199,7 +199,7 @@ def test_a_deployment_begins_from_an_adapter(encoder: Path, tmp_path: Path, meth
     prepare(run_of(encoder)).execute(tmp_path / "first", report=False)
     given = {"aggregator": method, "transfer": None, "engine": Engine("torch", together=1)}
     run = run_of(encoder, start=str(tmp_path / "first"), **given)
-    here = adapter_at(prepare(run).execute(tmp_path / "simulated", report=False).folder)
+    here = adapter_at(as_deployed(prepare(run)).execute(tmp_path / "simulated", report=False).folder)
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
     start.run_deployment(net, folder, net.pause, net.clock)
     there = adapter_at(folder / "run")

@@ -11,7 +11,7 @@ import pytest
 from fedloom import BySpeed, FedFa, FixedRank, Given, Hierarchy, Limits, NearIID, Plan, Refused, Rounds, World, by_work
 from fedloom.core.events import ClientJoined, Dispatch, InsideEdge, Move, Moved, Publish, Regroup, Report
 from fedloom.core.model_shape import Shape
-from fedloom.core.server import State
+from fedloom.core.server_state import State
 from fedloom.core.types import GroupHistory, MemberWork, Profile, Result, Task
 from fedloom.hierarchy.edge import EdgeState
 from fedloom.hierarchy.grouping import Groups, match_groups, time_drift

@@ -52,6 +52,7 @@ RULES: tuple[JointRule, ...] = (
 )
 every_rule = pytest.mark.parametrize("rule", RULES, ids=toys.called)
 MEMBERS = (Profile("c0", 10, 1e4, 1e4, 1e4), Profile("c1", 10, 2e4, 1e4, 1e4))
+OTHERS = tuple(replace(member, client=f"{member.client}b") for member in MEMBERS)
 NORTH, SOUTH = Profile("north", 20, 1e4, 1e5, 1e5, tier="region"), Profile("south", 20, 1e4, 1e5, 1e5, tier="region")
 
 
@@ -64,15 +65,21 @@ def over(rule: JointRule | None = None, **more: Any) -> RootServer:
 
 def begun(server: RootServer) -> list[Task]:
     """Both regions are there, and asked."""
-    for edge in (NORTH, SOUTH):
-        assert server.handle(0.0, EdgeJoined(edge, MEMBERS)) == []
+    for edge, members in ((NORTH, MEMBERS), (SOUTH, OTHERS)):
+        assert server.handle(0.0, EdgeJoined(edge, members)) == []
     return [one.task for one in server.handle(0.0, TimerFired()) if isinstance(one, Dispatch)]
+
+
+def members_of(task: Task) -> tuple[Profile, ...]:
+    """The sites of the region that has this task."""
+    return OTHERS if task.client == SOUTH.client else MEMBERS
 
 
 def told(task: Task, **more: Any) -> GroupStatistics:
     """Of c0, whose loss falls by a half; c1 took no part."""
     rounds, steps = task.budget.rounds, task.budget.steps
-    spent = MemberWork("c0", task.budget.rank, task.budget.depth, rounds, steps, 3.0, 2.0 * steps, 6.0, 1.0, 0.5)
+    name = members_of(task)[0].client
+    spent = MemberWork(name, task.budget.rank, task.budget.depth, rounds, steps, 3.0, 2.0 * steps, 6.0, 1.0, 0.5)
     mass = dict.fromkeys(task.start.train.factors, 0.25)
     return replace(GroupStatistics(task.budget, (spent,), mass, 0.5, (0.75, 0.25), 0.7, 40.0, 1.0, 2.0), **more)
 
@@ -85,7 +92,7 @@ def answer(task: Task, *layers: str) -> Result:
 
 
 def report(task: Task, what: GroupStatistics | None = None, *layers: str) -> EdgeReported:
-    return EdgeReported(task.client, task.id, answer(task, *layers), what or told(task), MEMBERS)
+    return EdgeReported(task.client, task.id, answer(task, *layers), what or told(task), members_of(task))
 
 
 # What is learnt ------------------------------------------------------------------------------------------------------
@@ -105,6 +112,29 @@ def test_what_is_told_is_known_of_the_group_and_plans_the_next_task(rule: JointR
         tasks = [one.task for one in commands if isinstance(one, Dispatch)]
     assert len(server.state.groups["north"].statistics) == 4
     assert len(whys) > 1
+
+
+@pytest.mark.parametrize(
+    ("edge", "members", "why"),
+    [
+        (SOUTH, MEMBERS, "'c0' is a site of 'north'"),
+        (SOUTH, (Profile("north", 1),), "'north' is a client here"),
+        (SOUTH, (OTHERS[0], OTHERS[0]), "names a site twice"),
+        (replace(SOUTH, client="c0"), (), "'c0' is a site of 'north'"),
+    ],
+)
+def test_a_site_works_for_one_region(edge: Profile, members: tuple[Profile, ...], why: str) -> None:
+    server = over(GradientScore(8, 4, rank=4))
+    assert server.handle(0.0, EdgeJoined(NORTH, MEMBERS)) == []
+    (reject,) = server.handle(0.0, EdgeJoined(edge, members))
+    assert isinstance(reject, Reject)
+    assert why in reject.reason
+    assert server.state.groups.keys() == {"north"}
+    server = over(GradientScore(8, 4, rank=4))
+    task = begun(server)[0]
+    (reject,) = server.handle(1.0, replace(report(task), members=OTHERS))
+    assert isinstance(reject, Reject)
+    assert "is a site of 'south'" in reject.reason
 
 
 def test_who_is_led_follows_what_the_edge_says() -> None:
@@ -162,8 +192,8 @@ def test_who_is_no_edge_answers_with_all_that_was_asked() -> None:
 @every_rule
 def test_an_edge_that_cannot_be_planned_for_does_not_join(rule: JointRule) -> None:
     server = over(rule)
-    poor = replace(MEMBERS[1], memory=10.0)
-    for members, why in (((), "at least one"), ((*MEMBERS, poor), "c1")):
+    poor = replace(MEMBERS[1], client="c2", memory=10.0)
+    for members, why in (((), "at least one"), ((*MEMBERS, poor), "c2")):
         (reject,) = server.handle(0.0, EdgeJoined(NORTH, members))
         assert isinstance(reject, Reject)
         assert (reject.client, reject.task) == ("north", 0)

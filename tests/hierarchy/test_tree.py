@@ -126,13 +126,14 @@ def test_groups_weigh_by_their_examples_times_their_steps() -> None:
         (3, 2), Hierarchy(plan=budget), schedule=Rounds(cohort_size=2, weigh=by_work), limits=Limits(versions=1)
     )
     reports = {command.edge: command.command.result for command in within(log, Report)}
-    assert {edge: (one.examples, one.steps) for edge, one in reports.items()} == {"edge0": (30, 12), "edge1": (20, 6)}
-    assert {edge: by_work(Update(None, one)) for edge, one in reports.items()} == {"edge0": 360.0, "edge1": 120.0}  # type: ignore[arg-type]
+    assert {edge: (one.examples, one.steps) for edge, one in reports.items()} == {"edge0": (33, 12), "edge1": (27, 6)}
+    assert {edge: by_work(Update(None, one)) for edge, one in reports.items()} == {"edge0": 396.0, "edge1": 162.0}  # type: ignore[arg-type]
+    w0, w1 = 396 / 558, 162 / 558
     (merged,) = (command.model.adapter for command in log.all(Publish))
     for name, factor in merged.factors.items():
         both = [reports[edge].adapter.factors[name] for edge in ("edge0", "edge1")]
-        assert torch.allclose(factor.down, 0.75 * both[0].down + 0.25 * both[1].down, atol=1e-6)
-        assert torch.allclose(factor.up, 0.75 * both[0].up + 0.25 * both[1].up, atol=1e-6)
+        assert torch.allclose(factor.down, w0 * both[0].down + w1 * both[1].down, atol=1e-6)
+        assert torch.allclose(factor.up, w0 * both[0].up + w1 * both[1].up, atol=1e-6)
 
 
 def test_an_answer_counts_once_however_often_it_is_merged() -> None:
@@ -143,8 +144,11 @@ def test_an_answer_counts_once_however_often_it_is_merged() -> None:
     merged = {update.task.id: update for command in within(log, Publish) for update in command.command.updates}
     assert len(merged) == 6
     clients = {update.task.client for update in merged.values()}
-    assert report.examples == 10 * len(clients)
-    assert report.steps == round(sum(10 * update.result.steps for update in merged.values()) / report.examples)
+    held = {client: profile.examples for client, profile in toys.profiles(3).items()}
+    assert report.examples == sum(held[client] for client in clients)
+    assert report.steps == round(
+        sum(held[one.task.client] * one.result.steps for one in merged.values()) / report.examples
+    )
     assert report.tokens == sum(update.result.tokens for update in merged.values())
 
 
@@ -194,7 +198,7 @@ def test_layers_that_nobody_trains_are_in_the_fold_of_every_member(method: Aggre
     whole, fold = toys.adapter(4, 1), toys.adapter(3, 2)
     sent = method.start(method.init(Adapter({"value": whole.factors["value"]}, whole.dense)), Budget(4, 6), 0)
     both = {**(sent.fold.factors if sent.fold else {}), "query": fold.factors["query"]}
-    task = Task(9, "edge0", 0, replace(sent, fold=Adapter(both)), Budget(4, 6, rounds=2), 0, 0.0)
+    task = Task(9, "edge0", 0, replace(sent, fold=Adapter(both)), Budget(4, 6, rounds=2), 0.0)
     model = method.init(sent.train)
     policies = toys.server(
         Rounds(cohort_size=2), method, start=model.adapter, assign=MemberBudget(Plan(RandomRank(2, 4), 9))
@@ -268,7 +272,9 @@ def test_a_layer_that_no_member_of_an_edge_trained_is_none_of_its_contribution()
         commands = tree.handle(tree.wake(), TimerFired())
     after = tree.state.model.adapter.factors
     assert torch.allclose(after["low"].up, answers["c1"].factors["low"].up), "not averaged with what c0 was sent"
-    assert torch.allclose(after["top"].up, sum(w * answers[c].factors["top"].up for c, w in (("c0", 0.5), ("c1", 0.5))))
+    assert torch.allclose(
+        after["top"].up, sum(w * answers[c].factors["top"].up for c, w in (("c0", 10 / 21), ("c1", 11 / 21)))
+    )
 
 
 # What survives what --------------------------------------------------------------------------------------------------------

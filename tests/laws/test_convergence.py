@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedloom.aggregate.fedit import FedIT
 from fedloom.core.policies import Schedule
+from fedloom.core.seeds import derive
 from fedloom.core.server import Limits
 from fedloom.core.types import ClientState, Model, Result, Task
 from fedloom.plan.budget import Plan
@@ -68,7 +69,7 @@ class Drifting:
     def one(self, task: Task) -> toys.Adapter:
         """The client's model after its task."""
         own, start = int(task.client[1:]), task.start.train
-        x, draw = start.dense["x"].view(PROBLEMS, SIZE), torch.Generator().manual_seed(task.seed)
+        x, draw = start.dense["x"].view(PROBLEMS, SIZE), torch.Generator().manual_seed(derive(self.seed, task.id))
         rate = self.share * self.theta / (LOCAL_STEPS * (task.version * self.answers + self.offset))
         for _ in range(LOCAL_STEPS):
             noise = NOISE * torch.randn(PROBLEMS, SIZE, generator=draw)

@@ -86,7 +86,7 @@ def below(depth: int) -> list[str]:
 def task(method: Aggregator, model: Model, rank: int, depth: int, number: int = 1) -> Task:
     """What the server would send."""
     start = fold_layers(method.start(model, Budget(rank, 5), seed=number), below(depth))
-    return Task(number, f"c{number}", 0, start, Budget(rank, 5, depth), number, 0.0)
+    return Task(number, f"c{number}", 0, start, Budget(rank, 5, depth), 0.0)
 
 
 def merge_of(method: Aggregator, models: Sequence[Model], answers: Sequence[Deep], form: tuple[float, bool]) -> Merge:

@@ -92,6 +92,7 @@ OUTSIDE = {
     "devices",
     "profiles",
     "evaluate",
+    "check",
     "observe",
     "seed",
     "presence",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedloom import (
+    Clip,
     FixedRank,
     GradientScore,
     Hierarchy,
     HLoRA,
     JointPlan,
+    RandomGroups,
     RandomRank,
     Refused,
     Rounds,
@@ -23,6 +27,7 @@ from fedloom import (
     linear,
     uniform,
 )
+from fedloom.core.schema import check_fields
 from fedloom.runs.run_file import load_run_file, override
 
 RUN = Run(model="some/model", data=Table(path="a.csv"))
@@ -160,3 +165,21 @@ def test_a_run_file_in_another_encoding_is_refused_in_one_sentence(tmp_path: Pat
     if encoding == "cp1252":
         path.write_text(f"# coding: {encoding}\n{RUN_FILE}", encoding=encoding)
         assert load_run_file(path).name == "caf\u00e9", "Python knows which it is"
+
+
+def _numbers(value: Any, path: str = "") -> Iterator[str]:
+    """The paths to the fields of a run that hold a number."""
+    for field in fields(value) if is_dataclass(value) else ():
+        yield from _numbers(getattr(value, field.name), f"{path}.{field.name}".lstrip("."))
+    if type(value) in (int, float):
+        yield path
+
+
+@pytest.mark.parametrize("odd", ["nan", "inf", "-inf", "1e999", "1e300", "-1e300", "1" + "0" * 400, "9" * 5000])
+def test_a_number_that_no_file_or_float_can_hold_is_refused_in_every_field(odd: str) -> None:
+    run = replace(
+        RUN, hierarchy=Hierarchy(RandomGroups(2)), schedule=Rounds(3, deadline=2.5), aggregator=Clip(HLoRA(4), 1.0)
+    )
+    for path in _numbers(run):
+        with pytest.raises(Refused):
+            check_fields(override(run, [f"{path}={odd}"]))

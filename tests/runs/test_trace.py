@@ -156,7 +156,7 @@ def encoded(value: object) -> object:
 
 ODD = 'Zoë \U0001f9f5 \ud800 \x00\x7f\u2028 "\\/\n'
 RULES = Rules(("down", "dense"), ("up",), 3, 0.1, Pruning(1e-17, 0.99, 2))
-RICH = replace(make_task(ONE, 2), client=ODD, sent=1e22, seed=2**62 + 1)
+RICH = replace(make_task(ONE, 2), client=ODD, sent=1e22)
 RICH = replace(
     RICH, start=replace(RICH.start, directions=(0, 5), fold=ONE, seeded=("down",), rules=RULES, codec=DeltaInt8())
 )

@@ -48,7 +48,7 @@ class Reference:
 def delivered(schedule: FedFa, uploads: int, seed: int, clients: int = 6) -> list[tuple[float, float, float | None]]:
     """Tasks answered in random order by models at random places: (the task's model, the upload, the version made of it)."""
     draw, found = random.Random(seed), list[tuple[float, float, float | None]]()
-    limits = Limits(versions=10**6, evaluate_every=0)
+    limits = Limits(versions=10**6, evaluate_every=0, norm_ratio=None)  # models at random places are not alike
     server: Server = toys.server(schedule, start=point(0.5), limits=limits, assign=Plan(FixedRank(1), 1))
     for profile in alike(clients).values():
         server.handle(0.0, ClientJoined(profile))

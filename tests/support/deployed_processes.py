@@ -13,14 +13,15 @@ from typing import Any
 from hypothesis import strategies as st
 
 from fedloom.core.events import Command, Event
-from fedloom.core.server import Server, State
+from fedloom.core.server import Server
+from fedloom.core.server_state import State
 from fedloom.core.types import Model
 from fedloom.deploy.messages.messages import RunTerms
 from fedloom.deploy.server.config import Timeouts
 from fedloom.deploy.server.driver import Deployment
 from fedloom.runs import checkpoint
+from fedloom.runs.archive import Archive
 from fedloom.runs.metrics import Metrics
-from fedloom.runs.replay import Archive
 from fedloom.runs.resume import CHECKPOINT, LOGS, CheckpointWriter, Progress, open_log, restore_fields, saved_fields
 from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.trace import Trace
@@ -81,12 +82,13 @@ class Life:
                 server, self.net, TERMS, profiles, self.least, self.patience, self.net.clock, over_regions=self.over
             )
             running.evaluate, running.observe, running.save = evaluate, observe, settled
+            running.facts_of = self.net.facts_of
             keeper.owners = (*server.parts_to_save(), running, metrics, progress)
             kinds = (State, Deployment, Metrics, Progress)
             hints = {name: hint for kind in kinds for name, hint in saved_fields(kind).items()}
             restore_fields(stored.read(hints) if stored else {}, keeper.owners)
             send = self.net.send
-            self.net.send = lambda node, body: self.dies() or send(node, body)  # type: ignore[assignment,method-assign]
+            self.net.send = lambda node, body, largest: self.dies() or send(node, body, largest)  # type: ignore[assignment,method-assign]
             try:
                 return running.run(self.net.pause)
             finally:

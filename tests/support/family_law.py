@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor, cut_factor
 from fedloom.core.partial_depth import fold_layers
+from fedloom.core.seeds import simulated_secret
 from fedloom.core.types import ClientState, Result, Task
 from fedloom.data.examples import Examples
 from fedloom.plan.depth import FixedDepth, check_blocks
@@ -96,7 +98,7 @@ class Scene:
         half = EXAMPLES // 2
         shards = {"a": tuple(range(half)), "b": tuple(range(half, EXAMPLES))}
         training = Training(learning_rate=1e-2, batch_size=4, clip=FASTEST_GRADIENT)
-        return PeftTrainer(self.base, self.texts, shards, training, engine)
+        return PeftTrainer(self.base, self.texts, shards, training, partial(simulated_secret, 0), engine)
 
     def inputs(self, rows: Sequence[int] = range(6)) -> dict[str, Tensor]:
         """A batch of these rows without its labels."""

@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedloom.core.files import private_folder
+from fedloom.core.seeds import simulated_secret
 from fedloom.deploy.flower import app_outcome, keys
 from fedloom.deploy.flower.supervisor import free_port, program
 from fedloom.deploy.site import export_sites
+from fedloom.deploy.site.site_secret import SECRET
 from fedloom.runs.run_file import load_run_file
 from tests.support.tiny_models import tiny_encoder, toy_rows
 
@@ -79,7 +82,9 @@ class Federation:
 
     def join(self, name: str) -> None:
         """`fedloom join` for this site, which asks for work five times a second."""
-        self._begin(name, "join", "--config", str(self.folder / "sites" / name / "site.toml"), "--idle", "0.2")
+        self._begin(
+            name, "join", "--config", str(self.folder / "sites" / name / "site.toml"), "--idle", "0.2", "--accept"
+        )
 
     def _begin(self, place: str, *words: str) -> None:
         command = [*self.inside.get(place, ()), program("fedloom"), *words]
@@ -151,10 +156,18 @@ def make(folder: Path, clients: int, versions: int, steps: int, seed: int = 0, h
     (folder / "run.py").write_text(RUNFILE.format(clients=clients, versions=versions, steps=steps, seed=seed))
     export_sites.export_sites(load_run_file(folder / "run.py"), folder / "sites")
     made = Federation(folder, sorted(one.name for one in (folder / "sites").iterdir()), free_port(), host)
+    for name in made.names:
+        write_secret(folder / "sites" / name / "state", simulated_secret(seed, name))
     keys.new(made.server, [host])
     for name in made.names:
         let_in(made, name)
     return made
+
+
+def write_secret(state: Path, secret: bytes) -> None:
+    """Give a site this secret before its first start: with that of a simulation its draws repeat from run to run."""
+    (private_folder(state) / SECRET).write_text(secret.hex())
+    (state / SECRET).chmod(0o600)
 
 
 def let_in(made: Federation, name: str) -> None:

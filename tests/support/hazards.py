@@ -32,7 +32,7 @@ class Unsendable(Exception):
 
 @dataclass(frozen=True)
 class Toy:
-    """Adds the sum of `weights` to what it got. A task whose seed names an error raises it; `write` writes to the weights."""
+    """Adds the sum of `weights` to what it got. A task whose version names an error raises it; `write` writes to the weights."""
 
     weights: Tensor = field(default_factory=lambda: torch.ones(3))
     seconds: float = 0.0
@@ -49,9 +49,9 @@ class Toy:
 
     def _one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
         time.sleep(self.seconds)
-        if task.seed == -1:
+        if task.version == -1:
             raise Unsendable("one", "two")
-        if task.seed == -2:
+        if task.version == -2:
             raise ZeroDivisionError("by nought")
         if self.write:
             self.weights[: len(self.weights) // 2] += task.id
@@ -94,13 +94,13 @@ class Lethal:
         return [int(line) for line in (self.folder / "trained").read_text().split()]
 
 
-def toy_work(count: int, first: int = 1, **seeds: int) -> list[tuple[Task, ClientState]]:
-    """Tasks numbered from `first`, one for each of `count` clients; `t3=-1` gives task 3 the seed -1."""
+def toy_work(count: int, first: int = 1, **versions: int) -> list[tuple[Task, ClientState]]:
+    """Tasks numbered from `first`, one for each of `count` clients; `t3=-1` gives task 3 the version -1."""
     numbers = range(first, first + count)
     starts = [
         TaskStart(Adapter({"only": Factor(torch.full((2, 4), float(n)), torch.ones(3, 2))}), "0") for n in numbers
     ]
     return [
-        (Task(n, f"c{n}", 0, start, Budget(2, 1), seeds.get(f"t{n}", n), 0.0), ClientState(basis=f"b{n}"))
+        (Task(n, f"c{n}", versions.get(f"t{n}", 0), start, Budget(2, 1), 0.0), ClientState(basis=f"b{n}"))
         for n, start in zip(numbers, starts, strict=True)
     ]

@@ -34,7 +34,38 @@ class Mutant:
         path.write_text(path.read_text(encoding="utf-8").replace(self.old, self.new), encoding="utf-8")
 
 
+CANARIES = "core/test_canary.py"
 MUTANTS = [
+    Mutant(
+        "small losses add up: a version is compared with the last one and not with the best of ten",
+        "return max(self.scores, default=-math.inf)",
+        "return self.scores[-1] if self.scores else -math.inf",
+        CANARIES,
+    ),
+    Mutant(
+        "an answer that is set aside stays in the window",
+        "state.arrived = [update for update, stays in zip(state.arrived, kept, strict=True) if stays]",
+        "kept.clear()",
+        "laws/test_every_canary.py",
+    ),
+    Mutant(
+        "answers that arrive while a score is outstanding are lost",
+        "later, state.retained = state.arrived[trial.seen :], len(merge.retain)",
+        "later, state.retained = [], len(merge.retain)",
+        CANARIES,
+    ),
+    Mutant(
+        "a site that just undoes what the others bring is never looked for",
+        "if not fails and (trial.whole > best or len(trial.sites) == 1):",
+        "if not fails:",
+        CANARIES,
+    ),
+    Mutant(
+        "answers go before the state of the server from which they are repeated",
+        "last = max(earlier)",
+        "last = size",
+        "runs/test_rollback.py",
+    ),
     Mutant(
         "a run that begins from an adapter forgets what its method folded",
         "fold = compact_with_fold(start.rest, model.fold)",
@@ -67,7 +98,7 @@ MUTANTS = [
     ),
     Mutant(
         "a reply is merged again and again",
-        "state.arrived, state.retained = list(merge.retain), len(merge.retain)",
+        "state.arrived = [*merge.retain, *later]",
         "pass",
         SCHEDULES,
     ),
@@ -401,6 +432,49 @@ MUTANTS = [
         'int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1',
         "hash(text) % 2**63",
         "core/test_seeds.py",
+    ),
+    Mutant(
+        "names of a keyed seed run into each other",
+        "spelt = json.dumps(names).encode()",
+        'spelt = "/".join(map(str, names)).encode()',
+        "core/test_seeds.py",
+    ),
+    Mutant("all are held out", "limit = min(share, max(sides))", "limit = share", "data/test_partition.py"),
+    Mutant(
+        "the row's place decides its side",
+        'keyed_seed(secret, "held out", *map(without_surrogates, parts))',
+        'keyed_seed(secret, "held out", index)',
+        "data/test_partition.py",
+    ),
+    Mutant(
+        "what a pass leaves over is a batch",
+        "    full = len(order) - len(order) % size\n",
+        "    full = len(order)\n",
+        "train/test_batches.py",
+    ),
+    Mutant(
+        "what a pass leaves over is never trained on",
+        "            made, left = _pass_batches(",
+        "            made, _ = _pass_batches(",
+        "train/test_batches.py",
+    ),
+    Mutant(
+        "all runs of a site draw alike",
+        'keyed_seed(self.secret_of(task.client), "task", self.run, task.id, purpose)',
+        'keyed_seed(self.secret_of(task.client), "task", task.id, purpose)',
+        "train/test_trainer.py",
+    ),
+    Mutant(
+        "a second request of a number has the draws of the first",
+        "return self.counts.highest.get(run_hash) == (task, request)",
+        "return True",
+        "deploy/site/test_worker.py",
+    ),
+    Mutant(
+        "an exchanged secret is taken",
+        "elif committed != _commitment(secret):",
+        "elif False:",
+        "deploy/site/test_site_secret.py",
     ),
     Mutant(
         "a layer is divided by everybody",

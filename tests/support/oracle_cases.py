@@ -59,7 +59,7 @@ FORMS = st.tuples(st.sampled_from([1.0, 1.0, 0.3]), st.booleans())
 
 def trained(task: Task) -> Adapter:
     """Every free entry moves by a share of its direction's length, so that a graded spectrum stays graded."""
-    start, draw = task.start, torch.Generator().manual_seed(task.seed)
+    start, draw = task.start, torch.Generator().manual_seed(task.id)
     factors = {}
 
     def step(x: Tensor, lengths: Tensor | float) -> Tensor:
@@ -83,7 +83,7 @@ def answered(task: Task, prune: bool) -> Update:
         left = Adapter({n: cut_factor(f, rank) for n, f in left.factors.items()}, left.dense)
         update = replace(update, result=replace(update.result, adapter=left))
     if task.start.control:
-        update = replace(update, result=replace(update.result, control=toys.changed(task.start.control, task.seed)))
+        update = replace(update, result=replace(update.result, control=toys.changed(task.start.control, task.id)))
     return update
 
 

@@ -83,6 +83,11 @@ class RecordingSchedule:
     inner: Schedule
     merges: list[Merge] = dataclasses.field(default_factory=list)
 
+    @property
+    def max_in_flight(self) -> int:
+        """Passed on."""
+        return self.inner.max_in_flight
+
     def merge(self, fleet: Fleet) -> Merge | None:
         """Passed on and noted."""
         decided = self.inner.merge(fleet)

@@ -15,6 +15,8 @@ from fedloom.core.types import ClientState, Profile
 from fedloom.deploy.link import RawReply
 from fedloom.deploy.messages import answer as wire
 from fedloom.deploy.messages.messages import JoinRequest, TaskRequest, Welcome, decode_request, encode_reply
+from fedloom.deploy.server.key_facts import KeyFacts
+from fedloom.deploy.server.reply_events import REGION
 from tests.support.toys import Quadratic
 
 VALUES: dict[str, Any] = {}
@@ -97,7 +99,13 @@ class Net:
         here = [number for number in self.sites if self.back.get(number, 0.0) <= self.time]
         return {number: self.sites[number].profile.client if self.named else None for number in here}
 
-    def send(self, node: int, body: bytes) -> str:
+    def facts_of(self, name: str) -> KeyFacts:
+        """Who is a region there has the key of one."""
+        return KeyFacts(
+            region=any(one.profile.client == name and one.profile.tier == REGION for one in self.sites.values())
+        )
+
+    def send(self, node: int, body: bytes, largest_reply: int) -> str:
         self.made += 1
         message, site, draw = f"m{self.made}", self.sites[node], self.random.random
         if self.trouble.away and draw() < self.trouble.away:
@@ -109,6 +117,7 @@ class Net:
         takes = site.seconds if isinstance(decode_request(body, 2**30), TaskRequest) else 0.2
         self.free[node] = begin + takes * (0.5 + draw())
         answer = site.answer(body)
+        assert len(answer) <= largest_reply
         lost = draw() < self.trouble.unanswered
         self._put(
             self.free[node],

@@ -131,12 +131,12 @@ class Country:
         own, sent = self.below[number], 0
         send = own.send
 
-        def mortal(node: int, body: bytes) -> str:
+        def mortal(node: int, body: bytes, largest: int) -> str:
             nonlocal sent
             sent += 1
             if self.dies(number, sent):
                 raise Killed
-            return send(node, body)
+            return send(node, body, largest)
 
         def pause(seconds: float) -> None:
             own.pause(seconds)

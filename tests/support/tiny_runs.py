@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedloom.core.lora import Adapter, Factor
+from fedloom.core.seeds import simulated_secret
 from fedloom.core.types import Budget, Task, TaskStart
 from fedloom.data.examples import Examples
 from fedloom.train.base_model import Base, load_base
@@ -64,7 +66,13 @@ def answered(base: Base, count: int = 60, left: bool = False) -> EncodedTexts:
 def writing_trainer(base: Base, count: int = 60, **training: Any) -> PeftTrainer:
     """Two clients, `a` with the first half of the examples and `b` with the second."""
     shards = {"a": tuple(range(count // 2)), "b": tuple(range(count // 2, count))}
-    return PeftTrainer(base, answered(base, count), shards, Training(**({"learning_rate": 1e-2} | training)))
+    return PeftTrainer(
+        base,
+        answered(base, count),
+        shards,
+        Training(**({"learning_rate": 1e-2} | training)),
+        partial(simulated_secret, 0),
+    )
 
 
 def trainer_of(base: Base, count: int = 60, **training: Any) -> PeftTrainer:
@@ -72,12 +80,14 @@ def trainer_of(base: Base, count: int = 60, **training: Any) -> PeftTrainer:
     texts = encode_texts(examples(count), base.tokenizer, 32)
     half = count // 2
     shards = {"a": tuple(range(half)), "b": tuple(range(half, count))}
-    return PeftTrainer(base, texts, shards, Training(**({"learning_rate": 1e-2} | training)))
+    return PeftTrainer(
+        base, texts, shards, Training(**({"learning_rate": 1e-2} | training)), partial(simulated_secret, 0)
+    )
 
 
 def task_of(start: Adapter, client: str = "a", steps: int = 3, number: int = 1, basis: str = "0") -> Task:
     rank = next(iter(start.factors.values())).rank
-    return Task(number, client, 0, TaskStart(start, basis), Budget(rank, steps), seed=100 + number, sent=0.0)
+    return Task(number, client, 0, TaskStart(start, basis), Budget(rank, steps), sent=0.0)
 
 
 def lively(adapter: Adapter, seed: int = 0) -> Adapter:

@@ -158,7 +158,7 @@ def distance(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float
 
 
 def make_task(start: Adapter, rank: int, number: int = 1, client: str | None = None, **more: Any) -> Task:
-    given: dict[str, Any] = {"version": 0, "budget": Budget(rank, 5), "seed": number, "sent": 0.0} | more
+    given: dict[str, Any] = {"version": 0, "budget": Budget(rank, 5), "sent": 0.0} | more
     return Task(id=number, client=client or f"c{number}", start=TaskStart(start, "0"), **given)
 
 
@@ -176,7 +176,7 @@ def make_update(
 def sent(method: Aggregator, model: Model, rank: int, number: int = 1) -> Task:
     """The task that a client of this rank gets."""
     start = method.start(model, Budget(rank, 5), seed=number)
-    return Task(number, f"c{number}", 0, start, Budget(rank, 5), number, 0.0)
+    return Task(number, f"c{number}", 0, start, Budget(rank, 5), 0.0)
 
 
 def returned(task: Task, trained: Adapter | None = None) -> Update:
@@ -273,7 +273,7 @@ class Quadratic:
     def _one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
         start, target, factors = task.start, self.target(task.client), {}
         begin = personal_adapter(start, local)
-        generator = torch.Generator().manual_seed(task.seed)
+        generator = torch.Generator().manual_seed(task.id)
         for name, factor in begin.factors.items():
             down, up = factor.down.double(), factor.up.double()
             folded = start.fold.factors.get(name) if start.fold else None

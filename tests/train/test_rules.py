@@ -145,10 +145,12 @@ def test_a_strong_penalty_prunes_and_is_no_part_of_the_loss_that_is_told(base: B
 def gradient(trainer: PeftTrainer, task: Task) -> dict[str, Tensor]:
     """Of the loss on the first batch of the task, in PEFT's parametrisation (up / scaling)."""
     model, shard = trainer.base.model.train(), trainer.shards[task.client]
-    (batch,) = plan_batches(trainer.texts.lengths(shard), trainer.training.batch_size, 1, True, task.seed)
+    (batch,) = plan_batches(
+        trainer.texts.lengths(shard), trainer.training.batch_size, 1, True, trainer.seed(task, "batches")
+    )
     weights = peft_weights.slot_parameters(model, trainer.base.put(task.start.train))
     with torch.random.fork_rng():
-        torch.manual_seed(task.seed)  # dropout
+        torch.manual_seed(trainer.seed(task, "dropout"))
         loss = model(**trainer.texts.batch([shard[i] for i in batch], trainer.base.device)).loss
     return dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
 

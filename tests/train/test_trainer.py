@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedloom.core.lora import Adapter, cut_factor, pad
+from fedloom.core.seeds import simulated_secret
 from fedloom.core.types import ClientState
 from fedloom.train.base_model import initial_adapter, load_base
 from fedloom.train.settings import Engine, LoRA
@@ -26,6 +29,30 @@ def test_the_same_task_gives_the_same_bytes_in_any_company_and_order(encoder: Pa
     for (result, _), (again, _) in zip(forwards, reversed(backwards), strict=True):
         assert same(result.adapter, again.adapter)
         assert result.metrics == again.metrics
+
+
+def test_what_a_client_draws_follows_from_its_secret_run_and_task_and_from_nothing_that_is_sent(encoder: Path) -> None:
+    """Who sends work twice, or knows the run's seed, learns nothing of the draws; dropout and batches are drawn apart."""
+    base = base_of(encoder, dropout=0.1)
+    trainer, task = trainer_of(base), task_of(lively(initial_adapter(base, 4)))
+    others = [
+        (trainer, replace(task, id=2)),
+        (trainer, replace(task, client="b")),
+        (replace(trainer, run="another"), task),
+        (replace(trainer, secret_of=partial(simulated_secret, 1)), task),
+    ]
+    found = {
+        drawn.seed(sent, purpose) for drawn, sent in [(trainer, task), *others] for purpose in ("batches", "dropout")
+    }
+    assert len(found) == 10
+    again = replace(
+        task, version=7, sent=9.0, budget=replace(task.budget, steps=1), start=replace(task.start, basis="x")
+    )
+    assert trainer.seed(again, "dropout") == trainer.seed(task, "dropout")
+    ((result, _),) = trainer.train([(task, ClientState())])
+    (other, sent), twin = others[3], trainer.shards["a"]
+    ((drawn, _),) = replace(other, shards={"a": twin}).train([(sent, ClientState())])
+    assert not same(result.adapter, drawn.adapter)
 
 
 def test_training_leaves_the_generator_of_others_alone(encoder: Path) -> None:

@@ -9,13 +9,16 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console, ConsoleRenderable, Group
-from rich.markup import escape
+from rich.console import ConsoleRenderable, Group
 from rich.table import Table
+from rich.text import Text
 
-out = Console(highlight=False)
+from fedloom.cli.console import out
+from fedloom.cli.site import TermsPrompt, site_app
+from fedloom.core.text import printable
+
 keys_app = typer.Typer(no_args_is_help=True, help="Certificates and keys: the server's certificate, the keys of sites.")
-HEADINGS = {"since": "for s", "stale": "versions behind"}
+HEADINGS = {"since": "for s", "stale": "versions behind", "counted": "counts as"}
 
 Insecure = Annotated[
     bool,
@@ -26,6 +29,12 @@ Hosts = Annotated[
     list[str],
     typer.Option(
         "--host", metavar="NAME", help="Host name or address by which sites reach the server; may be repeated."
+    ),
+]
+Quota = Annotated[
+    int | None,
+    typer.Option(
+        "--quota", metavar="MB", min=1, help="Megabytes of answers that a site may send a day (default 34000)."
     ),
 ]
 Days = Annotated[int, typer.Option("--days", min=1, help="Days until the server's certificate ends.")]
@@ -50,26 +59,36 @@ def serve(  # noqa: PLR0913  # they are its options
     more: Annotated[
         int | None, typer.Option("--more", metavar="N", help="Add N versions to the finished run in this folder.")
     ] = None,
+    kept_megabytes: Annotated[
+        int,
+        typer.Option(
+            "--keep", metavar="MB", min=1, help="Megabytes of answers to keep, the latest: for fedloom rollback."
+        ),
+    ] = 2000,
     port: Annotated[str, typer.Option(metavar="[HOST:]PORT", help="Where sites connect to.")] = "8080",
     insecure: Insecure = False,
+    quota: Quota = None,
 ) -> None:
     """Carry out a Run on real machines: the server. Sites come with [bold]fedloom join[/bold], at any time.
+
+    RUNFILE is Python code and is executed, also by [bold]--resume[/bold], which goes by deployment.json in DIR: run only files that
+    you trust, and let nobody else write into DIR.
 
     What is killed is started again and goes on from the last checkpoint; Ctrl-C ends all, [bold]--resume[/bold] goes on. With
     [bold]--more N[/bold] a finished run makes N more versions; its sites come as before.
 
     Example: [bold]fedloom keys new DIR --host server.example.org[/bold], then [bold]fedloom serve mine.py --folder DIR[/bold]
     """
-    facts = _facts(file, settings, clients) | {"metrics_port": metrics_port}
+    facts = _facts(file, settings, clients) | {"metrics_port": metrics_port, "kept_megabytes": kept_megabytes}
     if more is not None:
         from fedloom.deploy.server.config import RUN_FOLDER
         from fedloom.runs.resume import version_to_reach
 
         facts["until"] = version_to_reach(folder / RUN_FOLDER, more)
-    _carry_out(file, folder, port, insecure, resume or more is not None, facts)
+    _carry_out(file, folder, port, insecure, resume or more is not None, facts, quota)
 
 
-def region(
+def region(  # noqa: PLR0913  # they are its options
     file: Annotated[Path, typer.Argument(metavar="RUNFILE", help="The run file, the same as at the server above.")],
     folder: Of,
     config: Annotated[
@@ -88,15 +107,18 @@ def region(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the deployment in this folder.")] = False,
     port: Annotated[str, typer.Option(metavar="[HOST:]PORT", help="Where the region's sites connect to.")] = "8080",
     insecure: Insecure = False,
+    quota: Quota = None,
 ) -> None:
     """Lead a region: the server of its own sites, and a site of the server above. For a Run with a hierarchy.
+
+    RUNFILE is Python code and is executed, also by [bold]--resume[/bold], which goes by deployment.json in DIR.
 
     Its keys are two: those of a server in its folder, for its sites, and that of a site in its settings. Runs until stopped.
     """
     from fedloom.deploy.flower.join import region_processes
 
     facts = _facts(file, settings, clients) | {"above": str(config.resolve())}
-    _carry_out(file, folder, port, insecure, resume, facts, region_processes(config, insecure))
+    _carry_out(file, folder, port, insecure, resume, facts, quota, region_processes(config, insecure))
 
 
 def _facts(file: Path, settings: list[str] | None, clients: int) -> dict[str, object]:
@@ -121,14 +143,22 @@ def _facts(file: Path, settings: list[str] | None, clients: int) -> dict[str, ob
 
 
 def _carry_out(
-    file: Path, folder: Path, port: str, insecure: bool, resume: bool, facts: dict[str, object], more: Any = ()
+    file: Path,
+    folder: Path,
+    port: str,
+    insecure: bool,
+    resume: bool,
+    facts: dict[str, object],
+    quota: int | None,
+    more: Any = (),
 ) -> None:
     from fedloom.deploy.flower.address import parse_address
     from fedloom.deploy.flower.serve import serve_deployment
     from fedloom.deploy.flower.server_processes import ServerSetup
 
     address = parse_address("--port", port, "127.0.0.1" if insecure else "0.0.0.0")
-    server = ServerSetup(folder, address.host, address.port, insecure)
+    limit = None if quota is None else quota * 10**6
+    server = ServerSetup(folder, address.host, address.port, insecure, quota=limit)
     try:
         reason = serve_deployment(server, facts, resume, _say, more)
     except KeyboardInterrupt:
@@ -151,12 +181,21 @@ def join(
             help="Ask for work so often when idle, not every 3 s: less for short tasks, more where there are many sites.",
         ),
     ] = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Accept the first terms that the server offers from now on, and no others.")
+    ] = False,
 ) -> None:
-    """Take part in a deployment: one site. Runs what is installed here, on the data named in the settings, until stopped."""
+    """Take part in a deployment: one site. Runs what is installed here, on the data named in the settings, until stopped.
+
+    Before the first task it shows the terms of the run, and does nothing until they are accepted: in the terminal, with
+    [bold]--accept[/bold], with [bold]fedloom site accept[/bold], or by their hash in the settings. Other terms are shown anew.
+    """
     from fedloom.deploy.flower.join import join_deployment as take_part
     from fedloom.deploy.flower.join import site_setup
+    from fedloom.deploy.site.settings import read_site
 
-    take_part(site_setup(config, insecure, idle), _say)
+    setup, site = site_setup(config, insecure, idle), read_site(config)
+    take_part(setup, _say, TermsPrompt(site, config, accept).look)
 
 
 def worker(
@@ -189,6 +228,7 @@ def worker(
     import sys
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a site asks no hub
+    os.umask(0o077)  # what it writes is its owner's alone
     from fedloom.deploy import json_log
     from fedloom.deploy.site.settings import read_site
 
@@ -234,7 +274,8 @@ def shards(
 ) -> None:
     """Write each simulated client's examples and settings to a folder of its own, as if it were a site.
 
-    So a run that was simulated can be repeated with real processes, to the same numbers, and a deployment tried on one machine.
+    So a run that was simulated can be repeated with real processes, and a deployment tried on one machine. Each site draws batches
+    and held-out rows from its own secret: the same tasks on the same rows, and numbers that differ as those of two seeds do.
 
     Example: [bold]fedloom shards mine.py --out sites[/bold], then [bold]fedloom join --config sites/c00/site.toml --insecure[/bold]
     """
@@ -243,15 +284,19 @@ def shards(
 
     for site in export_sites(override(load_run_file(file), settings or []), folder):
         out.print(site, soft_wrap=True)
+    out.print(
+        "Limits   [limits] in each file are those that this run needs; a comment says where they are looser than the default"
+    )
+    out.print("Accept   fedloom join shows the terms of the run and waits; to try it here: fedloom join ... --accept")
 
 
 def status_view(status: Mapping[str, Any], age: float) -> Group:
     """Return the status of a deployment as the terminal shows it; for `age` seconds nothing was written."""
     traffic, scores = status["traffic"], status["scores"]
-    lines = [
-        f"[bold]{escape(status['run'])}[/bold]  version {status['version']} of {status['versions']}, "
-        f"{status['seconds']:,.0f} s, start {status['incarnation']} of the server",
-        f"Waits {escape(status['waits'])}",
+    running = f"{status['seconds']:,.0f} s, start {status['incarnation']} of the server"
+    lines: list[str | Text] = [
+        Text.assemble((status["run"], "bold"), f"  version {status['version']} of {status['versions']}, {running}"),
+        f"Waits {printable(status['waits'], lines=False)}",
         f"{status['accepted']} answers accepted, {status['rejected']} refused, {status['failed']} tasks failed, "
         f"mean staleness {status['mean_staleness'] or 0:g}",
         f"{traffic['bytes_down'] / 1e6:,.1f} MB down, {traffic['bytes_up'] / 1e6:,.1f} MB up, "
@@ -260,22 +305,23 @@ def status_view(status: Mapping[str, Any], age: float) -> Group:
     if scores:
         lines.append("Scores " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     if age > 60:
-        lines.append(f"[yellow]Nothing was written for {age:,.0f} s: is the server still running?[/yellow]")
+        lines.append(Text(f"Nothing was written for {age:,.0f} s: is the server still running?", "yellow"))
     clients = status["clients"].items()
-    why = [f"{escape(name)}: {escape(client['why'])}" for name, client in clients if client.get("why")]
+    why = [printable(f"{name}: {client['why']}", lines=False) for name, client in clients if client.get("why")]
+    why += [printable(f"{name}: {what}", lines=False) for name, what in status["set_aside"].items()]
     return Group(*lines, _client_table(status["clients"]), *why)
 
 
 def _client_table(clients: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a table with a row for each client, or region."""
     regions = any("rounds" in client for client in clients.values())
-    keys = ("answers", "task", "since", "rank", *(("depth", "rounds", "steps") if regions else ()), "stale")
+    keys = ("counted", "answers", "task", "since", "rank", *(("depth", "rounds", "steps") if regions else ()), "stale")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("region" if regions else "client", "reached", *keys):
         table.add_column(HEADINGS.get(heading, heading), justify="right" if heading in ("reached", *keys) else "left")
     for name, client in clients.items():
-        cells = (client[key] if isinstance(client[key], str) else _number(client[key]) for key in keys)
-        table.add_row(escape(name), "yes" if client["reached"] else "no", *cells)
+        cells = (client[key] if isinstance(client.get(key), str) else _number(client.get(key)) for key in keys)
+        table.add_row(name, "yes" if client["reached"] else "no", *cells)
     return table
 
 
@@ -326,12 +372,22 @@ def keys_add(
     public: Annotated[Path, typer.Argument(metavar="PUB", help="The public half of a site's key.")],
     name: Annotated[str, typer.Option("--name", help="What the server calls the site.")],
     folder: Of,
+    region: Annotated[bool, typer.Option("--region", help="It is the key of a region, not of a site.")] = False,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            "--examples",
+            help="Examples that count for it. Left out: what it registers, at most three times the median of all.",
+        ),
+    ] = None,
 ) -> None:
     """Register a site at the server, so that it may join. A server that runs needs no restart."""
     from fedloom.deploy.flower import keys
+    from fedloom.deploy.server.key_facts import KeyFacts
 
-    entry = keys.add(public, name, folder)
-    out.print(f"{entry.name} may join, with key {entry.fingerprint}", soft_wrap=True)
+    entry = keys.add(public, name, folder, KeyFacts(region, examples))
+    who = f"the region {entry.name}" if region else entry.name
+    out.print(f"{who} may join, with key {entry.fingerprint}", soft_wrap=True)
 
 
 @keys_app.command("remove")
@@ -363,7 +419,8 @@ def mount(app: typer.Typer) -> None:
     app.command()(status)
     app.command()(shards)
     app.add_typer(keys_app, name="keys")
+    app.add_typer(site_app, name="site")
 
 
 def _say(line: str) -> None:
-    out.print(f"[dim]{datetime.now():%H:%M:%S}[/dim] {escape(line)}", soft_wrap=True)
+    out.print(Text.assemble((f"{datetime.now():%H:%M:%S}", "dim"), f" {printable(line, lines=False)}"), soft_wrap=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
-from rich.console import Console
 
+from fedloom.cli.console import out
 from fedloom.core.errors import Refused
 
 if TYPE_CHECKING:
@@ -101,7 +101,6 @@ def inspect_command(  # noqa: PLR0913  # they are its options
     """
     from fedloom.data.client_summary import parse_summary
 
-    out = Console(highlight=False)
     if client_summary is None and (epsilon is not None or labels is not None):
         raise Refused("--epsilon", epsilon, "noise and labels belong to a summary; add --client-summary FILE")
     if show and model is None:
@@ -111,7 +110,7 @@ def inspect_command(  # noqa: PLR0913  # they are its options
         if len(files) < len(data) or clients or columns or model or client_summary:
             raise Refused("DATA", str(files[0]), "summaries stand alone: neither tables nor settings beside them")
         notes = [f"Read {len(files)} summaries; no text was needed."]
-        _show(out, [parse_summary(_text(path), str(path)) for path in files], "Federation", notes, page)
+        _show([parse_summary(_text(path), str(path)) for path in files], "Federation", notes, page)
         return
     if len(data) > 1:
         raise Refused("DATA", str(data[1]), "give one table, or several summaries (.json)")
@@ -120,18 +119,18 @@ def inspect_command(  # noqa: PLR0913  # they are its options
     if model is not None:
         notes += _length_notes(examples, model)
     for note in notes:
-        out.print(note, markup=False, soft_wrap=True)
+        out.print(note, soft_wrap=True)
     if show and model is not None:
-        _show_examples(out, examples.take(range(min(show, len(examples)))), model)
+        _show_examples(examples.take(range(min(show, len(examples)))), model)
     if client_summary is not None:
-        _write_summary(out, examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
+        _write_summary(examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
         return
     parts = _parts(examples, data[0].name)
     judged, note = _judged(examples, model, max(FEWEST, JUDGED // len(parts)))
     notes.append(note)
-    out.print(note, markup=False, soft_wrap=True)
+    out.print(note, soft_wrap=True)
     summaries = [_summary(name, part, model, judged) for name, part in parts.items()]
-    _show(out, summaries, data[0].name, notes, page)
+    _show(summaries, data[0].name, notes, page)
 
 
 # The table ----------------------------------------------------------------------------------------------------------------
@@ -254,7 +253,7 @@ def _length_notes(examples: Examples, model: str) -> list[str]:
     return lines
 
 
-def _show_examples(out: Console, examples: Examples, model: str) -> None:
+def _show_examples(examples: Examples, model: str) -> None:
     """Print examples as the model reads them: with its special tokens, and marks around what it learns to write."""
     from fedloom.train.pretrained import load_tokenizer
     from fedloom.train.tokenised import IGNORED, encode_texts
@@ -262,7 +261,7 @@ def _show_examples(out: Console, examples: Examples, model: str) -> None:
     tokenizer = load_tokenizer(model)
     texts = encode_texts(examples, tokenizer, min(max(LENGTHS), tokenizer.model_max_length))
     legend = f"{LEARNT[0]} {LEARNT[1]} stand around what is learnt" if examples.answers else "then the label"
-    out.print(f"\nAs {Path(model).name} reads them, special tokens included ({legend}):", style="bold", markup=False)
+    out.print(f"\nAs {Path(model).name} reads them, special tokens included ({legend}):", style="bold")
     for number, ids in enumerate(texts.ids):
         targets = [IGNORED] * len(ids) if texts.answer_starts is None else texts.targets(number)
         spans = []
@@ -270,7 +269,7 @@ def _show_examples(out: Console, examples: Examples, model: str) -> None:
             text = str(tokenizer.decode([token for token, _ in span], skip_special_tokens=False))
             spans.append(f"{LEARNT[0]}{text}{LEARNT[1]}" if learnt else text)
         label = "" if examples.answers else f"  -> {examples.names[examples.labels[number]]}"
-        out.print(f"{number + 1}. ({len(ids)} tokens) {''.join(spans)}{label}", markup=False, soft_wrap=True)
+        out.print(f"{number + 1}. ({len(ids)} tokens) {''.join(spans)}{label}", soft_wrap=True)
 
 
 # Clients ------------------------------------------------------------------------------------------------------------------
@@ -315,7 +314,7 @@ def _summary(name: str, examples: Examples, model: str | None, judged: int = JUD
 
 
 def _write_summary(
-    out: Console, examples: Examples, target: Path, model: str | None, epsilon: float | None, labels: Sequence[str]
+    examples: Examples, target: Path, model: str | None, epsilon: float | None, labels: Sequence[str]
 ) -> None:
     """Write the summary of one client."""
     from fedloom.data.client_summary import encode_summary, private_summary
@@ -333,30 +332,28 @@ def _write_summary(
     out.print(
         f"\nSummary  {target}: client “{target.stem}”, counts of lengths{' and quality' if summary.quality else ''}, {named}{noise}; "
         "no text is in it. Whoever has those of several clients runs fedloom inspect *.json",
-        markup=False,
         soft_wrap=True,
     )
 
 
-def _show(out: Console, summaries: Sequence[Summary], name: str, notes: Sequence[str], page: Path) -> None:
+def _show(summaries: Sequence[Summary], name: str, notes: Sequence[str], page: Path) -> None:
     """Print the summaries, and write them as a page."""
     from fedloom.cli.tables import rich_table
     from fedloom.data.heterogeneity import measure_heterogeneity
     from fedloom.report import heterogeneity_page
 
     measured = measure_heterogeneity(summaries) if len(summaries) > 1 else None
-    out.print(f"\n{heterogeneity_page.heterogeneity_sentence(summaries, measured)}\n", style="bold", markup=False)
+    out.print(f"\n{heterogeneity_page.heterogeneity_sentence(summaries, measured)}\n", style="bold")
     if measured is not None:
         out.print(rich_table(heterogeneity_page.axis_table(measured), WORDS))
     out.print(rich_table(heterogeneity_page.client_table(summaries, 10), WORDS))
     likely = heterogeneity_page.expected_effects(measured) if measured is not None else []
     for how, text in likely:
-        out.print(f"{how} {text}", markup=False)
+        out.print(f"{how} {text}")
     if likely:
-        out.print(" ".join(heterogeneity_page.HEDGE.split()), markup=False, style="dim")
+        out.print(" ".join(heterogeneity_page.HEDGE.split()), style="dim")
     out.print(
         f"\nPage     {heterogeneity_page.write_heterogeneity_report(summaries, measured, name, notes, page)}",
-        markup=False,
         soft_wrap=True,
     )
 

@@ -7,11 +7,11 @@ that `fedloom --help` takes no longer than typer.
 from __future__ import annotations
 
 import codecs
-import json
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
@@ -19,13 +19,14 @@ from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
+from fedloom.cli.console import err, out, print_traceback
 from fedloom.cli.deploy import mount
 from fedloom.cli.inspect import inspect_command
-from fedloom.core.errors import Refused
-from fedloom.core.files import disk_full_error
+from fedloom.core.errors import Refused, refuse_damaged
+from fedloom.core.files import disk_full_error, read_json
 from fedloom.runs.public_names import collector_paused
 
 if TYPE_CHECKING:
@@ -50,9 +51,6 @@ ESCAPED = "fedloom.escaped"
 PLAIN_MARKS = str.maketrans(
     {"\u00a0": " ", "\u2013": "-", "\u2026": "...", "\u00b1": "+-", "\u00d7": "x", "\u2192": "->"}
 )
-
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 Settings = Annotated[
     list[str] | None,
@@ -185,17 +183,19 @@ def run_command(  # noqa: PLR0913  # they are its options
         if resume is None:
             raise Refused("--more", more, f"there is no run {value.name}-001 in runs/; name its folder: --resume DIR")
     target = resume or files.require_vacant(out_dir or files.numbered_path(Path("runs"), value.name))
-    job = prepare(value, resume, more)
-    _introduce(job)
     try:
-        outcome = _carry_out(job, target, workers, pictures, keep_updates=keep_updates)
+        with refuse_damaged("--resume", str(resume)) if resume else nullcontext():
+            job = prepare(value, resume, more)
+            _introduce(job)
+            outcome = _carry_out(job, target, workers, pictures, keep_updates=keep_updates)
     except (KeyboardInterrupt, Exception) as error:
-        if isinstance(error, KeyboardInterrupt) or disk_full_error(error):
-            err.print(_escaped(_what_is_left(target)), soft_wrap=True)
+        if (isinstance(error, KeyboardInterrupt) or disk_full_error(error)) and target.is_dir():
+            err.print(_what_is_left(target), soft_wrap=True)
         raise
     _summarise([outcome.folder])
     page = outcome.folder / "report.html" if pictures else f"{sys.argv[0]} report {outcome.folder}"
     out.print(f"\nReport   {page}\nAdapter  {outcome.folder / 'adapter'}", soft_wrap=True)
+    _tell_limits(job)
 
 
 @app.command("report")
@@ -237,12 +237,38 @@ def replay_command(
 
     result = replay(folder.parent if folder.is_file() else folder)
     if result.difference:
-        out.print(
-            f"{result.events} events gave the same bytes, then a difference\n{_escaped(result.difference)}",
-            soft_wrap=True,
-        )
+        out.print(f"{result.events} events gave the same bytes, then a difference\n{result.difference}", soft_wrap=True)
         raise typer.Exit(1)
-    out.print(f"{result.events} events gave the same bytes")
+    since = f", from version {result.version} on: earlier answers are not kept" if result.version else ""
+    out.print(f"{result.events} events gave the same bytes{since}")
+
+
+@app.command("rollback")
+def rollback_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the folder of a deployment.")],
+    to: Annotated[int | None, typer.Option("--to", metavar="VERSION", help="Go back to this version.")] = None,
+    without: Annotated[
+        str | None, typer.Option("--without", metavar="SITE", help="Merge all answers again but those of this site.")
+    ] = None,
+    target: Annotated[
+        Path | None, typer.Option("--out", metavar="NEW", help="The folder to write; by default DIR/rollback-001.")
+    ] = None,
+) -> None:
+    """Write the adapter of an earlier version of a run, or of the run without one site, into a new folder. DIR stays as it is.
+
+    The answers must have been kept: a deployment keeps the latest, a simulation with [bold]--keep-updates[/bold]. Answers of others
+    stay as they were sent, also where their tasks came from versions with the site in them.
+
+    Example: [bold]fedloom rollback DIR --without ward-7[/bold]
+    """
+    from fedloom.runs.rollback import roll_back
+
+    result = roll_back(folder, to, without, target)
+    out.print("\n".join(result.notes), soft_wrap=True)
+    out.print(
+        f"\nAdapter  {result.folder / 'adapter'}\nGo on    with a new run from it: --set start={result.folder}",
+        soft_wrap=True,
+    )
 
 
 @app.command("export")
@@ -269,7 +295,8 @@ def export_command(
         raise Refused("export", str(folder), "say exactly one of --client ID, --rank R, --merged")
     log = read_run_log(folder)
     if client is not None:
-        ranks = {str(line["client"]): int(line["rank"]) for line in (*log.clients, *log.unscored)}
+        with refuse_damaged("run folder", str(folder)):
+            ranks = {str(line["client"]): int(line["rank"]) for line in (*log.clients, *log.unscored)}
         if client not in ranks:
             raise Refused("--client", client, f"the run scored {', '.join(sorted(ranks)) or 'no clients'}")
         rank = ranks[client]
@@ -280,11 +307,11 @@ def export_command(
     name = "merged" if merged else f"adapter-{client}" if client else f"adapter-r{rank}"
     place = create_folder(target or folder / name)
     if merged:
-        out.print(f"Model  {_escaped(str(save_merged(base, adapter, names, place)))}", soft_wrap=True)
+        out.print(f"Model  {save_merged(base, adapter, names, place)}", soft_wrap=True)
     else:
         assert rank is not None
         written = save_adapter(base, truncate_adapter(adapter, rank), names, place, log.manifest["run"].get("date"))
-        out.print(f"Adapter  {_escaped(str(written))}", soft_wrap=True)
+        out.print(f"Adapter  {written}", soft_wrap=True)
 
 
 app.command("inspect")(inspect_command)
@@ -295,10 +322,11 @@ def main() -> NoReturn:
     """The `fedloom` command."""
     write_any_text(sys.stdout)
     write_any_text(sys.stderr)
+    sys.excepthook = print_traceback
     try:
         code = app(standalone_mode=False)  # typer returns the code of an Exit, and 130 for Ctrl-C
     except Refused as error:
-        err.print(f"[bold red]fedloom:[/bold red] {_escaped(str(error))}", soft_wrap=True)
+        _complain(str(error))
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -306,18 +334,22 @@ def main() -> NoReturn:
         code = stop.exit_code
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of click
-            err.print(f"[bold red]fedloom:[/bold red] {_escaped(error.format_message())}", soft_wrap=True)
+            _complain(error.format_message())
             sys.exit(2)
-        if not (disk_full := disk_full_error(error)):
-            raise
-        reason = f"the disk is full: {disk_full.filename or 'a file'} could not be written; make room"
-        err.print(f"[bold red]fedloom:[/bold red] {_escaped(reason)}", soft_wrap=True)
-        sys.exit(2)
+        if disk_full := disk_full_error(error):
+            _complain(f"the disk is full: {disk_full.filename or 'a file'} could not be written; make room")
+            sys.exit(2)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            _complain(f"{error.filename}: {error.strerror}")
+            sys.exit(2)
+        raise
     if code == INTERRUPTED:
-        err.print(
-            "[bold yellow]fedloom:[/bold yellow] interrupted; a run folder made so far says so and can be reported on"
-        )
+        _complain("interrupted; a run folder made so far says so and can be reported on", "bold yellow")
     sys.exit(code or 0)
+
+
+def _complain(text: str, style: str = "bold red") -> None:
+    err.print(Text.assemble(("fedloom:", style), f" {text}"), soft_wrap=True)
 
 
 def write_any_text(stream: object) -> None:
@@ -349,7 +381,7 @@ def _introduce(job: PreparedRun) -> None:
 
     run, shape = job.run, job.server.shape
     size = (shape.parameters + shape.embeddings) / 1e6
-    out.print(f"[bold]{_escaped(run.name)}[/bold]: {_escaped(run.model)}, {size:.1f} M parameters, kept frozen")
+    out.print(Text.assemble((run.name, "bold"), f": {run.model}, {size:.1f} M parameters, kept frozen"))
     out.print(
         f"{len(job.profiles)} clients, {type(run.aggregator).__name__}, {type(run.schedule).__name__}, seed {run.seed}"
     )
@@ -363,11 +395,24 @@ def _introduce(job: PreparedRun) -> None:
     about: Mapping[str, Any] = job.describe()
     if (majority := about["baselines"].get("majority")) is not None:
         answer = f"Always answering {about['metrics']['majority_label']!r}"
-        out.print(f"{_escaped(answer)} would be right for {100 * majority:.1f} % of the test examples\n")
+        out.print(f"{answer} would be right for {100 * majority:.1f} % of the test examples\n")
     if job.resumed_from:
         out.print(f"Goes on {job.resumed_from.resume_point}\n")
     for note in about["notes"]:
-        out.print(f"[yellow]Note[/yellow] {_escaped(note)}\n")
+        out.print(Text.assemble(("Note", "yellow"), f" {note}\n"))
+
+
+def _tell_limits(job: PreparedRun) -> None:
+    """Say which limits of a site would have to be loosened for this run: a simulation has none."""
+    from fedloom.deploy.site.export_sites import needed_limits
+
+    rows = min(len(shard.train) + len(shard.held_out) for shard in job.shards)
+    needed = needed_limits(job.run, rows, None if job.base.labels is None else job.split.train.names)
+    if needed:
+        lines = ", ".join(f"{name} = {value}" for name, value in needed.items())
+        out.print(
+            f"Limits   sites with default limits refuse this run; it needs {lines} (docs/site.md)", soft_wrap=True
+        )
 
 
 def _carry_out(job: PreparedRun, folder: Path, workers: str = "1", report: bool = True, **more: Any) -> Outcome:
@@ -396,7 +441,7 @@ def progress_observer(progress: Progress, job: Job) -> Observer:
                     shown["accuracy"] = f"ppl {metrics['perplexity']:.1f}"
                 case ScoresReady(_, metrics):
                     shown["accuracy"] = f"acc {100 * metrics['accuracy']:.1f} %"
-                case VersionMade():
+                case VersionMade() if fact.updates:
                     shown["version"] = f"{fact.version}/{limits.versions}"
                     shown["loss"] = f"loss {mean(u.result.metrics.get('loss', 0.0) for u in fact.updates):.2f}"
                     stale = mean(fact.staleness)
@@ -410,7 +455,7 @@ def progress_observer(progress: Progress, job: Job) -> Observer:
 def _what_is_left(folder: Path) -> str:
     """Say how to go on where a run was stopped: with the rest of it, or with its report alone."""
     path = folder / "manifest.json"
-    finished = path.exists() and json.loads(path.read_bytes()).get("status") == "finished"
+    finished = path.exists() and read_json(path).get("status") == "finished"
     return f"Report   {sys.argv[0]} report {folder}" if finished else f"Go on    {resume_command(sys.argv, folder)}"
 
 
@@ -427,18 +472,20 @@ def resume_command(arguments: list[str], folder: Path) -> str:
 def _summarise(folders: list[Path]) -> None:
     from fedloom.cli.tables import runs_in_terminal
 
-    out.print(runs_in_terminal(folders))
+    with refuse_damaged("run folder", ", ".join(map(str, folders))):
+        shown = runs_in_terminal(folders)
+    out.print(shown)
 
 
 def _conclude(job: PreparedRun, ours: Outcome, fedit: Outcome, page: Path) -> None:
     """Print what the demo learnt, where it is, and how to use it."""
     _summarise([ours.folder, fedit.folder])
     start, end, other = ours.scores[0]["accuracy"], ours.scores[-1]["accuracy"], fedit.scores[-1]["accuracy"]
-    out.print(
+    told = (
         f"\nAlways answering the commonest label would be right for {100 * job.baselines()['majority']:.1f} % of the test "
         f"tickets. The untrained model classified {100 * start:.1f} % correctly, FedIT reached {100 * other:.1f} %, "
-        f"[bold]ProductDelta {100 * end:.1f} %[/bold]; no ticket left its company.\n"
     )
+    out.print(Text.assemble(told, (f"ProductDelta {100 * end:.1f} %", "bold"), "; no ticket left its company.\n"))
     out.print(
         f"Report   {page}\nAdapter  {ours.folder / 'adapter'} (README.md there shows how to load it with peft)",
         soft_wrap=True,
@@ -447,9 +494,3 @@ def _conclude(job: PreparedRun, ours: Outcome, fedit: Outcome, page: Path) -> No
         f"Next     {sys.argv[0]} export {ours.folder} --rank 2    (the same adapter for the weakest client)",
         soft_wrap=True,
     )
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

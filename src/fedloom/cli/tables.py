@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -45,7 +44,7 @@ def partition_table(statistics: Mapping[str, Any], most: int = 16) -> Table:
     )
     table.add_column("client")
     wide = len(names) <= 8
-    for heading in ("train", "held out", "words", *(map(escape, names) if wide else ["commonest labels"])):
+    for heading in ("train", "held out", "words", *(names if wide else ["commonest labels"])):
         table.add_column(heading, justify="right")
     order = sorted(clients, key=lambda name: (-clients[name]["examples"], name))
     for position, name in enumerate(order):
@@ -55,9 +54,7 @@ def partition_table(statistics: Mapping[str, Any], most: int = 16) -> Table:
             continue
         client = clients[name]
         ranked = sorted(range(len(names)), key=lambda label: -client["labels"][label])[:3]
-        commonest = ", ".join(escape(f"{names[i]} {client['labels'][i]}") for i in ranked)
+        commonest = ", ".join(f"{names[i]} {client['labels'][i]}" for i in ranked)
         labels = map(str, client["labels"]) if wide else [commonest]
-        table.add_row(
-            escape(name), str(client["examples"]), str(client["held_out"]), f"{client['mean_words']:.0f}", *labels
-        )
+        table.add_row(name, str(client["examples"]), str(client["held_out"]), f"{client['mean_words']:.0f}", *labels)
     return table

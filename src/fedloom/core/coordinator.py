@@ -64,6 +64,11 @@ class StateView(Protocol):
         ...
 
     @property
+    def registered(self) -> Mapping[ClientId, int]:
+        """Examples with which each client joined."""
+        ...
+
+    @property
     def dispatched(self) -> Mapping[ClientId, int]:
         """Tasks sent to each client so far."""
         ...

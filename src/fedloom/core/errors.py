@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fedloom.core.text import first_line
+
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What a reader raises, each in its own way, where data are not what it counts on."""
+
 
 class Refused(ValueError):
     """A setting or an input that fedloom cannot honour.
@@ -19,3 +36,15 @@ class Refused(ValueError):
     def __reduce__(self) -> tuple[type[Refused], tuple[str, object, str]]:
         """Pickle by the three arguments, so that it comes out of a worker process as it was raised."""
         return type(self), (self.field, self.value, self.remedy)
+
+
+@contextmanager
+def refuse_damaged(field: str, value: object) -> Iterator[None]:
+    """Raise what goes wrong in a block that goes by what somebody has written as Refused: its parts do not belong together."""
+    try:
+        yield
+    except Refused:
+        raise
+    except UNREADABLE as error:
+        remedy = f"{type(error).__name__}: {first_line(error)}; where nothing else explains that, it is damaged or not fedloom's"
+        raise Refused(field, value, remedy) from error

@@ -69,6 +69,19 @@ class ScoresReady:
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryScored:
+    """A model was scored on the canary examples.
+
+    Fields:
+        check: number of the `CheckCanary` that asked for it.
+        metrics: its figures on these examples.
+    """
+
+    check: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class TaskReceived:
     """An edge received the task that its members are to do together."""
 
@@ -132,6 +145,7 @@ Event: TypeAlias = (
     | TaskFailed
     | TimerFired
     | ScoresReady
+    | CanaryScored
     | TaskReceived
     | EdgeLost
     | EdgeReturned
@@ -177,6 +191,37 @@ class Evaluate:
 
     version: int
     model: Model
+
+
+@dataclass(frozen=True, slots=True)
+class CheckCanary:
+    """Score this model on the canary examples and answer with `CanaryScored`.
+
+    Fields:
+        check: number of the check.
+        version: number that the model will have if it is published.
+        model: the model.
+        without: sites whose answers were left out of it.
+    """
+
+    check: int
+    version: int
+    model: Model
+    without: tuple[ClientId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """An accepted answer is taken out of all that is merged from now on: a version with it fails the canary.
+
+    Fields:
+        client, task: whose it is, and the number of its task.
+        reason: the scores, in words.
+    """
+
+    client: ClientId
+    task: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,5 +327,17 @@ class Moved:
 
 
 Command: TypeAlias = (
-    Dispatch | Cancel | Publish | Evaluate | Reject | Stop | Report | Discarded | InsideEdge | Regroup | Moved
+    Dispatch
+    | Cancel
+    | Publish
+    | Evaluate
+    | CheckCanary
+    | SetAside
+    | Reject
+    | Stop
+    | Report
+    | Discarded
+    | InsideEdge
+    | Regroup
+    | Moved
 )

@@ -47,7 +47,7 @@ class Fleet:
         busy: outstanding tasks, by task number.
         arrived: accepted answers that wait to be merged, in order of arrival.
         shape: sizes of the base model: parameters, layers, blocks, hidden size.
-        reported_examples: by client, the examples that it reported with its last accepted answer.
+        reported_examples: by client, the examples that counted for its last accepted answer.
         dispatched: by client, tasks sent to it so far.
         work_seconds: by client, seconds that it spent on tasks that have ended, answered or not.
         tasks: tasks sent so far; part of the name of a random stream, so that no draw is repeated.
@@ -225,6 +225,11 @@ Evaluator: TypeAlias = Callable[[Model], Mapping[str, float]]
 
 Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
 """Function that is shown each (time, event, commands) after the server handled the event."""
+
+
+def no_scores(model: Model) -> Mapping[str, float]:
+    """Return no scores: an evaluator where nothing is scored."""
+    return {}
 
 
 def do_nothing() -> None:

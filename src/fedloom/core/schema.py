@@ -48,6 +48,10 @@ SCALARS = (bool, int, float, str)
 UNIONS = (Union, UnionType)
 TABLES = (dict, Mapping, IndexedTable)
 ROWS = (list, Sequence)
+LARGEST_FLOAT = 3e38
+"""Largest number in a setting: what is computed with is float32."""
+LARGEST_WHOLE = 2**64
+"""Largest whole number in a setting, which may be a seed."""
 NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """How numbers are written that JSON does not have."""
 
@@ -394,17 +398,26 @@ def check_fields(value: Any, path: str = "") -> None:
         name, content = f"{path}{field}", getattr(value, field)
         if not matches_type(content, hint):
             raise Refused(name, content, f"expected {describe_type(hint, None)}")
-        if isinstance(content, float) and not math.isfinite(content):
-            raise Refused(name, content, "expected a finite number")
-        if isinstance(content, str) and has_surrogate(content):
-            raise Refused(name, ascii(content), "it has half of a character (a lone surrogate), which no file can hold")
         for item in content if isinstance(content, tuple) else (content,):
+            check_scalar(name, item)
             check_fields(item, f"{name}.")
+
+
+def check_scalar(name: str, content: object) -> None:
+    """Raise Refused for a number or a text that no file or no library can hold."""
+    if isinstance(content, float) and not abs(content) <= LARGEST_FLOAT:
+        raise Refused(name, content, "expected a finite number, of a size that float32 can hold")
+    if isinstance(content, int) and abs(content) > LARGEST_WHOLE:
+        raise Refused(name, f"a number of {content.bit_length()} bits", "expected a whole number of at most 64 bits")
+    if isinstance(content, str) and has_surrogate(content):
+        raise Refused(name, ascii(content), "it has half of a character (a lone surrogate), which no file can hold")
 
 
 def matches_type(value: Any, hint: Any) -> bool:
     """Whether a field of this type takes the value, as far as that can be seen. A whole number is also a number."""
-    return matches_exactly(value, hint) or (type(value) is int and matches_exactly(float(value), hint))
+    if matches_exactly(value, hint):
+        return True
+    return type(value) is int and abs(value) <= LARGEST_WHOLE and matches_exactly(float(value), hint)
 
 
 def matches_exactly(value: Any, hint: Any) -> bool:

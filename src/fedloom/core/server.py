@@ -10,16 +10,19 @@ replayed from its trace by handing the same events to a new server.
 
 From a reply to the next version, in this file:
 
-1. `_apply` checks that the task is outstanding at this client, and that the form, counts, magnitudes and unchanged sides of the
-   answer are as the task demands (`validate_answer.why_invalid`). What fails is refused with a `Reject`, and the state stays as it
-   was. The root of a hierarchy checks reports first (`hierarchy.root_server`); an edge without a task refuses every answer
+1. `_apply` checks that the task is outstanding at this client, that the form, counts, magnitudes and unchanged sides of the
+   answer are as the task demands (`validate_answer.why_invalid`), and that it moved no further than others and an optimiser do
+   (`change_norms`). What fails is refused with a `Reject`, and the state stays as it was. The root of a hierarchy checks reports
+   first (`hierarchy.root_server`); an edge without a task refuses every answer
    (`hierarchy.edge`). On real machines, bytes that are no answer are refused before the server sees them (`deploy.server.driver`).
-2. An accepted answer becomes an `Update` in `State.arrived`, with the model that its task was cut from; its client is idle again.
+2. An accepted answer becomes an `Update` in `State.arrived`, with the model that its task was cut from, and with the examples that
+   its client registered (`registration`), whatever it says; its client is idle again.
 3. `_decide` asks the schedule for a `Merge`. Here the staleness weight comes in: a schedule multiplies an answer's weight, or its
    step, by a discount of `schedule.shared.staleness.staleness`, the number of versions made since the task was sent. The aggregator
    sees weights only.
 4. `_merge` gives the merge to the aggregator, layer by layer where clients train to different depths (`partial_depth`). The model
-   that comes back is the next version: it is published, and evaluated if it is due.
+   that comes back is the next version: it is published, and evaluated if it is due. With a `Canary` it is scored first, and
+   answers that make it worse are set aside (`canary`).
 5. 3 and 4 repeat while a merge is due. Then the run ends, if it has reached a limit, or the schedule's choice of idle clients gets
    tasks (`_dispatch`): the budget, the part of the model for that budget, and the encoding that the transfer codec makes of it.
 
@@ -49,35 +52,42 @@ A method that breaks one of 1 to 5 or 8 by design says so in `exempt`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from fedloom.core.canary import Canary, Trial, Verdict, judge, score_of, why_set_aside, without_sites
+from fedloom.core.change_norms import QUORUM, WINDOW, ChangeNorms, Frame, NormLimits, answer_kind, remember
 from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
 from fedloom.core.events import (
+    CanaryScored,
     Cancel,
+    CheckCanary,
     ClientJoined,
     ClientLost,
     Command,
     Dispatch,
+    EdgeReported,
     Evaluate,
     Event,
     Publish,
     Reject,
+    SetAside,
     Stop,
     TaskFailed,
     UpdateArrived,
 )
-from fedloom.core.indexed_dict import IndexedTable
 from fedloom.core.lora import server_rank
 from fedloom.core.model_shape import Shape
 from fedloom.core.partial_depth import merge_by_layer, start_at_depth
 from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Merge, Schedule, require_fresh_answers
+from fedloom.core.registration import counted_examples, register
 from fedloom.core.seeds import derive
+from fedloom.core.server_state import State
 from fedloom.core.transfer import encode_start
-from fedloom.core.types import Budget, ClientId, GroupHistory, Model, Profile, Task, TaskStart, Update
+from fedloom.core.types import Budget, ClientId, GroupHistory, Model, Task, TaskStart, Update
 from fedloom.core.validate_answer import why_invalid
 
 
@@ -89,75 +99,6 @@ def inner_start(start: TaskStart, outer: Task | None) -> TaskStart:
     return start if outer is None else replace(start, basis=f"{outer.id}:{start.basis}")
 
 
-CLIENT_TABLES = ("reported_examples", "dispatched", "work_seconds", "pruned")
-"""Tables of `State` that keep a client's entry after it leaves."""
-
-
-@dataclass(slots=True)
-class State:
-    """Mutable state of a server: everything that a checkpoint must save.
-
-    Fields:
-        model: the global model.
-        first: the model of version 0.
-        now: time of the last event (s).
-        version: number of the global version.
-        next_task: number of the next task.
-        has_new_clients: whether clients have joined since the last decision.
-        stopped: whether the run is over.
-        last_evaluated: last version that was sent to evaluation (-1: none).
-        failures: consecutive tasks that failed or were lost.
-        last_failure: reason of the last of them.
-        idle: clients without a task.
-        working: by client with a task, its profile and the number of the task.
-        busy: outstanding tasks by number.
-        bases: by outstanding task, the model that it was cut from.
-        arrived: accepted answers that wait to be merged, in order of arrival.
-        retained: how many of `arrived` (the first ones) the last merge kept.
-        latest: client of the last event, if that was an accepted answer (None: another event).
-        reported_examples: by client, the examples that it reported with its last accepted answer.
-        dispatched: by client, tasks sent to it so far.
-        work_seconds: by client, seconds of its tasks that have ended.
-        pruned: by client, the rank to which it pruned itself: the cap of its later ranks.
-        outer: task that this server works on as an edge (None: it is no edge).
-        groups: at the root of a tree, what is known of the groups of its edges.
-    """
-
-    model: Model
-    first: Model
-    now: float = 0.0
-    version: int = 0
-    next_task: int = 1
-    has_new_clients: bool = False
-    stopped: bool = False
-    last_evaluated: int = -1
-    failures: int = 0
-    last_failure: str = ""
-    idle: IndexedTable[ClientId, Profile] = field(default_factory=IndexedTable)
-    working: dict[ClientId, tuple[Profile, int]] = field(default_factory=dict)
-    busy: dict[int, Task] = field(default_factory=dict)
-    bases: dict[int, Model] = field(default_factory=dict)
-    arrived: list[Update] = field(default_factory=list)
-    retained: int = 0
-    latest: ClientId | None = None
-    reported_examples: dict[ClientId, int] = field(default_factory=dict)
-    dispatched: dict[ClientId, int] = field(default_factory=dict)
-    work_seconds: dict[ClientId, float] = field(default_factory=dict)
-    pruned: dict[ClientId, int] = field(default_factory=dict)
-    outer: Task | None = None
-    groups: dict[ClientId, GroupHistory] = field(default_factory=dict)
-
-    def take_record(self, client: ClientId) -> dict[str, Any]:
-        """Remove and return the table entries of a client that moves away."""
-        tables: dict[str, dict[ClientId, Any]] = {name: getattr(self, name) for name in CLIENT_TABLES}
-        return {name: table.pop(client) for name, table in tables.items() if client in table}
-
-    def add_record(self, client: ClientId, record: Mapping[str, Any]) -> None:
-        """Add the entries of a client that moved here."""
-        for name, value in record.items():
-            getattr(self, name)[client] = value
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Limits of a run: when it ends, and how often its model is evaluated.
@@ -165,15 +106,20 @@ class Limits:
     Fields:
         versions: global versions after which the run ends (at least 1; default 10).
         seconds: time at which it ends, if that is earlier (s; default None: no limit).
-        failures: consecutive failed or lost tasks after which the run ends (default 100): where every answer is refused, for
-            instance because training diverged, more time does not help.
+        failures: consecutive failed or lost tasks after which the run ends (default 100), or answers that a canary set aside without
+            a version in between: where every answer is refused, for instance because training diverged, more time does not help.
         evaluate_every: evaluate version 0, every n-th version and the last (default 1; 0: only the last).
+        norm_ratio: times the median of what others of the run sent that an answer may move (default 20; None: not compared).
+        step_ratio: times what an optimiser can do in the task's steps that an answer may move it (default 3; None: not judged, for
+            sites that add noise to their answers).
     """
 
     versions: int = 10
     seconds: float | None = None
     failures: int = 100
     evaluate_every: int = 1
+    norm_ratio: float | None = 20.0
+    step_ratio: float | None = 3.0
 
     def __post_init__(self) -> None:
         if self.versions < 1:
@@ -184,12 +130,16 @@ class Limits:
             raise Refused("limits.failures", self.failures, "how many tasks may fail in a row: at least 1")
         if self.evaluate_every < 0:
             raise Refused("limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions; 0: the last")
+        for name in ("norm_ratio", "step_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < math.inf:
+                raise Refused(f"limits.{name}", value, "1 or more times what is usual, 20 is a start; None: no limit")
 
 
 class Server:
     """Server over one level of clients: asks the schedule when, the budget rule how much, the aggregator how."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # they are the settings of a run that it follows
         self,
         model: Model,
         aggregator: Aggregator,
@@ -200,11 +150,14 @@ class Server:
         limits: Limits,
         seed: int = 0,
         transfer: Codec | None = None,
+        canary: Canary | None = None,
+        largest_step: float | None = None,
     ) -> None:
         require_fresh_answers(aggregator, schedule)
         self.state = State(model, model)
         self.aggregator, self.schedule, self.budget_rule = aggregator, schedule, budget_rule
-        self.shape, self.limits, self.seed, self.transfer = shape, limits, seed, transfer
+        self.shape, self.limits, self.seed, self.transfer, self.canary = shape, limits, seed, transfer, canary
+        self.norm_limits = NormLimits(limits.norm_ratio, limits.step_ratio, largest_step)
 
     def handle(self, now: float, event: Event) -> list[Command]:
         """Return what to do about `event`, in the order in which it is to be done.
@@ -218,13 +171,15 @@ class Server:
         rejected = self._apply(event)
         if rejected:
             return [rejected]
+        if isinstance(event, CanaryScored):  # it is about an earlier event, and what follows from that goes on
+            return self._decide(self._judge(event))
         state.latest = event.client if isinstance(event, UpdateArrived) else None
         if isinstance(event, ClientJoined):
             # no decision yet: others may join at the same time, and the first cohort is to be drawn from all of them (see `wake`)
             state.has_new_clients = True
             return []
         state.has_new_clients = False
-        return self._decide()
+        return self._decide(self._judge_first(event) if isinstance(event, UpdateArrived) else [])
 
     def advance(self, now: float) -> None:
         """Set the clock to the time of an event. Raises ValueError if time runs backwards."""
@@ -327,7 +282,8 @@ class Server:
         """Write the event into the state, or refuse it and leave the state as it was."""
         state = self.state
         match event:
-            case ClientJoined(profile):
+            case ClientJoined(joined):
+                profile = register(state.registered, joined)
                 if profile.client in state.working:  # it is back with a new profile, and its task is still outstanding
                     state.working[profile.client] = (profile, state.working[profile.client][1])
                 else:
@@ -343,21 +299,68 @@ class Server:
                 client not in state.working or state.working[client][1] != number
             ):
                 return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
-            case UpdateArrived(client, number, result):
-                task = state.busy[number]
-                reason = why_invalid(task, result)
-                if reason:  # the task stays outstanding: the driver decides whether a better answer may come
-                    return Reject(client, number, reason)
-                state.arrived.append(Update(task, result, state.bases[number]))
-                self._release(number)
-                state.failures = 0
-                if task.start.rules.pruning and (rank := server_rank(result.adapter)) < task.budget.rank:
-                    state.pruned[client] = rank
-                state.reported_examples[client] = result.examples
+            case UpdateArrived(client, number):
+                if reason := self.why_refused(state.busy[number], event):
+                    return Reject(client, number, reason)  # the task stays outstanding: a better answer may come
+                self._accept(event)
             case TaskFailed(_, number, reason):
                 self._release(number)
                 state.failures, state.last_failure = state.failures + 1, reason
         return None
+
+    def why_refused(self, task: Task, event: UpdateArrived) -> str | None:
+        """Return why this answer to `task` is not taken: its form, its numbers, or how far it moved; None if it is."""
+        if reason := why_invalid(task, event.result):
+            return reason
+        mine, others = self.norm_limits.measured(task, event.result), self._others(task)
+        return self.norm_limits.why_too_far(task, mine, others, self._frame(event)) if mine else None
+
+    def _accept(self, event: UpdateArrived) -> None:
+        """Take a valid answer: its client is idle again, and counts for the examples that it registered."""
+        state, task = self.state, self.state.busy[event.task]
+        counted = counted_examples(state.registered, state.working[task.client][0])
+        if isinstance(event, EdgeReported):  # it may say that fewer of its members took part
+            counted = min(counted, event.result.examples)
+        result = event.result if counted == event.result.examples else replace(event.result, examples=counted)
+        if mine := self.norm_limits.measured(task, result):
+            remember(self._recent(task), task.client, mine)
+        state.arrived.append(Update(task, result, state.bases[task.id]))
+        self._release(task.id)
+        state.failures = 0
+        if task.start.rules.pruning and (rank := server_rank(result.adapter)) < task.budget.rank:
+            state.pruned[task.client] = rank
+        state.reported_examples[task.client] = counted
+
+    def _judge_first(self, event: UpdateArrived) -> list[Command]:
+        """Judge the first answers once there are others to compare with: one that moved too far is set aside, if it still waits."""
+        state, recent = self.state, self._recent(self.state.arrived[-1].task)
+        if len(recent) != QUORUM + 1:
+            return []
+        aside, begin = list[SetAside](), max(state.retained, state.canary.trial.seen if state.canary.trial else 0)
+        for update in state.arrived[begin:]:
+            mine = recent.get(update.task.client)
+            if mine is None or mine.task != update.task.id:
+                continue
+            if reason := self.norm_limits.why_unlike(mine, self._others(update.task), self._frame(event)):
+                aside.append(SetAside(update.task.client, mine.task, reason))
+        for one in aside:
+            state.arrived = [update for update in state.arrived if update.task.id != one.task]
+            del recent[one.client]
+        return [*aside]
+
+    def _recent(self, task: Task) -> dict[ClientId, ChangeNorms]:
+        """Return how far the latest answers moved to tasks that train the same sides as this one."""
+        return self.state.recent_changes.setdefault(answer_kind(task.start), {})
+
+    def _others(self, task: Task) -> list[ChangeNorms]:
+        """Return how far others moved lately: if all answers are refused for long, what was usual before counts no more."""
+        since = task.id - 2 * max(WINDOW, self.max_in_flight)
+        return [one for client, one in self._recent(task).items() if client != task.client and one.task > since]
+
+    def _frame(self, event: UpdateArrived) -> Frame:
+        if not isinstance(event, EdgeReported):
+            return "own"
+        return "rotated" if self.aggregator.space == "product" else "merged"
 
     def _release(self, number: int) -> Task:
         """Close a task; its client is idle again."""
@@ -369,31 +372,101 @@ class Server:
         self.state.idle.put(task.client, self.state.working.pop(task.client)[0])
         return task
 
-    def _decide(self) -> list[Command]:
-        """Merge while the schedule finds something to merge, then stop or start clients."""
-        state, commands = self.state, list[Command]()
+    def _decide(self, commands: list[Command]) -> list[Command]:
+        """Merge while the schedule finds something to merge, then stop or start clients; `commands` come before.
+
+        While a canary score is outstanding nothing is merged. In the step that asks for it nobody is started either: the score may
+        come at once, and then clients start from the version that it lets through.
+        """
+        state = self.state
         if state.last_evaluated < 0 and self.limits.evaluate_every:
             commands.append(self._evaluate())
+        if self.canary and state.canary.version < 0 and not state.canary.trial:
+            commands.append(self._check(Trial(state.model)))
         fleet = self.fleet()
         # more than one merge may be due: a schedule that merges one answer at a time retains the others, and is called again
-        while state.version < self.limits.versions and (merge := self.schedule.merge(fleet)):
+        while not state.canary.trial and state.version < self.limits.versions and (merge := self.schedule.merge(fleet)):
             commands += self._merge(merge)
             fleet = self.fleet()
+        if commands and isinstance(commands[-1], CheckCanary):
+            return commands
         if reason := self._stop_reason():
             return commands + self.stop(reason)
         return commands + [self._dispatch(client, fleet) for client in self.schedule.start(fleet)]
 
     def _merge(self, merge: Merge) -> list[Command]:
-        state = self.state
-        commands: list[Command] = [self._cancel(number) for number in merge.cancel]
-        state.model = merge_by_layer(self.aggregator, state.model, merge)
-        state.version += 1
+        """Publish the next version, or have it scored first."""
+        state, model = self.state, merge_by_layer(self.aggregator, self.state.model, merge)
+        trial, version = Trial(model, merge, len(state.arrived)), state.version + 1
+        if self.canary and (version % self.canary.every == 0 or version == self.limits.versions):
+            return [self._check(trial)]
+        return self._publish(trial)
+
+    def _publish(self, trial: Trial) -> list[Command]:
+        """Publish a model as the next version; without a merge it is made of no answer."""
+        state, merge = self.state, trial.merge or Merge(())
+        commands: list[Command] = [self._cancel(number) for number in merge.cancel if number in state.busy]
+        state.model, state.version = trial.model, state.version + 1
         # answers that the schedule does not retain are in the new version, or in none: they are never merged later
-        state.arrived, state.retained = list(merge.retain), len(merge.retain)
-        commands.append(Publish(state.version, state.model, tuple(update for _, update in merge.weighted_updates)))
+        later, state.retained = state.arrived[trial.seen :], len(merge.retain)
+        state.arrived = [*merge.retain, *later]
+        commands.append(Publish(state.version, state.model, trial.updates))
         every = self.limits.evaluate_every or self.limits.versions
         if state.version % every == 0 or state.version == self.limits.versions:
             commands.append(self._evaluate())
+        return commands
+
+    def _check(self, trial: Trial) -> CheckCanary:
+        """Ask for the score of a model."""
+        state, number = self.state, self.state.canary.checks + 1
+        state.canary = replace(state.canary, checks=number, trial=trial)
+        without = trial.out if trial.absent is None else (*trial.out, trial.absent)
+        return CheckCanary(number, state.version + (trial.merge is not None), trial.model, without)
+
+    def _judge(self, event: CanaryScored) -> list[Command]:
+        """Publish the model that was scored, try it without a site, or set answers aside; a score that nobody waits for: nothing."""
+        state, record, trial = self.state, self.state.canary, self.state.canary.trial
+        if self.canary is None or trial is None or event.check != record.checks:
+            return []
+        score, margin = score_of(event.metrics), self.canary.margin
+        if trial.merge is None:
+            state.canary = record.passed(state.version, trial.model, score, record.held_back)
+            if score >= record.best - margin or record.model is None:
+                return []
+            state.canary = replace(record, version=state.version + 1, trial=None)
+            return self._publish(Trial(record.model))
+        verdict = judge(trial, score, record, margin)
+        if verdict.leave_out is not None:
+            left = without_sites(trial.merge, {*verdict.trial.out, verdict.leave_out})
+            model = merge_by_layer(self.aggregator, state.model, left) if left else state.model
+            return [self._check(replace(verdict.trial, model=model, absent=verdict.leave_out))]
+        if verdict.set_aside:
+            return self._set_aside(verdict, record.best)
+        if verdict.trial.out:  # the last check was of the merge without a site
+            trial = replace(trial, model=merge_by_layer(self.aggregator, state.model, trial.merge))
+        published = self._publish(trial)
+        state.canary = record.passed(state.version, trial.model, verdict.trial.whole or 0.0, verdict.held_back)
+        return published
+
+    def _set_aside(self, verdict: Verdict, best: float) -> list[Command]:
+        """Take the answers of these sites out, as if they had never arrived."""
+        state, trial = self.state, verdict.trial
+        gone = {
+            update.task.id: update.task.client for update in trial.updates if update.task.client in verdict.set_aside
+        }
+        reasons = {site: why_set_aside(site, verdict, best) for site in verdict.set_aside}
+        kept = [update.task.id not in gone for update in state.arrived]
+        state.retained = sum(kept[: state.retained])
+        state.arrived = [update for update, stays in zip(state.arrived, kept, strict=True) if stays]
+        count, sums = state.canary.set_aside + len(gone), verdict.held_back
+        state.canary = replace(state.canary, set_aside=count, held_back=sums, trial=None)
+        if state.canary.set_aside > state.failures:
+            state.failures, state.last_failure = state.canary.set_aside, reasons[verdict.set_aside[-1]]
+        commands: list[Command] = [SetAside(client, number, reasons[client]) for number, client in gone.items()]
+        if (
+            verdict.score is None and state.canary.version < state.version
+        ):  # versions since the last check may be the reason
+            commands.append(self._check(Trial(state.model)))
         return commands
 
     def _evaluate(self) -> Evaluate:
@@ -416,10 +489,10 @@ class Server:
         state = self.state
         budget = self.budget_rule(state.idle[client], fleet).at_most(state.idle[client].most)
         budget = replace(budget, rank=min(budget.rank, state.pruned.get(client, budget.rank)))
-        # seeds follow from the task's number and nothing else: so a draw depends neither on other clients nor on the workers (law 9)
+        # the seed follows from the task's number and nothing else: a draw depends neither on other clients nor on the workers (law 9)
         number, state.next_task = state.next_task, state.next_task + 1
-        start, seed = self.start(budget, derive(self.seed, "start", number)), derive(self.seed, "task", number)
-        task = Task(number, client, state.version, start, budget, seed, state.now)
+        start = self.start(budget, derive(self.seed, "start", number))
+        task = Task(number, client, state.version, start, budget, state.now)
         state.busy[number], state.bases[number] = task, state.model
         state.working[client] = (state.idle.take(client), number)
         state.dispatched[client] = state.dispatched.get(client, 0) + 1

@@ -70,6 +70,7 @@ class Profile:
         memory: memory for training (bytes).
         tier: name of its class of devices.
         most: largest rank, depth and number of steps that it lets a task have (None: whatever the plan says).
+        claimed: whether `examples` is the client's own word, which `registration` bounds; set by the server, whatever a client says.
     """
 
     client: ClientId
@@ -80,6 +81,7 @@ class Profile:
     memory: float = 8e9
     tier: str = "default"
     most: Budget | None = None
+    claimed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +171,6 @@ class Task:
         version: global version that it starts from.
         start: what the client receives.
         budget: how much it may do.
-        seed: seed of the client's random draws.
         sent: time of dispatch (s).
     """
 
@@ -178,7 +179,6 @@ class Task:
     version: int
     start: TaskStart
     budget: Budget
-    seed: int
     sent: float
 
 

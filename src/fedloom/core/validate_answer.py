@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import math
 import reprlib
-import sys
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from fedloom.core.lora import Adapter, Factor, cut_adapter, server_rank
+from fedloom.core.change_norms import norm
+from fedloom.core.lora import Adapter, Factor, cut_adapter, named_tensors, server_rank
 from fedloom.core.model_shape import Shape
 from fedloom.core.types import GroupStatistics, MemberWork, Result, Task, TaskStart
 
 MAX_NORM = 1e5
-"""Largest Frobenius norm of one tensor. A trained LoRA factor stays below about 1e2; a larger one would dominate the merge."""
-MAX_MEMBERS, MAX_DIRECTIONS = 10_000, 4096
+"""Largest Frobenius norm of the change of one tensor, whatever that was: a version that somebody spoilt can be trained on. The change
+of a LoRA factor stays below about 1e2; how far one may move beside others is judged by `change_norms`.
+"""
+MAX_MEMBERS, MAX_DIRECTIONS = 1000, 4096
 """Bounds of an edge's statistics: members of a group, and directions whose energy is reported."""
-MAX_SECONDS, MIN_SECONDS, MAX_LOSS, MAX_MASS = 1e9, 1e-9, 1e12, 1e30
-"""Bounds of members' work: a plan divides by their seconds, and squares how their losses fell."""
+MAX_SECONDS, MIN_SECONDS, MAX_LOSS, MAX_MASS, MAX_METRICS = 1e9, 1e-9, 1e12, 1e30, 100
+"""Bounds of members' work: a plan divides by their seconds, and squares how their losses fell. A metric is bounded as a loss."""
 
 
 def why_invalid(task: Task, result: Result) -> str | None:
@@ -31,8 +33,8 @@ def why_invalid(task: Task, result: Result) -> str | None:
     return (
         why_malformed(task, result)
         or _invalid_counts(task, result)
-        or _invalid_norms("", result.adapter)
-        or (_invalid_norms("control variate: ", result.control) if result.control else None)
+        or _invalid_norms("", named_tensors(_pruned(task.start, result.adapter)), result.adapter)
+        or (_invalid_norms("control variate: ", {}, result.control) if result.control else None)
         or _changed_side(task.start, result.adapter)
     )
 
@@ -102,9 +104,11 @@ def _invalid_counts(task: Task, result: Result) -> str | None:
             return f"{name} is {_short(value)}, expected a whole number from {low} to {high}"
     if not isinstance(result.metrics, Mapping):
         return "metrics are not a mapping of names to numbers"
+    if len(result.metrics) > MAX_METRICS:
+        return f"there are {len(result.metrics)} metrics, expected at most {MAX_METRICS}"
     for name, number in result.metrics.items():
-        if not isinstance(name, str) or type(number) not in (int, float) or not abs(number) <= sys.float_info.max:
-            return f"metric {_short(name)} is {_short(number)}, expected a finite number"
+        if not isinstance(name, str) or type(number) not in (int, float) or not abs(number) <= MAX_LOSS:
+            return f"metric {_short(name)} is {_short(number)}, expected a finite number, at most {MAX_LOSS:.0g}"
     return None
 
 
@@ -178,26 +182,16 @@ def _tensor(expected: Tensor, received: Tensor) -> str | None:
     return None if received.device == expected.device else f"is on {received.device}, expected {expected.device}"
 
 
-def _invalid_norms(where: str, adapter: Adapter) -> str | None:
-    """Return the first tensor that is not finite or too large."""
-    for name, factor in adapter.factors.items():
-        if reason := _invalid_norm(factor.down):
-            return f"{where}{name}.down {reason}"
-        if reason := _invalid_norm(factor.up):
-            return f"{where}{name}.up {reason}"
-    for name, tensor in adapter.dense.items():
-        if reason := _invalid_norm(tensor):
-            return f"{where}{name} {reason}"
+def _invalid_norms(where: str, sent: Mapping[str, Tensor], adapter: Adapter) -> str | None:
+    """Return the first tensor that is not finite, or changed too much from what was `sent` (no such name: from zero)."""
+    for name, tensor in named_tensors(adapter).items():
+        # a norm that is small says that both are finite, in one pass; most are
+        size = norm(tensor if name not in sent else tensor - sent[name])
+        if not math.isfinite(size):
+            return f"{where}{name.removeprefix('dense:')} is not finite"
+        if size > MAX_NORM:
+            return f"{where}{name.removeprefix('dense:')} changed by norm {size:.3g}, above the limit of {MAX_NORM:.0g}"
     return None
-
-
-def _invalid_norm(tensor: Tensor) -> str | None:
-    if float(torch.linalg.vector_norm(tensor, dtype=torch.float32)) < 0.5 * MAX_NORM:
-        return None  # rounding cannot double a norm
-    size = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-    if not math.isfinite(size):
-        return "is not finite"
-    return f"has norm {size:.3g}, above the limit of {MAX_NORM:.0g}" if size > MAX_NORM else None
 
 
 def _short(value: object) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom.core.errors import Refused
-from fedloom.core.seeds import derive
+from fedloom.core.seeds import SecretOf, derive, keyed_seed
+from fedloom.core.text import without_surrogates
 from fedloom.data.examples import Examples
 
 Indices = npt.NDArray[np.int64]
@@ -229,7 +230,7 @@ class Shard:
     Fields:
         client: its name.
         train: examples to train on.
-        held_out: examples of its own evaluation; none where the client has only one example.
+        held_out: examples of its own evaluation; a client with few examples may have none.
     """
 
     client: str
@@ -238,11 +239,17 @@ class Shard:
 
 
 def hold_out(
-    parts: Mapping[str, tuple[int, ...]], examples: Examples, share: float = 0.2, seed: int = 0
+    parts: Mapping[str, tuple[int, ...]], examples: Examples, share: float, secret_of: SecretOf
 ) -> tuple[Shard, ...]:
-    """Set a random `share` of each client's examples aside, at least one unless it is 0, and leave at least one to train on.
+    """Set about this `share` of each client's examples aside for its own evaluation, chosen by a secret of the client.
 
-    A client with one example trains on it and is not scored (`partition_notes` counts such clients).
+    An example is held out where a keyed hash of what it says (`_side`) falls below the share. So examples that are added move
+    none that were there, equal ones are on one side, and a larger share holds out what a smaller one does, and more. How many they
+    are is left to chance: a client with few examples may have none held out (`partition_notes` counts such clients). At least one
+    example is left to train on: where all fall below the share, those of the largest hash stay.
+
+    The run is no part of the key: what a client holds out in one run it trains on in none, as long as it keeps its secret and the
+    share does not shrink.
 
     Raises:
         Refused: a client has no example, or an index that `examples` lack.
@@ -255,10 +262,29 @@ def hold_out(
             raise Refused("partition.client", number, "this client has no example; use fewer clients, or leave it out")
         if not all(0 <= index < len(examples) for index in part):
             raise Refused("partition.client", number, f"has an index outside the {len(examples)} examples")
-        shuffled = partition_generator(seed, "held out", client).permutation(part).tolist()
-        cut = min(max(1, round(share * len(part))), len(part) - 1) if share else 0
-        shards.append(Shard(client, tuple(sorted(shuffled[cut:])), tuple(sorted(shuffled[:cut]))))
+        part = tuple(sorted(part))
+        secret = secret_of(client)
+        sides = [_side(examples, index, secret) if share else 1.0 for index in part]
+        limit = min(share, max(sides))
+        held_out = tuple(index for index, side in zip(part, sides, strict=True) if side < limit)
+        train = tuple(index for index, side in zip(part, sides, strict=True) if side >= limit)
+        shards.append(Shard(client, train, held_out))
     return tuple(shards)
+
+
+def _side(examples: Examples, index: int, secret: bytes) -> float:
+    """Keyed hash, from 0 to 1, of an example: of its texts, its answer and the turns before. Uniform over secrets.
+
+    The label is left out: an example whose label was mended, or which another run names otherwise, stays on its side. Half
+    characters count as what a model reads in their place.
+    """
+    parts = [examples.texts[index]]
+    for column in (examples.pairs, examples.answers):
+        if column is not None:
+            parts.append(column[index])
+    for turn in examples.before[index] if examples.before is not None else ():
+        parts += turn
+    return keyed_seed(secret, "held out", *map(without_surrogates, parts)) / 2.0**63
 
 
 def partition_notes(examples: Examples, shards: Sequence[Shard], share: float) -> list[str]:
@@ -268,7 +294,8 @@ def partition_notes(examples: Examples, shards: Sequence[Shard], share: float) -
     """
     notes = []
     if share and (unscored := sum(not shard.held_out for shard in shards)):
-        notes.append(f"{unscored} of {len(shards)} clients have a single example: they train on it and are not scored.")
+        whose = f"{unscored} of {len(shards)} clients hold none of their few examples out"
+        notes.append(f"{whose}: they train on all and are not scored.")
     unused = len(examples) - sum(len(shard.train) + len(shard.held_out) for shard in shards)
     if shards and unused:
         named = set(examples.clients or ())

@@ -33,8 +33,11 @@ class Transport(Protocol):
         """Return the nodes that can be reached now, each with the name that its key was registered under (None: it has no key)."""
         ...
 
-    def send(self, node: int, body: bytes) -> str:
-        """Hand over a message; returns its number. That a node is gone may only show later, by a reply with an error."""
+    def send(self, node: int, body: bytes, largest_reply: int) -> str:
+        """Hand over a message; returns its number. That a node is gone may only show later, by a reply with an error.
+
+        A reply of more than `largest_reply` bytes is an error.
+        """
         ...
 
     def collect(self) -> Sequence[RawReply]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,18 +10,19 @@ from pathlib import Path
 
 from fedloom.core import schema
 from fedloom.core.errors import Refused
-from fedloom.core.files import LOCKED
-from fedloom.core.fingerprint import fingerprint
+from fedloom.core.files import LOCKED, private_folder, read_json
 from fedloom.core.policies import require_fresh_answers
 from fedloom.core.schema import jsonable
 from fedloom.core.types import Budget, ClientId, Profile
 from fedloom.data.examples import without_training_examples
 from fedloom.deploy.link import Transport
 from fedloom.deploy.messages.messages import RunTerms, check_codec
+from fedloom.deploy.messages.terms import terms_of_run
 from fedloom.deploy.region.region import run_region
 from fedloom.deploy.server.config import RUN_FOLDER, DeploymentConfig
 from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.evaluation import evaluation_lines
+from fedloom.deploy.server.key_facts import read_facts
 from fedloom.deploy.server.reply_events import REGION
 from fedloom.deploy.server.status import Status
 from fedloom.hierarchy.hierarchy import need_lasting_groups
@@ -35,7 +35,6 @@ from fedloom.runs.prepare import PreparedRun, assemble
 from fedloom.runs.replay import recorded_steps
 from fedloom.runs.resume import FIXED, unfinished_run, versions_made
 from fedloom.runs.run import Run
-from fedloom.train.settings import PLAIN
 
 SAME = tuple(section for section in FIXED if section not in ("clients", "partition", "groups"))
 """Sections of the manifest that are there before any client is."""
@@ -51,6 +50,7 @@ def run_deployment(
     config, target = DeploymentConfig.from_folder(folder), folder / RUN_FOLDER
     if config.above:
         run_region(transport, folder, config, pause, clock)
+    private_folder(target)
     reason, until = finish_reason(target), config.until
     if reason and (until is None or until <= versions_made(read_run_log(target))):
         return reason
@@ -66,13 +66,14 @@ def run_deployment(
         timeouts=config.timeouts,
         clock=clock,
         over_regions=over_regions,
+        facts_of=partial(read_facts, folder),
     )
     status = Status(folder, deployment, job.run.limits, job.baselines().get("majority"))
     between = status.pause_and_write(pause)
 
     def drive(recording: RunRecorder) -> str:
-        deployment.evaluate, deployment.observe = recording.evaluate, recording.observe
-        deployment.save = recording.checkpoints
+        deployment.evaluate, deployment.check = recording.evaluate, job.check
+        deployment.observe, deployment.save = recording.observe, recording.checkpoints
         recording.track(deployment)
         if last:
             deployment.repeat(last)
@@ -86,7 +87,7 @@ def run_deployment(
     with status.exported(config.metrics_port):
         regions = {"regions": config.min_clients} if over_regions else {}
         about = {"deployed": True, **regions}
-        job.record(drive, target, [status], about, checkpoint_seconds=0.0, keep_updates=True)
+        job.record(drive, target, [status], about, checkpoint_seconds=0.0, keep_updates=10**6 * config.kept_megabytes)
     return finish_reason(target)
 
 
@@ -110,7 +111,7 @@ def held_out_lines(job: Job, running: Deployment, pause: Callable[[float], None]
 def finish_reason(target: Path) -> str:
     """Return the reason for which the run in this folder ended, "" if it has not."""
     path = target / "manifest.json"
-    about = json.loads(path.read_bytes()) if path.is_file() else {}
+    about = read_json(path) if path.is_file() else {}
     return str(about["status_reason"]) if about.get("status") == "finished" else ""
 
 
@@ -140,20 +141,6 @@ def prepare_server(
 
 def run_terms(job: Job) -> RunTerms:
     """Return what a site must know of the run."""
-    value, names = job.run, job.split.train.names
-    return RunTerms(
-        run=value.name,
-        run_hash=job.resumed_from.first_hash if job.resumed_from else manifest.settings_hash(jsonable(value)),
-        model=value.model,
-        lora=value.lora,
-        training=value.training,
-        engine=value.engine or PLAIN,
-        threads=value.threads,
-        seed=value.seed,
-        labels=None if job.base.labels is None else names,
-        rank=value.plan.rank.largest,
-        weights=job.base.fingerprint(),
-        held_out=value.held_out,
-        first_adapter=fingerprint(job.server.state.first.adapter),
-        date=value.date,
-    )
+    labels = None if job.base.labels is None else job.split.train.names
+    run_hash = job.resumed_from.first_hash if job.resumed_from else manifest.settings_hash(jsonable(job.run))
+    return terms_of_run(job.run, job.server.state.first, labels, run_hash, job.base.fingerprint())

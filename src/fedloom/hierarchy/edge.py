@@ -49,7 +49,9 @@ from fedloom.core.events import (
 )
 from fedloom.core.lora import Adapter, Factor, pad, server_rank, stack_with_fold, truncate_sum
 from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Merge
-from fedloom.core.server import Server, State
+from fedloom.core.registration import register
+from fedloom.core.server import Server
+from fedloom.core.server_state import State
 from fedloom.core.transfer import encode_answer
 from fedloom.core.types import Budget, ClientId, ClientState, Model, Profile, Result, Task, TaskStart, Update
 from fedloom.hierarchy.group_statistics import StatisticsCollector
@@ -190,7 +192,8 @@ class Edge:
         server = self.state.server
         server.now = now
         match event:
-            case ClientJoined(profile):
+            case ClientJoined(joined):
+                profile = register(server.registered, joined)
                 server.idle.put(profile.client, profile)
             case ClientLost(client) if client in server.idle:
                 server.idle.take(client)

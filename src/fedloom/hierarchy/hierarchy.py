@@ -159,6 +159,8 @@ class Hierarchy:
             limits=flat.limits,
             seed=flat.seed,
             transfer=transfer,
+            canary=flat.canary,
+            largest_step=flat.norm_limits.largest_step,
         )
 
     def edge(self, flat: Server, size: int, edges: int, most: int = 0) -> Edge:
@@ -190,6 +192,7 @@ class Hierarchy:
             limits=replace(flat.limits, seconds=None, failures=failures, evaluate_every=0),
             seed=flat.seed,
             transfer=flat.transfer,
+            largest_step=flat.norm_limits.largest_step,
         )
 
 

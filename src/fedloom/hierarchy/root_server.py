@@ -9,8 +9,9 @@ state is changed through its methods alone (`set_group`, `narrow_task`).
 Callers. `Tree`, which holds the edges itself, and the driver of a deployment, whose clients are regions. Both deliver events through
 `handle(now, event)`, and carry out the commands of the server, which are addressed to edges.
 
-What may fail. Edges in one process are `trusted`. Others are not: an answer is checked, then the statistics, then whether the plan
-has a budget for the group as it would be known from now on. The first that fails refuses the whole event with a `Reject`.
+What may fail. Edges in one process are `trusted`. Others are not: it is checked whether a member is somebody else's, then an answer,
+then the statistics, then whether the plan has a budget for the group as it would be known from now on. The first that fails refuses
+the whole event with a `Reject`.
 
 Promises. A refused event changes nothing: neither the model nor what is known of any group. A report counts once. What was
 known of an edge that was away is still known when it joins again. The task of an accepted report is the part of it that was
@@ -19,7 +20,7 @@ trained, so layers that no member trained have no part in the next version.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +28,10 @@ from fedloom.core.errors import Refused
 from fedloom.core.events import Command, EdgeJoined, EdgeReported, Event, Reject
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import BudgetRule, Fleet
-from fedloom.core.server import Server, State
-from fedloom.core.types import ClientId, GroupHistory
-from fedloom.core.validate_answer import why_invalid, why_invalid_statistics
+from fedloom.core.server import Server
+from fedloom.core.server_state import State
+from fedloom.core.types import ClientId, GroupHistory, Profile
+from fedloom.core.validate_answer import why_invalid_statistics
 from fedloom.hierarchy.edge import trained_part
 from fedloom.hierarchy.group_statistics import with_statistics
 
@@ -103,8 +105,10 @@ class RootServer:
 
     def _learn(self, event: Event) -> Reject | None:
         """Write down what the event tells of a group, or refuse the event."""
-        if isinstance(event, EdgeJoined) and (reason := self._why_cannot_join(event)):
-            return Reject(event.profile.client, 0, reason)
+        if isinstance(event, EdgeJoined):
+            edge = event.profile.client
+            reason = self._why_led_elsewhere(edge, event.members) or self._why_cannot_join(event)
+            return Reject(edge, 0, reason) if reason else None
         if isinstance(event, EdgeReported) and event.task == self.task_of(event.client) != 0:
             reason = self._why_not_accepted(event)
             return Reject(event.client, event.task, reason) if reason else None
@@ -120,7 +124,9 @@ class RootServer:
         """Write down a report and narrow its task, unless something of it is wrong: then return what."""
         task, statistics = self.state.busy[event.task], event.statistics
         trained, history = trained_part(task, event.result), self.state.groups.get(event.client)
-        if not self.trusted and (reason := why_invalid(trained, event.result)):
+        if not self.trusted and (reason := self.server.why_refused(trained, event)):
+            return reason
+        if reason := self._why_led_elsewhere(event.client, event.members):
             return reason
         if statistics is not None and history is not None:
             if not self.trusted and (reason := why_invalid_statistics(task, statistics, self.shape)):
@@ -130,6 +136,27 @@ class RootServer:
                 return reason
             self.learned(event.client)
         self.server.narrow_task(trained)
+        return None
+
+    def _why_led_elsewhere(self, edge: ClientId, members: Sequence[Profile]) -> str | None:
+        """Return which of these members is one of somebody else who is here, or a client here itself; None: none is.
+
+        Each site works for one region: where two name it, it is that of the one that joined first.
+        """
+        if self.trusted:
+            return None
+        names = [edge, *(member.client for member in members if member.client != edge)]
+        if len(set(names)) < len(names):
+            return "it names a site twice"
+        for other in {*self.state.idle, *self.state.working} - {edge}:
+            led = {other, *(member.client for member in self.state.groups[other].members)}
+            if twice := led.intersection(names):
+                name = min(twice)
+                return (
+                    f"{name!r} is a client here"
+                    if name == other
+                    else f"{name!r} is a site of {other!r}, and of one region only"
+                )
         return None
 
     def _why_not_planned(self, history: GroupHistory) -> str | None:

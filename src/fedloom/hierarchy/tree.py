@@ -15,6 +15,7 @@ from typing import Any
 
 from fedloom.core import message_size
 from fedloom.core.events import (
+    CanaryScored,
     Cancel,
     ClientJoined,
     ClientLost,
@@ -41,7 +42,8 @@ from fedloom.core.events import (
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Fleet
 from fedloom.core.schema import jsonable
-from fedloom.core.server import Server, State
+from fedloom.core.server import Server
+from fedloom.core.server_state import State
 from fedloom.core.types import ClientId, GroupHistory
 from fedloom.hierarchy.edge import Edge, trained_part
 from fedloom.hierarchy.group_statistics import with_task_seconds
@@ -136,7 +138,7 @@ class Tree:
         if self.root.state.stopped:
             return None
         times = [self.root.wake(), *(edge.due for edge in self.below.edges.values())]
-        times += [self.below.messages[0][0]] if self.below.messages else []
+        times += [self.below.messages[0][0]] if self.below.messages and not self._scoring else []
         due = [time for time in times if time is not None]
         return max(min(due), self.below.now) if due else None
 
@@ -144,7 +146,7 @@ class Tree:
 
     def _take(self, now: float, event: Event) -> list[Command]:
         match event:
-            case ScoresReady():
+            case ScoresReady() | CanaryScored():
                 return self._tell_root(now, event)
             case TimerFired():
                 return self._timer(now)
@@ -198,9 +200,12 @@ class Tree:
     # Between root and edges ----------------------------------------------------------------------------------------------
 
     def _deliver(self, now: float) -> list[Command]:
-        """Deliver messages that have arrived, in order, and do what follows at once; members move before their edge's next task."""
-        commands = self._move(now)
-        while self.below.messages and self.below.messages[0][0] <= now and not self.root.state.stopped:
+        """Deliver messages that have arrived, in order, and do what follows at once; members move before their edge's next task.
+
+        While the root waits for a canary score they wait too, so that it decides about one answer after the other.
+        """
+        commands, below, root = self._move(now), self.below, self.root.state
+        while below.messages and below.messages[0][0] <= now and not root.stopped and not self._scoring:
             time, _, message = heapq.heappop(self.below.messages)
             match message:
                 case TaskMessage(edge, task):
@@ -313,6 +318,11 @@ class Tree:
     def _max_in_flight(self, edge: ClientId) -> int:
         """Return the largest number of members of this edge that may be at work at once."""
         return min(len(self.root.state.groups[edge].members), self._edges[edge].server.max_in_flight)
+
+    @property
+    def _scoring(self) -> bool:
+        """Whether the root waits for a canary score."""
+        return self.root.state.canary.trial is not None
 
     def _edge(self, name: ClientId) -> Edge:
         edge = self._edges[name]

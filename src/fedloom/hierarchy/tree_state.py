@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from fedloom.core import message_size
 from fedloom.core.errors import Refused
-from fedloom.core.server import State
+from fedloom.core.server_state import State
 from fedloom.core.types import ClientId, GroupStatistics, Model, Profile, Result, Task
 from fedloom.hierarchy.edge import EdgeState
 
@@ -221,8 +221,13 @@ class TreeView:
         return self._by_client(lambda server: server.work_seconds)
 
     @property
+    def registered(self) -> Mapping[ClientId, int]:
+        """Examples with which each member joined."""
+        return self._by_client(lambda server: server.registered)
+
+    @property
     def reported_examples(self) -> Mapping[ClientId, int]:
-        """Examples that each member reported last."""
+        """Examples that counted for each member's last answer."""
         return self._by_client(lambda server: server.reported_examples)
 
     @property

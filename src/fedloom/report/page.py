@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 
-from fedloom.core.errors import Refused
+from fedloom.core.errors import Refused, refuse_damaged
 from fedloom.core.files import atomic_write
+from fedloom.core.text import printable
 from fedloom.report import facts, sections, tables
 from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.report.sections import Section
@@ -53,7 +54,10 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     """Write the report of one run, or the comparison of several, to `out`; a reader never sees half a page."""
     if not folders:
         raise Refused("run folders", [], "name at least one run folder")
-    return write_page(render_page(runs_page([read_run_log(Path(folder)) for folder in folders])), out)
+    logs = [read_run_log(Path(folder)) for folder in folders]
+    with refuse_damaged("run folder", ", ".join(map(str, folders))):
+        text = render_page(runs_page(logs))
+    return write_page(text, out)
 
 
 def write_page(text: str, out: Path) -> Path:
@@ -85,7 +89,7 @@ def runs_page(logs: Sequence[RunLog]) -> Page:
 
 
 def render_page(page: Page) -> str:
-    """Draw the pictures and fill in the template: the same contents give the same text."""
+    """Draw the pictures and fill in the template: the same contents give the same text, without control characters of theirs."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -94,7 +98,7 @@ def render_page(page: Page) -> str:
     environment.filters["drawn"] = Markup
     template = environment.from_string((here / "page.html.j2").read_text(encoding="utf-8"))
     contents = {field.name: getattr(page, field.name) for field in fields(page)}
-    return template.render(css=(here / "page.css").read_text(encoding="utf-8"), **contents)
+    return printable(template.render(css=(here / "page.css").read_text(encoding="utf-8"), **contents))
 
 
 def warning_text(log: RunLog, *, named: bool) -> str:

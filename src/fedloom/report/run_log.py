@@ -1,15 +1,16 @@
-"""Run folders as values: the manifest and the lines of the metrics, whatever state the run was left in."""
+"""Run folders as values: the manifest and the lines of the metrics, whatever state the run was left in, and whoever made it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import LOCKED, lock
+from fedloom.core.files import LOCKED, lock, open_regular, read_json, read_lines
+from fedloom.core.schema import Decoder, Malformed
+from fedloom.core.text import parse_json
 
 Line: TypeAlias = Mapping[str, Any]
 
@@ -29,6 +30,61 @@ _EMPTY: Line = {
     "metrics": {},
     "notes": [],
 }
+_NUMBER = float | None
+_SECTION = dict[str, object]
+_SECTIONS: Line = {
+    **dict.fromkeys(("fedloom", "status", "status_reason", "run_hash", "name", "base_weights"), str),
+    **dict.fromkeys(("run", "versions", "machine", "model", "baselines", "metrics"), _SECTION),
+    "partition": _SECTION,
+    "clients": dict[str, _SECTION],
+    "groups": dict[str, list[str]],
+    "extended": list[_SECTION],
+    "notes": list[str],
+}
+"""The kinds of sections of a manifest that are read by name."""
+_PARTS: Mapping[str, Line] = {
+    "partition": {"label_names": list[str], "clients": dict[str, _SECTION]},
+    "model": {"name": str, "labels": int | None, "lora_parameters_by_rank": dict[str, int]},
+    "baselines": {"majority": _NUMBER},
+    "metrics": {"majority_label": str},
+}
+"""The kinds of entries in some of these sections."""
+_FIELDS: Line = {
+    **dict.fromkeys(("client", "status"), str),
+    **dict.fromkeys(("id", "version", "updates", "uploads", "outstanding", "example"), int),
+    **dict.fromkeys(
+        ("time", "sent", "loss", "work", "drift", "threshold", "accuracy", "base_accuracy", "kept"), _NUMBER
+    ),
+    **dict.fromkeys(
+        ("arrived", "reported", "ended", "bytes_up", "bytes_down", "bytes_down_fold", "perplexity"), _NUMBER
+    ),
+    **dict.fromkeys(("edge", "to", "reason", "tier", "why"), str | None),
+    **dict.fromkeys(("request", "context", "reference", "before", "after"), str | None),
+    "rank": int | None,
+    "depth": int | None,
+    "members": int | None,
+    "staleness": _NUMBER,
+    "seconds": dict[str, float] | None,
+    "energy": list[float] | None,
+    "ranks": dict[str, int],
+    "confusion": list[list[int]],
+    "moves": list[dict[str, str]],
+}
+"""The kinds of fields of the metrics, whatever the kind of the line. A field that is missing was written by another version."""
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "version": ("version", "time"),
+    "score": ("version", "time"),
+    "task": ("client", "id", "rank", "version"),
+    "client": ("client",),
+    "unscored": ("client", "reason"),
+    "edge": ("edge",),
+    "regroup": ("version", "time", "drift", "threshold", "moves"),
+    "move": ("time", "client", "edge", "to"),
+    "labels": ("version", "confusion"),
+    "set_aside": ("time", "client", "id", "version", "reason"),
+}
+"""Fields that every version has written in lines of a kind."""
+_KINDS = Decoder(special={object: lambda data, context: data}, finite=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +94,9 @@ class RunLog:
     Fields:
         folder: the run folder.
         manifest: content of manifest.json; every section is present, an unwritten one is empty.
-        versions, scores, tasks, clients, edges, samples, unscored, regroups, moves, labels: lines of metrics.jsonl by kind. `clients`
-            are the final scores of clients, `samples` texts that the model wrote, `unscored` clients without a final score, `labels`
-            how well a version tells labels apart.
+        versions, scores, tasks, clients, edges, samples, unscored, regroups, moves, labels, set_aside: lines of metrics.jsonl by
+            kind. `clients` are the final scores of clients, `samples` texts that the model wrote, `unscored` clients without a
+            final score, `labels` how well a version tells labels apart, `set_aside` answers that a canary kept out of the model.
         generation: figures of the texts that the model wrote; None if it wrote none.
     """
 
@@ -57,6 +113,7 @@ class RunLog:
     regroups: tuple[Line, ...] = ()
     moves: tuple[Line, ...] = ()
     labels: tuple[Line, ...] = ()
+    set_aside: tuple[Line, ...] = ()
 
 
 def read_run_log(folder: Path) -> RunLog:
@@ -72,13 +129,14 @@ def read_run_log(folder: Path) -> RunLog:
     parts = (of("version"), of("score"), of("task"), of("client"), of("edge"), of("sample"), of("unscored"))
     generation = next(reversed(of("generation")), None)
     more = {"regroups": of("regroup"), "moves": of("move"), "labels": of("labels")}
+    more["set_aside"] = of("set_aside")
     return RunLog(folder, manifest, *parts, generation=generation, **more)
 
 
 def _abandoned(folder: Path) -> bool:
     """Whether no process holds the folder's lock: the run was killed."""
     try:
-        with (folder / LOCKED).open("rb") as file:
+        with open_regular(folder / LOCKED) as file:
             return lock(file, shared=True)
     except FileNotFoundError:
         return True
@@ -88,26 +146,39 @@ def _manifest(folder: Path) -> Line:
     path = folder / "manifest.json"
     if not path.is_file():
         raise Refused("run folder", str(folder), "name a folder that a run has written; it holds a manifest.json")
-    try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise Refused("manifest", str(path), f"it is not JSON ({error}); run again into a new folder") from error
-    if not isinstance(manifest, dict):
-        raise Refused("manifest", str(path), "it holds no JSON object; name a folder that a run has written")
+    manifest = read_json(path)
+    _check(_SECTIONS, manifest, path)
+    for name, kinds in _PARTS.items():
+        _check(kinds, manifest.get(name, {}), path, f"{name}.")
     return {**_EMPTY, "name": folder.resolve().name, **manifest}
 
 
 def _lines(path: Path) -> Iterator[Line]:
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for number, text in enumerate(lines, 1):
+    """The lines of the metrics that are objects of a known form. Raises Refused for another one but an unfinished last one."""
+    damaged = ""
+    for number, text in enumerate(read_lines(path), 1):
+        if damaged:
+            raise Refused("metrics line", f"{path}:{number - 1}", f"{damaged}; delete this line")
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except ValueError as error:
-            if number == len(lines):
-                return
-            raise Refused("metrics line", f"{path}:{number}", f"it is not JSON ({error}); delete this line") from error
-        if not isinstance(line, dict):
-            raise Refused("metrics line", f"{path}:{number}", "it is no JSON object; delete this line")
+            damaged = f"it is not JSON ({error})"
+            continue
+        if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+            raise Refused("metrics line", f"{path}:{number}", "it is no JSON object with a kind; delete this line")
+        _check(_FIELDS, line, Path(f"{path}:{number}"))
+        if lacking := [name for name in _NEEDED.get(line["kind"], ()) if name not in line]:
+            raise Refused("metrics line", f"{path}:{number}", f"it has no {', '.join(lacking)}; delete this line")
         yield line
+
+
+def _check(kinds: Line, data: Line, path: Path, where: str = "") -> None:
+    """Raise Refused for the first field of data that is of another kind."""
+    for name, content in data.items():
+        try:
+            if name in kinds:
+                _KINDS.read(kinds[name], content)
+        except Malformed as error:
+            raise Refused("run folder", str(path), f"{where}{name} is not what a run writes: {error}") from error

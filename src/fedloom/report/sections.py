@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedloom.report import facts, figures, figures_clients, figures_timeline, label_facts, rank_facts, tables, timeline
-from fedloom.report.numbers import short, to_float
+from fedloom.report.numbers import plural, short, to_float
 from fedloom.report.run_log import RunLog
 from fedloom.report.tables import Grid
 
@@ -126,6 +126,9 @@ examples."""
 PACES = """
 Waiting is a schedule's slots that are empty although a client is idle, times how long; staleness is the number of versions
 made while a client trained."""
+SET_ASIDE = """
+The canary kept {} out of the model{}. Scores are those of the canary examples: accuracy, or minus the loss of a token. A site that is
+set aside again and again is worth a question; one that is so once may just have rare data."""
 SENDING = """
 Answers that the server accepted, and bytes of tasks and answers, so far. The heads of messages, and what was sent again, are not
 counted; `fedloom status` shows all that went over the link since the server was started last."""
@@ -166,6 +169,10 @@ def run_sections(log: RunLog) -> list[Section]:
         ),
         ("Waiting", timeline.records_slot_use(log) and _waiting(log)),
         ("Groups", _groups(log)),
+        (
+            "Answers set aside",
+            log.set_aside and PageBlock(_set_aside_caption(log), grid=tables.set_aside_table(log), kind="words"),
+        ),
         ("Staleness", _staleness(log)),
         ("Participation", _participation(log)),
         ("Uploads and bytes", timeline.records_slot_use(log) and _traffic(log)),
@@ -231,6 +238,12 @@ def _groups(log: RunLog) -> tuple[object, ...]:
         regroupings.rows and PageBlock(REGROUPED, grid=regroupings, kind="words"),
         reasons.rows and PageBlock("", grid=reasons, kind="words"),
     )
+
+
+def _set_aside_caption(log: RunLog) -> str:
+    count = len(log.set_aside)
+    shown = f"; the table has the latest {tables.MOST_SET_ASIDE}" if count > tables.MOST_SET_ASIDE else ""
+    return SET_ASIDE.format(plural(count, "answer"), shown)
 
 
 def _rank_heterogeneity(log: RunLog) -> tuple[object, ...]:

@@ -366,10 +366,27 @@ def reasons_table(log: RunLog) -> Grid:
     return Grid(("Group", "Why its last task was as it was"), tuple((label(edge), why[edge]) for edge in sorted(why)))
 
 
+def set_aside_table(log: RunLog) -> Grid:
+    """Tabulate the answers that a canary set aside, the latest first."""
+    rows = [
+        (
+            label(line["client"]),
+            str(line["id"]),
+            str(line["version"]),
+            format_seconds(to_float(line["time"])),
+            str(line["reason"]),
+        )
+        for line in reversed(log.set_aside)
+    ]
+    return Grid(("Client", "Task", "For version", "When", "Why"), tuple(rows[:MOST_SET_ASIDE]))
+
+
 def _seconds(line: Line, parts: Sequence[str]) -> float:
     return sum(to_float(line.get("seconds", {}).get(part)) for part in parts)
 
 
+MOST_SET_ASIDE = 50
+"""Answers that a table lists."""
 NAMED = 6
 """Moves that a row lists by name."""
 

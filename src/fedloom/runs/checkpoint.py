@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,14 +30,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedloom.core.files import atomic_write
+from fedloom.core.errors import UNREADABLE, Refused
+from fedloom.core.files import atomic_write, opened_path
 from fedloom.core.schema import Decoder, Encoder, Malformed, reachable_classes
+from fedloom.core.text import parse_json
 
-FORMAT = 2
+FORMAT = 3
 HEADER = "fedloom"
+LARGEST_VIEW = 2**26
+"""Numbers in a tensor that is larger than its memory, by a stride of 0."""
 
 
-def write_checkpoint(path: Path, values: Mapping[str, object], about: Mapping[str, int | float] | None = None) -> int:
+def write_checkpoint(
+    path: Path, values: Mapping[str, object], about: Mapping[str, int | float | str] | None = None
+) -> int:
     """Replace the file at `path` by these values, at once or not at all; returns its bytes. Memory: a copy of the tensors.
 
     Raises TypeError for an object that is no dataclass, table, row, tensor or scalar.
@@ -55,7 +62,7 @@ class StoredValues:
     """A file that is whole: what it says about itself, and the values, not yet made.
 
     Fields:
-        about: sizes of logs, version and time, as they were handed to the writer.
+        about: sizes and digests of logs, version and time, as they were handed to the writer.
         objects: JSON of what is shared, each after what it is made of.
         values: JSON of the values by name.
         numbers: the memories of all tensors, one after the other.
@@ -71,6 +78,8 @@ class StoredValues:
 
         `known` are classes for fields of a protocol type, beside those of fedloom: a user's own codec.
         """
+        if type(self.values) is not dict or type(self.objects) is not list:
+            raise Malformed("it is damaged (its parts)")
         if self.values.keys() != hints.keys():
             differ = ", ".join(sorted(self.values.keys() ^ hints.keys()))
             raise Malformed(f"it was written by another version of fedloom ({differ})")
@@ -84,26 +93,32 @@ class StoredValues:
             return {name: decoder.read(hint, self.values[name], objects) for name, hint in hints.items()}
         except Malformed:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, AssertionError) as error:
+        except UNREADABLE as error:
             raise Malformed(f"it is damaged ({type(error).__name__})") from error
 
 
 def read_checkpoint(path: Path) -> StoredValues:
-    """The file, checked against its sha256. Raises Malformed if it is damaged or of another format than this program reads."""
+    """The file, checked against its sha256.
+
+    Raises Malformed if it is damaged, or of another format than this program reads, and where its name is that of a link or of no
+    regular file.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            format_, digest = json.loads((file.metadata() or {}).get(HEADER, "[0, 0]"))
+        with opened_path(path) as place, safe_open(place, "pt") as file:
+            format_, digest = parse_json((file.metadata() or {}).get(HEADER, "[0, 0]"))
             if type(format_) is int and format_ not in (0, FORMAT):
                 age = "a newer" if format_ > FORMAT else "an older"
                 raise Malformed(f"{age} fedloom wrote it (format {format_}, this one reads {FORMAT})")
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         if format_ != FORMAT or parts.keys() != {"numbers", "text"} or _digest(parts) != digest:
             raise Malformed("it is damaged")
-        text = json.loads(bytes(parts["text"].numpy()))
+        text = parse_json(bytes(parts["text"].numpy()))
         return StoredValues(text["about"], text["objects"], text["values"], parts["numbers"])
     except Malformed:
         raise
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+    except Refused as error:
+        raise Malformed(error.remedy) from error
+    except (*UNREADABLE, OSError, SafetensorError) as error:
         raise Malformed(f"it is damaged ({type(error).__name__})") from error
 
 
@@ -185,13 +200,21 @@ class _Objects:
         return self.made[number]
 
     def tensor(self, data: Mapping[str, Any]) -> Tensor:
-        """A view of a memory, which is taken from the numbers when it is first spoken of."""
+        """A view of a memory, which is taken from the numbers when it is first spoken of.
+
+        Raises Malformed, or one of `UNREADABLE`. Its memory is inside the file's. A view with a stride of 0 can be larger, up to
+        `LARGEST_VIEW`: what is computed with it has all its numbers.
+        """
         if data["memory"] == len(self.memories):
+            if not 0 <= data["bytes"] <= len(self.numbers) - self.end:
+                raise Malformed("a tensor outside the numbers of the file")
             memory = self.numbers[self.end : self.end + data["bytes"]].to(data["device"], copy=True)
             self.end += data["bytes"]
             self.memories.append(memory)
         dtype = getattr(torch, data["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise Malformed("a tensor of no type that torch has")
+        if not isinstance(dtype, torch.dtype) or data["memory"] < 0 or self.memories[data["memory"]].is_meta:
+            raise Malformed("a tensor of no type or of no memory that there is")
         flat: Tensor = self.memories[data["memory"]].view(dtype)
+        if math.prod(data["shape"]) > max(len(flat), LARGEST_VIEW):
+            raise Malformed("a tensor that is much larger than its memory")
         return flat.as_strided(data["shape"], data["stride"], data["offset"])

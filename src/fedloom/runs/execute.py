@@ -35,13 +35,14 @@ from fedloom.core.events import Command, Event
 from fedloom.core.lora import Adapter, compact_with_fold, pad_to_one_rank
 from fedloom.core.policies import Evaluator, Observer
 from fedloom.core.schema import jsonable
+from fedloom.core.seeds import simulated_secret
 from fedloom.core.types import Model
 from fedloom.report.page import write_report
+from fedloom.runs.archive import UPDATES, Archive
 from fedloom.runs.final_scores import client_scores, label_lines, sample_lines
 from fedloom.runs.job import Job
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.observation import RunObservation
-from fedloom.runs.replay import UPDATES, Archive
 from fedloom.runs.resume import (
     CHECKPOINT_SECONDS,
     LOGS,
@@ -110,7 +111,7 @@ def execute(
     workers: int | str = 1,
     report: bool = True,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    keep_updates: bool = False,
+    keep_updates: bool | int = False,
 ) -> Outcome:
     """Simulate a job to its end and fill its run folder.
 
@@ -124,7 +125,8 @@ def execute(
             base, "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
         report: whether to write report.html, which takes a second or two; `fedloom report` can do it later.
         checkpoint_seconds: time between two checkpoints (seconds; 0: after each event).
-        keep_updates: whether to keep the answers themselves besides the trace, so that `fedloom replay` can repeat the server's part.
+        keep_updates: whether to keep the answers themselves besides the trace, so that `fedloom replay` can repeat the server's part
+            and `fedloom rollback` leave a site out; a number: at most so many bytes of them, the latest.
     """
     pool = Workers.parse(workers)
     drive = partial(_simulate, job, pool)
@@ -139,7 +141,7 @@ def record(
     extra_manifest: Mapping[str, object] | None = None,
     report: bool = True,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
-    keep_updates: bool = False,
+    keep_updates: bool | int = False,
 ) -> Outcome:
     """Fill the run folder with what happens while `drive` carries the job out; `drive` returns the reason of the end.
 
@@ -180,11 +182,12 @@ def _run_folder(job: Job, out: Path | None) -> Path:
     return job.resumed_from.folder
 
 
-def _archive(job: Job, out: Path, wanted: bool) -> list[Observer]:
+def _archive(job: Job, out: Path, wanted: bool | int) -> list[Observer]:
     """Return an observer that keeps the answers, if that is wanted now or was when the run began."""
     if not wanted and not (out / UPDATES).is_dir():
         return []
-    return [Archive.of(out / UPDATES, job.server)]
+    resumed_at = job.resumed_from.sizes[files.LOCKED] if job.resumed_from else 0
+    return [Archive.of(out / UPDATES, job.server, None if isinstance(wanted, bool) else wanted, resumed_at)]
 
 
 def _recorder(
@@ -213,7 +216,9 @@ def _recorder(
 def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
     """Drive the job on the virtual clock, then score the final model for each client; returns the reason of the end."""
     shards = {shard.client: shard.train for shard in job.shards}
-    trainer = PeftTrainer(job.base, job.train_texts, shards, job.run.training, job.run.engine or PLAIN)
+    secret_of = partial(simulated_secret, job.run.seed)
+    engine, training = job.run.engine or PLAIN, job.run.training
+    trainer = PeftTrainer(job.base, job.train_texts, shards, training, secret_of, engine, run=job.draws)
     with open_pool(trainer, workers) as pool:
         presence = Presence(job.stays, job.run.faults, job.run.seed)
         simulation = Simulation(
@@ -223,6 +228,7 @@ def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
             job.profiles,
             recorder.evaluate,
             recorder.observe,
+            check=job.check,
             seed=job.run.seed,
             presence=presence,
             after_step=recorder.checkpoints,
@@ -245,6 +251,7 @@ def _close(job: Job, out: Path, manifest: Mapping[str, object], report: bool) ->
     if job.server.state.version >= max(1, job.resumed_from.written_version if job.resumed_from else 0):
         model = job.server.state.model
         adapter = pad_to_one_rank(compact_with_fold(model.adapter, model.fold))
+        files.clear_for_libraries(files.sub_folder(out / "adapter"))
         save_adapter(job.base, adapter, job.split.train.names, out / "adapter", job.run.date)
     files.write_json(out / "manifest.json", manifest)
     if report:

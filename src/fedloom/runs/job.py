@@ -26,6 +26,9 @@ from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.evaluate import AnswerScores, Scores, score
 from fedloom.train.tokenised import EncodedTexts
 
+SIMULATED_DRAWS = "batches, dropout and held-out rows from secrets that follow from the run's seed"
+SITES_DRAWS = "batches, dropout and held-out rows from each site's own secret"
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -40,11 +43,15 @@ class Job:
         base: the frozen model.
         train_texts, test_texts: the examples of `split` in tokens.
         tested: positions of the test examples that score a version.
+        canaries: positions of those that decide whether it is published; none of them is in `tested` (empty: there is no canary).
         server: the server, with edges if the run has a hierarchy; the only part that changes while the run is carried out.
         cache: outputs of frozen layers on test examples, computed once.
         stays: when each client can be reached (None: always).
         resumed_from: the unfinished run that goes on (None: it is a new one).
         start: the adapter that the run begins from (None: it begins untrained).
+        draws: names the run in what its simulated clients draw. "": they draw alike in all runs of one seed, so that methods are
+            compared on the same batches and a run that is made longer is one that was longer from the beginning. The sites of a
+            deployment draw apart in each run; a simulation that is to repeat one is given the deployment's run hash here.
     """
 
     run: Run
@@ -58,14 +65,23 @@ class Job:
     tested: tuple[int, ...]
     server: Coordinator
     cache: ActivationCache = field(default_factory=ActivationCache)
+    canaries: tuple[int, ...] = ()
     stays: Stays | None = None
     resumed_from: UnfinishedRun | None = None
     start: StartAdapter | None = None
+    draws: str = ""
 
     def score(self, model: Model) -> Scores | AnswerScores:
         """Predict the test examples with a model."""
+        return self._score(model, self.tested)
+
+    def check(self, model: Model) -> dict[str, float]:
+        """Return the metrics of a model on the canary examples."""
+        return self._score(model, self.canaries).metrics()
+
+    def _score(self, model: Model, rows: tuple[int, ...]) -> Scores | AnswerScores:
         room = self.run.engine.cache if self.run.engine else 0
-        return score(self.base, model.adapter, self.test_texts, self.tested, model.fold, self.cache, room)
+        return score(self.base, model.adapter, self.test_texts, rows, model.fold, self.cache, room)
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Return the metrics of a model on the test examples."""
@@ -100,6 +116,7 @@ class Job:
             "name": self.run.name,
             "seed": self.run.seed,
             "run_hash": manifest.settings_hash(settings),
+            "client_draws": SIMULATED_DRAWS if self.shards else SITES_DRAWS,
             "run": settings,
             "versions": manifest.library_versions(),
             "machine": manifest.machine_kind(),
@@ -147,6 +164,7 @@ class Job:
             *partition_notes(self.split.train, self.shards, self.run.held_out),
             *self.base.notes,
             *absent,
+            *manifest.canary_notes(len(self.canaries), len(self.split.test)),
             *cut,
             *manifest.method_notes(rules, head=self.server.shape.dense > 0),
         ]

@@ -25,8 +25,10 @@ NAMED_LABELS = 6
 AS_BEFORE: Mapping[tuple[object, str], object] = {
     **{(source, "missing"): "refuse" for source in ("Table", "Rows", "Hub", "Instructions")},
     ("ByClient", "smallest"): 1,
+    ("Limits", "norm_ratio"): 20.0,
+    ("Limits", "step_ratio"): 3.0,
 }
-"""Options that came later and are never off, by class and name, with the value that says what was done before them."""
+"""Options that came later and are not off by default, by class and name, with the value that changes nothing of earlier runs."""
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
@@ -44,11 +46,16 @@ def portable_settings(value: object) -> object:
     match value:
         case dict():
             kind = value.get("type")
-            on = {key: item for key, item in value.items() if item and item != AS_BEFORE.get((kind, key))}
+            on = {key: item for key, item in value.items() if _counts(item, (kind, key))}
             return {key: portable_settings(item) for key, item in on.items()}
         case list():
             return [portable_settings(item) for item in value]
     return short_paths(value)
+
+
+def _counts(value: object, option: tuple[object, str]) -> bool:
+    """Whether a setting is another than that of a run before this option was there; to switch one off that is on counts."""
+    return value != AS_BEFORE[option] if option in AS_BEFORE else bool(value)
 
 
 def short_paths(value: object) -> object:
@@ -95,6 +102,14 @@ def label_notes(names: Sequence[str], labels: Sequence[int]) -> list[str]:
         return []
     listed = list_some([f"{name!r:.40}" for name in absent], NAMED_LABELS)
     return [f"No test example has the label {listed}: how well it is recognised is not measured."]
+
+
+def canary_notes(canaries: int, rows: int) -> list[str]:
+    """Note how many of the test rows decide what is published and score nothing."""
+    if not canaries:
+        return []
+    what = f"{canaries} of the {rows:,} test examples are canary examples: they decide which versions are published"
+    return [f"{what}, and are not among those that the scores are of."]
 
 
 def method_notes(rules: Rules, head: bool) -> list[str]:

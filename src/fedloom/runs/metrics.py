@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,11 +12,11 @@ from typing import TextIO
 from fedloom.aggregate.averaged import last_version
 from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core import message_size
-from fedloom.core.events import Command, Evaluate, Event, Move, Moved, Regroup, ScoresReady
+from fedloom.core.events import Command, Evaluate, Event, Move, Moved, Regroup, ScoresReady, SetAside
 from fedloom.core.lora import Factor, cut_factor, stack
 from fedloom.core.types import Model, Task, TaskStart, Update
 from fedloom.hierarchy.edge import trained_part
-from fedloom.runs.observation import Fact, RunObservation, TaskAnswered, TaskEnded, TaskSent, VersionMade
+from fedloom.runs.observation import CanaryChecked, Fact, RunObservation, TaskAnswered, TaskEnded, TaskSent, VersionMade
 from fedloom.runs.slot_usage import SlotUsage
 
 
@@ -146,6 +147,13 @@ class Metrics:
             case ScoresReady(version, figures):
                 beside = {} if self.majority is None else {"base_accuracy": self.majority}
                 self.write({"kind": "score", "version": version, "time": now, **figures, **beside})
+            case CanaryChecked(check, figures):
+                finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+                of = {"check": check.check, "version": check.version, "without": check.without}
+                self.write({"kind": "canary", "time": now, **of, **finite})
+            case SetAside(client, number, reason):
+                line = {"kind": "set_aside", "time": now, "client": client, "id": number}
+                self.write({**line, "version": self.observation.version + 1, "reason": reason})
             case Regroup():
                 line = {"kind": "regroup", "version": fact.version, "time": now, "drift": fact.drift}
                 self.write({**line, "threshold": fact.threshold, "moves": [_move(move) for move in fact.moves]})

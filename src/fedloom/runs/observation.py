@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from fedloom.core.events import (
+    CanaryScored,
     Cancel,
+    CheckCanary,
     ClientJoined,
     ClientLost,
     Command,
@@ -36,6 +38,7 @@ from fedloom.core.events import (
     Reject,
     Report,
     ScoresReady,
+    SetAside,
     Stop,
     TaskFailed,
     UpdateArrived,
@@ -129,12 +132,27 @@ class VersionMade:
     evaluated: bool
 
 
+@dataclass(frozen=True, slots=True)
+class CanaryChecked:
+    """A model was scored on the canary examples.
+
+    Fields:
+        check: what was asked for.
+        metrics: its figures.
+    """
+
+    check: CheckCanary
+    metrics: Mapping[str, float]
+
+
 Fact: TypeAlias = (
     TaskSent
     | TaskAnswered
     | TaskEnded
     | VersionMade
     | ScoresReady
+    | CanaryChecked
+    | SetAside
     | ClientJoined
     | ClientLost
     | Evaluate
@@ -165,6 +183,8 @@ class RunObservation:
         merged_updates: updates in all versions; one that was retained counts in each.
         total_staleness: sum over these.
         scores: the latest ones.
+        check: canary score that is outstanding (None: none is).
+        set_aside: by client, its answers that were set aside.
     """
 
     edge_names: tuple[ClientId, ...] = ()
@@ -180,6 +200,8 @@ class RunObservation:
     merged_updates: int = 0
     total_staleness: int = 0
     scores: Mapping[str, float] = field(default_factory=dict)
+    check: CheckCanary | None = None
+    set_aside: dict[ClientId, int] = field(default_factory=dict)
 
     @property
     def mean_staleness(self) -> float | None:
@@ -227,6 +249,9 @@ class RunObservation:
             case ScoresReady(_, metrics):
                 self.scores = metrics
                 yield event
+            case CanaryScored(_, metrics) if self.check is not None:
+                check, self.check = self.check, None
+                yield CanaryChecked(check, metrics)
 
     def _read_remote(self, now: float, event: Event, refused: bool) -> Iterator[Fact]:
         """An event as one of an edge elsewhere."""
@@ -267,6 +292,13 @@ class RunObservation:
                 yield from self._read_inside(now, command)
             case Stop():
                 yield from self._stop()
+                yield command
+            case CheckCanary():
+                self.check = command
+            case SetAside(client, number, reason):
+                self.set_aside[client] = self.set_aside.get(client, 0) + 1
+                yield from self._end(number, "unused", reason)
+                yield from self._end_edge_task(number, "unused", reason)
                 yield command
             case Evaluate() | Regroup() | Moved():
                 yield command

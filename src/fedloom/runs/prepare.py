@@ -8,8 +8,9 @@ an edge for each group if the run has a hierarchy.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from fedloom.core.errors import Refused
 from fedloom.core.model_shape import Shape
 from fedloom.core.partial_depth import require_all_layers
 from fedloom.core.policies import aggregator_layers, require_fresh_answers
-from fedloom.core.seeds import derive, rng
+from fedloom.core.seeds import derive, rng, simulated_secret
 from fedloom.core.server import Server
 from fedloom.core.types import Budget, ClientId, Model, Profile
 from fedloom.data.examples import Split
@@ -38,7 +39,7 @@ from fedloom.runs.start_adapter import first_version, load_start, start_folder
 from fedloom.simulate.devices import Devices, FasterLinks
 from fedloom.train.base_model import Base, check_rank_fits_model, load_base, most_tokens
 from fedloom.train.chat_template import DATE, writes_date
-from fedloom.train.settings import PLAIN
+from fedloom.train.settings import PLAIN, largest_step
 from fedloom.train.text_checks import check_texts
 from fedloom.train.text_features import embeddings
 from fedloom.train.tokenised import LONGEST_BY_DEFAULT, EncodedTexts, encode_texts, longest_of
@@ -69,7 +70,8 @@ def prepare(run: Run, resume: Path | None = None, more: int | None = None) -> Pr
     until = version_to_reach(resume, more) if resume and more is not None else None
     unfinished = unfinished_run(resume, run, until=until) if resume else None
     split = run.data.load(run.seed)
-    shards = hold_out(run.partition.split(split.train, run.seed), split.train, run.held_out, run.seed)
+    parts = run.partition.split(split.train, run.seed)
+    shards = hold_out(parts, split.train, run.held_out, partial(simulated_secret, run.seed))
     job = assemble(run, split, shards, unfinished)
     if unfinished:
         unfinished.check_unchanged(job.describe())
@@ -113,7 +115,10 @@ def assemble(
         limits=run.limits,
         seed=run.seed,
         transfer=run.transfer,
+        canary=run.canary,
+        largest_step=largest_step(run.training.learning_rate, run.lora.scaling),
     )
+    canaries = draw_canaries(run, len(split.test))
     return PreparedRun(
         run=run,
         split=split,
@@ -123,7 +128,8 @@ def assemble(
         base=base,
         train_texts=train,
         test_texts=test,
-        tested=draw_test_examples(len(split.test), run.test_limit, run.seed),
+        tested=draw_test_examples(len(split.test), run.test_limit, run.seed, canaries),
+        canaries=canaries,
         server=add_edges(run, flat, base, train, shards, len(split.train.names), profiles, regions),
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
         resumed_from=unfinished,
@@ -166,11 +172,22 @@ def check_depth(run: Run, base: Base, model: Model) -> None:
         require_all_layers(run.aggregator, run.aggregator.start(model, Budget(1, 1), 0).rules)
 
 
-def draw_test_examples(size: int, limit: int | None, seed: int) -> tuple[int, ...]:
-    """Return at most `limit` of `size` positions, drawn from the seed, in ascending order."""
-    if limit is None or limit >= size:
-        return tuple(range(size))
-    return tuple(sorted(rng(seed, "test").sample(range(size), limit)))
+def draw_canaries(run: Run, size: int) -> tuple[int, ...]:
+    """Return the positions of the canary examples among `size` test examples, drawn from the seed. Raises Refused if they are all."""
+    if run.canary is None:
+        return ()
+    if run.canary.examples >= size:
+        remedy = f"there are {size} test examples, and some must be left to score with; give fewer, or more test data"
+        raise Refused("canary.examples", run.canary.examples, remedy)
+    return tuple(sorted(rng(run.seed, "canary").sample(range(size), run.canary.examples)))
+
+
+def draw_test_examples(size: int, limit: int | None, seed: int, taken: Collection[int] = ()) -> tuple[int, ...]:
+    """Return at most `limit` of `size` positions that are not `taken`, drawn from the seed, in ascending order."""
+    free = [position for position in range(size) if position not in taken]
+    if limit is None or limit >= len(free):
+        return tuple(free)
+    return tuple(sorted(rng(seed, "test").sample(free, limit)))
 
 
 # Groups and edges ---------------------------------------------------------------------------------------------------------

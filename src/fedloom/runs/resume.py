@@ -4,28 +4,31 @@ Between two events everything that a run has is in five values: the server's sta
 observer and the scores so far. A tree of servers has its edges beside the root's state, and a deployment has its driver in the place
 of the simulation. All their fields are saved but those named in `REBUILT`, so a new field needs no line here.
 
-A checkpoint names the lengths of the logs at its moment, which are on the disk before it. On resuming, the logs are cut to these
-lengths and the rest is written again. The run's value, its data and the base model are not saved: they are loaded anew, and the
-manifest says whether they are those with which the run began.
+A checkpoint names the lengths of the logs at its moment, which are on the disk before it, and the sha256 of what they held. On
+resuming, the logs are cut to these lengths and the rest is written again. The run's value, its data and the base model are not
+saved: they are loaded anew, and the manifest says whether they are those with which the run began.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import DRAFT, LOCKED, lock
+from fedloom.core.files import DRAFT, LOCKED, lock, open_regular
 from fedloom.core.policies import do_nothing
 from fedloom.core.schema import Malformed, declared_fields, jsonable, with_current_names
-from fedloom.core.server import Limits, State
+from fedloom.core.server import Limits
+from fedloom.core.server_state import State
 from fedloom.hierarchy.tree_state import TreeState
 from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.runs import manifest
@@ -47,6 +50,8 @@ CHECKPOINT_SECONDS = 30.0
 FIXED = ("computed", "start", "model", "partition", "clients", "groups", "compared", "baselines")
 """Sections of the manifest that follow from the run and its data, and have to be the same when it goes on."""
 
+PIECE = 2**20
+"""Bytes of a log that are read at once."""
 OTHER_DATA = "; for other data or settings begin a new run from its adapter, with start=DIR"
 """Advice to somebody who makes a run longer and changed more than its length."""
 
@@ -76,7 +81,8 @@ REBUILT: Mapping[type, frozenset[str]] = {
     State: frozenset(),
     TreeState: frozenset(),
     Simulation: frozenset(
-        {"server", "trainer", "devices", "profiles", "evaluate", "observe", "seed", "presence", "after_step", "pending"}
+        {"server", "trainer", "devices", "profiles", "evaluate", "observe", "check", "seed", "presence"}
+        | {"after_step", "pending"}
     ),
     Presence: frozenset({"stays", "faults", "seed"}),
     Metrics: frozenset({"file", "majority"}),
@@ -112,6 +118,33 @@ def stored_values(stored: StoredValues, types: Sequence[type], run: Run) -> dict
 
 
 @dataclass(slots=True)
+class LogDigest:
+    """The sha256 of the beginning of a log, which goes on where it stopped when the log has grown.
+
+    Fields:
+        path: the log.
+        size: bytes of it that were read so far.
+        digest: their sha256.
+    """
+
+    path: Path
+    size: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def up_to(self, size: int) -> str:
+        """The sha256 of the first `size` bytes, at least as many as before, in hex. Raises Malformed where there are fewer."""
+        with open_regular(self.path) as file:
+            file.seek(self.size)
+            while self.size < size:
+                piece = file.read(min(PIECE, size - self.size))
+                if not piece:
+                    raise Malformed(f"{self.path.name} is shorter than when it was written")
+                self.digest.update(piece)
+                self.size += len(piece)
+        return str(self.digest.hexdigest())
+
+
+@dataclass(slots=True)
 class CheckpointWriter:
     """Writes the checkpoint of a run; called between two events.
 
@@ -119,9 +152,10 @@ class CheckpointWriter:
         folder: where the checkpoint is written.
         seconds: time between two checkpoints, more where they would take over 5 % of the run's time; 0: one at each call.
         owners: the values whose fields are saved.
-        logs: open logs, which are synchronised to the disk before a checkpoint names their lengths.
+        logs: open logs, the first of `LOGS` or all, which are synchronised to the disk before a checkpoint names their lengths.
         due: when the next one is written (s of the monotonic clock); None: at the first call.
         drain: waits for the answers of all tasks in training. They are needed anyway, so this time does not count.
+        digests: of the logs, as far as the last checkpoint.
     """
 
     folder: Path
@@ -130,6 +164,7 @@ class CheckpointWriter:
     logs: Sequence[TextIO] = ()
     due: float | None = None
     drain: Callable[[], None] = do_nothing
+    digests: dict[str, LogDigest] = field(default_factory=dict)
 
     def __call__(self) -> None:
         """Write a checkpoint if it is time."""
@@ -145,14 +180,40 @@ class CheckpointWriter:
 
     def write(self) -> int:
         """Write a checkpoint now; returns its bytes. The logs are safe on the disk before it names their lengths."""
-        about: dict[str, int | float] = {}
-        for log in self.logs:
+        about: dict[str, int | float | str] = {}
+        for name, log in zip(LOGS, self.logs, strict=False):
             log.flush()
             os.fsync(log.fileno())
-            about[Path(log.name).name] = os.fstat(log.fileno()).st_size
+            about[name] = size = os.fstat(log.fileno()).st_size
+            about[_digest_of(name)] = self.digests.setdefault(name, LogDigest(self.folder / name)).up_to(size)
         values = {name: getattr(owner, _field(name)) for owner in self.owners for name in saved_fields(type(owner))}
         about |= {"version": values.get("State.version", 0), "time": values.get("State.now", 0.0)}
         return write_checkpoint(self.folder / CHECKPOINT, values, about)
+
+
+def log_sizes(folder: Path, stored: StoredValues, names: Sequence[str] = LOGS) -> dict[str, int]:
+    """The lengths of these logs at a checkpoint (bytes).
+
+    Raises Malformed where a log in the folder does not begin with what it held then.
+    """
+    sizes = {}
+    for name in names:
+        size, digest = stored.about.get(name), stored.about.get(_digest_of(name))
+        if type(size) is not int or size < 0 or type(digest) is not str:
+            raise Malformed(f"it was written by another version of fedloom ({name})")
+        try:
+            found = LogDigest(folder / name).up_to(size)
+        except FileNotFoundError as error:
+            raise Malformed(f"{name} is shorter than when it was written") from error
+        if found != digest:
+            raise Malformed(f"{name} is not what it was when it was written")
+        sizes[name] = size
+    return sizes
+
+
+def _digest_of(log: str) -> str:
+    """The name under which a checkpoint has the sha256 of a log."""
+    return f"{log} sha256"
 
 
 def restore_fields(values: Mapping[str, Any], owners: Sequence[object]) -> None:
@@ -279,6 +340,10 @@ def unfinished_run(
     """
     log = read_run_log(folder)
     about = log.manifest
+    if "rollback" in about:
+        raise Refused(
+            "--resume", str(folder), f"a rollback is no run; begin a new one from its adapter: --set start={folder}"
+        )
     if about["status"] == "finished" and until is None:
         remedy = f"its run is finished ({about['status_reason']}); --more N adds N versions to it"
         raise Refused("--resume", str(folder), remedy)
@@ -299,10 +364,7 @@ def unfinished_run(
         return UnfinishedRun(folder, about, dict.fromkeys(LOGS, 0), {}, limits, extended)
     try:
         stored = read_checkpoint(folder / CHECKPOINT)
-        sizes = {name: stored.about[name] for name in LOGS}
-        for name, size in sizes.items():
-            if not (folder / name).is_file() or (folder / name).stat().st_size < size:
-                raise Malformed(f"{name} is shorter than when it was written")
+        sizes = log_sizes(folder, stored)
         values = stored_values(stored, saved_types(run, driver), run)
         return UnfinishedRun(folder, about, sizes, values, limits, extended)
     except Malformed as error:
@@ -329,17 +391,18 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises Refused where another process carries it out. A lock ends with its process.
     """
-    with (folder / LOCKED).open("ab") as file:
+    with open_regular(folder / LOCKED, "ab") as file:
         if not lock(file):
             remedy = "its run is still going on, in another process; wait for its end or stop it"
             raise Refused("--resume", str(folder), remedy)
         for draft in folder.rglob(f"*{DRAFT}"):
-            draft.unlink()
+            if draft.is_symlink() or not draft.is_dir():
+                draft.unlink()
         yield
 
 
 def open_log(path: Path, size: int) -> TextIO:
-    """Open a log to go on after its first `size` bytes; the rest will be written again."""
-    file = path.open("a", encoding="utf-8")
+    """Open a log to go on after its first `size` bytes; the rest will be written again. Raises Refused for a link."""
+    file = open_regular(path, "ab")
     file.truncate(size)
-    return file
+    return TextIOWrapper(file, encoding="utf-8")

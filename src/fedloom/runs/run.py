@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import date as day
 
 from fedloom.aggregate.product_delta import ProductDelta
+from fedloom.core.canary import Canary
 from fedloom.core.codec import Codec, Half
 from fedloom.core.errors import Refused
 from fedloom.core.policies import Aggregator, Schedule
@@ -20,6 +21,9 @@ from fedloom.simulate.availability import Windows
 from fedloom.simulate.devices import Devices, World
 from fedloom.simulate.faults import Faults
 from fedloom.train.settings import Engine, Generation, LoRA, Training
+
+MOST_THREADS = 1024
+"""Threads of torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,8 @@ class Run:
             no groups).
         transfer: how numbers travel: `Half()`, `DeltaInt8()` or `Exact()` (default `Half()`: 16 bits; None: `Exact()`).
         limits: when the run ends, and how often a version is scored (default `Limits()`: 10 versions, each scored).
+        canary: score that a version must keep on examples of the server before it is published; answers that make it worse are set
+            aside (default None: each version is published).
         held_out: share of each client's examples kept for its own evaluation, not trained on (at least 0, below 1; default 0.2; 0:
             none).
         test_limit: test examples used to score a version (default None: all).
@@ -73,6 +79,7 @@ class Run:
     hierarchy: Hierarchy | None = None
     transfer: Codec | None = field(default_factory=Half)
     limits: Limits = field(default_factory=Limits)
+    canary: Canary | None = None
     held_out: float = 0.2
     test_limit: int | None = None
     seed: int = 0
@@ -86,8 +93,10 @@ class Run:
     def __post_init__(self) -> None:
         if self.test_limit is not None and self.test_limit < 1:
             raise Refused("test_limit", self.test_limit, "score on at least 1 example, or None for all")
-        if self.threads < 1:
-            raise Refused("threads", self.threads, "torch needs at least 1 thread")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise Refused(
+                "threads", self.threads, f"torch needs at least 1 thread, and here takes at most {MOST_THREADS}"
+            )
         if not self.name or "/" in self.name:
             raise Refused("name", self.name, "it names the run folder: at least one letter and no slash")
         if self.date is not None:

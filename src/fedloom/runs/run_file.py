@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedloom.core.errors import Refused
-from fedloom.core.schema import RENAMED, describe_type, matches_exactly, matches_type
+from fedloom.core.schema import RENAMED, check_scalar, describe_type, matches_exactly, matches_type
 from fedloom.runs.public_names import HOMES, public_name
 from fedloom.runs.run import Run
 
@@ -56,6 +56,7 @@ def _value(text: str, current: object, hint: Any, whole: str) -> object:
         if matches_type(text, hint):
             return text
         raise Refused(whole, text, f"expected {describe_type(hint, current)}") from error
+    check_scalar(whole, value)  # before a class computes with it
     if matches_type(value, hint):
         return float(value) if type(value) is int and not matches_exactly(value, hint) else value
     if matches_type(text, hint):

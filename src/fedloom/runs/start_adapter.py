@@ -7,7 +7,6 @@ are missing begin as PEFT's do, with up = 0 and a random `down`: the model is th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fedloom.core.errors import Refused
+from fedloom.core.files import read_json
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import (
     Adapter,
@@ -144,7 +144,7 @@ def _earlier_run(folder: Path) -> EarlierRun | None:
     if not _is_run(path.parent):
         return None
     try:
-        about = json.loads(path.read_bytes())
+        about = read_json(path)
         model, labels = about["model"]["name"], about["partition"]["label_names"]
         engine = about["run"].get("engine") or {}
         weights, run_hash = about.get("base_weights", ""), about.get("run_hash", "")
@@ -184,7 +184,7 @@ def _label_names(place: Path, earlier: EarlierRun | None) -> tuple[str, ...]:
         return earlier.labels
     for path in (place / "config.json", place / "base" / "config.json"):
         try:
-            found = json.loads(path.read_bytes()).get("id2label") or {}
+            found = read_json(path.resolve()).get("id2label") or {}  # a folder of the hub's cache is made of links
             names = [str(found[str(number)]) for number in range(len(found))]
         except (OSError, ValueError, LookupError, AttributeError):
             continue

@@ -25,7 +25,7 @@ from fedloom.core.model_shape import Shape
 from fedloom.core.seeds import rng
 from fedloom.core.types import ClientId, Profile, Result, Task
 from fedloom.simulate.availability import Stays, Traced, cycle
-from fedloom.simulate.devices import Seconds, jitter_factor, task_seconds
+from fedloom.simulate.devices import Seconds, check_jitter, jitter_factor, task_seconds
 
 USUAL = Profile("", 0)
 
@@ -46,7 +46,7 @@ class DeviceFile:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_jitter(self.jitter)
+        check_jitter(self.jitter)
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
         """Read the devices of these clients. Raises Refused with line and column."""
@@ -89,7 +89,7 @@ class FedScaleDevices:
     def __post_init__(self) -> None:
         if not self.sample_flops > 0:
             raise Refused("world.sample_flops", self.sample_flops, "FLOP of one inference: 1e9 is usual")
-        _check_jitter(self.jitter)
+        check_jitter(self.jitter)
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
         """Read the devices of these clients. Raises Refused with line and column, or the entry."""
@@ -168,11 +168,6 @@ def _join_lines(file: ClientTable, lines: Sequence[Entry]) -> list[Entry]:
         times = {column: [part.cells[column] for part in parts] for column in ("active", "inactive")}
         entries.append(Entry(client, parts[-1].where, {**parts[-1].cells, **times}))
     return entries
-
-
-def _check_jitter(jitter: float) -> None:
-    if not jitter >= 0:
-        raise Refused("world.jitter", jitter, "0 means that a task always takes the same time")
 
 
 # Reading small files of clients: a mistake is reported with its line and column ---------------------------------------------

@@ -12,6 +12,9 @@ from fedloom.core.model_shape import Shape
 from fedloom.core.seeds import rng
 from fedloom.core.types import ClientId, Profile, Result, Task
 
+MOST_JITTER = 10
+"""Largest standard deviation of the logarithm of a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
@@ -94,8 +97,7 @@ class World:
     def __post_init__(self) -> None:
         if not self.tiers:
             raise Refused("world.tiers", self.tiers, "name at least one tier of devices")
-        if not self.jitter >= 0:
-            raise Refused("world.jitter", self.jitter, "0 means that a task always takes the same time")
+        check_jitter(self.jitter)
 
     def profiles(self, examples: Mapping[ClientId, int], seed: int) -> tuple[Profile, ...]:
         """Return a device for each client: tiers by their shares (largest remainder first), dealt in seeded random order."""
@@ -201,6 +203,13 @@ class FasterLinks:
         far = replace(profile, up_bps=profile.up_bps / self.times, down_bps=profile.down_bps / self.times)
         took = self.inner.seconds(task, result, far, shape, seed, turn)
         return Seconds(took.down / self.times, took.train, took.up / self.times)
+
+
+def check_jitter(jitter: float) -> None:
+    """Raise Refused for a spread of times that no device has, and exp of it no float."""
+    if not 0 <= jitter <= MOST_JITTER:
+        remedy = f"0 means that a task always takes the same time, {MOST_JITTER} is more than any device has"
+        raise Refused("world.jitter", jitter, remedy)
 
 
 def jitter_factor(task: Task, jitter: float, seed: int) -> float:

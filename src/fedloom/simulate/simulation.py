@@ -24,7 +24,9 @@ from typing import TypeGuard
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
 from fedloom.core.events import (
+    CanaryScored,
     Cancel,
+    CheckCanary,
     Command,
     Dispatch,
     Evaluate,
@@ -36,7 +38,7 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
-from fedloom.core.policies import BackgroundTrainer, Evaluator, Observer, PendingResult, Trainer, do_nothing
+from fedloom.core.policies import BackgroundTrainer, Evaluator, Observer, PendingResult, Trainer, do_nothing, no_scores
 from fedloom.core.transfer import encode_answer
 from fedloom.core.types import ClientId, ClientState, Profile, Result, Task
 from fedloom.simulate.client_presence import AvailabilityChanged, ClientChange, Presence
@@ -80,6 +82,7 @@ class Simulation:
         profiles: each client's device.
         evaluate: scores a model.
         observe: called with each step.
+        check: scores a model on the canary examples; that takes no virtual time.
         seed: seed of the run, for the draws of devices.
         presence: when clients can be reached, and what goes wrong with them.
         heap: future events for the server and changes of clients, as (time, order, event).
@@ -97,6 +100,7 @@ class Simulation:
     profiles: Mapping[ClientId, Profile]
     evaluate: Evaluator
     observe: Observer
+    check: Evaluator = no_scores
     seed: int = 0
     presence: Presence = field(default_factory=Presence)
     heap: list[tuple[float, int, Event | ClientChange]] = field(default_factory=list)
@@ -141,7 +145,13 @@ class Simulation:
             self.client_states[event.client] = local
         self.observe(now, event, commands)
         self._carry_out(now, commands)
-        return commands[-1] if commands and isinstance(commands[-1], Stop) else None
+        stop = None
+        for command in commands:
+            if isinstance(
+                command, CheckCanary
+            ):  # at once: no event of this moment comes between a merge and its version
+                stop = self._handle(now, CanaryScored(command.check, self.check(command.model))) or stop
+        return commands[-1] if commands and isinstance(commands[-1], Stop) else stop
 
     def _last_scores(self) -> None:
         """Deliver the scores of evaluations that were asked for together with the stop."""

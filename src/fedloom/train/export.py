@@ -6,7 +6,6 @@ What is written is for use without fedloom, on this machine and elsewhere: see d
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from transformers.utils.hub import cached_file
 
 from fedloom.core.errors import Refused
+from fedloom.core.files import read_json
 from fedloom.core.lora import Adapter, pad, truncate
 from fedloom.train import peft_weights
 from fedloom.train.base_model import Base, load_base
@@ -300,7 +300,7 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
     if not (run / "adapter" / "adapter_model.safetensors").is_file():
         raise Refused("run folder", str(run), "it holds no adapter: the run made no version, or this is no run folder")
     try:
-        about = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        about = read_json(run / "manifest.json")
         name, seed, names = about["model"]["name"], about["seed"], tuple(about["partition"]["label_names"])
         config = LoraConfig.from_pretrained(str(run / "adapter"))
         targets = config.target_modules  # a regular expression, or names

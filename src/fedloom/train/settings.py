@@ -37,6 +37,11 @@ class LoRA:
             raise Refused("lora.dropout", self.dropout, "a probability of at least 0 and below 1")
 
 
+def largest_step(learning_rate: float, scaling: float) -> float:
+    """Return how far one AdamW step moves a number of an adapter, `up` with its scaling in it, at most on average over a tensor."""
+    return learning_rate * max(1.0, scaling)
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """Answers that a run which generates text writes with its final model, as samples for the report.
@@ -100,6 +105,9 @@ class Engine:
 PLAIN = Engine("torch", first_token=False, together=1, cache=0)
 """The engine without tricks: one client after the other, through torch alone."""
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer but the head, as `LoRA.target_modules`."""
+
 SHORTEST_TEXT = 4
 """The least that `Training.max_length` may be: a text with its marks."""
 
@@ -131,7 +139,7 @@ class Training:
 
     Fields:
         learning_rate: the largest learning rate of a task (default 5e-4).
-        batch_size: examples in one optimiser step (default 16).
+        batch_size: examples in one optimiser step, or all that the client has where these are fewer (default 16).
         max_length: largest number of tokens of a text, special tokens included; the rest is cut (default None: enough for the longest
             text of the run, at most 1024 and what the model reads; `prepare` fills it in. In a deployment, where the texts lie
             elsewhere, it is that limit).

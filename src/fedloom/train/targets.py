@@ -23,15 +23,13 @@ from transformers.pytorch_utils import Conv1D
 from fedloom.core.errors import Refused
 from fedloom.core.text import first_line
 from fedloom.train import peft_weights
+from fedloom.train.settings import ALL_LINEAR
 
 FIELD = "lora.target_modules"
 """The field that refusals and notes name."""
 
 HEADS = ("classifier", "score")
 """Heads that PEFT trains and saves by itself where labels are predicted."""
-
-ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear layer but the head."""
 
 NARROW = 16
 """How many times longer than the other a side of a layer may be for it to be adapted by default."""

@@ -1,11 +1,12 @@
 """Texts as token ids, and the batches of a task.
 
-Each example is tokenised once. A batch is padded to its own longest text. Which examples share a batch is drawn from the task's seed:
+Each example is tokenised once. A batch is padded to its own longest text. Which examples share a batch is drawn by the client:
 in buckets of similar length, so that little time goes into padding, or with texts of all lengths in each.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -164,48 +165,63 @@ def _tuples(rows: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(row) for row in rows)
 
 
-def epoch_batches(
-    lengths: Sequence[int], batch_size: int, bucket: bool, seed: int, number: int, stratified: bool = False
-) -> list[list[int]]:
-    """Batches of one pass over all examples: shuffled, sorted by length inside pools of `POOL` batches, shuffled again.
-
-    Stratified batches have one example of each stratum instead: of the shortest texts, the next longer ones, and so on.
-    """
-    draw = rng(seed, "epoch", number)
-    order = list(range(len(lengths)))
-    draw.shuffle(order)
-    if stratified:
-        return _stratified_batches(sorted(order, key=lambda j: lengths[j]), batch_size, draw)
-    if bucket:
-        step = POOL * batch_size
-        pools = [sorted(order[i : i + step], key=lambda j: lengths[j]) for i in range(0, len(order), step)]
-        order = [j for pool in pools for j in pool]
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    if bucket:
-        draw.shuffle(batches)
-    return batches
-
-
-def _stratified_batches(order: list[int], batch_size: int, draw: random.Random) -> list[list[int]]:
-    """Batches of nearly equal size that take one example from each of the consecutive strata of `order`."""
-    count = -(-len(order) // batch_size)
-    batches: list[list[int]] = [[] for _ in range(count)]
-    for start in range(0, len(order), count):
-        stratum = order[start : start + count]
-        for batch, j in zip(draw.sample(batches, len(stratum)), stratum, strict=True):
-            batch.append(j)
-    return batches
-
-
 def plan_batches(
     lengths: Sequence[int], batch_size: int, steps: int, bucket: bool, seed: int, stratified: bool = False
 ) -> Iterator[list[int]]:
-    """Yield `steps` batches, pass after pass, as indices into `lengths`. The last batch of a pass may be smaller."""
-    count, number = 0, 0
-    while True:
-        for batch in epoch_batches(lengths, batch_size, bucket, seed, number, stratified):
-            if count == steps:
-                return
-            yield batch
-            count += 1
-        number += 1
+    """Yield `steps` batches, pass after pass, as indices into `lengths`.
+
+    Every batch has `batch_size` examples, or all where there are fewer: a step on the one or two examples that a pass leaves over
+    would weigh each of them as much as a whole batch, and tell as much of them. What a pass leaves over opens the next pass, in a
+    batch filled up with others. So at any step all examples were used equally often within one, a step costs what it is estimated
+    to cost, and none needs more memory than the batch size says. (Leaving the rest out, or spreading it over the other batches,
+    lacks the first or the other two.)
+    """
+    size = min(batch_size, len(lengths))
+
+    def batches() -> Iterator[list[int]]:
+        left: list[int] = []
+        for number in itertools.count():
+            made, left = _pass_batches(lengths, size, bucket, rng(seed, "epoch", number), left, stratified)
+            yield from made
+
+    return itertools.islice(batches(), steps)
+
+
+def _pass_batches(
+    lengths: Sequence[int], size: int, bucket: bool, draw: random.Random, left: Sequence[int], stratified: bool
+) -> tuple[list[list[int]], list[int]]:
+    """Batches of one pass, the first with what the pass before left over; and what this one leaves over.
+
+    Examples are shuffled, sorted by length inside pools of `POOL` batches, and the batches shuffled again. Stratified batches have
+    one example of each stratum instead: of the shortest texts, the next longer ones, and so on.
+    """
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    opening: list[list[int]] = []
+    if left:
+        before = set(left)
+        others = [j for j in order if j not in before][: size - len(left)]
+        opening, joined = [[*left, *others]], set(others)
+        order = [j for j in order if j not in joined]
+    full = len(order) - len(order) % size
+    order, rest = order[:full], order[full:]
+    if stratified:
+        return opening + _stratified_batches(sorted(order, key=lambda j: lengths[j]), size, draw), rest
+    if bucket:
+        step = POOL * size
+        pools = [sorted(order[i : i + step], key=lambda j: lengths[j]) for i in range(0, len(order), step)]
+        order = [j for pool in pools for j in pool]
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    if bucket:
+        draw.shuffle(batches)
+    return opening + batches, rest
+
+
+def _stratified_batches(order: list[int], size: int, draw: random.Random) -> list[list[int]]:
+    """Batches of this size that take one example from each of the consecutive strata of `order`, which fills them exactly."""
+    count = len(order) // size
+    batches: list[list[int]] = [[] for _ in range(count)]
+    for start in range(0, len(order), count or 1):
+        for batch, j in zip(draw.sample(batches, count), order[start : start + count], strict=True):
+            batch.append(j)
+    return batches

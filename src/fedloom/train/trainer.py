@@ -4,15 +4,15 @@ How tasks are trained:
 
 1. `groups` divides the tasks that it is given, in their order, into groups. Most groups hold one task. Tasks that may share a pass
    (same steps, same layers, no FedProx, no pruning, no control variate) form a larger group where the engine says that this pays.
-2. A task alone (`_train_one`): batches are drawn from the task's seed. The received adapter, with the client's private sides, is
+2. A task alone (`_train_one`): batches are drawn from the client's secret. The received adapter, with the client's private sides, is
    written into the base model's slot. AdamW makes one step per batch; the adapter is read back.
    With LoRA-A2 a short trial before that chooses the directions that are trained.
    A larger group goes through `engine.batched_clients` in one forward and backward pass per step.
 3. `_result` separates what is sent from what stays: an answer (with sides that were not trained as they came, pruned where the method
    prunes), and the next `ClientState`: optimiser moments, private sides and control variate.
 
-A result depends only on task, client state, shard and settings, to the byte. The base model keeps nothing between groups, so neither
-their order nor the process that trains them matters (law 9).
+A result depends only on task, client state, shard, secret and settings, to the byte. The base model keeps nothing between groups,
+so neither their order nor the process that trains them matters (law 9).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, map_tensors
 from fedloom.core.policies import PendingResult
+from fedloom.core.seeds import SecretOf, keyed_seed
 from fedloom.core.types import ClientId, ClientState, Result, Rules, Task, TaskStart
 from fedloom.train import loss, objective, peft_weights
 from fedloom.train.base_model import Base
@@ -73,16 +74,20 @@ class PeftTrainer:
         texts: all examples, tokenised.
         shards: each client's examples, as indices into `texts`.
         training: settings of local training.
+        secret_of: each client's secret, of which batches and dropout are drawn: the server that gives the tasks does not know them.
         engine: how it is computed.
         cache: activations below the trained layers, kept from task to task.
+        run: names the run in the draws, so that tasks of one number in two runs draw apart ("": a simulation, where they draw alike).
     """
 
     base: Base
     texts: EncodedTexts
     shards: Mapping[ClientId, tuple[int, ...]]
     training: Training
+    secret_of: SecretOf
     engine: Engine = PLAIN
     cache: ActivationCache = field(default_factory=ActivationCache)
+    run: str = ""
 
     def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """Train the tasks, group by group, and return their results in order."""
@@ -105,7 +110,7 @@ class PeftTrainer:
 
     def unchanged_result(self, task: Task) -> Result:
         """Return the result if training changed nothing."""
-        tokens = sum(sum(self.texts.lengths(batch)) for batch in self._batches(task))
+        tokens = sum(sum(self.texts.lengths(batch)) for batch in self.batches(task))
         examples = len(self.shards[task.client])
         return Result(task.start.train, examples, tokens, task.budget.steps, control=task.start.control)
 
@@ -119,10 +124,11 @@ class PeftTrainer:
         if len(work) == 1:
             return [self._train_one(*work[0])]
         members = [
-            BatchedClient(task, client_state, personal_adapter(task.start, client_state), self._batches(task))
+            BatchedClient(task, client_state, personal_adapter(task.start, client_state), self.batches(task))
             for task, client_state in work
         ]
-        trained = batched_clients.train_together(self.base, self.texts, self.training, members)
+        seed = self.seed(work[0][0], "dropout")
+        trained = batched_clients.train_together(self.base, self.texts, self.training, members, seed)
         return [
             self._result(m.task, m.local, m.plan, TrainedClient(*one)) for m, one in zip(members, trained, strict=True)
         ]
@@ -144,15 +150,20 @@ class PeftTrainer:
             self.base, min(len(lengths), self.training.batch_size) * sum(lengths) / len(lengths)
         )
 
-    def _batches(self, task: Task) -> list[list[int]]:
+    def seed(self, task: Task, purpose: str) -> int:
+        """Return the seed of what the client draws in a task for one purpose: "batches" or "dropout"."""
+        return keyed_seed(self.secret_of(task.client), "task", self.run, task.id, purpose)
+
+    def batches(self, task: Task) -> list[list[int]]:
         """Return the batches of a task, as indices into `texts`."""
         shard, training = self.shards[task.client], self.training
         lengths, steps = self.texts.lengths(shard), task.budget.steps
-        plan = plan_batches(lengths, training.batch_size, steps, training.bucket, task.seed, training.stratified)
+        seed = self.seed(task, "batches")
+        plan = plan_batches(lengths, training.batch_size, steps, training.bucket, seed, training.stratified)
         return [[shard[i] for i in batch] for batch in plan]
 
     def _train_one(self, task: Task, client_state: ClientState) -> tuple[Result, ClientState]:
-        start, plan = task.start, self._batches(task)
+        start, plan = task.start, self.batches(task)
         adapter = personal_adapter(start, client_state)
         losses, chosen = list[float](), None
         if start.rules.select is not None and start.rules.select < sum(f.rank for f in adapter.factors.values()):
@@ -218,7 +229,7 @@ class PeftTrainer:
         if chosen is not None:
             changes.append(objective.mask_gradient(weights, chosen))
         with torch.random.fork_rng():  # after the slot was made, which draws random numbers
-            torch.manual_seed(task.seed)
+            torch.manual_seed(self.seed(task, "dropout"))
             losses = self._optimise(plan, loss_of, weights, optimiser, changes, start.rules)
         variate = None
         if control and start.control:

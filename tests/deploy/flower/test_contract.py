@@ -45,6 +45,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime import run_clientapp
 
 from fedloom.deploy.flower import executor, grid, supernode
+from fedloom.deploy.flower.site_calls import KEYLESS_CALLS, SITE_CALLS
 
 SIGNATURES: dict[Callable[..., object], str] = {
     Array.__init__: "self, *args, dtype, shape, stype, data, ndarray, torch_tensor",
@@ -80,6 +81,27 @@ SIGNATURES: dict[Callable[..., object], str] = {
     HttpGrid.get_nodes: "self",
     HttpGrid.push_messages: "self, messages",
 }
+
+
+def test_a_message_has_its_number_before_it_is_pushed() -> None:
+    """So the gate can be told of the reply before a site has the message; the number is the hash of all but itself."""
+    assert 'msg.metadata.__dict__["_message_id"] = msg.object_id' in inspect.getsource(HttpGrid.push_messages)
+    assert 'proto_metadata.message_id = ""' in inspect.getsource(Message.deflate)
+
+
+def test_the_superlink_asks_for_what_the_gate_asks_for() -> None:
+    """And reads the body as the gate does: protobuf, whatever the headers say."""
+    from flwr.supercore.protobuf import translation
+    from flwr.superlink.routers.fleet import node_auth
+
+    source = inspect.getsource(node_auth.authenticate_node)
+    assert (
+        "-SYSTEM_TIME_TOLERANCE\n            < age\n            < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE" in source
+    )
+    assert "verify_signature" in source
+    read = {path.removeprefix("/v1/fleet/"): kind for (_, path), kind in translation.PROTOBUF_REQUEST_TYPES.items()}
+    for call, kind in {**SITE_CALLS, **KEYLESS_CALLS}.items():
+        assert read[call] is kind
 
 
 def test_flower_is_the_version_that_was_read() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower import keys
+from fedloom.deploy.server.key_facts import KeyFacts, facts_file, read_facts
 
 
 def handshake(server: Path, trusted: Path, name: str) -> None:
@@ -111,6 +112,21 @@ def test_sites_are_accepted_by_name_and_key_and_removed(authority: Path, tmp_pat
     with pytest.raises(Refused, match="no key is registered"):
         keys.remove("north", authority)
     assert [entry.name for entry in keys.listed(authority)] == ["south"]
+
+
+def test_what_the_operator_says_stands_beside_the_key_and_goes_with_it(authority: Path, tmp_path: Path) -> None:
+    _, public = keys.site("one", tmp_path)
+    keys.add(public, "north", authority, KeyFacts(region=True, examples=1200))
+    assert read_facts(authority, "north") == KeyFacts(True, 1200)
+    facts_file(authority, "north").write_text('{"region": 1}')
+    assert read_facts(authority, "north") == KeyFacts(), "damaged: it is a site with its own word"
+    keys.add(public, "north", authority, KeyFacts(examples=7))
+    assert read_facts(authority, "north") == KeyFacts(examples=7)
+    keys.remove("north", authority)
+    assert not facts_file(authority, "north").exists()
+    for wrong in (0, -1, 10**13, True):
+        with pytest.raises(Refused):
+            KeyFacts(examples=wrong)
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", "-x", "a b", "x" * 64])

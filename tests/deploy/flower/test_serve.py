@@ -6,14 +6,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedloom.core.errors import Refused
+from fedloom.deploy.flower import keys
 from fedloom.deploy.flower.address import Address, listen_at
-from fedloom.deploy.flower.serve import NOTE, serve_deployment
-from fedloom.deploy.flower.server_processes import ServerSetup
-from fedloom.deploy.flower.supervisor import free_port, program
+from fedloom.deploy.flower.roster import ROSTER, read_roster
+from fedloom.deploy.flower.serve import NOTE, Serving, serve_deployment
+from fedloom.deploy.flower.server_processes import ServerSetup, server_processes
+from fedloom.deploy.flower.supervisor import LogFollower, free_port, program
 from tests.deploy.flower.test_address import ipv6
 from tests.support import federation
 
@@ -28,6 +31,13 @@ def test_a_taken_port_is_refused_before_anything_is_begun(tmp_path: Path, field:
         serve_deployment(server, {"metrics_port": ports["--metrics-port"]}, False, said.append)
     assert said == []
     assert not (tmp_path / NOTE).exists()
+
+
+def test_a_quota_is_handed_to_the_gate(tmp_path: Path) -> None:
+    for quota in (None, 5_000_000):
+        server = ServerSetup(tmp_path, "127.0.0.1", insecure=True, quota=quota)
+        [gate] = [unit[0].command for unit in server_processes(server, 1, [3]) if unit[0].name == "gate"]
+        assert ('{"quota": 5000000}' in gate) is (quota is not None)
 
 
 def test_one_port_is_not_for_both(tmp_path: Path) -> None:
@@ -72,3 +82,53 @@ def test_sites_reach_a_server_by_an_address_of_ipv6(tmp_path: Path) -> None:
         assert f"the server listens at [::1]:{made.port}" in made.said("server")
     finally:
         made.close()
+
+
+def test_the_gate_knows_who_may_come_also_after_a_restart_and_before_the_superlink_answers(tmp_path: Path) -> None:
+    """A key is on the roster once it has a node; after a restart at once, unless it was removed meanwhile."""
+    keys.new(tmp_path, ["localhost"])
+    server, nobody = ServerSetup(tmp_path, "127.0.0.1"), Any
+    server.home.mkdir()
+    registered = {}
+    for name in ("one", "two"):
+        _, public = keys.site(name, tmp_path / "made")
+        registered[name] = keys.add(public, name, tmp_path)
+
+    def serving() -> Serving:
+        return Serving(server, nobody, nobody, print, nobody, 0)  # type: ignore[arg-type]
+
+    def on_roster() -> dict[str, int]:
+        return {entry.name: entry.node for entry in read_roster(server.home / ROSTER)}
+
+    first = serving()
+    first._list_keys()
+    assert on_roster() == {}
+    first.nodes, first.keys_sent = {one.fingerprint: number for number, one in enumerate(registered.values(), 7)}, True
+    first._list_keys()
+    assert on_roster() == {"one": 7, "two": 8}
+    keys.remove("one", tmp_path)
+    serving()._list_keys()
+    assert on_roster() == {"two": 8}
+    keys.add(tmp_path / "made" / "one.pub", "one", tmp_path)
+    again = serving()
+    again._list_keys()
+    assert on_roster() == {"two": 8}, "its node is known from the SuperLink alone"
+    again.keys_sent = True
+    again._list_keys()
+    assert on_roster() == {}, "nor is a node that the SuperLink no longer names"
+
+
+def test_what_the_gate_refuses_is_said(tmp_path: Path) -> None:
+    log, said, nobody = tmp_path / "gate.log", list[str](), Any
+    server = ServerSetup(tmp_path, "127.0.0.1", insecure=True)
+    one = Serving(server, nobody, nobody, said.append, nobody, 0, gate_log=LogFollower(log))  # type: ignore[arg-type]
+    lines = [
+        '{"event": "refused", "site": "one", "reason": "413 too large"}',
+        "Traceback",
+        '{"event": "other"}',
+        "[]",
+        "3",
+    ]
+    log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    one._say_refusals()
+    assert said == ["the gate refused one: 413 too large"]

@@ -52,7 +52,7 @@ TERMS = RunTerms(
 
 
 def work_for(start: TaskStart, codec: Codec | None = None, **more: Any) -> TaskRequest:
-    task = Task(7, "Zoë/π", 3, encode_start(start, codec), Budget(4, 5, depth=2, why="it is weak"), 2**62, 12.5)
+    task = Task(7, "Zoë/π", 3, encode_start(start, codec), Budget(4, 5, depth=2, why="it is weak"), 12.5)
     return replace(TaskRequest(TERMS, 2, task, 6), **more)
 
 
@@ -209,8 +209,8 @@ def test_a_text_that_is_no_ask_is_refused(text: str) -> None:
 
 RANGES = [
     ("incarnation", -1), ("last_accepted", -1), ("last_accepted", 2**63), ("terms.held_out", -0.1), ("terms.held_out", 1.0),
-    ("terms.held_out", float("nan")), ("task.id", 0), ("task.client", ""), ("task.client", "x" * 201), ("task.seed", -1),
-    ("task.seed", 2**64), ("task.version", -1), ("task.sent", float("inf")), ("task.budget.rank", 0),
+    ("terms.held_out", float("nan")), ("task.id", 0), ("task.client", ""), ("task.client", "x" * 201),
+    ("task.version", -1), ("task.sent", float("inf")), ("task.budget.rank", 0),
     ("task.budget.steps", 0), ("task.budget.depth", 0), ("task.budget.rounds", 0),
     ("task.start.scaling", 0.0), ("task.start.scaling", -1.0), ("task.start.directions", [5, 0]), ("task.start.directions", [1]),
     ("task.start.rules.select", 0), ("task.start.rules.up_rate", 0.0), ("task.start.seeded", ["left"]),

@@ -29,13 +29,12 @@ from fedloom.deploy.messages.messages import (
     encode_request,
 )
 from fedloom.deploy.messages.seeded_sides import with_seeded_sides, without_seeded_sides
-from fedloom.deploy.site.worker import SiteWorker
 from fedloom.report.run_log import read_run_log
 from fedloom.runs.prepare import prepare
 from fedloom.train.base_model import initial_adapter
 from tests.support import toys
-from tests.support.deployment_runs import folder_of, net_of, run_of
-from tests.support.sites import site_at, terms_of, trainer_of
+from tests.support.deployment_runs import as_deployed, folder_of, net_of, run_of
+from tests.support.sites import simulated_worker, site_at, terms_of, trainer_of
 from tests.support.tiny_runs import lively
 
 LIMIT = 10**8
@@ -50,7 +49,7 @@ def work_of(method: Any, first: Adapter, codec: Any, rank: int = 4, **terms: Any
     model = replace(begun, adapter=take_sides(kept, first, lively(first, 3)))
     start = encode_start(method.start(model, Budget(rank, 3), 7), codec)
     told = terms_of(**({"first_adapter": fingerprint(first)} | terms))
-    return TaskRequest(told, 1, Task(1, "ward", 1, start, Budget(rank, 3), 101, 1.5), 0)
+    return TaskRequest(told, 1, Task(1, "ward", 1, start, Budget(rank, 3), 1.5), 0)
 
 
 def numbers(work: TaskRequest) -> int:
@@ -127,7 +126,7 @@ def test_a_site_that_drew_the_same_trains_the_same(encoder: Path, tmp_path: Path
     work = work_of(method, first, Half())
     found = []
     for number, asked in enumerate((work, without_seeded_sides(work, first))):
-        worker = SiteWorker(site_at(tmp_path / str(number), encoder))
+        worker = simulated_worker(site_at(tmp_path / str(number), encoder))
         told = decode_reply(worker.answer(encode_request(JoinRequest(asked.terms, 1))), LIMIT, {})
         assert isinstance(told, Welcome)
         assert told.seeded
@@ -140,7 +139,7 @@ def test_a_site_that_drew_the_same_trains_the_same(encoder: Path, tmp_path: Path
 
 def test_a_site_that_drew_other_numbers_says_so(encoder: Path, tmp_path: Path) -> None:
     first = initial_adapter(trainer_of(encoder, terms_of()).base, 4)
-    work, worker = work_of(FFA(), first, None), SiteWorker(site_at(tmp_path, encoder))
+    work, worker = work_of(FFA(), first, None), simulated_worker(site_at(tmp_path, encoder))
     other = replace(work.terms, seed=4)  # as another torch would draw
     told = decode_reply(worker.answer(encode_request(JoinRequest(other, 1))), LIMIT, {})
     assert isinstance(told, Welcome)
@@ -160,15 +159,15 @@ def test_a_site_that_drew_other_numbers_says_so(encoder: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_deployment_sends_what_its_simulation_counts(encoder: Path, tmp_path: Path) -> None:
     run = run_of(encoder, aggregator=FFA(), held_out=0.0)
-    simulated = prepare(run).execute(tmp_path / "simulated", report=False)
+    simulated = as_deployed(prepare(run)).execute(tmp_path / "simulated", report=False)
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
     sent, send = list[int](), net.send
 
-    def counted(node: int, body: bytes) -> str:
+    def counted(node: int, body: bytes, largest: int) -> str:
         if isinstance(ask := decode_request(body, LIMIT), TaskRequest):
             assert ask.left_out == ("down",)
             sent.append(numbers(ask))
-        return send(node, body)
+        return send(node, body, largest)
 
     net.send = counted  # type: ignore[method-assign]
     deploy.run_deployment(net, folder, net.pause, net.clock)

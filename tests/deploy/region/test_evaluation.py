@@ -82,9 +82,9 @@ def only_exams(net: Net, then: Any) -> None:
     """What becomes of an exam that is sent over this net."""
     send = net.send
 
-    def sent(node: int, body: bytes) -> str:
+    def sent(node: int, body: bytes, largest: int) -> str:
         said = then(node) if isinstance(decode_request(body, LIMIT), EvaluateRequest) else None
-        return said or send(node, body)
+        return said or send(node, body, largest)
 
     net.send = sent  # type: ignore[method-assign]
 
@@ -206,7 +206,8 @@ def test_a_region_is_waited_for_twice_as_long_as_a_site(encoder: Path) -> None:
     region, site = Profile("c1", 30, 1e4, 1e5, 1e5, tier=REGION), Profile("c7", 10, 1e4, 1e5, 1e5, tier="site")
     net = Net({0: Site(region), 1: Site(site)})
     server = Hierarchy().over_regions(toys.server(Rounds(2), start=toys.adapter(2)), 2)
-    running = Deployment(server, net, TERMS, {}, timeouts=QUICK, clock=net.clock, over_regions=True)
+    given = {"timeouts": QUICK, "clock": net.clock, "facts_of": net.facts_of}
+    running = Deployment(server, net, TERMS, {}, over_regions=True, **given)  # type: ignore[arg-type]
     turns(running, net, 4)
     assert running.clients.keys() == {"c1", "c7"}
     only_exams(net, lambda node: f"into the void {node}")

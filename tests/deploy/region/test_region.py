@@ -58,12 +58,12 @@ def test_a_region_is_the_server_of_its_sites_and_a_site_of_the_server_above(enco
     here = country(tmp_path, encoder, hierarchy=Hierarchy(rounds=2), schedule=FedFa(2), limits=Limits(versions=6))
     send, sent = here.above.send, 0
 
-    def dies(node: int, body: bytes) -> str:
+    def dies(node: int, body: bytes, largest: int) -> str:
         nonlocal sent
         sent += 1
         if sent == 8:
             raise Killed
-        return send(node, body)
+        return send(node, body, largest)
 
     here.above.send = dies  # type: ignore[method-assign]
     with here.open():

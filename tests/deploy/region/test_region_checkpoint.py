@@ -48,7 +48,7 @@ def test_a_killed_region_goes_on_with_its_codec(tmp_path: Path, codec: Codec | N
         running.handle(ClientJoined(profile))
     policies = led.edge.server
     start = encode_start(policies.aggregator.start(policies.state.model, Budget(2, 4), 0), codec)
-    running.handle(TaskReceived(Task(7, "north", 0, start, Budget(2, 4, rounds=2), 0, 0.0)))
+    running.handle(TaskReceived(Task(7, "north", 0, start, Budget(2, 4, rounds=2), 0.0)))
     with (tmp_path / LOGS[0]).open("w", encoding="utf-8") as log:
         CheckpointWriter(tmp_path, 0.0, (led, running), [log]).write()
 

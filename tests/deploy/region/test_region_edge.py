@@ -30,7 +30,7 @@ def test_a_new_task_cancels_what_is_under_way_for_the_old_one_and_says_what_is_d
     for profile in toys.profiles(3).values():
         running.handle(ClientJoined(profile))
     start = policies.aggregator.start(policies.state.model, Budget(2, 4), 0)
-    outer = Task(7, "north", 0, start, Budget(2, 4, rounds=2), 0, 0.0)
+    outer = Task(7, "north", 0, start, Budget(2, 4, rounds=2), 0.0)
     running.handle(TaskReceived(outer))
     first, *others = [one.task for one in told if isinstance(one, Dispatch)]
     assert len(others) == 2

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fedloom import CA2FL, Averaged, DeltaInt8, FedBuff, FedFa, FedIT, Half, Immediate, ProductDelta, Rounds, Scaffold
 from fedloom.cli.deploy import status_view
+from fedloom.core.canary import Canary
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.server import Limits, Server
 from fedloom.core.types import Budget, Profile, Task
@@ -31,8 +32,11 @@ from fedloom.deploy.messages.messages import (
     encode_reply,
 )
 from fedloom.deploy.server.driver import Deployment
+from fedloom.deploy.server.key_facts import KeyFacts
+from fedloom.deploy.server.reply_events import REGION
 from fedloom.deploy.server.status import PrometheusFigures, Status, read_status
 from fedloom.runs.replay import replay
+from fedloom.schedule.fedasync import FedAsync
 from tests.support import toys
 from tests.support.deployed_processes import QUICK, STORM, TERMS, Killed, Life, turns
 from tests.support.simulated_link import Net, Site, Trouble
@@ -163,6 +167,52 @@ def test_a_name_belongs_to_its_key_and_to_one_node() -> None:
     assert "key" in running.nodes.reachable[7].why
 
 
+@pytest.mark.parametrize("is_region", [True, False])
+def test_a_key_is_that_of_a_site_or_of_a_region(is_region: bool) -> None:
+    tier = "site" if is_region else REGION
+    net = Net({7: Site(Profile("c0", 5, tier=tier))})
+    running = deployment(net, facts_of=lambda name: KeyFacts(region=is_region))
+    turns(running, net, 5)
+    assert not running.clients
+    assert f"its key is that of a {'region' if is_region else 'site'}" in running.nodes.reachable[7].why
+    free = Net({7: Site(Profile("c0", 5, tier=tier))}, named=False)
+    running = deployment(free, facts_of=lambda name: KeyFacts(region=is_region))
+    turns(running, free, 5)
+    assert running.clients.keys() == {"c0"}, "without keys anybody may be anybody"
+
+
+def test_who_joins_counts_for_what_it_said_first_and_for_no_more_than_three_times_the_median(tmp_path: Path) -> None:
+    net = Net({k: Site(Profile(f"c{k}", 10 if k else 10**12, claimed=False)) for k in range(4)})
+    running = deployment(net, min_clients=4, facts_of=lambda name: KeyFacts(examples=500 if name == "c3" else None))
+    turns(running, net, 8)
+    clients = Status(tmp_path, running, Limits(versions=50)).snapshot()["clients"]
+    assert [clients[f"c{k}"]["examples"] for k in range(4)] == [10**12, 10, 10, 500]
+    assert [clients[f"c{k}"]["counted"] for k in range(4)] == [30, 10, 10, 500], "the operator's number has no limit"
+    assert running.clients["c0"].claimed
+    assert not running.clients["c3"].claimed
+    net.sites[1].profile = replace(net.sites[1].profile, examples=10**9)
+    running.nodes.reachable[1].client = None
+    turns(running, net, 8)
+    assert running.server.state.registered["c1"] == 10
+
+
+def test_a_site_whose_answer_is_refused_is_left_alone_so_that_it_cannot_end_the_run(tmp_path: Path) -> None:
+    net = Net(sites(3))
+    running, spoilt = deployment(net, server={"limits": Limits(versions=50, failures=5)}), list[int]()
+    train = net.sites[100].trainer
+
+    class Bad:
+        def train(self, work: Any) -> Any:
+            spoilt.append(1)
+            return [(replace(result, examples=0), local) for result, local in train.train(work)]
+
+    net.sites[100].trainer = Bad()  # type: ignore[assignment]
+    turns(running, net, 30)
+    assert spoilt
+    assert running.server.state.version > 3
+    assert "was refused: examples is 0" in running.nodes.reachable[100].why
+
+
 @pytest.mark.parametrize("lasting", [False, True])
 def test_a_site_that_refuses_is_left_alone_if_the_reason_lasts(lasting: bool) -> None:
     net = Net(sites(2))
@@ -248,15 +298,38 @@ def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     assert figures["fedloom_answers_accepted"].samples[0].value == status.observation.accepted > 0
 
 
+def test_an_answer_that_fails_the_canary_is_told_in_the_status(tmp_path: Path) -> None:
+    """Scored in the step that asks for it: no turn, and no checkpoint, comes between a merge and what becomes of it."""
+    net, scores = Net(sites(3)), iter([0.5, 0.1])
+    given = {"limits": Limits(versions=50), "canary": Canary(10, 0.02), "schedule": FedAsync(max_in_flight=3)}
+    running = deployment(net, min_clients=3, server=given, check=lambda model: {"accuracy": next(scores, 0.6)})
+    outstanding = list[bool]()
+    running.save = lambda: outstanding.append(running.server.state.canary.trial is not None)  # type: ignore[attr-defined]
+    status = running.observe = Status(tmp_path, running, Limits(versions=50))
+    turns(running, net, 12)
+    assert running.server.state.version > 0
+    assert outstanding
+    assert not any(outstanding)
+    status.write()
+    told = read_status(tmp_path)
+    ((client, reason),) = told["set_aside"].items()
+    assert reason.startswith(
+        "1 answer set aside; the last time the canary score of a version with it is 0.1000, after 0.5000"
+    )
+    console = Console(width=200, file=StringIO())
+    console.print(status_view(told, age=1.0))
+    assert f"{client}: 1 answer set aside" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_what_was_lost_without_a_word_is_sent_again_ever_more_seldom() -> None:
     net = Net(sites(2))
     lost, send = list[float](), net.send
 
-    def silent(node: int, body: bytes) -> str:
+    def silent(node: int, body: bytes, largest: int) -> str:
         if node == 101 and isinstance(decode_request(body, 2**30), TaskRequest) and len(lost) < 3:
             lost.append(net.time)
             return f"lost{len(lost)}"
-        return send(node, body)
+        return send(node, body, largest)
 
     net.send = silent  # type: ignore[method-assign]
     patience = replace(QUICK, task=None, doubt=5.0)
@@ -335,10 +408,10 @@ def test_after_the_end_clients_evaluate_whatever_happens_on_the_way_and_nothing_
         )
     send, lost = net.send, list[int]()
 
-    def loses(node: int, body: bytes) -> str:
+    def loses(node: int, body: bytes, largest: int) -> str:
         evaluates = isinstance(decode_request(body, 2**30), EvaluateRequest)
         if not evaluates or node in lost or node == 102:
-            return send(node, body)
+            return send(node, body, largest)
         lost.append(node)
         if node == 101:
             net.back[101] = net.time + 3.0

@@ -51,19 +51,13 @@ def crowd(place: Path, left: int) -> Path:
     return ballast
 
 
-def to_a_full_disk(path: Path) -> None:
-    """Whoever writes the draft of this file finds no room."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".draft").symlink_to("/dev/full")
-
-
-def test_a_full_disk_is_known_however_it_is_told(tmp_path: Path, small: Path) -> None:
-    to_a_full_disk(tmp_path / "note.json")
+def test_a_full_disk_is_known_however_it_is_told(small: Path) -> None:
+    ballast = crowd(small, 0)
     with pytest.raises(OSError, match=r"note\.json") as told:
-        write_json(tmp_path / "note.json", {"a": 1})
+        write_json(small / "note.json", {"a": 1})
     assert disk_full_error(told.value) is not None
-    assert not (tmp_path / "note.json").exists()
-    assert not (tmp_path / "note.draft").is_symlink()
+    assert list(small.iterdir()) == [ballast]
+    ballast.unlink()
     with pytest.raises(OSError, match=r"tensors\.safetensors") as told:  # safetensors has an error of its own
         checkpoint.write_checkpoint(small / "tensors.safetensors", {"a": torch.zeros(10**6)})
     assert told.value.errno == errno.ENOSPC
@@ -201,21 +195,21 @@ def test_a_disk_with_hardly_any_room_is_waited_for(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_server_that_cannot_even_begin_says_why_with_code_2(tmp_path: Path, resume: bool) -> None:
-    folder = tmp_path / "server"
+def test_a_server_that_cannot_even_begin_says_why_with_code_2(small: Path, resume: bool) -> None:
+    folder = small / "server"
     folder.mkdir()
     if resume:
         (folder / "deployment.json").write_text("{}")
-    to_a_full_disk(folder / "deployment.json")
+    crowd(small, 0)
     with pytest.raises(Refused, match=r"its disk is full: .*deployment\.json could not be written; free space"):
         serve_deployment(ServerSetup(folder, "127.0.0.1", insecure=True), {}, resume, print)
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_code_2_and_no_traceback(encoder: Path, tmp_path: Path) -> None:
-    folder, run = tmp_path / "server", tmp_path / "run.py"
+def test_the_command_ends_with_code_2_and_no_traceback(encoder: Path, tmp_path: Path, small: Path) -> None:
+    folder, run = small / "server", tmp_path / "run.py"
     run.write_text(f"from tests.support.tiny_models import tiny_run\n\nrun = tiny_run({str(encoder)!r})\n")
-    to_a_full_disk(folder / "deployment.json")
+    crowd(small, 0)
     words = ["serve", str(run), "--folder", str(folder), "--insecure"]
     ended = subprocess.run(
         [sys.executable, "-c", "from fedloom.cli.main import main; main()", *words],

@@ -89,7 +89,12 @@ class Region(Site):
 
 def regions(count: int = 3) -> dict[int, Site]:
     names = ("north", "south", "west")[:count]
-    return {100 + k: Region(Profile(one, 30, 1e4, 1e5, 1e5, tier=REGION), 1.0 + k) for k, one in enumerate(names)}
+    sites = {
+        one: tuple(replace(site, client=f"c{10 * number + k}") for k, site in enumerate(MEMBERS))
+        for number, one in enumerate(names)
+    }
+    profiles = {one: Profile(one, 30, 1e4, 1e5, 1e5, tier=REGION) for one in names}
+    return {100 + k: Region(profiles[one], 1.0 + k, members=sites[one]) for k, one in enumerate(names)}
 
 
 @given(storm=STORM)
@@ -126,20 +131,23 @@ def weathered(folder: Path, trouble: Trouble, deadly: float, seed: int) -> None:
 
 
 def deployed(net: Net) -> Deployment:
-    return Deployment(over(50), net, TERMS, {}, timeouts=QUICK, clock=net.clock, over_regions=True)
+    return Deployment(
+        over(50), net, TERMS, {}, timeouts=QUICK, clock=net.clock, over_regions=True, facts_of=net.facts_of
+    )
 
 
 def test_a_region_that_cannot_be_planned_for_is_left_alone_with_the_reason_and_asked_again(tmp_path: Path) -> None:
     net = Net(regions(2))
     poor: Any = net.sites[101]
-    poor.members = (replace(MEMBERS[0], memory=10.0), *MEMBERS[1:])
+    able = poor.members
+    poor.members = (replace(able[0], memory=10.0), *able[1:])
     running = deployed(net)
     turns(running, net, 4)
     assert running.clients.keys() == running.server.state.groups.keys() == {"north"}
-    assert "c0 cannot train one layer" in running.nodes.reachable[101].why
+    assert "c10 cannot train one layer" in running.nodes.reachable[101].why
     status = Status(tmp_path, running, Limits(versions=50))
-    assert "c0 cannot train one layer" in status.waits()
-    poor.members = MEMBERS
+    assert "c10 cannot train one layer" in status.waits()
+    poor.members = able
     turns(running, net, 8)
     assert running.clients.keys() == running.server.state.groups.keys() == {"north", "south"}
     told = status.snapshot()

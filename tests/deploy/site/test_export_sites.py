@@ -15,6 +15,7 @@ from fedloom.core.codec import DeltaInt8
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, Dispatch, Event, UpdateArrived
 from fedloom.core.fingerprint import fingerprint
+from fedloom.core.seeds import simulated_secret
 from fedloom.core.text import without_surrogates
 from fedloom.core.types import Task
 from fedloom.data.examples import Examples
@@ -28,7 +29,9 @@ from fedloom.deploy.site.worker import SiteWorker
 from fedloom.deploy.start import run_terms
 from fedloom.runs.prepare import prepare
 from fedloom.runs.run import Run
-from fedloom.train.settings import Engine
+from fedloom.train.settings import Engine, Training
+from tests.support.deployment_runs import as_deployed
+from tests.support.sites import accepting
 from tests.support.storms import one_in
 from tests.support.tiny_models import tiny_run, toy_answers, toy_rows
 
@@ -87,10 +90,13 @@ def test_half_characters_are_written_as_a_model_reads_them(encoder: Path, tmp_pa
 )
 def test_workers_repeat_a_run_to_the_bit(encoder: Path, tmp_path: Path, method: Any) -> None:
     """Every task of a simulation, sent to the site of its client: the answers are those that the server merged."""
-    run = tiny_run(encoder, aggregator=method, transfer=DeltaInt8(), engine=Engine("torch", together=1), seed=4)
+    training = Training(learning_rate=1e-2, max_length=16)
+    more = {"aggregator": method, "transfer": DeltaInt8(), "engine": Engine("torch", together=1), "training": training}
+    run = tiny_run(encoder, **more, seed=4)
     sites = [read_site(file) for file in export_sites(run, tmp_path / "sites")]
-    workers, settled = {site.name: SiteWorker(site) for site in sites}, dict.fromkeys((site.name for site in sites), 0)
-    job, tasks, seen = prepare(run), dict[int, Task](), list[int]()
+    workers = {site.name: accepting(SiteWorker(site, secret=simulated_secret(run.seed, site.name))) for site in sites}
+    settled = dict.fromkeys(workers, 0)
+    job, tasks, seen = as_deployed(prepare(run)), dict[int, Task](), list[int]()
 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
         if isinstance(event, UpdateArrived) and event.task in tasks:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fedloom.core.errors import Refused
-from fedloom.deploy.site.settings import Site, SiteLimits, read_site
+from fedloom.deploy.site.limits import LOOSEST, SiteLimits
+from fedloom.deploy.site.settings import Site, read_site
 from tests.support.tiny_models import toy_answers, toy_rows
 
 LEAST = 'name = "ward"\nserver = "s:1"\n[model]\npath = "there"\n[table]\npath = "rows.jsonl"\n'
@@ -25,6 +26,12 @@ def test_the_least_that_a_site_says(tmp_path: Path) -> None:
     assert (site.name, site.ca, site.key, site.limits) == ("ward", None, None, SiteLimits())
     assert site.folder == tmp_path / "state"
     assert site.socket == tmp_path / "state" / "worker.sock"
+
+
+def test_a_region_has_the_limits_that_its_file_names(tmp_path: Path) -> None:
+    region = LEAST.partition("[table]")[0].replace("[model]", "region = true\n[model]")
+    assert told(tmp_path, region).limits == LOOSEST
+    assert told(tmp_path, region + "[limits]\nrank = 4\n").limits == LOOSEST.model_copy(update={"rank": 4})
 
 
 def test_paths_are_told_from_the_folder_of_the_file(tmp_path: Path) -> None:
@@ -45,6 +52,10 @@ def test_paths_are_told_from_the_folder_of_the_file(tmp_path: Path) -> None:
         (LEAST + "[limits]\nrank = 'many'\n", "limits.rank = 'many'"),
         (LEAST + "[limits]\nruns = []\n", "limits.runs"),
         (LEAST + "[limits]\nhours = 'at night'\n", "limits.hours = 'at night'"),
+        (LEAST + "[limits]\nhours = '24:59-24:59'\n", "limits.hours = '24:59-24:59'"),
+        (LEAST + "[limits]\nmegabytes = inf\n", "limits.megabytes = inf"),
+        (LEAST + "[speed]\nflops = inf\n", "speed.flops = inf"),
+        (LEAST + "[terms]\naccepted = ['6f0c']\n", "terms.accepted.0 = '6f0c'"),
         (LEAST + "[speed]\nflops = -1\n", "speed.flops = -1"),
         (LEAST + "[instructions]\npath = 'x'\n", r"give either a section \[table\] or a section \[instructions\]"),
         (LEAST.partition("[table]")[0], r"give either a section \[table\] or a section \[instructions\]"),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +22,13 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.core.codec import DeltaInt8
 from fedloom.core.errors import Refused
 from fedloom.core.types import Budget, Result
-from fedloom.deploy.messages.messages import Refusal, TaskRequest, decode_reply, encode_request
+from fedloom.deploy.flower.executor import ask_until_answered
+from fedloom.deploy.messages.messages import JoinRequest, Refusal, TaskRequest, decode_reply, encode_request
 from fedloom.deploy.site import worker_socket
+from fedloom.deploy.site.consent import terms_hash
 from fedloom.deploy.site.settings import Site
 from fedloom.deploy.site.worker import SiteWorker, serve_worker
-from tests.support.sites import site_at, task_of, terms_of, trainer_of
+from tests.support.sites import accept, accepting, site_at, task_of, terms_of, trainer_of
 from tests.support.tiny_runs import same
 
 pytestmark = pytest.mark.slow
@@ -79,7 +83,10 @@ def result(work: TaskRequest, reply: bytes) -> Result:
 
 
 def test_kill_9_in_training_and_after_it(encoder: Path, tmp_path: Path) -> None:
-    calm, site = SiteWorker(site_at(tmp_path / "calm", encoder)), site_at(tmp_path / "stormy", encoder)
+    calm, site = accepting(SiteWorker(site_at(tmp_path / "calm", encoder))), site_at(tmp_path / "stormy", encoder)
+    accept(site, terms_of())
+    for name in ("secret", "secret.sha256"):
+        shutil.copy(calm.site.folder / name, site.folder / name)
     draw = random.Random(0)
     for work in tasks(encoder)[:2]:
         body = encode_request(work)
@@ -133,3 +140,19 @@ def test_one_worker_at_a_site_and_an_orderly_end(encoder: Path, tmp_path: Path) 
         assert not site.socket.exists()
     for line in (tmp_path / "log").read_text().splitlines():
         assert json.loads(line).keys() >= {"time", "level", "logger", "message"}
+
+
+def test_a_request_that_takes_too_long_ends_the_worker_and_is_refused_by_the_next(
+    encoder: Path, tmp_path: Path
+) -> None:
+    """The executor, which asks until it is answered, has the reason at the second time."""
+    terms = terms_of()
+    more = f'[terms]\naccepted = ["{terms_hash(terms)}"]\n\n[limits]\nseconds = 0.02\n'
+    site = site_at(tmp_path, encoder, more=more)
+    with ThreadPoolExecutor(1) as executor, running(site) as first:
+        asked = executor.submit(ask_until_answered, site.socket, encode_request(JoinRequest(terms, 1)), 60.0)
+        assert first.wait(timeout=60) == 1
+        with running(site):
+            reply = decode_reply(asked.result(timeout=60), 10**8, {})
+    assert isinstance(reply, Refusal)
+    assert "longer than the 0.02 s" in reply.reason

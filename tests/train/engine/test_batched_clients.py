@@ -94,7 +94,7 @@ def test_moments_go_on_at_each_clients_own_count(encoder: Path) -> None:
     common = replace(trainer, engine=COMMON)
     first, second, _ = tasks(base, 2)
     ((_, old),) = trainer.train([(second, ClientState())])
-    work = [(first, ClientState()), (replace(second, id=5, seed=9), old)]
+    work = [(first, ClientState()), (replace(second, id=5), old)]
     assert len(common.groups(work)) == 1
     for (_, one), (_, other) in zip(trainer.train(work), common.train(work), strict=True):
         for name, state in one.moments.items():
@@ -129,7 +129,7 @@ def test_padded_directions_stay_zero(encoder: Path) -> None:
     ]
     trainer = trainer_of(base)
     for (adapter, moments, losses), task in zip(
-        batched_clients.train_together(base, trainer.texts, trainer.training, members), work, strict=True
+        batched_clients.train_together(base, trainer.texts, trainer.training, members, 0), work, strict=True
     ):
         assert {f.rank for f in adapter.factors.values()} == {task.budget.rank}
         assert len(losses) == 4

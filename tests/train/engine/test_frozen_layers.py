@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter
 from fedloom.core.partial_depth import fold_layers
+from fedloom.core.seeds import simulated_secret
 from fedloom.core.types import ClientState, Task
 from fedloom.train import peft_weights
 from fedloom.train.base_model import Base, initial_adapter, load_base
@@ -267,9 +269,8 @@ def test_kept_activations_train_what_the_plain_pass_trains(name: str, tmp_path: 
     found = []
     for base in bases:
         for cache in (0, 1, 10**8):
-            trainer = PeftTrainer(
-                base, texts_of(base), {"a": tuple(range(12))}, Training(batch_size=5, learning_rate=1e-2)
-            )
+            training, shards = Training(batch_size=5, learning_rate=1e-2), {"a": tuple(range(12))}
+            trainer = PeftTrainer(base, texts_of(base), shards, training, partial(simulated_secret, 0))
             found.append(trained(replace(trainer, engine=replace(PLAIN, cache=cache)), task))
     assert found[0].factors.keys() == task.start.train.factors.keys()
     for other in found[1:]:

@@ -73,8 +73,8 @@ def factory_and_pool() -> tuple[ManualFactory, WorkerPool]:
     return factory, WorkerPool(Toy(), Workers(2), factory)
 
 
-def begin_one(pool: WorkerPool, number: int, due: float, **seeds: int) -> PendingResult:
-    (answer,) = pool.begin(toy_work(1, number, **seeds), [due])
+def begin_one(pool: WorkerPool, number: int, due: float, **versions: int) -> PendingResult:
+    (answer,) = pool.begin(toy_work(1, number, **versions), [due])
     return answer
 
 

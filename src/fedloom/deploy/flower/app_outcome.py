@@ -7,10 +7,14 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedloom.core.files import atomic_write, disk_full_error
+from fedloom.core.files import atomic_write, disk_full_error, open_regular, read_json
+from fedloom.core.schema import Decoder
 
 SIZE = 4096
-"""Bytes of a outcome at least, so that the last one fits into the place of the first where the disk has become full."""
+"""Bytes of an outcome at least, so that the last one fits into the place of the first where the disk has become full."""
+
+LONGEST = 12
+"""Digits of the number of an attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +55,24 @@ def write_outcome(folder: Path, attempt: int, outcome: AppOutcome) -> None:
     except OSError as error:
         if not disk_full_error(error) or not place.exists() or place.stat().st_size < len(text):
             raise
-        with place.open("r+b", buffering=0) as file:
+        with open_regular(place, "r+b") as file:
             file.write(text.ljust(place.stat().st_size))
 
 
 def read_outcome(folder: Path, attempt: int) -> AppOutcome | None:
     """The outcome of an attempt, or None while it has not begun, or is just being written."""
     try:
-        return AppOutcome(**json.loads(_place(folder, attempt).read_text(encoding="utf-8")))
+        told = read_json(_place(folder, attempt))
+        outcome: AppOutcome = Decoder().read(AppOutcome, {"type": AppOutcome.__name__, **told})
     except (FileNotFoundError, ValueError):
         return None
+    return outcome
 
 
 def last_attempt(folder: Path) -> int:
     """The number of the latest attempt, 0 before the first."""
-    return max((int(path.stem.partition("-")[2]) for path in (folder / "flower").glob("attempt-*.json")), default=0)
+    numbers = (path.stem.partition("-")[2] for path in (folder / "flower").glob("attempt-*.json"))
+    return max((int(number) for number in numbers if number.isdecimal() and len(number) < LONGEST), default=0)
 
 
 def _place(folder: Path, attempt: int) -> Path:

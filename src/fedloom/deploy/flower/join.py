@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ssl
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
+from threading import Thread
 
 from fedloom.core.errors import Refused
+from fedloom.core.files import private_tree
+from fedloom.core.policies import do_nothing
 from fedloom.deploy.flower.address import is_loopback, parse_address
 from fedloom.deploy.flower.supervisor import (
     LogFollower,
@@ -30,8 +37,11 @@ EXPLANATIONS = {
     "name, or has expired",
     "[code: 2004]": "the server does not know this site's key, or counts on another process that holds it for a minute yet",
     "[code: 2001]": "the server takes no site without a key",
+    "[code: 2900]": "this machine's clock and the server's differ by more than the server allows; set them (NTP)",
 }
-"""Messages of Flower on leaving, and what they mean."""
+"""Messages of Flower and of the gate on leaving, and what they mean."""
+CLOCK_TOLERANCE, CLOCK_AGAIN = 5.0, 30.0
+"""Seconds by which clocks may differ without a word, and between two tries to ask for the server's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,21 +150,62 @@ def region_processes(config: Path, insecure: bool) -> list[list[ProcessSpec]]:
             "--config", str(config), "these are the settings of a site with data; a region's say `region = true`"
         )
     place = site_setup(config, insecure)
+    private_tree(place.folder)
     write_secret(place.folder / "flower" / "secret")
     return site_processes(place, free_port())[1:]
 
 
-def join_deployment(setup: SiteSetup, say: Callable[[str], None]) -> None:
-    """Take part until stopped: ends with KeyboardInterrupt.
+def clock_ahead(server: str, ca: Path) -> float | None:
+    """Return by how many seconds this machine's clock is ahead of the server's, to half a second; None: the server is not there.
+
+    It asks the server without a key, which is refused, with the time.
+    """
+    address = parse_address("server", server)
+    trusted = ssl.create_default_context(cafile=str(ca))
+    server_line = HTTPSConnection(address.host, address.port, timeout=10.0, context=trusted)
+    with (
+        suppress(OSError, HTTPException, ValueError, TypeError),
+        closing(server_line),
+    ):  # not there, or no server of ours
+        server_line.connect()
+        before = time.time()
+        server_line.request("POST", "/v1/fleet/pull-messages", b"")
+        date = parsedate_to_datetime(server_line.getresponse().headers["Date"])
+        return (before + time.time()) / 2 - date.timestamp() - 0.5
+    return None
+
+
+def clock_warning(ahead: float) -> str:
+    """Return what to say of a clock that is ahead of the server's by so many seconds; "": nothing."""
+    if abs(ahead) <= CLOCK_TOLERANCE:
+        return ""
+    where = "ahead of" if ahead > 0 else "behind"
+    return f"this machine's clock is {abs(ahead):.0f} s {where} the server's; set it (NTP), or the server will refuse this site"
+
+
+def _compare_clocks(server: str, ca: Path, say: Callable[[str], None]) -> None:
+    """Say once, as soon as the server answers, that the clocks differ."""
+    while (ahead := clock_ahead(server, ca)) is None:
+        time.sleep(CLOCK_AGAIN)
+    if warning := clock_warning(ahead):
+        say(warning)
+
+
+def join_deployment(setup: SiteSetup, say: Callable[[str], None], look: Callable[[], None] = do_nothing) -> None:
+    """Take part until stopped: ends with KeyboardInterrupt. `look` is called twice a second: it shows what a server offers.
 
     Raises:
         Refused: another process holds the folder.
     """
+    if wide := private_tree(setup.folder):
+        say(f"others could read {wide} files and folders in {setup.folder}; now only this user can")
     with hold_folder(setup.folder / "flower" / "lock", setup.folder), stop_on_sigterm() as asked_to_stop:
         write_secret(setup.folder / "flower" / "secret")
         supervisor = Supervisor(
             site_processes(setup, free_port()), setup.folder / "logs", lambda line: say(explain(line))
         )
+        if setup.ca is not None:
+            Thread(target=_compare_clocks, args=(setup.server, setup.ca, say), daemon=True).start()
         log, silent = LogFollower(setup.folder / "logs" / "supernode.log").skip(), False
         try:
             while True:
@@ -167,6 +218,9 @@ def join_deployment(setup: SiteSetup, say: Callable[[str], None]) -> None:
                     elif "retrying in" in line and not silent:
                         say(f"the server at {setup.server} does not answer; trying until it does")
                         silent = True
+                    elif "Failed to send message" in line:
+                        say(f"the server did not take an answer: {line.partition('Failed to send message')[2].strip()}")
+                look()
                 time.sleep(TICK)
         finally:
             supervisor.stop()

@@ -6,12 +6,10 @@ the public key of each site, named after it. A site makes its key itself; the pr
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -32,6 +30,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower.address import HOST
+from fedloom.deploy.server.key_facts import KeyFacts, write_facts
+from fedloom.deploy.site.site_key import key_fingerprint
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CA_DAYS, SERVER_DAYS = 3650, 397
@@ -41,11 +41,19 @@ CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A site whose key the server accepts."""
+    """A site whose key the server accepts.
+
+    Fields:
+        name: the name that it is registered under.
+        fingerprint: sha256 of the key.
+        path: the file of the key.
+        key: the key as text (PEM), as Flower's headers bear it.
+    """
 
     name: str
     fingerprint: str
     path: Path
+    key: str
 
 
 def new(folder: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> Path:
@@ -114,8 +122,14 @@ def site(name: str, folder: Path) -> tuple[Path, Path]:
     return private, public
 
 
-def add(public: Path, name: str, folder: Path) -> Registered:
-    """Accept a site's public key under a name. A server that runs sees it within seconds.
+def add(public: Path, name: str, folder: Path, facts: KeyFacts | None = None) -> Registered:
+    """Accept the public key of a site, or a region, under a name. A server that runs sees it within seconds.
+
+    Args:
+        public: file of the key.
+        name: what the server calls the holder.
+        folder: of the server.
+        facts: what else is known of the holder (None: it is a site, and counts with the examples that it registers).
 
     Raises:
         Refused: it is no public key that Flower takes, or the name or the key is taken.
@@ -128,8 +142,9 @@ def add(public: Path, name: str, folder: Path) -> Registered:
             raise Refused("PUB", str(public), f"this key is registered already, as {other.name}")
     (folder / "sites").mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / "sites" / f"{name}.pub"
+    write_facts(folder, name, facts or KeyFacts())
     path.write_bytes(public.read_bytes())
-    return Registered(name, entry.fingerprint, path)
+    return replace(entry, path=path)
 
 
 def remove(name: str, folder: Path) -> None:
@@ -142,6 +157,7 @@ def remove(name: str, folder: Path) -> None:
     if not path.exists():
         raise Refused("NAME", name, "no key is registered under it; see `fedloom keys list`")
     path.unlink()
+    write_facts(folder, name, KeyFacts())
 
 
 def listed(folder: Path) -> list[Registered]:
@@ -161,9 +177,8 @@ def _read(public: Path, name: str) -> Registered:
             raise ValueError("no ECDSA key on a NIST curve")
     except (OSError, ValueError, UnsupportedAlgorithm) as error:
         raise Refused("PUB", str(public), f"give the .pub file that `fedloom keys site` made ({error})") from None
-    blob = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split()[1]
-    digest = base64.b64encode(hashlib.sha256(base64.b64decode(blob)).digest()).decode().rstrip("=")
-    return Registered(name, f"SHA256:{digest}", public)
+    pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode("ascii")
+    return Registered(name, key_fingerprint(key), public, pem)
 
 
 def _plain(name: str) -> str:

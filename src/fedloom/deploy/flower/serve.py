@@ -7,13 +7,16 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedloom.core.errors import Refused
 from fedloom.core.files import disk_full_error, write_json
 from fedloom.deploy.flower import keys
 from fedloom.deploy.flower.address import Address, listen_at
 from fedloom.deploy.flower.app_outcome import AppOutcome, last_attempt, read_outcome
+from fedloom.deploy.flower.roster import ROSTER, RosterEntry, read_roster, write_roster
 from fedloom.deploy.flower.server_processes import ServerSetup, server_processes
 from fedloom.deploy.flower.superlink import SiteKey, SuperLink, SuperLinkError
 from fedloom.deploy.flower.supervisor import (
@@ -26,6 +29,7 @@ from fedloom.deploy.flower.supervisor import (
     stop_on_sigterm,
     write_secret,
 )
+from fedloom.deploy.server.status import read_status
 
 TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
 """Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""
@@ -65,12 +69,16 @@ class Serving:
     names: dict[str, str] = field(default_factory=dict)
     troubles: dict[str, str] = field(default_factory=dict)
     pauses: dict[str, float] = field(default_factory=dict)
+    announced: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)
     line: str = ""
     relayed: float = -RELAY
     full: bool = False
     here: set[str] = field(default_factory=set)
     nodes: dict[str, int] = field(default_factory=dict)
     keys_sent: bool = False
+    listed: dict[str, keys.Registered] = field(default_factory=dict)
+    roster: list[RosterEntry] | None = None
+    gate_log: LogFollower | None = None
 
     def look(self) -> str | None:
         """Check the processes and the run once; returns why the run ended, once it has.
@@ -78,6 +86,7 @@ class Serving:
         Raises:
             Refused: the run cannot be carried out, or comes to nothing again and again.
         """
+        self._try(self._list_keys)
         self._try(self.supervisor.look)
         if self.supervisor.pid("superlink") is None or not is_listening(LOOPBACK, self.control.port):
             return None
@@ -87,6 +96,7 @@ class Serving:
         self._look_for_room()
         self._try(self._admit)
         self._announce()
+        self._say_refusals()
         self._relay()
         return self._try(self._follow)
 
@@ -121,14 +131,30 @@ class Serving:
                 self.say(f"{where} has room again")
         self.full = crammed
 
+    def _list_keys(self) -> None:
+        """Read which keys are accepted, and tell the gate. A key that was removed is refused there at once.
+
+        After a restart the gate goes by the nodes of before, until the SuperLink can be asked.
+        """
+        if self.server.insecure:
+            return
+        try:
+            self.listed = {entry.fingerprint: entry for entry in keys.listed(self.server.folder)}
+        except Refused as error:  # a file in `sites` that is no key
+            raise SuperLinkError(str(error)) from error
+        path = self.server.home / ROSTER
+        before = {} if self.keys_sent else {entry.key: entry.node for entry in self.roster or read_roster(path)}
+        nodes = {key: self.nodes.get(key) or before.get(one.key) for key, one in self.listed.items()}
+        roster = [RosterEntry(one.key, one.name, node) for key, one in self.listed.items() if (node := nodes[key])]
+        if roster != self.roster:
+            write_roster(path, roster)
+            self.roster = roster
+
     def _admit(self) -> None:
         """Let in the sites whose keys were added, and no longer those whose keys were removed."""
         if self.server.insecure:
             return
-        try:
-            listed = {entry.fingerprint: entry for entry in keys.listed(self.server.folder)}
-        except Refused as error:  # a file in `sites` that is no key
-            raise SuperLinkError(str(error)) from error
+        listed = self.listed
         self.names = {fingerprint: entry.name for fingerprint, entry in listed.items()}
         if not self.keys_sent or listed.keys() != self.nodes.keys():
             self._send_keys({key: SiteKey(str(one.path), one.name) for key, one in listed.items()})
@@ -142,6 +168,7 @@ class Serving:
         before, self.keys_sent = self.nodes, False
         done = self.control.admit(listed)
         self.nodes, self.keys_sent = done.nodes, True
+        self._list_keys()
         for fingerprint in sorted(done.nodes.keys() - before.keys()):
             self.say(f"{listed[fingerprint].name} may join (key {fingerprint})")
         for fingerprint in sorted(before.keys() - done.nodes.keys()):
@@ -158,16 +185,37 @@ class Serving:
             what = "has joined" if came == "Activated" else "has left"
             self.say(f"{name} {what}; {len(self.here)} here" + (f" of {len(of)}" if of else ""))
 
+    def _say_refusals(self) -> None:
+        """Say what the gate refused to a site whose key it knows."""
+        for line in self.gate_log.lines() if self.gate_log else []:
+            with suppress(ValueError, LookupError, TypeError):  # not one of its lines of JSON
+                note = json.loads(line)
+                if note["event"] == "refused":
+                    self.say(f"the gate refused {note['site']}: {note['reason']}")
+
     def _relay(self) -> None:
         """Say what the driver waits for, when that has changed, and not too often."""
         note = self.server.folder / "status.json"
         if time.monotonic() < self.relayed + RELAY or not note.exists():
             return
-        status = json.loads(note.read_bytes())
+        status = read_status(self.server.folder)
+        self._tell_examples(status["clients"])
         line = f"version {status['version']} of {status['versions']}; waits {status['waits']}"
         if line != self.line:
             self.say(line)
             self.line, self.relayed = line, time.monotonic()
+
+    def _tell_examples(self, clients: Mapping[str, Mapping[str, Any]]) -> None:
+        """Say with how many examples each client counts, and where that is not what it says."""
+        for name, client in clients.items():
+            examples, counted, told = (client.get(key) for key in ("examples", "counted", "told"))
+            if counted is None or self.announced.get(name) == (examples, counted, told):
+                continue
+            why = "" if counted == examples else f", counted as {counted}: three times the median of all"
+            if told is not None:
+                why += f"; its last answer says {told}, which does not count"
+            self.say(f"{name} registers {examples} examples{why}")
+            self.announced[name] = (examples, counted, told)
 
     def _follow(self) -> str | None:
         """Submit the app, wait for its outcome, and submit it again where it was killed."""
@@ -252,7 +300,8 @@ def _serve(
         processes = server_processes(server, inner, [one.fileno() for one in sockets])
         supervisor = Supervisor([*processes, *map(list, more)], server.folder / "logs", say)
         log = LogFollower(server.folder / "logs" / "superlink.log").skip()
-        serving = Serving(server, control, supervisor, say, log, last_attempt(server.folder))
+        gate_log = LogFollower(server.folder / "logs" / "gate.log").skip()
+        serving = Serving(server, control, supervisor, say, log, last_attempt(server.folder), gate_log=gate_log)
         try:
             with stop_on_sigterm() as asked_to_stop:
                 while (reason := serving.look()) is None:

@@ -13,10 +13,12 @@ from flwr.serverapp import ServerApp
 from flwr.superlink.grid import HttpGrid
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import disk_full_error
+from fedloom.core.files import disk_full_error, open_regular, private_folder
 from fedloom.deploy import json_log
 from fedloom.deploy.flower.app_outcome import AppOutcome, write_outcome
 from fedloom.deploy.flower.grid import GridTransport
+from fedloom.deploy.flower.server_processes import HOME
+from fedloom.deploy.flower.site_calls import AWAITED
 from fedloom.deploy.flower.supervisor import die_with_parent
 from fedloom.deploy.link import Transport
 
@@ -39,7 +41,9 @@ def run_server_app(grid: HttpGrid, context: Context, run: Callable[[Transport, P
     pid = os.getpid()
     write_outcome(folder, attempt, AppOutcome(pid))
     try:
-        write_outcome(folder, attempt, AppOutcome(pid, reason=run(GridTransport(grid), folder)))
+        write_outcome(
+            folder, attempt, AppOutcome(pid, reason=run(GridTransport(grid, folder / HOME / AWAITED), folder))
+        )
     except Refused as error:
         write_outcome(folder, attempt, AppOutcome(pid, refused=str(error)))
         raise
@@ -54,8 +58,8 @@ def run_server_app(grid: HttpGrid, context: Context, run: Callable[[Transport, P
 
 def _log_to(path: Path) -> None:
     """Send the output of this process there; Flower would throw it away."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
+    private_folder(path.parent)
+    with open_regular(path, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     json_log.to_stderr()

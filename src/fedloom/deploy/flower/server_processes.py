@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from fedloom.deploy.flower.address import Address, is_loopback
 from fedloom.deploy.flower.supervisor import ProcessSpec, process_environment, program
 
 APP = "fedloom.deploy.flower.server_app:app"
+HOME = "flower"
+"""Flower's part of a server's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class ServerSetup:
         port: port for the sites.
         insecure: without keys and TLS, on this machine only.
         app: the ServerApp, as MODULE:NAME.
+        quota: bytes that a site may send a day (None: as the gate has it).
     """
 
     folder: Path
@@ -33,6 +37,7 @@ class ServerSetup:
     port: int = 8080
     insecure: bool = False
     app: str = APP
+    quota: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", self.folder.resolve())  # Flower's processes want whole paths
@@ -58,7 +63,7 @@ class ServerSetup:
     @property
     def home(self) -> Path:
         """Flower's part of the folder."""
-        return self.folder / "flower"
+        return self.folder / HOME
 
 
 def server_processes(server: ServerSetup, inner: int, sockets: Sequence[int]) -> list[list[ProcessSpec]]:
@@ -75,7 +80,8 @@ def server_processes(server: ServerSetup, inner: int, sockets: Sequence[int]) ->
         "--disable-runtime-dependency-installation",
     ]
     link += ["--database", str(server.home / "state.db"), *shared]
-    gate = ["--sockets", *map(str, sockets), "--to", str(inner)]
+    gate = ["--sockets", *map(str, sockets), "--to", str(inner), "--home", str(server.home)]
+    gate += [] if server.quota is None else ["--limits", json.dumps({"quota": server.quota})]
     execute = ["--runtime-api-address", f"127.0.0.1:{inner}", *shared]
     if server.insecure:
         link, execute = [*link, "--insecure"], [*execute, "--insecure"]

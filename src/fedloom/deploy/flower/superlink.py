@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedloom.core.files import atomic_write, private_folder, sub_folder
 from fedloom.deploy.flower.supervisor import process_environment, program
 
 HERE = "here"
@@ -64,7 +65,8 @@ class SuperLink:
 
     def prepare(self, app: str) -> None:
         """Write down where the SuperLink is, and the app that names `app`. It has no client part; Flower wants a name there."""
-        (self.home / "app").mkdir(parents=True, exist_ok=True)
+        private_folder(self.home)
+        sub_folder(self.home / "app")
         secure = (
             "insecure = true"
             if self.certificate is None
@@ -73,8 +75,12 @@ class SuperLink:
         connection = (
             f'[superlink]\ndefault = "{HERE}"\n\n[superlink.{HERE}]\naddress = "127.0.0.1:{self.port}"\n{secure}\n'
         )
-        (self.home / "config.toml").write_text(connection, encoding="utf-8")
-        (self.home / "app" / "pyproject.toml").write_text(APP.format(app=app), encoding="utf-8")
+        for path, text in (
+            (self.home / "config.toml", connection),
+            (self.home / "app" / "pyproject.toml", APP.format(app=app)),
+        ):
+            with atomic_write(path) as draft:
+                draft.write_text(text, encoding="utf-8")
 
     def admit(self, listed: Mapping[str, SiteKey]) -> Admission:
         """Accept these keys, by their fingerprints, and no others. Flower takes the key of who went never again.

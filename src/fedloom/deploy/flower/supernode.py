@@ -38,6 +38,8 @@ from flwr.supernode.cli import flower_supernode
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedloom.core.files import atomic_write, read_regular
+
 KEY = "--auth-supernode-private-key"
 
 
@@ -69,7 +71,8 @@ class NodeIdHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Handle a line of Flower's log."""
         if (line := record.getMessage()).startswith(NODE_ID_PREFIX):
-            self._path.write_text(line.removeprefix(NODE_ID_PREFIX), encoding="utf-8")
+            with atomic_write(self._path) as draft:
+                draft.write_text(line.removeprefix(NODE_ID_PREFIX), encoding="utf-8")
 
 
 def shorten_idle_wait(idle: float) -> None:
@@ -101,7 +104,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     if arguments.was and arguments.was.exists() and KEY in rest:
         server, authority, key = (rest[rest.index(word) + 1] for word in ("--superlink", "--root-certificates", KEY))
         with suppress(httpx.HTTPError, OSError, ValueError):  # it had left in order, or the server is away
-            release_node(int(arguments.was.read_text()), server, Path(authority), Path(key))
+            release_node(int(read_regular(arguments.was, 64)), server, Path(authority), Path(key))
     threading.excepthook = exit_process
     if arguments.was:
         logging.getLogger("flwr").addHandler(NodeIdHandler(arguments.was))

@@ -20,7 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import lock
+from fedloom.core.files import atomic_write, lock, open_regular, private_folder
 
 PR_SET_PDEATHSIG = 1
 GRACE = 12.0
@@ -84,7 +84,7 @@ class Supervisor:
         self._units = [ProcessGroup(parts) for parts in units]
         self._logs, self._say, self._wait = logs, say, wait or Backoff()
         self._born = dict[str, int]()
-        logs.mkdir(parents=True, exist_ok=True)
+        private_folder(logs)
 
     def look(self) -> None:
         """Start what is due, notice what ended."""
@@ -126,7 +126,7 @@ class Supervisor:
         unit.running = [self._child(part) for part in unit.parts]
 
     def _child(self, part: ProcessSpec) -> subprocess.Popen[bytes]:
-        with (self._logs / f"{part.name}.log").open("ab") as log:
+        with open_regular(self._logs / f"{part.name}.log", "ab") as log:
             self._born[part.name] = log.tell()
             return subprocess.Popen(
                 part.command,
@@ -224,11 +224,11 @@ class LogFollower:
         """Return the whole lines that are new."""
         if not self.path.exists():
             return []
-        if self.path.stat().st_size < self.position:
-            self.position = 0  # it was shortened
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
+            if file.seek(0, os.SEEK_END) < self.position:
+                self.position = 0  # it was shortened
             file.seek(self.position)
-            whole = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+            whole = [line for line in file.read(LARGEST_LOG).splitlines(keepends=True) if line.endswith(b"\n")]
         self.position += sum(map(len, whole))
         return [line.decode("utf-8", "replace").strip() for line in whole]
 
@@ -241,8 +241,8 @@ class LogFollower:
 def last_text(path: Path, size: int = 4096) -> str:
     """Return the last bytes of a file as text; "" if there is none."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
             return file.read().decode("utf-8", "replace")
     except FileNotFoundError:
         return ""
@@ -255,8 +255,8 @@ def hold_folder(note: Path, folder: Path) -> Iterator[None]:
     Raises:
         Refused: there is one.
     """
-    note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with note.open("w") as file:
+    private_folder(note.parent)
+    with open_regular(note, "ab") as file:
         if not lock(file):
             raise Refused("folder", str(folder), "another process of this kind runs on it")
         yield
@@ -290,10 +290,9 @@ def stop_on_sigterm() -> Iterator[Callable[[], None]]:
 
 def write_secret(path: Path) -> Path:
     """A new random secret in a file that only its owner reads."""
-    path.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.write_bytes(secrets.token_bytes(32))
+    private_folder(path.parent)
+    with atomic_write(path) as draft:
+        draft.write_bytes(secrets.token_bytes(32))
     return path
 
 
@@ -305,9 +304,8 @@ def _ending(code: int | None) -> str:
 
 def _shorten(log: Path) -> None:
     """Keep the end of a log that has grown large, in place: the process that writes it appends."""
-    if log.stat().st_size > LARGEST_LOG:
+    if log.lstat().st_size > LARGEST_LOG:
         end = last_text(log, KEPT_LOG)
-        with log.open("r+b") as file:
+        with open_regular(log, "ab") as file:
             file.truncate(0)
-        with log.open("ab") as file:
             file.write(end.encode())

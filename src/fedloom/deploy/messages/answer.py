@@ -28,14 +28,16 @@ from fedloom.core.lora import Adapter
 from fedloom.core.schema import Decoder, Encoder, Malformed
 from fedloom.core.transfer import PackedAnswer, Rows, layout, pack_answer, tensor_rows, unpack_answer
 from fedloom.core.types import ClientId, GroupStatistics, Profile, Result, Task, TaskStart
-from fedloom.deploy.messages.checks import MAX_INTEGER, MAX_NAME, check_ranges
+from fedloom.core.validate_answer import MAX_LOSS
+from fedloom.deploy.messages.checks import MAX_INTEGER, MAX_NAME, check_range, check_ranges
 from fedloom.deploy.messages.container import BUFFERS, BufferForm, NotOutstanding, read_buffers, read_header
 from fedloom.hierarchy.edge import trained_part
 
 FORMAT = 3
 HEADER, REPORT = "fedloom", "fedloom-report"
 """Names of the manifest, and of what a region reports beside its answer, in the header of the file."""
-MAX_METRICS = 100
+METRICS = ("loss", "first_loss", "seconds_train", "rounding", "rounding_change", "members", "rounds", "cut")
+"""Figures that a site or region tells of a task. No other names are taken: they would be written into the trace of every answer."""
 
 Entry: TypeAlias = tuple[BufferForm, int, tuple[int, ...] | None]
 """One tensor: the buffer that holds it, the exponent of float16, and which rows were sent (None: all)."""
@@ -76,7 +78,6 @@ class AnswerManifest:
         yield "format", self.format, FORMAT, FORMAT
         yield "task", self.task, 1, MAX_INTEGER
         yield "characters of the client", len(self.client), 1, MAX_NAME
-        yield "metrics", len(self.metrics), 0, MAX_METRICS
         yield "rank", self.rank, 0, MAX_INTEGER
         yield "layers", 1 if self.layers is None else len(self.layers), 1, MAX_INTEGER
         for _, exponent, _ in self.tensors:
@@ -160,6 +161,14 @@ def decode_report(data: bytes) -> RegionReport | None:
     return None if text is None else parse_report(text)
 
 
+def check_metrics(metrics: Mapping[str, float]) -> None:
+    """Raise Malformed for a name that is not in `METRICS`, or a number that no training has."""
+    for name, value in metrics.items():
+        if name not in METRICS:
+            raise Malformed(f"{name!r:.60} is none of the metrics {', '.join(METRICS)}")
+        check_range(f"metrics: {name}", value, -MAX_LOSS, MAX_LOSS)
+
+
 def layout_digest(rank: int, asked: list[tuple[str, Tensor]]) -> str:
     """Twelve hex digits that name these layers and shapes."""
     text = json.dumps([rank, *((name, *tensor.shape) for name, tensor in asked)])
@@ -173,6 +182,7 @@ def _read_manifest(data: bytes) -> tuple[AnswerManifest, dict[str, Tensor]]:
     try:
         manifest: AnswerManifest = _DECODER.decode(AnswerManifest, text)
         check_ranges(manifest.ranges())
+        check_metrics(manifest.metrics)
     except Malformed as error:
         raise Malformed(f"manifest: {error}") from error
     return manifest, read_buffers(data)
@@ -219,8 +229,8 @@ def _parcel(start: TaskStart, manifest: AnswerManifest, flat: Mapping[str, Tenso
     return PackedAnswer(manifest.rank, tuple(blocks))
 
 
-MAX_REPORT = 2**22
-"""Characters: some 10,000 members."""
+MAX_REPORT = 2**20
+"""Characters: some 1,000 members."""
 _DECODER = Decoder(finite=True)
 
 

@@ -21,6 +21,8 @@ MAX_NAME = 200
 """Characters of a name."""
 MAX_INTEGER = 2**63 - 1
 """What fits into 64 bits."""
+MAX_STEPS = 10**9
+"""Local steps of a task."""
 
 
 def tensor_side(name: str) -> Side:
@@ -60,13 +62,13 @@ def check_profiles(profiles: Sequence[Profile]) -> None:
             check_range(f"profile.{name}", getattr(profile, name), 1.0, 1e30)
         check_range("profile.tier", len(profile.tier), 0, MAX_NAME)
         for name, value, least, most in budget_ranges(profile.most) if profile.most else ():
-            check_range(f"profile.most.{name}", value, least, most)
+            check_range(f"profile.most.{name}", value, least, min(most, MAX_NAME) if name == "why" else most)
 
 
 def budget_ranges(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
     """Return the numbers of a budget, with their minimum and maximum."""
     yield "rank", budget.rank, 1, 2**20
-    yield "steps", budget.steps, 1, 10**9
+    yield "steps", budget.steps, 1, MAX_STEPS
     yield "depth", 1 if budget.depth is None else budget.depth, 1, 2**20
     yield "rounds", budget.rounds, 1, 10**9
     yield "why", len(budget.why), 0, 100 * MAX_NAME
@@ -77,7 +79,6 @@ def task_ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:
     yield from budget_ranges(task.budget)
     yield "task", task.id, 1, MAX_INTEGER
     yield "version", task.version, 0, MAX_INTEGER
-    yield "seed", task.seed, 0, MAX_INTEGER
     yield "sent", task.sent, -1e18, 1e18
 
 

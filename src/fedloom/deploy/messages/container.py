@@ -30,7 +30,7 @@ from fedloom.core.codec import LOWEST, Block, pack_half
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.schema import Decoder, Encoder, Malformed, function_name
 
-FORMAT = 1
+FORMAT = 2
 
 TensorForm: TypeAlias = Literal["f32", "f16", "eye", "void"]
 TensorEntry: TypeAlias = tuple[TensorForm, int, bool, tuple[int, ...]]

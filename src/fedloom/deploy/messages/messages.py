@@ -28,6 +28,7 @@ from fedloom.deploy.messages import answer
 from fedloom.deploy.messages.checks import (
     MAX_INTEGER,
     MAX_NAME,
+    MAX_STEPS,
     check_name,
     check_profiles,
     check_range,
@@ -37,12 +38,14 @@ from fedloom.deploy.messages.checks import (
 )
 from fedloom.deploy.messages.container import pack_message, read_header, unpack_message
 from fedloom.runs.run import check_date
-from fedloom.train.settings import Engine, LoRA, Training, constant, cosine, linear
+from fedloom.train.settings import ALL_LINEAR, Engine, LoRA, Training, constant, cosine, linear
 
 REQUEST, REPLY = "fedloom-request", "fedloom-reply"
 """Names under which the text of a message stands in its container."""
 DECAYS = (constant, linear, cosine)
 CODECS = (Exact, Half, DeltaInt8)
+LAYER_NAME = r"[A-Za-z0-9_.-]{1,200}"
+"""A name of a layer that is a name and no pattern: a dot stands for itself where layers are looked for by the ends of names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,13 @@ class RunTerms:
         held_out: share of its examples that a site does not train on, for `EvaluateRequest`.
         first_adapter: sha256 of the adapter with which the run began ("": not sent).
         date: the date that prompts have (None: they have none).
+        depth: largest number of trained layers of a task, from the top (None: all that have an adapter).
+        steps: largest number of local steps of a task.
+        versions: versions after which the run ends (0: not said).
+        evaluations: how often a site is asked to score the model on what it holds out.
+        folds: whether tasks change the base model too (`TaskStart.fold`).
+        controls: whether tasks bring numbers that are added to gradients (`TaskStart.control`).
+        privacy: what the server says that it does to answers for privacy, in words ("": nothing).
     """
 
     run: str
@@ -80,31 +90,58 @@ class RunTerms:
     held_out: float = 0.0
     first_adapter: str = ""
     date: str | None = None
+    depth: int | None = None
+    steps: int = MAX_STEPS
+    versions: int = 0
+    evaluations: int = 1
+    folds: bool = False
+    controls: bool = False
+    privacy: str = ""
 
     def __post_init__(self) -> None:
+        check_layer_names(self.lora.target_modules)
         if self.training.decay not in DECAYS:
             name = getattr(self.training.decay, "__name__", "?")
             remedy = f"no code travels to a site; choose {', '.join(decay.__name__ for decay in DECAYS)}"
             raise Refused("training.decay", name, remedy)
-        if not re.fullmatch("[0-9a-f]{12}", self.run_hash):
-            raise Refused("run_hash", self.run_hash, "twelve hex digits, as a manifest has them")
-        if not re.fullmatch("([0-9a-f]{12})?", self.weights):
-            raise Refused("weights", self.weights, "twelve hex digits, or none")
-        if not re.fullmatch("([0-9a-f]{64})?", self.first_adapter):
-            raise Refused("first_adapter", self.first_adapter, "64 hex digits, or none")
+        for field, text, form, words in (
+            ("run_hash", self.run_hash, "[0-9a-f]{12}", "twelve hex digits, as a manifest has them"),
+            ("weights", self.weights, "([0-9a-f]{12})?", "twelve hex digits, or none"),
+            ("first_adapter", self.first_adapter, "([0-9a-f]{64})?", "64 hex digits, or none"),
+        ):
+            if not re.fullmatch(form, text):
+                raise Refused(field, text, words)
         labels = (("labels", label) for label in self.labels or ())
         for field, text in (("name", self.run), ("model", self.model), *labels):
             if not 0 < len(text) <= 10 * MAX_NAME:
                 raise Refused(field, text, f"1 to {10 * MAX_NAME} characters")
-        for field, number, most in (("rank", self.rank, 2**20), ("threads", self.threads, 1024)):
-            if not 1 <= number <= most:
-                raise Refused(field, number, f"a whole number from 1 to {most}")
+        if len(self.privacy) > 10 * MAX_NAME:
+            raise Refused("privacy", self.privacy, f"at most {10 * MAX_NAME} characters")
+        for field, number, least, most in (
+            ("rank", self.rank, 1, 2**20),
+            ("threads", self.threads, 1, 1024),
+            ("depth", self.depth or 1, 1, 2**20),
+            ("steps", self.steps, 1, MAX_STEPS),
+            ("versions", self.versions, 0, MAX_INTEGER),
+            ("evaluations", self.evaluations, 0, 10**6),
+        ):
+            if not least <= number <= most:
+                raise Refused(field, number, f"a whole number from {least} to {most}")
         if abs(self.seed) > MAX_INTEGER:
             raise Refused("seed", self.seed, "a whole number of 64 bits")
         if not 0 <= self.held_out < 1:
             raise Refused("held_out", self.held_out, "a share of at least 0 and below 1")
         if self.date is not None:
             check_date(self.date)
+
+
+def check_layer_names(names: tuple[str, ...] | str | None) -> None:
+    """Raise Refused for anything but plain names of layers, or the word for all: no regular expression travels to a site."""
+    if names is None or (isinstance(names, str) and names.lower() == ALL_LINEAR):
+        return
+    if isinstance(names, str) or not all(re.fullmatch(LAYER_NAME, name) for name in names):
+        remedy = f"a list of plain names, or {ALL_LINEAR!r}; no regular expression travels to a site"
+        raise Refused("lora.target_modules", str(names)[:MAX_NAME], remedy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +224,14 @@ class Refusal:
         task: the refused task (None: the run as a whole).
         reason: why, in a sentence.
         lasting: whether the reason holds for other tasks too.
+        deciding: whether the site's owner has yet to accept the terms, so that it can soon be asked again.
     """
 
     client: ClientId
     task: int | None
     reason: str
     lasting: bool
+    deciding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,19 +243,19 @@ class EvaluateResult:
         examples: examples held out.
         predictions: one per example, or one per token of the reference answers.
         correct: predictions that are right.
-        loss: sum of their cross-entropies.
+        loss: sum of their cross-entropies (None: the site does not tell).
         base_correct: predictions that are right without training: of the commonest label among the examples trained on, or,
             where text is written, of the base model alone.
-        base_loss: sum of the base's cross-entropies, where text is written (else 0).
+        base_loss: sum of the base's cross-entropies, where text is written (else 0; None: the site does not tell).
     """
 
     client: ClientId
     examples: int
     predictions: int
     correct: int
-    loss: float
+    loss: float | None
     base_correct: int
-    base_loss: float = 0.0
+    base_loss: float | None = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,8 +382,10 @@ def _check_result(result: EvaluateResult, request: EvaluateRequest) -> None:
     check_range("predictions", result.predictions, fewest, most)
     check_range("correct", result.correct, 0, result.predictions)
     check_range("base_correct", result.base_correct, 0, result.predictions)
-    check_range("loss", result.loss, 0.0, 1e30)
-    check_range("base_loss", result.base_loss, 0.0, 0.0 if labelled else 1e30)
+    if (result.loss is None) != (result.base_loss is None):
+        raise Malformed("a site tells both sums of losses, or none")
+    check_range("loss", result.loss or 0.0, 0.0, 1e30)
+    check_range("base_loss", result.base_loss or 0.0, 0.0, 0.0 if labelled else 1e30)
 
 
 def _check_site(site: SiteResult, request: EvaluateRequest) -> None:

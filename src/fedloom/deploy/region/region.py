@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from logging import getLogger
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -26,13 +27,14 @@ import torch
 from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
 from fedloom.core.events import ClientJoined, Command, Event, Reject, Report, Stop, TaskReceived
-from fedloom.core.files import atomic_write
+from fedloom.core.files import atomic_write, private_folder, read_regular
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import BudgetRule, Fleet
 from fedloom.core.schema import Malformed
 from fedloom.core.seeds import derive
-from fedloom.core.server import Server, State
+from fedloom.core.server import Server
+from fedloom.core.server_state import State
 from fedloom.core.transfer import encode_start
 from fedloom.core.types import Budget, ClientId, ClientState, GroupHistory, Profile, Task, TaskStart
 from fedloom.deploy.link import Transport
@@ -55,6 +57,7 @@ from fedloom.deploy.messages.messages import (
 from fedloom.deploy.server.config import RUN_FOLDER, DeploymentConfig
 from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.evaluation import Evaluation
+from fedloom.deploy.server.key_facts import read_facts
 from fedloom.deploy.server.reply_events import REGION
 from fedloom.deploy.server.status import Status
 from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
@@ -66,10 +69,20 @@ from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.root_server import why_unplanned
 from fedloom.runs.checkpoint import read_checkpoint
 from fedloom.runs.final_scores import next_ranks
-from fedloom.runs.resume import CHECKPOINT, LOGS, CheckpointWriter, locked, open_log, restore_fields, stored_values
+from fedloom.runs.resume import (
+    CHECKPOINT,
+    LOGS,
+    CheckpointWriter,
+    locked,
+    log_sizes,
+    open_log,
+    restore_fields,
+    stored_values,
+)
 from fedloom.runs.run import Run
 from fedloom.runs.trace import Trace
 from fedloom.train.base_model import initial_adapter, load_base
+from fedloom.train.settings import largest_step
 
 LOG = getLogger("fedloom.deploy.server")
 ABOVE = "above.bin"
@@ -186,7 +199,7 @@ class Region:
 
     def __post_init__(self) -> None:
         if (self.folder / ABOVE).exists():
-            self.terms = decode_request((self.folder / ABOVE).read_bytes(), self.site.limits.bytes).terms
+            self.terms = decode_request(read_regular(self.folder / ABOVE), self.site.limits.bytes).terms
 
     @property
     def journal(self) -> AnswerJournal:
@@ -301,7 +314,7 @@ class Region:
         members, speed = self.members, self.site.speed
         flops, memory = min(one.flops for one in members), min(one.memory for one in members)
         examples = sum(one.examples for one in members)
-        links, most = (speed.up_bps, speed.down_bps), self.site.limits.most
+        links, most = (speed.up_bps, speed.down_bps), self.site.limits.most()
         profile = Profile(self.site.name, examples, flops, *links, memory, REGION, most)
         return encode_reply(Welcome(profile, request.incarnation, members=members if self.reports_statistics else ()))
 
@@ -339,7 +352,7 @@ def run_region(
         raise Refused(
             "hierarchy", None, "a region leads a group; give the Run a Hierarchy, the same as at the server above"
         )
-    place.mkdir(exist_ok=True)
+    private_folder(place)
     region = Region(read_site(Path(str(config.above))), place, config.min_clients)
     with locked(place), listening(region), ExitStack() as opened:
         while region.terms is None:
@@ -348,6 +361,7 @@ def run_region(
         region.reports_statistics = server.edge.reports_statistics
         region.codec, region.first = value.transfer, server.state.first.adapter
         running = Deployment(server, transport, region.terms, profiles, config.min_clients, config.timeouts, clock)
+        running.facts_of = partial(read_facts, folder)
         log = opened.enter_context(restore_region(place, value, server, running))
         checkpoints = CheckpointWriter(place, 0.0, (server, running), [log])
         status, trace = Status(folder, running, server.edge.server.limits), Trace(log)
@@ -385,6 +399,7 @@ def region_server(value: Run, hierarchy: Hierarchy, region: Region) -> RegionSer
         limits=value.limits,
         seed=derive(value.seed, "region", region.site.name),
         transfer=value.transfer,
+        largest_step=largest_step(terms.training.learning_rate, terms.lora.scaling),
     )
     edge = hierarchy.edge(flat, region.min_sites, 1)
     return RegionServer(edge, edge.state, hierarchy.plan if edge.reports_statistics else None)
@@ -396,13 +411,13 @@ def restore_region(place: Path, value: Run, server: RegionServer, running: Deplo
         return open_log(place / LOGS[0], 0)
     stored = read_checkpoint(place / CHECKPOINT)
     restore_fields(stored_values(stored, (RegionServer, Deployment), value), (server, running))
-    return open_log(place / LOGS[0], stored.about[LOGS[0]])
+    return open_log(place / LOGS[0], log_sizes(place, stored, LOGS[:1])[LOGS[0]])
 
 
 @contextmanager
 def listening(region: Region) -> Iterator[None]:
     """Answer requests from above by a thread of its own, until the end of the block."""
-    region.site.folder.mkdir(parents=True, exist_ok=True)
+    private_folder(region.site.folder)
     with closing(Listener(region.site.socket, region.site.limits.bytes)) as listener:
         status, excess = (lambda: b"{}"), (lambda size: region.answer(b""))
         threading.Thread(target=listener.serve, args=(region.answer, status, excess), daemon=True).start()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedloom.core.errors import Refused
+from fedloom.core.errors import UNREADABLE, Refused
+from fedloom.core.files import read_json
+from fedloom.core.schema import Decoder
 from fedloom.runs.run import Run
 from fedloom.runs.run_file import load_run_file, override
 
@@ -38,12 +40,24 @@ class Timeouts:
     def __post_init__(self) -> None:
         for name in ("task", "away", "pause", "retry", "doubt", "poll", "look"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise Refused(f"patience.{name}", value, "give positive seconds")
 
 
 CONFIG_FILE, RUN_FOLDER = "deployment.json", "run"
 """In the folder of a deployment: the file with its configuration, and the folder of the run."""
+
+_FIELDS: Mapping[str, tuple[Any, object]] = {
+    "runfile": (str, None),
+    "settings": (list[str], []),
+    "clients": (int, 1),
+    "patience": (dict[str, float | None], {}),
+    "metrics_port": (int | None, None),
+    "above": (str | None, None),
+    "until": (int | None, None),
+    "kept_megabytes": (int, 2000),
+}
+"""The fields of the file, with their kinds and their defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +72,7 @@ class DeploymentConfig:
         metrics_port: port of this machine at which Prometheus may ask for figures (None: none).
         above: this is a region, and this file describes it as a site of the server above (None: it is no region).
         until: the version up to which a finished run is made longer (None: it is not).
+        kept_megabytes: megabytes of answers that are kept for a replay or a rollback, the latest (at least 1; default 2000).
     """
 
     runfile: str
@@ -67,18 +82,18 @@ class DeploymentConfig:
     metrics_port: int | None = None
     above: str | None = None
     until: int | None = None
+    kept_megabytes: int = 2000
 
     @classmethod
     def from_folder(cls, folder: Path) -> DeploymentConfig:
         """Read the configuration in the folder of a deployment. Raises Refused where there is none."""
         path = folder / CONFIG_FILE
         try:
-            fields: Mapping[str, Any] = json.loads(path.read_bytes())
-            timeouts = Timeouts(**fields.get("patience", {}))
-            port, settings = fields.get("metrics_port"), tuple(fields.get("settings", ()))
-            clients, above, until = int(fields.get("clients", 1)), fields.get("above"), fields.get("until")
-            return cls(fields["runfile"], settings, clients, timeouts, port, above, until)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            data, decoder = read_json(path), Decoder(finite=True)
+            fields = {name: decoder.read(hint, data.get(name, value)) for name, (hint, value) in _FIELDS.items()}
+            clients, patience, settings = (fields.pop(name) for name in ("clients", "patience", "settings"))
+            return cls(settings=tuple(settings), min_clients=clients, timeouts=Timeouts(**patience), **fields)
+        except (*UNREADABLE, OSError) as error:
             raise Refused(
                 "folder", str(folder), f"it holds no usable {CONFIG_FILE} ({error}); `fedloom serve` writes one"
             ) from error

@@ -30,13 +30,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import getLogger
 from typing import ClassVar
 
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.events import (
+    CanaryScored,
     Cancel,
+    CheckCanary,
     ClientJoined,
     ClientLost,
     Command,
@@ -50,9 +52,9 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
-from fedloom.core.policies import Evaluator, Observer, do_nothing
+from fedloom.core.policies import Evaluator, Observer, do_nothing, no_scores
 from fedloom.core.schema import Malformed
-from fedloom.core.types import ClientId, Model, Profile, Task, TaskStart
+from fedloom.core.types import ClientId, Profile, Task, TaskStart
 from fedloom.deploy.link import RawReply, Transport
 from fedloom.deploy.messages.container import NotOutstanding
 from fedloom.deploy.messages.messages import (
@@ -68,17 +70,15 @@ from fedloom.deploy.messages.messages import (
 from fedloom.deploy.messages.seeded_sides import without_seeded_sides
 from fedloom.deploy.server.config import Timeouts
 from fedloom.deploy.server.evaluation import Evaluation
+from fedloom.deploy.server.key_facts import KeyFacts, no_facts
 from fedloom.deploy.server.nodes import LinkTraffic, Node, NodeTable, SentMessage
-from fedloom.deploy.server.reply_events import REGION, join_event, parse_reply
+from fedloom.deploy.server.reply_events import REGION, join_event, largest_reply, parse_reply
 
 LOG = getLogger("fedloom.deploy.server")
 MAX_DELIVERIES = 8
 """After so many failed deliveries a task counts as failed."""
-
-
-def no_scores(model: Model) -> Mapping[str, float]:
-    """Return no scores: an evaluator of a run that is not evaluated at the server."""
-    return {}
+DECIDING = 5.0
+"""Seconds after which a site is asked again whose owner has yet to accept the terms."""
 
 
 def no_observer(now: float, event: Event, commands: list[Command]) -> None:
@@ -98,9 +98,11 @@ class Deployment:
         timeouts: how long to wait for what.
         clock: seconds on this machine.
         evaluate: scores a model at the server.
+        check: scores a model on the canary examples.
         observe: called with each event and its commands.
         save: writes a checkpoint; called after each turn in which something happened, before anything is sent.
         over_regions: whether clients are regions.
+        facts_of: what the operator says of the holder of a key, by the key's name.
         clients: the clients that the server counts on.
         members: the sites of each region.
         accepted: the last task of each client whose answer was accepted (a coordinator did not reject it).
@@ -123,7 +125,7 @@ class Deployment:
     rebuilt: ClassVar[frozenset[str]] = frozenset(
         {"server", "transport", "terms", "profiles", "min_clients", "timeouts", "clock", "evaluate", "observe", "save"}
         | {"over_regions", "traffic", "nodes", "evaluation", "ended", "failed_deliveries", "looked_at", "began_at"}
-        | {"changed"}
+        | {"changed", "check", "facts_of"}
     )
     server: Coordinator
     transport: Transport
@@ -133,9 +135,11 @@ class Deployment:
     timeouts: Timeouts = field(default_factory=Timeouts)
     clock: Callable[[], float] = time.monotonic
     evaluate: Evaluator = no_scores
+    check: Evaluator = no_scores
     observe: Observer = no_observer
     save: Callable[[], None] = do_nothing
     over_regions: bool = False
+    facts_of: Callable[[str], KeyFacts] = no_facts
     clients: dict[ClientId, Profile] = field(default_factory=dict)
     members: dict[ClientId, tuple[Profile, ...]] = field(default_factory=dict)
     accepted: dict[ClientId, int] = field(default_factory=dict)
@@ -166,7 +170,7 @@ class Deployment:
         for now, event in steps:
             self.elapsed = now
             match event:
-                case ScoresReady():
+                case ScoresReady() | CanaryScored():
                     continue
                 case TaskFailed(_, number) if number not in self.tasks:
                     continue
@@ -320,19 +324,15 @@ class Deployment:
 
     def _welcome(self, now: float, number: int, welcome: Welcome) -> Stop | None:
         """Take in the client behind a node, if its name is that of the node's key and no other node has it."""
-        node, profile, client = self.nodes.reachable.get(number), welcome.profile, welcome.profile.client
-        until = now + self.timeouts.pause
+        node, client = self.nodes.reachable.get(number), welcome.profile.client
         if node is None:
             return None
-        if node.name not in (None, client):
-            self.nodes.rest(until, number, f"it says that it is {client!r}, and its key is that of {node.name!r}")
+        facts = KeyFacts() if node.name is None else self.facts_of(node.name)
+        if reason := self._why_not_let_in(number, node, welcome.profile, facts):
+            self.nodes.rest(now + self.timeouts.pause, number, reason)
             return None
-        if self.nodes.node_of(client) not in (None, number):
-            self.nodes.rest(until, number, f"there is another {client!r} already")
-            return None
-        if self.ended and client not in self.clients:
-            self.nodes.rest(until, number, "the run has ended")
-            return None
+        examples = facts.examples or welcome.profile.examples
+        profile = replace(welcome.profile, examples=examples, claimed=facts.examples is None)
         node.client, node.why, node.seeded = client, "", welcome.seeded
         self.nodes.missing.pop(client, None)
         if self.clients.get(client) == profile and self.members.get(client) == welcome.members:
@@ -346,6 +346,18 @@ class Deployment:
         events = [join_event(self.clients[name], self.members[name], self.over_regions) for name in joining]
         return self._handle_all(now, events)
 
+    def _why_not_let_in(self, number: int, node: Node, profile: Profile, facts: KeyFacts) -> str | None:
+        """Return why this client may not be the one behind a node; None: it may. Without keys anybody may be anybody."""
+        client, region = profile.client, profile.tier == REGION
+        if node.name not in (None, client):
+            return f"it says that it is {client!r}, and its key is that of {node.name!r}"
+        if node.name is not None and region != facts.region:
+            says, has = ("region", "site") if region else ("site", "region")
+            return f"it says that it is a {says}, and its key is that of a {has}: see `fedloom keys add --region`"
+        if self.nodes.node_of(client) not in (None, number):
+            return f"there is another {client!r} already"
+        return "the run has ended" if self.ended and client not in self.clients else None
+
     def _handle_refusal(self, now: float, sent: SentMessage, refusal: Refusal) -> Stop | None:
         """Fail the task that a site will not do; if the reason lasts, the site is left alone for a while and its client is lost.
 
@@ -354,7 +366,8 @@ class Deployment:
         self.traffic.refused, number = self.traffic.refused + 1, sent.task
         LOG.warning("node %s refuses: %s", sent.node, refusal.reason)
         if number is None or refusal.lasting:
-            self.nodes.rest(now + self.timeouts.pause, sent.node, refusal.reason)
+            pause = min(self.timeouts.pause, DECIDING) if refusal.deciding else self.timeouts.pause
+            self.nodes.rest(now + pause, sent.node, refusal.reason)
         if number not in self.tasks:
             self.nodes.ask_again(sent.node, self.clients)
             return None
@@ -419,6 +432,10 @@ class Deployment:
             self.failed_deliveries.pop(event.task, None)
         if isinstance(event, UpdateArrived) and not rejected:
             self.accepted[event.client] = event.task
+        elif isinstance(event, UpdateArrived) and (number := self.nodes.node_of(event.client)) is not None:
+            # what it sends is refused at once: else one site could fail as many tasks in a row as end the run
+            why = next((command.reason for command in commands if isinstance(command, Reject)), "")
+            self.nodes.rest(now + self.timeouts.pause, number, f"an answer of it was refused: {why}")
         self.observe(now, event, commands)
         stop = self._handle_all(now, self._carry_out(commands))
         return commands[-1] if commands and isinstance(commands[-1], Stop) else stop
@@ -434,6 +451,8 @@ class Deployment:
                     self.tasks.pop(number, None)
                 case Evaluate(version, model):
                     events.append(ScoresReady(version, self.evaluate(model)))
+                case CheckCanary(number, _, model):
+                    events.append(CanaryScored(number, self.check(model)))
                 case Reject(client, 0, reason):  # task 0: a join was rejected
                     self.nodes.turn_away(self.elapsed + self.timeouts.pause, client, reason)
                     events += [ClientLost(client)] if self.clients.pop(client, None) else []
@@ -462,6 +481,7 @@ class Deployment:
 
     def _post(self, request: Request, sent: SentMessage) -> None:
         body = encode_request(request)
-        self.nodes.in_flight[self.transport.send(sent.node, body)] = sent
+        largest = largest_reply(request, self.over_regions)
+        self.nodes.in_flight[self.transport.send(sent.node, body, largest)] = sent
         self.traffic.sent += 1
         self.traffic.bytes_down += len(body)

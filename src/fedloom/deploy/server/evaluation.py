@@ -71,12 +71,22 @@ class Evaluation:
             LOG.error("the evaluate reply of %s cannot be used: %s", client, error)
             self.reasons[client] = f"its answer could not be used: {error}"
             return False
+        if isinstance(reply, RegionEvaluateResult) and (odd := self._of_others(reply)):
+            LOG.error("the evaluate reply of %s cannot be used: it tells of %s", client, odd)
+            self.reasons[client] = f"its answer could not be used: it tells of {odd!r}, who is none of its sites"
+            return False
         if not isinstance(reply, Refusal):
             self.results[client] = reply
             return False
         LOG.warning("%s declines to evaluate: %s", client, reply.reason)
         self.reasons[client] = f"it declined: {reply.reason}"
         return True
+
+    def _of_others(self, reply: RegionEvaluateResult) -> str | None:
+        """Return a site that a region tells of and that is a client here, or another region's; None: there is none."""
+        results = self.results.values()
+        taken = {site.client for other in results if isinstance(other, RegionEvaluateResult) for site in other.sites}
+        return min({site.client for site in reply.sites} & (taken | self.ranks.keys()), default=None)
 
     def site_result(self, client: ClientId) -> SiteResult:
         """Return the result of a site, or why it has none."""
@@ -110,13 +120,18 @@ def _line(site: SiteResult, tier: str, writes: bool, more: Mapping[str, object])
 
 
 def result_metrics(result: EvaluateResult, writes: bool) -> dict[str, float]:
-    """Return the metrics that follow from counts and sums, named as in `Scores.metrics`, with those of the baseline."""
-    accuracy, loss = result.correct / result.predictions, result.loss / result.predictions
-    metrics = {"held_out": result.examples, "accuracy": accuracy, "loss": loss}
+    """Return the metrics that follow from counts and sums, named as in `Scores.metrics`, with those of the baseline.
+
+    Where the site tells no losses, there is neither loss nor perplexity.
+    """
+    metrics = {"held_out": result.examples, "accuracy": result.correct / result.predictions}
     baseline = {"base_accuracy": result.base_correct / result.predictions}
+    tokens = {"tokens": result.predictions} if writes else {}
+    if result.loss is None or result.base_loss is None:
+        return {**metrics, **tokens, **baseline}
+    metrics["loss"] = result.loss / result.predictions
     if not writes:
         return {**metrics, **baseline}
-    losses = (loss, result.base_loss / result.predictions)
+    losses = (metrics["loss"], result.base_loss / result.predictions)
     perplexity, base_perplexity = (math.exp(min(mean, LARGEST_LOSS)) for mean in losses)
-    tokens = {"perplexity": perplexity, "tokens": result.predictions}
-    return {**metrics, **tokens, **baseline, "base_perplexity": base_perplexity}
+    return {**metrics, "perplexity": perplexity, **tokens, **baseline, "base_perplexity": base_perplexity}

@@ -5,18 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedloom.core.events import ClientJoined, EdgeJoined, EdgeReported, UpdateArrived
+from fedloom.core.lora import named_tensors
 from fedloom.core.message_size import download_size, upload_size
 from fedloom.core.types import Profile, Result, Task
 from fedloom.deploy.messages import answer
 from fedloom.deploy.messages.checks import check_profiles
-from fedloom.deploy.messages.messages import Reply, decode_reply
+from fedloom.deploy.messages.messages import Reply, Request, TaskRequest, decode_reply
 from fedloom.hierarchy.edge import trained_part
 from fedloom.hierarchy.group_statistics import with_task_seconds
 
 MAX_REPLY = 2**31
 """Bytes of a reply, at most."""
+SITE_REPLY, REGION_REPLY = 2**20, 2**24
+"""Bytes of a reply apart from its numbers, at most: of a site (names, figures), and of a region (which names its members)."""
+ROW = 16
+"""Bytes that a row of a matrix takes beside its numbers, at most: its place and its scale."""
 REGION = "region"
 """The tier of a region's profile."""
+
+
+def largest_reply(request: Request, over_regions: bool) -> int:
+    """Return how many bytes the reply to a request has at most: for a task, all numbers that could have changed.
+
+    Args:
+        request: what is asked.
+        over_regions: whether regions are asked.
+    """
+    size = REGION_REPLY if over_regions else SITE_REPLY
+    if not isinstance(request, TaskRequest):
+        return size
+    start = request.task.start
+    for adapter in (start.train, *([start.control] if start.control else [])):
+        for tensor in named_tensors(adapter).values():
+            size += tensor.element_size() * tensor.numel() + ROW * (1 + sum(tensor.shape))
+    return size
 
 
 def parse_reply(body: bytes, tasks: Mapping[int, Task], now: float, over_regions: bool) -> Reply | UpdateArrived:
@@ -51,7 +73,7 @@ def join_event(profile: Profile, members: tuple[Profile, ...], over_regions: boo
 def with_seconds(task: Task, result: Result, now: float) -> Result:
     """Add the seconds from sending to here; what was not training was spent on the links, in proportion to the bytes."""
     total = now - task.sent
-    train = min(result.metrics.get("seconds_train", 0.0), total)
+    train = min(max(0.0, result.metrics.get("seconds_train", 0.0)), total)
     sizes = download_size(task.start).total, upload_size(task, result).total
     share = sizes[0] / sum(sizes) if sum(sizes) else 0.5
     return result.with_seconds(total, share * (total - train), train, (1 - share) * (total - train))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,16 +12,41 @@ from typing import Any
 
 from fedloom.core import files
 from fedloom.core.errors import Refused
-from fedloom.core.events import Command, Event
+from fedloom.core.events import Command, Event, SetAside
+from fedloom.core.registration import counted_examples
+from fedloom.core.schema import Decoder, Malformed
 from fedloom.core.server import Limits
 from fedloom.core.types import Task
 from fedloom.deploy.server.driver import Deployment
+from fedloom.report.numbers import plural
 from fedloom.runs.observation import RunObservation, TaskAnswered, staleness_in
 
 LOG = getLogger("fedloom.deploy.server")
 STATUS_FILE = "status.json"
 WRITE_EVERY = 1.0
 """Seconds between two writings of the file."""
+_FIGURE = float | None
+_COUNT = int | None
+_FIELDS: Mapping[str, Any] = {
+    **dict.fromkeys(("version", "versions", "incarnation", "accepted", "rejected", "failed"), int),
+    **dict.fromkeys(("run", "waits"), str),
+    **dict.fromkeys(("seconds", "at"), float),
+    "mean_staleness": _FIGURE,
+    "scores": dict[str, _FIGURE],
+    "set_aside": dict[str, str],
+    "clients": dict[str, dict[str, bool | float | str | None]],
+    "traffic": dict[str, float],
+}
+_CLIENT_FIELDS: Mapping[str, Any] = {
+    "reached": bool,
+    "answers": int,
+    "task": _COUNT,
+    "since": _FIGURE,
+    "rank": _COUNT,
+    "stale": _COUNT,
+}
+_TRAFFIC_FIELDS: Mapping[str, Any] = dict.fromkeys(("bytes_down", "bytes_up", "resent"), int)
+"""The fields of the file that its readers count on, with their kinds."""
 
 
 @dataclass(slots=True)
@@ -36,6 +60,8 @@ class Status:
         majority: accuracy of always answering the commonest label, shown beside scores (None: unknown, or text is written).
         observation: what has happened so far.
         by_client: accepted answers of each client.
+        why_set_aside: by client of which the canary set answers aside, the reason of the last time.
+        other_examples: by client, the examples that its last answer told of, where these are not those that it registered.
         written: when the file was written last (s of the monotonic clock).
     """
 
@@ -45,6 +71,8 @@ class Status:
     majority: float | None = None
     observation: RunObservation = field(default_factory=RunObservation)
     by_client: dict[str, int] = field(default_factory=dict)
+    why_set_aside: dict[str, str] = field(default_factory=dict)
+    other_examples: dict[str, int] = field(default_factory=dict)
     written: float = 0.0
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
@@ -52,6 +80,19 @@ class Status:
         for fact in self.observation.read(now, event, commands):
             if isinstance(fact, TaskAnswered) and not fact.refused:
                 self.by_client[fact.client] = self.by_client.get(fact.client, 0) + 1
+                self._note_examples(fact.client, fact.result.examples)
+            if isinstance(fact, SetAside):
+                self.why_set_aside[fact.client] = fact.reason
+                LOG.warning("an answer of %s is set aside: %s", fact.client, fact.reason)
+
+    def _note_examples(self, client: str, answered: int) -> None:
+        """Write down that an answer tells of other examples than its client registered; what counts is not changed by it."""
+        registered = self.deployment.server.state.registered.get(client, answered)
+        # a region may have heard of some of its sites only
+        self.other_examples.pop(client, None)
+        if answered > registered or (answered < registered and not self.deployment.over_regions):
+            self.other_examples[client] = answered
+            LOG.warning("%s answers with %d examples, and registered %d: these count", client, answered, registered)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the status as plain data, as the file has it."""
@@ -60,6 +101,9 @@ class Status:
         clients = {
             client: {
                 "reached": client not in running.nodes.missing,
+                "examples": state.registered.get(client, profile.examples),
+                "counted": counted_examples(state.registered, profile) if client in state.registered else None,
+                "told": self.other_examples.get(client),
                 "answers": self.by_client.get(client, 0),
                 "task": work[client].id if client in work else None,
                 "since": round(running.elapsed - work[client].sent, 1) if client in work else None,
@@ -67,7 +111,7 @@ class Status:
                 **(region_budget(work.get(client)) if running.over_regions else {}),
                 "stale": staleness_in(work[client], state.version + 1) if client in work else None,
             }
-            for client in sorted(running.clients)
+            for client, profile in sorted(running.clients.items())
         }
         beside = {} if self.majority is None or not seen.scores else {"base_accuracy": self.majority}
         return {
@@ -82,6 +126,10 @@ class Status:
             "failed": seen.failed,
             "mean_staleness": None if seen.mean_staleness is None else round(seen.mean_staleness, 3),
             "scores": {name: round(value, 6) for name, value in (*seen.scores.items(), *beside.items())},
+            "set_aside": {
+                client: f"{plural(seen.set_aside.get(client, 1), 'answer')} set aside; the last time {reason}"
+                for client, reason in sorted(self.why_set_aside.items())
+            },
             "clients": clients,
             "traffic": asdict(running.traffic),
         }
@@ -189,13 +237,26 @@ def read_status(folder: Path) -> Mapping[str, Any]:
     """Return the status that was written last. Raises Refused."""
     path = folder / STATUS_FILE
     try:
-        status: Mapping[str, Any] = json.loads(path.read_bytes())
+        status = files.read_json(path)
+        _check(_FIELDS, status)
+        _check(_TRAFFIC_FIELDS, status["traffic"])
+        for client in status["clients"].values():
+            _check(_CLIENT_FIELDS, client)
     except (OSError, ValueError) as error:
         remedy = (
             f"there is no readable {STATUS_FILE} in it ({type(error).__name__}); give the folder of `fedloom serve`"
         )
         raise Refused("DIR", str(folder), remedy) from error
     return status
+
+
+def _check(kinds: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raise Malformed where a field is missing or of another kind."""
+    decoder = Decoder(finite=True)
+    for name, kind in kinds.items():
+        if name not in data:
+            raise Malformed(f"it has no {name}")
+        decoder.read(kind, data[name])
 
 
 def region_budget(task: Task | None) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -13,17 +12,17 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from fedloom.core.errors import Refused
-from fedloom.core.lora import server_rank
-from fedloom.core.types import Budget, ClientId, Task, TaskStart
+from fedloom.core.types import ClientId
 from fedloom.data.database import is_postgres
 from fedloom.data.examples import Examples, Source
 from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Shard, hold_out
 from fedloom.data.table import Table
 from fedloom.deploy.messages.messages import EvaluateRequest, Request, RunTerms, TaskRequest
+from fedloom.deploy.site.limits import SiteLimits, beyond_terms, refusals, region_limits, requested
+from fedloom.deploy.site.site_noise import SitePrivacy
 
 LOG = getLogger("fedloom.worker")
-HOURS = r"([01]?\d|2[0-4]):([0-5]\d)-([01]?\d|2[0-4]):([0-5]\d)"
 
 
 def _resolve_path(path: Path, info: ValidationInfo) -> Path:
@@ -41,7 +40,7 @@ Place: TypeAlias = Annotated[Path, AfterValidator(_resolve_path)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelCopy(_Section):
@@ -51,11 +50,13 @@ class ModelCopy(_Section):
         path: its folder, or a name under which the cache of this machine has it.
         name: what the server calls it (default: the last part of `path` has to agree).
         device: where it is computed.
+        any_weights: whether the site takes part in a run that does not say by which weights its base model is known.
     """
 
     path: Annotated[str, AfterValidator(_model_path)]
     name: str | None = None
     device: str = "cpu"
+    any_weights: bool = False
 
     def is_of(self, called: str) -> bool:
         """Whether the server's model is this one, by name."""
@@ -139,44 +140,14 @@ def _training_rows(source: Source, section: str) -> Examples:
     return split.train
 
 
-class SiteLimits(_Section):
-    """Limits of what a server may ask of the site.
+class AcceptedTerms(_Section):
+    """Terms that the site's owner has accepted, for machines without a person; others are accepted by `fedloom site accept`.
 
     Fields:
-        rank: largest rank of a task (default 64).
-        depth: largest number of trained layers, from the top (default None: all).
-        steps: largest number of local steps of a task (default 10 000).
-        megabytes: largest message (MB; default 512).
-        runs: names of runs that it takes part in (`*` stands for anything; default: all).
-        hours: times of day at which it works, by the machine's clock, as "22:00-6:00" (default None: always).
-        scores: whether counts of how the last model does on held-out examples may be sent (default true; false: nothing is held
-            out).
+        accepted: hashes of their documents, 64 hex digits each (`fedloom site terms`).
     """
 
-    rank: int = Field(default=64, ge=1)
-    depth: int | None = Field(default=None, ge=1)
-    steps: int = Field(default=10_000, ge=1)
-    megabytes: float = Field(default=512.0, gt=0)
-    runs: tuple[str, ...] = Field(default=("*",), min_length=1)
-    hours: str | None = Field(default=None, pattern=f"^{HOURS}$")
-    scores: bool = True
-
-    @property
-    def most(self) -> Budget:
-        """The largest budget of a task."""
-        return Budget(self.rank, self.steps, self.depth)
-
-    @property
-    def bytes(self) -> int:
-        """Largest size of a message in bytes."""
-        return int(self.megabytes * 1e6)
-
-    def awake(self, hour: float) -> bool:
-        """Whether the site works at this time of day, 0 to 24; a window may reach over midnight."""
-        found = re.fullmatch(HOURS, self.hours or "0:00-24:00")
-        assert found is not None
-        first, last = (int(found[k]) + int(found[k + 1]) / 60 for k in (1, 3))
-        return first <= hour < last if first < last else hour >= first or hour < last
+    accepted: tuple[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], ...] = ()
 
 
 class Speed(_Section):
@@ -208,7 +179,9 @@ class Site(_Section):
         region: whether it is a region, which has no data but sites of its own, and is started by `fedloom region`.
         table: labelled texts.
         instructions: requests with reference answers.
-        limits: what a server may ask for.
+        limits: what a server may ask for; those of a region are only what its file names.
+        terms: terms of runs that its owner has accepted.
+        privacy: clipping and noise that the site applies to each answer (default None: neither).
         speed: speed and memory of the machine, as they are reported to the server.
     """
 
@@ -222,6 +195,8 @@ class Site(_Section):
     table: LabelledFile | None = None
     instructions: AnsweredFile | None = None
     limits: SiteLimits = SiteLimits()
+    terms: AcceptedTerms = AcceptedTerms()
+    privacy: SitePrivacy | None = None
     speed: Speed = Speed()
 
     @model_validator(mode="after")
@@ -231,6 +206,12 @@ class Site(_Section):
             raise ValueError("a region has no data of its own: leave out the section, or `region`")
         if not self.region and files != 1:
             raise ValueError("give either a section [table] or a section [instructions]")
+        return self
+
+    @model_validator(mode="after")
+    def _limits_of_region(self) -> Site:
+        if self.region:
+            object.__setattr__(self, "limits", region_limits(self.limits))  # frozen for all others
         return self
 
     @property
@@ -245,14 +226,13 @@ class Site(_Section):
         return file.examples(labels)
 
 
-def site_shard(site: Site, examples: Examples, terms: RunTerms) -> Shard:
-    """Divide the examples into what is trained on and what is held out, by number: the same at every start, and those of a
-    simulation with these rows.
+def site_shard(site: Site, examples: Examples, terms: RunTerms, secret: bytes) -> Shard:
+    """Divide the examples into what is trained on and what is held out, by the site's secret: the same in all runs of one share.
 
     Nothing is held out where the run or the site does not want it, nor of a single example.
     """
-    share = terms.held_out if site.limits.scores and len(examples) > 1 else 0.0
-    (shard,) = hold_out({site.name: tuple(range(len(examples)))}, examples, share, terms.seed)
+    share = terms.held_out if site.limits.scores else 0.0
+    (shard,) = hold_out({site.name: tuple(range(len(examples)))}, examples, share, lambda _: secret)
     return shard
 
 
@@ -284,36 +264,26 @@ def why_refused(site: Site, request: Request, hour: float) -> str | None:
 def _reasons(site: Site, request: Request, hour: float) -> Iterator[str]:
     terms, limits = request.terms, site.limits
     if not any(fnmatchcase(terms.run, name) for name in limits.runs):
-        yield f"this site takes part in runs named {' or '.join(limits.runs)}, not in {terms.run!r}"
+        yield f"this site takes part in runs named {' or '.join(limits.runs)}, not in {terms.run!r} (limits.runs)"
     if not site.model.is_of(terms.model):
         yield f"the run trains {terms.model!r}, this site has {site.model.name or site.model.path!r}"
+    if not (terms.weights or site.model.any_weights or site.region):
+        yield "the run does not say which weights its model has (its owner can allow it: [model] any_weights = true)"
     if site.table and terms.labels is None:
         yield "the run writes text, the data of this site have labels"
     if site.instructions and terms.labels is not None:
         yield f"the run chooses among {len(terms.labels)} labels, the data of this site have answers"
     if not limits.awake(hour):
-        yield f"this site works at {limits.hours}, and it is {int(hour):02}:{int(hour % 1 * 60):02} there"
-    if isinstance(request, TaskRequest):
-        yield from _why_foreign(site, request.task.client, request.task.start)
-        yield from _why_too_large(site, request.task)
-    if isinstance(request, EvaluateRequest):
-        yield from _why_foreign(site, request.client, request.start)
-        if not limits.scores:
-            yield "this site tells no scores (limits.scores)"
+        yield f"this site works at {limits.hours}, and it is {int(hour):02}:{int(hour % 1 * 60):02} there (limits.hours)"
+    if isinstance(request, TaskRequest | EvaluateRequest):
+        yield from _why_foreign(site, request.task.client if isinstance(request, TaskRequest) else request.client)
+    if isinstance(request, EvaluateRequest) and not limits.scores:
+        yield "this site tells no scores (limits.scores)"
+    yield from refusals(limits, requested(request))
+    if not site.region:  # which gets the steps of all its rounds at once
+        yield from beyond_terms(request)
 
 
-def _why_foreign(site: Site, client: ClientId, start: TaskStart) -> Iterator[str]:
+def _why_foreign(site: Site, client: ClientId) -> Iterator[str]:
     if client != site.name:
         yield f"this site is {site.name!r}, the task is for {client!r}"
-    if (rank := server_rank(start.train)) > site.limits.rank:
-        yield f"the task has rank {rank}, this site allows {site.limits.rank}"
-
-
-def _why_too_large(site: Site, task: Task) -> Iterator[str]:
-    limits, budget = site.limits, task.budget
-    if budget.rank > limits.rank:
-        yield f"the task has rank {budget.rank}, this site allows {limits.rank}"
-    if limits.depth is not None and (budget.depth is None or budget.depth > limits.depth):
-        yield f"the task trains {budget.depth or 'all'} layers, this site allows {limits.depth}"
-    if budget.steps > limits.steps:
-        yield f"the task has {budget.steps} steps, this site allows {limits.steps}"

@@ -19,21 +19,22 @@ from logging import getLogger
 import torch
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import lock, write_json
+from fedloom.core.files import lock, open_regular, private_folder, private_tree, write_json
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import Adapter
+from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.schema import Malformed
 from fedloom.core.seeds import derive
 from fedloom.core.transfer import encode_answer, residual_of
-from fedloom.core.types import Budget, ClientState, Profile, Task, TaskStart
+from fedloom.core.types import Budget, ClientState, Profile, Result, Task, TaskStart
 from fedloom.data.partition import Shard
 from fedloom.deploy.messages.answer import encode_result
-from fedloom.deploy.messages.checks import model_mismatch
+from fedloom.deploy.messages.checks import MAX_NAME, model_mismatch
 from fedloom.deploy.messages.messages import (
     EvaluateRequest,
     EvaluateResult,
     JoinRequest,
     Refusal,
+    Request,
     RunTerms,
     TaskRequest,
     Welcome,
@@ -43,7 +44,19 @@ from fedloom.deploy.messages.messages import (
 )
 from fedloom.deploy.messages.seeded_sides import with_seeded_sides
 from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
+from fedloom.deploy.site.consent import Consents, terms_hash
+from fedloom.deploy.site.deadline import Deadline
+from fedloom.deploy.site.limits import MEGABYTE, Asked, layers_asked, needed_rows, require_allowed, task_epochs, used
+from fedloom.deploy.site.request_record import (
+    MOST_LINES,
+    RecordEntry,
+    RequestRecord,
+    append_line,
+)
 from fedloom.deploy.site.settings import Site, site_shard, why_refused
+from fedloom.deploy.site.site_key import key_fingerprint, read_private_key
+from fedloom.deploy.site.site_noise import NoiseSource, protect_answer, why_unprotected
+from fedloom.deploy.site.site_secret import read_secret
 from fedloom.deploy.site.worker_socket import Listener
 from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.chat_template import fit_notes
@@ -54,6 +67,10 @@ from fedloom.train.tokenised import encode_texts
 from fedloom.train.trainer import PeftTrainer
 
 LOG = getLogger("fedloom.worker")
+RECORDED_REASON = 300
+"""Characters of a reason in the record; the server gets up to 1000."""
+LOSSES = ("loss", "first_loss")
+"""Metrics of an answer that `limits.losses` holds back: a server could choose a model whose loss tells of one row."""
 TIMED_STEPS = 2
 """Steps timed to measure speed, after one warm-up step."""
 
@@ -90,48 +107,80 @@ class SiteWorker:
     Fields:
         site: settings of the site.
         hour: the time of day there.
+        secret: what its draws follow from (None: its own, from its state folder). Only tests give one, the simulation's.
         prepared: model and data, loaded for the terms of the last request.
         doing: what it does now, in words.
         trained: answers that were trained since the start.
         repeated: answers that were given again from the journal.
         refused: refusals.
         journal: completed tasks, on the disk.
+        evaluations: completed evaluations, on the disk, numbered as in the record.
+        record: what was asked and sent, on the disk.
+        consents: terms that were offered and accepted, on the disk.
+        deadline: ends the process where a request takes too long.
     """
 
     site: Site
     hour: Callable[[], float] = time_of_day
+    secret: bytes | None = None
     prepared: PreparedSite | None = None
     doing: str = "nothing"
     trained: int = 0
     repeated: int = 0
     refused: int = 0
     journal: AnswerJournal = field(init=False)
+    evaluations: AnswerJournal = field(init=False)
+    consents: Consents = field(init=False)
+    record: RequestRecord = field(init=False)
+    deadline: Deadline = field(init=False)
 
     def __post_init__(self) -> None:
-        self.journal = AnswerJournal(self.site.folder / "journal")
+        folder = private_folder(self.site.folder)  # what lies there was learnt from the data
+        self.secret = self.secret or read_secret(folder)
+        self.journal, self.evaluations = AnswerJournal(folder / "journal"), AnswerJournal(folder / "evaluations")
+        self.consents = Consents(folder, self.site.terms.accepted)
+        self.deadline = Deadline(folder, self.site.limits.seconds)
+        key = read_private_key(self.site.key) if self.site.key and self.site.key.exists() else None
+        self.record = RequestRecord(folder / "record.jsonl", key)
+        self.record.append(RecordEntry("started", key=key_fingerprint(key.public_key()) if key else ""))
+        self._end_overdue()
 
     def answer(self, body: bytes) -> bytes:
-        """Return the reply to a message, whatever it is; never raises."""
-        task = None
+        """Return the reply to a message, whatever it is; never raises. What is asked and what is sent stand in the record then."""
+        entry = RecordEntry("refused", bytes_in=len(body), asked=hashlib.sha256(body).hexdigest())
         try:
             request = decode_request(body, self.site.limits.bytes)
-            task = request.task.id if isinstance(request, TaskRequest) else None
-            if reason := why_refused(self.site, request, self.hour()):
-                return self._refuse(task, reason, True)
-            self.doing = f"getting ready for {request.terms.run}"
-            if isinstance(request, EvaluateRequest):
-                return self._evaluate(request)
-            return self._train(request) if isinstance(request, TaskRequest) else self._welcome(request)
+            entry = _entry_of(request, entry)
+            with self.deadline.watch(replace(entry, seconds=self.deadline.seconds).written()):
+                return self._reply(request, entry)
         except Malformed as error:
-            return self._refuse(None, f"not a valid message: {error}", True)
+            return self._refuse(entry, f"not a valid message: {error}", True)
         except Refused as error:
-            return self._refuse(task, str(error), True)
-        except Exception as error:  # any other error is reported to the server
-            LOG.exception("task %s failed", task)
+            LOG.warning("%s", error)
+            return self._refuse(entry, _without_data(error), True)
+        except Exception as error:  # its kind is reported to the server; its words may quote a row
+            LOG.exception("task %s failed", entry.task)
             self.prepared = None
-            return self._refuse(task, f"{type(error).__name__}: {error}", False)
+            return self._refuse(entry, f"{type(error).__name__}; its owner finds the reason in the worker's log", False)
         finally:
             self.doing = "nothing"
+
+    def _reply(self, request: Request, entry: RecordEntry) -> bytes:
+        """Return the reply to a valid message."""
+        seconds = self.record.counts.too_long.get(entry.request, 0.0)
+        if self.site.limits.seconds <= seconds:
+            return self._refuse(entry, _too_long(seconds), entry.task is None)
+        if self.record.is_full():
+            return self._refuse(entry, f"more than {MOST_LINES:,} lines in this site's record today", True)
+        if reason := why_refused(self.site, request, self.hour()):
+            return self._refuse(entry, reason, True)
+        if reason := self.consents.why_not(request.terms):
+            return self._refuse(entry, reason, True, deciding=True)
+        self._record_acceptance(entry)
+        self.doing = f"getting ready for {request.terms.run}"
+        if isinstance(request, EvaluateRequest):
+            return self._evaluate(request, entry)
+        return self._train(request, entry) if isinstance(request, TaskRequest) else self._welcome(request, entry)
 
     def status(self) -> bytes:
         """Return what the worker is and does, as JSON."""
@@ -142,15 +191,53 @@ class SiteWorker:
 
     def refuse_oversized(self, size: int) -> bytes:
         """Return the refusal of a message of so many bytes, which is above the limit and was not read."""
-        return self._refuse(None, f"a message of {size} bytes: this site allows {self.site.limits.bytes}", True)
+        reason = f"a message of {size} bytes: this site allows {self.site.limits.bytes}"
+        return self._refuse(RecordEntry("refused", bytes_in=size), reason, True)
 
-    def _refuse(self, task: int | None, reason: str, lasting: bool) -> bytes:
+    def _refuse(self, entry: RecordEntry, reason: str, lasting: bool, deciding: bool = False) -> bytes:
         LOG.warning("refused: %s", reason)
         self.refused += 1
-        return encode_reply(Refusal(self.site.name, task, " ".join(reason.split())[:1000], lasting))
+        reason = " ".join(reason.split())[:1000]
+        data = encode_reply(Refusal(self.site.name, entry.task, reason, lasting, deciding))
+        try:
+            self._note_sent(replace(entry, kind="refused", reason=reason[:RECORDED_REASON]), data)
+        except (OSError, Refused):
+            LOG.exception("a refusal could not be recorded")
+        return data
 
-    def _welcome(self, request: JoinRequest) -> bytes:
-        ready, speed = self._ready(request.terms), self.site.speed
+    def _record_acceptance(self, entry: RecordEntry) -> None:
+        """Write down, once, that the terms of a request were accepted."""
+        if entry.terms not in self.record.counts.accepted:
+            self.record.append(replace(entry, kind="accepted", bytes_in=0))
+
+    def _send(self, entry: RecordEntry, data: bytes) -> bytes:
+        """Return the reply when the record says that it is sent.
+
+        Raises OSError, and Refused where it would be too much for one day; then nothing is sent.
+        """
+        size = (self.record.usage(entry).bytes_today + len(data)) / MEGABYTE
+        words = f"with this answer {size:.1f} MB would be sent today"
+        require_allowed(self.site.limits, [Asked("megabytes_a_day", size, words)])
+        self._note_sent(entry, data)
+        return data
+
+    def _note_sent(self, entry: RecordEntry, data: bytes) -> None:
+        self.record.append(replace(entry, bytes_out=len(data), sent=hashlib.sha256(data).hexdigest()))
+
+    def _end_overdue(self) -> None:
+        """Note the request that ended the last worker by taking too long: it is never begun again."""
+        if facts := self.deadline.overdue():
+            try:
+                entry = RecordEntry(**facts)
+            except TypeError:
+                LOG.error("the note of the request that took too long cannot be read")
+            else:
+                self.record.append(replace(entry, kind="refused", reason=_too_long(entry.seconds or 0.0)))
+        self.deadline.forget()
+
+    def _welcome(self, request: JoinRequest, entry: RecordEntry) -> bytes:
+        self.record.append(replace(entry, kind="terms seen"))
+        ready, speed = self._ready(request, entry), self.site.speed
         profile = Profile(
             client=self.site.name,
             examples=len(ready.shard.train),
@@ -159,54 +246,101 @@ class SiteWorker:
             down_bps=speed.down_bps,
             memory=speed.memory or _memory(ready.base.device),
             tier="site",
-            most=self.site.limits.most,
+            most=self.site.limits.most(len(ready.shard.train), request.terms.training.batch_size),
         )
         LOG.info("takes part in %s with %d examples at %.3g FLOP/s", request.terms.run, profile.examples, profile.flops)
-        return encode_reply(
-            Welcome(profile, request.incarnation, request.terms.first_adapter == fingerprint(ready.first))
-        )
+        seeded = request.terms.first_adapter == fingerprint(ready.first)
+        data = encode_reply(Welcome(profile, request.incarnation, seeded))
+        return self._send(replace(entry, kind="profile sent", rows=profile.examples), data)
 
-    def _train(self, request: TaskRequest) -> bytes:
+    def _train(self, request: TaskRequest, entry: RecordEntry) -> bytes:
         """Return the answer: from the journal if the task was done, else trained now and written down before it is given out."""
-        run, number, digest = request.terms.run_hash, request.task.id, request_digest(request)
-        entry = self.journal.find(run, number)
-        if entry is not None and entry.request_digest == digest:
+        run, number, digest = request.terms.run_hash, request.task.id, entry.request
+        completed = self.journal.find(run, number)
+        if completed is not None and completed.request_digest == digest:
             LOG.info("task %d was done before: the same answer again", number)
             self.repeated += 1
-            return entry.answer.numpy().tobytes()
-        ready, before = self._ready(request.terms), self._last_client_state(request)
+            return self._send(replace(entry, kind="task answered", again=True), _bytes_of(completed))
+        ready, before = self._ready(request, entry), self._last_client_state(request)
         _check_fits(ready, request.task.start)
+        if reason := why_unprotected(self.site.privacy, request.task.start):
+            return self._refuse(entry, reason, True)
+        rows = len(ready.shard.train)
+        entry = replace(entry, rows=rows, epochs=task_epochs(request, rows), again=self.record.was_asked(digest))
+        self.record.append(replace(entry, kind="task asked"))
         task = with_seeded_sides(request, ready.first).task
         self.doing = f"task {number} of {request.terms.run}"
         began = time.perf_counter()
-        ((result, state),) = ready.trainer.train([(task, before)])
+        ((result, state),) = self._trainer(ready, entry).train([(task, before)])
         seconds = time.perf_counter() - began
+        if self.site.privacy is not None:
+            result, before = self._protect(entry, task, result), replace(before, residual=None)
         received, state = encode_answer(task, before, result, state)
-        result = replace(result, metrics={**received.metrics, "seconds_train": seconds})
+        if self.site.privacy is not None:  # nothing of an answer's exact numbers may follow in a later one
+            state = replace(state, residual=None)
+        reported = {name: v for name, v in received.metrics.items() if self.site.limits.losses or name not in LOSSES}
+        result = replace(result, metrics={**reported, "seconds_train": seconds})
         data = encode_result(task, result, residual_of(task.start, before))
-        stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self.journal.record(run, number, CompletedTask(digest, stored, state), request.last_accepted)
+        self.journal.record(run, number, _completed(digest, data, state), request.last_accepted)
         self.trained += 1
         summary = (number, result.steps, task.budget.rank, seconds, len(data))
         LOG.info("task %d: %d steps at rank %d in %.1f s, an answer of %d bytes", *summary)
-        return data
+        return self._send(replace(entry, kind="task answered"), data)
 
-    def _evaluate(self, request: EvaluateRequest) -> bytes:
-        """Score the last model on the held-out examples, by the functions that score a simulation's clients; only counts leave."""
-        ready = self._ready(request.terms)
+    def _trainer(self, ready: PreparedSite, entry: RecordEntry) -> PeftTrainer:
+        """Return the trainer of a task that stands in the record.
+
+        Where its number was given before, to another task, or a higher one was, its draws follow from all that is asked: no two
+        requests ever share batches and dropout, for from such answers the rows of one batch could be told apart.
+        """
+        if self.record.is_first(entry.run_hash, entry.task or 0, entry.request):
+            return ready.trainer
+        return replace(ready.trainer, run=f"{entry.run_hash} {entry.request}")
+
+    def _protect(self, entry: RecordEntry, task: Task, result: Result) -> Result:
+        """Return the answer clipped and with noise, when the file of what is spent says so. Raises OSError and Refused."""
+        privacy = self.site.privacy
+        assert privacy is not None
+        assert self.secret is not None
+        result = protect_answer(privacy, NoiseSource(self.secret, entry.run_hash, entry.request), task, result)
+        spent = replace(entry, kind="noise spent", bytes_in=0, clip=privacy.clip, multiplier=privacy.multiplier)
+        append_line(self.site.folder / "spent.jsonl", spent, fingerprint(result.adapter))
+        self.record.append(spent)
+        return result
+
+    def _evaluate(self, request: EvaluateRequest, entry: RecordEntry) -> bytes:
+        """Score the last model on the held-out examples, by the functions that score a simulation's clients; only counts leave.
+
+        The same request gets the same bytes; how many others of a run are answered, the limits say.
+        """
+        run, digest = request.terms.run_hash, entry.request
+        if number := self.record.evaluation_number(run, digest):
+            completed = self.evaluations.find(run, number)
+            if completed is not None and completed.request_digest == digest:
+                self.repeated += 1
+                return self._send(replace(entry, kind="evaluation answered", again=True), _bytes_of(completed))
+            if self.record.was_evaluated(run, digest):
+                raise Refused("evaluation", number, "it was answered before, and the answer is no longer stored")
+        ready = self._ready(request, entry)
         _check_fits(ready, request.start)
         self.doing = f"evaluating for {request.terms.run}"
-        if not ready.shard.held_out:
+        held_out = len(ready.shard.held_out)
+        if not held_out:
             raise Refused("held_out", 0, "this site holds no example out, so there is nothing to evaluate on")
+        entry = replace(entry, rows=held_out, again=number is not None)
+        self.record.append(replace(entry, kind="evaluation asked"))
         adapter = personal_adapter(request.start, self._last_client_state(request))
         client, shards, texts = ready.shard.client, [ready.shard], ready.trainer.texts
         scores = evaluate_held_out(ready.base, adapter, texts, shards, request.start.fold)[client]
         baseline = evaluate_untrained(ready.base, texts, shards)[client]
         predictions, correct, loss = scores.counts()
         _, base_correct, base_loss = baseline.counts()
-        LOG.info("evaluated: %d of %d right on %d held-out examples", correct, predictions, len(ready.shard.held_out))
-        held_out = len(ready.shard.held_out)
-        return encode_reply(EvaluateResult(client, held_out, predictions, correct, loss, base_correct, base_loss))
+        LOG.info("evaluated: %d of %d right on %d held-out examples", correct, predictions, held_out)
+        losses = (loss, base_loss) if self.site.limits.losses and self.site.privacy is None else (None, None)
+        data = encode_reply(EvaluateResult(client, held_out, predictions, correct, losses[0], base_correct, losses[1]))
+        number = self.record.evaluation_number(run, digest) or 1
+        self.evaluations.record(run, number, _completed(digest, data, ClientState()), number)
+        return self._send(replace(entry, kind="evaluation answered"), data)
 
     def _last_client_state(self, request: TaskRequest | EvaluateRequest) -> ClientState:
         """Return the client state that the last accepted task left here; an empty one if there is none."""
@@ -217,13 +351,20 @@ class SiteWorker:
             )
         return last.client_state if last else ClientState()
 
-    def _ready(self, terms: RunTerms) -> PreparedSite:
-        """Return model and data for these terms; those of others are let go first."""
+    def _ready(self, request: Request, entry: RecordEntry) -> PreparedSite:
+        """Return model and data for a request, once its limits are kept; those of other terms are let go first. Raises Refused."""
+        terms = request.terms
         torch.set_num_threads(terms.threads)
         if self.prepared is None or self.prepared.terms != terms:
             self.prepared = None
-            self.prepared = prepare_site(self.site, terms)
-        return self.prepared
+            assert self.secret is not None  # since `__post_init__`
+            self.prepared = prepare_site(self.site, terms, self.secret)
+        ready, limits = self.prepared, self.site.limits
+        rows, held_out = len(ready.shard.train), len(ready.shard.held_out)
+        require_allowed(limits, layers_asked(ready.first.factors))
+        require_allowed(limits, needed_rows(request, rows, held_out))
+        require_allowed(limits, used(request, self.record.usage(entry), rows, held_out))
+        return ready
 
     def _flops(self, ready: PreparedSite) -> float:
         """Return the training speed (FLOP/s, as `Shape.train_flops` counts them), measured once for a model and its settings."""
@@ -243,8 +384,8 @@ class SiteWorker:
         return flops
 
 
-def prepare_site(site: Site, terms: RunTerms) -> PreparedSite:
-    """Load model and data. Raises Refused where they are not fit for the run."""
+def prepare_site(site: Site, terms: RunTerms, secret: bytes) -> PreparedSite:
+    """Load model and data, and divide these by the site's secret. Raises Refused where they are not fit for the run."""
     examples = site.examples(terms.labels)
     labels, seed = None if terms.labels is None else len(terms.labels), derive(terms.seed, "model")
     path, device = str(site.model.path), site.model.device
@@ -252,22 +393,59 @@ def prepare_site(site: Site, terms: RunTerms) -> PreparedSite:
     if base.label_names != (terms.labels or ()):
         remedy = f"it numbers the labels as {', '.join(base.label_names)}, the run as {', '.join(terms.labels or ())}"
         raise Refused("model.path", site.model.path, f"{remedy}: get a copy of the same model")
-    if terms.weights and base.fingerprint() not in ("", terms.weights):
-        remedy = f"its weights are not those of the run's {terms.model!r}: get a copy of the same model"
+    here = base.fingerprint()  # "" in 4 bits, which a server may ask for: the check is not its to switch off
+    if here != terms.weights and not (site.model.any_weights and "" in (here, terms.weights)):
+        lacks = "its weights cannot be compared in 4 bits: its owner can allow it, [model] any_weights = true"
+        wrong = f"its weights are not those of the run's {terms.model!r}: get a copy of the same model"
+        remedy = wrong if here else lacks
         raise Refused("model.path", site.model.path, remedy)
     limit = terms.training.token_limit
     texts = encode_texts(examples, base.tokenizer, limit, terms.date)
     tried = check_texts(base, [texts], limit)
     for note in (*base.notes, *fit_notes(limit, {"local": texts.fit_counts}), *tried):
         LOG.warning("%s", note)
-    shard = site_shard(site, examples, terms)
-    trainer = PeftTrainer(base, texts, {site.name: shard.train}, terms.training, terms.engine)
+    shard = site_shard(site, examples, terms, secret)
+    trainer = PeftTrainer(
+        base, texts, {site.name: shard.train}, terms.training, lambda _: secret, terms.engine, run=terms.run_hash
+    )
     return PreparedSite(terms, base, shard, trainer, initial_adapter(base, terms.rank))
 
 
-def request_digest(request: TaskRequest) -> str:
+def request_digest(request: Request) -> str:
     """Return a digest of what is asked, the same whenever and by whichever start of the server it is asked."""
     return hashlib.sha256(encode_request(replace(request, incarnation=0))).hexdigest()
+
+
+def _entry_of(request: Request, message: RecordEntry) -> RecordEntry:
+    """Return what the record says of a request, beside what it says of its message."""
+    terms = request.terms
+    entry = replace(message, run=terms.run[:MAX_NAME], run_hash=terms.run_hash, terms=terms_hash(terms))
+    entry = replace(entry, request=request_digest(request))
+    if isinstance(request, TaskRequest):
+        budget = request.task.budget
+        return replace(entry, task=request.task.id, rank=budget.rank, depth=budget.depth, steps=budget.steps)
+    return replace(entry, rank=server_rank(request.start.train)) if isinstance(request, EvaluateRequest) else entry
+
+
+def _without_data(error: Refused) -> str:
+    """Return what a server is told of an error; not the words on data, which may quote a label or a cell."""
+    if error.field.partition(".")[0] in ("data", "table", "instructions", "labels"):
+        return (
+            f"{error.field}: the data of this site do not fit the run; its owner finds the reason in the worker's log"
+        )
+    return str(error)
+
+
+def _too_long(seconds: float) -> str:
+    return f"it took longer than the {seconds:g} s that this site allows (limits.seconds)"
+
+
+def _completed(digest: str, data: bytes, state: ClientState) -> CompletedTask:
+    return CompletedTask(digest, torch.frombuffer(bytearray(data), dtype=torch.uint8), state)
+
+
+def _bytes_of(completed: CompletedTask) -> bytes:
+    return completed.answer.numpy().tobytes()
 
 
 def _check_fits(ready: PreparedSite, start: TaskStart) -> None:
@@ -282,7 +460,7 @@ def _measured(ready: PreparedSite, client: str, rank: int) -> float:
     for steps in (1, TIMED_STEPS):  # the first is a warm-up
         start = TaskStart(initial_adapter(ready.base, rank), "")
         began = time.perf_counter()
-        ((result, _),) = ready.trainer.train([(Task(1, client, 0, start, Budget(rank, steps), 0, 0.0), ClientState())])
+        ((result, _),) = ready.trainer.train([(Task(1, client, 0, start, Budget(rank, steps), 0.0), ClientState())])
         tokens, seconds = result.tokens, time.perf_counter() - began
     return ready.base.shape().train_flops(tokens, rank) / seconds
 
@@ -298,8 +476,9 @@ def serve_worker(site: Site) -> None:
     """Answer at the site's socket until the process is stopped. Raises Refused where another worker is running, or no
     socket can be made.
     """
-    site.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there was learnt from the data
-    with (site.folder / "worker.lock").open("w") as held:
+    if wide := private_tree(site.folder):
+        LOG.warning("others could read %d files and folders in %s; now only this user can", wide, site.folder)
+    with open_regular(site.folder / "worker.lock", "ab") as held:
         if not lock(held):
             raise Refused("folder", str(site.folder), "another worker of this site is running; stop it first")
         try:

@@ -1,4 +1,8 @@
-"""Weights of clients in a merge, before staleness: plain functions of an update that a schedule takes as its field `weigh`."""
+"""Weights of clients in a merge, before staleness: plain functions of an update that a schedule takes as its field `weigh`.
+
+`examples` of an accepted answer are those that its client registered when it joined (`core.registration`), whatever the answer says;
+and `steps` are at most those of the task. `tokens` and the loss are the client's own word: weigh by them among clients you trust.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,10 @@ class ByQuality:
 
     def __call__(self, update: Update) -> float:
         """Return the weight of this answer."""
-        return update.result.examples * math.exp(-self.sharpness * update.result.metrics.get("loss", 0.0))
+        loss = max(
+            0.0, update.result.metrics.get("loss", 0.0)
+        )  # no cross-entropy is smaller, and nobody weighs more than n_k
+        return update.result.examples * math.exp(-self.sharpness * loss)
 
 
 def uniform(update: Update) -> float:

@@ -169,7 +169,7 @@ def _gradients(losses: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def train_together(
-    base: Base, texts: EncodedTexts, training: Training, members: Sequence[BatchedClient]
+    base: Base, texts: EncodedTexts, training: Training, members: Sequence[BatchedClient], seed: int
 ) -> list[tuple[Adapter, Moments, list[float]]]:
     """Train clients with the same `pass_key`; return the adapter, the optimiser's moments and the losses of each."""
     start = members[0].task.start
@@ -182,7 +182,7 @@ def train_together(
     optimiser = _AdamW(training, trained, members, start.rules.up_rate)
     losses: list[list[float]] = []
     with torch.random.fork_rng(), _stacked_layers(base, slot, weights, scalings):
-        torch.manual_seed(members[0].task.seed)
+        torch.manual_seed(seed)
         base.model.train()
         for step in range(len(members[0].plan)):
             each = _losses(base, texts, [member.plan[step] for member in members])

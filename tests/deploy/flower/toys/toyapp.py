@@ -31,7 +31,7 @@ def run(link: Transport, folder: Path) -> str:
                 nodes, looked = dict(link.nodes()), time.monotonic()
             for node in nodes.keys() - {node for node, _, _ in flying.values()}:
                 body = os.urandom(int(told.get("size", 100)))
-                flying[link.send(node, body)] = node, body, time.monotonic()
+                flying[link.send(node, body, len(body))] = node, body, time.monotonic()
             for reply in link.collect():
                 node, body, sent = flying.pop(reply.message)
                 line = {"node": node, "name": nodes.get(node), "same": reply.body == body, "error": reply.error}

@@ -1,0 +1,76 @@
+"""The terms that a server sends follow from its Run, and hold nothing that a site would have to interpret."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedloom import (
+    FFA,
+    IID,
+    Clip,
+    FedEx,
+    FedIT,
+    FixedDepth,
+    FixedRank,
+    FlexLoRA,
+    FLoRA,
+    Hierarchy,
+    JointPlan,
+    LossRate,
+    Noise,
+    Plan,
+    ProductDelta,
+    Run,
+    Scaffold,
+)
+from fedloom.core.policies import Aggregator
+from fedloom.deploy.messages.messages import RunTerms
+from fedloom.deploy.messages.terms import terms_of_run
+from fedloom.deploy.start import run_terms
+from fedloom.runs.prepare import prepare
+from fedloom.train.settings import LoRA
+from tests.support.tiny_runs import tiny_run
+from tests.support.toys import adapter
+
+
+def terms_of(run: Run) -> RunTerms:
+    return terms_of_run(run, run.aggregator.init(adapter(4)), ("no", "yes"), "0" * 12, "")
+
+
+def test_a_pattern_for_layers_travels_as_names_of_the_same_layers(encoder: Path) -> None:
+    pattern = LoRA(r".*\.attention\.self\.(query|key)")
+    job = prepare(tiny_run(encoder, lora=pattern))
+    names = run_terms(job).lora.target_modules
+    assert isinstance(names, tuple)
+    assert {*names} == {*job.server.state.first.adapter.factors}
+    again = prepare(tiny_run(encoder, lora=replace(pattern, target_modules=names)))
+    assert run_terms(again).first_adapter == run_terms(job).first_adapter, "the same adapter, to the byte"
+
+
+@pytest.mark.parametrize(
+    ("method", "folds", "controls"),
+    [
+        (ProductDelta(), False, False), (FedIT(), False, False), (FFA(), False, False), (FlexLoRA(), False, False),
+        (FLoRA(), True, False), (FedEx(), True, False), (Scaffold(clients=2), False, True),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_terms_say_what_tasks_bring(method: Aggregator, folds: bool, controls: bool) -> None:
+    terms = terms_of(tiny_run(Path("model"), aggregator=method))
+    assert (terms.folds, terms.controls) == (folds, controls)
+
+
+def test_terms_say_the_largest_task_and_what_is_said_of_privacy() -> None:
+    run = tiny_run(Path("model"), plan=Plan(FixedRank(4), local_steps=7, depth=FixedDepth(2)), partition=IID(2))
+    terms = terms_of(run)
+    assert (terms.rank, terms.steps, terms.depth, terms.versions) == (4, 7, 2, run.limits.versions)
+    assert terms.privacy == ""
+    learned = terms_of(replace(run, hierarchy=Hierarchy(plan=JointPlan(LossRate(steps=30)))))
+    assert (learned.steps, learned.depth) == (30, None)
+    noisy = terms_of(replace(run, aggregator=Noise(Clip(FedIT(), norm=1.0), multiplier=0.5, seed=987654321)))
+    assert "multiplier 0.5" in noisy.privacy
+    assert "987654321" not in noisy.privacy, "the seed of the noise is the server's secret"
+    assert terms_of(replace(run, held_out=0.0)).evaluations == 0
