@@ -2,9 +2,9 @@
 
     python -m bench.redteam [--quick]
 
-Each attack of `tests/attacks/every_attack.py` is tried twice. It must fail against the defaults, and succeed in its control. What came
-of all is written to `results/redteam.jsonl`; `--quick` tries those that start no processes again, and takes the others, and the
-figures of the network, from there.
+Each attack of `tests/attacks/every_attack.py` is tried twice. It must fail against the defaults, and succeed in its control. What
+came of all is written to `results/redteam.jsonl`; `--quick` tries those that start no processes again, and takes the others, and
+the figures of the network, from there.
 
 The last line is one JSON object:
 
@@ -12,9 +12,9 @@ The last line is one JSON object:
 - `succeeded`: how many succeeded against the defaults (bar 0);
 - `controls_failed`: how many failed although their limit was lifted: such a test is blind (bar 0);
 - `texts_recovered`, `labels_recovered`: texts and labels of a site that a server read at the default limits (bar 0);
-- `weight_of_a_liar`: points of accuracy (of 100) that one of six sites costs, which lies about its examples, at registration and in its
-  answers, and turns its change round, under `Rounds` with the canary on: the mean of five seeds, of the worst of five such changes
-  (bar 5); `liar_worst_seed`: of its worst seed;
+- `weight_of_a_liar`: points of accuracy (of 100) that one of six sites costs, which lies about its examples, at registration and in
+  its answers, and turns its change round, under `Rounds` with the canary on: the mean of five seeds, of that of five sizes of the
+  change which costs most (bar 5); `liar_worst_seed`: its worst seed;
 - `locked_out_seconds`: until a site is answered under 2,000 idle connections, with TLS or without (bar 10);
 - `memory_growth_mb`: of the gate under ten bodies of 57 MB by somebody without a key (bar 64);
 - `reproduces`: whether what was tried again came out as it is kept, and all attacks are kept.
@@ -79,12 +79,14 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         again = {(row.kind, row.attack): (row.outcome, row.control) for row in rows}
         before = {(row.kind, row.attack): (row.outcome, row.control) for row in kept}
-        rows += [row for row in kept if (row.kind, row.attack) not in again]
+        rows += [row for row in kept if (row.kind, row.attack) in {(kind, one.name) for kind, one in every(True)}]
         same = before.keys() == {(kind, one.name) for kind, one in every()} and again.items() <= before.items()
     else:
         rows += tried_with_processes()
         figures, same = network_figures(), True
         write_results(rows, figures)
+    places = [(kind, one.name) for kind, one in every()]
+    rows.sort(key=lambda row: places.index((row.kind, row.attack)))
     print_rows(rows)
     print(json.dumps(summary(rows, liar, figures) | {"reproduces": same}))
 

@@ -123,7 +123,7 @@ def followed(tree: Tree, profiles: Mapping[str, Profile], world: Devices, seed: 
     def observe(now: float, event: Event, commands: list[Command]) -> None:
         metrics(now, event, commands)
 
-    Simulation(tree, Moved(), world, profiles, lambda model: {"loss": 0.0}, observe, seed).run()
+    Simulation(tree, Moved(), world, profiles, lambda model: {"loss": 0.0}, observe, seed=seed).run()
     lines = [json.loads(line) for line in file.getvalue().splitlines()]
     made = [line for line in lines if line["kind"] == "version"]
     moves, asked = (sum(line["kind"] == kind for line in lines) for kind in ("move", "regroup"))

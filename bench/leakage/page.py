@@ -33,7 +33,7 @@ COLUMNS: Mapping[str, Sequence[tuple[str, str, str]]] = {
         ("ordinary row: AUC of the shift", "membership", "half"),
         ("ordinary row: AUC of LiRA", "membership_lira", "half"),
         ("planted text in one of five summed answers: AUC", "sum_canary", "half"),
-        ("ordinary row in one of five summed answers: AUC", "sum_membership", "half"),
+        ("ordinary row in one of five summed answers: AUC, row by row", "sum_membership", "half"),
     ),
     "labels": (("correlation of the bias with the shares of labels", "correlation", "prior"),),
 }
@@ -102,9 +102,8 @@ def table_lines(lines: Sequence[Line]) -> Iterator[str]:
 
 
 def shown_mean(values: Sequence[float]) -> str:
-    """The mean with its 95 % interval."""
-    width = half_width(values)
-    return shown_number(mean_of(values)) + ("" if math.isinf(width) else f" ± {shown_number(width)}")
+    """The mean, from three seeds on with its 95 % interval."""
+    return shown_number(mean_of(values)) + (f" ± {shown_number(half_width(values))}" if len(values) > 2 else "")
 
 
 def shown_number(number: float) -> str:

@@ -97,14 +97,14 @@ def exchanged_secret(folder: Path, lifted: bool) -> bool:
 
 def readable_by_others(folder: Path, lifted: bool) -> bool:
     """Another user of the machine reads what a site has learnt. Lifted: folders are made as the umask has it."""
-    made = (lambda path: os.makedirs(path, exist_ok=True)) if lifted else answer_journal.private_folder
+    made = (lambda path: os.makedirs(path, exist_ok=True)) if lifted else answer_journal.private_folder  # type: ignore[attr-defined]
     with patch.object(answer_journal, "private_folder", made):
         return bool(open_to_others(folder))
 
 
 def second_process(folder: Path, lifted: bool) -> bool:
     """Two processes write one run folder. Lifted: no lock is taken."""
-    with patch.object(resume, "lock", (lambda file: True) if lifted else resume.lock), resume.locked(folder):
+    with patch.object(resume, "lock", (lambda file: True) if lifted else resume.lock), resume.locked(folder):  # type: ignore[attr-defined]
         return succeeds(lambda: resume.locked(folder).__enter__(), "process")
 
 

@@ -311,7 +311,7 @@ def forged_checkpoint(folder: Path, lifted: bool) -> bool:
     """A checkpoint with other things in every place: it ends in a traceback. Lifted: what reading raises is not looked at."""
     path, stored = _stored(folder)
     text = text_of(stored)
-    with patch.object(checkpoint, "UNREADABLE", () if lifted else checkpoint.UNREADABLE):
+    with patch.object(checkpoint, "UNREADABLE", () if lifted else checkpoint.UNREADABLE):  # type: ignore[attr-defined]
         for at in leaves(text):
             for odd in ODD:
                 seal(path, json.dumps(bent(text, at, odd)), stored.numbers)
@@ -399,7 +399,7 @@ def controlled_terminal(folder: Path, lifted: bool) -> bool:
     zeros = dict.fromkeys(("version", "versions", "seconds", "incarnation", "at", "accepted", "rejected", "failed"), 1)
     traffic = {"bytes_down": 1, "bytes_up": 1, "resent": 0}
     texts = {"run": EVIL, "waits": EVIL, "scores": {EVIL: 0.5}, "set_aside": {EVIL: EVIL}, "clients": {EVIL: client}}
-    status = zeros | texts | {"mean_staleness": None, "traffic": traffic}
+    status = zeros | texts | {"mean_staleness": None, "traffic": traffic, "ended": EVIL, "calls_refused": {EVIL: 1}}
     return reaches_terminal(lambda console: console.print(status_view(status, 1.0)), Console if lifted else SafeConsole)
 
 

@@ -258,7 +258,7 @@ def trained(task: Task, rows: tuple[Tensor, Tensor]) -> tuple[Adapter, float]:
         logits = rows[0] @ weights["down"].T @ weights["up"].T + weights["bias"]
         loss = torch.nn.functional.cross_entropy(logits, rows[1])
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         losses.append(loss.item())
     done = {name: tensor.detach() for name, tensor in weights.items()}
@@ -304,7 +304,7 @@ def _tells(folder: Path, lifted: bool) -> bool:
     def told(registered: Mapping[str, int], profile: Profile) -> int:
         return LARGEST if profile.client == LIAR else EXAMPLES
 
-    with patch.object(server, "counted_examples", told if lifted else server.counted_examples):
+    with patch.object(server, "counted_examples", told if lifted else server.counted_examples):  # type: ignore[attr-defined]
         return federation(Liar(tells=LARGEST), Guard(), versions=3).weights[LIAR] > 1 / 6 + 1e-9
 
 

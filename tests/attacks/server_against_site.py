@@ -10,9 +10,8 @@ import json
 import multiprocessing
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,116 +20,23 @@ import torch
 from torch import Tensor
 
 from fedloom.core.lora import Adapter, Factor
-from fedloom.core.seeds import derive
-from fedloom.core.types import Budget, Pruning, Result, Rules, Task, TaskStart
+from fedloom.core.types import Pruning, Result, Rules, TaskStart
 from fedloom.deploy.messages.messages import (
-    EvaluateRequest,
     EvaluateResult,
     JoinRequest,
     Refusal,
     RunTerms,
-    TaskRequest,
-    decode_evaluation,
     decode_reply,
     encode_request,
 )
-from fedloom.deploy.site.settings import read_site
-from fedloom.deploy.site.worker import SiteWorker
-from fedloom.train.base_model import Base, initial_adapter, load_base
-from fedloom.train.settings import PLAIN, LoRA, Training
+from fedloom.deploy.site import consent
+from fedloom.train.settings import LoRA, Training
 from tests.attacks.attack import Attack
-from tests.support.sites import LABELS, accepting, allow_all
-from tests.support.tiny_models import tiny_encoder, toy_rows
+from tests.attacks.site_stage import LARGE, QKV, ROWS, SECRET, STEPS, Stage, base_of, obeyed, stage_at
+from tests.support.sites import LABELS
 
-ROWS = 240
-SECRET = b"of a site: thirty-two bytes long."
-STEPS = 15
-"""Of an honest task: 120 rows."""
-QKV = ("query", "key", "value")
-LARGE = 10**9
 SAME = 1e-2
 """A token whose embedding lies so near to what an answer spans (share of its length) counts as read."""
-
-
-@dataclass(slots=True)
-class Stage:
-    """A site with rows of its own, and a server that has the same base model.
-
-    Fields:
-        worker: the site's.
-        rows: its rows.
-        model: the base model's folder.
-        weights: the base model's fingerprint.
-        number: of the last task.
-    """
-
-    worker: SiteWorker
-    rows: Sequence[dict[str, str]]
-    model: Path
-    weights: str
-    number: int = 0
-
-    def terms(self, **more: Any) -> RunTerms:
-        """An ordinary run, within the default limits."""
-        given: dict[str, Any] = {
-            "run": "toy", "run_hash": "0123456789ab", "model": "m", "rank": 8, "lora": LoRA(dropout=0.0, target_modules=QKV),
-            "training": Training(learning_rate=1e-3, batch_size=8, max_length=32), "engine": PLAIN, "threads": 1, "seed": 1,
-            "labels": LABELS, "weights": self.weights, "held_out": 0.5, "steps": STEPS, "evaluations": 1,
-        }  # fmt: skip
-        return RunTerms(**(given | more))
-
-    def first(self, terms: RunTerms) -> Adapter:
-        """The adapter with which the server lets a run begin."""
-        return initial_adapter(base_of(self.model, terms.lora, min(terms.rank, 64), terms.seed), min(terms.rank, 64))
-
-    def join(self, terms: RunTerms) -> Any:
-        """Offer a run; returns the site's reply."""
-        return decode_reply(self.worker.answer(encode_request(JoinRequest(terms, 1))), LARGE, {})
-
-    def task(
-        self, terms: RunTerms, start: TaskStart, steps: int, rank: int | None = None, depth: int | None = None
-    ) -> Any:
-        """Send a task; returns the answer or the refusal."""
-        self.number += 1
-        task = Task(self.number, "ward", 0, start, Budget(rank or terms.rank, steps, depth), 0.0)
-        reply = decode_reply(self.worker.answer(encode_request(TaskRequest(terms, 1, task, 0))), LARGE, {task.id: task})
-        return reply[2] if isinstance(reply, tuple) else reply
-
-    def evaluate(self, terms: RunTerms, start: Adapter) -> EvaluateResult | Refusal:
-        """Ask for an evaluation; returns the result or the refusal."""
-        request = EvaluateRequest(terms, 1, "ward", TaskStart(start, "x"), 0)
-        told = decode_evaluation(self.worker.answer(encode_request(request)), LARGE, request)
-        assert isinstance(told, EvaluateResult | Refusal)
-        return told
-
-
-@cache
-def base_of(model: Path, lora: LoRA, rank: int, seed: int) -> Base:
-    """The server's own copy of the base model."""
-    return load_base(str(model), len(LABELS), lora, rank, derive(seed, "model"), "cpu", PLAIN, LABELS)
-
-
-def stage_at(folder: Path, lifted: bool, limits: str = "", rows: int = ROWS, privacy: str = "") -> Stage:
-    """A site with the default limits, or with the loosest; `limits` are lines that hold in both."""
-    model = tiny_encoder(
-        folder / "model", hidden_size=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )  # without dropout, which only makes the attacks harder
-    given = toy_rows(rows)
-    place = folder / "ward"
-    place.mkdir()
-    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, given)), encoding="utf-8")
-    (place / "site.toml").write_text(
-        f'name = "ward"\nserver = "127.0.0.1:8000"\n[model]\npath = "{model}"\nname = "m"\n[table]\npath = "rows.jsonl"\n'
-        f"[speed]\nflops = 1e9\n{privacy}"
-    )
-    section = f"\n[limits]\n{limits}" if limits else ""
-    if lifted:
-        allow_all(place / "site.toml", section)
-    else:
-        with (place / "site.toml").open("a") as file:
-            file.write(section)
-    weights = base_of(model, LoRA(dropout=0.0, target_modules=QKV), 8, 1).fingerprint()
-    return Stage(accepting(SiteWorker(read_site(place / "site.toml"), secret=SECRET)), given, model, weights)
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------
@@ -157,7 +63,8 @@ def tokens_read(stage: Stage, terms: RunTerms, result: Result) -> list[tuple[int
     downs = [one.down for name, one in result.adapter.factors.items() if "layer.0." in name]
     _, sizes, rows = torch.linalg.svd(torch.cat(downs).double(), full_matrices=False)
     span = rows[sizes > 1e-5 * sizes[0]]
-    embed = base_of(stage.model, terms.lora, min(terms.rank, 64), terms.seed).model.get_base_model().bert.embeddings
+    model: Any = base_of(stage.model, terms.lora, min(terms.rank, 64), terms.seed).model
+    embed = model.get_base_model().bert.embeddings
     found = []
     for place in range(20):
         at = embed.position_embeddings.weight[place] + embed.token_type_embeddings.weight[0]
@@ -165,13 +72,6 @@ def tokens_read(stage: Stage, terms: RunTerms, result: Result) -> list[tuple[int
         rest = (inputs - (inputs @ span.T) @ span).norm(dim=1) / inputs.norm(dim=1)
         found += [(place, token) for token in torch.nonzero(rest < SAME).flatten().tolist()]
     return found
-
-
-def obeyed(told: Any, limit: str = "") -> bool:
-    """Whether a site did what it was told. Where it did not, then for the sake of this limit ("": of any)."""
-    if isinstance(told, Refusal):
-        assert f"[limits] {limit}" in told.reason, told.reason
-    return not isinstance(told, Refusal)
 
 
 def texts_read(stage: Stage, terms: RunTerms, told: Any) -> int:
@@ -408,9 +308,7 @@ def unseen_terms(folder: Path, lifted: bool) -> bool:
     """A run that the owner has not accepted. Lifted: it was accepted."""
     stage = stage_at(folder, False)
     if not lifted:
-        stage.worker.consents = type(stage.worker.consents).__base__(
-            stage.worker.site.folder
-        )  # no owner who accepts at once
+        stage.worker.consents = consent.Consents(stage.worker.site.folder)  # no owner who accepts at once
     return not isinstance(stage.join(stage.terms()), Refusal)
 
 
@@ -419,7 +317,7 @@ def changed_terms(folder: Path, lifted: bool) -> bool:
     stage = stage_at(folder, False)
     assert not isinstance(stage.join(stage.terms()), Refusal)
     if not lifted:
-        stage.worker.consents = type(stage.worker.consents).__base__(stage.worker.site.folder)
+        stage.worker.consents = consent.Consents(stage.worker.site.folder)
         assert not isinstance(stage.join(stage.terms()), Refusal)
     return not isinstance(stage.join(stage.terms(held_out=0.4)), Refusal)
 
@@ -489,7 +387,7 @@ def _named(name: str, run: Callable[[Path, bool], int], **more: Any) -> Attack:
     return Attack(f"a server {name}", run, **more)
 
 
-def _attacks() -> Iterator[Attack]:
+def _readings() -> Iterator[Attack]:
     yield _named(
         "reads the text of the only row it leaves to train on", text_of_the_only_row, reads="texts", in_gate=True
     )
@@ -510,6 +408,9 @@ def _attacks() -> Iterator[Attack]:
     yield _named("asks for many passes over the rows, task after task", many_passes_task_after_task)
     yield _named("chooses which rows are held out", split_by_the_servers_seed, in_gate=True)
     yield _named("averages a site's noise out", noise_averaged_out)
+
+
+def _requests() -> Iterator[Attack]:
     yield _named("offers a run that the owner has not seen", unseen_terms)
     yield _named("changes the terms of a run", changed_terms, in_gate=True)
     yield _named("goes beyond its own terms", beyond_its_terms)
@@ -530,6 +431,7 @@ def _attacks() -> Iterator[Attack]:
     yield _named("drowns the data in a penalty on ranks", ruled("pruning", pruning=Pruning(strength=1e6)))
     yield _named("makes AdamW linear by its clip", offer_training("least_clip", clip=1e-16), in_gate=True)
     yield _named("asks for a huge rate", offer_training("learning_rate", learning_rate=1e8))
+    yield _named("asks for a rate at which nothing moves", offer_training("least_learning_rate", learning_rate=1e-9))
     yield _named("drowns the data in a pull", offer_training("proximal", proximal=1e6))
     yield _named("asks for huge batches", offer_training("batch", batch_size=10**6))
     yield _named("asks for endless texts", offer_training("length", max_length=10**6))
@@ -539,4 +441,4 @@ def _attacks() -> Iterator[Attack]:
     yield _named("drops out all inputs but one", offer("dropout", lora=LoRA(dropout=0.98, target_modules=QKV)))
 
 
-ATTACKS = tuple(_attacks())
+ATTACKS = (*_readings(), *_requests())

@@ -14,7 +14,7 @@ from fedloom.core.types import Result, TaskStart
 from fedloom.deploy.messages.messages import EvaluateResult, Welcome
 from tests.attacks.attack import Attack
 from tests.attacks.every_attack import ATTACKS
-from tests.attacks.server_against_site import STEPS, stage_at
+from tests.attacks.site_stage import STEPS, stage_at
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="many addresses of loopback, /proc")]
 

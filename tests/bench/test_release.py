@@ -21,9 +21,7 @@ def pins(path: Path) -> dict[str, tuple[str, int]]:
     lines = path.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     found = [re.match(r"([\w.-]+)==([^ ;]+)", line) for line in lines if line and not line.startswith("#")]
     assert all(found)
-    return {
-        one[1].lower().replace("_", "-"): (one[2], one.string.count("--hash=sha256:")) for one in found if one
-    }
+    return {one[1].lower().replace("_", "-"): (one[2], one.string.count("--hash=sha256:")) for one in found if one}
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,8 @@ STATUS = {
         EVIL: {"reached": True, "answers": 1, "task": None, "since": None, "rank": 2, "stale": None, "why": EVIL}
     },
     "set_aside": {EVIL: EVIL},
+    "ended": "",
+    "calls_refused": {EVIL: 2},
     "traffic": {"bytes_down": 1, "bytes_up": 1, "resent": 0},
 }
 

@@ -79,7 +79,12 @@ def test_fedfa_over_hlora_over_groups_fills_a_run_folder(recorded: Path) -> None
 def test_the_report_has_a_row_for_each_group(recorded: Path, tmp_path: Path) -> None:
     grid = group_table(read_run_log(recorded))
     assert [row[:2] for row in grid.rows] == [("edge0", "3"), ("edge1", "3")]
-    assert [row[-1].replace("\u00a0", " ") for row in grid.rows] == ["50.0 %", "50.0 %"]
+    manifest = read_run_log(recorded).manifest
+    examples = [sum(manifest["clients"][one]["examples"] for one in group) for group in manifest["groups"].values()]
+    expected = [f"{100 * one / sum(examples):.1f} %" for one in examples]
+    assert [row[-1].replace("\u00a0", " ") for row in grid.rows] == expected, (
+        "as large as the split by chance left them"
+    )
     page = write_report([recorded], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "Seconds inside" in page
     assert "Why its last task" not in page

@@ -149,7 +149,9 @@ def test_another_base_model_under_the_same_name_is_refused(encoder: Path, half: 
 def test_a_damaged_checkpoint_is_refused_and_nothing_is_written(encoder: Path, half: Path, tmp_path: Path) -> None:
     out = shutil.copytree(half, tmp_path / "out")
     good = (out / CHECKPOINT).read_bytes()
-    for bad in (b"", good[:-1], good[:99] + b"x" + good[100:], good.replace(b"[2, ", b"[7, ", 1)):
+    newer = good.replace(b"[%d, " % checkpoint.FORMAT, b"[%d, " % (checkpoint.FORMAT + 1), 1)
+    assert newer != good
+    for bad in (b"", good[:-1], good[:99] + b"x" + good[100:], newer):
         (out / CHECKPOINT).write_bytes(bad)
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
         with pytest.raises(Refused, match=r"cannot be used: .* remove it to begin again at version 0"):

@@ -19,7 +19,9 @@ import torch
 from fedloom.core import fingerprint as fingerprints
 from fedloom.core.codec import DeltaInt8
 from fedloom.core.events import (
+    CanaryScored,
     Cancel,
+    CheckCanary,
     ClientJoined,
     ClientLost,
     Command,
@@ -39,6 +41,7 @@ from fedloom.core.events import (
     Reject,
     Report,
     ScoresReady,
+    SetAside,
     Stop,
     TaskFailed,
     TaskReceived,
@@ -184,6 +187,7 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
         EdgeJoined(profile, (profile,)),
         EdgeReported(ODD, 7, HOSTILE, TOLD, (profile,)),
         EdgeReported(ODD, 7, HOSTILE),
+        CanaryScored(2, {ODD: 0.1, "loss": -0.0}),
     ]
     commands = [*COMMANDS, Dispatch(RICH), Publish(2, MEMORY, ()), Evaluate(2, MEMORY), Reject(ODD, 2, ODD)]
     commands += [
@@ -192,6 +196,7 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
         InsideEdge(ODD, 9, Publish(2, MEMORY, (make_update(ONE, 2, 5),))),
     ]
     commands += [Regroup(3, 0.25, 0.1, (Move(ODD, "e0", "e1"),)), Moved(Move(ODD, "e0", "e1"), 4)]
+    commands += [CheckCanary(2, 3, MEMORY, (ODD, "b")), SetAside(ODD, 9, ODD)]
     assert {type(event) for event in events} == set(get_args(Event))
     assert {type(command) for command in commands} == set(get_args(Command))
     for event in events:

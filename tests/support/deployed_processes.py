@@ -13,6 +13,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from fedloom.core.events import Command, Event
+from fedloom.core.policies import Observer
 from fedloom.core.server import Server
 from fedloom.core.server_state import State
 from fedloom.core.types import Model
@@ -62,7 +63,7 @@ class Life:
         with ExitStack() as opened:
             logs = [opened.enter_context(open_log(self.folder / name, size)) for name, size in sizes.items()]
             metrics, progress = Metrics(logs[1], SlotUsage(server.max_in_flight)), Progress()
-            watching = [Trace(logs[0]), metrics, Archive.of(self.folder / "updates", server)]
+            watching: list[Observer] = [Trace(logs[0]), metrics, Archive.of(self.folder / "updates", server)]
             keeper = CheckpointWriter(self.folder, seconds=0.0, logs=logs)
 
             def observe(now: float, event: Event, commands: list[Command]) -> None:
@@ -88,7 +89,12 @@ class Life:
             hints = {name: hint for kind in kinds for name, hint in saved_fields(kind).items()}
             restore_fields(stored.read(hints) if stored else {}, keeper.owners)
             send = self.net.send
-            self.net.send = lambda node, body, largest: self.dies() or send(node, body, largest)  # type: ignore[assignment,method-assign]
+
+            def send_or_die(node: int, body: bytes, largest_reply: int) -> str:
+                self.dies()
+                return send(node, body, largest_reply)
+
+            self.net.send = send_or_die  # type: ignore[method-assign]
             try:
                 return running.run(self.net.pause)
             finally:

@@ -92,8 +92,8 @@ MUTANTS = [
     ),
     Mutant(
         "a rejected answer closes its task",
-        "reason = why_invalid(task, result)\n",
-        "reason = why_invalid(task, result)\n                if reason:\n                    self._release(number)\n",
+        "return Reject(client, number, reason)  # the task stays outstanding: a better answer may come",
+        "self._release(number)\n                    return Reject(client, number, reason)",
         SCHEDULES,
     ),
     Mutant(
@@ -170,7 +170,7 @@ MUTANTS = [
     ),
     Mutant(
         "a tree forgets what is on its way",
-        "times += [self.below.messages[0][0]] if self.below.messages else []",
+        "times += [self.below.messages[0][0]] if self.below.messages and not self._scoring else []",
         "",
         TREES,
     ),
@@ -423,8 +423,8 @@ MUTANTS = [
     ),
     Mutant(
         "an aborted place stays taken",
-        "commands: list[Command] = [self._cancel(number) for number in merge.cancel]",
-        "commands: list[Command] = [Cancel(number, self.state.busy[number].client) for number in merge.cancel]",
+        "[self._cancel(number) for number in merge.cancel if number in state.busy]",
+        "[Cancel(number, state.busy[number].client) for number in merge.cancel if number in state.busy]",
         SCHEDULES,
     ),
     Mutant(
@@ -469,6 +469,12 @@ MUTANTS = [
         "return self.counts.highest.get(run_hash) == (task, request)",
         "return True",
         "deploy/site/test_worker.py",
+    ),
+    Mutant(
+        "a late message costs the state of the answer that was accepted last",
+        "kept = {task, last_accepted, *newest, _named_by_newest(stored)}",
+        "kept = {task, last_accepted, *newest}",
+        "deploy/site/test_answer_journal.py",
     ),
     Mutant(
         "an exchanged secret is taken",

@@ -304,7 +304,10 @@ def status_view(status: Mapping[str, Any], age: float) -> Group:
     ]
     if scores:
         lines.append("Scores " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    if age > 60:
+    if status["calls_refused"]:
+        counts = ", ".join(f"{name} {calls}" for name, calls in status["calls_refused"].items())
+        lines.append(printable(f"Calls refused by the gate: {counts}", lines=False))
+    if age > 60 and not status["ended"]:
         lines.append(Text(f"Nothing was written for {age:,.0f} s: is the server still running?", "yellow"))
     clients = status["clients"].items()
     why = [printable(f"{name}: {client['why']}", lines=False) for name, client in clients if client.get("why")]

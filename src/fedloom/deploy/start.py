@@ -77,7 +77,7 @@ def run_deployment(
         recording.track(deployment)
         if last:
             deployment.repeat(last)
-        reason = deployment.run(between)
+        status.ended = reason = deployment.run(between)
         job.check_failures(reason)
         counted = label_lines(recording.progress.confusions)
         for line in (*counted, *held_out_lines(job, deployment, between), *sample_lines(job)):

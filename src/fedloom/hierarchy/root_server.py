@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from fedloom.core.change_norms import NormLimits
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, EdgeJoined, EdgeReported, Event, Reject
 from fedloom.core.model_shape import Shape
@@ -48,10 +49,13 @@ class RootServer:
 
         Args:
             server: holds the global model and the policies of the root.
-            trusted: the edges are part of this process, and what they report is not checked.
+            trusted: the edges are part of this process, and what they report is not checked: they judged each answer of a member, and
+                a merge of few low ranks may rightly move the factors further than training does.
             learned: called with an edge whose statistics were written down, before the server plans with them.
         """
         self.server, self.trusted, self.learned = server, trusted, learned
+        if trusted:
+            server.norm_limits = NormLimits()
 
     @property
     def state(self) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -229,3 +230,17 @@ class Task:
 
     def cancel(self) -> None:
         self.ended = True
+
+
+def test_what_is_refused_is_said_once_a_minute_with_how_often(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate = Gate(1, tmp_path)
+    for reason in ("413 large", "413 large", "413 large", "429 much"):
+        error = RequestRefused(reason)
+        assert gate._reported_refusal(None, error) is error
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["site"], line["reason"], line["times"]) for line in said] == [
+        ("a site", "413 large", 1),
+        ("a site", "429 much", 3),
+    ]

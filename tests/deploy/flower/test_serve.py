@@ -17,6 +17,7 @@ from fedloom.deploy.flower.roster import ROSTER, read_roster
 from fedloom.deploy.flower.serve import NOTE, Serving, serve_deployment
 from fedloom.deploy.flower.server_processes import ServerSetup, server_processes
 from fedloom.deploy.flower.supervisor import LogFollower, free_port, program
+from fedloom.deploy.server.status import read_refusals
 from tests.deploy.flower.test_address import ipv6
 from tests.support import federation
 
@@ -123,7 +124,8 @@ def test_what_the_gate_refuses_is_said(tmp_path: Path) -> None:
     server = ServerSetup(tmp_path, "127.0.0.1", insecure=True)
     one = Serving(server, nobody, nobody, said.append, nobody, 0, gate_log=LogFollower(log))  # type: ignore[arg-type]
     lines = [
-        '{"event": "refused", "site": "one", "reason": "413 too large"}',
+        '{"event": "refused", "site": "one", "reason": "413 too large", "times": 1}',
+        '{"event": "refused", "site": "one", "reason": "429 too much", "times": 3}',
         "Traceback",
         '{"event": "other"}',
         "[]",
@@ -131,4 +133,8 @@ def test_what_the_gate_refuses_is_said(tmp_path: Path) -> None:
     ]
     log.write_text("\n".join(lines) + "\n", encoding="utf-8")
     one._say_refusals()
-    assert said == ["the gate refused one: 413 too large"]
+    assert said == [
+        "the gate refused one: 413 too large",
+        "the gate refused one: 429 too much (3 calls since it was said last)",
+    ]
+    assert read_refusals(tmp_path) == {"one": 4}

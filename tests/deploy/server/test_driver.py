@@ -16,6 +16,7 @@ from rich.console import Console
 from fedloom import CA2FL, Averaged, DeltaInt8, FedBuff, FedFa, FedIT, Half, Immediate, ProductDelta, Rounds, Scaffold
 from fedloom.cli.deploy import status_view
 from fedloom.core.canary import Canary
+from fedloom.core.files import write_json
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.server import Limits, Server
 from fedloom.core.types import Budget, Profile, Task
@@ -34,7 +35,7 @@ from fedloom.deploy.messages.messages import (
 from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.key_facts import KeyFacts
 from fedloom.deploy.server.reply_events import REGION
-from fedloom.deploy.server.status import PrometheusFigures, Status, read_status
+from fedloom.deploy.server.status import REFUSALS_FILE, PrometheusFigures, Status, read_status
 from fedloom.runs.replay import replay
 from fedloom.schedule.fedasync import FedAsync
 from tests.support import toys
@@ -293,6 +294,16 @@ def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "c2" in text
     assert "still running?" in text
+    write_json(tmp_path / REFUSALS_FILE, {"c1": 4})
+    status.ended = "50 versions made"
+    status.write()
+    ended = read_status(tmp_path)
+    assert ended["calls_refused"] == {"c1": 4}
+    assert ended["waits"] == "for nothing: the run has ended, 50 versions made"
+    console.print(status_view(ended, age=100.0))
+    text = console.file.getvalue().removeprefix(text)  # type: ignore[attr-defined]
+    assert "Calls refused by the gate: c1 4" in text
+    assert "still running?" not in text
     figures = {one.name: one for one in PrometheusFigures(status).collect()}
     assert figures["fedloom_version"].samples[0].value == told["version"]
     assert figures["fedloom_answers_accepted"].samples[0].value == status.observation.accepted > 0

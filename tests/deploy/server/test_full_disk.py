@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,27 +27,15 @@ from fedloom.runs import checkpoint
 from fedloom.runs.prepare import prepare
 from fedloom.runs.replay import replay
 from tests.support.deployment_runs import folder_of, net_of, run_of
+from tests.support.small_disk import crowd, small_disk
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/dev/full and tmpfs")
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A disk of two megabytes."""
-    if os.geteuid():
-        pytest.skip("a disk of its own needs root")
-    place = tmp_path / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], check=True)
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
-def crowd(place: Path, left: int) -> Path:
-    """So many bytes are left, about, until the file is removed."""
-    ballast, free = place / "ballast", os.statvfs(place)
-    ballast.write_bytes(bytes(free.f_bavail * free.f_frsize - left))
-    return ballast
+    with small_disk(tmp_path / "small") as place:
+        yield place
 
 
 def test_a_full_disk_is_known_however_it_is_told(small: Path) -> None:
@@ -92,7 +79,8 @@ def test_the_last_word_finds_its_place_on_a_full_disk(small: Path) -> None:
 def lived(folder: Path, attempt: int, run: Any) -> int | None:
     """A ServerApp in a process of its own; returns how it ended."""
     context: Any = SimpleNamespace(run_config={"folder": str(folder), "attempt": attempt})
-    child = multiprocessing.get_context("fork").Process(target=run_server_app, args=(None, context, run))
+    grid = SimpleNamespace(run=SimpleNamespace(run_id=attempt))
+    child = multiprocessing.get_context("fork").Process(target=run_server_app, args=(grid, context, run))
     child.start()
     child.join(120)
     return child.exitcode

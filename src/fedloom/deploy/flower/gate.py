@@ -216,6 +216,7 @@ class Gate:
         self._connections = Connections(self._limits)
         self._pushes = dict[str, asyncio.Semaphore]()
         self._reported = dict[tuple[str, str], float]()
+        self._refused = dict[str, int]()
 
     async def listen(self, door: socket.socket) -> NoReturn:
         """Accept connections at an open socket until the task is cancelled."""
@@ -319,8 +320,9 @@ class Gate:
             raise RequestRefused(f"{status} {error}", code) from error
 
     def _reported_refusal(self, caller: RosterEntry | None, error: RequestRefused) -> RequestRefused:
-        """Say that something was refused to a known site, the same once a minute; returns the error."""
+        """Say that something was refused to a known site, the same once a minute, with how often; returns the error."""
         name, now = caller.name if caller else "a site", time.monotonic()
+        self._refused[name] = self._refused.get(name, 0) + 1
         if now > self._reported.get((name, str(error)), -DAY) + 60:
             self._reported[name, str(error)] = now
             line = {
@@ -329,6 +331,7 @@ class Gate:
                 "event": "refused",
                 "site": name,
                 "reason": str(error),
+                "times": self._refused.pop(name),
             }
             sys.stderr.write(json.dumps(line) + "\n")
         return error

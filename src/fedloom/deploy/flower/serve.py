@@ -29,7 +29,7 @@ from fedloom.deploy.flower.supervisor import (
     stop_on_sigterm,
     write_secret,
 )
-from fedloom.deploy.server.status import read_status
+from fedloom.deploy.server.status import REFUSALS_FILE, read_status
 
 TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
 """Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""
@@ -79,6 +79,7 @@ class Serving:
     listed: dict[str, keys.Registered] = field(default_factory=dict)
     roster: list[RosterEntry] | None = None
     gate_log: LogFollower | None = None
+    refusals: dict[str, int] = field(default_factory=dict)
 
     def look(self) -> str | None:
         """Check the processes and the run once; returns why the run ended, once it has.
@@ -96,7 +97,7 @@ class Serving:
         self._look_for_room()
         self._try(self._admit)
         self._announce()
-        self._say_refusals()
+        self._try(self._say_refusals)
         self._relay()
         return self._try(self._follow)
 
@@ -186,12 +187,16 @@ class Serving:
             self.say(f"{name} {what}; {len(self.here)} here" + (f" of {len(of)}" if of else ""))
 
     def _say_refusals(self) -> None:
-        """Say what the gate refused to a site whose key it knows."""
+        """Say what the gate refused to a site whose key it knows, and write down how often, for `fedloom status`."""
         for line in self.gate_log.lines() if self.gate_log else []:
             with suppress(ValueError, LookupError, TypeError):  # not one of its lines of JSON
                 note = json.loads(line)
                 if note["event"] == "refused":
-                    self.say(f"the gate refused {note['site']}: {note['reason']}")
+                    site, times = str(note["site"]), int(note["times"])
+                    self.refusals[site] = self.refusals.get(site, 0) + times
+                    often = f" ({times} calls since it was said last)" if times > 1 else ""
+                    self.say(f"the gate refused {site}: {note['reason']}{often}")
+                    write_json(self.server.folder / REFUSALS_FILE, self.refusals)
 
     def _relay(self) -> None:
         """Say what the driver waits for, when that has changed, and not too often."""
@@ -293,6 +298,7 @@ def _serve(
     with hold_folder(server.home / "lock", server.folder), listen_at("--port", server.address) as sockets:
         _check_metrics_port(facts.get("metrics_port"))
         write_json(note, {**facts, "insecure": server.insecure})
+        (server.folder / REFUSALS_FILE).unlink(missing_ok=True)
         write_secret(server.home / "secret")
         inner = free_port()
         control = SuperLink(server.home, inner, None if server.insecure else server.folder / "keys" / "ca.crt")

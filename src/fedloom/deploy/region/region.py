@@ -291,10 +291,8 @@ class Region:
         """Return why nothing is done about a request; None if it is."""
         if reason := why_refused(self.site, request, time_of_day()):
             return reason
-        if self.terms is None:
-            self.terms = request.terms
-            with atomic_write(self.folder / ABOVE) as draft:
-                draft.write_bytes(encode_request(JoinRequest(request.terms, 0)))
+        if self.terms is None or is_longer(request.terms, self.terms):
+            self._keep_terms(request.terms)
         if request.terms != self.terms:
             return "the region works for another run, or for other settings of it: start it anew in another folder"
         if self.running is None:
@@ -307,6 +305,14 @@ class Region:
         if not self.running.opened:
             return f"the region waits for {self.min_sites - len(self.running.clients)} more of {self.min_sites} sites"
         return None if self.running.clients else "none of the region's sites can be reached"
+
+    def _keep_terms(self, terms: RunTerms) -> None:
+        """Write down the terms of the server above; the sites are asked under them from now on, and their owners accept them anew."""
+        self.terms = terms
+        with atomic_write(self.folder / ABOVE) as draft:
+            draft.write_bytes(encode_request(JoinRequest(terms, 0)))
+        if self.running is not None:
+            self.running.terms = terms
 
     def _welcome(self, request: JoinRequest) -> bytes:
         """Present all its sites as one client: the examples of all, the speed and the memory of the least."""
@@ -321,6 +327,11 @@ class Region:
     def _refuse(self, task: int | None, reason: str, lasting: bool) -> bytes:
         LOG.warning("refused: %s", reason)
         return encode_reply(Refusal(self.site.name, task, " ".join(reason.split())[:1000], lasting))
+
+
+def is_longer(new: RunTerms, old: RunTerms) -> bool:
+    """Return whether terms are the old ones with a later end, as `fedloom serve --more` gives them."""
+    return new.versions > old.versions and replace(new, versions=old.versions) == old
 
 
 def begin_evaluation(request: EvaluateRequest, server: RegionServer, running: Deployment) -> Evaluation:

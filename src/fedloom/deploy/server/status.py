@@ -23,17 +23,20 @@ from fedloom.runs.observation import RunObservation, TaskAnswered, staleness_in
 
 LOG = getLogger("fedloom.deploy.server")
 STATUS_FILE = "status.json"
+REFUSALS_FILE = "refusals.json"
+"""Beside it, from `fedloom serve`: by site, the calls that the gate has refused since the server was started."""
 WRITE_EVERY = 1.0
 """Seconds between two writings of the file."""
 _FIGURE = float | None
 _COUNT = int | None
 _FIELDS: Mapping[str, Any] = {
     **dict.fromkeys(("version", "versions", "incarnation", "accepted", "rejected", "failed"), int),
-    **dict.fromkeys(("run", "waits"), str),
+    **dict.fromkeys(("run", "waits", "ended"), str),
     **dict.fromkeys(("seconds", "at"), float),
     "mean_staleness": _FIGURE,
     "scores": dict[str, _FIGURE],
     "set_aside": dict[str, str],
+    "calls_refused": dict[str, int],
     "clients": dict[str, dict[str, bool | float | str | None]],
     "traffic": dict[str, float],
 }
@@ -63,6 +66,7 @@ class Status:
         why_set_aside: by client of which the canary set answers aside, the reason of the last time.
         other_examples: by client, the examples that its last answer told of, where these are not those that it registered.
         written: when the file was written last (s of the monotonic clock).
+        ended: why the run has ended ("": it goes on).
     """
 
     folder: Path
@@ -74,6 +78,7 @@ class Status:
     why_set_aside: dict[str, str] = field(default_factory=dict)
     other_examples: dict[str, int] = field(default_factory=dict)
     written: float = 0.0
+    ended: str = ""
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """Count one step."""
@@ -121,6 +126,7 @@ class Status:
             "seconds": round(running.elapsed, 1),
             "incarnation": running.incarnation,
             "waits": self.waits(),
+            "ended": self.ended,
             "accepted": seen.accepted,
             "rejected": seen.rejected,
             "failed": seen.failed,
@@ -130,6 +136,7 @@ class Status:
                 client: f"{plural(seen.set_aside.get(client, 1), 'answer')} set aside; the last time {reason}"
                 for client, reason in sorted(self.why_set_aside.items())
             },
+            "calls_refused": read_refusals(self.folder),
             "clients": clients,
             "traffic": asdict(running.traffic),
         }
@@ -139,8 +146,10 @@ class Status:
         running = self.deployment
         if running.evaluation and (awaited := running.evaluation.awaited()):
             return f"for evaluations of the last version by {', '.join(awaited)}"
+        if self.ended:
+            return f"for nothing: the run has ended, {self.ended}"
         resting = [
-            f"{node.client or node.name or number}: {node.why}"
+            f"{node.client or node.name or f'node {number}'}: {node.why}"
             for number, node in running.nodes.reachable.items()
             if node.why
         ]
@@ -227,6 +236,10 @@ class PrometheusFigures:
         for name, value in status["scores"].items():
             scores.add_metric([name], value)
         yield scores
+        refused = CounterMetricFamily("fedloom_calls_refused", "Calls that the gate refused", labels=["client"])
+        for name, calls in status["calls_refused"].items():
+            refused.add_metric([name], calls)
+        yield refused
         answers = CounterMetricFamily("fedloom_client_answers", "Accepted answers", labels=["client"])
         for name, client in status["clients"].items():
             answers.add_metric([name], client["answers"])
@@ -248,6 +261,15 @@ def read_status(folder: Path) -> Mapping[str, Any]:
         )
         raise Refused("DIR", str(folder), remedy) from error
     return status
+
+
+def read_refusals(folder: Path) -> dict[str, int]:
+    """Return by site how many of its calls the gate has refused, as far as `fedloom serve` has written it down."""
+    try:
+        counts: dict[str, int] = Decoder(finite=True).read(dict[str, int], files.read_json(folder / REFUSALS_FILE))
+    except (OSError, ValueError):
+        return {}
+    return counts
 
 
 def _check(kinds: Mapping[str, Any], data: Mapping[str, Any]) -> None:

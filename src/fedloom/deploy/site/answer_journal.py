@@ -5,8 +5,11 @@ asks again and gets the same bytes. The digest of the request tells whether it i
 number of a task that never left to another one. Each request names the last task of its client that the server accepted: what
 that one left behind is where the next one begins, and what a later one left is void.
 
-What is forgotten goes by the numbers of tasks and by the order in which runs were worked for, `order.json`. No clock is asked: one
-that was set back would make the answer that was just given look old. Folders are their owner's alone, whatever the umask.
+What is forgotten goes by the order in which runs were worked for, `order.json`, and in a run by the start of the server and the
+number of the task, `tasks.json`. A message that comes late has a lower start or a lower number than those that came before it, so it
+never makes the journal forget the newest task or the one that this names as accepted. A server that is itself hostile can; it loses
+the state of its own run by that, and no task is trained with the same draws again (`request_record`). No clock is asked: one that
+was set back would make the answer that was just given look old. Folders are their owner's alone, whatever the umask.
 
 The files are the site's own and are read as checkpoints are (`runs.checkpoint`); a damaged one counts as none, and its task is
 trained again.
@@ -15,7 +18,8 @@ trained again.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
 from logging import getLogger
 from pathlib import Path
 
@@ -29,10 +33,13 @@ from fedloom.runs.checkpoint import read_checkpoint, write_checkpoint
 
 LOG = getLogger("fedloom.worker")
 ORDER = "order.json"
+INDEX = "tasks.json"
 RUNS = 8
 """How many runs are remembered."""
 TASKS = 4
-"""How many tasks of a run are remembered besides the last one that was accepted: a server may ask for any of them again."""
+"""How many of the newest tasks of a run are remembered, besides the one just answered and those that were accepted last: a server may
+ask for any of them again.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,21 @@ class CompletedTask:
     request_digest: str
     answer: Tensor
     client_state: ClientState
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTask:
+    """What is known of a stored task beside its file.
+
+    Fields:
+        incarnation: number of the latest start of the server that asked for it.
+        last_accepted: the task that its request named as accepted last (0: none).
+        request_digest: names what was asked ("": not known).
+    """
+
+    incarnation: int = 0
+    last_accepted: int = 0
+    request_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +94,53 @@ class AnswerJournal:
             return None
         return completed
 
-    def record(self, run: str, task: int, done: CompletedTask, last_accepted: int) -> None:
-        """Remember a task, and the one that was accepted last; forget what nobody will ask for again."""
+    def record(self, run: str, task: int, done: CompletedTask, last_accepted: int, incarnation: int = 0) -> None:
+        """Remember a task, unless it came late and another of its number is stored; forget what nobody will ask for again.
+
+        Args:
+            run: hash of the run.
+            task: number of the task; of two tasks with one number, the one of the later start of the server is kept.
+            done: what was asked and answered.
+            last_accepted: the task that the request named as accepted last (0: none).
+            incarnation: number of the server's start.
+        """
         private_folder(self.folder)
         path = self._path(run, task)
         private_folder(path.parent)
+        stored = self._stored(run)
+        before, accepted = stored.get(task), _named_by_newest(stored)
+        # no start of a server gives the number of an accepted task to another one
+        other = before is not None and before.request_digest != done.request_digest
+        if before is not None and other and incarnation < before.incarnation + (task == accepted):
+            return
+        latest = max(incarnation, before.incarnation if before else 0)
+        stored[task] = StoredTask(latest, last_accepted, done.request_digest)
+        newest = sorted(stored, key=lambda number: (stored[number].incarnation, number))[-TASKS:]
+        kept = {task, last_accepted, *newest, _named_by_newest(stored)}
         write_checkpoint(path, {"done": done})
-        files = {int(one.stem): one for one in path.parent.glob("*.safetensors") if one.stem.isdecimal()}
-        # the numbers after this one are of a server that has since gone back to an earlier checkpoint
-        latest = sorted((number for number in files if number <= task), reverse=True)[:TASKS]
-        for number in files.keys() - {*latest, last_accepted}:
-            files[number].unlink()
+        self._write_index(run, {number: one for number, one in stored.items() if number in kept})
+        for number in stored.keys() - kept:
+            self._path(run, number).unlink(missing_ok=True)
         self._forget_runs(run)
+
+    def note_repeated(self, run: str, task: int, incarnation: int) -> None:
+        """Write down that a later start of the server asked for a stored task again: from then on it is as new as that start."""
+        stored = self._stored(run)
+        if task in stored and stored[task].incarnation < incarnation:
+            self._write_index(run, stored | {task: replace(stored[task], incarnation=incarnation)})
+
+    def _write_index(self, run: str, stored: Mapping[int, StoredTask]) -> None:
+        write_json(self.folder / run / INDEX, {str(number): astuple(stored[number]) for number in sorted(stored)})
+
+    def _stored(self, run: str) -> dict[int, StoredTask]:
+        """The tasks of a run whose files are there; where the index is damaged or too old, only their numbers are known."""
+        folder = self.folder / run
+        try:
+            index = read_json(folder / INDEX)
+        except (FileNotFoundError, Refused):
+            index = {}
+        numbers = [int(one.stem) for one in folder.glob("*.safetensors") if one.stem.isdecimal()]
+        return {number: _stored_task(index.get(str(number))) for number in numbers}
 
     def _forget_runs(self, run: str) -> None:
         """Write down that this run was worked for last, and forget those that were not for longest."""
@@ -107,3 +164,17 @@ class AnswerJournal:
 
     def _path(self, run: str, task: int) -> Path:
         return self.folder / run / f"{task}.safetensors"
+
+
+def _named_by_newest(stored: Mapping[int, StoredTask]) -> int:
+    """Return the task that the newest one names as accepted last (0: none)."""
+    return max(((one.incarnation, number, one.last_accepted) for number, one in stored.items()), default=(0, 0, 0))[2]
+
+
+def _stored_task(facts: object) -> StoredTask:
+    """Return what an index says of a task; nothing where it is damaged."""
+    match facts:
+        case [int(incarnation), int(last_accepted), str(digest)]:
+            return StoredTask(incarnation, last_accepted, digest)
+        case _:
+            return StoredTask()

@@ -211,7 +211,7 @@ def _rows(terms: RunTerms, limits: SiteLimits) -> Iterator[tuple[str, str, str]]
     rows = terms.steps * training.batch_size
     layers = lora.target_modules or "the usual ones of this model"
     length = training.max_length or "the longest"
-    yield "run", f"{terms.run} ({terms.run_hash})", " or ".join(limits.runs)
+    yield "run", f"{terms.run} ({terms.run_hash})", "any" if "*" in limits.runs else " or ".join(limits.runs)
     yield "base model", f"{terms.model}, weights {terms.weights or 'not said'}", "its own copy"
     yield "answers", "text" if terms.labels is None else f"labels {', '.join(terms.labels)}", ""
     yield "layers", layers if isinstance(layers, str) else ", ".join(layers), ", ".join(limits.layers or ("all",))
@@ -227,7 +227,7 @@ def _rows(terms: RunTerms, limits: SiteLimits) -> Iterator[tuple[str, str, str]]
     yield (
         "optimiser",
         f"{rates}, weight decay {training.weight_decay:g}",
-        f"{limits.learning_rate:g}, weight decay {limits.weight_decay:g}",
+        f"{limits.least_learning_rate:g} to {limits.learning_rate:g}, weight decay {limits.weight_decay:g}",
     )
     yield "clip", f"{training.clip:g}", f"{limits.least_clip:g} to {limits.clip:g}"
     yield "pull", f"{training.proximal:g}", f"{limits.proximal:g}"

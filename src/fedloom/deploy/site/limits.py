@@ -52,6 +52,7 @@ class SiteLimits(BaseModel):
         epochs: passes over the rows in one task (default 1).
         total_epochs: passes over the rows in a run (default 20: two for each of the usual ten versions).
         learning_rate: largest learning rate, of `up` too (default 1e-2).
+        least_learning_rate: smallest learning rate (default 1e-6: below, nothing moves, and all steps add up one gradient).
         least_clip: smallest norm to which a gradient is cut (default 0.1: below, AdamW hands gradients through).
         clip: largest norm to which a gradient is cut (default 10).
         least_scaling: smallest scaling of an adapter (default 0.1; as least_clip).
@@ -95,6 +96,7 @@ class SiteLimits(BaseModel):
     epochs: float = Field(default=1.0, gt=0)
     total_epochs: float = Field(default=20.0, gt=0)
     learning_rate: float = Field(default=1e-2, gt=0)
+    least_learning_rate: float = Field(default=1e-6, ge=0)
     least_clip: float = Field(default=0.1, ge=0)
     clip: float = Field(default=10.0, gt=0)
     least_scaling: float = Field(default=0.1, ge=0)
@@ -141,10 +143,10 @@ class SiteLimits(BaseModel):
 
 LOOSEST = SiteLimits(
     rank=2**20, steps=10**9, least_steps=1, least_rows=1, least_scored=1, evaluations=10**6, losses=True, least_batch=1,
-    batch=10**9, epochs=1e12, total_epochs=1e12, learning_rate=1e12, least_clip=0.0, clip=1e30, least_scaling=0.0,
-    scaling=1e30, least_values=0.0, values=1e30, dropout=1 - 1e-9, weight_decay=1e30, proximal=1e30, pruning=1e30,
-    length=10**9, least_length=4, held_out=1 - 1e-9, folds=True, controls=True, tasks_a_day=10**9, seconds=1e8,
-    megabytes_a_day=1e12, cache_megabytes=1e9, threads=1024, labels=10**6,
+    batch=10**9, epochs=1e12, total_epochs=1e12, learning_rate=1e12, least_learning_rate=0.0, least_clip=0.0, clip=1e30,
+    least_scaling=0.0, scaling=1e30, least_values=0.0, values=1e30, dropout=1 - 1e-9, weight_decay=1e30, proximal=1e30,
+    pruning=1e30, length=10**9, least_length=4, held_out=1 - 1e-9, folds=True, controls=True, tasks_a_day=10**9,
+    seconds=1e8, megabytes_a_day=1e12, cache_megabytes=1e9, threads=1024, labels=10**6,
 )  # fmt: skip
 """All that can be allowed: for a region, which has no data, and for tests of other things than limits."""
 
@@ -235,7 +237,8 @@ def _terms_asked(terms: RunTerms) -> Iterator[Asked]:
     yield Asked("least_steps", terms.steps, f"the tasks of the run have {_count(terms.steps, 'step')}")
     yield Asked("batch", training.batch_size, f"the run trains on batches of {training.batch_size}")
     yield Asked("least_batch", training.batch_size, f"the run trains on batches of {training.batch_size}")
-    yield Asked("learning_rate", training.learning_rate, f"the run has a learning rate of {training.learning_rate:g}")
+    for limit in ("learning_rate", "least_learning_rate"):
+        yield Asked(limit, training.learning_rate, f"the run has a learning rate of {training.learning_rate:g}")
     yield Asked("clip", training.clip, f"the run cuts gradients to a norm of {training.clip:g}")
     yield Asked("least_clip", training.clip, f"the run cuts gradients to a norm of {training.clip:g}")
     yield Asked("weight_decay", training.weight_decay, f"the run has a weight decay of {training.weight_decay:g}")

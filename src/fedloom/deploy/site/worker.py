@@ -260,6 +260,7 @@ class SiteWorker:
         if completed is not None and completed.request_digest == digest:
             LOG.info("task %d was done before: the same answer again", number)
             self.repeated += 1
+            self.journal.note_repeated(run, number, request.incarnation)
             return self._send(replace(entry, kind="task answered", again=True), _bytes_of(completed))
         ready, before = self._ready(request, entry), self._last_client_state(request)
         _check_fits(ready, request.task.start)
@@ -281,7 +282,7 @@ class SiteWorker:
         reported = {name: v for name, v in received.metrics.items() if self.site.limits.losses or name not in LOSSES}
         result = replace(result, metrics={**reported, "seconds_train": seconds})
         data = encode_result(task, result, residual_of(task.start, before))
-        self.journal.record(run, number, _completed(digest, data, state), request.last_accepted)
+        self.journal.record(run, number, _completed(digest, data, state), request.last_accepted, request.incarnation)
         self.trained += 1
         summary = (number, result.steps, task.budget.rank, seconds, len(data))
         LOG.info("task %d: %d steps at rank %d in %.1f s, an answer of %d bytes", *summary)
