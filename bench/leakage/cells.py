@@ -90,7 +90,7 @@ CELLS = {
     "places, two steps": Cell("places", Setting(steps=2), {"targets": 3}),
     "places, linear": Cell("places", LINEAR, {"targets": 4}, dropout=0.0),
     "rows, four epochs": Cell("rows", Setting(rows=20, batch=4, steps=20), CLIENTS),
-    "rows, largest rate": Cell("rows", Setting(learning_rate=1e-2), CLIENTS),
+    "rows, rate of 1e-2": Cell("rows", Setting(learning_rate=1e-2), CLIENTS),
     "words, 20 rows": Cell("words", Setting(rows=20, batch=4, steps=5), FEW),
     "words, rank 2": Cell("words", Setting(rank=2, rows=20, batch=4, steps=1), MANY),
     "places, one row, rank 2": Cell("places", Setting(2, 1, 1, 1, seed_known=True), {"targets": 4}),

@@ -117,7 +117,7 @@ def text_by_a_remainder_of_one(folder: Path, lifted: bool) -> int:
 def text_within_all_limits(folder: Path, lifted: bool) -> int:
     """Everything as near to a bare gradient as the limits allow: the answer's 24 directions are mixtures of a thousand tokens."""
     stage = stage_at(folder, lifted)
-    training = Training(learning_rate=1e-2, batch_size=8, max_length=16, clip=0.1, bucket=True, keep_moments=False)
+    training = Training(learning_rate=1e-3, batch_size=8, max_length=16, clip=0.1, bucket=True, keep_moments=False)
     lora = LoRA(dropout=0.0, target_modules=QKV, scaling=0.1)
     terms = stage.terms(rank=8, lora=lora, training=training, held_out=0.4)
     if lifted:

@@ -33,6 +33,7 @@ from tests.support.sites import terms_of
 from tests.support.storms import tries
 
 TERMS = replace(terms_of(), weights="0" * 12, steps=20, held_out=0.2, versions=12)
+TERMS = replace(TERMS, training=replace(TERMS.training, learning_rate=1e-3))
 OTHERS: dict[str, Any] = {
     "run": "other", "run_hash": "f" * 12, "model": "other", "rank": 5, "lora": LoRA(scaling=3.0),
     "training": Training(clip=2.0, decay=linear), "engine": Engine(), "threads": 2, "seed": 4, "labels": ("a", "b"),
@@ -157,7 +158,7 @@ def test_the_terms_fit_a_terminal_and_do_nothing_to_it(run: str, privacy: str, l
 def test_the_owner_sees_all_that_a_limit_bounds() -> None:
     text = "\n".join(terms_lines(TERMS, SiteLimits()))
     for word in (
-        terms_hash(TERMS), "0" * 12, "colour, pet", "at most 4", "all layers", "AdamW, learning rate 0.01", "0.1 to 10",
+        terms_hash(TERMS), "0" * 12, "colour, pet", "at most 4", "all layers", "AdamW, learning rate 0.001", "0.1 to 10",
         "8 rows", "at most 20", "at most 160 (20 x 8)", "32 tokens", "0.2 of the rows", "version 12", "1 x at the end",
         "nothing is promised", "What this means:", "Rare words", "the share of each label",
     ):  # fmt: skip

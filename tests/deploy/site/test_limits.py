@@ -40,7 +40,7 @@ ROWS = 1000
 PAIR = Factor(torch.ones(2, 8), torch.full((8, 2), 0.01))
 ADAPTER = Adapter({"layer.0.query": PAIR}, {"head": torch.full((2, 8), 0.1)})
 TERMS = replace(
-    terms_of(training=Training(max_length=64, clip=1.0, learning_rate=5e-3), weights="0" * 12), steps=20, held_out=0.2
+    terms_of(training=Training(max_length=64, clip=1.0, learning_rate=5e-4), weights="0" * 12), steps=20, held_out=0.2
 )
 TASK = Task(1, "ward", 0, TaskStart(ADAPTER, "0"), Budget(2, 10), 0.0)
 WORK, EXAM = TaskRequest(TERMS, 1, TASK, 0), EvaluateRequest(TERMS, 1, "ward", TASK.start, 0)
