@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,7 @@ class Guard:
     """
 
     claimed: bool = True
-    norm_ratio: float | None = 20.0
+    norm_ratio: float | None = 5.0
     step_ratio: float | None = 3.0
     canary: Canary | None = None
 
@@ -150,7 +151,7 @@ def weight_of_a_liar(guard: Guard | None = None, seeds: Sequence[int] = range(5)
 
 def strongest_liars(guard: Guard) -> list[Liar]:
     """Return liars whose change is turned round: as large as the limits allow, to undo what others bring, too small to be seen."""
-    changes = [largest_allowed(guard), turned(3.0), turned(1.0), turned(0.3), turned(0.1)]
+    changes = [largest_allowed(guard), turned(3.0), turned(5 / 3), turned(1.0), turned(0.3), turned(0.1)]
     return [Liar(LARGEST, LARGEST, change) for change in changes]
 
 
@@ -161,11 +162,15 @@ def federation(
     method: Aggregator | None = None,
     versions: int = VERSIONS,
     seed: int = 0,
+    alpha: float | None = None,
 ) -> Outcome:
-    """Carry out a run of six sites and return how it went; `seed` draws their rows, and what is to be learnt."""
+    """Carry out a run of six sites and return how it went; `seed` draws their rows, and what is to be learnt.
+
+    With `alpha` the classes of each site have shares of a Dirichlet distribution.
+    """
     first = 1000 * seed
     teacher = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(first + 1))
-    rows = {f"c{k}": examples(teacher, first + 10 + k, EXAMPLES) for k in range(SITES)}
+    rows = {f"c{k}": examples(teacher, first + 10 + k, EXAMPLES, alpha) for k in range(SITES)}
     test, canaries = examples(teacher, first + 99, 1000), examples(teacher, first + 98, 300)
     leader = new_server(guard, schedule or Rounds(cohort_size=SITES), method or FedIT(), versions)
     outcome = Outcome()
@@ -200,7 +205,7 @@ def _consequences(
             place = task.id + (0.0 if task.client != LIAR else -SITES if liar.first else SITES)
             return [(place, UpdateArrived(task.client, task.id, answered(task, rows[task.client], liar)))]
         case CheckCanary(number, _, model):
-            return [(-math.inf, CanaryScored(number, {"accuracy": score(model.adapter, canaries)}))]
+            return [(-math.inf, CanaryScored(number, probabilities(model.adapter, canaries)))]
         case Reject(client, number, reason) if number:
             outcome.refused[client] = outcome.refused.get(client, 0) + 1
             return [(-math.inf, TaskFailed(client, number, reason))]
@@ -227,13 +232,19 @@ def new_server(guard: Guard, schedule: Schedule, method: Aggregator, versions: i
     )
 
 
-def examples(teacher: Tensor, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Return so many rows and their classes, a tenth of these by chance."""
-    draw = torch.Generator().manual_seed(seed)
-    features = torch.randn(count, WIDTH, generator=draw)
+def examples(teacher: Tensor, seed: int, count: int, alpha: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return so many rows and their classes, a tenth of these by chance; with `alpha` the classes have shares of a Dirichlet's."""
+    draw, drawn = torch.Generator().manual_seed(seed), count if alpha is None else 20 * count
+    features = torch.randn(drawn, WIDTH, generator=draw)
     classes = (features @ teacher.T).argmax(1)
-    chance = torch.rand(count, generator=draw) < 0.1
-    return features, torch.where(chance, torch.randint(0, CLASSES, (count,), generator=draw), classes)
+    chance = torch.rand(drawn, generator=draw) < 0.1
+    classes = torch.where(chance, torch.randint(0, CLASSES, (drawn,), generator=draw), classes)
+    if alpha is None:
+        return features, classes
+    shares = np.random.default_rng(seed).dirichlet([alpha] * CLASSES)
+    chances = torch.tensor(shares)[classes] / classes.bincount(minlength=CLASSES)[classes]
+    chosen = torch.multinomial(chances, count, generator=draw)
+    return features[chosen], classes[chosen]
 
 
 def answered(task: Task, rows: tuple[Tensor, Tensor], liar: Liar) -> Result:
@@ -267,9 +278,18 @@ def trained(task: Task, rows: tuple[Tensor, Tensor]) -> tuple[Adapter, float]:
 
 def score(adapter: Adapter, rows: tuple[Tensor, Tensor]) -> float:
     """Return the share of rows whose class the model names."""
+    return float((_logits(adapter, rows[0]).argmax(1) == rows[1]).double().mean())
+
+
+def probabilities(adapter: Adapter, rows: tuple[Tensor, Tensor]) -> tuple[float, ...]:
+    """Return how probable the model finds the class of each row."""
+    likely: list[float] = _logits(adapter, rows[0]).softmax(1).gather(1, rows[1][:, None])[:, 0].double().tolist()
+    return tuple(likely)
+
+
+def _logits(adapter: Adapter, features: Tensor) -> Tensor:
     factor = adapter.factors["out"]
-    logits = rows[0] @ factor.down.T @ factor.up.T + adapter.dense["bias"]
-    return float((logits.argmax(1) == rows[1]).double().mean())
+    return features @ factor.down.T @ factor.up.T + adapter.dense["bias"]
 
 
 # The list ------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def tree_run(canary: Canary | None, score: Callable[[], float], above: Schedule,
     log = Log()
     given: dict[str, Any] = {"start": toys.fresh(4), "assign": Plan(RandomRank(2, 4), 12), "canary": canary}
     tree = toys.tree((2, 2, 2), Hierarchy(), schedule=above, **(given | more))
-    world, check = World(jitter=0.0), lambda model: {"accuracy": score()}
+    world, check = World(jitter=0.0), lambda model: (score(),)
     return log, Simulation(tree, QUADRATIC, world, toys.profiles(6), log.score, log, check=check).run()
 
 

@@ -6,7 +6,7 @@ The driver answers one task after the other, in an order that follows from a see
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,9 +39,9 @@ ALWAYS = Canary(examples=1, margin=1e9)
 STRICT = Canary(examples=1, margin=0.05)
 
 
-def scored(model: Model) -> Mapping[str, float]:
-    """The distance from the common target, as the loss of a model that writes."""
-    return {"loss": TOY.loss(compact_with_fold(model.adapter, model.fold)), "perplexity": 1.0}
+def scored(model: Model) -> tuple[float, ...]:
+    """Minus the distance from the common target, as the score of one example."""
+    return (-TOY.loss(compact_with_fold(model.adapter, model.fold)),)
 
 
 def turned(task: Task, result: Result, times: float = 5.0) -> Result:
@@ -147,7 +147,7 @@ class Play:
     @property
     def loss(self) -> float:
         """The loss of the last version."""
-        return scored(self.server.state.model)["loss"]
+        return -scored(self.server.state.model)[0]
 
     def tasks_of(self, client: str) -> int:
         """How many tasks this client was sent."""

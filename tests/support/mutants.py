@@ -38,8 +38,8 @@ CANARIES = "core/test_canary.py"
 MUTANTS = [
     Mutant(
         "small losses add up: a version is compared with the last one and not with the best of ten",
-        "return max(self.scores, default=-math.inf)",
-        "return self.scores[-1] if self.scores else -math.inf",
+        "return max(self.scores, key=mean_score, default=())",
+        "return self.scores[-1] if self.scores else ()",
         CANARIES,
     ),
     Mutant(
@@ -56,8 +56,14 @@ MUTANTS = [
     ),
     Mutant(
         "a site that just undoes what the others bring is never looked for",
-        "if not fails and (trial.whole > best or len(trial.sites) == 1):",
-        "if not fails:",
+        "if without is not None and _harms(",
+        "if clearly_better(record.best, trial.whole, margin) and without and _harms(",
+        CANARIES,
+    ),
+    Mutant(
+        "a liar that moves far has honest sites set aside, since it counts for more without them",
+        " and clearly_better(unchanged, trial.whole, 0.0)",
+        "",
         CANARIES,
     ),
     Mutant(

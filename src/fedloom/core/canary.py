@@ -1,29 +1,28 @@
 """Canary: a version is scored on examples of the server before it is published, and answers that make it worse are set aside.
 
-Source: our own combination. Scoring a candidate on a small set of the server's own examples is the validation of RONI ("reject on
-negative impact", Nelson et al. 2008) and of Zeno (Xie et al., arXiv 1805.10032, 2019); leaving out one site at a time is how RONI
-finds out which one it was.
+Source: our own combination. Scoring a candidate on a small set of the server's own examples, with an answer and without, is "reject
+on negative impact" (RONI, Nelson et al. 2008), and for updates Zeno (Xie et al., arXiv 1805.10032, 2019).
 
-How it goes, in `core.server`. A merge is made but not published: `CheckCanary` asks the driver for a score, and `CanaryScored` brings
-it. Until then the published version stays the one that clients start from, and answers that arrive wait in their order. The score
-is compared with the best of the last ten published versions that were scored, so that small losses do not add up. Below it by more
-than the margin, the merge is made again without each of its sites, one at a time:
+How it goes, in `core.server`. A merge is made but not published: `CheckCanary` asks the driver for its scores, one for each example,
+and `CanaryScored` brings them. The merge is then made again without each of its sites, one at a time, and these are scored too. Until
+all scores are there the published version stays the one that clients start from, and answers that arrive wait in their order. Then:
 
-- The site whose absence helps most is left out. If the score then passes, its answers in this merge are set aside.
-- If not, a second one is left out besides it, and so on, as long as half of the sites remain.
-- If no half of the sites passes, all answers of the merge are set aside.
+- Where the merge is clearly better without a site, the answers of that site are set aside; of several sites, of the one whose
+  absence helps most.
+- Otherwise, where the merge is clearly worse than the best of the last ten published versions, all its answers are set aside.
+- Otherwise it is published.
 
-A site can also keep the model where it is, by just undoing what the others bring. So a merge that passes but gains nothing on the
-best of the ten is tried without each of its sites too. What it would gain without a site is added up over such merges, never below
-zero (the CUSUM of Page, 1954), so that small holds add up as well; a site whose sum is above the margin is set aside. A merge with
-the site that does gain begins its sum anew. At a plateau scores lie below the best of ten, and sums stay at zero.
+Clearly: the mean of the differences, example by example, is above the margin and above three of its standard errors. The examples are
+the same, so what makes one of them hard cancels out, and few are enough. The second rule compares with the best of ten, so that small
+losses do not add up. The first needs no loss: a site that just undoes what the others bring keeps every score where it is.
 
 Answers that are set aside are as if they had never arrived: they leave the merge, the window of a schedule and, since nothing of the
-candidate is kept, the memories of an aggregator. Then the schedule is asked again, and its next merge is scored as the first was.
-With `every` above 1, versions between two checks are published unseen. So when no half of a merge passes, the published version is
-scored by itself; if it fails too, the model goes back to the last version that passed, as a new version.
+candidate is kept, the memories of an aggregator. Then the schedule is asked again, and its next merge is scored as the first was: so
+a second liar is found after the first.
+With `every` above 1, versions between two checks are published unseen. So where all answers of a merge are set aside, the published
+version is scored by itself; if it fails too, the model goes back to the last version that passed, as a new version.
 
-What it does not see: what does not show in the score of these examples (a backdoor for a word that none of them has), and losses
+What it does not see: what does not show in the scores of these examples (a backdoor for a word that none of them has), and losses
 within the margin of the best of ten versions, which a patient site can repeat.
 """
 
@@ -38,7 +37,9 @@ from fedloom.core.policies import Merge
 from fedloom.core.types import ClientId, Model, Update
 
 COMPARED = 10
-"""Published versions whose best score a new one is compared with."""
+"""Published versions whose best a new one is compared with."""
+STANDARD_ERRORS = 3.0
+"""A mean difference below so many of its standard errors counts as chance; the best of ten is often so by chance, so not two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,9 @@ class Canary:
 
     Fields:
         examples: how many of the server's test examples are taken for it; they are then no test examples any more (default 200).
-        margin: how far a score may lie below the best of the last ten (accuracy: a share, 0.02 are two points; of a model that
-            writes: nats of loss for each token; default 0.02).
-        every: every n-th version is scored, and the last one (default 1: each).
+        margin: how much a mean score may lose (0 to 1; default 0.02). The score of an example is the probability that the model gives
+            to the right label, or of a written answer the geometric mean of that of its tokens.
+        every: every n-th version is scored, and the last one (default 1: each). Versions between are published unseen.
     """
 
     examples: int = 200
@@ -70,22 +71,20 @@ class Trial:
     """A model that is scored before it is published.
 
     Fields:
-        model: the model that the outstanding check scores.
+        model: the model that may be published.
         merge: how it was made (None: it is published already, and scored by itself).
         seen: accepted answers when the schedule decided on the merge; later ones wait.
-        whole: score with all sites (None: not known yet).
-        out: sites that are left out from now on.
-        absent: site that is left out besides them in the outstanding check (None: none).
-        scores: by site, the score without it and without `out`.
+        whole: its scores, one for each example (empty: not known yet).
+        absent: site that is left out in the outstanding check (None: none).
+        scores: by site, the scores without it.
     """
 
     model: Model
     merge: Merge | None = None
     seen: int = 0
-    whole: float | None = None
-    out: tuple[ClientId, ...] = ()
+    whole: tuple[float, ...] = ()
     absent: ClientId | None = None
-    scores: Mapping[ClientId, float] = field(default_factory=dict)
+    scores: Mapping[ClientId, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def updates(self) -> tuple[Update, ...]:
@@ -103,90 +102,93 @@ class CanaryRecord:
     """What a server knows of its canary scores.
 
     Fields:
-        checks: scores asked for so far; the number of the last check.
-        scores: of the last published versions that were scored, oldest first, at most `COMPARED`.
+        checks: checks asked for so far; the number of the last one.
+        scores: of the last published versions that were scored, oldest first, at most `COMPARED`; each has one for each example.
         version: number of the last of them (-1: none).
         model: its model.
         set_aside: answers set aside since a version was published.
-        held_back: by site, what merges would have gained without it, over those that gained nothing.
-        trial: the model whose score is outstanding (None: none is).
+        trial: the model whose scores are outstanding (None: none are).
     """
 
     checks: int = 0
-    scores: tuple[float, ...] = ()
+    scores: tuple[tuple[float, ...], ...] = ()
     version: int = -1
     model: Model | None = None
     set_aside: int = 0
-    held_back: Mapping[ClientId, float] = field(default_factory=dict)
     trial: Trial | None = None
 
     @property
-    def best(self) -> float:
-        """The best of these scores."""
-        return max(self.scores, default=-math.inf)
+    def best(self) -> tuple[float, ...]:
+        """The best of these scores (empty: there are none)."""
+        return max(self.scores, key=mean_score, default=())
 
-    def passed(self, version: int, model: Model, score: float, held_back: Mapping[ClientId, float]) -> CanaryRecord:
-        """Return the record once a published version has this score."""
-        scores = (*self.scores, score)[-COMPARED:]
-        return CanaryRecord(self.checks, scores, version, model, held_back=held_back)
+    def passed(self, version: int, model: Model, scores: tuple[float, ...]) -> CanaryRecord:
+        """Return the record once a published version has these scores."""
+        return CanaryRecord(self.checks, (*self.scores, scores)[-COMPARED:], version, model)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What follows from a score.
+    """What follows from the scores of a check.
 
     Fields:
-        trial: the trial with the score.
+        trial: the trial with them.
         leave_out: site to leave out in the next check (None: no further check).
         set_aside: sites whose answers are set aside.
-        score: the best score without them (None: no half of the sites passes).
-        held_back: the sums of `CanaryRecord.held_back` from now on.
 
-    Without both the merge is published, with all sites.
+    Without both the merge is published.
     """
 
     trial: Trial
     leave_out: ClientId | None = None
     set_aside: tuple[ClientId, ...] = ()
-    score: float | None = None
-    held_back: Mapping[ClientId, float] = field(default_factory=dict)
 
 
-def score_of(metrics: Mapping[str, float]) -> float:
-    """Return one number of a model's metrics, higher is better: accuracy, or of a model that writes minus the loss of a token (nats).
+def mean_score(scores: tuple[float, ...]) -> float:
+    """Return the mean of the scores of examples (0: there are none)."""
+    return math.fsum(scores) / max(1, len(scores))
 
-    A model whose loss is not a finite number has the lowest score there is, whatever it answers.
+
+def clearly_better(scores: tuple[float, ...], others: tuple[float, ...], margin: float) -> bool:
+    """Return whether these scores are higher than others of the same examples, by more than the margin and than chance.
+
+    >>> clearly_better((0.9, 0.8, 0.7), (0.8, 0.7, 0.6), margin=0.02)
+    True
+    >>> clearly_better((0.9, 0.8, 0.7), (0.2, 0.9, 0.6), margin=0.02)
+    False
     """
-    loss = metrics.get("loss", 0.0)
-    if not math.isfinite(loss):
-        return -math.inf
-    return -loss if "perplexity" in metrics else metrics["accuracy"]
+    gains = [one - other for one, other in zip(scores, others, strict=True)]
+    mean = math.fsum(gains) / len(gains)
+    variance = math.fsum((gain - mean) ** 2 for gain in gains) / max(1, len(gains) - 1)
+    return mean > max(margin, STANDARD_ERRORS * math.sqrt(variance / len(gains)))
 
 
-def judge(trial: Trial, score: float, record: CanaryRecord, margin: float) -> Verdict:
-    """Return what follows from the score of the outstanding check of a merge."""
-    best, sums = record.best, record.held_back
-    scores = {} if trial.absent is None else {**trial.scores, trial.absent: score}
-    trial = replace(trial, whole=score if trial.whole is None else trial.whole, scores=scores)
-    assert trial.whole is not None
-    fails = not trial.whole >= best - margin
-    if not fails and (trial.whole > best or len(trial.sites) == 1):
-        return Verdict(trial, held_back={site: held for site, held in sums.items() if site not in trial.sites})
-    untried = [site for site in trial.sites if site not in trial.out and site not in trial.scores]
-    if trial.scores and not untried:
-        if not fails:
-            sums = {**sums, **{site: max(0.0, sums.get(site, 0.0) + one - best) for site, one in trial.scores.items()}}
-        compared = trial.scores if fails else {site: sums[site] for site in trial.scores}
-        without = max(compared, key=compared.__getitem__)
-        trial, reached = replace(trial, out=(*trial.out, without), scores={}), trial.scores[without]
-        if reached >= best - margin if fails else sums[without] > margin:
-            return Verdict(trial, set_aside=trial.out, score=reached, held_back=sums)
-        if not fails:
-            return Verdict(trial, held_back=sums)
-        untried = [site for site in trial.sites if site not in trial.out]
-    if not trial.scores and 2 * (len(untried) - 1) < len(trial.sites):
-        return Verdict(trial, set_aside=trial.sites, held_back=sums)
-    return Verdict(trial, leave_out=untried[0])
+def judge(trial: Trial, scores: tuple[float, ...], record: CanaryRecord, margin: float) -> Verdict:
+    """Return what follows from the scores of the outstanding check of a merge."""
+    if trial.absent is None:
+        trial = replace(trial, whole=scores)
+    else:
+        trial = replace(trial, absent=None, scores={**trial.scores, trial.absent: scores})
+    untried = [site for site in trial.sites if site not in trial.scores]
+    if untried and len(trial.sites) > 1:
+        return Verdict(trial, leave_out=untried[0])
+    without = max(trial.scores, key=lambda site: mean_score(trial.scores[site]), default=None)
+    if without is not None and _harms(without, trial, record.scores[-1], margin):
+        return Verdict(trial, set_aside=(without,))
+    return Verdict(trial, set_aside=trial.sites if clearly_better(record.best, trial.whole, margin) else ())
+
+
+def _harms(site: ClientId, trial: Trial, before: tuple[float, ...], margin: float) -> bool:
+    """Whether a merge is clearly better without a site, and not only because the others then count for more.
+
+    Its answer is also compared with none: the others at their weights, and the version before at its own (in a straight line).
+    """
+    assert trial.merge is not None
+    weights = [(weight, update.task.client == site) for weight, update in trial.merge.weighted_updates]
+    total = math.fsum(weight for weight, _ in weights)
+    share = math.fsum(weight for weight, own in weights if own) / total if total > 0 else 0.0
+    unchanged = tuple((1 - share) * one + share * old for one, old in zip(trial.scores[site], before, strict=True))
+    return clearly_better(trial.scores[site], trial.whole, margin) and clearly_better(unchanged, trial.whole, 0.0)
 
 
 def without_sites(merge: Merge, sites: Collection[ClientId]) -> Merge | None:
@@ -199,11 +201,9 @@ def without_sites(merge: Merge, sites: Collection[ClientId]) -> Merge | None:
     return replace(merge, weighted_updates=tuple(shares))
 
 
-def why_set_aside(site: ClientId, verdict: Verdict, best: float) -> str:
-    """Return the reason for which the answers of a site are set aside, in words."""
-    whole = f"the canary score of a version with it is {verdict.trial.whole:.4f}, after {best:.4f}"
-    if verdict.score is None:
-        return f"{whole}, and no half of the answers gives a better one"
-    others = [other for other in verdict.set_aside if other != site]
-    besides = f" and without {', '.join(others)}" if others else ""
-    return f"{whole}, and {verdict.score:.4f} without it{besides}"
+def why_set_aside(site: ClientId, trial: Trial, best: tuple[float, ...], *, alone: bool) -> str:
+    """Return the reason for which the answers of a site are set aside, `alone` or with all others, in words."""
+    whole = f"the canary score of a version with it is {mean_score(trial.whole):.4f}"
+    if alone and site in trial.scores:
+        return f"{whole}, and {mean_score(trial.scores[site]):.4f} without it"
+    return f"{whole}, after {mean_score(best):.4f}, and leaving out one site does not help"

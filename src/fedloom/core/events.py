@@ -74,11 +74,11 @@ class CanaryScored:
 
     Fields:
         check: number of the `CheckCanary` that asked for it.
-        metrics: its figures on these examples.
+        scores: of each example, higher is better; always in the same order.
     """
 
     check: int
-    metrics: Mapping[str, float]
+    scores: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)

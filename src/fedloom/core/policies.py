@@ -223,6 +223,9 @@ class BackgroundTrainer(Trainer, Protocol):
 Evaluator: TypeAlias = Callable[[Model], Mapping[str, float]]
 """Function that scores a global model: names and figures."""
 
+ExampleScorer: TypeAlias = Callable[[Model], tuple[float, ...]]
+"""Function that scores a global model on canary examples: a number for each, always in the same order."""
+
 Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
 """Function that is shown each (time, event, commands) after the server handled the event."""
 
@@ -230,6 +233,11 @@ Observer: TypeAlias = Callable[[float, Event, list[Command]], None]
 def no_scores(model: Model) -> Mapping[str, float]:
     """Return no scores: an evaluator where nothing is scored."""
     return {}
+
+
+def no_example_scores(model: Model) -> tuple[float, ...]:
+    """Return no scores: where there are no canary examples."""
+    return ()
 
 
 def do_nothing() -> None:

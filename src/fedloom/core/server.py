@@ -57,7 +57,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from fedloom.core.canary import Canary, Trial, Verdict, judge, score_of, why_set_aside, without_sites
+from fedloom.core.canary import Canary, Trial, Verdict, clearly_better, judge, why_set_aside, without_sites
 from fedloom.core.change_norms import QUORUM, WINDOW, ChangeNorms, Frame, NormLimits, answer_kind, remember
 from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
@@ -109,7 +109,7 @@ class Limits:
         failures: consecutive failed or lost tasks after which the run ends (default 100), or answers that a canary set aside without
             a version in between: where every answer is refused, for instance because training diverged, more time does not help.
         evaluate_every: evaluate version 0, every n-th version and the last (default 1; 0: only the last).
-        norm_ratio: times the median of what others of the run sent that an answer may move (default 20; None: not compared).
+        norm_ratio: times the median of what others of the run sent that an answer may move (default 5; None: not compared).
         step_ratio: times what an optimiser can do in the task's steps that an answer may move it (default 3; None: not judged, for
             sites that add noise to their answers).
     """
@@ -118,7 +118,7 @@ class Limits:
     seconds: float | None = None
     failures: int = 100
     evaluate_every: int = 1
-    norm_ratio: float | None = 20.0
+    norm_ratio: float | None = 5.0
     step_ratio: float | None = 3.0
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class Limits:
         for name in ("norm_ratio", "step_ratio"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < math.inf:
-                raise Refused(f"limits.{name}", value, "1 or more times what is usual, 20 is a start; None: no limit")
+                raise Refused(f"limits.{name}", value, "1 or more times what is usual, 5 is a start; None: no limit")
 
 
 class Server:
@@ -416,56 +416,49 @@ class Server:
             commands.append(self._evaluate())
         return commands
 
-    def _check(self, trial: Trial) -> CheckCanary:
-        """Ask for the score of a model."""
+    def _check(self, trial: Trial, model: Model | None = None) -> CheckCanary:
+        """Ask for the scores of the model of a trial, or of this one, which is made without the site that is absent."""
         state, number = self.state, self.state.canary.checks + 1
         state.canary = replace(state.canary, checks=number, trial=trial)
-        without = trial.out if trial.absent is None else (*trial.out, trial.absent)
-        return CheckCanary(number, state.version + (trial.merge is not None), trial.model, without)
+        without = () if trial.absent is None else (trial.absent,)
+        return CheckCanary(number, state.version + (trial.merge is not None), model or trial.model, without)
 
     def _judge(self, event: CanaryScored) -> list[Command]:
-        """Publish the model that was scored, try it without a site, or set answers aside; a score that nobody waits for: nothing."""
+        """Publish the model that was scored, try it without a site, or set answers aside; scores that nobody waits for: nothing."""
         state, record, trial = self.state, self.state.canary, self.state.canary.trial
         if self.canary is None or trial is None or event.check != record.checks:
             return []
-        score, margin = score_of(event.metrics), self.canary.margin
         if trial.merge is None:
-            state.canary = record.passed(state.version, trial.model, score, record.held_back)
-            if score >= record.best - margin or record.model is None:
+            state.canary = record.passed(state.version, trial.model, event.scores)
+            if record.model is None or not clearly_better(record.best, event.scores, self.canary.margin):
                 return []
             state.canary = replace(record, version=state.version + 1, trial=None)
             return self._publish(Trial(record.model))
-        verdict = judge(trial, score, record, margin)
+        verdict = judge(trial, event.scores, record, self.canary.margin)
         if verdict.leave_out is not None:
-            left = without_sites(trial.merge, {*verdict.trial.out, verdict.leave_out})
+            left = without_sites(trial.merge, {verdict.leave_out})
             model = merge_by_layer(self.aggregator, state.model, left) if left else state.model
-            return [self._check(replace(verdict.trial, model=model, absent=verdict.leave_out))]
+            return [self._check(replace(verdict.trial, absent=verdict.leave_out), model)]
         if verdict.set_aside:
-            return self._set_aside(verdict, record.best)
-        if verdict.trial.out:  # the last check was of the merge without a site
-            trial = replace(trial, model=merge_by_layer(self.aggregator, state.model, trial.merge))
+            return self._set_aside(verdict)
         published = self._publish(trial)
-        state.canary = record.passed(state.version, trial.model, verdict.trial.whole or 0.0, verdict.held_back)
+        state.canary = record.passed(state.version, trial.model, verdict.trial.whole)
         return published
 
-    def _set_aside(self, verdict: Verdict, best: float) -> list[Command]:
+    def _set_aside(self, verdict: Verdict) -> list[Command]:
         """Take the answers of these sites out, as if they had never arrived."""
-        state, trial = self.state, verdict.trial
-        gone = {
-            update.task.id: update.task.client for update in trial.updates if update.task.client in verdict.set_aside
-        }
-        reasons = {site: why_set_aside(site, verdict, best) for site in verdict.set_aside}
+        state, trial, sites = self.state, verdict.trial, verdict.set_aside
+        gone = {update.task.id: update.task.client for update in trial.updates if update.task.client in sites}
+        everybody = len(sites) == len(trial.sites)
+        reasons = {site: why_set_aside(site, trial, state.canary.best, alone=not everybody) for site in sites}
         kept = [update.task.id not in gone for update in state.arrived]
         state.retained = sum(kept[: state.retained])
         state.arrived = [update for update, stays in zip(state.arrived, kept, strict=True) if stays]
-        count, sums = state.canary.set_aside + len(gone), verdict.held_back
-        state.canary = replace(state.canary, set_aside=count, held_back=sums, trial=None)
+        state.canary = replace(state.canary, set_aside=state.canary.set_aside + len(gone), trial=None)
         if state.canary.set_aside > state.failures:
-            state.failures, state.last_failure = state.canary.set_aside, reasons[verdict.set_aside[-1]]
+            state.failures, state.last_failure = state.canary.set_aside, reasons[sites[-1]]
         commands: list[Command] = [SetAside(client, number, reasons[client]) for number, client in gone.items()]
-        if (
-            verdict.score is None and state.canary.version < state.version
-        ):  # versions since the last check may be the reason
+        if everybody and state.canary.version < state.version:  # versions since the last check may be the reason
             commands.append(self._check(Trial(state.model)))
         return commands
 

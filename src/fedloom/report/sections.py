@@ -127,8 +127,8 @@ PACES = """
 Waiting is a schedule's slots that are empty although a client is idle, times how long; staleness is the number of versions
 made while a client trained."""
 SET_ASIDE = """
-The canary kept {} out of the model{}. Scores are those of the canary examples: accuracy, or minus the loss of a token. A site that is
-set aside again and again is worth a question; one that is so once may just have rare data."""
+The canary kept {} out of the model{}. Scores are means over the canary examples of the probability of the right answer. A site that
+is set aside again and again is worth a question; one that is so once may just have rare data."""
 SENDING = """
 Answers that the server accepted, and bytes of tasks and answers, so far. The heads of messages, and what was sent again, are not
 counted; `fedloom status` shows all that went over the link since the server was started last."""

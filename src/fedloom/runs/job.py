@@ -75,9 +75,9 @@ class Job:
         """Predict the test examples with a model."""
         return self._score(model, self.tested)
 
-    def check(self, model: Model) -> dict[str, float]:
-        """Return the metrics of a model on the canary examples."""
-        return self._score(model, self.canaries).metrics()
+    def check(self, model: Model) -> tuple[float, ...]:
+        """Return how probable the model finds the right answer of each canary example."""
+        return self._score(model, self.canaries).probabilities()
 
     def _score(self, model: Model, rows: tuple[int, ...]) -> Scores | AnswerScores:
         room = self.run.engine.cache if self.run.engine else 0

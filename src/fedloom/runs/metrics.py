@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import TextIO
 from fedloom.aggregate.averaged import last_version
 from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core import message_size
+from fedloom.core.canary import mean_score
 from fedloom.core.events import Command, Evaluate, Event, Move, Moved, Regroup, ScoresReady, SetAside
 from fedloom.core.lora import Factor, cut_factor, stack
 from fedloom.core.types import Model, Task, TaskStart, Update
@@ -147,10 +147,9 @@ class Metrics:
             case ScoresReady(version, figures):
                 beside = {} if self.majority is None else {"base_accuracy": self.majority}
                 self.write({"kind": "score", "version": version, "time": now, **figures, **beside})
-            case CanaryChecked(check, figures):
-                finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+            case CanaryChecked(check, scores):
                 of = {"check": check.check, "version": check.version, "without": check.without}
-                self.write({"kind": "canary", "time": now, **of, **finite})
+                self.write({"kind": "canary", "time": now, **of, "score": mean_score(scores), "examples": len(scores)})
             case SetAside(client, number, reason):
                 line = {"kind": "set_aside", "time": now, "client": client, "id": number}
                 self.write({**line, "version": self.observation.version + 1, "reason": reason})

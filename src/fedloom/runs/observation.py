@@ -138,11 +138,11 @@ class CanaryChecked:
 
     Fields:
         check: what was asked for.
-        metrics: its figures.
+        scores: one for each example.
     """
 
     check: CheckCanary
-    metrics: Mapping[str, float]
+    scores: tuple[float, ...]
 
 
 Fact: TypeAlias = (
@@ -249,9 +249,9 @@ class RunObservation:
             case ScoresReady(_, metrics):
                 self.scores = metrics
                 yield event
-            case CanaryScored(_, metrics) if self.check is not None:
+            case CanaryScored(_, scores) if self.check is not None:
                 check, self.check = self.check, None
-                yield CanaryChecked(check, metrics)
+                yield CanaryChecked(check, scores)
 
     def _read_remote(self, now: float, event: Event, refused: bool) -> Iterator[Fact]:
         """An event as one of an edge elsewhere."""

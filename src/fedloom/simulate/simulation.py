@@ -38,7 +38,16 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
-from fedloom.core.policies import BackgroundTrainer, Evaluator, Observer, PendingResult, Trainer, do_nothing, no_scores
+from fedloom.core.policies import (
+    BackgroundTrainer,
+    Evaluator,
+    ExampleScorer,
+    Observer,
+    PendingResult,
+    Trainer,
+    do_nothing,
+    no_example_scores,
+)
 from fedloom.core.transfer import encode_answer
 from fedloom.core.types import ClientId, ClientState, Profile, Result, Task
 from fedloom.simulate.client_presence import AvailabilityChanged, ClientChange, Presence
@@ -100,7 +109,7 @@ class Simulation:
     profiles: Mapping[ClientId, Profile]
     evaluate: Evaluator
     observe: Observer
-    check: Evaluator = no_scores
+    check: ExampleScorer = no_example_scores
     seed: int = 0
     presence: Presence = field(default_factory=Presence)
     heap: list[tuple[float, int, Event | ClientChange]] = field(default_factory=list)

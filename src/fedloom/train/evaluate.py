@@ -64,6 +64,10 @@ class Scores:
         margins = None if self.margins is None else self.margins[chosen]
         return Scores(self.predicted[chosen], self.labels[chosen], self.losses[chosen], self.classes, margins)
 
+    def probabilities(self) -> tuple[float, ...]:
+        """Return the probability of the right label of each example."""
+        return _rounded(self.losses)
+
     def counts(self) -> tuple[int, int, float]:
         """Return the number of predictions, how many are right, and the sum of their cross-entropies."""
         return len(self.labels), int((self.predicted == self.labels).sum()), float(self.losses.double().sum())
@@ -94,6 +98,11 @@ def roc_auc(scores: Tensor, positive: Tensor) -> float | None:
     return int((below + not_above).sum()) / (2 * len(ours) * len(others))
 
 
+def _rounded(losses: Tensor) -> tuple[float, ...]:
+    """The probabilities of these cross-entropies to six digits, which keeps a trace small; 0 where a loss is no number."""
+    return tuple(round(value, 6) for value in losses.double().neg().exp().nan_to_num(0.0, 0.0, 0.0).tolist())
+
+
 @dataclass(frozen=True, slots=True)
 class AnswerScores:
     """Predictions of some reference answers, token by token from the right ones before it: per example how many of its tokens are
@@ -108,6 +117,10 @@ class AnswerScores:
         """Return the scores of these examples alone."""
         chosen = torch.tensor(list(indices), dtype=torch.long)
         return AnswerScores(self.hits[chosen], self.tokens[chosen], self.losses[chosen])
+
+    def probabilities(self) -> tuple[float, ...]:
+        """Return the probability of the right tokens of each answer: their geometric mean."""
+        return _rounded(self.losses / self.tokens.clamp_min(1))
 
     def counts(self) -> tuple[int, int, float]:
         """Return the number of predicted tokens, how many are right, and the sum of their cross-entropies."""

@@ -11,6 +11,7 @@ from fedloom import (
     FFA,
     IID,
     Clip,
+    DepthByMemory,
     FedEx,
     FedIT,
     FixedDepth,
@@ -70,6 +71,10 @@ def test_terms_say_the_largest_task_and_what_is_said_of_privacy() -> None:
     assert terms.privacy == ""
     learned = terms_of(replace(run, hierarchy=Hierarchy(plan=JointPlan(LossRate(steps=30)))))
     assert (learned.steps, learned.depth) == (30, None)
+    varied = terms_of(replace(run, plan=Plan(FixedRank(4), depth=DepthByMemory())))
+    started = terms_of(replace(run, start="trained"))
+    folds = (terms.folds, learned.folds, varied.folds, started.folds)
+    assert folds == (False, True, True, True), "a task of less depth brings layers below that were trained"
     noisy = terms_of(replace(run, aggregator=Noise(Clip(FedIT(), norm=1.0), multiplier=0.5, seed=987654321)))
     assert "multiplier 0.5" in noisy.privacy
     assert "987654321" not in noisy.privacy, "the seed of the noise is the server's secret"

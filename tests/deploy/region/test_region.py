@@ -232,6 +232,6 @@ def test_a_report_that_was_written_down_is_the_one_that_is_given(
     assert set(journaled.values()) <= set(said)
     nothing_lost_nor_counted_twice(here)
     kept = [AnswerJournal(folder / "run" / "reports") for folder in here.folders]
-    (run,) = {path.name for path in (here.folders[0] / "run" / "reports").iterdir()}
+    (run,) = {path.name for path in (here.folders[0] / "run" / "reports").iterdir() if path.is_dir()}
     found = {n: one.answer.numpy().tobytes() for n in journaled for j in kept if (one := j.find(run, n))}
     assert found == journaled, "also when its edge had come to the end once more"

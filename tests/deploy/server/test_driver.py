@@ -313,7 +313,7 @@ def test_an_answer_that_fails_the_canary_is_told_in_the_status(tmp_path: Path) -
     """Scored in the step that asks for it: no turn, and no checkpoint, comes between a merge and what becomes of it."""
     net, scores = Net(sites(3)), iter([0.5, 0.1])
     given = {"limits": Limits(versions=50), "canary": Canary(10, 0.02), "schedule": FedAsync(max_in_flight=3)}
-    running = deployment(net, min_clients=3, server=given, check=lambda model: {"accuracy": next(scores, 0.6)})
+    running = deployment(net, min_clients=3, server=given, check=lambda model: (next(scores, 0.6),))
     outstanding = list[bool]()
     running.save = lambda: outstanding.append(running.server.state.canary.trial is not None)  # type: ignore[attr-defined]
     status = running.observe = Status(tmp_path, running, Limits(versions=50))

@@ -51,7 +51,7 @@ def terms_of_run(run: Run, first: Model, labels: Sequence[str] | None, run_hash:
         steps=max(run.plan.local_steps, learned),
         versions=run.limits.versions,
         evaluations=1 if run.held_out else 0,
-        folds=start.fold is not None,
+        folds=start.fold is not None or depth_folds(run),
         controls=start.control is not None,
         privacy=_privacy_words(run),
     )
@@ -61,6 +61,13 @@ def largest_start(run: Run, first: Model) -> TaskStart:
     """Return the start of a task at rank 1, which brings all that a start of this run may bring: a fold, a control variate."""
     folded = replace(first, fold=first.fold or Adapter(first.adapter.factors)) if has_fold(run) else first
     return run.aggregator.start(folded, Budget(1, 1), 0)
+
+
+def depth_folds(run: Run) -> bool:
+    """Return whether tasks of less depth may bring the layers below as a fold: others train these, or they began trained."""
+    depth = run.plan.depth
+    varied = depth is not None and (run.start is not None or depth.bounds[0] != depth.bounds[1])
+    return varied or learned_steps(run) > 0
 
 
 def learned_steps(run: Run) -> int:

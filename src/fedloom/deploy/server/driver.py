@@ -52,7 +52,14 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
-from fedloom.core.policies import Evaluator, Observer, do_nothing, no_scores
+from fedloom.core.policies import (
+    Evaluator,
+    ExampleScorer,
+    Observer,
+    do_nothing,
+    no_example_scores,
+    no_scores,
+)
 from fedloom.core.schema import Malformed
 from fedloom.core.types import ClientId, Profile, Task, TaskStart
 from fedloom.deploy.link import RawReply, Transport
@@ -135,7 +142,7 @@ class Deployment:
     timeouts: Timeouts = field(default_factory=Timeouts)
     clock: Callable[[], float] = time.monotonic
     evaluate: Evaluator = no_scores
-    check: Evaluator = no_scores
+    check: ExampleScorer = no_example_scores
     observe: Observer = no_observer
     save: Callable[[], None] = do_nothing
     over_regions: bool = False

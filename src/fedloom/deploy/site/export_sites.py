@@ -42,7 +42,7 @@ MEANINGS = {
     "least_batch": "a step over few rows tells their words",
     "epochs": "each pass more tells which rows are there",
     "total_epochs": "each pass more tells which rows are there",
-    "learning_rate": "a higher one tells slightly more",
+    "learning_rate": "a higher one tells more of rare texts",
     "folds": "the server changes the base model too",
     "controls": "the server adds numbers to gradients",
 }
