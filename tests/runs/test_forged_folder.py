@@ -35,6 +35,8 @@ STATUS = {
     "seconds": 1.0,
     "incarnation": 1,
     "waits": "",
+    "ended": "",
+    "calls_refused": {},
     "at": 0.0,
     "set_aside": {},
     "accepted": 1,

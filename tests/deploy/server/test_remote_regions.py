@@ -43,7 +43,7 @@ def flat(**more: Any) -> Server:
 
 
 def over(versions: int = 10) -> RootServer:
-    return HIERARCHY.over_regions(flat(limits=Limits(versions=versions)), 3)
+    return HIERARCHY.over_regions(flat(limits=Limits(versions=versions, norm_ratio=None)), 3)
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Region(Site):
     """A region in one piece: its members train at once. It has a journal of its last report, and counts what it was asked for."""
 
     members: tuple[Profile, ...] = MEMBERS
-    edge: Edge = field(default_factory=lambda: HIERARCHY.edge(flat(limits=Limits()), 3, 1))
+    edge: Edge = field(default_factory=lambda: HIERARCHY.edge(flat(limits=Limits(norm_ratio=None)), 3, 1))
     asked: Counter[int] = field(default_factory=Counter)
     reported: tuple[int, bytes] = (0, b"")
     now: float = 0.0
