@@ -304,6 +304,21 @@ def budgeted(limit: str, steps: int = STEPS, rank: int = 8) -> Callable[[Path, b
     return order(lambda stage, terms, start: stage.task(terms, start, steps, rank), limit, rank=rank)
 
 
+def chosen_in_a_step(folder: Path, lifted: bool) -> bool:
+    """Two steps, of which the first only chooses directions: what is sent was trained in one."""
+    stage = stage_at(folder, lifted, "least_rows = 1")
+    terms = stage.terms(held_out=0.0)
+    start = TaskStart(stage.first(terms), "x", rules=Rules(select=8))
+    return obeyed(stage.task(terms, start, 2), "least_steps = ")
+
+
+def scored_all_the_same(folder: Path, lifted: bool) -> bool:
+    """The owner accepted that rows are held out, and no evaluation of them. Lifted: one."""
+    stage = stage_at(folder, False)
+    terms = stage.terms(evaluations=int(lifted))
+    return isinstance(stage.evaluate(terms, always(stage.first(terms), 1)), EvaluateResult)
+
+
 def unseen_terms(folder: Path, lifted: bool) -> bool:
     """A run that the owner has not accepted. Lifted: it was accepted."""
     stage = stage_at(folder, False)
@@ -428,6 +443,9 @@ def _requests() -> Iterator[Attack]:
     yield _named("asks for a single step", budgeted("least_steps", steps=1))
     yield _named("trains on few of the rows", budgeted("least_rows", steps=4))
     yield _named("multiplies the rate of `up`", ruled("learning_rate", up_rate=1e6))
+    yield _named("trains `up` at a rate at which nothing moves", ruled("least_learning_rate", up_rate=1e-9))
+    yield _named("hides a single step behind a choice of directions", chosen_in_a_step)
+    yield _named("scores what its terms say is not scored", scored_all_the_same)
     yield _named("drowns the data in a penalty on ranks", ruled("pruning", pruning=Pruning(strength=1e6)))
     yield _named("makes AdamW linear by its clip", offer_training("least_clip", clip=1e-16), in_gate=True)
     yield _named("asks for a huge rate", offer_training("learning_rate", learning_rate=1e8))

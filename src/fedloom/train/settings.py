@@ -114,6 +114,15 @@ SHORTEST_TEXT = 4
 LARGEST_LOSS = 100.0
 """Loss at which perplexity is capped: a larger one tells nothing, and the exponential would soon be too large for a number."""
 
+TRIAL_SHARE = 5
+"""A client that must choose its directions spends one step in `TRIAL_SHARE` on the trial (LoRA-A2: one epoch of six)."""
+
+
+def trial_steps(steps: int) -> int:
+    """Return how many of the steps of a task choose its directions, where they are chosen; what these train is thrown away."""
+    return max(1, steps // TRIAL_SHARE)
+
+
 Decay: TypeAlias = Callable[[float], float]
 """Function of the fraction of steps done (0 to 1) that returns the fraction of the learning rate that is used."""
 

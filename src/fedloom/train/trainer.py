@@ -36,14 +36,11 @@ from fedloom.train.engine import batched_clients, frozen_layers
 from fedloom.train.engine.batched_clients import BatchedClient
 from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.objective import GradientChange, Weights, client_variate, personal_adapter, start_directions
-from fedloom.train.settings import PLAIN, Engine, Training
+from fedloom.train.settings import PLAIN, Engine, Training, trial_steps
 from fedloom.train.tokenised import EncodedTexts, plan_batches
 from fedloom.train.workers.worker import TaskGroup
 
 BatchLoss: TypeAlias = Callable[[Sequence[int]], Tensor]
-
-TRIAL_SHARE = 5
-"""A client that must choose its directions spends one step in `TRIAL_SHARE` on the trial (LoRA-A2: one epoch of six)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +197,7 @@ class PeftTrainer:
         """Choose the directions to train by a trial on the first batches (LoRA-A2); also return the losses of the trial."""
         if len(plan) < 2 or task.start.rules.select is None:
             raise Refused("plan.local_steps", len(plan), "choosing directions takes a step of its own: give at least 2")
-        trial = plan[: max(1, len(plan) // TRIAL_SHARE)]
+        trial = plan[: trial_steps(len(plan))]
         tried = self._run_steps(task, adapter, ClientState(control=client_state.control), trial)
         return objective.most_moved_directions(adapter, tried.adapter, task.start.rules.select), [*tried.losses]
 

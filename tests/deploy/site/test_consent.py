@@ -16,6 +16,7 @@ from fedloom.cli import site as site_commands
 from fedloom.cli.main import app
 from fedloom.cli.site import TermsPrompt
 from fedloom.core.errors import Refused
+from fedloom.core.schema import Malformed
 from fedloom.deploy.messages.messages import (
     JoinRequest,
     Refusal,
@@ -144,6 +145,14 @@ def test_a_server_cannot_fill_the_disk_with_documents(tmp_path: Path) -> None:
     documents = consents.documents()
     assert len(documents) == MOST_OFFERED + 1
     assert sum(bool(one.accepted) for one in documents) == 1
+
+
+def test_nor_with_documents_that_grow_where_they_are_kept(tmp_path: Path) -> None:
+    """A message may have characters as they are; a document has an escape for each, and must still be read again."""
+    large = replace(TERMS, labels=tuple(f"{number}" + "\N{GRINNING FACE}" * 990 for number in range(1000)))
+    with pytest.raises(Malformed, match="above the limit"):
+        Consents(tmp_path).why_not(large)
+    assert not [*tmp_path.rglob("*.bin")]
 
 
 @tries(200)

@@ -22,6 +22,7 @@ from fedloom.deploy.messages.messages import EvaluateRequest, JoinRequest, Reque
 from fedloom.deploy.site.limits import (
     LOOSEST,
     SiteLimits,
+    answer_steps,
     beyond_terms,
     needed_rows,
     refusals,
@@ -29,6 +30,7 @@ from fedloom.deploy.site.limits import (
     requested,
     require_allowed,
     task_epochs,
+    task_rows,
     used,
 )
 from fedloom.deploy.site.request_record import SiteUsage
@@ -93,7 +95,8 @@ HARMLESS: Mapping[type, Mapping[str, str]] = {
         "seeded": "saves bytes", "rules": "judged by field", "codec": "how numbers are packed: fewer bits, never more",
     },
     Rules: {
-        "frozen": "less is trained and sent", "private": "less is sent", "select": "less is trained and sent",
+        "frozen": "less is trained and sent", "private": "less is sent",
+        "select": "less is trained and sent; the steps that choose count as none",
     },
     Pruning: {"keep": "how much of the rank is penalised", "least": "directions that are kept"},
 }  # fmt: skip
@@ -231,6 +234,23 @@ def test_a_task_must_use_as_many_rows_as_a_site_must_have_and_a_whole_pass_does(
         assert "least_rows" in next(iter(refusals(SiteLimits(), needed_rows(short, rows, 0))))
 
 
+def test_steps_that_choose_directions_train_nothing_that_is_sent() -> None:
+    """Else a task of two steps would be the single one that `least_steps` keeps off, on half the rows."""
+    for steps, select, trained in ((2, 1, 1), (2, 2, 2), (2, None, 2), (10, 1, 8)):
+        start = replace(TASK.start, rules=Rules(select=select))
+        task = replace(TASK, start=start, budget=Budget(2, steps))
+        assert answer_steps(task) == trained
+        found = [*refusals(SiteLimits(), requested(replace(WORK, task=task)))]
+        assert any("least_steps" in one for one in found) == (trained < 2)
+        assert task_rows(replace(WORK, task=task), ROWS) == trained * TERMS.training.batch_size
+
+
+def test_the_rate_of_up_has_both_limits() -> None:
+    for rate, limit in ((1e6, "learning_rate = "), (1e-9, "least_learning_rate = ")):
+        [refused] = refusals(SiteLimits(), requested(with_field(WORK, Rules, "up_rate", rate)))
+        assert f"[limits] {limit}" in refused
+
+
 def test_what_was_done_counts() -> None:
     limits = SiteLimits(tasks_a_day=3, total_epochs=1.0, megabytes_a_day=1)
     assert not [*refusals(limits, used(WORK, SiteUsage(2, 10, 0.5, 7), ROWS, 100))]
@@ -258,6 +278,7 @@ def test_a_server_is_held_to_its_own_terms() -> None:
         with_field(WORK, TaskStart, "fold", ADAPTER),
         with_field(WORK, TaskStart, "control", ADAPTER),
         replace(WORK, terms=replace(TERMS, depth=1)),
+        replace(EXAM, terms=replace(TERMS, evaluations=0)),
     ):
         assert len([*beyond_terms(request)]) == 1
 

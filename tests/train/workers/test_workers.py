@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,13 @@ def cohorts(trainer: Trainer, told: int | str = 2) -> Iterator[WorkerPool]:
 
 
 def children() -> list[psutil.Process]:
-    """Our workers, without multiprocessing's resource tracker."""
-    return [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    """Our workers, without multiprocessing's resource tracker, and without those that have just died."""
+    found = list[psutil.Process]()
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # a zombie counts as one
+            if "spawn_main" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def gone(processes: list[psutil.Process], seconds: float = 30.0) -> bool:
@@ -351,7 +356,9 @@ def lethal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     folder = tmp_path / "deaths"
     folder.mkdir()
-    monkeypatch.setattr("fedloom.runs.execute.PeftTrainer", lambda *parts: Lethal(PeftTrainer(*parts), folder, task=6))
+    monkeypatch.setattr(
+        "fedloom.runs.execute.PeftTrainer", lambda *parts, **more: Lethal(PeftTrainer(*parts, **more), folder, task=6)
+    )
     return folder
 
 

@@ -289,7 +289,9 @@ class Deployment:
         except Malformed as error:
             return self._handle_unusable(now, sent, str(error))
         if isinstance(reply, Welcome):
-            return self._welcome(now, sent.node, reply)
+            known = sent.task is not None  # to what was sent as a task there is an answer or a refusal
+            unfit = "it replies to a task as to a request to join"
+            return self._handle_unusable(now, sent, unfit) if known else self._welcome(now, sent.node, reply)
         if isinstance(reply, Refusal):
             return self._handle_refusal(now, sent, reply)
         client, number = reply.client, reply.task
@@ -381,6 +383,7 @@ class Deployment:
         return self._fail_task(now, self.tasks[number], refusal.reason, gone=refusal.lasting)
 
     def _fail_task(self, now: float, task: Task, reason: str, gone: bool = False) -> Stop | None:
+        self.nodes.count_failure(now + self.timeouts.pause, task.client, reason)
         stop = self._handle(now, TaskFailed(task.client, task.id, reason))
         return self._lose_client(now, task.client) if gone and not stop else stop
 
@@ -439,6 +442,7 @@ class Deployment:
             self.failed_deliveries.pop(event.task, None)
         if isinstance(event, UpdateArrived) and not rejected:
             self.accepted[event.client] = event.task
+            self.nodes.failed.pop(event.client, None)
         elif isinstance(event, UpdateArrived) and (number := self.nodes.node_of(event.client)) is not None:
             # what it sends is refused at once: else one site could fail as many tasks in a row as end the run
             why = next((command.reason for command in commands if isinstance(command, Reject)), "")

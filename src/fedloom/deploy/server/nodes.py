@@ -15,6 +15,10 @@ from fedloom.core.types import ClientId
 from fedloom.deploy.messages.messages import EvaluateRequest
 
 LOG = getLogger("fedloom.deploy.server")
+MAX_FAILURES = 8
+"""After so many failed tasks in a row a client is given a task only now and then: it could else end the run, which ends after many
+failures in a row, while the others still train.
+"""
 
 
 @dataclass(slots=True)
@@ -86,11 +90,13 @@ class NodeTable:
         reachable: nodes that can be reached now, by number.
         in_flight: requests whose reply has not come, by number of the message.
         missing: since when each client whose node cannot be reached is missing (s of the run).
+        failed: how many tasks each client has failed in a row, without a pause between them.
     """
 
     reachable: dict[int, Node] = field(default_factory=dict)
     in_flight: dict[str, SentMessage] = field(default_factory=dict)
     missing: dict[ClientId, float] = field(default_factory=dict)
+    failed: dict[ClientId, int] = field(default_factory=dict)
 
     def update(self, now: float, present: Mapping[int, str | None], clients: Iterable[ClientId]) -> None:
         """Set the nodes that the transport reaches now; those of `clients` that are behind none of them are missing."""
@@ -126,6 +132,12 @@ class NodeTable:
         LOG.warning("node %s is left alone until %.0f s: %s", number, until, why)
         if number in self.reachable:
             self.reachable[number].resting_until, self.reachable[number].why = until, why
+
+    def count_failure(self, until: float, client: ClientId, why: str) -> None:
+        """Count a task that a client failed; one that has failed `MAX_FAILURES` in a row rests after each of them."""
+        self.failed[client] = self.failed.get(client, 0) + 1
+        if self.failed[client] >= MAX_FAILURES and (number := self.node_of(client)) is not None:
+            self.rest(until, number, why)
 
     def turn_away(self, until: float, client: ClientId, why: str) -> None:
         """Drop this client; its node rests and is then asked who it is."""

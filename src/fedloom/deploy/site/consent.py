@@ -81,7 +81,10 @@ class Consents:
         return self.state / FOLDER
 
     def why_not(self, terms: RunTerms) -> str:
-        """Return why nothing is done under these terms, and keep them for the owner to see; "" if they were accepted."""
+        """Return why nothing is done under these terms, and keep them for the owner to see; "" if they were accepted.
+
+        Raises Malformed for a document that is too large to be kept.
+        """
         name = terms_hash(terms)
         accepted = name in self.given or self._marked(name)
         if not accepted or not (self.folder / f"{name}.bin").exists():
@@ -125,9 +128,11 @@ class Consents:
         return [*_differences(max(before, key=lambda one: one.accepted).terms, terms)] if before else []
 
     def _keep(self, name: str, terms: RunTerms) -> None:
+        data = encode_request(JoinRequest(terms, 0))
+        decode_request(data, LARGEST)  # what cannot be read again would neither be shown nor forgotten
         private_folder(self.folder)
         with atomic_write(self.folder / f"{name}.bin") as draft:
-            draft.write_bytes(encode_request(JoinRequest(terms, 0)))
+            draft.write_bytes(data)
         waiting = [one for one in self.documents() if not one.accepted and one.hash != name]
         for one in waiting[MOST_OFFERED - 1 :]:
             (self.folder / f"{one.hash}.bin").unlink(missing_ok=True)
