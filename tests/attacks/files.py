@@ -368,7 +368,7 @@ def code_of_a_model(folder: Path, lifted: bool) -> bool:
     (model / "config.json").write_text(
         json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}})
     )
-    (model / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    (model / "own.py").write_text(f"import os\nos.mkdir({str(folder / 'ran')!r})\n")
     if lifted:
         with suppress(Exception):
             AutoConfig.from_pretrained(model, trust_remote_code=True)

@@ -312,6 +312,15 @@ def chosen_in_a_step(folder: Path, lifted: bool) -> bool:
     return obeyed(stage.task(terms, start, 2), "least_steps = ")
 
 
+def directions_far_away(folder: Path, lifted: bool) -> bool:
+    """What stays at a site has room for all directions up to the last: one number asks for memory and disk. Lifted: it is small."""
+    stage = stage_at(folder, False)
+    terms = stage.terms(held_out=0.0)
+    last = terms.rank - 1 if lifted else 10**5
+    start = TaskStart(stage.first(terms), "x", directions=(*range(terms.rank - 1), last), rules=Rules(private=("up",)))
+    return isinstance(stage.task(terms, start, STEPS), Result)
+
+
 def scored_all_the_same(folder: Path, lifted: bool) -> bool:
     """The owner accepted that rows are held out, and no evaluation of them. Lifted: one."""
     stage = stage_at(folder, False)
@@ -445,6 +454,7 @@ def _requests() -> Iterator[Attack]:
     yield _named("multiplies the rate of `up`", ruled("learning_rate", up_rate=1e6))
     yield _named("trains `up` at a rate at which nothing moves", ruled("least_learning_rate", up_rate=1e-9))
     yield _named("hides a single step behind a choice of directions", chosen_in_a_step)
+    yield _named("fills the memory with directions that nobody has", directions_far_away)
     yield _named("scores what its terms say is not scored", scored_all_the_same)
     yield _named("drowns the data in a penalty on ranks", ruled("pruning", pruning=Pruning(strength=1e6)))
     yield _named("makes AdamW linear by its clip", offer_training("least_clip", clip=1e-16), in_gate=True)

@@ -25,28 +25,10 @@ from fedloom.runs.resume import LOGS, CheckpointWriter, log_sizes, open_log
 from tests.attacks.files import ODD, ODD_TEXTS, bent, leaves, seal, text_of
 from tests.support import toys
 from tests.support.fake_runs import write_run
+from tests.support.malformed_files import STATUS
 from tests.support.storms import STORMS, tries
 
 HINTS: Mapping[str, Any] = {"updates": list[Update], "model": Model, "states": dict[str, ClientState]}
-STATUS = {
-    "run": "r",
-    "version": 1,
-    "versions": 3,
-    "seconds": 1.0,
-    "incarnation": 1,
-    "waits": "",
-    "ended": "",
-    "calls_refused": {},
-    "at": 0.0,
-    "set_aside": {},
-    "accepted": 1,
-    "rejected": 0,
-    "failed": 0,
-    "mean_staleness": None,
-    "scores": {"loss": 0.5},
-    "clients": {"c": {"reached": True, "answers": 1, "task": None, "since": None, "rank": 2, "stale": None}},
-    "traffic": {"bytes_down": 1, "bytes_up": 1, "resent": 0},
-}
 
 
 @pytest.fixture(scope="module")

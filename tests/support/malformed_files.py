@@ -330,3 +330,25 @@ FILES: Mapping[str, Kind] = {
     "manifest: elsewhere": in_parts(bare),
 }
 """Each kind makes a file from random numbers and a scene."""
+
+
+STATUS = {
+    "run": "r",
+    "version": 1,
+    "versions": 3,
+    "seconds": 1.0,
+    "incarnation": 1,
+    "waits": "",
+    "ended": "",
+    "calls_refused": {},
+    "at": 0.0,
+    "set_aside": {},
+    "accepted": 1,
+    "rejected": 0,
+    "failed": 0,
+    "mean_staleness": None,
+    "scores": {"loss": 0.5},
+    "clients": {"c": {"reached": True, "answers": 1, "task": None, "since": None, "rank": 2, "stale": None}},
+    "traffic": {"bytes_down": 1, "bytes_up": 1, "resent": 0},
+}
+"""What `status.json` of a deployment holds."""

@@ -251,7 +251,8 @@ def rollback_command(
         str | None, typer.Option("--without", metavar="SITE", help="Merge all answers again but those of this site.")
     ] = None,
     target: Annotated[
-        Path | None, typer.Option("--out", metavar="NEW", help="The folder to write; by default rollback-001 in the run folder.")
+        Path | None,
+        typer.Option("--out", metavar="NEW", help="The folder to write; by default rollback-001 in the run folder."),
     ] = None,
 ) -> None:
     """Write the adapter of an earlier version of a run, or of the run without one site, into a new folder. DIR stays as it is.

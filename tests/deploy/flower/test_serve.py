@@ -5,21 +5,25 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedloom.core.errors import Refused
+from fedloom.core.files import write_json
 from fedloom.deploy.flower import keys
 from fedloom.deploy.flower.address import Address, listen_at
+from fedloom.deploy.flower.app_outcome import AppOutcome, write_outcome
 from fedloom.deploy.flower.roster import ROSTER, read_roster
-from fedloom.deploy.flower.serve import NOTE, Serving, serve_deployment
+from fedloom.deploy.flower.serve import MOST_QUICK, NOTE, Serving, serve_deployment
 from fedloom.deploy.flower.server_processes import ServerSetup, server_processes
 from fedloom.deploy.flower.supervisor import LogFollower, free_port, program
 from fedloom.deploy.server.status import read_refusals
 from tests.deploy.flower.test_address import ipv6
 from tests.support import federation
+from tests.support.malformed_files import STATUS
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="as the processes of a deployment")
 
@@ -117,6 +121,27 @@ def test_the_gate_knows_who_may_come_also_after_a_restart_and_before_the_superli
     again.keys_sent = True
     again._list_keys()
     assert on_roster() == {}, "nor is a node that the SuperLink no longer names"
+
+
+def test_a_server_app_that_is_killed_again_and_again_ends_the_run_only_where_it_makes_no_version(
+    tmp_path: Path,
+) -> None:
+    server, nobody = ServerSetup(tmp_path, "127.0.0.1", insecure=True), Any
+    server.home.mkdir()
+    one = Serving(server, nobody, nobody, [].append, nobody, 0)  # type: ignore[arg-type]
+
+    def killed(version: int) -> None:
+        one.attempt, one.run, one.since = one.attempt + 1, 1, time.monotonic()
+        write_json(tmp_path / "status.json", STATUS | {"version": version})
+        write_outcome(tmp_path, one.attempt, AppOutcome(2**22 + 1))  # no process has this number
+        assert one._follow() is None
+
+    for version in range(1, 3 * MOST_QUICK):
+        killed(version)
+    for _ in range(MOST_QUICK - 1):
+        killed(version)
+    with pytest.raises(Refused, match="ends as soon as it begins"):
+        killed(version)
 
 
 def test_what_the_gate_refuses_is_said(tmp_path: Path) -> None:

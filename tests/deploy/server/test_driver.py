@@ -273,11 +273,11 @@ def test_garbage_from_a_site_hurts_nobody_else() -> None:
     assert running.accepted.keys() == {"c0", "c1"}
 
 
-@pytest.mark.parametrize("how", ["garbage", "refuses", "joins"])
+@pytest.mark.parametrize("how", ["garbage", "refuses", "joins", "repeats"])
 def test_a_site_that_fails_each_task_at_once_cannot_end_the_run(how: str) -> None:
     """Others train for long: the failures in a row that end a run are then all its own."""
     net = Net(sites(2))
-    answer, given = net.sites[100].answer, list[int]()
+    answer, given, first = net.sites[100].answer, list[int](), list[bytes]()
     net.sites[100].seconds, net.sites[101].seconds = 0.01, 60.0
 
     def fails(body: bytes) -> bytes:
@@ -286,7 +286,13 @@ def test_a_site_that_fails_each_task_at_once_cannot_end_the_run(how: str) -> Non
             return answer(body)
         given.append(ask.task.id)
         refusal, profile = Refusal("c0", ask.task.id, "not now", False), Profile("c0", 5, flops=1e9 + len(given))
-        replies = {"garbage": b"?", "refuses": encode_reply(refusal), "joins": encode_reply(Welcome(profile, 1))}
+        first.append(first[0] if first else answer(body))
+        replies = {
+            "garbage": b"?",
+            "repeats": first[0],
+            "refuses": encode_reply(refusal),
+            "joins": encode_reply(Welcome(profile, 1)),
+        }
         return replies[how]
 
     net.sites[100].answer = fails  # type: ignore[method-assign]

@@ -79,6 +79,19 @@ def test_terms_that_no_limit_allows_are_not_even_offered(tmp_path: Path) -> None
     assert not worker.consents.documents()
 
 
+def test_a_server_is_not_told_where_the_files_of_a_site_are(tmp_path: Path) -> None:
+    """Neither before terms are accepted, nor where the model of accepted ones cannot be loaded."""
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": "no"}\n{"text": "b", "label": "yes"}\n')
+    worker, terms = SiteWorker(site_in(tmp_path)), replace(TERMS, model="tiny", labels=("no", "yes"))
+    told(worker, terms)
+    worker.consents.accept(terms_hash(terms), "a test")
+    for asked in (replace(terms, model="large"), terms):
+        reason = told(worker, asked).reason
+        assert "'tiny'" in reason
+        assert str(tmp_path) not in reason
+
+
 def test_a_run_that_does_not_name_its_weights_is_refused(tmp_path: Path) -> None:
     refusal = told(SiteWorker(site_in(tmp_path)), replace(TERMS, weights=""))
     assert "its owner can allow it: [model] any_weights = true" in refusal.reason

@@ -91,7 +91,7 @@ HARMLESS: Mapping[type, Mapping[str, str]] = {
     },
     Budget: {"rounds": "of a region; a site does its steps once", "why": "words for the report"},
     TaskStart: {
-        "basis": "a name; decides whether moments are kept", "directions": "numbers of the server's directions",
+        "basis": "a name; decides whether moments are kept", "directions": "within the rank of the terms",
         "seeded": "saves bytes", "rules": "judged by field", "codec": "how numbers are packed: fewer bits, never more",
     },
     Rules: {
@@ -279,8 +279,16 @@ def test_a_server_is_held_to_its_own_terms() -> None:
         with_field(WORK, TaskStart, "control", ADAPTER),
         replace(WORK, terms=replace(TERMS, depth=1)),
         replace(EXAM, terms=replace(TERMS, evaluations=0)),
+        with_field(WORK, TaskStart, "directions", (0, TERMS.rank)),
     ):
         assert len([*beyond_terms(request)]) == 1
+
+
+def test_a_small_bias_is_no_small_start() -> None:
+    """That of two labels is small by chance, and makes no gradient small; a small matrix does."""
+    for name, allowed in (("classifier.bias", True), ("classifier.weight", False)):
+        start = Adapter(ADAPTER.factors, ADAPTER.dense | {name: torch.full((2,), 1e-8)})
+        assert (not reasons(SiteLimits(least_rows=20), with_field(WORK, TaskStart, "train", start))) is allowed
 
 
 def test_a_region_has_the_limits_that_its_file_names() -> None:

@@ -34,7 +34,7 @@ from fedloom.deploy.server.status import REFUSALS_FILE, read_status
 TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
 """Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""
 QUICK, MOST_QUICK = 60.0, 5
-"""A ServerApp that ends within so many seconds came to nothing; after so many of those in a row we give up."""
+"""A ServerApp that ends within so many seconds and makes no version came to nothing; after so many of those in a row we give up."""
 STARTS = 180.0
 """Seconds in which a submitted app must have started."""
 ROOM = 2**24
@@ -65,6 +65,7 @@ class Serving:
     run: int = 0
     since: float = 0.0
     quick: int = 0
+    reached: int = 0
     up: bool = False
     names: dict[str, str] = field(default_factory=dict)
     troubles: dict[str, str] = field(default_factory=dict)
@@ -238,8 +239,9 @@ class Serving:
                 raise Refused("RUNFILE", str(self.server.folder), f"it cannot be carried out: {outcome.refused}")
         elif outcome.lives if outcome is not None else lived < STARTS:
             return None
-        reason = self._why(outcome)
-        self.quick = self.quick + 1 if lived < QUICK and not self.full else 0
+        reason, reached = self._why(outcome), self._version()
+        self.quick = self.quick + 1 if lived < QUICK and not self.full and reached <= self.reached else 0
+        self.reached = reached
         if self.quick >= MOST_QUICK:
             raise self._vain(outcome, reason)
         self.say(f"the ServerApp ended ({reason}); a new one goes on from the last checkpoint")
@@ -247,6 +249,11 @@ class Serving:
         if outcome is not None and outcome.full:
             self.pauses[self._follow.__name__] = time.monotonic() + CLEARING
         return None
+
+    def _version(self) -> int:
+        """Return the version that the run has made, as far as its status says."""
+        noted = (self.server.folder / "status.json").exists()
+        return int(read_status(self.server.folder)["version"]) if noted else 0
 
     def _why(self, outcome: AppOutcome | None) -> str:
         """Return why a ServerApp ended that did not carry the run out."""

@@ -283,6 +283,8 @@ class Deployment:
         try:
             reply = parse_reply(raw.body, self.tasks, now, self.over_regions)
         except NotOutstanding:
+            if sent.task in self.tasks and not sent.given_up:  # it would be sent again at once, without end
+                return self._handle_unusable(now, sent, "it answers another task than it was given")
             self.traffic.late += 1
             self.nodes.ask_again(sent.node, self.clients)
             return None

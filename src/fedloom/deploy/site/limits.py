@@ -58,7 +58,8 @@ class SiteLimits(BaseModel):
         clip: largest norm to which a gradient is cut (default 10).
         least_scaling: smallest scaling of an adapter (default 0.1; as least_clip).
         scaling: largest scaling of an adapter (default 64: 32 is usual at rank 1).
-        least_values: smallest root mean square of a tensor that a task begins with, unless it is zero (default 1e-5; as least_clip).
+        least_values: smallest root mean square of a tensor that a task begins with, unless it is zero or a bias (default 1e-5; as
+            least_clip).
         values: largest root mean square of a tensor that a task begins with (default 1000).
         dropout: largest dropout of an adapter's inputs (default 0.5: more singles inputs out).
         weight_decay: largest weight decay (default 0.1).
@@ -285,17 +286,21 @@ def _start_asked(start: TaskStart, terms: RunTerms) -> Iterator[Asked]:
         yield from _scaling_asked(start.scaling, "the task")
     yield Asked("folds", start.fold is not None, "the task changes the base model too")
     yield Asked("controls", start.control is not None, "the task adds numbers of the server to gradients")
-    for size in _sizes(start.train)[:1]:
+    for size in _sizes(start.train, biases=False)[:1]:
         yield Asked("least_values", size, f"the task begins with numbers of size {size:g}")
     for adapter in (start.train, start.fold, start.control):
         for size in _sizes(adapter)[-1:]:
             yield Asked("values", size, f"the task begins with numbers of size {size:g}")
 
 
-def _sizes(adapter: Adapter | None) -> list[float]:
-    """Return the sizes of the tensors in order; zero is left out: it tells nothing, and is where LoRA begins."""
-    tensors = named_tensors(adapter).values() if adapter else ()
-    return sorted(size for tensor in tensors if (size := _root_mean_square(tensor)))
+def _sizes(adapter: Adapter | None, biases: bool = True) -> list[float]:
+    """Return the sizes of the tensors in order; zero is left out: it tells nothing, and is where LoRA begins.
+
+    A bias may be left out: it is added, so no gradient becomes small by it, and that of two labels is small by chance.
+    """
+    tensors = named_tensors(adapter) if adapter else {}
+    kept = (tensor for name, tensor in tensors.items() if biases or not name.endswith("bias"))
+    return sorted(size for tensor in kept if (size := _root_mean_square(tensor)))
 
 
 def _root_mean_square(tensor: Tensor) -> float:
@@ -325,6 +330,8 @@ def beyond_terms(request: Request) -> Iterator[str]:
             yield f"the task has {_count(budget.steps, 'step')}, the terms say at most {terms.steps}"
     if rank > terms.rank:
         yield f"the task has rank {rank}, the terms say at most {terms.rank}"
+    if start.directions and start.directions[-1] >= terms.rank:  # what stays at a site has room for all up to it
+        yield f"the task holds direction {start.directions[-1]}, the terms say that there are {terms.rank}, from 0"
     if terms.depth is not None and depth > terms.depth:
         yield f"the task trains {'all' if depth == math.inf else depth} layers, the terms say at most {terms.depth}"
     if start.fold is not None and not terms.folds:

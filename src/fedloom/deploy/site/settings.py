@@ -266,7 +266,7 @@ def _reasons(site: Site, request: Request, hour: float) -> Iterator[str]:
     if not any(fnmatchcase(terms.run, name) for name in limits.runs):
         yield f"this site takes part in runs named {' or '.join(limits.runs)}, not in {terms.run!r} (limits.runs)"
     if not site.model.is_of(terms.model):
-        yield f"the run trains {terms.model!r}, this site has {site.model.name or site.model.path!r}"
+        yield f"the run trains {terms.model!r}, this site has {site.model.name or Path(site.model.path).name!r}"
     if not (terms.weights or site.model.any_weights or site.region):
         yield "the run does not say which weights its model has (its owner can allow it: [model] any_weights = true)"
     if site.table and terms.labels is None:

@@ -429,11 +429,13 @@ def _entry_of(request: Request, message: RecordEntry) -> RecordEntry:
 
 
 def _without_data(error: Refused) -> str:
-    """Return what a server is told of an error; not the words on data, which may quote a label or a cell."""
+    """Return what a server is told of an error; not the words on data, which may quote a label or a cell, nor the site's folders."""
     if error.field.partition(".")[0] in ("data", "table", "instructions", "labels"):
         return (
             f"{error.field}: the data of this site do not fit the run; its owner finds the reason in the worker's log"
         )
+    if isinstance(error.value, str) and os.path.isabs(error.value):
+        return str(Refused(error.field, os.path.basename(error.value), error.remedy))
     return str(error)
 
 
