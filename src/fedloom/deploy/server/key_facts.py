@@ -5,13 +5,12 @@ A site or region cannot change it. The file `sites/NAME.json` is written by `fed
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from logging import getLogger
 from pathlib import Path
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import write_json
+from fedloom.core.files import read_json, write_json
 
 LOG = getLogger("fedloom.deploy.server")
 
@@ -58,7 +57,7 @@ def read_facts(folder: Path, name: str) -> KeyFacts:
     """Return what is known of the holder of this name's key. A file that cannot be read says nothing: then it is a site."""
     path = facts_file(folder, name)
     try:
-        return KeyFacts(**json.loads(path.read_bytes())) if path.exists() else KeyFacts()
+        return KeyFacts(**read_json(path)) if path.exists() else KeyFacts()
     except (OSError, ValueError, TypeError, Refused) as error:
         LOG.error("%s cannot be read (%s); `fedloom keys add` writes it anew", path, type(error).__name__)
         return KeyFacts()

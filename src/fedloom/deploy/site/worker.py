@@ -19,7 +19,7 @@ from logging import getLogger
 import torch
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import lock, open_regular, private_folder, private_tree, write_json
+from fedloom.core.files import lock, open_regular, private_folder, private_tree, read_json, write_json
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter, server_rank
 from fedloom.core.schema import Malformed
@@ -374,13 +374,12 @@ class SiteWorker:
         facts = [str(site.path), site.device, terms.threads, ready.base.computation, terms.training.batch_size]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         try:
-            entry = json.loads(path.read_bytes())
+            entry = read_json(path)
             if entry["of"] == digest:
                 return float(entry["flops"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, Refused):
             pass
         flops = _measured(ready, self.site.name, min(terms.rank, self.site.limits.rank))
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"of": digest, "flops": flops})
         return flops
 
