@@ -14,7 +14,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,10 +54,24 @@ STORED = 10.0
 BROKEN = 3
 """Times that the worker may die over one message before the message is answered with an error."""
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+WHOLE = 1.0
+"""Seconds that a message may take to be whole before the executor looks whether a newer task waits."""
 
 
 class NoAnswer(Exception):
     """A message that has no answer; the text says why."""
+
+
+class Superseded(Exception):
+    """A message that will never be whole: its run ended while the SuperNode received it, and a newer task waits.
+
+    Fields:
+        token: the newer task's.
+    """
+
+    def __init__(self, token: str) -> None:
+        super().__init__("its run ended while it was received")
+        self.token = token
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -82,25 +96,38 @@ def execute_tasks(
     signed = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={ACQUIRE})] if secret else []
     asking = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
     with runtime_client(runtime, "SuperExec", signed) as supernode:
-        _say("ready", runtime=runtime)
-        while True:
+
+        def newest() -> str:
             try:
-                token = supernode.AcquireTask(asking).token
+                return supernode.AcquireTask(asking).token
             except httpx.TransportError:
-                token = ""
-            if token:
-                execute_task(runtime, token, socket, patience)
+                return ""
+
+        _say("ready", runtime=runtime)
+        token = ""
+        while True:
+            if token := token or newest():
+                token = execute_task(runtime, token, socket, newest, patience)
             else:
                 time.sleep(pause)
 
 
-def execute_task(runtime: str, token: str, socket: Path, patience: float) -> None:
-    """Pull the message that `token` stands for, and push the worker's answer, or an error in its place."""
+def execute_task(runtime: str, token: str, socket: Path, newest: Callable[[], str], patience: float) -> str:
+    """Pull the message that `token` stands for, and push the worker's answer, or an error in its place.
+
+    Returns the token of a newer task, where the message was given up for it; "" otherwise. `newest` asks for one ("": none waits).
+    """
     with (
         runtime_client(runtime, "flwr-clientapp", [RuntimeTokenHttpInterceptor(token)]) as supernode,
         heartbeats(supernode),
     ):
-        message, context = pull_message(supernode)
+        try:
+            message, context = pull_message(supernode, newest)
+        except Superseded as newer:
+            # no reply: the SuperNode would send it in the place of the newer task's
+            push_task_output(supernode, None, SubStatus.FAILED, str(newer))
+            _say("given up", error=str(newer))
+            return newer.token
         started, reply = time.monotonic(), answer_message(message, socket, patience)
         _say(
             "answered",
@@ -109,10 +136,17 @@ def execute_task(runtime: str, token: str, socket: Path, patience: float) -> Non
         )
         push_message(supernode, reply, context)
         push_task_output(supernode, context, SubStatus.COMPLETED, "")
+        return ""
 
 
-def pull_message(supernode: RuntimeHttpClient) -> tuple[Message, Context]:
-    """Pull the message of the task, with its context. The app that comes with it is not fetched."""
+def pull_message(supernode: RuntimeHttpClient, newest: Callable[[], str]) -> tuple[Message, Context]:
+    """Pull the message of the task, with its context. The app that comes with it is not fetched.
+
+    Raises:
+        NoAnswer: there is no message.
+        Superseded: it will never be whole. Where a run ends while the SuperNode receives a message of it, its task is announced and
+            stays so; the SuperNode receives one message after the other, so a newer task says that no more of it will come.
+    """
     context = context_from_proto(supernode.PullTaskInput(PullTaskInputRequest()).context)
     until = time.monotonic() + STORED
     while True:
@@ -123,9 +157,26 @@ def pull_message(supernode: RuntimeHttpClient) -> tuple[Message, Context]:
             raise NoAnswer("the SuperNode announced a task and has no message for it")
         time.sleep(POLL)  # it announces the task before it stores the message
     [tree] = pulled.message_object_trees
-    message = fetch_message(supernode, tree, Node(node_id=context.node_id), context.run_id)
+    node = Node(node_id=context.node_id)
+    message = fetch_message(supernode, tree, node, context.run_id, check=unless_superseded(newest))
     message.metadata.__dict__["_message_id"] = tree.object_id  # it has none of its own while it travels; as Flower does
     return message, context
+
+
+def unless_superseded(newest: Callable[[], str]) -> Callable[[], None]:
+    """Return a check that raises Superseded as soon as a newer task waits; it asks once in `WHOLE` seconds, from any thread."""
+    lock, due = threading.Lock(), time.monotonic() + WHOLE
+
+    def check() -> None:
+        nonlocal due
+        with lock:
+            if time.monotonic() < due:
+                return
+            due = time.monotonic() + WHOLE
+            if token := newest():
+                raise Superseded(token)
+
+    return check
 
 
 def answer_message(message: Message, socket: Path, patience: float) -> Message:

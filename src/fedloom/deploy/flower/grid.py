@@ -23,6 +23,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, pull_and
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
+from fedloom.core.policies import do_nothing
 from fedloom.deploy.flower.site_calls import AwaitedReplies, TooLarge, most_bytes, most_objects, tree_objects
 from fedloom.deploy.link import RawReply
 
@@ -79,7 +80,12 @@ def unpack_body(content: RecordDict) -> bytes:
 
 
 def fetch_message(
-    client: RuntimeHttpClient, tree: ObjectTree, node: Node, run: int, largest: int | None = None
+    client: RuntimeHttpClient,
+    tree: ObjectTree,
+    node: Node,
+    run: int,
+    largest: int | None = None,
+    check: Callable[[], None] = do_nothing,
 ) -> Message:
     """Fetch the message that `tree` announces, as soon as all its pieces are there.
 
@@ -89,12 +95,13 @@ def fetch_message(
         node: who asks.
         run: Flower's number of the run.
         largest: bytes of its body at most (None: any, and for as long as it takes: the sender is trusted).
+        check: is called before each attempt to get a piece, and may raise to give the message up.
 
     Raises:
         TooLarge: it is larger. Of one in too many pieces nothing is fetched.
         ObjectPullError: it did not come in time.
     """
-    pull = make_pull_object_fn_protobuf(client.PullObject, node, run)
+    pull = _checked(check, make_pull_object_fn_protobuf(client.PullObject, node, run))
     if largest is not None:
         tree_objects(tree, most_objects(largest))
         pull = _at_most(most_bytes(largest), pull)
@@ -108,6 +115,14 @@ def fetch_message(
         initial_backoff=SOON,
         backoff_cap=LATER,
     )
+
+
+def _checked(check: Callable[[], None], pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    def pull_object(name: str) -> bytes:
+        check()
+        return pull(name)
+
+    return pull_object
 
 
 def _at_most(size: int, pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
