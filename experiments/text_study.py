@@ -107,7 +107,7 @@ class Study:
                     self.tasks.add(task.id)
                 case TaskAnswered(_, number, result, task, refused) if number in self.tasks:
                     self.tasks.remove(number)
-                    if task and not refused:
+                    if task and result and not refused:
                         self.locals.append(self._local(task, result.adapter))
 
     def rounds(self) -> list[Round]:

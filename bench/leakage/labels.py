@@ -5,35 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from bench.leakage.scene import Observation, Scene, Setting
-from bench.leakage.statistics import mean_of
+from bench.leakage.scene import Scene, Setting
+from fedloom.audit.labels import bias_change, correlation, label_shares
+from fedloom.audit.statistics import mean_of
 from fedloom.core.seeds import derive
 
 CONCENTRATION = 0.5
 """Of the Dirichlet distribution of a client's label shares."""
-
-Numbers = NDArray[np.float64]
-
-
-def bias_change(seen: Observation, labels: int) -> Numbers:
-    """By how much the bias of the last layer moved (labels,)."""
-    (name,) = (name for name, tensor in seen.answer.dense.items() if tensor.shape == (labels,))
-    change = seen.answer.dense[name] - seen.start.train.dense[name]
-    return np.asarray(change.double().numpy())
-
-
-def label_shares(labels: Sequence[int], rows: Sequence[int], count: int) -> Numbers:
-    """Share of each of `count` labels among some rows."""
-    return np.bincount([labels[row] for row in rows], minlength=count) / len(rows)
-
-
-def correlation(one: Numbers, other: Numbers) -> float:
-    """Pearson's; 0 where one of them is constant."""
-    if not (np.ptp(one) and np.ptp(other)):
-        return 0.0
-    return float(np.corrcoef(one, other)[0, 1])
 
 
 def draw_skewed(draw: np.random.Generator, labels: Sequence[int], rows: Sequence[int], count: int) -> list[int]:
@@ -59,7 +38,9 @@ def measure(scene: Scene, setting: Setting, targets: int) -> dict[str, float]:
     )
     for k in range(targets):
         shard = draw_skewed(draw, labels, scene.private, setting.rows)
-        change = bias_change(scene.observe(start, shard, setting, "labels", k), count)
+        seen = scene.observe(start, shard, setting, "labels", k)
+        change = bias_change(seen.start.train, seen.answer, count)
+        assert change is not None
         shares = label_shares(labels, shard, count)
         found.append(correlation(change, shares))
         priors.append(correlation(public, shares))

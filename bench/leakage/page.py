@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.leakage.cells import CELLS, Cell, allowed
 from bench.leakage.scene import SITE_CLIP, Setting
-from bench.leakage.statistics import half_width, mean_of
+from fedloom.audit.statistics import half_width, mean_of
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "results" / "leakage.jsonl", ROOT / "docs" / "leakage.md"

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.leakage.scene import Observation, Scene, Setting, input_changes, input_layers, span_basis, texts_of
-from bench.leakage.statistics import mean_of
+from bench.leakage.scene import Observation, Scene, Setting, input_changes, texts_of
 from bench.leakage.vocabulary import Vocabulary, read_vocabulary
+from fedloom.audit.statistics import mean_of
+from fedloom.audit.token_span import input_layers, span_basis
 from fedloom.train.base_model import Base
 
 EVERY = 4

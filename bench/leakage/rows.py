@@ -8,78 +8,24 @@ other clients stand for models that the server trains itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from bench.leakage.scene import Observation, Scene, Setting, mean_adapter
-from bench.leakage.statistics import auc, mean_of
+from fedloom.audit.membership import Members, Numbers, attack_scores, losses_by_row, membership, presence
+from fedloom.audit.statistics import auc, mean_of
 from fedloom.core.lora import Adapter
 from fedloom.core.seeds import derive
 from fedloom.core.types import TaskStart
-from fedloom.train import loss
 
 SCORED, REFERENCE, SUM_COLUMNS, GROUP = 40, 16, 8, 5
 """Rows of the pool that are scored; public rows for the margin; columns tried in sums; answers of a sum."""
 
-Numbers = NDArray[np.float64]
-Members = NDArray[np.bool_]
-
 
 def row_losses(scene: Scene, start: TaskStart, adapter: Adapter, rows: Sequence[int]) -> Numbers:
     """Loss of each row under an adapter (rows,)."""
-    scene.base.put(adapter, start.scaling, start.fold)
-    scene.base.model.eval()
-    order, found = sorted(rows, key=lambda row: len(scene.texts.ids[row])), dict[int, float]()
-    with torch.no_grad():
-        for low in range(0, len(order), 16):
-            part = order[low : low + 16]
-            values = loss.example_losses(scene.base, scene.texts.batch(part, scene.base.device)).double()
-            found |= dict(zip(part, values.tolist(), strict=True))
-    return np.array([found[row] for row in rows])
-
-
-def log_ratios(falls: Numbers, members: Members) -> Numbers:
-    """LiRA: for each client and row (clients, rows) the log ratio of two Gaussians, fitted on the falls of all other clients."""
-    found = np.zeros_like(falls)
-    for client, row in np.ndindex(*falls.shape):
-        others = np.arange(len(falls)) != client
-        with_row, without = falls[others & members[:, row], row], falls[others & ~members[:, row], row]
-        if min(len(with_row), len(without)) < 2:
-            continue
-        spread = (with_row.var() * len(with_row) + without.var() * len(without)) / (
-            len(with_row) + len(without)
-        ) + 1e-12
-        near = (falls[client, row] - without.mean()) ** 2 - (falls[client, row] - with_row.mean()) ** 2
-        found[client, row] = near / (2 * spread)
-    return found
-
-
-def attack_scores(before: Numbers, after: Numbers, public_falls: Numbers, members: Members) -> dict[str, Numbers]:
-    """Scores (clients, rows) by attack, from losses before (rows,) and after (clients, rows), and falls on public rows (clients,)."""
-    falls = before - after
-    return {
-        "loss": -after,
-        "shift": falls,
-        "margin": falls - public_falls[:, None],
-        "lira": log_ratios(falls, members),
-    }
-
-
-def membership(scores: Mapping[str, Numbers], members: Members) -> dict[str, float]:
-    """AUC of each attack over all pairs of client and row."""
-    return {name: auc(one[members], one[~members]) for name, one in scores.items()}
-
-
-def presence(scores: Mapping[str, Numbers], members: Members) -> dict[str, float]:
-    """Mean over the columns of the AUC of each attack between clients with and without the row."""
-    return {
-        name: mean_of([auc(one[own, k], one[~own, k]) for k, own in enumerate(members.T)])
-        for name, one in scores.items()
-        if name in ("shift", "margin")
-    }
+    return losses_by_row(scene.base, scene.texts, adapter, rows, start.scaling, start.fold)
 
 
 def draw_members(draw: np.random.Generator, clients: int, pool: int, planted: int) -> Members:

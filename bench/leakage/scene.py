@@ -7,24 +7,24 @@ secret is given only to an attack whose setting says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fedloom import Table
+from fedloom.audit.token_span import down_changes, input_layers
 from fedloom.core.codec import HALF
-from fedloom.core.lora import Adapter, Factor, balance, cut_adapter, map_tensors
+from fedloom.core.lora import Adapter, balance, cut_adapter, map_tensors
 from fedloom.core.partial_depth import fold_layers
 from fedloom.core.seeds import derive, keyed_seed, rng, simulated_secret
 from fedloom.core.transfer import encode_answer, encode_start
 from fedloom.core.types import Budget, ClientState, Rules, Side, Task, TaskStart
 from fedloom.data.examples import Examples
-from fedloom.deploy.site.site_noise import NoiseSource, SitePrivacy, protect_answer
-from fedloom.train import peft_weights
+from fedloom.deploy.site.site_noise import NoiseSource, protect_answer
+from fedloom.deploy.site.site_privacy import SitePrivacy
 from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.settings import LoRA, Training
 from fedloom.train.tokenised import EncodedTexts, encode_texts, plan_batches
@@ -43,9 +43,6 @@ SITE_CLIP = 0.5
 
 TASK = 1
 """Number of every task here."""
-
-NEGLIGIBLE = 1e-3
-"""Singular values below this share of the largest are the rounding of float16, not a direction."""
 
 CANARIES = (
     ("internal note : the reference code is heliotrope marmot 4417 quartz", 0),
@@ -233,31 +230,11 @@ def mean_adapter(adapters: Sequence[Adapter]) -> Adapter:
     return map_tensors(lambda *sides: sum(sides) / len(sides), *adapters)
 
 
-def down_changes(seen: Observation) -> dict[str, Tensor]:
-    """Return by how much `down` (rank, d_in) of each layer moved."""
-    sent: Mapping[str, Factor] = seen.start.train.factors
-    return {name: factor.down - sent[name].down for name, factor in seen.answer.factors.items()}
-
-
-def span_basis(rows: Iterable[Tensor]) -> Tensor:
-    """Return an orthonormal basis (directions, width) of the span of all rows of these matrices (rank, width)."""
-    unit = torch.cat([each / each.norm().clamp_min(1e-30) for each in rows])
-    _, values, directions = torch.linalg.svd(unit.double(), full_matrices=False)
-    basis: Tensor = directions[values > NEGLIGIBLE * values[0]].float()
-    return basis
-
-
-def input_layers(base: Base) -> list[str]:
-    """Return the names of the adapted layers that read the embeddings: those of the first block.
-
-    With PEFT's default layers of a BERT (query, value) all of them do.
-    """
-    found = peft_weights.transformer_blocks(base.model)
-    path = found[0] if found else ""
-    return [name for name in peft_weights.lora_layers(base.model) if name.startswith(f"{path}.0.")]
-
-
 def input_changes(base: Base, seen: Observation) -> dict[str, Tensor]:
     """Return the changes of `down` of the layers that read the embeddings; empty where none of them moved."""
-    moved = {name: change for name, change in down_changes(seen).items() if name in input_layers(base)}
+    moved = {
+        name: change
+        for name, change in down_changes(seen.start.train, seen.answer).items()
+        if name in input_layers(base)
+    }
     return moved if any(bool(change.any()) for change in moved.values()) else {}

@@ -1,42 +1,13 @@
-"""Area under the ROC curve, a logistic rule, and the 95 % interval of a mean."""
+"""A logistic rule, fitted on shadow clients."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from statistics import mean, stdev
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t, 97.5 % quantile by degrees of freedom."""
-
 RIDGE, NEWTON_STEPS = 1e-2, 12
-
-
-def auc(positive: ArrayLike, negative: ArrayLike) -> float:
-    """Chance that a positive scores higher than a negative; a tie counts half (0.5: the score tells nothing).
-
-    >>> auc([2.0, 1.0], [1.0, 0.0])
-    0.875
-    """
-    gaps = np.subtract.outer(np.asarray(positive, float), np.asarray(negative, float))
-    return float((gaps > 0).mean() + 0.5 * (gaps == 0).mean())
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean of some seeds (Student's t); infinite for one."""
-    if len(values) < 2:
-        return math.inf
-    return T95[len(values) - 1] * stdev(values) / math.sqrt(len(values))
-
-
-def mean_of(values: Sequence[float]) -> float:
-    """The mean; NaN of nothing."""
-    return mean(values) if values else math.nan
 
 
 def fit_logistic(features: Tensor, right: Tensor) -> Callable[[Tensor], Tensor]:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bench.leakage.scene import Observation, Scene, Setting, input_changes, span_basis, texts_of
-from bench.leakage.statistics import auc, fit_logistic, mean_of
+from bench.leakage.scene import Observation, Scene, Setting, input_changes, texts_of
+from bench.leakage.statistics import fit_logistic
 from bench.leakage.vocabulary import Vocabulary, read_vocabulary
+from fedloom.audit.statistics import auc, mean_of
+from fedloom.audit.token_span import span_basis
 
 TOP, MORE = 10, 50
 """Guesses that are judged: the surest ten, and the surest fifty."""

@@ -24,11 +24,15 @@ from fedloom.aggregate.hetlora import HetLoRA as HetLoRA
 from fedloom.aggregate.hlora import HLoRA as HLoRA
 from fedloom.aggregate.lora_a2 import LoRAA2 as LoRAA2
 from fedloom.aggregate.momentum import Momentum as Momentum
-from fedloom.aggregate.noise import Noise as Noise
 from fedloom.aggregate.product_delta import ProductDelta as ProductDelta
 from fedloom.aggregate.raflora import RaFLoRA as RaFLoRA
+from fedloom.aggregate.robust import Robust as Robust
 from fedloom.aggregate.rolora import RoLoRA as RoLoRA
 from fedloom.aggregate.scaffold import Scaffold as Scaffold
+from fedloom.aggregate.shared.robust_rules import CentredClipping as CentredClipping
+from fedloom.aggregate.shared.robust_rules import GeometricMedian as GeometricMedian
+from fedloom.aggregate.shared.robust_rules import MultiKrum as MultiKrum
+from fedloom.aggregate.shared.robust_rules import Trust as Trust
 from fedloom.core.canary import Canary as Canary
 from fedloom.core.codec import DeltaInt8 as DeltaInt8
 from fedloom.core.codec import Exact as Exact
@@ -71,6 +75,7 @@ from fedloom.hierarchy.joint_plan.best_round_time import BestRoundTime as BestRo
 from fedloom.hierarchy.joint_plan.gradient_score import GradientScore as GradientScore
 from fedloom.hierarchy.joint_plan.joint_plan import JointPlan as JointPlan
 from fedloom.hierarchy.joint_plan.loss_rate import LossRate as LossRate
+from fedloom.hierarchy.secure_edge import Secure as Secure
 from fedloom.hierarchy.tree_state import Link as Link
 from fedloom.plan.budget import Plan as Plan
 from fedloom.plan.depth import DepthByCapability as DepthByCapability
@@ -80,6 +85,7 @@ from fedloom.plan.rank import FixedRank as FixedRank
 from fedloom.plan.rank import RandomRank as RandomRank
 from fedloom.plan.rank import RankByCapability as RankByCapability
 from fedloom.plan.rank import RankByData as RankByData
+from fedloom.privacy.private import Private as Private
 from fedloom.runs.execute import Outcome as Outcome
 from fedloom.runs.job import Job as Job
 from fedloom.runs.prepare import prepare as prepare

@@ -9,7 +9,6 @@ import torch
 
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.fedplora import FedPLoRA
-from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.scaffold import CONTROL, Scaffold
 from fedloom.core.errors import Refused
 from fedloom.core.lora import map_tensors
@@ -82,8 +81,3 @@ def test_an_answer_without_a_control_variate_changes_none() -> None:
 def test_a_federation_of_nobody_is_refused() -> None:
     with pytest.raises(Refused, match="clients"):
         Scaffold(clients=0)
-
-
-def test_what_noise_hides_is_not_told_by_control_variates() -> None:
-    with pytest.raises(Refused, match="noise hides"):
-        Scaffold(Noise())

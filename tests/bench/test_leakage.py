@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -12,10 +10,13 @@ from torch import nn
 from bench.leakage import labels, places, rows
 from bench.leakage.cells import CELLS, QUICK, allowed
 from bench.leakage.page import PAGE, kept_lines, summary, with_table
-from bench.leakage.scene import Observation, Scene, Setting, down_changes, make_scene
-from bench.leakage.statistics import auc, fit_logistic, half_width
+from bench.leakage.scene import Observation, Scene, Setting, make_scene
+from bench.leakage.statistics import fit_logistic
 from bench.leakage.vocabulary import Vocabulary
 from bench.leakage.words import answer_features, judge
+from fedloom.audit.membership import attack_scores, membership, presence
+from fedloom.audit.statistics import auc
+from fedloom.audit.token_span import down_changes
 from fedloom.data.examples import Examples
 from tests.support.tiny_models import tiny_encoder, toy_rows
 
@@ -58,7 +59,7 @@ def test_the_first_step_of_the_first_task_leaves_down_as_it_was_to_the_bit(scene
         setting = Setting(rows=8, batch=4, steps=steps, later=False)
         seen = scene.observe(scene.start(setting), scene.private[:8], setting, "one")
         assert moved(seen, "down") is moves
-        assert any(bool(change.any()) for change in down_changes(seen).values()) is moves
+        assert any(bool(change.any()) for change in down_changes(seen.start.train, seen.answer).values()) is moves
         assert moved(seen, "up")
 
 
@@ -76,10 +77,10 @@ def test_a_client_that_did_nothing_is_told_from_nobody(scene: Scene) -> None:
     before = rows.row_losses(scene, start, start.train, pool)
     after = np.stack([rows.row_losses(scene, start, start.train, pool) for _ in range(6)])
     members = rows.draw_members(np.random.default_rng(0), 6, 18, 2)
-    scores = rows.attack_scores(before, after, np.zeros(6), members)
+    scores = attack_scores(before, after, np.zeros(6), members)
     for attack in ("shift", "margin", "lira"):
-        assert rows.membership(scores, members)[attack] == 0.5
-    assert set(rows.presence(scores, members).values()) == {0.5}
+        assert membership(scores, members)[attack] == 0.5
+    assert set(presence(scores, members).values()) == {0.5}
 
 
 # What must be found ---------------------------------------------------------------------------------------------------
@@ -123,18 +124,12 @@ def test_losses_that_fall_for_members_alone_are_told_by_every_attack() -> None:
     assert (members[:, :20].sum(1) == 10).all()
     assert (members[:, 20:].sum(0) == 4).all()
     noise = np.random.default_rng(1).normal(0, 0.01, members.shape)
-    scores = rows.attack_scores(np.ones(22), np.where(members, 0.5, 1.0) + noise, np.zeros(8), members)
-    assert all(value > 0.99 for value in rows.membership(scores, members).values())
-    assert all(value > 0.99 for value in rows.presence(scores, members).values())
+    scores = attack_scores(np.ones(22), np.where(members, 0.5, 1.0) + noise, np.zeros(8), members)
+    assert all(value > 0.99 for value in membership(scores, members).values())
+    assert all(value > 0.99 for value in presence(scores, members).values())
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_area_counts_ties_half_and_the_interval_is_students() -> None:
-    assert auc([1, 1], [1, 1]) == 0.5
-    assert auc([2, 3], [0, 1]) == 1.0
-    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
 
 
 def test_the_logistic_rule_puts_what_is_right_first() -> None:

@@ -36,7 +36,8 @@ def test_every_package_of_the_image_has_a_hash_and_the_version_of_the_constraint
     assert {name: version for name, (version, _) in locked.items() if name in known} == {
         name: known[name][0] for name in locked if name in known
     }
-    for text in [*project["dependencies"], *project["optional-dependencies"]["deploy"]]:
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["deploy"], *extras["privacy"]]:
         wanted = Requirement(text)
         assert Version(locked[wanted.name.lower()][0]) in wanted.specifier, text
 

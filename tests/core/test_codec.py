@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedloom.core.codec import HALF, Block, Codec, DeltaInt8, Exact, Half, pack_half, round_to_half
+from fedloom.core.codec import HALF, Block, Codec, DeltaInt8, Exact, Half, Summed, pack_half, round_to_half
 from fedloom.core.lora import Factor, product_norm, stack
 from tests.support.storms import tries
 
@@ -139,3 +139,24 @@ def test_a_block_says_what_it_takes() -> None:
     assert scales is not None
     assert scales.nbytes == 4 * INT8.row
     assert isinstance(pack_half(values), Block)
+
+
+@given(st.integers(4, 24), st.floats(1e-4, 1e3), st.integers(3, 256), st.integers(0, 99))
+@tries(30)
+def test_whole_numbers_are_right_to_half_a_step_in_any_order_and_their_sum_fits(
+    bits: int, bound: float, members: int, seed: int
+) -> None:
+    codec, changes = Summed(bits, bound, members), normal(5, 40, seed=seed) * bound / 2
+    numbers = codec.integers(changes)
+    assert torch.equal(numbers.sum(0), numbers[torch.randperm(5)].sum(0))
+    assert int(numbers.abs().max()) <= codec.largest
+    within = changes.double().clamp(-bound, bound)
+    assert float((numbers.double() * codec.step - within).abs().max()) <= codec.step * (0.5 + 1e-6)
+    assert members * codec.largest < 2 ** (codec.word_bits - 1) <= 2 * members * (codec.largest + 1)
+
+
+def test_packed_as_whole_numbers_a_row_arrives_as_the_base_and_what_it_moved() -> None:
+    codec, base = Summed(16, 1.0, 5), normal(3, 4)
+    values = base + torch.tensor([0.0, 0.25, -0.5, 1.0])
+    assert torch.allclose(arrives(codec, values, base), values, atol=codec.step)
+    assert arrives(codec, values * float("nan"), base).isnan().all()

@@ -19,6 +19,7 @@ from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.core import message_size
+from fedloom.core.codec import Summed
 from fedloom.core.lora import Adapter, Factor, cut_factor
 from fedloom.core.message_size import MessageSize
 from fedloom.core.types import Task, TaskStart, Update
@@ -149,3 +150,11 @@ def test_an_answer_that_will_be_refused_counts_as_if_all_had_been_sent(number: i
 def test_a_refused_answer_to_a_start_with_a_control_variate_counts_double() -> None:
     task = sent(Scaffold(), Scaffold().init(adapter(8)), 4)
     assert message_size.upload_size(task, make_result(changed(task.start, 1))) == wire(2 * (4 * (DOWN + UP) + HEAD))
+
+
+def test_an_answer_that_is_only_summed_has_all_numbers_of_the_trained_sides_in_bits() -> None:
+    start = replace(sent(FFA(), FFA().init(adapter(8)), 4).start, codec=Summed(16, 1.0, 10))
+    task = replace(make_task(adapter(4), 4), start=start)
+    bits = 20 * (4 * UP + HEAD)
+    expected = MessageSize(-(-bits // 8), -(-20 * HEAD // 8))
+    assert message_size.upload_size(task, make_result(start.train)) == expected == message_size.summed_size(start)

@@ -49,6 +49,13 @@ def test_a_good_answer_has_no_fault() -> None:
     assert why_invalid(TASK, make_result(GOOD, steps=TASK.budget.steps, tokens=0)) is None
 
 
+def test_of_an_answer_that_is_clipped_it_is_not_told_how_far_it_moved() -> None:
+    """A private run would tell the norm of one client's change in the reason; one that is not finite is no answer there either."""
+    assert "changed by norm" in str(why_invalid(TASK, with_down(filled(2 * MAX_NORM))))
+    assert why_invalid(TASK, with_down(filled(2 * MAX_NORM)), clipped=True) is None
+    assert why_invalid(TASK, with_down(filled(float("nan"))), clipped=True) == "query.down is not finite"
+
+
 BAD_NUMBERS: list[tuple[str, Any, str]] = [
     ("examples", 0, "examples is 0"),
     ("examples", -3, "examples is -3"),

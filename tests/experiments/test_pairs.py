@@ -14,7 +14,6 @@ from fedloom.aggregate.clip import Clip
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.ffa import FFA
 from fedloom.aggregate.momentum import Momentum
-from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.core.errors import Refused
 from fedloom.core.events import ClientJoined, Command, Publish, Reject, TimerFired, UpdateArrived
@@ -35,7 +34,7 @@ SCHEDULES = [
 ]  # fmt: skip
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=toys.called)
 ONCE: list[Any] = [
-    Noise(), Averaged(Noise()), Scaffold(), Momentum(Scaffold()), CA2FL(), Averaged(CA2FL(FFA())), ACE(), Clip(ACE()),
+    Scaffold(), Momentum(Scaffold()), CA2FL(), Averaged(CA2FL(FFA())), ACE(), Clip(ACE()),
 ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from tests.support.storms import tries
 
 LAYERS = {"low": (12, 10), "middle": (9, 11), "top": (10, 14)}
 NAMES, TOP = [*LAYERS], 8
-WHOLE = ("Noise", "CA2FL", "ACE", "FedSA")
+WHOLE = ("CA2FL", "ACE", "FedSA")
 """Methods that are refused where depths differ."""
 
 

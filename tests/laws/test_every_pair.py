@@ -12,10 +12,14 @@ from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.flora import FLoRA
 from fedloom.aggregate.folded_delta import FoldedDelta
 from fedloom.aggregate.lora_a2 import LoRAA2
+from fedloom.aggregate.robust import Robust
 from fedloom.aggregate.rolora import RoLoRA
+from fedloom.aggregate.shared.robust_rules import Trust
 from fedloom.core.policies import Aggregator, Schedule
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
+from fedloom.schedule.fedbuff import FedBuff
+from fedloom.schedule.fedfa import FedFa
 from tests.support import toys
 from tests.support.pairs import goes_together
 from tests.support.server_storm import STORM, run_storm
@@ -24,7 +28,12 @@ from tests.support.storms import tries
 FEW: list[Any] = [FedEx(), FLoRA(), FoldedDelta(), LoRAA2(), RoLoRA()]
 PLAIN = [schedule for schedule in toys.schedules() if hasattr(schedule, "max_staleness")][:4]
 pairs = pytest.mark.parametrize(("method", "schedule"), list(itertools.product(FEW, PLAIN)), ids=toys.called)
+JUDGED: list[Schedule] = [FedBuff(buffer_size=5, max_in_flight=6), FedFa(window=5, max_in_flight=6)]
 ALL = [pair for pair in itertools.product(toys.aggregators(), toys.schedules()) if goes_together(*pair)]
+ALL += [
+    *((Robust(), schedule) for schedule in JUDGED),
+    *((Robust(rule=Trust("c0")), schedule) for schedule in toys.schedules()),
+]
 all_pairs = pytest.mark.parametrize(("method", "schedule"), ALL, ids=toys.called)
 START = toys.graded([1.0, 0.5, 0.2])
 

@@ -19,7 +19,6 @@ from fedloom import (
     HLoRA,
     Limits,
     Momentum,
-    Noise,
     Plan,
     ProductDelta,
     RankByCapability,
@@ -99,7 +98,7 @@ def test_a_depth_saves_upload_and_time(encoder: Path, tmp_path: Path) -> None:
     assert taken[1][1] < taken[2][1] < taken[3][1]
 
 
-@pytest.mark.parametrize("method", [FedSA(), Noise(), ACE(clients=6)], ids=toys.called)
+@pytest.mark.parametrize("method", [FedSA(), ACE(clients=6)], ids=toys.called)
 def test_methods_that_need_all_layers_are_refused_before_anything_runs(encoder: Path, method: Any) -> None:
     prepare(mixed(encoder, aggregator=method, plan=Plan(FixedRank(4), 4)))
     with pytest.raises(Refused, match=r"plan\.depth"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedloom import (
+    ACE,
     CA2FL,
     IID,
     ByClient,
@@ -26,7 +27,6 @@ from fedloom import (
     Job,
     Limits,
     LoRAA2,
-    Noise,
     Plan,
     RaFLoRA,
     Refused,
@@ -209,7 +209,7 @@ def test_a_run_cut_short_before_its_first_version_has_a_report_and_no_adapter(en
         ({"aggregator": Clip(HLoRA(rank=5000))}, "aggregator.rank"),
         ({"aggregator": Scaffold(clients=99)}, "aggregator.clients"),
         ({"aggregator": CA2FL(clients=99)}, "aggregator.clients"),
-        ({"aggregator": Noise(), "schedule": FedFa()}, "schedule"),
+        ({"aggregator": ACE(clients=6), "schedule": FedFa()}, "schedule"),
         ({"schedule": Rounds(cohort_size=2.5)}, "schedule.cohort_size"),  # type: ignore[arg-type]
         ({"training": Training(learning_rate=float("inf"))}, "training.learning_rate"),
         (

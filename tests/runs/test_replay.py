@@ -131,7 +131,7 @@ def test_policies_of_ones_own_are_given_in_python(encoder: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "policies",
     [
-        *({"aggregator": method} for method in toys.aggregators()),
+        *({"aggregator": method, "schedule": Rounds()} for method in toys.aggregators()),
         *({"schedule": schedule} for schedule in toys.schedules()),
         {
             "aggregator": Momentum(FedIT(), beta=0.5),

@@ -49,6 +49,7 @@ from fedloom.core.types import Model
 from fedloom.hierarchy.grouping import BySpeed, NearIID
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.joint_plan.shared import JointRule
+from fedloom.hierarchy.secure_edge import Secure
 from fedloom.hierarchy.tree_state import Link
 from fedloom.runs import checkpoint, resume
 from fedloom.runs.metrics import Metrics
@@ -124,14 +125,15 @@ class Toy:
     unreliable: bool = False
     versions: int = 4
     hierarchy: Hierarchy | None = None
+    groups: Sequence[int] = (4, 2)
 
     def server(self) -> Coordinator:
-        """At version 0; with a hierarchy, of two edges."""
+        """At version 0; with a hierarchy, of an edge for each group."""
         given: dict[str, Any] = {"schedule": self.schedule, "method": self.method, "transfer": self.transfer}
         given |= {"start": toys.fresh(4), "assign": Plan(RandomRank(2, 4), 3)}
         given |= {"limits": Limits(versions=self.versions, evaluate_every=2)}
         given |= {"shape": replace(toys.SHAPE, layers=2, depths={"query": 2, "value": 1})}
-        grown: Coordinator | None = toys.tree((4, 2), self.hierarchy, **given) if self.hierarchy else None
+        grown: Coordinator | None = toys.tree(self.groups, self.hierarchy, **given) if self.hierarchy else None
         return grown or toys.server(**given)
 
     def snapshot(self, name: str, owners: Sequence[Any]) -> None:
@@ -248,6 +250,22 @@ def test_so_does_a_run_with_edges(
 
     def toy(folder: Path) -> Toy:
         return Toy(folder, method, above, transfer, unreliable, hierarchy=hierarchy)
+
+    check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [FedIT(), ProductDelta()], ids=toys.called)
+@given(stops=STOPS, unreliable=st.booleans())
+@tries(10)
+def test_so_does_a_run_whose_groups_are_summed(
+    tmp_path_factory: pytest.TempPathFactory, method: Aggregator, stops: Sequence[int], unreliable: bool
+) -> None:
+    """A checkpoint of a simulation holds who is ready, and what ready clients hold."""
+    hierarchy = Hierarchy(secure=Secure(least=3, bound=5.0, threshold=0.51), link=Link(2e4, 2e4))
+
+    def toy(folder: Path) -> Toy:
+        return Toy(folder, method, FedFa(2, 2), None, unreliable, hierarchy=hierarchy, groups=(6,))
 
     check_stopped(tmp_path_factory.mktemp("toy"), toy, stops)
 

@@ -22,6 +22,7 @@ from fedloom.core.policies import Aggregator, aggregator_layers
 from fedloom.core.types import Budget
 from fedloom.runs.replay import replay
 from fedloom.runs.start_adapter import StartAdapter, at_rank, first_version
+from fedloom.schedule.rounds import Rounds
 from tests.support import toys
 from tests.support.folder_runs import interrupt_run
 from tests.support.storms import tries
@@ -98,7 +99,7 @@ def end_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("method", METHODS, ids=toys.called)
 def test_a_run_begins_where_another_ended(encoder: Path, first: Path, method: Any) -> None:
     method = replace(method, clients=6) if hasattr(method, "clients") else method
-    job = prepare(tiny_run(encoder, data=TWO, start=str(first), aggregator=method))
+    job = prepare(tiny_run(encoder, data=TWO, start=str(first), aggregator=method, schedule=Rounds()))
     assert job.evaluate(job.server.state.model)["loss"] == pytest.approx(end_of(first)["loss"], abs=CLOSE)
 
 

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from fedloom.core import fingerprint as fingerprints
-from fedloom.core.codec import DeltaInt8
+from fedloom.core.codec import DeltaInt8, Summed
 from fedloom.core.events import (
     CanaryScored,
     Cancel,
@@ -36,13 +37,20 @@ from fedloom.core.events import (
     InsideEdge,
     Move,
     Moved,
+    OpenSum,
+    PartsReady,
     Publish,
     Regroup,
     Reject,
+    Release,
+    ReleasesCounted,
     Report,
     ScoresReady,
     SetAside,
+    SlotBlock,
     Stop,
+    SumFailed,
+    SumOpened,
     TaskFailed,
     TaskReceived,
     TimerFired,
@@ -188,6 +196,10 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
         EdgeReported(ODD, 7, HOSTILE, TOLD, (profile,)),
         EdgeReported(ODD, 7, HOSTILE),
         CanaryScored(2, {ODD: 0.1, "loss": -0.0}),
+        ReleasesCounted({ODD: 2}, {ODD: 3}),
+        PartsReady(ODD, 7),
+        SumOpened(7, (SlotBlock(0, 2, (7, 8)),), ONE),
+        SumFailed(7, ODD),
     ]
     commands = [*COMMANDS, Dispatch(RICH), Publish(2, MEMORY, ()), Evaluate(2, MEMORY), Reject(ODD, 2, ODD)]
     commands += [
@@ -197,6 +209,12 @@ def test_a_line_is_what_pythons_encoder_writes(now: float) -> None:
     ]
     commands += [Regroup(3, 0.25, 0.1, (Move(ODD, "e0", "e1"),)), Moved(Move(ODD, "e0", "e1"), 4)]
     commands += [CheckCanary(2, 3, MEMORY, (ODD, "b")), SetAside(ODD, 9, ODD)]
+    release = Release(3, 7, "banded", 0.5, 2.0, {ODD: 1.0}, {ODD: 0.5}, "ab" * 32)
+    commands += [
+        release,
+        InsideEdge(ODD, 7, release),
+        OpenSum(7, (SlotBlock(0, 2, (7, 8)),), 5, 0.6, Summed(16, 1e-3, 8)),
+    ]
     assert {type(event) for event in events} == set(get_args(Event))
     assert {type(command) for command in commands} == set(get_args(Command))
     for event in events:
@@ -238,3 +256,25 @@ def test_the_observer_writes_and_flushes_each_step() -> None:
     trace(1.0, ClientLost("a"), [Stop("done")])
     assert [json.loads(text)["time"] for text in file.getvalue().splitlines()] == [0.0, 1.0]
     assert file.flushed == 2
+
+
+def test_answers_of_a_private_run_are_told_by_digests_that_need_its_secret() -> None:
+    """Of an answer and of one inside a tree; all else is written as ever, so that a reader can check what was released."""
+    event, report = UpdateArrived("a", 1, make_result(ONE)), InsideEdge("e0", 9, Report(make_result(ONE)))
+    commands = [Dispatch(make_task(ONE, 2)), Publish(1, Model(ONE), (make_update(ONE, 2, 5),)), report]
+    plain, one, other = (encode_step(0.0, event, commands, secret) for secret in (b"", b"s" * 32, b"t" * 32))
+    digest = f'"sha256:{fingerprint(ONE)}"'
+    assert plain.count(digest) == one.count(digest) + 2 == other.count(digest) + 2
+    mine, theirs = (json.loads(line)["event"]["result"]["adapter"] for line in (one, other))
+    assert mine.startswith("hmac:")
+    assert mine != theirs
+    assert re.sub(r'"hmac:[0-9a-f]{64}"', digest, one) == plain
+
+
+def test_a_guess_of_anothers_answer_does_not_meet_its_digest() -> None:
+    """A member may send its guess as its own answer, and read the trace."""
+    mine, guess = (encode_step(0.0, UpdateArrived("a", task, make_result(ONE)), [], b"s" * 32) for task in (1, 2))
+    digests = {json.loads(line)["event"]["result"]["adapter"] for line in (mine, guess)}
+    assert len(digests) == 2
+    again = encode_step(0.0, UpdateArrived("a", 1, make_result(ONE)), [], b"s" * 32)
+    assert again == mine

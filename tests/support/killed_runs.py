@@ -18,8 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+
 from fedloom import (
+    FFA,
     Averaged,
+    Constant,
     DeltaInt8,
     FedBuff,
     FedFa,
@@ -30,11 +34,13 @@ from fedloom import (
     Limits,
     Link,
     Momentum,
+    Private,
     RandomGroups,
     Rounds,
     prepare,
 )
-from fedloom.runs import checkpoint, trace
+from fedloom.privacy.ledger import LEDGER, Ledger, LedgerEntry
+from fedloom.runs import trace
 from tests.support.same_bytes import COMPARED
 from tests.support.tiny_models import settle, tiny_encoder, tiny_run
 
@@ -48,8 +54,14 @@ RUNS: tuple[dict[str, Any], ...] = (
         "hierarchy": Hierarchy(RandomGroups(groups=2), link=Link(1e6, 1e6)),
         "limits": Limits(versions=6),
     },
+    {
+        "schedule": FedBuff(buffer_size=2, max_in_flight=3, discount=Constant()),
+        "aggregator": FFA(),
+        "privacy": Private(clip=0.5, multiplier=2.0, most_answers=4, noise="banded", apart=2),
+        "limits": Limits(versions=6),
+    },
 )
-DEADLY = ("checkpoint", "before the rename", "trace", "metrics", "adapter")
+DEADLY = ("checkpoint", "before the rename", "trace", "metrics", "adapter", "ledger")
 """Places in which a child kills itself."""
 
 
@@ -78,7 +90,7 @@ def set_trap(place: str) -> None:
     from fedloom.runs import execute
     from fedloom.runs.metrics import Metrics
 
-    library: Any = checkpoint.safetensors.torch
+    library: Any = safetensors.torch
     save_file = library.save_file
 
     def half_a_file(parts: Any, path: Path, *_: object) -> None:
@@ -90,6 +102,9 @@ def set_trap(place: str) -> None:
         self.file.write(text[: len(text) // 2])
         self.file.flush()
 
+    def half_an_entry(self: Ledger, entry: LedgerEntry) -> None:
+        os.write(self.file.fileno(), b'{"type":"LedgerEntry","about":{"version":')
+
     def half_a_metric(self: Any, values: Any) -> None:
         self.file.write('{"kind":')
         self.file.flush()
@@ -99,6 +114,7 @@ def set_trap(place: str) -> None:
         "before the rename": (os, "fsync", lambda *_: None, 12),
         "trace": (trace.Trace, "__call__", half_a_line, 12),
         "metrics": (Metrics, "write", half_a_metric, 12),
+        "ledger": (Ledger, "write", half_an_entry, 6),
         "adapter": (execute, "save_adapter", lambda *_: None, 1),
     }
     owner, name, write_half, visits = traps[place]
@@ -156,7 +172,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
             killed, done = killed + 1, done + 1
             if over(out):
                 break
-        for name in COMPARED:
+        for name in (*COMPARED, *([LEDGER] if (alone / LEDGER).exists() else [])):
             if (alone / name).read_bytes() != (out / name).read_bytes():
                 sys.exit(f"run {number}: {name} is not the same after {killed} kills")
         sys.stdout.write(f"run {number}: the same bytes after {killed} kills; alone it took {length:.2f} s\n")

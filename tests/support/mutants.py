@@ -35,7 +35,170 @@ class Mutant:
 
 
 CANARIES = "core/test_canary.py"
+PRIVATE = "privacy/test_private_merge.py"
+RECORDS = "privacy/test_record_draws.py"
+SUMMED = "hierarchy/test_secure_edge.py"
+SUMS = "laws/test_every_sum.py"
+MASKED = "privacy/secure_sum/test_member.py"
+MEMBERS = "deploy/site/test_sum_member.py"
+LEDGERS = "privacy/test_ledger.py"
 MUTANTS = [
+    Mutant(
+        "a release leaves before its line is on the disk",
+        "            os.fsync(descriptor)\n        except BaseException:",
+        "        except BaseException:",
+        LEDGERS,
+    ),
+    Mutant(
+        "only the last release of a client counts",
+        "self.spent[unit] = merged_events((*self.spent.get(unit, ()), event))",
+        "self.spent[unit] = merged_events((event,))",
+        LEDGERS,
+    ),
+    Mutant(
+        "a version that came out otherwise after a crash is taken for the same",
+        "        return _digest(_encode(entry)) in self.written",
+        "        return any(unit in self.spent for unit in entry.events)",
+        LEDGERS,
+    ),
+    Mutant(
+        "several answers of a client cost what the largest costs",
+        "total = math.sqrt(math.fsum(squares))",
+        "total = math.sqrt(max(squares, default=0.0))",
+        "privacy/test_accounting.py",
+    ),
+    Mutant(
+        "a client's change is cut to the clip in each layer, and not in all together",
+        "length = math.hypot(*(float(torch.linalg.vector_norm(tensor)) for tensor in change.values()))",
+        "length = max((float(torch.linalg.vector_norm(tensor)) for tensor in change.values()), default=0.0)",
+        PRIVATE,
+    ),
+    Mutant(
+        "a site's noise is the same whatever its multiplier, so two answers give the exact one",
+        "names = (task, self.request, fingerprint(exact), clip.hex(), multiplier.hex())",
+        "names = (task, self.request, fingerprint(exact))",
+        "deploy/site/test_site_noise.py",
+    ),
+    Mutant(
+        "after a crash an answer is merged that may have been released",
+        "        if too_many or participation.apart > 1:",
+        "        if participation.apart > 1:",
+        "core/test_participation.py",
+    ),
+    Mutant(
+        "a member opens a sum over survivors that too few have signed",
+        "self._require_enough(len(agreements.signatures), len(self._offers))",
+        "self._require_enough(len(self._survivors), len(self._offers))",
+        MASKED,
+    ),
+    Mutant(
+        "a member opens both secrets of another one",
+        "for peer, shares in self._held.items() if peer not in survivors}",
+        "for peer, shares in self._held.items()}",
+        MASKED,
+    ),
+    Mutant(
+        "a sum goes on with fewer of one start than the least number",
+        "if counts[start] >= self.least)",
+        "if counts[start])",
+        MASKED,
+    ),
+    Mutant(
+        "a server may ask members for different directions in one round",
+        'f"{start_digest(start)} {first} {last}"',
+        'f"{start_digest(start)}"',
+        MEMBERS,
+    ),
+    Mutant(
+        "a server may choose how many members must agree to an opening",
+        "if terms.threshold < run.sum_threshold:",
+        "if not terms.threshold:",
+        MEMBERS,
+    ),
+    Mutant(
+        "after a restart a site gives the numbers of a task to a second sum",
+        "if (request.terms.run_hash, request.task) in record.counts.summed:",
+        "if (request.terms.run_hash, request.task) in self.rounds:",
+        MEMBERS,
+    ),
+    Mutant(
+        "where sums were agreed on, a site sends a single answer",
+        "and isinstance(start.codec, Summed) != bool(terms.least_sum):",
+        "and isinstance(start.codec, Summed) > bool(terms.least_sum):",
+        "deploy/site/test_limits.py",
+    ),
+    Mutant(
+        "directions that one member alone holds are opened",
+        "if len(holders) >= least:",
+        "if holders:",
+        SUMMED,
+    ),
+    Mutant(
+        "the sum of a block is divided by all members, and not by those who hold it",
+        "share = step / held[: one.rank]",
+        "share = step / torch.full_like(held[: one.rank], members)",
+        SUMS,
+    ),
+    Mutant(
+        "each member of a group that is summed gets new directions of its own",
+        "name: revive(factor, factor.rank, derive(model.basis, name))",
+        "name: revive(factor, factor.rank, derive(seed, name))",
+        SUMS,
+    ),
+    Mutant(
+        "what a member sent is taken out of a sum that was opened with it",
+        "case ClientLost(client) if client in self._being_summed():",
+        "case ClientLost(client) if not client:",
+        SUMMED,
+    ),
+    Mutant(
+        "rows share their coins: a step takes all of them or none",
+        "(coins < int(rate * COIN)).nonzero()",
+        "(coins[:1].expand(rows) < int(rate * COIN)).nonzero()",
+        RECORDS,
+    ),
+    Mutant(
+        "noise of a step follows from its place alone, and two answers to one place tell their difference",
+        "noise.normals(clipped, noise.digest(clipped, deviation.hex(), grid.hex()))",
+        "noise.normals(clipped)",
+        RECORDS,
+    ),
+    Mutant(
+        "each tensor of an example is cut by itself, so that an example adds more than the clip",
+        "name: (shares @ row[finite].to(shares.dtype))",
+        "name: ((clip / row[finite].double().norm(dim=1)).clamp(max=1.0) @ row[finite].to(shares.dtype))",
+        "train/engine/test_record_gradients.py",
+    ),
+    Mutant(
+        "what a site has spent in other runs does not count",
+        "if reason := _beyond(entries, unit, costs, self.privacy.budget):",
+        "if reason := _beyond(entries[:0], unit, costs, self.privacy.budget):",
+        "deploy/site/test_site_privacy.py",
+    ),
+    Mutant(
+        "the answers of one client in a merge are noised as if there were one",
+        "shares[update.task.client] = shares.get(update.task.client, 0.0) + weight",
+        "shares[update.task.client] = weight",
+        PRIVATE,
+    ),
+    Mutant(
+        "a method sees the answers beside their noisy sum",
+        "unchanged = merge.map_updates(lambda update: replace(update, result=_nothing(update)))",
+        "unchanged = merge",
+        PRIVATE,
+    ),
+    Mutant(
+        "runs of two multipliers share their noise, which their difference then tells",
+        "repr((float(private.clip), float(private.multiplier), float(largest)))",
+        "repr((float(private.clip), float(largest)))",
+        PRIVATE,
+    ),
+    Mutant(
+        "an answer that waits is not counted, and one too many is merged",
+        "if state.merged.get(client, 0) + waiting >= self.most_answers:",
+        "if state.merged.get(client, 0) >= self.most_answers:",
+        "core/test_participation.py",
+    ),
     Mutant(
         "small losses add up: a version is compared with the last one and not with the best of ten",
         "return max(self.scores, key=mean_score, default=())",
@@ -44,7 +207,7 @@ MUTANTS = [
     ),
     Mutant(
         "an answer that is set aside stays in the window",
-        "state.arrived = [update for update, stays in zip(state.arrived, kept, strict=True) if stays]",
+        "self.arrived = [update for update, stays in zip(self.arrived, kept, strict=True) if stays]",
         "kept.clear()",
         "laws/test_every_canary.py",
     ),
@@ -188,8 +351,8 @@ MUTANTS = [
     ),
     Mutant(
         "members do all steps in every inner round",
-        "outer.budget.steps // outer.budget.rounds",
-        "outer.budget.steps",
+        "outer.steps // outer.rounds",
+        "outer.steps",
         EDGES,
     ),
     Mutant(
@@ -484,7 +647,7 @@ MUTANTS = [
     ),
     Mutant(
         "an exchanged secret is taken",
-        "elif committed != _commitment(secret):",
+        "elif committed != self._digest(secret):",
         "elif False:",
         "deploy/site/test_site_secret.py",
     ),
@@ -607,5 +770,71 @@ MUTANTS = [
         "commonest_label(self.split.train.labels or self._tested_labels())",
         "commonest_label(self._tested_labels())",
         "runs/test_job.py::test_the_baseline_is_the_commonest_training_label_on_the_examples_that_are_scored",
+    ),
+    Mutant(
+        "an audit sounds its alarm at every other sound run",
+        "surely=epsilon(mu - ALARM * error),",
+        "surely=epsilon(mu),",
+        "audit/test_epsilon_estimate.py",
+    ),
+    Mutant(
+        "a certified bound is the best of many cuts, and not corrected for their number",
+        "confidence = 1 - (1 - CONFIDENCE) / (2 * len(cuts))",
+        "confidence = CONFIDENCE",
+        "audit/test_epsilon_estimate.py",
+    ),
+    Mutant(
+        "an audit takes what a release says that it spent for what it was promised, however often a client was merged",
+        "mu = min(math.sqrt(max(squares.values())), client_event(toy, len(releases)).mu)",
+        "mu = math.sqrt(max(squares.values()))",
+        "audit/test_noise_check.py::test_a_client_that_is_merged_more_often_than_it_was_promised_is_noticed",
+    ),
+    Mutant(
+        "what all clients have in common counts as told of one of them",
+        "found[at == start] -= found[at == start].mean(0)",
+        "found[at == start] -= 0.0",
+        "audit/test_labels.py",
+    ),
+    Mutant(
+        "a version tells nothing of clients that were merged before it",
+        "if 0 <= version - at < band)",
+        "if version == at)",
+        "privacy/test_banded_merge.py",
+    ),
+    Mutant(
+        "correlated noise is drawn without regard to the past",
+        'earlier = state.releases[-1].value if state.releases else ""',
+        'earlier = ""',
+        "privacy/test_banded_merge.py::test_an_equal_sum_after_another_past_has_draws_of_its_own",
+    ),
+    Mutant(
+        "noise of earlier versions is not taken back",
+        "if weight := weights[version - at]:",
+        "if False and (weight := weights[version - at]):",
+        "privacy/test_banded_merge.py",
+    ),
+    Mutant(
+        "the worst pattern is a client's last versions",
+        "earliest = range(0, versions, apart)[:answers]",
+        "earliest = range(0, versions, apart)[-answers:]",
+        "privacy/test_correlated_noise.py::test_the_largest_sensitivity_is_that_of_the_worst_pattern",
+    ),
+    Mutant(
+        "a site that answers often has as many votes",
+        "limited = torch.minimum(shares, 2.0 * shares.quantile(0.5))",
+        "limited = shares",
+        "aggregate/test_robust.py::test_answers_of_one_client_are_one_change_and_one_voice",
+    ),
+    Mutant(
+        "a liar is judged by one merge alone",
+        "sums = self.memory * sums + torch.stack",
+        "sums = 0.0 * sums + torch.stack",
+        "aggregate/test_robust.py::test_a_liar_that_one_merge_does_not_show_is_found_in_several",
+    ),
+    Mutant(
+        "liars are looked for layer by layer, among the few who trained one",
+        'if getattr(aggregator, "merges_all_depths", False):',
+        "if False:",
+        "aggregate/test_robust.py::test_mixed_depth_is_judged_over_all_layers_at_once",
     ),
 ]

@@ -5,7 +5,6 @@ A new method brings its own: a function `oracle(method, round) -> Values` in `te
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -31,7 +30,6 @@ from fedloom.aggregate.hetlora import HetLoRA
 from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.momentum import Momentum
-from fedloom.aggregate.noise import Noise
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.aggregate.rolora import RoLoRA
@@ -161,32 +159,9 @@ def clip(m: Clip, r: Round) -> Values:
     return oracle_of(m.inner)(m.inner, replace(r, clients=clients))
 
 
-def stream(seed: int, *names: object) -> torch.Generator:
-    """The generator of the draws that `seed` and `names` spell."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def free_sides(r: Round) -> frozenset[str]:
     """Sides that somebody trained."""
     return frozenset().union(*(c.free for c in r.clients))
-
-
-def noise(m: Noise, r: Round) -> Values:
-    """arXiv 1710.06963, Alg. 1: + N(0, (z S max p_k)^2) on what was trained; draws are those of the seed, entry by entry."""
-    after = oracle_of(m.inner)(m.inner, r)
-    redrawn = dead(r, after)
-    deviation = m.multiplier * m.inner.norm * r.step * max(c.p for c in r.clients)
-    count = int(r.memory["noise"]["count"]) if "noise" in r.memory else 0
-    draws = stream(m.seed, "noise", count)
-    order = [f"{n}.{side}" for n in r.layers for side in "AB"] + [key for key in r.own if "." not in key]
-    for key in order:
-        shape = after[key].T.shape if key.endswith(".B") else after[key].shape
-        drawn = deviation * torch.randn(shape, generator=draws, dtype=torch.float64)
-        if key.rpartition(".")[2] in free_sides(r):
-            after[key] = after[key] + (drawn.T if key.endswith(".B") else drawn)
-    noisy = factored(r, {key: after[key] for key in r.own})
-    return {key: x for key, x in noisy.items() if not redrawn or key.endswith(".B") or key in heads(r)}
 
 
 def dead(r: Round, after: Values) -> bool:
@@ -249,7 +224,7 @@ def scaffold(m: Scaffold, r: Round) -> Values:
 ORACLES: dict[type, Oracle] = {
     Adam: adam, Clip: clip, FedEx: fedex, FedIT: fedit, FedPLoRA: fedplora, FedSA: fedsa, FedSVD: fedsvd, FFA: ffa,
     FlexLoRA: flexlora, FLoRA: flora, FoldedDelta: product_delta, HetLoRA: hetlora, HLoRA: hlora, LoRAA2: lora_a2,
-    Momentum: momentum, Noise: noise, ProductDelta: product_delta, RaFLoRA: raflora, RoLoRA: rolora, Scaffold: scaffold,
+    Momentum: momentum, ProductDelta: product_delta, RaFLoRA: raflora, RoLoRA: rolora, Scaffold: scaffold,
 }  # fmt: skip
 
 

@@ -229,7 +229,7 @@ class Storm:
         assert {c: n for c, (_, n) in state.working.items()} == {c: n for n, c in self.outstanding.items()}
         assert not state.idle.keys() & state.working.keys()
         if not self.stopped:
-            assert state.idle.keys() | state.working.keys() == self.present
+            assert state.idle.keys() | state.working.keys() | state.resting.keys() == self.present
         accounted = set(self.outstanding) | self.waiting | self.merged | self.dropped
         assert accounted == self.tasks.keys(), "a dispatch ended nowhere"
         assert not self.merged & self.dropped
@@ -247,12 +247,16 @@ class Storm:
             commands = tried.handle(wake, TimerFired())
             assert commands or tried.wake() != wake, "a hot loop: the timer fires and changes nothing"
 
-    def finish(self, survivor: str) -> None:
+    def finish_alone(self, survivor: str) -> None:
         """Everyone but one is lost; the run still ends."""
         for client in sorted(self.present - {survivor}):
             self.lose(client)
         if survivor not in self.present:
             self.join(survivor)
+        self.finish()
+
+    def finish(self) -> None:
+        """Whoever is there answers until the run ends."""
         for _ in range(100):
             if self.stopped:
                 return
@@ -270,5 +274,5 @@ def run_storm(schedule: Schedule, script: list[tuple[str, int, float]], **more: 
     storm = Storm(schedule, **more)
     for event in script:
         storm.step(*event)
-    storm.finish(NAMES[len(script) % len(NAMES)])
+    storm.finish_alone(NAMES[len(script) % len(NAMES)])
     return storm

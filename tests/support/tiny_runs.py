@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.seeds import simulated_secret
@@ -28,6 +28,7 @@ __all__ = [
     "lively",
     "logits",
     "same",
+    "still",
     "task_of",
     "tiny_run",
     "toy_rows",
@@ -35,6 +36,14 @@ __all__ = [
     "writer_of",
     "writing_trainer",
 ]
+
+
+def still(base: Base) -> Base:
+    """Without dropout, whose draws are others."""
+    for module in base.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return base
 
 
 def examples(count: int = 60) -> Examples:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -24,14 +24,14 @@ from fedloom.core.lora import Adapter
 from fedloom.core.partial_depth import fold_layers
 from fedloom.core.types import ClientState, Task
 from fedloom.plan.depth import DepthByMemory, FixedDepth, check_blocks
-from fedloom.train import peft_weights
+from fedloom.train import loss, peft_weights
 from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import batched_clients
 from fedloom.train.evaluate import score
 from fedloom.train.settings import PLAIN
 from fedloom.train.trainer import PeftTrainer, enable_gradients
 from tests.support.tiny_models import SIZES, WORDS, tiny_decoder, tiny_encoder
-from tests.support.tiny_runs import base_of, frozen, lively, same, task_of, trainer_of
+from tests.support.tiny_runs import base_of, frozen, lively, same, still, task_of, trainer_of
 
 BLOCKS = 4
 MAKERS = {"encoder": tiny_encoder, "decoder": tiny_decoder}
@@ -41,14 +41,6 @@ KINDS = pytest.mark.parametrize("kind", MAKERS)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: made(tmp_path_factory.mktemp(kind), num_hidden_layers=BLOCKS) for kind, made in MAKERS.items()}
-
-
-def still(base: Base) -> Base:
-    """Without dropout."""
-    for module in base.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return base
 
 
 def deep(base: Base, depth: int | None, number: int = 1, seed: int = 0, **more: Any) -> Task:
@@ -64,8 +56,8 @@ def gradients(trainer: PeftTrainer, task: Task, batch: Sequence[int]) -> dict[st
     slot = base.put(start.train, start.scaling, start.fold)
     weights = enable_gradients(peft_weights.slot_parameters(base.model, slot), start)
     base.model.train()
-    loss = trainer._batch_loss(task, [*start.train.factors])(batch)
-    return dict(zip(weights, torch.autograd.grad(loss, [*weights.values()]), strict=True))
+    found = trainer._batch_loss(task, [*start.train.factors], loss.mean_loss)(batch)
+    return dict(zip(weights, torch.autograd.grad(found, [*weights.values()]), strict=True))
 
 
 @KINDS

@@ -53,6 +53,7 @@ class ACE(Wrapper):
         }
     )
     remembers_changes: ClassVar[bool] = True
+    not_summed: ClassVar[str] = "it remembers the last change of each client, and a sum tells of none"
     each_once: ClassVar[str] = "every client's last change is in each step already"
 
     def __post_init__(self) -> None:

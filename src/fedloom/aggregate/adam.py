@@ -48,6 +48,7 @@ class Adam(Wrapper):
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+    after_merge: ClassVar[bool] = True
     wrapper_exempt: ClassVar[Mapping[int, str]] = EQUAL_STEPS
 
     def __post_init__(self) -> None:

@@ -41,6 +41,7 @@ class Averaged(Wrapper):
 
     inner: Aggregator = field(default_factory=ProductDelta)
     focus: float = 8.0
+    after_merge: ClassVar[bool] = True
     wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})
 
     @property

@@ -51,6 +51,7 @@ class CA2FL(Wrapper):
         {1: "what absent clients changed last moves the model, although everybody present agrees"}
     )
     remembers_changes: ClassVar[bool] = True
+    not_summed: ClassVar[str] = "it remembers the last change of each client, and a sum tells of none"
     each_once: ClassVar[str] = "an answer's correction, by the change that its client made before, holds once"
 
     def __post_init__(self) -> None:

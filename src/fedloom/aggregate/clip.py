@@ -14,9 +14,10 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.wrapper import Wrapper, euclidean_norm, require_method
+from fedloom.aggregate.shared.wrapper import Wrapper, require_method
+from fedloom.core.answer_change import euclidean_norm, factor_change, with_change
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, cut_factor, map_tensors
+from fedloom.core.lora import map_tensors
 from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Model, Update
 
@@ -32,6 +33,7 @@ class Clip(Wrapper):
 
     inner: Aggregator = field(default_factory=FedIT)
     norm: float = 1.0
+    not_summed: ClassVar[str] = "it shortens single answers, and a sum tells of none"
     wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             1: "a change above the norm is shortened",
@@ -51,14 +53,10 @@ class Clip(Wrapper):
 
 def clip_update(update: Update, norm: float) -> Update:
     """Return the update with its change shortened to `norm`, if it is longer."""
-    trained, sent = update.result.adapter, update.task.start.train
-    ranks = {
-        name: factor.rank for name, factor in trained.factors.items()
-    }  # lower than sent, where a client pruned itself
-    sent = Adapter({name: cut_factor(sent.factors[name], rank) for name, rank in ranks.items()}, sent.dense)
-    length = euclidean_norm(map_tensors(lambda a, b: a.double() - b.double(), trained, sent))
+    start, answer = update.task.start, update.result.adapter
+    change = factor_change(start, answer)
+    length = euclidean_norm(change)
     if length <= norm:
         return update
-    share = norm / length
-    shorter = map_tensors(lambda a, b: (b.double() + share * (a.double() - b.double())).to(a.dtype), trained, sent)
+    shorter = with_change(start, answer, map_tensors(lambda one: one * (norm / length), change))
     return replace(update, result=replace(update.result, adapter=shorter))

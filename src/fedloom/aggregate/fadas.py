@@ -53,6 +53,7 @@ class FADAS(Wrapper):
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-8
+    after_merge: ClassVar[bool] = True
     wrapper_exempt: ClassVar[Mapping[int, str]] = EQUAL_STEPS
 
     def __post_init__(self) -> None:

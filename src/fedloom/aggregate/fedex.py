@@ -34,6 +34,7 @@ class FedEx:
 
     space: ClassVar[Literal["product"]] = "product"
     has_fold: ClassVar[bool] = True
+    not_summed: ClassVar[str] = "its fold is what the product of mean factors leaves out, which sums do not tell"
     exempt: ClassVar[Mapping[int, str]] = VOTES_SERVER_VALUE
     init = staticmethod(first_model)
 

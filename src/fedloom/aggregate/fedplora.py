@@ -29,6 +29,7 @@ class FedPLoRA:
     """Means of one-rank modules over those who trained them, with the schedule's weights."""
 
     space: ClassVar[Literal["factor"]] = "factor"
+    not_summed: ClassVar[str] = "each client draws the modules that it trains, so that few hold the same one"
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})
     init = staticmethod(first_model)
 

@@ -23,6 +23,7 @@ class FedSVD:
     """The mean change of B A over a shared A, re-orthogonalised: A = V^T, B = U S."""
 
     space: ClassVar[Literal["product"]] = "product"
+    plain_mean: ClassVar[bool] = True
     exempt: ClassVar[Mapping[int, str]] = VOTES_SERVER_VALUE
     init = staticmethod(first_model)  # its random `down` serves the first round
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import divide_by_one, first_model
+from fedloom.aggregate.shared.merge_terms import MEANS_OF_FACTORS, divide_by_one, first_model
 from fedloom.aggregate.shared.product_space import merge_products, truncated_start
 from fedloom.core.lora import Adapter, Factor, compact_with_fold, cut_factor, server_rank
 from fedloom.core.policies import Merge
@@ -26,6 +26,7 @@ class FlexLoRA:
     """Mean of products without truncation; the clients' directions in the adapter, the rest in a fold that is not sent."""
 
     space: ClassVar[Literal["product"]] = "product"
+    summed_by_factors: ClassVar[str] = MEANS_OF_FACTORS
     has_fold: ClassVar[bool] = True
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {

@@ -28,6 +28,7 @@ class FLoRA:
 
     space: ClassVar[Literal["product"]] = "product"
     has_fold: ClassVar[bool] = True
+    not_summed: ClassVar[str] = "each client trains directions of its own draw, so that no two change the same one"
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {8: "all clients share the weight of a direction, also those whose rank is too low to bring one like it"}
     )

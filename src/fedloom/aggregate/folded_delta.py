@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import VOTES_SERVER_VALUE, first_model, require_server_rank
+from fedloom.aggregate.shared.merge_terms import MEANS_OF_FACTORS, VOTES_SERVER_VALUE, first_model, require_server_rank
 from fedloom.aggregate.shared.product_space import fold_untrained, merge_changes, truncated_start
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, TaskStart
@@ -33,6 +33,8 @@ class FoldedDelta:
     rank: int | None = None
     balanced: bool = False
     space: ClassVar[Literal["product"]] = "product"
+    plain_mean: ClassVar[bool] = True
+    summed_by_factors: ClassVar[str] = MEANS_OF_FACTORS
     exempt: ClassVar[Mapping[int, str]] = VOTES_SERVER_VALUE
     init = staticmethod(first_model)
 

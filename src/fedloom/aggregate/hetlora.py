@@ -39,6 +39,7 @@ class HetLoRA:
     keep: float = 0.99
     least: int = 1
     space: ClassVar[Literal["factor"]] = "factor"
+    not_summed: ClassVar[str] = "it weighs each answer by its norm, which a sum does not tell"
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             2: "weights follow the norm of what was learnt, not the schedule's alone",

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import divide_by_one, first_model, require_server_rank
+from fedloom.aggregate.shared.merge_terms import MEANS_OF_FACTORS, divide_by_one, first_model, require_server_rank
 from fedloom.aggregate.shared.product_space import merge_products, truncated_start
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, scale_product, server_rank
@@ -39,12 +39,18 @@ class HLoRA:
     published_alpha: float | None = None
     balanced: bool = False
     space: ClassVar[Literal["product"]] = "product"
+    summed_by_factors: ClassVar[str] = MEANS_OF_FACTORS
     init = staticmethod(first_model)
 
     def __post_init__(self) -> None:
         require_server_rank(self.rank)
         if self.published_alpha is not None and self.published_alpha <= 0:
             raise Refused("aggregator.published_alpha", self.published_alpha, "alpha is positive; the prototype has 16")
+
+    @property
+    def plain_mean(self) -> bool:
+        """Whether products are added with the schedule's weights; the prototype's scaling adds a factor by rank."""
+        return self.published_alpha is None
 
     @property
     def exempt(self) -> Mapping[int, str]:

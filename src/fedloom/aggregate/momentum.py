@@ -35,6 +35,7 @@ class Momentum(Wrapper):
     inner: Aggregator = field(default_factory=FedIT)
     beta: float = 0.9
     learning_rate: float = 1.0
+    after_merge: ClassVar[bool] = True
     wrapper_exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {1: "momentum moves the model on although everybody agrees"}
     )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fedloom.aggregate.shared.merge_terms import first_model, holder_weights, require_server_rank
+from fedloom.aggregate.shared.merge_terms import MEANS_OF_FACTORS, first_model, holder_weights, require_server_rank
 from fedloom.aggregate.shared.product_space import merge_products, truncated_start
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, TaskStart
@@ -33,6 +33,7 @@ class RaFLoRA:
     rank: int | None = None
     balanced: bool = True
     space: ClassVar[Literal["product"]] = "product"
+    summed_by_factors: ClassVar[str] = MEANS_OF_FACTORS
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})
     init = staticmethod(first_model)
 

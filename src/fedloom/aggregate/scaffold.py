@@ -18,7 +18,7 @@ from fedloom.aggregate.shared.merge_terms import held_directions, select_directi
 from fedloom.aggregate.shared.wrapper import Wrapper, require_factors
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor, map_tensors
-from fedloom.core.policies import Aggregator, Merge, aggregator_layers
+from fedloom.core.policies import Aggregator, Merge
 from fedloom.core.types import Budget, Model, TaskStart
 
 CONTROL = "control"
@@ -35,13 +35,11 @@ class Scaffold(Wrapper):
 
     inner: Aggregator = field(default_factory=FedIT)
     clients: int = 20
+    not_summed: ClassVar[str] = "its clients answer with a control variate beside their change"
     each_once: ClassVar[str] = "a client's change of its control variate would be added to everybody's again"
 
     def __post_init__(self) -> None:
         require_factors("Scaffold", self.inner, "a control variate is a gradient, entry by entry")
-        if any(getattr(layer, "adds_noise", False) for layer in aggregator_layers(self.inner)):
-            remedy = "control variates would tell everybody what the noise hides; leave one of the two out"
-            raise Refused("aggregator (Scaffold).inner", "Noise", remedy)
         if self.clients < 1:
             raise Refused("aggregator.clients", self.clients, "the number of clients of the federation")
 

@@ -1,4 +1,4 @@
-"""The command line: `fedloom demo`, `run`, `report`, `replay`, `export`, `inspect`, and the commands of a deployment.
+"""The command line: `fedloom demo`, `run`, `report`, `replay`, `export`, `inspect`, `audit`, and the commands of a deployment.
 
 An error of the user's is one sentence and exit code 2, without a traceback. Each command imports what it needs when it is called, so
 that `fedloom --help` takes no longer than typer.
@@ -22,9 +22,12 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from fedloom.cli.audit import audit_command
 from fedloom.cli.console import err, out, print_traceback
 from fedloom.cli.deploy import mount
 from fedloom.cli.inspect import inspect_command
+from fedloom.cli.privacy import privacy_command
+from fedloom.cli.replay import replay_command, rollback_command
 from fedloom.core.errors import Refused, refuse_damaged
 from fedloom.core.files import disk_full_error, read_json
 from fedloom.runs.public_names import collector_paused
@@ -222,56 +225,6 @@ def report_command(
     out.print(f"\nReport   {written}")
 
 
-@app.command("replay")
-def replay_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the trace.jsonl in it.")],
-) -> None:
-    """Feed the events of a run to a new server and compare what it does with the trace: it must be the same bytes.
-
-    Nothing is trained and no model is needed. The run has to be recorded with [bold]fedloom run FILE --keep-updates[/bold]. The exit
-    code is 1 if a line of the trace differs.
-
-    Example: [bold]fedloom replay runs/mine[/bold]
-    """
-    from fedloom.runs.replay import replay
-
-    result = replay(folder.parent if folder.is_file() else folder)
-    if result.difference:
-        out.print(f"{result.events} events gave the same bytes, then a difference\n{result.difference}", soft_wrap=True)
-        raise typer.Exit(1)
-    since = f", from version {result.version} on: earlier answers are not kept" if result.version else ""
-    out.print(f"{result.events} events gave the same bytes{since}")
-
-
-@app.command("rollback")
-def rollback_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the folder of a deployment.")],
-    to: Annotated[int | None, typer.Option("--to", metavar="VERSION", help="Go back to this version.")] = None,
-    without: Annotated[
-        str | None, typer.Option("--without", metavar="SITE", help="Merge all answers again but those of this site.")
-    ] = None,
-    target: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="NEW", help="The folder to write; by default rollback-001 in the run folder."),
-    ] = None,
-) -> None:
-    """Write the adapter of an earlier version of a run, or of the run without one site, into a new folder. DIR stays as it is.
-
-    The answers must have been kept: a deployment keeps the latest, a simulation with [bold]--keep-updates[/bold]. Answers of others
-    stay as they were sent, also where their tasks came from versions with the site in them.
-
-    Example: [bold]fedloom rollback DIR --without ward-7[/bold]
-    """
-    from fedloom.runs.rollback import roll_back
-
-    result = roll_back(folder, to, without, target)
-    out.print("\n".join(result.notes), soft_wrap=True)
-    out.print(
-        f"\nAdapter  {result.folder / 'adapter'}\nGo on    with a new run from it: --set start={result.folder}",
-        soft_wrap=True,
-    )
-
-
 @app.command("export")
 def export_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
@@ -316,6 +269,10 @@ def export_command(
 
 
 app.command("inspect")(inspect_command)
+app.command("audit")(audit_command)
+app.command("privacy")(privacy_command)
+app.command("replay")(replay_command)
+app.command("rollback")(rollback_command)
 mount(app)
 
 
@@ -379,6 +336,7 @@ def _overridden(value: Run, settings: list[str] | None, seed: int | None) -> Run
 def _introduce(job: PreparedRun) -> None:
     from fedloom.cli.tables import partition_table
     from fedloom.data.partition import partition_statistics
+    from fedloom.runs.job import SIMULATED_NOISE
 
     run, shape = job.run, job.server.shape
     size = (shape.parameters + shape.embeddings) / 1e6
@@ -397,6 +355,8 @@ def _introduce(job: PreparedRun) -> None:
     if (majority := about["baselines"].get("majority")) is not None:
         answer = f"Always answering {about['metrics']['majority_label']!r}"
         out.print(f"{answer} would be right for {100 * majority:.1f} % of the test examples\n")
+    if run.privacy:
+        out.print(f"{SIMULATED_NOISE}\n", soft_wrap=True)
     if job.resumed_from:
         out.print(f"Goes on {job.resumed_from.resume_point}\n")
     for note in about["notes"]:
@@ -444,7 +404,8 @@ def progress_observer(progress: Progress, job: Job) -> Observer:
                     shown["accuracy"] = f"acc {100 * metrics['accuracy']:.1f} %"
                 case VersionMade() if fact.updates:
                     shown["version"] = f"{fact.version}/{limits.versions}"
-                    shown["loss"] = f"loss {mean(u.result.metrics.get('loss', 0.0) for u in fact.updates):.2f}"
+                    losses = [u.result.metrics["loss"] for u in fact.updates if "loss" in u.result.metrics]
+                    shown["loss"] = f"loss {mean(losses):.2f}" if losses else ""
                     stale = mean(fact.staleness)
                     shown["stale"] = f"{stale:.0f} stale" if stale >= 1 else ""
         done = max(observation.version / limits.versions, now / limits.seconds if limits.seconds else 0.0)

@@ -125,7 +125,8 @@ def line_rows(line: Mapping[str, Any]) -> Iterator[str]:
             printable(reason, lines=False), WIDTH - 17, initial_indent=" " * 17, subsequent_indent=" " * 17
         )
     if line["kind"] == "noise spent":
-        yield f"{'':17}clip {line['clip']:g}, noise {line.get('multiplier', 0.0):g} times that"
+        each = " in each step of training" if line.get("unit") == "record" else ""
+        yield f"{'':17}clip {line['clip']:g}, noise {line.get('multiplier', 0.0):g} times that{each}"
 
 
 def totals_rows(totals: Mapping[str, RunTotals]) -> Iterator[str]:

@@ -25,7 +25,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fedloom.core.lora import Adapter, Factor, cut_factor, named_tensors
+from fedloom.core.answer_change import product_change, sent_part
+from fedloom.core.lora import Adapter, Factor, named_tensors
 from fedloom.core.types import ClientId, Result, Task, TaskStart
 
 WINDOW, QUORUM = 32, 2
@@ -66,22 +67,22 @@ def norm(tensor: Tensor) -> float:
 
 def change_norms(task: Task, result: Result) -> ChangeNorms:
     """Return how far a valid answer moved from what was sent. Cost: a pass over the factors, and Grams of twice their rank."""
-    start, products, factors, numbers = task.start.train, 0.0, 0.0, 0
+    change, sent = product_change(task.start, result.adapter), sent_part(task.start, result.adapter)
+    factors, numbers = 0.0, 0
     for name, new in result.adapter.factors.items():
-        old = start.factors[name]
-        kept = cut_factor(old, new.rank)
-        up, down = new.up - kept.up, new.down - kept.down
-        factors += norm(up) ** 2 + norm(down) ** 2
-        numbers += up.numel() + down.numel()
-        terms = [(up, new.down), (kept.up, down)]
-        if kept is not old:  # the client pruned itself, and gave up these directions
-            terms.append((-old.up[:, new.rank :], old.down[new.rank :]))
-        products += _squares(torch.cat([one for one, _ in terms], 1), torch.cat([other for _, other in terms]))
-    dense = {name: tensor - start.dense[name] for name, tensor in result.adapter.dense.items()}
+        old = sent.factors[name]
+        factors += norm(new.up - old.up) ** 2 + norm(new.down - old.down) ** 2
+        numbers += new.up.numel() + new.down.numel()
+    products = sum(_squares(factor.up, factor.down) for factor in change.products.values())
     control = named_tensors(result.control) if result.control else {}
     root = math.sqrt(max(1, numbers))
     return ChangeNorms(
-        task.id, task.budget.steps, math.sqrt(products) / root, math.sqrt(factors) / root, _rms(dense), _rms(control)
+        task.id,
+        task.budget.steps,
+        math.sqrt(products) / root,
+        math.sqrt(factors) / root,
+        _rms(change.dense),
+        _rms(control),
     )
 
 

@@ -123,6 +123,60 @@ class DeltaInt8:
         return Block((delta / scales[:, None]).round().to(torch.int8), scales=scales)
 
 
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """Whole numbers that are added to those of other clients before anybody reads them (fixed point); the way down as it says.
+
+    A change x of one number is round(x * largest / bound), at most `largest` = 2^(bits - 1) - 1; what is larger is cut off at the
+    bound. So the sum of `members` clients fits into `word_bits` bits, whatever they hold, and does not depend on the order.
+
+    Fields:
+        bits: bits of one client's number.
+        bound: largest change of a number.
+        members: clients whose numbers are added up, at most.
+        halved: whether what the server sends travels as float16.
+    """
+
+    bits: int
+    bound: float
+    members: int
+    halved: bool = True
+    row: ClassVar[int] = 0
+    feedback: ClassVar[bool] = False
+
+    @property
+    def largest(self) -> int:
+        """The largest whole number of one client."""
+        largest: int = 2 ** (self.bits - 1) - 1
+        return largest
+
+    @property
+    def step(self) -> float:
+        """The change that the whole number 1 stands for."""
+        return self.bound / self.largest
+
+    @property
+    def word_bits(self) -> int:
+        """Bits of a sum, and so of a masked number: the sum of all members needs that many."""
+        return self.bits + (self.members - 1).bit_length()
+
+    @property
+    def number(self) -> int:
+        """Bytes of one masked number, rounded up."""
+        return -(-self.word_bits // 8)
+
+    def integers(self, changes: Tensor) -> Tensor:
+        """Return changes as whole numbers, int64, half to even; beyond the bound they are cut off. They must be finite."""
+        return (changes.double() / self.bound * self.largest).round().clamp(-self.largest, self.largest).to(torch.int64)
+
+    def pack(self, values: Tensor, base: Tensor) -> Block:
+        """Pack values - base as steps; what is not finite as it is."""
+        if not bool(values.isfinite().all()):
+            return Block(values)
+        steps = self.integers(values.double() - base.double()).to(torch.int32)
+        return Block(steps, scales=torch.full((len(values),), self.step))
+
+
 EXACT, HALF = Exact(), Half()
 
 

@@ -59,6 +59,11 @@ class StateView(Protocol):
         ...
 
     @property
+    def resting(self) -> Mapping[ClientId, Profile]:
+        """Clients without a task that may not be given one now."""
+        ...
+
+    @property
     def working(self) -> Mapping[ClientId, tuple[Profile, int]]:
         """Clients with a task, and its number."""
         ...

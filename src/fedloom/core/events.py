@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
+from fedloom.core.codec import Summed
+from fedloom.core.lora import Adapter
 from fedloom.core.types import ClientId, GroupStatistics, Model, Profile, Result, Task, Update
 
 # Events: what happened outside ---------------------------------------------------------------------------------------
@@ -53,6 +55,70 @@ class TaskFailed:
     client: ClientId
     task: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartsReady:
+    """A client has done a task whose answer is only summed, and holds its parts. They are not here: the server never sees them."""
+
+    client: ClientId
+    task: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotBlock:
+    """Directions that the same clients hold.
+
+    Fields:
+        first: index of the first direction.
+        last: index after the last one.
+        tasks: tasks of the clients that hold them.
+    """
+
+    first: int
+    last: int
+    tasks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SumOpened:
+    """The sum over the members of a group is known, and nothing else about them.
+
+    Fields:
+        task: number of the `OpenSum` that asked for it.
+        blocks: what was summed, with the tasks that are in the sum; dense tensors go with the first block.
+        sums: sums of the whole numbers of `Summed.integers`, int64, at the rank of the last block; 0 where nothing was summed.
+    """
+
+    task: int
+    blocks: tuple[SlotBlock, ...]
+    sums: Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class SumFailed:
+    """A sum could not be opened; no part of it is known.
+
+    Fields:
+        task: number of the `OpenSum` that asked for it.
+        reason: why not.
+    """
+
+    task: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasesCounted:
+    """A server that was killed goes on from a state without its last releases, which are in its ledger and count.
+
+    Fields:
+        merged: by client, how many of these releases it is in.
+        last: by client, the version of the last of them.
+    """
+
+    merged: Mapping[ClientId, int]
+    last: Mapping[ClientId, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +209,10 @@ Event: TypeAlias = (
     | EdgeJoined
     | EdgeReported
     | TaskFailed
+    | PartsReady
+    | SumOpened
+    | SumFailed
+    | ReleasesCounted
     | TimerFired
     | ScoresReady
     | CanaryScored
@@ -168,6 +238,32 @@ class Cancel:
 
     task: int
     client: ClientId
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The version that follows tells something of these clients' data: to be written down, and synced, before anything goes out.
+
+    Fields:
+        version: number of the version that is released, at an edge its inner one.
+        task: number of the outer task that an edge works on (0: this is no edge).
+        mechanism: how its noise depends on that of other versions.
+        norm: largest norm of a client's change (S).
+        multiplier: standard deviation of the noise over the most that one client can change here (z).
+        shares: by client whose answers are in the version, its weight over the largest weight of a client.
+        spent: by client, how far the version moves with its answers, at most, in standard deviations of the noise (mu); also of
+            clients in earlier versions, where noise is correlated.
+        value: keyed digest of the exact sum: a version that is made again has the same, another one at the same place has not.
+    """
+
+    version: int
+    task: int
+    mechanism: Literal["independent", "banded"]
+    norm: float
+    multiplier: float
+    shares: Mapping[ClientId, float]
+    spent: Mapping[ClientId, float]
+    value: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,13 +368,13 @@ class InsideEdge:
     Fields:
         edge: name of the edge.
         task: number of the edge's outer task.
-        command: `Dispatch` or `Cancel` of the outer task; the edge's own `Publish`, `Discarded` or `Report`; `Reject`, of what the
-            root refused; `Stop`, where an edge ends its task without an answer.
+        command: `Dispatch` or `Cancel` of the outer task; the edge's own `Release`, `Publish`, `Discarded` or `Report`; `Reject`, of
+            what the root refused; `Stop`, where an edge ends its task without an answer.
     """
 
     edge: ClientId
     task: int
-    command: Dispatch | Cancel | Publish | Discarded | Report | Reject | Stop
+    command: Dispatch | Cancel | Release | Publish | Discarded | Report | Reject | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +390,25 @@ class Move:
     client: ClientId
     edge: ClientId
     to: ClientId
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSum:
+    """Sum the parts of these members, so that nobody sees those of one, and answer with `SumOpened` or `SumFailed`.
+
+    Fields:
+        task: number of the sum, which is that of its first task.
+        blocks: what is to be summed over whose tasks.
+        least: fewest members whose sum may be opened, block by block; a block of fewer is left out.
+        threshold: share of the members that have to agree to the opening.
+        codec: how the parts are whole numbers.
+    """
+
+    task: int
+    blocks: tuple[SlotBlock, ...]
+    least: int
+    threshold: float
+    codec: Summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +444,7 @@ class Moved:
 Command: TypeAlias = (
     Dispatch
     | Cancel
+    | Release
     | Publish
     | Evaluate
     | CheckCanary
@@ -338,6 +454,7 @@ Command: TypeAlias = (
     | Report
     | Discarded
     | InsideEdge
+    | OpenSum
     | Regroup
     | Moved
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedloom.core.codec import EXACT, HALF, Codec
+from fedloom.core.codec import EXACT, HALF, Codec, Summed
 from fedloom.core.lora import Adapter, cut_factor
 from fedloom.core.transfer import dense_rows
 from fedloom.core.types import Result, Side, Task, TaskStart
@@ -47,6 +47,8 @@ def upload_size(task: Task, result: Result) -> MessageSize:
     An answer that has not even the form of one, and will be refused, counts as if everything had been sent.
     """
     start, codec, count = task.start, task.start.codec or EXACT, 0
+    if isinstance(codec, Summed):
+        return summed_size(start)
     control = _plain(start).number * _control(start)
     refused = why_malformed(task, result) is not None
     received = start.train if refused else result.adapter
@@ -58,6 +60,16 @@ def upload_size(task: Task, result: Result) -> MessageSize:
     for name, tensor in received.dense.items():
         dense += _sent(codec, None if refused else dense_rows(start.train.dense[name]), dense_rows(tensor), 1)
     return MessageSize(count + dense + control, dense)
+
+
+def summed_size(start: TaskStart) -> MessageSize:
+    """Return the size of an answer that is only summed: all of the trained sides, since nobody may see which of them changed."""
+    bits = start.codec.word_bits if isinstance(start.codec, Summed) else 8 * EXACT.number
+    whole, dense = (
+        -(-_whole(adapter, start.rules.unchanged) * bits // 8)
+        for adapter in (start.train, Adapter({}, start.train.dense))
+    )
+    return MessageSize(whole, dense)
 
 
 def _plain(start: TaskStart) -> Codec:

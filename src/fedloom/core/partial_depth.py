@@ -34,12 +34,10 @@ def require_all_layers(aggregator: Aggregator, rules: Rules) -> None:
         )
         raise Refused("plan.depth", name, f"{remedy}; leave plan.depth out, or use a method that shares all it trains")
     for layer in aggregator_layers(aggregator):
-        why = "it divides a layer's changes by all clients, also by those who never train it"
-        if getattr(layer, "adds_noise", False):
-            why = "its noise is made for one mean of all layers, not for a mean of each"
-        elif not getattr(layer, "remembers_changes", False):
-            continue
-        raise Refused("plan.depth", type(layer).__name__, f"{why}; leave plan.depth or the wrapper out")
+        if getattr(layer, "remembers_changes", False):
+            why = "it divides a layer's changes by all clients, also by those who never train it"
+            remedy = f"{why}; leave plan.depth or the wrapper out"
+            raise Refused("plan.depth", type(layer).__name__, remedy)
 
 
 def start_at_depth(
@@ -85,6 +83,8 @@ def merge_by_layer(aggregator: Aggregator, model: Model, merge: Merge) -> Model:
     Layers that the same updates hold, and of which a wrapper's memory has the same entries, are merged together. Dense tensors go
     with the last layer in the model's order, which every update must hold.
     """
+    if getattr(aggregator, "merges_all_depths", False):
+        return aggregator.merge(model, merge)
     count = len(model.adapter.factors)
     everywhere = all(len(update.result.adapter.factors) == count for _, update in merge.weighted_updates)
     if everywhere and not _outside(model) and all(len(entry.factors) in (0, count) for entry in model.memory.values()):

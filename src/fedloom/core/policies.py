@@ -8,7 +8,7 @@ aggregator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -112,11 +112,18 @@ class Aggregator(Protocol):
         inner: the wrapped method, of a wrapper.
         each_once: why an answer may be merged only once (a sentence; refused with a schedule that has `reuses_answers`).
         remembers_changes: True where changes of clients are kept between merges (refused with partial depth, and around another).
-        adds_noise: True where noise is added to the merge (refused with partial depth, and inside wrappers that keep changes).
         rank: rank of the server, which is checked against the model.
         clients: number of clients, which is checked against the federation.
         has_fold: True where the model keeps in a fold, at any rank, what its adapter has no room for.
-        plain_mean: True where each entry is the mean with the schedule's weights, which `Noise` needs.
+        plain_mean: True where what is added (entries, or products in "product" space) is the mean with the schedule's weights,
+            whatever else is done with that mean.
+        after_merge: True of a wrapper that works with the wrapped method's models alone, and never looks at an answer.
+        not_summed: why a sum over clients cannot stand in the place of their answers (a clause; refused in groups that sum).
+        summed_by_factors: why a merge of sums is only near that of the answers (a clause).
+        judges_answers: True where single answers are weighed or left out (refused above groups that sum, and inside other wrappers).
+        least_answers: fewest answers that it compares in a merge (a schedule with smaller merges is refused).
+        trusted_client: client whose answers others are judged by (None: nobody's), which must be one of the federation.
+        merges_all_depths: True where `merge` takes answers that hold different layers, and divides them itself.
     """
 
     @property
@@ -145,8 +152,9 @@ class Aggregator(Protocol):
 class Schedule(Protocol):
     """Time of versions (WHEN), the updates in each, and the clients that start next. It never reads a model. Stateless.
 
-    Optional attribute, which is read with getattr:
+    Optional attributes, which are read with getattr:
         reuses_answers: True where an answer is a part of more than one merge (refused with an aggregator that has `each_once`).
+        answers_per_merge: the most answers in a merge (absent: not known).
     """
 
     @property
@@ -198,6 +206,25 @@ def require_fresh_answers(aggregator: Aggregator, schedule: Schedule) -> None:
             when, how = type(schedule).__name__, type(layer).__name__
             remedy = f"it merges every answer more than once, and with {how} {why}; use FedBuff, Immediate, FedAsync or Rounds"
             raise Refused("schedule", when, remedy)
+
+
+def require_enough_answers(aggregator: Aggregator, schedule: Schedule) -> None:
+    """Raise Refused where a schedule merges fewer answers together than the aggregator has to compare."""
+    most = getattr(schedule, "answers_per_merge", None)
+    for layer in aggregator_layers(aggregator):
+        least = getattr(layer, "least_answers", 1)
+        if most is not None and most < least:
+            how = f"{type(layer).__name__}({type(getattr(layer, 'rule', None)).__name__})"
+            remedy = f"a merge has at most {most} answers, and {how} compares {least} or more; larger merges, or rule=Trust(client)"
+            raise Refused("schedule", type(schedule).__name__, remedy)
+
+
+def require_trusted_client(aggregator: Aggregator, clients: Collection[ClientId]) -> None:
+    """Raise Refused where others are judged by the answers of a client that there is not: nothing would ever be merged."""
+    trusted = getattr(aggregator, "trusted_client", None)
+    if trusted is not None and trusted not in clients:
+        remedy = f"the trusted client is one of the federation: {', '.join(sorted(clients)[:5])}"
+        raise Refused("aggregator.rule.client", trusted, remedy + (", ..." if len(clients) > 5 else ""))
 
 
 PendingResult: TypeAlias = Callable[[], tuple[Result, ClientState]]

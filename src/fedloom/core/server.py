@@ -22,7 +22,8 @@ From a reply to the next version, in this file:
    sees weights only.
 4. `_merge` gives the merge to the aggregator, layer by layer where clients train to different depths (`partial_depth`). The model
    that comes back is the next version: it is published, and evaluated if it is due. With a `Canary` it is scored first, and
-   answers that make it worse are set aside (`canary`).
+   answers that make it worse are set aside (`canary`). With a `Mechanism` the aggregator sees a noisy sum, and no answer; a `Release`
+   comes before the version, and clients rest that have taken part as often as they may (`participation`).
 5. 3 and 4 repeat while a merge is due. Then the run ends, if it has reached a limit, or the schedule's choice of idle clients gets
    tasks (`_dispatch`): the budget, the part of the model for that budget, and the encoding that the transfer codec makes of it.
 
@@ -54,7 +55,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from fedloom.core.canary import Canary, Trial, Verdict, clearly_better, judge, why_set_aside, without_sites
@@ -74,6 +74,7 @@ from fedloom.core.events import (
     Event,
     Publish,
     Reject,
+    ReleasesCounted,
     SetAside,
     Stop,
     TaskFailed,
@@ -82,7 +83,16 @@ from fedloom.core.events import (
 from fedloom.core.lora import server_rank
 from fedloom.core.model_shape import Shape
 from fedloom.core.partial_depth import merge_by_layer, start_at_depth
-from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Merge, Schedule, require_fresh_answers
+from fedloom.core.participation import Mechanism, Participation, count_merged, count_releases, place_client
+from fedloom.core.policies import (
+    Aggregator,
+    BudgetRule,
+    Fleet,
+    Merge,
+    Schedule,
+    require_enough_answers,
+    require_fresh_answers,
+)
 from fedloom.core.registration import counted_examples, register
 from fedloom.core.seeds import derive
 from fedloom.core.server_state import State
@@ -152,11 +162,15 @@ class Server:
         transfer: Codec | None = None,
         canary: Canary | None = None,
         largest_step: float | None = None,
+        mechanism: Mechanism | None = None,
+        participation: Participation | None = None,
     ) -> None:
         require_fresh_answers(aggregator, schedule)
+        require_enough_answers(aggregator, schedule)
         self.state = State(model, model)
         self.aggregator, self.schedule, self.budget_rule = aggregator, schedule, budget_rule
         self.shape, self.limits, self.seed, self.transfer, self.canary = shape, limits, seed, transfer, canary
+        self.mechanism, self.participation = mechanism, participation
         self.norm_limits = NormLimits(limits.norm_ratio, limits.step_ratio, largest_step)
 
     def handle(self, now: float, event: Event) -> list[Command]:
@@ -168,6 +182,9 @@ class Server:
         self.advance(now)
         if state.stopped:
             return []
+        if isinstance(event, ReleasesCounted) and self.participation is not None:
+            aside, tasks = count_releases(self.participation, state, event)
+            return self._decide([*aside, *map(self._cancel, tasks)])
         rejected = self._apply(event)
         if rejected:
             return [rejected]
@@ -206,25 +223,7 @@ class Server:
 
     def fleet(self) -> Fleet:
         """Return the read-only view that policies get; O(1)."""
-        state = self.state
-        return Fleet(
-            now=state.now,
-            version=state.version,
-            seed=self.seed,
-            tasks=state.next_task - 1,
-            idle=state.idle,
-            busy=MappingProxyType(state.busy),
-            arrived=state.arrived,
-            shape=self.shape,
-            reported_examples=MappingProxyType(state.reported_examples),
-            dispatched=MappingProxyType(state.dispatched),
-            work_seconds=MappingProxyType(state.work_seconds),
-            latest=state.latest,
-            retained=state.retained,
-            first=state.first,
-            outer=state.outer,
-            groups=MappingProxyType(state.groups),
-        )
+        return self.state.fleet(self.shape, self.seed)
 
     def start(self, budget: Budget, seed: int) -> TaskStart:
         """Return what a client with this budget would receive now, to the bit."""
@@ -287,11 +286,12 @@ class Server:
                 if profile.client in state.working:  # it is back with a new profile, and its task is still outstanding
                     state.working[profile.client] = (profile, state.working[profile.client][1])
                 else:
-                    state.idle.put(profile.client, profile)
+                    place_client(self.participation, state, profile)
             case ClientLost(client):
                 if client in state.working:
                     self._release(state.working[client][1])
                     state.failures, state.last_failure = state.failures + 1, f"client {client!r} was lost"
+                state.resting.pop(client, None)
                 if client in state.idle:
                     state.idle.take(client)
             # a reply to a task that was cancelled, answered already, or sent to somebody else counts for nothing (law 6)
@@ -310,7 +310,7 @@ class Server:
 
     def why_refused(self, task: Task, event: UpdateArrived) -> str | None:
         """Return why this answer to `task` is not taken: its form, its numbers, or how far it moved; None if it is."""
-        if reason := why_invalid(task, event.result):
+        if reason := why_invalid(task, event.result, clipped=self.mechanism is not None):
             return reason
         mine, others = self.norm_limits.measured(task, event.result), self._others(task)
         return self.norm_limits.why_too_far(task, mine, others, self._frame(event)) if mine else None
@@ -344,8 +344,8 @@ class Server:
             if reason := self.norm_limits.why_unlike(mine, self._others(update.task), self._frame(event)):
                 aside.append(SetAside(update.task.client, mine.task, reason))
         for one in aside:
-            state.arrived = [update for update in state.arrived if update.task.id != one.task]
             del recent[one.client]
+        state.drop_arrived({one.task for one in aside})
         return [*aside]
 
     def _recent(self, task: Task) -> dict[ClientId, ChangeNorms]:
@@ -369,7 +369,7 @@ class Server:
         self.state.work_seconds[task.client] = (
             self.state.work_seconds.get(task.client, 0.0) + self.state.now - task.sent
         )
-        self.state.idle.put(task.client, self.state.working.pop(task.client)[0])
+        place_client(self.participation, self.state, self.state.working.pop(task.client)[0])
         return task
 
     def _decide(self, commands: list[Command]) -> list[Command]:
@@ -396,8 +396,11 @@ class Server:
 
     def _merge(self, merge: Merge) -> list[Command]:
         """Publish the next version, or have it scored first."""
-        state, model = self.state, merge_by_layer(self.aggregator, self.state.model, merge)
-        trial, version = Trial(model, merge, len(state.arrived)), state.version + 1
+        state, version = self.state, self.state.version + 1
+        if self.mechanism is not None:
+            model, release = self.mechanism.release(self.aggregator, state, merge)
+            return [release, *self._publish(Trial(model, merge, len(state.arrived)))]
+        trial = Trial(merge_by_layer(self.aggregator, state.model, merge), merge, len(state.arrived))
         if self.canary and (version % self.canary.every == 0 or version == self.limits.versions):
             return [self._check(trial)]
         return self._publish(trial)
@@ -410,6 +413,8 @@ class Server:
         # answers that the schedule does not retain are in the new version, or in none: they are never merged later
         later, state.retained = state.arrived[trial.seen :], len(merge.retain)
         state.arrived = [*merge.retain, *later]
+        if self.participation is not None:
+            count_merged(self.participation, state, trial.updates)
         commands.append(Publish(state.version, state.model, trial.updates))
         every = self.limits.evaluate_every or self.limits.versions
         if state.version % every == 0 or state.version == self.limits.versions:
@@ -451,9 +456,7 @@ class Server:
         gone = {update.task.id: update.task.client for update in trial.updates if update.task.client in sites}
         everybody = len(sites) == len(trial.sites)
         reasons = {site: why_set_aside(site, trial, state.canary.best, alone=not everybody) for site in sites}
-        kept = [update.task.id not in gone for update in state.arrived]
-        state.retained = sum(kept[: state.retained])
-        state.arrived = [update for update, stays in zip(state.arrived, kept, strict=True) if stays]
+        state.drop_arrived(gone)
         state.canary = replace(state.canary, set_aside=state.canary.set_aside + len(gone), trial=None)
         if state.canary.set_aside > state.failures:
             state.failures, state.last_failure = state.canary.set_aside, reasons[sites[-1]]
@@ -469,6 +472,8 @@ class Server:
     def _stop_reason(self) -> str | None:
         if self.state.version >= self.limits.versions:
             return f"{self.state.version} versions made"
+        if self.participation is not None and (reason := self.participation.why_nobody_starts(self.state)):
+            return reason
         if self.limits.seconds is not None and self.state.now >= self.limits.seconds:
             return f"{self.limits.seconds:g} s are over"
         if self.state.failures >= self.limits.failures:

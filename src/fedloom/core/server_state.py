@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from fedloom.core.canary import CanaryRecord
 from fedloom.core.change_norms import ChangeNorms
+from fedloom.core.events import Release
 from fedloom.core.indexed_dict import IndexedTable
+from fedloom.core.model_shape import Shape
+from fedloom.core.policies import Fleet
 from fedloom.core.types import ClientId, GroupHistory, Model, Profile, Task, Update
 
-CLIENT_TABLES = ("registered", "reported_examples", "dispatched", "work_seconds", "pruned")
+CLIENT_TABLES = ("registered", "reported_examples", "dispatched", "work_seconds", "pruned", "merged", "last_merged")
 """Tables of `State` that keep a client's entry after it leaves."""
 
 
@@ -42,6 +46,10 @@ class State:
         dispatched: by client, tasks sent to it so far.
         work_seconds: by client, seconds of its tasks that have ended.
         pruned: by client, the rank to which it pruned itself: the cap of its later ranks.
+        merged: by client, its answers that are in versions, where the server counts them (`participation`).
+        last_merged: by client, the last version that an answer of it is in, where they are counted.
+        resting: clients without a task that may not be given one now, by name.
+        releases: what was released so far, where the noise of a version depends on that of earlier ones.
         recent_changes: by the sides that were trained, how far the latest accepted answers of some clients moved, oldest first.
         outer: task that this server works on as an edge (None: it is no edge).
         groups: at the root of a tree, what is known of the groups of its edges.
@@ -70,10 +78,41 @@ class State:
     dispatched: dict[ClientId, int] = field(default_factory=dict)
     work_seconds: dict[ClientId, float] = field(default_factory=dict)
     pruned: dict[ClientId, int] = field(default_factory=dict)
+    merged: dict[ClientId, int] = field(default_factory=dict)
+    last_merged: dict[ClientId, int] = field(default_factory=dict)
+    resting: dict[ClientId, Profile] = field(default_factory=dict)
+    releases: list[Release] = field(default_factory=list)
     recent_changes: dict[str, dict[ClientId, ChangeNorms]] = field(default_factory=dict)
     outer: Task | None = None
     groups: dict[ClientId, GroupHistory] = field(default_factory=dict)
     canary: CanaryRecord = field(default_factory=CanaryRecord)
+
+    def fleet(self, shape: Shape, seed: int) -> Fleet:
+        """Return the read-only view that policies get; O(1)."""
+        return Fleet(
+            now=self.now,
+            version=self.version,
+            seed=seed,
+            tasks=self.next_task - 1,
+            idle=self.idle,
+            busy=MappingProxyType(self.busy),
+            arrived=self.arrived,
+            shape=shape,
+            reported_examples=MappingProxyType(self.reported_examples),
+            dispatched=MappingProxyType(self.dispatched),
+            work_seconds=MappingProxyType(self.work_seconds),
+            latest=self.latest,
+            retained=self.retained,
+            first=self.first,
+            outer=self.outer,
+            groups=MappingProxyType(self.groups),
+        )
+
+    def drop_arrived(self, tasks: Collection[int]) -> None:
+        """Take the waiting answers to these tasks out, as if they had never arrived."""
+        kept = [update.task.id not in tasks for update in self.arrived]
+        self.retained = sum(kept[: self.retained])
+        self.arrived = [update for update, stays in zip(self.arrived, kept, strict=True) if stays]
 
     def take_record(self, client: ClientId) -> dict[str, Any]:
         """Remove and return the table entries of a client that moves away."""

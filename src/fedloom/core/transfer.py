@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedloom.core.codec import EXACT, HALF, Block, Codec, round_to_half
+from fedloom.core.codec import EXACT, HALF, Block, Codec, Summed, round_to_half
 from fedloom.core.lora import (
     Adapter,
     Factor,
@@ -83,10 +83,10 @@ def encode_answer(task: Task, before: ClientState, result: Result, local: Client
 
     `before` is the client's state when the task came, `local` that after training. The metrics gain `rounding`, the Frobenius norm of
     what the products lost relative to the products, and `rounding_change`, relative to what the client changed. An answer that will
-    be refused stays as it is.
+    be refused stays as it is, and so does one that is summed: what is rounded there is its change.
     """
     start = task.start
-    if start.codec is None or why_invalid(task, result):
+    if start.codec is None or isinstance(start.codec, Summed) or why_invalid(task, result):
         return result, local
     residual = residual_of(start, before)
     adapter, control = unpack_answer(start, pack_answer(start, result, residual))

@@ -28,13 +28,17 @@ MAX_SECONDS, MIN_SECONDS, MAX_LOSS, MAX_MASS, MAX_METRICS = 1e9, 1e-9, 1e12, 1e3
 """Bounds of members' work: a plan divides by their seconds, and squares how their losses fell. A metric is bounded as a loss."""
 
 
-def why_invalid(task: Task, result: Result) -> str | None:
-    """Return why `result` is no valid answer to `task`; None if it is one. Cost: one pass over the tensors. Never raises."""
+def why_invalid(task: Task, result: Result, clipped: bool = False) -> str | None:
+    """Return why `result` is no valid answer to `task`; None if it is one. Cost: one pass over the tensors. Never raises.
+
+    Where answers are `clipped` before they are merged, how far one moved is no reason: it would tell of the client's data.
+    """
+    most = math.inf if clipped else MAX_NORM
     return (
         why_malformed(task, result)
         or _invalid_counts(task, result)
-        or _invalid_norms("", named_tensors(_pruned(task.start, result.adapter)), result.adapter)
-        or (_invalid_norms("control variate: ", {}, result.control) if result.control else None)
+        or _invalid_norms("", named_tensors(_pruned(task.start, result.adapter)), result.adapter, most)
+        or (_invalid_norms("control variate: ", {}, result.control, most) if result.control else None)
         or _changed_side(task.start, result.adapter)
     )
 
@@ -182,15 +186,15 @@ def _tensor(expected: Tensor, received: Tensor) -> str | None:
     return None if received.device == expected.device else f"is on {received.device}, expected {expected.device}"
 
 
-def _invalid_norms(where: str, sent: Mapping[str, Tensor], adapter: Adapter) -> str | None:
-    """Return the first tensor that is not finite, or changed too much from what was `sent` (no such name: from zero)."""
+def _invalid_norms(where: str, sent: Mapping[str, Tensor], adapter: Adapter, most: float) -> str | None:
+    """Return the first tensor that is not finite, or changed by more than `most` from what was `sent` (no such name: from zero)."""
     for name, tensor in named_tensors(adapter).items():
         # a norm that is small says that both are finite, in one pass; most are
         size = norm(tensor if name not in sent else tensor - sent[name])
         if not math.isfinite(size):
             return f"{where}{name.removeprefix('dense:')} is not finite"
-        if size > MAX_NORM:
-            return f"{where}{name.removeprefix('dense:')} changed by norm {size:.3g}, above the limit of {MAX_NORM:.0g}"
+        if size > most:
+            return f"{where}{name.removeprefix('dense:')} changed by norm {size:.3g}, above the limit of {most:.0g}"
     return None
 
 

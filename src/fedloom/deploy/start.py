@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from fedloom.core import schema
 from fedloom.core.errors import Refused
+from fedloom.core.events import CanaryScored, ClientJoined, ClientLost, Event, ScoresReady, TaskFailed
 from fedloom.core.files import LOCKED, private_folder, read_json
 from fedloom.core.policies import require_fresh_answers
 from fedloom.core.schema import jsonable
-from fedloom.core.types import Budget, ClientId, Profile
+from fedloom.core.types import Budget, ClientId, Profile, TaskStart
 from fedloom.data.examples import without_training_examples
 from fedloom.deploy.link import Transport
 from fedloom.deploy.messages.messages import RunTerms, check_codec
 from fedloom.deploy.messages.terms import terms_of_run
 from fedloom.deploy.region.region import run_region
-from fedloom.deploy.server.config import RUN_FOLDER, DeploymentConfig
+from fedloom.deploy.server.config import RUN_FOLDER, DeploymentConfig, server_secret
 from fedloom.deploy.server.driver import Deployment
-from fedloom.deploy.server.evaluation import evaluation_lines
+from fedloom.deploy.server.evaluation import Evaluation, evaluation_lines
 from fedloom.deploy.server.key_facts import read_facts
 from fedloom.deploy.server.reply_events import REGION
 from fedloom.deploy.server.status import Status
@@ -32,6 +33,7 @@ from fedloom.runs.execute import RunRecorder
 from fedloom.runs.final_scores import final_start, label_lines, next_ranks, sample_lines
 from fedloom.runs.job import Job
 from fedloom.runs.prepare import PreparedRun, assemble
+from fedloom.runs.private_run import check_private, refuse_private_regions
 from fedloom.runs.replay import recorded_steps
 from fedloom.runs.resume import FIXED, unfinished_run, versions_made
 from fedloom.runs.run import Run
@@ -55,7 +57,7 @@ def run_deployment(
     if reason and (until is None or until <= versions_made(read_run_log(target))):
         return reason
     job, profiles = prepare_server(config.run(), target, config.min_clients, until if reason else None)
-    last = recorded_steps(target, job.resumed_from.sizes[LOCKED]) if reason and job.resumed_from else []
+    last = recorded_steps(target, job.resumed_from.sizes[LOCKED], job.secret) if reason and job.resumed_from else []
     over_regions = job.run.hierarchy is not None
     deployment = Deployment(
         server=job.server,
@@ -66,6 +68,7 @@ def run_deployment(
         timeouts=config.timeouts,
         clock=clock,
         over_regions=over_regions,
+        measured=not job.secret,
         facts_of=partial(read_facts, folder),
     )
     status = Status(folder, deployment, job.run.limits, job.baselines().get("majority"))
@@ -76,7 +79,9 @@ def run_deployment(
         deployment.observe, deployment.save = recording.observe, recording.checkpoints
         recording.track(deployment)
         if last:
-            deployment.repeat(last)
+            repeat_steps(deployment, last)
+        elif later := recording.later_releases():
+            deployment.handle(later)
         status.ended = reason = deployment.run(between)
         job.check_failures(reason)
         counted = label_lines(recording.progress.confusions)
@@ -91,12 +96,56 @@ def run_deployment(
     return finish_reason(target)
 
 
+def repeat_steps(running: Deployment, steps: Iterable[tuple[float, Event]]) -> None:
+    """Handle recorded steps once more, before the first turn: those after the last checkpoint of a run that is made longer.
+
+    What follows from commands (scores, the failure of a refused answer) is made again and not taken from the record.
+    """
+    for now, event in steps:
+        running.elapsed = now
+        match event:
+            case ScoresReady() | CanaryScored():
+                continue
+            case TaskFailed(_, number) if number not in running.tasks:
+                continue
+            case ClientLost(client) if running.clients.pop(client, None) is None:
+                continue
+            case ClientJoined(profile):
+                running.clients[profile.client] = running.profiles[profile.client] = profile
+                running.members[profile.client], running.opened = getattr(event, "members", ()), True
+        running.handle(event)
+    running.save()
+
+
+def evaluate_sites(
+    running: Deployment,
+    ranks: Mapping[ClientId, int],
+    start_at: Callable[[int], TaskStart],
+    seconds: float,
+    pause: Callable[[float], None] = time.sleep,
+) -> Evaluation:
+    """Evaluate after the end of the run: take turns until each client has replied or is waited for no longer.
+
+    The last checkpoint stays as it is, so that a server which is killed here comes to the same end again. No reply is expected
+    to what was in flight, and a node need not rest any more.
+    """
+    running.ended, running.changed, running.tasks = True, False, {}
+    for number, node in running.nodes.reachable.items():
+        running.nodes.give_up(number)
+        node.resting_until = 0.0
+    evaluation = running.begin_evaluation(ranks, start_at, seconds)
+    while evaluation.awaited():
+        running.turn()
+        pause(running.timeouts.poll)
+    return evaluation
+
+
 def held_out_lines(job: Job, running: Deployment, pause: Callable[[float], None]) -> Iterator[dict[str, object]]:
     """Have each client evaluate the last model, at the rank of its next task; a region at the largest, which it cuts for its sites.
 
     Yields a line for each client that ever was there. A site has as long as a task may take.
     """
-    if not job.run.held_out:
+    if not job.run.held_out or job.secret:  # what a client holds out is data of it, and its scores on that are exact
         return
     regions = {client for client, one in job.profiles.items() if job.run.hierarchy and one.tier == REGION}
     largest = Budget(job.run.plan.rank.largest, 1)
@@ -104,7 +153,7 @@ def held_out_lines(job: Job, running: Deployment, pause: Callable[[float], None]
     sites = {client: one for client, one in job.profiles.items() if client not in regions}
     ranks |= next_ranks(job.run.plan, job.server, sites)
     seconds = running.timeouts.task or running.timeouts.doubt
-    evaluation = running.evaluate_sites(ranks, partial(final_start, job), seconds, pause)
+    evaluation = evaluate_sites(running, ranks, partial(final_start, job), seconds, pause)
     yield from evaluation_lines(evaluation, job.profiles, job.base.labels is None)
 
 
@@ -125,14 +174,17 @@ def prepare_server(
     schema.check_fields(value)
     check_codec(value.transfer)
     need_lasting_groups(value.hierarchy)
+    check_private(value)
+    refuse_private_regions(value)
     require_fresh_answers(value.aggregator, value.schedule)
     begun = (target / "manifest.json").is_file()
-    before = unfinished_run(target, value, (Deployment,), until) if begun else None
+    secret = server_secret(value, target.parent)
+    before = unfinished_run(target, value, (Deployment,), until, secret) if begun else None
     if before and before.extended and not before.values:
         remedy = f"its last checkpoint is not there; begin a new run with start={target}"
         raise Refused("--more", str(target), remedy)
     profiles = dict[ClientId, Profile]()
-    job = assemble(value, without_training_examples(value.data, value.seed), (), before, regions=clients)
+    job = assemble(value, without_training_examples(value.data, value.seed), (), before, clients, secret)
     job = replace(job, profiles=profiles)
     if before:
         before.check_unchanged(job.describe(), SAME)

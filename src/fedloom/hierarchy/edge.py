@@ -48,6 +48,7 @@ from fedloom.core.events import (
     UpdateArrived,
 )
 from fedloom.core.lora import Adapter, Factor, pad, server_rank, stack_with_fold, truncate_sum
+from fedloom.core.participation import place_client
 from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Merge
 from fedloom.core.registration import register
 from fedloom.core.server import Server
@@ -68,6 +69,23 @@ class Contribution:
 
 
 @dataclass(slots=True)
+class SumInProgress:
+    """A round of a group whose answers are only summed (`secure_edge`).
+
+    Fields:
+        members: how many members the round began with.
+        ready: tasks whose members hold their parts ready.
+        asked: number of the sum that was asked for (0: none was).
+        lost: members that were lost while their sum was opened.
+    """
+
+    members: int = 0
+    ready: list[int] = field(default_factory=list)
+    asked: int = 0
+    lost: list[ClientId] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class EdgeState:
     """State of an edge: all that changes in it.
 
@@ -81,6 +99,7 @@ class EdgeState:
         due: time by which the edge must be called again (s; None: not before another event).
         down: whether the edge is offline; it will come back.
         waiting_task: task that arrived while it was down (None: none).
+        summing: the round under way, where answers are only summed.
     """
 
     server: State
@@ -92,6 +111,7 @@ class EdgeState:
     due: float | None = None
     down: bool = False
     waiting_task: Task | None = None
+    summing: SumInProgress = field(default_factory=SumInProgress)
 
     @property
     def empty(self) -> bool:
@@ -128,7 +148,7 @@ class Edge:
         else:
             commands = self._translated(self.server.handle(now, event))
             if not state.server.stopped and state.empty:
-                commands += self._translated(self.server.stop("no member is left"))
+                commands += self._translated(self.server.stop(self._why_empty()))
         state.due = self.server.wake()
         return commands
 
@@ -184,7 +204,7 @@ class Edge:
         state.server = replace(fresh, last_evaluated=-1, failures=0, last_failure="", latest=None, outer=task)
         self._attach_state()
         if state.empty:
-            return self._translated(self.server.stop("no member is left"))
+            return self._translated(self.server.stop(self._why_empty()))
         return self._translated(self.server.handle(now, TimerFired()))
 
     def _note_member(self, now: float, event: Event) -> list[Command]:
@@ -194,12 +214,19 @@ class Edge:
         match event:
             case ClientJoined(joined):
                 profile = register(server.registered, joined)
-                server.idle.put(profile.client, profile)
-            case ClientLost(client) if client in server.idle:
-                server.idle.take(client)
+                place_client(self.server.participation, server, profile)
+            case ClientLost(client):
+                server.resting.pop(client, None)
+                if client in server.idle:
+                    server.idle.take(client)
             case UpdateArrived(client, number, _) | TaskFailed(client, number, _):
                 return [Reject(client, number, f"task {number} is not outstanding at client {client!r}")]
         return []
+
+    def _why_empty(self) -> str:
+        """Return why nobody can be given a task."""
+        rule = self.server.participation
+        return (rule and rule.why_nobody_starts(self.state.server)) or "no member is left"
 
     def _translated(self, commands: Sequence[Command]) -> list[Command]:
         """Return the inner server's commands as the edge's: at the end of its versions it reports."""
@@ -289,6 +316,11 @@ class Edge:
         return replace(result, adapter=Adapter(trained, result.adapter.dense))
 
 
+def steps_of_a_round(outer: Budget) -> int:
+    """Return the steps that each member does in one round of an outer task."""
+    return max(1, outer.steps // outer.rounds)
+
+
 @dataclass(frozen=True, slots=True)
 class MemberBudget:
     """Budget rule of an edge: what `plan` gives a member, with rank and depth no larger than those of the outer task.
@@ -303,7 +335,7 @@ class MemberBudget:
         budget, outer = self.plan(profile, fleet), fleet.outer
         if outer is None:
             return budget
-        rank, steps = min(budget.rank, outer.budget.rank), max(1, outer.budget.steps // outer.budget.rounds)
+        rank, steps = min(budget.rank, outer.budget.rank), steps_of_a_round(outer.budget)
         depths = [depth for depth in (budget.depth, outer.budget.depth) if depth is not None]
         return replace(budget, rank=rank, steps=steps, rounds=1, depth=min(depths, default=None))
 
@@ -316,6 +348,11 @@ class FrozenPhase(Wrapper):
     """Keep the phase of an alternating method at that of the outer task, so that the other sides come back as sent."""
 
     inner: Aggregator
+
+    @property
+    def merges_all_depths(self) -> bool:
+        """Whether the wrapped method divides answers of different depths itself."""
+        return getattr(self.inner, "merges_all_depths", False)
 
     def merge(self, model: Model, merge: Merge) -> Model:
         """Merge as `inner` does, and keep the phase."""

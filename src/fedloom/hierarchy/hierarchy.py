@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, cast
 
-from fedloom.core.codec import Codec
+from fedloom.aggregate.shared.parts import CommonStart, why_not_summed
+from fedloom.core.codec import Codec, Summed
 from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
 from fedloom.core.partial_depth import require_all_layers
-from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Schedule, aggregator_layers
+from fedloom.core.policies import Aggregator, BudgetRule, Fleet, Schedule, aggregator_layers, require_trusted_client
 from fedloom.core.server import Server
 from fedloom.core.types import Budget, ClientId, GroupHistory, Profile
 from fedloom.hierarchy.edge import Edge, MemberBudget, matching_phase
@@ -23,9 +24,12 @@ from fedloom.hierarchy.grouping import Grouping, Member, validate_groups
 from fedloom.hierarchy.joint_plan.joint_plan import JointPlan
 from fedloom.hierarchy.regrouping import Compared, Regrouping
 from fedloom.hierarchy.root_server import RootServer
+from fedloom.hierarchy.secure_edge import FEWEST, Secure, SecureEdge, SharedRanks, SumRounds
 from fedloom.hierarchy.tree import Tree
 from fedloom.hierarchy.tree_state import Link, Topology
+from fedloom.privacy.secure_sum.field import WORD
 from fedloom.schedule.rounds import Rounds
+from fedloom.schedule.shared.weights import by_examples, uniform
 
 InnerRounds: TypeAlias = Callable[[Profile, Fleet], int]
 """(profile of an edge, fleet of the root) -> versions that the edge makes of its next task."""
@@ -84,6 +88,7 @@ class Hierarchy:
         epsilon: privacy budget of the counts, differential privacy per example (`private_histogram.noised`; default 0: exact counts).
         regroup: drift of clients' times (`grouping.time_drift`) above which groups are made again after a version (default 0:
             never; 0.1: 10 %).
+        secure: how members' answers are summed so that nobody, the server included, sees a single one (default None: they are seen).
     """
 
     groups: Grouping = field(default_factory=Everybody)
@@ -96,6 +101,7 @@ class Hierarchy:
     topics: int = 0
     epsilon: float = 0.0
     regroup: float = 0.0
+    secure: Secure | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.rounds, int) and self.rounds < 1:
@@ -110,6 +116,21 @@ class Hierarchy:
             raise Refused(
                 "hierarchy.regroup", self.regroup, "0: groups stay, 0.1: made again when times drifted by 10 %"
             )
+        if self.secure is not None:
+            self._check_beside_sums()
+
+    def _check_beside_sums(self) -> None:
+        """Raise Refused for what needs a member's own answer, or how long it takes."""
+        seen = "nobody sees a member's own answer where a group is summed"
+        if self.schedule is not None:
+            remedy = f"{seen}: all members answer together; leave it out, and let the run's schedule be asynchronous over groups"
+            raise Refused("hierarchy.schedule", type(self.schedule).__name__, remedy)
+        if isinstance(self.plan, JointPlan):
+            remedy = f"it learns from members' losses and changes, and {seen}; leave it or hierarchy.secure out"
+            raise Refused("hierarchy.plan", "JointPlan", remedy)
+        if self.regroup:
+            remedy = f"it learns from how long single answers take, and {seen}; leave it or hierarchy.secure out"
+            raise Refused("hierarchy.regroup", self.regroup, remedy)
 
     def grouped(self, members: Sequence[Member], seed: int) -> dict[ClientId, tuple[ClientId, ...]]:
         """Return the groups by the names of their edges. Raises Refused unless each client is in exactly one."""
@@ -128,6 +149,7 @@ class Hierarchy:
             compared: what groups are made again with (needed with `regroup`).
         """
         most = sum(map(len, members.values())) if self.regroup else 0
+        require_trusted_client(flat.aggregator, members)
         edges = {name: self.edge(flat, len(group), len(members), most) for name, group in members.items()}
         root = self._root(flat, len(members), flat.transfer if self.link else None)
         tree = Tree(root, edges, Topology(members, self.link), self._regrouping(compared, flat.seed))
@@ -165,8 +187,25 @@ class Hierarchy:
 
     def edge(self, flat: Server, size: int, edges: int, most: int = 0) -> Edge:
         """Return one of so many edges, over `size` members, who may become `most`."""
-        inner = self._inner(flat, size, edges, Rounds(cohort_size=max(size, most)))
+        if self.secure is not None:
+            return SecureEdge(self._summing(flat, size, edges, self.secure), self.secure, flat.norm_limits.largest_step)
+        weigh = (
+            by_examples if flat.mechanism is None else uniform
+        )  # what members hold is not told where they are private
+        inner = self._inner(flat, size, edges, Rounds(cohort_size=max(size, most), weigh=weigh))
         return Edge(inner, isinstance(self.plan, JointPlan), self.regroup > 0)
+
+    def _summing(self, flat: Server, size: int, edges: int, secure: Secure) -> Server:
+        """Return the inner server of an edge that only sums. Raises Refused where its group is too small, or answers are needed."""
+        check_sums(flat, self._method(flat), size, secure)
+        everybody = Rounds(cohort_size=size, weigh=uniform)
+        inner = self._inner(flat, size, edges, everybody)
+        inner.aggregator, inner.budget_rule = (
+            CommonStart(inner.aggregator),
+            SharedRanks(inner.budget_rule, secure.least),
+        )
+        inner.schedule = SumRounds(secure.least, everybody)
+        return inner
 
     def _regrouping(self, compared: Compared | None, seed: int) -> Regrouping | None:
         """Return when and how groups are made again (None: never). Raises ValueError without `compared`."""
@@ -193,6 +232,8 @@ class Hierarchy:
             seed=flat.seed,
             transfer=flat.transfer,
             largest_step=flat.norm_limits.largest_step,
+            mechanism=flat.mechanism,
+            participation=flat.participation,
         )
 
 
@@ -204,6 +245,9 @@ def check_methods(flat: Server, inner: Aggregator, edges: int) -> None:
         if getattr(layer, "clients", edges) != edges:
             remedy = f"give clients={edges}: the clients of the server are the edges"
             raise Refused("aggregator.clients", getattr(layer, "clients", 0), remedy)
+    if trusted := getattr(inner, "trusted_client", None):
+        remedy = "it is in one group, and the others have nobody to judge by; use rule=MultiKrum() below, or trust an edge above"
+        raise Refused("hierarchy.aggregator", trusted, remedy)
     if any(getattr(layer, "clients", None) for layer in aggregator_layers(inner)):
         raise Refused("hierarchy.aggregator", names, "a method that knows each client by name belongs above the edges")
     for turn in (0, 1):
@@ -216,6 +260,28 @@ def check_methods(flat: Server, inner: Aggregator, edges: int) -> None:
     if outer.space == "factor" and inner.space == "product":
         remedy = "the edges would turn their factors, each in another way, and above they are averaged entry by entry"
         raise Refused("hierarchy.aggregator", names, f"{remedy}; use the same method below")
+
+
+def check_sums(flat: Server, inner: Aggregator, size: int, secure: Secure) -> None:
+    """Raise Refused where a group of this size, or what is merged in it and above it, needs more than a sum over its members."""
+    if size < secure.least:
+        remedy = f"a group has {size} members; make groups larger, or `least` smaller, but not below {FEWEST}"
+        raise Refused("hierarchy.secure.least", secure.least, remedy)
+    if (needed := Summed(secure.bits, 1.0, size).word_bits) > WORD:
+        remedy = f"a sum over {size} members needs {needed} bits and has {WORD}; fewer bits, or smaller groups"
+        raise Refused("hierarchy.secure.bits", secure.bits, remedy)
+    for layer in aggregator_layers(flat.aggregator):
+        if getattr(layer, "judges_answers", False):
+            remedy = (
+                "secrecy or robustness: a few liars are most of some group, and nobody sees who; leave one of them out"
+            )
+            raise Refused("hierarchy.secure", type(layer).__name__, remedy)
+    depth = getattr(flat.budget_rule, "depth", None)
+    if depth is not None:
+        remedy = "members of a group that is summed train the same layers; leave plan.depth or hierarchy.secure out"
+        raise Refused("plan.depth", type(depth).__name__, remedy)
+    if reason := why_not_summed(inner, flat.state.model):
+        raise Refused("hierarchy.secure", reason, "use FFA, FedSVD, RoLoRA, FedIT or ProductDelta, or leave it out")
 
 
 def need_lasting_groups(hierarchy: Hierarchy | None) -> None:

@@ -29,11 +29,16 @@ from fedloom.core.events import (
     Event,
     InsideEdge,
     Moved,
+    PartsReady,
     Publish,
     Reject,
+    Release,
+    ReleasesCounted,
     Report,
     ScoresReady,
     Stop,
+    SumFailed,
+    SumOpened,
     TaskFailed,
     TaskReceived,
     TimerFired,
@@ -131,7 +136,8 @@ class Tree:
         commands = self._take(now, event)
         if commands and isinstance(commands[0], Reject):
             return commands
-        return commands + self._deliver(now)
+        commands += self._deliver(now)
+        return commands + self._stop_if_spent()
 
     def wake(self) -> float | None:
         """Return the latest time at which to call `handle` again: for the root, an edge, or a message that arrives."""
@@ -160,15 +166,20 @@ class Tree:
                 return self._member(now, profile.client, event)
             case ClientLost(client):
                 return self._member(now, client, event)
-            case UpdateArrived(client, _, _) | TaskFailed(client, _, _):
+            case UpdateArrived(client, _, _) | TaskFailed(client, _, _) | PartsReady(client, _):
                 return self._member(now, client, event)
+            case SumOpened(task) | SumFailed(task):
+                edge = self.edges[(task - 1) // BLOCK]
+                return self._from_edge(edge, self._edge(edge).handle(now, event), now)
             case TaskReceived():
                 raise ValueError("a tree is nobody's edge")
+            case ReleasesCounted():
+                raise ValueError("a tree is simulated: it makes its versions again, and has none to count")
 
     def _member(self, now: float, client: ClientId, event: Event) -> list[Command]:
         """Pass an event on to the edge of this client."""
         if client not in self.edge_of:
-            number = event.task if isinstance(event, UpdateArrived | TaskFailed) else 0
+            number = event.task if isinstance(event, UpdateArrived | TaskFailed | PartsReady) else 0
             return [Reject(client, number, f"client {client!r} is in no group")]
         edge = self.edge_of[client]
         commands = self._from_edge(edge, self._edge(edge).handle(now, event), now)
@@ -196,6 +207,14 @@ class Tree:
         before = root.working[edge][0] if edge in root.working else root.idle.get(edge)
         if before != group.edge and (before or not (state.empty or state.down)):
             self.root.handle(now, EdgeJoined(group.edge, group.members))
+
+    def _stop_if_spent(self) -> list[Command]:
+        """End the run where no edge can be given a task, because every member has taken part as often as it may."""
+        root, rule = self.root.state, next(iter(self._edges.values())).server.participation
+        if rule is None or root.stopped or root.idle or root.working:
+            return []
+        reasons = [rule.why_nobody_starts(edge.server) for edge in self.below.edges.values()]
+        return [] if not all(reasons) else self.root.server.stop(str(reasons[0]))
 
     # Between root and edges ----------------------------------------------------------------------------------------------
 
@@ -257,7 +276,7 @@ class Tree:
                         self.root.server.add_failures(max(0, self.below.edges[edge].server.failures - 1))
                         outside.append(InsideEdge(edge, number, command))
                         outside += self._tell_root(now, TaskFailed(edge, number, reason))
-                case Publish() | Discarded():
+                case Release() | Publish() | Discarded():
                     outside.append(InsideEdge(edge, number, command))
                 case _:
                     outside.append(command)

@@ -206,6 +206,11 @@ class TreeView:
         return self._by_client(lambda server: server.idle)
 
     @property
+    def resting(self) -> Mapping[ClientId, Profile]:
+        """Members without a task that may not be given one now."""
+        return self._by_client(lambda server: server.resting)
+
+    @property
     def working(self) -> Mapping[ClientId, tuple[Profile, int]]:
         """Members with a task, and its number."""
         return self._by_client(lambda server: server.working)

@@ -11,18 +11,30 @@ state from which all answers are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import UNREADABLE
-from fedloom.core.events import Command, EdgeReported, Event, UpdateArrived
+from fedloom.core.events import (
+    Command,
+    EdgeReported,
+    Event,
+    InsideEdge,
+    Publish,
+    Release,
+    SlotBlock,
+    SumOpened,
+    UpdateArrived,
+)
 from fedloom.core.files import LOCKED, read_lines, sub_folder
+from fedloom.core.lora import Adapter
 from fedloom.core.schema import Decoder, Malformed
 from fedloom.core.text import parse_json
-from fedloom.core.types import GroupStatistics, Profile, Result
+from fedloom.core.types import GroupStatistics, Model, Profile, Result
 from fedloom.runs.checkpoint import read_checkpoint, write_checkpoint
 from fedloom.runs.resume import restore_fields, saved_fields
 
@@ -30,7 +42,9 @@ UPDATES = "updates"
 START = "start"
 STATE = "state-"
 """Beginning of the name of a file with the state of a server; behind it stand the bytes of the trace until then."""
-ANSWERS = (UpdateArrived.__name__, EdgeReported.__name__)
+RELEASE = "release-"
+"""Beginning of the name of a file with a version that a private run released."""
+ANSWERS = (UpdateArrived.__name__, EdgeReported.__name__, SumOpened.__name__)
 _EVENTS = Decoder()
 
 
@@ -43,15 +57,19 @@ class Archive:
         server: the server of the run.
         most: bytes of answers that are kept (None: all).
         since: bytes of answers since the last state of the server.
+        secret: seals the answers of a private run (empty: it is none).
     """
 
     folder: Path
     server: Coordinator
     most: int | None = None
     since: int = 0
+    secret: bytes = field(default=b"", repr=False)
 
     @classmethod
-    def of(cls, folder: Path, server: Coordinator, most: int | None = None, resumed_at: int = 0) -> Archive:
+    def of(
+        cls, folder: Path, server: Coordinator, most: int | None = None, resumed_at: int = 0, secret: bytes = b""
+    ) -> Archive:
         """Write what this server began with, and return the observer.
 
         Args:
@@ -60,6 +78,7 @@ class Archive:
             most: bytes of answers to keep (None: all).
             resumed_at: bytes of the trace with which the run goes on. States of a server beyond it, of a run that was killed, are
                 removed.
+            secret: that of a private run: its answers are sealed, and its versions are kept beside them, as readers may see them.
         """
         sub_folder(folder)
         write_checkpoint(folder / f"{START}.safetensors", {"first": server.state.first, "shape": server.shape})
@@ -68,12 +87,18 @@ class Archive:
             states.pop(size).unlink()
         trace = folder.parent / LOCKED
         files = (_file(folder, task) for task in _answered(trace, max(states, default=0), resumed_at))
-        return cls(folder, server, most, sum(path.stat().st_size for path in files if path.is_file()))
+        return cls(folder, server, most, sum(path.stat().st_size for path in files if path.is_file()), secret)
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
-        """Keep the answer in a file, also one that is refused."""
+        """Keep the answer in a file, also one that is refused; of answers that are only summed, the sum."""
         if isinstance(event, UpdateArrived):
-            self.since += write_checkpoint(_file(self.folder, event.task), {"result": event.result})
+            # sealing is a function of what is sealed: the number keeps equal answers to two tasks apart
+            about, values = {"task": event.task} if self.secret else None, {"result": event.result}
+            self.since += write_checkpoint(_file(self.folder, event.task), values, about, self.secret)
+        for release, model in _released_models(commands) if self.secret else ():
+            self.since += write_checkpoint(release_file(self.folder, release.task, release.version), {"model": model})
+        if isinstance(event, SumOpened):
+            self.since += write_checkpoint(_file(self.folder, event.task), {"sums": event.sums})
         if self.most is not None and self.since > self.most // 2:
             self._shorten()
 
@@ -83,7 +108,8 @@ class Archive:
         size = trace.stat().st_size
         parts = self.server.parts_to_save()
         values = {name: getattr(part, name.partition(".")[2]) for part in parts for name in saved_fields(type(part))}
-        write_checkpoint(self.folder / f"{STATE}{size}.safetensors", values, {"version": self.server.state.version})
+        path, about = self.folder / f"{STATE}{size}.safetensors", {"version": self.server.state.version}
+        write_checkpoint(path, values, about, self.secret)
         self.since = 0
         if earlier:
             last = max(earlier)
@@ -91,6 +117,25 @@ class Archive:
                 old.unlink()
             for task in _answered(trace, 0, last):
                 _file(self.folder, task).unlink(missing_ok=True)
+            for task, version in _released(trace, last) if self.secret else ():
+                release_file(self.folder, task, version).unlink(missing_ok=True)
+
+
+def release_file(folder: Path, task: int, version: int) -> Path:
+    """Return the file of a version that a private run released; `task` is the outer task of the edge that made it (0: none did)."""
+    return folder / f"{RELEASE}{task}-{version}.safetensors"
+
+
+def _released_models(commands: Iterable[Command]) -> Iterator[tuple[Release, Model]]:
+    """The releases among these commands, each with the model that was published right after it, by the same server."""
+    last: Release | None = None
+    for command in commands:
+        match command.command if isinstance(command, InsideEdge) else command:
+            case Release() as last:
+                pass
+            case Publish(_, model, _) if last is not None:
+                yield last, model
+                last = None
 
 
 def first_kept(folder: Path) -> tuple[int, Path | None]:
@@ -102,28 +147,32 @@ def first_kept(folder: Path) -> tuple[int, Path | None]:
     return min(states.items())
 
 
-def restore_state(path: Path, server: Coordinator) -> int:
+def restore_state(path: Path, server: Coordinator, secret: bytes = b"") -> int:
     """Put the state in a file back into a server; returns its version. Raises Malformed."""
-    parts, stored = server.parts_to_save(), read_checkpoint(path)
+    parts, stored = server.parts_to_save(), read_checkpoint(path, secret)
     restore_fields(
         stored.read({name: hint for part in parts for name, hint in saved_fields(type(part)).items()}), parts
     )
     return server.state.version
 
 
-def read_event(recorded: bytes, updates: Path) -> tuple[float, Event]:
-    """Return time and event of a line of the trace, with the answer itself. Raises ValueError."""
+def read_event(recorded: bytes, updates: Path, secret: bytes = b"") -> tuple[float, Event]:
+    """Return time and event of a line of the trace, with the answer, which `secret` opens in a private run. Raises ValueError."""
     step = parse_json(recorded)
     if not isinstance(step, dict) or not isinstance(step.get("event"), dict):
         raise Malformed("it tells no event")
     now, event = _EVENTS.read(float, step.get("time")), dict(step["event"])
     if event.get("type") not in ANSWERS:
         return now, _EVENTS.read(Event, event)
-    client, task = _EVENTS.read(str, event.get("client")), _EVENTS.read(int, event.get("task"))
+    task = _EVENTS.read(int, event.get("task"))
     file = _file(updates, task)
     if not file.is_file():
         raise Malformed(f"the answer to task {task} was not kept")
-    result: Result = read_checkpoint(file).read({"result": Result})["result"]
+    if event["type"] == SumOpened.__name__:
+        sums: Adapter = read_checkpoint(file).read({"sums": Adapter})["sums"]
+        return now, SumOpened(task, _EVENTS.read(tuple[SlotBlock, ...], event.get("blocks")), sums)
+    client = _EVENTS.read(str, event.get("client"))
+    result: Result = read_checkpoint(file, secret).read({"result": Result})["result"]
     if event["type"] == UpdateArrived.__name__:
         return now, UpdateArrived(client, task, result)
     statistics = _EVENTS.read(GroupStatistics | None, event.get("statistics"))
@@ -142,15 +191,29 @@ def _file(folder: Path, task: int) -> Path:
 
 def _answered(trace: Path, begin: int, end: int | None) -> Iterator[int]:
     """Yield the numbers of the tasks that were answered between two bytes of a trace (None: its end)."""
-    at = begin
+    for step in _steps(trace, begin, end, ANSWERS):
+        with suppress(*UNREADABLE):
+            if step["event"]["type"] in ANSWERS:
+                yield _EVENTS.read(int, step["event"]["task"])
+
+
+def _released(trace: Path, end: int) -> Iterator[tuple[int, int]]:
+    """Yield outer task and version of each release in the first bytes of a trace."""
+    for step in _steps(trace, 0, end, (Release.__name__,)):
+        with suppress(*UNREADABLE):
+            for command in step["commands"]:
+                told = command.get("command", command)
+                if told["type"] == Release.__name__:
+                    yield _EVENTS.read(int, told["task"]), _EVENTS.read(int, told["version"])
+
+
+def _steps(trace: Path, begin: int, end: int | None, types: Iterable[str]) -> Iterator[Any]:
+    """Yield the steps between two bytes of a trace in which one of these types is named."""
+    at, marks = begin, [f'"type":"{name}"'.encode() for name in types]
     for line in read_lines(trace, begin):
         at += len(line)
         if end is not None and at > end:
             return
-        if any(f'"type":"{name}"'.encode() in line for name in ANSWERS):
-            try:
-                event: Any = parse_json(line)["event"]
-                if event["type"] in ANSWERS:
-                    yield _EVENTS.read(int, event["task"])
-            except UNREADABLE:
-                continue
+        if any(mark in line for mark in marks):
+            with suppress(*UNREADABLE):
+                yield parse_json(line)

@@ -8,6 +8,9 @@ What is one object stays one object: adapters that a window, the tasks under way
 `objects`, and shared again. Frozen values without tensors (a profile, a budget, a codec) stand in place. A tensor is described as
 torch has it, by its memory, offset, shape and strides, since products round by these. So a run goes on to the bit.
 
+A private run keeps exact answers only in files that are sealed with the secret of its server (`privacy.sealing`): such a file holds
+one tensor of bytes, which are the encrypted bytes of the file that it would else be.
+
 The sha256 finds damage (a torn write, a bad disk), not forgery. A forged file can make no other objects than the dataclasses that
 the reader's types are made of, with fields of the declared kinds, and no tensor outside the numbers of the file: there is no code
 in it and none runs. A run that goes on from it computes with what it says, as it does with a forged run file or table. Why this
@@ -34,24 +37,30 @@ from fedloom.core.errors import UNREADABLE, Refused
 from fedloom.core.files import atomic_write, opened_path
 from fedloom.core.schema import Decoder, Encoder, Malformed, reachable_classes
 from fedloom.core.text import parse_json
+from fedloom.privacy.sealing import seal, unseal
 
 FORMAT = 3
 HEADER = "fedloom"
+SEALED = "sealed"
+"""Name of the only tensor of a file that is encrypted."""
 LARGEST_VIEW = 2**26
 """Numbers in a tensor that is larger than its memory, by a stride of 0."""
 
 
 def write_checkpoint(
-    path: Path, values: Mapping[str, object], about: Mapping[str, int | float | str] | None = None
+    path: Path, values: Mapping[str, object], about: Mapping[str, int | float | str] | None = None, secret: bytes = b""
 ) -> int:
     """Replace the file at `path` by these values, at once or not at all; returns its bytes. Memory: a copy of the tensors.
 
-    Raises TypeError for an object that is no dataclass, table, row, tensor or scalar.
+    With a secret it can be read with that only. Raises TypeError for an object that is no dataclass, table, row, tensor or scalar.
     """
     packer = _Packer()
     text = packer.encoder.encode(values)
     text = f'{{"about":{Encoder().encode(about or {})},"objects":[{",".join(packer.objects)}],"values":{text}}}'
     parts = {"numbers": packer.numbers(), "text": torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)}
+    if secret:  # sealed as a whole: a sha256 of what is in it would let a reader try guesses
+        whole = seal(secret, SEALED, safetensors.torch.save(parts))
+        parts = {SEALED: torch.frombuffer(bytearray(whole), dtype=torch.uint8)}
     with atomic_write(path) as draft:
         safetensors.torch.save_file(parts, draft, {HEADER: json.dumps([FORMAT, _digest(parts)])})
         return draft.stat().st_size
@@ -97,11 +106,11 @@ class StoredValues:
             raise Malformed(f"it is damaged ({type(error).__name__})") from error
 
 
-def read_checkpoint(path: Path) -> StoredValues:
+def read_checkpoint(path: Path, secret: bytes = b"") -> StoredValues:
     """The file, checked against its sha256.
 
-    Raises Malformed if it is damaged, or of another format than this program reads, and where its name is that of a link or of no
-    regular file.
+    Raises Malformed if it is damaged, or of another format than this program reads, where its name is that of a link or of no
+    regular file, and where it was written with another secret than this one, or with one and none is given.
     """
     try:
         with opened_path(path) as place, safe_open(place, "pt") as file:
@@ -110,7 +119,11 @@ def read_checkpoint(path: Path) -> StoredValues:
                 age = "a newer" if format_ > FORMAT else "an older"
                 raise Malformed(f"{age} fedloom wrote it (format {format_}, this one reads {FORMAT})")
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-        if format_ != FORMAT or parts.keys() != {"numbers", "text"} or _digest(parts) != digest:
+        if format_ == FORMAT and parts.keys() == {SEALED} and _digest(parts) == digest:
+            parts = _unsealed(parts[SEALED], secret)
+        elif _digest(parts) != digest:
+            raise Malformed("it is damaged")
+        if format_ != FORMAT or parts.keys() != {"numbers", "text"}:
             raise Malformed("it is damaged")
         text = parse_json(bytes(parts["text"].numpy()))
         return StoredValues(text["about"], text["objects"], text["values"], parts["numbers"])
@@ -120,6 +133,13 @@ def read_checkpoint(path: Path) -> StoredValues:
         raise Malformed(error.remedy) from error
     except (*UNREADABLE, OSError, SafetensorError) as error:
         raise Malformed(f"it is damaged ({type(error).__name__})") from error
+
+
+def _unsealed(sealed: Tensor, secret: bytes) -> dict[str, Tensor]:
+    """The parts of a file that was written with a secret. Raises Malformed."""
+    if not secret:
+        raise Malformed("it holds exact answers of a private run, and is sealed; give the secret of its server's noise")
+    return dict(safetensors.torch.load(unseal(secret, SEALED, bytes(sealed.numpy()))))
 
 
 def _digest(parts: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,8 @@ How a run is carried out:
    its commands, scores versions with `evaluate`, shows each step `(now, event, commands)` to `observe`, and calls `checkpoints`
    between two steps. Before its first step `drive` calls `track` with the driver's own values: they are restored from the last
    checkpoint, and saved in the next one.
-4. However the driver ends, the adapter of the last version, the final manifest and the report are written. The manifest says
+4. However the driver ends, the adapter of the last version that observers were shown, the final manifest and the report are written;
+   of a private run that is the last one in its ledger. The manifest says
    "finished", "interrupted" (Ctrl-C) or "failed". It says "finished" only when all else is there; until then the run can go on
    with `prepare(run, resume=folder).execute()`, to the same bytes as an undisturbed run. The last checkpoint of a finished run stays:
    `prepare(run, resume=folder, more=n).execute()` goes on from it.
@@ -30,19 +31,24 @@ from pathlib import Path
 import torch
 
 from fedloom.core import files
+from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
-from fedloom.core.events import Command, Event
+from fedloom.core.events import Command, Event, ReleasesCounted
 from fedloom.core.lora import Adapter, compact_with_fold, pad_to_one_rank
 from fedloom.core.policies import Evaluator, Observer
 from fedloom.core.schema import jsonable
 from fedloom.core.seeds import simulated_secret
 from fedloom.core.types import Model
+from fedloom.privacy.ledger import LEDGER, read_ledger
+from fedloom.privacy.record_draws import for_records
 from fedloom.report.page import write_report
 from fedloom.runs.archive import UPDATES, Archive
 from fedloom.runs.final_scores import client_scores, label_lines, sample_lines
 from fedloom.runs.job import Job
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.observation import RunObservation
+from fedloom.runs.record_budget import task_recorders
+from fedloom.runs.release_recorder import later_releases, release_recorders
 from fedloom.runs.resume import (
     CHECKPOINT_SECONDS,
     LOGS,
@@ -78,6 +84,27 @@ class Outcome:
     adapter: Adapter
 
 
+@dataclass(slots=True)
+class ShownVersion:
+    """An observer that keeps the last version of a step that is recorded. The server may hold a later one, which must not leave it.
+
+    A step fails before it is recorded where its release is refused, where the disk is full, and at Ctrl-C.
+
+    Fields:
+        server: the server of the run.
+        version: number of the version.
+        model: its model (None: no step was shown).
+    """
+
+    server: Coordinator
+    version: int = 0
+    model: Model | None = None
+
+    def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
+        """Keep the version with which a step ended."""
+        self.version, self.model = self.server.state.version, self.server.state.model
+
+
 @dataclass(frozen=True, slots=True)
 class RunRecorder:
     """Means of a driver to carry out a job: scoring, observers and checkpoints.
@@ -87,6 +114,7 @@ class RunRecorder:
         checkpoints: writes a checkpoint if it is time; to be called between two steps.
         metrics: the observer that writes `metrics.jsonl`; the driver adds lines to it at the end.
         progress: scores so far.
+        shown: the version that may leave the run.
         evaluate: scores a version.
         observe: shows a step to all observers.
     """
@@ -95,6 +123,7 @@ class RunRecorder:
     checkpoints: CheckpointWriter
     metrics: Metrics
     progress: Progress
+    shown: ShownVersion
     evaluate: Evaluator
     observe: Observer
 
@@ -102,6 +131,13 @@ class RunRecorder:
         """Save these values of the driver in checkpoints too, and restore them, the server and the metrics from the last one."""
         self.checkpoints.owners = (*self.job.server.parts_to_save(), *driver, self.metrics, self.progress)
         restore_fields(self.job.resumed_from.values if self.job.resumed_from else {}, self.checkpoints.owners)
+        self.shown.version, self.shown.model = self.job.server.state.version, self.job.server.state.model
+
+    def later_releases(self) -> ReleasesCounted | None:
+        """Return the event that counts the releases behind the last checkpoint; a run that makes them again does not need it."""
+        if not self.job.secret or self.job.resumed_from is None:
+            return None
+        return later_releases(read_ledger(self.checkpoints.folder / LEDGER, self.job.resumed_from.ledger))
 
 
 def execute(
@@ -153,11 +189,12 @@ def record(
         manifest = {**job.describe(), **(extra_manifest or {})}
         files.write_json(out / "manifest.json", {**manifest, "status": "running", "status_reason": ""})
         status, reason, progress = "failed", "the process ended without giving a reason", Progress()
-        checkpoints = CheckpointWriter(out, seconds=checkpoint_seconds)
+        checkpoints = CheckpointWriter(out, seconds=checkpoint_seconds, secret=job.secret)
+        shown = ShownVersion(job.server)
         try:
             with ExitStack() as opened:
                 all_observers = [*observers, *_archive(job, out, keep_updates)]
-                reason = drive(_recorder(job, opened, checkpoints, all_observers, progress))
+                reason = drive(_recorder(job, opened, checkpoints, all_observers, progress, shown))
             status = "finished"
         except KeyboardInterrupt:
             status, reason = "interrupted", "stopped by Ctrl-C"
@@ -168,7 +205,7 @@ def record(
         finally:
             clients = {client: jsonable(profile) for client, profile in job.profiles.items()}
             end = {**job.server.manifest_sections(), "clients": clients, "status": status, "status_reason": reason}
-            _close(job, out, {**manifest, **end}, report)
+            _close(job, out, {**manifest, **end}, report, shown)
     model = job.server.state.model
     return Outcome(out, tuple(progress.scores), compact_with_fold(model.adapter, model.fold))
 
@@ -187,11 +224,17 @@ def _archive(job: Job, out: Path, wanted: bool | int) -> list[Observer]:
     if not wanted and not (out / UPDATES).is_dir():
         return []
     resumed_at = job.resumed_from.sizes[files.LOCKED] if job.resumed_from else 0
-    return [Archive.of(out / UPDATES, job.server, None if isinstance(wanted, bool) else wanted, resumed_at)]
+    most = None if isinstance(wanted, bool) else wanted
+    return [Archive.of(out / UPDATES, job.server, most, resumed_at, job.secret)]
 
 
 def _recorder(
-    job: Job, opened: ExitStack, checkpoints: CheckpointWriter, observers: Sequence[Observer], progress: Progress
+    job: Job,
+    opened: ExitStack,
+    checkpoints: CheckpointWriter,
+    observers: Sequence[Observer],
+    progress: Progress,
+    shown: ShownVersion,
 ) -> RunRecorder:
     """Open the logs, until the end of the block, and return what writes them."""
 
@@ -206,11 +249,20 @@ def _recorder(
     sizes = job.resumed_from.sizes if job.resumed_from else dict.fromkeys(LOGS, 0)
     checkpoints.logs = [opened.enter_context(open_log(checkpoints.folder / name, size)) for name, size in sizes.items()]
     trace, lines = checkpoints.logs
+    rows = {shard.client: len(shard.train) for shard in job.shards}
     slots, majority = SlotUsage(job.server.max_in_flight), job.baselines().get("majority")
     metrics = Metrics(lines, slots, RunObservation(job.server.edges), majority=majority)
-    # The trace comes first: it has the step even if another observer fails on it.
-    all_observers: list[Observer] = [Trace(trace), metrics, *observers]
-    return RunRecorder(job, checkpoints, metrics, progress, evaluate, observe)
+    # The ledger comes first: what is released is in it before anybody sees it, or `shown` lets it be written. Then the trace: it has
+    # the step even if another observer fails on it.
+    all_observers: list[Observer] = [
+        *release_recorders(job, checkpoints.folder, opened),
+        *task_recorders(job.run, rows, checkpoints.folder, opened),
+        shown,
+        Trace(trace, job.secret),
+        metrics,
+        *observers,
+    ]
+    return RunRecorder(job, checkpoints, metrics, progress, shown, evaluate, observe)
 
 
 def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
@@ -218,7 +270,10 @@ def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
     shards = {shard.client: shard.train for shard in job.shards}
     secret_of = partial(simulated_secret, job.run.seed)
     engine, training = job.run.engine or PLAIN, job.run.training
-    trainer = PeftTrainer(job.base, job.train_texts, shards, training, secret_of, engine, run=job.draws)
+    records = for_records(job.run.privacy)
+    trainer = PeftTrainer(
+        job.base, job.train_texts, shards, training, secret_of, engine, run=job.draws, records=records
+    )
     with open_pool(trainer, workers) as pool:
         presence = Presence(job.stays, job.run.faults, job.run.seed)
         simulation = Simulation(
@@ -231,6 +286,7 @@ def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
             check=job.check,
             seed=job.run.seed,
             presence=presence,
+            measured=not job.secret,
             after_step=recorder.checkpoints,
         )
         recorder.checkpoints.drain = simulation.drain
@@ -238,19 +294,21 @@ def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
         reason = simulation.run()
         job.check_failures(reason)
         counted = label_lines(recorder.progress.confusions)
-        for line in (*counted, *client_scores(job, simulation.client_states), *sample_lines(job)):
+        # what a client holds out is data of it, and its scores on that are exact
+        scores = [] if job.secret else client_scores(job, simulation.client_states)
+        for line in (*counted, *scores, *sample_lines(job)):
             recorder.metrics.write(line)
     return reason
 
 
-def _close(job: Job, out: Path, manifest: Mapping[str, object], report: bool) -> None:
-    """Write the adapter of the last version, the final manifest and the report, also for a run that was cut short.
+def _close(job: Job, out: Path, manifest: Mapping[str, object], report: bool, shown: ShownVersion) -> None:
+    """Write the adapter of the last version shown, the final manifest and the report, also for a run that was cut short.
 
     A run that is made longer, and cut short before it has come to where it had ended, leaves the adapter that is there.
     """
-    if job.server.state.version >= max(1, job.resumed_from.written_version if job.resumed_from else 0):
-        model = job.server.state.model
-        adapter = pad_to_one_rank(compact_with_fold(model.adapter, model.fold))
+    written = job.resumed_from.written_version if job.resumed_from else 0
+    if shown.model is not None and shown.version >= max(1, written):
+        adapter = pad_to_one_rank(compact_with_fold(shown.model.adapter, shown.model.fold))
         files.clear_for_libraries(files.sub_folder(out / "adapter"))
         save_adapter(job.base, adapter, job.split.train.names, out / "adapter", job.run.date)
     files.write_json(out / "manifest.json", manifest)

@@ -13,7 +13,10 @@ from fedloom.core.types import Budget, ClientId, Model, Profile
 from fedloom.data.data_checks import overlap_sentences
 from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, partition_notes, partition_statistics
+from fedloom.privacy.private import Private
+from fedloom.privacy.secret_noise import commitment
 from fedloom.runs import manifest
+from fedloom.runs.private_run import private_notes
 from fedloom.runs.resume import UnfinishedRun
 from fedloom.runs.run import Run
 from fedloom.runs.start_adapter import StartAdapter
@@ -26,8 +29,20 @@ from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.evaluate import AnswerScores, Scores, score
 from fedloom.train.tokenised import EncodedTexts
 
+SIMULATED_NOISE = "Simulated noise: no privacy. Its secret follows from the run's seed, which this folder tells."
 SIMULATED_DRAWS = "batches, dropout and held-out rows from secrets that follow from the run's seed"
 SITES_DRAWS = "batches, dropout and held-out rows from each site's own secret"
+
+
+def privacy_section(privacy: Private, secret: bytes, simulated: bool) -> dict[str, object]:
+    """Return what a manifest says of a private run beside its settings: who makes the noise, and what tells its secret from another.
+
+    The secret itself, or anything that could be turned back into it, is never in it.
+    """
+    where = "the server" if privacy.unit == "client" else "the sites"
+    noise = "simulated noise: no privacy" if simulated else f"by a secret of {where}, which is not in this folder"
+    kept = {"commitment": commitment(secret), "answers": "sealed with the secret"} if secret else {}
+    return {"unit": privacy.unit, "noise": noise, **kept}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +67,7 @@ class Job:
         draws: names the run in what its simulated clients draw. "": they draw alike in all runs of one seed, so that methods are
             compared on the same batches and a run that is made longer is one that was longer from the beginning. The sites of a
             deployment draw apart in each run; a simulation that is to repeat one is given the deployment's run hash here.
+        secret: secret of the server's noise (empty: it adds none).
     """
 
     run: Run
@@ -70,6 +86,7 @@ class Job:
     resumed_from: UnfinishedRun | None = None
     start: StartAdapter | None = None
     draws: str = ""
+    secret: bytes = field(default=b"", repr=False)
 
     def score(self, model: Model) -> Scores | AnswerScores:
         """Predict the test examples with a model."""
@@ -135,6 +152,12 @@ class Job:
             "partition": partition_statistics(self.split.train, self.shards) if self.shards else sites_elsewhere,
             "clients": {client: jsonable(profile) for client, profile in self.profiles.items()},
             **self.server.manifest_sections(),
+            **manifest.protection(self.run.aggregator, self.run.hierarchy),
+            **(
+                {"privacy": privacy_section(self.run.privacy, self.secret, bool(self.shards))}
+                if self.run.privacy
+                else {}
+            ),
             "baselines": self.baselines(),
             "metrics": self._metric_meanings(),
             "notes": self.resumed_from.notes(notes, version("fedloom")) if self.resumed_from else notes,
@@ -165,6 +188,9 @@ class Job:
             *self.base.notes,
             *absent,
             *manifest.canary_notes(len(self.canaries), len(self.split.test)),
+            *private_notes(self.run),
+            *([SIMULATED_NOISE] if self.run.privacy and self.shards else []),
             *cut,
             *manifest.method_notes(rules, head=self.server.shape.dense > 0),
+            *manifest.secrecy_notes(self.run.aggregator, self.run.hierarchy, bool(self.shards)),
         ]

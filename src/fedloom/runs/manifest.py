@@ -17,8 +17,11 @@ from pathlib import Path
 
 import torch
 
+from fedloom.aggregate.shared.parts import summed_by_factors
+from fedloom.core.policies import Aggregator, aggregator_layers
 from fedloom.core.text import list_some
 from fedloom.core.types import Rules
+from fedloom.hierarchy.hierarchy import Hierarchy
 
 NAMED_LABELS = 6
 """Labels that a note lists by name."""
@@ -110,6 +113,27 @@ def canary_notes(canaries: int, rows: int) -> list[str]:
         return []
     what = f"{canaries} of the {rows:,} test examples are canary examples: they decide which versions are published"
     return [f"{what}, and are not among those that the scores are of."]
+
+
+def protection(aggregator: Aggregator, hierarchy: Hierarchy | None) -> dict[str, str]:
+    """Say which was chosen, that nobody sees a single answer or that single answers are judged: both at once there is not."""
+    if hierarchy is not None and hierarchy.secure is not None:
+        return {"protection": "secrecy"}
+    judged = any(getattr(layer, "judges_answers", False) for layer in aggregator_layers(aggregator))
+    return {"protection": "robustness"} if judged else {}
+
+
+def secrecy_notes(aggregator: Aggregator, hierarchy: Hierarchy | None, simulated: bool) -> list[str]:
+    """Notes on sums over members of a group, of which no answer is seen."""
+    if hierarchy is None or hierarchy.secure is None:
+        return []
+    notes = [
+        f"Secrecy was chosen, not robustness: answers are summed over at least {hierarchy.secure.least} members, and none is judged."
+    ]
+    if simulated:
+        notes.append("Simulated sums: no masks, so nobody is protected here; a deployment's sums are the same numbers.")
+    why = summed_by_factors(hierarchy.aggregator or aggregator)
+    return [*notes, f"What is merged of a sum is only near the merge of the answers: {why}."] if why else notes
 
 
 def method_notes(rules: Rules, head: bool) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 from fedloom.aggregate.averaged import last_version
+from fedloom.aggregate.robust import left_out
 from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core import message_size
 from fedloom.core.canary import mean_score
@@ -134,7 +135,8 @@ class Metrics:
                 self.traffic.dense_down += record.size.dense
                 self.traffic.fold_down += record.fold
             case TaskAnswered(_, number, result, task) if task is not None:  # also of an answer that is refused
-                size = self.uploaded[number] = message_size.upload_size(task, result)
+                size = message_size.upload_size(task, result) if result else message_size.summed_size(task.start)
+                self.uploaded[number] = size
                 self.traffic.up += size.total
                 self.traffic.dense_up += size.dense
             case TaskEnded():
@@ -233,6 +235,7 @@ class Metrics:
             "energy": energy_shares(made.model) if self.model else None,
             "discarded": made.model.discarded,
             "ranks": {str(rank): ranks[rank] for rank in sorted(ranks)},
+            **({} if (judged := left_out(made.model)) is None else {"left_out": judged}),
         }
 
 

@@ -33,6 +33,7 @@ from fedloom.core.events import (
     Event,
     InsideEdge,
     Moved,
+    PartsReady,
     Publish,
     Regroup,
     Reject,
@@ -81,14 +82,14 @@ class TaskAnswered:
 
     Fields:
         client, number: whose it is, and the number of its task.
-        result: the answer.
+        result: the answer (None: nobody sees it, it is only summed).
         task: its task, with the layers that were trained (None: it was sent before the observation began).
         refused: whether the server rejected it.
     """
 
     client: ClientId
     number: int
-    result: Result
+    result: Result | None
     task: Task | None
     refused: bool
 
@@ -225,17 +226,8 @@ class RunObservation:
 
     def _read_event(self, now: float, event: Event, refused: Collection[int]) -> Iterator[Fact]:
         match event:
-            case UpdateArrived(client, number, result):
-                open_task = self.sent.get(number) or self.answered.get(number)
-                if number not in refused:
-                    self.accepted += 1
-                    if open_task is not None:
-                        open_task.answered = now
-                        self.answered[number] = self.sent.pop(number, open_task)
-                task = open_task.task if open_task else None
-                if task is not None and isinstance(event, EdgeReported):
-                    task = trained_part(task, result)
-                yield TaskAnswered(client, number, result, task, number in refused)
+            case UpdateArrived() | PartsReady():
+                yield self._read_answer(now, event, event.task in refused)
             case TaskFailed(_, number, reason) if number not in refused:
                 self.failed += 1
                 yield from self._end(number, "failed", reason)
@@ -252,6 +244,19 @@ class RunObservation:
             case CanaryScored(_, scores) if self.check is not None:
                 check, self.check = self.check, None
                 yield CanaryChecked(check, scores)
+
+    def _read_answer(self, now: float, event: UpdateArrived | PartsReady, refused: bool) -> TaskAnswered:
+        """An answer, or that there is one which is only summed."""
+        open_task = self.sent.get(event.task) or self.answered.get(event.task)
+        if not refused:
+            self.accepted += 1
+            if open_task is not None:
+                open_task.answered = now
+                self.answered[event.task] = self.sent.pop(event.task, open_task)
+        result, task = event.result if isinstance(event, UpdateArrived) else None, open_task.task if open_task else None
+        if task is not None and isinstance(event, EdgeReported):
+            task = trained_part(task, event.result)
+        return TaskAnswered(event.client, event.task, result, task, refused)
 
     def _read_remote(self, now: float, event: Event, refused: bool) -> Iterator[Fact]:
         """An event as one of an edge elsewhere."""
@@ -334,6 +339,7 @@ class RunObservation:
         self.cancelled += 1
         if cancel.task in self.sent:
             yield from self._end(cancel.task, "cancelled", self._why_cancelled(cancel.task, before_publish))
+        yield from self._end(cancel.task, "unused", "it was ready to be summed, and its sum was not opened")
 
     def _stop(self) -> Iterator[Fact]:
         reason = "the run ended before it was merged"

@@ -16,11 +16,17 @@ from pathlib import Path
 import torch
 
 from fedloom.core import schema
+from fedloom.core.codec import Summed
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
 from fedloom.core.model_shape import Shape
 from fedloom.core.partial_depth import require_all_layers
-from fedloom.core.policies import aggregator_layers, require_fresh_answers
+from fedloom.core.policies import (
+    aggregator_layers,
+    require_enough_answers,
+    require_fresh_answers,
+    require_trusted_client,
+)
 from fedloom.core.seeds import derive, rng, simulated_secret
 from fedloom.core.server import Server
 from fedloom.core.types import Budget, ClientId, Model, Profile
@@ -31,8 +37,12 @@ from fedloom.hierarchy.grouping import Member
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.regrouping import Compared
 from fedloom.plan.depth import check_blocks
+from fedloom.privacy.private import client_level
+from fedloom.privacy.record_draws import for_records
 from fedloom.runs.execute import execute, record
 from fedloom.runs.job import Job
+from fedloom.runs.private_run import SIMULATED_SERVER, check_private, check_private_start, server_privacy
+from fedloom.runs.record_budget import check_records
 from fedloom.runs.resume import UnfinishedRun, unfinished_run, version_to_reach
 from fedloom.runs.run import Run
 from fedloom.runs.start_adapter import first_version, load_start, start_folder
@@ -67,24 +77,33 @@ def prepare(run: Run, resume: Path | None = None, more: int | None = None) -> Pr
         raise Refused("more", more, "name the folder of the finished run: resume=FOLDER")
     schema.check_fields(run)
     require_fresh_answers(run.aggregator, run.schedule)
+    require_enough_answers(run.aggregator, run.schedule)
+    check_private(run)
     until = version_to_reach(resume, more) if resume and more is not None else None
-    unfinished = unfinished_run(resume, run, until=until) if resume else None
+    secret = simulated_secret(run.seed, SIMULATED_SERVER)
+    sealed = secret if client_level(run.privacy) else b""
+    unfinished = unfinished_run(resume, run, until=until, secret=sealed) if resume else None
     split = run.data.load(run.seed)
     parts = run.partition.split(split.train, run.seed)
     shards = hold_out(parts, split.train, run.held_out, partial(simulated_secret, run.seed))
-    job = assemble(run, split, shards, unfinished)
+    job = assemble(run, split, shards, unfinished, secret=secret)
     if unfinished:
         unfinished.check_unchanged(job.describe())
     return job
 
 
 def assemble(
-    run: Run, split: Split, shards: Sequence[Shard], unfinished: UnfinishedRun | None, regions: int = 0
+    run: Run,
+    split: Split,
+    shards: Sequence[Shard],
+    unfinished: UnfinishedRun | None,
+    regions: int = 0,
+    secret: bytes = b"",
 ) -> PreparedRun:
     """Build the job over data that are divided already.
 
     Without `shards` the clients are not known yet, and their data lie elsewhere: sites of a deployment, or this many `regions` where
-    the run has a hierarchy.
+    the run has a hierarchy. `secret` is that of the noise that a server with `privacy` adds.
     """
     torch.set_num_threads(run.threads)
     start_folder(run)  # a mistake is found before the model is loaded
@@ -92,10 +111,13 @@ def assemble(
     engine = run.engine or PLAIN
     if unfinished:
         run, engine = unfinished.run_as_begun(run), unfinished.engine_as_begun(engine)
+        check_private(run)  # of more versions correlated noise promises less
     labels, names, seed = label_count(run, split), split.train.names, derive(run.seed, "model")
     base = load_base(run.model, labels, run.lora, top, seed, run.device, engine, names)
     split = split.with_names(base.label_names or names)
     check_aggregator(run, base, None if run.hierarchy or not shards else len(shards))
+    if shards and not run.hierarchy:
+        require_trusted_client(run.aggregator, [shard.client for shard in shards])
     limit = run.training.max_length or min(LONGEST_BY_DEFAULT, most_tokens(base, LONGEST_BY_DEFAULT))
     train, test = (encode_texts(part, base.tokenizer, limit, run.date) for part in (split.train, split.test))
     base.notes += check_texts(base, (train, test), limit)
@@ -103,8 +125,14 @@ def assemble(
     start = load_start(run, base, split.train.names)
     model = first_version(run, base, start)
     check_depth(run, base, model)
+    check_sum_steps(run, model)
+    check_private_start(run, run.aggregator.start(model, Budget(1, 1), 0).rules)
+    private = server_privacy(run.privacy, run.limits, secret)
     base.notes += engine_notes(base, engine, run.plan.depth.bounds if run.plan.depth else None)
-    sizes, devices = {shard.client: len(shard.train) for shard in shards}, devices_of(run)
+    if for_records(run.privacy):
+        check_records(run, base, [len(shard.train) for shard in shards])
+    hidden = client_level(run.privacy)  # how much a client holds is not told in a run that is private to clients
+    sizes, devices = {shard.client: 1 if hidden else len(shard.train) for shard in shards}, devices_of(run)
     profiles = {profile.client: profile for profile in devices.profiles(sizes, run.seed)} if shards else {}
     flat = Server(
         model,
@@ -112,11 +140,13 @@ def assemble(
         run.schedule,
         run.plan,
         shape=base.shape(),
-        limits=run.limits,
+        limits=private.limits,
         seed=run.seed,
         transfer=run.transfer,
         canary=run.canary,
         largest_step=largest_step(run.training.learning_rate, run.lora.scaling),
+        mechanism=private.mechanism,
+        participation=private.participation,
     )
     canaries = draw_canaries(run, len(split.test))
     return PreparedRun(
@@ -134,6 +164,7 @@ def assemble(
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
         resumed_from=unfinished,
         start=start,
+        secret=secret if private.mechanism else b"",
     )
 
 
@@ -170,6 +201,21 @@ def check_depth(run: Run, base: Base, model: Model) -> None:
     if run.plan.depth is not None:
         check_blocks(run.plan.depth, base.shape(), type(base.model.get_base_model()).__name__)
         require_all_layers(run.aggregator, run.aggregator.start(model, Budget(1, 1), 0).rules)
+
+
+def check_sum_steps(run: Run, model: Model) -> None:
+    """Raise Refused where members' changes are rounded so coarsely before they are summed that one optimiser step is lost.
+
+    Members may do fewer steps than others. Were theirs rounded to nothing, the sum would be the change of those who do many.
+    """
+    if run.hierarchy is None or run.hierarchy.secure is None:
+        return
+    secure, training, scaling = run.hierarchy.secure, run.training, run.lora.scaling
+    rate = training.learning_rate * run.aggregator.start(model, Budget(1, 1), 0).rules.up_rate
+    bound = secure.bound or max(rate * scaling, rate, training.learning_rate) * run.plan.local_steps
+    if Summed(secure.bits, bound, 1).step > min(training.learning_rate, rate * scaling):
+        remedy = "a number of so few bits does not tell a step of the optimiser; more bits, or a smaller bound"
+        raise Refused("hierarchy.secure.bits", secure.bits, remedy)
 
 
 def draw_canaries(run: Run, size: int) -> tuple[int, ...]:

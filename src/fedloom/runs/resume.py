@@ -30,6 +30,7 @@ from fedloom.core.schema import Malformed, declared_fields, jsonable, with_curre
 from fedloom.core.server import Limits
 from fedloom.core.server_state import State
 from fedloom.hierarchy.tree_state import TreeState
+from fedloom.privacy.ledger import LEDGER
 from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.runs import manifest
 from fedloom.runs.checkpoint import StoredValues, read_checkpoint, write_checkpoint
@@ -47,7 +48,7 @@ SHARE = 0.05
 """The share of a run's time that checkpoints may take."""
 CHECKPOINT_SECONDS = 30.0
 """Time between two checkpoints (s), or more where they take more than their share."""
-FIXED = ("computed", "start", "model", "partition", "clients", "groups", "compared", "baselines")
+FIXED = ("computed", "start", "model", "partition", "clients", "groups", "compared", "baselines", "privacy")
 """Sections of the manifest that follow from the run and its data, and have to be the same when it goes on."""
 
 PIECE = 2**20
@@ -82,7 +83,7 @@ REBUILT: Mapping[type, frozenset[str]] = {
     TreeState: frozenset(),
     Simulation: frozenset(
         {"server", "trainer", "devices", "profiles", "evaluate", "observe", "check", "seed", "presence"}
-        | {"after_step", "pending"}
+        | {"after_step", "pending", "measured"}
     ),
     Presence: frozenset({"stays", "faults", "seed"}),
     Metrics: frozenset({"file", "majority"}),
@@ -156,6 +157,7 @@ class CheckpointWriter:
         due: when the next one is written (s of the monotonic clock); None: at the first call.
         drain: waits for the answers of all tasks in training. They are needed anyway, so this time does not count.
         digests: of the logs, as far as the last checkpoint.
+        secret: seals the checkpoint of a private run (empty: it is none).
     """
 
     folder: Path
@@ -165,6 +167,7 @@ class CheckpointWriter:
     due: float | None = None
     drain: Callable[[], None] = do_nothing
     digests: dict[str, LogDigest] = field(default_factory=dict)
+    secret: bytes = field(default=b"", repr=False)
 
     def __call__(self) -> None:
         """Write a checkpoint if it is time."""
@@ -184,11 +187,17 @@ class CheckpointWriter:
         for name, log in zip(LOGS, self.logs, strict=False):
             log.flush()
             os.fsync(log.fileno())
-            about[name] = size = os.fstat(log.fileno()).st_size
-            about[_digest_of(name)] = self.digests.setdefault(name, LogDigest(self.folder / name)).up_to(size)
+            self._note(about, name, os.fstat(log.fileno()).st_size)
+        if self.secret:  # each line of the ledger is on the disk since it was written
+            self._note(about, LEDGER, (self.folder / LEDGER).stat().st_size)
         values = {name: getattr(owner, _field(name)) for owner in self.owners for name in saved_fields(type(owner))}
         about |= {"version": values.get("State.version", 0), "time": values.get("State.now", 0.0)}
-        return write_checkpoint(self.folder / CHECKPOINT, values, about)
+        return write_checkpoint(self.folder / CHECKPOINT, values, about, self.secret)
+
+    def _note(self, about: dict[str, int | float | str], name: str, size: int) -> None:
+        """Note the length of a log, and the sha256 of what it holds."""
+        about[name] = size
+        about[_digest_of(name)] = self.digests.setdefault(name, LogDigest(self.folder / name)).up_to(size)
 
 
 def log_sizes(folder: Path, stored: StoredValues, names: Sequence[str] = LOGS) -> dict[str, int]:
@@ -209,6 +218,23 @@ def log_sizes(folder: Path, stored: StoredValues, names: Sequence[str] = LOGS) -
             raise Malformed(f"{name} is not what it was when it was written")
         sizes[name] = size
     return sizes
+
+
+def ledger_size(folder: Path, stored: StoredValues | None) -> int:
+    """The length of the ledger of a private run at its checkpoint (bytes; 0: there was none, or the run is not private).
+
+    Raises Refused where the ledger does not begin with what it held then, or is gone: what was spent would not be known.
+    """
+    lost = Refused("ledger", str(folder / LEDGER), "it is not what it was, so what was spent is not known; put it back")
+    if stored is None:
+        begun = (folder / LOCKED).exists() and (folder / LOCKED).stat().st_size > 0
+        if begun and not (folder / LEDGER).exists():
+            raise lost
+        return 0
+    try:
+        return log_sizes(folder, stored, (LEDGER,))[LEDGER]
+    except Malformed as error:
+        raise lost from error
 
 
 def _digest_of(log: str) -> str:
@@ -238,6 +264,7 @@ class UnfinishedRun:
         values: the saved fields of the last checkpoint (empty: there was none, and it begins again).
         limits: with which it goes on.
         extended: where it had ended before it was made longer: `version`, and the `run_hash` that it had until then.
+        ledger: length of its ledger at the last checkpoint (bytes; 0: there was none, or the run is not private).
     """
 
     folder: Path
@@ -246,6 +273,7 @@ class UnfinishedRun:
     values: Mapping[str, Any]
     limits: Limits
     extended: tuple[Mapping[str, Any], ...] = ()
+    ledger: int = 0
 
     @property
     def version(self) -> int:
@@ -329,9 +357,11 @@ def versions_made(log: RunLog) -> int:
 
 
 def unfinished_run(
-    folder: Path, run: Run, driver: Sequence[type] = SIMULATED, until: int | None = None
+    folder: Path, run: Run, driver: Sequence[type] = SIMULATED, until: int | None = None, secret: bytes = b""
 ) -> UnfinishedRun:
     """The unfinished run in `folder`, begun by a driver of these classes; a finished one goes on `until` this version.
+
+    `secret` is that of a private run, whose checkpoint is sealed.
 
     A run that is made longer has no limit in seconds any more. Its last checkpoint stands before its last event, which is handled
     again under the new limits.
@@ -361,12 +391,14 @@ def unfinished_run(
         extended += ({"version": versions_made(log), "run_hash": about["run_hash"]},)
         limits = replace(limits, versions=until, seconds=None)
     if not (folder / CHECKPOINT).exists():
+        if secret:
+            ledger_size(folder, None)
         return UnfinishedRun(folder, about, dict.fromkeys(LOGS, 0), {}, limits, extended)
     try:
-        stored = read_checkpoint(folder / CHECKPOINT)
-        sizes = log_sizes(folder, stored)
+        stored = read_checkpoint(folder / CHECKPOINT, secret)
+        sizes, ledger = log_sizes(folder, stored), ledger_size(folder, stored) if secret else 0
         values = stored_values(stored, saved_types(run, driver), run)
-        return UnfinishedRun(folder, about, sizes, values, limits, extended)
+        return UnfinishedRun(folder, about, sizes, values, limits, extended, ledger)
     except Malformed as error:
         remedy = f"{CHECKPOINT} cannot be used: {error}; remove it to begin again at version 0 in the same folder"
         raise Refused("--resume", str(folder), remedy) from error

@@ -28,7 +28,7 @@ from fedloom.core.server import Server
 from fedloom.core.types import ClientId, Model
 from fedloom.hierarchy.root_server import RootServer
 from fedloom.hierarchy.tree import Tree
-from fedloom.runs.replay import replay
+from fedloom.runs.replay import replay, secret_of_run
 from fedloom.train.export import open_run, save_adapter
 
 
@@ -144,7 +144,11 @@ class MergedAgain:
 
 
 def roll_back(
-    folder: Path, to: int | None = None, without: ClientId | None = None, out: Path | None = None
+    folder: Path,
+    to: int | None = None,
+    without: ClientId | None = None,
+    out: Path | None = None,
+    secret: bytes | None = None,
 ) -> RolledBack:
     """Write the adapter of an earlier version, or of the run without a site, into a new folder.
 
@@ -153,6 +157,7 @@ def roll_back(
         to: the version to go back to (None: the last).
         without: the site whose answers are left out (None: nobody's).
         out: the folder to write, which must not exist yet (None: `rollback-001` in the run folder, numbered).
+        secret: that of the noise of a private run's server (None: it is not needed, or not known).
 
     Raises Refused with the remedy: without both, without the answers, for a version or site that is not in them.
     """
@@ -160,13 +165,18 @@ def roll_back(
         raise Refused("rollback", str(folder), "say exactly one of --to VERSION, --without SITE")
     if not (folder / "manifest.json").is_file() and (folder / "run" / "manifest.json").is_file():
         folder = folder / "run"
+    if without is not None and secret_of_run(folder) != b"":
+        remedy = (
+            "it would release the others' answers once more, which no budget was kept for; go back with --to VERSION"
+        )
+        raise Refused("--without", without, remedy)
     watching = list[MergedAgain]()
 
     def watch(server: Coordinator, version: int) -> MergedAgain:
         watching.append(_merged_again(folder, server, version, to, without))
         return watching[0]
 
-    found = replay(folder, watch=watch)
+    found = replay(folder, watch=watch, secret=secret)
     (again,) = watching
     if found.difference:
         remedy = f"its trace does not lead to its versions ({found.difference}); was it made by another fedloom?"

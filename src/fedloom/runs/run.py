@@ -7,7 +7,7 @@ from datetime import date as day
 
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.core.canary import Canary
-from fedloom.core.codec import Codec, Half
+from fedloom.core.codec import Codec, Half, Summed
 from fedloom.core.errors import Refused
 from fedloom.core.policies import Aggregator, Schedule
 from fedloom.core.server import Limits
@@ -16,6 +16,7 @@ from fedloom.data.partition import LabelDirichlet, Partition
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RankByCapability
+from fedloom.privacy.private import Private
 from fedloom.schedule.rounds import Rounds
 from fedloom.simulate.availability import Windows
 from fedloom.simulate.devices import Devices, World
@@ -50,6 +51,8 @@ class Run:
         limits: when the run ends, and how often a version is scored (default `Limits()`: 10 versions, each scored).
         canary: score that a version must keep on examples of the server before it is published; answers that make it worse are set
             aside (default None: each version is published).
+        privacy: noise, and how often a client may take part, so that what a version tells of a client or of a record is bounded and
+            counted (default None: neither).
         held_out: share of each client's examples kept for its own evaluation, not trained on (at least 0, below 1; default 0.2; 0:
             none).
         test_limit: test examples used to score a version (default None: all).
@@ -80,6 +83,7 @@ class Run:
     transfer: Codec | None = field(default_factory=Half)
     limits: Limits = field(default_factory=Limits)
     canary: Canary | None = None
+    privacy: Private | None = None
     held_out: float = 0.2
     test_limit: int | None = None
     seed: int = 0
@@ -101,6 +105,8 @@ class Run:
             raise Refused("name", self.name, "it names the run folder: at least one letter and no slash")
         if self.date is not None:
             check_date(self.date)
+        if isinstance(self.transfer, Summed):
+            raise Refused("transfer", "Summed", "answers are summed in groups: hierarchy=Hierarchy(secure=Secure())")
 
 
 def check_date(date: str) -> None:

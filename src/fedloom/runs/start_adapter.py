@@ -68,6 +68,7 @@ class EarlierRun:
         bfloat16: whether these were in bfloat16.
         labels: names of its labels, in order.
         run_hash: hash of its settings ("": not known).
+        private: whether its clients or their records were protected by noise.
     """
 
     model: str
@@ -75,6 +76,7 @@ class EarlierRun:
     bfloat16: bool
     labels: tuple[str, ...]
     run_hash: str
+    private: bool
 
 
 def first_version(run: Run, base: Base, start: StartAdapter | None) -> Model:
@@ -116,7 +118,7 @@ def load_start(run: Run, base: Base, names: Sequence[str]) -> StartAdapter | Non
     if place is None:
         return None
     earlier, stored = _earlier_run(place), read_peft_folder(base, place, "start")
-    notes = [*_base_notes(run, base, stored, earlier), *_layer_notes(stored)]
+    notes = [*_base_notes(run, base, stored, earlier), *_layer_notes(stored), *_spent_notes(earlier)]
     fresh = initial_adapter(base, run.plan.rank.largest)
     dense, head_notes = _head(fresh.dense, stored.adapter.dense, _label_names(place, earlier), names)
     rank = max(
@@ -148,7 +150,8 @@ def _earlier_run(folder: Path) -> EarlierRun | None:
         model, labels = about["model"]["name"], about["partition"]["label_names"]
         engine = about["run"].get("engine") or {}
         weights, run_hash = about.get("base_weights", ""), about.get("run_hash", "")
-        return EarlierRun(str(model), str(weights), bool(engine.get("bfloat16")), tuple(labels), str(run_hash))
+        bfloat16, private = bool(engine.get("bfloat16")), bool(about["run"].get("privacy"))
+        return EarlierRun(str(model), str(weights), bfloat16, tuple(labels), str(run_hash), private)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         remedy = f"its manifest.json cannot be read ({type(error).__name__}); give its adapter as a folder of its own"
         raise Refused("start", str(folder), remedy) from error
@@ -176,6 +179,14 @@ def _layer_notes(stored: StoredAdapter) -> Iterator[str]:
     if stored.missing:
         names = list_some(stored.missing, NAMED)
         yield f"{len(stored.missing)} layers are not in the adapter that the run began from, and began at zero: {names}."
+
+
+def _spent_notes(earlier: EarlierRun | None) -> Iterator[str]:
+    if earlier and earlier.private:
+        yield (
+            "The run that made that adapter was private, and has a ledger of its own: what it told of a client that is here too "
+            "is not in the figures of this run, and adds to them."
+        )
 
 
 def _label_names(place: Path, earlier: EarlierRun | None) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedloom.core.errors import Refused
 from fedloom.core.policies import Fleet, Merge
@@ -34,6 +35,7 @@ class FedAsync:
     max_in_flight: int = 20
     uploader_goes_on: bool = False
     max_staleness: int | None = None
+    answers_per_merge: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.mixing <= 1:

@@ -64,6 +64,11 @@ class FedBuff:
         check_limits(self.max_in_flight, self.max_staleness)
         check_discount(self.discount)
 
+    @property
+    def answers_per_merge(self) -> int:
+        """The most answers in a merge."""
+        return self.buffer_size
+
     def merge(self, fleet: Fleet) -> Merge | None:
         """Return the changes in the buffer once it is full, or once everybody who could fill it waits."""
         stuck = self.waiting and not fleet.busy and len(_waiting(fleet)) == len(fleet.idle)

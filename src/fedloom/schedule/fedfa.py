@@ -68,6 +68,11 @@ class FedFa:
         """Whether an answer is a part of more than one merge."""
         return self.window > 1
 
+    @property
+    def answers_per_merge(self) -> int:
+        """The most answers in a merge."""
+        return self.window
+
     def merge(self, fleet: Fleet) -> Merge | None:
         """Return the mean over the window, as soon as there is an answer that is in no version yet."""
         fresh, full = len(fleet.arrived) > fleet.retained, len(fleet.arrived) >= self.window
@@ -80,7 +85,7 @@ class FedFa:
             parts,
             step=filled * (self.delta_rate or 1.0),
             as_delta=self.delta_rate is not None,
-            retain=window,
+            retain=window if self.reuses_answers else (),
             cancel=too_stale(fleet, self.max_staleness),
             anchor=None if self.delta_rate or filled == 1.0 else fleet.first,
         )

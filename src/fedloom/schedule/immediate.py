@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedloom.core.errors import Refused
 from fedloom.core.policies import Fleet, Merge
@@ -37,6 +38,7 @@ class Immediate:
     discount: Discount = CONSTANT
     max_staleness: int | None = None
     choices: int = 3
+    answers_per_merge: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.server_learning_rate <= 1:

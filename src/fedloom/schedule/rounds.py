@@ -45,6 +45,11 @@ class Rounds:
             raise Refused("schedule.deadline", self.deadline, "give positive seconds, or None to wait for everyone")
 
     @property
+    def answers_per_merge(self) -> int:
+        """The most answers in a merge."""
+        return self.cohort_size
+
+    @property
     def max_in_flight(self) -> int:
         """Clients that are started in a round, over-selection included."""
         return math.ceil(round(self.cohort_size * self.over_selection, 9))

@@ -125,7 +125,7 @@ class Presence:
 
 
 def _known_to_server(client: ClientId, state: StateView) -> bool:
-    return client in state.working or client in state.idle
+    return client in state.working or client in state.idle or client in state.resting
 
 
 def _join(profile: Profile, state: StateView) -> Consequences:

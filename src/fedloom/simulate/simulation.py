@@ -10,6 +10,10 @@ Lookahead: until its result is needed, a task's training may go on in other proc
 The device model says how long a task takes at least, for the smallest possible answer, so the clock never passes a moment at which
 something should have happened. Order numbers are reserved for a task's events when it is dispatched: ties in time are broken as if
 all had been known. Source: the conservative synchronisation of Chandy and Misra 1979, lookahead in the words of Fujimoto 1990.
+
+Sums: clients whose answers are only summed keep what they changed as whole numbers, and these are added up when a sum is asked for. A
+deployment masks them, and its server never has one. The sums are the same to the bit, because whole numbers have no order; so a
+simulation needs no masks to learn what a deployment would, and protects nobody.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TypeGuard
 
+import torch
+
+from fedloom.aggregate.shared.parts import add_part, block_part, is_summed, part_or_reason
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
 from fedloom.core.events import (
@@ -31,13 +38,17 @@ from fedloom.core.events import (
     Dispatch,
     Evaluate,
     Event,
+    OpenSum,
+    PartsReady,
     Reject,
     ScoresReady,
     Stop,
+    SumOpened,
     TaskFailed,
     TimerFired,
     UpdateArrived,
 )
+from fedloom.core.lora import Adapter, map_tensors
 from fedloom.core.policies import (
     BackgroundTrainer,
     Evaluator,
@@ -50,6 +61,7 @@ from fedloom.core.policies import (
 )
 from fedloom.core.transfer import encode_answer
 from fedloom.core.types import ClientId, ClientState, Profile, Result, Task
+from fedloom.privacy.private import without_measures
 from fedloom.simulate.client_presence import AvailabilityChanged, ClientChange, Presence
 from fedloom.simulate.devices import Devices
 from fedloom.simulate.faults import Vanished
@@ -76,6 +88,21 @@ class Pending:
     back: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class HeldPart:
+    """What a client keeps of a task until it is summed.
+
+    Fields:
+        client: its name.
+        part: what its answer changed, as whole numbers (int64).
+        local: state of the client, which takes effect when it is in the sum.
+    """
+
+    client: ClientId
+    part: Adapter
+    local: ClientState
+
+
 @dataclass(slots=True)
 class Simulation:
     """Driver of one run on the virtual clock.
@@ -98,6 +125,8 @@ class Simulation:
         next_order: the order number of the next event.
         client_states: state of each client between its tasks.
         in_flight: client state that takes effect when the answer is accepted, by task.
+        held: parts of answers that are only summed, by task, while their clients hold them.
+        measured: whether answers say what their clients measured on their data (losses, tokens).
         joined: whether the clients have joined the server.
         after_step: called between two steps, when all commands are carried out.
         pending: tasks whose answers are not known yet, as (time of the first possible event, order, task).
@@ -116,6 +145,8 @@ class Simulation:
     next_order: int = 0
     client_states: dict[ClientId, ClientState] = field(default_factory=dict)
     in_flight: dict[int, ClientState] = field(default_factory=dict)
+    held: dict[int, HeldPart] = field(default_factory=dict)
+    measured: bool = True
     joined: bool = False
     after_step: Callable[[], None] = do_nothing
     pending: list[tuple[float, int, Pending]] = field(default_factory=list)
@@ -147,20 +178,34 @@ class Simulation:
         return after.events
 
     def _handle(self, now: float, event: Event) -> Stop | None:
-        local = self.in_flight.pop(event.task) if isinstance(event, UpdateArrived) else None
         commands = self.server.handle(now, event)
-        if isinstance(event, UpdateArrived) and local and Reject not in map(type, commands):
-            # The client state of a rejected answer is dropped, e.g. NaN moments.
-            self.client_states[event.client] = local
+        self._settle_client_states(event, commands)
         self.observe(now, event, commands)
         self._carry_out(now, commands)
         stop = None
-        for command in commands:
-            if isinstance(
-                command, CheckCanary
-            ):  # at once: no event of this moment comes between a merge and its version
+        for command in commands:  # at once: no event of this moment comes between a merge and its version
+            if isinstance(command, CheckCanary):
                 stop = self._handle(now, CanaryScored(command.check, self.check(command.model))) or stop
+            if isinstance(command, OpenSum):
+                stop = self._handle(now, open_sum(command, self.held)) or stop
         return commands[-1] if commands and isinstance(commands[-1], Stop) else stop
+
+    def _settle_client_states(self, event: Event, commands: Sequence[Command]) -> None:
+        """Let the state of a client take effect whose answer was accepted, alone or in a sum; else drop it (e.g. NaN moments)."""
+        refused = any(isinstance(command, Reject) for command in commands)
+        match event:
+            case UpdateArrived(client, number, _):
+                local = self.in_flight.pop(number)
+                if local and not refused:
+                    self.client_states[client] = local
+            case PartsReady(_, number) if refused:
+                self.held.pop(number, None)
+            case SumOpened(_, blocks, _):
+                dropped = {command.task for command in commands if isinstance(command, Cancel)}
+                for number in blocks[0].tasks:
+                    one = self.held.pop(number)
+                    if number not in dropped:
+                        self.client_states[one.client] = one.local
 
     def _last_scores(self) -> None:
         """Deliver the scores of evaluations that were asked for together with the stop."""
@@ -206,15 +251,17 @@ class Simulation:
             return
         remaining, late = (
             list[tuple[float, int, Event | ClientChange]](),
-            list[tuple[int, float, UpdateArrived | Pending]](),
+            list[tuple[int, float, UpdateArrived | PartsReady | Pending]](),
         )
         for time, order, event in self.heap:
-            if not isinstance(event, UpdateArrived | TaskFailed | Vanished) or event.task not in dropped:
+            if not isinstance(event, UpdateArrived | PartsReady | TaskFailed | Vanished) or event.task not in dropped:
                 remaining.append((time, order, event))
-            elif isinstance(event, UpdateArrived) and self._comes_late(event.client, event.task, back):
+            elif not isinstance(event, TaskFailed | Vanished) and self._comes_late(event.client, event.task, back):
                 late.append((order, max(time, back), event))
             elif isinstance(event, UpdateArrived):
                 del self.in_flight[event.task]
+        for number in dropped - {event.task for _, _, event in late if isinstance(event, PartsReady)}:
+            self.held.pop(number, None)
         waiting = [entry for entry in self.pending if entry[2].task.id not in dropped]
         for time, order, pending in self.pending if len(waiting) < len(self.pending) else ():
             if pending.task.id in dropped and self._comes_late(pending.task.client, pending.task.id, back):
@@ -256,6 +303,7 @@ class Simulation:
         """Put the events of a task on the heap, now that its answer is known."""
         task, (result, local) = pending.task, encode_answer(pending.task, pending.before, *pending.answer())
         timed = self._with_seconds(task, result, pending.turn)
+        timed = timed if self.measured else without_measures(timed)
         seconds = timed.metrics["seconds"]
         if not seconds >= pending.least:
             claim = f"{type(self.devices).__name__} says that task {task.id} takes {seconds} s, but at least {pending.least} s"
@@ -264,9 +312,19 @@ class Simulation:
         if interruption and pending.back is None:
             self._push(task.sent + interruption[0], interruption[1], order)
         if not interruption or isinstance(interruption[1], Vanished):
-            self.in_flight[task.id] = local
             arrives = max(task.sent + seconds, pending.back or 0.0)
-            self._push(arrives, UpdateArrived(task.client, task.id, timed), order + 1)
+            self._push(arrives, self._answer(task, timed, local), order + 1)
+
+    def _answer(self, task: Task, result: Result, local: ClientState) -> UpdateArrived | PartsReady | TaskFailed:
+        """Return what the server gets from a client that has trained, and keep what the client keeps."""
+        if not is_summed(task):
+            self.in_flight[task.id] = local
+            return UpdateArrived(task.client, task.id, result)
+        part = part_or_reason(task, result)
+        if isinstance(part, str):
+            return TaskFailed(task.client, task.id, part)
+        self.held[task.id] = HeldPart(task.client, part, local)
+        return PartsReady(task.client, task.id)
 
     def _least_seconds(self, task: Task, turn: int) -> float:
         """Return the seconds of a task if training changes nothing, so that little is sent; 0 if the trainer cannot foresee it."""
@@ -295,6 +353,16 @@ class Simulation:
             return
         heapq.heappush(self.heap, (time, self.next_order if order is None else order, event))
         self.next_order += order is None
+
+
+def open_sum(asked: OpenSum, held: Mapping[int, HeldPart]) -> SumOpened:
+    """Return the sum over the blocks that were asked for. All parts are at hand, so nobody drops out."""
+    last, top = asked.blocks[-1].last, held[asked.blocks[-1].tasks[0]].part
+    sums = map_tensors(torch.zeros_like, block_part(top, 0, last))
+    for block in asked.blocks:
+        for task in block.tasks:
+            add_part(sums, block_part(held[task].part, block.first, block.last), block.first)
+    return SumOpened(asked.task, asked.blocks, sums)
 
 
 def overlaps(trainer: Trainer) -> TypeGuard[BackgroundTrainer]:

@@ -8,7 +8,10 @@ How tasks are trained:
    written into the base model's slot. AdamW makes one step per batch; the adapter is read back.
    With LoRA-A2 a short trial before that chooses the directions that are trained.
    A larger group goes through `engine.batched_clients` in one forward and backward pass per step.
-3. `_result` separates what is sent from what stays: an answer (with sides that were not trained as they came, pruned where the method
+3. With `records` each task is trained alone by DP-SGD: the client draws each step's batch by coins, and the optimiser sees noisy sums
+   of clipped gradients and nothing else of the data. So all that follows is private too: moments, pruning, the choice of directions,
+   the pull of FedProx, a control variate.
+4. `_result` separates what is sent from what stays: an answer (with sides that were not trained as they came, pruned where the method
    prunes), and the next `ClientState`: optimiser moments, private sides and control variate.
 
 A result depends only on task, client state, shard, secret and settings, to the byte. The base model keeps nothing between groups,
@@ -17,6 +20,7 @@ so neither their order nor the process that trains them matters (law 9).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -30,17 +34,23 @@ from fedloom.core.lora import Adapter, map_tensors
 from fedloom.core.policies import PendingResult
 from fedloom.core.seeds import SecretOf, keyed_seed
 from fedloom.core.types import ClientId, ClientState, Result, Rules, Task, TaskStart
+from fedloom.privacy.private import Private
+from fedloom.privacy.record_draws import RecordDraws, sampling_rate
 from fedloom.train import loss, objective, peft_weights
 from fedloom.train.base_model import Base
-from fedloom.train.engine import batched_clients, frozen_layers
+from fedloom.train.engine import batched_clients, frozen_layers, record_gradients
 from fedloom.train.engine.batched_clients import BatchedClient
 from fedloom.train.engine.frozen_layers import ActivationCache
+from fedloom.train.engine.record_gradients import ExamplePass
 from fedloom.train.objective import GradientChange, Weights, client_variate, personal_adapter, start_directions
 from fedloom.train.settings import PLAIN, Engine, Training, trial_steps
 from fedloom.train.tokenised import EncodedTexts, plan_batches
 from fedloom.train.workers.worker import TaskGroup
 
+LossOf: TypeAlias = Callable[[Base, dict[str, Tensor]], Tensor]
 BatchLoss: TypeAlias = Callable[[Sequence[int]], Tensor]
+BatchGradient: TypeAlias = Callable[[int, Sequence[int]], list[float]]
+"""Writes the gradient of a batch, of this number in its task, into `.grad`; returns its loss, or nothing where it is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +60,7 @@ class TrainedClient:
     Fields:
         adapter: the adapter as it was trained.
         moments: the optimiser's state by parameter and name.
-        losses: the loss of each batch, without penalties.
+        losses: the loss of each batch, without penalties (none where records are private).
         control: the client's new control variate (None: the method has none).
         chosen: masks (rank,) of the directions that were trained, by layer (None: all).
     """
@@ -75,6 +85,7 @@ class PeftTrainer:
         engine: how it is computed.
         cache: activations below the trained layers, kept from task to task.
         run: names the run in the draws, so that tasks of one number in two runs draw apart ("": a simulation, where they draw alike).
+        records: trains by DP-SGD, so that what is sent tells little of any one example (None: plain training).
     """
 
     base: Base
@@ -85,6 +96,11 @@ class PeftTrainer:
     engine: Engine = PLAIN
     cache: ActivationCache = field(default_factory=ActivationCache)
     run: str = ""
+    records: Private | None = None
+
+    def __post_init__(self) -> None:
+        if self.records is not None:
+            require_private_records(self.base, self.training)
 
     def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """Train the tasks, group by group, and return their results in order."""
@@ -107,9 +123,15 @@ class PeftTrainer:
 
     def unchanged_result(self, task: Task) -> Result:
         """Return the result if training changed nothing."""
-        tokens = sum(sum(self.texts.lengths(batch)) for batch in self.batches(task))
-        examples = len(self.shards[task.client])
+        tokens, examples = self._tokens(task, self.batches(task)), len(self.shards[task.client])
         return Result(task.start.train, examples, tokens, task.budget.steps, control=task.start.control)
+
+    def _tokens(self, task: Task, plan: Sequence[Sequence[int]]) -> int:
+        """Return the tokens that are trained on; of private records, as many as there may be: which were drawn is not told."""
+        if self.records is None:
+            return sum(sum(self.texts.lengths(batch)) for batch in plan)
+        rows = min(self.training.batch_size, len(self.shards[task.client]))
+        return task.budget.steps * rows * self.training.token_limit
 
     def begin(self, work: Sequence[tuple[Task, ClientState]], due: Sequence[float]) -> Sequence[PendingResult]:
         """Return one callable per result; the first call for a group trains it, and a group without a call is not trained."""
@@ -134,6 +156,7 @@ class PeftTrainer:
         """Return what tasks of one pass must have in common; None for a task that must be trained alone."""
         alone = (
             self.engine.together == 1
+            or self.records
             or self.training.proximal
             or frozen_layers.lowest_trained(self.base, [*task.start.train.factors])
         )
@@ -154,18 +177,25 @@ class PeftTrainer:
     def batches(self, task: Task) -> list[list[int]]:
         """Return the batches of a task, as indices into `texts`."""
         shard, training = self.shards[task.client], self.training
+        if self.records is not None:
+            draws, rate = self._draws(task), sampling_rate(len(shard), training.batch_size)
+            return [[shard[i] for i in draws.batch(step, len(shard), rate)] for step in range(task.budget.steps)]
         lengths, steps = self.texts.lengths(shard), task.budget.steps
         seed = self.seed(task, "batches")
         plan = plan_batches(lengths, training.batch_size, steps, training.bucket, seed, training.stratified)
         return [[shard[i] for i in batch] for batch in plan]
 
+    def _draws(self, task: Task) -> RecordDraws:
+        return RecordDraws(self.secret_of(task.client), self.run, task.id)
+
     def _train_one(self, task: Task, client_state: ClientState) -> tuple[Result, ClientState]:
         start, plan = task.start, self.batches(task)
         adapter = personal_adapter(start, client_state)
-        losses, chosen = list[float](), None
+        losses, chosen, done = list[float](), None, 0
         if start.rules.select is not None and start.rules.select < sum(f.rank for f in adapter.factors.values()):
             chosen, losses = self._choose_directions(task, adapter, client_state, plan)
-        trained = self._run_steps(task, adapter, client_state, plan[len(losses) :], chosen)
+            done = trial_steps(len(plan))
+        trained = self._run_steps(task, adapter, client_state, plan[done:], chosen, done)
         return self._result(task, client_state, plan, replace(trained, losses=[*losses, *trained.losses]))
 
     def _result(
@@ -179,9 +209,9 @@ class PeftTrainer:
         result = Result(
             adapter=sent,
             examples=len(self.shards[task.client]),
-            tokens=sum(sum(self.texts.lengths(batch)) for batch in plan),
+            tokens=self._tokens(task, plan),
             steps=task.budget.steps,
-            metrics={"loss": sum(trained.losses) / len(trained.losses), "first_loss": trained.losses[0]},
+            metrics=_loss_metrics(trained.losses),
             control=trained.control and map_tensors(torch.sub, trained.control, client_variate(start, client_state)),
         )
         private, control = client_state.private, client_state.control
@@ -208,12 +238,13 @@ class PeftTrainer:
         client_state: ClientState,
         plan: Sequence[Sequence[int]],
         chosen: Mapping[str, Tensor] | None = None,
+        done: int = 0,
     ) -> TrainedClient:
-        """Train the adapter on these batches."""
+        """Train the adapter on these batches, of a task of which `done` steps were made before."""
         start = task.start
         slot = self.base.put(adapter, start.scaling, start.fold)
         weights = enable_gradients(peft_weights.slot_parameters(self.base.model, slot), start)
-        loss_of = self._batch_loss(task, [*adapter.factors])
+        gradient = self._gradient(task, slot, weights, done)
         optimiser = self._optimiser(weights, start, client_state)
         changes, control = list[GradientChange](), None
         if start.control is not None:
@@ -227,7 +258,7 @@ class PeftTrainer:
             changes.append(objective.mask_gradient(weights, chosen))
         with torch.random.fork_rng():  # after the slot was made, which draws random numbers
             torch.manual_seed(self.seed(task, "dropout"))
-            losses = self._optimise(plan, loss_of, weights, optimiser, changes, start.rules)
+            losses = self._optimise(plan, gradient, weights, optimiser, changes)
         variate = None
         if control and start.control:
             variate = objective.unflatten_adapter(control.next_variate(), start.control)
@@ -236,14 +267,41 @@ class PeftTrainer:
         trained = peft_weights.read_adapter(self.base.model, slot, adapter.factors)
         return TrainedClient(trained, moments, losses, variate, chosen)
 
-    def _batch_loss(self, task: Task, trained: Sequence[str]) -> BatchLoss:
-        """Make the function of a batch's mean loss.
+    def _gradient(self, task: Task, slot: str, weights: Weights, done: int) -> BatchGradient:
+        """Make the function that writes the gradient of a batch into `.grad`; plain, or a noisy one where records are private."""
+        layers, rules = [*task.start.train.factors], task.start.rules
+        if self.records is None:
+            return partial(_plain_gradient, self._batch_loss(task, layers, loss.mean_loss), weights, rules)
+        sent, scaling = objective.flatten_adapter(task.start.train), task.start.scaling or self.base.lora.scaling
+        every = peft_weights.slot_parameters(self.base.model, slot)
+        adapter = {name: weight for name, weight in every.items() if name in sent}
+        examples = ExamplePass(self.base, slot, adapter, weights, scaling)
+        losses_of = self._batch_loss(task, layers, loss.example_losses)
+        return partial(self._private_gradient, task, examples, losses_of, done)
+
+    def _private_gradient(
+        self, task: Task, examples: ExamplePass, losses_of: BatchLoss, done: int, step: int, batch: Sequence[int]
+    ) -> list[float]:
+        """Write the noisy mean of the batch's clipped gradients. The data are seen here and nowhere else; no loss is told."""
+        assert self.records is not None
+        size, rows = self.training.batch_size, len(self.shards[task.client])
+        clipped = examples.clipped_sum(losses_of, batch, self.records.clip, size + 2 * math.isqrt(size))
+        noisy = self._draws(task).noisy_mean(done + step, clipped, self.records, min(size, rows))
+        for name, slope in noisy.items():
+            examples.weights[name].grad = slope.to(examples.weights[name])
+        if task.start.rules.pruning is not None:
+            trained = {name: examples.weights[name] for name in examples.trained}
+            torch.autograd.backward(objective.pruning_penalty(trained, task.start.rules.pruning))
+        return []
+
+    def _batch_loss(self, task: Task, trained: Sequence[str], loss_of: LossOf) -> BatchLoss:
+        """Make the function of a batch's loss.
 
         Where only top layers are trained, it starts from the kept output below them, if the engine keeps any and the model allows it.
         """
         split = frozen_layers.split_layers(self.base, trained)
         if split is None:
-            return lambda batch: loss.mean_loss(self.base, self.texts.batch(batch, self.base.device))
+            return lambda batch: loss_of(self.base, self.texts.batch(batch, self.base.device))
         shard, fold, limit = self.shards[task.client], task.start.fold, self.engine.cache
         features = (
             frozen_layers.frozen_features(self.base, self.texts, split, shard, fold, self.cache, limit)
@@ -253,38 +311,31 @@ class PeftTrainer:
 
         def batch_loss(batch: Sequence[int]) -> Tensor:
             with split.starting_from(features.for_batch(batch)) if features else split.plain():
-                return loss.mean_loss(self.base, self.texts.batch(batch, self.base.device))
+                return loss_of(self.base, self.texts.batch(batch, self.base.device))
 
         return batch_loss
 
     def _optimise(
         self,
         plan: Sequence[Sequence[int]],
-        loss_of: BatchLoss,
+        gradient: BatchGradient,
         weights: Weights,
         optimiser: torch.optim.Optimizer,
         changes: Sequence[GradientChange],
-        rules: Rules,
     ) -> list[float]:
-        """Make one optimiser step per batch; return the losses, without penalties."""
+        """Make one optimiser step per batch; return the losses, without penalties, that may be told."""
         self.base.model.train()
         losses = list[float]()
         factors = [group["lr"] for group in optimiser.param_groups]
         for step, batch in enumerate(plan):
             for group, factor in zip(optimiser.param_groups, factors, strict=True):
                 group["lr"] = factor * self.training.rate(step, len(plan))
-            batch_loss = loss_of(batch)
-            losses.append(float(batch_loss.detach()))
             optimiser.zero_grad(set_to_none=True)
-            if rules.pruning is not None:
-                batch_loss = batch_loss + objective.pruning_penalty(weights, rules.pruning)
-            torch.autograd.backward(batch_loss)
-            for weight in weights.values():
-                if weight.grad is None:  # the model does not use its layer: the cross-attention of a decoder alone
-                    weight.grad = torch.zeros_like(weight)
+            losses += gradient(step, batch)
             for change in changes:
                 change()
-            nn.utils.clip_grad_norm_(weights.values(), self.training.clip)
+            if self.records is None:  # else each example's gradient was clipped
+                nn.utils.clip_grad_norm_(weights.values(), self.training.clip)
             optimiser.step()
         return losses
 
@@ -306,6 +357,36 @@ class PeftTrainer:
 
 def _result_of(answers: Callable[[], Sequence[tuple[Result, ClientState]]], number: int) -> tuple[Result, ClientState]:
     return answers()[number]
+
+
+def _plain_gradient(loss_of: BatchLoss, weights: Weights, rules: Rules, step: int, batch: Sequence[int]) -> list[float]:
+    """Write the gradient of the batch's mean loss, with the penalty where the method prunes."""
+    batch_loss = loss_of(batch)
+    told = float(batch_loss.detach())
+    if rules.pruning is not None:
+        batch_loss = batch_loss + objective.pruning_penalty(weights, rules.pruning)
+    torch.autograd.backward(batch_loss)
+    for weight in weights.values():
+        if weight.grad is None:  # the model does not use its layer: the cross-attention of a decoder alone
+            weight.grad = torch.zeros_like(weight)
+    return [told]
+
+
+def _loss_metrics(losses: Sequence[float]) -> dict[str, float]:
+    return {"loss": sum(losses) / len(losses), "first_loss": losses[0]} if losses else {}
+
+
+def require_private_records(base: Base, training: Training) -> None:
+    """Raise Refused where single examples cannot be protected: by this model, or in batches that are not drawn by coins."""
+    if training.stratified:
+        remedy = "where records are private each example comes by a coin of its own; leave it out"
+        raise Refused("training.stratified", True, remedy)
+    if not record_gradients.tells_examples_apart(base):
+        name = type(base.model.get_base_model()).__name__
+        remedy = (
+            "its examples cannot be told apart in a pass: what one adds would depend on others. Choose another model"
+        )
+        raise Refused("privacy.unit", "record", f"{name}: {remedy}, or unit client")
 
 
 def engine_notes(base: Base, engine: Engine, depths: tuple[int, int | None] | None) -> tuple[str, ...]:

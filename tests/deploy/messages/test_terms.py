@@ -10,7 +10,6 @@ import pytest
 from fedloom import (
     FFA,
     IID,
-    Clip,
     DepthByMemory,
     FedEx,
     FedIT,
@@ -21,12 +20,14 @@ from fedloom import (
     Hierarchy,
     JointPlan,
     LossRate,
-    Noise,
     Plan,
+    Private,
     ProductDelta,
     Run,
     Scaffold,
+    Secure,
 )
+from fedloom.core.errors import Refused
 from fedloom.core.policies import Aggregator
 from fedloom.deploy.messages.messages import RunTerms
 from fedloom.deploy.messages.terms import terms_of_run
@@ -64,6 +65,16 @@ def test_terms_say_what_tasks_bring(method: Aggregator, folds: bool, controls: b
     assert (terms.folds, terms.controls) == (folds, controls)
 
 
+def test_terms_of_sums_say_how_many_and_refuse_numbers_that_would_hide_steps() -> None:
+    run = tiny_run(Path("model"), aggregator=FFA(), plan=Plan(FixedRank(4), local_steps=20))
+    summed = replace(run, hierarchy=Hierarchy(secure=Secure(least=4, threshold=0.7)))
+    terms = terms_of(summed)
+    assert (terms.least_sum, terms.sum_threshold, terms_of(run).least_sum) == (4, 0.7, 0)
+    for secure in (Secure(bits=4), Secure(bound=1000.0)):
+        with pytest.raises(Refused, match=r"hierarchy\.secure\.bits .* a step of the optimiser"):
+            terms_of(replace(run, hierarchy=Hierarchy(secure=secure)))
+
+
 def test_terms_say_the_largest_task_and_what_is_said_of_privacy() -> None:
     run = tiny_run(Path("model"), plan=Plan(FixedRank(4), local_steps=7, depth=FixedDepth(2)), partition=IID(2))
     terms = terms_of(run)
@@ -75,7 +86,6 @@ def test_terms_say_the_largest_task_and_what_is_said_of_privacy() -> None:
     started = terms_of(replace(run, start="trained"))
     folds = (terms.folds, learned.folds, varied.folds, started.folds)
     assert folds == (False, True, True, True), "a task of less depth brings layers below that were trained"
-    noisy = terms_of(replace(run, aggregator=Noise(Clip(FedIT(), norm=1.0), multiplier=0.5, seed=987654321)))
-    assert "multiplier 0.5" in noisy.privacy
-    assert "987654321" not in noisy.privacy, "the seed of the noise is the server's secret"
+    noisy = terms_of(replace(run, privacy=Private(clip=1.0, multiplier=0.5, most_answers=3)))
+    assert "multiplier 0.5, at most 3 answers of a client" in noisy.privacy
     assert terms_of(replace(run, held_out=0.0)).evaluations == 0

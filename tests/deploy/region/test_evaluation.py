@@ -28,6 +28,7 @@ from fedloom.deploy.messages.messages import (
 from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.evaluation import result_metrics
 from fedloom.deploy.server.reply_events import REGION
+from fedloom.deploy.start import evaluate_sites
 from fedloom.report.run_log import read_run_log
 from fedloom.runs.prepare import prepare
 from tests.support import toys
@@ -212,7 +213,7 @@ def test_a_region_is_waited_for_twice_as_long_as_a_site(encoder: Path) -> None:
     assert running.clients.keys() == {"c1", "c7"}
     only_exams(net, lambda node: f"into the void {node}")
     start = exam_of(encoder).start
-    evaluation = running.evaluate_sites(dict.fromkeys(running.clients, 2), lambda rank: start, 10.0, net.pause)
+    evaluation = evaluate_sites(running, dict.fromkeys(running.clients, 2), lambda rank: start, 10.0, net.pause)
     assert evaluation.reasons == {"c7": "no answer within 10 s", "c1": "no answer within 20 s"}
 
 

@@ -37,6 +37,7 @@ from fedloom.deploy.server.key_facts import KeyFacts
 from fedloom.deploy.server.nodes import MAX_FAILURES
 from fedloom.deploy.server.reply_events import REGION
 from fedloom.deploy.server.status import REFUSALS_FILE, PrometheusFigures, Status, read_status
+from fedloom.deploy.start import evaluate_sites
 from fedloom.runs.replay import replay
 from fedloom.schedule.fedasync import FedAsync
 from tests.support import toys
@@ -465,8 +466,8 @@ def test_after_the_end_clients_evaluate_whatever_happens_on_the_way_and_nothing_
     net.sites[103] = Site(Profile("c3", 5))  # type: ignore[index]
     net.sites[103].answer = lambda body: encode_reply(Welcome(Profile("c3", 5), 1))  # type: ignore[method-assign]
     start = FedIT().start(state.model, Budget(2, 1), 0)
-    evaluation = running.evaluate_sites(
-        dict.fromkeys([*running.profiles, "gone"], 2), lambda rank: start, 30.0, net.pause
+    evaluation = evaluate_sites(
+        running, dict.fromkeys([*running.profiles, "gone"], 2), lambda rank: start, 30.0, net.pause
     )
     assert evaluation.results == {name: replace(result, client=name) for name in ("c0", "c1", "c2")}
     assert evaluation.site_result("gone").reason == "it was gone before the end"

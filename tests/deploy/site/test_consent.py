@@ -29,6 +29,7 @@ from fedloom.deploy.site.consent import MOST_OFFERED, Consents, terms_hash, term
 from fedloom.deploy.site.limits import SiteLimits
 from fedloom.deploy.site.settings import Site, read_site
 from fedloom.deploy.site.worker import SiteWorker
+from fedloom.privacy.private import Private
 from fedloom.train.settings import Engine, LoRA, Training, linear
 from tests.support.sites import terms_of
 from tests.support.storms import tries
@@ -40,6 +41,7 @@ OTHERS: dict[str, Any] = {
     "training": Training(clip=2.0, decay=linear), "engine": Engine(), "threads": 2, "seed": 4, "labels": ("a", "b"),
     "weights": "1" * 12, "held_out": 0.3, "first_adapter": "0" * 64, "date": "2026-01-01", "depth": 3, "steps": 21,
     "versions": 13, "evaluations": 2, "folds": True, "controls": True, "privacy": "noise",
+    "records": Private(1.0, 1.0, 10, unit="record"), "least_sum": 5, "sum_threshold": 0.7,
 }  # fmt: skip
 """Another value of each field."""
 
@@ -175,6 +177,21 @@ def test_the_terms_fit_a_terminal_and_do_nothing_to_it(run: str, privacy: str, l
     lines = terms_lines(terms, SiteLimits(), ["a" * 200])
     assert max(map(len, lines)) <= 80
     assert not re.search("[\x00-\x1f\x7f-\x9f\u202a-\u202e]", "".join(lines))
+
+
+def test_noise_in_training_is_told_with_its_promise_and_nothing_is_promised_without() -> None:
+    records = Private(0.5, 1.13, 6, "record", (8.0, 1e-5))
+    noisy, plain = (" ".join(" ".join(terms_lines(one, SiteLimits(), ())).split()) for one in
+                    (replace(TERMS, records=records), TERMS))  # fmt: skip
+    for words in (
+        "1.13 x a clip of 0.5",
+        "most 6 tasks, epsilon 8",
+        "any one row, by an epsilon that this site adds up",
+    ):
+        assert words in noisy
+        assert words not in plain
+    assert "whether a known sentence is among them, can be inferred" in plain
+    assert "known sentence" not in noisy
 
 
 def test_the_owner_sees_all_that_a_limit_bounds() -> None:

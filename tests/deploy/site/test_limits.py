@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedloom.core.codec import Summed
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.types import Budget, Pruning, Rules, Task, TaskStart
@@ -34,6 +35,7 @@ from fedloom.deploy.site.limits import (
     used,
 )
 from fedloom.deploy.site.request_record import SiteUsage
+from fedloom.privacy.private import Private
 from fedloom.train.settings import PLAIN, Engine, LoRA, Training, cosine
 from tests.support.sites import terms_of
 from tests.support.storms import tries
@@ -50,7 +52,7 @@ WORK, EXAM = TaskRequest(TERMS, 1, TASK, 0), EvaluateRequest(TERMS, 1, "ward", T
 JUDGED: Mapping[type, Mapping[str, Any]] = {
     RunTerms: {
         "steps": 1, "threads": 1000, "held_out": 0.9, "evaluations": 2, "folds": True, "controls": True,
-        "labels": tuple(map(str, range(2000))),
+        "labels": tuple(map(str, range(2000))), "records": Private(1e-16, 1e-9, 10, unit="record"),
     },
     Training: {
         "learning_rate": 1e8, "batch_size": 1, "max_length": 10**9, "weight_decay": 10.0, "clip": 1e-16, "proximal": 1e6,
@@ -74,6 +76,8 @@ HARMLESS: Mapping[type, Mapping[str, str]] = {
         "weights": "must be those of the site's own copy", "first_adapter": "saves bytes where it agrees",
         "date": "a date in a prompt, checked", "versions": "shown; passes over the rows are counted",
         "privacy": "shown, and said to be a promise",
+        "least_sum": "a sum hides more than none; that it is over too few sites is refused, see below",
+        "sum_threshold": "shown; more than half in any case",
     },
     Training: {
         "warmup": "lowers the learning rate of some steps", "decay": "one of three, which lower the learning rate",
@@ -313,3 +317,24 @@ def test_no_pattern_travels_to_a_site() -> None:
     plain: tuple[Any, ...] = (None, "all-linear", ("query", "layer.0.attention-x.v_proj"))
     for names in plain:
         assert replace(TERMS, lora=LoRA(names), engine=PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("limit", "terms", "refused"), [(1, 0, False), (1, 3, False), (5, 0, True), (5, 4, True), (5, 5, False)]
+)
+def test_a_site_may_take_part_in_sums_over_so_many_sites_alone(limit: int, terms: int, refused: bool) -> None:
+    found = reasons(SiteLimits(least_sum=limit), replace(WORK, terms=replace(TERMS, least_sum=terms)))
+    assert [one for one in found if "least_sum" in one] == found
+    assert bool(found) is refused
+
+
+def test_a_task_is_summed_if_and_only_if_the_terms_say_so() -> None:
+    """Else a server could have terms with sums accepted, and then ask for single answers."""
+    summed = replace(WORK, task=replace(TASK, start=replace(TASK.start, codec=Summed(16, 0.1, 5))))
+    for request, least, words in (
+        (WORK, 5, ["the terms say that the run sums answers over at least 5 sites, the task is of another kind"]),
+        (summed, 0, ["the terms say that the server sees the answer of each site, the task is of another kind"]),
+        (summed, 5, []),
+        (WORK, 0, []),
+    ):
+        assert [*beyond_terms(replace(request, terms=replace(TERMS, least_sum=least)))] == words

@@ -26,7 +26,6 @@ from fedloom.deploy.site.request_record import (
     RecordEntry,
     RequestRecord,
     SiteUsage,
-    append_line,
 )
 
 KEY = ec.generate_private_key(ec.SECP256R1())
@@ -80,8 +79,6 @@ def test_each_line_is_on_the_disk_before_anything_else_happens(tmp_path: Path, s
     for number in (1, 2):
         record.append(task(number))
         assert synced[-1] == (tmp_path / "record.jsonl").stat().st_size > 0
-    append_line(tmp_path / "spent.jsonl", task(1), "")
-    assert (tmp_path / "spent.jsonl").stat().st_size in synced
 
 
 def test_a_record_holds_is_its_owner_s_alone_and_goes_on(tmp_path: Path) -> None:
@@ -358,16 +355,3 @@ def test_the_command_leaves_with_code_2_where_a_record_does_not_hold(
 def test_a_line_shows_only_what_stands_in_it() -> None:
     (row,) = line_rows({"time": "2026-05-03T12:00:00Z", "kind": "started"})
     assert row == "2026-05-03 12:00                started"
-
-
-def test_the_file_of_what_is_spent_is_private_and_survives_a_cut(tmp_path: Path) -> None:
-    path = tmp_path / "spent.jsonl"
-    spent = RecordEntry("noise spent", "toy", RUN, TERMS, 1, "r1", clip=1.0, multiplier=0.8)
-    append_line(path, spent, "a" * 64)
-    path.write_bytes(path.read_bytes()[:-20])
-    append_line(path, spent, "b" * 64)
-    first, second = path.read_bytes().splitlines()
-    with pytest.raises(ValueError):  # noqa: PT011  # half a line
-        json.loads(first)
-    assert json.loads(second)["multiplier"] == 0.8
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600

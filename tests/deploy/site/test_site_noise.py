@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from fedloom.aggregate.fedit import FedIT
-from fedloom.aggregate.shared.wrapper import euclidean_norm
+from fedloom.core.answer_change import euclidean_norm
 from fedloom.core.codec import DeltaInt8
 from fedloom.core.lora import Adapter, Factor, map_tensors, named_tensors
 from fedloom.core.types import Budget, Pruning, Result, Rules, Side, Task, TaskStart
 from fedloom.core.validate_answer import why_invalid
 from fedloom.deploy.messages.messages import Refusal, TaskRequest, decode_reply, encode_request
-from fedloom.deploy.site.site_noise import NoiseSource, SitePrivacy, normals_of, protect_answer, why_unprotected
+from fedloom.deploy.site.site_noise import NoiseSource, protect_answer, why_unprotected
+from fedloom.deploy.site.site_privacy import SitePrivacy
 from fedloom.deploy.site.worker import SiteWorker
+from fedloom.privacy.accounting import Gaussian
+from fedloom.privacy.ledger import read_ledger
 from tests.support.sites import simulated_worker, site_at, task_of, terms_of, trainer_of
 from tests.support.tiny_runs import same
 
@@ -73,15 +76,6 @@ def test_noise_has_the_size_that_is_stated_on_every_number() -> None:
     assert (steps - steps.round()).abs().max() < 1.0, "on the grid but for float32"
 
 
-def test_normals_are_normal() -> None:
-    draw = torch.Generator().manual_seed(0)
-    words = torch.randint(-(2**63), 2**63 - 1, (200_000,), generator=draw)
-    normals = normals_of(words).sort().values
-    expected = torch.special.ndtri((torch.arange(len(words), dtype=torch.float64) + 0.5) / len(words))
-    assert (normals - expected).abs()[1000:-1000].max() < 0.05
-    assert bool(normals.isfinite().all())
-
-
 def test_the_same_task_gets_the_same_noise_and_anything_else_another() -> None:
     trained = map_tensors(torch.add, START, adapter(2, size=1e-4))
     once = protect_answer(PRIVACY, SOURCE, task(START), result(trained)).adapter
@@ -101,13 +95,25 @@ def test_the_same_task_gets_the_same_noise_and_anything_else_another() -> None:
         assert abs(correlation) < 0.4, "to subtract one answer from another leaves the noise of both"
 
 
+@pytest.mark.parametrize(
+    "changed", [SitePrivacy(clip=1.0, multiplier=1.6), SitePrivacy(clip=0.5, multiplier=0.8)], ids=repr
+)
+def test_another_multiplier_or_clip_gets_other_noise(changed: SitePrivacy) -> None:
+    """From the same draws at two scales the exact answer could be computed: both are known, and it is what is left."""
+    noises = []
+    for privacy in (PRIVACY, changed):
+        sent = protect_answer(privacy, SOURCE, task(START), result(START)).adapter
+        noises.append(named_tensors(change(sent, START))["a.down"].flatten())
+    assert abs(torch.corrcoef(torch.stack(noises))[0, 1]) < 0.4
+
+
 def test_noise_does_not_follow_from_few_bits_of_a_seed() -> None:
     """torch takes 32 bits of a seed, which can be tried one after the other."""
     assert torch.equal(*(torch.randn(3, generator=torch.Generator().manual_seed(5 + more)) for more in (0, 2**32)))
     secrets = [b"\0" * 31 + bytes([last]) for last in range(64)] + [
         bytes([first]) + b"\0" * 31 for first in range(1, 64)
     ]
-    drawn = {float(next(iter(replace(SOURCE, secret=secret).normals(1, START)))[0, 0]) for secret in secrets}
+    drawn = {float(next(iter(replace(SOURCE, secret=secret).normals(1, START, 1.0, 0.8)))[0, 0]) for secret in secrets}
     assert len(drawn) == len(secrets)
 
 
@@ -191,7 +197,7 @@ def test_a_worker_sends_nothing_exact_now_or_in_a_later_answer(encoder: Path, tm
 
 
 @pytest.mark.slow
-def test_what_is_spent_is_written_before_the_answer_and_once_more_after_a_crash(encoder: Path, tmp_path: Path) -> None:
+def test_what_is_spent_is_written_before_the_answer_and_once_for_the_same_one(encoder: Path, tmp_path: Path) -> None:
     terms = terms_of()
     asked = task_of(FedIT(), trainer_of(encoder, terms), None, 1)
     site = site_at(tmp_path, encoder, more="[privacy]\nclip = 1.0\nmultiplier = 0.5\n")
@@ -202,8 +208,7 @@ def test_what_is_spent_is_written_before_the_answer_and_once_more_after_a_crash(
         file.unlink()  # as if the power had failed in between
     (second,) = answers(simulated_worker(site), [TaskRequest(terms, 1, asked, 0)])
     assert same(first.adapter, second.adapter), "not a second draw of noise"
-    lines = [json.loads(line) for line in (site.folder / "spent.jsonl").read_text().splitlines()]
-    assert [(one["task"], one["clip"], one["multiplier"]) for one in lines] == [(1, 1.0, 0.5)] * 2
-    assert len({one["released"] for one in lines}) == 1, "an accountant sees that it is one release"
+    (entry,) = read_ledger(site.folder / "spent.jsonl")
+    assert (entry.about["task"], entry.events) == (1, {"answers": Gaussian(2.0)})
     kinds = [json.loads(line)["kind"] for line in (site.folder / "record.jsonl").read_text().splitlines()]
     assert kinds[:6] == ["started", "accepted", "task asked", "noise spent", "task answered", "started"]

@@ -73,7 +73,7 @@ def pipe(folder: Path) -> None:
 
 SPOILT = {
     "it was there and is lost": lambda folder: (folder / SECRET).unlink(),
-    "it is not the one of this site": exchange,
+    "it is not the one that was here": exchange,
     "it is damaged": lambda folder: (folder / SECRET).write_text("ab" * 31),
     "it is a link": link,
     "it is no regular file": pipe,

@@ -199,7 +199,7 @@ def test_a_record_that_was_altered_stops_the_site(encoder: Path, tmp_path: Path,
 
 
 def test_what_a_site_writes_is_its_owner_s_alone(encoder: Path, tmp_path: Path, works: list[TaskRequest]) -> None:
-    site = site_at(tmp_path, encoder, more="[privacy]\nclip = 1.0\n")
+    site = site_at(tmp_path, encoder, more="[privacy]\nclip = 1.0\nmultiplier = 1.0\n")
     before = os.umask(0)
     try:
         site.folder.mkdir(0o777)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from fedloom.core.lora import Adapter, cut_factor
 from fedloom.core.types import ClientState, Pruning, Rules, Task
@@ -16,20 +15,22 @@ from fedloom.train.engine import batched_clients, linear_kernel
 from fedloom.train.settings import PLAIN
 from fedloom.train.trainer import PeftTrainer, engine_notes
 from tests.support.families import FAMILIES, Family
-from tests.support.tiny_runs import base_of, frozen, lively, same, task_of, trainer_of, writer_of, writing_trainer
+from tests.support.tiny_runs import (
+    base_of,
+    frozen,
+    lively,
+    same,
+    still,
+    task_of,
+    trainer_of,
+    writer_of,
+    writing_trainer,
+)
 from tests.support.toys import factor
 
 KINDS = pytest.mark.parametrize("kind", ["encoder", "decoder"])
 COMMON = replace(PLAIN, together=4)
 RANKS = {"a": 4, "b": 2}
-
-
-def still(base: Base) -> Base:
-    """Without dropout, whose draws are others."""
-    for module in base.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return base
 
 
 def tasks(base: Base, steps: int = 1, **rules: object) -> list[Task]:

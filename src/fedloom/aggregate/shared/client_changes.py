@@ -47,9 +47,6 @@ def require_changes(wrapper: str, inner: Aggregator, clients: int) -> None:
     require_factors(wrapper, inner, "a client's last change is kept entry by entry")
     for layer in aggregator_layers(inner):
         name = type(layer).__name__
-        if getattr(layer, "adds_noise", False):
-            remedy = "a remembered change counts again in later merges, which the noise is not made for; leave one out"
-            raise Refused(f"aggregator ({wrapper}).inner", name, remedy)
         if getattr(layer, "remembers_changes", False):
             remedy = "it remembers each client's last change too, and one correction is enough; leave one out"
             raise Refused(f"aggregator ({wrapper}).inner", name, remedy)

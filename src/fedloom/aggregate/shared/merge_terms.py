@@ -29,6 +29,12 @@ VOTES_SERVER_VALUE: Mapping[int, str] = MappingProxyType(
 """Exemption from law 8 of the methods that average changes with weights which do not depend on who trained a direction."""
 
 
+MEANS_OF_FACTORS = (
+    "the mean of products is taken as the product of mean factors, without the cross terms of their changes"
+)
+"""`summed_by_factors` of the methods that add products of both sides."""
+
+
 def first_model(start: Adapter) -> Model:
     """Return the first global model of a method that takes the start as it is: the usual `init`."""
     return Model(start)

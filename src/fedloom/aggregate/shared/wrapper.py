@@ -11,19 +11,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-import torch
-
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter
 from fedloom.core.policies import Aggregator, Merge, aggregator_layers
 from fedloom.core.types import Budget, Model, Side, TaskStart
-
-
-def euclidean_norm(adapter: Adapter) -> float:
-    """Return the Euclidean norm over all entries, in float64."""
-    tensors = [tensor for factor in adapter.factors.values() for tensor in (factor.down, factor.up)]
-    tensors += list(adapter.dense.values())
-    return float(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).norm())
 
 
 def drop_memory(model: Model, *names: str) -> Model:
@@ -70,9 +61,14 @@ class Wrapper:
 
 
 def require_method(wrapper: str, inner: object) -> None:
-    """Raise Refused where `inner` is no aggregator."""
+    """Raise Refused where `inner` is no aggregator, or one that has to see the answers as they came."""
     if isinstance(inner, type) or not all(hasattr(inner, name) for name in ("space", "exempt", "merge", "start")):
         raise Refused(f"aggregator ({wrapper}).inner", inner, "wrap an aggregator, for instance FedIT()")
+    if getattr(inner, "judges_answers", False):
+        name = type(inner).__name__
+        raise Refused(
+            f"aggregator ({wrapper}).inner", name, f"{name} judges the answers as they came: {name}({wrapper}(...))"
+        )
 
 
 def require_factors(wrapper: str, inner: Aggregator, why: str) -> None:

@@ -99,7 +99,7 @@ def execute_tasks(
 
         def newest() -> str:
             try:
-                return supernode.AcquireTask(asking).token
+                return str(supernode.AcquireTask(asking).token)
             except httpx.TransportError:
                 return ""
 

@@ -1,9 +1,10 @@
 """Messages between a server and its sites or regions: the dataclasses, their bytes, and the checks of what arrives.
 
-A server sends three requests: `JoinRequest` (may I count on you?), `TaskRequest` (train) and `EvaluateRequest` (score the last
-model on what you hold out). The replies are `Welcome`; the answer to a task, which `answer` encodes, since the server has the
-task and needs no names and shapes; and `EvaluateResult`, or a `RegionEvaluateResult` from a region. Instead of any of them, a
-`Refusal` may come.
+A server sends four requests: `JoinRequest` (may I count on you?), `TaskRequest` (train), `EvaluateRequest` (score the last
+model on what you hold out) and `SumRequest` (a step of a masked sum). The replies are `Welcome`; the answer to a task, which
+`answer` encodes, since the server has the task and needs no names and shapes, or `Ready`, where answers are only summed;
+`EvaluateResult`, or a `RegionEvaluateResult` from a region; and `sum_messages.SumReply`. Instead of any of them, a `Refusal` may
+come.
 
 Encoding is the container's (`container`). Decoding checks types, ranges and names, and raises `Malformed` for all else, whatever the
 bytes are. What a site is willing to do is not judged here (`site.settings.why_refused`), nor whether an answer fits its task
@@ -12,13 +13,15 @@ bytes are. What a site is willing to do is not judged here (`site.settings.why_r
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypeAlias
 
-from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
+from fedloom.aggregate.shared.parts import start_digest
+from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, Summed
 from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
 from fedloom.core.schema import Malformed
@@ -36,14 +39,17 @@ from fedloom.deploy.messages.checks import (
     check_start,
     task_ranges,
 )
-from fedloom.deploy.messages.container import pack_message, read_header, unpack_message
+from fedloom.deploy.messages.container import NotOutstanding, pack_message, read_header, unpack_message
+from fedloom.deploy.messages.sum_messages import MOST_BLOCKS, BlockStep
+from fedloom.privacy.private import Private
+from fedloom.privacy.record_draws import for_records
 from fedloom.runs.run import check_date
 from fedloom.train.settings import ALL_LINEAR, Engine, LoRA, Training, constant, cosine, linear
 
 REQUEST, REPLY = "fedloom-request", "fedloom-reply"
 """Names under which the text of a message stands in its container."""
 DECAYS = (constant, linear, cosine)
-CODECS = (Exact, Half, DeltaInt8)
+CODECS = (Exact, Half, DeltaInt8, Summed)
 LAYER_NAME = r"[A-Za-z0-9_.-]{1,200}"
 """A name of a layer that is a name and no pattern: a dot stands for itself where layers are looked for by the ends of names."""
 
@@ -74,6 +80,9 @@ class RunTerms:
         folds: whether tasks change the base model too (`TaskStart.fold`).
         controls: whether tasks bring numbers that are added to gradients (`TaskStart.control`).
         privacy: what the server says that it does to answers for privacy, in words ("": nothing).
+        records: how sites add noise in training, so that an answer tells little of any one row (None: the run does not ask for it).
+        least_sum: sites over which answers are summed, at least, before anybody sees one (0: the server sees each answer).
+        sum_threshold: share of the sites in a sum that must agree to opening it, where answers are summed.
     """
 
     run: str
@@ -97,13 +106,15 @@ class RunTerms:
     folds: bool = False
     controls: bool = False
     privacy: str = ""
+    records: Private | None = None
+    least_sum: int = 0
+    sum_threshold: float = 0.6
 
     def __post_init__(self) -> None:
         check_layer_names(self.lora.target_modules)
-        if self.training.decay not in DECAYS:
-            name = getattr(self.training.decay, "__name__", "?")
-            remedy = f"no code travels to a site; choose {', '.join(decay.__name__ for decay in DECAYS)}"
-            raise Refused("training.decay", name, remedy)
+        if self.records != for_records(self.records):
+            raise Refused("records.unit", "client", '"record": what a server adds to sums is not done at a site')
+        _check_decay(self.training)
         for field, text, form, words in (
             ("run_hash", self.run_hash, "[0-9a-f]{12}", "twelve hex digits, as a manifest has them"),
             ("weights", self.weights, "([0-9a-f]{12})?", "twelve hex digits, or none"),
@@ -124,15 +135,29 @@ class RunTerms:
             ("steps", self.steps, 1, MAX_STEPS),
             ("versions", self.versions, 0, MAX_INTEGER),
             ("evaluations", self.evaluations, 0, 10**6),
+            ("least_sum", self.least_sum, 0, MAX_MEMBERS),
         ):
             if not least <= number <= most:
                 raise Refused(field, number, f"a whole number from {least} to {most}")
         if abs(self.seed) > MAX_INTEGER:
             raise Refused("seed", self.seed, "a whole number of 64 bits")
-        if not 0 <= self.held_out < 1:
-            raise Refused("held_out", self.held_out, "a share of at least 0 and below 1")
+        _check_shares(self)
         if self.date is not None:
             check_date(self.date)
+
+
+def _check_shares(terms: RunTerms) -> None:
+    if not 0 <= terms.held_out < 1:
+        raise Refused("held_out", terms.held_out, "a share of at least 0 and below 1")
+    if not 0.5 < terms.sum_threshold <= 1:
+        raise Refused("sum_threshold", terms.sum_threshold, "a share above 0.5, and at most 1")
+
+
+def _check_decay(training: Training) -> None:
+    if training.decay not in DECAYS:
+        name = getattr(training.decay, "__name__", "?")
+        remedy = f"no code travels to a site; choose {', '.join(decay.__name__ for decay in DECAYS)}"
+        raise Refused("training.decay", name, remedy)
 
 
 def check_layer_names(names: tuple[str, ...] | str | None) -> None:
@@ -199,6 +224,25 @@ class EvaluateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class SumRequest:
+    """Ask a client that has done a task whose answer is only summed for its part in the sum (`privacy.secure_sum`).
+
+    Fields:
+        terms: terms of the run.
+        incarnation: number of the server's start.
+        client: who is asked.
+        task: its task.
+        steps: one for each block of directions that it holds, all of the same step.
+    """
+
+    terms: RunTerms
+    incarnation: int
+    client: ClientId
+    task: int
+    steps: tuple[BlockStep, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome:
     """Reply to a `JoinRequest`: the site works for this run.
 
@@ -232,6 +276,14 @@ class Refusal:
     reason: str
     lasting: bool
     deciding: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Reply to a `TaskRequest` whose answer is only summed: the site has trained, and holds what is to be summed."""
+
+    client: ClientId
+    task: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +335,8 @@ class RegionEvaluateResult:
     sites: tuple[SiteResult, ...]
 
 
-Request: TypeAlias = JoinRequest | TaskRequest | EvaluateRequest
-Reply: TypeAlias = Welcome | Refusal
+Request: TypeAlias = JoinRequest | TaskRequest | EvaluateRequest | SumRequest
+Reply: TypeAlias = Welcome | Ready | Refusal
 EvaluateReply: TypeAlias = EvaluateResult | RegionEvaluateResult
 
 
@@ -293,9 +345,30 @@ EvaluateReply: TypeAlias = EvaluateResult | RegionEvaluateResult
 
 def encode_request(request: Request) -> bytes:
     """Encode a request; the same request gives the same bytes. Raises Refused for a codec that sites do not know."""
-    if not isinstance(request, JoinRequest):
+    if isinstance(request, TaskRequest | EvaluateRequest):
         check_codec(start_of(request).codec)
     return pack_message(REQUEST, request)
+
+
+def summed_digest(terms: RunTerms, start: TaskStart, first: int, last: int) -> str:
+    """Return the sha256 of what a member sums in a round: directions `first` to `last` - 1 of what a start becomes by these terms.
+
+    Members compare it (`RoundTerms.starts`), for a server could ask others for directions in which nothing is learnt.
+    """
+    facts = encode_request(JoinRequest(terms, 0)) + f"{start_digest(start)} {first} {last}".encode()
+    return hashlib.sha256(facts).hexdigest()
+
+
+def why_coarse(terms: RunTerms, start: TaskStart, codec: Summed) -> str | None:
+    """Return why whole numbers are so coarse that a step of the optimiser may be rounded to nothing; None if they are not.
+
+    Members of one start may make different numbers of steps, so those who make few would all send zeros, and the sum be another's.
+    """
+    scaling = terms.lora.scaling if start.scaling is None else start.scaling
+    step = terms.training.learning_rate * min(1.0, scaling * start.rules.up_rate)
+    if codec.step <= step:
+        return None
+    return f"numbers would be rounded to {codec.step:.3g}, and a step of the optimiser moves one by {step:.3g}: give more bits"
 
 
 def start_of(request: TaskRequest | EvaluateRequest) -> TaskStart:
@@ -314,6 +387,11 @@ def decode_request(data: bytes, limit: int) -> Request:
     request: Request = unpack_message(data, limit, REQUEST, Request, DECAYS)
     check_range("incarnation", request.incarnation, 0, MAX_INTEGER)
     if isinstance(request, JoinRequest):
+        return request
+    if isinstance(request, SumRequest):
+        check_name("client", request.client)
+        check_range("task", request.task, 1, MAX_INTEGER)
+        check_range("blocks", len(request.steps), 1, MOST_BLOCKS)
         return request
     check_range("last_accepted", request.last_accepted, 0, MAX_INTEGER)
     if isinstance(request, TaskRequest):
@@ -347,6 +425,11 @@ def decode_reply(data: bytes, limit: int, tasks: Mapping[int, Task]) -> Reply | 
     reply: Reply = unpack_message(data, limit, REPLY, Reply)
     if isinstance(reply, Refusal):
         _check_refusal(reply)
+        return reply
+    if isinstance(reply, Ready):
+        check_name("client", reply.client)
+        if reply.task not in tasks:
+            raise NotOutstanding(f"task {reply.task} is not outstanding")
         return reply
     check_profiles((reply.profile, *reply.members))
     check_range("incarnation", reply.incarnation, 0, MAX_INTEGER)

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from fedloom.core.codec import Summed
+from fedloom.core.errors import Refused
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
-from fedloom.core.policies import aggregator_layers
 from fedloom.core.types import Budget, Model, TaskStart
-from fedloom.deploy.messages.messages import RunTerms
+from fedloom.deploy.messages.messages import RunTerms, why_coarse
+from fedloom.hierarchy.secure_edge import Secure
+from fedloom.privacy.private import client_level
+from fedloom.privacy.record_draws import for_records
+from fedloom.runs.record_budget import learned_steps
 from fedloom.runs.run import Run
 from fedloom.runs.start_adapter import has_fold
-from fedloom.train.settings import ALL_LINEAR, PLAIN
+from fedloom.train.settings import ALL_LINEAR, PLAIN, largest_step
 
 LONGEST_WORDS = 500
 """Characters in which a method says what it does for privacy."""
@@ -27,12 +32,14 @@ def terms_of_run(run: Run, first: Model, labels: Sequence[str] | None, run_hash:
         labels: names that the model chooses from (None: it writes text).
         run_hash: names its settings.
         weights: fingerprint of the base model ("": it has none).
+
+    Raises Refused for sums of numbers that are too coarse.
     """
     lora, start = run.lora, largest_start(run, first)
     if isinstance(lora.target_modules, str) and lora.target_modules.lower() != ALL_LINEAR:
         lora = replace(lora, target_modules=tuple(sorted(first.adapter.factors)))
-    learned = learned_steps(run)
-    return RunTerms(
+    learned, secure = learned_steps(run), run.hierarchy.secure if run.hierarchy else None
+    terms = RunTerms(
         run=run.name,
         run_hash=run_hash,
         model=run.model,
@@ -50,11 +57,18 @@ def terms_of_run(run: Run, first: Model, labels: Sequence[str] | None, run_hash:
         depth=None if learned or run.plan.depth is None else run.plan.depth.bounds[1],
         steps=max(run.plan.local_steps, learned),
         versions=run.limits.versions,
-        evaluations=1 if run.held_out else 0,
+        evaluations=1 if run.held_out and not client_level(run.privacy) else 0,
         folds=start.fold is not None or depth_folds(run),
         controls=start.control is not None,
         privacy=_privacy_words(run),
+        records=for_records(run.privacy),
+        least_sum=secure.least if secure else 0,
+        sum_threshold=(secure or Secure()).threshold,
     )
+    bound = largest_step(run.training.learning_rate, lora.scaling) * max(1.0, start.rules.up_rate) * terms.steps
+    if secure and (reason := why_coarse(terms, start, Summed(secure.bits, secure.bound or bound, 1))):
+        raise Refused("hierarchy.secure.bits", secure.bits, reason)
+    return terms
 
 
 def largest_start(run: Run, first: Model) -> TaskStart:
@@ -70,16 +84,11 @@ def depth_folds(run: Run) -> bool:
     return varied or learned_steps(run) > 0
 
 
-def learned_steps(run: Run) -> int:
-    """Return the largest number of steps that a plan over regions gives a site (0: there is no such plan)."""
-    rule = getattr(run.hierarchy.plan, "rule", None) if run.hierarchy else None
-    while rule is not None and not hasattr(rule, "steps"):
-        rule = getattr(rule, "inner", None)
-    return int(rule.steps) if rule is not None else 0
-
-
 def _privacy_words(run: Run) -> str:
-    noise = [layer for layer in aggregator_layers(run.aggregator) if getattr(layer, "adds_noise", False)]
-    # never the layer as a whole: the seed of its noise is the server's secret
-    said = [f"{type(layer).__name__}, multiplier {getattr(layer, 'multiplier', '?')}" for layer in noise]
-    return f"the server adds noise to what it merges ({'; '.join(said)})"[:LONGEST_WORDS] if said else ""
+    private = run.privacy
+    if private is None or not client_level(private):
+        return ""
+    bounds = (
+        f"clip {private.clip:g}, multiplier {private.multiplier:g}, at most {private.most_answers} answers of a client"
+    )
+    return f"the server adds noise to what it merges ({bounds})"[:LONGEST_WORDS]

@@ -22,8 +22,6 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, NoReturn, TextIO
 
-import torch
-
 from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
 from fedloom.core.events import ClientJoined, Command, Event, Reject, Report, Stop, TaskReceived
@@ -45,8 +43,8 @@ from fedloom.deploy.messages.messages import (
     JoinRequest,
     Refusal,
     RegionEvaluateResult,
-    Request,
     RunTerms,
+    SumRequest,
     TaskRequest,
     Welcome,
     decode_request,
@@ -69,6 +67,7 @@ from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.root_server import why_unplanned
 from fedloom.runs.checkpoint import read_checkpoint
 from fedloom.runs.final_scores import next_ranks
+from fedloom.runs.private_run import refuse_private_regions
 from fedloom.runs.resume import (
     CHECKPOINT,
     LOGS,
@@ -218,6 +217,8 @@ class Region:
             request = decode_request(body, self.site.limits.bytes)
         except Malformed as error:
             return self._refuse(None, f"not a valid message: {error}", True)
+        if isinstance(request, SumRequest):
+            return self._refuse(request.task, "a region is no member of a sum: its sites are", True)
         task = request.task.id if isinstance(request, TaskRequest) else None
         if reason := self._why_refused(request):
             return self._refuse(task, reason, True)
@@ -263,8 +264,7 @@ class Region:
         metrics = {**report.result.metrics, "seconds_train": self.running.elapsed - server.started}
         beside = None if report.statistics is None else RegionReport(report.statistics, self.members)
         data = encode_result(task, replace(report.result, metrics=metrics), report=beside)
-        stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        self.journal.record(self.terms.run_hash, task.id, CompletedTask(server.digest, stored, ClientState()), 0)
+        self.journal.record(self.terms.run_hash, task.id, CompletedTask.of_bytes(server.digest, data, ClientState()), 0)
 
     def _begin_task(self, server: RegionServer, request: TaskRequest, reply: SimpleQueue[bytes]) -> None:
         """Begin with a task, go on with the one that was begun before a restart, or give the same answer again."""
@@ -273,7 +273,7 @@ class Region:
         entry = self.journal.find(request.terms.run_hash, request.task.id)
         if entry is not None and entry.request_digest == digest:
             server.ended, self.waiting = None, None
-            reply.put(entry.answer.numpy().tobytes())
+            reply.put(entry.data)
         elif server.state.outer is None or server.digest != digest:
             server.digest, server.started, server.ended = digest, self.running.elapsed, None
             start = replace(request.task.start, codec=self.codec)  # the one that a checkpoint names
@@ -283,11 +283,11 @@ class Region:
         """Return the reply to a task that has ended: its report, or a refusal with the reason why there is none."""
         entry = self.journal.find(self.terms.run_hash, task.id) if self.terms else None
         if isinstance(ended, Report) and entry is not None and entry.request_digest == digest:
-            return entry.answer.numpy().tobytes()
+            return entry.data
         reason = ended.reason if isinstance(ended, Stop) else "its report was lost"
         return self._refuse(task.id, f"the region gave the task up: {reason}", False)
 
-    def _why_refused(self, request: Request) -> str | None:
+    def _why_refused(self, request: JoinRequest | TaskRequest | EvaluateRequest) -> str | None:
         """Return why nothing is done about a request; None if it is."""
         if reason := why_refused(self.site, request, time_of_day()):
             return reason
@@ -359,6 +359,7 @@ def run_region(
 ) -> NoReturn:
     """Be the region of `config.above`, until stopped. Raises Refused."""
     value, place = config.run(), folder / RUN_FOLDER
+    refuse_private_regions(value)
     if value.hierarchy is None:
         raise Refused(
             "hierarchy", None, "a region leads a group; give the Run a Hierarchy, the same as at the server above"

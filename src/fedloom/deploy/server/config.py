@@ -11,6 +11,8 @@ from typing import Any
 from fedloom.core.errors import UNREADABLE, Refused
 from fedloom.core.files import read_json
 from fedloom.core.schema import Decoder
+from fedloom.privacy.private import client_level
+from fedloom.privacy.secret_file import SERVER_NOISE
 from fedloom.runs.run import Run
 from fedloom.runs.run_file import load_run_file, override
 
@@ -27,6 +29,7 @@ class Timeouts:
         doubt: time after which a request without any reply is sent again (default 900).
         poll: time between two turns of the driver (default 0.2).
         look: time between two updates of the nodes (default 2).
+        sum: time that sites have for a step of a masked sum (default 60).
     """
 
     task: float | None = None
@@ -36,16 +39,17 @@ class Timeouts:
     doubt: float = 900.0
     poll: float = 0.2
     look: float = 2.0
+    sum: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("task", "away", "pause", "retry", "doubt", "poll", "look"):
+        for name in ("task", "away", "pause", "retry", "doubt", "poll", "look", "sum"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise Refused(f"patience.{name}", value, "give positive seconds")
 
 
-CONFIG_FILE, RUN_FOLDER = "deployment.json", "run"
-"""In the folder of a deployment: the file with its configuration, and the folder of the run."""
+CONFIG_FILE, RUN_FOLDER, SECRET_FOLDER = "deployment.json", "run", "secret"
+"""In the folder of a deployment: the file with its configuration, the folder of the run, and what no reader of that may have."""
 
 _FIELDS: Mapping[str, tuple[Any, object]] = {
     "runfile": (str, None),
@@ -101,3 +105,8 @@ class DeploymentConfig:
     def run(self) -> Run:
         """Load the run file and apply the settings. Raises Refused."""
         return override(load_run_file(Path(self.runfile)), self.settings)
+
+
+def server_secret(run: Run, folder: Path) -> bytes:
+    """Return the secret of the noise that the server of this folder adds; it is made at first use (empty: it adds none)."""
+    return SERVER_NOISE.read(folder / SECRET_FOLDER) if client_level(run.privacy) else b""

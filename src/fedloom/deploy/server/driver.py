@@ -39,15 +39,18 @@ from fedloom.core.events import (
     CanaryScored,
     Cancel,
     CheckCanary,
-    ClientJoined,
     ClientLost,
     Command,
     Dispatch,
     Evaluate,
     Event,
+    OpenSum,
+    PartsReady,
     Reject,
     ScoresReady,
     Stop,
+    SumFailed,
+    SumOpened,
     TaskFailed,
     TimerFired,
     UpdateArrived,
@@ -80,6 +83,8 @@ from fedloom.deploy.server.evaluation import Evaluation
 from fedloom.deploy.server.key_facts import KeyFacts, no_facts
 from fedloom.deploy.server.nodes import LinkTraffic, Node, NodeTable, SentMessage
 from fedloom.deploy.server.reply_events import REGION, join_event, largest_reply, parse_reply
+from fedloom.deploy.server.sum_exchange import SumExchange
+from fedloom.privacy.private import without_measures
 
 LOG = getLogger("fedloom.deploy.server")
 MAX_DELIVERIES = 8
@@ -109,11 +114,15 @@ class Deployment:
         observe: called with each event and its commands.
         save: writes a checkpoint; called after each turn in which something happened, before anything is sent.
         over_regions: whether clients are regions.
+        measured: whether answers say what their clients measured on their data (losses, tokens).
         facts_of: what the operator says of the holder of a key, by the key's name.
         clients: the clients that the server counts on.
         members: the sites of each region.
         accepted: the last task of each client whose answer was accepted (a coordinator did not reject it).
         tasks: tasks that were dispatched and not yet answered, by number.
+        ready: tasks among them that are done, and whose answers are only summed.
+        summing: number of the sum that is being opened (0: none).
+        exchange: its messages, since this process began it.
         opened: whether the run has begun.
         elapsed: seconds of the run. After a restart they go on from the last checkpoint, so the time without a server does not count.
         incarnation: how often the server was started.
@@ -132,7 +141,7 @@ class Deployment:
     rebuilt: ClassVar[frozenset[str]] = frozenset(
         {"server", "transport", "terms", "profiles", "min_clients", "timeouts", "clock", "evaluate", "observe", "save"}
         | {"over_regions", "traffic", "nodes", "evaluation", "ended", "failed_deliveries", "looked_at", "began_at"}
-        | {"changed", "check", "facts_of"}
+        | {"changed", "check", "facts_of", "measured", "exchange"}
     )
     server: Coordinator
     transport: Transport
@@ -146,11 +155,15 @@ class Deployment:
     observe: Observer = no_observer
     save: Callable[[], None] = do_nothing
     over_regions: bool = False
+    measured: bool = True
     facts_of: Callable[[str], KeyFacts] = no_facts
     clients: dict[ClientId, Profile] = field(default_factory=dict)
     members: dict[ClientId, tuple[Profile, ...]] = field(default_factory=dict)
     accepted: dict[ClientId, int] = field(default_factory=dict)
     tasks: dict[int, Task] = field(default_factory=dict)
+    ready: list[int] = field(default_factory=list)
+    summing: int = 0
+    exchange: SumExchange | None = None
     opened: bool = False
     elapsed: float = 0.0
     incarnation: int = 0
@@ -169,33 +182,13 @@ class Deployment:
             pause(self.timeouts.poll)
         return stop.reason
 
-    def repeat(self, steps: Iterable[tuple[float, Event]]) -> None:
-        """Handle recorded steps once more, before the first turn: those after the last checkpoint of a run that is made longer.
-
-        What follows from commands (scores, the failure of a refused answer) is made again and not taken from the record.
-        """
-        for now, event in steps:
-            self.elapsed = now
-            match event:
-                case ScoresReady() | CanaryScored():
-                    continue
-                case TaskFailed(_, number) if number not in self.tasks:
-                    continue
-                case ClientLost(client) if self.clients.pop(client, None) is None:
-                    continue
-                case ClientJoined(profile):
-                    self.clients[profile.client] = self.profiles[profile.client] = profile
-                    self.members[profile.client], self.opened = getattr(event, "members", ()), True
-            self._handle(now, event)
-        self.save()
-
     def turn(self) -> Stop | None:
         """Handle all that has happened since the last turn; then save a checkpoint, then send what is due."""
         if self.began_at is None:
             self.began_at, self.incarnation = self.clock() - self.elapsed, self.incarnation + 1
             self.profiles.update(self.clients)
         now = self.elapsed = max(self.elapsed, self.clock() - self.began_at)
-        for step in (self._collect, self._update_nodes, self._lose_overdue, self._timer):
+        for step in (self._collect, self._update_nodes, self._lose_overdue, self._advance_sum, self._timer):
             if stop := step(now):
                 return stop
         if self.evaluation:
@@ -242,28 +235,6 @@ class Deployment:
         self.evaluation = Evaluation(ranks, requests, regions, now, reasons=unreached)
         return self.evaluation
 
-    def evaluate_sites(
-        self,
-        ranks: Mapping[ClientId, int],
-        start_at: Callable[[int], TaskStart],
-        seconds: float,
-        pause: Callable[[float], None] = time.sleep,
-    ) -> Evaluation:
-        """Evaluate after the end of the run: take turns until each client has replied or is waited for no longer.
-
-        The last checkpoint stays as it is, so that a server which is killed here comes to the same end again. No reply is expected
-        to what was in flight, and a node need not rest any more.
-        """
-        self.ended, self.changed, self.tasks = True, False, {}
-        for number, node in self.nodes.reachable.items():
-            self.nodes.give_up(number)
-            node.resting_until = 0.0
-        evaluation = self.begin_evaluation(ranks, start_at, seconds)
-        while evaluation.awaited():
-            self.turn()
-            pause(self.timeouts.poll)
-        return evaluation
-
     # What happened ---------------------------------------------------------------------------------------------------------
 
     def _collect(self, now: float) -> Stop | None:
@@ -276,12 +247,16 @@ class Deployment:
             return self._handle_undelivered(now, sent, raw.error)
         self.traffic.received += 1
         self.traffic.bytes_up += len(raw.body)
-        if sent.evaluate:
-            if evaluation := self._evaluation_of(sent):
-                self.traffic.refused += evaluation.receive(sent.evaluate, raw.body)
-            return None
+        if sent.evaluate and (evaluation := self._evaluation_of(sent)):
+            self.traffic.refused += evaluation.receive(sent.evaluate, raw.body)
+        elif sent.summed and self.exchange:
+            self.exchange.receive(sent.summed, raw.body)
+        return None if sent.evaluate or sent.summed else self._receive_reply(now, sent, raw.body)
+
+    def _receive_reply(self, now: float, sent: SentMessage, body: bytes) -> Stop | None:
+        """Handle the reply to a join or task request."""
         try:
-            reply = parse_reply(raw.body, self.tasks, now, self.over_regions)
+            reply = parse_reply(body, self.tasks, now, self.over_regions)
         except NotOutstanding:
             if sent.task in self.tasks and not sent.given_up:  # it would be sent again at once, without end
                 return self._handle_unusable(now, sent, "it answers another task than it was given")
@@ -300,6 +275,8 @@ class Deployment:
         if number != sent.task or client != self.tasks[number].client:
             reason = f"{client!r} answers task {number} of {self.tasks[number].client!r}"
             return self._handle_unusable(now, sent, reason)
+        if not self.measured and isinstance(reply, UpdateArrived):
+            reply = replace(reply, result=without_measures(reply.result))
         return self._handle(now, reply)
 
     def _evaluation_of(self, sent: SentMessage) -> Evaluation | None:
@@ -339,7 +316,8 @@ class Deployment:
         if node is None:
             return None
         facts = KeyFacts() if node.name is None else self.facts_of(node.name)
-        if reason := self._why_not_let_in(number, node, welcome.profile, facts):
+        ended = "the run has ended" if self.ended and client not in self.clients else None
+        if reason := self.nodes.why_not_let_in(number, node, welcome.profile, facts) or ended:
             self.nodes.rest(now + self.timeouts.pause, number, reason)
             return None
         examples = facts.examples or welcome.profile.examples
@@ -356,18 +334,6 @@ class Deployment:
         joining, self.opened = [client] if self.opened else sorted(self.clients), True
         events = [join_event(self.clients[name], self.members[name], self.over_regions) for name in joining]
         return self._handle_all(now, events)
-
-    def _why_not_let_in(self, number: int, node: Node, profile: Profile, facts: KeyFacts) -> str | None:
-        """Return why this client may not be the one behind a node; None: it may. Without keys anybody may be anybody."""
-        client, region = profile.client, profile.tier == REGION
-        if node.name not in (None, client):
-            return f"it says that it is {client!r}, and its key is that of {node.name!r}"
-        if node.name is not None and region != facts.region:
-            says, has = ("region", "site") if region else ("site", "region")
-            return f"it says that it is a {says}, and its key is that of a {has}: see `fedloom keys add --region`"
-        if self.nodes.node_of(client) not in (None, number):
-            return f"there is another {client!r} already"
-        return "the run has ended" if self.ended and client not in self.clients else None
 
     def _handle_refusal(self, now: float, sent: SentMessage, refusal: Refusal) -> Stop | None:
         """Fail the task that a site will not do; if the reason lasts, the site is left alone for a while and its client is lost.
@@ -407,12 +373,38 @@ class Deployment:
         self.nodes.give_up_old(now, self.timeouts.doubt)
         if self.timeouts.task is None:
             return None
-        late = [task.client for task in self.tasks.values() if now > task.sent + self.timeouts.task]
+        late = [t.client for n, t in self.tasks.items() if n not in self.ready and now > t.sent + self.timeouts.task]
         return next((stop for client in late if (stop := self._lose_client(now, client))), None)
 
     def _timer(self, now: float) -> Stop | None:
         wake = self.server.wake() if self.opened else None
         return self._handle(now, TimerFired()) if wake is not None and wake <= now else None
+
+    def _advance_sum(self, now: float) -> Stop | None:
+        """Go on with the sum that is being opened; one that was begun before a restart has failed."""
+        if not self.summing:
+            return None
+        if self.exchange is None:
+            return self._handle(now, SumFailed(self.summing, "the server was started anew while the sum was opened"))
+        ended = self.exchange.advance(now, self.timeouts.sum)
+        return self._handle(now, ended) if ended else None
+
+    def _follow_sum(self, event: Event, commands: Iterable[Command], rejected: bool) -> None:
+        """Follow what an event means for tasks whose answers are only summed."""
+        match event:
+            case PartsReady(_, number) if not rejected:
+                self.ready.append(number)
+            case ClientLost(client) if self.exchange:
+                self.exchange.drop(client)
+            case SumFailed():
+                self.summing, self.exchange = 0, None
+            case SumOpened(_, blocks):
+                self.summing, self.exchange = 0, None
+                dropped = {command.task for command in commands if isinstance(command, Cancel)}
+                for number in set(blocks[0].tasks) - dropped:
+                    if task := self.tasks.pop(number, None):
+                        self.accepted[task.client] = number
+        self.ready = [number for number in self.ready if number in self.tasks]
 
     def _lose_client(self, now: float, client: ClientId) -> Stop | None:
         LOG.warning("%s is lost", client)
@@ -437,6 +429,7 @@ class Deployment:
         commands = self.server.handle(now, event)
         self.changed = True
         rejected = any(isinstance(command, Reject) for command in commands)
+        self._follow_sum(event, commands, rejected)
         if isinstance(event, ClientLost):
             self.tasks = {number: task for number, task in self.tasks.items() if task.client != event.client}
         if isinstance(event, UpdateArrived | TaskFailed) and not rejected:  # a rejected one fails in `_carry_out`
@@ -462,6 +455,9 @@ class Deployment:
                     self.tasks[task.id] = task
                 case Cancel(number):
                     self.tasks.pop(number, None)
+                case OpenSum(number):
+                    self.summing = number
+                    self.exchange = SumExchange.begin(self.elapsed, self.incarnation, command, self.tasks, self.terms)
                 case Evaluate(version, model):
                     events.append(ScoresReady(version, self.evaluate(model)))
                 case CheckCanary(number, _, model):
@@ -475,13 +471,16 @@ class Deployment:
 
     def _send(self, now: float) -> None:
         """Send to each free node what is due: a join request, its client's evaluate request, or its client's task."""
-        due = {task.client: task for task in self.tasks.values()}
+        due = {task.client: task for number, task in self.tasks.items() if number not in self.ready}
         awaited = self.evaluation.awaited() if self.evaluation else {}
         for number, node in self.nodes.free(now):
             if node.client is None:
                 self._post(JoinRequest(self.terms, self.incarnation), SentMessage(number, sent=now))
             elif request := awaited.get(node.client):
                 self._post(request, SentMessage(number, sent=now, evaluate=request))
+            elif self.exchange and node.client in self.exchange.waiting:
+                step = self.exchange.request(self.terms, self.incarnation, node.client)
+                self._post(step, SentMessage(number, sent=now, summed=step))
             elif task := due.get(node.client):
                 self._post(self._task_request(task, node), SentMessage(number, task.id, now))
 
@@ -494,7 +493,8 @@ class Deployment:
 
     def _post(self, request: Request, sent: SentMessage) -> None:
         body = encode_request(request)
-        largest = largest_reply(request, self.over_regions)
+        summed = self.exchange if sent.summed else None
+        largest = summed.largest_reply if summed else largest_reply(request, self.over_regions)
         self.nodes.in_flight[self.transport.send(sent.node, body, largest)] = sent
         self.traffic.sent += 1
         self.traffic.bytes_down += len(body)

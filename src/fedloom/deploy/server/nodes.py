@@ -11,8 +11,10 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from logging import getLogger
 
-from fedloom.core.types import ClientId
-from fedloom.deploy.messages.messages import EvaluateRequest
+from fedloom.core.types import ClientId, Profile
+from fedloom.deploy.messages.messages import EvaluateRequest, SumRequest
+from fedloom.deploy.server.key_facts import KeyFacts
+from fedloom.deploy.server.reply_events import REGION
 
 LOG = getLogger("fedloom.deploy.server")
 MAX_FAILURES = 8
@@ -65,7 +67,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class SentMessage:
-    """A request in flight. Without `task` and `evaluate` it is a `JoinRequest`.
+    """A request in flight. Without `task`, `evaluate` and `summed` it is a `JoinRequest`.
 
     Fields:
         node: where it was sent.
@@ -73,6 +75,7 @@ class SentMessage:
         sent: when (s of the run).
         given_up: no reply is expected any more, because the node was gone in between or took too long; one may come all the same.
         evaluate: the evaluate request that it is.
+        summed: the step of a sum that it is.
     """
 
     node: int
@@ -80,6 +83,7 @@ class SentMessage:
     sent: float = 0.0
     given_up: bool = False
     evaluate: EvaluateRequest | None = None
+    summed: SumRequest | None = None
 
 
 @dataclass(slots=True)
@@ -153,3 +157,13 @@ class NodeTable:
     def node_of(self, client: ClientId) -> int | None:
         """Return the number of this client's node."""
         return next((number for number, node in self.reachable.items() if node.client == client), None)
+
+    def why_not_let_in(self, number: int, node: Node, profile: Profile, facts: KeyFacts) -> str | None:
+        """Return why this client may not be the one behind a node; None: it may. Without keys anybody may be anybody."""
+        client, region = profile.client, profile.tier == REGION
+        if node.name not in (None, client):
+            return f"it says that it is {client!r}, and its key is that of {node.name!r}"
+        if node.name is not None and region != facts.region:
+            says, has = ("region", "site") if region else ("site", "region")
+            return f"it says that it is a {says}, and its key is that of a {has}: see `fedloom keys add --region`"
+        return f"there is another {client!r} already" if self.node_of(client) not in (None, number) else None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedloom.core.events import ClientJoined, EdgeJoined, EdgeReported, UpdateArrived
+from fedloom.aggregate.shared.parts import is_summed
+from fedloom.core.events import ClientJoined, EdgeJoined, EdgeReported, PartsReady, UpdateArrived
 from fedloom.core.lora import named_tensors
 from fedloom.core.message_size import download_size, upload_size
+from fedloom.core.schema import Malformed
 from fedloom.core.types import Profile, Result, Task
 from fedloom.deploy.messages import answer
 from fedloom.deploy.messages.checks import check_profiles
-from fedloom.deploy.messages.messages import Reply, Request, TaskRequest, decode_reply
+from fedloom.deploy.messages.messages import Ready, Refusal, Request, TaskRequest, Welcome, decode_reply
 from fedloom.hierarchy.edge import trained_part
 from fedloom.hierarchy.group_statistics import with_task_seconds
 
@@ -41,7 +43,9 @@ def largest_reply(request: Request, over_regions: bool) -> int:
     return size
 
 
-def parse_reply(body: bytes, tasks: Mapping[int, Task], now: float, over_regions: bool) -> Reply | UpdateArrived:
+def parse_reply(
+    body: bytes, tasks: Mapping[int, Task], now: float, over_regions: bool
+) -> Welcome | Refusal | UpdateArrived | PartsReady:
     """Decode a reply; the answer to one of these tasks becomes an event. Raises Malformed.
 
     Args:
@@ -51,6 +55,10 @@ def parse_reply(body: bytes, tasks: Mapping[int, Task], now: float, over_regions
         over_regions: whether the clients are regions, whose answers may lack layers and carry a report.
     """
     reply = decode_reply(body, MAX_REPLY, tasks)
+    if isinstance(reply, Ready):
+        if not is_summed(tasks[reply.task]):
+            raise Malformed("it holds back an answer that is not to be summed")
+        return PartsReady(reply.client, reply.task)
     if not isinstance(reply, tuple):
         return reply
     client, number, result = reply

@@ -85,7 +85,8 @@ class Status:
         for fact in self.observation.read(now, event, commands):
             if isinstance(fact, TaskAnswered) and not fact.refused:
                 self.by_client[fact.client] = self.by_client.get(fact.client, 0) + 1
-                self._note_examples(fact.client, fact.result.examples)
+                if fact.result is not None:
+                    self._note_examples(fact.client, fact.result.examples)
             if isinstance(fact, SetAside):
                 self.why_set_aside[fact.client] = fact.reason
                 LOG.warning("an answer of %s is set aside: %s", fact.client, fact.reason)

@@ -23,6 +23,7 @@ from dataclasses import astuple, dataclass, replace
 from logging import getLogger
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fedloom.core.errors import Refused
@@ -55,6 +56,16 @@ class CompletedTask:
     request_digest: str
     answer: Tensor
     client_state: ClientState
+
+    @classmethod
+    def of_bytes(cls, request_digest: str, data: bytes, client_state: ClientState) -> CompletedTask:
+        """Return the task to whose request these bytes were given back."""
+        return cls(request_digest, torch.frombuffer(bytearray(data), dtype=torch.uint8), client_state)
+
+    @property
+    def data(self) -> bytes:
+        """The bytes that were given back."""
+        return self.answer.numpy().tobytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from fedloom.core.schema import Malformed, jsonable
 from fedloom.core.text import printable
 from fedloom.deploy.messages.messages import JoinRequest, RunTerms, decode_request, encode_request
 from fedloom.deploy.site.limits import SiteLimits, refusals, requested
+from fedloom.privacy.private import Private
 
 FOLDER = "terms"
 """In the state folder of a site: the documents that were offered and accepted."""
@@ -264,7 +265,22 @@ def _rows(terms: RunTerms, limits: SiteLimits) -> Iterator[tuple[str, str, str]]
         f"{limits.threads} threads, {limits.seconds:g} s a task",
     )
     yield "other", f"seed {terms.seed}, date {terms.date or 'none'}", ""
+    sums = f"over at least {terms.least_sum} sites, {terms.sum_threshold:.0%} of whom agree"
+    seen = sums if terms.least_sum else "no: the server sees each answer"
+    yield (
+        "answers are summed",
+        seen,
+        f"over at least {limits.least_sum} sites" if limits.least_sum > 1 else "may be seen",
+    )
+    yield "noise in training", _noise_words(terms.records), "at least that of [privacy]"
     yield "privacy", terms.privacy or "nothing is promised", "see docs/site.md"
+
+
+def _noise_words(records: Private | None) -> str:
+    if records is None:
+        return "none"
+    said = f"{records.multiplier:g} x a clip of {records.clip:g} in each step, at most {records.most_answers:,} tasks"
+    return f"{said}, epsilon {records.budget[0]:g} at delta {records.budget[1]:g}" if records.budget else said
 
 
 def _scored_words(terms: RunTerms) -> str:
@@ -282,8 +298,19 @@ def _scored_limit(limits: SiteLimits) -> str:
 
 def _meaning(terms: RunTerms) -> Iterator[str]:
     """Yield what follows from the terms, for a reader who does not train models."""
-    yield "After each task the site sends back the adapter that it trained on its rows, and how many rows it has. The server sees it."
-    yield "Rows do not leave. Rare words in them, and whether a known sentence is among them, can be inferred (docs/leakage.md)."
+    if terms.least_sum:
+        yield "After each task the site masks what it trained. The server sees sums over sites, and how many rows each has."
+        yield "This hides single sites only if the keys in the folder `peers` are those of the others: ask their owners."
+    else:
+        yield "After each task the site sends back the adapter that it trained, and how many rows it has. The server sees it."
+    if terms.records is None:
+        yield "Rows do not leave. Rare words in them, and whether a known sentence is among them, can be inferred (docs/leakage.md)."
+    else:
+        yield "Rows do not leave. Each step trains on rows drawn by secret coins, and noise is added here, before anything leaves."
+        yield "It bounds what anybody, the server too, learns of any one row, by an epsilon that this site adds up (docs/privacy.md)."
+        yield "What many rows have in common is learnt all the same, and how many rows there are is told."
+        if terms.records.budget is None:
+            yield "The run names no largest epsilon, which small noise makes large: [privacy] epsilon of this site limits it."
     if terms.labels is not None:
         yield "The share of each label among the rows can be inferred from every answer."
     if terms.held_out and terms.evaluations:
@@ -293,5 +320,5 @@ def _meaning(terms: RunTerms) -> Iterator[str]:
     if terms.privacy:
         yield f"The server says of privacy: {terms.privacy}. The site cannot check what the server does."
     else:
-        yield "The server promises no noise and no hiding of single answers."
+        yield "The server promises no noise" + ("." if terms.least_sum else " and no hiding of single answers.")
     yield "Accepting holds for exactly this document. Any change of it is offered anew."

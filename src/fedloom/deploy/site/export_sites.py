@@ -17,7 +17,7 @@ from fedloom.core.text import without_surrogates
 from fedloom.core.types import Budget, Task
 from fedloom.data.examples import Examples
 from fedloom.deploy.messages.messages import EvaluateRequest, TaskRequest
-from fedloom.deploy.messages.terms import largest_start, learned_steps, terms_of_run
+from fedloom.deploy.messages.terms import largest_start, terms_of_run
 from fedloom.deploy.site.limits import (
     Asked,
     SiteLimits,
@@ -28,8 +28,8 @@ from fedloom.deploy.site.limits import (
     task_epochs,
     toml_value,
 )
+from fedloom.runs.record_budget import reads_losses
 from fedloom.runs.run import Run
-from fedloom.schedule.shared.weights import ByQuality
 
 UNSURE = 4.0
 """Standard deviations by which the number of rows that a site holds out may differ from what its share says."""
@@ -80,8 +80,7 @@ def needed_limits(run: Run, rows: int, labels: Sequence[str] | None) -> dict[str
     asked += needed_rows(evaluation, 0, least_scored) if run.held_out else ()
     total = 2 * run.limits.versions * task_epochs(request, least_trained)  # who is fast may have more tasks than others
     asked += [Asked("total_epochs", total, ""), Asked("tasks_a_day", 2 * run.limits.versions, "")]
-    by_loss = learned_steps(run) > 0 or isinstance(getattr(run.schedule, "weigh", None), ByQuality)
-    asked += [Asked("losses", by_loss, "")]
+    asked += [Asked("losses", reads_losses(run), "")]
     needed = dict[str, Value]()
     for limit, value, _ in asked:
         allowed = needed.get(limit, getattr(SiteLimits(), limit))

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedloom.core.codec import Summed
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, named_tensors, server_rank
 from fedloom.core.types import Budget, Task, TaskStart
@@ -46,6 +47,8 @@ class SiteLimits(BaseModel):
         least_rows: smallest number of rows that a task is trained on, steps times batch (default 100).
         least_scored: smallest number of rows in an evaluation, and by which it differs from an earlier one (default 50).
         evaluations: evaluations of a run (default 1).
+        least_sum: smallest number of sites over which answers are summed before anybody sees one (default 1: the server may see
+            each; 3 or more: the site takes part in sums alone, and needs `peers`).
         scores: whether counts of right predictions may be sent (default true; false: nothing is held out).
         losses: whether losses may be sent: sums of them with an evaluation, means with an answer (default false).
         least_batch: smallest number of rows in a step (default 8).
@@ -91,6 +94,7 @@ class SiteLimits(BaseModel):
     least_rows: int = Field(default=100, ge=1, le=10**12)
     least_scored: int = Field(default=50, ge=1, le=10**12)
     evaluations: int = Field(default=1, ge=0, le=10**6)
+    least_sum: int = Field(default=1, ge=1, le=1000)
     scores: bool = True
     losses: bool = False
     least_batch: int = Field(default=8, ge=1, le=10**9)
@@ -241,8 +245,9 @@ def _terms_asked(terms: RunTerms) -> Iterator[Asked]:
     yield Asked("least_batch", training.batch_size, f"the run trains on batches of {training.batch_size}")
     for limit in ("learning_rate", "least_learning_rate"):
         yield Asked(limit, training.learning_rate, f"the run has a learning rate of {training.learning_rate:g}")
-    yield Asked("clip", training.clip, f"the run cuts gradients to a norm of {training.clip:g}")
-    yield Asked("least_clip", training.clip, f"the run cuts gradients to a norm of {training.clip:g}")
+    for norm in (training.clip, *([terms.records.clip] if terms.records else [])):
+        yield Asked("clip", norm, f"the run cuts gradients to a norm of {norm:g}")
+        yield Asked("least_clip", norm, f"the run cuts gradients to a norm of {norm:g}")
     yield Asked("weight_decay", training.weight_decay, f"the run has a weight decay of {training.weight_decay:g}")
     yield Asked("proximal", training.proximal, f"the run has a proximal term of {training.proximal:g}")
     if training.max_length is not None:
@@ -254,6 +259,7 @@ def _terms_asked(terms: RunTerms) -> Iterator[Asked]:
     yield from layers_asked(names if isinstance(names, tuple) else ())
     yield Asked("held_out", terms.held_out, f"the run holds {terms.held_out:g} of the rows out")
     yield Asked("evaluations", terms.evaluations, f"the run is scored {_count(terms.evaluations, 'time')} at a site")
+    yield Asked("least_sum", terms.least_sum or 1, _sum_words(terms.least_sum))
     yield Asked("folds", terms.folds, "the run changes the base model too")
     yield Asked("controls", terms.controls, "the run adds numbers of the server to gradients")
     size = engine.cache / MEGABYTE
@@ -336,8 +342,14 @@ def beyond_terms(request: Request) -> Iterator[str]:
         yield f"the task trains {'all' if depth == math.inf else depth} layers, the terms say at most {terms.depth}"
     if start.fold is not None and not terms.folds:
         yield "the task changes the base model too, the terms say that none does"
+    if isinstance(request, TaskRequest) and isinstance(start.codec, Summed) != bool(terms.least_sum):
+        yield f"the terms say that {_sum_words(terms.least_sum)}, the task is of another kind"
     if start.control is not None and not terms.controls:
         yield "the task adds numbers of the server to gradients, the terms say that none does"
+
+
+def _sum_words(least: int) -> str:
+    return f"the run sums answers over at least {least} sites" if least else "the server sees the answer of each site"
 
 
 def layers_asked(names: Iterable[str]) -> Iterator[Asked]:

@@ -42,6 +42,8 @@ Kind: TypeAlias = Literal[
     "evaluation answered",
     "refused",
     "noise spent",
+    "sum asked",
+    "sum answered",
     "cut off",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -77,7 +79,8 @@ class RecordEntry:
         sent: sha256 of the reply.
         reason: why it was refused.
         seconds: limit that it did not keep (s).
-        clip: largest norm of the change that was sent.
+        unit: what noise protects: the whole "answer", or each "record".
+        clip: largest norm of the change that was sent, or of a record's gradient.
         multiplier: standard deviation of the noise relative to `clip`.
         key: fingerprint of the key that signs from here on.
     """
@@ -100,6 +103,7 @@ class RecordEntry:
     sent: str = ""
     reason: str = ""
     seconds: float | None = None
+    unit: str = ""
     clip: float | None = None
     multiplier: float | None = None
     key: str = ""
@@ -219,6 +223,7 @@ class RequestCounts:
         accepted: hashes of terms that were accepted.
         highest: by run hash, the highest number of a task that was begun, and the digest of the first that had it.
         scored: rows of each evaluation of any run.
+        summed: tasks whose numbers were asked for in a sum, by run hash and number: they go into no other one.
     """
 
     day: str = ""
@@ -232,6 +237,7 @@ class RequestCounts:
     accepted: set[str] = field(default_factory=set)
     highest: dict[str, tuple[int, str]] = field(default_factory=dict)
     scored: set[int] = field(default_factory=set)
+    summed: set[tuple[str, int]] = field(default_factory=set)
 
     def turn_to(self, time: str) -> None:
         """Begin a new day if this time, as lines have it, is in a later one."""
@@ -265,6 +271,8 @@ class RequestCounts:
             self.recent.pop(
                 request, None
             )  # answered, and stored elsewhere, or failed: to train it anew is another task
+        elif kind == "sum asked":
+            self.summed.add((line.get("run_hash", ""), line.get("task", 0)))
         elif kind == "accepted":
             self.accepted.add(line.get("terms", ""))
 
@@ -399,23 +407,6 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
     if not whole or not {"number", "time", "kind", "version", "before"} <= line.keys() or line["kind"] not in KINDS:
         return None
     return line if all(type(value) in _TYPES.get(name, (str,)) for name, value in line.items()) else None
-
-
-def append_line(path: Path, entry: RecordEntry, released: str) -> None:
-    """Append what was spent on a release to a file that only its owner reads; it is on the disk when this returns.
-
-    Args:
-        path: the file, one line of JSON for each release; a line that a power cut left half written is ended first.
-        entry: what the release is.
-        released: names what is released; lines of one name are one release.
-
-    Raises OSError where there is no room for it, Refused where the file is none.
-    """
-    line = _encoded({"time": _stamp(_now()), **entry.written(), "released": released})
-    with open_regular(path, "ab") as file:
-        os.fchmod(file.fileno(), 0o600)
-        _append_whole(file.fileno(), line)
-    _sync_folder(path.parent)
 
 
 def _stamp(time: datetime) -> str:

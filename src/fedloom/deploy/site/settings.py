@@ -18,9 +18,9 @@ from fedloom.data.examples import Examples, Source
 from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Shard, hold_out
 from fedloom.data.table import Table
-from fedloom.deploy.messages.messages import EvaluateRequest, Request, RunTerms, TaskRequest
+from fedloom.deploy.messages.messages import EvaluateRequest, JoinRequest, Request, RunTerms, TaskRequest
 from fedloom.deploy.site.limits import SiteLimits, beyond_terms, refusals, region_limits, requested
-from fedloom.deploy.site.site_noise import SitePrivacy
+from fedloom.deploy.site.site_privacy import SitePrivacy, noise_in_training
 
 LOG = getLogger("fedloom.worker")
 
@@ -175,13 +175,14 @@ class Site(_Section):
         ca: certificate of the authority that it trusts.
         key: private key of the site.
         folder: files of the site (default: `state` beside the settings).
+        peers: folder with the public keys of other sites, NAME.pub each, with which answers may be summed (default None: with none).
         model: its copy of the base model.
         region: whether it is a region, which has no data but sites of its own, and is started by `fedloom region`.
         table: labelled texts.
         instructions: requests with reference answers.
         limits: what a server may ask for; those of a region are only what its file names.
         terms: terms of runs that its owner has accepted.
-        privacy: clipping and noise that the site applies to each answer (default None: neither).
+        privacy: clipping, noise and budget that the site keeps whatever a server asks for (default None: what the run says).
         speed: speed and memory of the machine, as they are reported to the server.
     """
 
@@ -190,6 +191,7 @@ class Site(_Section):
     ca: Place | None = None
     key: Place | None = None
     folder: Annotated[Place, Field(validate_default=True)] = Path("state")
+    peers: Place | None = None
     model: ModelCopy
     region: bool = False
     table: LabelledFile | None = None
@@ -231,7 +233,7 @@ def site_shard(site: Site, examples: Examples, terms: RunTerms, secret: bytes) -
 
     Nothing is held out where the run or the site does not want it, nor of a single example.
     """
-    share = terms.held_out if site.limits.scores else 0.0
+    share = terms.held_out if site.limits.scores and not noise_in_training(site.privacy, terms.records) else 0.0
     (shard,) = hold_out({site.name: tuple(range(len(examples)))}, examples, share, lambda _: secret)
     return shard
 
@@ -275,13 +277,26 @@ def _reasons(site: Site, request: Request, hour: float) -> Iterator[str]:
         yield f"the run chooses among {len(terms.labels)} labels, the data of this site have answers"
     if not limits.awake(hour):
         yield f"this site works at {limits.hours}, and it is {int(hour):02}:{int(hour % 1 * 60):02} there (limits.hours)"
-    if isinstance(request, TaskRequest | EvaluateRequest):
+    if not isinstance(request, JoinRequest):
         yield from _why_foreign(site, request.task.client if isinstance(request, TaskRequest) else request.client)
     if isinstance(request, EvaluateRequest) and not limits.scores:
         yield "this site tells no scores (limits.scores)"
+    if not site.region:
+        yield from _why_not_private(site, request)
     yield from refusals(limits, requested(request))
     if not site.region:  # which gets the steps of all its rounds at once
         yield from beyond_terms(request)
+
+
+def _why_not_private(site: Site, request: Request) -> Iterator[str]:
+    """Yield why the site's rows cannot be protected as its owner or the run says."""
+    try:
+        records = noise_in_training(site.privacy, request.terms.records)
+    except Refused as error:
+        yield error.remedy
+        return
+    if records and isinstance(request, EvaluateRequest):
+        yield "this site tells no scores: each of its rows is protected, and a score tells of single ones"
 
 
 def _why_foreign(site: Site, client: ClientId) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Clipping and noise at the site, `[privacy]` in `site.toml`: what an answer tells at most, whatever a server asks for.
+"""Clipping and noise of whole answers, `[privacy]` of unit "answer": what an answer tells at most, whatever a server asks for.
 
 Source: McMahan et al., "Learning Differentially Private Recurrent Language Models", arXiv 1710.06963, 2018 (clipping of a client's
 whole change, Gaussian noise); here both are applied by the site itself. What is sent is start + min(1, S / |change|) change + noise,
@@ -9,44 +9,24 @@ The noise is a keyed function (HMAC-SHA256, expanded by ChaCha20) of the site's 
 the exact answer too: a task that is asked for again gets the same bytes, so that noise cannot be averaged away, and no two different
 answers share their noise, so that it cannot be subtracted. torch's generators will not do here: they take 32 bits of a seed.
 
-Each release is a line of `spent.jsonl`, on the disk before the answer is: what an accountant needs to add up a privacy loss. A crash
-can only make it count too much.
+What each answer costs stands in the site's ledger before it leaves (`site_privacy`).
 """
 
 from __future__ import annotations
 
-import hmac
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fedloom.aggregate.shared.wrapper import euclidean_norm
+from fedloom.core.answer_change import euclidean_norm, factor_change, with_change
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import Adapter, cut_factor, from_tensors, map_tensors, named_tensors, take_sides
-from fedloom.core.types import Result, Side, Task, TaskStart
-
-GRID = 2.0**-20
-"""Distance of the values that a change can take, relative to the clipping norm."""
-SIDES: tuple[Side, ...] = ("down", "up", "dense")
-
-
-class SitePrivacy(BaseModel):
-    """Clipping and noise that a site applies to each answer.
-
-    Fields:
-        clip: largest Euclidean norm of a change, over all tensors together (S).
-        multiplier: standard deviation of the noise relative to `clip` (z; default 0: clipping alone).
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    clip: float = Field(gt=0, le=1e6)
-    multiplier: float = Field(default=0.0, ge=0, le=1e6)
+from fedloom.core.lora import Adapter, from_tensors, map_tensors, named_tensors
+from fedloom.core.types import Result, Task, TaskStart
+from fedloom.deploy.site.site_privacy import SitePrivacy
+from fedloom.privacy.secret_noise import GRID, SecretNoise
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +39,23 @@ class NoiseSource:
         request: digest of the request.
     """
 
-    secret: bytes
+    secret: bytes = field(repr=False)
     run_hash: str
     request: str
 
-    def normals(self, task: int, exact: Adapter) -> Iterator[Tensor]:
-        """Yield, for each tensor of `exact` in order of name, standard normal numbers of its shape, in float64."""
-        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+    def normals(self, task: int, exact: Adapter, clip: float, multiplier: float) -> Iterator[Tensor]:
+        """Yield, for each tensor of `exact` in order of name, standard normal numbers of its shape, in float64.
 
-        names = json.dumps(["site noise", self.run_hash, task, self.request, fingerprint(exact)])
-        key = hmac.digest(self.secret, names.encode(), "sha256")
-        stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
-        for _, tensor in sorted(named_tensors(exact).items()):
-            pairs = (tensor.numel() + 1) // 2
-            drawn = torch.frombuffer(bytearray(stream.update(bytes(16 * pairs))), dtype=torch.int64)
-            yield normals_of(drawn)[: tensor.numel()].reshape(tensor.shape)
-
-
-def normals_of(words: Tensor) -> Tensor:
-    """Return as many standard normal numbers as there are random 64-bit words, an even number (Box and Muller 1958)."""
-    uniform = ((words & (2**53 - 1)).double() + 0.5) * 2.0**-53
-    first, second = uniform.reshape(2, -1)
-    radius, angle = (-2.0 * first.log()).sqrt(), 2.0 * math.pi * second
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])
+        Another clip or multiplier gets other numbers: from the same ones at two scales the exact answer could be computed.
+        """
+        noise = SecretNoise(self.secret, ("site noise", self.run_hash))
+        names = (task, self.request, fingerprint(exact), clip.hex(), multiplier.hex())
+        yield from noise.normals(named_tensors(exact), *names)
 
 
 def why_unprotected(privacy: SitePrivacy | None, start: TaskStart) -> str | None:
     """Return why answers to such a task cannot be protected; None if they can, or need not."""
-    if privacy is None:
+    if privacy is None or privacy.unit == "record":  # whose noise comes before all of these
         return None
     if start.control is not None:
         return "this site clips what it sends ([privacy]), and a control variate (SCAFFOLD) would leave beside it"
@@ -102,27 +71,22 @@ def protect_answer(privacy: SitePrivacy, source: NoiseSource, task: Task, result
 
     Sides that may not change are those that were sent. A change that is not finite counts as none.
     """
+    assert privacy.clip is not None  # of unit "answer"
     exact, start = result.adapter, task.start
-    ranks = {name: factor.rank for name, factor in exact.factors.items()}  # lower where a client pruned itself
-    sent = Adapter(
-        {name: cut_factor(start.train.factors[name], rank) for name, rank in ranks.items()}, start.train.dense
-    )
-    free = frozenset(SIDES) - start.rules.unchanged
-    zero = map_tensors(lambda one: torch.zeros_like(one, dtype=torch.float64), sent)
-    change = take_sides(free, map_tensors(lambda new, old: new.double() - old.double(), exact, sent), zero)
+    change = factor_change(start, exact)
     norm = euclidean_norm(change)
     if not math.isfinite(norm):
-        change, norm = zero, 0.0
+        change, norm = map_tensors(torch.zeros_like, change), 0.0
     share = min(1.0, privacy.clip / norm) if norm else 1.0
     moved = map_tensors(lambda one: one * share, change)
     if privacy.multiplier:
-        moved = _with_noise(moved, privacy, source.normals(task.id, exact))
-    protected = map_tensors(lambda old, more: (old.double() + more).to(old.dtype), sent, moved)
-    return replace(result, adapter=take_sides(free, protected, sent), tokens=0, metrics={})
+        normals = source.normals(task.id, exact, privacy.clip, privacy.multiplier)
+        moved = _with_noise(moved, privacy.clip, privacy.multiplier, normals)
+    return replace(result, adapter=with_change(start, exact, moved), tokens=0, metrics={})
 
 
-def _with_noise(change: Adapter, privacy: SitePrivacy, normals: Iterator[Tensor]) -> Adapter:
-    deviation, grid = privacy.multiplier * privacy.clip, GRID * privacy.clip
+def _with_noise(change: Adapter, clip: float, multiplier: float, normals: Iterator[Tensor]) -> Adapter:
+    deviation, grid = multiplier * clip, GRID * clip
     noisy = {
         name: ((tensor + deviation * normal.to(tensor.device)) / grid).round() * grid
         for (name, tensor), normal in zip(sorted(named_tensors(change).items()), normals, strict=True)

@@ -4,24 +4,22 @@ Which rows are held out, which rows share a batch and what dropout drops follow 
 knows every setting of a run can neither foretell a batch nor choose one.
 
 A digest of the secret lies beside it. Where the secret is gone or another one, rows that were held out would be trained on without
-anybody knowing: the site stops until its owner puts the old one back or begins a new split. Both files are the owner's alone (0600 in
-a folder of 0700). Where the whole folder is lost nothing tells so, and a new split begins by itself: it belongs into a backup.
+anybody knowing: the site stops until its owner puts the old one back or begins a new split.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import secrets
 from pathlib import Path
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import atomic_write, lock, open_regular, private_folder
+from fedloom.core.files import lock, open_regular, private_folder
+from fedloom.privacy.secret_file import SecretFile
 
 SECRET = "secret"
 COMMITMENT = "secret.sha256"
 """File with the digest of the secret: it tells a lost or exchanged secret, and cannot be turned back into it."""
 NEW_SPLIT = "begin a new split with `fedloom site new-split --config site.toml`: rows held out so far may be trained on from then on"
+SITE_SECRET = SecretFile(SECRET, "site secret", NEW_SPLIT)
 
 
 def read_secret(folder: Path) -> bytes:
@@ -30,23 +28,7 @@ def read_secret(folder: Path) -> bytes:
     Raises:
         Refused: it was there and is lost, another one or no plain file lies in its place, or others may read it.
     """
-    path = private_folder(folder) / SECRET
-    text, committed = _read(path), _read(folder / COMMITMENT)
-    if text is None and committed is None:
-        return _begin(folder)
-    if text is None:
-        raise Refused("secret", str(path), f"it was there and is lost; put it back from a copy, or {NEW_SPLIT}")
-    try:
-        secret = bytes.fromhex(text)
-    except ValueError:
-        secret = b""
-    if len(secret) != 32:
-        raise Refused("secret", str(path), f"it is damaged; put it back from a copy, or {NEW_SPLIT}")
-    if committed is None:  # the process ended between the two files
-        _write(folder / COMMITMENT, _commitment(secret))
-    elif committed != _commitment(secret):
-        raise Refused("secret", str(path), f"it is not the one of this site; put that back from a copy, or {NEW_SPLIT}")
-    return secret
+    return SITE_SECRET.read(folder)
 
 
 def begin_new_split(folder: Path) -> None:
@@ -57,33 +39,4 @@ def begin_new_split(folder: Path) -> None:
     with open_regular(private_folder(folder) / "worker.lock", "ab") as held:
         if not lock(held):
             raise Refused("folder", str(folder), "the worker of this site is running; stop it first")
-        _begin(folder)
-
-
-def _begin(folder: Path) -> bytes:
-    """Write a new secret, then its digest: a process that ends in between leaves nothing that would be taken for another secret."""
-    secret = secrets.token_bytes(32)
-    _write(folder / SECRET, secret.hex())
-    _write(folder / COMMITMENT, _commitment(secret))
-    return secret
-
-
-def _commitment(secret: bytes) -> str:
-    return hashlib.sha256(b"fedloom site secret\0" + secret).hexdigest()
-
-
-def _read(path: Path) -> str | None:
-    """Return the text of a file of the owner's; None if there is none."""
-    try:
-        file = open_regular(path)
-    except FileNotFoundError:
-        return None
-    with file:
-        if os.fstat(file.fileno()).st_mode & 0o077:
-            raise Refused("secret", str(path), f"others on this machine may read it; chmod 600 {path}")
-        return file.read(200).decode("ascii", "replace").strip()
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as draft:  # whose mode follows from that of the folder
-        draft.write_text(text + "\n", encoding="ascii")
+        SITE_SECRET.renew(folder)

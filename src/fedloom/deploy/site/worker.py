@@ -36,6 +36,7 @@ from fedloom.deploy.messages.messages import (
     Refusal,
     Request,
     RunTerms,
+    SumRequest,
     TaskRequest,
     Welcome,
     decode_request,
@@ -47,17 +48,15 @@ from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
 from fedloom.deploy.site.consent import Consents, terms_hash
 from fedloom.deploy.site.deadline import Deadline
 from fedloom.deploy.site.limits import MEGABYTE, Asked, layers_asked, needed_rows, require_allowed, task_epochs, used
-from fedloom.deploy.site.request_record import (
-    MOST_LINES,
-    RecordEntry,
-    RequestRecord,
-    append_line,
-)
+from fedloom.deploy.site.request_record import MOST_LINES, RecordEntry, RequestRecord
 from fedloom.deploy.site.settings import Site, site_shard, why_refused
 from fedloom.deploy.site.site_key import key_fingerprint, read_private_key
 from fedloom.deploy.site.site_noise import NoiseSource, protect_answer, why_unprotected
+from fedloom.deploy.site.site_privacy import TaskSpending, noise_in_training
 from fedloom.deploy.site.site_secret import read_secret
+from fedloom.deploy.site.sum_member import SumMember
 from fedloom.deploy.site.worker_socket import Listener
+from fedloom.privacy.private import without_measures
 from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.chat_template import fit_notes
 from fedloom.train.evaluate import evaluate_held_out, evaluate_untrained
@@ -116,6 +115,7 @@ class SiteWorker:
         journal: completed tasks, on the disk.
         evaluations: completed evaluations, on the disk, numbered as in the record.
         record: what was asked and sent, on the disk.
+        sums: its part in sums of answers.
         consents: terms that were offered and accepted, on the disk.
         deadline: ends the process where a request takes too long.
     """
@@ -130,6 +130,7 @@ class SiteWorker:
     refused: int = 0
     journal: AnswerJournal = field(init=False)
     evaluations: AnswerJournal = field(init=False)
+    sums: SumMember = field(init=False)
     consents: Consents = field(init=False)
     record: RequestRecord = field(init=False)
     deadline: Deadline = field(init=False)
@@ -141,6 +142,7 @@ class SiteWorker:
         self.consents = Consents(folder, self.site.terms.accepted)
         self.deadline = Deadline(folder, self.site.limits.seconds)
         key = read_private_key(self.site.key) if self.site.key and self.site.key.exists() else None
+        self.sums = SumMember(self.site.name, key, self.site.peers, self.site.limits.least_sum)
         self.record = RequestRecord(folder / "record.jsonl", key)
         self.record.append(RecordEntry("started", key=key_fingerprint(key.public_key()) if key else ""))
         self._end_overdue()
@@ -178,6 +180,8 @@ class SiteWorker:
             return self._refuse(entry, reason, True, deciding=True)
         self._record_acceptance(entry)
         self.doing = f"getting ready for {request.terms.run}"
+        if isinstance(request, SumRequest):
+            return self._send(replace(entry, kind="sum answered"), self.sums.answer(request, self.record, entry))
         if isinstance(request, EvaluateRequest):
             return self._evaluate(request, entry)
         return self._train(request, entry) if isinstance(request, TaskRequest) else self._welcome(request, entry)
@@ -238,51 +242,63 @@ class SiteWorker:
     def _welcome(self, request: JoinRequest, entry: RecordEntry) -> bytes:
         self.record.append(replace(entry, kind="terms seen"))
         ready, speed = self._ready(request, entry), self.site.speed
+        rows = len(ready.shard.train)
         profile = Profile(
             client=self.site.name,
-            examples=len(ready.shard.train),
+            examples=1 if request.terms.privacy else rows,
             flops=speed.flops or self._flops(ready),
             up_bps=speed.up_bps,
             down_bps=speed.down_bps,
             memory=speed.memory or _memory(ready.base.device),
             tier="site",
-            most=self.site.limits.most(len(ready.shard.train), request.terms.training.batch_size),
+            most=self.site.limits.most(rows, request.terms.training.batch_size),
         )
-        LOG.info("takes part in %s with %d examples at %.3g FLOP/s", request.terms.run, profile.examples, profile.flops)
+        LOG.info("takes part in %s with %d examples at %.3g FLOP/s", request.terms.run, rows, profile.flops)
         seeded = request.terms.first_adapter == fingerprint(ready.first)
         data = encode_reply(Welcome(profile, request.incarnation, seeded))
-        return self._send(replace(entry, kind="profile sent", rows=profile.examples), data)
+        return self._send(replace(entry, kind="profile sent", rows=rows), data)
 
     def _train(self, request: TaskRequest, entry: RecordEntry) -> bytes:
         """Return the answer: from the journal if the task was done, else trained now and written down before it is given out."""
         run, number, digest = request.terms.run_hash, request.task.id, entry.request
         completed = self.journal.find(run, number)
-        if completed is not None and completed.request_digest == digest:
+        if completed is not None and completed.request_digest == digest and not self.sums.lacks(request):
             LOG.info("task %d was done before: the same answer again", number)
             self.repeated += 1
             self.journal.note_repeated(run, number, request.incarnation)
-            return self._send(replace(entry, kind="task answered", again=True), _bytes_of(completed))
+            return self._send(replace(entry, kind="task answered", again=True), completed.data)
         ready, before = self._ready(request, entry), self._last_client_state(request)
         _check_fits(ready, request.task.start)
         if reason := why_unprotected(self.site.privacy, request.task.start):
             return self._refuse(entry, reason, True)
         rows = len(ready.shard.train)
         entry = replace(entry, rows=rows, epochs=task_epochs(request, rows), again=self.record.was_asked(digest))
+        spending = TaskSpending(self.site.folder, self.site.privacy, request, digest, rows)
+        if reason := spending.why_refused():
+            return self._refuse(entry, reason, True)
         self.record.append(replace(entry, kind="task asked"))
         task = with_seeded_sides(request, ready.first).task
         self.doing = f"task {number} of {request.terms.run}"
         began = time.perf_counter()
         ((result, state),) = self._trainer(ready, entry).train([(task, before)])
         seconds = time.perf_counter() - began
-        if self.site.privacy is not None:
+        whole = self.site.privacy is not None and self.site.privacy.unit == "answer"
+        if whole:
             result, before = self._protect(entry, task, result), replace(before, residual=None)
+        spending.note(fingerprint(result.adapter))
+        for unit, clip, multiplier in spending.noises():
+            noted = replace(entry, kind="noise spent", bytes_in=0, unit=unit, clip=clip, multiplier=multiplier)
+            self.record.append(noted)
         received, state = encode_answer(task, before, result, state)
-        if self.site.privacy is not None:  # nothing of an answer's exact numbers may follow in a later one
+        if whole:  # nothing of an answer's exact numbers may follow in a later one
             state = replace(state, residual=None)
         reported = {name: v for name, v in received.metrics.items() if self.site.limits.losses or name not in LOSSES}
         result = replace(result, metrics={**reported, "seconds_train": seconds})
-        data = encode_result(task, result, residual_of(task.start, before))
-        self.journal.record(run, number, _completed(digest, data, state), request.last_accepted, request.incarnation)
+        result = without_measures(result) if request.terms.privacy else result  # its server promises privacy to clients
+        data = self.sums.hold(request, task, result) or encode_result(task, result, residual_of(task.start, before))
+        self.journal.record(
+            run, number, CompletedTask.of_bytes(digest, data, state), request.last_accepted, request.incarnation
+        )
         self.trained += 1
         summary = (number, result.steps, task.budget.rank, seconds, len(data))
         LOG.info("task %d: %d steps at rank %d in %.1f s, an answer of %d bytes", *summary)
@@ -299,15 +315,11 @@ class SiteWorker:
         return replace(ready.trainer, run=f"{entry.run_hash} {entry.request}")
 
     def _protect(self, entry: RecordEntry, task: Task, result: Result) -> Result:
-        """Return the answer clipped and with noise, when the file of what is spent says so. Raises OSError and Refused."""
-        privacy = self.site.privacy
-        assert privacy is not None
+        """Return the answer clipped and with noise."""
+        assert self.site.privacy is not None
         assert self.secret is not None
-        result = protect_answer(privacy, NoiseSource(self.secret, entry.run_hash, entry.request), task, result)
-        spent = replace(entry, kind="noise spent", bytes_in=0, clip=privacy.clip, multiplier=privacy.multiplier)
-        append_line(self.site.folder / "spent.jsonl", spent, fingerprint(result.adapter))
-        self.record.append(spent)
-        return result
+        source = NoiseSource(self.secret, entry.run_hash, entry.request)
+        return protect_answer(self.site.privacy, source, task, result)
 
     def _evaluate(self, request: EvaluateRequest, entry: RecordEntry) -> bytes:
         """Score the last model on the held-out examples, by the functions that score a simulation's clients; only counts leave.
@@ -319,7 +331,7 @@ class SiteWorker:
             completed = self.evaluations.find(run, number)
             if completed is not None and completed.request_digest == digest:
                 self.repeated += 1
-                return self._send(replace(entry, kind="evaluation answered", again=True), _bytes_of(completed))
+                return self._send(replace(entry, kind="evaluation answered", again=True), completed.data)
             if self.record.was_evaluated(run, digest):
                 raise Refused("evaluation", number, "it was answered before, and the answer is no longer stored")
         ready = self._ready(request, entry)
@@ -340,7 +352,7 @@ class SiteWorker:
         losses = (loss, base_loss) if self.site.limits.losses and self.site.privacy is None else (None, None)
         data = encode_reply(EvaluateResult(client, held_out, predictions, correct, losses[0], base_correct, losses[1]))
         number = self.record.evaluation_number(run, digest) or 1
-        self.evaluations.record(run, number, _completed(digest, data, ClientState()), number)
+        self.evaluations.record(run, number, CompletedTask.of_bytes(digest, data, ClientState()), number)
         return self._send(replace(entry, kind="evaluation answered"), data)
 
     def _last_client_state(self, request: TaskRequest | EvaluateRequest) -> ClientState:
@@ -405,8 +417,9 @@ def prepare_site(site: Site, terms: RunTerms, secret: bytes) -> PreparedSite:
     for note in (*base.notes, *fit_notes(limit, {"local": texts.fit_counts}), *tried):
         LOG.warning("%s", note)
     shard = site_shard(site, examples, terms, secret)
+    records, shards = noise_in_training(site.privacy, terms.records), {site.name: shard.train}
     trainer = PeftTrainer(
-        base, texts, {site.name: shard.train}, terms.training, lambda _: secret, terms.engine, run=terms.run_hash
+        base, texts, shards, terms.training, lambda _: secret, terms.engine, run=terms.run_hash, records=records
     )
     return PreparedSite(terms, base, shard, trainer, initial_adapter(base, terms.rank))
 
@@ -421,6 +434,8 @@ def _entry_of(request: Request, message: RecordEntry) -> RecordEntry:
     terms = request.terms
     entry = replace(message, run=terms.run[:MAX_NAME], run_hash=terms.run_hash, terms=terms_hash(terms))
     entry = replace(entry, request=request_digest(request))
+    if isinstance(request, SumRequest):
+        return replace(entry, task=request.task)
     if isinstance(request, TaskRequest):
         budget = request.task.budget
         return replace(entry, task=request.task.id, rank=budget.rank, depth=budget.depth, steps=budget.steps)
@@ -440,14 +455,6 @@ def _without_data(error: Refused) -> str:
 
 def _too_long(seconds: float) -> str:
     return f"it took longer than the {seconds:g} s that this site allows (limits.seconds)"
-
-
-def _completed(digest: str, data: bytes, state: ClientState) -> CompletedTask:
-    return CompletedTask(digest, torch.frombuffer(bytearray(data), dtype=torch.uint8), state)
-
-
-def _bytes_of(completed: CompletedTask) -> bytes:
-    return completed.answer.numpy().tobytes()
 
 
 def _check_fits(ready: PreparedSite, start: TaskStart) -> None:

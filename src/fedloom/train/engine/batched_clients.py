@@ -110,59 +110,71 @@ def _try_rows(base: Base) -> tuple[bool, bool]:
         return False, False
     finally:
         base.model.train(training)
-    return all(found), float((together - alone).abs()) <= _rounding(base) * (1.0 + float(alone.abs()))
+    return all(found), float((together - alone).abs()) <= rounding(base) * (1.0 + float(alone.abs()))
 
 
 def _gives_each_its_own(base: Base) -> bool:
     """Whether two clients with random adapters get in one pass what each gets alone; the model is left as it was."""
     texts = trial_texts(base.model.get_base_model(), base.tokenizer, base.labels, copies=2)
-    slot, training = next(iter(base.model.peft_config)), base.model.training
-    weights = peft_weights.slot_parameters(base.model, slot)
-    before = {name: weight.detach().clone() for name, weight in weights.items()}
-    like, draw = peft_weights.read_adapter(base.model, slot), torch.Generator().manual_seed(0)
-    adapters = [map_tensors(lambda t: torch.randn(t.shape, generator=draw) / t.shape[-1] ** 0.5, like) for _ in "ab"]
     half = len(texts.ids) // 2
     plan, alone = [range(half), range(half, 2 * half)], []
-    base.model.eval()
     try:
-        for adapter, rows in zip(adapters, plan, strict=True):
-            base.put(adapter, fold=base.fold)
-            for weight in weights.values():
-                weight.requires_grad_(True)
-            losses = loss.example_losses(base, texts.batch(rows, base.device))
-            alone.append(_gradients(losses / half, weights))
-        scalings = [base.lora.scaling] * 2
-        stacked = {name: w.requires_grad_(True) for name, w in _stack(adapters, scalings, base.device).items()}
-        with _stacked_layers(base, slot, stacked, scalings):
-            common = _gradients(_losses(base, texts, plan), stacked)
+        with trial_adapters(base, 2) as (slot, adapters):
+            weights = peft_weights.slot_parameters(base.model, slot)
+            for adapter, rows in zip(adapters, plan, strict=True):
+                base.put(adapter, fold=base.fold)
+                for weight in weights.values():
+                    weight.requires_grad_(True)
+                losses = loss.example_losses(base, texts.batch(rows, base.device))
+                alone.append(gradients_of(losses / half, weights))
+            scalings = [base.lora.scaling] * 2
+            stacked = {name: w.requires_grad_(True) for name, w in _stack(adapters, scalings, base.device).items()}
+            with stacked_layers(base, slot, stacked, scalings):
+                common = gradients_of(_losses(base, texts, plan), stacked)
     except FAILURES:
         return False
-    finally:
-        base.model.train(training)
-        with torch.no_grad():
-            for name, value in before.items():
-                weights[name].copy_(value)
     return all(
-        _same_gradients({name: both[k] for name, both in common.items()}, slopes, _rounding(base))
+        same_gradients({name: both[k] for name, both in common.items()}, slopes, rounding(base))
         for k, slopes in enumerate(alone)
     )
 
 
-def _same_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rounding: float) -> bool:
-    """Whether gradients are equal to rounding; what is a thousandth of the largest of them, or less, hardly counts."""
+@contextmanager
+def trial_adapters(base: Base, count: int) -> Iterator[tuple[str, list[Adapter]]]:
+    """Yield a slot and so many random adapters for it, to try the model with, in eval mode; afterwards the model is as it was."""
+    slot, training = next(iter(base.model.peft_config)), base.model.training
+    changed = [*peft_weights.slot_parameters(base.model, slot).values(), *base.model.buffers()]
+    before = [tensor.detach().clone() for tensor in changed]
+    like, draw = peft_weights.read_adapter(base.model, slot), torch.Generator().manual_seed(0)
+    made = [
+        map_tensors(lambda t: torch.randn(t.shape, generator=draw) / t.shape[-1] ** 0.5, like) for _ in range(count)
+    ]
+    base.model.eval()
+    try:
+        yield slot, made
+    finally:
+        base.model.train(training)
+        with torch.no_grad():
+            for tensor, value in zip(changed, before, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+
+
+def same_gradients(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], error: float) -> bool:
+    """Whether gradients are equal up to this relative error; what is a thousandth of the largest of them, or less, hardly counts."""
     least = max(float(slope.norm()) for slope in expected.values()) / 1000
     return all(
-        float((found[name] - slope).norm()) <= rounding * (float(slope.norm()) + least)
-        for name, slope in expected.items()
+        float((found[name] - slope).norm()) <= error * (float(slope.norm()) + least) for name, slope in expected.items()
     )
 
 
-def _rounding(base: Base) -> float:
+def rounding(base: Base) -> float:
+    """Return the largest relative difference of this model's gradients that is still rounding."""
     layers = peft_weights.lora_layers(base.model).values()
     return max(ROUNDING.get(peft_weights.base_weight(layer).dtype, 0.05) for layer in layers)
 
 
-def _gradients(losses: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gradients_of(losses: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of the sum of these losses; zero for a layer that the model does not use (the cross-attention of a decoder alone)."""
     slopes = torch.autograd.grad(losses.sum(), [*weights.values()], allow_unused=True, materialize_grads=True)
     return dict(zip(weights, slopes, strict=True))
@@ -181,13 +193,13 @@ def train_together(
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     optimiser = _AdamW(training, trained, members, start.rules.up_rate)
     losses: list[list[float]] = []
-    with torch.random.fork_rng(), _stacked_layers(base, slot, weights, scalings):
+    with torch.random.fork_rng(), stacked_layers(base, slot, weights, scalings):
         torch.manual_seed(seed)
         base.model.train()
         for step in range(len(members[0].plan)):
             each = _losses(base, texts, [member.plan[step] for member in members])
             losses.append(each.tolist())
-            optimiser.step(_gradients(each, trained), training.rate(step, len(members[0].plan)))
+            optimiser.step(gradients_of(each, trained), training.rate(step, len(members[0].plan)))
     adapters = _unstack(weights, members, base)
     moments = optimiser.moments(members) if training.keep_moments else [{} for _ in members]
     return [(adapters[k], moments[k], [line[k] for line in losses]) for k in range(len(members))]
@@ -228,7 +240,7 @@ def _unstack(weights: Mapping[str, Tensor], members: Sequence[BatchedClient], ba
 
 
 @contextmanager
-def _stacked_layers(base: Base, slot: str, weights: Mapping[str, Tensor], scalings: Sequence[float]) -> Iterator[None]:
+def stacked_layers(base: Base, slot: str, weights: Mapping[str, Tensor], scalings: Sequence[float]) -> Iterator[None]:
     """Inside, the model computes with the stacked adapters and heads instead of PEFT's."""
     scales, clients = torch.tensor(scalings, device=base.device)[:, None, None], len(scalings)
     with ExitStack() as stack:
