@@ -59,6 +59,18 @@ def test_draws_follow_from_secret_run_and_task(other: RecordDraws) -> None:
     assert not any(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_masks_follow_from_more_than_a_seed_and_from_the_step_too() -> None:
+    words = DRAWS.dropout_words(0)
+    assert 0 <= int(words.min()) < 2**28
+    assert 2**32 - 2**28 <= int(words.max()) < 2**32
+    others = [replace(DRAWS, secret=b"t" * 32), replace(DRAWS, run="another"), replace(DRAWS, task=2)]
+    drawn = [words, DRAWS.dropout_words(1), *(one.dropout_words(0) for one in others)]
+    assert torch.equal(words, DRAWS.dropout_words(0))
+    assert len({tuple(one.tolist()) for one in drawn}) == len(drawn)
+    assert DRAWS.secret.hex() not in repr(DRAWS)
+    assert repr(DRAWS.secret) not in repr(DRAWS)
+
+
 def test_noise_has_the_stated_size_and_lies_on_the_grid() -> None:
     noisy = DRAWS.noisy_mean(0, total(), PRIVATE, expected=8.0)
     noise = torch.cat([(8.0 * noisy[name] - exact).flatten() for name, exact in total().items()])

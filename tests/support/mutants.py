@@ -170,6 +170,30 @@ MUTANTS = [
         "train/engine/test_record_gradients.py",
     ),
     Mutant(
+        "what was trained before the owner asked for noise is sent again, and goes on in later answers",
+        "if noises else run_hash",
+        "if not noises else run_hash",
+        "deploy/site/test_site_privacy.py",
+    ),
+    Mutant(
+        "a lost ledger opens the budget again",
+        "if lost := {*self.recorded}.difference(",
+        "if lost := {*()}.difference(",
+        "deploy/site/test_site_privacy.py",
+    ),
+    Mutant(
+        "a moved record lets another request have the coins of one that the ledger knows",
+        "return highest == asked or highest[0] < asked[0]",
+        "return True",
+        "deploy/site/test_site_privacy.py",
+    ),
+    Mutant(
+        "a trial of directions and the steps after it drop the same",
+        'random_words(self.secret, "record dropout", self.run, self.task, step, count=',
+        'random_words(self.secret, "record dropout", self.run, self.task, 0, count=',
+        RECORDS,
+    ),
+    Mutant(
         "what a site has spent in other runs does not count",
         "if reason := _beyond(entries, unit, costs, self.privacy.budget):",
         "if reason := _beyond(entries[:0], unit, costs, self.privacy.budget):",

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,9 @@ from fedloom.core.partial_depth import fold_layers
 from fedloom.core.types import Budget, ClientState, Pruning, Rules, Task
 from fedloom.core.validate_answer import why_invalid
 from fedloom.privacy.private import Private
-from fedloom.train.base_model import Base, initial_adapter
+from fedloom.privacy.record_draws import RecordDraws
+from fedloom.train.base_model import Base, initial_adapter, load_base
+from fedloom.train.settings import Engine, LoRA, trial_steps
 from fedloom.train.trainer import PeftTrainer, require_private_records
 from tests.support.tiny_runs import base_of, lively, same, still, task_of, trainer_of
 from tests.support.toys import aggregators
@@ -43,6 +46,27 @@ def test_nothing_exact_is_told_and_the_same_task_gives_the_same_bytes(encoder: P
     assert one.metrics == {}
     assert one.tokens == trainer.unchanged_result(work[0][0]).tokens == 4 * 8 * 32, "as many as there may be"
     assert len({len(batch) for batch in trainer.batches(work[0][0])}) > 1
+
+
+def test_masks_are_drawn_from_all_bits_of_the_secret_and_anew_in_each_part_of_a_task(encoder: Path) -> None:
+    """LoRA-A2 trains in two parts, a trial and the rest; the reference generator is numpy's."""
+    base = base_of(encoder, dropout=0.1)
+    trainer, task, states = private(base), asked(base, select=6), list[torch.Tensor]()
+    base.model.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
+    trainer.train([(task, ClientState())])
+    expected, draws = list[torch.Tensor](), RecordDraws(trainer.secret_of("a"), trainer.run, task.id)
+    for step in (0, trial_steps(4)):
+        reference = np.random.MT19937()
+        words = draws.dropout_words(step).numpy().astype(np.uint32)
+        reference.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": len(words)}}
+        expected.append(torch.from_numpy((reference.random_raw(2000) % 2**24 / 2**24).astype(np.float32)))
+    drawn = []
+    with torch.random.fork_rng():
+        for state in states:
+            torch.set_rng_state(state)
+            drawn.append(torch.rand(2000))
+    assert torch.equal(drawn[0], expected[0])
+    assert any(torch.equal(one, expected[1]) for one in drawn[1:])
 
 
 def test_without_noise_and_clipping_it_is_the_mean_over_the_expected_batch(encoder: Path) -> None:
@@ -131,6 +155,9 @@ def test_what_cannot_be_private_is_refused_by_name(encoder: Path) -> None:
     base = base_of(encoder)
     with pytest.raises(Refused, match=r"training\.stratified"):
         private(base, stratified=True)
+    coarse = load_base(str(encoder), 2, LoRA(), 4, seed=3, engine=Engine("torch", bfloat16=True))
+    with pytest.raises(Refused, match="bfloat16"):
+        require_private_records(coarse, trainer_of(base).training)
     base.trials["examples"] = False
     with pytest.raises(Refused, match=r"privacy\.unit .*BertForSequenceClassification"):
         require_private_records(base, trainer_of(base).training)

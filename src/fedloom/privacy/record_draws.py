@@ -12,7 +12,7 @@ the server too. All that is computed from noisy gradients costs nothing more.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ from fedloom.privacy.accounting import SampledGaussian
 from fedloom.privacy.private import Private
 from fedloom.privacy.secret_noise import GRID, SecretNoise, random_words
 
+STATE_WORDS = 624
+"""Words of 32 bits that torch's generator of the CPU holds: MT19937 (Matsumoto and Nishimura 1998)."""
 COIN = 2**53
 """Values that a coin can take: as many as there are floats of equal distance from 0 to 1."""
 
@@ -49,7 +51,7 @@ class RecordDraws:
         task: number of the task.
     """
 
-    secret: bytes
+    secret: bytes = field(repr=False)
     run: str
     task: int
 
@@ -57,6 +59,15 @@ class RecordDraws:
         """Return who takes part in a step, as places among `rows`: each by its own coin, perhaps nobody."""
         coins = random_words(self.secret, "record batch", self.run, self.task, step, count=rows) & (COIN - 1)
         return [int(place) for place in (coins < int(rate * COIN)).nonzero()]
+
+    def dropout_words(self, step: int) -> Tensor:
+        """Return all words that a generator holds when this step and those after it begin, (624,) int64, of 32 bits each.
+
+        Which of its numbers drop a part of a row depends on who else is in the batch. With masks that others know, one row more would
+        change the gradients of all; with masks that they do not know, those of the others are as likely as without it. So the bound
+        needs that masks are secret, and 32 bits of a seed could be tried one after the other.
+        """
+        return random_words(self.secret, "record dropout", self.run, self.task, step, count=STATE_WORDS) & (2**32 - 1)
 
     def noisy_mean(
         self, step: int, clipped: Mapping[str, Tensor], private: Private, expected: float

@@ -47,6 +47,8 @@ from fedloom.train.settings import PLAIN, Engine, Training, trial_steps
 from fedloom.train.tokenised import EncodedTexts, plan_batches
 from fedloom.train.workers.worker import TaskGroup
 
+STATE_BEGIN = 24
+"""Bytes of the state of torch's CPU generator before its words, which take 8 bytes each: seed, left, seeded, next."""
 LossOf: TypeAlias = Callable[[Base, dict[str, Tensor]], Tensor]
 BatchLoss: TypeAlias = Callable[[Sequence[int]], Tensor]
 BatchGradient: TypeAlias = Callable[[int, Sequence[int]], list[float]]
@@ -257,7 +259,7 @@ class PeftTrainer:
         if chosen is not None:
             changes.append(objective.mask_gradient(weights, chosen))
         with torch.random.fork_rng():  # after the slot was made, which draws random numbers
-            torch.manual_seed(self.seed(task, "dropout"))
+            self._seed_dropout(task, done)
             losses = self._optimise(plan, gradient, weights, optimiser, changes)
         variate = None
         if control and start.control:
@@ -266,6 +268,16 @@ class PeftTrainer:
         self.cache.trim(self.engine.cache)
         trained = peft_weights.read_adapter(self.base.model, slot, adapter.factors)
         return TrainedClient(trained, moments, losses, variate, chosen)
+
+    def _seed_dropout(self, task: Task, done: int) -> None:
+        """Seed what dropout draws; where records are private, the CPU's generator with all bits that it holds, and an accelerator's
+        with the 63 of a seed.
+        """
+        torch.manual_seed(self.seed(task, "dropout" if self.records is None else f"dropout {done}"))
+        if self.records is not None:
+            state, words = torch.get_rng_state(), self._draws(task).dropout_words(done)
+            state[STATE_BEGIN : STATE_BEGIN + 8 * len(words)].view(torch.int64).copy_(words)
+            torch.set_rng_state(state)
 
     def _gradient(self, task: Task, slot: str, weights: Weights, done: int) -> BatchGradient:
         """Make the function that writes the gradient of a batch into `.grad`; plain, or a noisy one where records are private."""
@@ -381,6 +393,9 @@ def require_private_records(base: Base, training: Training) -> None:
     if training.stratified:
         remedy = "where records are private each example comes by a coin of its own; leave it out"
         raise Refused("training.stratified", True, remedy)
+    if batched_clients.rounding(base) > batched_clients.ROUNDING[torch.float32]:
+        remedy = "a row's gradient then depends on who shares its pass, in the third digit, and its clip is no bound; leave it out"
+        raise Refused("engine", "frozen layers in bfloat16 or 4 bits", remedy)
     if not record_gradients.tells_examples_apart(base):
         name = type(base.model.get_base_model()).__name__
         remedy = (

@@ -16,8 +16,9 @@ import pytest
 from fedloom.aggregate.fedit import FedIT
 from fedloom.deploy.messages.messages import JoinRequest, Refusal, TaskRequest, Welcome, decode_reply, encode_request
 from fedloom.deploy.site.deadline import TRACE, UNDER_WAY, Deadline
+from fedloom.deploy.site.request_record import request_digest
 from fedloom.deploy.site.settings import Site, read_site
-from fedloom.deploy.site.worker import SiteWorker, request_digest
+from fedloom.deploy.site.worker import SiteWorker
 from tests.support.sites import simulated_worker, site_at, task_of, terms_of, trainer_of
 
 HELD = {  # what holds a process, of which none lets another thread of Python run, or a signal of Python in

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedloom.aggregate.fedit import FedIT
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter
+from fedloom.core.lora import Adapter, Factor
 from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.deploy.messages.messages import (
     EvaluateRequest,
@@ -22,16 +23,17 @@ from fedloom.deploy.messages.messages import (
     decode_reply,
     encode_request,
 )
-from fedloom.deploy.site.settings import read_site, site_shard
-from fedloom.deploy.site.site_privacy import SPENT, SitePrivacy, TaskSpending, noise_in_training
+from fedloom.deploy.site.settings import read_site, site_shard, why_refused
+from fedloom.deploy.site.site_privacy import SPENT, SitePrivacy, TaskSpending, noise_in_training, stored_run
 from fedloom.deploy.site.worker import SiteWorker
 from fedloom.privacy.accounting import Gaussian, SampledGaussian, epsilon_of
 from fedloom.privacy.ledger import read_ledger
 from fedloom.privacy.private import Private
-from tests.support.sites import simulated_worker, site_at, task_of, terms_of, trainer_of
+from tests.support.sites import HASH, simulated_worker, site_at, task_of, terms_of, trainer_of
 from tests.support.tiny_runs import same
 
 RECORDS = Private(clip=1.0, multiplier=1.0, most_answers=3, unit="record")
+LAYER = Adapter({"a": Factor(torch.ones(2, 3), torch.ones(4, 2))})
 OWNER = SitePrivacy(unit="record", clip=2.0, multiplier=0.5)
 
 
@@ -42,7 +44,7 @@ def request(number: int = 1, **terms: Any) -> TaskRequest:
 
 def spending(folder: Path, privacy: SitePrivacy | None, number: int = 1, rows: int = 8, **terms: Any) -> TaskSpending:
     """Of a site whose rows, unless they are many, are all in each batch: its epsilon has a closed form, which is quick."""
-    return TaskSpending(folder, privacy, request(number, **terms), f"{number}{terms.get('run_hash', '')}", rows)
+    return TaskSpending(folder, privacy, request(number, **terms), f"{number}{terms.get('run_hash', HASH)}", rows)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,64 @@ def test_another_answer_to_the_same_request_never_leaves(tmp_path: Path) -> None
     assert entry.about["released"] == "one"
 
 
+@pytest.mark.parametrize(
+    ("lines", "asked", "told"),
+    [
+        ("", None, True),
+        ("clip = 1.0", None, True),
+        ("clip = 1.0\nmultiplier = 0.1", None, False),
+        ("", RECORDS, False),
+        ('unit = "record"\nclip = 1.0\nmultiplier = 0.1', None, False),
+    ],
+)
+def test_no_exact_score_leaves_beside_noise(tmp_path: Path, lines: str, asked: Private | None, told: bool) -> None:
+    site = site_at(tmp_path, tmp_path / "tiny", more=f"[privacy]\n{lines}\n" if lines else "")
+    terms = terms_of(records=asked, held_out=0.5)
+    reason = why_refused(site, EvaluateRequest(terms, 1, "ward", TaskStart(LAYER, "0"), 0), 12.0)
+    assert reason is None if told else "tells no scores" in str(reason)
+    assert bool(site_shard(site, site.examples(terms.labels), terms, b"s" * 32).held_out) == told
+
+
+def test_answers_under_another_clip_or_noise_are_stored_apart() -> None:
+    whole = SitePrivacy(clip=1.0)
+    louder = whole.model_copy(update={"multiplier": 1.0})
+    cases = [(None, RECORDS), (OWNER, None), (OWNER, replace(RECORDS, clip=3.0)), (whole, None), (louder, None)]
+    names = [stored_run("a" * 12, *case) for case in [*cases, (louder, RECORDS)]]
+    assert stored_run("a" * 12, None, None) == "a" * 12
+    assert len({"a" * 12, *names}) == 1 + len(names)
+    limited = louder.model_copy(update={"epsilon": 3.0, "delta": 1e-5})
+    assert stored_run("a" * 12, limited, None) == names[4], "a budget changes no answer"
+
+
+def test_a_ledger_that_was_lost_or_is_older_than_the_record_is_noticed(tmp_path: Path) -> None:
+    older = b""
+    for number in (1, 2):
+        spending(tmp_path, None, number, records=RECORDS).note("one")
+        older = older or (tmp_path / SPENT).read_bytes()
+    recorded = {"1" + HASH, "2" + HASH}
+    third = replace(spending(tmp_path, None, 3, records=RECORDS), recorded=recorded)
+    second = replace(spending(tmp_path, None, 2, records=RECORDS), recorded=recorded)
+    assert third.why_refused() is None
+    (tmp_path / SPENT).write_bytes(older)
+    assert "lacks 1 answers" in str(third.why_refused())
+    assert "lacks 1 answers" in str(second.why_refused()), "the same again: it would seem to be the first"
+    (tmp_path / SPENT).unlink()
+    assert "lacks 2 answers" in str(third.why_refused())
+
+
+def test_coins_are_new_where_the_record_does_not_know_the_task_but_the_ledger_does(tmp_path: Path) -> None:
+    def first(number: int, digest: str, **terms: Any) -> bool:
+        return replace(spending(tmp_path, None, number, records=RECORDS, **terms), digest=digest).is_first()
+
+    assert first(2, "x")
+    replace(spending(tmp_path, None, 2, records=RECORDS), digest="x").note("one")
+    assert first(2, "x"), "the same task: to the byte what it was"
+    assert not first(2, "y")
+    assert not first(1, "y"), "a number lower than one that was used, as the record has it"
+    assert first(3, "y")
+    assert first(2, "y", run_hash="b" * 12), "another run has other coins anyway"
+
+
 # The worker -----------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +219,34 @@ def test_a_deployment_s_noisy_answer_is_the_simulation_s_to_the_bit(encoder: Pat
         if line["kind"] == "noise spent"
     ]
     assert (noted["unit"], noted["clip"], noted["multiplier"]) == ("record", 1.0, 1.0)
+
+
+@pytest.mark.slow
+def test_a_moved_record_or_a_lost_ledger_opens_nothing(encoder: Path, tmp_path: Path) -> None:
+    terms: RunTerms = terms_of(records=RECORDS)
+    first = task_of(FedIT(), trainer_of(encoder, terms), None, 1)
+    site = site_at(tmp_path, encoder)
+    record, ledger = site.folder / "record.jsonl", site.folder / SPENT
+    asked, other = TaskRequest(terms, 1, first, 0), TaskRequest(terms, 1, replace(first, version=7), 0)
+    worker = simulated_worker(site)
+    assert not isinstance(reply(worker, asked), Refusal)
+    used = worker.prepared
+    kept = ledger.read_bytes()
+    ledger.unlink()
+    missing = reply(worker, replace(asked, task=replace(first, id=2)))
+    assert isinstance(missing, Refusal)
+    assert "lacks 1 answers" in missing.reason
+    ledger.write_bytes(kept)
+    record.rename(tmp_path / "record.old")
+    worker = simulated_worker(site)
+    sent = reply(worker, other)
+    assert not isinstance(sent, Refusal)
+    assert used is not None
+    ((alike, _),) = used.trainer.train([(other.task, ClientState())])
+    assert not same(sent[2].adapter, alike.adapter), (
+        "the coins of the first answer would tell the two apart, row by row"
+    )
+    assert len([*read_ledger(ledger)]) == 2
 
 
 @pytest.mark.slow

@@ -59,8 +59,9 @@ from fedloom.deploy.server.key_facts import read_facts
 from fedloom.deploy.server.reply_events import REGION
 from fedloom.deploy.server.status import Status
 from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
+from fedloom.deploy.site.request_record import request_digest
 from fedloom.deploy.site.settings import Site, read_site, why_refused
-from fedloom.deploy.site.worker import request_digest, time_of_day
+from fedloom.deploy.site.worker import time_of_day
 from fedloom.deploy.site.worker_socket import Listener
 from fedloom.hierarchy.edge import Edge, EdgeState, initial_model
 from fedloom.hierarchy.hierarchy import Hierarchy

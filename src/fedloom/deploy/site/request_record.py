@@ -18,7 +18,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from fedloom.core.errors import Refused
 from fedloom.core.files import open_regular
+from fedloom.core.lora import server_rank
+from fedloom.deploy.messages.checks import MAX_NAME
+from fedloom.deploy.messages.messages import EvaluateRequest, Request, SumRequest, TaskRequest, encode_request
 from fedloom.deploy.site.site_key import is_signed_by, sign
 
 if TYPE_CHECKING:
@@ -112,6 +115,22 @@ class RecordEntry:
         """Return the fields that are not at their defaults, `kind` first."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         return {one.name: values[one.name] for one in fields(self) if values[one.name] != one.default}
+
+    def asked_by(self, request: Request) -> RecordEntry:
+        """Return the entry of a message with what it asks for; the hash of its terms is the caller's to give."""
+        terms = request.terms
+        entry = replace(self, run=terms.run[:MAX_NAME], run_hash=terms.run_hash, request=request_digest(request))
+        if isinstance(request, SumRequest):
+            return replace(entry, task=request.task)
+        if isinstance(request, TaskRequest):
+            budget = request.task.budget
+            return replace(entry, task=request.task.id, rank=budget.rank, depth=budget.depth, steps=budget.steps)
+        return replace(entry, rank=server_rank(request.start.train)) if isinstance(request, EvaluateRequest) else entry
+
+
+def request_digest(request: Request) -> str:
+    """Return a digest of what is asked, the same whenever and by whichever start of the server it is asked."""
+    return hashlib.sha256(encode_request(replace(request, incarnation=0))).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +243,7 @@ class RequestCounts:
         highest: by run hash, the highest number of a task that was begun, and the digest of the first that had it.
         scored: rows of each evaluation of any run.
         summed: tasks whose numbers were asked for in a sum, by run hash and number: they go into no other one.
+        noised: digests of the requests whose answers got noise, which stand in the ledger too (`site_privacy`).
     """
 
     day: str = ""
@@ -238,6 +258,7 @@ class RequestCounts:
     highest: dict[str, tuple[int, str]] = field(default_factory=dict)
     scored: set[int] = field(default_factory=set)
     summed: set[tuple[str, int]] = field(default_factory=set)
+    noised: set[str] = field(default_factory=set)
 
     def turn_to(self, time: str) -> None:
         """Begin a new day if this time, as lines have it, is in a later one."""
@@ -271,6 +292,8 @@ class RequestCounts:
             self.recent.pop(
                 request, None
             )  # answered, and stored elsewhere, or failed: to train it anew is another task
+        elif kind == "noise spent" and line.get("unit") and line.get("multiplier"):  # clipping alone costs nothing
+            self.noised.add(request)
         elif kind == "sum asked":
             self.summed.add((line.get("run_hash", ""), line.get("task", 0)))
         elif kind == "accepted":

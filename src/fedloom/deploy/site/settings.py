@@ -20,7 +20,7 @@ from fedloom.data.partition import Shard, hold_out
 from fedloom.data.table import Table
 from fedloom.deploy.messages.messages import EvaluateRequest, JoinRequest, Request, RunTerms, TaskRequest
 from fedloom.deploy.site.limits import SiteLimits, beyond_terms, refusals, region_limits, requested
-from fedloom.deploy.site.site_privacy import SitePrivacy, noise_in_training
+from fedloom.deploy.site.site_privacy import SitePrivacy, tells_scores
 
 LOG = getLogger("fedloom.worker")
 
@@ -231,9 +231,9 @@ class Site(_Section):
 def site_shard(site: Site, examples: Examples, terms: RunTerms, secret: bytes) -> Shard:
     """Divide the examples into what is trained on and what is held out, by the site's secret: the same in all runs of one share.
 
-    Nothing is held out where the run or the site does not want it, nor of a single example.
+    Nothing is held out where the run or the site does not want it, or noise forbids to tell scores, nor of a single example.
     """
-    share = terms.held_out if site.limits.scores and not noise_in_training(site.privacy, terms.records) else 0.0
+    share = terms.held_out if site.limits.scores and tells_scores(site.privacy, terms.records) else 0.0
     (shard,) = hold_out({site.name: tuple(range(len(examples)))}, examples, share, lambda _: secret)
     return shard
 
@@ -291,12 +291,12 @@ def _reasons(site: Site, request: Request, hour: float) -> Iterator[str]:
 def _why_not_private(site: Site, request: Request) -> Iterator[str]:
     """Yield why the site's rows cannot be protected as its owner or the run says."""
     try:
-        records = noise_in_training(site.privacy, request.terms.records)
+        scores = tells_scores(site.privacy, request.terms.records)
     except Refused as error:
         yield error.remedy
         return
-    if records and isinstance(request, EvaluateRequest):
-        yield "this site tells no scores: each of its rows is protected, and a score tells of single ones"
+    if not scores and isinstance(request, EvaluateRequest):
+        yield "this site tells no scores: noise protects its rows, and exact counts of them would leave beside it"
 
 
 def _why_foreign(site: Site, client: ClientId) -> Iterator[str]:

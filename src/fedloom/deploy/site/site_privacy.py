@@ -5,12 +5,14 @@ its owner says, and tells no losses, no counts of tokens and no scores. With uni
 noise (`site_noise`). What the terms of a run ask for comes besides; of two noises in training the larger one is added.
 
 Each answer is a line of the site's ledger, `spent.jsonl`, on the disk before it leaves. A task whose answer would go beyond the
-budget of the owner, over all runs, or beyond that of the run's terms is refused before it is trained.
+budget of the owner, over all runs, or beyond that of the run's terms is refused before it is trained. So is every task while the
+ledger lacks an answer that the site's record has: then it was lost, or put back from an older copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -83,6 +85,29 @@ def noise_in_training(privacy: SitePrivacy | None, asked: Private | None) -> Pri
     return Private(privacy.clip, multiplier, most_answers=1, unit="record")
 
 
+def noises_of(privacy: SitePrivacy | None, asked: Private | None) -> list[tuple[str, float, float]]:
+    """Return what is clipped and gets noise for a run that asks for this, as (unit, clip, multiplier). Raises Refused."""
+    records = noise_in_training(privacy, asked)
+    found = [("record", records.clip, records.multiplier)] if records else []
+    if privacy is not None and privacy.unit == "answer" and privacy.clip is not None:
+        found.append(("answer", privacy.clip, privacy.multiplier))
+    return found
+
+
+def tells_scores(privacy: SitePrivacy | None, asked: Private | None) -> bool:
+    """Whether the site may tell scores: not beside noise, since exact counts stand in no ledger. Raises Refused."""
+    return not any(multiplier for _, _, multiplier in noises_of(privacy, asked))
+
+
+def stored_run(run_hash: str, privacy: SitePrivacy | None, asked: Private | None) -> str:
+    """Return the name under which the answers of a run are stored: another one for each clip and noise. Raises Refused.
+
+    So an answer that was trained with less noise is never sent again, and no later one begins from what it left behind.
+    """
+    noises = noises_of(privacy, asked)
+    return f"{run_hash}-{hashlib.sha256(repr(noises).encode()).hexdigest()[:12]}" if noises else run_hash
+
+
 @dataclass(frozen=True, slots=True)
 class TaskSpending:
     """What the answer to one task tells, and whether it may.
@@ -93,6 +118,7 @@ class TaskSpending:
         request: the task.
         digest: digest of the request.
         rows: rows that the site trains on.
+        recorded: digests of the requests to which the site's record has answers with noise: each is in the ledger too.
     """
 
     folder: Path
@@ -100,6 +126,7 @@ class TaskSpending:
     request: TaskRequest
     digest: str
     rows: int
+    recorded: Collection[str] = ()
 
     @property
     def records(self) -> Private | None:
@@ -117,10 +144,22 @@ class TaskSpending:
 
     def noises(self) -> list[tuple[str, float, float]]:
         """Return what is clipped and gets noise, as (unit, clip, multiplier), for the record."""
-        found = [("record", records.clip, records.multiplier)] if (records := self.records) else []
-        if self.privacy is not None and self.privacy.unit == "answer" and self.privacy.clip is not None:
-            found.append(("answer", self.privacy.clip, self.privacy.multiplier))
-        return found
+        return noises_of(self.privacy, self.request.terms.records)
+
+    def is_first(self) -> bool:
+        """Whether the ledger has no answer to another task of this number in the run, nor to one of a higher number before.
+
+        Then its coins were not used. The site's record says so too, but may have been moved away, which does not move the ledger.
+        Raises Refused for a damaged ledger.
+        """
+        highest, asked = (0, ""), (self.request.task.id, self.digest)
+        for entry in read_ledger(self.folder / SPENT):
+            match entry.about:
+                case {"run": self.request.terms.run_hash, "task": int(number), "request": str(digest)} if (
+                    number > highest[0]
+                ):
+                    highest = number, digest
+        return highest == asked or highest[0] < asked[0]
 
     def why_refused(self) -> str | None:
         """Return why the answer would be more than may be told; None if it would not. Raises Refused for a damaged ledger.
@@ -130,7 +169,10 @@ class TaskSpending:
         costs, asked, run = self.costs(), self.request.terms.records, self.request.terms.run_hash
         if not costs:
             return None
-        entries = [entry for entry in read_ledger(self.folder / SPENT) if entry.about.get("request") != self.digest]
+        ledger = [*read_ledger(self.folder / SPENT)]
+        if lost := {*self.recorded}.difference(entry.about.get("request") for entry in ledger):
+            return f"{SPENT} lacks {len(lost)} answers that this site's record has: lost, or an older copy. Its owner can put it back"
+        entries = [entry for entry in ledger if entry.about.get("request") != self.digest]
         if self.privacy is not None and self.privacy.budget is not None:
             unit = RECORDS if self.privacy.unit == "record" else ANSWERS
             if reason := _beyond(entries, unit, costs, self.privacy.budget):

@@ -21,14 +21,14 @@ import torch
 from fedloom.core.errors import Refused
 from fedloom.core.files import lock, open_regular, private_folder, private_tree, read_json, write_json
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.lora import Adapter, server_rank
+from fedloom.core.lora import Adapter
 from fedloom.core.schema import Malformed
 from fedloom.core.seeds import derive
 from fedloom.core.transfer import encode_answer, residual_of
 from fedloom.core.types import Budget, ClientState, Profile, Result, Task, TaskStart
 from fedloom.data.partition import Shard
 from fedloom.deploy.messages.answer import encode_result
-from fedloom.deploy.messages.checks import MAX_NAME, model_mismatch
+from fedloom.deploy.messages.checks import model_mismatch
 from fedloom.deploy.messages.messages import (
     EvaluateRequest,
     EvaluateResult,
@@ -41,7 +41,6 @@ from fedloom.deploy.messages.messages import (
     Welcome,
     decode_request,
     encode_reply,
-    encode_request,
 )
 from fedloom.deploy.messages.seeded_sides import with_seeded_sides
 from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
@@ -52,7 +51,7 @@ from fedloom.deploy.site.request_record import MOST_LINES, RecordEntry, RequestR
 from fedloom.deploy.site.settings import Site, site_shard, why_refused
 from fedloom.deploy.site.site_key import key_fingerprint, read_private_key
 from fedloom.deploy.site.site_noise import NoiseSource, protect_answer, why_unprotected
-from fedloom.deploy.site.site_privacy import TaskSpending, noise_in_training
+from fedloom.deploy.site.site_privacy import TaskSpending, noise_in_training, stored_run
 from fedloom.deploy.site.site_secret import read_secret
 from fedloom.deploy.site.sum_member import SumMember
 from fedloom.deploy.site.worker_socket import Listener
@@ -152,7 +151,7 @@ class SiteWorker:
         entry = RecordEntry("refused", bytes_in=len(body), asked=hashlib.sha256(body).hexdigest())
         try:
             request = decode_request(body, self.site.limits.bytes)
-            entry = _entry_of(request, entry)
+            entry = replace(entry.asked_by(request), terms=terms_hash(request.terms))
             with self.deadline.watch(replace(entry, seconds=self.deadline.seconds).written()):
                 return self._reply(request, entry)
         except Malformed as error:
@@ -260,7 +259,7 @@ class SiteWorker:
 
     def _train(self, request: TaskRequest, entry: RecordEntry) -> bytes:
         """Return the answer: from the journal if the task was done, else trained now and written down before it is given out."""
-        run, number, digest = request.terms.run_hash, request.task.id, entry.request
+        run, number, digest = self._stored(request), request.task.id, entry.request
         completed = self.journal.find(run, number)
         if completed is not None and completed.request_digest == digest and not self.sums.lacks(request):
             LOG.info("task %d was done before: the same answer again", number)
@@ -273,18 +272,18 @@ class SiteWorker:
             return self._refuse(entry, reason, True)
         rows = len(ready.shard.train)
         entry = replace(entry, rows=rows, epochs=task_epochs(request, rows), again=self.record.was_asked(digest))
-        spending = TaskSpending(self.site.folder, self.site.privacy, request, digest, rows)
+        spending = TaskSpending(self.site.folder, self.site.privacy, request, digest, rows, self.record.counts.noised)
         if reason := spending.why_refused():
             return self._refuse(entry, reason, True)
         self.record.append(replace(entry, kind="task asked"))
         task = with_seeded_sides(request, ready.first).task
         self.doing = f"task {number} of {request.terms.run}"
         began = time.perf_counter()
-        ((result, state),) = self._trainer(ready, entry).train([(task, before)])
+        ((result, state),) = self._trainer(ready, entry, spending).train([(task, before)])
         seconds = time.perf_counter() - began
         whole = self.site.privacy is not None and self.site.privacy.unit == "answer"
         if whole:
-            result, before = self._protect(entry, task, result), replace(before, residual=None)
+            result = self._protect(entry, task, result)
         spending.note(fingerprint(result.adapter))
         for unit, clip, multiplier in spending.noises():
             noted = replace(entry, kind="noise spent", bytes_in=0, unit=unit, clip=clip, multiplier=multiplier)
@@ -304,13 +303,13 @@ class SiteWorker:
         LOG.info("task %d: %d steps at rank %d in %.1f s, an answer of %d bytes", *summary)
         return self._send(replace(entry, kind="task answered"), data)
 
-    def _trainer(self, ready: PreparedSite, entry: RecordEntry) -> PeftTrainer:
+    def _trainer(self, ready: PreparedSite, entry: RecordEntry, spending: TaskSpending) -> PeftTrainer:
         """Return the trainer of a task that stands in the record.
 
         Where its number was given before, to another task, or a higher one was, its draws follow from all that is asked: no two
         requests ever share batches and dropout, for from such answers the rows of one batch could be told apart.
         """
-        if self.record.is_first(entry.run_hash, entry.task or 0, entry.request):
+        if self.record.is_first(entry.run_hash, entry.task or 0, entry.request) and spending.is_first():
             return ready.trainer
         return replace(ready.trainer, run=f"{entry.run_hash} {entry.request}")
 
@@ -328,7 +327,7 @@ class SiteWorker:
         """
         run, digest = request.terms.run_hash, entry.request
         if number := self.record.evaluation_number(run, digest):
-            completed = self.evaluations.find(run, number)
+            completed = self.evaluations.find(self._stored(request), number)
             if completed is not None and completed.request_digest == digest:
                 self.repeated += 1
                 return self._send(replace(entry, kind="evaluation answered", again=True), completed.data)
@@ -352,12 +351,17 @@ class SiteWorker:
         losses = (loss, base_loss) if self.site.limits.losses and self.site.privacy is None else (None, None)
         data = encode_reply(EvaluateResult(client, held_out, predictions, correct, losses[0], base_correct, losses[1]))
         number = self.record.evaluation_number(run, digest) or 1
-        self.evaluations.record(run, number, CompletedTask.of_bytes(digest, data, ClientState()), number)
+        done = CompletedTask.of_bytes(digest, data, ClientState())
+        self.evaluations.record(self._stored(request), number, done, number)
         return self._send(replace(entry, kind="evaluation answered"), data)
+
+    def _stored(self, request: TaskRequest | EvaluateRequest) -> str:
+        """Return the name under which answers to such a request are stored."""
+        return stored_run(request.terms.run_hash, self.site.privacy, request.terms.records)
 
     def _last_client_state(self, request: TaskRequest | EvaluateRequest) -> ClientState:
         """Return the client state that the last accepted task left here; an empty one if there is none."""
-        last = self.journal.find(request.terms.run_hash, request.last_accepted) if request.last_accepted else None
+        last = self.journal.find(self._stored(request), request.last_accepted) if request.last_accepted else None
         if request.last_accepted and last is None:
             LOG.warning(
                 "no state of accepted task %d is stored: the client starts with an empty one", request.last_accepted
@@ -422,24 +426,6 @@ def prepare_site(site: Site, terms: RunTerms, secret: bytes) -> PreparedSite:
         base, texts, shards, terms.training, lambda _: secret, terms.engine, run=terms.run_hash, records=records
     )
     return PreparedSite(terms, base, shard, trainer, initial_adapter(base, terms.rank))
-
-
-def request_digest(request: Request) -> str:
-    """Return a digest of what is asked, the same whenever and by whichever start of the server it is asked."""
-    return hashlib.sha256(encode_request(replace(request, incarnation=0))).hexdigest()
-
-
-def _entry_of(request: Request, message: RecordEntry) -> RecordEntry:
-    """Return what the record says of a request, beside what it says of its message."""
-    terms = request.terms
-    entry = replace(message, run=terms.run[:MAX_NAME], run_hash=terms.run_hash, terms=terms_hash(terms))
-    entry = replace(entry, request=request_digest(request))
-    if isinstance(request, SumRequest):
-        return replace(entry, task=request.task)
-    if isinstance(request, TaskRequest):
-        budget = request.task.budget
-        return replace(entry, task=request.task.id, rank=budget.rank, depth=budget.depth, steps=budget.steps)
-    return replace(entry, rank=server_rank(request.start.train)) if isinstance(request, EvaluateRequest) else entry
 
 
 def _without_data(error: Refused) -> str:
