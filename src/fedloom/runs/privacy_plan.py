@@ -160,7 +160,7 @@ def what_leaves(run: Run) -> Sequence[tuple[str, str]]:
     return (
         ("change of the adapter", change),
         ("losses and tokens of training", measured),
-        ("number of examples", "as it was registered, not hidden"),
+        ("number of examples", "not sent" if client_level(private) else "exact"),
         ("scores on examples that a client holds out", scores),
         ("counts of labels or topics, for groups", counts[tree is not None and isinstance(tree.groups, NearIID)]),
         ("what members of a group changed and lost, for a plan", "exact" if learns else "not sent"),

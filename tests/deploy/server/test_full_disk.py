@@ -23,6 +23,7 @@ from fedloom.deploy.flower.app_outcome import AppOutcome, read_outcome, write_ou
 from fedloom.deploy.flower.serve import MOST_QUICK, ROOM, Serving, serve_deployment
 from fedloom.deploy.flower.server_app import run_server_app
 from fedloom.deploy.flower.server_processes import ServerSetup
+from fedloom.deploy.flower.supervisor import free_port
 from fedloom.runs import checkpoint
 from fedloom.runs.prepare import prepare
 from fedloom.runs.replay import replay
@@ -131,7 +132,7 @@ class Obliging:
 def serving(folder: Path, word: AppOutcome | None) -> tuple[Serving, list[str]]:
     (folder / "flower").mkdir(parents=True)
     said = list[str]()
-    server = ServerSetup(folder, "127.0.0.1", insecure=True)
+    server = ServerSetup(folder, "127.0.0.1", free_port(), insecure=True)
     nobody: Any = None
     return Serving(server, Obliging(folder, word), nobody, said.append, nobody, 0), said  # type: ignore[arg-type]
 
@@ -190,7 +191,7 @@ def test_a_server_that_cannot_even_begin_says_why_with_code_2(small: Path, resum
         (folder / "deployment.json").write_text("{}")
     crowd(small, 0)
     with pytest.raises(Refused, match=r"its disk is full: .*deployment\.json could not be written; free space"):
-        serve_deployment(ServerSetup(folder, "127.0.0.1", insecure=True), {}, resume, print)
+        serve_deployment(ServerSetup(folder, "127.0.0.1", free_port(), insecure=True), {}, resume, print)
 
 
 @pytest.mark.slow
