@@ -59,7 +59,7 @@ def test_every_method_and_schedule_runs_over_summed_groups_or_is_refused(method:
     settings: dict[str, Any] = {
         "start": toys.fresh(4),
         "assign": Plan(RandomRank(2, 4), 12),
-        "limits": Limits(versions=3),
+        "limits": Limits(versions=6),
     }
     if getattr(schedule, "reuses_answers", False) and any(
         getattr(layer, "each_once", None) for layer in aggregator_layers(method)

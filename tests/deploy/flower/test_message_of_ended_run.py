@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 from flwr.app import Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
+from flwr.common.constant import Status
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, no_object_id_recompute
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -20,10 +25,10 @@ from flwr.supernode import main as supernode_api
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 from flwr.supernode.start_client_internal import _pull_and_store_message
 
-from fedloom.deploy.flower.executor import execute_tasks
 from fedloom.deploy.flower.grid import pack_body
 from fedloom.deploy.flower.supervisor import free_port
 from tests.deploy.flower.test_executor import Serve, serve  # noqa: F401 (a fixture)
+from tests.support.federation import until
 
 NODE = 7
 
@@ -83,18 +88,31 @@ def replies(state: NodeState) -> list[Message]:
     return list(state.get_messages_legacy(is_reply=True))
 
 
+@contextmanager
+def executor(address: str, socket: Path) -> Iterator[None]:
+    """The executor, as a process: a thread of it would go on, and draw from `random`, in the tests after this one."""
+    module = "fedloom.deploy.flower.executor"
+    process = subprocess.Popen([sys.executable, "-m", module, "--runtime", address, "--socket", str(socket)])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def claimed(state: NodeState) -> bool:
+    """Whether the executor has taken the first task."""
+    return any(task.status.status != Status.PENDING for task in state.get_tasks())
+
+
 @pytest.mark.slow
 def test_the_site_goes_on_with_the_next_run(node: tuple[NodeState, str], serve: Serve) -> None:  # noqa: F811
     state, address = node
     receive(state, 5, b"never whole", run_has_ended)
-    arguments = (address, serve(lambda body: body + b"!"), None)
-    threading.Thread(target=execute_tasks, args=arguments, daemon=True).start()
-    time.sleep(1.5)  # the executor waits for the pieces
-    assert not replies(state)
-    wanted = receive(state, 6, b"hello", lambda pieces, name: pieces[name])
-    until = time.monotonic() + 30
-    found: list[Message] = []
-    while not found and time.monotonic() < until:
-        found = replies(state)
-        time.sleep(0.1)
+    with executor(address, serve(lambda body: body + b"!")):
+        until(lambda: claimed(state), 60, "that the executor takes the task")
+        assert not replies(state)
+        wanted = receive(state, 6, b"hello", lambda pieces, name: pieces[name])
+        found: list[Message] = []
+        until(lambda: bool(found.extend(replies(state)) or found), 60, "a reply")
     assert [one.metadata.reply_to_message_id for one in found] == [wanted]  # and none to the other, in its place
