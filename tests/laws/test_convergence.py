@@ -121,7 +121,7 @@ def rates(window: int, places: int, seeds: Sequence[int], answers: int, equal: b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [1, 5, 10])
+@pytest.mark.parametrize("window", [*(pytest.param(w, marks=pytest.mark.storms) for w in (1, 5)), 10])
 def test_at_equal_effective_step_the_exponents_agree(window: int) -> None:
     """Both are the theory's 1, each within 10 %, and so of each other: ten clients at work."""
     fedfa, fedbuff = rates(window, 10, (0,), 3600)
