@@ -1,4 +1,4 @@
-"""The law over the model families: facts of one of each kind in the fast tests, all of it in the slow ones, all families in storms."""
+"""The law over the model families: facts of one of each kind in fast tests, all of it in slow ones, all families in storms."""
 
 from __future__ import annotations
 
