@@ -92,7 +92,7 @@ def exchanged_secret(folder: Path, lifted: bool) -> bool:
         begin_new_split(folder)
     else:
         (folder / "secret").write_text("0" * 64)
-    return succeeds(lambda: read_secret(folder), "not the one of this site") and read_secret(folder) != before
+    return succeeds(lambda: read_secret(folder), "not the one that was here") and read_secret(folder) != before
 
 
 def readable_by_others(folder: Path, lifted: bool) -> bool:

@@ -226,18 +226,20 @@ def split_by_the_servers_seed(folder: Path, lifted: bool) -> bool:
 
 
 def noise_averaged_out(folder: Path, lifted: bool) -> bool:
-    """The same task again and again, and the mean of the answers. Lifted: the site begins a new secret in between."""
-    stage = stage_at(folder, True, privacy="[privacy]\nclip = 1.0\nmultiplier = 1.0\n")
+    """The same task again and again, and the mean of the answers. Lifted: the site begins anew, by another secret."""
+    noise = "[privacy]\nclip = 1.0\nmultiplier = 1.0\n"
+    stage = stage_at(folder, True, privacy=noise)
     terms = stage.terms(held_out=0.0)
     start, answers = TaskStart(stage.first(terms), "x"), list[dict[str, Tensor]]()
-    for _ in range(2):
+    for time in range(2):
+        if lifted and time:
+            stage = stage_at(folder / "anew", True, privacy=noise)
+            stage.worker.secret = SECRET[::-1]
         stage.number = 0
         told = stage.task(terms, start, STEPS)
         assert isinstance(told, Result)
         answers.append({name: one.down for name, one in told.adapter.factors.items()})
         shutil.rmtree(stage.worker.site.folder / "journal")  # a site that has lost what it has answered
-        if lifted:
-            stage.worker.secret, stage.worker.prepared = SECRET[::-1], None
     one, other = answers
     return any(not one[name].equal(other[name]) for name in one)
 
