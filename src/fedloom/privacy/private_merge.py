@@ -42,7 +42,7 @@ from fedloom.core.server_state import State
 from fedloom.core.types import Budget, ClientId, Model, Result, Rules, Side, Task, TaskStart, Update
 from fedloom.privacy.correlated_noise import correlated_normals, row_sensitivity
 from fedloom.privacy.private import Private
-from fedloom.privacy.secret_noise import GRID, SecretNoise
+from fedloom.privacy.secret_noise import GRID, SecretNoise, add_noise
 from fedloom.schedule.shared.weights import uniform
 
 PLAIN = "FedIT, FFA, RoLoRA, ProductDelta, FoldedDelta, HLoRA or FedSVD"
@@ -71,10 +71,7 @@ class PrivateMerge:
         release = self._release(state, exact, {client: share / largest for client, share in shares.items()}, largest)
         scale = private.clip * largest
         normals = correlated_normals(partial(self._normals, exact, state, release), private.apart, len(state.releases))
-        noisy = {
-            name: on_grid(tensor + private.multiplier * scale * normal.to(tensor.device), GRID * scale)
-            for (name, tensor), normal in zip(sorted(exact.items()), normals, strict=True)
-        }
+        noisy = add_noise(exact, normals, private.multiplier * scale, GRID * scale)
         after = merge_by_layer(aggregator, state.model, noisy_merge(space, state.model, merge, noisy, sides))
         if private.noise == "banded":
             state.releases.append(release)
@@ -158,11 +155,6 @@ def added_in(aggregator: Aggregator) -> Literal["factor", "product"]:
     """Return the space in which the method adds, whatever is wrapped around it."""
     *_, method = aggregator_layers(aggregator)
     return cast(Aggregator, method).space
-
-
-def on_grid(tensor: Tensor, width: float) -> Tensor:
-    """Return the nearest multiples of a width."""
-    return (tensor / width).round() * width
 
 
 def shares_of(merge: Merge) -> dict[ClientId, float]:

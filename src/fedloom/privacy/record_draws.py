@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedloom.privacy.accounting import SampledGaussian
 from fedloom.privacy.private import Private
-from fedloom.privacy.secret_noise import GRID, SecretNoise, random_words
+from fedloom.privacy.secret_noise import GRID, SecretNoise, add_noise, random_words
 
 STATE_WORDS = 624
 """Words of 32 bits that torch's generator of the CPU holds: MT19937 (Matsumoto and Nishimura 1998)."""
@@ -86,7 +86,4 @@ class RecordDraws:
         deviation, grid = private.multiplier * private.clip, GRID * private.clip
         # a draw at two scales would tell what it was added to
         drawn = noise.normals(clipped, noise.digest(clipped, deviation.hex(), grid.hex()))
-        return {
-            name: ((exact + deviation * normal) / grid).round() * grid / expected
-            for (name, exact), normal in zip(sorted(clipped.items()), drawn, strict=True)
-        }
+        return {name: noisy / expected for name, noisy in add_noise(clipped, drawn, deviation, grid).items()}

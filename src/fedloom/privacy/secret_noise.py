@@ -15,7 +15,7 @@ import hashlib
 import hmac
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -47,6 +47,21 @@ def normals_of(words: Tensor) -> Tensor:
     first, second = uniform.reshape(2, -1)
     radius, angle = (-2.0 * first.log()).sqrt(), 2.0 * math.pi * second
     return torch.cat([radius * angle.cos(), radius * angle.sin()])
+
+
+def add_noise(exact: Mapping[str, Tensor], drawn: Iterable[Tensor], deviation: float, grid: float) -> dict[str, Tensor]:
+    """Return tensors with Gaussian noise of a standard deviation, on a grid of this width: what may leave.
+
+    Args:
+        exact: the tensors, in float64.
+        drawn: standard normal numbers for each, in order of name.
+        deviation: standard deviation of the noise.
+        grid: distance of the values that an entry can take.
+    """
+    return {
+        name: ((tensor + deviation * normal.to(tensor.device)) / grid).round() * grid
+        for (name, tensor), normal in zip(sorted(exact.items()), drawn, strict=True)
+    }
 
 
 def commitment(secret: bytes) -> str:

@@ -26,7 +26,7 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter, from_tensors, map_tensors, named_tensors
 from fedloom.core.types import Result, Task, TaskStart
 from fedloom.deploy.site.site_privacy import SitePrivacy
-from fedloom.privacy.secret_noise import GRID, SecretNoise
+from fedloom.privacy.secret_noise import GRID, SecretNoise, add_noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +81,6 @@ def protect_answer(privacy: SitePrivacy, source: NoiseSource, task: Task, result
     moved = map_tensors(lambda one: one * share, change)
     if privacy.multiplier:
         normals = source.normals(task.id, exact, privacy.clip, privacy.multiplier)
-        moved = _with_noise(moved, privacy.clip, privacy.multiplier, normals)
+        deviation, grid = privacy.multiplier * privacy.clip, GRID * privacy.clip
+        moved = from_tensors(moved, add_noise(named_tensors(moved), normals, deviation, grid))
     return replace(result, adapter=with_change(start, exact, moved), tokens=0, metrics={})
-
-
-def _with_noise(change: Adapter, clip: float, multiplier: float, normals: Iterator[Tensor]) -> Adapter:
-    deviation, grid = multiplier * clip, GRID * clip
-    noisy = {
-        name: ((tensor + deviation * normal.to(tensor.device)) / grid).round() * grid
-        for (name, tensor), normal in zip(sorted(named_tensors(change).items()), normals, strict=True)
-    }
-    return from_tensors(change, noisy)
