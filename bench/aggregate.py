@@ -7,8 +7,8 @@ must give the best approximation of rank q to their weighted sum. One thread; ti
 (wall seconds beside), interleaved A B A B, median (minimum - maximum). Extra memory is the peak resident set of a fresh
 process above its level when the inputs were built and the method had run once at a small size; median over processes,
 rough below a megabyte. The gap is error / optimal error - 1, the worst over all client ranks, all cut from the one
-decomposition, against float64. `dense.py` has the cases against a dense SVD, and one of 1,000 clients. The last line is
-one JSON object.
+decomposition, against float64. `dense.py` has the cases against a dense SVD, and one of 1,000 clients; `blocks.py` one block of a
+large language model as an asynchronous server merges it. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from bench import dense
+from bench import blocks, dense
 from bench.clients import ALPHA, MIXED, Case, make_clients, server_call, worst_gap
 from bench.memory import HONEST_MALLOC, extra_peak
 from bench.timing import Time, against, ratio, sample, show, spread, under
@@ -163,7 +163,8 @@ def main() -> None:
     cases = [run_case(case, 5 if options.quick else 15) for case in (QUICK if options.quick else FULL)]
     cases += dense.run_dense(dense.QUICK if options.quick else dense.FULL, 5)
     many = {} if options.quick else {"many": dense.run_many()}
-    print(json.dumps({"cases": cases, **many, "degenerate": run_degenerate()}))
+    block = blocks.run_block(3 if options.quick else 7)
+    print(json.dumps({"cases": cases, **many, "degenerate": run_degenerate(), **block}))
 
 
 if __name__ == "__main__":

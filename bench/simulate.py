@@ -7,9 +7,14 @@ freed place goes at once to an idle client drawn at random, its task is "trained
 by device and link models and queued; and the step is written and flushed to a trace file. 100 of the clients are always at
 work, however many there are. Smallest adapter: one layer of 1 x 1, rank 1, and an aggregator that takes the newest upload,
 so that what is measured is the server and not the algebra. "1k floats": one layer of 64 x 64, rank 8 (1,024 numbers),
-averaged with FedIT. One thread; CPU seconds per event after 200 events of warming up, runs interleaved, median (minimum -
-maximum) over runs. Memory is the growth of the resident set while a million clients join, in a fresh process, by client.
-The last line is one JSON object.
+averaged with FedIT. "224 layers": as many of that size, the modules of a language model (229,376 numbers), in a tenth of the events.
+One thread; CPU seconds per event after 200 events of warming up, runs interleaved, median (minimum - maximum) over runs. Memory
+is the growth of the resident set while a million clients join, in a fresh process, by client.
+
+What must not cost more with many clients: an event of 100 at work; one where clients come and go (an hour each on average) and 5 % of
+tasks are cut off (its virtual time is short, so that hardly a window opens or closes: those are events of their own, and there are
+more of them between two uploads the more clients there are); a round of a tenth of all clients. And one checkpoint of a run with
+100,000 clients, written to the disk, with its logs left out. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -31,24 +36,32 @@ from typing import ClassVar, Literal
 
 import torch
 
+from bench.client_states import MEGABYTES_BAR, checkpoint_megabytes
 from bench.memory import resident
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.shared.factor_space import leading_start
 from fedloom.core.events import ClientJoined, Command, Event, UpdateArrived
-from fedloom.core.lora import Adapter, Factor
+from fedloom.core.limits import Limits
+from fedloom.core.lora import Adapter, Factor, lay_flat
 from fedloom.core.model_shape import Shape
-from fedloom.core.policies import Aggregator, Merge, Observer
-from fedloom.core.server import Limits, Server
+from fedloom.core.policies import Aggregator, Merge, Observer, Schedule
+from fedloom.core.server import Server
 from fedloom.core.types import Budget, ClientId, ClientState, Model, Profile, Result, Task, TaskStart
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
+from fedloom.runs.resume import CheckpointWriter
 from fedloom.runs.trace import Trace
 from fedloom.schedule.fedfa import FedFa
+from fedloom.schedule.rounds import Rounds
+from fedloom.simulate.availability import Availability
+from fedloom.simulate.client_presence import Presence
 from fedloom.simulate.devices import World
+from fedloom.simulate.faults import Faults
 from fedloom.simulate.simulation import Simulation
 
 PLACES, STORE, MANY, MILLION = 100, 64, 100_000, 1_000_000
-EVENTS_BAR, FLOATS_BAR, RATIO_BAR = 20_000, 10_000, 1.3
+EVENTS_BAR, FLOATS_BAR, LAYERS_BAR, RATIO_BAR = 20_000, 10_000, 230, 1.1
+DROPOUTS_BAR, ROUNDS_BAR, CHECKPOINT_BAR = 1.5, 2.0, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +119,13 @@ class Meter:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A federation, the size of its adapter, its aggregator; without a trace nothing observes."""
+    """A federation, the size of its adapter, its aggregator and schedule; without a trace nothing observes.
+
+    Fields:
+        warm: uploads before the measurement.
+        least: uploads that are measured, at least.
+        per_version: uploads that make a version.
+    """
 
     name: str
     clients: int = 1000
@@ -114,7 +133,11 @@ class Case:
     rank: int = 1
     layers: int = 1
     warm: int = 200
+    least: int = 0
+    per_version: int = 1
     how: Aggregator = field(default_factory=Newest)
+    schedule: Schedule = field(default_factory=lambda: FedFa(max_in_flight=PLACES))
+    presence: Callable[[], Presence] = Presence
     traced: bool = True
 
 
@@ -122,14 +145,32 @@ SMALLEST = Case("smallest adapter, 1,000 clients")
 CROWD = Case("smallest adapter, 100,000 clients", clients=MANY)
 FLOATS = Case("1k floats with FedIT, 1,000 clients", width=64, rank=8, how=FedIT())
 UNSEEN = Case("smallest adapter, without a trace", traced=False)
+LAYERS = Case("224 layers of 64 x 64 with FedIT", width=64, rank=8, layers=224, warm=20, how=FedIT())
+
+
+def unreliable() -> Presence:
+    """Clients that come and go, and vanish in one task of twenty."""
+    return Presence(Availability().of((), 0), Faults(dropout=0.05), 0)
+
+
+DROPOUTS = (
+    Case("windows and drop-outs, 1,000", presence=unreliable),
+    Case("windows and drop-outs, 50,000", clients=50_000, presence=unreliable),
+)
+ROUNDS = (
+    Case("rounds of 100 of 1,000", schedule=Rounds(100), per_version=100),
+    Case("rounds of 10,000 of 100,000", MANY, warm=10_000, least=10_000, schedule=Rounds(10_000), per_version=10_000),
+)
 
 
 def make_adapters(case: Case, count: int) -> list[Adapter]:
-    """Random ones."""
+    """Random ones, in one buffer as a trainer hands them over."""
     draws, sides = torch.Generator().manual_seed(0), ((case.rank, case.width), (case.width, case.rank))
     names = [f"layer.{k}" for k in range(case.layers)]
     return [
-        Adapter({name: Factor(*(0.1 * torch.randn(shape, generator=draws) for shape in sides)) for name in names})
+        lay_flat(
+            Adapter({name: Factor(*(0.1 * torch.randn(shape, generator=draws) for shape in sides)) for name in names})
+        )
         for _ in range(count)
     ]
 
@@ -137,9 +178,10 @@ def make_adapters(case: Case, count: int) -> list[Adapter]:
 def make_server(case: Case, versions: int) -> Server:
     """With a random adapter, never scored."""
     shape = Shape(1000, 0, 1, case.width, modules=((case.width, case.width),) * case.layers, dense=0)
-    limits, schedule = Limits(versions=versions, evaluate_every=2 * versions), FedFa(max_in_flight=PLACES)
+    # of ten thousand random answers in one round, a hundred in a row may have moved too far
+    limits = Limits(versions=versions, failures=10**9, evaluate_every=2 * versions)
     model = case.how.init(make_adapters(case, 1)[0])
-    return Server(model, case.how, schedule, Plan(FixedRank(case.rank), 1), shape=shape, limits=limits)
+    return Server(model, case.how, case.schedule, Plan(FixedRank(case.rank), 1), shape=shape, limits=limits)
 
 
 def make_profiles(clients: int) -> dict[ClientId, Profile]:
@@ -147,14 +189,40 @@ def make_profiles(clients: int) -> dict[ClientId, Profile]:
     return {profile.client: profile for profile in World().profiles({f"c{k:07d}": 10 for k in range(clients)}, 0)}
 
 
+def unseen(now: float, event: Event, commands: list[Command]) -> None:
+    """Nobody looks."""
+
+
+def make_simulation(case: Case, uploads: int, observe: Observer) -> Simulation:
+    """A run of so many uploads."""
+    server, profiles = make_server(case, uploads // case.per_version), make_profiles(case.clients)
+    trainer, presence = Answering(make_adapters(case, STORE)), case.presence()
+    return Simulation(server, trainer, World(), profiles, lambda model: {}, observe, presence=presence)
+
+
+def checkpoint_seconds(repeats: int = 3) -> float:
+    """CPU seconds in which a checkpoint of 100,000 clients is written; prints them."""
+    simulation = make_simulation(CROWD, 2 * PLACES, unseen)
+    simulation.run()
+    owners = (*simulation.server.parts_to_save(), simulation, simulation.client_states, simulation.presence)
+    taken, size = list[float](), 0
+    with tempfile.TemporaryDirectory() as folder:
+        writer = CheckpointWriter(Path(folder), 0.0, owners, profiles=simulation.profiles)
+        for _ in range(repeats):
+            begun = time.process_time()
+            size = writer.write()
+            taken.append(time.process_time() - begun)
+    print(f"\ncheckpoint of {MANY:,} clients: {spread(taken, 1.0)} CPU s, {size / 1e6:.2f} MB")
+    return median(taken)
+
+
 def per_event(case: Case, events: int, folder: Path) -> tuple[float, float]:
     """CPU and wall seconds of one event."""
+    events = max(events, case.least)
     last = case.warm + events
-    server, profiles = make_server(case, last), make_profiles(case.clients)
-    trainer = Answering(make_adapters(case, STORE))
     with (folder / "trace.jsonl").open("w", encoding="utf-8") as file:
-        meter = Meter(Trace(file) if case.traced else lambda now, event, commands: None, case.warm, last)
-        Simulation(server, trainer, World(), profiles, lambda model: {}, meter).run()
+        meter = Meter(Trace(file) if case.traced else unseen, case.warm, last)
+        make_simulation(case, last, meter).run()
     (cpu, wall), (cpu_end, wall_end) = meter.times
     return (cpu_end - cpu) / events, (wall_end - wall) / events
 
@@ -213,18 +281,30 @@ def main() -> None:
     if options.register:
         return register()
     events, repeats = (2000, 3) if options.quick else (10_000, 9)
-    cost = compare((SMALLEST, CROWD, FLOATS, UNSEEN), events, repeats)
+    cost = compare((SMALLEST, CROWD, FLOATS, UNSEEN, *DROPOUTS, *ROUNDS), events, repeats)
+    cost |= compare((LAYERS,), events // 10, repeats)
+    checkpoint, megabytes = checkpoint_seconds(), checkpoint_megabytes()
     server, profile, seconds = registered()
-    rates = {name: 1 / cost[case.name] for name, case in (("smallest", SMALLEST), ("floats", FLOATS))}
-    ratio = cost[CROWD.name] / cost[SMALLEST.name]
+    rates = {key: 1 / cost[case.name] for key, case in (("smallest", SMALLEST), ("floats", FLOATS), ("layers", LAYERS))}
+    ratio, dropouts, rounds = (cost[many.name] / cost[few.name] for few, many in ((SMALLEST, CROWD), DROPOUTS, ROUNDS))
     print()
     say("events per CPU second, smallest adapter", rates["smallest"], EVENTS_BAR, rates["smallest"] >= EVENTS_BAR)
     say("events per CPU second, 1k floats", rates["floats"], FLOATS_BAR, rates["floats"] >= FLOATS_BAR)
+    say("events per CPU second, 224 layers", rates["layers"], LAYERS_BAR, rates["layers"] >= LAYERS_BAR)
     say("cost of an event, 100,000 to 1,000 clients", ratio, RATIO_BAR, ratio <= RATIO_BAR)
+    say("the same with windows and drop-outs, 50,000 to 1,000", dropouts, DROPOUTS_BAR, dropouts <= DROPOUTS_BAR)
+    say("the same in rounds of a tenth, 100,000 to 1,000", rounds, ROUNDS_BAR, rounds <= ROUNDS_BAR)
+    say("CPU seconds of a checkpoint, 100,000 clients", checkpoint, CHECKPOINT_BAR, checkpoint <= CHECKPOINT_BAR)
+    say("MB of a checkpoint, 1,000 clients that answered", megabytes, MEGABYTES_BAR, megabytes <= MEGABYTES_BAR)
     figures = {
         "server_events_per_second": rates["smallest"],
         "server_events_per_second_1k_floats": rates["floats"],
+        "events_per_second_224_layers": rates["layers"],
         "cost_ratio_100k_vs_1k_clients": ratio,
+        "cost_ratio_50k_vs_1k_dropouts": dropouts,
+        "cost_ratio_rounds_100k_vs_1k": rounds,
+        "checkpoint_seconds_100k_clients": checkpoint,
+        "checkpoint_mb_1000_clients": megabytes,
         "server_events_per_second_without_trace": 1 / cost[UNSEEN.name],
         "bytes_per_idle_client": server,
         "bytes_per_profile": profile,

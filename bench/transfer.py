@@ -24,14 +24,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
+from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, HalfChange
 from fedloom.core.lora import Adapter, Factor, map_tensors, named_tensors
 from fedloom.core.transfer import encode_answer, encode_start
 from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.deploy.messages import answer as wire
 from tests.support.tiny_models import hush, settle
 
-CODECS: tuple[Codec, ...] = (Exact(), Half(), DeltaInt8())
+CODECS: tuple[Codec, ...] = (Exact(), Half(), HalfChange(), DeltaInt8())
 DRIFT = 0.02
 SAFETENSORS = "safetensors float32"
 

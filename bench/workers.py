@@ -39,11 +39,12 @@ import torch
 
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.core.fingerprint import fingerprint
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Trainer
 from fedloom.core.seeds import simulated_secret
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank

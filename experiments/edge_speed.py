@@ -23,11 +23,12 @@ import torch
 
 from fedloom.aggregate.fedit import FedIT
 from fedloom.core.events import Command, Event, UpdateArrived
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Schedule
 from fedloom.core.seeds import rng
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.tree import Tree

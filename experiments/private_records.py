@@ -65,13 +65,13 @@ def cell(name: str, epsilon: float | None, seed: int) -> Run:
         schedule=Rounds(cohort_size=SITES, weigh=uniform),
         plan=Plan(FixedRank(4), STEPS, FixedDepth(2)),
         training=Training(learning_rate=RATES[epsilon], batch_size=BATCH, max_length=64),
-        limits=Limits(versions=VERSIONS, evaluate_every=2),
+        limits=Limits(versions=VERSIONS, evaluate_every=3),
         privacy=None if epsilon is None else private(epsilon),
         held_out=0.0,
         test_limit=2000,
         transfer=None,
         seed=seed,
-        engine=Engine("torch", together=1),
+        engine=Engine("onednn", together=1),
     )
 
 
@@ -83,8 +83,8 @@ CELLS: dict[str, Callable[[int], Run]] = {
 
 
 def start(run: Run) -> Run:
-    """Two versions, with their scores; the budget stays that of six."""
-    return replace(run, limits=replace(run.limits, versions=2))
+    """Three versions, with their scores; the budget stays that of six."""
+    return replace(run, limits=replace(run.limits, versions=3))
 
 
 def summary(found: Sequence[Line]) -> Line:

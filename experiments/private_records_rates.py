@@ -14,13 +14,14 @@ from dataclasses import replace
 from functools import partial
 
 from grid import Grid, Line, main
-from private_records import BATCH, DATA, MULTIPLIERS, ROWS, SITES, TARGET, cell, private, start
+from private_records import BATCH, CLIP, DATA, MULTIPLIERS, ROWS, SITES, TARGET, VERSIONS, cell, private, start
 
-from fedloom import ClientDirichlet, Run
+from fedloom import ClientDirichlet, Limits, Run
 
 SEED = 100
-RATES = (1e-2, 2e-2, 5e-2, 1e-1)
-CLIPS = (0.1, 0.5)
+RATES = (2e-2, 5e-2, 1e-1)
+CLIPS = (0.1, 2.0)
+"""Beside 0.5, at one rate and one epsilon: AdamW takes most of the scale out of the clip."""
 TRAINED = 380
 
 
@@ -29,6 +30,7 @@ def tried(epsilon: float | None, rate: float, clip: float, seed: int) -> Run:
     run = cell("tried", epsilon, seed)
     return replace(
         run,
+        limits=Limits(versions=VERSIONS, evaluate_every=VERSIONS),
         data=replace(DATA, test=None, test_text=None, test_share=0.2),
         partition=ClientDirichlet(SITES, 1.0, TRAINED),
         training=replace(run.training, learning_rate=rate, batch_size=BATCH * TRAINED // ROWS),
@@ -37,13 +39,14 @@ def tried(epsilon: float | None, rate: float, clip: float, seed: int) -> Run:
 
 
 CELLS: dict[str, Callable[[int], Run]] = {
-    **{f"plain@{rate:g}": partial(tried, None, rate, 0.0) for rate in RATES},
     **{
-        f"epsilon-{epsilon:g}@{rate:g}/{clip:g}": partial(tried, epsilon, rate, clip)
+        f"epsilon-{epsilon:g}@{rate:g}/{CLIP:g}": partial(tried, epsilon, rate, CLIP)
         for epsilon in MULTIPLIERS
         for rate in RATES
-        for clip in CLIPS
+        if epsilon > 3 or rate < RATES[-1]
     },
+    **{f"epsilon-8@0.05/{clip:g}": partial(tried, 8.0, 5e-2, clip) for clip in CLIPS},
+    **{f"plain@{rate:g}": partial(tried, None, rate, 0.0) for rate in RATES},
 }
 
 

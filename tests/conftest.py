@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from html import escape
 from pathlib import Path
@@ -15,12 +16,19 @@ PATHS = [Path(fedloom.__file__).parents[1], Path(__file__).parents[1]]
 os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, PATHS), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
+gc.disable()  # until all tests are collected: imports make a million objects that all stay
 DRAW = style._svg
 
 
 def frame(figure: object, alt: str) -> str:
     """An empty picture with the alternative text: to draw the pictures of a page takes more than a second."""
     return f'<svg viewBox="0 0 1 1" role="img" aria-label="{escape(alt)}"></svg>'
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays to the end, so the collector need not look at it again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -35,6 +35,7 @@ from tests.support.tiny_models import hush
 TINY = Settings("tinybert-20", clients=20, cohort=4, rounds=5, steps=4, batch=16, rate=5e-3)
 MRPC = Settings("minilm-mrpc", clients=20, cohort=4, rounds=3, steps=8, batch=8, rate=1e-3)
 OWN = replace(MRPC, name="minilm-mrpc-own", same=False)
+DROPOUT = replace(MRPC, name="minilm-mrpc-dropout", dropout=0.05)
 CLASSES, EXAMPLES, WORDS, LENGTH = 4, 64, 1996, 62
 MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 TELLING, SHARE = 50, 0.4
@@ -59,14 +60,15 @@ def tiny(folder: Path) -> None:
 
 
 def mrpc(folder: Path, source: Path, settings: Settings = MRPC) -> None:
-    """MRPC's training pairs and the first of its gold test pairs; all-MiniLM-L6-v2 with its dropout set to 0."""
+    """MRPC's training pairs and the first of its gold test pairs; all-MiniLM-L6-v2, its dropout set to 0 unless on."""
     for name, most in (("train", None), ("test", TESTED)):
         with gzip.open(source / f"{name}.tsv.gz", "rt", encoding="utf-8", newline="") as file:
             (folder / f"{name}.tsv").write_text("".join(islice(file, most and most + 1)), encoding="utf-8")
     shutil.copytree(minilm(), folder / "model")
-    config = json.loads((folder / "model" / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "model" / "config.json").write_text(json.dumps(config))
+    if not settings.dropout:
+        config = json.loads((folder / "model" / "config.json").read_text())
+        config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        (folder / "model" / "config.json").write_text(json.dumps(config))
     _describe(folder, settings, text="sentence1", pair="sentence2", client=None, labels=2)
 
 
@@ -87,6 +89,7 @@ JOBS: Mapping[str, Callable[[Path, Path], None]] = {
     TINY.name: lambda folder, shared: tiny(folder),
     MRPC.name: lambda folder, shared: mrpc(folder, shared / "data" / "mrpc"),
     OWN.name: lambda folder, shared: mrpc(folder, shared / "data" / "mrpc", OWN),
+    DROPOUT.name: lambda folder, shared: mrpc(folder, shared / "data" / "mrpc", DROPOUT),
 }
 
 

@@ -31,6 +31,7 @@ class Settings:
     """The numbers of a job; `steps` of `batch` examples make one task, LoRA has rank `rank` and alpha/r `scaling`.
 
     `same`: the other systems get fedloom's batches, which are of similar length; else shuffled ones, as a data loader makes them.
+    `dropout` of the adapters' inputs; above 0 the model has its own too, and each system drops other numbers.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Settings:
     scaling: float = 2.0
     clip: float = 1.0
     same: bool = True
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def load_model(work: Work) -> nn.Module:
         task_type="SEQ_CLS",
         r=settings.rank,
         lora_alpha=int(settings.scaling * settings.rank),
-        lora_dropout=0.0,
+        lora_dropout=settings.dropout,
         modules_to_save=list(work.heads),
     )
     with warnings.catch_warnings():

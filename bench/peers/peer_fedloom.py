@@ -37,7 +37,7 @@ def define(folder: Path, full: bool = False) -> Run:
         aggregator=FedIT(),
         schedule=Rounds(cohort_size=settings["cohort"], weigh=uniform),
         plan=Plan(FixedRank(settings["rank"]), local_steps=settings["steps"]),
-        lora=LoRA(scaling=settings["scaling"], dropout=0.0),
+        lora=LoRA(scaling=settings["scaling"], dropout=settings.get("dropout", 0.0)),
         training=Training(
             learning_rate=settings["rate"],
             batch_size=settings["batch"],

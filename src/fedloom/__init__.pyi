@@ -37,8 +37,9 @@ from fedloom.core.canary import Canary as Canary
 from fedloom.core.codec import DeltaInt8 as DeltaInt8
 from fedloom.core.codec import Exact as Exact
 from fedloom.core.codec import Half as Half
+from fedloom.core.codec import HalfChange as HalfChange
 from fedloom.core.errors import Refused as Refused
-from fedloom.core.server import Limits as Limits
+from fedloom.core.limits import Limits as Limits
 from fedloom.core.server import Server as Server
 from fedloom.data.corrupted import Corrupted as Corrupted
 from fedloom.data.instructions import Instructions as Instructions

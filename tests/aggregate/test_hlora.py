@@ -135,7 +135,7 @@ def test_published_mode_rescales_what_is_subtracted_too() -> None:
 def test_a_server_of_lower_rank_than_its_clients_cuts_and_says_what_it_lost() -> None:
     method = HLoRA(rank=2)
     model = method.merge(method.init(adapter(2)), mean_of([make_update(adapter(8, s), 8, s) for s in (1, 2)]))
-    assert 0.05 < model.discarded < 0.95
+    assert 0.05 < (model.discarded or 0.0) < 0.95
     assert {f.rank for f in sent(method, model, 8).start.train.factors.values()} == {8}
 
 

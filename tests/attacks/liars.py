@@ -36,10 +36,11 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor, map_tensors
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Schedule
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Profile, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank

@@ -10,6 +10,7 @@ import pytest
 from bench.chaos import audit, stormed
 
 
+@pytest.mark.slow
 @pytest.mark.federation
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_no_answer_is_lost_or_counted_twice_whatever_is_killed(tmp_path: Path) -> None:

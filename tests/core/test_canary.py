@@ -28,8 +28,9 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Merge
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.server_state import State
 from fedloom.runs.checkpoint import read_checkpoint, write_checkpoint
 from fedloom.runs.resume import saved_fields

@@ -10,11 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedloom.core.codec import HALF, Block, Codec, DeltaInt8, Exact, Half, Summed, pack_half, round_to_half
+from fedloom.core.codec import (
+    HALF,
+    Block,
+    Codec,
+    DeltaInt8,
+    Exact,
+    Half,
+    HalfChange,
+    Summed,
+    decode_all,
+    pack_half,
+    round_all_to_half,
+    round_to_half,
+)
 from fedloom.core.lora import Factor, product_norm, stack
 from tests.support.storms import tries
 
-CODECS: tuple[Codec, ...] = (Exact(), Half(), DeltaInt8())
+CODECS: tuple[Codec, ...] = (Exact(), Half(), HalfChange(), DeltaInt8())
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 INT8 = DeltaInt8()
 
@@ -82,9 +95,38 @@ def test_what_is_out_of_range_travels_as_it_is(codec: Codec, odd: float) -> None
     assert torch.equal(block.numbers.nan_to_num(9.0), values.nan_to_num(9.0))
 
 
-def test_a_difference_beyond_float32_travels_as_it_is() -> None:
+@pytest.mark.parametrize("codec", [INT8, HalfChange()], ids=str)
+def test_a_difference_beyond_float32_travels_as_it_is(codec: Codec) -> None:
     values, base = torch.full((1, 2), 3e38), torch.full((1, 2), -3e38)
-    assert arrives(INT8, values, base).equal(values)
+    assert arrives(codec, values, base).equal(values)
+
+
+@given(st.integers(0, 1000), st.floats(-30, 20))
+@tries(200)
+def test_half_of_a_change_is_right_to_eleven_bits_of_the_change(seed: int, magnitude: float) -> None:
+    """But for the rounding of float32 values themselves."""
+    base, delta = normal(3, 9, seed=seed), normal(3, 9, seed=seed + 1) * 10.0**magnitude
+    values = base + delta
+    got, change = arrives(HalfChange(), values, base).double(), (values - base).double()
+    room = 2.0**-11 * torch.maximum(change.abs(), change.abs().amax() * 2.0**-27)
+    ulp = 2.0**-23 * torch.maximum(values.abs(), base.abs()).double()
+    assert bool(((got - values.double()).abs() <= room + ulp).all())
+
+
+@given(st.integers(0, 1000), st.floats(-7, 2))
+@tries(100)
+def test_half_of_a_change_that_came_out_of_half_is_the_same(seed: int, magnitude: float) -> None:
+    base = round_to_half(normal(4, 9, seed=seed))
+    once = arrives(HalfChange(), base + normal(4, 9, seed=seed + 1) * 10.0**magnitude, base)
+    assert arrives(HalfChange(), once, base).equal(once)
+
+
+def test_half_of_a_small_change_arrives_where_half_of_the_values_loses_it() -> None:
+    base = round_to_half(1.0 + 0.3 * normal(8, 50).clamp(-2, 2))
+    values = base + 1e-5 * normal(8, 50, seed=1)
+    lost = (arrives(HALF, values, base) - values).norm() / (values - base).norm()
+    assert float(lost) > 0.9
+    assert float((arrives(HalfChange(), values, base) - values).norm() / (values - base).norm()) < 5e-3
 
 
 @given(st.integers(0, 1000), st.floats(-44, 25), st.integers(1, 5))
@@ -123,7 +165,10 @@ def drifted(rank: int, size: int, by: float) -> tuple[Factor, Factor]:
 
 
 @pytest.mark.parametrize("rank", [8, 64])
-@pytest.mark.parametrize(("codec", "low", "high"), [(Exact(), 0, 0), (Half(), 2e-4, 3.5e-4), (DeltaInt8(), 1e-4, 3e-4)])
+@pytest.mark.parametrize(
+    ("codec", "low", "high"),
+    [(Exact(), 0, 0), (Half(), 2e-4, 3.5e-4), (HalfChange(), 1e-6, 1e-5), (DeltaInt8(), 1e-4, 3e-4)],
+)
 def test_the_product_after_two_percent_of_drift(codec: Codec, low: float, high: float, rank: int) -> None:
     before, after = drifted(rank, 512, 0.02)
     got = Factor(arrives(codec, after.down, before.down), arrives(codec, after.up.T, before.up.T).T)
@@ -133,8 +178,8 @@ def test_the_product_after_two_percent_of_drift(codec: Codec, low: float, high: 
 
 def test_a_block_says_what_it_takes() -> None:
     values = normal(4, 100)
-    assert [codec.pack(values, 0 * values).numbers.element_size() for codec in CODECS] == [4, 2, 1]
-    assert [codec.number for codec in CODECS] == [4, 2, 1]
+    assert [codec.pack(values, 0 * values).numbers.element_size() for codec in CODECS] == [4, 2, 2, 1]
+    assert [codec.number for codec in CODECS] == [4, 2, 2, 1]
     scales = INT8.pack(values, 0 * values).scales
     assert scales is not None
     assert scales.nbytes == 4 * INT8.row
@@ -160,3 +205,28 @@ def test_packed_as_whole_numbers_a_row_arrives_as_the_base_and_what_it_moved() -
     values = base + torch.tensor([0.0, 0.25, -0.5, 1.0])
     assert torch.allclose(arrives(codec, values, base), values, atol=codec.step)
     assert arrives(codec, values * float("nan"), base).isnan().all()
+
+
+class OwnCodec(Half):
+    """A user's."""
+
+    def pack(self, values: Tensor, base: Tensor) -> Block:
+        return pack_half(2 * values)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("codec", [*CODECS, Summed(20, 4.0, 3), OwnCodec()], ids=lambda codec: type(codec).__name__)
+def test_many_tensors_at_once_have_the_bits_of_one_after_the_other(codec: Codec, turned: bool) -> None:
+    """Of any size, zero, out of range, not finite: none of them touches its neighbours."""
+    values = torch.stack([normal(4, 7, seed=k) * 10.0 ** (6 * k - 30) for k in range(9)])
+    base = torch.stack([normal(4, 7, seed=20 + k) * 10.0 ** (6 * k - 30) for k in range(9)])
+    values[3] = 0.0
+    for place, odd in ((4, math.inf), (5, math.nan), (8, 3e38)):
+        values[place, 1, 2] = odd
+    if turned:
+        values, base = values.mT, base.mT
+    alone = torch.stack([codec.pack(one, other).values(other) for one, other in zip(values, base, strict=True)])
+    torch.testing.assert_close(decode_all(codec, values, base), alone, rtol=0, atol=0, equal_nan=True)
+    rounded = torch.stack([round_to_half(one) for one in values])
+    torch.testing.assert_close(round_all_to_half(values), rounded, rtol=0, atol=0, equal_nan=True)
+    assert round_all_to_half(values[:, :0]).shape == values[:, :0].shape

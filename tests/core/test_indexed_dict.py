@@ -29,6 +29,46 @@ def test_it_holds_what_a_dict_would_hold(steps: list[tuple[str, int, int]]) -> N
         assert all((key in table) == (key in plain) for key in range(10))
 
 
+@given(steps=STEPS, size=st.sampled_from([0, 200]))
+def test_its_sorted_keys_are_those_that_it_has(steps: list[tuple[str, int, int]], size: int) -> None:
+    """Small tables are sorted again, and in one of 200 keys up to three are mended."""
+    table = IndexedTable[int, int](dict.fromkeys(range(5, 5 + size), 0))
+    for what, key, value in steps:
+        if what == "put" or key not in table:
+            table.put(key, value)
+        else:
+            table.take(key)
+        if value % 3:
+            assert list(table.sorted_keys()) == sorted(table)
+    assert list(table.sorted_keys()) == sorted(table)
+    assert list(table.items()) == [(key, table[key]) for key in table]
+
+
+def test_keys_that_went_and_came_back_are_not_compared_again() -> None:
+    compared = list[str]()
+
+    class Name(str):
+        __slots__ = ()
+
+        def __lt__(self, other: str) -> bool:
+            compared.append(self)
+            return str(self) < str(other)
+
+    names = [Name(k) for k in range(256)]
+    table = IndexedTable(dict.fromkeys(names, 0))
+    whole = list(table.sorted_keys())
+    compared.clear()
+    for name in names[:100]:
+        table.take(name)
+    for name in reversed(names[:100]):
+        table.put(name, 1)
+    assert list(table.sorted_keys()) == whole
+    assert not compared
+    table.take(names[7])
+    assert list(table.sorted_keys()) == [name for name in whole if name != names[7]]
+    assert 0 < len(compared) <= 9  # a search by halves
+
+
 @given(steps=STEPS)
 def test_a_copy_stands_in_the_same_order(steps: list[tuple[str, int, int]]) -> None:
     table = IndexedTable[int, int]()

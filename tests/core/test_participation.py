@@ -20,9 +20,10 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.lora import map_tensors
 from fedloom.core.participation import Participation
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Profile
 from fedloom.privacy.private import Private
 from fedloom.privacy.private_merge import PrivateMerge

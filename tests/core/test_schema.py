@@ -209,7 +209,7 @@ def test_json_of_the_right_kind_is_the_value() -> None:
 
 def test_classes_are_found_and_two_of_one_name_are_not_confused() -> None:
     assert {"Budget", "MemberWork"} <= reachable_classes(GroupStatistics).keys()
-    assert reachable_classes(Codec | None).keys() == {"Exact", "Half", "DeltaInt8", "Summed"}
+    assert reachable_classes(Codec | None).keys() == {"Exact", "Half", "HalfChange", "DeltaInt8", "Summed"}
     with pytest.raises(TypeError, match="cannot be read back"):
         reachable_classes(dict[str, object])
     with pytest.raises(TypeError, match="two kinds of Budget"):

@@ -26,8 +26,9 @@ from fedloom.core.events import (
     UpdateArrived,
 )
 from fedloom.core.fingerprint import fingerprint
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, cut_factor, map_tensors
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Profile, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank, RandomRank

@@ -17,8 +17,9 @@ from fedloom.aggregate.momentum import Momentum
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.core.errors import Refused
 from fedloom.core.events import ClientJoined, Command, Publish, Reject, TimerFired, UpdateArrived
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Aggregator, Schedule
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Profile
 from fedloom.schedule.fedasync import FedAsync
 from fedloom.schedule.fedbuff import FedBuff

@@ -9,7 +9,7 @@ import pytest
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.core.events import Command, Event, InsideEdge, Publish, Release, Stop
-from fedloom.core.server import Limits
+from fedloom.core.limits import Limits
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.tree import Tree
 from fedloom.plan.budget import Plan

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from fedloom.aggregate.fedit import FedIT
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Schedule
 from fedloom.core.seeds import derive
-from fedloom.core.server import Limits
 from fedloom.core.types import ClientState, Model, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
@@ -130,7 +130,8 @@ def test_at_equal_effective_step_the_exponents_agree(window: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [*(pytest.param(w, marks=pytest.mark.storms) for w in (1, 5)), 10])
+@pytest.mark.storms
+@pytest.mark.parametrize("window", [1, 5, 10])
 def test_with_fifty_at_work_fedfa_is_not_slower(window: int) -> None:
     """With window 1 the exponents agree. A longer window falls faster for long: models in flight come together only slowly, as
     1 / t^2, and FedFa begins far above FedBuff; it is within the bar after tens of thousands of answers, which no test waits for.

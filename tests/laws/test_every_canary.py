@@ -15,8 +15,8 @@ from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.core.canary import Canary
 from fedloom.core.errors import Refused
 from fedloom.core.events import CheckCanary, SetAside
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Aggregator, Schedule, require_fresh_answers
-from fedloom.core.server import Limits
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank

@@ -31,7 +31,7 @@ def test_a_storm(above: Schedule, below: Schedule, script: list[tuple[str, int, 
 @pytest.mark.slow
 @pytest.mark.parametrize("above", toys.schedules(), ids=toys.called)
 @given(data=st.data(), script=STORM)
-@tries(300)
+@tries(150)
 def test_a_storm_of_every_pair(above: Schedule, data: st.DataObject, script: list[tuple[str, int, float]]) -> None:
     below = data.draw(st.sampled_from(toys.schedules()))
     method = data.draw(st.sampled_from((FedIT(), ProductDelta())))

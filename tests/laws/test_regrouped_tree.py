@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.events import Command, Moved, Regroup, UpdateArrived
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Schedule
-from fedloom.core.server import Limits
 from fedloom.hierarchy.grouping import BySpeed, Grouping, Groups, Member, NearIID
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.tree import Tree
@@ -105,7 +105,7 @@ def test_a_calm_sea_with_drift_moves_clients(above: Schedule, link: Link | None)
     """Without it the storms could pass because nothing ever moves."""
     asked = moves = 0
     for grouping in GROUPINGS:
-        calm = [step for k in range(150) for step in (("timer", 0, 0.0), ("answer", k % 8, 1.0))]
+        calm = [step for k in range(60) for step in (("timer", 0, 0.0), ("answer", k % 8, 1.0))]
         storm = run_drifting_storm(drifting_tree(above, None, grouping, link), calm, 3)
         asked, moves = asked + storm.asked, moves + storm.moves
     assert asked >= 3

@@ -28,8 +28,9 @@ from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.core.events import ClientJoined, Dispatch, TimerFired, UpdateArrived
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Aggregator, Merge, Schedule
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Model, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
@@ -44,7 +45,7 @@ from tests.support.oracles import oracle_of
 from tests.support.server_storm import RecordingSchedule
 from tests.support.storms import tries
 
-FULL, UPLOADS, KEPT = 10, 40, 2e-5
+FULL, UPLOADS, KEPT = 10, 24, 2e-5
 Matrices = Mapping[str, Tensor]
 SCHEDULES: list[Schedule] = [
     FedFa(window=5, max_in_flight=4),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fedloom.report import tables
 from fedloom.report.run_log import RunLog, read_run_log
 from tests.support.report_pages import ALL, page_text, visible_words
 
@@ -84,3 +85,14 @@ def test_a_comparison_names_its_time(fake: Fake, kinds: tuple[bool, bool]) -> No
     logs = [deployed(folder) if real else read_run_log(folder) for folder, real in zip(folders, kinds, strict=True)]
     text = page_text(*logs, draw=ALL if kinds == (True, False) else ())
     assert ("virtual" in visible_words(text)) == (not any(kinds))
+
+
+def test_of_very_many_sites_some_are_listed_and_the_page_says_so(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = deployed(fake("real"))
+    every = tables.site_table(log).rows
+    assert "Listed are" not in page_text(log)
+    monkeypatch.setattr(tables, "MOST_SITES", 3)
+    some = tables.site_table(log).rows
+    assert len(some) == 3 < len(every)
+    assert set(some) <= set(every), "a row says the same"
+    assert f"Listed are 3 of {len(every)}, evenly by name." in page_text(log)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from fedloom.report import facts, figures_clients, rank_facts, tables
+from fedloom.report.line_table import LineTable
 from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.report.tables import tier_table
 from tests.support.report_pages import page_text
@@ -42,7 +44,7 @@ def log(tmp_path: Path, tasks: Sequence[Any] = (), clients: Sequence[Any] = (), 
     speed = {"p": ("phone", 1e9), "l": ("laptop", 1e10)}
     known = {name: {"tier": speed[name[0]][0], "flops": speed[name[0]][1]} for name in sorted(names)}
     manifest = {**read_run_log(tmp_path).manifest, "status": "finished", "name": "toy", "clients": known}
-    return RunLog(tmp_path, manifest, tuple(versions), (), tuple(tasks), tuple(clients))
+    return RunLog(tmp_path, manifest, LineTable.of(versions), (), LineTable.of(tasks), tuple(clients))
 
 
 def plain(text: str) -> str:
@@ -105,9 +107,7 @@ def test_a_frozen_side_counts_what_was_sent_and_not_what_there_is(tmp_path: Path
     run = RunLog(
         run.folder,
         {**run.manifest, "model": {"dense_parameters": 1, "lora_parameters_by_rank": {"2": 9999}}},
-        (),
-        (),
-        run.tasks,
+        tasks=run.tasks,
     )
     rows = {row[0]: dict(zip(tier_table(run).head[8:], row[8:], strict=True)) for row in tier_table(run).rows}
     assert plain(rows["phone"]["Up"]) == "1.05 kB"
@@ -173,7 +173,7 @@ def test_a_server_whose_product_is_zero_says_so(tmp_path: Path) -> None:
         rank_facts.received_sentence(run)
         == "The server's own product is zero all the time: there was no energy to send."
     )
-    assert facts.versions_with_energy(run) == []
+    assert not facts.versions_with_energy(run)
     assert "Left, how much" not in section(run)
     assert ("Effective rank", "–", "the server's product is zero") in tables.key_figures(run)
 
@@ -203,6 +203,10 @@ def test_what_was_not_recorded_is_not_claimed(tmp_path: Path) -> None:
             "float32, four bytes each; rounding took from an answer 0.020 % of its products, 0.300 % of",
         ),
         ({"type": "Half"}, "float16, two bytes each; rounding took from an answer 0.020 % of its products, 0.300 % of"),
+        (
+            {"type": "HalfChange"},
+            "float16, two bytes each, and as differences up; rounding took from an answer 0.020 %",
+        ),
         ({"type": "DeltaInt8"}, "float16 down, two bytes each, and as differences in int8 up, one byte each; rounding"),
     ],
 )
@@ -239,3 +243,20 @@ def test_fleets_of_any_size_have_the_section(fake: Fake, clients: int) -> None:
     told = section(read_run_log(fake(clients=clients)), drawn=clients != 40)
     assert told.count("<figure>") == 2
     assert "Of all traffic" in told
+
+
+@pytest.mark.slow
+def test_of_very_many_clients_some_are_drawn_and_the_mean_is_of_all(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = read_run_log(fake(clients=60))
+    whole = section(run, drawn=True)
+    monkeypatch.setattr(figures_clients, "SHOWN_SCORES", 45)
+    sample = section(run, drawn=True)
+    means = re.compile(r"ranks? [\d to]+: mean [\d.]+ %(?: ± [\d.]+)?")
+    assert means.findall(sample) == means.findall(whole) != []
+    shown = re.search(r"(\d+) of 60 clients, by rank", sample)
+    assert shown is not None
+    assert 45 <= int(shown[1]) < 45 + len(rank_facts.rank_groups(run)), "at least one of each group"
+    assert "60 clients, by rank" in whole
+    assert len(sample) < len(whole)

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from bench import report
 from fedloom.aggregate.averaged import Averaged
 from fedloom.aggregate.fedit import FedIT
 from fedloom.core.events import ClientLost as Lost
 from fedloom.core.events import Event
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Aggregator, Schedule
 from fedloom.core.schema import jsonable
-from fedloom.core.server import Limits
 from fedloom.core.types import ClientState, Result, Task
 from fedloom.report import facts, figures_clients, tables, timeline
 from fedloom.report.run_log import RunLog, read_run_log
@@ -152,6 +153,17 @@ def test_shares_and_idle_times_are_those_of_the_tasks(tmp_path: Path) -> None:
     counts = timeline.staleness_counts(log)
     assert counts.total() == merged.total()
     assert sum(k * n for k, n in counts.items()) == sum(task.get("staleness", 0) for task in log.tasks)
+
+
+def test_the_bench_makes_lines_in_the_shape_of_a_run(tmp_path: Path) -> None:
+    log = run(tmp_path / "real", FedBuff(buffer_size=3, max_in_flight=4), versions=5)
+    made = list(report.lines({"c0": 4}, 60))
+    for kind, real in (("task", log.tasks), ("version", log.versions)):
+        shapes = {(line.get("status"), *sorted(line)) for line in made if line["kind"] == kind}
+        assert {(line.get("status"), *sorted(line)) for line in real if line.get("status") != "cancelled"} <= shapes
+    assert {frozenset(line) for line in made if line["kind"] == "score"} == {
+        frozenset({*log.scores[0], "base_accuracy"})
+    }
 
 
 def test_rounds_beside_an_asynchronous_run_are_compared_by_uploads_waiting_and_tiers(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedloom.core.change_norms import change_norms
 from fedloom.core.codec import Half
 from fedloom.core.events import Event, TaskFailed, UpdateArrived
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.indexed_dict import IndexedTable
-from fedloom.core.lora import Adapter, Factor, cut_factor
+from fedloom.core.lora import Adapter, Factor, cut_factor, lay_flat, named_tensors
 from fedloom.core.schema import Malformed
-from fedloom.core.types import Model, Profile, Result, Task, TaskStart, Update
+from fedloom.core.types import ClientId, Model, Profile, Result, Task, TaskStart, Update
 from fedloom.runs.checkpoint import FORMAT, HEADER, _digest, read_checkpoint, write_checkpoint
 from tests.support import toys
 from tests.support.storms import tries
@@ -41,6 +42,23 @@ def test_what_is_one_object_is_one_again_and_is_written_once(tmp_path: Path) -> 
     assert all(update.base is back["model"] and update.task is back["updates"][0].task for update in back["updates"])
     assert back["updates"][0].task.start.train is back["model"].adapter
     assert fingerprint(back["model"].memory["velocity"]) == fingerprint(model.memory["velocity"])
+
+
+def test_a_profile_that_the_reader_has_is_written_by_the_name_of_its_client(tmp_path: Path) -> None:
+    known = {f"c{k}": Profile(f"c{k}", k + 1, flops=1e9 / (k + 1)) for k in range(50)}
+    idle = IndexedTable({**known, "c3": replace(known["c3"], examples=10**9), "new": Profile("new", 2)})
+    hints = {"idle": IndexedTable[ClientId, Profile], "working": dict[ClientId, tuple[Profile, int]]}
+    values = {"idle": idle, "working": {"c7": (known["c7"], 12)}}
+    size = write_checkpoint(tmp_path / "names", values, profiles=known)
+    assert size < write_checkpoint(tmp_path / "whole", values) / 3
+    stored = read_checkpoint(tmp_path / "names")
+    back = stored.read(hints, profiles=known)
+    assert back == values == read_checkpoint(tmp_path / "whole").read(hints)
+    assert list(back["idle"]) == list(idle)
+    assert back["idle"]["c0"] is known["c0"]
+    assert json.dumps(stored.values).count("flops") == 2, "those that differ stand in full"
+    with pytest.raises(Malformed, match="a reference to nothing"):
+        stored.read(hints, profiles={"c0": known["c0"]})
 
 
 @given(
@@ -75,6 +93,19 @@ def test_views_of_one_memory_are_that_again(tmp_path: Path) -> None:
     assert len({view.factors["only"].up.untyped_storage().data_ptr() for view in back}) == 1
     assert [fingerprint(view) for view in back] == [fingerprint(view) for view in views]
     assert (tmp_path / "file").stat().st_size < 4 * 8 * 500 + 5000
+
+
+def test_an_adapter_in_one_buffer_is_written_once_and_comes_back_for_the_same_bits(tmp_path: Path) -> None:
+    start, answer = (lay_flat(toys.adapter(8, seed, {"a": (200, 30), "b": (200, 30), "c": (7, 5)})) for seed in (0, 1))
+    assert start.flat is not None
+    task = toys.make_task(start, 8)
+    norms = change_norms(task, toys.make_result(answer))
+    write_checkpoint(tmp_path / "file", {"task": task})
+    back: Task = read_checkpoint(tmp_path / "file").read({"task": Task})["task"]
+    assert (tmp_path / "file").stat().st_size < start.flat.buffer.nbytes + 6000
+    assert fingerprint(back.start.train) == fingerprint(start)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in named_tensors(back.start.train).values())
+    assert change_norms(back, toys.make_result(answer)) == norms
 
 
 def test_tables_keep_their_order_and_numbers_their_kind(tmp_path: Path) -> None:

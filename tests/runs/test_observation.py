@@ -14,8 +14,9 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Schedule
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.runs.observation import Fact, RunObservation, TaskAnswered, TaskEnded, TaskSent, VersionMade
 from fedloom.schedule.fedasync import FedAsync
 from fedloom.schedule.rounds import Rounds
@@ -54,6 +55,7 @@ def test_a_round_from_dispatch_to_version() -> None:
         assert fact.task is not None
         assert fact.task.id == event.task
     assert (list(seen.sent), list(seen.answered)) == ([sent[2]], [sent[1], sent[0]])
+    assert seen.outstanding == {seen.sent[sent[2]].task.client: sent[2]}
     event = answer(start, 2)
     facts = list(seen.read(3.0, event, server.handle(3.0, event)))
     assert sorted(endings(facts)) == [(number, "merged", 0) for number in sent]
@@ -75,7 +77,7 @@ def test_failed_lost_and_refused() -> None:
     assert endings(list(seen.read(2.0, event, server.handle(2.0, event)))) == [(second.task, "failed", 0)]
     event = ClientLost(third.client)
     assert endings(list(seen.read(3.0, event, server.handle(3.0, event)))) == [(third.task, "lost", 0)]
-    assert (seen.failed, list(seen.sent)) == (1, [first.task])
+    assert (seen.failed, list(seen.sent), seen.outstanding) == (1, [first.task], {first.client: first.task})
 
 
 def test_staleness_counts_versions_made_meanwhile_and_the_end_cancels() -> None:

@@ -16,6 +16,7 @@ from fedloom import Constant, FedBuff, FedIT, Hierarchy, Limits, Private, Random
 from fedloom.core.events import Publish, Release, ReleasesCounted, TimerFired
 from fedloom.core.lora import named_tensors
 from fedloom.core.seeds import simulated_secret
+from fedloom.core.types import ClientState
 from fedloom.privacy.accounting import Gaussian
 from fedloom.privacy.ledger import LEDGER, Ledger, read_ledger, spent_by_unit
 from fedloom.privacy.secret_noise import commitment
@@ -26,6 +27,7 @@ from fedloom.runs.release_recorder import ReleaseRecorder, later_releases, relea
 from fedloom.runs.replay import replay
 from fedloom.runs.resume import CHECKPOINT
 from fedloom.runs.rollback import roll_back
+from fedloom.runs.state_files import STATES
 from fedloom.runs.trace import Trace
 from fedloom.schedule.shared.weights import uniform
 from tests.support.folder_runs import interrupt_run
@@ -301,6 +303,13 @@ def test_a_checkpoint_opens_with_its_secret_only(whole: Path) -> None:
     assert 0 < about[LEDGER] <= (whole / LEDGER).stat().st_size
     with pytest.raises(ValueError, match="sealed"):
         read_checkpoint(whole / CHECKPOINT)
+    kept = list((whole / STATES).glob("*.safetensors"))
+    assert kept
+    for path in kept:
+        stored = read_checkpoint(path, simulated_secret(5, SIMULATED_SERVER), path.stem)
+        assert stored.read({"state": ClientState})["state"].moments
+        with pytest.raises(ValueError, match="sealed"):
+            read_checkpoint(path)
 
 
 def test_commands_without_a_release_write_nothing() -> None:

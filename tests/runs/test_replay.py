@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedloom.core.types import Profile
 from fedloom.runs.replay import Replayed, replay, server_from_manifest
 from fedloom.schedule.shared.weights import uniform
 from tests.support import toys
+from tests.support.folder_runs import interrupt_run
 from tests.support.tiny_runs import tiny_run
 
 
@@ -35,6 +37,21 @@ def test_a_recorded_run_gives_the_same_bytes_without_its_model(recorded: Path) -
     lines = (recorded / "trace.jsonl").read_bytes().count(b"\n")
     assert replay(recorded) == Replayed(lines)
     assert len(list((recorded / "updates").iterdir())) == 1 + 3 * 3
+
+
+@pytest.mark.slow
+def test_a_run_with_a_compressed_trace_goes_on_and_is_repeated_like_any_other(
+    recorded: Path, encoder: Path, tmp_path: Path
+) -> None:
+    """Interrupted and gone on with, it holds the lines of an undisturbed run with a plain trace, and any tool for gzip reads it."""
+    run = tiny_run(encoder, schedule=Rounds(cohort_size=3, weigh=uniform), compress_trace=True)
+    out = interrupt_run(run, tmp_path / "out", 2, checkpoint_seconds=0.0, keep_updates=True)
+    prepare(run, resume=out).execute(report=False)
+    packed, plain = (out / "trace.jsonl").read_bytes(), (recorded / "trace.jsonl").read_bytes()
+    assert gzip.decompress(packed) == plain
+    assert replay(out) == replay(recorded)
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (recorded / name).read_bytes()
 
 
 def change(recorded: Path, to: Path, number: int, old: bytes, new: bytes) -> Path:

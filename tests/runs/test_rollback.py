@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fedloom.core.policies import Aggregator, Schedule
 from fedloom.core.schema import jsonable
 from fedloom.runs.archive import Archive, first_kept, stored_states
 from fedloom.runs.replay import replay
+from fedloom.runs.resume import open_log
 from fedloom.runs.rollback import MergedAgain, _merged_again, roll_back
 from fedloom.runs.run import Run
 from fedloom.runs.trace import Trace
@@ -29,7 +31,7 @@ from tests.support.tiny_models import tiny_run
 class Recorded:
     """A run of the toy federation in a folder, as `record` leaves it, with a bound on the answers."""
 
-    def __init__(self, folder: Path, play: Play, most: int | None = None) -> None:
+    def __init__(self, folder: Path, play: Play, most: int | None = None, packed: bool = False) -> None:
         """Carry it out."""
         self.folder, self.play, self.models = folder, play, {0: play.server.state.model}
         folder.mkdir()
@@ -38,8 +40,8 @@ class Recorded:
         run = {name: jsonable(value) for name, value in settings.items()} | {"seed": 0, "threads": 1}
         run |= {"training": {"learning_rate": 1e9}, "lora": {"scaling": 2.0}}
         (folder / "manifest.json").write_text(json.dumps({"run": run, "status": "finished"}))
-        with (folder / "trace.jsonl").open("w") as file:
-            trace, archive = Trace(file), Archive.of(folder / "updates", play.server, most)
+        with open_log(folder / "trace.jsonl", 0, packed) as file:
+            trace, archive = Trace(file), Archive.of(folder / "updates", play.server, most, trace=file)
             handle = play.server.handle
 
             def recorded(now: float, event: Event) -> list[Command]:
@@ -119,10 +121,12 @@ def test_a_run_with_a_canary_is_merged_again_as_it_was_published(tmp_path: Path)
     assert fingerprint(again.model.adapter) == fingerprint(run.models[4].adapter)
 
 
-def test_the_oldest_answers_go_first_and_what_is_kept_can_be_replayed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_oldest_answers_go_first_and_what_is_kept_can_be_replayed(tmp_path: Path, packed: bool) -> None:
     whole = Recorded(tmp_path / "whole", Play(FedBuff(buffer_size=2, max_in_flight=4), FedIT(), versions=14))
     size = max(path.stat().st_size for path in (tmp_path / "whole" / "updates").glob("[0-9]*"))
-    run = Recorded(tmp_path / "run", Play(FedBuff(buffer_size=2, max_in_flight=4), FedIT(), versions=14), 8 * size)
+    play = Play(FedBuff(buffer_size=2, max_in_flight=4), FedIT(), versions=14)
+    run = Recorded(tmp_path / "run", play, 8 * size, packed)
     kept = list((tmp_path / "run" / "updates").glob("[0-9]*"))
     assert 4 <= len(kept) <= 9
     assert len(stored_states(tmp_path / "run" / "updates")) == 2
@@ -131,7 +135,8 @@ def test_the_oldest_answers_go_first_and_what_is_kept_can_be_replayed(tmp_path: 
     assert state is not None
     found = replay(tmp_path / "run")
     assert (found.difference, found.version > 5) == ("", True)
-    assert (tmp_path / "run" / "trace.jsonl").read_bytes() == (tmp_path / "whole" / "trace.jsonl").read_bytes()
+    plain, lines = ((tmp_path / name / "trace.jsonl").read_bytes() for name in ("whole", "run"))
+    assert (gzip.decompress(lines) if packed else lines) == plain
     for version in (found.version, 14):
         again = run.again(to=version)
         assert fingerprint(again.model.adapter) == fingerprint(whole.models[version].adapter)

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from fedloom import IID, ByClient, Half, Instructions, Limits, Refused, Rows, Run, Training, prepare
+from fedloom import IID, ByClient, Engine, Half, Instructions, Limits, Private, Refused, Rows, Run, Training, prepare
 from fedloom.core.schema import jsonable
 from fedloom.data.examples import without_training_examples
 from fedloom.deploy.start import run_terms
 from fedloom.runs.manifest import settings_hash
-from fedloom.runs.prepare import assemble
+from fedloom.runs.prepare import assemble, with_type_chosen
 from fedloom.runs.resume import as_settled
 from fedloom.train.chat_template import DATE
+from fedloom.train.engine.linear_kernel import has_bfloat16
 from fedloom.train.tokenised import LONGEST_BY_DEFAULT
 from tests.support.tiny_models import tiny_decoder, toy_answers, toy_rows
 from tests.support.tiny_runs import tiny_run
@@ -57,11 +58,28 @@ def test_the_longest_text_is_found_and_recorded(encoder: Path) -> None:
     assert job.describe()["notes"] == []
 
 
+def test_the_type_of_frozen_layers_is_the_processors_unless_records_are_protected_or_it_is_given() -> None:
+    run = tiny_run(Path("nowhere"), engine=Engine(bfloat16=None))
+    private = replace(run, privacy=Private(clip=1.0, multiplier=1.0, most_answers=1, unit="record"))
+    chosen = [with_type_chosen(one).engine for one in (run, private, replace(run, device="meta"))]
+    assert [engine and engine.bfloat16 for engine in chosen] == [has_bfloat16("cpu"), False, False]
+    for given in (replace(run, engine=Engine(bfloat16=True)), replace(run, engine=None)):
+        assert with_type_chosen(given) == given
+
+
+@pytest.mark.parametrize("then", [True, False])
+def test_a_run_goes_on_in_the_type_that_it_began_with_whatever_this_processor_has(then: bool) -> None:
+    run = tiny_run(Path("nowhere"), engine=Engine(bfloat16=None))
+    began = replace(run, engine=Engine(bfloat16=then))
+    assert as_settled(run, jsonable(began)) == as_settled(began, jsonable(began))
+
+
 @pytest.mark.slow
 def test_found_or_given_the_bytes_are_the_same(encoder: Path, tmp_path: Path) -> None:
-    left_open = tiny_run(encoder, name="same")
+    left_open = tiny_run(encoder, name="same", engine=Engine(kernel="torch", bfloat16=None))
     found = prepare(left_open)
-    given = replace(left_open, training=replace(left_open.training, max_length=found.run.training.max_length))
+    given = replace(left_open, training=found.run.training, engine=found.run.engine)
+    assert given.engine != left_open.engine
     found.execute(tmp_path / "found", report=False)
     prepare(given).execute(tmp_path / "given", report=False)
     for name in ("manifest.json", "trace.jsonl", "metrics.jsonl"):
@@ -142,8 +160,12 @@ def test_options_that_came_later_rename_no_run(encoder: Path) -> None:
     settings = jsonable(tiny_run(encoder, partition=ByClient()))
     before = json.loads(json.dumps(settings))
     del before["data"]["missing"], before["partition"]["smallest"], before["date"]
+    del before["engine"]["byte_dropout"], before["training"]["base_dropout"]
     assert settings_hash(before) == settings_hash(settings)
     assert settings_hash(settings) != settings_hash(jsonable(tiny_run(encoder, partition=ByClient(smallest=3))))
+    torchs = tiny_run(encoder, partition=ByClient(), engine=Engine(kernel="torch", byte_dropout=False))
+    still = tiny_run(encoder, partition=ByClient(), training=Training(learning_rate=1e-2, base_dropout=False))
+    assert len({settings_hash(settings), settings_hash(jsonable(torchs)), settings_hash(jsonable(still))}) == 3
     dropping = tiny_run(encoder, partition=ByClient(), data=Rows(toy_rows(240), missing="drop"))
     assert settings_hash(settings) != settings_hash(jsonable(dropping))
 

@@ -23,8 +23,8 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Schedule
-from fedloom.core.server import Limits
 from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.observation import RunObservation

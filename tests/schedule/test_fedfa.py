@@ -12,7 +12,8 @@ import torch
 
 from fedloom.core.errors import Refused
 from fedloom.core.events import ClientJoined, Dispatch, TimerFired, UpdateArrived
-from fedloom.core.server import Limits, Server
+from fedloom.core.limits import Limits
+from fedloom.core.server import Server
 from fedloom.core.types import ClientState, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fedloom.core.errors import Refused
 from fedloom.core.policies import Schedule
+from fedloom.core.types import Task
 from fedloom.schedule.fedasync import FedAsync
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.fedfa import FedFa
@@ -48,6 +50,18 @@ def test_work_that_the_next_version_makes_too_old_is_aborted(limit: int | None, 
     """At version 5 the next one is 6: tasks of versions 2, 3, 4, 5 would be 4, 3, 2, 1 old."""
     busy = tuple(task(number, version) for number, version in ((1, 2), (2, 3), (3, 4), (4, 5)))
     assert list(too_stale(at(5, busy=busy), limit)) == aborted
+
+
+def test_no_work_is_looked_at_behind_the_first_that_goes_on() -> None:
+    class Watched(dict[int, Task]):
+        """Outstanding tasks, of which the third and no later one may be read."""
+
+        def items(self) -> Any:
+            yield from list(super().items())[:3]
+            raise AssertionError("looked at the fourth task")
+
+    busy = Watched({number: task(number, number) for number in range(1, 10)})
+    assert too_stale(replace(at(5), busy=busy), 3) == (1, 2)
 
 
 @pytest.mark.parametrize("schedule", LIMITED, ids=lambda one: type(one).__name__)

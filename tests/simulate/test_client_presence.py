@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import io
 import math
 import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
@@ -27,15 +28,15 @@ from fedloom.core.events import (
     TaskFailed,
     UpdateArrived,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Schedule
-from fedloom.core.server import Limits
 from fedloom.core.types import ClientState, Profile, Result, Task
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.slot_usage import SlotUsage
 from fedloom.schedule.fedbuff import FedBuff
 from fedloom.schedule.rounds import Rounds
 from fedloom.simulate.availability import Availability, Stays, Traced, cycle
-from fedloom.simulate.client_presence import Presence
+from fedloom.simulate.client_presence import AvailabilityChanged, Presence
 from fedloom.simulate.delays import Delays, ExponentialDelays
 from fedloom.simulate.devices import Devices
 from fedloom.simulate.faults import Faults, Vanished
@@ -122,9 +123,63 @@ def test_a_run_with_faults_ends_at_its_versions_and_every_task_once(schedule: Sc
     assert stops(log) == ["15 versions made"]
     assert not log.open
     assert one.server.state.version == 15
+    one.drain()  # what was dropped leaves the heap
     waiting = {what.task for _, _, what in one.heap if isinstance(what, UpdateArrived)}
     assert set(one.in_flight) == waiting
     assert [now for now, _, _ in log.steps] == sorted(now for now, _, _ in log.steps)
+
+
+@pytest.mark.parametrize("schedule", [FedBuff(2, 6, max_staleness=3), Rounds(3, over_selection=2.0)], ids=toys.called)
+@pytest.mark.parametrize("seed", range(2))
+def test_dropping_a_task_is_as_if_its_entries_had_left_the_heap_at_once(schedule: Schedule, seed: int) -> None:
+    class Eager(Simulation):
+        def _take_tasks(self, numbers: Iterable[int]) -> Any:
+            taken = super()._take_tasks(numbers)
+            self._remove_dropped()
+            return taken
+
+    class Lazy(Simulation):
+        def _remove_dropped(self) -> None:
+            """Wait until they come to the top."""
+
+    traces = list[str]()
+    for kind in (Eager, Simulation, Lazy):
+        log = Ledger()
+        server = toys.server(schedule, limits=Limits(versions=15), seed=seed, start=toys.fresh(2))
+        presence = Presence(COMING_AND_GOING.of((), seed), EVERYTHING, seed)
+        clients = {f"c{k}": Profile(f"c{k}", 10) for k in range(8)}
+        kind(server, Null(), Delays(), clients, log.score, log, seed=seed, presence=presence).run()
+        traces.append(log.file.getvalue())
+        assert log.ended["cancelled"] + log.ended["lost"] > 5
+    assert traces[0] == traces[1] == traces[2]
+
+
+def test_dropping_a_task_does_not_walk_through_the_heap() -> None:
+    class Heap(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("walked through the heap")
+
+    server = toys.server(FedBuff(50, 40), limits=Limits(versions=5, evaluate_every=0), start=toys.fresh(2))
+    clients = {f"c{k}": Profile(f"c{k}", 10) for k in range(300)}
+    one = Simulation(
+        server, Null(), Delays(), clients, lambda model: {}, Log(), presence=Presence(COMING_AND_GOING.of((), 0))
+    )
+    for client in clients:
+        one._step(0.0, AvailabilityChanged(client))
+    one._step(*one._next())
+    one.heap = Heap(list.__iter__(one.heap))
+    heapq.heapify(one.heap)
+    first = sorted(server.state.busy)
+    for number in first[:20]:
+        one._forget({number})
+    assert one.by_task.keys() == set(first[20:])
+    assert len(one.in_flight) == 20
+    now = -1.0
+    for _ in range(40):
+        time, what = one._next()
+        assert time >= now
+        assert getattr(what, "task", 0) not in first[:20]
+        now = time
 
 
 @every_schedule
@@ -261,7 +316,7 @@ def test_a_client_keeps_what_its_last_accepted_task_left_whatever_went_wrong_sin
         for command in commands:
             if isinstance(command, Dispatch):
                 assert given[command.task.id] == accepted.get(command.task.client, "")
-    assert {client: local.basis for client, local in one.client_states.items()} == accepted
+    assert {client: local.basis for client, local in one.client_states.settled.items()} == accepted
     assert log.ended["late"] + log.ended["lost"] + log.ended["TaskFailed"] > 20
 
 
@@ -422,7 +477,7 @@ def test_no_table_grows_with_the_events() -> None:
             tables = {
                 "heap": one.heap,
                 "in_flight": one.in_flight,
-                "client_states": one.client_states,
+                "client_states": one.client_states.settled,
                 "sent": metrics.sent,
             }
             tables |= {

@@ -24,9 +24,9 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor, compact_with_fold
 from fedloom.core.policies import Aggregator, Schedule
-from fedloom.core.server import Limits
 from fedloom.core.types import ClientState, Model, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank

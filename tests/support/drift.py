@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedloom.aggregate.fedit import FedIT
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.policies import Schedule
-from fedloom.core.server import Limits
 from fedloom.core.types import ClientState, Model, Profile, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.shared.product_space import energy_shares
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Aggregator
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import ClientState, Model, Profile, Result, Task
 from fedloom.schedule.rounds import Rounds
 from fedloom.simulate.devices import World

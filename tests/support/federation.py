@@ -80,6 +80,11 @@ class Federation:
         given = ["--folder", str(self.server), "--clients", str(len(self.names)), "--port", f"0.0.0.0:{self.port}"]
         self._begin("server", "serve", str(self.folder / "run.py"), *given, *words)
 
+    def region(self, config: Path) -> None:
+        """`fedloom region` with these settings, for as many clients as there are sites."""
+        given = ["--config", str(config), "--folder", str(self.server), "--clients", str(len(self.names))]
+        self._begin("server", "region", str(self.folder / "run.py"), *given, "--port", f"0.0.0.0:{self.port}")
+
     def join(self, name: str) -> None:
         """`fedloom join` for this site, which asks for work five times a second."""
         self._begin(
@@ -148,12 +153,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def make(folder: Path, clients: int, versions: int, steps: int, seed: int = 0, host: str = "127.0.0.1") -> Federation:
+def make(
+    folder: Path, clients: int, versions: int, steps: int, seed: int = 0, host: str = "127.0.0.1", text: str = RUNFILE
+) -> Federation:
     """A run of a tiny model on toy sentences that needs some eighty answers to learn them; its sites, keys and settings."""
     tiny_encoder(folder / "model")
     for name, rows in (("train", toy_rows(1000, 1)), ("test", toy_rows(400, 2))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "run.py").write_text(RUNFILE.format(clients=clients, versions=versions, steps=steps, seed=seed))
+    (folder / "run.py").write_text(text.format(clients=clients, versions=versions, steps=steps, seed=seed))
     export_sites.export_sites(load_run_file(folder / "run.py"), folder / "sites")
     made = Federation(folder, sorted(one.name for one in (folder / "sites").iterdir()), free_port(), host)
     for name in made.names:

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
+from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, HalfChange
 from fedloom.core.events import Reject, UpdateArrived
 from fedloom.core.schema import Malformed
 from fedloom.core.server import Server
@@ -15,7 +15,7 @@ from tests.support.malformed_files import BYTES_LIMIT, FILES
 from tests.support.malformed_results import RESULTS, Thrown
 from tests.support.scene import COHORT_OF_SIX, Scene, fingerprint, scene
 
-CODECS: tuple[Codec, ...] = (Exact(), Half(), DeltaInt8())
+CODECS: tuple[Codec, ...] = (Exact(), Half(), HalfChange(), DeltaInt8())
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 SCHEDULES = "laws/test_every_schedule.py"
 METHODS = "laws/test_every_aggregator.py"
 WINDOWS = "laws/test_windows.py"
+LIFTED = "laws/test_lifted_answers.py"
 DEPTHS = "laws/test_every_depth.py"
 TREES = "laws/test_every_tree.py"
 REGROUPED = "laws/test_regrouped_tree.py"
@@ -42,6 +43,7 @@ SUMS = "laws/test_every_sum.py"
 MASKED = "privacy/secure_sum/test_member.py"
 MEMBERS = "deploy/site/test_sum_member.py"
 LEDGERS = "privacy/test_ledger.py"
+STATES = "simulate/test_client_states.py"
 MUTANTS = [
     Mutant(
         "a release leaves before its line is on the disk",
@@ -192,6 +194,24 @@ MUTANTS = [
         'random_words(self.secret, "record dropout", self.run, self.task, step, count=',
         'random_words(self.secret, "record dropout", self.run, self.task, 0, count=',
         RECORDS,
+    ),
+    Mutant(
+        "one bit in 64 that decides what dropout drops is always 0",
+        "dtype=torch.int64).random_(-(2**63), None)",
+        "dtype=torch.int64).random_()",
+        "train/engine/test_dropout.py",
+    ),
+    Mutant(
+        "a base without dropout switches the adapters' dropout off too",
+        'if ".lora_dropout." in name:\n                module.train()',
+        'if ".lora_dropout." in name:\n                module.eval()',
+        "train/engine/test_dropout.py",
+    ),
+    Mutant(
+        "what is below the trained blocks drops, or nothing above them: the modes of parts are lost",
+        "            module.training = training\n",
+        "            module.training = model.training\n",
+        "train/engine/test_dropout.py",
     ),
     Mutant(
         "what a site has spent in other runs does not count",
@@ -399,15 +419,33 @@ MUTANTS = [
     ),
     Mutant(
         "what nobody holds is lost",
-        "torch.where(divisor > 0, 1.0 - merge.step, 1.0)",
+        "torch.where(divisor > 0, keep, 1.0)",
         "torch.full_like(divisor, 1.0 - merge.step)",
         METHODS,
     ),
     Mutant(
         "what a client started from is added",
-        "yield 1.0, weigh_directions(update.task.start.train.factors[name], -weight * share)",
-        "yield 1.0, weigh_directions(update.task.start.train.factors[name], weight * share)",
+        "yield -weight * share, update.task.start.train.factors[name]",
+        "yield weight * share, update.task.start.train.factors[name]",
         METHODS,
+    ),
+    Mutant(
+        "what rounding took of a start is taken for a change of its client",
+        "state.arrived.append(self._lifted(Update(task, result, state.bases[task.id])))",
+        "state.arrived.append(Update(task, result, state.bases[task.id]))",
+        LIFTED,
+    ),
+    Mutant(
+        "where little is left to add, what clients could learn from is lost",
+        "if directions < min(rank, *sides):",
+        "if directions < 1:",
+        "aggregate/test_merge_terms.py",
+    ),
+    Mutant(
+        "a change in float16 is read as the values",
+        "return base + numbers if self.is_change else numbers",
+        "return numbers",
+        "core/test_codec.py",
     ),
     Mutant(
         "dead directions are handed out",
@@ -444,6 +482,24 @@ MUTANTS = [
         'Q_j."""\n        return replace(model, adapter=move_factors(model.adapter, merge, holder_weights))',
         'Q_j."""\n        return replace(model, adapter=move_factors(model.adapter, merge, lambda *a: torch.ones(a[2])))',
         METHODS,
+    ),
+    Mutant(
+        "adapters in one buffer are taken to have one form",
+        "return plain and self.layout is other.layout and",
+        "return plain and",
+        "core/test_flat_buffer.py",
+    ),
+    Mutant(
+        "numbers that are not finite pass where all lie in one buffer",
+        "if math.isfinite(size) and size <= 0.5 * most:",
+        "if not size > 0.5 * most:",
+        "core/test_flat_buffer.py",
+    ),
+    Mutant(
+        "a tensor is rounded by the largest of its neighbours in the buffer",
+        "tensors.abs().amax(axes).tolist()]",
+        "tensors.abs().amax().expand(len(tensors)).tolist()]",
+        "core/test_codec.py",
     ),
     Mutant(
         "a frozen side may be changed",
@@ -510,6 +566,18 @@ MUTANTS = [
         "moved[place] = moved.get(k, k)",
         "pass",
         "schedule/test_client_draw.py",
+    ),
+    Mutant(
+        "a dropped task is answered all the same",
+        "self.dropped.update(order for _, order, _ in taken)",
+        "self.dropped.update(())",
+        "simulate/test_client_presence.py",
+    ),
+    Mutant(
+        "a key that went and came back is sorted in twice",
+        "self._changed.remove(key)",
+        "return",
+        "core/test_indexed_dict.py",
     ),
     Mutant(
         "whoever stood last is lost",
@@ -610,8 +678,8 @@ MUTANTS = [
     ),
     Mutant(
         "work is aborted a version late",
-        "if fleet.version + 1 - task.version > limit",
-        "if fleet.version - task.version > limit",
+        "fleet.version + 1 - item[1].version > limit",
+        "fleet.version - item[1].version > limit",
         "schedule/test_staleness.py",
     ),
     Mutant(
@@ -778,6 +846,12 @@ MUTANTS = [
         "hierarchy/test_regrouping.py::test_what_is_known_of_a_client_moves_along",
     ),
     Mutant(
+        "whoever leaves a group in a swap is still waited for",
+        "torch.where(offered == 0, second[:, None], slowest[:, None])[pairs]",
+        "slowest[:, None].expand_as(offered)[pairs]",
+        "hierarchy/test_near_iid.py::test_an_exchange_is_the_best_of_the_pair_by_the_definition_of_the_utility",
+    ),
+    Mutant(
         "examples that tie do not count in the AUC",
         "below, not_above = (torch.searchsorted(others, ours, right=right) for right in (False, True))",
         "below, not_above = (torch.searchsorted(others, ours, right=right) for right in (False, False))",
@@ -860,5 +934,47 @@ MUTANTS = [
         'if getattr(aggregator, "merges_all_depths", False):',
         "if False:",
         "aggregate/test_robust.py::test_mixed_depth_is_judged_over_all_layers_at_once",
+    ),
+    Mutant(
+        "moments are dropped that their client would have used once more",
+        "place[1] < self.newest.get(place[0], 0)",
+        "place[1] <= self.newest.get(place[0], 0)",
+        STATES,
+    ),
+    Mutant(
+        "a file goes that the last checkpoint names",
+        "for name in self.present - self.checkpointed:",
+        "for name in self.present - self.needed():",
+        "runs/test_state_files.py",
+    ),
+    Mutant(
+        "what was given up before makes nobody wait longer",
+        "after * 2 ** given_up[sent.node]",
+        "after",
+        "deploy/server/test_nodes.py",
+    ),
+    Mutant(
+        "the slope of a fused layer's input forgets the adapter",
+        "            whole.addmm_(thin, down)",
+        "            pass",
+        "train/engine/test_linear_kernel.py",
+    ),
+    Mutant(
+        "a small fold is added to weights in half precision, which round it away",
+        "if weight.dtype not in (torch.float32, torch.float64):",
+        "if weight is None:",
+        "train/test_peft_weights.py",
+    ),
+    Mutant(
+        "a checkpoint names a length inside what is compressed together",
+        "        packed.end_member()",
+        "        pass",
+        "core/test_packed_log.py",
+    ),
+    Mutant(
+        "a part of a table's part is one of all lines",
+        "return replace(self, rows=self.rows[chosen])",
+        "return replace(self, rows=np.arange(len(self.rows))[chosen])",
+        "report/test_line_table.py",
     ),
 ]

@@ -15,11 +15,13 @@ from torch import Tensor
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.core.codec import Codec
 from fedloom.core.events import ClientJoined, Command, Dispatch, TimerFired, UpdateArrived
+from fedloom.core.flat_buffer import FlatTable
 from fedloom.core.indexed_dict import IndexedTable
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor, truncate
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import BudgetRule, Fleet
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Budget, Profile, Result, Task
 from fedloom.schedule.rounds import Rounds
 from tests.support.tiny_models import RANKS
@@ -128,7 +130,7 @@ def _feed(put: Callable[[bytes], object], value: object) -> None:
         put(f"{value!r};".encode())
     elif isinstance(value, Tensor):
         put(f"{value.dtype}{tuple(value.shape)}".encode() + value.detach().contiguous().numpy().tobytes())
-    elif isinstance(value, dict | IndexedTable):
+    elif isinstance(value, dict | IndexedTable | FlatTable):
         put(b"{")
         for key, item in value.items():
             put(f"{key!r}:".encode())

@@ -30,9 +30,10 @@ from fedloom.core.events import (
     UpdateArrived,
 )
 from fedloom.core.indexed_dict import IndexedTable
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.policies import Fleet, Merge, Schedule
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Profile, Result, Task
 from fedloom.runs.trace import ENCODER
 from tests.support import toys

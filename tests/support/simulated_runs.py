@@ -13,9 +13,10 @@ from fedloom.core.events import (
     Command,
     Event,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.lora import compact_with_fold
 from fedloom.core.policies import Aggregator, Schedule, Trainer
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import ClientState, Model, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import RandomRank
@@ -56,11 +57,12 @@ class Log:
 
 
 class Remembering(toys.Quadratic):
-    """Counts each client's tasks in its moments and tells the count; one answer in nine is refused."""
+    """Counts each client's tasks in one basis in its moments and tells the count; one answer in nine is refused."""
 
     def _one(self, task: Task, local: ClientState) -> tuple[Result, ClientState]:
         result, after = super()._one(task, local)
-        count = local.moments["w"]["step"] + 1 if local.moments else torch.tensor(1.0)
+        kept = local.moments if local.basis == task.start.basis else None
+        count = kept["w"]["step"] + 1 if kept else torch.tensor(1.0)
         metrics = {**result.metrics, "count": float(count)}
         result = replace(result, metrics=metrics, examples=0 if task.id % 9 == 0 else task.id)
         return result, replace(after, moments={"w": {"step": count}}, residual=local.residual)

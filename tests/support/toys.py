@@ -18,10 +18,12 @@ import fedloom.schedule
 from fedloom.aggregate.fedit import FedIT
 from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.raflora import RaFLoRA
+from fedloom.core.indexed_dict import Indexed
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor, compact_with_fold
 from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Fleet, Merge, Schedule
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import Budget, ClientState, Model, Profile, Result, Task, TaskStart, Update
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank
@@ -232,7 +234,9 @@ def server(schedule: Schedule | None = None, method: Aggregator | None = None, *
 
 def fleet(**more: Any) -> Fleet:
     given: dict[str, Any] = {"now": 0.0, "version": 0, "seed": 0, "idle": {}, "busy": {}, "arrived": (), "shape": SHAPE}
-    return Fleet(**(given | more))
+    given |= more
+    given["idle"] = given["idle"] if isinstance(given["idle"], Indexed) else Indexed(given["idle"])
+    return Fleet(**given)
 
 
 @dataclass(frozen=True)

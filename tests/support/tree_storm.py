@@ -37,8 +37,8 @@ from fedloom.core.events import (
     TimerFired,
     UpdateArrived,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Schedule
-from fedloom.core.server import Limits
 from fedloom.core.types import Task
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.root_server import RootServer

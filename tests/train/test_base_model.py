@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.utils import ModulesToSaveWrapper
 from transformers import (
+    AutoConfig,
     BertConfig,
     BertForMaskedLM,
     DistilBertConfig,
@@ -21,14 +24,29 @@ from transformers import (
 )
 
 from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, cut_factor
+from fedloom.core.types import ClientState
+from fedloom.train import base_model, peft_weights
 from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.engine import linear_kernel
 from fedloom.train.evaluate import score
+from fedloom.train.export import save_merged
 from fedloom.train.pretrained import four_bit_arguments, reads_ahead
 from fedloom.train.settings import Engine, LoRA
 from fedloom.train.tokenised import encode_texts
 from tests.support.tiny_models import SIZES, WORDS
-from tests.support.tiny_runs import answered, base_of, examples, lively, logits, same
+from tests.support.tiny_runs import (
+    answered,
+    base_of,
+    examples,
+    lively,
+    logits,
+    same,
+    still,
+    task_of,
+    trainer_of,
+    writing_trainer,
+)
 
 
 def other(model: Any, encoder: Path, folder: Path) -> Path:
@@ -218,6 +236,36 @@ def test_in_bfloat16_only_frozen_layers_are_so(request: pytest.FixtureRequest, k
         figures.append(score(one, start, answered(one), range(20)).metrics())
         assert all(f.up.dtype == torch.float32 for f in initial_adapter(one, 4).factors.values())
     assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [2, None])
+def test_a_model_wholly_in_bfloat16_trains_as_in_float32_roughly(
+    encoder: Path, generator: Path, labels: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As on an accelerator; here its products are slow, and as exact."""
+    folder, engine = str(generator if labels is None else encoder), Engine(bfloat16=True, together=2)
+    exact = still(load_base(folder, labels, LoRA(dropout=0.0), 4, 3))
+    monkeypatch.setattr(base_model, "in_half_precision", lambda *_: True)
+    half = still(load_base(folder, labels, LoRA(dropout=0.0), 4, 3, engine=engine))
+    adapted = {id(p) for p in peft_weights.slot_parameters(half.model, "r4").values()}
+    spared = {id(p) for m in half.model.modules() if isinstance(m, ModulesToSaveWrapper) for p in m.parameters()}
+    for parameter in half.model.parameters():
+        whole = id(parameter) in adapted | spared
+        assert parameter.dtype == (torch.float32 if whole else torch.bfloat16)
+    start, found = lively(initial_adapter(exact, 4)), []
+    fold = Adapter({n: cut_factor(f, 1) for n, f in start.factors.items()})
+    for base in (exact, half):
+        trainer = replace(trainer_of(base) if labels else writing_trainer(base), engine=engine)
+        tasks = [task_of(start, client, number=k) for k, client in enumerate("ab")]
+        work = [(replace(t, start=replace(t.start, fold=fold)), ClientState()) for t in tasks]
+        assert len(trainer.groups(work)) == 1
+        found.append(trainer.train(work) + trainer.train(work[:1]))
+    for (one, _), (other, _) in zip(*found, strict=True):
+        assert other.metrics["first_loss"] == pytest.approx(one.metrics["first_loss"], rel=0.05)
+        assert all(f.up.dtype == torch.float32 for f in other.adapter.factors.values())
+    save_merged(half, start, ["a", "b"], tmp_path / "merged")
+    assert AutoConfig.from_pretrained(tmp_path / "merged").dtype == torch.float32
 
 
 @pytest.mark.skipif(not linear_kernel.onednn_available(), reason="this build of torch has no oneDNN linear operator")

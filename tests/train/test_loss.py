@@ -130,6 +130,21 @@ def test_padding_on_the_left_is_never_asked_and_an_answer_may_begin_at_once(gene
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
+def test_padding_on_the_right_needs_no_mask_and_on_the_left_it_does(generator: Path) -> None:
+    """As on a GPU, where flash attention takes none."""
+    base = writer_of(generator)
+    base.put(lively(initial_adapter(base, 4)))
+    assert not loss.reads_padding(base)
+    inputs = answered(base).batch([3, 8, 1], base.device)
+    with torch.no_grad():
+        masked = loss.example_losses(base, inputs)
+        plain = loss.example_losses(base, {name: rows for name, rows in inputs.items() if name != "attention_mask"})
+    torch.testing.assert_close(plain, masked, rtol=1e-5, atol=1e-6)
+    left = writer_of(generator)
+    left.tokenizer.padding_side = "left"
+    assert loss.reads_padding(left)
+
+
 def test_an_example_without_an_answer_costs_nothing_and_breaks_nothing(generator: Path) -> None:
     base = writer_of(generator)
     texts = answered(base)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedloom.core.lora import Adapter, Factor
+from fedloom.core.lora import Adapter, Factor, lay_flat
 from fedloom.core.types import Pruning
 from fedloom.train import objective
 from tests.support.toys import adapter, changed, fresh
@@ -196,6 +196,9 @@ def test_what_a_client_keeps_is_found_again_under_the_servers_directions() -> No
         assert f.down[1].equal(first.down[0])
         assert not bool(f.down[[3, 5]].any() or f.up[:, [3, 5]].any())
     assert kept.dense is two.dense
+    head = objective.put_directions(None, lay_flat(two), (0, 4, 6)).dense["head"]
+    assert head.equal(two.dense["head"])
+    assert head.untyped_storage().nbytes() == head.nbytes
 
 
 def test_flat_names_are_those_of_the_parameters_and_come_back() -> None:

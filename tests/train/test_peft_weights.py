@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedloom.core.errors import Refused
+from fedloom.core.lora import Adapter, Factor
 from fedloom.plan.depth import FixedDepth, check_blocks
 from fedloom.train import peft_weights
-from fedloom.train.base_model import initial_adapter
+from fedloom.train.base_model import initial_adapter, load_base
+from fedloom.train.settings import Engine, LoRA
 from tests.support.families import FAMILIES, Family
 from tests.support.tiny_runs import base_of, lively, same
 
@@ -33,6 +36,21 @@ def test_a_round_trip_rounds_once_at_odd_scalings(decoder: Path, scaling: float)
         assert torch.allclose(read.factors[name].up, factor.up, rtol=1e-6, atol=0)
 
 
+def test_an_adapter_goes_to_a_device_as_one_buffer_where_it_has_several_tensors(encoder: Path) -> None:
+    """The device "meta" has no numbers, but takes copies."""
+    adapter, meta = lively(initial_adapter(base_of(encoder), 4)), torch.device("meta")
+    there = peft_weights.copy_adapter(adapter, meta)
+    assert {name: f.up.shape for name, f in there.factors.items()} == {
+        n: f.up.shape for n, f in adapter.factors.items()
+    }
+    assert there.flat is not None
+    assert there.flat.buffer.device == meta
+    assert peft_weights.copy_adapter(adapter, torch.device("cpu")) is adapter
+    name = next(iter(adapter.factors))
+    small = peft_weights.copy_adapter(Adapter({name: adapter.factors[name]}), meta)
+    assert small.factors[name].down.device == meta
+
+
 def test_an_adapter_that_was_read_has_memory_of_its_own(encoder: Path) -> None:
     base = base_of(encoder)
     adapter = lively(initial_adapter(base, 4))
@@ -47,6 +65,25 @@ def test_names_are_those_of_the_base_model_at_any_rank(encoder: Path) -> None:
     plain = dict(base.model.get_base_model().named_modules())
     assert list(low.factors) == list(high.factors) == [name for name in low.factors if name in plain]
     assert list(low.dense) == ["classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_fold_far_smaller_than_the_weights_is_not_rounded_away(encoder: Path, bfloat16: bool) -> None:
+    base = load_base(str(encoder), 2, LoRA(), 4, 0, engine=Engine("torch", bfloat16=bfloat16))
+    start, x = lively(initial_adapter(base, 4)), torch.randn(5, 32)
+    layer = next(iter(peft_weights.lora_layers(base.model).values())).get_base_layer()
+    small = [Adapter({n: Factor(f.down, f.up * size) for n, f in start.factors.items()}) for size in (1e-3, 3e-3)]
+
+    def output(fold: Adapter | None) -> Tensor:
+        base.put(start, fold=fold)
+        found: Tensor = layer(x).detach()
+        return found
+
+    plain = output(None)
+    for fold in small:  # the second in place of the first
+        change = x @ next(iter(fold.factors.values())).down.T @ next(iter(fold.factors.values())).up.T
+        assert float((output(fold) - plain - change).norm()) < 1e-3 * float(change.norm())
+    assert torch.equal(output(None), plain)
 
 
 @pytest.mark.slow

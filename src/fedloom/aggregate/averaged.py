@@ -96,6 +96,6 @@ def _mixed(average: Model, version: Model, share: float) -> Adapter:
     for name in version.adapter.factors:
         terms = [(c, one.adapter.factors[name]) for c, one in pairs]
         terms += [(c, one.fold.factors[name]) for c, one in pairs if one.fold]
-        factors[name] = pad(best_approximation(terms, rank)[0], rank)
+        factors[name] = pad(best_approximation(terms, rank, measured=False)[0], rank)
     dense = dense_mean(version.adapter, [(c, one.adapter) for c, one in pairs])
     return Adapter(factors, dense)

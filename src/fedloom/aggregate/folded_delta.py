@@ -5,7 +5,7 @@ them; here the modules are the singular directions of the server's model, so tha
 of it, and the rest runs as a part of its base. What it returns is a change of the very function that the server has:
 W + sum p_k (B_k A_k - what k received), the mean that FedAvg takes, with no bias at any mixture of ranks and no truncation on the
 way down. `rank` above the clients' keeps more of what they learnt; it costs download, never upload.
-Cost: as HLoRA with twice the ranks; every client receives all directions of the server.
+Cost: as `ProductDelta`; every client receives all directions of the server.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Source: our own combination. The rule is FedAvg in the form of updates (McMahan 
 to products as HLoRA does (arXiv 2503.00813) and re-factorised in the same way. Where HLoRA lets a client of low rank vote zero on
 the directions that it does not hold, and raFLoRA leaves it out and so amplifies the few who do, it votes here for what the server
 has: W + sum p_k (B_k A_k - what k received). No learning, no change; no direction is amplified.
-Cost: as HLoRA with twice the ranks, because what was sent out is stacked with what came back.
+Cost: as HLoRA: what was sent out cancels against the versions that it was cut from, but for directions beyond a client's rank.
 """
 
 from __future__ import annotations

@@ -25,9 +25,10 @@ from fedloom.aggregate.fedit import FedIT
 from fedloom.audit.epsilon_estimate import estimate_epsilon
 from fedloom.audit.findings import NoiseCheck
 from fedloom.core.events import ClientJoined, Dispatch, Event, Publish, Release, TimerFired, UpdateArrived
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor, from_tensors, named_tensors
 from fedloom.core.model_shape import Shape
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.types import ClientId, Model, Profile, Result, Task
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank

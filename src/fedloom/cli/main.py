@@ -82,7 +82,7 @@ WorkerPool = Annotated[
 
 def demo_run() -> Run:
     """Return the demo's run: ranks 2, 4 and 8 by device, synchronous rounds, ProductDelta; 144 steps of 16 tickets in all."""
-    from fedloom.core.server import Limits
+    from fedloom.core.limits import Limits
     from fedloom.data.partition import ByClient
     from fedloom.data.tickets import Tickets
     from fedloom.plan.budget import Plan

@@ -25,8 +25,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from fedloom.core.answer_change import product_change, sent_part
-from fedloom.core.lora import Adapter, Factor, named_tensors
+from fedloom.core.answer_change import product_change, sent_part, squared_change
+from fedloom.core.lora import Adapter, Factor, lay_flat, named_tensors, same_buffers
 from fedloom.core.types import ClientId, Result, Task, TaskStart
 
 WINDOW, QUORUM = 32, 2
@@ -66,24 +66,33 @@ def norm(tensor: Tensor) -> float:
 
 
 def change_norms(task: Task, result: Result) -> ChangeNorms:
-    """Return how far a valid answer moved from what was sent. Cost: a pass over the factors, and Grams of twice their rank."""
-    change, sent = product_change(task.start, result.adapter), sent_part(task.start, result.adapter)
-    factors, numbers = 0.0, 0
-    for name, new in result.adapter.factors.items():
-        old = sent.factors[name]
-        factors += norm(new.up - old.up) ** 2 + norm(new.down - old.down) ** 2
-        numbers += new.up.numel() + new.down.numel()
-    products = sum(_squares(factor.up, factor.down) for factor in change.products.values())
-    control = named_tensors(result.control) if result.control else {}
+    """Return how far a valid answer moved from what was sent. Cost: a pass over the factors, and Grams of their rank."""
+    new, sent = result.adapter, task.start.train
+    flats = same_buffers([lay_flat(new), lay_flat(sent)])
+    products, factors = _squares_of_layers(task.start, new) if flats is None else squared_change(*flats)
+    numbers = flats[0].layout.numbers(("dense",)) if flats else _numbers(new)
     root = math.sqrt(max(1, numbers))
     return ChangeNorms(
         task.id,
         task.budget.steps,
         math.sqrt(products) / root,
         math.sqrt(factors) / root,
-        _rms(change.dense),
-        _rms(control),
+        _rms({name: tensor - sent.dense[name] for name, tensor in new.dense.items()}),
+        _rms(named_tensors(result.control) if result.control else {}),
     )
+
+
+def _numbers(adapter: Adapter) -> int:
+    return sum(factor.up.numel() + factor.down.numel() for factor in adapter.factors.values())
+
+
+def _squares_of_layers(start: TaskStart, new: Adapter) -> tuple[float, float]:
+    """Squared norms of the change of the products and of the factors, layer by layer; the answer may have fewer directions."""
+    change, sent, factors = product_change(start, new), sent_part(start, new), 0.0
+    for name, factor in new.factors.items():
+        old = sent.factors[name]
+        factors += norm(factor.up - old.up) ** 2 + norm(factor.down - old.down) ** 2
+    return sum(_squares(factor.up, factor.down) for factor in change.products.values()), factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +177,10 @@ def _squares(up: Tensor, down: Tensor) -> float:
 
 def _reach(start: Adapter, far: float) -> float:
     """How far the products can move where each number of the factors moves by `far`, as `ChangeNorms.products`."""
-    squares, numbers = 0.0, 0
+    squares = 0.0
     for factor in start.factors.values():
         squares += _product_reach(factor, far) ** 2
-        numbers += factor.up.numel() + factor.down.numel()
-    return math.sqrt(squares / max(1, numbers))
+    return math.sqrt(squares / max(1, _numbers(start)))
 
 
 def _product_reach(factor: Factor, far: float) -> float:

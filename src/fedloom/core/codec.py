@@ -1,4 +1,4 @@
-"""Codecs for the numbers of a task: float32, float16, or the difference to what both sides hold in eight bits. Tensors only.
+"""Codecs for the numbers of a task: float32, float16, or the difference to what both sides hold in 16 or 8 bits. Tensors only.
 
 A codec packs rows: rows of `down`, columns of `up`, rows of a dense matrix. What `Block.values` returns is what the other side will
 hold, to the bit, so that a simulation merges what a real server would receive.
@@ -27,17 +27,20 @@ class Block:
         numbers: (rows, width); float32 as they are, float16 to be multiplied by 2^exponent, or int8 steps to be added to the base.
         exponent: exponent for float16.
         scales: size of one int8 step, (rows,) in float32 (None: no int8).
+        is_change: whether float16 is to be added to the base.
     """
 
     numbers: Tensor
     exponent: int = 0
     scales: Tensor | None = None
+    is_change: bool = False
 
     def values(self, base: Tensor) -> Tensor:
         """Return the rows in float32; `base` (rows, width) is what both sides hold."""
         if self.scales is not None:
             return base + self.numbers.float() * self.scales[:, None]
-        return self.numbers.float() * 2.0**self.exponent if self.exponent else self.numbers.float()
+        numbers = self.numbers.float() * 2.0**self.exponent if self.exponent else self.numbers.float()
+        return base + numbers if self.is_change else numbers
 
     def select(self, rows: Tensor) -> Block:
         """Return some of the rows, by their indices or a mask."""
@@ -98,6 +101,24 @@ class Half:
     def pack(self, values: Tensor, base: Tensor) -> Block:
         """Pack the rows rounded to float16."""
         return pack_half(values)
+
+
+@dataclass(frozen=True, slots=True)
+class HalfChange:
+    """The difference to what the task started from in float16, two bytes per number, times a power of two; the way down as `Half`.
+
+    Right to 3e-4 of what was learnt, where `Half` is right to 3e-4 of the whole: the less an answer moved, the more that is worth.
+    """
+
+    number: ClassVar[int] = 2
+    row: ClassVar[int] = 0
+    halved: ClassVar[bool] = True
+    feedback: ClassVar[bool] = False
+
+    def pack(self, values: Tensor, base: Tensor) -> Block:
+        """Pack values - base rounded to float16; the values as they are where the difference is out of range."""
+        block = pack_half(values - base)
+        return replace(block, is_change=True) if block.numbers.dtype == torch.float16 else Block(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +208,62 @@ def pack_half(values: Tensor) -> Block:
     The exponent is that of the largest entry after rounding, so that packing again what came out changes nothing.
     """
     low, high = torch.aminmax(values)
-    largest = max(-float(low), float(high))
+    exponent = _half_exponent(max(-float(low), float(high)))
+    return Block(values) if exponent is None else Block((values * 2.0**-exponent).half(), exponent)
+
+
+def _half_exponent(largest: float) -> int | None:
+    """The exponent for float16 of a tensor with this largest entry; None: it travels as float32."""
     if not largest < TALLEST:
-        return Block(values)
-    exponent = max(math.frexp(largest / (1 - 2.0**-12))[1] - 15, LOWEST) if largest else 0
-    return Block((values * 2.0**-exponent).half(), exponent)
+        return None
+    return max(math.frexp(largest / (1 - 2.0**-12))[1] - 15, LOWEST) if largest else 0
 
 
 def round_to_half(tensor: Tensor) -> Tensor:
     """Return the tensor as it comes out of float16, in its own shape and dtype."""
     return pack_half(tensor).values(tensor) if tensor.numel() else tensor
+
+
+# Many tensors of one shape at once, with the bits of one after the other ------------------------------------------------
+
+
+def round_all_to_half(tensors: Tensor) -> Tensor:
+    """Return tensors of one shape (count, *shape) in float32, each as `round_to_half` gives it."""
+    if not tensors.numel():
+        return tensors
+    axes = tuple(range(1, tensors.ndim))
+    exponents = [_half_exponent(largest) for largest in tensors.abs().amax(axes).tolist()]
+    down, up = (
+        torch.tensor([2.0 ** (sign * (one or 0)) for one in exponents], device=tensors.device).view(
+            -1, *(1,) * len(axes)
+        )
+        for sign in (-1, 1)
+    )
+    rounded = (tensors * down).half().float() * up
+    for place, exponent in enumerate(exponents):
+        if exponent is None:
+            rounded[place] = tensors[place]
+    return rounded
+
+
+def decode_all(codec: Codec, values: Tensor, base: Tensor) -> Tensor:
+    """Return what the other side reads of tensors of one shape (count, rows, width), each packed by itself.
+
+    As `codec.pack(values[k], base[k]).values(base[k])` for each; the product's own codecs do it at once.
+    """
+    kind = type(codec)  # not of a class made from one of these, which may pack otherwise
+    if kind is Exact:
+        return values
+    if kind is Half:
+        return round_all_to_half(values)
+    if kind is HalfChange:
+        change = values - base
+        fits = change.abs().amax((1, 2), keepdim=True) < TALLEST
+        return torch.where(fits, base + round_all_to_half(change), values)
+    if kind is DeltaInt8:
+        delta = values - base
+        largest = delta.abs().amax(2, keepdim=True)
+        scales = (largest / 127).clamp_min(2.0**LOWEST)
+        fits = (largest < TALLEST).all(1, keepdim=True)
+        return torch.where(fits, base + (delta / scales).round().to(torch.int8).float() * scales, values)
+    return torch.stack([codec.pack(one, other).values(other) for one, other in zip(values, base, strict=True)])

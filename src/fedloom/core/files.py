@@ -16,12 +16,15 @@ import re
 import shutil
 import stat
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Literal, TypeAlias
 
 from fedloom.core.errors import Refused
+from fedloom.core.packed_log import MAGIC, UnpackedFile
 from fedloom.core.text import parse_json
 
 LOCKED = "trace.jsonl"
@@ -179,17 +182,28 @@ def read_regular(path: Path, most: int = LARGEST_JSON) -> bytes:
     raise Refused("file", str(path), f"it is larger than the {most:,} bytes that are read of such a file")
 
 
-def read_lines(path: Path, size: int = 0) -> Iterator[bytes]:
-    """Yield the lines of a log behind its first `size` bytes, with their ends, opened as `open_regular` does; none without a file.
+def read_lines(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+    """Yield the lines of a log between two of its bytes, with their ends, opened as `open_regular` does; none without a file.
 
-    Raises Refused for a line of more than `LONGEST_LINE` bytes.
+    A packed log is unpacked; the two bytes, where they are not its first and its last, have to be such that `log_size` gave.
+
+    Raises Refused for a line of more than `LONGEST_LINE` bytes, and where it cannot be unpacked.
     """
     with suppress(FileNotFoundError), open_regular(path) as file:
-        file.seek(size)
-        while line := file.readline(LONGEST_LINE + 1):
-            if len(line) > LONGEST_LINE:
-                raise Refused("file", str(path), f"it has a line of more than {LONGEST_LINE:,} bytes")
-            yield line
+        head = file.read(len(MAGIC))
+        packed = bool(head) and MAGIC.startswith(head)  # one byte of it may be all that a killed process left
+        file.seek(begin)
+        left = None if end is None else max(0, end - begin)
+        source = BufferedReader(UnpackedFile(file, left)) if packed else file
+        try:
+            while line := source.readline(LONGEST_LINE + 1):
+                if len(line) > LONGEST_LINE:
+                    raise Refused("file", str(path), f"it has a line of more than {LONGEST_LINE:,} bytes")
+                if not packed and end is not None and file.tell() > end:
+                    return
+                yield line
+        except zlib.error as error:
+            raise Refused("file", str(path), "it is compressed and damaged; put back a copy of it") from error
 
 
 def read_json(path: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
@@ -219,9 +233,10 @@ def clear_for_libraries(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, synced: bool = True) -> Iterator[Path]:
     """Yield a draft to write, which then takes the place of `path`: whole or not at all, also where the power fails.
 
+    Without `synced` a power cut may leave a damaged file, but no kill: whoever names the file later calls `sync_path` first.
     A link in the place of `path` is replaced, and what it leads to is left alone. Where the disk has no room for it, the error names
     `path` (see `disk_full_error`). Raises Refused where a folder lies in its place.
     """
@@ -234,19 +249,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
     try:
         yield draft
         # first the bytes, then the name, then the folder that holds the name: after a power cut there is the old file or the new one
-        for target in (draft, path.parent):
-            descriptor = os.open(target, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            if target is draft:
-                draft.replace(path)
+        if synced:
+            sync_path(draft)
+        draft.replace(path)
+        if synced:
+            sync_path(path.parent)
     except Exception as error:
         draft.unlink(missing_ok=True)
         if (lack := _lack(error)) is None:
             raise
         raise OSError(lack.errno, lack.strerror, str(path)) from error
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def disk_full_error(error: BaseException | None) -> OSError | None:

@@ -14,7 +14,8 @@ from math import copysign
 import torch
 from torch import Tensor
 
-from fedloom.core.truncated_svd import grams, svd, svd_dense
+from fedloom.core.flat_buffer import FlatTable, FlatTensors, buffer_layout
+from fedloom.core.truncated_svd import svd, svd_dense, svd_with_energy
 
 NEGLIGIBLE = 1e-6
 """Length, relative to the longest, under which both sides of a direction are lost in the product's float32 rounding."""
@@ -23,7 +24,7 @@ CHUNK = 1024
 """Directions below which a product of thin factors is slower than their stack's."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Factor:
     """Low-rank change of one linear layer, delta_W = up @ down.
 
@@ -45,7 +46,8 @@ class Factor:
 class Adapter:
     """Trained weights: a factor for each adapted layer, and dense tensors.
 
-    Nobody writes into its tensors, so that what was found out about an adapter (its sha256, that it was checked) stays true.
+    Nobody writes into its tensors, so that what was found out about an adapter (its sha256, that it was checked) stays true. Those of
+    an adapter with many layers usually lie in one buffer (`lay_flat`), and its tables are views of it.
 
     Fields:
         factors: by layer, its low-rank change.
@@ -55,12 +57,69 @@ class Adapter:
     factors: Mapping[str, Factor]
     dense: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def flat(self) -> FlatTensors | None:
+        """The buffer with all tensors and nothing else; None: they lie apart."""
+        factors, dense = self.factors, self.dense
+        if type(factors) is not FlatTable or type(dense) is not FlatTable:  # a third of the cost of `isinstance`
+            return None
+        return factors.flat if factors.flat is dense.flat else None
+
 
 def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """Return the adapter's tensors under flat names: `NAME.down`, `NAME.up`, and `dense:NAME`."""
+    if adapter.flat is not None:
+        return dict(adapter.flat.tensors())
     flat = {f"{name}.down": factor.down for name, factor in adapter.factors.items()}
     flat |= {f"{name}.up": factor.up for name, factor in adapter.factors.items()}
     return flat | {f"dense:{name}": tensor for name, tensor in adapter.dense.items()}
+
+
+def view_as_adapter(flat: FlatTensors) -> Adapter:
+    """Return the adapter whose tensors lie in this buffer."""
+    return Adapter(FlatTable(flat, "layers", _factor_views), FlatTable(flat, "dense", _dense_views))
+
+
+FEW = 5
+"""Tensors below which an adapter stays as it is: there is nothing to do together."""
+
+
+def lay_flat(adapter: Adapter) -> Adapter:
+    """Return the adapter with its tensors copied into one buffer; itself if they lie in one.
+
+    It stays as it is with few tensors, and where they differ in type or device, ask for a gradient, or are not contiguous: products
+    round by the order in memory.
+    """
+    if 2 * len(adapter.factors) + len(adapter.dense) < FEW or adapter.flat is not None:
+        return adapter
+    tensors = named_tensors(adapter)
+    kinds = {(one.dtype, one.device) for one in tensors.values()}
+    if len(kinds) != 1 or not all(one.is_contiguous() and not one.requires_grad for one in tensors.values()):
+        return adapter
+    downs = tuple((name, tuple(factor.down.shape)) for name, factor in adapter.factors.items())
+    ups = tuple((name, tuple(factor.up.shape)) for name, factor in adapter.factors.items())
+    dense = tuple((name, tuple(tensor.shape)) for name, tensor in adapter.dense.items())
+    return view_as_adapter(FlatTensors.copied(tensors, buffer_layout(downs, ups, dense)))
+
+
+def same_buffers(adapters: Iterable[Adapter]) -> list[FlatTensors] | None:
+    """Return the buffers of adapters that have one layout, type and device; None where one has not, or has no buffer."""
+    found = list[FlatTensors]()
+    for adapter in adapters:
+        flat = adapter.flat
+        if flat is None or not (found[0] if found else flat).same_form(flat):
+            return None
+        found.append(flat)
+    return found
+
+
+def _factor_views(flat: FlatTensors) -> dict[str, Factor]:
+    tensors = flat.tensors()
+    return {name: Factor(tensors[f"{name}.down"], tensors[f"{name}.up"]) for name in flat.layout.layers}
+
+
+def _dense_views(flat: FlatTensors) -> dict[str, Tensor]:
+    return {name: flat.tensor(f"dense:{name}") for name in flat.layout.dense}
 
 
 def from_tensors(like: Adapter, flat: Mapping[str, Tensor]) -> Adapter:
@@ -76,13 +135,17 @@ def cut_factor(factor: Factor, rank: int) -> Factor:
 
 def cut_adapter(adapter: Adapter, rank: int) -> Adapter:
     """Return the first `rank` directions of every layer; the adapter itself where it has no more."""
-    if all(factor.rank <= rank for factor in adapter.factors.values()):
+    whole = adapter.flat
+    ranks = whole.layout.ranks if whole else {factor.rank for factor in adapter.factors.values()}
+    if all(one <= rank for one in ranks):
         return adapter
     return Adapter({name: cut_factor(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
 def take_sides(sides: Collection[str], new: Adapter, old: Adapter) -> Adapter:
-    """Return `new` on these sides ("down", "up", "dense") and `old` on the others."""
+    """Return `new` on these sides ("down", "up", "dense") and `old` on the others; it is `old` itself without sides."""
+    if not sides:
+        return old
     factors = {
         name: Factor(
             new.factors[name].down if "down" in sides else factor.down,
@@ -147,15 +210,20 @@ def truncate(factor: Factor, rank: int) -> Factor:
     return Factor(right, left * values)
 
 
-def truncate_sum(terms: Iterable[tuple[float, Factor]], rank: int) -> tuple[Factor, float]:
-    """Return `truncate` of a sum, and the sum's energy (squared Frobenius norm), right to 1e-6."""
-    sum_ = sum_products(terms)
+def truncate_sum(
+    terms: Iterable[tuple[float, Factor]], rank: int, measured: bool = True
+) -> tuple[Factor, float | None]:
+    """Return `truncate` of a sum, and the sum's energy (squared Frobenius norm), right to 1e-6.
+
+    Where the energy is not `measured` it may be None; the factor is the same.
+    """
+    sum_, energy = sum_products(terms), None
     if isinstance(sum_, Tensor):
         left, values, right = svd_dense(sum_, rank)
-        energy = sum(float(rows.double().square().sum()) for rows in torch.split(sum_, 512))
+        if measured:
+            energy = sum(float(rows.double().square().sum()) for rows in torch.split(sum_, 512))
     else:
-        near, energy = grams(sum_.up, sum_.down)
-        left, values, right = svd(sum_.up, sum_.down, rank, near)
+        (left, values, right), energy = svd_with_energy(sum_.up, sum_.down, rank, measured)
     return Factor(right, left * values), energy
 
 
@@ -229,9 +297,11 @@ def compact_with_fold(adapter: Adapter, fold: Adapter | None) -> Adapter:
     return Adapter({name: compact(factor) for name, factor in both.factors.items()}, both.dense)
 
 
-def pad_to_one_rank(adapter: Adapter) -> Adapter:
-    """Return the same products with one rank for all layers, the highest of them, by zero directions."""
-    rank = server_rank(adapter)
+def pad_to_one_rank(adapter: Adapter, rank: int | None = None) -> Adapter:
+    """Return the same products with one rank for all layers, by zero directions: this one, or the highest of them."""
+    rank, flat = rank or server_rank(adapter), adapter.flat
+    if flat is not None and flat.layout.ranks <= {rank}:
+        return adapter
     return Adapter({name: pad(factor, rank) for name, factor in adapter.factors.items()}, adapter.dense)
 
 
@@ -251,6 +321,8 @@ def map_tensors(rule: Callable[..., Tensor], *adapters: Adapter) -> Adapter:
 
 def server_rank(adapter: Adapter) -> int:
     """Return the highest rank of the adapter's layers: what the server keeps unless a method says otherwise."""
+    if adapter.flat is not None:
+        return max(adapter.flat.layout.ranks)
     return max(factor.rank for factor in adapter.factors.values())
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedloom.core.codec import EXACT, HALF, Codec, Summed
-from fedloom.core.lora import Adapter, cut_factor
+from fedloom.core.flat_buffer import FlatTensors, rows_of
+from fedloom.core.lora import Adapter, cut_factor, same_buffers
 from fedloom.core.transfer import dense_rows
 from fedloom.core.types import Result, Side, Task, TaskStart
 from fedloom.core.validate_answer import why_malformed
@@ -52,6 +53,10 @@ def upload_size(task: Task, result: Result) -> MessageSize:
     control = _plain(start).number * _control(start)
     refused = why_malformed(task, result) is not None
     received = start.train if refused else result.adapter
+    flats = None if refused else same_buffers([start.train, received])
+    if flats is not None:
+        size = _flat_size(codec, *flats)
+        return MessageSize(size.total + control, size.dense)
     for name, factor in received.factors.items():
         sent = cut_factor(start.train.factors[name], factor.rank)
         count += _sent(codec, None if refused else sent.down, factor.down, 1)
@@ -60,6 +65,19 @@ def upload_size(task: Task, result: Result) -> MessageSize:
     for name, tensor in received.dense.items():
         dense += _sent(codec, None if refused else dense_rows(start.train.dense[name]), dense_rows(tensor), 1)
     return MessageSize(count + dense + control, dense)
+
+
+def _flat_size(codec: Codec, before: FlatTensors, after: FlatTensors) -> MessageSize:
+    """Return the size of an answer without its control variate, with a few calls for all tensors of one shape."""
+    total = dense = 0
+    for group in after.layout.groups:
+        one, other = (rows_of(group.side, group.view(flat.buffer)) for flat in (before, after))
+        changed = one[:, :, 0] != other[:, :, 0] if one.shape[2] else one.any(2)
+        if not bool(changed.all()):
+            changed = (one != other).any(2)
+        size = int(changed.sum()) * (codec.number * one.shape[2] + codec.row)
+        total, dense = total + size, dense + (size if group.side == "dense" else 0)
+    return MessageSize(total, dense)
 
 
 def summed_size(start: TaskStart) -> MessageSize:
@@ -99,6 +117,8 @@ def _control(start: TaskStart) -> int:
 
 def _whole(adapter: Adapter, without: Collection[Side]) -> int:
     """Return how many numbers an adapter has, without these sides."""
+    if adapter.flat is not None:
+        return adapter.flat.layout.numbers(without)
     count, down, up = 0, "down" not in without, "up" not in without
     for factor in adapter.factors.values():
         count += (factor.down.numel() if down else 0) + (factor.up.numel() if up else 0)

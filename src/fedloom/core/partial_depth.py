@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor, product_norm, stack
+from fedloom.core.model_shape import Shape
 from fedloom.core.policies import Aggregator, Merge, aggregator_layers
-from fedloom.core.types import Budget, Model, Rules, TaskStart, Update
+from fedloom.core.types import Budget, Model, Rules, Task, TaskStart, Update
 
 LayerClass = tuple[tuple[int, ...], tuple[str, ...]]
 """Indices of the updates that hold some layers, and the names of these layers."""
@@ -38,6 +39,19 @@ def require_all_layers(aggregator: Aggregator, rules: Rules) -> None:
             why = "it divides a layer's changes by all clients, also by those who never train it"
             remedy = f"{why}; leave plan.depth or the wrapper out"
             raise Refused("plan.depth", type(layer).__name__, remedy)
+
+
+def exact_start(
+    aggregator: Aggregator, model: Model, budget: Budget, seed: int, shape: Shape, outer: Task | None
+) -> TaskStart:
+    """Return what a client with this budget is to receive, before any number is rounded: a function of its arguments.
+
+    A member of an edge, which works on the task `outer`, has a basis of its own for each of those. A client drops its optimiser
+    moments when the basis changes, so they live through the rounds of one outer task and no longer.
+    """
+    below = shape.untrained_modules(model.adapter.factors, budget.depth)
+    start = start_at_depth(aggregator, model, budget, seed, below)
+    return start if outer is None else replace(start, basis=f"{outer.id}:{start.basis}")
 
 
 def start_at_depth(
@@ -187,14 +201,13 @@ def _combined(adapters: Sequence[Adapter], order: Sequence[str], dense: Mapping[
     return Adapter({name: factors[name] for name in order if name in factors}, dense or {})
 
 
-def _discarded(pieces: Sequence[Model]) -> float:
-    """Return the share of the energy of all pieces together that their merges cut off."""
-    if not any(piece.discarded for piece in pieces):
-        return 0.0
+def _discarded(pieces: Sequence[Model]) -> float | None:
+    """Return the share of the energy of all pieces together that their merges cut off; None where one did not measure it."""
+    shares = [piece.discarded for piece in pieces if piece.discarded is not None]
+    if len(shares) < len(pieces) or not any(shares):
+        return None if len(shares) < len(pieces) else 0.0
     left = [sum(product_norm(factor) ** 2 for factor in piece.adapter.factors.values()) for piece in pieces]
-    before = [
-        e / (1.0 - piece.discarded) if piece.discarded < 1.0 else 0.0 for e, piece in zip(left, pieces, strict=True)
-    ]
+    before = [e / (1.0 - share) if share < 1.0 else 0.0 for e, share in zip(left, shares, strict=True)]
     return max(0.0, 1.0 - sum(left) / sum(before)) if sum(before) > 0 else 0.0
 
 

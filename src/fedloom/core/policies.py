@@ -91,6 +91,7 @@ class Merge:
         cancel: numbers of outstanding tasks whose answers no longer count.
         anchor: model in the place of `model` in the first formula (None: the server's; a window that began filled with the first
             model has that one).
+        measured: whether the share of energy that is cut off is to be measured (`Model.discarded`).
     """
 
     weighted_updates: tuple[tuple[float, Update], ...]
@@ -99,6 +100,7 @@ class Merge:
     retain: tuple[Update, ...] = ()
     cancel: tuple[int, ...] = ()
     anchor: Model | None = None
+    measured: bool = True
 
     def map_updates(self, rule: Callable[[Update], Update]) -> Merge:
         """Return the merge with `rule(update)` in the place of each update."""

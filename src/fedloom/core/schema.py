@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
+from json.encoder import encode_basestring_ascii
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
@@ -70,7 +71,7 @@ def declared_fields(kind: Any) -> Mapping[str, Any]:
 # Writing -------------------------------------------------------------------------------------------------------------
 
 Writer: TypeAlias = Callable[[Any], str]
-_quoted = json.JSONEncoder().encode
+_quoted: Writer = encode_basestring_ascii
 _FINITE: Writer = float.__repr__
 _SCALARS: Mapping[type, Writer] = {
     NoneType: lambda value: "null",
@@ -126,7 +127,7 @@ class Encoder(dict[type, Writer]):
 
     def table(self, value: Mapping[Any, object]) -> str:
         """Encode a mapping. Its keys are text or whole numbers, which become text."""
-        if not all(isinstance(key, str | int) for key in value):
+        if not all(issubclass(kind, str | int) for kind in set(map(type, value))):
             raise TypeError("keys of JSON are text or whole numbers")
         return f"{{{','.join([f'{_quoted(str(key))}:{self[type(item)](item)}' for key, item in value.items()])}}}"
 

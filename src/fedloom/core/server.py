@@ -16,7 +16,8 @@ From a reply to the next version, in this file:
    first (`hierarchy.root_server`); an edge without a task refuses every answer
    (`hierarchy.edge`). On real machines, bytes that are no answer are refused before the server sees them (`deploy.server.driver`).
 2. An accepted answer becomes an `Update` in `State.arrived`, with the model that its task was cut from, and with the examples that
-   its client registered (`registration`), whatever it says; its client is idle again.
+   its client registered (`registration`), whatever it says; its client is idle again. Where starts are rounded, the answer becomes
+   the exact start plus what the client changed (`transfer.lift_answer`), so that no rounding is taken for a change.
 3. `_decide` asks the schedule for a `Merge`. Here the staleness weight comes in: a schedule multiplies an answer's weight, or its
    step, by a discount of `schedule.shared.staleness.staleness`, the number of versions made since the task was sent. The aggregator
    sees weights only.
@@ -47,20 +48,20 @@ What is promised (tests/laws hold every method to it):
 10. A run that is killed anywhere and resumed gives the same bytes as one that is not.
 11. The distance that one answer moves the model, with C equally fast clients that always move theirs by d, is what the schedule's
     formula says: for FedFa-Param with window K it is d / (C + (K - 1) / 2) (tests/laws/test_drift.py).
+12. What rounding takes of a start is no change: with any codec, an answer that changed nothing is merged as the exact start, to the
+    bit (tests/laws/test_lifted_answers.py).
 
 A method that breaks one of 1 to 5 or 8 by design says so in `exempt`.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from fedloom.core.canary import Canary, Trial, Verdict, clearly_better, judge, why_set_aside, without_sites
 from fedloom.core.change_norms import QUORUM, WINDOW, ChangeNorms, Frame, NormLimits, answer_kind, remember
 from fedloom.core.codec import Codec
-from fedloom.core.errors import Refused
 from fedloom.core.events import (
     CanaryScored,
     Cancel,
@@ -80,9 +81,10 @@ from fedloom.core.events import (
     TaskFailed,
     UpdateArrived,
 )
+from fedloom.core.limits import Limits
 from fedloom.core.lora import server_rank
 from fedloom.core.model_shape import Shape
-from fedloom.core.partial_depth import merge_by_layer, start_at_depth
+from fedloom.core.partial_depth import exact_start, merge_by_layer
 from fedloom.core.participation import Mechanism, Participation, count_merged, count_releases, place_client
 from fedloom.core.policies import (
     Aggregator,
@@ -96,54 +98,9 @@ from fedloom.core.policies import (
 from fedloom.core.registration import counted_examples, register
 from fedloom.core.seeds import derive
 from fedloom.core.server_state import State
-from fedloom.core.transfer import encode_start
+from fedloom.core.transfer import encode_start, lift_answer
 from fedloom.core.types import Budget, ClientId, GroupHistory, Model, Task, TaskStart, Update
 from fedloom.core.validate_answer import why_invalid
-
-
-def inner_start(start: TaskStart, outer: Task | None) -> TaskStart:
-    """Return the start as a member of an edge gets it: with a basis of its own for each outer task.
-
-    A client drops its optimiser moments when the basis changes, so they live through the rounds of one outer task and no longer.
-    """
-    return start if outer is None else replace(start, basis=f"{outer.id}:{start.basis}")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Limits of a run: when it ends, and how often its model is evaluated.
-
-    Fields:
-        versions: global versions after which the run ends (at least 1; default 10).
-        seconds: time at which it ends, if that is earlier (s; default None: no limit).
-        failures: consecutive failed or lost tasks after which the run ends (default 100), or answers that a canary set aside without
-            a version in between: where every answer is refused, for instance because training diverged, more time does not help.
-        evaluate_every: evaluate version 0, every n-th version and the last (default 1; 0: only the last).
-        norm_ratio: times the median of what others of the run sent that an answer may move (default 5; None: not compared).
-        step_ratio: times what an optimiser can do in the task's steps that an answer may move it (default 3; None: not judged, for
-            sites that add noise to their answers).
-    """
-
-    versions: int = 10
-    seconds: float | None = None
-    failures: int = 100
-    evaluate_every: int = 1
-    norm_ratio: float | None = 5.0
-    step_ratio: float | None = 3.0
-
-    def __post_init__(self) -> None:
-        if self.versions < 1:
-            raise Refused("limits.versions", self.versions, "a run makes at least 1 global version")
-        if self.seconds is not None and not self.seconds > 0:
-            raise Refused("limits.seconds", self.seconds, "give positive seconds, or None for no limit")
-        if self.failures < 1:
-            raise Refused("limits.failures", self.failures, "how many tasks may fail in a row: at least 1")
-        if self.evaluate_every < 0:
-            raise Refused("limits.evaluate_every", self.evaluate_every, "score every 1, 2, ... versions; 0: the last")
-        for name in ("norm_ratio", "step_ratio"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < math.inf:
-                raise Refused(f"limits.{name}", value, "1 or more times what is usual, 5 is a start; None: no limit")
 
 
 class Server:
@@ -227,9 +184,7 @@ class Server:
 
     def start(self, budget: Budget, seed: int) -> TaskStart:
         """Return what a client with this budget would receive now, to the bit."""
-        model = self.state.model
-        below = self.shape.untrained_modules(model.adapter.factors, budget.depth)
-        start = inner_start(start_at_depth(self.aggregator, model, budget, seed, below), self.state.outer)
+        start = exact_start(self.aggregator, self.state.model, budget, seed, self.shape, self.state.outer)
         return encode_start(start, self.transfer)
 
     def stop(self, reason: str) -> list[Command]:
@@ -300,9 +255,10 @@ class Server:
             ):
                 return Reject(client, number, f"task {number} is not outstanding at client {client!r}")
             case UpdateArrived(client, number):
-                if reason := self.why_refused(state.busy[number], event):
+                reason, norms = self._judged(state.busy[number], event)
+                if reason is not None:
                     return Reject(client, number, reason)  # the task stays outstanding: a better answer may come
-                self._accept(event)
+                self._accept(event, norms)
             case TaskFailed(_, number, reason):
                 self._release(number)
                 state.failures, state.last_failure = state.failures + 1, reason
@@ -310,26 +266,38 @@ class Server:
 
     def why_refused(self, task: Task, event: UpdateArrived) -> str | None:
         """Return why this answer to `task` is not taken: its form, its numbers, or how far it moved; None if it is."""
-        if reason := why_invalid(task, event.result, clipped=self.mechanism is not None):
-            return reason
-        mine, others = self.norm_limits.measured(task, event.result), self._others(task)
-        return self.norm_limits.why_too_far(task, mine, others, self._frame(event)) if mine else None
+        return self._judged(task, event)[0]
 
-    def _accept(self, event: UpdateArrived) -> None:
+    def _judged(self, task: Task, event: UpdateArrived) -> tuple[str | None, ChangeNorms | None]:
+        """Return why an answer is not taken (None: it is), and how far it moved (None: it has no form, or nothing is limited)."""
+        if reason := why_invalid(task, event.result, clipped=self.mechanism is not None):
+            return reason, None
+        mine, others = self.norm_limits.measured(task, event.result), self._others(task)
+        return self.norm_limits.why_too_far(task, mine, others, self._frame(event)) if mine else None, mine
+
+    def _accept(self, event: UpdateArrived, norms: ChangeNorms | None) -> None:
         """Take a valid answer: its client is idle again, and counts for the examples that it registered."""
         state, task = self.state, self.state.busy[event.task]
         counted = counted_examples(state.registered, state.working[task.client][0])
         if isinstance(event, EdgeReported):  # it may say that fewer of its members took part
             counted = min(counted, event.result.examples)
         result = event.result if counted == event.result.examples else replace(event.result, examples=counted)
-        if mine := self.norm_limits.measured(task, result):
-            remember(self._recent(task), task.client, mine)
-        state.arrived.append(Update(task, result, state.bases[task.id]))
+        if norms:
+            remember(self._recent(task), task.client, norms)
+        state.arrived.append(self._lifted(Update(task, result, state.bases[task.id])))
         self._release(task.id)
         state.failures = 0
         if task.start.rules.pruning and (rank := server_rank(result.adapter)) < task.budget.rank:
             state.pruned[task.client] = rank
         state.reported_examples[task.client] = counted
+
+    def _lifted(self, update: Update) -> Update:
+        """Return the answer without what rounding took of its start: the exact start is made again, from what it was made of."""
+        if self.transfer is None or not self.transfer.halved or update.base is None:
+            return update
+        task, seed = update.task, derive(self.seed, "start", update.task.id)
+        exact = exact_start(self.aggregator, update.base, task.budget, seed, self.shape, self.state.outer)
+        return lift_answer(update, exact.train)
 
     def _judge_first(self, event: UpdateArrived) -> list[Command]:
         """Judge the first answers once there are others to compare with: one that moved too far is set aside, if it still waits."""
@@ -397,6 +365,8 @@ class Server:
     def _merge(self, merge: Merge) -> list[Command]:
         """Publish the next version, or have it scored first."""
         state, version = self.state, self.state.version + 1
+        if self.aggregator.space == "product" and not self.limits.scores(version):
+            merge = replace(merge, measured=False)
         if self.mechanism is not None:
             model, release = self.mechanism.release(self.aggregator, state, merge)
             return [release, *self._publish(Trial(model, merge, len(state.arrived)))]
@@ -416,8 +386,7 @@ class Server:
         if self.participation is not None:
             count_merged(self.participation, state, trial.updates)
         commands.append(Publish(state.version, state.model, trial.updates))
-        every = self.limits.evaluate_every or self.limits.versions
-        if state.version % every == 0 or state.version == self.limits.versions:
+        if self.limits.scores(state.version):
             commands.append(self._evaluate())
         return commands
 

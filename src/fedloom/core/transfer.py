@@ -4,6 +4,9 @@ Down: the server rounds what it hands out, so that its own record of a task is w
 it (frozen sides, changes, unchanged rows) is exact. Sides that follow from the run's seed are not sent and stay as they are. A fold
 is sent in the smaller of its two forms and rounded there. Up: rows that differ from the start go through the codec; rows that
 do not are not sent, and neither are rows that would come out as they were sent.
+
+At the server: an answer is read as its exact start, before it was rounded, plus what the client changed of what it received
+(`lift_answer`). So starts are exact parts of the versions that they were cut from, and cancel against them in a merge.
 """
 
 from __future__ import annotations
@@ -15,20 +18,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedloom.core.codec import EXACT, HALF, Block, Codec, Summed, round_to_half
+from fedloom.core.answer_change import squared_change
+from fedloom.core.codec import EXACT, HALF, Block, Codec, Summed, decode_all, round_all_to_half, round_to_half
+from fedloom.core.flat_buffer import FlatTensors, map_groups, rows_of
 from fedloom.core.lora import (
     Adapter,
     Factor,
     cut_adapter,
     from_tensors,
+    lay_flat,
     map_tensors,
     named_tensors,
     product_difference,
-    product_norm,
+    same_buffers,
     server_rank,
     take_sides,
+    view_as_adapter,
 )
-from fedloom.core.types import ClientState, Result, Task, TaskStart
+from fedloom.core.truncated_svd import grams
+from fedloom.core.types import ClientState, Result, Task, TaskStart, Update
 from fedloom.core.validate_answer import why_invalid
 
 Rows = tuple[int, ...] | None
@@ -57,11 +65,18 @@ def encode_start(start: TaskStart, codec: Codec | None) -> TaskStart:
         return start if start.codec is codec else replace(start, codec=codec)
     return replace(
         start,
-        train=take_sides(start.seeded, start.train, map_tensors(round_to_half, start.train)),
+        train=lay_flat(take_sides(start.seeded, start.train, _rounded(start.train))),
         fold=start.fold and Adapter({name: _fold(factor) for name, factor in start.fold.factors.items()}),
         control=start.control and map_tensors(round_to_half, start.control),
         codec=codec,
     )
+
+
+def _rounded(adapter: Adapter) -> Adapter:
+    """Return every tensor as it comes out of float16."""
+    if adapter.flat is None:
+        return map_tensors(round_to_half, adapter)
+    return view_as_adapter(map_groups(lambda side, tensors: round_all_to_half(tensors), adapter.flat))
 
 
 def _fold(factor: Factor) -> Factor:
@@ -89,11 +104,54 @@ def encode_answer(task: Task, before: ClientState, result: Result, local: Client
     if start.codec is None or isinstance(start.codec, Summed) or why_invalid(task, result):
         return result, local
     residual = residual_of(start, before)
-    adapter, control = unpack_answer(start, pack_answer(start, result, residual))
+    adapter, control = _transferred(start, result, residual)
     if start.codec.feedback:
         local = replace(local, residual=_lost(result.adapter, residual, adapter))
     errors = _rounding_errors(_at_rank_of(start.train, adapter), result.adapter, adapter)
     return replace(result, adapter=adapter, control=control, metrics={**result.metrics, **errors}), local
+
+
+def lift_answer(update: Update, exact: Adapter) -> Update:
+    """Return an accepted answer as if its client had received `exact`, of which its start was rounded, and changed the same.
+
+    An answer that changed nothing becomes the exact start, to the bit. Layers that the task does not ask for are left out.
+    """
+    sent, answer = update.task.start.train, update.result.adapter
+    if exact.factors.keys() != sent.factors.keys():
+        exact = Adapter({name: exact.factors[name] for name in sent.factors}, exact.dense)
+    origin, received = _at_rank_of(exact, answer), _at_rank_of(sent, answer)
+    flats = same_buffers((origin, received, answer))
+    if flats is None:
+        lifted = map_tensors(_lift_tensor, origin, received, answer)
+    else:
+        buffer = _lift_tensor(*(flat.buffer for flat in flats))
+        lifted = view_as_adapter(FlatTensors(buffer, flats[0].layout))
+    task = replace(update.task, start=replace(update.task.start, train=exact))
+    return replace(update, task=task, result=replace(update.result, adapter=lifted))
+
+
+def _lift_tensor(exact: Tensor, sent: Tensor, answer: Tensor) -> Tensor:
+    """Return exact + (answer - sent), with the exact numbers themselves where nothing changed."""
+    if answer is sent or answer.equal(sent):
+        return exact
+    return exact - (sent - answer)  # 0.0 is taken away there, which leaves -0.0 as it is
+
+
+def _transferred(start: TaskStart, result: Result, residual: Adapter | None) -> tuple[Adapter, Adapter | None]:
+    """Return what `unpack_answer` makes of what `pack_answer` makes of an answer, without its bytes where that is cheaper."""
+    answer, codec = result.adapter, start.codec or EXACT
+    sides = [_at_rank_of(start.train, answer), answer, *([_at_rank_of(residual, answer)] if residual else [])]
+    flats = same_buffers([lay_flat(one) for one in sides])
+    if start.control or flats is None:
+        return unpack_answer(start, pack_answer(start, result, residual))
+
+    def received(side: str, base: Tensor, values: Tensor, *owed: Tensor) -> Tensor:
+        before, now, *lost = (rows_of(side, one) for one in (base, values, *owed))
+        got = decode_all(codec, now + lost[0] if lost else now, before)
+        rows = torch.where(((now != before) & (got != before)).any(2, keepdim=True), got, before)
+        return rows.mT if side == "up" else rows.reshape(base.shape)
+
+    return view_as_adapter(map_groups(received, *flats)), None
 
 
 def residual_of(start: TaskStart, local: ClientState) -> Adapter | None:
@@ -135,7 +193,7 @@ def unpack_answer(start: TaskStart, packed: PackedAnswer) -> tuple[Adapter, Adap
     like = cut_adapter(start.train, packed.rank)
     count = len(named_tensors(like))
     control = from_tensors(start.control, dict(tensors[count:])) if start.control else None
-    return from_tensors(like, dict(tensors[:count])), control
+    return lay_flat(from_tensors(like, dict(tensors[:count]))), control
 
 
 def layout(start: TaskStart, rank: int) -> list[tuple[str, Tensor]]:
@@ -202,11 +260,21 @@ def _lost(exact: Adapter, residual: Adapter | None, received: Adapter) -> Adapte
 
 def _rounding_errors(start: Adapter, exact: Adapter, received: Adapter) -> dict[str, float]:
     """Return the relative errors of the products, over all layers together, from the factors."""
-    lost, total, change = _size(received, exact), _size(exact, None), _size(exact, start)
+    flats = same_buffers([lay_flat(start), lay_flat(exact), lay_flat(received)])
+    if flats is None:
+        lost, total, change = _size(received, exact), _size(exact, None), _size(exact, start)
+    else:
+        before, sent, came = flats
+        nothing = FlatTensors(torch.zeros_like(sent.buffer), sent.layout)
+        pairs = ((came, sent), (sent, nothing), (sent, before))
+        lost, total, change = (math.sqrt(squared_change(new, old)[0]) for new, old in pairs)
     return {"rounding": lost / total if total else 0.0, "rounding_change": lost / change if change else 0.0}
 
 
 def _size(one: Adapter, other: Adapter | None) -> float:
-    """Return the Frobenius norm of the products, or of their difference."""
-    pairs = ((new, other and other.factors[name]) for name, new in one.factors.items())
-    return math.sqrt(sum(product_norm(product_difference(new, old) if old else new) ** 2 for new, old in pairs))
+    """Return the Frobenius norm of the products, or of their difference, right to 1e-6: nothing cancels in either."""
+    squares = 0.0
+    for name, new in one.factors.items():
+        factor = product_difference(new, other.factors[name]) if other else new
+        squares += grams(factor.up, factor.down)[1]
+    return math.sqrt(max(0.0, squares))

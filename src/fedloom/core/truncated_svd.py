@@ -38,6 +38,28 @@ BLOCKS = 7
 RESOLUTION = 1e-13
 """Relative change of energy that float32 factors cannot show (their rounding, squared)."""
 
+WIDE = 16
+"""Times the width of a Krylov block from which on the Gram matrices of a stack cost more than the blocks that they save."""
+
+
+COPIED = 2**16
+"""Numbers of a factor that are copied to float64 at a time (512 kB)."""
+
+
+def svd_with_energy(up: Tensor, down: Tensor, rank: int, measured: bool) -> tuple[Triple, float | None]:
+    """Return `svd` and the energy of the product (squared Frobenius norm, right to 1e-6; None: neither measured nor for nothing).
+
+    The triple is the same whether the energy is measured or not.
+    """
+    up, down = _floats(up, down)
+    stacked, smaller = up.shape[1], min(up.shape[0], down.shape[1])
+    q = min(rank, stacked, smaller)
+    if q and _is_thin(stacked, smaller, q):
+        return _householder(up, down, q)
+    wide = stacked > WIDE * (q + OVERSAMPLE)
+    near, energy = grams(up, down) if measured or not wide else (None, None)
+    return svd(up, down, rank, None if wide else near), energy
+
 
 def svd(up: Tensor, down: Tensor, rank: int, near: Grams | None = None) -> Triple:
     """Return the best approximation of up @ down of at most `rank`, by the cheapest method that is exact to rounding.
@@ -46,14 +68,12 @@ def svd(up: Tensor, down: Tensor, rank: int, near: Grams | None = None) -> Tripl
     matrix. A product smaller than its factors (R >= n) is formed. The thresholds are crossovers measured on a CPU; a
     full SVD of a large product is never the right call. `near`, from `grams`, saves Krylov half of its blocks.
     """
-    dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
-    up, down = up.to(dtype), down.to(dtype)
+    up, down = _floats(up, down)
     smaller, stacked = min(up.shape[0], down.shape[1]), up.shape[1]
     rank = min(rank, stacked, smaller)
     if rank == 0:
         return up[:, :0], up.new_zeros(0), down[:0]
-    thin = 0.5 * smaller if smaller <= SMALL else min(smaller, max(0.05 * smaller, BLOCKS * (rank + OVERSAMPLE)))
-    if stacked <= thin or dtype == torch.float64:
+    if _is_thin(stacked, smaller, rank) or up.dtype == torch.float64:
         return householder(up, down, rank)
     if stacked >= smaller or smaller <= SMALL:
         return svd_dense(up @ down, rank)
@@ -84,12 +104,17 @@ def householder(up: Tensor, down: Tensor, rank: int) -> Triple:
     The Q are never formed: their reflectors are applied to the q columns that are kept. For a zero product `right`
     spans rows of `down`, so a fresh LoRA keeps its random directions.
     """
+    return _householder(up, down, rank)[0]
+
+
+def _householder(up: Tensor, down: Tensor, rank: int) -> tuple[Triple, float]:
+    """`householder`, and the energy of the product, which the core's singular values are."""
     reflect_up, core_up = _reflectors(up)
     reflect_down, core_down = _reflectors(down.T)
     left, values, right = torch.linalg.svd(core_up.double() @ core_down.double().T, full_matrices=False)
-    q = min(rank, len(values))
+    q, energy = min(rank, len(values)), float(values.square().sum())
     left, right = left[:, :q].to(up.dtype), right[:q].to(up.dtype)
-    return _reflect(reflect_up, left), values[:q].to(up.dtype), _reflect(reflect_down, right.T).T
+    return (_reflect(reflect_up, left), values[:q].to(up.dtype), _reflect(reflect_down, right.T).T), energy
 
 
 def krylov(
@@ -111,7 +136,7 @@ def krylov(
     for _ in range(blocks):
         reflectors, fresh = _extend(reflectors, _times(product, probe))
         rows = torch.cat([rows, _under(fresh.T, product)])
-        cross = _inner(rows.T, rows[-width:].T)
+        cross = double_inner(rows.T, rows[-width:].T)
         squares = torch.cat([torch.cat([squares, cross[:-width].T]), cross], 1)
         energies, axes = torch.linalg.eigh(squares)
         top, tail = float(energies[-q:].sum()), float(energies[:-q].sum())
@@ -130,10 +155,60 @@ def gram(up: Tensor, down: Tensor, rank: int) -> Triple:
 
     The projection restores orthogonality and makes the error second order in that of the eigenvectors.
     """
-    squares, axes = torch.linalg.eigh(_inner(down.T, down.T))
-    root = axes * squares.clamp_min(0.0).sqrt()
-    top = torch.linalg.eigh(root.T @ _inner(up, up) @ root)[1][:, -min(rank, up.shape[0], down.shape[1]) :]
-    return _project((up, down), up @ (root @ top).to(up.dtype))
+    mix = leading_mix(double_inner(up, up), double_inner(down.T, down.T), min(rank, up.shape[0], down.shape[1]))
+    return _project((up, down), up @ mix.to(up.dtype))
+
+
+def leading_mix(of_up: Tensor, of_down: Tensor, rank: int) -> Tensor:
+    """Return how the columns of `up` mix (R, q) to span the leading left directions of the product; Gram matrices in float64."""
+    root, failed = torch.linalg.cholesky_ex(of_down)
+    if bool(failed):  # dependent directions; any other root of the same matrix serves as well, at five times the cost
+        squares, axes = torch.linalg.eigh(of_down)
+        root = axes * squares.clamp_min(0.0).sqrt()
+    top: Tensor = root @ torch.linalg.eigh(root.T @ of_up @ root)[1][:, -rank:]
+    return top
+
+
+def sum_from_grams(
+    ups: Sequence[Tensor], downs: Sequence[Tensor], weights: Tensor, squares: Grams, rank: int
+) -> tuple[Triple, float]:
+    """Return the SVD of a weighted sum of products, and its energy, from the Gram matrices of all their factors together.
+
+    Each factor is read where it lies, so that nothing is stacked.
+
+    Args:
+        ups: (d_out, r) of each product.
+        downs: (r, d_in) of each.
+        weights: weight of each direction, in float64 (R,), with R the sum of all r.
+        squares: U^T U and V V^T of all directions, without weights, in float64 (R, R).
+        rank: directions of the result, at most.
+    """
+    weights, dtype = weights.to(squares[0].device), torch.promote_types(ups[0].dtype, torch.float32)
+    ups, downs = [up.to(dtype) for up in ups], [down.to(dtype) for down in downs]
+    of_up, of_down = weights[:, None] * squares[0] * weights, squares[1]
+    q = min(rank, len(weights), ups[0].shape[0], downs[0].shape[1])
+    mix = (weights[:, None] * leading_mix(of_up, of_down, q)).to(dtype)
+    places, shares = [up.shape[1] for up in ups], weights.to(dtype)
+    span = ups[0].new_zeros(len(ups[0]), q)
+    for up, part in zip(ups, torch.split(mix, places), strict=True):
+        span.addmm_(up, part)
+    basis, rows = torch.linalg.qr(span)[0], downs[0].new_zeros(q, downs[0].shape[1])
+    for up, down, share in zip(ups, downs, torch.split(shares, places), strict=True):
+        rows.addmm_((basis.T @ up) * share, down)
+    return _sorted(basis, rows), float((of_up * of_down).sum())
+
+
+def _floats(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both factors in one type, float32 or higher."""
+    dtype = torch.promote_types(torch.promote_types(up.dtype, down.dtype), torch.float32)
+    return up.to(dtype), down.to(dtype)
+
+
+def _is_thin(stacked: int, smaller: int, rank: int) -> bool:
+    """Whether so few directions are stacked that Householder is the cheapest method."""
+    if smaller <= SMALL:
+        return stacked <= 0.5 * smaller
+    return stacked <= min(smaller, max(0.05 * smaller, BLOCKS * (rank + OVERSAMPLE)))
 
 
 def dense_gram(matrix: Tensor, rank: int) -> Triple:
@@ -141,7 +216,7 @@ def dense_gram(matrix: Tensor, rank: int) -> Triple:
     if matrix.shape[0] > matrix.shape[1]:
         right, values, left = dense_gram(matrix.T, rank)
         return left.T, values, right.T
-    top = torch.linalg.eigh(_inner(matrix.T, matrix.T))[1][:, -min(rank, len(matrix)) :]
+    top = torch.linalg.eigh(double_inner(matrix.T, matrix.T))[1][:, -min(rank, len(matrix)) :]
     return _project([matrix], top.to(matrix.dtype))
 
 
@@ -228,11 +303,12 @@ def _extend(reflectors: Reflectors, columns: Tensor) -> tuple[Reflectors, Tensor
     return (packed, scales), _reflect((packed, scales), last)
 
 
-def _inner(one: Tensor, other: Tensor) -> Tensor:
+def double_inner(one: Tensor, other: Tensor) -> Tensor:
     """Return one^T other in float64, by blocks of rows, so that no float64 copy of a tall matrix (n, k) is made."""
     total = one.new_zeros(one.shape[1], other.shape[1], dtype=torch.float64)
-    for start in range(0, len(one), 512):
-        total.addmm_(one[start : start + 512].double().T, other[start : start + 512].double())
+    rows = max(512, COPIED // max(1, one.shape[1], other.shape[1]))
+    for start in range(0, len(one), rows):
+        total.addmm_(one[start : start + rows].double().T, other[start : start + rows].double())
     return total
 
 

@@ -139,7 +139,8 @@ class TaskStart:
     Fields:
         train: adapter to train.
         basis: name of the coordinate system of the factors. While it stays the same, optimiser moments of an earlier task are still
-            meaningful; a merge that rotates the factors changes it, and the moments must be dropped.
+            meaningful; a merge that rotates the factors changes it, and the moments must be dropped. Of a method in "product" space
+            it begins with the number of the model's basis and a slash.
         scaling: alpha / r of the client's LoRA (None: the run's constant, which is usual; a scaling that changes with the rank makes
             one adapter a different function on each client).
         fold: adapter that is added to the frozen base and not trained (None: nothing).
@@ -327,7 +328,7 @@ class Model:
     Fields:
         adapter: what clients train.
         basis: how often the adapter's basis was rotated.
-        discarded: share of energy that the last merge cut off.
+        discarded: share of energy that the last merge cut off (None: it was not measured).
         phase: merges so far, for a method that alternates between sides.
         fold: what belongs to the model and is not trained any more (None: nothing).
         memory: what a wrapper carries from merge to merge, by name (momentum, control variates).
@@ -335,7 +336,7 @@ class Model:
 
     adapter: Adapter
     basis: int = 0
-    discarded: float = 0.0
+    discarded: float | None = 0.0
     phase: int = 0
     fold: Adapter | None = None
     memory: Mapping[str, Adapter] = field(default_factory=dict)

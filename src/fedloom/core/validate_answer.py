@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedloom.core.change_norms import norm
-from fedloom.core.lora import Adapter, Factor, cut_adapter, named_tensors, server_rank
+from fedloom.core.lora import Adapter, Factor, cut_adapter, named_tensors, same_buffers, server_rank
 from fedloom.core.model_shape import Shape
 from fedloom.core.types import GroupStatistics, MemberWork, Result, Task, TaskStart
 
@@ -37,7 +37,7 @@ def why_invalid(task: Task, result: Result, clipped: bool = False) -> str | None
     return (
         why_malformed(task, result)
         or _invalid_counts(task, result)
-        or _invalid_norms("", named_tensors(_pruned(task.start, result.adapter)), result.adapter, most)
+        or _invalid_change(_pruned(task.start, result.adapter), result.adapter, most)
         or (_invalid_norms("control variate: ", {}, result.control, most) if result.control else None)
         or _changed_side(task.start, result.adapter)
     )
@@ -129,8 +129,17 @@ def _pruned(start: TaskStart, received: Adapter) -> Adapter:
 
 def _changed_side(start: TaskStart, received: Adapter) -> str | None:
     """Return the first tensor that changed on a side that had to come back as it was sent."""
+    if not start.rules.unchanged:
+        return None
     expected = _pruned(start, received)
+    flats = same_buffers([expected, received])
     for side in sorted(start.rules.unchanged):
+        if flats and all(
+            group.view(flats[0].buffer).equal(group.view(flats[1].buffer))
+            for group in flats[0].layout.groups
+            if group.side == side
+        ):
+            continue
         if side == "dense":
             pairs = {name: (tensor, received.dense[name]) for name, tensor in expected.dense.items()}
         else:
@@ -151,6 +160,8 @@ def _control(start: TaskStart, received: object) -> str | None:
 
 
 def _adapter(expected: Adapter, received: Adapter) -> str | None:
+    if same_buffers([expected, received]) is not None:
+        return None
     for kind, wanted, got in (
         ("layer", expected.factors, received.factors),
         ("dense tensor", expected.dense, received.dense),
@@ -184,6 +195,15 @@ def _tensor(expected: Tensor, received: Tensor) -> str | None:
     if received.shape != expected.shape:
         return f"has shape {tuple(received.shape)}, expected {tuple(expected.shape)}"
     return None if received.device == expected.device else f"is on {received.device}, expected {expected.device}"
+
+
+def _invalid_change(sent: Adapter, adapter: Adapter, most: float) -> str | None:
+    """Return the first tensor that is not finite, or changed by more than `most`; one norm that is small clears them all."""
+    if (flats := same_buffers([sent, adapter])) is not None:
+        size = norm(flats[1].buffer - flats[0].buffer)
+        if math.isfinite(size) and size <= 0.5 * most:
+            return None
+    return _invalid_norms("", named_tensors(sent), adapter, most)
 
 
 def _invalid_norms(where: str, sent: Mapping[str, Tensor], adapter: Adapter, most: float) -> str | None:

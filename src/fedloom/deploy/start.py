@@ -130,8 +130,8 @@ def evaluate_sites(
     to what was in flight, and a node need not rest any more.
     """
     running.ended, running.changed, running.tasks = True, False, {}
-    for number, node in running.nodes.reachable.items():
-        running.nodes.give_up(number)
+    running.nodes.give_up(running.nodes.reachable.keys())
+    for node in running.nodes.reachable.values():
         node.resting_until = 0.0
     evaluation = running.begin_evaluation(ranks, start_at, seconds)
     while evaluation.awaited():

@@ -402,7 +402,7 @@ def model_as_answer(start: TaskStart, model: Model) -> tuple[Adapter, float]:
         terms += [(sign, fold[name]) for sign, fold in folds if name in changed and name in fold]
         truncated, energy = truncate_sum(terms, factor.rank)
         factors[name] = pad(truncated, factor.rank)
-        before, after = before + energy, after + float(truncated.up.double().square().sum())
+        before, after = before + (energy or 0.0), after + float(truncated.up.double().square().sum())
     return Adapter(factors, model.adapter.dense), max(0.0, 1.0 - after / before) if before > 0 else 0.0
 
 

@@ -2,7 +2,8 @@
 
 Source: Liao, Xu, Xu et al., ParallelSFL, arXiv 2410.01256, 2024, Eqs. 11 and 14, Alg. 1, as reconstructed for HierFedLoRA (arXiv
 2503.21213, 2025), which forms groups without a leading worker. Differs from Alg. 1: its k-means only shortens the list of
-candidates, and here all of them are evaluated at once; an exchange with an empty place (a move) counts as a swap.
+candidates, and here all of them are evaluated at once; an exchange with an empty place (a move) counts as a swap. Above `LARGE`
+members the candidates are samples, and many pairs of groups exchange at once: cost then grows with the members, not their square.
 
 The utility of a group is share * waiting + (1 - share) * divergence. Waiting is the mean of (slowest - own) seconds, divergence
 is KL(labels of the group || labels of all) in nats, and each is divided by its mean over random groups of the same sizes, so that a
@@ -12,6 +13,7 @@ group at random has utility 1 and the share means the same for every fleet.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +23,13 @@ from fedloom.core.seeds import derive
 RANDOM_DEALS = 16  # random groupings of which the two units are means
 SMOOTHING = 1e-6  # examples of each label that everybody has more: no logarithm of 0
 LEAST_GAIN = 1e-9  # in utility; below it a swap is rounding
+LARGE = 1_000  # most members whose swaps are all compared; also the most candidates for one place of a new group
+SAMPLE = 32  # most places of a group that one exchange looks at
+ROUNDS = 1_000  # of exchanges between pairs of groups, and two more for each member of a group
+QUIET = 100  # rounds in a row without an exchange, after which the search ends
+
+Tally: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Label counts, slowest seconds, summed seconds, and number of members: of a group, or of a single place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +73,7 @@ class FleetArrays:
         """Return the utility of each group (groups)."""
         return self.utility(*self.terms(group))
 
-    def tally(self, group: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tally(self, group: Tensor) -> Tally:
         """Return label counts, slowest seconds, summed seconds and size of each group."""
         zeros = self.seconds.new_zeros(self.groups)
         labels = self.labels.new_zeros(self.groups, self.labels.shape[1]).index_add(0, group, self.labels)
@@ -93,22 +102,31 @@ def label_divergence(labels: Tensor, logs: Tensor) -> Tensor:
 
 
 def build_groups(fleet: FleetArrays) -> Tensor:
-    """Fill group after group: the slowest left, then the one that keeps the group's utility lowest, up to an even size."""
+    """Fill group after group: the slowest left, then the one that keeps the group's utility lowest, up to an even size.
+
+    Of more than `LARGE` that are left, the slowest half as many and an even sample of the others are candidates.
+    """
     count, group = len(fleet.seconds), torch.full((len(fleet.seconds),), -1)
+    left = torch.arange(count) if count <= LARGE else fleet.seconds.argsort(descending=True, stable=True)
     for number in range(fleet.groups):
         size = count // fleet.groups + (number < count % fleet.groups)
-        left = (group < 0).nonzero().flatten()
         first = left[fleet.seconds[left].argmax()]
-        group[first] = number
+        group[first], left = number, left[left != first]
         labels, slowest, total = fleet.labels[first], fleet.seconds[first], fleet.seconds[first].clone()
         for held in range(1, size):
-            left = (group < 0).nonzero().flatten()
-            waiting = slowest - (total + fleet.seconds[left]) / (held + 1)
-            costs = fleet.utility(waiting, label_divergence(labels + fleet.labels[left], fleet.logs))
-            best = left[costs.argmin()]
-            group[best] = number
+            tried = thin_out(left)
+            waiting = slowest - (total + fleet.seconds[tried]) / (held + 1)
+            costs = fleet.utility(waiting, label_divergence(labels + fleet.labels[tried], fleet.logs))
+            best = tried[costs.argmin()]
+            group[best], left = number, left[left != best]
             labels, total = labels + fleet.labels[best], total + fleet.seconds[best]
     return group
+
+
+def thin_out(queue: Tensor) -> Tensor:
+    """Return at most `LARGE` of a queue: half as many from its head, and the others evenly from the rest."""
+    head = LARGE // 2
+    return queue if len(queue) <= LARGE else torch.cat([queue[:head], queue[head :: -(-(len(queue) - head) // head)]])
 
 
 def add_members(fleet: FleetArrays, group: Tensor) -> Tensor:
@@ -126,6 +144,13 @@ def add_members(fleet: FleetArrays, group: Tensor) -> Tensor:
         )
         group[member] = torch.where(size < fleet.largest, gain, torch.inf).argmin()
     return group
+
+
+def improve_groups(fleet: FleetArrays, group: Tensor, seed: int, price: float = 0.0) -> Tensor:
+    """Return groups of a lower summed utility, by exchanges each of which lowers it by more than `price`."""
+    if len(fleet.seconds) <= LARGE:
+        return improve_by_swaps(fleet, group, price)
+    return improve_in_pairs(fleet, group, seed, price)
 
 
 def improve_by_swaps(fleet: FleetArrays, group: Tensor, price: float = 0.0) -> Tensor:
@@ -158,31 +183,117 @@ def replacement_gains(fleet: FleetArrays, home: Tensor, rows: Tensor) -> Tensor:
     count, group = len(fleet.seconds), home[rows]
     before = fleet.tally(home[:count])
     labels, _, total, size = (tally[group] for tally in before)
-    held, spent, worth = (
-        pad_places(values, fleet.groups) for values in (fleet.labels, fleet.seconds, torch.ones_like(fleet.seconds))
-    )
-    reach = torch.where(worth > 0, spent, -torch.inf)  # an empty place is nobody's slowest
+    places = tally_places(fleet, fleet.groups)
+    held, reach, spent, worth = places
     same = home == group[:, None]
     others = same & (torch.arange(len(home)) != rows[:, None])
-    slowest = torch.where(others, reach, -torch.inf).amax(1)[:, None].maximum(reach)
-    sizes = (size - worth[rows])[:, None] + worth
-    waiting = slowest - ((total - spent[rows])[:, None] + spent) / sizes
-    after = fleet.utility(waiting, pairwise_divergence(labels - held[rows], held, fleet.logs))
-    refused = same | (sizes < fleet.smallest) | (sizes > fleet.largest)
-    return torch.where(refused, torch.inf, after - fleet.group_utility(home[:count])[group][:, None])
+    slowest = torch.where(others, reach, -torch.inf).amax(1)
+    rest = (labels - held[rows], slowest, total - spent[rows], size - worth[rows])
+    after = utility_with(fleet, rest, places) - fleet.group_utility(home[:count])[group][:, None]
+    return torch.where(same, torch.inf, after)
 
 
-def pad_places(values: Tensor, places: int) -> Tensor:
-    """Return the members' values with zeros for so many empty places after them."""
-    return torch.cat([values, values.new_zeros(places, *values.shape[1:])])
+def improve_in_pairs(fleet: FleetArrays, group: Tensor, seed: int, price: float = 0.0) -> Tensor:
+    """Put the groups into pairs and carry out the best swap of each, again and again, each pair's if it gains more than `price`.
+
+    A group offers all its places, or the slowest member's and a sample of the others, and one empty place. Ends after a number of
+    rounds, or where no pair has exchanged anything for some. Cost of a round: O(n c), with the smaller of a group and a sample.
+    """
+    generator = torch.Generator().manual_seed(derive(seed, "pairs"))
+    slowest_first = fleet.seconds.argsort(descending=True, stable=True)
+    rounds, quiet = ROUNDS + 2 * len(group) // fleet.groups, 0
+    for _ in range(rounds):
+        order = slowest_first[group[slowest_first].argsort(stable=True)]
+        pairs = draw_pairs(fleet.tally(group)[1], generator)
+        movers, places = find_exchanges(fleet, group, order, pairs, generator, price)
+        quiet = 0 if len(movers) else quiet + 1
+        if quiet == QUIET:
+            break
+        group = torch.cat([group, group.new_zeros(1)]).index_put((movers,), places)[:-1]
+    return group
+
+
+def draw_pairs(slowest: Tensor, generator: torch.Generator) -> Tensor:
+    """Return pairs of groups (2, groups // 2), at random, and of all distances in the order of their slowest members.
+
+    Groups of like speed gain most from each other, but then all have the labels of their neighbours: how far a round reaches is
+    drawn, each order of magnitude as often.
+    """
+    count = len(slowest)
+    draw = torch.rand(count + 1, generator=generator, dtype=torch.float64)
+    place = torch.arange(count) + 2.0 * count ** float(draw[0]) * draw[1:]
+    return slowest.argsort(stable=True)[place.argsort(stable=True)][: count // 2 * 2].view(-1, 2).T
+
+
+def find_exchanges(
+    fleet: FleetArrays, group: Tensor, order: Tensor, pairs: Tensor, generator: torch.Generator, price: float
+) -> tuple[Tensor, Tensor]:
+    """Return who moves, and to which group: two entries for each pair whose best swap gains more than `price`.
+
+    An empty place is the member after the last.
+    """
+    nobody, tally, places = len(group), fleet.tally(group), tally_places(fleet, 1)
+    labels, slowest, total, size = tally
+    sizes = size.long()
+    starts, order = sizes.cumsum(0) - sizes, torch.cat([order, torch.tensor([len(group)])])
+    offered = sample_places(sizes, fleet.largest, generator)
+    member = order[torch.where(offered < sizes[:, None], starts[:, None] + offered, nobody)][pairs]
+    second = places[1][order[torch.where(sizes > 1, starts + 1, nobody)]]
+    held, reach, spent, worth = (values[member] for values in places)
+    others = torch.where(offered == 0, second[:, None], slowest[:, None])[pairs]
+    rest = (labels[pairs][:, :, None] - held, others, total[pairs][..., None] - spent, size[pairs][..., None] - worth)
+    swapped = (held.flip(0), reach.flip(0), spent.flip(0), worth.flip(0))
+    after = utility_with(fleet, rest, swapped)
+    gains = (after[0] + after[1].mT).flatten(1) - fleet.group_utility(group)[pairs].sum(0)[:, None]
+    best, at = gains.min(1)
+    paying = best < -max(price, LEAST_GAIN)
+    width = member.shape[-1]
+    chosen = torch.stack([at // width, at % width])[:, :, None]
+    return member.gather(2, chosen)[:, paying, 0].flatten(), pairs.flip(0)[:, paying].flatten()
+
+
+def sample_places(sizes: Tensor, largest: int, generator: torch.Generator) -> Tensor:
+    """Return the places that each group offers (groups, places); from the size of a group on they are empty.
+
+    All of them and an empty one, if groups may grow; of larger groups the first, an empty one, and some at random.
+    """
+    most = int(sizes.max())
+    if most <= SAMPLE:
+        return torch.arange(min(most + 1, largest)).expand(len(sizes), -1)
+    offered = torch.rand(len(sizes), SAMPLE, generator=generator, dtype=torch.float64)
+    offered = (offered * sizes[:, None]).long()
+    offered[:, 0], offered[:, -1] = 0, sizes
+    return offered
+
+
+def tally_places(fleet: FleetArrays, empty: int) -> Tally:
+    """Return the tally of each member's place, and of so many empty places after them, which are nobody's slowest."""
+
+    def pad(values: Tensor, filling: float = 0.0) -> Tensor:
+        return torch.cat([values, values.new_full((empty, *values.shape[1:]), filling)])
+
+    return pad(fleet.labels), pad(fleet.seconds, -torch.inf), pad(fleet.seconds), pad(torch.ones_like(fleet.seconds))
+
+
+def utility_with(fleet: FleetArrays, rest: Tally, come: Tally) -> Tensor:
+    """Return the utility of each group without one place, `rest` (.., r), with each of `come` (.., h) in it (.., r, h).
+
+    inf where the group would be too small or too large.
+    """
+    labels, slowest, total, size = rest
+    held, reach, spent, worth = come
+    sizes = size[..., None] + worth[..., None, :]
+    waiting = slowest[..., None].maximum(reach[..., None, :]) - (total[..., None] + spent[..., None, :]) / sizes
+    after = fleet.utility(waiting, pairwise_divergence(labels, held, fleet.logs))
+    return torch.where((sizes < fleet.smallest) | (sizes > fleet.largest), torch.inf, after)
 
 
 def pairwise_divergence(rest: Tensor, held: Tensor, logs: Tensor) -> Tensor:
-    """`label_divergence(rest[:, None] + held, logs)`, label by label so that nothing is larger than the answer."""
+    """`label_divergence` of each of `rest` (.., r, c) with each of `held` (.., h, c): (.., r, h), and nothing larger on the way."""
     rest = rest + SMOOTHING
-    surprise = rest.new_zeros(len(rest), len(held))
-    for ours, theirs, log in zip(rest.T, held.T, logs, strict=True):
-        counts = ours[:, None] + theirs
+    surprise = rest.new_zeros(*rest.shape[:-1], held.shape[-2])
+    for ours, theirs, log in zip(rest.unbind(-1), held.unbind(-1), logs, strict=True):
+        counts = ours[..., None] + theirs[..., None, :]
         surprise.addcmul_(counts, counts.log().sub_(log))
-    total = rest.sum(1)[:, None] + held.sum(1)
+    total = rest.sum(-1)[..., None] + held.sum(-1)[..., None, :]
     return surprise.div_(total).sub_(total.log()).clamp_(min=0.0)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from fedloom.core.errors import UNREADABLE, Refused
-from fedloom.core.files import lock, open_regular, read_lines
+from fedloom.core.files import lock, open_regular, read_lines, sync_path
 from fedloom.core.schema import Decoder, Encoder
 from fedloom.core.text import parse_json
 from fedloom.privacy.accounting import Gaussian, PrivacyEvent, epsilon_of, merged_events
@@ -76,7 +76,7 @@ class Ledger:
         with closing(open_regular(path, "ab")) as file:
             if not lock(file):
                 raise Refused("ledger", str(path), "another process writes it; wait for its end or stop it")
-            _sync_folder(path.parent)
+            sync_path(path.parent)
             ledger, size = cls(path, file), 0
             for line in read_lines(path):
                 if not line.endswith(b"\n"):  # the release that it is about has not left
@@ -191,12 +191,3 @@ def _read_line(path: Path, line: bytes) -> LedgerEntry:
             f"its ledger is damaged ({type(error).__name__}), so what was spent is not known; restore it from a backup"
         )
         raise Refused("ledger", str(path), remedy) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until the name of a new file is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

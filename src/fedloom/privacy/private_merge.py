@@ -34,10 +34,10 @@ from fedloom.aggregate.shared.wrapper import trained_sides
 from fedloom.core.answer_change import SIDES, factor_change, product_change, sent_part
 from fedloom.core.errors import Refused
 from fedloom.core.events import Release
+from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor, compact, named_tensors, server_rank
 from fedloom.core.partial_depth import merge_by_layer
 from fedloom.core.policies import Aggregator, Merge, Schedule, aggregator_layers
-from fedloom.core.server import Limits
 from fedloom.core.server_state import State
 from fedloom.core.types import Budget, ClientId, Model, Result, Rules, Side, Task, TaskStart, Update
 from fedloom.privacy.correlated_noise import correlated_normals, row_sensitivity

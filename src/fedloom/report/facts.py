@@ -8,8 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from fedloom.report.line_table import PARTS, Line, LineTable
 from fedloom.report.numbers import format_bytes, format_duration, percent, plural, short, to_float
-from fedloom.report.run_log import Line, RunLog
+from fedloom.report.run_log import RunLog
 
 SIMULATED = ("partition", "world", "availability", "faults")
 """Settings that only a simulation has a use for."""
@@ -30,6 +34,8 @@ def run_names(logs: Sequence[RunLog]) -> list[str]:
 
 def nan_mean(values: Iterable[float]) -> float:
     """Mean of the values that were recorded, that is, are not NaN; NaN if none was."""
+    if isinstance(values, np.ndarray):
+        return float(there.mean()) if len(there := values[~np.isnan(values)]) else math.nan
     recorded = [value for value in values if not math.isnan(value)]
     return sum(recorded) / len(recorded) if recorded else math.nan
 
@@ -41,18 +47,18 @@ def version_count(log: RunLog) -> int:
 
 def version_noun(*logs: RunLog) -> str:
     """Word for a version: "round" where no client is at work when one is made, else "version"."""
-    return "version" if any(line.get("outstanding") for log in logs for line in log.versions) else "round"
+    return "version" if any((log.versions.numbers("outstanding") > 0).any() for log in logs) else "round"
 
 
 def latest_value(log: RunLog, key: str) -> float:
     """Value of the last version's line, a total where it is cumulative; before the first merge the sum over the tasks."""
-    return to_float(log.versions[-1].get(key)) if log.versions else sum(to_float(task.get(key)) for task in log.tasks)
+    return to_float(log.versions[-1].get(key)) if log.versions else total_of(log.tasks, key)
 
 
 def elapsed_seconds(log: RunLog) -> float:
     """Time of the last version or answer, in seconds since the start."""
-    ends = [line.get(key) for lines, key in ((log.versions, "time"), (log.tasks, "arrived")) for line in lines]
-    return max((t for t in map(to_float, ends) if not math.isnan(t)), default=0.0)
+    ends = np.concatenate([log.versions.numbers("time"), log.tasks.numbers("arrived")])
+    return float(np.nanmax(ends)) if not np.isnan(ends).all() else 0.0
 
 
 def is_deployed(*logs: RunLog) -> bool:
@@ -147,8 +153,12 @@ def sampling_error(score: Line | None) -> float:
 
 def values_at_scores(log: RunLog, scores: Iterable[Line], key: str) -> list[float]:
     """Value under `key` of the version line that belongs to each score; 0 at version 0, when nothing has been spent."""
-    by_version = {0: 0.0} | {line["version"]: to_float(line.get(key)) for line in log.versions}
-    return [by_version.get(score.get("version"), math.nan) for score in scores]
+    order = np.argsort(made := log.versions.numbers("version"), kind="stable")
+    versions, values = [0.0, *made[order]], [0.0, *log.versions.numbers(key)[order]]
+    wanted = [to_float(score.get("version")) for score in scores]
+    places = (np.searchsorted(versions, wanted, side="right") - 1).tolist()
+    pairs = zip(places, wanted, strict=True)
+    return [float(values[place]) if place >= 0 and versions[place] == version else math.nan for place, version in pairs]
 
 
 def value_at_version(log: RunLog, version: object, key: str) -> float:
@@ -185,7 +195,7 @@ def worst_client_text(log: RunLog, line: Line) -> str:
 def client_ranks(log: RunLog) -> list[int]:
     """Ranks that clients trained at, or could have trained at where no task was recorded; sorted."""
     possible = log.manifest["model"].get("lora_parameters_by_rank", {})
-    return ranks_of((*log.tasks, *log.clients)) or sorted(map(int, possible))
+    return ranks_of(log.tasks, log.clients) or sorted(map(int, possible))
 
 
 def effective_rank(energy: Sequence[float]) -> float:
@@ -204,29 +214,37 @@ def energy_within_smallest_rank(log: RunLog, version: Line) -> float:
     return sum(version["energy"][: ranks[0]]) if ranks else 1.0
 
 
-def versions_with_energy(log: RunLog) -> list[Line]:
+def versions_with_energy(log: RunLog) -> LineTable:
     """Lines of the versions with an energy: a server whose product is always zero (FedSA) has none."""
-    return [line for line in log.versions if any(line.get("energy") or ())]
+    places, energies = log.versions.words("energy")
+    return log.versions.select(np.isin(places, [place for place, energy in enumerate(energies) if any(energy or ())]))
 
 
-def merged_count(tasks: Iterable[Line]) -> int:
+def was_merged(tasks: LineTable) -> NDArray[np.bool_]:
+    """Tell of which tasks the update was merged."""
+    return tasks.matches("status", ["merged"])
+
+
+def merged_count(tasks: LineTable) -> int:
     """Tasks whose update was merged."""
-    return sum(task.get("status") == "merged" for task in tasks)
+    return int(was_merged(tasks).sum())
 
 
-def ranks_of(lines: Iterable[Line]) -> list[int]:
-    """Ranks of these tasks or scores, sorted."""
-    return sorted({int(line["rank"]) for line in lines})
+def ranks_of(tasks: LineTable, clients: Iterable[Line] = ()) -> list[int]:
+    """Ranks of these tasks and scores, sorted."""
+    found = tasks.numbers("rank")
+    return sorted({*np.unique(found[~np.isnan(found)]).astype(int).tolist(), *(int(line["rank"]) for line in clients)})
 
 
-def mean_task_seconds(tasks: Iterable[Line]) -> float:
+def mean_task_seconds(tasks: LineTable) -> float:
     """Mean time of receiving, training and sending together, of the tasks that were answered."""
-    return nan_mean(sum(map(to_float, task["seconds"].values())) for task in tasks if task.get("seconds"))
+    parts = np.stack([tasks.numbers("seconds", part) for part in PARTS])
+    return nan_mean(np.nansum(parts, axis=0)[~np.isnan(parts).all(axis=0)])
 
 
-def total_bytes(tasks: Iterable[Line], key: str) -> float:
-    """Sum over the tasks of a number of bytes, such as `bytes_up`."""
-    return sum(to_float(task.get(key)) for task in tasks)
+def total_of(tasks: LineTable, key: str) -> float:
+    """Sum over the tasks of a number, such as `bytes_up`; NaN where one of them does not tell it."""
+    return float(tasks.numbers(key).sum())
 
 
 def clients_by_tier(log: RunLog) -> dict[str, list[str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fedloom.report import facts
 from fedloom.report.facts import (
     accuracy,
@@ -20,8 +22,9 @@ from fedloom.report.facts import (
     version_noun,
     versions_with_energy,
 )
+from fedloom.report.line_table import Floats, Line
 from fedloom.report.numbers import BYTES, SPANS, axis_unit, percent, short, to_float
-from fedloom.report.run_log import Line, RunLog
+from fedloom.report.run_log import RunLog
 from fedloom.report.style import (
     MUTED,
     OTHER,
@@ -56,7 +59,7 @@ def from_zero(axes: Axes) -> None:
 
 def progress_unit(logs: Sequence[RunLog]) -> str:
     """Unit of progress: uploads where a version is no round, since versions of two schedules do not compare."""
-    counted = all("uploads" in line for log in logs for line in log.versions)
+    counted = all(not np.isnan(log.versions.numbers("uploads")).any() for log in logs)
     return "upload" if version_noun(*logs) == "version" and counted else version_noun(*logs)
 
 
@@ -139,8 +142,8 @@ def draw_loss(figure: Figure, logs: Sequence[RunLog]) -> str:
     axes, unit = figure.subplots(), progress_unit(logs) if len(logs) > 1 else version_noun(*logs)
     for index, (log, name) in enumerate(zip(logs, run_names(logs), strict=True)):
         label = name if len(logs) > 1 else "training (clients)"
-        points = [(to_float(line.get(_field(unit))), to_float(line.get("loss"))) for line in log.versions]
-        draw_curve(axes, *_means(points), label=legend_text(label), **line_style(index))
+        points = log.versions.numbers(_field(unit)), log.versions.numbers("loss")
+        draw_curve(axes, *_means(*points), label=legend_text(label), **line_style(index))
     if len(logs) == 1 and logs[0].scores:
         test = thinned([(score["version"], to_float(score.get("loss"))) for score in logs[0].scores], 60)
         axes.plot(*zip(*test, strict=True), marker="s", label="test (server)", **line_style(1))
@@ -159,11 +162,10 @@ BINS = 150
 """A loss of thousands of single answers is noise: it is drawn as the mean of neighbours, in so many points."""
 
 
-def _means(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+def _means(x: Floats, y: Floats) -> tuple[list[float], list[float]]:
     """Neighbours together: the last x and the mean y of each group."""
-    size = max(1, -(-len(points) // BINS))
-    groups = [points[k : k + size] for k in range(0, len(points), size)]
-    return [group[-1][0] for group in groups], [nan_mean(y for _, y in group) for group in groups]
+    begins = range(0, len(x), size := max(1, -(-len(x) // BINS)))
+    return [float(x[k : k + size][-1]) for k in begins], [nan_mean(y[k : k + size]) for k in begins]
 
 
 def bands(rank: int, marks: Sequence[int]) -> list[tuple[int, int]]:

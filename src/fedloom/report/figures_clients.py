@@ -26,9 +26,10 @@ from fedloom.report.facts import (
     version_noun,
 )
 from fedloom.report.figures import integer_axis
-from fedloom.report.numbers import BYTES, SPANS, axis_unit, format_bytes, percent, plural, short, to_float
+from fedloom.report.line_table import Line
+from fedloom.report.numbers import BYTES, SPANS, axis_unit, evenly, format_bytes, percent, plural, short, to_float
 from fedloom.report.rank_facts import RankGroup
-from fedloom.report.run_log import Line, RunLog
+from fedloom.report.run_log import RunLog
 from fedloom.report.style import (
     INK,
     KINDS,
@@ -55,7 +56,7 @@ T = TypeVar("T")
 Kind: TypeAlias = tuple[str, str, list[tuple[float, float]]]
 
 NAMED = 40  # so many names fit under one picture
-SHOWN_CLIENTS, SHOWN_TASKS, SHOWN_BARS = 40, 800, 200
+SHOWN_CLIENTS, SHOWN_TASKS, SHOWN_BARS, SHOWN_SCORES = 40, 800, 200, 500
 LINES = 6  # most ranks in one panel that a reader can distinguish
 ROWS, SHADES = 40, 9  # clients of a picture of texts, and shades of a bin
 PHASES = {"down": SERIES[5], "train": SERIES[0], "up": SERIES[4]}
@@ -65,16 +66,6 @@ WASTED = {
 }
 """Work that was not merged: the status of its task, and how that is hatched."""
 BYTE_KINDS = {"adapter": KINDS[0], "fold": KINDS[1], "head": KINDS[5], "all": OTHER}
-
-
-def evenly(items: Sequence[T], limit: int) -> list[T]:
-    """Choose at most `limit` of the items, evenly over their order.
-
-    >>> evenly(range(10), 4)
-    [0, 2, 5, 7]
-    """
-    count = min(limit, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _some(shown: Sequence[str], order: Sequence[str]) -> str:
@@ -102,13 +93,12 @@ def draw_activity(figure: Figure, log: RunLog) -> str:
     """
     from matplotlib.patches import Patch
 
-    order = [name for group in clients_by_tier(log).values() for name in group] or sorted(
-        {str(t["client"]) for t in log.tasks}
-    )
-    active = {str(task["client"]) for task in log.tasks}
+    active = log.tasks.counts("client")
+    order = [name for group in clients_by_tier(log).values() for name in group] or sorted(active)
     shown = order if len(order) <= SHOWN_CLIENTS else evenly([name for name in order if name in active], SHOWN_CLIENTS)
     row = {name: index for index, name in enumerate(reversed(shown))}
-    mine = sorted((t for t in log.tasks if t["client"] in row), key=lambda t: (to_float(t.get("sent")), t["id"]))
+    mine = log.tasks.select(log.tasks.matches("client", row))
+    mine = mine.select(np.lexsort((mine.numbers("id"), mine.numbers("sent"))))
     tasks = mine[:SHOWN_TASKS]
     until = to_float(mine[SHOWN_TASKS].get("sent")) if len(mine) > SHOWN_TASKS else elapsed_seconds(log)
     second, unit = axis_unit([until], SPANS)
@@ -143,9 +133,10 @@ def draw_activity(figure: Figure, log: RunLog) -> str:
 
 def _merges(axes: Axes, log: RunLog, second: float, until: float) -> None:
     """A fine line where a merge happened, unless there are so many that they would hide the work."""
-    times = [time for line in log.versions if (time := to_float(line.get("time"))) <= until]
+    times = log.versions.numbers("time")
+    times = times[times <= until]
     if len(times) <= 100:
-        for time in times:
+        for time in times.tolist():
             axes.axvline(time / second, color="#c4c9d0", linewidth=0.7, zorder=0.5)
 
 
@@ -320,17 +311,23 @@ def _bytes(axes: Axes, shown: Sequence[RankGroup]) -> None:
 def draw_client_accuracy(figure: Figure, log: RunLog) -> str:
     """Draw the accuracy of every client with the final model at its own rank, beside its base rate, lowest rank first."""
     axes = figure.subplots()
-    shown = [(group, SERIES[i % len(SERIES)]) for i, group in enumerate(rank_facts.rank_groups(log)) if group.clients]
-    rows = [line for group, _ in shown for line in group.clients]
+    groups = [(group, SERIES[i % len(SERIES)]) for i, group in enumerate(rank_facts.rank_groups(log)) if group.clients]
+    every = sum(len(group.clients) for group, _ in groups)
+    share = min(1.0, SHOWN_SCORES / max(1, every))
+    shown = [(group, colour, evenly(group.clients, math.ceil(share * len(group.clients)))) for group, colour in groups]
+    rows = [line for _, _, lines in shown for line in lines]
     beside = "before training" if generates_text(log) else "always its commonest label"
     base, first = [to_float(line.get("base_accuracy")) for line in rows], 0
     axes.vlines(range(len(rows)), base, [accuracy(line) for line in rows], color="#c9ced6", linewidth=1.2)
     axes.plot(base, "_", color=MUTED, markersize=6, markeredgewidth=1.4, label=beside)
-    for group, colour in shown:
-        _tier(axes, group, first, colour, 5 if len(rows) <= 150 else 3)
-        first += len(group.clients)
-    order = "rank and accuracy" if is_deployed(log) else "rank, tier and accuracy"
-    client_axis(axes, [str(line["client"]) for line in rows], f"{len(rows)} clients, by {order}")
+    for group, colour, lines in shown:
+        _tier(axes, group, [accuracy(line) for line in lines], first, colour, 5 if len(rows) <= 150 else 3)
+        first += len(lines)
+    names, order = (
+        [str(line["client"]) for line in rows],
+        "rank and accuracy" if is_deployed(log) else "rank, tier and accuracy",
+    )
+    client_axis(axes, names, f"{f'{len(rows):,} of ' if len(rows) < every else ''}{every:,} clients, by {order}")
     percent_axis(axes)
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel(f"held-out {score_name(log)}")
@@ -339,10 +336,9 @@ def draw_client_accuracy(figure: Figure, log: RunLog) -> str:
     return f"Held-out {score_name(log)} of {plural(len(rows), 'client')} by rank, each beside its base rate."
 
 
-def _tier(axes: Axes, group: RankGroup, first: int, colour: str, dot: float) -> None:
-    """The clients of one group with their mean, and a band of one standard error around it."""
-    values = [accuracy(line) for line in group.clients]
-    recorded = [value for value in values if value == value]
+def _tier(axes: Axes, group: RankGroup, values: Sequence[float], first: int, colour: str, dot: float) -> None:
+    """Clients of one group, of very many some; with the mean of all of them, and a band of one standard error around it."""
+    recorded = [score for line in group.clients if (score := accuracy(line)) == score]
     middle, error = nan_mean(recorded), rank_facts.standard_error(recorded)
     left, right = first - 0.42, first + len(values) - 0.58
     text = f"{group.name}: mean {percent(middle)}"

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from fedloom.report import timeline
 from fedloom.report.facts import clients_by_tier, label, run_names, time_name
 from fedloom.report.figures import from_zero, run_legend
-from fedloom.report.figures_clients import client_axis, evenly
-from fedloom.report.numbers import BYTES, SPANS, axis_unit, format_bytes, percent, plural, short, to_float
-from fedloom.report.run_log import Line, RunLog
+from fedloom.report.figures_clients import client_axis
+from fedloom.report.line_table import Line
+from fedloom.report.numbers import BYTES, SPANS, axis_unit, evenly, format_bytes, percent, plural, short, to_float
+from fedloom.report.run_log import RunLog
 from fedloom.report.style import (
     MUTED,
     OTHER,

@@ -6,8 +6,9 @@ import math
 
 from fedloom.core.text import list_some
 from fedloom.report.facts import label
+from fedloom.report.line_table import Line
 from fedloom.report.numbers import percent, plural, to_float
-from fedloom.report.run_log import Line, RunLog
+from fedloom.report.run_log import RunLog
 from fedloom.train.confusion import Confusion, constant_answer
 
 SHOWN = 6

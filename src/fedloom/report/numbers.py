@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 NONE = "\u2013"
 BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 SPANS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -89,6 +91,16 @@ def plural(count: int, noun: str) -> str:
     ('1 round', '1,200 rounds')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def evenly(items: Sequence[T], limit: int) -> list[T]:
+    """Choose at most `limit` of the items, evenly over their order.
+
+    >>> evenly(range(10), 4)
+    [0, 2, 5, 7]
+    """
+    count = min(limit, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def axis_unit(values: Sequence[float], units: Sequence[tuple[float, str]]) -> tuple[float, str]:

@@ -6,9 +6,12 @@ First the numbers, then the sentences on them, which claim no more than the log 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
+
+import numpy as np
 
 from fedloom.report.facts import (
     accuracy,
@@ -18,10 +21,12 @@ from fedloom.report.facts import (
     label,
     nan_mean,
     ranks_of,
+    total_of,
     version_noun,
 )
+from fedloom.report.line_table import Line, LineTable, Places
 from fedloom.report.numbers import format_bytes, percent, plural, short, to_float
-from fedloom.report.run_log import Line, RunLog
+from fedloom.report.run_log import RunLog
 
 MOST = 8
 """Groups that a reader can distinguish; with more, a tier is one group whatever its ranks."""
@@ -31,6 +36,7 @@ WAYS = ("down", "up")
 CODECS = {
     "Exact": "float32, four bytes each",
     "Half": "float16, two bytes each",
+    "HalfChange": "float16, two bytes each, and as differences up",
     "DeltaInt8": "float16 down, two bytes each, and as differences in int8 up, one byte each",
 }
 WHOLE = 0.9995
@@ -50,41 +56,67 @@ class RankGroup:
 
     name: str
     ranks: tuple[int, ...]
-    tasks: tuple[Line, ...]
+    tasks: LineTable
     clients: tuple[Line, ...]
 
 
 def rank_groups(log: RunLog) -> list[RankGroup]:
     """Group the clients of a run, lowest rank first, then slowest tier first."""
-    order, rows = list(clients_by_tier(log)), _at_home(log)
-    parts: set[tuple[str, tuple[int, ...]]] = {(tier, (int(line["rank"]),)) for tier, line in rows}
+    order, scores, (places, tiers, ranks) = list(clients_by_tier(log)), _scores_at_home(log), _tasks_at_home(log)
+    used = _home_ranks(log)
+    parts: set[tuple[str, tuple[int, ...]]] = {(tier, (rank,)) for tier, ranks_ in used.items() for rank in ranks_}
     if len(parts) > MOST:
-        held = {tier: sorted({int(line["rank"]) for home, line in rows if home == tier}) for tier, _ in parts}
-        parts = {(tier, tuple(ranks)) for tier, ranks in held.items()}
+        parts = {(tier, tuple(sorted(ranks_))) for tier, ranks_ in used.items()}
 
     def position(part: tuple[str, tuple[int, ...]]) -> tuple[int, int, str]:
         return part[1][0], order.index(part[0]) if part[0] in order else -1, part[0]
 
     groups = []
-    for tier, ranks in sorted(parts, key=position):
-        lines = [line for home, line in rows if home == tier and line["rank"] in ranks]
-        tasks, clients = ([line for line in lines if line["kind"] == kind] for kind in ("task", "client"))
+    for tier, own in sorted(parts, key=position):
+        tasks = log.tasks.select((places == tiers.index(tier)) & np.isin(ranks, own) if tier in tiers else places < 0)
+        clients = [line for home, line in scores if home == tier and line["rank"] in own]
         clients.sort(key=lambda line: (math.isnan(accuracy(line)), accuracy(line), str(line.get("client"))))
-        name = rank_range(ranks) if is_deployed(log) else f"{label(tier, 18)}, {rank_range(ranks)}"
-        groups.append(RankGroup(name, ranks, tuple(tasks), tuple(clients)))
+        name = rank_range(own) if is_deployed(log) else f"{label(tier, 18)}, {rank_range(own)}"
+        groups.append(RankGroup(name, own, tasks, tuple(clients)))
     return groups
 
 
-def _at_home(log: RunLog) -> list[tuple[str, Line]]:
-    """Pair every task and every client's final score with the tier that it belongs to."""
-    home = {client: tier for tier, members in clients_by_tier(log).items() for client in members}
-    lines = [line for line in (*log.tasks, *log.clients) if isinstance(line.get("rank"), int)]
-    return [(home.get(str(line.get("client")), str(line.get("tier", "default"))), line) for line in lines]
+def _homes(log: RunLog) -> dict[str, str]:
+    """Return the tier of each client."""
+    return {client: tier for tier, members in clients_by_tier(log).items() for client in members}
+
+
+def _scores_at_home(log: RunLog) -> list[tuple[str, Line]]:
+    """Pair every client's final score with the tier that it belongs to."""
+    home = _homes(log)
+    scores = [line for line in log.clients if isinstance(line.get("rank"), int)]
+    return [(home.get(str(line.get("client")), str(line.get("tier", "default"))), line) for line in scores]
+
+
+def _tasks_at_home(log: RunLog) -> tuple[Places, list[str], Places]:
+    """Return for each task the place of its client's tier among the tiers, these tiers, and its rank (-1: it has none)."""
+    (places, clients), home = log.tasks.words("client"), _homes(log)
+    tiers = [*dict.fromkeys([*home.values(), "default"])]
+    place = {tier: k for k, tier in enumerate(tiers)}
+    of_client = np.array([place[home.get(str(client), "default")] for client in clients], np.int64)
+    return of_client[places], tiers, np.nan_to_num(log.tasks.numbers("rank"), nan=-1).astype(np.int64)
+
+
+def _home_ranks(log: RunLog) -> dict[str, set[int]]:
+    """Return by tier the ranks at which its clients trained or were scored."""
+    places, tiers, ranks = _tasks_at_home(log)
+    used = defaultdict[str, set[int]](set)
+    for place, rank in _distinct_pairs(places, ranks)[0]:
+        if rank >= 0:
+            used[tiers[place]].add(rank)
+    for tier, line in _scores_at_home(log):
+        used[tier].add(int(line["rank"]))
+    return used
 
 
 def ranks_used(log: RunLog) -> list[int]:
     """Ranks at which a client trained or was scored, sorted."""
-    return ranks_of(line for _, line in _at_home(log))
+    return sorted(set[int]().union(*_home_ranks(log).values()))
 
 
 def rank_range(ranks: Sequence[int]) -> str:
@@ -96,37 +128,48 @@ def rank_range(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
 
 
-def low_and_high_ranks(lines: Sequence[Line]) -> tuple[list[int], list[int]]:
-    """Split ranks into low and high ones: the lowest and the highest, or the two halves where there are more than four."""
-    ranks = ranks_of(lines)
+def low_and_high_ranks(ranks: list[int]) -> tuple[list[int], list[int]]:
+    """Split sorted ranks into low and high ones: the lowest and the highest, or the two halves where there are more than four."""
     count = 1 if len(ranks) <= 4 else len(ranks) // 2
     return ranks[:count], ranks[-count:]
 
 
 def received_energy(log: RunLog) -> dict[int, list[tuple[int, float]]]:
     """Return, by rank, the versions that its tasks started from, with the mean share of the version's energy that they received."""
-    shares: dict[int, dict[int, list[float]]] = {}
-    for task in log.tasks:
-        if not math.isnan(to_float(task.get("kept"))):
-            shares.setdefault(int(task["rank"]), {}).setdefault(int(task["version"]), []).append(to_float(task["kept"]))
-    return {rank: [(v, nan_mean(values)) for v, values in sorted(shares[rank].items())] for rank in sorted(shares)}
+    tasks = log.tasks.select(~np.isnan(log.tasks.numbers("kept")))
+    pairs, places = _distinct_pairs(*(tasks.numbers(name).astype(np.int64) for name in ("rank", "version")))
+    means = np.bincount(places, tasks.numbers("kept")) / np.bincount(places)
+    shares: dict[int, list[tuple[int, float]]] = {}
+    for (rank, version), share in zip(pairs, means.tolist(), strict=True):
+        shares.setdefault(rank, []).append((version, share))
+    return shares
+
+
+def _distinct_pairs(first: Places, second: Places) -> tuple[list[tuple[int, int]], Places]:
+    """Return the pairs of numbers that stand at one place, each once and in order, and for each place that of its pair."""
+    (one, ones), (other, others) = (np.unique(values, return_inverse=True) for values in (first, second))
+    found, places = np.unique(ones * len(other) + others, return_inverse=True)
+    pairs = (
+        zip(one[found // len(other)].tolist(), other[found % len(other)].tolist(), strict=True) if len(found) else ()
+    )
+    return list(pairs), places
 
 
 def tiers_at_rank(log: RunLog, rank: int) -> str:
     """Tiers in which this rank is used, in words; empty on real machines, which have none."""
     if is_deployed(log):
         return ""
-    using = {tier for tier, line in _at_home(log) if line["rank"] == rank}
-    return ", ".join(label(tier, 18) for tier in clients_by_tier(log) if tier in using)
+    using = _home_ranks(log)
+    return ", ".join(label(tier, 18) for tier in clients_by_tier(log) if rank in using[tier])
 
 
-def mean_task_bytes(tasks: Sequence[Line], way: str) -> dict[str, float]:
+def mean_task_bytes(tasks: LineTable, way: str) -> dict[str, float]:
     """Mean bytes of a task in one direction ("down", "up") by kind: adapter, fold, head; `all` where that was not recorded."""
-    sent = [task for task in tasks if way == "down" or to_float(task.get("bytes_up")) > 0]
-    total, head = (nan_mean(to_float(task.get(f"bytes_{way}{part}")) for task in sent) for part in ("", "_dense"))
+    sent = tasks if way == "down" else tasks.select(tasks.numbers("bytes_up") > 0)
+    total, head = (nan_mean(sent.numbers(f"bytes_{way}{part}")) for part in ("", "_dense"))
     if math.isnan(total) or math.isnan(head):
         return {} if math.isnan(total) else {"all": total}
-    fold = nan_mean(to_float(task.get("bytes_down_fold", 0)) for task in sent) if way == "down" else 0.0
+    fold = float(np.nan_to_num(sent.numbers("bytes_down_fold")).mean()) if way == "down" else 0.0
     return {"adapter": max(0.0, total - fold - head), "fold": fold, "head": head}
 
 
@@ -134,11 +177,11 @@ def received_sentence(log: RunLog) -> str:
     """Sentence on how much of the global model's energy each rank received last."""
     shares = received_energy(log)
     if not shares:
-        later = [task for task in log.tasks if to_float(task.get("version")) > 0 and "kept" in task]
+        later = (log.tasks.numbers("version") > 0).any() and log.tasks.has("kept")
         return "The server's own product is zero all the time: there was no energy to send." if later else ""
     if min(row[-1][1] for row in shares.values()) >= WHOLE:
         who = "A client of any rank" if len(shares) > 1 else f"A client of rank {next(iter(shares))}"
-        folds = any(to_float(task.get("bytes_down_fold")) > 0 for task in log.tasks)
+        folds = (log.tasks.numbers("bytes_down_fold") > 0).any()
         how = ", in part as a fold that is added to the frozen base" if folds else ""
         return f"{who} receives the whole of the global model{how}: nothing was cut off in the last tasks."
     ranks = list(shares) if len(shares) <= 4 else [min(shares), max(shares)]
@@ -157,21 +200,22 @@ def received_sentence(log: RunLog) -> str:
 
 def traffic_sentence(log: RunLog) -> str:
     """Sentence on what a low rank saves in bytes, and how much of the traffic is head and fold."""
-    total = sum(to_float(task.get(f"bytes_{way}", 0)) for task in log.tasks for way in WAYS)
+    total = sum(float(np.nan_to_num(log.tasks.numbers(f"bytes_{way}")).sum()) for way in WAYS)
     if not total > 0:
         return ""
-    low, high = low_and_high_ranks(log.tasks)
-    loads = [[sum(mean_task_bytes(_of(log.tasks, ranks), way).values()) for way in WAYS] for ranks in (low, high)]
+    low, high = low_and_high_ranks(ranks_of(log.tasks))
+    parts = [log.tasks.select(np.isin(log.tasks.numbers("rank"), ranks)) for ranks in (low, high)]
+    loads = [[sum(mean_task_bytes(tasks, way).values()) for way in WAYS] for tasks in parts]
     both = all(up > 0 for _, up in loads)
     cheap, dear = (sum(costs) if both else costs[0] for costs in loads)
     text = f"A task at {rank_range(low)} moves {format_bytes(cheap)} {'down and up together' if both else 'down'}"
     if low != high and dear > 0:
         saved = 1 - cheap / dear
         text += f", {percent(abs(saved))} {'more' if saved < 0 else 'less'} than the {format_bytes(dear)} at {rank_range(high)}"
-    head = sum(to_float(task.get(f"bytes_{way}_dense")) for task in log.tasks for way in WAYS)
+    head = sum(total_of(log.tasks, f"bytes_{way}_dense") for way in WAYS)
     if math.isnan(head):
         return f"{text}. How much of it is the head was not recorded."
-    fold = sum(to_float(task.get("bytes_down_fold", 0)) for task in log.tasks)
+    fold = float(np.nan_to_num(log.tasks.numbers("bytes_down_fold")).sum())
     folds = f", and {percent(fold / total)} is folds" if fold > 0 else ""
     return f"{text}. Of all traffic {percent(head / total)} is the head, the same at every rank{folds}."
 
@@ -184,9 +228,7 @@ def rounding_sentence(log: RunLog) -> str:
     codec = (run["transfer"] or {}).get("type", "Exact")
     if codec not in CODECS:
         return ""
-    lost, of_change = (
-        nan_mean(to_float(line.get(name)) for line in log.versions) for name in ("rounding", "rounding_change")
-    )
+    lost, of_change = (nan_mean(log.versions.numbers(name)) for name in ("rounding", "rounding_change"))
     text = f"Numbers travel as {CODECS[codec]}"
     if math.isnan(lost) or math.isnan(of_change):
         return f"{text}."
@@ -212,7 +254,7 @@ def accuracy_by_rank_sentence(log: RunLog) -> str:
     scored = [line for line in log.clients if not math.isnan(accuracy(line))]
     if not scored:
         return ""
-    low, high = low_and_high_ranks(scored)
+    low, high = low_and_high_ranks(sorted({int(line["rank"]) for line in scored}))
     if low == high:
         base, of = nan_mean(to_float(line.get("base_accuracy")) for line in scored), plural(len(scored), "client")
         beside = "" if math.isnan(base) else f"; {baseline_name(log)} would give {percent(base)}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import NoneType
+from typing import Any
 
 from fedloom.core.errors import Refused
 from fedloom.core.files import LOCKED, lock, open_regular, read_json, read_lines
 from fedloom.core.schema import Decoder, Malformed
 from fedloom.core.text import parse_json
-
-Line: TypeAlias = Mapping[str, Any]
+from fedloom.report.line_table import BLOCK, Line, LineTable, TableBuilder
 
 _EMPTY: Line = {
     "fedloom": "unknown",
@@ -84,6 +86,20 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "set_aside": ("time", "client", "id", "version", "reason"),
 }
 """Fields that every version has written in lines of a kind."""
+_PLAIN: Mapping[Any, set[type]] = {
+    str: {str},
+    int: {int},
+    int | None: {int, NoneType},
+    str | None: {str, NoneType},
+    _NUMBER: {int, float, NoneType},
+    dict[str, float] | None: {dict, NoneType},
+    dict[str, int]: {dict},
+}
+"""Of which classes a value of these kinds can be. Other kinds are looked into one by one."""
+_INNER: Mapping[Any, set[type]] = {dict[str, float] | None: {int, float}, dict[str, int]: {int}}
+"""Of which classes the values in it can be, where it is an object."""
+_TABLES = ("version", "task", "edge")
+"""Kinds of which a run writes as many lines as it likes."""
 _KINDS = Decoder(special={object: lambda data, context: data}, finite=True)
 
 
@@ -94,19 +110,20 @@ class RunLog:
     Fields:
         folder: the run folder.
         manifest: content of manifest.json; every section is present, an unwritten one is empty.
-        versions, scores, tasks, clients, edges, samples, unscored, regroups, moves, labels, set_aside: lines of metrics.jsonl by
-            kind. `clients` are the final scores of clients, `samples` texts that the model wrote, `unscored` clients without a
-            final score, `labels` how well a version tells labels apart, `set_aside` answers that a canary kept out of the model.
+        versions, tasks, edges: lines of metrics.jsonl of these kinds, of which there may be millions.
+        scores, clients, samples, unscored, regroups, moves, labels, set_aside: its other lines by kind. `clients` are the final
+            scores of clients, `samples` texts that the model wrote, `unscored` clients without a final score, `labels` how well a
+            version tells labels apart, `set_aside` answers that a canary kept out of the model.
         generation: figures of the texts that the model wrote; None if it wrote none.
     """
 
     folder: Path
     manifest: Line
-    versions: tuple[Line, ...] = ()
+    versions: LineTable = field(default_factory=LineTable)
     scores: tuple[Line, ...] = ()
-    tasks: tuple[Line, ...] = ()
+    tasks: LineTable = field(default_factory=LineTable)
     clients: tuple[Line, ...] = ()
-    edges: tuple[Line, ...] = ()
+    edges: LineTable = field(default_factory=LineTable)
     samples: tuple[Line, ...] = ()
     unscored: tuple[Line, ...] = ()
     generation: Line | None = None
@@ -117,20 +134,46 @@ class RunLog:
 
 
 def read_run_log(folder: Path) -> RunLog:
-    """Read the run in `folder`; a last line that a killed run left half-written is ignored."""
+    """Read the run in `folder`; a last line that a killed run left half-written is ignored.
+
+    The lines are read as a stream: at no time are more than a block of those of which there may be many in memory as dictionaries.
+    """
+    manifest = read_manifest(folder)
+    tables, others = {kind: TableBuilder() for kind in _TABLES}, defaultdict[str, list[Line]](list)
+    for kind, lines in _blocks(folder / "metrics.jsonl"):
+        if kind in tables:
+            tables[kind].add(lines)
+        else:
+            others[kind] += lines
+    versions, tasks, edges = (tables[kind].table() for kind in _TABLES)
+    scores, clients, samples, unscored, regroups, moves, labels, set_aside = (
+        tuple(others[kind])
+        for kind in ("score", "client", "sample", "unscored", "regroup", "move", "labels", "set_aside")
+    )
+    return RunLog(
+        folder=folder,
+        manifest=manifest,
+        versions=versions,
+        scores=scores,
+        tasks=tasks,
+        clients=clients,
+        edges=edges,
+        samples=samples,
+        unscored=unscored,
+        generation=next(reversed(others["generation"]), None),
+        regroups=regroups,
+        moves=moves,
+        labels=labels,
+        set_aside=set_aside,
+    )
+
+
+def read_manifest(folder: Path) -> Line:
+    """Read the manifest of a run alone; the status of one that no process carries out any more is "killed"."""
     manifest = _manifest(folder)
     if manifest["status"] == "running" and _abandoned(folder):
-        manifest = {**manifest, "status": "killed"}
-    lines = tuple(_lines(folder / "metrics.jsonl"))
-
-    def of(kind: str) -> tuple[Line, ...]:
-        return tuple(line for line in lines if line.get("kind") == kind)
-
-    parts = (of("version"), of("score"), of("task"), of("client"), of("edge"), of("sample"), of("unscored"))
-    generation = next(reversed(of("generation")), None)
-    more = {"regroups": of("regroup"), "moves": of("move"), "labels": of("labels")}
-    more["set_aside"] = of("set_aside")
-    return RunLog(folder, manifest, *parts, generation=generation, **more)
+        return {**manifest, "status": "killed"}
+    return manifest
 
 
 def _abandoned(folder: Path) -> bool:
@@ -153,8 +196,21 @@ def _manifest(folder: Path) -> Line:
     return {**_EMPTY, "name": folder.resolve().name, **manifest}
 
 
-def _lines(path: Path) -> Iterator[Line]:
-    """The lines of the metrics that are objects of a known form. Raises Refused for another one but an unfinished last one."""
+def _blocks(path: Path) -> Iterator[tuple[str, list[Line]]]:
+    """The lines of the metrics by kind, in blocks, each line of a known form. Raises Refused for another one."""
+    blocks = defaultdict[str, list[tuple[int, Line]]](list)
+    for number, line in _lines(path):
+        block = blocks[line["kind"]]
+        block.append((number, line))
+        if len(block) == BLOCK:
+            yield line["kind"], _checked(path, block)
+            block.clear()
+    for kind, block in blocks.items():
+        yield kind, _checked(path, block)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Line]]:
+    """The metrics with the numbers of their lines: objects with a kind. Raises Refused for another one but an unfinished last one."""
     damaged = ""
     for number, text in enumerate(read_lines(path), 1):
         if damaged:
@@ -168,10 +224,23 @@ def _lines(path: Path) -> Iterator[Line]:
             continue
         if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
             raise Refused("metrics line", f"{path}:{number}", "it is no JSON object with a kind; delete this line")
-        _check(_FIELDS, line, Path(f"{path}:{number}"))
         if lacking := [name for name in _NEEDED.get(line["kind"], ()) if name not in line]:
             raise Refused("metrics line", f"{path}:{number}", f"it has no {', '.join(lacking)}; delete this line")
-        yield line
+        yield number, line
+
+
+def _checked(path: Path, block: Sequence[tuple[int, Line]]) -> list[Line]:
+    """The lines of a block. Raises Refused for a field of another kind; all values of a plain field are looked at together."""
+    lines = [line for _, line in block]
+    for name in set(chain.from_iterable(lines)) & _FIELDS.keys():
+        values, hint = [line[name] for line in lines if name in line], _FIELDS[name]
+        inner = chain.from_iterable(value.values() for value in values if type(value) is dict)
+        plain = set(map(type, values)) <= _PLAIN.get(hint, set()) and set(map(type, inner)) <= _INNER.get(hint, set())
+        if not plain:
+            for number, line in block:
+                if name in line:
+                    _check({name: _FIELDS[name]}, {name: line[name]}, Path(f"{path}:{number}"))
+    return lines
 
 
 def _check(kinds: Line, data: Line, path: Path, where: str = "") -> None:

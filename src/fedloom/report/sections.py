@@ -146,7 +146,7 @@ harder the averaging."""
 def run_sections(log: RunLog) -> list[Section]:
     """Sections of the report of one run; what was not recorded is left out."""
     settings, deployed = tables.settings_table(log), facts.is_deployed(log)
-    sites = deployed and log.manifest["clients"] and SITES.format(facts.baseline_name(log))
+    sites = deployed and log.manifest["clients"] and _sites_caption(log)
     curves = log.scores and PageBlock(
         CURVES.format(facts.time_name(log)), picture=partial(figures.draw_accuracy, [log])
     )
@@ -238,6 +238,12 @@ def _groups(log: RunLog) -> tuple[object, ...]:
         regroupings.rows and PageBlock(REGROUPED, grid=regroupings, kind="words"),
         reasons.rows and PageBlock("", grid=reasons, kind="words"),
     )
+
+
+def _sites_caption(log: RunLog) -> str:
+    count, most = len(log.manifest["clients"]), tables.MOST_SITES
+    shown = f" Listed are {most} of {count:,}, evenly by name." if count > most else ""
+    return SITES.format(facts.baseline_name(log)) + shown
 
 
 def _set_aside_caption(log: RunLog) -> str:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedloom.report import facts, label_facts, timeline
 from fedloom.report.facts import accuracy, label, nan_mean
-from fedloom.report.numbers import NONE, format_bytes, format_count, format_seconds, percent, plural, short, to_float
-from fedloom.report.run_log import Line, RunLog
+from fedloom.report.line_table import PARTS, Line, LineTable
+from fedloom.report.numbers import (
+    NONE,
+    evenly,
+    format_bytes,
+    format_count,
+    format_seconds,
+    percent,
+    plural,
+    short,
+    to_float,
+)
+from fedloom.report.run_log import RunLog
 
 QUOTED = 800
 """Characters of a sample that are shown."""
@@ -91,12 +104,12 @@ def _price(log: RunLog, target: float) -> tuple[str, str]:
 def key_figures(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     """Key figures of a run, each as its name, its value, and what to compare it with."""
     score, worst = facts.final_score(log), facts.worst_client(log)
-    unmerged = Counter(str(task.get("status")) for task in log.tasks if task.get("status") != "merged")
+    unmerged = {status: count for status, count in log.tasks.counts("status").items() if status != "merged"}
     spectra = facts.versions_with_energy(log)
     chance = f"± {100 * facts.sampling_error(score):.1f} points (95 %)" if score else "not measured"
     who = facts.worst_client_text(log, worst) if worst else "not measured"
     energy = spectra[-1]["energy"] if spectra else []
-    recorded = any(line.get("energy") is not None for line in log.versions)
+    recorded = (log.versions.words("energy")[0] >= 0).any()
     none = "the server's product is zero" if recorded else "not measured" if log.versions else "no merge yet"
     rank = (f"{facts.effective_rank(energy):.1f}", f"of {len(energy)} directions") if energy else (NONE, none)
     losses = ", ".join(f"{count} {status}" for status, count in sorted(unmerged.items()))
@@ -305,7 +318,7 @@ def summary_table(logs: Sequence[RunLog]) -> Grid:
 def tier_table(log: RunLog) -> Grid:
     """Tabulate tiers: their clients, how well these are served and what they pay; folds only where there are any."""
     head = ("Tier", "Clients", "Rank", f"Mean {facts.score_name(log)}", "Baseline", "Worst client")
-    folds = any(to_float(task.get("bytes_down_fold")) > 0 for task in log.tasks)
+    folds = (log.tasks.numbers("bytes_down_fold") > 0).any()
     traffic = (
         "Tasks",
         "Merged",
@@ -322,39 +335,39 @@ def tier_table(log: RunLog) -> Grid:
 
 
 def _tier(log: RunLog, tier: str, members: set[str], ways: Sequence[str]) -> tuple[str, ...]:
-    tasks = [task for task in log.tasks if task.get("client") in members]
+    tasks = log.tasks.select(log.tasks.matches("client", members))
     ends = [line for line in log.clients if line.get("client") in members]
     worst = facts.lowest_accuracy(ends)
     return (
         label(tier),
         str(len(members)),
-        ", ".join(map(str, facts.ranks_of((*tasks, *ends)))) or NONE,
+        ", ".join(map(str, facts.ranks_of(tasks, ends))) or NONE,
         percent(nan_mean(map(accuracy, ends))),
         percent(nan_mean(to_float(line.get("base_accuracy")) for line in ends)),
         f"{percent(accuracy(worst))} ({label(worst['client'], 16)})" if worst else NONE,
         f"{len(tasks):,}",
         f"{facts.merged_count(tasks):,}",
         short(facts.mean_task_seconds(tasks)),
-        *(format_bytes(facts.total_bytes(tasks, way)) for way in ways),
+        *(format_bytes(facts.total_of(tasks, way)) for way in ways),
     )
 
 
 def group_table(log: RunLog) -> Grid:
     """Tabulate groups: their clients, the tasks of their edges, and their share of the weight of all reports."""
     head = ("Group", "Clients", "Examples", "Tasks", "Merged", "Inner rounds", "Steps", "Rank", "Depth")
-    merged = [line for line in log.edges if line.get("status") == "merged"]
-    whole = sum(to_float(line.get("work")) for line in merged)
+    tasks_of, whole = log.edges.by_text("edge"), facts.total_of(log.edges.select(facts.was_merged(log.edges)), "work")
     rows = []
     for edge, members in log.manifest.get("groups", {}).items():
-        tasks, reports = ([line for line in lines if line.get("edge") == edge] for lines in (log.edges, merged))
-        means = [
-            nan_mean(to_float(line.get(key)) for line in reports) for key in ("examples", "rounds", "steps", "rank")
-        ]
-        inside, link = (nan_mean(_seconds(line, parts) for line in reports) for parts in (("train",), ("down", "up")))
-        weight = sum(to_float(line["work"]) for line in reports) / whole if whole else math.nan
-        depths = sorted({str(line.get("depth") or "all") for line in reports})
+        tasks = tasks_of.get(edge, LineTable())
+        reports = tasks.select(facts.was_merged(tasks))
+        means = [nan_mean(reports.numbers(key)) for key in ("examples", "rounds", "steps", "rank")]
+        seconds = {part: reports.numbers("seconds", part) for part in PARTS}
+        inside, link = nan_mean(seconds["train"]), nan_mean(seconds["down"] + seconds["up"])
+        weight = facts.total_of(reports, "work") / whole if whole else math.nan
+        blocks = np.unique(np.nan_to_num(reports.numbers("depth"))).astype(int).tolist()
+        depths = sorted(str(depth or "all") for depth in blocks)
         figures = (*map(short, means[1:]), ", ".join(depths) or NONE, short(inside), short(link), percent(weight))
-        clients = len(members) or max((int(to_float(line.get("members"))) for line in reports), default=0)
+        clients = len(members) or int(np.nan_to_num(reports.numbers("members")).max(initial=0))
         counts = (str(clients), format_count(means[0]), f"{len(tasks):,}", f"{len(reports):,}")
         rows.append((label(edge), *counts, *figures))
     return Grid((*head, "Seconds inside", "on the link", "Weight"), tuple(rows))
@@ -379,10 +392,6 @@ def set_aside_table(log: RunLog) -> Grid:
         for line in reversed(log.set_aside)
     ]
     return Grid(("Client", "Task", "For version", "When", "Why"), tuple(rows[:MOST_SET_ASIDE]))
-
-
-def _seconds(line: Line, parts: Sequence[str]) -> float:
-    return sum(to_float(line.get("seconds", {}).get(part)) for part in parts)
 
 
 MOST_SET_ASIDE = 50
@@ -418,27 +427,33 @@ def _move(line: Line) -> tuple[str, str, str]:
     return line["client"], line["edge"], line["to"]
 
 
+MOST_SITES = 500
+"""Sites that are listed or drawn; of more, some of them."""
+
+
 def site_table(log: RunLog) -> Grid:
-    """Tabulate the sites of a deployment by name; a region's score is the mean of its sites'."""
+    """Tabulate the sites of a deployment by name, of very many some; a region's score is the mean of its sites'."""
     head = ("Site", "Examples", "GFLOP/s", "Memory", "Rank", f"{facts.score_name(log).capitalize()}", "Baseline")
     profiles = log.manifest["clients"]
-    rows = tuple(_row(log, client, profiles[client]) for client in sorted(profiles))
+    tasks, ends = log.tasks.by_text("client"), defaultdict[object, list[Line]](list)
+    for line in log.clients:
+        ends[line.get("edge", line.get("client"))].append(line)
+    shown = evenly(sorted(profiles), MOST_SITES)
+    rows = tuple(_row(client, profiles[client], tasks.get(client, LineTable()), ends[client]) for client in shown)
     return Grid((*head, "Tasks", "Merged", "Seconds a task", "Up", "Down"), rows)
 
 
-def _row(log: RunLog, client: str, profile: Line) -> tuple[str, ...]:
-    tasks = [task for task in log.tasks if task.get("client") == client]
-    ends = [line for line in log.clients if line.get("edge", line.get("client")) == client]
+def _row(client: str, profile: Line, tasks: LineTable, ends: Sequence[Line]) -> tuple[str, ...]:
     return (
         label(client),
         format_count(to_float(profile.get("examples"))),
         short(to_float(profile.get("flops")) / 1e9),
         format_bytes(to_float(profile.get("memory"))),
-        ", ".join(map(str, facts.ranks_of((*tasks, *ends)))) or NONE,
+        ", ".join(map(str, facts.ranks_of(tasks, ends))) or NONE,
         percent(nan_mean(map(accuracy, ends))),
         percent(nan_mean(to_float(line.get("base_accuracy")) for line in ends)),
         format_count(float(len(tasks))),
         format_count(float(facts.merged_count(tasks))),
         short(facts.mean_task_seconds(tasks)),
-        *(format_bytes(facts.total_bytes(tasks, way)) for way in ("bytes_up", "bytes_down")),
+        *(format_bytes(facts.total_of(tasks, way)) for way in ("bytes_up", "bytes_down")),
     )

@@ -10,9 +10,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedloom.report.facts import clients_by_tier, elapsed_seconds, label, latest_value, nan_mean
+import numpy as np
+
+from fedloom.report.facts import clients_by_tier, elapsed_seconds, label, latest_value, nan_mean, was_merged
+from fedloom.report.line_table import LineTable
 from fedloom.report.numbers import percent, plural, short, to_float
-from fedloom.report.run_log import Line, RunLog
+from fedloom.report.run_log import RunLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,8 @@ def waiting_share(log: RunLog) -> float:
 
 def intervals(log: RunLog, most: int) -> list[Interval]:
     """Cut the run at versions into about `most` intervals; the means over each are exact, since the log holds integrals over time."""
-    ends = [line for k, line in enumerate(log.versions) if (k + 1) % -(-len(log.versions) // most) == 0]
+    step = max(1, -(-len(log.versions) // most))
+    ends = log.versions[step - 1 :: step]
     cut, before = [], dict.fromkeys(("time", "working_seconds", "waiting_seconds", "held_seconds"), 0.0)
     for line in [*ends, *log.versions[-1:]]:
         now = {key: to_float(line.get(key)) for key in before}
@@ -83,7 +87,9 @@ def intervals(log: RunLog, most: int) -> list[Interval]:
 
 def staleness_counts(log: RunLog) -> Counter[int]:
     """Number of merged updates by staleness: versions made since the one that an update was trained from."""
-    return Counter(int(task["staleness"]) for task in log.tasks if "staleness" in task)
+    recorded = log.tasks.numbers("staleness")
+    found, counts = np.unique(recorded[~np.isnan(recorded)], return_counts=True)
+    return Counter(dict(zip(found.astype(int).tolist(), counts.tolist(), strict=True)))
 
 
 def mean_staleness(log: RunLog) -> float:
@@ -95,27 +101,27 @@ def mean_staleness(log: RunLog) -> float:
 def staleness_histogram(log: RunLog, most: int) -> tuple[list[int], list[float]]:
     """Edges of at most `most` + 1 bins of equal width, and the share of the merged updates in each."""
     counts = staleness_counts(log)
-    width = 1 + max(counts, default=0) // most
+    width, bins = 1 + max(counts, default=0) // most, Counter[int]()
+    for staleness, count in counts.items():
+        bins[staleness // width] += count
     lows = range(0, max(counts, default=0) + 1, width)
-    shares = [sum(counts[k] for k in range(low, low + width)) / max(1, counts.total()) for low in lows]
-    return [*lows, lows[-1] + width], shares
+    return [*lows, lows[-1] + width], [bins[k] / max(1, counts.total()) for k in range(len(lows))]
 
 
 def client_shares(log: RunLog) -> list[ClientShare]:
     """Shares of every client, largest share of the updates first."""
     profiles, end = log.manifest["clients"], elapsed_seconds(log)
-    merged = Counter(str(task["client"]) for task in log.tasks if task.get("status") == "merged")
-    busy = dict.fromkeys((str(task["client"]) for task in log.tasks), 0.0)
-    for task in log.tasks:
-        span = min(to_float(task.get("arrived")), end) - to_float(task.get("sent"))
-        busy[str(task["client"])] += span if span > 0 else 0.0
+    updates = log.tasks.select(was_merged(log.tasks)).counts("client")
+    spans = np.fmax(np.minimum(log.tasks.numbers("arrived"), end) - log.tasks.numbers("sent"), 0.0)
+    places, names = log.tasks.words("client")
+    busy = dict(zip(names, np.bincount(places, spans, len(names)).tolist(), strict=True))
     home = {client: tier for tier, members in clients_by_tier(log).items() for client in members}
-    every, held = sum(merged.values()), sum(to_float(profiles[client].get("examples", 0)) for client in home)
+    every, held = updates.total(), sum(to_float(profiles[client].get("examples", 0)) for client in home)
     rows = [
         ClientShare(
             client,
             tier,
-            merged[client] / every if every else math.nan,
+            updates[client] / every if every else math.nan,
             to_float(profiles[client].get("examples", 0)) / held if held > 0 else math.nan,
             1 - busy.get(client, 0.0) / end if end > 0 else math.nan,
         )
@@ -172,7 +178,7 @@ def participation_sentence(rows: Sequence[ClientShare], log: RunLog) -> str:
     return f"{text}Updates of a client as a multiple of an equal share, by tier: {listed}."
 
 
-def last_version_at_each_time(log: RunLog) -> tuple[Line, ...]:
+def last_version_at_each_time(log: RunLog) -> LineTable:
     """Version lines, one a moment: the last of the versions that were made at one time."""
-    later = (*log.versions[1:], {"time": None})
-    return tuple(line for line, after in zip(log.versions, later, strict=True) if line.get("time") != after.get("time"))
+    times = log.versions.numbers("time")
+    return log.versions.select(np.append(times[1:], np.nan) != times)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import UNREADABLE
@@ -32,6 +32,7 @@ from fedloom.core.events import (
 )
 from fedloom.core.files import LOCKED, read_lines, sub_folder
 from fedloom.core.lora import Adapter
+from fedloom.core.packed_log import log_size
 from fedloom.core.schema import Decoder, Malformed
 from fedloom.core.text import parse_json
 from fedloom.core.types import GroupStatistics, Model, Profile, Result
@@ -58,6 +59,7 @@ class Archive:
         most: bytes of answers that are kept (None: all).
         since: bytes of answers since the last state of the server.
         secret: seals the answers of a private run (empty: it is none).
+        trace: the open trace, which has the step before it is shown here (None: what is in the file ends with a step).
     """
 
     folder: Path
@@ -65,10 +67,17 @@ class Archive:
     most: int | None = None
     since: int = 0
     secret: bytes = field(default=b"", repr=False)
+    trace: TextIO | None = field(default=None, repr=False)
 
     @classmethod
     def of(
-        cls, folder: Path, server: Coordinator, most: int | None = None, resumed_at: int = 0, secret: bytes = b""
+        cls,
+        folder: Path,
+        server: Coordinator,
+        most: int | None = None,
+        resumed_at: int = 0,
+        secret: bytes = b"",
+        trace: TextIO | None = None,
     ) -> Archive:
         """Write what this server began with, and return the observer.
 
@@ -79,15 +88,16 @@ class Archive:
             resumed_at: bytes of the trace with which the run goes on. States of a server beyond it, of a run that was killed, are
                 removed.
             secret: that of a private run: its answers are sealed, and its versions are kept beside them, as readers may see them.
+            trace: the open trace.
         """
         sub_folder(folder)
         write_checkpoint(folder / f"{START}.safetensors", {"first": server.state.first, "shape": server.shape})
         states = stored_states(folder)
         for size in [size for size in states if size > resumed_at]:
             states.pop(size).unlink()
-        trace = folder.parent / LOCKED
-        files = (_file(folder, task) for task in _answered(trace, max(states, default=0), resumed_at))
-        return cls(folder, server, most, sum(path.stat().st_size for path in files if path.is_file()), secret)
+        answered = _answered(folder.parent / LOCKED, max(states, default=0), resumed_at)
+        files = (_file(folder, task) for task in answered)
+        return cls(folder, server, most, sum(path.stat().st_size for path in files if path.is_file()), secret, trace)
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """Keep the answer in a file, also one that is refused; of answers that are only summed, the sum."""
@@ -105,7 +115,7 @@ class Archive:
     def _shorten(self) -> None:
         """Write the state of the server, and remove the answers from before the last one."""
         trace, earlier = self.folder.parent / LOCKED, stored_states(self.folder)
-        size = trace.stat().st_size
+        size = log_size(self.trace) if self.trace else trace.stat().st_size
         parts = self.server.parts_to_save()
         values = {name: getattr(part, name.partition(".")[2]) for part in parts for name in saved_fields(type(part))}
         path, about = self.folder / f"{STATE}{size}.safetensors", {"version": self.server.state.version}
@@ -209,11 +219,8 @@ def _released(trace: Path, end: int) -> Iterator[tuple[int, int]]:
 
 def _steps(trace: Path, begin: int, end: int | None, types: Iterable[str]) -> Iterator[Any]:
     """Yield the steps between two bytes of a trace in which one of these types is named."""
-    at, marks = begin, [f'"type":"{name}"'.encode() for name in types]
-    for line in read_lines(trace, begin):
-        at += len(line)
-        if end is not None and at > end:
-            return
+    marks = [f'"type":"{name}"'.encode() for name in types]
+    for line in read_lines(trace, begin, end):
         if any(mark in line for mark in marks):
             with suppress(*UNREADABLE):
                 yield parse_json(line)

@@ -8,6 +8,9 @@ What is one object stays one object: adapters that a window, the tasks under way
 `objects`, and shared again. Frozen values without tensors (a profile, a budget, a codec) stand in place. A tensor is described as
 torch has it, by its memory, offset, shape and strides, since products round by these. So a run goes on to the bit.
 
+Profiles of simulated clients follow from the run and stand in its manifest. A checkpoint names their clients and no more, since with
+many idle clients it would hold little else.
+
 A private run keeps exact answers only in files that are sealed with the secret of its server (`privacy.sealing`): such a file holds
 one tensor of bytes, which are the encrypted bytes of the file that it would else be.
 
@@ -22,10 +25,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors.torch
@@ -35,8 +40,9 @@ from torch import Tensor
 
 from fedloom.core.errors import UNREADABLE, Refused
 from fedloom.core.files import atomic_write, opened_path
-from fedloom.core.schema import Decoder, Encoder, Malformed, reachable_classes
+from fedloom.core.schema import Decoder, Encoder, Malformed, Writer, reachable_classes
 from fedloom.core.text import parse_json
+from fedloom.core.types import ClientId, Profile
 from fedloom.privacy.sealing import seal, unseal
 
 FORMAT = 3
@@ -45,25 +51,65 @@ SEALED = "sealed"
 """Name of the only tensor of a file that is encrypted."""
 LARGEST_VIEW = 2**26
 """Numbers in a tensor that is larger than its memory, by a stride of 0."""
+NOBODY: Mapping[ClientId, Profile] = MappingProxyType({})
+_IS_DIGEST = re.compile("[0-9a-f]{64}").fullmatch
 
 
 def write_checkpoint(
-    path: Path, values: Mapping[str, object], about: Mapping[str, int | float | str] | None = None, secret: bytes = b""
+    path: Path,
+    values: Mapping[str, object],
+    about: Mapping[str, int | float | str] | None = None,
+    secret: bytes = b"",
+    profiles: Mapping[ClientId, Profile] = NOBODY,
 ) -> int:
     """Replace the file at `path` by these values, at once or not at all; returns its bytes. Memory: a copy of the tensors.
 
-    With a secret it can be read with that only. Raises TypeError for an object that is no dataclass, table, row, tensor or scalar.
+    With a secret it can be read with that only. `profiles` are those that its reader has: of these the client's name is written.
+    Raises TypeError for an object that is no dataclass, table, row, tensor or scalar.
     """
-    packer = _Packer()
+    parts = _parts(values, about, secret, profiles)
+    return _write_parts(path, parts, _digest(parts))
+
+
+def write_by_digest(folder: Path, values: Mapping[str, object], about: Mapping[str, int], secret: bytes = b"") -> str:
+    """Write these values into a file that is called by its digest, and return that.
+
+    A power cut can damage it until `sync_path` was called for it and the folder.
+    """
+    parts = _parts(values, about, secret)
+    digest = _digest(parts)
+    _write_parts(path_by_digest(folder, digest), parts, digest, synced=False)
+    return digest
+
+
+def path_by_digest(folder: Path, digest: str) -> Path:
+    """Return the path of the file that `write_by_digest` calls so. Raises Malformed for what is no digest."""
+    if not _IS_DIGEST(digest):
+        raise Malformed("a file is named that is none of this program's")
+    return folder / f"{digest}.safetensors"
+
+
+def _write_parts(path: Path, parts: dict[str, Tensor], digest: str, synced: bool = True) -> int:
+    with atomic_write(path, synced) as draft:
+        safetensors.torch.save_file(parts, draft, {HEADER: json.dumps([FORMAT, digest])})
+        return draft.stat().st_size
+
+
+def _parts(
+    values: Mapping[str, object],
+    about: Mapping[str, int | float | str] | None,
+    secret: bytes,
+    profiles: Mapping[ClientId, Profile] = NOBODY,
+) -> dict[str, Tensor]:
+    """The tensors of the file that holds these values."""
+    packer = _Packer(profiles)
     text = packer.encoder.encode(values)
     text = f'{{"about":{Encoder().encode(about or {})},"objects":[{",".join(packer.objects)}],"values":{text}}}'
     parts = {"numbers": packer.numbers(), "text": torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)}
     if secret:  # sealed as a whole: a sha256 of what is in it would let a reader try guesses
         whole = seal(secret, SEALED, safetensors.torch.save(parts))
         parts = {SEALED: torch.frombuffer(bytearray(whole), dtype=torch.uint8)}
-    with atomic_write(path) as draft:
-        safetensors.torch.save_file(parts, draft, {HEADER: json.dumps([FORMAT, _digest(parts)])})
-        return draft.stat().st_size
+    return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +128,13 @@ class StoredValues:
     values: Mapping[str, Any]
     numbers: Tensor
 
-    def read(self, hints: Mapping[str, Any], known: Iterable[type] = ()) -> dict[str, Any]:
+    def read(
+        self, hints: Mapping[str, Any], known: Iterable[type] = (), profiles: Mapping[ClientId, Profile] = NOBODY
+    ) -> dict[str, Any]:
         """The values of these names and types, in memory of their own. Raises Malformed.
 
-        `known` are classes for fields of a protocol type, beside those of fedloom: a user's own codec.
+        `known` are classes for fields of a protocol type, beside those of fedloom: a user's own codec. `profiles` are those that were
+        given when the file was written.
         """
         if type(self.values) is not dict or type(self.objects) is not list:
             raise Malformed("it is damaged (its parts)")
@@ -94,7 +143,7 @@ class StoredValues:
             raise Malformed(f"it was written by another version of fedloom ({differ})")
         classes = [*reachable_classes(*hints.values()).values(), *known]
         decoder = Decoder(classes, reference=lambda data, objects: objects.at(data))
-        objects = _Objects(self.numbers)
+        objects = _Objects(self.numbers, profiles)
         try:
             for data in self.objects:
                 is_tensor = isinstance(data, dict) and data.get("type") == "Tensor"
@@ -106,8 +155,8 @@ class StoredValues:
             raise Malformed(f"it is damaged ({type(error).__name__})") from error
 
 
-def read_checkpoint(path: Path, secret: bytes = b"") -> StoredValues:
-    """The file, checked against its sha256.
+def read_checkpoint(path: Path, secret: bytes = b"", named: str = "") -> StoredValues:
+    """The file, checked against its sha256, and against the digest by which it is `named` elsewhere.
 
     Raises Malformed if it is damaged, or of another format than this program reads, where its name is that of a link or of no
     regular file, and where it was written with another secret than this one, or with one and none is given.
@@ -118,6 +167,8 @@ def read_checkpoint(path: Path, secret: bytes = b"") -> StoredValues:
             if type(format_) is int and format_ not in (0, FORMAT):
                 age = "a newer" if format_ > FORMAT else "an older"
                 raise Malformed(f"{age} fedloom wrote it (format {format_}, this one reads {FORMAT})")
+            if named not in ("", digest):
+                raise Malformed("it is another file than was written under its name")
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         if format_ == FORMAT and parts.keys() == {SEALED} and _digest(parts) == digest:
             parts = _unsealed(parts[SEALED], secret)
@@ -161,12 +212,14 @@ class _Packer:
     """Objects in an order in which each stands after those that it is made of.
 
     Fields:
+        profiles: profiles that are written by the name of their client.
         objects: their JSON.
         seen: number and object by its id; it also keeps the objects alive, and their ids.
         memories: number and storage by the address of a storage.
         encoder: writes the values, and numbers the objects that it meets.
     """
 
+    profiles: Mapping[ClientId, Profile]
     objects: list[str] = field(default_factory=list)
     seen: dict[int, tuple[int, object]] = field(default_factory=dict)
     memories: dict[int, tuple[int, torch.UntypedStorage]] = field(default_factory=dict)
@@ -174,6 +227,8 @@ class _Packer:
 
     def __post_init__(self) -> None:
         self.encoder = Encoder({Tensor: self._reference}, dataclass=self._reference)
+        if self.profiles:
+            self.encoder[Profile] = partial(self._profile, in_full=self.encoder.record(Profile))
 
     def _reference(self, value: object) -> str:
         """Encode an object by its number, or in place."""
@@ -186,6 +241,13 @@ class _Packer:
             self.objects.append(text)
             self.seen[id(value)] = len(self.objects) - 1, value
         return f'{{"is":{self.seen[id(value)][0]}}}'
+
+    def _profile(self, profile: Profile, in_full: Writer) -> str:
+        """Encode a profile by the name of its client, where the reader has it."""
+        known = self.profiles.get(profile.client)
+        if known is profile or known == profile:
+            return f'{{"is":{self.encoder[str](profile.client)}}}'
+        return in_full(profile)
 
     def _tensor(self, tensor: Tensor) -> str:
         memory = tensor.untyped_storage()
@@ -206,15 +268,17 @@ class _Packer:
 
 
 class _Objects:
-    """The objects of a file that were made so far, and the memories of their tensors."""
+    """The objects of a file that were made so far, the memories of their tensors, and the profiles that stand by a name."""
 
-    def __init__(self, numbers: Tensor) -> None:
-        self.numbers, self.end = numbers, 0
+    def __init__(self, numbers: Tensor, profiles: Mapping[ClientId, Profile]) -> None:
+        self.numbers, self.end, self.profiles = numbers, 0, profiles
         self.made, self.memories = list[object](), list[Tensor]()
 
     def at(self, data: Mapping[str, Any]) -> object:
         """The object that a reference means. Raises Malformed."""
         number = data.get("is")
+        if type(number) is str and number in self.profiles:
+            return self.profiles[number]
         if type(number) is not int or not 0 <= number < len(self.made):
             raise Malformed("a reference to nothing")
         return self.made[number]

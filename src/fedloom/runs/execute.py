@@ -27,6 +27,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -59,8 +60,10 @@ from fedloom.runs.resume import (
     restore_fields,
 )
 from fedloom.runs.slot_usage import SlotUsage
+from fedloom.runs.state_files import STATES, StateFiles
 from fedloom.runs.trace import Trace
 from fedloom.simulate.client_presence import Presence
+from fedloom.simulate.client_states import ClientStates
 from fedloom.simulate.simulation import Simulation
 from fedloom.train.export import save_adapter
 from fedloom.train.settings import PLAIN
@@ -190,10 +193,12 @@ def record(
         files.write_json(out / "manifest.json", {**manifest, "status": "running", "status_reason": ""})
         status, reason, progress = "failed", "the process ended without giving a reason", Progress()
         checkpoints = CheckpointWriter(out, seconds=checkpoint_seconds, secret=job.secret)
+        checkpoints.profiles = job.profiles if job.shards else {}
         shown = ShownVersion(job.server)
         try:
             with ExitStack() as opened:
-                all_observers = [*observers, *_archive(job, out, keep_updates)]
+                logs = checkpoints.logs = _open_logs(job, out, opened)
+                all_observers = [*observers, *_archive(job, out, keep_updates, logs[0])]
                 reason = drive(_recorder(job, opened, checkpoints, all_observers, progress, shown))
             status = "finished"
         except KeyboardInterrupt:
@@ -204,6 +209,8 @@ def record(
             raise
         finally:
             clients = {client: jsonable(profile) for client, profile in job.profiles.items()}
+            if checkpoints.states:
+                checkpoints.states.remove_others()
             end = {**job.server.manifest_sections(), "clients": clients, "status": status, "status_reason": reason}
             _close(job, out, {**manifest, **end}, report, shown)
     model = job.server.state.model
@@ -219,13 +226,23 @@ def _run_folder(job: Job, out: Path | None) -> Path:
     return job.resumed_from.folder
 
 
-def _archive(job: Job, out: Path, wanted: bool | int) -> list[Observer]:
+def _open_logs(job: Job, out: Path, opened: ExitStack) -> list[TextIO]:
+    """Open the logs until the end of the block: the trace and the metrics.
+
+    A run that goes on cuts them to what they held at the checkpoint; what was written after it is written again.
+    """
+    sizes = job.resumed_from.sizes if job.resumed_from else dict.fromkeys(LOGS, 0)
+    packed = {files.LOCKED: job.run.compress_trace}
+    return [opened.enter_context(open_log(out / name, size, packed.get(name, False))) for name, size in sizes.items()]
+
+
+def _archive(job: Job, out: Path, wanted: bool | int, trace: TextIO) -> list[Observer]:
     """Return an observer that keeps the answers, if that is wanted now or was when the run began."""
     if not wanted and not (out / UPDATES).is_dir():
         return []
     resumed_at = job.resumed_from.sizes[files.LOCKED] if job.resumed_from else 0
     most = None if isinstance(wanted, bool) else wanted
-    return [Archive.of(out / UPDATES, job.server, most, resumed_at, job.secret)]
+    return [Archive.of(out / UPDATES, job.server, most, resumed_at, job.secret, trace)]
 
 
 def _recorder(
@@ -236,7 +253,7 @@ def _recorder(
     progress: Progress,
     shown: ShownVersion,
 ) -> RunRecorder:
-    """Open the logs, until the end of the block, and return what writes them."""
+    """Return what writes the logs, and what else is open until the end of the block."""
 
     def evaluate(model: Model) -> Mapping[str, float]:
         return progress.add(job.server.state.version, job.score(model), len(job.tested))
@@ -245,9 +262,6 @@ def _recorder(
         for observer in all_observers:
             observer(now, event, commands)
 
-    # A run that goes on cuts its logs to what they held at the checkpoint; what was written after it is written again.
-    sizes = job.resumed_from.sizes if job.resumed_from else dict.fromkeys(LOGS, 0)
-    checkpoints.logs = [opened.enter_context(open_log(checkpoints.folder / name, size)) for name, size in sizes.items()]
     trace, lines = checkpoints.logs
     rows = {shard.client: len(shard.train) for shard in job.shards}
     slots, majority = SlotUsage(job.server.max_in_flight), job.baselines().get("majority")
@@ -276,6 +290,8 @@ def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
     )
     with open_pool(trainer, workers) as pool:
         presence = Presence(job.stays, job.run.faults, job.run.seed)
+        store = StateFiles(recorder.checkpoints.folder / STATES, job.secret)
+        states = ClientStates(store, rotates=job.run.aggregator.space == "product")
         simulation = Simulation(
             job.server,
             pool,
@@ -286,16 +302,20 @@ def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
             check=job.check,
             seed=job.run.seed,
             presence=presence,
+            client_states=states,
             measured=not job.secret,
             after_step=recorder.checkpoints,
         )
         recorder.checkpoints.drain = simulation.drain
-        recorder.track(simulation, presence)
+        recorder.track(simulation, states, presence)
+        store.needed = simulation.stored_states
+        store.reopen()
+        recorder.checkpoints.states = store
         reason = simulation.run()
         job.check_failures(reason)
         counted = label_lines(recorder.progress.confusions)
         # what a client holds out is data of it, and its scores on that are exact
-        scores = [] if job.secret else client_scores(job, simulation.client_states)
+        scores = [] if job.secret else client_scores(job, states.state_of)
         for line in (*counted, *scores, *sample_lines(job)):
             recorder.metrics.write(line)
     return reason

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from fedloom.aggregate.averaged import published_average
 from fedloom.core.coordinator import Coordinator
@@ -25,8 +25,8 @@ from fedloom.train.objective import personal_adapter
 from fedloom.train.settings import Generation
 
 
-def client_scores(job: Job, states: Mapping[ClientId, ClientState]) -> list[dict[str, object]]:
-    """Return a line for each client: how its model does on its held-out part. `states` is what stayed at clients after training.
+def client_scores(job: Job, state_of: Callable[[ClientId], ClientState]) -> list[dict[str, object]]:
+    """Return a line for each client: how its model does on its held-out part. `state_of` says what stayed at one.
 
     Its model is the one that it would run, at its rank. Beside it stands the share of its commonest label, or, where text is written,
     what the base reached before any training. Clients of one rank are predicted together, so the base is loaded once a rank and
@@ -43,7 +43,7 @@ def client_scores(job: Job, states: Mapping[ClientId, ClientState]) -> list[dict
         start = final_start(job, rank)
         members = [shard for shard in scored if ranks[shard.client] == rank]
         for group in [[shard] for shard in members] if start.rules.private else [members]:
-            adapter = personal_adapter(start, states.get(group[0].client, ClientState()))
+            adapter = personal_adapter(start, state_of(group[0].client))
             scores = evaluate_held_out(job.base, adapter, job.train_texts, group, start.fold)
             lines += [_line(job, shard, rank, scores[shard.client], baseline[shard.client]) for shard in group]
     return sorted(lines, key=lambda line: str(line["client"]))

@@ -28,8 +28,10 @@ NAMED_LABELS = 6
 AS_BEFORE: Mapping[tuple[object, str], object] = {
     **{(source, "missing"): "refuse" for source in ("Table", "Rows", "Hub", "Instructions")},
     ("ByClient", "smallest"): 1,
+    ("Engine", "byte_dropout"): True,
     ("Limits", "norm_ratio"): 5.0,
     ("Limits", "step_ratio"): 3.0,
+    ("Training", "base_dropout"): None,
 }
 """Options that came later and are not off by default, by class and name, with the value that changes nothing of earlier runs."""
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")

@@ -176,6 +176,7 @@ class RunObservation:
         edge_names: edges in this process, by which the numbers of tasks are read (empty: there are none).
         version: the last version.
         sent: tasks of clients that are neither answered nor over, by number, oldest first.
+        outstanding: by client, its task among these; it has at most one.
         answered: those that are answered and in no version yet, in the order of their answers.
         edge_tasks: tasks of edges that are not over.
         remote_edges: edges elsewhere that have joined.
@@ -191,6 +192,7 @@ class RunObservation:
     edge_names: tuple[ClientId, ...] = ()
     version: int = 0
     sent: dict[int, OpenTask] = field(default_factory=dict)
+    outstanding: dict[ClientId, int] = field(default_factory=dict)
     answered: dict[int, OpenTask] = field(default_factory=dict)
     edge_tasks: dict[int, OpenTask] = field(default_factory=dict)
     remote_edges: list[ClientId] = field(default_factory=list)
@@ -232,8 +234,8 @@ class RunObservation:
                 self.failed += 1
                 yield from self._end(number, "failed", reason)
             case ClientLost(client):
-                for number in [n for n, open_task in self.sent.items() if open_task.task.client == client]:
-                    yield from self._end(number, "lost", "the client is gone")
+                if client in self.outstanding:
+                    yield from self._end(self.outstanding[client], "lost", "the client is gone")
                 if not refused:
                     yield event
             case ClientJoined() if not refused:
@@ -252,7 +254,7 @@ class RunObservation:
             self.accepted += 1
             if open_task is not None:
                 open_task.answered = now
-                self.answered[event.task] = self.sent.pop(event.task, open_task)
+                self.answered[event.task] = self._take_sent(event.task) or open_task
         result, task = event.result if isinstance(event, UpdateArrived) else None, open_task.task if open_task else None
         if task is not None and isinstance(event, EdgeReported):
             task = trained_part(task, event.result)
@@ -278,7 +280,7 @@ class RunObservation:
         match command:
             case Dispatch(task):
                 edge = self.edge_names[(task.id - 1) // BLOCK] if self.edge_names else None
-                self.sent[task.id] = OpenTask(task, edge)
+                self.sent[task.id], self.outstanding[task.client] = OpenTask(task, edge), task.id
                 if task.client in self.remote_edges:
                     self.edge_tasks[task.id] = OpenTask(task, task.client)
                 yield TaskSent(task)
@@ -361,9 +363,16 @@ class RunObservation:
     def _end(
         self, number: int, status: TaskStatus, reason: str, update: Update | None = None, staleness: int = 0
     ) -> Iterator[Fact]:
-        open_task = self.sent.pop(number, None) or self.answered.pop(number, None)
+        open_task = self._take_sent(number) or self.answered.pop(number, None)
         if open_task is not None:
             yield TaskEnded(open_task, status, reason, update, staleness)
+
+    def _take_sent(self, number: int) -> OpenTask | None:
+        """Remove and return a task that was neither answered nor over; None if it is no such one."""
+        open_task = self.sent.pop(number, None)
+        if open_task is not None:
+            self.outstanding.pop(open_task.task.client, None)
+        return open_task
 
     def _end_edge_task(
         self, number: int, status: TaskStatus, reason: str, update: Update | None = None, staleness: int = 0

@@ -49,6 +49,7 @@ from fedloom.runs.start_adapter import first_version, load_start, start_folder
 from fedloom.simulate.devices import Devices, FasterLinks
 from fedloom.train.base_model import Base, check_rank_fits_model, load_base, most_tokens
 from fedloom.train.chat_template import DATE, writes_date
+from fedloom.train.engine import linear_kernel
 from fedloom.train.settings import PLAIN, largest_step
 from fedloom.train.text_checks import check_texts
 from fedloom.train.text_features import embeddings
@@ -108,10 +109,11 @@ def assemble(
     torch.set_num_threads(run.threads)
     start_folder(run)  # a mistake is found before the model is loaded
     top = run.plan.rank.largest
-    engine = run.engine or PLAIN
     if unfinished:
-        run, engine = unfinished.run_as_begun(run), unfinished.engine_as_begun(engine)
+        run = unfinished.run_as_begun(run)
         check_private(run)  # of more versions correlated noise promises less
+    run = with_type_chosen(run)
+    engine = unfinished.engine_as_begun(run.engine or PLAIN) if unfinished else run.engine or PLAIN
     labels, names, seed = label_count(run, split), split.train.names, derive(run.seed, "model")
     base = load_base(run.model, labels, run.lora, top, seed, run.device, engine, names)
     split = split.with_names(base.label_names or names)
@@ -178,6 +180,14 @@ def label_count(run: Run, split: Split) -> int | None:
     if run.generation:
         raise Refused("generation", run.generation, "the data have labels and no answers to write; leave it out")
     return len(split.train.names)
+
+
+def with_type_chosen(run: Run) -> Run:
+    """Return the run with `engine.bfloat16` as this processor has it, where it is open; off where single records are protected."""
+    if run.engine is None or run.engine.bfloat16 is not None:
+        return run
+    half = linear_kernel.has_bfloat16(run.device) and for_records(run.privacy) is None
+    return replace(run, engine=replace(run.engine, bfloat16=half))
 
 
 def settled(run: Run, base: Base, max_length: int) -> Run:

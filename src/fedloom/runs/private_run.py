@@ -9,9 +9,9 @@ from fedloom.aggregate.fadas import FADAS
 from fedloom.aggregate.lora_a2 import LoRAA2
 from fedloom.aggregate.rolora import RoLoRA
 from fedloom.core.errors import Refused
+from fedloom.core.limits import Limits
 from fedloom.core.participation import Participation
 from fedloom.core.policies import Schedule, aggregator_layers
-from fedloom.core.server import Limits
 from fedloom.core.types import Rules
 from fedloom.hierarchy.grouping import NearIID
 from fedloom.hierarchy.joint_plan.joint_plan import JointPlan

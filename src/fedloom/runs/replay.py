@@ -28,12 +28,13 @@ from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import UNREADABLE, Refused, refuse_damaged
 from fedloom.core.events import Command, Dispatch, Event, InsideEdge, Reject, Release, UpdateArrived
 from fedloom.core.files import LOCKED, read_json, read_lines, sub_folder
+from fedloom.core.limits import Limits
 from fedloom.core.model_shape import Shape
 from fedloom.core.participation import Mechanism
 from fedloom.core.policies import Aggregator, BudgetRule, Merge, Observer, Schedule
 from fedloom.core.schema import Decoder, Malformed, jsonable, with_current_names
 from fedloom.core.seeds import simulated_secret
-from fedloom.core.server import Limits, Server
+from fedloom.core.server import Server
 from fedloom.core.server_state import State
 from fedloom.core.text import parse_json
 from fedloom.core.types import ClientId, Model, Profile, Result, Task
@@ -41,7 +42,7 @@ from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.regrouping import Compared
 from fedloom.privacy.private import Private
 from fedloom.privacy.secret_noise import commitment
-from fedloom.report.run_log import read_run_log
+from fedloom.report.run_log import read_manifest
 from fedloom.runs import manifest
 from fedloom.runs.archive import START, UPDATES, first_kept, read_event, release_file, restore_state
 from fedloom.runs.checkpoint import read_checkpoint
@@ -235,7 +236,7 @@ def secret_of_run(folder: Path, secret: bytes | None = None) -> bytes | None:
 
 def _recorded_releases(folder: Path, server: Coordinator | None) -> RecordedReleases:
     """What stands in for the mechanism of a private run whose secret is not known. Raises Refused."""
-    about = read_run_log(folder).manifest
+    about = read_manifest(folder)
     if server is not None or "regions" in about:
         what = "a server that you made" if server is not None else "reports of regions"
         raise Refused("secret", "none", f"{what} can be repeated with the secret of the server's noise only; give it")
@@ -267,7 +268,7 @@ def server_from_manifest(folder: Path, secret: bytes = b"", mechanism: Mechanism
         secret: that of the noise of a private run.
         mechanism: what stands in for that of a private run (None: nothing).
     """
-    about = read_run_log(folder).manifest
+    about = read_manifest(folder)
     settings, decoder = (
         {"hierarchy": None, "canary": None, "privacy": None, **with_current_names(about["run"])},
         Decoder(declared_names()),

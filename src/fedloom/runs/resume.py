@@ -1,8 +1,9 @@
 """Resuming: a run that was killed goes on where its last checkpoint stands, and ends in the same bytes as if nothing had happened.
 
-Between two events everything that a run has is in five values: the server's state, the simulation, who is away, the metrics'
-observer and the scores so far. A tree of servers has its edges beside the root's state, and a deployment has its driver in the place
-of the simulation. All their fields are saved but those named in `REBUILT`, so a new field needs no line here.
+Between two events everything that a run has is in six values: the server's state, the simulation, what stays at clients, who is
+away, the metrics' observer and the scores so far. A tree of servers has its edges beside the root's state, and a deployment has its
+driver in the place of the simulation. What clients keep that lasts is in files beside the checkpoint (`state_files`). All their
+fields are saved but those named in `REBUILT`, so a new field needs no line here.
 
 A checkpoint names the lengths of the logs at its moment, which are on the disk before it, and the sha256 of what they held. On
 resuming, the logs are cut to these lengths and the rest is written again. The run's value, its data and the base model are not
@@ -16,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from io import TextIOWrapper
 from itertools import islice
@@ -25,18 +26,22 @@ from typing import Any, TextIO
 
 from fedloom.core.errors import Refused
 from fedloom.core.files import DRAFT, LOCKED, lock, open_regular
+from fedloom.core.limits import Limits
+from fedloom.core.packed_log import PackedFile, log_size
 from fedloom.core.policies import do_nothing
-from fedloom.core.schema import Malformed, declared_fields, jsonable, with_current_names
-from fedloom.core.server import Limits
+from fedloom.core.schema import Decoder, Malformed, declared_fields, jsonable, with_current_names
 from fedloom.core.server_state import State
+from fedloom.core.types import ClientId, Profile
 from fedloom.hierarchy.tree_state import TreeState
 from fedloom.privacy.ledger import LEDGER
 from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.runs import manifest
-from fedloom.runs.checkpoint import StoredValues, read_checkpoint, write_checkpoint
+from fedloom.runs.checkpoint import NOBODY, StoredValues, read_checkpoint, write_checkpoint
 from fedloom.runs.metrics import Metrics
 from fedloom.runs.run import Run
+from fedloom.runs.state_files import StateFiles
 from fedloom.simulate.client_presence import Presence
+from fedloom.simulate.client_states import ClientStates
 from fedloom.simulate.simulation import Simulation
 from fedloom.train.confusion import Confusion
 from fedloom.train.evaluate import AnswerScores, Scores
@@ -83,18 +88,19 @@ REBUILT: Mapping[type, frozenset[str]] = {
     TreeState: frozenset(),
     Simulation: frozenset(
         {"server", "trainer", "devices", "profiles", "evaluate", "observe", "check", "seed", "presence"}
-        | {"after_step", "pending", "measured"}
+        | {"after_step", "pending", "by_task", "dropped", "measured", "client_states"}
     ),
+    ClientStates: frozenset({"store", "rotates"}),
     Presence: frozenset({"stays", "faults", "seed"}),
     Metrics: frozenset({"file", "majority"}),
     Progress: frozenset(),
 }
-"""Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`).
+"""Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`, `dropped`).
 
 Another driver than the simulation names its own in `rebuilt`.
 """
 
-SIMULATED: tuple[type, ...] = (Simulation, Presence)
+SIMULATED: tuple[type, ...] = (Simulation, ClientStates, Presence)
 
 
 def saved_fields(kind: type) -> dict[str, Any]:
@@ -109,13 +115,15 @@ def saved_types(run: Run, driver: Sequence[type] = SIMULATED) -> list[type]:
     return [State, *edges, *driver, Metrics, Progress]
 
 
-def stored_values(stored: StoredValues, types: Sequence[type], run: Run) -> dict[str, Any]:
+def stored_values(
+    stored: StoredValues, types: Sequence[type], run: Run, profiles: Mapping[ClientId, Profile] = NOBODY
+) -> dict[str, Any]:
     """The saved fields of values of these classes, from the checkpoint of this run. Raises Malformed.
 
     A codec of the user's own is known by the run's value; all else by the declared fields.
     """
     hints = {name: hint for kind in types for name, hint in saved_fields(kind).items()}
-    return stored.read(hints, () if run.transfer is None else (type(run.transfer),))
+    return stored.read(hints, () if run.transfer is None else (type(run.transfer),), profiles)
 
 
 @dataclass(slots=True)
@@ -158,6 +166,8 @@ class CheckpointWriter:
         drain: waits for the answers of all tasks in training. They are needed anyway, so this time does not count.
         digests: of the logs, as far as the last checkpoint.
         secret: seals the checkpoint of a private run (empty: it is none).
+        states: files that a checkpoint names (None: there are none).
+        profiles: those that the manifest has held since the run was begun.
     """
 
     folder: Path
@@ -168,6 +178,8 @@ class CheckpointWriter:
     drain: Callable[[], None] = do_nothing
     digests: dict[str, LogDigest] = field(default_factory=dict)
     secret: bytes = field(default=b"", repr=False)
+    states: StateFiles | None = None
+    profiles: Mapping[ClientId, Profile] = field(default_factory=dict)
 
     def __call__(self) -> None:
         """Write a checkpoint if it is time."""
@@ -185,14 +197,15 @@ class CheckpointWriter:
         """Write a checkpoint now; returns its bytes. The logs are safe on the disk before it names their lengths."""
         about: dict[str, int | float | str] = {}
         for name, log in zip(LOGS, self.logs, strict=False):
-            log.flush()
+            size = log_size(log)
             os.fsync(log.fileno())
-            self._note(about, name, os.fstat(log.fileno()).st_size)
+            self._note(about, name, size)
         if self.secret:  # each line of the ledger is on the disk since it was written
             self._note(about, LEDGER, (self.folder / LEDGER).stat().st_size)
         values = {name: getattr(owner, _field(name)) for owner in self.owners for name in saved_fields(type(owner))}
         about |= {"version": values.get("State.version", 0), "time": values.get("State.now", 0.0)}
-        return write_checkpoint(self.folder / CHECKPOINT, values, about, self.secret)
+        with self.states.named() if self.states else nullcontext():
+            return write_checkpoint(self.folder / CHECKPOINT, values, about, self.secret, self.profiles)
 
     def _note(self, about: dict[str, int | float | str], name: str, size: int) -> None:
         """Note the length of a log, and the sha256 of what it holds."""
@@ -397,7 +410,8 @@ def unfinished_run(
     try:
         stored = read_checkpoint(folder / CHECKPOINT, secret)
         sizes, ledger = log_sizes(folder, stored), ledger_size(folder, stored) if secret else 0
-        values = stored_values(stored, saved_types(run, driver), run)
+        clients = {name: Decoder().read(Profile, profile) for name, profile in about.get("clients", {}).items()}
+        values = stored_values(stored, saved_types(run, driver), run, clients)
         return UnfinishedRun(folder, about, sizes, values, limits, extended, ledger)
     except Malformed as error:
         remedy = f"{CHECKPOINT} cannot be used: {error}; remove it to begin again at version 0 in the same folder"
@@ -405,8 +419,10 @@ def unfinished_run(
 
 
 def as_settled(run: Run, settings: Mapping[str, Any]) -> Run:
-    """The run with what it leaves to be found (`training.max_length`, `date`) as in these settings of a manifest."""
+    """The run with what it leaves open (`training.max_length`, `date`, `engine.bfloat16`) as in these settings of a manifest."""
     length, date = settings["training"]["max_length"], settings.get("date")
+    if run.engine and run.engine.bfloat16 is None:
+        run = replace(run, engine=replace(run.engine, bfloat16=settings["engine"]["bfloat16"]))
     training = run.training if run.training.max_length else replace(run.training, max_length=length)
     return replace(run, training=training, date=run.date or date)
 
@@ -433,8 +449,10 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_log(path: Path, size: int) -> TextIO:
+def open_log(path: Path, size: int, packed: bool = False) -> TextIO:
     """Open a log to go on after its first `size` bytes; the rest will be written again. Raises Refused for a link."""
     file = open_regular(path, "ab")
     file.truncate(size)
+    if packed:
+        return TextIOWrapper(PackedFile(file), encoding="utf-8")
     return TextIOWrapper(file, encoding="utf-8")

@@ -9,8 +9,8 @@ from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.core.canary import Canary
 from fedloom.core.codec import Codec, Half, Summed
 from fedloom.core.errors import Refused
+from fedloom.core.limits import Limits
 from fedloom.core.policies import Aggregator, Schedule
-from fedloom.core.server import Limits
 from fedloom.data.examples import Source
 from fedloom.data.partition import LabelDirichlet, Partition
 from fedloom.hierarchy.hierarchy import Hierarchy
@@ -47,7 +47,7 @@ class Run:
         faults: what goes wrong with tasks (default None: nothing).
         hierarchy: groups of clients with an edge server each; the edges are then the clients of `schedule` (default None:
             no groups).
-        transfer: how numbers travel: `Half()`, `DeltaInt8()` or `Exact()` (default `Half()`: 16 bits; None: `Exact()`).
+        transfer: how numbers travel: `Half()`, `HalfChange()`, `DeltaInt8()`, `Exact()` (default `Half()`: 16 bits; None: `Exact()`).
         limits: when the run ends, and how often a version is scored (default `Limits()`: 10 versions, each scored).
         canary: score that a version must keep on examples of the server before it is published; answers that make it worse are set
             aside (default None: each version is published).
@@ -65,6 +65,8 @@ class Run:
         start: folder of the adapter that the run begins from: a run folder, or a LoRA folder of PEFT, of any rank (default None:
             the run begins untrained).
         date: the date that a chat template writes which reads the clock, as "2026-01-31" (default None: "2026-01-01", on any day).
+        compress_trace: whether `trace.jsonl` is written as gzip, some seven times smaller; what it holds is the same (default
+            False).
     """
 
     model: str
@@ -93,6 +95,7 @@ class Run:
     generation: Generation | None = None
     start: str | None = None
     date: str | None = None
+    compress_trace: bool = False
 
     def __post_init__(self) -> None:
         if self.test_limit is not None and self.test_limit < 1:

@@ -58,9 +58,8 @@ class Rounds:
         """Return a new random cohort once the last round is closed."""
         if fleet.busy or fleet.arrived:
             return ()
-        idle = sorted(fleet.idle)
-        size = min(len(idle), self.max_in_flight)
-        return sorted(rng(fleet.seed, "cohort", fleet.version, fleet.tasks).sample(idle, size))
+        size = min(len(fleet.idle), self.max_in_flight)
+        return sorted(rng(fleet.seed, "cohort", fleet.version, fleet.tasks).sample(fleet.idle.sorted_keys(), size))
 
     def merge(self, fleet: Fleet) -> Merge | None:
         """Return the weighted mean of the round's answers, when the round is complete or overdue."""
@@ -75,8 +74,11 @@ class Rounds:
         return due if due is not None and (fleet.arrived or due > fleet.now) else None
 
     def _due(self, fleet: Fleet) -> float | None:
-        sent = [task.sent for task in fleet.busy.values()] + [update.task.sent for update in fleet.arrived]
-        return min(sent) + self.deadline if sent and self.deadline is not None else None
+        """Return when the open round closes. All of a round are sent at once, so that any of its tasks says when it began."""
+        if self.deadline is None or not (fleet.busy or fleet.arrived):
+            return None
+        one = fleet.arrived[0].task if fleet.arrived else next(iter(fleet.busy.values()))
+        return one.sent + self.deadline
 
     def _overdue(self, fleet: Fleet) -> bool:
         due = self._due(fleet)

@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import TypeGuard
+from typing import TypeAlias, TypeGuard, TypeVar
 
 import torch
 
@@ -63,6 +63,7 @@ from fedloom.core.transfer import encode_answer
 from fedloom.core.types import ClientId, ClientState, Profile, Result, Task
 from fedloom.privacy.private import without_measures
 from fedloom.simulate.client_presence import AvailabilityChanged, ClientChange, Presence
+from fedloom.simulate.client_states import ClientStates, KeptState, stored_names
 from fedloom.simulate.devices import Devices
 from fedloom.simulate.faults import Vanished
 
@@ -87,6 +88,18 @@ class Pending:
     answer: PendingResult
     back: float | None = None
 
+    @property
+    def client(self) -> ClientId:
+        """Whose task it is."""
+        return self.task.client
+
+
+OfATask: TypeAlias = UpdateArrived | PartsReady | TaskFailed | Vanished | Pending
+"""What stands on a heap because a task is outstanding, and goes with it."""
+Q = TypeVar("Q", bound=Event | ClientChange | Pending)
+Entry: TypeAlias = tuple[float, int, Q]
+"""An entry of a heap: its time, its order among those of this time, which no other entry has, and what happens then."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldPart:
@@ -100,7 +113,7 @@ class HeldPart:
 
     client: ClientId
     part: Adapter
-    local: ClientState
+    local: KeptState
 
 
 @dataclass(slots=True)
@@ -130,6 +143,9 @@ class Simulation:
         joined: whether the clients have joined the server.
         after_step: called between two steps, when all commands are carried out.
         pending: tasks whose answers are not known yet, as (time of the first possible event, order, task).
+        by_task: entries of `heap` and `pending` that are about an outstanding task.
+        dropped: order numbers of entries that count no more. They leave a heap when they come to its top, or once half of it is
+            such, so that dropping a task costs no more with many clients; the top of a heap always counts.
     """
 
     server: Coordinator
@@ -141,18 +157,22 @@ class Simulation:
     check: ExampleScorer = no_example_scores
     seed: int = 0
     presence: Presence = field(default_factory=Presence)
-    heap: list[tuple[float, int, Event | ClientChange]] = field(default_factory=list)
+    heap: list[Entry[Event | ClientChange]] = field(default_factory=list)
     next_order: int = 0
-    client_states: dict[ClientId, ClientState] = field(default_factory=dict)
-    in_flight: dict[int, ClientState] = field(default_factory=dict)
+    client_states: ClientStates = field(default_factory=ClientStates)
+    in_flight: dict[int, KeptState] = field(default_factory=dict)
     held: dict[int, HeldPart] = field(default_factory=dict)
     measured: bool = True
     joined: bool = False
     after_step: Callable[[], None] = do_nothing
-    pending: list[tuple[float, int, Pending]] = field(default_factory=list)
+    pending: list[Entry[Pending]] = field(default_factory=list)
+    by_task: dict[int, list[Entry[OfATask]]] = field(default_factory=dict)
+    dropped: set[int] = field(default_factory=set)
 
     def run(self) -> str:
         """Run until the server stops; returns its reason. Raises Refused if nothing can ever happen again."""
+        for entry in self.heap:  # they are there where the run goes on from a checkpoint
+            self._note(*entry)
         for client in () if self.joined else sorted(self.profiles):
             self._step(0.0, AvailabilityChanged(client))
         self.joined = True
@@ -197,7 +217,7 @@ class Simulation:
             case UpdateArrived(client, number, _):
                 local = self.in_flight.pop(number)
                 if local and not refused:
-                    self.client_states[client] = local
+                    self.client_states.settle(client, local, number)
             case PartsReady(_, number) if refused:
                 self.held.pop(number, None)
             case SumOpened(_, blocks, _):
@@ -205,13 +225,14 @@ class Simulation:
                 for number in blocks[0].tasks:
                     one = self.held.pop(number)
                     if number not in dropped:
-                        self.client_states[one.client] = one.local
+                        self.client_states.settle(one.client, one.local, number)
+        self.client_states.follow(commands)
 
     def _last_scores(self) -> None:
         """Deliver the scores of evaluations that were asked for together with the stop."""
-        for now, _, event in sorted(self.heap, key=lambda entry: entry[:2]):
-            if isinstance(event, ScoresReady):
-                self.observe(now, event, self.server.handle(now, event))
+        scores = [(now, order, event) for now, order, event in self.heap if isinstance(event, ScoresReady)]
+        for now, _, event in sorted(scores, key=lambda entry: entry[:2]):
+            self.observe(now, event, self.server.handle(now, event))
 
     def _next(self) -> tuple[float, Event | ClientChange]:
         """Return the earliest event, or the timer if the server asked for an earlier time."""
@@ -221,7 +242,7 @@ class Simulation:
         ):
             self.drain(self.pending[0][0])
         if self.heap and (wake is None or self.heap[0][0] <= wake):
-            now, _, event = heapq.heappop(self.heap)
+            now, _, event = self._take_first(self.heap)
             return now, event
         if wake is None:
             remedy = (
@@ -247,31 +268,17 @@ class Simulation:
 
         A client that does not learn of it still sends its answer once it is `back`; the server then rejects it.
         """
-        if not dropped:
-            return
-        remaining, late = (
-            list[tuple[float, int, Event | ClientChange]](),
-            list[tuple[int, float, UpdateArrived | PartsReady | Pending]](),
-        )
-        for time, order, event in self.heap:
-            if not isinstance(event, UpdateArrived | PartsReady | TaskFailed | Vanished) or event.task not in dropped:
-                remaining.append((time, order, event))
-            elif not isinstance(event, TaskFailed | Vanished) and self._comes_late(event.client, event.task, back):
-                late.append((order, max(time, back), event))
-            elif isinstance(event, UpdateArrived):
-                del self.in_flight[event.task]
-        for number in dropped - {event.task for _, _, event in late if isinstance(event, PartsReady)}:
+        late = list[tuple[float, UpdateArrived | PartsReady | Pending]]()
+        for time, _, what in self._take_tasks(dropped) if dropped else ():
+            if not isinstance(what, TaskFailed | Vanished) and self._comes_late(what.client, number_of(what), back):
+                late.append((max(time, back), what))
+            elif isinstance(what, UpdateArrived):
+                del self.in_flight[what.task]
+        for number in dropped - {what.task for _, what in late if isinstance(what, PartsReady)}:
             self.held.pop(number, None)
-        waiting = [entry for entry in self.pending if entry[2].task.id not in dropped]
-        for time, order, pending in self.pending if len(waiting) < len(self.pending) else ():
-            if pending.task.id in dropped and self._comes_late(pending.task.client, pending.task.id, back):
-                late.append((order, max(time, back), replace(pending, back=back)))
-        self.heap, self.pending = remaining, waiting
-        heapq.heapify(self.heap)
-        heapq.heapify(self.pending)
-        for _, time, what in sorted(late, key=lambda entry: entry[0]):
+        for time, what in late:
             if isinstance(what, Pending):
-                self._wait(time, what)
+                self._wait(time, replace(what, back=back))
             else:
                 self._push(time, what)
 
@@ -284,7 +291,7 @@ class Simulation:
         for task in cohort:
             turn = self.server.state.dispatched[task.client] - 1
             least = self._least_seconds(task, turn)
-            work.append((task, self.client_states.get(task.client) or ClientState()))
+            work.append((task, self.client_states.before(task)))
             times.append((now + self._seconds_to_first_event(task, least), turn, least))
         answers = start_training(self.trainer, work, [due for due, _, _ in times])
         for (task, before), (due, turn, least), answer in zip(work, times, answers, strict=True):
@@ -296,8 +303,16 @@ class Simulation:
     def drain(self, until: float = math.inf) -> None:
         """Wait for all answers that may cause an event by `until`; the order of events does not change."""
         while self.pending and self.pending[0][0] <= until:
-            _, order, pending = heapq.heappop(self.pending)
+            _, order, pending = self._take_first(self.pending)
             self._schedule_answer(order, pending)
+        if until == math.inf:
+            self._remove_dropped()
+            self.in_flight = {number: self.client_states.useful(local) for number, local in self.in_flight.items()}
+
+    def stored_states(self) -> set[str]:
+        """Return the names of all states in the store that are still needed, when nothing is pending."""
+        held = [one.local for one in self.held.values()]
+        return stored_names([*self.client_states.settled.values(), *self.in_flight.values(), *held])
 
     def _schedule_answer(self, order: int, pending: Pending) -> None:
         """Put the events of a task on the heap, now that its answer is known."""
@@ -318,12 +333,12 @@ class Simulation:
     def _answer(self, task: Task, result: Result, local: ClientState) -> UpdateArrived | PartsReady | TaskFailed:
         """Return what the server gets from a client that has trained, and keep what the client keeps."""
         if not is_summed(task):
-            self.in_flight[task.id] = local
+            self.in_flight[task.id] = self.client_states.keep(local, task.id)
             return UpdateArrived(task.client, task.id, result)
         part = part_or_reason(task, result)
         if isinstance(part, str):
             return TaskFailed(task.client, task.id, part)
-        self.held[task.id] = HeldPart(task.client, part, local)
+        self.held[task.id] = HeldPart(task.client, part, self.client_states.keep(local, task.id))
         return PartsReady(task.client, task.id)
 
     def _least_seconds(self, task: Task, turn: int) -> float:
@@ -346,13 +361,58 @@ class Simulation:
     def _wait(self, time: float, pending: Pending) -> None:
         """Wait for the answer of a task at this time. Two order numbers are reserved for its events."""
         heapq.heappush(self.pending, (time, self.next_order, pending))
+        self._note(time, self.next_order, pending)
         self.next_order += 2
 
     def _push(self, time: float, event: Event | ClientChange, order: int | None = None) -> None:
         if time == math.inf:  # it never happens
             return
-        heapq.heappush(self.heap, (time, self.next_order if order is None else order, event))
+        number = self.next_order if order is None else order
+        heapq.heappush(self.heap, (time, number, event))
+        self._note(time, number, event)
         self.next_order += order is None
+
+    def _note(self, time: float, order: int, what: Event | ClientChange | Pending) -> None:
+        """Note an entry of a heap under its task, if it is about one."""
+        if isinstance(what, OfATask):
+            self.by_task.setdefault(number_of(what), []).append((time, order, what))
+
+    def _take_first(self, heap: list[Entry[Q]]) -> Entry[Q]:
+        """Remove and return the earliest entry of a heap."""
+        entry = heapq.heappop(heap)
+        self._clear_top(heap)
+        if isinstance(what := entry[2], OfATask):
+            number = number_of(what)
+            if rest := [other for other in self.by_task.pop(number) if other[1] != entry[1]]:
+                self.by_task[number] = rest
+        return entry
+
+    def _take_tasks(self, numbers: Iterable[int]) -> list[Entry[OfATask]]:
+        """Remove and return what the heaps hold of these tasks, in order. The cost does not depend on what else they hold."""
+        taken = [entry for number in numbers for entry in self.by_task.pop(number, ())]
+        self.dropped.update(order for _, order, _ in taken)
+        if 2 * len(self.dropped) > len(self.heap) + len(self.pending):
+            self._remove_dropped()
+        self._clear_top(self.heap)
+        self._clear_top(self.pending)
+        return sorted(taken, key=lambda entry: entry[1])
+
+    def _clear_top(self, heap: list[Entry[Q]]) -> None:
+        while heap and heap[0][1] in self.dropped:
+            self.dropped.remove(heapq.heappop(heap)[1])
+
+    def _remove_dropped(self) -> None:
+        if self.dropped:
+            self.heap = [entry for entry in self.heap if entry[1] not in self.dropped]
+            self.pending = [entry for entry in self.pending if entry[1] not in self.dropped]
+            heapq.heapify(self.heap)
+            heapq.heapify(self.pending)
+            self.dropped.clear()
+
+
+def number_of(what: OfATask) -> int:
+    """Return the number of the task that an entry of a heap is about."""
+    return what.task.id if isinstance(what, Pending) else what.task
 
 
 def open_sum(asked: OpenSum, held: Mapping[int, HeldPart]) -> SumOpened:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
 from fedloom.core.text import first_line
 from fedloom.train import checkpoint, peft_weights, pretrained
-from fedloom.train.engine import first_token, linear_kernel
+from fedloom.train.engine import dropout, first_token, linear_kernel
 from fedloom.train.library_messages import collect_messages, log_messages, notes_of
 from fedloom.train.settings import PLAIN, Engine, LoRA
 from fedloom.train.targets import HEADS, check_adapted_layers, choose_targets, target_remedy, unfit_layers
@@ -67,6 +68,8 @@ class Base:
         if slot not in self.model.peft_config:
             targets = next(iter(self.model.peft_config.values())).target_modules  # type: ignore[attr-defined]  # of all slots
             self.model.add_adapter(slot, _config(self.lora, rank, self.labels, self._heads(), targets))
+            if self.computation.get("byte_dropout"):
+                dropout.install_byte_dropout(self.model)
         return slot
 
     def put(self, adapter: Adapter, scaling: float | None = None, fold: Adapter | None = None) -> str:
@@ -89,9 +92,6 @@ class Base:
     def _set_fold(self, fold: Adapter | None) -> None:
         if fold is self.fold:
             return
-        if any(peft_weights.is_quantised(p) for p in self.model.parameters()):
-            remedy = "what is folded into the base cannot be added to 4 bits: train all layers, and choose a method without folds"
-            raise Refused("engine.four_bit", True, remedy)
         self.original_weights = self.original_weights or peft_weights.take_base_weights(self.model)
         peft_weights.set_fold(self.model, self.original_weights, fold)
         self.fold = fold
@@ -175,7 +175,8 @@ def load_base(
     place = _device(device)
     if engine.kernel == "onednn" and not linear_kernel.onednn_available():
         raise Refused("engine.kernel", engine.kernel, "this build of torch has no such kernel; choose fastest")
-    more = pretrained.four_bit_arguments(place) if engine.four_bit else {}
+    half = in_half_precision(engine, place)
+    more = pretrained.four_bit_arguments(place) if engine.four_bit else {"dtype": torch.bfloat16} if half else {}
     with collect_messages() as messages, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, report = (
@@ -194,29 +195,65 @@ def load_base(
         targets = choose_targets(model, lora.target_modules, _config(lora, rank, labels, heads, None))
         spare = [model.get_submodule(path) for path in unfit_layers(model)] if engine.bfloat16 else []
         reads_first = engine.first_token and labels is not None and first_token.install_first_token(model)
+        if engine.byte_dropout:
+            dropout.install_attention(model)
         try:
             config = _config(lora, rank, labels, heads, targets.modules)
             adapted = get_peft_model(model, config, adapter_name=f"r{rank}")
         except ValueError as error:
             raise Refused("lora.target_modules", lora.target_modules, target_remedy(model, error)) from error
         check_adapted_layers(adapted)
+        if half:
+            _keep_heads_exact(adapted)
         notes += (*targets.notes, *checkpoint.untie_adapted(adapted))
         _enable_checkpointing(model, engine)
     base = Base(_placed(adapted, place, engine), tokenizer, lora, labels, name, label_names=order)
     base.notes = (*notes, *notes_of(messages))
-    chosen = linear_kernel.fastest_kernel() if engine.kernel == "fastest" and place.type == "cpu" else engine.kernel
-    if engine.bfloat16 or chosen == "onednn":
-        linear_kernel.install_linear_kernel(base.model, engine.bfloat16, spare)
-    base.computation = {"kernel": chosen.replace("fastest", "torch"), "first_token": reads_first}
+    base.computation = {**_install_kernels(base.model, place, engine, half, spare), "first_token": reads_first}
     check_rank_fits_model(base, "plan.rank", rank)
     return base
+
+
+def _install_kernels(
+    model: PeftModel, place: torch.device, engine: Engine, half: bool, spare: Collection[nn.Module]
+) -> dict[str, object]:
+    """Install what computes layers, adapters and dropout; return which was chosen. `half`: all of the model is bfloat16."""
+    chosen = linear_kernel.fastest_kernel() if engine.kernel == "fastest" and place.type == "cpu" else engine.kernel
+    bfloat16 = bool(engine.bfloat16) and not half
+    if bfloat16 or chosen == "onednn":
+        linear_kernel.install_linear_kernel(model, bfloat16, spare)
+    if engine.kernel != "torch" and (place.type != "cpu" or linear_kernel.onednn_available()):
+        linear_kernel.fuse_adapters(model)
+    if engine.byte_dropout:
+        dropout.install_byte_dropout(model)
+    return {"kernel": chosen.replace("fastest", "torch"), "byte_dropout": engine.byte_dropout}
+
+
+def in_half_precision(engine: Engine, place: torch.device) -> bool:
+    """Whether the whole model is bfloat16, from the file on: on an accelerator, where attention and norms gain from it too.
+
+    On a CPU `Engine.bfloat16` concerns the frozen linear layers alone.
+    """
+    return bool(engine.bfloat16) and place.type != "cpu"
+
+
+def _keep_heads_exact(model: PeftModel) -> None:
+    """Make heads that are trained whole compute in float32, as their copies then do: half precision loses AdamW's small steps."""
+    for head in model.modules():
+        if isinstance(head, ModulesToSaveWrapper):
+            head.float()
+            head.register_forward_pre_hook(_inputs_in_float32)
+
+
+def _inputs_in_float32(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
 def _placed(model: PeftModel, place: torch.device, engine: Engine) -> PeftModel:
     """Move the model to its device, into memory of its own: products of unaligned numbers of a mapped file round differently."""
     if engine.four_bit:  # already there
         return model
-    for parameter in model.parameters():
+    for parameter in model.parameters() if place.type == "cpu" else ():
         parameter.data = parameter.data.clone()
     return model.to(place)
 

@@ -249,7 +249,9 @@ def save_merged(base: Base, adapter: Adapter, names: Sequence[str], folder: Path
     base.put(adapter)
     head = base.head
     with log_messages():
-        merged: PreTrainedModel = copy.deepcopy(base.model).merge_and_unload()
+        merged: PreTrainedModel = (
+            copy.deepcopy(base.model).float().merge_and_unload()
+        )  # half would round the adapter away
         if base.labels is not None:
             _with_labels(merged.config, names)
         merged.save_pretrained(folder)

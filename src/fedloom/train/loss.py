@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.train.base_model import Base
-from fedloom.train.tokenised import IGNORED
+from fedloom.train.engine.trial_texts import FAILURES, trial_inputs
+from fedloom.train.tokenised import IGNORED, copy_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +71,47 @@ def example_losses(base: Base, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def answer_logits(base: Base, inputs: dict[str, Tensor]) -> AnswerLogits:
-    """Predict each token that `inputs["labels"]` (rows, tokens) names, from the tokens before it."""
+    """Predict each token that `inputs["labels"]` (rows, tokens; on the CPU) names, from the tokens before it."""
     inputs = dict(inputs)
     labels = inputs.pop("labels")
-    predicted = torch.zeros_like(labels, dtype=torch.bool)
-    predicted[:, :-1] = (labels[:, 1:] != IGNORED) & inputs["attention_mask"][:, :-1].bool()
-    with _logits_only_at(base, predicted) as cut:
+    places = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+    row, column, targets = (copy_to(t, base.device) for t in (*places, labels[places[0], places[1] + 1]))
+    if base.device.type != "cpu" and not reads_padding(base):
+        inputs.pop("attention_mask", None)
+    with _logits_only_at(base, row, column) as cut:
         logits = base.model(**inputs, use_cache=False).logits
-    row, column = predicted.nonzero(as_tuple=True)
-    return AnswerLogits(logits if cut else logits[predicted], labels[row, column + 1], row, len(labels))
+    return AnswerLogits(logits if cut else logits[row, column], targets, row, len(labels))
+
+
+def reads_padding(base: Base) -> bool:
+    """Whether a text's logits change when no mask says which tokens are padding. Tried on the model, once.
+
+    They do not in a decoder that is padded on the right: no token sees a later one. Flash attention knows no such mask.
+    """
+    if "padding" not in base.trials:
+        base.trials["padding"] = _try_padding(base)
+    return bool(base.trials["padding"])
+
+
+@torch.no_grad()
+def _try_padding(base: Base) -> bool:
+    inputs, training = trial_inputs(base.model.get_base_model(), base.tokenizer), base.model.training
+    mask, error = inputs["attention_mask"].bool(), 1e-4 if base.model.dtype == torch.float32 else 0.03
+    base.model.eval()
+    try:
+        masked = base.model(**inputs, use_cache=False).logits[mask].float()
+        del inputs["attention_mask"]
+        plain = base.model(**inputs, use_cache=False).logits[mask].float()
+    except FAILURES:
+        return True
+    finally:
+        base.model.train(training)
+    return float((plain - masked).abs().max()) > error * float(masked.abs().max())
 
 
 @contextmanager
-def _logits_only_at(base: Base, predicted: Tensor) -> Iterator[bool]:
-    """Inside, apply the model's head only where `predicted` (rows, tokens) is set; everywhere, if the head itself is trained.
+def _logits_only_at(base: Base, row: Tensor, column: Tensor) -> Iterator[bool]:
+    """Inside, apply the model's head only at these tokens, by `row` and `column`; everywhere, if the head itself is trained.
 
     A trained head must see whole rows: in a common pass the rows of a batch tell the clients' heads apart.
     """
@@ -93,7 +121,7 @@ def _logits_only_at(base: Base, predicted: Tensor) -> Iterator[bool]:
         return
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][predicted], *args[1:])
+        return (args[0][row, column], *args[1:])
 
     hook = head.register_forward_pre_hook(gather)
     try:

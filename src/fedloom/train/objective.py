@@ -168,7 +168,10 @@ def put_directions(stored: Adapter | None, new: Adapter, directions: Sequence[in
         before = known.get(name, Factor(factor.down[:0], factor.up[:, :0]))
         full = pad(before, max(before.rank, max(directions) + 1))
         factors[name] = Factor(full.down.index_copy(0, held, factor.down), full.up.index_copy(1, held, factor.up))
-    return Adapter(factors, new.dense)
+    if new.flat is None:
+        return Adapter(factors, new.dense)
+    # a view would keep the whole buffer, here and in every checkpoint
+    return Adapter(factors, {name: tensor.clone() for name, tensor in new.dense.items()})
 
 
 def replace_sides(

@@ -7,6 +7,7 @@ a power of two, the default, the conversion is exact to the bit; otherwise it ro
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
 from math import prod
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from fedloom.core.lora import Adapter, Factor
+from fedloom.core.flat_buffer import FlatTensors
+from fedloom.core.lora import Adapter, Factor, compact, lay_flat, map_tensors, named_tensors, view_as_adapter
 
 
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
@@ -118,19 +120,31 @@ def slot_parameters(model: PeftModel, slot: str) -> dict[str, nn.Parameter]:
 
 
 def read_adapter(model: PeftModel, slot: str, names: Collection[str] | None = None) -> Adapter:
-    """Copy the slot's weights, of all layers or of `names`, into an adapter, float32 on the CPU."""
+    """Copy the slot's weights, of all layers or of `names`, into an adapter, float32 on the CPU; from a device in one go."""
     layers, factors = lora_layers(model), {}
     for name, (down, up) in _weights(model, slot).items():
         if names is not None and name not in names:
             continue
         factors[name] = Factor(_copied(down), _copied(up.detach() * layers[name].scaling[slot]))
-    return Adapter(factors, {name: _copied(value) for name, value in dense_parameters(model, slot).items()})
+    dense = {name: _copied(value) for name, value in dense_parameters(model, slot).items()}
+    return copy_adapter(Adapter(factors, dense), torch.device("cpu"))
+
+
+def copy_adapter(adapter: Adapter, device: torch.device) -> Adapter:
+    """Return the adapter on this device; hundreds of small tensors go there as one buffer, since each copy waits for the device."""
+    if all(tensor.device == device for tensor in named_tensors(adapter).values()):
+        return adapter
+    flat = lay_flat(adapter).flat
+    if flat is None:
+        return map_tensors(lambda tensor: tensor.to(device), adapter)
+    return view_as_adapter(FlatTensors(flat.buffer.to(device), flat.layout))
 
 
 @torch.no_grad()
 def write_adapter(model: PeftModel, slot: str, adapter: Adapter, scaling: float) -> None:
     """Write an adapter of the slot's rank into the model, with `scaling`; a layer that the adapter lacks then adds nothing."""
     layers = lora_layers(model)
+    adapter = copy_adapter(adapter, next(model.parameters()).device)
     for name, (down, up) in _weights(model, slot).items():
         layers[name].scaling[slot] = scaling
         if name not in adapter.factors:
@@ -143,13 +157,15 @@ def write_adapter(model: PeftModel, slot: str, adapter: Adapter, scaling: float)
 
 
 def take_base_weights(model: PeftModel) -> dict[str, Tensor]:
-    """Take the frozen weights of the adapted layers out of the model, which continues with copies that may be written to.
+    """Take the frozen float32 weights of the adapted layers out of the model, which continues with copies that may be written to.
 
     So weights that several processes share are never changed; a process that adds a fold pays for one copy of these layers.
     """
     taken = {}
     for name, layer in lora_layers(model).items():
         weight = base_weight(layer)
+        if weight.dtype not in (torch.float32, torch.float64):
+            continue
         taken[name] = weight.data
         weight.data = weight.data.clone()
     return taken
@@ -157,16 +173,40 @@ def take_base_weights(model: PeftModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_fold(model: PeftModel, originals: Mapping[str, Tensor], fold: Adapter | None) -> None:
-    """Set the frozen weights of the adapted layers to `originals` plus the fold's products."""
+    """Set the frozen weights of the adapted layers to `originals` plus the fold's products.
+
+    A layer that is none of `originals` adds the product to its output instead: in half precision a sum of weights would round most of
+    a small change away, and 4 bits cannot be added to.
+    """
     for name, layer in lora_layers(model).items():
         weight = base_weight(layer)
         factor = fold.factors.get(name) if fold is not None else None
+        if name not in originals:
+            _set_product_beside(layer.get_base_layer(), factor)
+            continue
         if factor is None:
             weight.copy_(originals[name])
             continue
         product = factor.up.to(weight.device) @ factor.down.to(weight.device)
         turned = product.T if "Conv1D" in type(layer.get_base_layer()).__name__ else product  # it keeps (in, out)
         weight.copy_(originals[name] + turned)
+
+
+def _set_product_beside(layer: nn.Module, factor: Factor | None) -> None:
+    """Make a layer add this product to its output, instead of the one before."""
+    before = layer.__dict__.pop("product_beside", None)
+    if before is not None:
+        before.remove()
+    if factor is not None:
+        small, device = compact(factor), next(layer.parameters()).device
+        add = partial(_add_product, small.down.to(device), small.up.to(device))
+        layer.__dict__["product_beside"] = layer.register_forward_hook(add)
+
+
+def _add_product(down: Tensor, up: Tensor, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Add x D^T U^T, computed in the type of x, to the output of a layer."""
+    x: Tensor = args[0]
+    return output + (x @ down.to(x.dtype).T @ up.to(x.dtype).T).to(output.dtype)
 
 
 def base_weight(layer: LoraLayer) -> Tensor:
@@ -184,4 +224,4 @@ def _weights(model: PeftModel, slot: str) -> dict[str, tuple[nn.Parameter, nn.Pa
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous()
+    return tensor.detach().to(tensor.device, torch.float32, copy=True).contiguous()

@@ -69,27 +69,32 @@ class Engine:
 
     Fields:
         kernel: how frozen linear layers are computed in float32: "torch", "onednn" (up to 1.7 times faster on some processors), or
-            "fastest", which is measured when a run is prepared and written in its manifest (default "fastest").
+            "fastest", which is measured when a run is prepared and written in its manifest (default "fastest"). Unless it is "torch",
+            a layer and its adapter are one node of the graph, on a GPU too.
         first_token: in an encoder's last layer compute only the first token, if the head reads no other (default True).
         together: largest number of clients that train in one pass (1: one after the other; default None: chosen by size: small
             steps on a CPU, most steps on a GPU). Always 1, with a note, where a model does not keep clients apart (DeBERTa, XLNet).
         cache: largest size of cached activations from below the trained layers (bytes; default 2e9; 0: none, each step is a plain
             pass; as for a model whose blocks hand on more than hidden states (T5) or read padding, with a note).
-        bfloat16: keep the frozen linear layers in bfloat16: half the memory, faster where the hardware has it, no longer exact
-            (default False). Refused where a model has no such layer.
+        bfloat16: keep the frozen linear layers in bfloat16, on a GPU the whole model but adapters and heads that are trained: half
+            the memory, faster where the hardware has it, no longer exact (default False; None: on a CPU that has instructions for
+            it, unless single records are protected; found when a run is prepared). Refused where a model has no such layer.
         checkpointing: keep only the input of each layer and compute the rest again in the backward pass: a third more time, a
             fraction of the activations, the same gradients (default False).
         four_bit: keep the frozen linear layers in 4 bits (QLoRA): an eighth of the memory; needs an NVIDIA GPU and bitsandbytes
             (default False).
+        byte_dropout: on a CPU draw what dropout drops as random bytes, a tenth of torch's time for it; probabilities are rounded to
+            1/256, where that moves them by less than a fiftieth (default True).
     """
 
     kernel: str = "fastest"
     first_token: bool = True
     together: int | None = None
     cache: int = 2_000_000_000
-    bfloat16: bool = False
+    bfloat16: bool | None = False
     checkpointing: bool = False
     four_bit: bool = False
+    byte_dropout: bool = True
 
     def __post_init__(self) -> None:
         if self.kernel not in ("fastest", "torch", "onednn"):
@@ -102,7 +107,7 @@ class Engine:
             raise Refused("engine.bfloat16", True, "choose one: layers in 4 bits, or in bfloat16")
 
 
-PLAIN = Engine("torch", first_token=False, together=1, cache=0)
+PLAIN = Engine("torch", first_token=False, together=1, cache=0, byte_dropout=False)
 """The engine without tricks: one client after the other, through torch alone."""
 
 ALL_LINEAR = "all-linear"
@@ -163,6 +168,8 @@ class Training:
         proximal: mu of FedProx: the loss gains proximal / 2 * |change|^2, which keeps a client near what it received (default 0:
             off).
         stratified: put texts of all lengths of the client into each batch; overrides `bucket` (default False).
+        base_dropout: train with the dropout that the base model itself has, its head's included (default None: yes where labels are
+            predicted, no where text is written, as is the custom). `LoRA.dropout` is apart from it.
     """
 
     learning_rate: float = 5e-4
@@ -176,6 +183,7 @@ class Training:
     keep_moments: bool = True
     proximal: float = 0.0
     stratified: bool = False
+    base_dropout: bool | None = None
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
@@ -193,6 +201,10 @@ class Training:
             raise Refused("training.proximal", self.proximal, "mu of FedProx, 0 (off) or more; 0.01 is usual")
         if self.clip <= 0:
             raise Refused("training.clip", self.clip, "the largest gradient norm, a positive number")
+
+    def has_base_dropout(self, labels: int | None) -> bool:
+        """Whether a model that predicts one of so many labels, or with None writes text, trains with its own dropout."""
+        return labels is not None if self.base_dropout is None else self.base_dropout
 
     @property
     def token_limit(self) -> int:

@@ -78,7 +78,11 @@ class EncodedTexts:
         return [len(self.ids[i]) for i in indices]
 
     def batch(self, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-        """Make model inputs of these examples, padded to the longest, with `labels` (rows,), or (rows, tokens) to predict."""
+        """Make model inputs of these examples, padded to the longest, with `labels` (rows,), or (rows, tokens) to predict.
+
+        Tokens to predict stay on the CPU, where their places are found without waiting for the device. A text's first token is none
+        of them: nothing comes before it.
+        """
         width = max(self.lengths(indices))
         mask = [self._pad([1] * len(self.ids[i]), width, 0) for i in indices]
         inputs = {"input_ids": [self._pad(self.ids[i], width, self.pad) for i in indices], "attention_mask": mask}
@@ -87,8 +91,10 @@ class EncodedTexts:
         if self.answer_starts is None:
             inputs["labels"] = [self.labels[i] for i in indices]  # type: ignore[misc]
         else:
-            inputs["labels"] = [self._pad(self.targets(i), width, IGNORED) for i in indices]
-        return {name: torch.tensor(rows, device=device) for name, rows in inputs.items()}
+            inputs["labels"] = [self._pad([IGNORED, *self.targets(i)[1:]], width, IGNORED) for i in indices]
+        tensors = {name: torch.tensor(rows) for name, rows in inputs.items()}
+        there = {name: copy_to(rows, device) for name, rows in tensors.items()}
+        return there if self.answer_starts is None else there | {"labels": tensors["labels"]}
 
     def token_span(self, index: int, width: int) -> slice:
         """Return the place of this example's tokens in a row of `width`; the rest is padding."""
@@ -98,6 +104,11 @@ class EncodedTexts:
     def _pad(self, row: Sequence[int], width: int, value: int) -> list[int]:
         filler = [value] * (width - len(row))
         return [*filler, *row] if self.pad_left else [*row, *filler]
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the CPU to the device without waiting for it; on the CPU it is the tensor itself."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def encode_texts(

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.core.errors import Refused
-from fedloom.core.lora import Adapter, map_tensors
+from fedloom.core.lora import Adapter, lay_flat, map_tensors
 from fedloom.core.policies import PendingResult
 from fedloom.core.seeds import SecretOf, keyed_seed
 from fedloom.core.types import ClientId, ClientState, Result, Rules, Task, TaskStart
@@ -40,6 +40,7 @@ from fedloom.train import loss, objective, peft_weights
 from fedloom.train.base_model import Base
 from fedloom.train.engine import batched_clients, frozen_layers, record_gradients
 from fedloom.train.engine.batched_clients import BatchedClient
+from fedloom.train.engine.dropout import training_mode
 from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.engine.record_gradients import ExamplePass
 from fedloom.train.objective import GradientChange, Weights, client_variate, personal_adapter, start_directions
@@ -51,8 +52,9 @@ STATE_BEGIN = 24
 """Bytes of the state of torch's CPU generator before its words, which take 8 bytes each: seed, left, seeded, next."""
 LossOf: TypeAlias = Callable[[Base, dict[str, Tensor]], Tensor]
 BatchLoss: TypeAlias = Callable[[Sequence[int]], Tensor]
-BatchGradient: TypeAlias = Callable[[int, Sequence[int]], list[float]]
-"""Writes the gradient of a batch, of this number in its task, into `.grad`; returns its loss, or nothing where it is not told."""
+BatchGradient: TypeAlias = Callable[[int, Sequence[int]], list[Tensor]]
+"""Writes the gradient of a batch, of this number in its task, into `.grad`; returns its loss (a tensor without axes, so that no step
+waits for its device), or nothing where it is not told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +211,7 @@ class PeftTrainer:
         if start.rules.pruning is not None:
             sent = objective.prune_tail(personal_adapter(start, client_state), sent, start.rules.pruning)
         result = Result(
-            adapter=sent,
+            adapter=lay_flat(sent),
             examples=len(self.shards[task.client]),
             tokens=self._tokens(task, plan),
             steps=task.budget.steps,
@@ -258,7 +260,8 @@ class PeftTrainer:
             changes.append(objective.proximal_pull(weights, self.training.proximal))
         if chosen is not None:
             changes.append(objective.mask_gradient(weights, chosen))
-        with torch.random.fork_rng():  # after the slot was made, which draws random numbers
+        mode = training_mode(self.base.model, self.training.has_base_dropout(self.base.labels))
+        with torch.random.fork_rng(), mode:  # after the slot was made, which draws random numbers
             self._seed_dropout(task, done)
             losses = self._optimise(plan, gradient, weights, optimiser, changes)
         variate = None
@@ -293,7 +296,7 @@ class PeftTrainer:
 
     def _private_gradient(
         self, task: Task, examples: ExamplePass, losses_of: BatchLoss, done: int, step: int, batch: Sequence[int]
-    ) -> list[float]:
+    ) -> list[Tensor]:
         """Write the noisy mean of the batch's clipped gradients. The data are seen here and nowhere else; no loss is told."""
         assert self.records is not None
         size, rows = self.training.batch_size, len(self.shards[task.client])
@@ -336,8 +339,7 @@ class PeftTrainer:
         changes: Sequence[GradientChange],
     ) -> list[float]:
         """Make one optimiser step per batch; return the losses, without penalties, that may be told."""
-        self.base.model.train()
-        losses = list[float]()
+        losses = list[Tensor]()
         factors = [group["lr"] for group in optimiser.param_groups]
         for step, batch in enumerate(plan):
             for group, factor in zip(optimiser.param_groups, factors, strict=True):
@@ -349,7 +351,7 @@ class PeftTrainer:
             if self.records is None:  # else each example's gradient was clipped
                 nn.utils.clip_grad_norm_(weights.values(), self.training.clip)
             optimiser.step()
-        return losses
+        return torch.stack(losses).tolist() if losses else []
 
     def _optimiser(self, weights: Weights, start: TaskStart, client_state: ClientState) -> torch.optim.AdamW:
         """Make AdamW, with moments of the same basis carried over. A group's rate is, for now, its multiple of the learning rate."""
@@ -371,10 +373,12 @@ def _result_of(answers: Callable[[], Sequence[tuple[Result, ClientState]]], numb
     return answers()[number]
 
 
-def _plain_gradient(loss_of: BatchLoss, weights: Weights, rules: Rules, step: int, batch: Sequence[int]) -> list[float]:
+def _plain_gradient(
+    loss_of: BatchLoss, weights: Weights, rules: Rules, step: int, batch: Sequence[int]
+) -> list[Tensor]:
     """Write the gradient of the batch's mean loss, with the penalty where the method prunes."""
     batch_loss = loss_of(batch)
-    told = float(batch_loss.detach())
+    told = batch_loss.detach()
     if rules.pruning is not None:
         batch_loss = batch_loss + objective.pruning_penalty(weights, rules.pruning)
     torch.autograd.backward(batch_loss)

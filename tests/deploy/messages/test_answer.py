@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedloom.aggregate.scaffold import Scaffold
 from fedloom.core import message_size
-from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
+from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, HalfChange
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter, Factor, cut_factor, from_tensors, map_tensors, named_tensors
 from fedloom.core.schema import Malformed
@@ -29,7 +29,7 @@ from tests.support.storms import tries
 from tests.support.toys import adapter, changed, make_result, returned, sent
 
 LIMIT = 10**6
-CODECS = (None, Exact(), Half(), DeltaInt8())
+CODECS = (None, Exact(), Half(), HalfChange(), DeltaInt8())
 LAYERS = {"only": (2, 3), "twin": (3, 2)}
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedloom.core.codec import Codec, DeltaInt8, Exact, Half
+from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, HalfChange
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor, named_tensors
 from fedloom.core.schema import Malformed
@@ -43,7 +43,7 @@ from tests.support.storms import tries
 from tests.support.toys import adapter, changed, make_result, sent
 
 LIMIT = 10**6
-CODECS = (None, Exact(), Half(), DeltaInt8())
+CODECS = (None, Exact(), Half(), HalfChange(), DeltaInt8())
 every_codec = pytest.mark.parametrize("codec", CODECS, ids=str)
 TERMS = RunTerms(
     run="mrpc", run_hash="0123456789ab", model="some/encoder", rank=8, lora=LoRA(("query", "value")),
@@ -66,7 +66,7 @@ def alike(one: Any, other: Any) -> bool:
     if is_dataclass(one) and not isinstance(one, type):
         names = [field.name for field in fields(one)]
         return type(one) is type(other) and all(alike(getattr(one, n), getattr(other, n)) for n in names)
-    if isinstance(one, dict):
+    if isinstance(one, Mapping):
         return list(one) == list(other) and all(alike(one[key], other[key]) for key in one)
     return bool(one == other) and type(one) is type(other)
 

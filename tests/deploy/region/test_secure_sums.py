@@ -97,7 +97,7 @@ def test_a_region_opens_the_sum_of_what_its_sites_hold(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [8, 14])
+@pytest.mark.parametrize("sent", [pytest.param(8, marks=pytest.mark.storms), 14])
 def test_a_region_that_is_killed_while_a_sum_is_opened_drops_it(
     encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: int
 ) -> None:

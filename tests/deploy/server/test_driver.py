@@ -18,7 +18,8 @@ from fedloom.cli.deploy import status_view
 from fedloom.core.canary import Canary
 from fedloom.core.files import write_json
 from fedloom.core.fingerprint import fingerprint
-from fedloom.core.server import Limits, Server
+from fedloom.core.limits import Limits
+from fedloom.core.server import Server
 from fedloom.core.types import Budget, Profile, Task
 from fedloom.deploy.link import RawReply
 from fedloom.deploy.messages import answer as wire
@@ -76,7 +77,7 @@ def test_an_answer_counts_once_and_none_is_lost(
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "schedule", "codec"), METHODS, ids=lambda one: type(one).__name__)
 @given(storm=STORM)
-@tries(40, phases=(Phase.reuse, Phase.generate))
+@tries(20, phases=(Phase.reuse, Phase.generate))
 def test_nor_in_more_storms_with_whatever_a_client_keeps(
     method: Any, schedule: Any, codec: Any, storm: dict[str, Any], tmp_path_factory: Any
 ) -> None:

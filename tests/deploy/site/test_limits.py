@@ -83,11 +83,13 @@ HARMLESS: Mapping[type, Mapping[str, str]] = {
         "warmup": "lowers the learning rate of some steps", "decay": "one of three, which lower the learning rate",
         "bucket": "which rows share a batch follows from the site's secret", "stratified": "as bucket",
         "keep_moments": "moments stay at the site; what they do to later steps is said in docs/site.md",
+        "base_dropout": "shown; a model may have none in any case",
     },
     LoRA: {},
     Engine: {
         "kernel": "one of three, the same product", "first_token": "the same result", "together": "a site has one client",
         "bfloat16": "rounds the site's own copy", "checkpointing": "the same gradients", "four_bit": "as bfloat16",
+        "byte_dropout": "the site's own secret decides what is dropped, either way",
     },
     Task: {
         "id": "a number", "client": "must be the site", "version": "a number", "start": "judged by field",

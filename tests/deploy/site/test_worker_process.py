@@ -82,13 +82,14 @@ def result(work: TaskRequest, reply: bytes) -> Result:
     return told[2]
 
 
-def test_kill_9_in_training_and_after_it(encoder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, pytest.param(3, marks=pytest.mark.storms)])
+def test_kill_9_in_training_and_after_it(encoder: Path, tmp_path: Path, count: int) -> None:
     calm, site = accepting(SiteWorker(site_at(tmp_path / "calm", encoder))), site_at(tmp_path / "stormy", encoder)
     accept(site, terms_of())
     for name in ("secret", "secret.sha256"):
         shutil.copy(calm.site.folder / name, site.folder / name)
     draw = random.Random(0)
-    for work in tasks(encoder)[:2]:
+    for work in tasks(encoder)[:count]:
         body = encode_request(work)
         wanted = result(work, calm.answer(body))
         with running(site) as process:  # in the middle
@@ -123,10 +124,10 @@ def test_junk_leaves_the_process_alive_and_its_memory_flat(encoder: Path, tmp_pa
             told = Path(f"/proc/{process.pid}/status").read_text()
             return int(told.partition("VmRSS:")[2].split()[0])
 
-        before = storm(500)
-        assert storm(10_000) - before < 8_000, "kilobytes"
+        before = storm(1_000)
+        assert storm(4_000) - before < 4_000, "kilobytes"
         assert status(site) == {"name": "ward", "pid": process.pid, "doing": "nothing", "run": None} | {
-            "trained": 0, "repeated": 0, "refused": 10_500,
+            "trained": 0, "repeated": 0, "refused": 5_000,
         }  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def test_gradients_are_those_of_one_after_the_other(request: pytest.FixtureReque
         if not linear_kernel.onednn_available():
             pytest.skip("this build of torch has no oneDNN linear operator")
         linear_kernel.install_linear_kernel(base.model)
+        linear_kernel.fuse_adapters(base.model)
     high, low, other_high = tasks(base)
     alone, common = both(trainer_of(base, clip=1e6), [low, high, other_high])  # the first one's slot is used
     for (one, kept), (other, also) in zip(alone, common, strict=True):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
-from torch import nn
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
 
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter
 from fedloom.core.types import ClientState, TaskStart
-from fedloom.train import base_model
+from fedloom.train import base_model, loss, peft_weights
 from fedloom.train.base_model import initial_adapter
 from fedloom.train.engine import linear_kernel
-from fedloom.train.settings import Engine, LoRA
+from fedloom.train.engine.batched_clients import rounding
+from fedloom.train.engine.trial_texts import trial_texts
+from fedloom.train.settings import PLAIN, Engine, LoRA
 from tests.support.families import FAMILIES
 from tests.support.tiny_runs import base_of, lively, same, task_of, trainer_of, writing_trainer
 from tests.support.toys import factor
@@ -72,6 +77,7 @@ def test_a_task_trains_to_the_same_adapter_also_over_a_fold(request: pytest.Fixt
         base = base_of(request.getfixturevalue(kind))
         if fast:
             linear_kernel.install_linear_kernel(base.model)
+            assert linear_kernel.fuse_adapters(base.model)
         start = lively(initial_adapter(base, 4))
         fold = Adapter({n: factor(2, len(f.up), f.down.shape[1], 9) for n, f in start.factors.items()})
         task = task_of(start)
@@ -86,6 +92,7 @@ def test_a_task_trains_to_the_same_adapter_also_over_a_fold(request: pytest.Fixt
 def test_a_base_is_loaded_with_it_and_copied_whole(encoder: Path) -> None:
     fast = base_model.load_base(str(encoder), 2, LoRA(), 4, 0, engine=Engine("onednn"))
     assert any(isinstance(module, linear_kernel.FrozenLinear) for module in fast.model.modules())
+    assert any(isinstance(module, linear_kernel.FusedLora) for module in fast.model.modules())
     assert not any(isinstance(m, linear_kernel.FrozenLinear) and m.weight.requires_grad for m in fast.model.modules())
     copy.deepcopy(fast.model).merge_and_unload()
 
@@ -147,3 +154,157 @@ def test_bfloat16_is_refused_where_it_would_change_nothing() -> None:
     with pytest.raises(Refused, match=r"engine\.bfloat16"):
         linear_kernel.install_linear_kernel(nn.Sequential(router), bfloat16=True)
     assert linear_kernel.install_linear_kernel(nn.Sequential(router, nn.Linear(4, 3).requires_grad_(False)), True) == 1
+
+
+# Layer and adapter in one node -----------------------------------------------------------------------------------------------
+
+SLOT = "one"
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 20), nn.Linear(20, 7, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.second(torch.tanh(self.first(x)))
+        return found
+
+
+def adapted(rank: int = 3, dropout: float = 0.0) -> PeftModel:
+    """Two layers with adapters that both change what comes out."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=rank, lora_alpha=6, lora_dropout=dropout, target_modules=["first", "second"])
+    config.init_lora_weights = False
+    return PeftModel(TwoLayers(), config, SLOT)  # type: ignore[arg-type]
+
+
+def fused(model: PeftModel) -> PeftModel:
+    made = copy.deepcopy(model)
+    assert linear_kernel.fuse_adapters(made) == 2
+    return made
+
+
+def outcome(model: PeftModel, x: Tensor, trained: str = "lora_") -> dict[str, Tensor]:
+    """Output, and the gradients of the input and of the parameters whose names hold `trained`; dropout always drops the same."""
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("lora_" in name and trained in name)
+        weight.grad = None
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    found = model(x)
+    found.backward(torch.randn(found.shape, generator=torch.Generator().manual_seed(2)).to(found.dtype))
+    slopes = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    return {"output": found.detach(), "input": cast(Tensor, x.grad), **slopes}
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference of a tensor, relative to its largest number."""
+    assert found.keys() == expected.keys()
+    return max(float((found[n] - t).abs().max() / t.abs().max()) for n, t in expected.items())
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("trained", ["lora_", "lora_A", "lora_B"])
+@pytest.mark.parametrize(("rank", "dropout"), [(1, 0.0), (3, 0.4), (12, 0.0)])
+def test_gradients_of_a_fused_layer_are_those_of_peft(rank: int, dropout: float, trained: str, bfloat16: bool) -> None:
+    model = adapted(rank, dropout)
+    linear_kernel.install_linear_kernel(model, bfloat16)
+    x = torch.randn(4, 5, 12)
+    assert furthest(outcome(fused(model), x, trained), outcome(model, x, trained)) < 1e-5
+
+
+def test_a_fused_layer_over_torchs_own_kernel_is_nearer_to_float64_than_rounding() -> None:
+    model, x = adapted(), torch.randn(6, 12)
+    exact = outcome(copy.deepcopy(model).double(), x.double())
+    assert furthest({n: t.double() for n, t in outcome(fused(model), x).items()}, exact) < 1e-6
+
+
+def test_in_half_precision_a_fused_layer_keeps_float32_gradients_and_rounds_as_peft_does() -> None:
+    model = adapted().to(torch.bfloat16)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.float()
+    found, exact = outcome(fused(model), torch.randn(6, 12).bfloat16()), adapted()
+    assert all(t.dtype == torch.float32 for n, t in found.items() if "lora_" in n)
+    assert found["output"].dtype == torch.bfloat16
+    torch.manual_seed(0)
+    x = torch.randn(40, 12)
+    half, single = outcome(fused(model), x.bfloat16()), outcome(exact, x)
+    assert furthest({n: t.float() for n, t in half.items()}, single) < 0.05
+
+
+def test_a_fused_layer_passes_an_empty_batch_and_numbers_that_are_none() -> None:
+    model = fused(adapted())
+    assert model(torch.zeros(0, 12)).shape == (0, 7)
+    for bad in (math.nan, math.inf):
+        x = torch.zeros(2, 12)
+        x[1] = bad
+        assert model(x).isfinite().all(1).tolist() == [True, False]
+
+
+def test_a_fused_layer_computes_as_peft_in_every_other_state() -> None:
+    plain, x = adapted(), torch.randn(5, 12)
+    made = fused(plain)
+
+    def same_output() -> bool:
+        return torch.equal(made(x), plain(x))
+
+    with plain.disable_adapter(), made.disable_adapter():
+        assert same_output()
+    for model in (plain, made):
+        model.add_adapter("two", LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False))
+        model.base_model.set_adapter([SLOT, "two"])
+    for one, other in zip(plain.parameters(), made.parameters(), strict=True):
+        other.data.copy_(one.data)
+    assert same_output()
+    for model in (plain, made):
+        model.base_model.set_adapter([SLOT])
+        model.base_model.merge_adapter()
+    assert same_output()
+    for model in (plain, made):
+        model.base_model.unmerge_adapter()
+    for model in (plain, made):
+        layer = model.get_base_model().first.base_layer
+        layer.register_forward_hook(lambda _, args, out: out + args[0].sum(-1, keepdim=True))
+    assert furthest(outcome(made, x), outcome(plain, x)) < 1e-6  # the gradient goes through the hook too
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_model_may_write_to_what_a_layer_returns(fast: bool) -> None:
+    """Some scale their queries in place, which torch refuses for a view that was made inside a node."""
+    plain = adapted()
+    if fast:
+        linear_kernel.install_linear_kernel(plain)
+    for model in (plain, fused(plain)):
+        layer = model.get_base_model().second
+        found = layer(torch.randn(2, 3, 20, requires_grad=True))
+        found.mul_(2.0).sum().backward()
+        assert layer.lora_B[SLOT].weight.grad is not None
+
+
+def test_second_derivatives_of_a_fused_layer_are_refused_and_not_wrong() -> None:
+    x = torch.randn(3, 12, requires_grad=True)
+    (slope,) = torch.autograd.grad(fused(adapted())(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable"):
+        slope.sum().backward()
+
+
+@pytest.mark.storms
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_every_family_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    labels = 2 if FAMILIES[name].kind in ("encoder", "encoder-decoder") else None
+    found, plain = list[tuple[Tensor, ...]](), replace(PLAIN, together=1)
+    folder = str(FAMILIES[name].save(tmp_path))
+    for engine in (plain, replace(plain, kernel="fastest")):
+        base = base_model.load_base(folder, labels, LoRA(target_modules="all-linear"), 4, 0, engine=engine)
+        weights = peft_weights.slot_parameters(base.model, base.put(lively(initial_adapter(base, 4))))
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        base.model.eval()
+        texts = trial_texts(base.model.get_base_model(), base.tokenizer, base.labels)
+        losses = loss.example_losses(base, texts.batch(range(len(texts.ids)), base.device))
+        found.append(torch.autograd.grad(losses.sum(), [*weights.values()], allow_unused=True, materialize_grads=True))
+    least = max(float(slope.norm()) for slope in found[0]) / 1000
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm()) <= rounding(base) * (float(one.norm()) + least)

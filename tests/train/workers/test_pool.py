@@ -50,11 +50,19 @@ class ManualFactory:
     submitted: dict[int, tuple[Future[bytes], bytes]] = field(default_factory=dict)
     early: dict[int, list[bool]] = field(default_factory=dict)
     workers_started: int = 0
+    has_room: bool = True
 
     def start_worker(self) -> TrainingWorker:
         """Start one more."""
         self.workers_started += 1
         return ManualWorker(self)
+
+    def replace_worker(self) -> TrainingWorker | None:
+        """Start one more, or make do with one fewer."""
+        if self.has_room:
+            return self.start_worker()
+        self.most_workers -= 1
+        return None
 
     def close(self) -> None:
         """Nothing is shared."""
@@ -140,3 +148,25 @@ def test_a_task_whose_workers_die_goes_first_and_in_the_end_is_given_up() -> Non
     assert factory.order[:3] == [1, 2, 2]
     assert factory.order.count(2) == MOST_DEATHS
     assert factory.workers_started == 2 + MOST_DEATHS
+
+
+def test_where_there_is_no_room_for_another_worker_those_that_are_left_do_its_work() -> None:
+    factory, pool = factory_and_pool()
+    factory.has_room = False
+    held = [begin_one(pool, number, float(number)) for number in (1, 2, 3)]
+    factory.end(1, alive=False)
+    factory.early = {number: [True] for number in (1, 3)}
+    factory.end(2)
+    assert basis(held) == [f"b{n}+{n}" for n in (1, 2, 3)]
+    assert factory.order == [1, 2, 1, 3]
+    assert factory.workers_started == 2
+
+
+def test_when_all_workers_are_gone_this_process_trains() -> None:
+    factory, pool = factory_and_pool()
+    factory.has_room = False
+    held = [begin_one(pool, number, float(number)) for number in (1, 2)]
+    for number in (1, 2):
+        factory.end(number, alive=False)
+    assert basis(held) == ["b1+1", "b2+2"]
+    assert factory.order == [1, 2]

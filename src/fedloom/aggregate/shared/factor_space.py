@@ -21,15 +21,16 @@ from fedloom.aggregate.shared.merge_terms import (
     linear_terms,
     merge_origin,
     select_directions,
-    weighted_sum,
+    weighted_adapters,
 )
 from fedloom.core.lora import (
+    NEGLIGIBLE,
     Adapter,
     Factor,
     cut_adapter,
     cut_factor,
-    map_tensors,
-    pad,
+    lay_flat,
+    pad_to_one_rank,
     revive,
     server_rank,
 )
@@ -45,17 +46,28 @@ def padded_mean(model: Model, merge: Merge, head: Merge | None = None) -> Model:
     clients, and the basis counts as changed. `head` is the merge of the dense part, where that has other weights.
     """
     rank = server_rank(model.adapter)
-    pairs = linear_terms(model.adapter, merge)
-    means = {}
-    for name in model.adapter.factors:
-        padded = [(c, pad(adapter.factors[name], rank)) for c, adapter in pairs]
-        means[name] = Factor(
-            weighted_sum([(c, f.down) for c, f in padded]), weighted_sum([(c, f.up) for c, f in padded])
-        )
-    factors = {name: revive(factor, rank, derive(model.basis, name)) for name, factor in means.items()}
-    redrawn = any(factors[name] is not factor for name, factor in means.items())
-    dense = dense_mean(model.adapter, linear_terms(model.adapter, head or merge))
-    return replace(model, adapter=Adapter(factors, dense), basis=model.basis + redrawn)
+    terms = [(share, lay_flat(pad_to_one_rank(one, rank))) for share, one in linear_terms(model.adapter, merge)]
+    mean = weighted_adapters(lay_flat(pad_to_one_rank(model.adapter, rank)), terms)
+    if head is not None:
+        mean = lay_flat(Adapter(mean.factors, dense_mean(model.adapter, linear_terms(model.adapter, head))))
+    if _all_alive(mean, rank):
+        return replace(model, adapter=mean)
+    factors = {name: revive(factor, rank, derive(model.basis, name)) for name, factor in mean.factors.items()}
+    redrawn = any(factors[name] is not factor for name, factor in mean.factors.items())
+    return replace(model, adapter=lay_flat(Adapter(factors, mean.dense)), basis=model.basis + redrawn)
+
+
+def _all_alive(adapter: Adapter, rank: int) -> bool:
+    """Whether `revive` has certainly nothing to do in any layer; asked of an adapter in one buffer with a call a shape."""
+    if adapter.flat is None:
+        return False
+    for group in adapter.flat.layout.groups:
+        if group.side == "down":
+            lengths = torch.linalg.vector_norm(group.view(adapter.flat.buffer), dim=2)
+            alive = lengths.amin(1) > 4 * NEGLIGIBLE * lengths.amax(1)
+            if group.shape[0] != rank or not bool(alive.all()):
+                return False
+    return True
 
 
 def move_factors(model: Adapter, merge: Merge, divisor: Divisor) -> Adapter:
@@ -99,9 +111,8 @@ def move_models(model: Model, merge: Merge) -> Adapter:
 
 def add_offsets(adapter: Adapter, offsets: Sequence[tuple[float, Model]]) -> Adapter:
     """Return the adapter plus the adapters of these `base_offsets`, entry by entry; their folds are left out."""
-    shares, others = [1.0, *(share for share, _ in offsets)], [one.adapter for _, one in offsets]
     return (
-        map_tensors(lambda *entries: weighted_sum(list(zip(shares, entries, strict=True))), adapter, *others)
+        weighted_adapters(adapter, [(1.0, adapter), *((share, one.adapter) for share, one in offsets)])
         if offsets
         else adapter
     )

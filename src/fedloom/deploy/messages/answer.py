@@ -23,8 +23,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedloom.core.codec import LOWEST, Block
-from fedloom.core.lora import Adapter
+from fedloom.core.codec import LOWEST, Block, HalfChange
+from fedloom.core.lora import Adapter, named_tensors
 from fedloom.core.schema import Decoder, Encoder, Malformed
 from fedloom.core.transfer import PackedAnswer, Rows, layout, pack_answer, tensor_rows, unpack_answer
 from fedloom.core.types import ClientId, GroupStatistics, Profile, Result, Task, TaskStart
@@ -214,7 +214,8 @@ def _parcel(start: TaskStart, manifest: AnswerManifest, flat: Mapping[str, Tenso
         return taken
 
     blocks: list[tuple[Rows, Block | None]] = []
-    for (name, base), (form, exponent, given) in zip(asked, manifest.tensors, strict=True):
+    of_change = len(named_tensors(start.train)) if isinstance(start.codec, HalfChange) else 0
+    for number, ((name, base), (form, exponent, given)) in enumerate(zip(asked, manifest.tensors, strict=True)):
         height, width = tensor_rows(name, base).shape
         which = range(height) if given is None else given
         if not all(0 <= row < height for row in which) or any(a >= b for a, b in pairwise(which)):
@@ -222,7 +223,8 @@ def _parcel(start: TaskStart, manifest: AnswerManifest, flat: Mapping[str, Tenso
         if exponent and form != "f16":
             raise Malformed(f"{name}: {form} has no exponent")
         numbers = take(form, len(which) * width).reshape(len(which), width)
-        block = Block(numbers, exponent, take("f32", len(which)) if form == "i8" else None)
+        is_change = form == "f16" and number < of_change  # control variates have no base
+        block = Block(numbers, exponent, take("f32", len(which)) if form == "i8" else None, is_change)
         blocks.append((None if given is None else given, block if len(which) else None))
     if any(map(len, left.values())):
         raise Malformed("the buffers hold more than the manifest speaks of")

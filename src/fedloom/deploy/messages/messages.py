@@ -21,7 +21,7 @@ from types import NoneType
 from typing import Any, TypeAlias
 
 from fedloom.aggregate.shared.parts import start_digest
-from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, Summed
+from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, HalfChange, Summed
 from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
 from fedloom.core.schema import Malformed
@@ -49,7 +49,7 @@ from fedloom.train.settings import ALL_LINEAR, Engine, LoRA, Training, constant,
 REQUEST, REPLY = "fedloom-request", "fedloom-reply"
 """Names under which the text of a message stands in its container."""
 DECAYS = (constant, linear, cosine)
-CODECS = (Exact, Half, DeltaInt8, Summed)
+CODECS = (Exact, Half, HalfChange, DeltaInt8, Summed)
 LAYER_NAME = r"[A-Za-z0-9_.-]{1,200}"
 """A name of a layer that is a name and no pattern: a dot stands for itself where layers are looked for by the ends of names."""
 
@@ -379,7 +379,9 @@ def start_of(request: TaskRequest | EvaluateRequest) -> TaskStart:
 def check_codec(codec: Codec | None) -> None:
     """Raise Refused for a codec that sites do not know."""
     if type(codec) not in (NoneType, *CODECS):
-        raise Refused("transfer", codec, "no code travels to a site; choose Exact(), Half() or DeltaInt8()")
+        raise Refused(
+            "transfer", codec, "no code travels to a site; choose Exact(), Half(), HalfChange() or DeltaInt8()"
+        )
 
 
 def decode_request(data: bytes, limit: int) -> Request:

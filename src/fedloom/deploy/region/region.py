@@ -421,10 +421,10 @@ def region_server(value: Run, hierarchy: Hierarchy, region: Region) -> RegionSer
 def restore_region(place: Path, value: Run, server: RegionServer, running: Deployment) -> TextIO:
     """Put the last checkpoint back into edge and driver; returns the trace, cut after what the checkpoint knows of it."""
     if not (place / CHECKPOINT).exists():
-        return open_log(place / LOGS[0], 0)
+        return open_log(place / LOGS[0], 0, value.compress_trace)
     stored = read_checkpoint(place / CHECKPOINT)
     restore_fields(stored_values(stored, (RegionServer, Deployment), value), (server, running))
-    return open_log(place / LOGS[0], log_sizes(place, stored, LOGS[:1])[LOGS[0]])
+    return open_log(place / LOGS[0], log_sizes(place, stored, LOGS[:1])[LOGS[0]], value.compress_trace)
 
 
 @contextmanager

@@ -242,7 +242,7 @@ class Deployment:
 
     def _receive(self, now: float, raw: RawReply) -> Stop | None:
         """Handle the reply to a request. If the message is unknown, as after a restart, only its node is known."""
-        sent = self.nodes.in_flight.pop(raw.message, SentMessage(raw.node, sent=now))
+        sent = self.nodes.take(raw.message) or SentMessage(raw.node, sent=now)
         if raw.body is None:
             return self._handle_undelivered(now, sent, raw.error)
         self.traffic.received += 1
@@ -281,9 +281,7 @@ class Deployment:
 
     def _evaluation_of(self, sent: SentMessage) -> Evaluation | None:
         """Return the evaluation that waits for the reply to this message; None: it is of another kind, or none is awaited."""
-        if sent.evaluate is None or self.evaluation is None:
-            return None
-        return self.evaluation if self.evaluation.awaited().get(sent.evaluate.client) is sent.evaluate else None
+        return self.evaluation if self.evaluation and self.evaluation.awaits(sent.evaluate) else None
 
     def _handle_undelivered(self, now: float, sent: SentMessage, error: str) -> Stop | None:
         """Let the node rest, so that the request is sent again; give up after too many deliveries that failed."""
@@ -322,8 +320,7 @@ class Deployment:
             return None
         examples = facts.examples or welcome.profile.examples
         profile = replace(welcome.profile, examples=examples, claimed=facts.examples is None)
-        node.client, node.why, node.seeded = client, "", welcome.seeded
-        self.nodes.missing.pop(client, None)
+        self.nodes.let_in(number, client, welcome.seeded)
         if self.clients.get(client) == profile and self.members.get(client) == welcome.members:
             return None
         LOG.info("%s is there: %d examples", client, profile.examples)
@@ -373,7 +370,7 @@ class Deployment:
         self.nodes.give_up_old(now, self.timeouts.doubt)
         if self.timeouts.task is None:
             return None
-        late = [t.client for n, t in self.tasks.items() if n not in self.ready and now > t.sent + self.timeouts.task]
+        late = [task.client for task in self._unanswered() if now > task.sent + self.timeouts.task]
         return next((stop for client in late if (stop := self._lose_client(now, client))), None)
 
     def _timer(self, now: float) -> Stop | None:
@@ -409,9 +406,7 @@ class Deployment:
     def _lose_client(self, now: float, client: ClientId) -> Stop | None:
         LOG.warning("%s is lost", client)
         del self.clients[client]
-        self.nodes.missing.pop(client, None)
-        if (number := self.nodes.node_of(client)) is not None:
-            self.nodes.reachable[number].client = None
+        self.nodes.let_go(client)
         return self._handle(now, ClientLost(client)) if self.opened else None
 
     # What the coordinator does about it ------------------------------------------------------------------------------------
@@ -471,7 +466,7 @@ class Deployment:
 
     def _send(self, now: float) -> None:
         """Send to each free node what is due: a join request, its client's evaluate request, or its client's task."""
-        due = {task.client: task for number, task in self.tasks.items() if number not in self.ready}
+        due = {task.client: task for task in self._unanswered()}
         awaited = self.evaluation.awaited() if self.evaluation else {}
         for number, node in self.nodes.free(now):
             if node.client is None:
@@ -484,9 +479,13 @@ class Deployment:
             elif task := due.get(node.client):
                 self._post(self._task_request(task, node), SentMessage(number, task.id, now))
 
+    def _unanswered(self) -> list[Task]:
+        """Return the tasks that clients have still to do."""
+        ready = frozenset(self.ready)
+        return [task for number, task in self.tasks.items() if number not in ready]
+
     def _task_request(self, task: Task, node: Node) -> TaskRequest:
-        in_flight = self.nodes.in_flight.values()
-        if any(sent.task == task.id for sent in in_flight) or task.id in self.failed_deliveries:
+        if self.nodes.copies[task.id] or task.id in self.failed_deliveries:
             self.traffic.resent += 1
         request = TaskRequest(self.terms, self.incarnation, task, self.accepted.get(task.client, 0))
         return without_seeded_sides(request, self.server.state.first.adapter) if node.seeded else request
@@ -495,6 +494,6 @@ class Deployment:
         body = encode_request(request)
         summed = self.exchange if sent.summed else None
         largest = summed.largest_reply if summed else largest_reply(request, self.over_regions)
-        self.nodes.in_flight[self.transport.send(sent.node, body, largest)] = sent
+        self.nodes.add(self.transport.send(sent.node, body, largest), sent)
         self.traffic.sent += 1
         self.traffic.bytes_down += len(body)

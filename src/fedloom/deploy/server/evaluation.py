@@ -53,6 +53,12 @@ class Evaluation:
         waiting = sorted(self.requests.keys() - self.results.keys() - self.reasons.keys())
         return {client: self.requests[client] for client in waiting}
 
+    def awaits(self, request: EvaluateRequest | None) -> bool:
+        """Whether this is a request of this evaluation that has neither result nor reason yet."""
+        if request is None or self.requests.get(request.client) is not request:
+            return False
+        return request.client not in self.results and request.client not in self.reasons
+
     def expire(self, now: float, clients: Container[ClientId]) -> None:
         """Wait no longer for who is not among `clients` any more, or has said nothing in the time that it has."""
         for client, request in self.awaited().items():

@@ -7,7 +7,9 @@ everybody anew.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from logging import getLogger
 
@@ -88,42 +90,74 @@ class SentMessage:
 
 @dataclass(slots=True)
 class NodeTable:
-    """Table of all nodes, and of the requests in flight to them.
+    """Table of all nodes, and of the requests in flight to them. What is asked for each message is a look-up.
 
     Fields:
         reachable: nodes that can be reached now, by number.
         in_flight: requests whose reply has not come, by number of the message.
         missing: since when each client whose node cannot be reached is missing (s of the run).
         failed: how many tasks each client has failed in a row, without a pause between them.
+        last_node: the node that each client was last behind.
+        copies: requests in flight that carry a task, by its number.
+        none_old_until: no message in flight is old before this time (s of the run).
     """
 
     reachable: dict[int, Node] = field(default_factory=dict)
     in_flight: dict[str, SentMessage] = field(default_factory=dict)
     missing: dict[ClientId, float] = field(default_factory=dict)
     failed: dict[ClientId, int] = field(default_factory=dict)
+    last_node: dict[ClientId, int] = field(default_factory=dict)
+    copies: Counter[int] = field(default_factory=Counter)
+    none_old_until: float = -math.inf
+
+    def add(self, message: str, sent: SentMessage) -> None:
+        """Add a request that was sent."""
+        self.in_flight[message] = sent
+        if sent.task is not None:
+            self.copies[sent.task] += 1
+
+    def take(self, message: str) -> SentMessage | None:
+        """Remove and return the request whose reply has come; None: it is not known, as after a restart."""
+        sent = self.in_flight.pop(message, None)
+        if sent is None:
+            return None
+        if sent.task is not None:
+            self.copies[sent.task] -= 1
+            if not self.copies[sent.task]:
+                del self.copies[sent.task]
+        if sent.given_up:  # the next one to its node is old earlier than was reckoned
+            self.none_old_until = -math.inf
+        return sent
 
     def update(self, now: float, present: Mapping[int, str | None], clients: Iterable[ClientId]) -> None:
         """Set the nodes that the transport reaches now; those of `clients` that are behind none of them are missing."""
-        for number in self.reachable.keys() - present.keys():
+        gone = self.reachable.keys() - present.keys()
+        self.give_up(gone)
+        for number in gone:
             del self.reachable[number]
-            self.give_up(number)
         for number in present.keys() - self.reachable.keys():
             self.reachable[number] = Node(present[number])
         behind = {node.client for node in self.reachable.values()}
         self.missing = {client: self.missing.get(client, now) for client in clients if client not in behind}
 
-    def give_up(self, number: int) -> None:
-        """Give up the messages to this node: no reply to them is expected any more."""
-        for message, sent in self.in_flight.items():
-            if sent.node == number:
+    def give_up(self, nodes: Collection[int]) -> None:
+        """Give up the messages to these nodes: no reply to them is expected any more."""
+        for message, sent in self.in_flight.items() if nodes else ():
+            if sent.node in nodes:
                 self.in_flight[message] = replace(sent, given_up=True)
 
     def give_up_old(self, now: float, after: float) -> None:
         """Give up messages that were sent `after` seconds ago; twice as many for each one that was given up before."""
+        if now <= self.none_old_until:
+            return
+        given_up = Counter(sent.node for sent in self.in_flight.values() if sent.given_up)
+        self.none_old_until = now + after
         for message, sent in self.in_flight.items():
-            before = sum(other.node == sent.node and other.given_up for other in self.in_flight.values())
-            if not sent.given_up and now > sent.sent + after * 2**before:
+            old = math.inf if sent.given_up else sent.sent + after * 2 ** given_up[sent.node]
+            if now > old:
                 self.in_flight[message] = replace(sent, given_up=True)
+            else:
+                self.none_old_until = min(self.none_old_until, old)
 
     def free(self, now: float) -> list[tuple[int, Node]]:
         """Return the nodes that have nothing to do and do not rest, in order of their numbers."""
@@ -147,6 +181,12 @@ class NodeTable:
         """Drop this client; its node rests and is then asked who it is."""
         if (number := self.node_of(client)) is not None:
             self.rest(until, number, why)
+        self.let_go(client)
+
+    def let_go(self, client: ClientId) -> None:
+        """Count on this client no more; its node is asked who it is."""
+        self.missing.pop(client, None)
+        if (number := self.node_of(client)) is not None:
             self.reachable[number].client = None
 
     def ask_again(self, number: int, clients: Container[ClientId | None]) -> None:
@@ -156,7 +196,16 @@ class NodeTable:
 
     def node_of(self, client: ClientId) -> int | None:
         """Return the number of this client's node."""
-        return next((number for number, node in self.reachable.items() if node.client == client), None)
+        number = self.last_node.get(client)
+        node = None if number is None else self.reachable.get(number)
+        return number if node is not None and node.client == client else None
+
+    def let_in(self, number: int, client: ClientId, seeded: bool) -> None:
+        """Note the client behind a node."""
+        node = self.reachable[number]
+        node.client, node.why, node.seeded = client, "", seeded
+        self.last_node[client] = number
+        self.missing.pop(client, None)
 
     def why_not_let_in(self, number: int, node: Node, profile: Profile, facts: KeyFacts) -> str | None:
         """Return why this client may not be the one behind a node; None: it may. Without keys anybody may be anybody."""

@@ -13,9 +13,9 @@ from typing import Any
 from fedloom.core import files
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, Event, SetAside
+from fedloom.core.limits import Limits
 from fedloom.core.registration import counted_examples
 from fedloom.core.schema import Decoder, Malformed
-from fedloom.core.server import Limits
 from fedloom.core.types import Task
 from fedloom.deploy.server.driver import Deployment
 from fedloom.report.numbers import plural

@@ -223,9 +223,10 @@ def _rows(terms: RunTerms, limits: SiteLimits) -> Iterator[tuple[str, str, str]]
     yield "layers", layers if isinstance(layers, str) else ", ".join(layers), ", ".join(limits.layers or ("all",))
     yield "rank", f"at most {terms.rank}", f"{limits.rank}"
     yield "depth", f"at most {terms.depth} layers" if terms.depth else "all layers", f"{limits.depth or 'all'}"
+    own = "its own" if training.has_base_dropout(None if terms.labels is None else len(terms.labels)) else "none"
     yield (
         "scaling",
-        f"{lora.scaling:g}, dropout {lora.dropout:g}",
+        f"{lora.scaling:g}, dropout {lora.dropout:g}, in the base {own}",
         f"{limits.least_scaling:g} to {limits.scaling:g}, dropout {limits.dropout:g}",
     )
     decay = getattr(training.decay, "__name__", "?")

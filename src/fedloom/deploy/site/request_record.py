@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import open_regular
+from fedloom.core.files import open_regular, sync_path
 from fedloom.core.lora import server_rank
 from fedloom.deploy.messages.checks import MAX_NAME
 from fedloom.deploy.messages.messages import EvaluateRequest, Request, SumRequest, TaskRequest, encode_request
@@ -330,7 +330,7 @@ class RequestRecord:
         with open_regular(path, "ab") as file:  # as private as its folder
             os.fchmod(file.fileno(), 0o600)
             self._size = os.fstat(file.fileno()).st_size
-        _sync_folder(path.parent)
+        sync_path(path.parent)
         try:
             for line in self._chain.lines(path):
                 self.counts.add(line)
@@ -453,11 +453,3 @@ def _append_whole(handle: int, line: bytes, sync: bool = True) -> int:
         os.ftruncate(handle, size)
         raise
     return after
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

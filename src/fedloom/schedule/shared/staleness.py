@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeAlias
 
 from fedloom.core.errors import Refused
@@ -82,10 +83,14 @@ def staleness(fleet: Fleet, update: Update) -> int:
 
 
 def too_stale(fleet: Fleet, limit: int | None) -> tuple[int, ...]:
-    """Return the outstanding tasks whose answers will be more than `limit` versions old once the next version is made."""
+    """Return the outstanding tasks whose answers will be more than `limit` versions old once the next version is made.
+
+    Tasks stand in the order in which they were sent, so that these are the first ones, and no other is looked at.
+    """
     if limit is None:
         return ()
-    return tuple(number for number, task in fleet.busy.items() if fleet.version + 1 - task.version > limit)
+    oldest = takewhile(lambda item: fleet.version + 1 - item[1].version > limit, fleet.busy.items())
+    return tuple(number for number, _ in oldest)
 
 
 def check_discount(discount: Discount) -> None:

@@ -1,6 +1,7 @@
 """Ways to train faster or in less memory without changing the method; one trick a module, each switched by a field of `Engine`.
 
-- `linear_kernel`: frozen linear layers through oneDNN, or in bfloat16.
+- `linear_kernel`: frozen linear layers through oneDNN, or in bfloat16; a layer and its adapter as one node of the graph.
+- `dropout`: masks from random bytes, and attention with dropout.
 - `first_token`: the last layer of an encoder for the first token alone.
 - `frozen_layers`: layers below all trained ones run once, without a graph, and their output is kept.
 - `batched_clients`: several clients in one forward and backward pass.

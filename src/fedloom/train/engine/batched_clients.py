@@ -22,9 +22,10 @@ from fedloom.core.lora import Adapter, Factor, cut_factor, map_tensors, pad
 from fedloom.core.types import ClientState, Task
 from fedloom.train import loss, objective, peft_weights
 from fedloom.train.base_model import Base
+from fedloom.train.engine.dropout import training_mode
 from fedloom.train.engine.trial_texts import FAILURES, trial_texts
 from fedloom.train.settings import Training
-from fedloom.train.tokenised import EncodedTexts
+from fedloom.train.tokenised import EncodedTexts, copy_to
 
 TOKENS_PER_PASS = {"cpu": 2048}
 """Tokens in one pass up to which a common pass was measured to gain on a CPU; elsewhere 16384, which keeps memory small."""
@@ -192,17 +193,18 @@ def train_together(
         weight.requires_grad_(objective.side_of(name) not in start.rules.frozen)
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
     optimiser = _AdamW(training, trained, members, start.rules.up_rate)
-    losses: list[list[float]] = []
-    with torch.random.fork_rng(), stacked_layers(base, slot, weights, scalings):
+    losses = list[Tensor]()
+    mode = training_mode(base.model, training.has_base_dropout(base.labels))
+    with torch.random.fork_rng(), stacked_layers(base, slot, weights, scalings), mode:
         torch.manual_seed(seed)
-        base.model.train()
         for step in range(len(members[0].plan)):
             each = _losses(base, texts, [member.plan[step] for member in members])
-            losses.append(each.tolist())
+            losses.append(each.detach())  # no step waits for it
             optimiser.step(gradients_of(each, trained), training.rate(step, len(members[0].plan)))
     adapters = _unstack(weights, members, base)
     moments = optimiser.moments(members) if training.keep_moments else [{} for _ in members]
-    return [(adapters[k], moments[k], [line[k] for line in losses]) for k in range(len(members))]
+    told = torch.stack(losses).T.tolist()
+    return [(adapters[k], moments[k], told[k]) for k in range(len(members))]
 
 
 def _scaling(base: Base, member: BatchedClient) -> float:
@@ -251,7 +253,8 @@ def stacked_layers(base: Base, slot: str, weights: Mapping[str, Tensor], scaling
 
                 def add(_: Any, args: Any, out: Tensor, down: Any = down, up: Any = up, drop: Any = drop) -> Tensor:
                     rows = drop(args[0]).reshape(clients, -1, down.shape[2])
-                    return cast(Tensor, out + (rows @ down.mT @ up.mT * scales).reshape(out.shape))
+                    product = rows @ down.mT.to(rows.dtype) @ up.mT.to(rows.dtype) * scales
+                    return cast(Tensor, out + product.reshape(out.shape).to(out.dtype))
 
                 stack.callback(cast(nn.Module, layer).register_forward_hook(add).remove)
         for name, head in base.model.get_base_model().named_modules():
@@ -273,7 +276,7 @@ def _losses(base: Base, texts: EncodedTexts, plan: Sequence[Sequence[int]]) -> T
     size = max(len(batch) for batch in plan)
     inputs = texts.batch([i for batch in plan for i in [*batch, *[batch[0]] * (size - len(batch))]], base.device)
     each = loss.example_losses(base, inputs).view(len(plan), size)
-    counts = torch.tensor([len(batch) for batch in plan], device=base.device)
+    counts = copy_to(torch.tensor([len(batch) for batch in plan]), base.device)
     counted = torch.arange(size, device=base.device) < counts[:, None]
     return (each * counted).sum(1) / counts
 
@@ -286,7 +289,7 @@ class _AdamW:
     ) -> None:
         self.training, self.weights, self.up_rate = training, weights, up_rate
         known = [m.local.moments if m.local.basis == m.task.start.basis else {} for m in members]
-        self.counts = {n: [float(k[n]["step"]) if n in k else 0.0 for k in known] for n in weights}
+        self.counts = {n: tuple(float(k[n]["step"]) if n in k else 0.0 for k in known) for n in weights}
         self.mean = {
             n: _stack_moments(w, [k[n]["exp_avg"] if n in k else None for k in known]) for n, w in weights.items()
         }
@@ -299,17 +302,20 @@ class _AdamW:
         """Make one step of every client at learning rate `rate`."""
         norms = torch.stack([slope.flatten(1).square().sum(1) for slope in slopes.values()]).sum(0).sqrt()
         shrink = (self.training.clip / (norms + 1e-6)).clamp(max=1.0)
+        corrections = dict[
+            tuple[float, ...], list[Tensor]
+        ]()  # of the mean and the square; most weights have the same counts
         for name, weight in self.weights.items():
             shape = (-1, *[1] * (weight.ndim - 1))
             slope, lr = (
                 slopes[name] * shrink.view(shape),
                 rate * (self.up_rate if objective.side_of(name) == "up" else 1),
             )
-            self.counts[name] = [count + 1 for count in self.counts[name]]
-            first, second = (
-                torch.tensor([1 - beta**count for count in self.counts[name]], device=weight.device).view(shape)
-                for beta in BETAS
-            )
+            counts = self.counts[name] = tuple(count + 1 for count in self.counts[name])
+            if counts not in corrections:
+                both = [torch.tensor([1 - beta**count for count in counts]) for beta in BETAS]
+                corrections[counts] = [copy_to(one, weight.device) for one in both]
+            first, second = (one.view(shape) for one in corrections[counts])
             self.mean[name].lerp_(slope, 1 - BETAS[0])
             self.square[name].mul_(BETAS[1]).addcmul_(slope, slope, value=1 - BETAS[1])
             weight.mul_(1 - lr * self.training.weight_decay)

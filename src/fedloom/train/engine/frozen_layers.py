@@ -20,6 +20,7 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
 from fedloom.train import peft_weights
 from fedloom.train.base_model import Base
+from fedloom.train.engine.dropout import remember_mode
 from fedloom.train.engine.trial_texts import FAILURES, trial_inputs
 from fedloom.train.tokenised import EncodedTexts
 
@@ -163,11 +164,7 @@ class LayerSplit:
     @contextmanager
     def _dropout_above(self) -> Iterator[Callable[[], None]]:
         """Put the model in eval mode; what is yielded puts it back, and is to be called at the first trained block."""
-        training = self.model.training
-
-        def reached() -> None:
-            self.model.train(training)
-
+        reached = remember_mode(self.model)
         self.model.eval()
         try:
             yield reached
@@ -337,7 +334,7 @@ class FrozenFeatures:
 
     def for_batch(self, batch: Sequence[int]) -> Tensor:
         """Return the inputs for a batch, (batch, tokens, hidden size), zero where an example is padded."""
-        missing, training = self._missing(batch), self.base.model.training
+        missing, back = self._missing(batch), remember_mode(self.base.model)
         if missing:
             self.base.model.eval()  # without dropout
         for chunk in missing:
@@ -347,7 +344,7 @@ class FrozenFeatures:
             for i, row in zip(chunk, rows, strict=True):
                 self.stored[i] = row[self.texts.token_span(i, len(row))].clone()
         if missing:
-            self.base.model.train(training)
+            back()
         width, some = max(self.texts.lengths(batch)), self.stored[batch[0]]
         hidden = some.new_zeros(len(batch), width, *some.shape[1:])
         for row, i in zip(hidden, batch, strict=True):

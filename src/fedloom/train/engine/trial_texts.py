@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import cycle, islice
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from fedloom.train.tokenised import EncodedTexts
@@ -45,3 +46,17 @@ def trial_inputs(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Te
     texts = trial_texts(model, tokenizer)
     batch = texts.batch(range(len(texts.ids)), model.device)
     return {name: column for name, column in batch.items() if name != "labels"}
+
+
+def trial_logits(model: nn.Module, training: bool = False) -> Tensor:
+    """Return the logits of two short rows, one of them padded; with `training` as in training, dropout included."""
+    before, config = model.training, getattr(model, "config", None)
+    device = next(model.parameters()).device
+    ids = torch.arange(12, device=device).reshape(2, 6) % max(1, getattr(config, "vocab_size", 1))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], device=device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            found: Tensor = model.train(training)(input_ids=ids, attention_mask=mask).logits
+        finally:
+            model.train(before)
+    return found

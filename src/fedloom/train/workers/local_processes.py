@@ -52,6 +52,10 @@ class LocalProcesses:
         self.started.append(LocalProcess(self.shared))
         return self.started[-1]
 
+    def replace_worker(self) -> TrainingWorker:
+        """Start a process in the place of one that died."""
+        return self.start_worker()
+
     def close(self) -> None:
         """Free the shared memory, as far as this process itself does not use it."""
         for process in self.started:

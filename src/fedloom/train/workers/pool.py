@@ -59,7 +59,8 @@ class WorkerPool:
 
     Workers are started when a second group is there to be trained, so a run that trains one client at a time pays for none; such a
     single group is trained in this process. The group that is due first is trained first, each when a worker is free; a group that
-    nobody waits for any more is not trained. A worker that dies is replaced and its group trained again: none of it had counted.
+    nobody waits for any more is not trained. A worker that dies is replaced, where there is room, and its group trained again:
+    none of it had counted.
     Only the caller's thread submits work: a worker that is done while that thread merges or scores rests until it is back.
 
     Fields:
@@ -132,11 +133,13 @@ class WorkerPool:
             try:
                 pending.answers = unpickle_object(future.result())
             except self.factory.death_errors as error:
-                worker, pending.deaths = self._replace(worker), pending.deaths + 1
+                pending.deaths += 1
                 if pending.deaths == MOST_DEATHS:
                     pending.answers = self._give_up(pending.group, error)
                 self._enqueue(-math.inf, pending)
-            self.free.append(worker)
+                self._replace(worker)
+            else:
+                self.free.append(worker)
         self._hand_out()
 
     def _hand_out(self) -> None:
@@ -155,11 +158,13 @@ class WorkerPool:
             worker = self.free.popleft()
             self.running[worker.submit(group)] = pending, worker
 
-    def _replace(self, dead: TrainingWorker) -> TrainingWorker:
+    def _replace(self, dead: TrainingWorker) -> None:
         assert self.factory is not None
         dead.stop()
-        self.started[self.started.index(dead)] = new = self.factory.start_worker()
-        return new
+        self.started.remove(dead)
+        if new := self.factory.replace_worker():
+            self.started.append(new)
+            self.free.append(new)
 
     def _give_up(self, group: TaskGroup, error: BaseException) -> Refused:
         names = ", ".join(f"task {task.id} of client {task.client}" for task, _ in group)

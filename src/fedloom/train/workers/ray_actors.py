@@ -18,7 +18,10 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError
 from fedloom.core.errors import Refused
 from fedloom.core.policies import Trainer
 from fedloom.train.workers.shared_memory import pickle_object, unpickle_object
-from fedloom.train.workers.worker import TrainingWorker, Workers, train_pickled
+from fedloom.train.workers.worker import Workers, train_pickled
+
+DETECTION = 60.0
+"""Seconds within which a cluster notices that a machine is dead: five checks, three seconds apart, of up to ten seconds each."""
 
 
 class RayActors:
@@ -39,12 +42,28 @@ class RayActors:
             self.close()
             raise
 
-    def start_worker(self) -> TrainingWorker:
+    def start_worker(self) -> RayActor:
         """Start an actor wherever the cluster has room."""
         actor_class: Any = ray.remote(_ActorBody)
         return RayActor(
             actor_class.options(num_cpus=self.threads, num_gpus=self.gpus).remote(self.trainer, self.threads)
         )
+
+    def replace_worker(self) -> RayActor | None:
+        """Start an actor in the place of one that died, unless its machine left no room.
+
+        A dead machine counts as room for a while, and an actor that was to run there would wait for ever. So an actor that does not
+        begin within `DETECTION` seconds counts only if the cluster still has room for all.
+        """
+        actor = self.start_worker()
+        if ray.wait([actor.handle.ready.remote()], timeout=DETECTION)[0]:
+            return actor
+        room = _room(self.threads)
+        if room >= self.most_workers:
+            return actor
+        actor.stop()
+        self.most_workers = room
+        return None
 
     def close(self) -> None:
         """Shut the cluster down if it was started here."""
@@ -75,6 +94,9 @@ class _ActorBody:
         torch.set_num_threads(threads)
         self.trainer: Trainer = unpickle_object(trainer)
 
+    def ready(self) -> None:
+        """Return once the actor is there."""
+
     def train(self, group: bytes) -> bytes:
         return train_pickled(self.trainer, group)
 
@@ -93,12 +115,16 @@ def _connect(workers: Workers) -> None:
 def _shares(workers: Workers, threads: int, on_gpu: bool) -> tuple[int, float]:
     """Return how many actors to start, and each one's share of a GPU. Raises Refused for more than the cluster has room for."""
     resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0) / threads), int(resources.get("GPU", 0))
+    cpus, gpus = _room(threads), int(resources.get("GPU", 0))
     count = workers.count or (min(cpus, gpus) if on_gpu else cpus)
     if not 1 <= count <= cpus or (on_gpu and not gpus):
         room = f"{int(resources.get('CPU', 0))} processors and {gpus} GPUs, an actor takes {threads} threads"
         raise Refused("workers", str(workers), f"the cluster has {room}" + (" and a share of a GPU" if on_gpu else ""))
     return count, 1 / math.ceil(count / gpus) if on_gpu else 0.0
+
+
+def _room(threads: int) -> int:
+    return int(ray.cluster_resources().get("CPU", 0) / threads)
 
 
 def _on_gpu(trainer: Trainer) -> bool:

@@ -102,6 +102,10 @@ class WorkerFactory(Protocol):
         """Start a worker; it may still be starting on return."""
         ...
 
+    def replace_worker(self) -> TrainingWorker | None:
+        """Start a worker in the place of one that died; None where there is no room any more, and `most_workers` is less by then."""
+        ...
+
     def close(self) -> None:
         """Wait for the end of all workers, which have been stopped, and free what they shared."""
         ...
