@@ -438,7 +438,7 @@ MUTANTS = [
     Mutant(
         "where little is left to add, what clients could learn from is lost",
         "if directions < min(rank, *sides):",
-        "if directions < 1:",
+        "if directions < 0:",
         "aggregate/test_merge_terms.py",
     ),
     Mutant(
