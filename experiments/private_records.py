@@ -41,7 +41,7 @@ DELTA = 1e-5
 MULTIPLIERS = {8.0: 1.13, 3.0: 2.202}
 """By epsilon: `multiplier_for(epsilon, DELTA, lambda z: [SampledGaussian(BATCH / ROWS, z, STEPS * VERSIONS)])`."""
 CLIP = 0.5
-RATES = {None: 2e-2, 8.0: 5e-2, 3.0: 5e-2}
+RATES = {None: 1e-1, 8.0: 1e-1, 3.0: 1e-1}
 """Learning rate by epsilon (None: plain training)."""
 TARGET = 0.8
 """Fixed before the runs: a linear model over the same sentence embeddings is not far above it."""

@@ -43,7 +43,6 @@ CELLS: dict[str, Callable[[int], Run]] = {
         f"epsilon-{epsilon:g}@{rate:g}/{CLIP:g}": partial(tried, epsilon, rate, CLIP)
         for epsilon in MULTIPLIERS
         for rate in RATES
-        if epsilon > 3 or rate < RATES[-1]
     },
     **{f"epsilon-8@0.05/{clip:g}": partial(tried, 8.0, 5e-2, clip) for clip in CLIPS},
     **{f"plain@{rate:g}": partial(tried, None, rate, 0.0) for rate in RATES},

@@ -16,6 +16,7 @@ from fedloom.core.types import ClientState, Task
 from fedloom.train import loss, peft_weights
 from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import frozen_layers
+from fedloom.train.engine.dropout import training_mode
 from fedloom.train.evaluate import score
 from fedloom.train.settings import PLAIN
 from fedloom.train.tokenised import IGNORED
@@ -235,6 +236,17 @@ def test_several_clients_in_one_pass_get_what_each_would_alone(model: Path) -> N
         for name, f in one.adapter.factors.items():
             moved = (f.up - task.start.train.factors[name].up).norm()
             assert (f.up - other.adapter.factors[name].up).norm() <= 0.03 * moved
+
+
+@pytest.mark.parametrize("base_dropout", [False, True])
+def test_the_trial_of_padding_leaves_each_part_in_its_mode(generator: Path, base_dropout: bool) -> None:
+    base = writer_of(generator, dropout=0.05)
+    base.trials.clear()
+    with training_mode(base.model, base_dropout):
+        before = [module.training for module in base.model.modules()]
+        assert not loss.reads_padding(base), "no token of a decoder sees a later one"
+        assert [module.training for module in base.model.modules()] == before
+    assert any(before)
 
 
 def test_training_lowers_the_loss_and_changes_the_adapter_alone(generator: Path) -> None:

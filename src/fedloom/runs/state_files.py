@@ -80,6 +80,7 @@ class StateFiles:
             sync_path(path_by_digest(self.folder, name))
         if self.unsynced:
             sync_path(self.folder)
+        self.checkpointed |= names  # until it is known which checkpoint lies there: Ctrl-C may come just after the new one
         yield
         self.unsynced.clear()
         self.checkpointed = names

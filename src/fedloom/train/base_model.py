@@ -173,7 +173,7 @@ def load_base(
     has no such target modules, or `rank` is too high.
     """
     place = _device(device)
-    if engine.kernel == "onednn" and not linear_kernel.onednn_available():
+    if engine.kernel in linear_kernel.NEED_ONEDNN and place.type == "cpu" and not linear_kernel.onednn_available():
         raise Refused("engine.kernel", engine.kernel, "this build of torch has no such kernel; choose fastest")
     half = in_half_precision(engine, place)
     more = pretrained.four_bit_arguments(place) if engine.four_bit else {"dtype": torch.bfloat16} if half else {}
@@ -218,15 +218,17 @@ def _install_kernels(
     model: PeftModel, place: torch.device, engine: Engine, half: bool, spare: Collection[nn.Module]
 ) -> dict[str, object]:
     """Install what computes layers, adapters and dropout; return which was chosen. `half`: all of the model is bfloat16."""
-    chosen = linear_kernel.fastest_kernel() if engine.kernel == "fastest" and place.type == "cpu" else engine.kernel
+    chosen = engine.kernel
+    if chosen == "fastest":
+        chosen = linear_kernel.fastest_kernel() if place.type == "cpu" else "fused"
     bfloat16 = bool(engine.bfloat16) and not half
     if bfloat16 or chosen == "onednn":
         linear_kernel.install_linear_kernel(model, bfloat16, spare)
-    if engine.kernel != "torch" and (place.type != "cpu" or linear_kernel.onednn_available()):
+    if chosen != "torch":
         linear_kernel.fuse_adapters(model)
     if engine.byte_dropout:
         dropout.install_byte_dropout(model)
-    return {"kernel": chosen.replace("fastest", "torch"), "byte_dropout": engine.byte_dropout}
+    return {"kernel": chosen, "byte_dropout": engine.byte_dropout}
 
 
 def in_half_precision(engine: Engine, place: torch.device) -> bool:

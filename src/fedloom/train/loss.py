@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.train.base_model import Base
+from fedloom.train.engine.dropout import remember_mode
 from fedloom.train.engine.trial_texts import FAILURES, trial_inputs
 from fedloom.train.tokenised import IGNORED, copy_to
 
@@ -95,7 +96,7 @@ def reads_padding(base: Base) -> bool:
 
 @torch.no_grad()
 def _try_padding(base: Base) -> bool:
-    inputs, training = trial_inputs(base.model.get_base_model(), base.tokenizer), base.model.training
+    inputs, back = trial_inputs(base.model.get_base_model(), base.tokenizer), remember_mode(base.model)
     mask, error = inputs["attention_mask"].bool(), 1e-4 if base.model.dtype == torch.float32 else 0.03
     base.model.eval()
     try:
@@ -105,7 +106,7 @@ def _try_padding(base: Base) -> bool:
     except FAILURES:
         return True
     finally:
-        base.model.train(training)
+        back()  # part by part: while it trains, only some may be in training mode
     return float((plain - masked).abs().max()) > error * float(masked.abs().max())
 
 

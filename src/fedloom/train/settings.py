@@ -68,9 +68,9 @@ class Engine:
     """Ways to compute training. They change time, memory and the last digits of the results, never the method.
 
     Fields:
-        kernel: how frozen linear layers are computed in float32: "torch", "onednn" (up to 1.7 times faster on some processors), or
-            "fastest", which is measured when a run is prepared and written in its manifest (default "fastest"). Unless it is "torch",
-            a layer and its adapter are one node of the graph, on a GPU too.
+        kernel: how frozen linear layers are computed in float32: "torch"; "fused": in the same way, but a layer and its adapter are
+            one node of the graph, on a GPU too; "onednn": fused, and up to 1.7 times faster on some processors; or "fastest": which
+            of them is measured when a run is prepared, and written in its manifest (default "fastest").
         first_token: in an encoder's last layer compute only the first token, if the head reads no other (default True).
         together: largest number of clients that train in one pass (1: one after the other; default None: chosen by size: small
             steps on a CPU, most steps on a GPU). Always 1, with a note, where a model does not keep clients apart (DeBERTa, XLNet).
@@ -97,8 +97,8 @@ class Engine:
     byte_dropout: bool = True
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("fastest", "torch", "onednn"):
-            raise Refused("engine.kernel", self.kernel, "choose fastest, torch or onednn")
+        if self.kernel not in ("fastest", "torch", "fused", "onednn"):
+            raise Refused("engine.kernel", self.kernel, "choose fastest, torch, fused or onednn")
         if self.together is not None and self.together < 1:
             raise Refused("engine.together", self.together, "at least 1 client in a pass, or None for what pays")
         if self.cache < 0:

@@ -105,6 +105,8 @@ class PeftTrainer:
     def __post_init__(self) -> None:
         if self.records is not None:
             require_private_records(self.base, self.training)
+        if self.base.labels is None and self.base.device.type != "cpu":
+            loss.reads_padding(self.base)  # tried now: inside a task a pass may have hooks on the model
 
     def train(self, work: Sequence[tuple[Task, ClientState]]) -> list[tuple[Result, ClientState]]:
         """Train the tasks, group by group, and return their results in order."""

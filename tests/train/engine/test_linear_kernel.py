@@ -104,7 +104,20 @@ def test_a_torch_without_the_operator_is_told(encoder: Path, monkeypatch: pytest
 
 
 def test_the_fastest_kernel_is_one_that_exists() -> None:
-    assert linear_kernel.fastest_kernel() in ("torch", "onednn")
+    assert linear_kernel.fastest_kernel() in ("torch", "fused", "onednn")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("found", ["torch", "fused", "onednn"])
+def test_a_kernel_that_was_measured_computes_alike_when_it_is_named(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    """A run that goes on takes the kernel of its manifest, and no other last digits."""
+    monkeypatch.setattr(linear_kernel, "fastest_kernel", lambda: found)
+    measured = base_model.load_base(str(encoder), 2, LoRA(), 4, 0, engine=Engine())
+    named = base_model.load_base(str(encoder), 2, LoRA(), 4, 0, engine=Engine(str(measured.computation["kernel"])))
+    assert named.computation == measured.computation
+    assert [*map(type, named.model.modules())] == [*map(type, measured.model.modules())]
 
 
 def test_a_base_in_bfloat16_takes_half_the_memory_and_learns_the_same_roughly(encoder: Path) -> None:

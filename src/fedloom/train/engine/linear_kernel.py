@@ -33,6 +33,8 @@ LEAST_GAIN = 1.15
 ROUNDING = 1e-4
 """Largest difference of two products, relative to the largest number, that is still rounding."""
 
+NEED_ONEDNN = ("fused", "onednn")
+"""Kernels that use oneDNN on a CPU."""
 FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Types of inputs for which layer and adapter are one node."""
 
@@ -54,7 +56,10 @@ def has_bfloat16(device: str) -> bool:
 
 
 def fastest_kernel() -> str:
-    """Measure which kernel is faster, "onednn" or "torch", in a few milliseconds (processor seconds, the best of seven)."""
+    """Measure which kernel is faster, "onednn" or "fused", in a few milliseconds (processor seconds, the best of seven).
+
+    "torch" where oneDNN is missing: the thin products of a fused layer need it.
+    """
     if not onednn_available():
         return "torch"
     draw = torch.Generator().manual_seed(0)
@@ -68,7 +73,7 @@ def fastest_kernel() -> str:
 
     pairs = [(seconds(nn.functional.linear), seconds(_product)) for _ in range(8)][1:]
     plain, fast = (min(times) for times in zip(*pairs, strict=True))
-    return "onednn" if plain > LEAST_GAIN * fast else "torch"
+    return "onednn" if plain > LEAST_GAIN * fast else "fused"
 
 
 def install_linear_kernel(model: nn.Module, bfloat16: bool = False, spare: Collection[nn.Module] = ()) -> int:
