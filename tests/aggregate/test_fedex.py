@@ -84,3 +84,11 @@ def test_clients_who_agree_leave_nothing_to_fold(copies: int) -> None:
     assert after.fold
     assert all(float(product(f).norm()) < 1e-5 for f in after.fold.factors.values())
     assert distance(function(after), products(flat)) < 1e-6
+
+
+def test_where_nobody_changed_anything_nothing_is_folded() -> None:
+    """To the bit, and not but for the rounding of two products that should cancel."""
+    model = METHOD.init(adapter(4))
+    after = METHOD.merge(model, mean_of([returned(sent(METHOD, model, rank)) for rank in (4, 4, 2)]))
+    assert after.fold
+    assert not any(bool(factor.up.any()) for factor in after.fold.factors.values())

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.shared.merge_terms import (
@@ -172,3 +173,22 @@ def test_a_window_has_the_same_bits_from_an_empty_memo_and_is_the_best_approxima
     held = len(answer_change._BLOCKS)
     del fresh, forgotten
     assert len(answer_change._BLOCKS) <= held - 4
+
+
+class Comparisons(TorchFunctionMode):
+    """Counts how often tensors are compared whole."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is Tensor.equal
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", ["down", "up"])
+def test_answers_that_share_a_frozen_side_are_not_compared_each_with_each(frozen: str) -> None:
+    one, draws = toys.factor(2), [toys.factor(2, seed=seed) for seed in range(1, 40)]
+    apart = [Factor(one.down.clone(), f.up) if frozen == "down" else Factor(f.down, one.up.clone()) for f in draws]
+    with Comparisons() as comparisons:
+        assert len(gather_terms([(1.0, factor) for factor in apart])) == len(apart)
+    assert comparisons.count <= len(apart)

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.core.change_norms import WINDOW, ChangeNorms, NormLimits, change_norms, remember
-from fedloom.core.lora import Adapter, Factor, product_difference, product_norm
+from fedloom.core.lora import Adapter, Factor, cut_adapter, map_tensors, product_difference, product_norm
 from fedloom.core.types import Result, Rules, Task
 from tests.support.storms import tries
 from tests.support.toys import adapter, changed, make_result, make_task
@@ -103,3 +104,13 @@ def test_the_window_has_one_answer_a_client_and_an_end() -> None:
         remember(recent, "loud", replace(USUAL[0], task=turn))
     assert len(recent) == WINDOW + 1
     assert list(recent)[-1] == "loud"
+
+
+def test_norms_do_not_depend_on_the_order_in_memory() -> None:
+    """A start that is a part of the model here has memory of its own where it came in a message."""
+    layers = {str(k): (50, 65) for k in range(6)}
+    part = cut_adapter(adapter(8, layers=layers), 4)
+    read = map_tensors(lambda tensor: tensor.clone(memory_format=torch.contiguous_format), part)
+    assert not part.factors["0"].up.is_contiguous()
+    result = make_result(changed(part, 2))
+    assert change_norms(make_task(part, 4), result) == change_norms(make_task(read, 4), result)

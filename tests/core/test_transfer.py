@@ -25,7 +25,7 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.limits import Limits
 from fedloom.core.lora import Adapter, Factor, compact_with_fold, from_tensors, map_tensors, named_tensors, take_sides
 from fedloom.core.transfer import encode_answer, encode_start, pack_answer, residual_of, unpack_answer
-from fedloom.core.types import ClientState, Result, Task, TaskStart
+from fedloom.core.types import Budget, ClientState, Result, Task, TaskStart
 from fedloom.core.validate_answer import why_invalid
 from fedloom.plan.budget import Plan
 from fedloom.plan.rank import FixedRank, RandomRank
@@ -223,6 +223,19 @@ def test_a_simulated_answer_is_what_would_have_arrived_packed(method: Any, codec
     adapter, control = unpack_answer(task.start, packed)
     assert fingerprint(got.adapter) == fingerprint(adapter)
     assert (got.control and fingerprint(got.control)) == (control and fingerprint(control))
+
+
+def test_what_is_told_of_rounding_does_not_depend_on_the_order_in_memory() -> None:
+    """A side that is not sent is a part of the model here, and has memory of its own at a site."""
+    model, told = FedSA().init(adapter(8, layers={str(k): (50, 65) for k in range(6)})), list[dict[str, float]]()
+    start = encode_start(FedSA().start(model, Budget(4, 1), 1), Half())
+    assert not start.train.factors["0"].up.is_contiguous()
+    for train in (start.train, map_tensors(lambda one: one.clone(memory_format=torch.contiguous_format), start.train)):
+        downs = {name: factor.down for name, factor in changed(start, 3).factors.items()}
+        answer = Adapter({name: Factor(down, train.factors[name].up) for name, down in downs.items()}, train.dense)
+        task = Task(1, "c", 0, replace(start, train=train), Budget(4, 1), 0.0)
+        told.append(dict(encode_answer(task, ClientState(), make_result(answer), ClientState())[0].metrics))
+    assert told[0] == told[1]
 
 
 def test_what_was_lost_is_forgotten_with_its_basis_and_its_shape() -> None:

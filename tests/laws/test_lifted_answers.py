@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from fedloom.aggregate.product_delta import ProductDelta
+from fedloom.core.answer_change import product_change
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, HalfChange
-from fedloom.core.events import ClientJoined, Command, Dispatch, TimerFired, UpdateArrived
+from fedloom.core.events import ClientJoined, Command, Dispatch, EdgeReported, TimerFired, UpdateArrived
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.limits import Limits
-from fedloom.core.lora import Adapter, Factor, map_tensors
+from fedloom.core.lora import Adapter, Factor, map_tensors, product_norm, truncate
 from fedloom.core.partial_depth import exact_start
 from fedloom.core.seeds import derive
 from fedloom.core.server import Server
@@ -98,3 +99,16 @@ def test_zeros_keep_their_sign() -> None:
     task = Task(1, "c", 0, start, Budget(1, 1), 0.0)
     lifted = lift_answer(Update(task, make_result(moved)), exact).result.adapter
     assert lifted.factors["one"].down[0, :2].signbit().tolist() == zeros[0, :2].signbit().tolist()
+
+
+def test_an_edge_that_only_turned_its_factors_changed_nothing() -> None:
+    """What rounding took is not added to its directions, which are others than were sent."""
+    server = toys.server(Rounds(5), ProductDelta(), start=adapter(8), transfer=Half(), limits=Limits(norm_ratio=None))
+    task = started(server)[0]
+    sent = task.start.train
+    turned = Adapter({name: truncate(factor, factor.rank) for name, factor in sent.factors.items()}, sent.dense)
+    server.handle(1.0, EdgeReported(task.client, task.id, make_result(turned)))
+    (update,) = server.state.arrived
+    change = product_change(update.task.start, update.result.adapter)
+    for name, moved in change.products.items():
+        assert product_norm(moved) < 3e-6 * product_norm(sent.factors[name])

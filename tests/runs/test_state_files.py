@@ -85,6 +85,20 @@ def test_files_go_when_neither_the_checkpoint_nor_the_run_needs_them(tmp_path: P
     checkpoint(resumed)
 
 
+def test_files_do_not_pile_up_between_two_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_files, "LEAST_FILES", 8)
+    store, told = StateFiles(tmp_path, most=4), list[str]()
+    old = store.put(state(0), 0)
+    checkpoint(store, old)
+    store.needed = lambda: frozenset(told[-3:])
+    for task in range(1, 3 * state_files.LEAST_FILES):
+        told.append(store.put(state(task), task))
+        assert {old, *told[-3:]} <= there(store) == store.present
+        assert len(store.present) <= state_files.LEAST_FILES
+    checkpoint(store, *told[-3:])
+    assert there(store) == set(told[-3:])
+
+
 def test_what_a_checkpoint_names_is_on_the_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced, store = list[Path](), StateFiles(tmp_path)
     monkeypatch.setattr(state_files, "sync_path", synced.append)

@@ -431,9 +431,21 @@ MUTANTS = [
     ),
     Mutant(
         "what rounding took of a start is taken for a change of its client",
-        "state.arrived.append(self._lifted(Update(task, result, state.bases[task.id])))",
-        "state.arrived.append(Update(task, result, state.bases[task.id]))",
+        'state.arrived.append(update if self._frame(event) == "rotated" else self._lifted(update))',
+        "state.arrived.append(update)",
         LIFTED,
+    ),
+    Mutant(
+        "what rounding took is added to directions that an edge has turned",
+        'state.arrived.append(update if self._frame(event) == "rotated" else self._lifted(update))',
+        "state.arrived.append(self._lifted(update))",
+        LIFTED,
+    ),
+    Mutant(
+        "how far an answer moved depends on the order of its start in memory",
+        "same_buffers(lay_flat(one, in_any_order=True) for one in (new, sent))",
+        "same_buffers(lay_flat(one) for one in (new, sent))",
+        "core/test_change_norms.py",
     ),
     Mutant(
         "where little is left to add, what clients could learn from is lost",
@@ -467,8 +479,8 @@ MUTANTS = [
     ),
     Mutant(
         "FedEx adds the mean of factors instead of taking it off",
-        "(1.0, scale_product(factor, -1.0))",
-        "(1.0, scale_product(factor, 1.0))",
+        "[*changed, (-1.0, factor)]",
+        "[*changed, (1.0, factor)]",
         METHODS,
     ),
     Mutant(
@@ -943,8 +955,8 @@ MUTANTS = [
     ),
     Mutant(
         "a file goes that the last checkpoint names",
-        "for name in self.present - self.checkpointed:",
-        "for name in self.present - self.needed():",
+        "self._remove_all_but(self.checkpointed)",
+        "self._remove_all_but(self.needed())",
         "runs/test_state_files.py",
     ),
     Mutant(

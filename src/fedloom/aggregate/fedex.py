@@ -23,7 +23,6 @@ from fedloom.aggregate.shared.merge_terms import (
     offset_terms,
 )
 from fedloom.aggregate.shared.product_space import add_to_fold, fold_untrained, product_terms
-from fedloom.core.lora import scale_product
 from fedloom.core.policies import Merge
 from fedloom.core.types import Budget, Model, TaskStart
 
@@ -44,7 +43,7 @@ class FedEx:
         for name, factor in adapter.factors.items():
             divisor = divide_by_one(name, merge, factor.rank)
             changed = [*product_terms(name, model.adapter, as_changes(merge), divisor), *offset_terms(name, offsets)]
-            residual[name] = [*changed, (1.0, scale_product(factor, -1.0))]
+            residual[name] = [*changed, (-1.0, factor)]
         return replace(model, adapter=adapter, fold=add_to_fold(model, residual))
 
     def start(self, model: Model, budget: Budget, seed: int) -> TaskStart:

@@ -68,7 +68,7 @@ def norm(tensor: Tensor) -> float:
 def change_norms(task: Task, result: Result) -> ChangeNorms:
     """Return how far a valid answer moved from what was sent. Cost: a pass over the factors, and Grams of their rank."""
     new, sent = result.adapter, task.start.train
-    flats = same_buffers([lay_flat(new), lay_flat(sent)])
+    flats = same_buffers(lay_flat(one, in_any_order=True) for one in (new, sent))
     products, factors = _squares_of_layers(task.start, new) if flats is None else squared_change(*flats)
     numbers = flats[0].layout.numbers(("dense",)) if flats else _numbers(new)
     root = math.sqrt(max(1, numbers))

@@ -84,17 +84,20 @@ FEW = 5
 """Tensors below which an adapter stays as it is: there is nothing to do together."""
 
 
-def lay_flat(adapter: Adapter) -> Adapter:
+def lay_flat(adapter: Adapter, in_any_order: bool = False) -> Adapter:
     """Return the adapter with its tensors copied into one buffer; itself if they lie in one.
 
     It stays as it is with few tensors, and where they differ in type or device, ask for a gradient, or are not contiguous: products
-    round by the order in memory.
+    round by the order in memory. Figures must not depend on that, since a part of a larger tensor is contiguous when it came in a
+    message: they are taken of adapters that are laid flat `in_any_order`.
     """
     if 2 * len(adapter.factors) + len(adapter.dense) < FEW or adapter.flat is not None:
         return adapter
     tensors = named_tensors(adapter)
     kinds = {(one.dtype, one.device) for one in tensors.values()}
-    if len(kinds) != 1 or not all(one.is_contiguous() and not one.requires_grad for one in tensors.values()):
+    if len(kinds) != 1 or any(one.requires_grad for one in tensors.values()):
+        return adapter
+    if not in_any_order and not all(one.is_contiguous() for one in tensors.values()):
         return adapter
     downs = tuple((name, tuple(factor.down.shape)) for name, factor in adapter.factors.items())
     ups = tuple((name, tuple(factor.up.shape)) for name, factor in adapter.factors.items())

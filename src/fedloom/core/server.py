@@ -17,7 +17,8 @@ From a reply to the next version, in this file:
    (`hierarchy.edge`). On real machines, bytes that are no answer are refused before the server sees them (`deploy.server.driver`).
 2. An accepted answer becomes an `Update` in `State.arrived`, with the model that its task was cut from, and with the examples that
    its client registered (`registration`), whatever it says; its client is idle again. Where starts are rounded, the answer becomes
-   the exact start plus what the client changed (`transfer.lift_answer`), so that no rounding is taken for a change.
+   the exact start plus what the client changed (`transfer.lift_answer`), so that no rounding is taken for a change. The answer of an
+   edge that adds products stays: its factors were turned, and rounding would be added to other directions than it was taken of.
 3. `_decide` asks the schedule for a `Merge`. Here the staleness weight comes in: a schedule multiplies an answer's weight, or its
    step, by a discount of `schedule.shared.staleness.staleness`, the number of versions made since the task was sent. The aggregator
    sees weights only.
@@ -48,8 +49,8 @@ What is promised (tests/laws hold every method to it):
 10. A run that is killed anywhere and resumed gives the same bytes as one that is not.
 11. The distance that one answer moves the model, with C equally fast clients that always move theirs by d, is what the schedule's
     formula says: for FedFa-Param with window K it is d / (C + (K - 1) / 2) (tests/laws/test_drift.py).
-12. What rounding takes of a start is no change: with any codec, an answer that changed nothing is merged as the exact start, to the
-    bit (tests/laws/test_lifted_answers.py).
+12. What rounding takes of a start is no change: with any codec, a client's answer that changed nothing is merged as the exact start,
+    to the bit (tests/laws/test_lifted_answers.py).
 
 A method that breaks one of 1 to 5 or 8 by design says so in `exempt`.
 """
@@ -284,7 +285,8 @@ class Server:
         result = event.result if counted == event.result.examples else replace(event.result, examples=counted)
         if norms:
             remember(self._recent(task), task.client, norms)
-        state.arrived.append(self._lifted(Update(task, result, state.bases[task.id])))
+        update = Update(task, result, state.bases[task.id])
+        state.arrived.append(update if self._frame(event) == "rotated" else self._lifted(update))
         self._release(task.id)
         state.failures = 0
         if task.start.rules.pruning and (rank := server_rank(result.adapter)) < task.budget.rank:

@@ -260,7 +260,7 @@ def _lost(exact: Adapter, residual: Adapter | None, received: Adapter) -> Adapte
 
 def _rounding_errors(start: Adapter, exact: Adapter, received: Adapter) -> dict[str, float]:
     """Return the relative errors of the products, over all layers together, from the factors."""
-    flats = same_buffers([lay_flat(start), lay_flat(exact), lay_flat(received)])
+    flats = same_buffers(lay_flat(one, in_any_order=True) for one in (start, exact, received))
     if flats is None:
         lost, total, change = _size(received, exact), _size(exact, None), _size(exact, start)
     else:

@@ -65,8 +65,8 @@ class Run:
         start: folder of the adapter that the run begins from: a run folder, or a LoRA folder of PEFT, of any rank (default None:
             the run begins untrained).
         date: the date that a chat template writes which reads the clock, as "2026-01-31" (default None: "2026-01-01", on any day).
-        compress_trace: whether `trace.jsonl` is written as gzip, some seven times smaller; what it holds is the same (default
-            False).
+        compress_trace: whether `trace.jsonl` is written as gzip, some seven times smaller (in a deployment two); what it holds is the
+            same (default False).
     """
 
     model: str

@@ -25,6 +25,8 @@ from fedloom.runs.checkpoint import path_by_digest, read_checkpoint, write_by_di
 
 STATES = "clients"
 """Folder of a run with the states of its clients."""
+LEAST_FILES = 64
+"""Fewer files than these are not looked through between two checkpoints."""
 
 
 @dataclass(slots=True)
@@ -38,6 +40,7 @@ class StateFiles:
         present: names of the files that are there.
         unsynced: names of those that a power cut could damage.
         checkpointed: names of those that the last checkpoint needs.
+        most: number of files at which those go that neither it nor the run needs; with rare checkpoints they would fill the disk.
     """
 
     folder: Path
@@ -46,6 +49,7 @@ class StateFiles:
     present: set[str] = field(default_factory=set)
     unsynced: set[str] = field(default_factory=set)
     checkpointed: Set[str] = frozenset()
+    most: int = LEAST_FILES
 
     def reopen(self) -> None:
         """Begin where a checkpoint stands. Raises Refused where a file that it names is gone."""
@@ -57,6 +61,9 @@ class StateFiles:
 
     def put(self, state: ClientState, task: int) -> str:
         """Write the state that this task left, and return the name of the file."""
+        if len(self.present) >= self.most:  # after as many new ones as were left, so an answer costs no more with many
+            self._remove_all_but(self.needed() | self.checkpointed)
+            self.most = max(LEAST_FILES, 2 * len(self.present))
         sub_folder(self.folder)
         name = write_by_digest(self.folder, {"state": state}, {"task": task}, self.secret)
         self.present.add(name)
@@ -80,7 +87,7 @@ class StateFiles:
             sync_path(path_by_digest(self.folder, name))
         if self.unsynced:
             sync_path(self.folder)
-        self.checkpointed |= names  # until it is known which checkpoint lies there: Ctrl-C may come just after the new one
+        self.checkpointed |= names  # until it is known which one lies there: Ctrl-C may come just after the new one
         yield
         self.unsynced.clear()
         self.checkpointed = names
@@ -88,12 +95,15 @@ class StateFiles:
 
     def remove_others(self) -> None:
         """Remove what the last checkpoint does not name: no run goes on from it."""
-        for name in self.present - self.checkpointed:
-            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
-        self.present &= self.checkpointed
+        self._remove_all_but(self.checkpointed)
         if not self.present:
             with suppress(OSError):  # it was never made, or somebody put something into it
                 self.folder.rmdir()
+
+    def _remove_all_but(self, names: Set[str]) -> None:
+        for name in self.present - names:
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+        self.present &= names
 
 
 def _lost(folder: Path, why: str) -> Refused:

@@ -185,6 +185,14 @@ def test_a_setting_switches_dropout_of_the_base(encoder: Path, engine: Engine) -
 
 
 @pytest.mark.slow
+def test_an_engine_without_random_bytes_draws_none_anywhere(encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dropout, "dropout_mask", None)
+    base = load_base(str(encoder), 2, LoRA(dropout=0.1), 4, seed=3, engine=Engine("torch", byte_dropout=False))
+    assert base.computation["first_token"]
+    assert len(losses_of(base)) == 3
+
+
+@pytest.mark.slow
 def test_layers_that_drop_in_themselves_and_are_computed_again_are_switched_too(tmp_path: Path) -> None:
     family = FAMILIES["OPT"]
     folder = str(replace(family, sizes={**family.sizes, "dropout": 0.5}).save(tmp_path))

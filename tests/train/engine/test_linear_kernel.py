@@ -281,6 +281,9 @@ def test_a_fused_layer_computes_as_peft_in_every_other_state() -> None:
         layer = model.get_base_model().first.base_layer
         layer.register_forward_hook(lambda _, args, out: out + args[0].sum(-1, keepdim=True))
     assert furthest(outcome(made, x), outcome(plain, x)) < 1e-6  # the gradient goes through the hook too
+    for model in (plain, made):
+        model.get_base_model().second.base_layer.register_forward_pre_hook(lambda _, args: (args[0] * 3.0,))
+    assert furthest(outcome(made, x), outcome(plain, x)) < 1e-6
 
 
 @pytest.mark.parametrize("fast", [False, True])

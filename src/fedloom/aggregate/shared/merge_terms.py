@@ -173,7 +173,9 @@ def gather_terms(terms: Sequence[Term]) -> list[Term]:
         alive = _living(coefficient, factor)
         if not alive[1].rank:
             continue
-        alike = found.setdefault(tuple(alive[1].down[0, :4].tolist()), [])
+        # the beginnings of both sides: where one side is frozen it is the same in all answers, and would tell none apart
+        first = torch.cat([alive[1].down[0, :4], alive[1].up[:4, 0]])
+        alike = found.setdefault(tuple(first.tolist()), [])
         one = next((one for one in alike if one.add(*alive)), None)
         if one is None:
             one = _Gathered(alive[1], [(alive[0], alive[1].rank)])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedloom.train.engine.dropout import attend
+from fedloom.train.engine.dropout import ByteDropout, attend
 from fedloom.train.engine.trial_texts import trial_logits
 
 ROUNDING = {torch.float32: 1e-4}
@@ -35,7 +35,10 @@ class FirstToken(nn.Module):
         key, value = heads(inner.key(hidden_states)), heads(inner.value(hidden_states))
         mask = attention_mask[..., :1, :] if attention_mask is not None else None
         dropout = inner.dropout.p if self.training else 0.0
-        found = attend(query, key, value, mask, dropout, inner.attention_head_size**-0.5)
+        attention: Any = (
+            attend if isinstance(inner.dropout, ByteDropout) else nn.functional.scaled_dot_product_attention
+        )
+        found = attention(query, key, value, mask, dropout, scale=inner.attention_head_size**-0.5)
         output: Any = self.output
         return output(found.transpose(1, 2).reshape(rows, 1, -1), hidden_states[:, :1]), None
 

@@ -216,7 +216,8 @@ class FusedLora(lora.Linear):
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
             return None
         more = active[0] in self.lora_variant or self.lora_B[active[0]].bias is not None
-        return None if more or self.base_layer._forward_hooks else active[0]
+        hooked = self.base_layer._forward_hooks or self.base_layer._forward_pre_hooks
+        return None if more or hooked else active[0]
 
 
 class _AdaptedProduct(torch.autograd.Function):
