@@ -255,7 +255,8 @@ def reproduce(grid: Grid, cell: str | None, device: str) -> Line:
     if short.test_limit == run.test_limit:
         known = {version: accuracy for version, _, accuracy in committed["curve"]}
         pairs += [(known[version], accuracy) for version, _, accuracy in again["curve"] if version in known]
-    pairs = [(old, new) for old, new in pairs if not (old is None and new is None)]  # private runs and sums tell no losses
+    # private runs and sums tell no losses
+    pairs = [(old, new) for old, new in pairs if not (old is None and new is None)]
     gap = max(abs(old - new) for old, new in pairs)
     same, commit = again["machine"] == committed["machine"], made_by(grid)
     age = f" (made by an earlier version, {commit}, which drew otherwise)" if commit else ""
