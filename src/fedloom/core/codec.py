@@ -251,7 +251,7 @@ def decode_all(codec: Codec, values: Tensor, base: Tensor) -> Tensor:
 
     As `codec.pack(values[k], base[k]).values(base[k])` for each; the product's own codecs do it at once.
     """
-    kind = type(codec)  # not of a class made from one of these, which may pack otherwise
+    kind = type(codec)  # exactly: a subclass may encode in another way
     if kind is Exact:
         return values
     if kind is Half:
