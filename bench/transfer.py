@@ -118,7 +118,7 @@ def row(
 
 def real(codec: Codec) -> dict[str, Any]:
     """Two rounds of the demo's federation: what its answers lost, by round, and the bytes up."""
-    from fedloom.cli.main import demo_run
+    from fedloom.cli.demo import demo_run
     from fedloom.report.run_log import read_run_log
     from fedloom.runs.prepare import prepare
 

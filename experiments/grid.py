@@ -120,7 +120,12 @@ def made_by(grid: Grid) -> str | None:
 
 def hashed(run: Run) -> str:
     """The hash that names the run's settings, wherever it is computed."""
-    return manifest.settings_hash(jsonable(replace(run, device="cpu")))
+    return manifest.settings_hash(jsonable(on_device(run)))
+
+
+def on_device(run: Run, device: str = "cpu") -> Run:
+    """The run on this device, with one thread unless it says how many: results are compared over machines."""
+    return replace(run, device=device, threads=run.threads or 1)
 
 
 def rehash(grid: Grid) -> int:
@@ -134,7 +139,7 @@ def rehash(grid: Grid) -> int:
         line = json.loads(text)
         if line["cell"] not in grid.cells:
             continue
-        run = replace(grid.cells[line["cell"]](line["seed"]), device="cpu")
+        run = on_device(grid.cells[line["cell"]](line["seed"]))
         if line["run_hash"] == manifest.settings_hash(with_earlier_names(jsonable(run))) != hashed(run):
             lines[number] = text.replace(f'"run_hash": "{line["run_hash"]}"', f'"run_hash": "{hashed(run)}"')
             count += 1
@@ -167,7 +172,7 @@ def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int
     RESULTS.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, (RESULTS / f"{grid.name}.jsonl").open("a") as file:
-        runs = [(cell, seed, replace(grid.cells[cell](seed), device=device)) for cell, seed in todo]
+        runs = [(cell, seed, on_device(grid.cells[cell](seed), device)) for cell, seed in todo]
         futures = {pool.submit(carry_out, *one, grid.probe): one[:2] for one in runs}
         for done, future in enumerate(as_completed(futures), 1):
             if future.exception():
@@ -249,7 +254,7 @@ def reproduce(grid: Grid, cell: str | None, device: str) -> Line:
     committed = random.choice(found)
     cell = str(committed["cell"])
     run = grid.cells[cell](committed["seed"])
-    short = replace(grid.shorten(run), device=device)
+    short = on_device(grid.shorten(run), device)
     again = carry_out(cell, committed["seed"], short)
     pairs = list(zip(committed.get("losses", ()), again["losses"], strict=False))
     if short.test_limit == run.test_limit:

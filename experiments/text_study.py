@@ -87,7 +87,9 @@ class Study:
     tasks: set[int] = field(default_factory=set)
     locals: list[LocalScore] = field(default_factory=list)
     versions: list[GlobalScore] = field(default_factory=list)
-    cache: ActivationCache = field(default_factory=ActivationCache)
+    caches: tuple[ActivationCache, ActivationCache] = field(
+        default_factory=lambda: (ActivationCache(), ActivationCache())
+    )
 
     @classmethod
     def of(cls, job: Job, along: Skew | None = None, common: int = 200) -> Study:
@@ -127,10 +129,8 @@ class Study:
     def _scores(
         self, adapter: Adapter, fold: Adapter | None, texts: EncodedTexts, examples: Sequence[int]
     ) -> Scores | AnswerScores:
-        room = self.job.run.engine.cache if self.job.run.engine else 0
-        found = score(self.job.base, adapter, texts, examples, fold, self.cache, room)
-        self.cache.trim(room)
-        return found
+        kept = self.job.kept_activations(self.caches[texts is self.job.train_texts])
+        return score(self.job.base, adapter, texts, examples, fold, kept)
 
 
 def binned(numbers: Sequence[int]) -> Bins:

@@ -10,7 +10,8 @@ from typing import Any
 
 from bench.leakage.cells import CELLS, Cell, allowed
 from bench.leakage.scene import SITE_CLIP, Setting
-from fedloom.audit.statistics import half_width, mean_of
+from fedloom.audit.statistics import mean_of
+from fedloom.core.mean_interval import half_width
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PAGE = ROOT / "results" / "leakage.jsonl", ROOT / "docs" / "leakage.md"

@@ -18,7 +18,7 @@ from statistics import mean
 
 from fedloom import FFA, Limits, ProductDelta, Rounds, prepare, uniform
 from fedloom.aggregate.shared.parts import CommonStart, add_part, block_part, empty_sums, integer_parts, summed_answers
-from fedloom.cli.main import demo_run
+from fedloom.cli.demo import demo_run
 from fedloom.core.codec import Summed
 from fedloom.core.events import Command, Event, Publish
 from fedloom.core.lora import product_difference, product_norm, server_rank, stack

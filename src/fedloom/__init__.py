@@ -15,3 +15,8 @@ __version__ = version("fedloom")
 def __getattr__(name: str) -> Any:
     """Import a public name from where it lives; `__all__` is computed when it is first asked for."""
     return all_names() if name == "__all__" else public_name(name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names, for completion."""
+    return [*all_names(), *(name for name in globals() if name.startswith("__"))]

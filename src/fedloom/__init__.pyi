@@ -43,6 +43,7 @@ from fedloom.core.limits import Limits as Limits
 from fedloom.core.server import Server as Server
 from fedloom.data.corrupted import Corrupted as Corrupted
 from fedloom.data.instructions import Instructions as Instructions
+from fedloom.data.office_tasks import OfficeTasks as OfficeTasks
 from fedloom.data.partition import IID as IID
 from fedloom.data.partition import ByClient as ByClient
 from fedloom.data.partition import ClientDirichlet as ClientDirichlet
@@ -87,10 +88,18 @@ from fedloom.plan.rank import RandomRank as RandomRank
 from fedloom.plan.rank import RankByCapability as RankByCapability
 from fedloom.plan.rank import RankByData as RankByData
 from fedloom.privacy.private import Private as Private
-from fedloom.runs.execute import Outcome as Outcome
+from fedloom.runs.comparison import Comparison as Comparison
+from fedloom.runs.comparison import compare as compare
+from fedloom.runs.dry_run.cost_estimate import CostEstimate as CostEstimate
+from fedloom.runs.dry_run.cost_estimate import dry_run as dry_run
+from fedloom.runs.entry_points import run as run
 from fedloom.runs.job import Job as Job
 from fedloom.runs.prepare import prepare as prepare
 from fedloom.runs.run import Run as Run
+from fedloom.runs.run_result import RunResult as RunResult
+from fedloom.runs.run_result import open_result as open_result
+from fedloom.runs.sweep.sweep import sweep as sweep
+from fedloom.runs.trackers.tracker import Tracker as Tracker
 from fedloom.schedule.fedasync import FedAsync as FedAsync
 from fedloom.schedule.fedbuff import FedBuff as FedBuff
 from fedloom.schedule.fedfa import FedFa as FedFa
@@ -119,6 +128,8 @@ from fedloom.simulate.devices import Capability as Capability
 from fedloom.simulate.devices import Tier as Tier
 from fedloom.simulate.devices import World as World
 from fedloom.simulate.faults import Faults as Faults
+from fedloom.train.demo_model import minilm as minilm
+from fedloom.train.demo_model import smollm2 as smollm2
 from fedloom.train.settings import Engine as Engine
 from fedloom.train.settings import Generation as Generation
 from fedloom.train.settings import LoRA as LoRA

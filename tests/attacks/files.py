@@ -26,7 +26,7 @@ from transformers import AutoConfig
 from fedloom import prepare
 from fedloom.cli import main
 from fedloom.cli.console import SafeConsole
-from fedloom.cli.deploy import status_view
+from fedloom.cli.status import status_view
 from fedloom.core import files
 from fedloom.core.errors import Refused
 from fedloom.core.schema import Malformed
@@ -398,7 +398,14 @@ def controlled_terminal(folder: Path, lifted: bool) -> bool:
     client = {"reached": True, "answers": 1, "task": None, "since": None, "rank": 2, "stale": None, "why": EVIL}
     zeros = dict.fromkeys(("version", "versions", "seconds", "incarnation", "at", "accepted", "rejected", "failed"), 1)
     traffic = {"bytes_down": 1, "bytes_up": 1, "resent": 0}
-    texts = {"run": EVIL, "waits": EVIL, "scores": {EVIL: 0.5}, "set_aside": {EVIL: EVIL}, "clients": {EVIL: client}}
+    texts = {
+        "run": EVIL,
+        "state": EVIL,
+        "waits": EVIL,
+        "scores": {EVIL: 0.5},
+        "set_aside": {EVIL: EVIL},
+        "clients": {EVIL: client},
+    }
     status = zeros | texts | {"mean_staleness": None, "traffic": traffic, "ended": EVIL, "calls_refused": {EVIL: 1}}
     return reaches_terminal(lambda console: console.print(status_view(status, 1.0)), Console if lifted else SafeConsole)
 

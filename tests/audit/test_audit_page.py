@@ -33,7 +33,7 @@ def test_a_verdict_is_the_way_from_chance_to_certainty_and_nothing_where_chance_
 def test_the_sentence_names_the_worst_of_each_adversary_and_what_is_not_known() -> None:
     said = audit_sentence(report(finding(0.6, 0.55), finding(0.95, 0.9, attack="words"), finding(0.5, 0.4, "reader")))
     assert "The curious server can tell words of a client's texts (clearly)." in said
-    assert "A reader of the published model could tell nothing that was measured." in said
+    assert "A reader of the published model learnt nothing measurable." in said
     assert "What another member can tell was not measured." in said
     assert "the run adds no noise" in said
 

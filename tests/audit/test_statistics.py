@@ -7,15 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from fedloom.audit.statistics import at_least, auc, auc_interval, half_width, share_interval
+from fedloom.audit.statistics import at_least, auc, auc_interval, share_interval
 
 
-def test_the_area_counts_ties_half_and_the_interval_is_students() -> None:
+def test_the_area_counts_ties_half() -> None:
     assert auc([1, 1], [1, 1]) == 0.5
     assert auc([2, 3], [0, 1]) == 1.0
-    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
-    values = [float(number) for number in range(31)]  # Student's t with 30 degrees of freedom is 2.0423
-    assert half_width(values) == pytest.approx(2.0423 * np.std(values, ddof=1) / math.sqrt(31), rel=1e-4)
 
 
 def test_the_interval_of_a_share_is_that_of_clopper_and_pearson() -> None:

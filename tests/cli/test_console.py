@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.cli.console import SafeConsole, print_traceback
-from fedloom.cli.deploy import status_view
+from fedloom.cli.status import status_view
 from fedloom.deploy.json_log import JsonLines
 from tests.attacks.files import EVIL, has_control, reaches_terminal
 
@@ -22,6 +22,7 @@ STATUS = {
     "versions": 3,
     "seconds": 1.0,
     "incarnation": 1,
+    "state": EVIL,
     "waits": EVIL,
     "at": 0.0,
     "accepted": 1,

@@ -102,7 +102,7 @@ def test_without_clients_it_is_one(fedloom: Fedloom) -> None:
     [
         (("none.csv",), "no such file"),
         (("none.json",), "no such file"),
-        (("w.jsonl",), "--column text=NAME"),
+        (("v.jsonl",), "--column text=NAME"),
         (("w.jsonl", "--column", "message"), "WHAT=NAME"),
         (("w.jsonl", "--column", "words=message"), "one of client, text"),
         (("w.jsonl", "--column", "text=other"), "the columns are ward, message, category"),
@@ -110,12 +110,14 @@ def test_without_clients_it_is_one(fedloom: Fedloom) -> None:
         (("w.jsonl", "--epsilon", "1"), "--client-summary FILE"),
         (("w.jsonl", "--column", "text=message", "--client-summary", "x.csv"), ".json"),
         (("w.jsonl", "--column", "text=message", "--client-summary", "x.json", "--labels", "a"), "without --epsilon"),
+        (("mine.toml",), "this is a run file"),
         (("broken.json",), "no summary"),
         (("broken.json", "w.jsonl"), "stand alone"),
     ],
 )
 def test_a_slip_is_one_sentence(fedloom: Fedloom, arguments: tuple[str, ...], says: str) -> None:
     table("w.jsonl", wards())
+    table("v.jsonl", wards("entry"))
     Path("broken.json").write_text("{}")
     code, said = fedloom("inspect", *arguments)
     assert code == 2
@@ -173,7 +175,7 @@ def test_it_says_what_is_doubtful(fedloom: Fedloom) -> None:
         "3 labels; always answering the commonest, “Müde”, is right for 65.0 %",
         "1 of 3 labels have fewer than 8 examples: “selten”.",
         "“Müde”, “müde”. Is that one label?",
-        "38 of 60 texts stand there before",
+        "38 of 60 texts repeat an earlier one",
         "texts have different labels in different rows",
         "60 of 60 test examples are in the training data",
     ):

@@ -19,8 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedloom.cli import main
-from fedloom.cli.console import SafeConsole
+from fedloom.cli import console, main
 from fedloom.runs.resume import CheckpointWriter
 from tests.support.same_bytes import COMPARED
 from tests.support.small_disk import crowd, small_disk
@@ -43,8 +42,8 @@ def fedloom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     def call(*arguments: object) -> Said:
         monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
-        monkeypatch.setattr(main, "out", SafeConsole(width=200, file=sys.stdout))
-        monkeypatch.setattr(main, "err", SafeConsole(width=200, file=sys.stderr))
+        monkeypatch.setattr(console.out, "width", 200)
+        monkeypatch.setattr(console.err, "width", 200)
         with pytest.raises(SystemExit) as stop:
             main.main()
         said = capsys.readouterr()
@@ -114,7 +113,7 @@ BAD_RUNS = {
         ("schedule.over_selection = 0.5", "1.0 starts just the cohort"),
     ),
     "no run": ("walk = 1", ("FILE = ", "no `run`")),
-    "run is no Run": ("run = 3", ("FILE = ", "no `run`")),
+    "run is no Run": ("run = 3", ("FILE = ", "`run`")),
     "a file that raises": ("raise KeyError('x')", ("FILE = ", "KeyError")),
     "a function that raises": ("def run():\n    raise KeyError('x')", ("FILE = ", "KeyError")),
     "a file that exits": ("raise SystemExit(0)", ("FILE = ", "SystemExit")),
@@ -213,7 +212,7 @@ def test_ctrl_c_is_said_in_one_sentence(fedloom: Fedloom, encoder: Path, monkeyp
     monkeypatch.setattr("fedloom.runs.job.Job.score", interrupted)
     said = fedloom("run", run_file("run = tiny_run(model)", encoder), "--out", "out")
     assert said.code == 130
-    assert "interrupted" in said.err
+    assert said.err.endswith("fedloom: interrupted. Saved to out; continue with: fedloom run mine.py --resume out\n")
     assert "Traceback" not in said.err
     assert json.loads(Path("out/manifest.json").read_text(encoding="utf-8"))["status"] == "interrupted"
 
@@ -227,14 +226,14 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     assert fedloom("run", path, *options, "--out", "alone").code == 0
     with monkeypatch.context() as patched:
         patched.setattr(CheckpointWriter, "__call__", CheckpointWriter.write)  # half a minute is long
-        patched.setattr("fedloom.cli.main.progress_observer", lambda *_: _interrupting)
+        patched.setattr("fedloom.runs.progress.progress_observer", lambda *_: _interrupting)
         said = fedloom("run", path, *options, "--out", "my runs/out")
     assert said.code == 130
     command = f"fedloom run mine.py {' '.join(options)} --resume 'my runs/out'"
-    assert f"Go on    {command}\n" in said.err
+    assert f"Saved to my runs/out; continue with: {command}\n" in said.err
     said = fedloom(*shlex.split(command)[1:])
     assert said.code == 0, said.err
-    assert "Goes on at version 1" in said.out
+    assert "Resumed  at version 1" in said.out
     for name in COMPARED:
         assert Path("my runs/out", name).read_bytes() == Path("alone", name).read_bytes(), name
     one_sentence(
@@ -254,13 +253,15 @@ def test_a_finished_run_is_made_longer_and_another_begins_from_its_adapter(fedlo
     assert fedloom("run", path, *short, plain).code == 0
     said = fedloom("run", path, *short, plain, "--more", "2")
     assert said.code == 0, said.err
-    assert "Goes on" in said.out
+    assert "Resumed " in said.out
     for name in ("trace.jsonl", "metrics.jsonl", "adapter/adapter_model.safetensors"):
         assert Path("runs/run-001", name).read_bytes() == Path("alone", name).read_bytes(), name
-    one_sentence(fedloom("run", path, *short, "--more", "2", "--out", "x"), "--out = 'x'", "goes on in its own folder")
+    one_sentence(
+        fedloom("run", path, *short, "--more", "2", "--out", "x"), "--out = 'x'", "continues in its own folder"
+    )
     said = fedloom("run", path, *short, plain, "--set", "start=runs/run-001", "--out", "next")
     assert said.code == 0, said.err
-    assert "version 0 is that one" in " ".join(said.out.split())
+    assert "version 0 is this adapter" in " ".join(said.out.split())
 
 
 def _interrupting(now: float, event: object, commands: list[Any]) -> None:
@@ -279,13 +280,13 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     assert fedloom("run", path, *options, "--out", "alone").code == 0
     with small_disk(Path("disk"), 4), monkeypatch.context() as patched:
         patched.setattr(CheckpointWriter, "__call__", CheckpointWriter.write)
-        patched.setattr("fedloom.cli.main.progress_observer", lambda *_: _filling)
+        patched.setattr("fedloom.runs.progress.progress_observer", lambda *_: _filling)
         said = fedloom("run", path, *options, "--out", "disk/out")
         assert said.code == 2
         assert "Traceback" not in said.err
         command = f"fedloom run mine.py {' '.join(options)} --resume disk/out"
-        assert f"Go on    {command}\n" in said.err
-        assert re.search(r"\nfedloom: the disk is full: disk/out/\S+ could not be written; make room\n\Z", said.err)
+        assert said.err.endswith(f"could not be written. Make room. Saved to disk/out; continue with: {command}\n")
+        assert re.search(r"\nfedloom: the disk is full: disk/out/\S+ could not be written", said.err)
         assert not list(Path("disk/out").glob("*.draft*"))
         Path("disk/ballast").unlink()
         patched.undo()
@@ -371,9 +372,9 @@ def test_export_writes_an_adapter_for_a_client_or_a_rank_and_a_merged_model(fedl
         ((), ("exactly one of",)),
         (("--rank", 2, "--merged"), ("exactly one of",)),
         (("--rank", 2, "--client", "c00"), ("exactly one of",)),
-        (("--rank", 0), ("--rank = 0", "choose 1 to 8")),
-        (("--rank", 9), ("--rank = 9", "choose 1 to 8")),
-        (("--client", "zoe"), ("--client = 'zoe'", "c00")),
+        (("--rank", 0), ("rank = 0", "choose 1 to 8")),
+        (("--rank", 9), ("rank = 9", "choose 1 to 8")),
+        (("--client", "zoe"), ("client = 'zoe'", "c00")),
     ],
 )
 def test_a_contradiction_in_an_export_is_one_sentence(
@@ -399,7 +400,7 @@ def test_any_text_goes_to_any_terminal(text: str, encoding: str) -> None:
     """In UTF-8 as it is, elsewhere in ASCII: readers of a redirected file take it for UTF-8 or for whatever they are used to."""
     written = io.BytesIO()
     stream = io.TextIOWrapper(written, encoding=encoding, newline="")
-    main.write_any_text(stream)
+    console.write_any_text(stream)
     stream.write(text)
     stream.flush()
     if encoding.startswith("utf"):
@@ -412,7 +413,7 @@ def test_any_text_goes_to_any_terminal(text: str, encoding: str) -> None:
 
 def test_marks_are_spelt_plainly() -> None:
     stream = io.TextIOWrapper(written := io.BytesIO(), encoding="cp1252")
-    main.write_any_text(stream)
+    console.write_any_text(stream)
     stream.write("50.0\u00a0% \u00b1 2 \u2026 \u2013 \u05db")
     stream.flush()
     assert written.getvalue() == rb"50.0 % +- 2 ... - \u05db"

@@ -43,7 +43,7 @@ def test_what_was_released_is_said_with_what_was_promised(tmp_path: Path, capsys
     assert "no privacy" in told
     assert "10 releases, 11 units" in told
     assert "epsilon 3.34141 at delta 1e-05 (ann)" in told
-    assert "Promised at most: epsilon 3.34141" in told
+    assert "Guaranteed at most: epsilon 3.34141" in told
     privacy_command(tmp_path / LEDGER, delta=1e-6)
     assert "at delta 1e-06 (ann)" in capsys.readouterr().out
 
@@ -85,10 +85,10 @@ def test_what_leaves_a_site_follows_the_run() -> None:
         privacy: dict(what_leaves(tiny_run(Path("model"), privacy=privacy, held_out=0.2)))
         for privacy in (None, PRIVATE)
     }
-    assert said[None]["losses and tokens of training"] == "exact"
-    assert said[None]["scores on examples that a client holds out"] == "exact"
-    assert said[PRIVATE]["losses and tokens of training"] == "not sent"
-    assert said[PRIVATE]["scores on examples that a client holds out"] == "not sent"
+    assert said[None]["training losses and token counts"] == "exact"
+    assert said[None]["scores on held-out examples"] == "exact"
+    assert said[PRIVATE]["training losses and token counts"] == "not sent"
+    assert said[PRIVATE]["scores on held-out examples"] == "not sent"
 
 
 @pytest.mark.slow
@@ -104,9 +104,9 @@ def test_a_run_file_says_what_each_unit_takes(
     )
     privacy_command(tmp_path / "run.py")
     told = capsys.readouterr().out
-    assert "Promised  epsilon 3.34141 at delta 1e-05 for a client" in told
+    assert "Guarantee epsilon 3.34141 at delta 1e-05 for a client" in told
     assert "noise protects nobody" in told
-    assert "At epsilon 3.5" in told
+    assert "To reach epsilon 3.5" in told
     run = tiny_run(encoder, aggregator=FFA(), schedule=ALIKE, privacy=PRIVATE, limits=Limits(versions=4))
     job = prepare(run)
     mine = client_plan(job, 1e-5)

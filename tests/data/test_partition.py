@@ -237,7 +237,7 @@ def test_a_client_that_holds_none_out_trains_on_all_without_being_scored_and_is_
     assert len(shards[0].held_out) > 30
     assert (shards[1].train, shards[1].held_out) == ((40,), ()), "at any share: one example is trained on"
     assert partition_notes(toy(41), shards, 0.2) == [
-        "1 of 2 clients hold none of their few examples out: they train on all and are not scored."
+        "1 of 2 clients have too few examples to hold any out: they train on all of them and are not evaluated."
     ]
     assert partition_notes(toy(41), shards, 0.0) == []
     with pytest.raises(Refused, match=r"partition\.client = 2: this client has no example") as refused:
@@ -250,7 +250,7 @@ def test_clients_below_the_smallest_size_are_left_out_and_counted() -> None:
     shards = sides(ByClient(smallest=3).split(examples, 0), examples)
     assert [shard.client for shard in shards] == ["c", "d"]
     assert partition_notes(examples, shards, 0.0) == [
-        "3 of 9 training examples are at no client and are not used, those of 2 clients with too few examples "
+        "3 of 9 training examples belong to no client and are not used, those of 2 clients with too few examples "
         "(partition.smallest)."
     ]
     assert ByClient().split(examples, 0) == ByClient(1).split(examples, 0)
@@ -258,6 +258,8 @@ def test_clients_below_the_smallest_size_are_left_out_and_counted() -> None:
         ByClient(smallest=4).split(examples, 0)
     with pytest.raises(Refused, match=r"partition\.smallest"):
         ByClient(smallest=0)
+    with pytest.raises(Refused, match=r"'ward': the column of clients belongs to the data"):
+        ByClient("ward")  # type: ignore[arg-type]
 
 
 @tries(100)

@@ -153,7 +153,7 @@ def test_who_is_refused(secured: tuple[Stage, Path, Path]) -> None:
     keys.add(public, "late", stage.server)
     until(lambda: any(reply["name"] == "late" for reply in stage.good()), 90, "a key that is added later is let in")
     keys.remove("late", stage.server)
-    until(lambda: "may no longer join" in stage.said("serve"), 30, stage.said("serve"))
+    until(lambda: "is revoked" in stage.said("serve"), 30, stage.said("serve"))
     until(lambda: stage.said("stranger").count("does not know this site's key") > 1, 60, stage.said("stranger"))
 
     keys.add(public, "late", stage.server)

@@ -93,4 +93,4 @@ def test_the_page_works(tmp_path: Path) -> None:
         assert replay(run).difference == ""
         assert {(task["client"], task["rank"]) for task in read_run_log(run).tasks} == {("c00", 4), ("c01", 8)}
         assert safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
-        assert "The run has ended: 12 versions made" in (tmp_path / "terminal-0").read_text()
+        assert "Finished 12 versions made" in (tmp_path / "terminal-0").read_text()

@@ -84,10 +84,15 @@ def test_it_is_the_simulation_s_adapter(encoder: Path, tmp_path: Path, method: A
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorBoard
 @pytest.mark.parametrize("after", [5, 23])
 def test_a_server_that_was_killed_goes_on_in_its_folder(encoder: Path, tmp_path: Path, after: int) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run = run_of(encoder, schedule=FedFa(3), limits=Limits(versions=20, evaluate_every=5))
     folder, net = folder_of(tmp_path, run), net_of(tmp_path, prepare(run), encoder)
+    order = json.loads((folder / "deployment.json").read_text())
+    (folder / "deployment.json").write_text(json.dumps({**order, "trackers": ["tensorboard"]}))
     sent, send = 0, net.send
 
     def dies(node: int, body: bytes, largest: int) -> str:
@@ -108,6 +113,8 @@ def test_a_server_that_was_killed_goes_on_in_its_folder(encoder: Path, tmp_path:
     lines = [json.loads(line) for line in (folder / "run" / "trace.jsonl").read_text().splitlines()]
     counted = [line["event"]["task"] for line in lines if line["event"]["type"] == "UpdateArrived"]
     assert len(counted) == len(set(counted)) >= 20
+    curve = EventAccumulator(str(folder / "run" / "tensorboard")).Reload().Scalars("train/loss")
+    assert [point.step for point in curve] == [*range(1, 21)]
     trained = sum(site.worker.trained for site in net.sites.values())  # type: ignore[attr-defined]
     assert trained <= len(counted) + 6  # nothing that counted was trained twice
     assert start.run_deployment(net, folder) == "20 versions made"  # a finished one has nothing left to do
@@ -169,7 +176,7 @@ def test_a_finished_deployment_is_made_longer(
     assert replay(folder / "run").difference == ""
     log = read_run_log(folder / "run")
     assert [line["version"] for line in log.versions] == [1, 2, 3, 4]
-    assert any(note.startswith("Made longer after version 2:") for note in log.manifest["notes"])
+    assert any(note.startswith("Extended after version 2:") for note in log.manifest["notes"])
     if gone is None:
         longer = adapter_at(as_deployed(prepare(run(4)), run(2)).execute(tmp_path / "simulated", report=False).folder)
         assert all(longer[name].equal(tensor) for name, tensor in adapter_at(folder / "run").items())
@@ -186,7 +193,7 @@ def test_an_old_deployment_without_its_checkpoint_is_not_made_longer(encoder: Pa
     (folder / "run" / "checkpoint.safetensors").unlink()
     told = json.loads((folder / "deployment.json").read_text())
     (folder / "deployment.json").write_text(json.dumps({**told, "until": 2}))
-    with pytest.raises(Refused, match="begin a new run with start="):
+    with pytest.raises(Refused, match="start a new run with --set start="):
         start.run_deployment(net, folder, net.pause, net.clock)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_study import GlobalScore, LocalScore, Study, binned, global_score, rounds
 
-from fedloom import IID, FedBuff, FedSA, FlexLoRA, Limits, Outcome, Skew, prepare, words
+from fedloom import IID, FedBuff, FedSA, FlexLoRA, Limits, RunResult, Skew, prepare, words
 from fedloom.core.fingerprint import fingerprint
 from fedloom.runs.run import Run
 from fedloom.schedule.rounds import Rounds
@@ -74,11 +74,11 @@ def test_measuring_changes_nothing(how: str, encoder: Path, tmp_path: Path) -> N
     assert plain.scores == seen.scores
 
 
-def written(outcome: Outcome) -> list[bytes]:
+def written(outcome: RunResult) -> list[bytes]:
     return [(outcome.folder / name).read_bytes() for name in ("trace.jsonl", "metrics.jsonl")]
 
 
-def watched(run: Run, folder: Path) -> tuple[Study, Outcome]:
+def watched(run: Run, folder: Path) -> tuple[Study, RunResult]:
     job = prepare(run)
     study = Study.of(job, Skew(words, bins=3), common=10)
     return study, job.execute(folder, [study], report=False)

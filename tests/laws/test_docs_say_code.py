@@ -1,4 +1,4 @@
-"""Run files are code, and every page that shows one says so."""
+"""Run files in Python are code, and every page that shows one says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGES = [
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     if "run = Run(" in path.read_text("utf-8")
 ]
-WARNING = "A run file is Python code and is executed: [run only files that you trust]("
+WARNING = "A run file in Python is executed: [run only files that you trust]("
 TARGET = "run-folder.md#files-of-others"
 
 

@@ -227,8 +227,8 @@ def test_nothing_is_said_of_numbers_that_travelled_unknown(tmp_path: Path, run: 
 
 
 def test_without_clients_or_tasks_the_rest_is_still_shown(tmp_path: Path) -> None:
-    assert section(log(tmp_path, [task("p0", 2)])).count("<figure>") == 1
-    assert section(log(tmp_path, [], [client("p0", 2, 0.5)])).count("<figure>") == 1
+    assert section(log(tmp_path, [task("p0", 2)])).count('<figure class="broad">') == 1
+    assert section(log(tmp_path, [], [client("p0", 2, 0.5)])).count('<figure class="broad">') == 1
     assert "Rank heterogeneity" not in page_text(log(tmp_path))
 
 
@@ -241,7 +241,7 @@ def test_too_many_ranks_to_tell_apart_are_shown_by_tier(tmp_path: Path) -> None:
 @pytest.mark.parametrize("clients", [1, 40, pytest.param(300, marks=pytest.mark.slow)])
 def test_fleets_of_any_size_have_the_section(fake: Fake, clients: int) -> None:
     told = section(read_run_log(fake(clients=clients)), drawn=clients != 40)
-    assert told.count("<figure>") == 2
+    assert told.count('<figure class="broad">') == 2
     assert "Of all traffic" in told
 
 

@@ -67,11 +67,35 @@ def test_a_run_becomes_one_small_page_with_its_answer_first(finished_page: Path)
     found, words = outline(page), say(page)
     assert [path.name for path in page.parent.iterdir()] == ["report.html"]
     assert page.stat().st_size < 1_500_000
-    assert found.seen.count("svg") == found.seen.count("figure") == 8
+    assert found.seen.count("svg") == found.seen.count("figure") == 2 * 8  # each for wide and for narrow pages
     assert words.index("After 12 rounds") < words.index("Test accuracy")
     assert "the largest client rank is 8." in words
     assert "num_labels=6" in words
     assert "schedule.per_round" in words
+
+
+def test_every_colour_of_a_picture_follows_the_page(finished_page: Path) -> None:
+    """In light and in dark: each is a variable that the style sheet has for both."""
+    text = finished_page.read_text(encoding="utf-8")
+    sheet, body = text.split("</style>", 1)
+    used = set(re.findall(r"var\(--([\w-]+),#[0-9a-f]{6}\)", body))
+    assert {"ink", "muted", "series-1", "kind-1"} <= used
+    assert re.findall(r'[:"]\s*#[0-9a-f]{3,8}\b', body) == []
+    light, dark = sheet.split("@media (prefers-color-scheme: dark)")
+    assert {*used} <= {*re.findall(r"--([\w-]+):", light)}
+    assert {*used} <= {*re.findall(r"--([\w-]+):", dark.split("* {")[0])}
+
+
+def test_a_narrow_page_has_the_panels_of_a_picture_below_each_other(finished_page: Path) -> None:
+    text = finished_page.read_text(encoding="utf-8")
+    for kind, most in (("broad", 650), ("narrow", 290)):
+        views = re.findall(rf'<figure class="{kind}">\s*<svg viewBox="0 0 ([\d.]+) ([\d.]+)"', text)
+        assert len(views) == 8
+        assert all(float(width) < most for width, _ in views)
+    alone = [
+        re.findall(r'aria-label="([^"]*)"', part) for part in re.split(r'<figure class="(?:broad|narrow)">', text)[1:]
+    ]
+    assert alone[::2] == alone[1::2]  # the same words
 
 
 def test_the_page_loads_and_runs_nothing(finished_page: Path) -> None:
@@ -90,7 +114,7 @@ def test_every_picture_is_named_for_those_who_cannot_see_it(finished_page: Path)
 
 def test_the_same_run_gives_the_same_pictures(finished_page: Path) -> None:
     titles = ("Accuracy", "Rank and energy", "Activity")
-    second = page_text(read_run_log(finished_page.parents[1] / "run"), draw=titles)
+    second = page_text(read_run_log(finished_page.parents[1] / "run"), draw=titles, narrow=True)
     for title in titles:
         assert section_text(second, title) == section_text(finished_page.read_text(encoding="utf-8"), title) != ""
 
@@ -162,8 +186,8 @@ def test_several_runs_are_compared(fake: Fake, tmp_path: Path) -> None:
 
 def test_runs_of_one_name_are_told_apart(fake: Fake) -> None:
     run = fake("a")
-    assert facts.run_names([read_run_log(run), read_run_log(fake("b"))]) == ["demo (a)", "demo (b)"]
-    assert facts.run_names([read_run_log(run), read_run_log(run)]) == ["demo (a) #1", "demo (a) #2"]
+    assert facts.run_names([read_run_log(run), read_run_log(fake("b"))]) == ["a", "b"]
+    assert facts.run_names([read_run_log(run), read_run_log(run)]) == ["a #1", "a #2"]
 
 
 def test_a_run_that_nobody_carries_out_any_more_was_killed(fake: Fake, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_one_that_never_fails_leaves_the_same_adapter_and_one_that_goes_on_the_s
     assert not replay(whole.folder).difference
     lines = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["version"] for line in lines if line["kind"] == "canary" and not line["without"]] == [0, 1, 2]
-    assert "20 of the 48 test examples are canary examples" in " ".join(
+    assert "20 of the 48 test examples are canaries" in " ".join(
         json.loads((whole.folder / "manifest.json").read_text())["notes"]
     )
 

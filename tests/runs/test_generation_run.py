@@ -78,6 +78,8 @@ def test_a_run_learns_to_answer_and_says_how_well(written: Path) -> None:
     assert last["perplexity"] < 0.8 * first["perplexity"]
     assert last["perplexity"] == pytest.approx(math.exp(last["loss"]))
     assert last["tokens"] > last["examples"] == 30
+    assert 0 <= last["exact_match"] <= last["accuracy"]
+    assert "Word for word" in (written / "report.html").read_text(encoding="utf-8")
     assert {line["depth"] for line in log.tasks} == {1}
     assert len({line["rank"] for line in log.tasks}) > 1
     assert log.manifest["model"]["labels"] is None

@@ -123,7 +123,7 @@ def test_the_baseline_is_the_commonest_training_label_on_the_examples_that_are_s
     assert elsewhere.baselines() == {"majority": tested.count(1 - rare) / 9}, "at a server without training examples"
     assert elsewhere.describe()["metrics"]["majority_of"] == "test examples"  # type: ignore[index]
     (note,) = replace(job, tested=tuple(i for i in job.tested if test.labels[i])).describe()["notes"]  # type: ignore[misc]
-    assert note == "No test example has the label 'colour': how well it is recognised is not measured."
+    assert note == "No test example has the label 'colour': its recall is not measured."
 
 
 @pytest.mark.slow
@@ -295,9 +295,9 @@ def test_the_hash_of_a_run_does_not_depend_on_where_files_lie() -> None:
 def test_a_reader_is_told_where_the_test_accuracy_says_nothing(encoder: Path) -> None:
     assert prepare(tiny_run(encoder)).describe()["notes"] == []
     (note,) = prepare(tiny_run(encoder, aggregator=FedSA())).describe()["notes"]  # type: ignore[misc]
-    assert "model of its own" in note
+    assert "a personal model" in note
     (note,) = prepare(tiny_run(encoder, aggregator=LoRAA2(freeze_head=True))).describe()["notes"]  # type: ignore[misc]
-    assert "head is not trained" in note
+    assert "head is frozen" in note
 
 
 @pytest.mark.parametrize(

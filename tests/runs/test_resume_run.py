@@ -174,7 +174,7 @@ def test_what_is_no_run_or_still_goes_on_is_refused(encoder: Path, half: Path, t
     with locked(out), pytest.raises(Refused, match="still going on"):
         job.execute()
     assert (out / "manifest.json").read_bytes() == before
-    with pytest.raises(Refused, match="goes on in its own folder"):
+    with pytest.raises(Refused, match="continues in its own folder"):
         job.execute(tmp_path / "elsewhere")
 
 

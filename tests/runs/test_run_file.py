@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 
 from fedloom import (
+    IID,
+    ByQuality,
     Clip,
+    FedIT,
     FixedRank,
     GradientScore,
     Hierarchy,
     HLoRA,
     JointPlan,
+    Momentum,
     RandomGroups,
     RandomRank,
     Refused,
@@ -58,6 +62,10 @@ def read(run: Any, path: str) -> Any:
         ("training.decay=linear", linear),
         ("training.bucket=False", False),
         ("aggregator=HLoRA(rank=4)", HLoRA(4)),
+        ("aggregator=HLoRA", HLoRA()),
+        ("aggregator=Momentum(FedIT)", Momentum(FedIT())),
+        ("schedule.weigh=ByQuality", ByQuality()),
+        ("partition=IID", IID()),
         ("plan.rank=RandomRank(1, 4)", RandomRank(1, 4)),
         ("plan.rank.ranks=(1,2)", (1, 2)),
         ("lora.target_modules=('query','key')", ("query", "key")),
@@ -88,8 +96,9 @@ def test_settings_apply_in_order_and_leave_the_run_alone() -> None:
     [
         ("seed", "write field=value"),
         ("=3", "write field=value"),
-        ("sede=3", "has: model, data"),
-        ("schedule.cohort=3", "Rounds has: cohort_size"),
+        ("sede=3", "there is no field 'sede'; did you mean seed? Run has: model, data"),
+        ("schedule.cohortsize=3", "did you mean cohort_size? Rounds has: cohort_size"),
+        ("hierarchy.rounds=3", "switched off"),
         ("schedule.cohort_size.x=3", "has no fields"),
         ("seed=abc", "expected a whole number"),
         ("seed=None", "expected a whole number"),
@@ -100,16 +109,22 @@ def test_settings_apply_in_order_and_leave_the_run_alone() -> None:
         ("training.learning_rate=fast", "expected a number"),
         ("schedule.weigh=5", "expected a function"),
         ("schedule.weigh=HLoRA", "expected a function"),
-        ("aggregator=HLoRA", "expected a value like ProductDelta(...)"),
+        ("schedule.weigh=linear", "expected a function such as by_examples"),
+        ("training.decay=noised", "expected a function such as constant"),
+        ("aggregator=Rounds", "expected a value like ProductDelta(...): one of ACE, Adam"),
         ("aggregator=Rounds()", "expected a value like ProductDelta(...)"),
+        ("aggregator=nothing_like_it", "one of ACE, Adam"),
+        ("aggregator=Hlora(rank=16)", "did you mean HLoRA?"),
+        ("partition=ByCluent", "did you mean ByClient?"),
+        ("data=Table", "missing its field 'path'"),
+        ("plan.rank=FixedRank('a')", "plan.rank.rank = 'a': expected a whole number"),
+        (f"aggregator={'(' * 5000}", "(((..."),
         ("aggregator=HLoRA(rnk=3)", "there is no field 'rnk'; did you mean rank? HLoRA has: rank"),
         ("aggregator=HLoRA(3, rank=3)", "HLoRA has: rank"),
         ("schedule=FedFa(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)", "too many positional arguments; FedFa has: window"),
         ("aggregator=HetLora()", "did you mean HetLoRA"),
-        ("aggregator=Momentum(5)", "wrap an aggregator"),
-        ("aggregator=Momentum(FedIT)", "wrap an aggregator"),
-        ("aggregator=Clip(3)", "wrap an aggregator"),
-        ("partition=IID", "expected a value like LabelDirichlet(...)"),
+        ("aggregator=Momentum(5)", "aggregator.inner = 5: expected a value like FedIT(...)"),
+        ("aggregator=Clip(3)", "aggregator.inner = 3: expected a value like FedIT(...)"),
         ("plan=FixedRank(2)", "expected a value like Plan(...)"),
         ("plan.rank.ranks=4", "expected a tuple"),
         ("plan.rank.ranks=('a',)", "expected a tuple"),
@@ -165,6 +180,49 @@ def test_a_run_file_in_another_encoding_is_refused_in_one_sentence(tmp_path: Pat
     if encoding == "cp1252":
         path.write_text(f"# coding: {encoding}\n{RUN_FILE}", encoding=encoding)
         assert load_run_file(path).name == "caf\u00e9", "Python knows which it is"
+
+
+HEAD = "from fedloom import *\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"{HEAD}\nrun = Run('m', Table('x'), partition=Iid())", "line 3: NameError: name 'Iid' is not defined; did you mean IID?"),
+        ("from fedloom import HLora", "line 1: ImportError: cannot import name 'HLora' from 'fedloom'; did you mean HLoRA?"),
+        ("import fedloom\nfedloom.HLora", "line 2: AttributeError: module 'fedloom' has no attribute 'HLora'; did you mean HLoRA?"),
+        ("run = Run('m', 'x')", "line 1: NameError: name 'Run' is not defined; begin the file with `from fedloom import *`"),
+        (f"{HEAD}run = Run('m', Table('x'), schedulle=3)", "line 2: TypeError: Run has no field 'schedulle'; did you mean schedule?"),
+        (f"{HEAD}def ratio():\n    return 1 / 0\nrun = ratio()", "line 3: ZeroDivisionError: division by zero"),
+        (f"{HEAD}def run():\n    return Run('m', Table('x'), seed=seeed)", "line 3: NameError: name 'seeed' is not defined"),
+        (f"{HEAD}run = Run('m', Table('x'), partition=IID(0))", "choose a whole number of at least 1 (mine.py, line 2)"),
+        ("run = (\n", "line 1: SyntaxError: '(' was never closed"),
+        ("raise SystemExit(3)", "line 1: SystemExit: 3"),
+        (f"{HEAD}run = [Run('m', Table('x'))]", "its `run` is a list of 1, and a run file holds one Run"),
+        (f"{HEAD}run = 3", "its `run` is no Run but of type int"),
+        (f"{HEAD}mine = Run('m', Table('x'))", "it defines no `run`; mine is a Run: call it run"),
+        (HEAD, "it defines no `run`; end it with `run = Run(...)`"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_python_file_is_told_with_its_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(Refused) as caught:
+        load_run_file(path)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("a.yaml", "not YAML"), ("a.ipynb", "fedloom.run"), ("a.json", "not JSON"), ("a.CSV", "fedloom init")],
+)
+def test_a_file_of_another_kind_is_never_executed(tmp_path: Path, name: str, told: str) -> None:
+    path = tmp_path / name
+    path.write_text(f"open({str(tmp_path / 'trace')!r}, 'w')\n{RUN_FILE}")
+    with pytest.raises(Refused, match=told):
+        load_run_file(path)
+    assert not (tmp_path / "trace").exists()
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from fedloom import IID, ByClient, Engine, Half, Instructions, Limits, Private, Refused, Rows, Run, Training, prepare
@@ -17,7 +18,9 @@ from fedloom.deploy.start import run_terms
 from fedloom.runs.manifest import settings_hash
 from fedloom.runs.prepare import assemble, with_type_chosen
 from fedloom.runs.resume import as_settled
+from fedloom.train import device
 from fedloom.train.chat_template import DATE
+from fedloom.train.device import find_device
 from fedloom.train.engine.linear_kernel import has_bfloat16
 from fedloom.train.tokenised import LONGEST_BY_DEFAULT
 from tests.support.tiny_models import tiny_decoder, toy_answers, toy_rows
@@ -58,8 +61,26 @@ def test_the_longest_text_is_found_and_recorded(encoder: Path) -> None:
     assert job.describe()["notes"] == []
 
 
+def test_the_device_and_the_threads_are_this_machines_and_those_of_a_run_that_goes_on(
+    encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = replace(tiny_run(encoder, data=Rows(toy_rows(60))), device="auto", threads=None)
+    assert [getattr(Run("m", Rows([])), name) for name in ("device", "threads")] == ["auto", None]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(device, "usable_cores", lambda: 4)
+    chosen = prepare(run, workers="2").run
+    assert (chosen.device, chosen.threads) == (str(find_device("auto")), 2)
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    elsewhere = jsonable(replace(chosen, device="cuda:1", threads=7))
+    settled = as_settled(run, elsewhere)
+    assert (settled.device, settled.threads) == ("cuda:1", 7)
+    settled = as_settled(replace(run, device="cpu", threads=3), elsewhere)
+    assert (settled.device, settled.threads) == ("cpu", 3)
+
+
 def test_the_type_of_frozen_layers_is_the_processors_unless_records_are_protected_or_it_is_given() -> None:
-    run = tiny_run(Path("nowhere"), engine=Engine(bfloat16=None))
+    run = tiny_run(Path("nowhere"), engine=Engine(bfloat16=None), device="cpu")
     private = replace(run, privacy=Private(clip=1.0, multiplier=1.0, most_answers=1, unit="record"))
     chosen = [with_type_chosen(one).engine for one in (run, private, replace(run, device="meta"))]
     assert [engine and engine.bfloat16 for engine in chosen] == [has_bfloat16("cpu"), False, False]
@@ -114,12 +135,13 @@ def test_texts_that_are_cut_are_counted_on_both_sides(encoder: Path) -> None:
 def test_a_deployment_that_has_no_training_texts_takes_the_limit_and_tells_its_sites(
     encoder: Path, generator: Path, tmp_path: Path
 ) -> None:
-    run = tiny_run(encoder, transfer=Half())
+    run = tiny_run(encoder, transfer=Half(), threads=None)
     job = assemble(run, without_training_examples(run.data, run.seed), (), None)
     terms = run_terms(job)
     assert terms.training.max_length == 64 == terms.training.token_limit
     assert terms.run_hash == settings_hash(jsonable(job.run))
     assert terms.date is None
+    assert job.run.threads == terms.threads == 1
     talks = writing(dated(generator, tmp_path), transfer=Half())
     job = assemble(talks, without_training_examples(talks.data, talks.seed), (), None)
     assert run_terms(job).date == DATE

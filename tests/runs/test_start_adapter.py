@@ -120,7 +120,7 @@ def test_a_method_goes_on_from_its_own_run(encoder: Path, tmp_path: Path, method
     assert (half / "trace.jsonl").read_bytes() == (tmp_path / "second" / "trace.jsonl").read_bytes()
     about = json.loads((half / "manifest.json").read_bytes())
     assert about["start"]["run_hash"] == json.loads((tmp_path / "first" / "manifest.json").read_bytes())["run_hash"]
-    assert "version 0 is that one" in about["notes"][0]
+    assert "version 0 is this adapter" in about["notes"][0]
 
 
 @pytest.mark.slow

@@ -213,7 +213,8 @@ def test_what_makes_no_sense_is_refused_by_name(make: Callable[[], object], fiel
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        (("world=Delays", "world=Delays()"), None),
+        (("world=FixedRank",), None),
+        (("world=Delays",), Delays()),
         (("world=Delays()", "world.sigma=1"), Delays(sigma=1.0)),
         (("world=ExponentialDelays(sigma=2)",), ExponentialDelays(sigma=2)),
         (("world=LARGE_DELAYS",), LARGE_DELAYS),

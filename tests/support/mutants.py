@@ -202,6 +202,12 @@ MUTANTS = [
         "train/engine/test_dropout.py",
     ),
     Mutant(
+        "kept activations are thought to be good though the block just below the trained ones has changed",
+        "if depths[name] > trained}",
+        "if depths[name] > trained + 1}",
+        "train/test_evaluate.py::test_kept_layers_that_somebody_changed_are_computed_again",
+    ),
+    Mutant(
         "a base without dropout switches the adapters' dropout off too",
         'if ".lora_dropout." in name:\n                module.train()',
         'if ".lora_dropout." in name:\n                module.eval()',

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from fedloom.report.page import render_page, runs_page
@@ -13,16 +13,26 @@ EMPTY = "<svg></svg>"
 ALL = "all sections"
 
 
-def page_text(*logs: RunLog, draw: Collection[str] = ()) -> str:
-    """The page of these runs; pictures are drawn in the sections whose titles are in `draw`, and empty elsewhere."""
+def page_text(*logs: RunLog, draw: Collection[str] = (), narrow: bool = False) -> str:
+    """The page of these runs; pictures are drawn in the sections whose titles are in `draw`, for narrow pages too if asked for."""
     page = runs_page(logs)
     sections = [
-        section
-        if draw == ALL or section.title in draw
-        else replace(section, blocks=tuple(replace(b, picture=b.picture and (lambda: EMPTY)) for b in section.blocks))
+        replace(
+            section,
+            blocks=tuple(
+                replace(
+                    block, picture=block.picture and _drawn(block.picture, draw == ALL or section.title in draw, narrow)
+                )
+                for block in section.blocks
+            ),
+        )
         for section in page.sections
     ]
     return render_page(replace(page, sections=sections))
+
+
+def _drawn(picture: Callable[..., str], drawn: bool, both: bool) -> Callable[..., str]:
+    return lambda narrow=False: picture(narrow=narrow) if drawn and both >= narrow else EMPTY
 
 
 def section_text(text: str, title: str) -> str:

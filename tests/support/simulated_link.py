@@ -14,7 +14,15 @@ from fedloom.core.transfer import encode_answer, residual_of
 from fedloom.core.types import ClientState, Profile
 from fedloom.deploy.link import RawReply
 from fedloom.deploy.messages import answer as wire
-from fedloom.deploy.messages.messages import JoinRequest, TaskRequest, Welcome, decode_request, encode_reply
+from fedloom.deploy.messages.messages import (
+    Acknowledged,
+    JoinRequest,
+    RunEnded,
+    TaskRequest,
+    Welcome,
+    decode_request,
+    encode_reply,
+)
 from fedloom.deploy.server.key_facts import KeyFacts
 from fedloom.deploy.server.reply_events import REGION
 from tests.support.toys import Quadratic
@@ -38,12 +46,16 @@ class Site:
     last: tuple[int, str, bytes, ClientState] | None = None
     trained: Counter[tuple[int, str]] = field(default_factory=Counter)
     kept: list[int] = field(default_factory=list)
+    ended: str = ""
 
     def answer(self, body: bytes) -> bytes:
         """As `Worker.answer`."""
         ask = decode_request(body, 2**30)
         if isinstance(ask, JoinRequest):
             return encode_reply(Welcome(self.profile, ask.incarnation))
+        if isinstance(ask, RunEnded):
+            self.ended = ask.reason
+            return encode_reply(Acknowledged(self.profile.client))
         assert isinstance(ask, TaskRequest)
         task = ask.task
         key = (task.id, fingerprint(task.start.train))

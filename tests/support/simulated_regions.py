@@ -146,12 +146,15 @@ class Country:
                 raise Over
 
         own.send = mortal  # type: ignore[method-assign]
+        killed = True
         while True:
-            self.starts[number] += 1
+            self.starts[number] += killed  # one whose run has ended is there for the next, as with a service manager
             try:
                 with ONE:
                     start.run_deployment(own, self.folders[number], pause, own.clock)
+                killed = False
             except Killed:
+                killed = True
                 own.forget()
             except Over:
                 return

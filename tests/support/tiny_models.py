@@ -135,5 +135,7 @@ def tiny_run(model: Path, **more: Any) -> Any:
         "training": Training(learning_rate=1e-2),
         "limits": Limits(versions=3),
         "engine": Engine(kernel="torch"),  # a kernel that is measured may be another one in the next run
+        "device": "cpu",
+        "threads": 1,
     }
     return Run(model=str(model), **(given | more))

@@ -389,7 +389,7 @@ def test_what_happened_is_counted_and_said() -> None:
         "1 of 3 training examples",
         "The tokenizer has no chat template",
         "The tokenizer has no end mark",
-        "The tokenizer has no token to pad with",
+        "The tokenizer has no padding token",
     ]
     assert chat_template.fit_notes(90, {"training": FitCounts(3), "test": None}) == []
     assert chat_template.prompt_notes(TOKENIZERS["chatml"]) == []

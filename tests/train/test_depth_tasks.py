@@ -27,6 +27,7 @@ from fedloom.plan.depth import DepthByMemory, FixedDepth, check_blocks
 from fedloom.train import loss, peft_weights
 from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import batched_clients
+from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.evaluate import score
 from fedloom.train.settings import PLAIN
 from fedloom.train.trainer import PeftTrainer, enable_gradients
@@ -71,6 +72,39 @@ def test_the_gradients_are_those_of_full_depth(folders: dict[str, Path], kind: s
     assert sum(name.endswith(".up") for name in part) == 2 * depth
     for name, slope in part.items():
         assert float((slope - full[name]).norm()) <= 2e-5 * float(full[name].norm()), name
+
+
+@KINDS
+def test_what_deeper_clients_change_leaves_the_kept_activations_below_it_as_they_are(
+    folders: dict[str, Path], kind: str
+) -> None:
+    """A shallow client, over two versions in which clients of depth 2 took part; with and without kept activations."""
+    base = base_of(folders[kind], dropout=0.1)
+    depths, tasks = base.shape().depths, list[Task]()
+    for seed in (1, 2):
+        task = deep(base, 1, seed=seed)
+        assert task.start.fold is not None
+        fold = Adapter({name: f for name, f in task.start.fold.factors.items() if depths[name] == 2})
+        tasks.append(replace(task, start=replace(task.start, fold=fold)))
+    _, blocks = peft_weights.transformer_blocks(base.model) or ("", [])
+    warm, calls = replace(trainer_of(base), engine=replace(PLAIN, cache=10**7)), {1: 0, 2: 0}
+    cold = [replace(warm, cache=ActivationCache()).train([(task, ClientState())]) for task in tasks]
+    plain = [trainer_of(base).train([(task, ClientState())]) for task in tasks]
+    ours = [warm.train([(tasks[0], ClientState())])]
+
+    def count(at: int) -> None:
+        calls[at] += 1
+
+    hooks = [blocks[at].register_forward_hook(lambda *_, at=at: count(at)) for at in calls]
+    ours.append(warm.train([(tasks[1], ClientState())]))
+    for hook in hooks:
+        hook.remove()
+    assert calls[1] == 0 < calls[2]
+    for ((one, _),), ((other, _),), ((whole, _),), task in zip(ours, cold, plain, tasks, strict=True):
+        assert same(one.adapter, other.adapter)
+        for name, sent in task.start.train.factors.items():
+            moved = (one.adapter.factors[name].up - sent.up).norm()
+            assert (one.adapter.factors[name].up - whole.adapter.factors[name].up).norm() <= 1e-3 * moved
 
 
 @KINDS

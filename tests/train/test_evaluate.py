@@ -18,10 +18,10 @@ from fedloom.core.lora import Adapter
 from fedloom.data.partition import Shard
 from fedloom.train import evaluate
 from fedloom.train.base_model import initial_adapter
-from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.evaluate import (
     BATCH,
     AnswerScores,
+    KeptActivations,
     Scores,
     evaluate_held_out,
     evaluate_untrained,
@@ -155,8 +155,16 @@ def test_answers_by_hand() -> None:
     scores = AnswerScores(torch.tensor([3, 0]), torch.tensor([4, 2]), torch.tensor([2.0, 4.0]))
     found = scores.metrics()
     assert found == pytest.approx(
-        {"accuracy": 0.5, "accuracy_error": 2**0.5 / 6, "loss": 1.0, "perplexity": math.e, "tokens": 6}
+        {
+            "accuracy": 0.5,
+            "accuracy_error": 2**0.5 / 6,
+            "loss": 1.0,
+            "perplexity": math.e,
+            "exact_match": 0.0,
+            "tokens": 6,
+        }
     )
+    assert AnswerScores(scores.tokens, scores.tokens, scores.losses).metrics()["exact_match"] == 1.0
     assert scores.subset([1]).metrics()["accuracy"] == 0.0
 
 
@@ -189,11 +197,34 @@ def test_a_base_alone_scores_as_before_any_training(generator: Path) -> None:
     assert score(base, lively(start), texts, range(20)).metrics() != before
 
 
-def test_the_layers_below_may_be_kept_between_scores(generator: Path) -> None:
+def raised(adapter: Adapter, seed: int, block: str = ".1.") -> Adapter:
+    """All layers, of which those of one block alone add something: what clients of partial depth make of an adapter."""
+    alive = lively(adapter, seed)
+    factors = {n: alive.factors[n] if block in n else f for n, f in adapter.factors.items()}
+    return Adapter(factors, adapter.dense)
+
+
+@pytest.mark.parametrize("depth", [None, 1])
+def test_layers_that_add_nothing_are_computed_once_for_all_versions(generator: Path, depth: int | None) -> None:
     base = writer_of(generator)
-    whole, texts, cache = lively(initial_adapter(base, 4)), answered(base), ActivationCache()
-    top = Adapter({n: f for n, f in whole.factors.items() if ".1." in n}, {})
-    plain = score(base, top, texts, range(9)).metrics()
-    for _ in range(2):
-        assert score(base, top, texts, range(9), None, cache, 10**6).metrics() == pytest.approx(plain, rel=1e-5)
-    assert cache.entries
+    start, texts, kept = initial_adapter(base, 4), answered(base), KeptActivations(10**6, depth)
+    versions = [*([start] if depth else []), *(raised(start, seed) for seed in range(3)), None]
+    plain = [score(base, version, texts, range(9)).metrics() for version in versions]
+    lowest, calls = base.model.get_base_model().get_submodule("model.layers.0"), list[int]()
+    score(base, versions[0], texts, range(9), None, kept)
+    hook = lowest.register_forward_hook(lambda *_: calls.append(1))
+    for version, expected in zip(versions if depth else versions[:-1], plain, strict=False):
+        assert score(base, version, texts, range(9), None, kept).metrics() == pytest.approx(expected, rel=1e-5)
+    hook.remove()
+    assert not calls
+    assert len(kept.cache.entries) == 1
+
+
+def test_kept_layers_that_somebody_changed_are_computed_again(generator: Path) -> None:
+    """A run of depth 1 that began from an adapter of all layers, and one in which a fold lies below."""
+    base = writer_of(generator)
+    start, texts, kept = initial_adapter(base, 4), answered(base), KeptActivations(10**6, 1)
+    below = [Adapter(raised(start, seed, ".0.").factors) for seed in (1, 2)]
+    for adapter, fold in [*((one, None) for one in below), *((start, one) for one in below), (start, None)]:
+        plain = score(base, adapter, texts, range(9), fold).metrics()
+        assert score(base, adapter, texts, range(9), fold, kept).metrics() == pytest.approx(plain, rel=1e-5)

@@ -11,7 +11,15 @@ from fedloom.core.lora import Adapter
 from fedloom.core.types import ClientState
 from fedloom.train import evaluate
 from fedloom.train.base_model import Base, initial_adapter
-from fedloom.train.evaluate import answer_metrics, exact_match, generate_answers, worked_result
+from fedloom.train.evaluate import (
+    AnswerScores,
+    answer_metrics,
+    exact_match,
+    generate_answers,
+    score,
+    worked_result,
+)
+from tests.support.tiny_models import toy_answers
 from tests.support.tiny_runs import answered, lively, task_of, writer_of, writing_trainer
 from tests.support.toys import factor
 
@@ -52,12 +60,18 @@ def test_the_base_alone_writes_as_before_any_training(generator: Path) -> None:
     assert generate_answers(base, lively(start), texts, [3, 5], 8) != before
 
 
-def test_a_trained_model_ends_its_answers(generator: Path) -> None:
+def test_a_trained_model_ends_its_answers_and_those_counted_as_exact_are_the_references(generator: Path) -> None:
     base = writer_of(generator, rank=8, target_modules="all-linear")
     trainer = writing_trainer(base)
     ((result, _),) = trainer.train([(task_of(initial_adapter(base, 8), steps=60), ClientState())])
-    told = generate_answers(base, result.adapter, trainer.texts, range(30), 30)
-    assert sum(len(text.split()) <= 5 for text in told) >= 25
+    told = generate_answers(base, result.adapter, trainer.texts, range(60), 30)
+    assert sum(len(text.split()) <= 5 for text in told[:30]) >= 25
+    right = [text == row["answer"] for text, row in zip(told, toy_answers(60), strict=True)]
+    scores = score(base, result.adapter, trainer.texts, range(60))
+    assert isinstance(scores, AnswerScores)
+    assert (scores.hits == scores.tokens).tolist() == right
+    assert scores.metrics()["exact_match"] == sum(right) / 60
+    assert 0 < sum(right) < 60
     assert sum(text.startswith("the ") for text in told) >= 25
 
 

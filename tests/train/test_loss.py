@@ -191,7 +191,7 @@ def test_training_the_top_layers_has_the_gradients_of_the_whole_model(model: Pat
     place = frozen_layers.split_layers(base, [*task.start.train.factors])
     assert place is not None
     below, batch = (
-        frozen_layers.frozen_features(base, texts, place, range(30), None, frozen_layers.ActivationCache(), 0),
+        frozen_layers.frozen_features(base, texts, place, range(30), (), frozen_layers.ActivationCache(), 0),
         [7, 3, 20, 11],
     )
     enable_gradients(peft_weights.slot_parameters(base.model, "r4"), task.start)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -118,3 +121,18 @@ def test_no_list_of_blocks_where_blocks_are_not_passed_once_each(tmp_path: Path)
         kind = type(base.model.get_base_model()).__name__
         with pytest.raises(Refused, match=f"{kind} has no list of blocks, each passed once; leave plan.depth out"):
             check_blocks(FixedDepth(1), base.shape(), kind)
+
+
+def test_layers_are_looked_for_once_a_model_and_a_copy_has_its_own(encoder: Path) -> None:
+    model = base_of(encoder).model
+    copied = copy.deepcopy(model)
+    for find in (peft_weights.lora_layers, peft_weights.layer_depths, peft_weights.transformer_blocks):
+        assert find(model) is find(model)
+        assert find(copied) is not find(model)
+    assert not {map(id, peft_weights.lora_layers(copied).values())} & {
+        map(id, peft_weights.lora_layers(model).values())
+    }
+    gone = weakref.ref(copied)
+    del copied
+    gc.collect()
+    assert gone() is None

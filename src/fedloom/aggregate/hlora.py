@@ -30,8 +30,8 @@ class HLoRA:
 
     Fields:
         rank: rank that the server keeps (None: the highest client rank).
-        published_alpha: turns on the prototype's scaling, to reproduce the paper: alpha stays fixed while the rank changes, so a
-            client of rank r runs (alpha/r) B A, but the server averages the unscaled B A (None: the right scaling).
+        published_alpha: turns on the prototype's scaling, to reproduce the paper (None: the right scaling). Alpha stays fixed while
+            the rank changes: a client of rank r runs (alpha/r) B A, but the server averages the unscaled B A.
         balanced: whether singular values are divided evenly over both factors; False leaves them to `up`, as the prototype does.
     """
 

@@ -25,8 +25,8 @@ class ProductDelta:
 
     Fields:
         rank: rank that the server keeps (None: the highest client rank).
-        balanced: whether singular values are divided evenly over both factors of what a client trains, so that one learning rate
-            suits both; False leaves them to `up`.
+        balanced: whether singular values are divided evenly over both factors of what a client trains. Then one learning rate
+            suits both. False leaves them to `up`.
     """
 
     rank: int | None = None

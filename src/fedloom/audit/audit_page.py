@@ -124,11 +124,11 @@ def audit_sentence(report: AuditReport) -> str:
         if worst is not None:
             parts.append(f"{name} can tell {TELLS[worst.attack]} ({worst.verdict}).")
         elif report.findings(adversary):
-            parts.append(f"{name} could tell nothing that was measured.")
+            parts.append(f"{name} learnt nothing measurable.")
         else:
             parts.append(f"What {_lower(name)} can tell was not measured.")
     if report.epsilon is None:
-        return " ".join([*parts, "Nothing bounds what a better attack would find: the run adds no noise."])
+        return " ".join([*parts, "No bound holds for stronger attacks: the run adds no noise."])
     shown = f"epsilon {_epsilon(report.epsilon)} at delta {report.delta:g} for {PROTECTED[report.unit]}"
     return " ".join([*parts, f"Accounted: {shown}."])
 

@@ -20,7 +20,8 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fedloom.audit.statistics import HALVINGS, Z95, binomial_tails, share_interval
+from fedloom.audit.statistics import HALVINGS, binomial_tails, share_interval
+from fedloom.core.mean_interval import Z95
 from fedloom.privacy.accounting import gaussian_epsilon
 
 CONFIDENCE = 0.95

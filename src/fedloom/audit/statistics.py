@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from statistics import NormalDist, mean, stdev
+from statistics import mean
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t, 97.5 % quantile by degrees of freedom."""
-Z95 = NormalDist().inv_cdf(0.975)
+from fedloom.core.mean_interval import Z95
+
 HALVINGS = 40
 """Of an interval of length 1 until its middle is right to twelve digits."""
 
@@ -93,18 +92,6 @@ def _boundary(outside: float, inside: float, excluded: Callable[[float], bool]) 
         middle = (outside + inside) / 2
         outside, inside = (middle, inside) if excluded(middle) else (outside, middle)
     return inside
-
-
-def half_width(values: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean of some values (Student's t); infinite for one."""
-    if len(values) < 2:
-        return math.inf
-    freedom = len(values) - 1
-    # Cornish and Fisher: right to 0.003 from 10 degrees of freedom on
-    quantile = T95.get(freedom) or Z95 + (Z95**3 + Z95) / (4 * freedom) + (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / (
-        96 * freedom**2
-    )
-    return quantile * stdev(values) / math.sqrt(len(values))
 
 
 def mean_of(values: Sequence[float]) -> float:

@@ -1,5 +1,5 @@
 """The command line: reads arguments, calls the other rooms, and prints. The only room that imports typer and rich.
 
-`main` has the commands for one machine, `deploy` and `keys` those of a deployment, `inspect` the one that describes data, `demo` the
-run of `fedloom demo`; `tables` draws.
+Each command is a module of its name, and `main` knows them all. What several share: `options` and `table_options`, `run_view` and
+`tables` (what is shown of a run), `console` (all that is printed passes there), `command_group`, `stop_signals` and `exit_codes`.
 """

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.console import out
+from fedloom.cli.console import out, print_json
+from fedloom.cli.exit_codes import ExitCode
+from fedloom.cli.options import AsJson
 from fedloom.core.errors import Refused
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ def audit_command(
     run: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN", help="A run folder; or a run file, which is made small and audited before it runs."
+            metavar="DIR|FILE", help="A run folder; or a run file, which is made small and audited before it runs."
         ),
     ],
     file: Annotated[
@@ -35,12 +37,13 @@ def audit_command(
             help="The page to write, with the figures as .json beside it; by default audit.html in the run folder, or here.",
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Attack a run as a curious server, another member and a reader of the published model would, and say what each could learn.
+    """Attack a run as a curious server, another member and a reader of the published model, and report what each could learn.
 
-    Of a run that has happened, its data must be where they were. Answers of single clients are attacked where they were kept
-    ([bold]fedloom run FILE --keep-updates[/bold]); else the published model alone. A run file is executed: use only files that you
-    trust. The noise of a private run is tested with canaries.
+    The data of a finished run must still be where they were. Answers of single clients are attacked where they were kept
+    ([bold]fedloom run FILE --keep-updates[/bold]), else the published model alone. A Python file is executed: use only files that you
+    trust. The noise of a private run is tested with canaries; the exit code is 1 where it is too small.
 
     The page holds no text, label or other value of anybody's data.
 
@@ -48,7 +51,7 @@ def audit_command(
 
     Before a run: [bold]fedloom audit experiments/tickets.py --out audit.html[/bold]
     """
-    from fedloom.audit.audit_page import audit_sentence, noise_sentence, write_audit
+    from fedloom.audit.audit_page import audit_sentence, figures_of, noise_sentence, write_audit
     from fedloom.audit.run_audit import audit_folder, audit_plan
     from fedloom.runs.run_file import load_run_file
 
@@ -66,6 +69,10 @@ def audit_command(
             f"{noise_sentence(report.noise)} {'' if report.noise.sound else 'THE NOISE IS TOO SMALL.'}", soft_wrap=True
         )
     out.print(f"\nPage     {written}\nFigures  {data}", soft_wrap=True)
+    if as_json:
+        print_json({"page": written, **figures_of(report)})
+    if report.noise is not None and not report.noise.sound:
+        raise typer.Exit(ExitCode.DIFFERS)
 
 
 def _show(report: AuditReport) -> None:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from fedloom.cli.console import out
+from fedloom.cli.console import out, print_json
+from fedloom.cli.options import AsJson, ClientColumn, Columns, Reading, file_format, named_columns
 from fedloom.core.errors import Refused
 
 if TYPE_CHECKING:
     from fedloom.data.client_summary import Summary
+    from fedloom.data.delimited import FileFormat
     from fedloom.data.examples import Examples
     from fedloom.data.raw_table import RawTable
 
@@ -41,23 +43,9 @@ def inspect_command(  # noqa: PLR0913  # they are its options
             help="A table (CSV, JSON, Excel, Parquet, Arrow, a database with --read query=...), or clients' summaries (.json).",
         ),
     ],
-    clients: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column that names the client of each row.")
-    ] = None,
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--column", metavar="WHAT=NAME", help="Say what a column is: text, pair, answer or label; may be repeated."
-        ),
-    ] = None,
-    read: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--read",
-            metavar="WHAT=VALUE",
-            help="Say how to read the table: separator, encoding, quoted, sheet_name or query; may be repeated.",
-        ),
-    ] = None,
+    clients: ClientColumn = None,
+    columns: Columns = None,
+    read: Reading = None,
     test: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The test examples: says which of them are in DATA, too.")
     ] = None,
@@ -66,7 +54,7 @@ def inspect_command(  # noqa: PLR0913  # they are its options
         typer.Option(metavar="NAME", help="A model that counts tokens; a language model also judges quality."),
     ] = None,
     show: Annotated[
-        int, typer.Option(metavar="K", help="Print the first K examples as the model reads them (with --model).")
+        int, typer.Option(metavar="N", help="Print the first N examples as the model reads them (with --model).")
     ] = 0,
     page: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="The page to write; an older one is replaced.")
@@ -79,7 +67,9 @@ def inspect_command(  # noqa: PLR0913  # they are its options
     ] = None,
     epsilon: Annotated[
         float | None,
-        typer.Option(metavar="E", help="Add noise to the summary: E-differential privacy for one example."),
+        typer.Option(
+            metavar="X", help="Add noise to the summary: differential privacy of this epsilon for one example."
+        ),
     ] = None,
     labels: Annotated[
         str | None,
@@ -87,34 +77,38 @@ def inspect_command(  # noqa: PLR0913  # they are its options
             metavar="A,B,...", help="With --epsilon: all labels that may occur (default: labels are left out)."
         ),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what is doubtful about a table: how it was read, empty cells, repeated texts, rare labels, what would be cut.
+    """Check a table before training: how it was read, empty cells, repeated texts, rare labels, what would be truncated.
 
-    Then show how much clients' texts differ in length, quality, amount and label, and what that may do. Nothing is trained.
+    Then show how much clients differ in lengths, quality, sizes and labels, and what that may cause. Nothing is trained.
 
-    Where texts must not leave a client, each client runs [bold]fedloom inspect DATA --client-summary NAME.json[/bold], which writes
-    counts and no text, and whoever has all summaries runs [bold]fedloom inspect *.json[/bold].
+    Where texts must not leave a client, each client runs [bold]fedloom inspect DATA --client-summary NAME.json[/bold]. It writes
+    counts and no text. Whoever has all summaries runs [bold]fedloom inspect *.json[/bold].
 
     Example: [bold]fedloom inspect tickets.csv --clients company --column text=message[/bold]
 
     As the model reads them: [bold]fedloom inspect tickets.csv --model models/encoder --show 3[/bold]
     """
     from fedloom.data.client_summary import parse_summary
+    from fedloom.report.numbers import plural
 
     if client_summary is None and (epsilon is not None or labels is not None):
         raise Refused("--epsilon", epsilon, "noise and labels belong to a summary; add --client-summary FILE")
     if show and model is None:
         raise Refused("--show", show, "name the model that would read the examples with --model")
+    if data[0].suffix in (".toml", ".py"):
+        raise Refused("DATA", str(data[0]), "this is a run file; name its table, or see `fedloom run FILE --dry-run`")
     files = [path for path in data if path.suffix == ".json" and not _is_table(path)]
     if files:
         if len(files) < len(data) or clients or columns or model or client_summary:
             raise Refused("DATA", str(files[0]), "summaries stand alone: neither tables nor settings beside them")
-        notes = [f"Read {len(files)} summaries; no text was needed."]
-        _show([parse_summary(_text(path), str(path)) for path in files], "Federation", notes, page)
+        notes = [f"Read the summaries of {plural(len(files), 'client')}; no text was needed."]
+        _show([parse_summary(_text(path), str(path)) for path in files], "Federation", notes, page, as_json)
         return
     if len(data) > 1:
         raise Refused("DATA", str(data[1]), "give one table, or several summaries (.json)")
-    found = _load(data[0], test, _named(clients, columns or []), _settings("--read", read or []))
+    found = _load(data[0], test, named_columns(clients, columns or []), file_format(read or []))
     examples, notes = found.examples, [*found.notes, *_findings(found)]
     if model is not None:
         notes += _length_notes(examples, model)
@@ -124,13 +118,15 @@ def inspect_command(  # noqa: PLR0913  # they are its options
         _show_examples(examples.take(range(min(show, len(examples)))), model)
     if client_summary is not None:
         _write_summary(examples, client_summary, model, epsilon, [] if labels is None else labels.split(","))
+        if as_json:
+            print_json({"summary": client_summary, "notes": notes})
         return
     parts = _parts(examples, data[0].name)
     judged, note = _judged(examples, model, max(FEWEST, JUDGED // len(parts)))
     notes.append(note)
     out.print(note, soft_wrap=True)
     summaries = [_summary(name, part, model, judged) for name, part in parts.items()]
-    _show(summaries, data[0].name, notes, page)
+    _show(summaries, data[0].name, notes, page, as_json)
 
 
 # The table ----------------------------------------------------------------------------------------------------------------
@@ -146,19 +142,6 @@ class _InspectedTable(NamedTuple):
     notes: list[str]
 
 
-def _settings(option: str, given: Sequence[str]) -> dict[str, str]:
-    """Return the settings WHAT=VALUE of an option that may be repeated."""
-    pairs = [setting.partition("=") for setting in given]
-    for what, equals, _ in pairs:
-        if not equals:
-            raise Refused(option, what, f"write it as WHAT={'NAME' if option == '--column' else 'VALUE'}")
-    return {what: value for what, _, value in pairs}
-
-
-def _named(clients: str | None, columns: Sequence[str]) -> dict[str, str]:
-    return ({} if clients is None else {"client": clients}) | _settings("--column", columns)
-
-
 def _is_table(path: Path) -> bool:
     """Whether a JSON file holds rows, and no summary of a client."""
     try:
@@ -170,24 +153,15 @@ def _is_table(path: Path) -> bool:
     )
 
 
-def _load(path: Path, test: Path | None, named: Mapping[str, str], how: Mapping[str, str]) -> _InspectedTable:
+def _load(path: Path, test: Path | None, named: Mapping[str, str], how: FileFormat) -> _InspectedTable:
     """Read a table and make examples of it; the notes say how it was read, and what each column was taken for."""
-    from fedloom.data.delimited import FileFormat
     from fedloom.data.file_formats import read_table_file, read_tables
     from fedloom.data.instructions import conversation_columns
     from fedloom.data.table import guess_columns
 
-    known = FileFormat.__dataclass_fields__
-    for what, value in how.items():
-        if what not in known:
-            raise Refused("--read", f"{what}={value}", f"say how to read it: one of {', '.join(known)}")
-    if how.get("quoted", "true").lower() not in ("true", "false"):
-        raise Refused("--read", f"quoted={how['quoted']}", "write quoted=true or quoted=false")
-    quoted = {"quoted": how["quoted"].lower() == "true"} if "quoted" in how else {}
-    settings = FileFormat(**{**how, **quoted})  # type: ignore[arg-type]
     try:
-        raw, tested = read_tables(str(path), settings)
-        tested = read_table_file(test, settings) if test is not None else tested
+        raw, tested = read_tables(str(path), how)
+        tested = read_table_file(test, how) if test is not None else tested
         conversations = conversation_columns(raw)
         roles = guess_columns(raw, {"text": conversations[0], **named} if len(conversations) == 1 else named)
     except Refused as error:
@@ -336,7 +310,7 @@ def _write_summary(
     )
 
 
-def _show(summaries: Sequence[Summary], name: str, notes: Sequence[str], page: Path) -> None:
+def _show(summaries: Sequence[Summary], name: str, notes: Sequence[str], page: Path, as_json: bool) -> None:
     """Print the summaries, and write them as a page."""
     from fedloom.cli.tables import rich_table
     from fedloom.data.heterogeneity import measure_heterogeneity
@@ -352,10 +326,10 @@ def _show(summaries: Sequence[Summary], name: str, notes: Sequence[str], page: P
         out.print(f"{how} {text}")
     if likely:
         out.print(" ".join(heterogeneity_page.HEDGE.split()), style="dim")
-    out.print(
-        f"\nPage     {heterogeneity_page.write_heterogeneity_report(summaries, measured, name, notes, page)}",
-        soft_wrap=True,
-    )
+    written = heterogeneity_page.write_heterogeneity_report(summaries, measured, name, notes, page)
+    out.print(f"\nPage     {written}", soft_wrap=True)
+    if as_json:
+        print_json({"page": written, "notes": notes, "unevenness": measured, "clients": summaries})
 
 
 def _text(path: Path) -> str:

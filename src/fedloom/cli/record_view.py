@@ -80,7 +80,7 @@ def print_record(path: Path, keys: list[EllipticCurvePublicKey], head: str, as_j
             if as_json and not last:
                 typer.echo(rows.pop())
     except FileNotFoundError:
-        raise Refused("record", str(path), "there is none: this site was asked for nothing yet") from None
+        raise Refused("record", str(path), "there is none: no server has asked this site for anything yet") from None
     except BrokenRecord as error:
         _echo(rows, as_json)
         raise Refused("record", str(path), str(error)) from None
@@ -142,12 +142,12 @@ def verdict_rows(chain: RecordChain, found_at: int) -> Iterator[str]:
     """Yield what was checked, and what that does not show."""
     yield ""
     if chain.keys:
-        yield f"Checked  {chain.number} lines: each follows upon those before it, and is signed by this key"
+        yield f"Verified {chain.number} lines: the hash chain is intact, and this key signed each line"
     else:
-        yield f"Checked  {chain.number} lines: each follows upon those before it; no signature was checked"
+        yield f"Verified {chain.number} lines: the hash chain is intact; no signature was checked"
     if chain.loose:
-        yield f"Note     line {chain.loose} is not whole (a power cut); the next start goes on after it"
+        yield f"Note     line {chain.loose} is incomplete (a power cut); the next start continues after it"
     if found_at:
-        yield f"Head     was that of line {found_at}; {chain.number - found_at} lines came after it"
+        yield f"Head     the given head is that of line {found_at} of {chain.number}"
     yield f"Head     {chain.head}"
-    yield "         Note it elsewhere: it alone shows that lines at the end were removed"
+    yield "         Store it elsewhere: it reveals lines that are removed from the end"

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.console import out
+from fedloom.cli.console import out, print_json
+from fedloom.cli.exit_codes import ExitCode
+from fedloom.cli.options import AsJson
 from fedloom.core.errors import Refused
 from fedloom.core.files import read_regular
 
@@ -24,54 +26,32 @@ SecretPath = Annotated[
 def replay_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the trace.jsonl in it.")],
     secret: SecretPath = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Feed the events of a run to a new server and compare what it does with the trace: it must be the same bytes.
+    """Check that a recorded run is reproducible: replay its events and compare every byte.
 
-    Nothing is trained and no model is needed. The run has to be recorded with [bold]fedloom run FILE --keep-updates[/bold]. The exit
-    code is 1 if a line of the trace differs. Of a private run everything is repeated with its secret; without it the rest, and what
-    was not verified is said.
+    Nothing is trained and no model is needed. The run must be recorded with [bold]fedloom run FILE --keep-updates[/bold]. The exit
+    code is 1 if a line of the trace differs. A private run is repeated whole with its secret. Without the secret, the part that was
+    not verified is named.
 
     Example: [bold]fedloom replay runs/mine[/bold]
     """
+    from fedloom.report.numbers import plural
     from fedloom.runs.replay import replay
 
     result = replay(folder.parent if folder.is_file() else folder, secret=read_secret_file(secret))
+    same = f"{plural(result.events, 'event')} gave the same bytes"
+    if as_json:
+        print_json(result)
+    elif result.difference:
+        out.print(f"{same}, then a difference\n{result.difference}", soft_wrap=True)
+    else:
+        since = f", from version {result.version} on: earlier answers are not kept" if result.version else ""
+        out.print(f"{same}{since}", soft_wrap=True)
     if result.difference:
-        out.print(f"{result.events} events gave the same bytes, then a difference\n{result.difference}", soft_wrap=True)
-        raise typer.Exit(1)
-    since = f", from version {result.version} on: earlier answers are not kept" if result.version else ""
-    out.print(f"{result.events} events gave the same bytes{since}")
-    if result.unverified:
+        raise typer.Exit(ExitCode.DIFFERS)
+    if result.unverified and not as_json:
         out.print(result.unverified, soft_wrap=True)
-
-
-def rollback_command(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, or the folder of a deployment.")],
-    to: Annotated[int | None, typer.Option("--to", metavar="VERSION", help="Go back to this version.")] = None,
-    without: Annotated[
-        str | None, typer.Option("--without", metavar="SITE", help="Merge all answers again but those of this site.")
-    ] = None,
-    target: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="NEW", help="The folder to write; by default rollback-001 in the run folder."),
-    ] = None,
-    secret: SecretPath = None,
-) -> None:
-    """Write the adapter of an earlier version of a run, or of the run without one site, into a new folder. DIR stays as it is.
-
-    The answers must have been kept: a deployment keeps the latest, a simulation with [bold]--keep-updates[/bold]. Answers of others
-    stay as they were sent, also where their tasks came from versions with the site in them.
-
-    Example: [bold]fedloom rollback DIR --without ward-7[/bold]
-    """
-    from fedloom.runs.rollback import roll_back
-
-    result = roll_back(folder, to, without, target, read_secret_file(secret))
-    out.print("\n".join(result.notes), soft_wrap=True)
-    out.print(
-        f"\nAdapter  {result.folder / 'adapter'}\nGo on    with a new run from it: --set start={result.folder}",
-        soft_wrap=True,
-    )
 
 
 def read_secret_file(path: Path | None) -> bytes | None:

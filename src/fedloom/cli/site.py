@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.console import out
+from fedloom.cli.console import out, print_json
+from fedloom.cli.options import AsJson
 from fedloom.core.errors import Refused
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ Config = Annotated[Path, typer.Option("--config", metavar="FILE", help="The site
 
 @site_app.command()
 def new_split(config: Config) -> None:
-    """Begin a new split: a new secret, by which other rows are held out from now on.
+    """Draw a new split: a new secret, by which other rows are held out from now on.
 
     Rows that were held out so far may be trained on from then on, so a later score says less. It is for a site whose secret is lost.
     """
@@ -37,12 +38,15 @@ def new_split(config: Config) -> None:
 
 
 @site_app.command("terms")
-def show_terms(config: Config) -> None:
-    """Show the terms that servers offered to this site: those that wait, whole, and those that were accepted, by their hash."""
+def show_terms(config: Config, as_json: AsJson = False) -> None:
+    """Show the terms that servers have offered: open ones in full, accepted ones by their hash."""
     from fedloom.deploy.site.settings import read_site
 
     site = read_site(config)
     documents = _consents(site).documents()
+    if as_json:
+        print_json({"terms": documents})
+        return
     for one in documents:
         if one.accepted:
             out.print(f"Accepted {one.hash} {one.terms.run}, {one.accepted}, {one.by}", soft_wrap=True)
@@ -51,7 +55,7 @@ def show_terms(config: Config) -> None:
         _show(site, one)
         out.print(f"Accept   fedloom site accept --config {config} {one.hash[:12]}", soft_wrap=True)
     if not waiting:
-        out.print("No terms wait for acceptance.")
+        out.print("No open terms.")
 
 
 @site_app.command()
@@ -78,15 +82,15 @@ def show_record(
         list[Path] | None,
         typer.Option("--key", metavar="PUB", help="The site's public key; may be repeated. (default: of `key`)"),
     ] = None,
-    head: Annotated[str, typer.Option("--head", metavar="HASH", help="A head that was noted before.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="The lines as they are.")] = False,
+    head: Annotated[str, typer.Option("--head", metavar="HASH", help="A head that was stored before.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the lines as they are, in JSON.")] = False,
     last: Annotated[int, typer.Option("--last", min=0, metavar="N", help="Lines to show; 0: all.")] = 40,
 ) -> None:
-    """Show what servers asked of this site and what it sent, and check that no line was changed.
+    """Show what servers asked of this site and what it sent, and verify that no line was changed.
 
-    Each line names the sha256 of all before it and is signed by the site's key. Lines that were removed from the end leave no
-    trace in the file: note the head elsewhere now and then, and give it with [bold]--head[/bold]. A record that does not hold
-    gives exit code 2.
+    The lines are a hash chain, and each is signed by the site's key. Lines that are removed from the end leave no trace in the
+    file: store the head elsewhere now and then, and give it with [bold]--head[/bold]. A record that fails the check gives exit
+    code 2.
 
     Example: [bold]fedloom site log --record record.jsonl --key ward-7.pub[/bold]
     """

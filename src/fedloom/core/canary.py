@@ -47,10 +47,10 @@ class Canary:
     """Score on examples of the server that a version must keep to be published.
 
     Fields:
-        examples: how many of the server's test examples are taken for it; they are then no test examples any more (default 200).
+        examples: how many of the server's test examples are taken for it; they are then no longer test examples (default 200).
         margin: how much a mean score may lose (0 to 1; default 0.02). The score of an example is the probability that the model gives
-            to the right label, or of a written answer the geometric mean of that of its tokens.
-        every: every n-th version is scored, and the last one (default 1: each). Versions between are published unseen.
+            to the right label. For a written answer it is the geometric mean over its tokens.
+        every: every n-th version is scored, and the last one (default 1: each). Versions between are published without a score.
     """
 
     examples: int = 200

@@ -107,7 +107,7 @@ class Half:
 class HalfChange:
     """The difference to what the task started from in float16, two bytes per number, times a power of two; the way down as `Half`.
 
-    Right to 3e-4 of what was learnt, where `Half` is right to 3e-4 of the whole: the less an answer moved, the more that is worth.
+    Right to 3e-4 of what was learnt, where `Half` is right to 3e-4 of the whole. The less an answer moved, the more this gains.
     """
 
     number: ClassVar[int] = 2
@@ -125,7 +125,7 @@ class HalfChange:
 class DeltaInt8:
     """The difference to what the task started from in int8, with a scale a row and error feedback; the way down as `Half`.
 
-    One byte a number and four a row; right to about 1 % of what was learnt, which makes 2e-4 of a product that moved by 2 %. What
+    One byte per number and four per row. It is right to about 1 % of what was learnt: 2e-4 of a product that moved by 2 %. What
     was lost is added to the client's next answer as long as the basis stays (Seide et al. 2014; EF-SGD, arXiv 1901.09847).
     """
 

@@ -38,6 +38,14 @@ class Refused(ValueError):
         return type(self), (self.field, self.value, self.remedy)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which Slurm, systemd and containers send: it ends a run as Ctrl-C does, in order.
+
+    >>> issubclass(Terminated, KeyboardInterrupt)
+    True
+    """
+
+
 @contextmanager
 def refuse_damaged(field: str, value: object) -> Iterator[None]:
     """Raise what goes wrong in a block that goes by what somebody has written as Refused: its parts do not belong together."""
@@ -46,5 +54,5 @@ def refuse_damaged(field: str, value: object) -> Iterator[None]:
     except Refused:
         raise
     except UNREADABLE as error:
-        remedy = f"{type(error).__name__}: {first_line(error)}; where nothing else explains that, it is damaged or not fedloom's"
+        remedy = f"{type(error).__name__}: {first_line(error)}; if nothing else explains this, it is damaged or not from fedloom"
         raise Refused(field, value, remedy) from error

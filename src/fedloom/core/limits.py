@@ -16,11 +16,11 @@ class Limits:
         versions: global versions after which the run ends (at least 1; default 10).
         seconds: time at which it ends, if that is earlier (s; default None: no limit).
         failures: consecutive failed or lost tasks after which the run ends (default 100), or answers that a canary set aside without
-            a version in between: where every answer is refused, for instance because training diverged, more time does not help.
+            a version in between. Where every answer is refused, for instance because training diverged, more time does not help.
         evaluate_every: evaluate version 0, every n-th version and the last (default 1; 0: only the last).
         norm_ratio: times the median of what others of the run sent that an answer may move (default 5; None: not compared).
-        step_ratio: times what an optimiser can do in the task's steps that an answer may move it (default 3; None: not judged, for
-            sites that add noise to their answers).
+        step_ratio: times what an optimiser can do in the task's steps that an answer may move it (default 3). None: not judged, for
+            sites that add noise to their answers.
     """
 
     versions: int = 10

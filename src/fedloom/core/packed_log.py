@@ -93,15 +93,20 @@ class UnpackedFile(RawIOBase):
 
 def _unpacked(file: BinaryIO, size: int | None) -> Iterator[bytes]:
     """Yield what the next `size` bytes of a file (None: all) unpack to."""
-    unpacker = zlib.decompressobj(_GZIP_WINDOW)
+    unpacker = member_unpacker()
     while piece := file.read(PIECE if size is None else min(PIECE, size)):
         size = None if size is None else size - len(piece)
         while piece:
             yield unpacker.decompress(piece, PIECE)
             piece = unpacker.unconsumed_tail
             if unpacker.eof:
-                piece, unpacker = unpacker.unused_data, zlib.decompressobj(_GZIP_WINDOW)
+                piece, unpacker = unpacker.unused_data, member_unpacker()
     yield unpacker.flush()
+
+
+def member_unpacker() -> zlib._Decompress:
+    """Return what unpacks one member of a packed log."""
+    return zlib.decompressobj(_GZIP_WINDOW)
 
 
 def log_size(log: TextIO) -> int:

@@ -31,8 +31,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
 
-from torch import Tensor
-
 from fedloom.core.errors import Refused
 from fedloom.core.indexed_dict import IndexedTable
 from fedloom.core.text import has_surrogate
@@ -323,8 +321,8 @@ def reachable_classes(*hints: Any) -> dict[str, type]:
             todo += [inner for inner in declared_fields(kind).values() if inner not in classes.values()]
         elif is_protocol(hint):
             todo += [kind for kind in _implementations(hint).values() if kind not in classes.values()]
-        elif hint is Tensor:
-            classes["Tensor"] = Tensor
+        elif isinstance(hint, type) and (hint.__module__, hint.__name__) == ("torch", "Tensor"):
+            classes["Tensor"] = hint  # by its name: who reads no tensors need not wait for torch
         elif hint not in (*SCALARS, NoneType) and origin is not Literal:
             raise TypeError(f"{hint} cannot be read back")
     return classes
@@ -343,7 +341,7 @@ def _implementations(protocol: Any) -> dict[str, type]:
     """The dataclasses in the module of a protocol that have its members."""
     things = vars(sys.modules[protocol.__module__]).values()
     kinds = [thing for thing in things if isinstance(thing, type) and is_dataclass(thing)]
-    return {kind.__name__: kind for kind in kinds if all(hasattr(kind, name) for name in _members(protocol))}
+    return {kind.__name__: kind for kind in kinds if implements(kind, protocol)}
 
 
 def _word(data: Any) -> str:
@@ -458,12 +456,21 @@ def describe_type(hint: Any, current: object) -> str:
         )
     if origin is Callable:
         return f"a function such as {getattr(current, '__name__', 'linear')}"
-    return f"a value like {type(current).__name__}(...)" if is_dataclass(current) else f"a {(origin or hint).__name__}"
+    if is_dataclass(current):
+        return f"a value like {type(current).__name__}(...)"
+    name = (origin or hint).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def is_protocol(hint: Any) -> bool:
     """Whether a type asks for members and not for a class."""
     return bool(getattr(hint, "_is_protocol", False))
+
+
+def implements(kind: type, protocol: Any) -> bool:
+    """Whether a class has the members of a protocol, and its methods as methods."""
+    wanted = {name: callable(vars(protocol)[name]) for name in _members(protocol)}
+    return all(hasattr(kind, name) and (callable(getattr(kind, name)) or not call) for name, call in wanted.items())
 
 
 def _members(protocol: Any) -> list[str]:

@@ -45,7 +45,8 @@ What is promised (tests/laws hold every method to it):
    nobody.
 7. `wake` only tells the next due time, which is never in the past; asking changes nothing. Task ids are never reused.
 8. What a client did not train is not counted as its contribution.
-9. On a CPU, two runs of one seed give the same bytes, for any number of workers: every random draw has a stream of its own (`seeds`).
+9. On a CPU, two runs of one seed and one number of threads give the same bytes, for any number of workers: every random draw has a
+   stream of its own (`seeds`).
 10. A run that is killed anywhere and resumed gives the same bytes as one that is not.
 11. The distance that one answer moves the model, with C equally fast clients that always move theirs by d, is what the schedule's
     formula says: for FedFa-Param with window K it is d / (C + (K - 1) / 2) (tests/laws/test_drift.py).

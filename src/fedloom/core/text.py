@@ -1,4 +1,4 @@
-"""Text for messages, files and tokenizers: a library's error in one line, some of many names, no halves of characters.
+"""Text for messages, files and tokenizers: a library's error in one line, some of many names, the nearest, no halves of characters.
 
 And text from others: what a terminal may show of it, and JSON of which nothing unexpected comes.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 LONGEST_REASON = 160
@@ -24,6 +25,12 @@ ignorable ones without the joiners U+200C and U+200D and the variants of emoji, 
 BREAKS = re.compile("[\t\n]")
 LONGEST_NUMBER = 40
 """Digits of a whole number in JSON that is read."""
+LIKENESS = 0.7
+"""Share of letters from which on a name may be another one that was mistyped, as `difflib` counts them."""
+SHORTEST_PART = 3
+"""Letters from which on a part of a name is near to it."""
+AS_NEAR = 0.1
+"""How much less alike than the nearest name another one may be to be offered beside it."""
 
 
 def first_line(error: BaseException) -> str:
@@ -58,6 +65,39 @@ def list_some(names: Sequence[str], most: int) -> str:
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def nearest_names(name: str, names: Iterable[str], most: int = 3, likeness: float = LIKENESS) -> list[str]:
+    """Return at most so many names that this one may be a slip for, the nearest first; capitals and underscores do not count.
+
+    A part of a name is near to it.
+
+    >>> nearest_names("HLora", ["HLoRA", "FLoRA", "Rounds"]), nearest_names("size", ["batch_size", "weigh"])
+    (['HLoRA'], ['batch_size'])
+    """
+
+    def plain(text: str) -> str:
+        return text.casefold().replace("_", "").replace("-", "")
+
+    given, shares = plain(name), dict[str, float]()
+    matcher = SequenceMatcher(b=given)
+    for other in names:
+        matcher.set_seq1(plain(other))
+        part = len(given) >= SHORTEST_PART and given in plain(other)
+        shares[other] = max(matcher.ratio(), likeness if part else 0.0)
+    least = max(likeness, max(shares.values(), default=0.0) - AS_NEAR)
+    near = sorted((other for other in shares if shares[other] >= least), key=lambda other: (-shares[other], other))
+    return near[:1] if near and plain(near[0]) == given else near[:most]
+
+
+def did_you_mean(name: str, names: Iterable[str], likeness: float = LIKENESS) -> str:
+    """Return the question whether one of the nearest names was meant; empty where none is near.
+
+    >>> did_you_mean("HLora", ["HLoRA", "Rounds"]), did_you_mean("xyz", ["HLoRA"])
+    ('did you mean HLoRA?', '')
+    """
+    near = nearest_names(name, names, likeness=likeness)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def has_surrogate(text: str) -> bool:

@@ -1,8 +1,8 @@
 """Data: where examples come from, how they are divided over clients, and how uneven the clients are.
 
-Sources (`table`, `instructions`, `tickets`, `corrupted`) give a `Split` of `Examples` (`examples`). All tables come in by one way:
-`file_formats` reads files (`delimited` those of text), `database` queries, `raw_table` what is in memory, and `cells` says what a
-cell means, whatever it came from.
+Sources (`table`, `instructions`, `tickets`, `office_tasks`, `corrupted`) give a `Split` of `Examples` (`examples`). All tables come
+in by one way: `file_formats` reads files (`delimited` those of text), `database` queries, `raw_table` what is in memory, and `cells`
+says what a cell means, whatever it came from.
 Partitions (`partition`, and `skew` for axes that are measured with `text_measures`) divide the training examples over clients.
 `client_summary`, `private_histogram` and `heterogeneity` tell how uneven clients are, from counts that hold no text.
 

@@ -19,11 +19,10 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+")
 class Corrupted:
     """A source with a seeded `share` of its training examples damaged; test examples stay clean.
 
-    Of the context of a damaged example (its pair where there is one, else its text) a share `delete` of the sentences is left out
-    and a share `shuffle` of the others changes places; words take the place of sentences where there is one only. With the chance
-    `swap` it gets a wrong label, or another's reference answer where there are answers. An example's `quality` is 0 if it is
-    untouched, and falls by the share that really was left out, by the share that really was moved, and by 1 for a wrong answer;
-    damage to damaged examples adds up.
+    The context of a damaged example is its pair where there is one, else its text. A share `delete` of its sentences is left out and
+    a share `shuffle` of the others changes places. With one sentence only, words take their place. With the chance `swap` it gets a
+    wrong label, or another's reference answer where there are answers. An example's `quality` is 0 if it is untouched. It falls by
+    the share that really was left out, by the share that really was moved, and by 1 for a wrong answer. Repeated damage adds up.
 
     Fields:
         source: source of the examples.

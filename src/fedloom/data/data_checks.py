@@ -54,7 +54,7 @@ def repeat_sentences(examples: Examples) -> Iterator[str]:
     for question, answer in zip(asked, _answers(examples), strict=True):
         answers[question].add(answer)
     if repeated := len(asked) - len(answers):
-        yield f"{repeated} of {len(asked)} texts stand there before; keep one of each, or they weigh double."
+        yield f"{repeated} of {len(asked)} texts repeat an earlier one; keep one of each, or they count double."
     what = "answers" if examples.answers is not None else "labels"
     if several := sum(len(found) > 1 for found in answers.values()):
         yield f"{several} texts have different {what} in different rows."
@@ -64,7 +64,7 @@ def overlap_sentences(train: Examples, test: Examples) -> Iterator[str]:
     """Say how many test examples are among the training examples, whatever their label or answer, and how many labels are new."""
     trained = set(_questions(train))
     if both := sum(question in trained for question in _questions(test)):
-        yield f"{both} of {len(test)} test examples are in the training data, too: scores on them say little."
+        yield f"{both} of {len(test)} test examples are in the training data, too: their scores are too good."
     named = [test.names[label] for label in test.labels if test.names[label]]
     if len(train.names) > 1 and (new := sum(name not in train.names for name in named)):
         yield f"{new} of {len(test)} test examples have a label that no training example has."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fedloom.core.errors import Refused
+from fedloom.core.settings_view import as_written
 from fedloom.data.cells import (
     by_number,
     check_columns,
@@ -51,9 +52,9 @@ TOOLS = frozenset({"tool", "function", "function_call", "observation", "ipython"
 class Instructions(FileFormat):
     """Requests with reference answers in a file that `Table` could read, in anything in Python that `Rows` could, or from a function.
 
-    Rows without an answer are left out; how many they were is in the notes of the run. Where `instruction` or `answer` is not given
-    and there is no such column, one with a usual name is taken (Alpaca's `input` and `output`, a column of conversations), if there
-    is exactly one; the notes say which.
+    Rows without an answer are left out; their number is in the notes of the run. Where `instruction` or `answer` is not given and
+    there is no such column, the only one with a usual name is taken (Alpaca's `input` and `output`, a column of conversations). The
+    notes say which.
 
     Fields, besides those of `FileFormat`:
         path: file or rows of the training examples, or of all.
@@ -62,16 +63,15 @@ class Instructions(FileFormat):
         context: column of a text that the request is about (default: none).
         answer: column of the reference answer.
         messages: column of conversations, in the place of the three before (default: none). Each is a list of {"role", "content"} or
-            {"from", "value"}: all messages of the assistant are learnt, and the last one is the answer that is written and scored.
+            {"from", "value"}. All messages of the assistant are trained on; the last one is the answer that is written and scored.
         roles: other names of speakers in conversations, each with its role "user", "assistant" or "system" (default: the usual ones,
             such as "human" and "gpt").
         client: column of the client that a row came from (default: none).
         kind: column of the kind of task, for partitions by label (default: all of one kind).
-        split: column that says "train" or "test"; rows with another word are left alone (default: `test_share` decides).
+        split: column that says "train" or "test"; rows with another word are ignored (default: `test_share` decides).
         test_share: share of each kind that is set aside to test on, where neither `test` nor `split` says which.
         limit: number of random training examples to keep (default: all).
-        missing: what becomes of rows that lack a request, client or kind, or have a conversation that cannot be read: "refuse" or
-            "drop".
+        missing: what happens to rows that lack a request, client or kind, or have an unreadable conversation: "refuse" or "drop".
     """
 
     path: str | Path | RowSource
@@ -99,6 +99,10 @@ class Instructions(FileFormat):
         for speaker, role in (self.roles or {}).items():
             if role not in ("system", "user", "assistant"):
                 raise Refused("data.roles", f"{speaker}: {role}", "a role is system, user or assistant")
+
+    def __repr__(self) -> str:
+        """Return it without the data."""
+        return as_written(self)
 
     def load(self, seed: int) -> Split:
         """Read the rows, separate training from test rows, and leave out those without an answer. Raises Refused."""

@@ -155,7 +155,7 @@ class ClientDirichlet:
     So does the sampler that HLoRA's public prototype uses (its clients may share examples; here every example has one
     owner). The labels of all clients together are even in expectation, whatever the data's own shares are:
     `LabelDirichlet` keeps those, and then the commonest label drowns the others when most clients have one label. Where a
-    label runs out, others fill the place; what nobody took stays unused.
+    label runs out, others fill the place; what no client took stays unused.
 
     Fields:
         clients: number of clients.
@@ -203,6 +203,9 @@ class ByClient:
     smallest: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.smallest, str):
+            remedy = "the column of clients belongs to the data, such as Table(..., client=NAME); here leave it out"
+            raise Refused("partition.smallest", self.smallest, remedy)
         check_partition(1, smallest=self.smallest)
 
     def split(self, examples: Examples, seed: int) -> dict[str, tuple[int, ...]]:
@@ -294,14 +297,14 @@ def partition_notes(examples: Examples, shards: Sequence[Shard], share: float) -
     """
     notes = []
     if share and (unscored := sum(not shard.held_out for shard in shards)):
-        whose = f"{unscored} of {len(shards)} clients hold none of their few examples out"
-        notes.append(f"{whose}: they train on all and are not scored.")
+        whose = f"{unscored} of {len(shards)} clients have too few examples to hold any out"
+        notes.append(f"{whose}: they train on all of them and are not evaluated.")
     unused = len(examples) - sum(len(shard.train) + len(shard.held_out) for shard in shards)
     if shards and unused:
         named = set(examples.clients or ())
         lost = len(named) - len(shards) if named.issuperset(shard.client for shard in shards) else 0
         whose = f", those of {lost} clients with too few examples (partition.smallest)" if lost else ""
-        notes.append(f"{unused} of {len(examples)} training examples are at no client and are not used{whose}.")
+        notes.append(f"{unused} of {len(examples)} training examples belong to no client and are not used{whose}.")
     return notes
 
 

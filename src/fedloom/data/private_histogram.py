@@ -19,9 +19,9 @@ ROUNDS = 100  # of k-means, at most; it is over when no point changes its centre
 def noised(counts: Sequence[float], epsilon: float, seed: int, client: ClientId) -> tuple[float, ...]:
     """Add Laplace noise of scale 1 / `epsilon` to each count, round, and cut at 0; done by the client itself.
 
-    `epsilon`-differential privacy of one example of the client, for this one answer: adding or removing an example changes one
-    count by 1, which is the sensitivity. (Exchanging an example changes two counts: 2 `epsilon`. Answers add up: two histograms cost
-    twice as much.) Rounding keeps the low bits of the noise from revealing what it was added to, and costs no privacy, nor does
+    This one answer has `epsilon`-differential privacy of one example of the client. Adding or removing an example changes one count
+    by 1, which is the sensitivity. Exchanging an example changes two counts: 2 `epsilon`. Answers add up: two histograms cost twice
+    as much. Rounding keeps the low bits of the noise from revealing what it was added to, and costs no privacy, nor does
     cutting at 0. The number of examples, if it is sent as well, is not covered. The draws follow `seed`: for real privacy it is the
     client's own secret. Source: Dwork and Roth, "The algorithmic foundations of differential privacy", 2014, Thm. 3.6.
 
@@ -40,7 +40,7 @@ def topics(embeddings: Mapping[ClientId, Tensor], count: int, seed: int) -> dict
     """Count each client's examples of `count` topics: an example's topic is the nearest of the centres of all clients' examples.
 
     `embeddings` are one row per example, (examples, width), from a frozen base model. They are pooled here, which a simulation may
-    do; where they must not leave a client, find `centres` of public texts and let each client do its own `count_topics`, `noised`.
+    do. If they must not leave a client, find `centres` of public texts. Then each client calls `count_topics` and `noised` itself.
 
     Raises:
         Refused: fewer examples than topics.

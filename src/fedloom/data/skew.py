@@ -94,9 +94,9 @@ class LengthDirichlet:
         alpha: concentration; the smaller, the more uneven.
         smallest: examples that every client has at least, before anything is held equal.
         bins: quantile bins of the measure (None: one for each value).
-        equal: `ones` gives all clients as many examples (their amounts of text then differ), `words` as many words, or tokens with
-            the measure `Tokens` (their numbers of examples then differ), to within one example; some stay unused for that. None
-            holds nothing equal and uses every example.
+        equal: `ones` gives all clients as many examples; their amounts of text then differ. `words` gives as many words, or tokens
+            with the measure `Tokens`; their numbers of examples then differ. Both hold to within one example, and some examples stay
+            unused. None holds nothing equal and uses every example.
         measure: length of an example.
     """
 
@@ -122,7 +122,15 @@ class LengthDirichlet:
 
 @dataclass(frozen=True)
 class QualityDirichlet:
-    """Clients whose texts differ in quality, as the examples state it (`Corrupted`, `Judged`); fields as in `LengthDirichlet`."""
+    """Clients whose texts differ in quality, as the examples state it (`Corrupted`, `Judged`).
+
+    Fields:
+        clients: number of clients.
+        alpha: concentration; the smaller, the more uneven.
+        smallest: examples that every client has at least, before anything is held equal.
+        bins: quantile bins of the quality (None: one for each value).
+        equal: what all clients have as much of, as in `LengthDirichlet` (None: nothing).
+    """
 
     clients: int = 20
     alpha: float = 0.5

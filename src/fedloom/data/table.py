@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedloom.core.errors import Refused
+from fedloom.core.settings_view import as_written
 from fedloom.core.text import first_line
 from fedloom.data import cells
 from fedloom.data.delimited import FileFormat
@@ -113,8 +114,10 @@ class Hub(Layout):
 
 @dataclass(frozen=True)
 class Rows(Layout):
-    """Labelled texts in Python: rows (mappings of column to value) or columns (a mapping of column to values), a frame of pandas or
-    polars, an Arrow table, a `datasets` object, or a function that returns one of these at each load.
+    """Labelled texts in Python: rows, columns, a frame of pandas or polars, an Arrow table, or a `datasets` object.
+
+    Rows are mappings of column to value; columns are a mapping of column to values. A function that returns one of these is called at
+    each load.
 
     Fields, besides those of `Layout`:
         rows: training rows, or all.
@@ -128,6 +131,10 @@ class Rows(Layout):
         super().__post_init__()
         for name in ("rows", "test"):
             object.__setattr__(self, name, held_rows(getattr(self, name)))
+
+    def __repr__(self) -> str:
+        """Return it without the data."""
+        return as_written(self)
 
     def load(self, seed: int) -> Split:
         """Return the split; `seed` decides what is set aside and what `limit` keeps."""
@@ -216,7 +223,24 @@ def _columns(names: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 LIKELY_NAMES: Mapping[str, tuple[str, ...]] = {
-    "client": ("client", "client_id", "user", "user_id", "site", "hospital", "company", "device"),
+    "client": (
+        "client",
+        "client_id",
+        "user",
+        "user_id",
+        "site",
+        "hospital",
+        "company",
+        "device",
+        "ward",
+        "clinic",
+        "department",
+        "branch",
+        "bank",
+        "school",
+        "organisation",
+        "organization",
+    ),
     "text": (
         "text",
         "sentence",
@@ -228,10 +252,16 @@ LIKELY_NAMES: Mapping[str, tuple[str, ...]] = {
         "request",
         "question",
         "title",
+        "message",
+        "note",
+        "comment",
+        "review",
+        "body",
+        "content",
     ),
     "pair": ("sentence2", "question2", "hypothesis", "context", "input", "passage", "description"),
     "answer": ("answer", "response", "output", "completion", "target"),
-    "label": ("label", "category", "intent", "class", "topic", "task"),
+    "label": ("label", "category", "intent", "class", "topic", "task", "sentiment", "diagnosis"),
 }
 """Roles of columns, and names that a column of each role often has, the likeliest first."""
 MOST_LABELS = 200

@@ -12,7 +12,7 @@ from fedloom.core import schema
 from fedloom.core.errors import Refused
 from fedloom.core.events import CanaryScored, ClientJoined, ClientLost, Event, ScoresReady, TaskFailed
 from fedloom.core.files import LOCKED, private_folder, read_json
-from fedloom.core.policies import require_fresh_answers
+from fedloom.core.policies import Observer, require_fresh_answers
 from fedloom.core.schema import jsonable
 from fedloom.core.types import Budget, ClientId, Profile, TaskStart
 from fedloom.data.examples import without_training_examples
@@ -25,6 +25,7 @@ from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.evaluation import Evaluation, evaluation_lines
 from fedloom.deploy.server.key_facts import read_facts
 from fedloom.deploy.server.reply_events import REGION
+from fedloom.deploy.server.run_end import announce_end
 from fedloom.deploy.server.status import Status
 from fedloom.hierarchy.hierarchy import need_lasting_groups
 from fedloom.report.run_log import read_run_log
@@ -37,6 +38,7 @@ from fedloom.runs.private_run import check_private, refuse_private_regions
 from fedloom.runs.replay import recorded_steps
 from fedloom.runs.resume import FIXED, unfinished_run, versions_made
 from fedloom.runs.run import Run
+from fedloom.runs.trackers.tracker import Tracker, open_trackers
 
 SAME = tuple(section for section in FIXED if section not in ("clients", "partition", "groups"))
 """Sections of the manifest that are there before any client is."""
@@ -51,7 +53,7 @@ def run_deployment(
     """Carry out the run of a deployment's folder, or go on with it; returns the reason of its end. Raises Refused."""
     config, target = DeploymentConfig.from_folder(folder), folder / RUN_FOLDER
     if config.above:
-        run_region(transport, folder, config, pause, clock)
+        return run_region(transport, folder, config, pause, clock)
     private_folder(target)
     reason, until = finish_reason(target), config.until
     if reason and (until is None or until <= versions_made(read_run_log(target))):
@@ -92,7 +94,10 @@ def run_deployment(
     with status.exported(config.metrics_port):
         regions = {"regions": config.min_clients} if over_regions else {}
         about = {"deployed": True, **regions}
-        job.record(drive, target, [status], about, checkpoint_seconds=0.0, keep_updates=10**6 * config.kept_megabytes)
+        watching: list[Observer | Tracker] = [status, *open_trackers(config.trackers)]
+        kept = 10**6 * config.kept_megabytes
+        job.record(drive, target, watching, about, checkpoint_seconds=0.0, keep_updates=kept)
+        announce_end(deployment, finish_reason(target), between)
     return finish_reason(target)
 
 
@@ -181,7 +186,7 @@ def prepare_server(
     secret = server_secret(value, target.parent)
     before = unfinished_run(target, value, (Deployment,), until, secret) if begun else None
     if before and before.extended and not before.values:
-        remedy = f"its last checkpoint is not there; begin a new run with start={target}"
+        remedy = f"its last checkpoint is missing; start a new run with --set start={target}"
         raise Refused("--more", str(target), remedy)
     profiles = dict[ClientId, Profile]()
     job = assemble(value, without_training_examples(value.data, value.seed), (), before, clients, secret)

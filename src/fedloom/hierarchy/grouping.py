@@ -59,7 +59,11 @@ Grouping: TypeAlias = Callable[[Sequence[Member], int], Groups]
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Grouping as given, in that order."""
+    """Grouping as given, in that order.
+
+    Fields:
+        groups: names of the clients of each group.
+    """
 
     groups: Groups = ()
 
@@ -98,7 +102,11 @@ class ByRegion:
 
 @dataclass(frozen=True, slots=True)
 class RandomGroups:
-    """Grouping at random into so many groups, of sizes that differ by at most 1: what every other grouping must beat."""
+    """Grouping at random into so many groups, of sizes that differ by at most 1: what every other grouping must beat.
+
+    Fields:
+        groups: number of groups.
+    """
 
     groups: int = 8
 
@@ -114,7 +122,11 @@ class RandomGroups:
 
 @dataclass(frozen=True, slots=True)
 class BySpeed:
-    """Grouping by speed, the fastest clients first: clients wait little, whatever the labels (tiers, as in TiFL)."""
+    """Grouping by speed, the fastest clients first: clients wait little, whatever the labels (tiers, as in TiFL).
+
+    Fields:
+        groups: number of groups.
+    """
 
     groups: int = 8
 
@@ -132,8 +144,8 @@ class BySpeed:
 class NearIID:
     """Grouping in which each group resembles all clients together, in labels, and clients wait little (HierFedLoRA).
 
-    Minimises the sum over groups of `waiting` * waiting time + (1 - `waiting`) * KL of the group's labels from all, both relative to
-    random groups: a greedy construction, then swaps until none gains, in large fleets of a sample (see `near_iid`).
+    Minimises the sum over groups of `waiting` * waiting time + (1 - `waiting`) * KL of the group's labels from all. Both are relative
+    to random groups. It makes groups greedily, then swaps clients until no swap gains, in large fleets of a sample (see `near_iid`).
 
     Fields:
         groups: number of groups.

@@ -72,7 +72,7 @@ class Hierarchy:
     """Groups of clients, each behind an edge, which is a client of the run's server.
 
     An edge makes several versions of a task with its members, and reports the last one. In each of these rounds every member trains
-    the steps of the task divided by the rounds; its rank and depth are those of the run's plan, as without a hierarchy.
+    the steps of the task divided by the rounds. Its rank and depth are those of the run's plan, as without a hierarchy.
 
     Fields:
         groups: rule that divides clients into groups (default: one group of all clients).
@@ -88,7 +88,7 @@ class Hierarchy:
         epsilon: privacy budget of the counts, differential privacy per example (`private_histogram.noised`; default 0: exact counts).
         regroup: drift of clients' times (`grouping.time_drift`) above which groups are made again after a version (default 0:
             never; 0.1: 10 %).
-        secure: how members' answers are summed so that nobody, the server included, sees a single one (default None: they are seen).
+        secure: how members' answers are summed so that no party, the server included, sees a single one (default None: not summed).
     """
 
     groups: Grouping = field(default_factory=Everybody)

@@ -87,7 +87,7 @@ class DepthByMemory:
 class DepthByCapability:
     """The largest depth that fits the client's memory and lets it answer in time.
 
-    Source: after LEGEND (Liu et al., arXiv 2412.20004): the more capable a device, the deeper it trains, so that all answer at
+    Source: after LEGEND (Liu et al., arXiv 2412.20004). The more capable a device, the deeper it trains, so that all answer at
     about the same time. The time is that of download, steps and upload in float32, by the client's profile.
 
     Fields:

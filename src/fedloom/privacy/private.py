@@ -33,8 +33,8 @@ class Private:
         multiplier: standard deviation of the noise over the largest change by one client in a merge; with unit "record" over `clip`
             in a step of training (z).
         most_answers: answers of one client that may be merged in the whole run; with unit "record" tasks that it may be given.
-        unit: who is protected: "client" from readers and members, by noise of the server; "record" from everybody, by noise at the
-            sites (default "client").
+        unit: who is protected (default "client"). "client" is protected from readers and members, by noise of the server. "record" is
+            protected from all parties, by noise at the sites.
         budget: (epsilon, delta) that a client's answers together, or with unit "record" those of a site, may not exceed (default
             None: not limited, but counted).
         noise: "independent" in each version, or "banded": correlated over versions, which is less for clients that are merged seldom

@@ -26,9 +26,13 @@ def label(text: object, length: int = 28) -> str:
 
 
 def run_names(logs: Sequence[RunLog]) -> list[str]:
-    """Return a distinct name for each run: its own, with the folder's where two share one, numbered where that is not enough."""
-    names = [str(log.manifest["name"]) for log in logs]
-    clear = [n if names.count(n) == 1 else f"{n} ({log.folder.name})" for n, log in zip(names, logs, strict=True)]
+    """Return a distinct name for each run: its own, with the folder's where two share one, numbered where that is not enough.
+
+    Where all runs have the same name, as those of a sweep, the folder's alone.
+    """
+    names, folders = [str(log.manifest["name"]) for log in logs], [log.folder.resolve().name for log in logs]
+    clear = [n if names.count(n) == 1 else f"{n} ({folder})" for n, folder in zip(names, folders, strict=True)]
+    clear = folders if len(logs) > 1 == len(set(names)) else clear
     return [label(n if clear.count(n) == 1 else f"{n} #{i}", 48) for i, n in enumerate(clear, 1)]
 
 

@@ -24,6 +24,7 @@ from fedloom.report.facts import (
 )
 from fedloom.report.line_table import Floats, Line
 from fedloom.report.numbers import BYTES, SPANS, axis_unit, percent, short, to_float
+from fedloom.report.paired_differences import PairedDifference
 from fedloom.report.run_log import RunLog
 from fedloom.report.style import (
     MUTED,
@@ -203,16 +204,15 @@ def draw_energy(figure: Figure, log: RunLog) -> str:
 
 def _stack(axes: Axes, versions: Sequence[Line], cut: Sequence[tuple[int, int]]) -> None:
     """Bands of directions, strongest below; grey on top is what lies beyond the adapter's directions, in a fold."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
+    from matplotlib.colors import to_rgba
 
     x = [line["version"] for line in versions]
     shares = [[sum(line["energy"][a:b]) for line in versions] for a, b in cut]
-    shades = [to_hex(colormaps["cividis"](0.95 * i / max(1, len(cut) - 1))) for i in range(len(cut))]
+    shades = [to_rgba(SERIES[0], 1 - 0.85 * i / max(1, len(cut) - 1)) for i in range(len(cut))]
     labels = [f"{a + 1}" if b == a + 1 else f"{a + 1} to {b}" for a, b in cut]
     beyond = [max(0.0, 1 - sum(line["energy"])) for line in versions]
     if max(beyond) > 1e-3:
-        shares, shades, labels = [*shares, beyond], [*shades, OTHER], [*labels, f"beyond {cut[-1][1]}"]
+        shares, shades, labels = [*shares, beyond], [*shades, to_rgba(OTHER)], [*labels, f"beyond {cut[-1][1]}"]
     if len(x) == 1:
         x, shares = [x[0] - 0.5, x[0] + 0.5], [row * 2 for row in shares]
     layers = axes.stackplot(x, shares, colors=shades, linewidth=0)
@@ -255,3 +255,19 @@ def draw_energy_comparison(figure: Figure, logs: Sequence[RunLog]) -> str:
     panels[0].set_ylim(0, 1.04)
     run_legend(figure, panels[0], logs)
     return f"Share of energy within the smallest client rank, effective rank and discarded energy by {unit}."
+
+
+@picture(2.4)
+def draw_paired_differences(figure: Figure, rows: Sequence[PairedDifference]) -> str:
+    """Draw what each setting changes: a dot a pair, the mean and its interval."""
+    axes, what = figure.subplots(), rows[0].figure
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    for place, row in enumerate(reversed(rows)):
+        axes.plot(row.differences, [place + 0.16] * len(row.differences), "o", color=OTHER, markersize=5)
+        width = row.half_width if len(row.differences) > 1 else 0.0
+        axes.errorbar(row.mean, place, xerr=width, fmt="D", color=SERIES[0], capsize=3, markersize=4.5)
+    names = [f"{facts.label(row.value)} instead of {facts.label(row.baseline)}" for row in rows]
+    axes.set_yticks(range(len(rows)), names[::-1])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel(f"difference in {what.name.lower()}" + (f" ({what.unit})" if what.unit else ""))
+    return " ".join(row.sentence() for row in rows)

@@ -36,6 +36,7 @@ from fedloom.report.style import (
     MUTED,
     OTHER,
     PALE,
+    PAPER,
     SERIES,
     Box,
     draw_boxes,
@@ -110,10 +111,8 @@ def draw_activity(figure: Figure, log: RunLog) -> str:
     legend = [Patch(facecolor=color, label=f"{phase}") for phase, color in PHASES.items()]
     for text, (_, hatch) in WASTED.items():
         rectangles = [box for kind, box in spans if kind == text]
-        draw_boxes(axes, rectangles, facecolor="#ffffff99", edgecolor=INK, hatch=hatch)
-        legend += (
-            [Patch(facecolor="#ffffff", edgecolor=INK, hatch=hatch, label=text, linewidth=0.5)] if rectangles else []
-        )
+        draw_boxes(axes, rectangles, facecolor=PAPER, alpha=0.6, edgecolor=INK, hatch=hatch)
+        legend += [Patch(facecolor=PAPER, edgecolor=INK, hatch=hatch, label=text, linewidth=0.5)] if rectangles else []
     _merges(axes, log, second, until)
     figure.legend(handles=legend, loc="outside upper right", ncols=5)
     axes.set_yticks(list(row.values()), [label(n, 16) for n in row], fontsize=7.5 if len(row) <= 24 else 6)
@@ -137,7 +136,7 @@ def _merges(axes: Axes, log: RunLog, second: float, until: float) -> None:
     times = times[times <= until]
     if len(times) <= 100:
         for time in times.tolist():
-            axes.axvline(time / second, color="#c4c9d0", linewidth=0.7, zorder=0.5)
+            axes.axvline(time / second, color=OTHER, linewidth=0.7, zorder=0.5)
 
 
 def _phases(task: Line, row: int, second: float, until: float) -> list[tuple[str, Box]]:
@@ -318,7 +317,7 @@ def draw_client_accuracy(figure: Figure, log: RunLog) -> str:
     rows = [line for _, _, lines in shown for line in lines]
     beside = "before training" if generates_text(log) else "always its commonest label"
     base, first = [to_float(line.get("base_accuracy")) for line in rows], 0
-    axes.vlines(range(len(rows)), base, [accuracy(line) for line in rows], color="#c9ced6", linewidth=1.2)
+    axes.vlines(range(len(rows)), base, [accuracy(line) for line in rows], color=OTHER, linewidth=1.2)
     axes.plot(base, "_", color=MUTED, markersize=6, markeredgewidth=1.4, label=beside)
     for group, colour, lines in shown:
         _tier(axes, group, [accuracy(line) for line in lines], first, colour, 5 if len(rows) <= 150 else 3)
@@ -348,7 +347,7 @@ def _tier(axes: Axes, group: RankGroup, values: Sequence[float], first: int, col
     axes.plot(range(first, first + len(values)), values, "o", color=colour, markersize=dot, label=legend_text(text))
     axes.hlines(middle, left, right, color=colour, linewidth=1)
     if first:
-        axes.axvline(first - 0.5, color="#b4bac2", linewidth=0.8)
+        axes.axvline(first - 0.5, color=PALE, linewidth=0.8)
 
 
 @picture(3.4)
@@ -401,16 +400,13 @@ def _heat(figure: Figure, summaries: Sequence[Summary], counts: Floats, marks: d
 
 
 def _rows(axes: Axes, counts: Floats, half: Sequence[int], names: Sequence[str]) -> None:
-    """Darker where more of a client's texts are, relative to its fullest bin; first row on top."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
+    """Stronger where more of a client's texts are, relative to its fullest bin; first row on top."""
     shares = counts / counts.max(axis=1, keepdims=True)
     shade = np.ceil(shares * SHADES).astype(int)
     for level in range(1, SHADES + 1):
         cells = [(float(x), -y - 0.45, 1.0, 0.9) for y, x in np.argwhere(shade == level).tolist()]
         if cells:
-            draw_boxes(axes, cells, facecolor=to_hex(colormaps["Blues"](0.08 + 0.72 * level / SHADES)))
+            draw_boxes(axes, cells, facecolor=SERIES[0], alpha=0.06 + 0.84 * level / SHADES)
     draw_boxes(axes, [(k + 0.42, -y - 0.45, 0.16, 0.9) for y, k in enumerate(half)], facecolor=INK)
     axes.set_yticks([-y for y in range(len(names))], list(names), fontsize=7.5 if len(names) <= 24 else 6)
     axes.set_ylim(-len(names) + 0.4, 0.6)

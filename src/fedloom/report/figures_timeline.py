@@ -16,6 +16,7 @@ from fedloom.report.line_table import Line
 from fedloom.report.numbers import BYTES, SPANS, axis_unit, evenly, format_bytes, percent, plural, short, to_float
 from fedloom.report.run_log import RunLog
 from fedloom.report.style import (
+    INK,
     MUTED,
     OTHER,
     SERIES,
@@ -112,7 +113,7 @@ def _titled(axes: Axes, title: str) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     axes.set_title(title)
-    axes.set_xlabel("versions made since the one that the update was trained from")
+    axes.set_xlabel("versions behind")
     percent_axis(axes)
     axes.set_ylim(bottom=0)
 
@@ -217,7 +218,7 @@ def draw_participation(figure: Figure, log: RunLog) -> str:
     shown = evenly(rows, COLUMNS)
     _columns(right, shown, order, [len(rows) * row.updates for row in shown])
     held = [len(rows) * row.examples for row in shown]
-    right.plot(range(len(shown)), held, "_" if len(shown) <= 60 else ".", color="#1f2430", markersize=5 if len(shown) <= 60 else 2,
+    right.plot(range(len(shown)), held, "_" if len(shown) <= 60 else ".", color=INK, markersize=5 if len(shown) <= 60 else 2,
                label="examples")  # fmt: skip
     right.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="equal share")
     _named(right, shown, rows)

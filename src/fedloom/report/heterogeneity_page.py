@@ -42,7 +42,7 @@ over ten bins of equal weight. Quality: how far the clients' means lie from the 
 deviation over mean. Chance is what the same texts give when they are dealt out at random, mean of 40 deals. Like
 Dirichlet: the concentration of a Dirichlet draw that would be as uneven; the smaller, the more uneven."""
 LENGTHS = """
-Above, all texts; below, one row per client, darker where more of its texts are, with a stroke at its median. Rows that look alike are
+Above, all texts; below, one row per client, stronger where more of its texts are; a stroke is its median. Rows that look alike are
 even."""
 QUALITY = """
 As above, for what the examples or the model say of the quality of each text; scores compare only within one scale."""

@@ -11,6 +11,7 @@ from fedloom.core.errors import Refused, refuse_damaged
 from fedloom.core.files import atomic_write
 from fedloom.core.text import printable
 from fedloom.report import facts, sections, tables
+from fedloom.report.paired_differences import best_cell_sentence
 from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.report.sections import Section
 
@@ -74,7 +75,8 @@ def runs_page(logs: Sequence[RunLog]) -> Page:
     warnings = [warning for log in logs if (warning := warning_text(log, named=len(logs) > 1))]
     if len(logs) > 1:
         title, sections_ = f"{len(logs)} runs compared", sections.comparison_sections(logs)
-        return Page(title, facts.comparison_sentence(logs), sections_, version, warnings=warnings)
+        sentence = best_cell_sentence(logs) or facts.comparison_sentence(logs)
+        return Page(title, sentence, sections_, version, warnings=warnings)
     (log,) = logs
     return Page(
         facts.run_names(logs)[0],

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from fedloom.core.errors import Refused
+from fedloom.core.errors import Refused, refuse_damaged
 from fedloom.core.files import LOCKED, lock, open_regular, read_json, read_lines
 from fedloom.core.schema import Decoder, Malformed
 from fedloom.core.text import parse_json
@@ -168,15 +168,28 @@ def read_run_log(folder: Path) -> RunLog:
     )
 
 
+SWEEP_FILE = "sweep.json"
+"""In the folder of a sweep: the names of its runs."""
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Return the folders of the runs of a sweep that have begun; of another folder itself."""
+    if not (folder / SWEEP_FILE).is_file():
+        return [folder]
+    with refuse_damaged("folder", str(folder)):
+        named = [folder / Path(name).name for name in read_json(folder / SWEEP_FILE)["runs"]]
+    return [one for one in named if (one / "manifest.json").is_file()]
+
+
 def read_manifest(folder: Path) -> Line:
     """Read the manifest of a run alone; the status of one that no process carries out any more is "killed"."""
     manifest = _manifest(folder)
-    if manifest["status"] == "running" and _abandoned(folder):
+    if manifest["status"] == "running" and is_abandoned(folder):
         return {**manifest, "status": "killed"}
     return manifest
 
 
-def _abandoned(folder: Path) -> bool:
+def is_abandoned(folder: Path) -> bool:
     """Whether no process holds the folder's lock: the run was killed."""
     try:
         with open_regular(folder / LOCKED) as file:

@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from fedloom.report import facts, figures, figures_clients, figures_timeline, label_facts, rank_facts, tables, timeline
+from fedloom.report import (
+    facts,
+    figures,
+    figures_clients,
+    figures_timeline,
+    label_facts,
+    paired_differences,
+    rank_facts,
+    tables,
+    timeline,
+)
 from fedloom.report.numbers import plural, short, to_float
 from fedloom.report.run_log import RunLog
 from fedloom.report.tables import Grid
@@ -22,7 +32,7 @@ class PageBlock:
     Fields:
         caption: how to read it.
         finding: what is to be seen in it.
-        picture: function that draws it and returns an SVG text (default: no picture).
+        picture: function that draws it and returns an SVG text, with `narrow=True` for a narrow page (default: no picture).
         grid: table (default: none).
         code: Python code (default: none).
         kind: how a table is set, "numbers", "words" or "texts".
@@ -30,7 +40,7 @@ class PageBlock:
 
     caption: str
     finding: str = ""
-    picture: Callable[[], str] | None = None
+    picture: Callable[..., str] | None = None
     grid: Grid | None = None
     code: str = ""
     kind: str = "numbers"
@@ -73,13 +83,23 @@ SUMMARY = """
 Time and bytes until the run ended; the last two columns, where present, say when each run first reached the accuracy
 that all of them reached, and with how many bytes."""
 DIFFERENT = "Only what differs is listed; every other setting is the same in all runs."
+MEANS = """
+Means over runs that differ in their seed only, and in brackets the lowest and the highest of them."""
+PAIRED = """
+What a setting changes: differences between runs that differ in nothing else and have the same seed. A dot is a pair, the bar the mean
+with its 95 % interval (Student's t over the pairs). If the bar includes 0, chance may explain the difference; of twenty bars one
+misses by chance. All runs are scored on the same test examples; what another choice of these would change is not in the bar."""
+DIFFERENCES = """
+The same differences, and those of other figures: mean ± half of the 95 % interval."""
+MOST_DRAWN = 12
+"""Paired differences that a picture shows; of more, the table alone."""
 ENERGY = """
 Energy is the squared size of the global model in each of its directions, strongest first; the effective rank counts the
 directions that carry it. In a rank collapse the effective rank falls to the smallest client rank: the directions
 that only large clients train fade away. Bars: what each merge cut off to keep the server's rank."""
 ENERGIES = """
 In a rank collapse the share within the smallest client rank climbs to 100 % while the effective rank falls: the
-directions that only large clients train fade away. On the right, the share of energy that each merge cut off."""
+directions that only large clients train fade away. The last panel: the share of energy that each merge cut off."""
 RECEIVED = """
 Energy: how much of the global model a client receives to train on. 100 % is all of it; at 0 % and below, what it receives
 is no nearer to the model than nothing. A method that truncates gives a low rank less; a share that climbs to 100 % at every
@@ -94,7 +114,7 @@ TIERS = """
 Slowest tier first, sums over all tasks; the baseline is the mean of {} for its clients. What is neither
 head nor fold is adapter; the time is the mean of receiving, training and sending together."""
 ACTIVITY = """
-One row per client{}; white is idle, hatched work was thrown away, and fine vertical lines are merges (where
+One row per client{}; empty is idle, hatched work was thrown away, and fine vertical lines are merges (where
 there are few enough to be told apart)."""
 LINKS = """
 Down and up are what of a task was not training, divided as its bytes were: the engine's own waiting is in them."""
@@ -103,7 +123,7 @@ Sums over all tasks; the baseline is that of {}. The time is the mean of receivi
 together; speed and memory are what the site reported."""
 WAITING = """
 A slot is one of the tasks that the schedule lets be in flight at once; it waits while it is empty although a client is
-idle. Left, the mean number of slots over time; right, how much of the run each client was without a task; in a
+idle. First the mean number of slots over time, then how much of the run each client was without a task; in a
 federation of more clients than slots, others have their turn meanwhile."""
 GROUPED = """
 One row per group with its edge: means over the tasks that were merged. Weight is the group's share of examples times local steps,
@@ -113,10 +133,10 @@ Regroupings: the times of clients had drifted apart since the groups were made; 
 were grouped at first. A client moves as soon as the edge that it leaves has no task."""
 STALENESS = """
 How many versions were made while a client trained: an answer improves a model that the server has meanwhile left behind.
-Left, over all updates, each where it was merged first; right, over all updates in a version, also those that were merged before."""
+First over all updates, each where it was merged first; then over all updates in a version, also those that were merged before."""
 PARTICIPATION = """
 Whose updates made the model. A server that never waits merges more updates of fast clients; a tier takes part in proportion where
-its bar is as high as its share of the clients, or of the examples. Right, a dash is the client's share of the examples."""
+its bar is as high as its share of the clients, or of the examples. By client, a dash is its share of the examples."""
 PARTICIPATION_ONE = """
 Whose updates made the model. A server that never waits merges more updates of fast clients. A dash is the client's share of the
 examples."""
@@ -193,6 +213,7 @@ def comparison_sections(logs: Sequence[RunLog]) -> list[Section]:
     curves = scored and PageBlock(CURVES.format(facts.time_name(*logs)), picture=partial(figures.draw_accuracy, logs))
     tiers = PageBlock(PARTICIPATION_OF, picture=partial(figures_timeline.draw_participation_comparison, logs))
     return _present(
+        ("Paired differences", _paired_differences(logs)),
         ("Summary", PageBlock(SUMMARY, grid=tables.runs_table(logs))),
         ("Different settings", PageBlock(DIFFERENT if differences.rows else "None.", grid=differences, kind="words")),
         (facts.score_name(*logs).capitalize(), curves),
@@ -212,6 +233,22 @@ def _present(*rows: tuple[str, object]) -> list[Section]:
     several = [(title, blocks if isinstance(blocks, tuple) else (blocks,)) for title, blocks in rows]
     present = [(title, tuple(block for block in blocks if isinstance(block, PageBlock))) for title, blocks in several]
     return [Section(title, blocks) for title, blocks in present if blocks]
+
+
+def _paired_differences(logs: Sequence[RunLog]) -> tuple[object, ...]:
+    """Means over seeds, and what each setting changes, where runs differ in one setting at a time."""
+    grid = paired_differences.differences_grid(logs)
+    if not grid.rows:
+        return ()
+    figure = paired_differences.compared_figures(logs)[0]
+    rows = paired_differences.paired_differences(logs, figure)
+    clear = [row.sentence() for row in rows if row.clear] or [f"No difference in {figure.name.lower()} is clear."]
+    drawn = partial(figures.draw_paired_differences, rows) if len(rows) <= MOST_DRAWN else None
+    return (
+        PageBlock(PAIRED, " ".join(clear[:MOST_DRAWN]), picture=drawn),
+        PageBlock(DIFFERENCES, grid=grid),
+        PageBlock(MEANS, grid=paired_differences.cells_grid(logs)),
+    )
 
 
 def _labels(log: RunLog) -> tuple[object, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,24 +73,41 @@ def _columns(grid: Grid, chosen: Sequence[int]) -> Grid:
     return Grid(tuple(grid.head[k] for k in chosen), tuple(tuple(row[k] for k in chosen) for row in grid.rows))
 
 
+def run_figures(log: RunLog) -> dict[str, Any]:
+    """Return what is compared of runs, as numbers: shares from 0 to 1, seconds, bytes, counts; NaN for what was not measured."""
+    score = facts.final_score(log)
+    return {
+        "status": str(log.manifest["status"]),
+        "seed": log.manifest["seed"],
+        "versions": facts.version_count(log),
+        "score_name": facts.score_name(log),
+        "score": accuracy(score),
+        "majority": facts.majority_accuracy(log),
+        "best": facts.best_accuracy(log),
+        "f1": label_facts.f1(score),
+        "perplexity": facts.perplexity(score),
+        "worst_client": accuracy(facts.worst_client(log)),
+        "seconds": facts.elapsed_seconds(log),
+        "uploads": facts.latest_value(log, "uploads"),
+        "waiting": timeline.waiting_share(log),
+        "staleness": timeline.mean_staleness(log),
+        "bytes_up": facts.latest_value(log, "bytes_up"),
+        "not_merged": len(log.tasks) - facts.merged_count(log.tasks),
+    }
+
+
+_FORMATS: Mapping[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("status", "seed", "versions", "not_merged"), str),
+    **dict.fromkeys(("score", "majority", "best", "f1", "worst_client", "waiting"), percent),
+    **dict.fromkeys(("perplexity", "staleness"), short),
+    "seconds": format_seconds,
+    "uploads": format_count,
+    "bytes_up": format_bytes,
+}
+
+
 def _figures(log: RunLog) -> tuple[str, ...]:
-    return (
-        str(log.manifest["status"]),
-        str(log.manifest["seed"]),
-        str(facts.version_count(log)),
-        percent(accuracy(facts.final_score(log))),
-        percent(facts.majority_accuracy(log)),
-        percent(facts.best_accuracy(log)),
-        percent(label_facts.f1(facts.final_score(log))),
-        short(facts.perplexity(facts.final_score(log))),
-        percent(accuracy(facts.worst_client(log))),
-        format_seconds(facts.elapsed_seconds(log)),
-        format_count(facts.latest_value(log, "uploads")),
-        percent(timeline.waiting_share(log)),
-        short(timeline.mean_staleness(log)),
-        format_bytes(facts.latest_value(log, "bytes_up")),
-        str(len(log.tasks) - facts.merged_count(log.tasks)),
-    )
+    return tuple(_FORMATS[name](value) for name, value in run_figures(log).items() if name in _FORMATS)
 
 
 def _price(log: RunLog, target: float) -> tuple[str, str]:
@@ -146,9 +164,14 @@ def _classification(log: RunLog) -> Iterator[tuple[str, str, str]]:
 
 def _generation(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     """Key figures of a model that writes text."""
-    before, scores = facts.perplexity(facts.initial_score(log)), log.generation or {}
-    rows = [("Test perplexity", short(facts.perplexity(facts.final_score(log))), f"{short(before)} before training")]
-    for name, key in (("Exact answers", "exact_match"), ("ROUGE-L", "rouge_l")) if scores else ():
+    first, last, scores = facts.initial_score(log) or {}, facts.final_score(log) or {}, log.generation or {}
+    before = facts.perplexity(first)
+    rows = [("Test perplexity", short(facts.perplexity(last)), f"{short(before)} before training")]
+    if "exact_match" in last:
+        old = percent(to_float(first.get("exact_match")))
+        count = plural(int(to_float(last.get("examples"))), "test answer")
+        rows.append(("Word for word", percent(to_float(last["exact_match"])), f"{old} before training; {count}"))
+    for name, key in (("Exact samples", "exact_match"), ("ROUGE-L", "rouge_l")) if scores else ():
         share, base = (percent(to_float(scores.get(f"{when}{key}"))) for when in ("", "base_"))
         rows.append((name, share, f"{base} before training; {plural(int(scores.get('examples', 0)), 'answer')}"))
     return tuple(rows)
@@ -221,16 +244,16 @@ def _flat(prefix: str, value: object) -> Iterator[tuple[str, str]]:
             if key != "type":
                 yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
     elif prefix:
-        yield prefix, value if isinstance(value, str) else _python(value)
+        yield prefix, value if isinstance(value, str) else python_text(value)
 
 
-def _python(value: object) -> str:
+def python_text(value: object) -> str:
     """A value as one would write it in a run file."""
     if isinstance(value, list):
-        inner = ", ".join(map(_python, value))
+        inner = ", ".join(map(python_text, value))
         return f"({inner},)" if len(value) == 1 else f"({inner})"
     if isinstance(value, dict) and "type" in value:
-        return f"{value['type']}({', '.join(f'{k}={_python(v)}' for k, v in value.items() if k != 'type')})"
+        return f"{value['type']}({', '.join(f'{k}={python_text(v)}' for k, v in value.items() if k != 'type')})"
     return repr(value)
 
 

@@ -35,7 +35,7 @@ from fedloom.core import files
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
 from fedloom.core.events import Command, Event, ReleasesCounted
-from fedloom.core.lora import Adapter, compact_with_fold, pad_to_one_rank
+from fedloom.core.lora import compact_with_fold, pad_to_one_rank
 from fedloom.core.policies import Evaluator, Observer
 from fedloom.core.schema import jsonable
 from fedloom.core.seeds import simulated_secret
@@ -59,9 +59,11 @@ from fedloom.runs.resume import (
     open_log,
     restore_fields,
 )
+from fedloom.runs.run_result import RunResult
 from fedloom.runs.slot_usage import SlotUsage
 from fedloom.runs.state_files import STATES, StateFiles
 from fedloom.runs.trace import Trace
+from fedloom.runs.trackers.tracker import Tracker, split_observers
 from fedloom.simulate.client_presence import Presence
 from fedloom.simulate.client_states import ClientStates
 from fedloom.simulate.simulation import Simulation
@@ -70,21 +72,6 @@ from fedloom.train.settings import PLAIN
 from fedloom.train.trainer import PeftTrainer
 from fedloom.train.workers.pool import open_pool
 from fedloom.train.workers.worker import Workers
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The result of a run.
-
-    Fields:
-        folder: the run folder.
-        scores: figures of all versions that were scored, in order.
-        adapter: the final one, with all that was folded into the model.
-    """
-
-    folder: Path
-    scores: tuple[Mapping[str, float], ...]
-    adapter: Adapter
 
 
 @dataclass(slots=True)
@@ -145,24 +132,24 @@ class RunRecorder:
 
 def execute(
     job: Job,
-    out: Path | None = None,
-    observers: Sequence[Observer] = (),
+    out: str | Path | None = None,
+    observers: Sequence[Observer | Tracker] = (),
     workers: int | str = 1,
     report: bool = True,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     keep_updates: bool | int = False,
-) -> Outcome:
+) -> RunResult:
     """Simulate a job to its end and fill its run folder.
 
-    Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed". Both, and
-    one that was killed, can go on: `prepare(run, resume=folder).execute()`.
+    Ctrl-C leaves a folder that says "interrupted" and can be reported on; any other failure one that says "failed". These runs, and
+    a killed one, continue with `prepare(run, resume=folder).execute()`.
 
     Args:
-        out: the run folder, which must not exist yet (None: `runs/NAME`, numbered; or the folder of the run that goes on).
-        observers: each is called with every step.
+        out: the run folder, which must not exist yet (None: `runs/NAME`, numbered; or the folder of the resumed run).
+        observers: each is called with every step; trackers among them get the figures of each version.
         workers: which processes train; results do not depend on it: 1 this process, 2 or more local processes over one copy of the
             base, "ray" or "ray:ADDRESS" actors. A script that asks for processes needs the usual `if __name__ == "__main__":`.
-        report: whether to write report.html, which takes a second or two; `fedloom report` can do it later.
+        report: whether to write report.html, which takes a few seconds; `fedloom report` can do it later.
         checkpoint_seconds: time between two checkpoints (seconds; 0: after each event).
         keep_updates: whether to keep the answers themselves besides the trace, so that `fedloom replay` can repeat the server's part
             and `fedloom rollback` leave a site out; a number: at most so many bytes of them, the latest.
@@ -175,19 +162,19 @@ def execute(
 def record(
     job: Job,
     drive: Callable[[RunRecorder], str],
-    out: Path | None = None,
-    observers: Sequence[Observer] = (),
+    out: str | Path | None = None,
+    observers: Sequence[Observer | Tracker] = (),
     extra_manifest: Mapping[str, object] | None = None,
     report: bool = True,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     keep_updates: bool | int = False,
-) -> Outcome:
+) -> RunResult:
     """Fill the run folder with what happens while `drive` carries the job out; `drive` returns the reason of the end.
 
     `extra_manifest` is added to the manifest; the other arguments are those of `execute`.
     """
-    torch.set_num_threads(job.run.threads)
-    out = _run_folder(job, out)
+    torch.set_num_threads(job.run.threads or 1)
+    out = _run_folder(job, None if out is None else Path(out))
     with locked(out):
         manifest = {**job.describe(), **(extra_manifest or {})}
         files.write_json(out / "manifest.json", {**manifest, "status": "running", "status_reason": ""})
@@ -195,14 +182,18 @@ def record(
         checkpoints = CheckpointWriter(out, seconds=checkpoint_seconds, secret=job.secret)
         checkpoints.profiles = job.profiles if job.shards else {}
         shown = ShownVersion(job.server)
+        watching, tracking = split_observers(observers)
         try:
             with ExitStack() as opened:
                 logs = checkpoints.logs = _open_logs(job, out, opened)
-                all_observers = [*observers, *_archive(job, out, keep_updates, logs[0])]
-                reason = drive(_recorder(job, opened, checkpoints, all_observers, progress, shown))
+                all_observers = [*watching, *_archive(job, out, keep_updates, logs[0])]
+                recorder = _recorder(job, opened, checkpoints, all_observers, progress, shown)
+                tracking.begin(out, manifest, job.resumed_from.version if job.resumed_from else 0)
+                recorder.metrics.listener = tracking.take if tracking.trackers else None
+                reason = drive(recorder)
             status = "finished"
-        except KeyboardInterrupt:
-            status, reason = "interrupted", "stopped by Ctrl-C"
+        except KeyboardInterrupt as stop:
+            status, reason = "interrupted", str(stop) or "stopped by Ctrl-C"
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -213,8 +204,9 @@ def record(
                 checkpoints.states.remove_others()
             end = {**job.server.manifest_sections(), "clients": clients, "status": status, "status_reason": reason}
             _close(job, out, {**manifest, **end}, report, shown)
+            tracking.end(status)
     model = job.server.state.model
-    return Outcome(out, tuple(progress.scores), compact_with_fold(model.adapter, model.fold))
+    return RunResult(out, tuple(progress.scores), compact_with_fold(model.adapter, model.fold))
 
 
 def _run_folder(job: Job, out: Path | None) -> Path:
@@ -222,7 +214,7 @@ def _run_folder(job: Job, out: Path | None) -> Path:
     if job.resumed_from is None:
         return files.create_folder(out or files.numbered_path(Path("runs"), job.run.name))
     if out not in (None, job.resumed_from.folder):
-        raise Refused("--out", str(out), f"a run goes on in its own folder, {job.resumed_from.folder}")
+        raise Refused("--out", str(out), f"a run continues in its own folder, {job.resumed_from.folder}")
     return job.resumed_from.folder
 
 
@@ -279,16 +271,19 @@ def _recorder(
     return RunRecorder(job, checkpoints, metrics, progress, shown, evaluate, observe)
 
 
-def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
-    """Drive the job on the virtual clock, then score the final model for each client; returns the reason of the end."""
+def simulated_trainer(job: Job) -> PeftTrainer:
+    """Return the trainer of a simulation: it has the data of all clients."""
     shards = {shard.client: shard.train for shard in job.shards}
     secret_of = partial(simulated_secret, job.run.seed)
-    engine, training = job.run.engine or PLAIN, job.run.training
-    records = for_records(job.run.privacy)
-    trainer = PeftTrainer(
-        job.base, job.train_texts, shards, training, secret_of, engine, run=job.draws, records=records
+    engine, records = job.run.engine or PLAIN, for_records(job.run.privacy)
+    return PeftTrainer(
+        job.base, job.train_texts, shards, job.run.training, secret_of, engine, run=job.draws, records=records
     )
-    with open_pool(trainer, workers) as pool:
+
+
+def _simulate(job: Job, workers: Workers, recorder: RunRecorder) -> str:
+    """Drive the job on the virtual clock, then score the final model for each client; returns the reason of the end."""
+    with open_pool(simulated_trainer(job), workers) as pool:
         presence = Presence(job.stays, job.run.faults, job.run.seed)
         store = StateFiles(recorder.checkpoints.folder / STATES, job.secret)
         states = ClientStates(store, rotates=job.run.aggregator.space == "product")

@@ -13,6 +13,7 @@ from fedloom.core.types import Budget, ClientId, ClientState, Profile, TaskStart
 from fedloom.data.partition import Shard
 from fedloom.runs.job import Job
 from fedloom.train.confusion import Confusion
+from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.evaluate import (
     AnswerScores,
     Scores,
@@ -37,14 +38,15 @@ def client_scores(job: Job, state_of: Callable[[ClientId], ClientState]) -> list
         return []
     ranks = next_ranks(job.run.plan, job.server, job.profiles)
     scored = [shard for shard in job.shards if shard.held_out]
-    baseline = evaluate_untrained(job.base, job.train_texts, scored)
+    kept = job.kept_activations(ActivationCache())
     lines = [_unscored_line(job, shard, ranks[shard.client]) for shard in job.shards if not shard.held_out]
     for rank in sorted({ranks[shard.client] for shard in scored}):
         start = final_start(job, rank)
         members = [shard for shard in scored if ranks[shard.client] == rank]
         for group in [[shard] for shard in members] if start.rules.private else [members]:
             adapter = personal_adapter(start, state_of(group[0].client))
-            scores = evaluate_held_out(job.base, adapter, job.train_texts, group, start.fold)
+            scores = evaluate_held_out(job.base, adapter, job.train_texts, group, start.fold, kept)
+            baseline = evaluate_untrained(job.base, job.train_texts, group, kept)
             lines += [_line(job, shard, rank, scores[shard.client], baseline[shard.client]) for shard in group]
     return sorted(lines, key=lambda line: str(line["client"]))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from html import escape
 from importlib.metadata import version
+from typing import Any
 
 from fedloom.core.coordinator import Coordinator
 from fedloom.core.errors import Refused
@@ -15,10 +17,13 @@ from fedloom.data.examples import Split
 from fedloom.data.partition import Shard, partition_notes, partition_statistics
 from fedloom.privacy.private import Private
 from fedloom.privacy.secret_noise import commitment
+from fedloom.report.notebook_view import partition_html
+from fedloom.report.numbers import plural
 from fedloom.runs import manifest
 from fedloom.runs.private_run import private_notes
 from fedloom.runs.resume import UnfinishedRun
 from fedloom.runs.run import Run
+from fedloom.runs.run_result import data_frame
 from fedloom.runs.start_adapter import StartAdapter
 from fedloom.simulate.availability import Stays
 from fedloom.simulate.devices import Devices
@@ -26,10 +31,10 @@ from fedloom.train import chat_template
 from fedloom.train.base_model import Base
 from fedloom.train.confusion import commonest_label
 from fedloom.train.engine.frozen_layers import ActivationCache
-from fedloom.train.evaluate import AnswerScores, Scores, score
+from fedloom.train.evaluate import AnswerScores, KeptActivations, Scores, score
 from fedloom.train.tokenised import EncodedTexts
 
-SIMULATED_NOISE = "Simulated noise: no privacy. Its secret follows from the run's seed, which this folder tells."
+SIMULATED_NOISE = "Simulated noise protects nobody: its secret is derived from the run's seed, which is in this folder."
 SIMULATED_DRAWS = "batches, dropout and held-out rows from secrets that follow from the run's seed"
 SITES_DRAWS = "batches, dropout and held-out rows from each site's own secret"
 
@@ -62,10 +67,10 @@ class Job:
         server: the server, with edges if the run has a hierarchy; the only part that changes while the run is carried out.
         cache: outputs of frozen layers on test examples, computed once.
         stays: when each client can be reached (None: always).
-        resumed_from: the unfinished run that goes on (None: it is a new one).
+        resumed_from: the unfinished run that is continued (None: it is a new one).
         start: the adapter that the run begins from (None: it begins untrained).
-        draws: names the run in what its simulated clients draw. "": they draw alike in all runs of one seed, so that methods are
-            compared on the same batches and a run that is made longer is one that was longer from the beginning. The sites of a
+        draws: names the run in what its simulated clients draw. "": they draw alike in all runs of one seed. So methods are
+            compared on the same batches, and a run that is made longer equals one that was longer from the beginning. The sites of a
             deployment draw apart in each run; a simulation that is to repeat one is given the deployment's run hash here.
         secret: secret of the server's noise (empty: it adds none).
     """
@@ -88,6 +93,32 @@ class Job:
     draws: str = ""
     secret: bytes = field(default=b"", repr=False)
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.split.train)} training and {len(self.split.test)} test examples"
+        return f"{type(self).__name__}({self.run.name!r}: {plural(len(self.profiles), 'client')}, {sizes})"
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self._notes())
+        return f"<code>{escape(repr(self))}</code>{partition_html(self._partition())}<ul>{notes}</ul>"
+
+    def _partition(self) -> dict[str, Any]:
+        return partition_statistics(self.split.train, self.shards)
+
+    @property
+    def clients(self) -> Any:
+        """A row for each client: its device, its examples, mean words, and how many examples of each label it has.
+
+        A pandas data frame; a list of mappings where pandas is not installed.
+        """
+        statistics = self._partition()
+        rows = [
+            {"client": client, "tier": self.profiles[client].tier}
+            | {name: value for name, value in found.items() if name != "labels"}
+            | {f"label {name}": count for name, count in zip(statistics["label_names"], found["labels"], strict=True)}
+            for client, found in statistics["clients"].items()
+        ]
+        return data_frame(rows)
+
     def score(self, model: Model) -> Scores | AnswerScores:
         """Predict the test examples with a model."""
         return self._score(model, self.tested)
@@ -97,8 +128,12 @@ class Job:
         return self._score(model, self.canaries).probabilities()
 
     def _score(self, model: Model, rows: tuple[int, ...]) -> Scores | AnswerScores:
-        room = self.run.engine.cache if self.run.engine else 0
-        return score(self.base, model.adapter, self.test_texts, rows, model.fold, self.cache, room)
+        return score(self.base, model.adapter, self.test_texts, rows, model.fold, self.kept_activations(self.cache))
+
+    def kept_activations(self, cache: ActivationCache) -> KeptActivations:
+        """Return what scoring keeps in `cache`, of the layers that no client trains."""
+        depth = self.run.plan.depth.bounds[1] if self.run.plan.depth else None
+        return KeptActivations(self.run.engine.cache if self.run.engine else 0, depth, cache)
 
     def evaluate(self, model: Model) -> dict[str, float]:
         """Return the metrics of a model on the test examples."""
@@ -149,7 +184,7 @@ class Job:
                 "lora_parameters_by_rank": {str(rank): shape.adapter_parameters(rank) for rank in ranks},
                 "dense_parameters": shape.dense,
             },
-            "partition": partition_statistics(self.split.train, self.shards) if self.shards else sites_elsewhere,
+            "partition": self._partition() if self.shards else sites_elsewhere,
             "clients": {client: jsonable(profile) for client, profile in self.profiles.items()},
             **self.server.manifest_sections(),
             **manifest.protection(self.run.aggregator, self.run.hierarchy),

@@ -106,15 +106,15 @@ def label_notes(names: Sequence[str], labels: Sequence[int]) -> list[str]:
     if not absent:
         return []
     listed = list_some([f"{name!r:.40}" for name in absent], NAMED_LABELS)
-    return [f"No test example has the label {listed}: how well it is recognised is not measured."]
+    return [f"No test example has the label {listed}: its recall is not measured."]
 
 
 def canary_notes(canaries: int, rows: int) -> list[str]:
     """Note how many of the test rows decide what is published and score nothing."""
     if not canaries:
         return []
-    what = f"{canaries} of the {rows:,} test examples are canary examples: they decide which versions are published"
-    return [f"{what}, and are not among those that the scores are of."]
+    what = f"{canaries} of the {rows:,} test examples are canaries: they decide which versions are published"
+    return [f"{what}, and are not scored."]
 
 
 def protection(aggregator: Aggregator, hierarchy: Hierarchy | None) -> dict[str, str]:
@@ -130,12 +130,14 @@ def secrecy_notes(aggregator: Aggregator, hierarchy: Hierarchy | None, simulated
     if hierarchy is None or hierarchy.secure is None:
         return []
     notes = [
-        f"Secrecy was chosen, not robustness: answers are summed over at least {hierarchy.secure.least} members, and none is judged."
+        f"Secure aggregation: answers are summed over at least {hierarchy.secure.least} members, so none can be rejected by itself."
     ]
     if simulated:
-        notes.append("Simulated sums: no masks, so nobody is protected here; a deployment's sums are the same numbers.")
+        notes.append(
+            "Secure sums are simulated without masks and protect nobody here. A deployment computes the same numbers."
+        )
     why = summed_by_factors(hierarchy.aggregator or aggregator)
-    return [*notes, f"What is merged of a sum is only near the merge of the answers: {why}."] if why else notes
+    return [*notes, f"Merging a sum only approximates merging single answers: {why}."] if why else notes
 
 
 def method_notes(rules: Rules, head: bool) -> list[str]:
@@ -144,10 +146,10 @@ def method_notes(rules: Rules, head: bool) -> list[str]:
     if rules.private:
         sides = " and ".join({"dense": "the head"}.get(side, f"`{side}`") for side in rules.private)
         notes.append(
-            f"Every client has a model of its own ({sides} stay there): the test accuracy says nothing, read the clients'."
+            f"Every client has a personal model ({sides} stay local): read the scores of clients, not the global test score."
         )
     if "dense" in rules.frozen and head:
-        notes.append("The head is not trained: if the model came without one, it stays random.")
+        notes.append("The head is frozen: if the model came without one, it stays random.")
     return notes
 
 

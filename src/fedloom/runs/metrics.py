@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TextIO
 
@@ -103,6 +103,7 @@ class Metrics:
         model: the model that tasks start from now (None: its energy is not computed).
         energy: that of `model`.
         majority: accuracy of always answering the commonest label, written beside every score (None: text is written).
+        listener: is shown each line too (None: nobody is).
     """
 
     file: TextIO
@@ -114,6 +115,7 @@ class Metrics:
     model: Model | None = None
     energy: float = 0.0
     majority: float | None = None
+    listener: Callable[[Mapping[str, object]], None] | None = None
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """Turn one step into lines."""
@@ -126,6 +128,8 @@ class Metrics:
         """Append a line and flush it."""
         self.file.write(json.dumps(values, separators=(",", ":"), allow_nan=False) + "\n")
         self.file.flush()
+        if self.listener is not None:
+            self.listener(values)
 
     def _take(self, now: float, fact: Fact) -> None:
         match fact:

@@ -49,12 +49,14 @@ from fedloom.runs.start_adapter import first_version, load_start, start_folder
 from fedloom.simulate.devices import Devices, FasterLinks
 from fedloom.train.base_model import Base, check_rank_fits_model, load_base, most_tokens
 from fedloom.train.chat_template import DATE, writes_date
+from fedloom.train.device import choose_threads, find_device
 from fedloom.train.engine import linear_kernel
 from fedloom.train.settings import PLAIN, largest_step
 from fedloom.train.text_checks import check_texts
 from fedloom.train.text_features import embeddings
 from fedloom.train.tokenised import LONGEST_BY_DEFAULT, EncodedTexts, encode_texts, longest_of
 from fedloom.train.trainer import engine_notes
+from fedloom.train.workers.worker import Workers
 
 
 class PreparedRun(Job):
@@ -65,17 +67,19 @@ class PreparedRun(Job):
     record = record
 
 
-def prepare(run: Run, resume: Path | None = None, more: int | None = None) -> PreparedRun:
-    """Load, divide and check everything, for a new run or to go on with the one in the folder `resume`.
+def prepare(run: Run, resume: str | Path | None = None, more: int | None = None, workers: int | str = 1) -> PreparedRun:
+    """Load, divide and check everything, for a new run or to continue the one in the folder `resume`.
 
     Raises Refused with field, value and remedy; nothing is written.
 
     Args:
         resume: folder of an unfinished run, or with `more` of a finished one.
         more: how many versions to add to the finished run (None: the run is not finished, or a new one).
+        workers: as `execute` will be given: they share the cores, where the run leaves the number of threads open.
     """
     if more is not None and resume is None:
         raise Refused("more", more, "name the folder of the finished run: resume=FOLDER")
+    resume = None if resume is None else Path(resume)
     schema.check_fields(run)
     require_fresh_answers(run.aggregator, run.schedule)
     require_enough_answers(run.aggregator, run.schedule)
@@ -87,6 +91,8 @@ def prepare(run: Run, resume: Path | None = None, more: int | None = None) -> Pr
     split = run.data.load(run.seed)
     parts = run.partition.split(split.train, run.seed)
     shards = hold_out(parts, split.train, run.held_out, partial(simulated_secret, run.seed))
+    if run.threads is None and not unfinished:
+        run = replace(run, threads=choose_threads(Workers.parse(workers).processes))
     job = assemble(run, split, shards, unfinished, secret=secret)
     if unfinished:
         unfinished.check_unchanged(job.describe())
@@ -106,13 +112,16 @@ def assemble(
     Without `shards` the clients are not known yet, and their data lie elsewhere: sites of a deployment, or this many `regions` where
     the run has a hierarchy. `secret` is that of the noise that a server with `privacy` adds.
     """
-    torch.set_num_threads(run.threads)
     start_folder(run)  # a mistake is found before the model is loaded
     top = run.plan.rank.largest
     if unfinished:
         run = unfinished.run_as_begun(run)
         check_private(run)  # of more versions correlated noise promises less
-    run = with_type_chosen(run)
+    threads = (
+        run.threads or 1
+    )  # `prepare` has chosen it for a simulation; sites differ, so a deployment that leaves it open has 1
+    run = with_type_chosen(replace(run, device=str(find_device(run.device)), threads=threads))
+    torch.set_num_threads(threads)
     engine = unfinished.engine_as_begun(run.engine or PLAIN) if unfinished else run.engine or PLAIN
     labels, names, seed = label_count(run, split), split.train.names, derive(run.seed, "model")
     base = load_base(run.model, labels, run.lora, top, seed, run.device, engine, names)

@@ -143,11 +143,11 @@ def what_leaves(run: Run) -> Sequence[tuple[str, str]]:
     """Return what leaves a site in this run, and how much of it is hidden from whom."""
     private, tree = run.privacy, run.hierarchy
     secure = tree is not None and getattr(tree, "secure", None) is not None
-    change = "exact: whoever holds the server sees it"
+    change = "exact, and visible to the server"
     if client_level(private):
-        change = "exact, to the server alone: it bounds each change, and adds noise before anybody else sees a version"
+        change = "exact to the server, which clips it and adds noise before anybody else sees a version"
     elif private is not None:
-        change = "with noise from training (DP-SGD): hidden from everybody, the server too"
+        change = "with noise from training (DP-SGD): protected from everybody, the server too"
     if secure:
         change = f"masked: the server sees sums over a group; {change if private else 'without noise, a sum is exact'}"
     measured = "not sent" if private is not None else "exact"
@@ -158,11 +158,11 @@ def what_leaves(run: Run) -> Sequence[tuple[str, str]]:
     scores = "exact" if run.held_out and private is None else "not sent"
     learns = tree is not None and isinstance(tree.plan, JointPlan)
     return (
-        ("change of the adapter", change),
-        ("losses and tokens of training", measured),
+        ("adapter update", change),
+        ("training losses and token counts", measured),
         ("number of examples", "not sent" if client_level(private) else "exact"),
-        ("scores on examples that a client holds out", scores),
-        ("counts of labels or topics, for groups", counts[tree is not None and isinstance(tree.groups, NearIID)]),
-        ("what members of a group changed and lost, for a plan", "exact" if learns else "not sent"),
-        ("that it took part, and when it answered", "not hidden"),
+        ("scores on held-out examples", scores),
+        ("counts of labels or topics, for grouping", counts[tree is not None and isinstance(tree.groups, NearIID)]),
+        ("updates and losses of members of a group, for a plan", "exact" if learns else "not sent"),
+        ("participation, and when it answered", "visible"),
     )

@@ -150,7 +150,7 @@ class RecordedReleases:
 
 
 def replay(
-    folder: Path,
+    folder: str | Path,
     server: Coordinator | None = None,
     watch: Callable[[Coordinator, int], Observer] | None = None,
     secret: bytes | None = None,
@@ -168,11 +168,7 @@ def replay(
         secret: that of the server's noise, of a private run (None: that of a simulation, which follows from its seed; else what
             depends on it is taken as recorded).
     """
-    if not (folder / LOCKED).is_file():
-        raise Refused("replay", str(folder), "there is no trace.jsonl in it; give the folder of a run")
-    if not (folder / UPDATES / f"{START}.safetensors").is_file():
-        remedy = "its answers were not kept; record a run with `fedloom run FILE --keep-updates`"
-        raise Refused("replay", str(folder), remedy)
+    folder = _recorded(Path(folder))
     updates, same, torn = sub_folder(folder / UPDATES), 0, False
     with refuse_damaged("replay", str(folder)):
         secret = secret_of_run(folder, secret)
@@ -212,6 +208,16 @@ def replay(
         early = f"the trace ends early, after line {same}: the run was finished, and its stop is missing"
         return Replayed(same, early, version)
     return Replayed(same, version=version, unverified=recording.unverified if recording else "")
+
+
+def _recorded(folder: Path) -> Path:
+    """Return the folder of a run. Raises Refused where it holds no trace or not the answers."""
+    if not (folder / LOCKED).is_file():
+        raise Refused("replay", str(folder), "there is no trace.jsonl in it; give the folder of a run")
+    if not (folder / UPDATES / f"{START}.safetensors").is_file():
+        remedy = "its answers were not kept; record a run with `fedloom run FILE --keep-updates`"
+        raise Refused("replay", str(folder), remedy)
+    return folder
 
 
 def secret_of_run(folder: Path, secret: bytes | None = None) -> bytes | None:

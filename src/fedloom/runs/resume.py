@@ -44,6 +44,7 @@ from fedloom.simulate.client_presence import Presence
 from fedloom.simulate.client_states import ClientStates
 from fedloom.simulate.simulation import Simulation
 from fedloom.train.confusion import Confusion
+from fedloom.train.device import AUTO
 from fedloom.train.evaluate import AnswerScores, Scores
 from fedloom.train.settings import Engine
 
@@ -92,7 +93,7 @@ REBUILT: Mapping[type, frozenset[str]] = {
     ),
     ClientStates: frozenset({"store", "rotates"}),
     Presence: frozenset({"stays", "faults", "seed"}),
-    Metrics: frozenset({"file", "majority"}),
+    Metrics: frozenset({"file", "majority", "listener"}),
     Progress: frozenset(),
 }
 """Fields that follow from the run's value, are the program's own, or are empty when a checkpoint is written (`pending`, `dropped`).
@@ -309,7 +310,7 @@ class UnfinishedRun:
     def extension_notes(self) -> list[str]:
         """Notes for a reader of a deployment's figures, where it was made longer."""
         ends = ", ".join(str(one["version"]) for one in self.extended)
-        return [f"Made longer after version {ends}: sites may have had other data since."] if ends else []
+        return [f"Extended after version {ends}: sites may have used other data since then."] if ends else []
 
     @property
     def advice(self) -> str:
@@ -334,9 +335,7 @@ class UnfinishedRun:
         there = {**self.manifest["versions"], **self.manifest["machine"], "fedloom": self.manifest["fedloom"]}
         here = {**manifest.library_versions(), **manifest.machine_kind(), "fedloom": fedloom}
         changed = [f"{name} {there.get(name)} -> {here[name]}" for name in here if there.get(name) != here[name]]
-        note = (
-            f"Resumed on other ground ({', '.join(changed)}): the last digits may not be those of an undisturbed run."
-        )
+        note = f"Resumed with other software or hardware ({', '.join(changed)}): last digits may differ from an uninterrupted run."
         return list(dict.fromkeys([*own, *self.manifest["notes"], *([note] if changed else [])]))
 
     def check_unchanged(self, about: Mapping[str, object], sections: Sequence[str] = FIXED) -> None:
@@ -394,12 +393,8 @@ def unfinished_run(
     if until or extended:
         there = with_current_names(about["run"])["limits"]
         limits = replace(limits, versions=there["versions"], seconds=there["seconds"])
-    settings = jsonable(replace(as_settled(run, about["run"]), limits=limits))
-    hashes = {about.get("run_hash"), manifest.settings_hash(with_current_names(about["run"]))}
-    if manifest.settings_hash(settings) not in hashes:
-        changed = _changed(about["run"], settings)
-        advice = OTHER_DATA if until else ""
-        raise Refused("--resume", str(folder), f"the run is not the one that was begun there: {changed}{advice}")
+    settled = replace(as_settled(run, about["run"]), limits=limits)
+    require_same_settings(folder, about, settled, OTHER_DATA if until else "")
     if until:
         extended += ({"version": versions_made(log), "run_hash": about["run_hash"]},)
         limits = replace(limits, versions=until, seconds=None)
@@ -418,9 +413,22 @@ def unfinished_run(
         raise Refused("--resume", str(folder), remedy) from error
 
 
+def require_same_settings(folder: Path, about: Mapping[str, Any], run: Run, advice: str = "") -> None:
+    """Raise Refused where the run of this folder, with this manifest, had other settings than a run that is settled."""
+    settings = jsonable(run)
+    hashes = {about.get("run_hash"), manifest.settings_hash(with_current_names(about["run"]))}
+    if manifest.settings_hash(settings) not in hashes:
+        changed = _changed(about["run"], settings)
+        raise Refused("--resume", str(folder), f"the run is not the one that was begun there: {changed}{advice}")
+
+
 def as_settled(run: Run, settings: Mapping[str, Any]) -> Run:
-    """The run with what it leaves open (`training.max_length`, `date`, `engine.bfloat16`) as in these settings of a manifest."""
+    """The run with what it leaves open (`training.max_length`, `date`, `engine.bfloat16`, `device`, `threads`) as in these settings
+    of a manifest.
+    """
     length, date = settings["training"]["max_length"], settings.get("date")
+    device = settings["device"] if run.device == AUTO else run.device
+    run = replace(run, device=device, threads=run.threads or settings["threads"])
     if run.engine and run.engine.bfloat16 is None:
         run = replace(run, engine=replace(run.engine, bfloat16=settings["engine"]["bfloat16"]))
     training = run.training if run.training.max_length else replace(run.training, max_length=length)

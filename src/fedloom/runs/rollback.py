@@ -28,6 +28,7 @@ from fedloom.core.server import Server
 from fedloom.core.types import ClientId, Model
 from fedloom.hierarchy.root_server import RootServer
 from fedloom.hierarchy.tree import Tree
+from fedloom.report.numbers import plural
 from fedloom.runs.replay import replay, secret_of_run
 from fedloom.train.export import open_run, save_adapter
 
@@ -144,10 +145,10 @@ class MergedAgain:
 
 
 def roll_back(
-    folder: Path,
+    folder: str | Path,
     to: int | None = None,
     without: ClientId | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     secret: bytes | None = None,
 ) -> RolledBack:
     """Write the adapter of an earlier version, or of the run without a site, into a new folder.
@@ -163,6 +164,7 @@ def roll_back(
     """
     if (to is None) == (without is None):
         raise Refused("rollback", str(folder), "say exactly one of --to VERSION, --without SITE")
+    folder = Path(folder)
     if not (folder / "manifest.json").is_file() and (folder / "run" / "manifest.json").is_file():
         folder = folder / "run"
     if without is not None and secret_of_run(folder) != b"":
@@ -187,7 +189,7 @@ def roll_back(
         there = ", ".join(sorted(again.sites)) or "nobody's"
         raise Refused("--without", without, f"none of its answers is in a version; merged are those of {there}")
     base, _, names = open_run(folder)
-    target = create_folder(out or numbered_path(folder, "rollback"))
+    target = create_folder(numbered_path(folder, "rollback") if out is None else Path(out))
     about, notes = read_json(folder / "manifest.json"), _notes(again, found.version)
     adapter: Adapter = pad_to_one_rank(compact_with_fold(again.model.adapter, again.model.fold))
     save_adapter(base, adapter, names, target / "adapter", about["run"].get("date"))
@@ -219,11 +221,11 @@ def _notes(again: MergedAgain, oldest: int) -> list[str]:
     if again.without is None:
         return [f"This is version {again.version} of the run, as it was published."]
     notes = [
-        f"The answers up to version {again.version} were merged again without {len(again.left_out)} of {again.without}.",
-        f"{len(again.derived)} answers of others are to tasks from versions with that site in them, and are as they were.",
+        f"Merged again up to version {again.version} without {plural(len(again.left_out), 'answer')} of {again.without}.",
+        f"Unchanged answers of others to tasks from versions that include this site: {len(again.derived)}.",
     ]
     if oldest:
         notes.append(
-            f"Answers are kept from version {oldest} on: what the site brought to earlier ones is still there."
+            f"Answers are kept from version {oldest} on: what the site contributed to earlier versions remains."
         )
     return notes

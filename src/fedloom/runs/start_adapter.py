@@ -126,14 +126,14 @@ def load_start(run: Run, base: Base, names: Sequence[str]) -> StartAdapter | Non
     )
     adapter, rest = at_rank(fresh, stored.adapter, rank, run.seed)
     if rest.factors and not has_fold(run):
-        cut = f"The adapter that the run began from was cut from rank {server_rank(stored.adapter)} to {rank}"
+        cut = f"The start adapter was truncated from rank {server_rank(stored.adapter)} to {rank}"
         notes.append(
             f"{cut}: {100 * (1 - _energy(rest) / (_energy(stored.adapter) or 1.0)):.4g} % of its energy is left."
         )
     name = short_paths(str(Path(str(run.start)).resolve()))
     facts = {"adapter": name, "sha256": fingerprint(stored.adapter), "rank": server_rank(stored.adapter)}
     facts |= {"run_hash": earlier.run_hash} if earlier and earlier.run_hash else {}
-    first = f"The run began from the adapter {name}: version 0 is that one, not an untrained model."
+    first = f"Warm start from the adapter {name}: version 0 is this adapter, not an untrained model."
     return StartAdapter(Adapter(adapter.factors, dense), rest, facts, (first, *notes, *head_notes))
 
 

@@ -30,8 +30,8 @@ class FedBuff:
         server_learning_rate: factor of the mean change (above 0, at most 1).
         weigh: weight of an answer before the discount.
         discount: factor by staleness.
-        normalised_weights: whether stale answers count less only in comparison with fresh ones, so that a buffer of stale ones
-            steps as far as one of fresh ones.
+        normalised_weights: whether stale answers count less only relative to fresh ones. Then a buffer of stale ones steps as far
+            as one of fresh ones.
         waiting: whether a client that answered rests, and its slot stays empty, until the next version (semi-asynchronous);
             otherwise another client takes the slot at once.
         uploader_goes_on: whether the client that answered is started again, and not an idle one drawn at random.

@@ -24,8 +24,8 @@ class Rounds:
     Fields:
         cohort_size: answers that make a round.
         over_selection: how many times more clients are started; the first `cohort_size` answers count, the rest is cancelled.
-        deadline: seconds from the start of the round after which it closes with what has arrived, or with the first answer where
-            nothing has (None: no deadline).
+        deadline: seconds from the start of the round after which it closes with what has arrived (None: no deadline). If nothing has
+            arrived, it closes with the first answer.
         weigh: weight of an answer.
     """
 

@@ -30,9 +30,9 @@ class Windows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Availability:
-    """Every client comes and goes on its own.
+    """Each client is online and offline by turns, independently of the others.
 
-    It is as if this had gone on for ever: at the start a client is there with probability online / (online + offline).
+    The process is stationary: at the start a client is online with probability online / (online + offline).
 
     Fields:
         online: mean time that a client is available (virtual seconds; 3,600; exponential).

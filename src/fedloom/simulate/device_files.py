@@ -34,7 +34,7 @@ USUAL = Profile("", 0)
 class DeviceFile:
     """Devices from a CSV table: columns `flops`, `up_bps`, `down_bps`, and if wanted `client`, `memory` (bytes), `tier`.
 
-    With a `client` column each client has the line of its name; without, the lines are dealt in seeded random order, again from
+    With a `client` column each client has the line of its name. Without one, the lines are dealt in seeded random order, again from
     the first where there are more clients.
 
     Fields:

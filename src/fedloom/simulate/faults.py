@@ -30,8 +30,8 @@ class Faults:
         back_after: mean of the exponential time after which a vanished client is back (seconds; 60; None: never). One that is back
             before the server has noticed reconnects, and reports its task as failed.
         notice: how long after a client vanished the server learns of it (seconds; 0: at once).
-        late: work whose answer no longer counts (the task was cancelled, the client lost) is finished all the same, and its answer
-            sent when it is ready and the client back (probability; 0).
+        late: work whose answer no longer counts (the task was cancelled, the client lost) is still finished (probability; 0). Its
+            answer is sent when it is ready and the client is back.
     """
 
     dropout: float = 0.05

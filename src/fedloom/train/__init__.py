@@ -12,7 +12,7 @@ transformers and peft are imported in this room and nowhere else; besides them i
 - `engine`: ways to compute the same in less time. `workers`: other processes that train.
 - `evaluate`: predictions, generated answers, and their metrics, those of labels by `confusion`. `text_features`: lengths, embeddings
   and quality of texts.
-- `export`: adapters as PEFT folders. `demo_model`: the small encoder of `fedloom demo`.
+- `export`: adapters as PEFT folders. `demo_model`: the encoder and the language model of `fedloom demo`.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
-from fedloom.core.text import first_line
 from fedloom.train import checkpoint, peft_weights, pretrained
+from fedloom.train.device import find_device
 from fedloom.train.engine import dropout, first_token, linear_kernel
 from fedloom.train.library_messages import collect_messages, log_messages, notes_of
 from fedloom.train.settings import PLAIN, Engine, LoRA
@@ -112,6 +112,12 @@ class Base:
         weight = getattr(self.head, "weight", None)
         return len(weight) if isinstance(weight, Tensor) else 1
 
+    @property
+    def hidden(self) -> int:
+        """Return the width of the hidden states."""
+        config = cast(PreTrainedConfig, self.model.get_base_model().config)
+        return int(getattr(config.get_text_config(), "hidden_size", 1))
+
     def shape(self) -> Shape:
         """Return the sizes of the model, for cost models."""
         base = self.model.get_base_model()
@@ -128,10 +134,11 @@ class Base:
             parameters=sum(map(peft_weights.count_numbers, own)) - looked_up,
             embeddings=looked_up,
             layers=len(blocks[1]) if blocks else getattr(config, "num_hidden_layers", 1),
-            hidden=getattr(config, "hidden_size", 1),
+            hidden=self.hidden,
             modules=tuple(peft_weights.layer_size(layer) for layer in adapted.values()),
             dense=dense,
             depths=peft_weights.layer_depths(self.model),
+            vocabulary=self.vocabulary if self.labels is None else 0,
         )
 
     def fingerprint(self, names: Collection[str] | None = None) -> str:
@@ -172,7 +179,7 @@ def load_base(
     its labels, see `checkpoint.adopt_head`. Raises Refused if the model or the tokenizer cannot be loaded, is not what it seems, or
     has no such target modules, or `rank` is too high.
     """
-    place = _device(device)
+    place = find_device(device)
     if engine.kernel in linear_kernel.NEED_ONEDNN and place.type == "cpu" and not linear_kernel.onednn_available():
         raise Refused("engine.kernel", engine.kernel, "this build of torch has no such kernel; choose fastest")
     half = in_half_precision(engine, place)
@@ -310,12 +317,3 @@ def check_length(base: Base, max_length: int, longest: int) -> None:
         raise Refused(
             "training.max_length", max_length, f"a text has {longest} tokens, the model reads {most}; set {most}"
         )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        remedy = f"this machine has no such device ({first_line(error)}); choose cpu"
-        raise Refused("device", name, remedy) from error

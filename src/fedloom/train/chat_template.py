@@ -53,7 +53,7 @@ FIT_NOTES = {
     "template": "the beginning of the prompt is cut off to fit {limit}: not even its template fits",
     "answer": "the end of the answer is cut off to fit {limit}; such an answer has no end mark",
     "empty": "the answer has no tokens in this tokenizer",
-    "last_only": "only the last answer is learnt: the chat template writes an earlier one differently once the talk goes on",
+    "last_only": "only the last answer is learnt: the chat template writes an earlier one differently in later turns",
     "text": "the end of the text is cut off to fit {limit}, of a pair that of the longer one first",
     "text_beginning": "the beginning of the text is cut off to fit {limit}, on the tokenizer's side, of a pair the longer one first",
     "special_tokens": "a text has a special token of the tokenizer in it, such as an end mark, and is read so",
@@ -340,9 +340,9 @@ def prompt_notes(tokenizer: PreTrainedTokenizerBase, date: str | None = None) ->
             f"The chat template writes {before!r:.60} before an answer, not in the prompt: the model learns to write it, too."
         )
     if not form.end_marks:
-        lines.append("The tokenizer has no end mark: answers have none, and what is generated goes on to its limit.")
+        lines.append("The tokenizer has no end mark: answers have none, and generation stops at its limit only.")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        lines.append("The tokenizer has no token to pad with: another one fills the batches, and is masked there.")
+        lines.append("The tokenizer has no padding token: another token pads the batches, and is masked.")
     return lines
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import TextStreamer
 
 from fedloom.core.lora import Adapter
 from fedloom.core.types import ClientId
@@ -21,7 +22,7 @@ from fedloom.train.base_model import Base, most_tokens
 from fedloom.train.chat_template import PromptFormat
 from fedloom.train.confusion import Confusion, commonest_label
 from fedloom.train.engine import frozen_layers
-from fedloom.train.engine.frozen_layers import ActivationCache
+from fedloom.train.engine.frozen_layers import ActivationCache, FrozenFeatures
 from fedloom.train.library_messages import log_messages
 from fedloom.train.settings import LARGEST_LOSS
 from fedloom.train.tokenised import EncodedTexts
@@ -127,9 +128,10 @@ class AnswerScores:
         return int(self.tokens.sum()), int(self.hits.sum()), float(self.losses.double().sum())
 
     def metrics(self) -> dict[str, float]:
-        """Return accuracy over all tokens, its standard error, mean cross-entropy and perplexity.
+        """Return accuracy over all tokens, its standard error, mean cross-entropy and perplexity, and the share of exact answers.
 
-        The error is of a ratio of sums over examples (delta method), since the tokens of one answer are not independent.
+        The error is of a ratio of sums over examples (delta method), since the tokens of one answer are not independent. An answer
+        is exact where each of its tokens is the likeliest after those before it: then it is what greedy decoding writes.
         """
         total = max(1.0, float(self.tokens.sum()))
         accuracy, mean = float(self.hits.sum()) / total, float(self.losses.double().sum()) / total
@@ -138,8 +140,46 @@ class AnswerScores:
             "accuracy_error": float((self.hits - accuracy * self.tokens.double()).norm()) / total,
             "loss": mean,
             "perplexity": math.exp(min(mean, LARGEST_LOSS)),
+            "exact_match": float((self.hits == self.tokens).double().mean()),
             "tokens": int(total),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class KeptActivations:
+    """Outputs of layers that nobody trains, kept from one scoring of the same texts to the next.
+
+    Fields:
+        room: bytes of them at most (0: none are kept).
+        depth: blocks, counted from the output, that the run trains (None: down to the lowest one to which the scored adapter or its
+            fold adds something).
+        cache: what is kept.
+    """
+
+    room: int
+    depth: int | None = None
+    cache: ActivationCache = field(default_factory=ActivationCache)
+
+
+NOTHING_KEPT = KeptActivations(0)
+
+
+def _features(
+    base: Base,
+    changes: Sequence[Adapter | None],
+    texts: EncodedTexts,
+    indices: Sequence[int],
+    kept: KeptActivations,
+) -> FrozenFeatures | None:
+    """Return the inputs of the lowest block that training changes; None where all is computed from the texts."""
+    if not kept.room:
+        return None
+    split = frozen_layers.split_top(base, kept.depth) if kept.depth else None
+    if kept.depth is None and (changed := [n for one in changes if one for n in frozen_layers.changed_layers(one)]):
+        split = frozen_layers.split_layers(base, changed)
+    if split is None or not split.form:
+        return None
+    return frozen_layers.frozen_features(base, texts, split, indices, changes, kept.cache, kept.room)
 
 
 @torch.no_grad()
@@ -149,22 +189,12 @@ def score(
     texts: EncodedTexts,
     indices: Sequence[int],
     fold: Adapter | None = None,
-    cache: ActivationCache | None = None,
-    room: int = 0,
+    kept: KeptActivations = NOTHING_KEPT,
 ) -> Scores | AnswerScores:
-    """Predict these examples with the adapter over base and fold, or the base alone; results are in the order of `indices`.
-
-    Where only the top layers are adapted, the output of the layers below is kept in `cache` for next time if `room` (bytes) holds it.
-    """
-    split, features = None, None
+    """Predict these examples with the adapter over base and fold, or the base alone; results are in the order of `indices`."""
     if adapter is not None:
         base.put(adapter, fold=fold)
-        split = frozen_layers.split_layers(base, [*adapter.factors]) if room else None
-        features = (
-            frozen_layers.frozen_features(base, texts, split, indices, fold, cache or ActivationCache(), room)
-            if split and split.form
-            else None
-        )
+    features = _features(base, (fold, adapter), texts, indices, kept)
     base.model.eval()
     lengths = texts.lengths(indices)
     order = sorted(range(len(indices)), key=lambda i: lengths[i])
@@ -172,10 +202,11 @@ def score(
     with base.without_adapter() if adapter is None else nullcontext():
         for batch in _batches(texts, [indices[i] for i in order], base.vocabulary):
             inputs = texts.batch(batch, base.device)
-            with split.starting_from(features.for_batch(batch)) if split and features else nullcontext():
+            with features.starting_from(batch) if features else nullcontext():
                 columns_by_batch.append(
                     _score_answers(base, inputs) if base.labels is None else _score_labels(base, inputs)
                 )
+    kept.cache.trim(kept.room)
     back = torch.tensor(order, dtype=torch.long).argsort()
     columns = [torch.cat(column).cpu()[back] for column in zip(*columns_by_batch, strict=True)]
     if base.labels is None:
@@ -184,14 +215,33 @@ def score(
     return Scores(predicted, torch.tensor([texts.labels[i] for i in indices]), losses, base.labels, margins)
 
 
+@torch.no_grad()
+def label_probabilities(base: Base, adapter: Adapter, texts: EncodedTexts) -> Tensor:
+    """Return how probable the model with the adapter finds each label of each text, shaped (texts, labels)."""
+    base.put(adapter)
+    base.model.eval()
+    order, rows = sorted(range(len(texts.ids)), key=lambda i: len(texts.ids[i])), list[Tensor]()
+    for batch in _batches(texts, order, base.vocabulary):
+        inputs = texts.batch(batch, base.device)
+        inputs.pop("labels")
+        rows.append(base.model(**inputs).logits.float().softmax(1).cpu())
+    return torch.cat(rows)[torch.tensor(order).argsort()]
+
+
 def evaluate_held_out(
-    base: Base, adapter: Adapter | None, texts: EncodedTexts, shards: Sequence[Shard], fold: Adapter | None = None
+    base: Base,
+    adapter: Adapter | None,
+    texts: EncodedTexts,
+    shards: Sequence[Shard],
+    fold: Adapter | None = None,
+    kept: KeptActivations = NOTHING_KEPT,
 ) -> dict[ClientId, Scores | AnswerScores]:
     """Score one adapter (None: the base alone) on the held-out part of each client that has one, all of them in one pass."""
     held = [shard for shard in shards if shard.held_out]
     if not held:
         return {}
-    scores, end, by_client = score(base, adapter, texts, [i for shard in held for i in shard.held_out], fold), 0, {}
+    indices, end, by_client = [i for shard in held for i in shard.held_out], 0, {}
+    scores = score(base, adapter, texts, indices, fold, kept)
     for shard in held:
         start, end = end, end + len(shard.held_out)
         by_client[shard.client] = scores.subset(range(start, end))
@@ -199,7 +249,7 @@ def evaluate_held_out(
 
 
 def evaluate_untrained(
-    base: Base, texts: EncodedTexts, shards: Sequence[Shard]
+    base: Base, texts: EncodedTexts, shards: Sequence[Shard], kept: KeptActivations = NOTHING_KEPT
 ) -> dict[ClientId, Scores | AnswerScores]:
     """Score what needs no training on the held-out part of each client that has one: the baseline of its scores.
 
@@ -207,7 +257,7 @@ def evaluate_untrained(
     whatever is asked (with a cross-entropy of 0, since no probability is predicted).
     """
     if base.labels is None:
-        return evaluate_held_out(base, None, texts, shards)
+        return evaluate_held_out(base, None, texts, shards, kept=kept)
     by_client = dict[ClientId, Scores | AnswerScores]()
     for shard in (shard for shard in shards if shard.held_out):
         labels = torch.tensor([texts.labels[i] for i in shard.held_out])
@@ -251,24 +301,42 @@ def generate_answers(
     indices: Sequence[int],
     most: int,
     fold: Adapter | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Answer these examples' requests greedily in at most `most` tokens, with the adapter over base and fold, or the base alone."""
+    """Answer these examples' requests greedily in at most `most` tokens, with the adapter over base and fold, or the base alone.
+
+    With `on_text` one after the other is answered, the shortest first, and it is called with each piece of text as it is written.
+    """
     assert texts.answer_starts is not None
     requests = [texts.ids[i][: texts.answer_starts[i]] for i in indices]
     if adapter is None:
         with base.without_adapter():
-            return _generate(base, requests, texts.pad, most)
+            return _generate(base, requests, texts.pad, most, on_text)
     base.put(adapter, fold=fold)
-    return _generate(base, requests, texts.pad, most)
+    return _generate(base, requests, texts.pad, most, on_text)
 
 
-def _generate(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int) -> list[str]:
+class _Pieces(TextStreamer):
+    """Calls `on_text` with an answer as it is written, word by word."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.on_text(text)
+
+
+def _generate(
+    base: Base, requests: Sequence[Sequence[int]], pad: int, most: int, on_text: Callable[[str], None] | None
+) -> list[str]:
     model: Any = base.model.eval().get_base_model()
     tokenizer: Any = base.tokenizer
     order = sorted(range(len(requests)), key=lambda i: len(requests[i]))
     answers, ends = dict[int, str](), _end_marks(model, tokenizer)
-    for start in range(0, len(order), GENERATED_TOGETHER):
-        chosen = order[start : start + GENERATED_TOGETHER]
+    together = 1 if on_text else GENERATED_TOGETHER
+    for start in range(0, len(order), together):
+        chosen = order[start : start + together]
         width = max(len(requests[i]) for i in chosen)
         filled = [[pad] * (width - len(requests[i])) + list(requests[i]) for i in chosen]
         mask = [[0] * (width - len(requests[i])) + [1] * len(requests[i]) for i in chosen]
@@ -284,6 +352,7 @@ def _generate(base: Base, requests: Sequence[Sequence[int]], pad: int, most: int
                 tokenizer=tokenizer,  # for `stop_strings`
                 pad_token_id=pad,
                 eos_token_id=ends or None,
+                streamer=_Pieces(tokenizer, on_text) if on_text else None,
             )
         for i, row in zip(chosen, rows, strict=True):
             answers[i] = tokenizer.decode(row[width:], skip_special_tokens=True).strip()

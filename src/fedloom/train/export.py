@@ -297,8 +297,8 @@ def _base_model(name: str, adapter: Path, written: str) -> str:
     return name
 
 
-def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
-    """Load the base model, the final adapter and the label names of a run folder. Raises Refused if it holds no adapter."""
+def open_run(run: Path, device: str = "cpu") -> tuple[Base, Adapter, tuple[str, ...]]:
+    """Load the base model on a device, the final adapter and the label names of a run folder. Raises Refused if it has no adapter."""
     if not (run / "adapter" / "adapter_model.safetensors").is_file():
         raise Refused("run folder", str(run), "it holds no adapter: the run made no version, or this is no run folder")
     try:
@@ -310,7 +310,9 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
         lora = LoRA(modules, config.lora_alpha / config.r, config.lora_dropout)
         labels = about["model"].get("labels", len(names))  # null: it writes text
         name = _base_model(name, run / "adapter", str(config.base_model_name_or_path))
-        base = load_base(name, labels, lora, 1, seed, label_names=names)  # the stored adapter brings its own rank
+        base = load_base(
+            name, labels, lora, 1, seed, device, label_names=names
+        )  # the stored adapter brings its own rank
         engine, weights = about.get("run", {}).get("engine") or {}, about.get("base_weights")
         if weights and not engine.get("bfloat16") and weights != base.fingerprint():
             remedy = f"{name} has other weights than when the run was made; bring them back, or carry out the run again"
@@ -324,3 +326,17 @@ def open_run(run: Path) -> tuple[Base, Adapter, tuple[str, ...]]:
     except Exception as error:  # json, peft, safetensors and torch each have their own
         remedy = f"its manifest or adapter cannot be read ({type(error).__name__}: {error}); carry out the run again"
         raise Refused("run folder", str(run), remedy.replace("\n", " ")) from error
+
+
+def load_model(run: Path) -> PeftModel:
+    """Load the base model of a run folder with its final adapter, the only one that it has, and with the names of its labels.
+
+    Raises Refused as `open_run` does.
+    """
+    base, adapter, names = open_run(run)
+    slot = base.put(adapter)
+    for other in [name for name in base.model.peft_config if name != slot]:
+        base.model.delete_adapter(other)
+    if base.labels is not None:
+        _with_labels(cast(PreTrainedModel, base.model.get_base_model()).config, names)
+    return base.model

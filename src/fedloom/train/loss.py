@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.train.base_model import Base
-from fedloom.train.engine.dropout import remember_mode
+from fedloom.train.engine.dropout import suspend_training
 from fedloom.train.engine.trial_texts import FAILURES, trial_inputs
 from fedloom.train.tokenised import IGNORED, copy_to
 
@@ -96,9 +96,8 @@ def reads_padding(base: Base) -> bool:
 
 @torch.no_grad()
 def _try_padding(base: Base) -> bool:
-    inputs, back = trial_inputs(base.model.get_base_model(), base.tokenizer), remember_mode(base.model)
+    inputs, back = trial_inputs(base.model.get_base_model(), base.tokenizer), suspend_training(base.model)
     mask, error = inputs["attention_mask"].bool(), 1e-4 if base.model.dtype == torch.float32 else 0.03
-    base.model.eval()
     try:
         masked = base.model(**inputs, use_cache=False).logits[mask].float()
         del inputs["attention_mask"]

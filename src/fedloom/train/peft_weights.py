@@ -6,10 +6,11 @@ a power of two, the default, the conversion is exact to the bit; otherwise it ro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
+from functools import partial, wraps
 from math import prod
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -20,13 +21,33 @@ from torch import Tensor, nn
 from fedloom.core.flat_buffer import FlatTensors
 from fedloom.core.lora import Adapter, Factor, compact, lay_flat, map_tensors, named_tensors, view_as_adapter
 
+F = TypeVar("F")
 
-def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+
+def _once(find: Callable[[PeftModel], F]) -> Callable[[PeftModel], F]:
+    """Make a function of a model's modules look for them once a model: a walk through hundreds of modules takes milliseconds.
+
+    Layers and blocks stay the same modules for as long as a model lives, whatever adapters they get.
+    """
+    found: WeakKeyDictionary[PeftModel, F] = WeakKeyDictionary()
+
+    @wraps(find)
+    def remembered(model: PeftModel) -> F:
+        if model not in found:
+            found[model] = find(model)
+        return found[model]
+
+    return remembered
+
+
+@_once
+def lora_layers(model: PeftModel) -> Mapping[str, LoraLayer]:
     """Return the adapted layers by their names in the base model, in the model's order (input to output)."""
     base = model.get_base_model()
     return {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
 
 
+@_once
 def transformer_blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
     """Find the list of transformer blocks with adapted layers, and its path in the base model.
 
@@ -49,7 +70,8 @@ def transformer_blocks(model: PeftModel) -> tuple[str, nn.ModuleList] | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def layer_depths(model: PeftModel) -> dict[str, int]:
+@_once
+def layer_depths(model: PeftModel) -> Mapping[str, int]:
     """Return the depth from which on each adapted layer is trained: 1 in the top block, 0 above the blocks, blocks + 1 below them.
 
     Empty where the model has no list of blocks. Below is also what stands beside the text's own part of a model: an encoder.

@@ -68,23 +68,24 @@ class Engine:
     """Ways to compute training. They change time, memory and the last digits of the results, never the method.
 
     Fields:
-        kernel: how frozen linear layers are computed in float32: "torch"; "fused": in the same way, but a layer and its adapter are
-            one node of the graph, on a GPU too; "onednn": fused, and up to 1.7 times faster on some processors; or "fastest": which
-            of them is measured when a run is prepared, and written in its manifest (default "fastest").
+        kernel: how frozen linear layers are computed in float32 (default "fastest"). "torch" is the plain way. "fused" is the same,
+            but a layer and its adapter are one node of the graph, on a GPU too. "onednn" is fused, and up to 1.7 times faster on some
+            processors. "fastest" measures them when a run is prepared, and writes the best in its manifest.
         first_token: in an encoder's last layer compute only the first token, if the head reads no other (default True).
-        together: largest number of clients that train in one pass (1: one after the other; default None: chosen by size: small
-            steps on a CPU, most steps on a GPU). Always 1, with a note, where a model does not keep clients apart (DeBERTa, XLNet).
+        together: largest number of clients that train in one pass (1: one after the other). The default None chooses by size: small
+            steps on a CPU, most steps on a GPU. Always 1, with a note, where a model does not keep clients apart (DeBERTa, XLNet).
         cache: largest size of cached activations from below the trained layers (bytes; default 2e9; 0: none, each step is a plain
-            pass; as for a model whose blocks hand on more than hidden states (T5) or read padding, with a note).
-        bfloat16: keep the frozen linear layers in bfloat16, on a GPU the whole model but adapters and heads that are trained: half
-            the memory, faster where the hardware has it, no longer exact (default False; None: on a CPU that has instructions for
-            it, unless single records are protected; found when a run is prepared). Refused where a model has no such layer.
-        checkpointing: keep only the input of each layer and compute the rest again in the backward pass: a third more time, a
-            fraction of the activations, the same gradients (default False).
+            pass). It is 0, with a note, for a model whose blocks pass on more than hidden states (T5) or read padding.
+        bfloat16: keep the frozen linear layers in bfloat16, on a GPU the whole model except trained adapters and heads (default
+            False). It takes half the memory, is faster where the hardware has it, and no longer exact. None: on a CPU that has
+            instructions for it, unless single records are protected; found when a run is prepared. Refused where a model has no such
+            layer.
+        checkpointing: keep only the input of each layer and compute the rest again in the backward pass (default False). It takes a
+            third more time and a fraction of the activations, with the same gradients.
         four_bit: keep the frozen linear layers in 4 bits (QLoRA): an eighth of the memory; needs an NVIDIA GPU and bitsandbytes
             (default False).
-        byte_dropout: on a CPU draw what dropout drops as random bytes, a tenth of torch's time for it; probabilities are rounded to
-            1/256, where that moves them by less than a fiftieth (default True).
+        byte_dropout: on a CPU draw what dropout drops as random bytes, a tenth of torch's time for it (default True). Probabilities
+            are rounded to 1/256, where that moves them by less than a fiftieth.
     """
 
     kernel: str = "fastest"
@@ -154,22 +155,22 @@ class Training:
     Fields:
         learning_rate: the largest learning rate of a task (default 5e-4).
         batch_size: examples in one optimiser step, or all that the client has where these are fewer (default 16).
-        max_length: largest number of tokens of a text, special tokens included; the rest is cut (default None: enough for the longest
-            text of the run, at most 1024 and what the model reads; `prepare` fills it in. In a deployment, where the texts lie
-            elsewhere, it is that limit).
+        max_length: largest number of tokens of a text, special tokens included; the rest is cut. The default None is enough for the
+            longest text of the run, at most 1024 and what the model reads; `prepare` fills it in. In a deployment, where the texts
+            lie elsewhere, it is that limit.
         weight_decay: AdamW's decoupled weight decay (default 0).
         warmup: share of a task's steps in which the learning rate rises from 0, at least 0 and below 1 (default 0).
         decay: how the learning rate falls after the warm-up: `constant`, `linear`, `cosine`, or a function of the fraction of
             steps done (default `constant`).
         clip: the largest norm of the gradient (default 1).
         bucket: put texts of similar length into one batch, which saves padding (default True).
-        keep_moments: carry Adam's moments over to the client's next task while its factors keep their basis; after a merge that
-            rotated them (HLoRA, raFLoRA) the moments are always dropped (default True).
+        keep_moments: carry Adam's moments over to the client's next task while its factors keep their basis (default True). After a
+            merge that rotated them (HLoRA, raFLoRA) the moments are always dropped.
         proximal: mu of FedProx: the loss gains proximal / 2 * |change|^2, which keeps a client near what it received (default 0:
             off).
         stratified: put texts of all lengths of the client into each batch; overrides `bucket` (default False).
-        base_dropout: train with the dropout that the base model itself has, its head's included (default None: yes where labels are
-            predicted, no where text is written, as is the custom). `LoRA.dropout` is apart from it.
+        base_dropout: train with the dropout of the base model and its head (default None: yes for classification, no for generation,
+            as is the custom). `LoRA.dropout` is independent of it.
     """
 
     learning_rate: float = 5e-4

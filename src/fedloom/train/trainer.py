@@ -321,13 +321,13 @@ class PeftTrainer:
             return lambda batch: loss_of(self.base, self.texts.batch(batch, self.base.device))
         shard, fold, limit = self.shards[task.client], task.start.fold, self.engine.cache
         features = (
-            frozen_layers.frozen_features(self.base, self.texts, split, shard, fold, self.cache, limit)
+            frozen_layers.frozen_features(self.base, self.texts, split, shard, (fold,), self.cache, limit)
             if split.form and limit
             else None
         )
 
         def batch_loss(batch: Sequence[int]) -> Tensor:
-            with split.starting_from(features.for_batch(batch)) if features else split.plain():
+            with features.starting_from(batch) if features else split.plain():
                 return loss_of(self.base, self.texts.batch(batch, self.base.device))
 
         return batch_loss

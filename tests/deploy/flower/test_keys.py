@@ -109,7 +109,7 @@ def test_sites_are_accepted_by_name_and_key_and_removed(authority: Path, tmp_pat
     keys.add(two, "south", authority)
     assert [entry.name for entry in keys.listed(authority)] == ["north", "south"]
     keys.remove("north", authority)
-    with pytest.raises(Refused, match="no key is registered"):
+    with pytest.raises(Refused, match="no key is authorised"):
         keys.remove("north", authority)
     assert [entry.name for entry in keys.listed(authority)] == ["south"]
 

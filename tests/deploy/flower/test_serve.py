@@ -84,7 +84,7 @@ def test_sites_reach_a_server_by_an_address_of_ipv6(tmp_path: Path) -> None:
             made.join(name)
         federation.until(made.over, 600, "the run did not end")
         assert made.processes["server"].returncode == 0, made.said("server")
-        assert f"the server listens at [::1]:{made.port}" in made.said("server")
+        assert f"listening at [::1]:{made.port}" in made.said("server")
     finally:
         made.close()
 
@@ -140,7 +140,7 @@ def test_a_server_app_that_is_killed_again_and_again_ends_the_run_only_where_it_
         killed(version)
     for _ in range(MOST_QUICK - 1):
         killed(version)
-    with pytest.raises(Refused, match="ends as soon as it begins"):
+    with pytest.raises(Refused, match="fails as soon as it starts"):
         killed(version)
 
 
@@ -159,7 +159,7 @@ def test_what_the_gate_refuses_is_said(tmp_path: Path) -> None:
     log.write_text("\n".join(lines) + "\n", encoding="utf-8")
     one._say_refusals()
     assert said == [
-        "the gate refused one: 413 too large",
-        "the gate refused one: 429 too much (3 calls since it was said last)",
+        "refused a call of one: 413 too large",
+        "refused a call of one: 429 too much (3 calls since the last such line)",
     ]
     assert read_refusals(tmp_path) == {"one": 4}

@@ -14,7 +14,7 @@ from hypothesis import Phase, given
 from rich.console import Console
 
 from fedloom import CA2FL, Averaged, DeltaInt8, FedBuff, FedFa, FedIT, Half, Immediate, ProductDelta, Rounds, Scaffold
-from fedloom.cli.deploy import status_view
+from fedloom.cli.status import status_view
 from fedloom.core.canary import Canary
 from fedloom.core.files import write_json
 from fedloom.core.fingerprint import fingerprint
@@ -306,6 +306,21 @@ def test_a_site_that_fails_each_task_at_once_cannot_end_the_run(how: str) -> Non
     assert len(given) == len(set(given)), "a task is not sent again and again"
 
 
+def test_before_it_begins_it_says_who_is_ready_and_who_is_connected_only(tmp_path: Path) -> None:
+    net = Net(sites(2))
+    running = deployment(net, min_clients=3)
+    status = Status(tmp_path, running, running.server.limits)
+    assert status.waits() == "for 3 more of 3 sites; none is connected"
+    turns(running, net, 3)
+    assert (status.state(), status.snapshot()["connected"]) == ("waiting", ["c0", "c1"])
+    del running.clients["c1"]
+    node = next(one for one in running.nodes.reachable.values() if one.client == "c1")
+    node.client, node.name = None, "c1"
+    assert status.waits() == "for 2 more of 3 sites; ready: c0; connected, loading model and data: c1"
+    node.why = "the owner is out"
+    assert status.waits() == "for 2 more of 3 sites; ready: c0; connected, but not ready: c1 (the owner is out)"
+
+
 def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     net = Net(sites(2))
     running = deployment(net, min_clients=3)
@@ -313,7 +328,7 @@ def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     running.observe, running.evaluate = status, lambda model: {"accuracy": 0.7}
     assert status.snapshot()["scores"] == {}
     turns(running, net, 3)
-    assert status.waits().startswith("for 1 more of 3 clients; there: c0, c1")
+    assert status.waits() == "for 1 more of 3 sites; ready: c0, c1"
     running.min_clients = 2
     net.sites[102] = Site(Profile("c2", 5))  # type: ignore[index]
     turns(running, net, 6)
@@ -325,19 +340,23 @@ def test_what_it_waits_for_is_said_in_words(tmp_path: Path) -> None:
     assert set(told["clients"]) == {"c0", "c1", "c2"}
     console = Console(width=120, file=StringIO())
     console.print(status_view(told, age=100.0))
+    console.print(status_view(told, age=100.0, alive=False))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "c2" in text
-    assert "still running?" in text
+    assert "written nothing for 100 s" in text
+    assert "not running; continue with" in text
+    assert text.count("stopped") == 1
     write_json(tmp_path / REFUSALS_FILE, {"c1": 4})
     status.ended = "50 versions made"
     status.write()
     ended = read_status(tmp_path)
     assert ended["calls_refused"] == {"c1": 4}
-    assert ended["waits"] == "for nothing: the run has ended, 50 versions made"
-    console.print(status_view(ended, age=100.0))
+    assert (ended["state"], ended["waits"]) == ("finished", "")
+    console.print(status_view(ended, age=100.0, alive=False))
     text = console.file.getvalue().removeprefix(text)  # type: ignore[attr-defined]
-    assert "Calls refused by the gate: c1 4" in text
-    assert "still running?" not in text
+    assert "finished: 50 versions made" in text
+    assert "Calls refused: c1 4" in text
+    assert "not running" not in text
     figures = {one.name: one for one in PrometheusFigures(status).collect()}
     assert figures["fedloom_version"].samples[0].value == told["version"]
     assert figures["fedloom_answers_accepted"].samples[0].value == status.observation.accepted > 0
@@ -471,7 +490,7 @@ def test_after_the_end_clients_evaluate_whatever_happens_on_the_way_and_nothing_
         running, dict.fromkeys([*running.profiles, "gone"], 2), lambda rank: start, 30.0, net.pause
     )
     assert evaluation.results == {name: replace(result, client=name) for name in ("c0", "c1", "c2")}
-    assert evaluation.site_result("gone").reason == "it was gone before the end"
+    assert evaluation.site_result("gone").reason == "it disconnected before the end"
     assert sorted(lost) == [100, 101]
     assert before == (state.version, state.failures, dict(state.dispatched), dict(running.profiles))
     assert not saved

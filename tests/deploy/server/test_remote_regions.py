@@ -13,7 +13,7 @@ from hypothesis import Phase, given
 from rich.console import Console
 
 from fedloom import FixedRank, Hierarchy, Immediate, JointPlan, Limits, LossRate, Plan
-from fedloom.cli.deploy import status_view
+from fedloom.cli.status import status_view
 from fedloom.core.codec import DeltaInt8
 from fedloom.core.events import ClientJoined, Dispatch, Report, TaskReceived, TimerFired, UpdateArrived
 from fedloom.core.server import Server

@@ -224,7 +224,7 @@ def test_an_owner_without_a_terminal_accepts_by_command(tmp_path: Path) -> None:
     done = runner.invoke(app, ["site", "accept", "--config", config, name[:12]])
     assert (done.exit_code, consents.why_not(TERMS)) == (0, "")
     again = runner.invoke(app, ["site", "terms", "--config", config])
-    assert "No terms wait for acceptance." in again.output
+    assert "No open terms." in again.output
     assert f"Accepted {name} toy" in again.output
 
 

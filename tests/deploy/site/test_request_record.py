@@ -159,7 +159,7 @@ def test_a_removed_end_is_found_by_the_head(tmp_path: Path, capsys: pytest.Captu
     assert head in capsys.readouterr().out
     RequestRecord(path, KEY).append(task(4))
     print_record(path, [PUBLIC], head, False, 0)
-    assert "line 7; 1 lines came after" in capsys.readouterr().out
+    assert "line 7 of 8" in capsys.readouterr().out
     path.write_bytes(b"".join(lines[:-1]))
     print_record(path, [PUBLIC], "", False, 0)
     with pytest.raises(Refused, match="no line has this head"):

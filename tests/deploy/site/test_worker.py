@@ -27,9 +27,17 @@ from fedloom.core.seeds import derive
 from fedloom.core.transfer import encode_answer
 from fedloom.core.types import Budget, ClientState, Result
 from fedloom.core.validate_answer import why_invalid
-from fedloom.deploy.messages.messages import JoinRequest, Refusal, TaskRequest, Welcome, decode_reply, encode_request
+from fedloom.deploy.messages.messages import (
+    JoinRequest,
+    Refusal,
+    RunEnded,
+    TaskRequest,
+    Welcome,
+    decode_reply,
+    encode_request,
+)
 from fedloom.deploy.site.answer_journal import RUNS
-from fedloom.deploy.site.worker import SiteWorker, prepare_site
+from fedloom.deploy.site.worker import RUN_ENDED, SiteWorker, prepare_site
 from fedloom.train.base_model import load_base
 from fedloom.train.settings import LoRA, Training
 from fedloom.train.tokenised import encode_texts as tokenise
@@ -420,3 +428,19 @@ def test_the_status_says_what_is_going_on(encoder: Path, tmp_path: Path, works: 
     assert told == {"name": "ward", "pid": os.getpid(), "doing": "nothing", "run": "toy"} | {
         "trained": 1, "repeated": 0, "refused": 0,
     }  # fmt: skip
+
+
+def test_the_end_of_a_run_is_noted_whatever_the_site_allows(
+    encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is loaded for it, and no limit stands against it: a site that may do nothing can stop waiting too."""
+    worker = SiteWorker(site_at(tmp_path, encoder, more='[limits]\nruns = ["other"]\n'))
+    with caplog.at_level("INFO", "fedloom.worker"):
+        reply = worker.answer(encode_request(RunEnded(terms_of(), 1, "9 versions\nmade")))
+    assert b"Acknowledged" in reply
+    assert worker.prepared is None
+    [record] = [one for one in caplog.records if getattr(one, "event", "") == RUN_ENDED]
+    assert "run toy has ended: 9 versions made; 0 tasks trained" in record.getMessage()
+    last = json.loads((tmp_path / "state" / "record.jsonl").read_text().splitlines()[-1])
+    assert (last["kind"], last["run"], last["reason"]) == ("run ended", "toy", "9 versions made")
+    assert worker.refused == 0

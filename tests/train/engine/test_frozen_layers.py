@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_those_of_the_whole_model(
     place = frozen_layers.split_layers(base, [*task.start.train.factors])
     assert place is not None
     below = frozen_layers.frozen_features(
-        base, texts, place, range(30), task.start.fold, frozen_layers.ActivationCache(), 0
+        base, texts, place, range(30), (task.start.fold,), frozen_layers.ActivationCache(), 0
     )
     found = []
     for begin in (place.starting_from(below.for_batch([7, 3, 20, 11])), nullcontext()):

@@ -61,11 +61,11 @@ class MultiKrum:
 
     Source: Blanchard et al., "Machine Learning with Adversaries", NeurIPS 2017 (arXiv 1703.02757), section 4, multi-Krum: of K
     clients the K - f nearest to their K - f - 2 neighbours are averaged. Here f is at most `share` of K, and three choices are ours.
-    What is compared is directions, a client's mean cosine with its K - f - 2 nearest, since lengths differ with rank and steps; a
-    length above the median takes a little off, and counts as at most 1.5 medians. Sums over earlier merges are compared, because one
-    merge of skewed clients tells too little (that history helps: Karimireddy et al., arXiv 2012.10333). And only who agrees less
-    than `least` times as well as the median is left out, so that nobody is where nobody lies. With fewer than 5 clients in a merge
-    all count as the schedule says.
+    Directions are compared, by a client's mean cosine with its K - f - 2 nearest, since lengths differ with rank and steps. A length
+    above the median lowers it a little, and counts as at most 1.5 medians. Sums over earlier merges are compared, because one merge
+    of skewed clients shows too little (Karimireddy et al., arXiv 2012.10333). Only a client that agrees less than `least` times as
+    well as the median is left out, so that none is where none lies. With fewer than 5 clients in a merge all count as the schedule
+    says.
 
     Fields:
         share: largest share of the clients that is left out (above 0, below 0.5).
@@ -114,10 +114,10 @@ class Trust:
     """A client counts by how far it goes where a trusted one goes, and moves the model no further than that one.
 
     Source: Cao et al., "FLTrust", NDSS 2021 (arXiv 2012.13995), section 4: weight max(0, cosine with the trusted change), each change
-    as long as that one. Ours: the trusted change is that of a client of the federation, its latest, remembered where it is
-    not in the merge; it counts as much as the best of the others; shorter changes are not made longer; and a single answer, under a
-    schedule without a buffer, counts by its cosine over the usual one, at most fully (a filter, as AFLGuard's, arXiv 2212.06325, and
-    Zeno++'s, arXiv 1903.07020). Until the trusted client has answered, the model stays as it is.
+    as long as that one. Here the trusted change is the latest of a client of the federation, remembered where it is not in the
+    merge. It counts as much as the best of the others, and shorter changes are not made longer. Under a schedule without a buffer a
+    single answer counts by its cosine over the usual one, at most fully. That is a filter, as AFLGuard's (arXiv 2212.06325) and
+    Zeno++'s (arXiv 1903.07020). Until the trusted client has answered, the model stays as it is.
 
     Fields:
         client: name of the trusted client, whose data are clean and whose machine is the server owner's own.
@@ -173,8 +173,8 @@ class GeometricMedian:
     """The point whose distances to all changes have the smallest sum, as a weighted mean of them.
 
     Source: Pillutla et al., "Robust Aggregation for Federated Learning" (RFA), arXiv 1912.13445, section 3: smoothed Weiszfeld steps.
-    Under half of the weight cannot move it arbitrarily far; within that it bends to everybody, so it resists long changes
-    better than turned ones.
+    Under half of the weight cannot move it arbitrarily far. Within that every client moves it, so it resists long changes better than
+    turned ones.
     """
 
     client: ClassVar[None] = None

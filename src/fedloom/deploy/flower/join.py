@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import ssl
 import sys
 import time
@@ -16,6 +17,7 @@ from threading import Thread
 from fedloom.core.errors import Refused
 from fedloom.core.files import private_tree
 from fedloom.core.policies import do_nothing
+from fedloom.deploy import json_log
 from fedloom.deploy.flower.address import is_loopback, parse_address
 from fedloom.deploy.flower.supervisor import (
     LogFollower,
@@ -30,13 +32,18 @@ from fedloom.deploy.flower.supervisor import (
 )
 
 TICK = 0.5
+LINGER = 4.0
+"""Seconds between the word that the run has ended and the end of a site, in which its reply is delivered."""
+WORKER_LOG, RUN_ENDED = "fedloom.worker", "run ended"
+"""Name of the worker's logger, and of the event by which it says that the run has ended (`site.worker`, which is heavy)."""
 IDLE = 3.0
 """Seconds between two polls of an idle SuperNode for work, as Flower has it."""
 EXPLANATIONS = {
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one of the authority that this site trusts, is for another "
     "name, or has expired",
-    "[code: 2004]": "the server does not know this site's key, or counts on another process that holds it for a minute yet",
-    "[code: 2001]": "the server takes no site without a key",
+    "[code: 2004]": "the server does not know this site's key (fedloom keys add), or another process of this site is still connected "
+    "with it: a connection that was cut is freed after a minute",
+    "[code: 2001]": "the server accepts no site without a key",
     "[code: 2900]": "this machine's clock and the server's differ by more than the server allows; set them (NTP)",
 }
 """Messages of Flower and of the gate on leaving, and what they mean."""
@@ -70,7 +77,7 @@ class SiteSetup:
         address = parse_address("server", self.server)
         object.__setattr__(self, "server", str(address))
         if (self.ca is None or self.key is None) and not is_loopback(address.host):
-            raise Refused("--insecure", self.server, "without key and TLS a site speaks to its own machine only")
+            raise Refused("--insecure", self.server, "without a key and TLS a site connects to its own machine only")
         if self.idle is not None and not 0.05 <= self.idle <= 60.0:
             raise Refused("--idle", self.idle, "choose 0.05 to 60 seconds")
         for name, path in (("ca", self.ca), ("key", self.key)):
@@ -191,14 +198,62 @@ def _compare_clocks(server: str, ca: Path, say: Callable[[str], None]) -> None:
         say(warning)
 
 
-def join_deployment(setup: SiteSetup, say: Callable[[str], None], look: Callable[[], None] = do_nothing) -> None:
-    """Take part until stopped: ends with KeyboardInterrupt. `look` is called twice a second: it shows what a server offers.
+@dataclass(slots=True)
+class SiteLogs:
+    """What a site's processes write to their logs, in words for its owner.
+
+    Fields:
+        server: address of the server.
+        supernode: log of what talks to the server.
+        worker: log of what trains.
+        say: prints a line.
+        silent: whether the server does not answer.
+        repeated: the last warning of the worker; the same again is not printed.
+    """
+
+    server: str
+    supernode: LogFollower
+    worker: LogFollower
+    say: Callable[[str], None]
+    silent: bool = False
+    repeated: str = ""
+
+    def look(self) -> bool:
+        """Print what is new; returns whether the worker has learnt that the run has ended."""
+        for line in self.supernode.lines():
+            if "SuperNode ID:" in line:
+                self.say(f"connected to the server at {self.server}")
+                self.silent = False
+            elif "retrying in" in line and not self.silent:
+                self.say(f"the server at {self.server} does not answer; retrying until it does")
+                self.silent = True
+            elif "Failed to send message" in line:
+                self.say(f"the server rejected an answer: {line.partition('Failed to send message')[2].strip()}")
+        ended = False
+        for event, message in json_log.notable_lines(self.worker.lines(), WORKER_LOG):
+            if event or message != self.repeated:
+                self.say(message)
+            self.repeated = "" if event else message
+            ended = ended or event == RUN_ENDED
+        return ended
+
+
+def join_deployment(
+    setup: SiteSetup, say: Callable[[str], None], look: Callable[[], None] = do_nothing, stay: bool = False
+) -> None:
+    """Take part until the server says that the run has ended, or until stopped: then it ends with KeyboardInterrupt.
+
+    Args:
+        setup: the site.
+        say: prints what happens.
+        look: called twice a second; shows what a server offers.
+        stay: wait for the next run of the same server where one has ended.
 
     Raises:
         Refused: another process holds the folder.
     """
     if wide := private_tree(setup.folder):
-        say(f"others could read {wide} files and folders in {setup.folder}; now only this user can")
+        say(f"other users could read {wide} of the files and folders in {setup.folder}; now only this user can")
     with hold_folder(setup.folder / "flower" / "lock", setup.folder), stop_on_sigterm() as asked_to_stop:
         write_secret(setup.folder / "flower" / "secret")
         supervisor = Supervisor(
@@ -206,20 +261,16 @@ def join_deployment(setup: SiteSetup, say: Callable[[str], None], look: Callable
         )
         if setup.ca is not None:
             Thread(target=_compare_clocks, args=(setup.server, setup.ca, say), daemon=True).start()
-        log, silent = LogFollower(setup.folder / "logs" / "supernode.log").skip(), False
+        supernode, worker = (
+            LogFollower(setup.folder / "logs" / f"{name}.log").skip() for name in ("supernode", "worker")
+        )
+        logs, end = SiteLogs(setup.server, supernode, worker, say), math.inf
         try:
-            while True:
+            while time.monotonic() < end:
                 asked_to_stop()
                 supervisor.look()
-                for line in log.lines():
-                    if "SuperNode ID:" in line:
-                        say(f"the server at {setup.server} has accepted this site")
-                        silent = False
-                    elif "retrying in" in line and not silent:
-                        say(f"the server at {setup.server} does not answer; trying until it does")
-                        silent = True
-                    elif "Failed to send message" in line:
-                        say(f"the server did not take an answer: {line.partition('Failed to send message')[2].strip()}")
+                if logs.look() and not stay:
+                    end = min(end, time.monotonic() + LINGER)
                 look()
                 time.sleep(TICK)
         finally:

@@ -66,7 +66,9 @@ def new(folder: Path, hosts: Sequence[str], days: int = SERVER_DAYS) -> Path:
     _alternatives(hosts)
     if (keys / "ca.key").exists():
         raise Refused(
-            "FOLDER", str(folder), "it has an authority already; `fedloom keys renew` makes a new server certificate"
+            "FOLDER",
+            str(folder),
+            "it has a certificate authority already; `fedloom keys renew` makes a new server certificate",
         )
     for part in (folder, keys, folder / "sites"):
         part.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -137,9 +139,13 @@ def add(public: Path, name: str, folder: Path, facts: KeyFacts | None = None) ->
     entry = _read(public, _plain(name))
     for other in listed(folder):
         if name == other.name and entry.fingerprint != other.fingerprint:
-            raise Refused("--name", name, f"another key is registered under it; `fedloom keys remove {name}` first")
+            raise Refused(
+                "--name",
+                name,
+                f"another key is authorised under this name; revoke it first (fedloom keys remove {name})",
+            )
         if entry.fingerprint == other.fingerprint and name != other.name:
-            raise Refused("PUB", str(public), f"this key is registered already, as {other.name}")
+            raise Refused("PUB", str(public), f"this key is authorised already, as {other.name}")
     (folder / "sites").mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / "sites" / f"{name}.pub"
     write_facts(folder, name, facts or KeyFacts())
@@ -155,7 +161,7 @@ def remove(name: str, folder: Path) -> None:
     """
     path = folder / "sites" / f"{_plain(name)}.pub"
     if not path.exists():
-        raise Refused("NAME", name, "no key is registered under it; see `fedloom keys list`")
+        raise Refused("NAME", name, f"no key is authorised under this name; see: fedloom keys list {folder}")
     path.unlink()
     write_facts(folder, name, KeyFacts())
 
@@ -189,7 +195,11 @@ def _plain(name: str) -> str:
 
 def _present(path: Path, folder: Path) -> Path:
     if not path.exists():
-        raise Refused("FOLDER", str(folder), "it has no authority; make one with `fedloom keys new`")
+        raise Refused(
+            "FOLDER",
+            str(folder),
+            f"it has no certificate authority; make one with: fedloom keys new {folder} --host NAME",
+        )
     return path
 
 
@@ -198,7 +208,7 @@ def _secret(path: Path, data: bytes) -> None:
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     except FileExistsError:
-        raise Refused("file", str(path), "it is there already; a key is never overwritten") from None
+        raise Refused("file", str(path), "it exists already, and a key is never overwritten") from None
     with os.fdopen(handle, "wb") as file:
         file.write(data)
 

@@ -17,7 +17,7 @@ from fedloom.deploy.flower import keys
 from fedloom.deploy.flower.address import Address, listen_at
 from fedloom.deploy.flower.app_outcome import AppOutcome, last_attempt, read_outcome
 from fedloom.deploy.flower.roster import ROSTER, RosterEntry, read_roster, write_roster
-from fedloom.deploy.flower.server_processes import ServerSetup, server_processes
+from fedloom.deploy.flower.server_processes import LOCK, ServerSetup, server_processes
 from fedloom.deploy.flower.superlink import SiteKey, SuperLink, SuperLinkError
 from fedloom.deploy.flower.supervisor import (
     LogFollower,
@@ -30,6 +30,7 @@ from fedloom.deploy.flower.supervisor import (
     write_secret,
 )
 from fedloom.deploy.server.status import REFUSALS_FILE, read_status
+from fedloom.report.numbers import plural
 
 TICK, AGAIN, RELAY = 0.5, 5.0, 10.0
 """Seconds between two looks, after Flower has said no, and between two lines on what the driver waits for."""
@@ -43,7 +44,7 @@ CLEARING = 30.0
 """Seconds until a new ServerApp is begun after one that found the disk full, although there was so much room."""
 NOTE = "deployment.json"
 """Configuration of the deployment, in the folder of the server (`server.config`, which is heavy)."""
-GO_ON = "then go on with `fedloom serve ... --resume`"
+GO_ON = "then continue with `fedloom serve ... --resume`"
 
 LOOPBACK = "127.0.0.1"
 
@@ -94,7 +95,7 @@ class Serving:
             return None
         if not self.up:
             self.up = True
-            self.say(f"the server listens at {self.server.address}")
+            self.say(f"listening at {self.server.address}; sites connect with fedloom join")
         self._look_for_room()
         self._try(self._admit)
         self._announce()
@@ -128,9 +129,9 @@ class Serving:
         if crammed != self.full:
             where = f"the disk of {self.server.folder}"
             if crammed:
-                self.say(f"{where} is full; free space there, and the run goes on (ended before: {GO_ON})")
+                self.say(f"{where} is full; free space there and the run continues (if it has ended: {GO_ON})")
             else:
-                self.say(f"{where} has room again")
+                self.say(f"{where} has free space again")
         self.full = crammed
 
     def _list_keys(self) -> None:
@@ -162,7 +163,7 @@ class Serving:
             self._send_keys({key: SiteKey(str(one.path), one.name) for key, one in listed.items()})
         if not listed and not self.run:
             self.say(
-                "no site is registered yet: `fedloom keys add PUB --name NAME` registers one, also while this runs"
+                "no site is authorised yet: `fedloom keys add PUB --name NAME --folder DIR` authorises one, also now"
             )
 
     def _send_keys(self, listed: Mapping[str, SiteKey]) -> None:
@@ -172,9 +173,9 @@ class Serving:
         self.nodes, self.keys_sent = done.nodes, True
         self._list_keys()
         for fingerprint in sorted(done.nodes.keys() - before.keys()):
-            self.say(f"{listed[fingerprint].name} may join (key {fingerprint})")
+            self.say(f"{listed[fingerprint].name} is authorised (key {fingerprint})")
         for fingerprint in sorted(before.keys() - done.nodes.keys()):
-            self.say(f"the holder of key {fingerprint} may no longer join")
+            self.say(f"key {fingerprint} is revoked: its site can no longer connect")
         if done.refused:
             raise SuperLinkError("; ".join(done.refused.values()))
 
@@ -184,8 +185,9 @@ class Serving:
         for came, number in (found.groups() for line in self.log.lines() if (found := MOVED.search(line))):
             name = of.get(int(number)) or f"node {number}"
             (self.here.add if came == "Activated" else self.here.discard)(name)
-            what = "has joined" if came == "Activated" else "has left"
-            self.say(f"{name} {what}; {len(self.here)} here" + (f" of {len(of)}" if of else ""))
+            what = "connected" if came == "Activated" else "disconnected"
+            who = f"{name} {what} ({len(self.here)} of {plural(len(of), 'authorised site')})"
+            self.say(who if of else f"a site {what} ({len(self.here)} connected)")
 
     def _say_refusals(self) -> None:
         """Say what the gate refused to a site whose key it knows, and write down how often, for `fedloom status`."""
@@ -195,8 +197,8 @@ class Serving:
                 if note["event"] == "refused":
                     site, times = str(note["site"]), int(note["times"])
                     self.refusals[site] = self.refusals.get(site, 0) + times
-                    often = f" ({times} calls since it was said last)" if times > 1 else ""
-                    self.say(f"the gate refused {site}: {note['reason']}{often}")
+                    often = f" ({times} calls since the last such line)" if times > 1 else ""
+                    self.say(f"refused a call of {site}: {note['reason']}{often}")
                     write_json(self.server.folder / REFUSALS_FILE, self.refusals)
 
     def _relay(self) -> None:
@@ -206,8 +208,8 @@ class Serving:
             return
         status = read_status(self.server.folder)
         self._tell_examples(status["clients"])
-        line = f"version {status['version']} of {status['versions']}; waits {status['waits']}"
-        if line != self.line:
+        line = f"version {status['version']} of {status['versions']}; waiting {status['waits']}"
+        if line != self.line and status["waits"]:
             self.say(line)
             self.line, self.relayed = line, time.monotonic()
 
@@ -217,10 +219,10 @@ class Serving:
             examples, counted, told = (client.get(key) for key in ("examples", "counted", "told"))
             if counted is None or self.announced.get(name) == (examples, counted, told):
                 continue
-            why = "" if counted == examples else f", counted as {counted}: three times the median of all"
+            why = "" if counted == examples else f", counted as {counted}: at most three times the median of all sites"
             if told is not None:
-                why += f"; its last answer says {told}, which does not count"
-            self.say(f"{name} registers {examples} examples{why}")
+                why += f"; its last answer says {told}, which is ignored"
+            self.say(f"{name} is ready with {plural(int(examples or 0), 'training example')}{why}")
             self.announced[name] = (examples, counted, told)
 
     def _follow(self) -> str | None:
@@ -230,13 +232,14 @@ class Serving:
                 return None
             self.attempt, self.since = self.attempt + 1, time.monotonic()
             self.run = self.control.submit(self.server.folder, self.attempt)
+            self.say("starting the run: the server loads its model and the test examples")
             return None
         outcome, lived = read_outcome(self.server.folder, self.attempt), time.monotonic() - self.since
         if outcome is not None and outcome.ended:
             if outcome.reason:
                 return outcome.reason
             if outcome.refused:
-                raise Refused("RUNFILE", str(self.server.folder), f"it cannot be carried out: {outcome.refused}")
+                raise Refused("FILE", str(self.server.folder), f"the run cannot be carried out: {outcome.refused}")
         elif outcome.lives if outcome is not None else lived < STARTS:
             return None
         reason, reached = self._why(outcome), self._version()
@@ -244,7 +247,7 @@ class Serving:
         self.reached = reached
         if self.quick >= MOST_QUICK:
             raise self._vain(outcome, reason)
-        self.say(f"the ServerApp ended ({reason}); a new one goes on from the last checkpoint")
+        self.say(f"the ServerApp ended ({reason}); a new one continues from the last checkpoint")
         self.run = 0
         if outcome is not None and outcome.full:
             self.pauses[self._follow.__name__] = time.monotonic() + CLEARING
@@ -265,8 +268,8 @@ class Serving:
         """Return the refusal of a run that comes to nothing again and again."""
         if outcome is not None and outcome.full:
             return disk_full(self.server, outcome.full)
-        remedy = f"the run ends as soon as it begins: {reason}; see logs/serverapp.log"
-        return Refused("RUNFILE", str(self.server.folder), remedy)
+        remedy = f"the run fails as soon as it starts: {reason}; see logs/serverapp.log"
+        return Refused("FILE", str(self.server.folder), remedy)
 
 
 def serve_deployment(
@@ -300,9 +303,11 @@ def _serve(
 ) -> str:
     note = server.folder / NOTE
     if note.exists() != resume:
-        remedy = "there is no deployment to go on with" if resume else "it has a deployment; --resume goes on with it"
+        remedy = (
+            "it holds no deployment to continue" if resume else "it holds a deployment already; --resume continues it"
+        )
         raise Refused("--folder", str(server.folder), remedy)
-    with hold_folder(server.home / "lock", server.folder), listen_at("--port", server.address) as sockets:
+    with hold_folder(server.home / LOCK, server.folder), listen_at("--port", server.address) as sockets:
         _check_metrics_port(facts.get("metrics_port"))
         write_json(note, {**facts, "insecure": server.insecure})
         (server.folder / REFUSALS_FILE).unlink(missing_ok=True)

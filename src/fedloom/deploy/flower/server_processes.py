@@ -12,11 +12,11 @@ from pathlib import Path
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower import keys
 from fedloom.deploy.flower.address import Address, is_loopback
-from fedloom.deploy.flower.supervisor import ProcessSpec, process_environment, program
+from fedloom.deploy.flower.supervisor import ProcessSpec, is_held, process_environment, program
 
 APP = "fedloom.deploy.flower.server_app:app"
-HOME = "flower"
-"""Flower's part of a server's folder."""
+HOME, LOCK = "flower", "lock"
+"""Flower's part of a server's folder, and the file there that the server's process holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,15 @@ class ServerSetup:
             certificate = self.folder / "keys" / "server.crt"
             if not certificate.exists():
                 raise Refused(
-                    "--folder", str(self.folder), f"no keys; first `fedloom keys new {self.folder} --host NAME`"
+                    "--folder",
+                    str(self.folder),
+                    f"it has no keys; make them first: fedloom keys new {self.folder} --host NAME",
                 )
             if keys.expiry(certificate) < datetime.now(UTC):
                 raise Refused(
-                    "--folder", str(self.folder), "the server's certificate has expired; `fedloom keys renew`"
+                    "--folder",
+                    str(self.folder),
+                    "the server's certificate has expired; make a new one with fedloom keys renew",
                 )
 
     @property
@@ -64,6 +68,11 @@ class ServerSetup:
     def home(self) -> Path:
         """Flower's part of the folder."""
         return self.folder / HOME
+
+
+def is_serving(folder: Path) -> bool:
+    """Whether the process of a server in this folder is running, on this machine."""
+    return is_held(folder / HOME / LOCK)
 
 
 def server_processes(server: ServerSetup, inner: int, sockets: Sequence[int]) -> list[list[ProcessSpec]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from fedloom.core.errors import Refused
+from fedloom.core.errors import Refused, Terminated
 from fedloom.core.files import atomic_write, lock, open_regular, private_folder
 
 PR_SET_PDEATHSIG = 1
@@ -101,7 +101,7 @@ class Supervisor:
                 unit.due = time.monotonic() + unit.delay
                 for part, code in ended:
                     words = self._last_words(part) if code and code > 0 else ""
-                    self._say(f"{part.name} {_ending(code)}; again in {unit.delay:.0f} s{words}")
+                    self._say(f"{part.name} {_ending(code)}; restarting in {unit.delay:.0f} s{words}")
                 unit.delay = min(2 * unit.delay, self._wait.most)
             if not unit.running and now >= unit.due:
                 self._start(unit)
@@ -258,8 +258,17 @@ def hold_folder(note: Path, folder: Path) -> Iterator[None]:
     private_folder(note.parent)
     with open_regular(note, "ab") as file:
         if not lock(file):
-            raise Refused("folder", str(folder), "another process of this kind runs on it")
+            raise Refused("folder", str(folder), "another process uses it; stop that one first")
         yield
+
+
+def is_held(note: Path) -> bool:
+    """Whether a supervisor holds the folder whose note this is."""
+    try:
+        with open_regular(note) as file:
+            return not lock(file, shared=True)
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -268,16 +277,16 @@ def stop_on_sigterm() -> Iterator[Callable[[], None]]:
 
     What is yielded has to be called now and then, too: Python drops what a signal raises where it comes in a finaliser.
     """
-    requested = False
+    requested: type[KeyboardInterrupt] | None = None
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         nonlocal requested
-        requested = True
-        raise KeyboardInterrupt
+        requested = Terminated if number == signal.SIGTERM else KeyboardInterrupt
+        raise requested
 
     def look() -> None:
         if requested:
-            raise KeyboardInterrupt
+            raise requested
 
     ours = [number for number in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in ours}

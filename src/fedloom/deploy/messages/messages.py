@@ -1,10 +1,10 @@
 """Messages between a server and its sites or regions: the dataclasses, their bytes, and the checks of what arrives.
 
-A server sends four requests: `JoinRequest` (may I count on you?), `TaskRequest` (train), `EvaluateRequest` (score the last
-model on what you hold out) and `SumRequest` (a step of a masked sum). The replies are `Welcome`; the answer to a task, which
-`answer` encodes, since the server has the task and needs no names and shapes, or `Ready`, where answers are only summed;
-`EvaluateResult`, or a `RegionEvaluateResult` from a region; and `sum_messages.SumReply`. Instead of any of them, a `Refusal` may
-come.
+A server sends five requests: `JoinRequest` (may I count on you?), `TaskRequest` (train), `EvaluateRequest` (score the last
+model on what you hold out), `SumRequest` (a step of a masked sum) and `RunEnded` (nothing more will come). The replies are `Welcome`;
+the answer to a task, which `answer` encodes, since the server has the task and needs no names and shapes, or `Ready`, where answers
+are only summed; `EvaluateResult`, or a `RegionEvaluateResult` from a region; `sum_messages.SumReply`; and `Acknowledged`. Instead of
+any of them, a `Refusal` may come.
 
 Encoding is the container's (`container`). Decoding checks types, ranges and names, and raises `Malformed` for all else, whatever the
 bytes are. What a site is willing to do is not judged here (`site.settings.why_refused`), nor whether an answer fits its task
@@ -13,14 +13,12 @@ bytes are. What a site is willing to do is not judged here (`site.settings.why_r
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, TypeAlias
 
-from fedloom.aggregate.shared.parts import start_digest
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, HalfChange, Summed
 from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
@@ -243,6 +241,28 @@ class SumRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class RunEnded:
+    """Say that the run has ended and that no request will follow, so that a site need not wait for one.
+
+    Fields:
+        terms: terms of the run.
+        incarnation: number of the server's start.
+        reason: why it has ended, in words.
+    """
+
+    terms: RunTerms
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """Reply to `RunEnded`, of which the server reads nothing."""
+
+    client: ClientId
+
+
+@dataclass(frozen=True, slots=True)
 class Welcome:
     """Reply to a `JoinRequest`: the site works for this run.
 
@@ -335,7 +355,7 @@ class RegionEvaluateResult:
     sites: tuple[SiteResult, ...]
 
 
-Request: TypeAlias = JoinRequest | TaskRequest | EvaluateRequest | SumRequest
+Request: TypeAlias = JoinRequest | TaskRequest | EvaluateRequest | SumRequest | RunEnded
 Reply: TypeAlias = Welcome | Ready | Refusal
 EvaluateReply: TypeAlias = EvaluateResult | RegionEvaluateResult
 
@@ -348,27 +368,6 @@ def encode_request(request: Request) -> bytes:
     if isinstance(request, TaskRequest | EvaluateRequest):
         check_codec(start_of(request).codec)
     return pack_message(REQUEST, request)
-
-
-def summed_digest(terms: RunTerms, start: TaskStart, first: int, last: int) -> str:
-    """Return the sha256 of what a member sums in a round: directions `first` to `last` - 1 of what a start becomes by these terms.
-
-    Members compare it (`RoundTerms.starts`), for a server could ask others for directions in which nothing is learnt.
-    """
-    facts = encode_request(JoinRequest(terms, 0)) + f"{start_digest(start)} {first} {last}".encode()
-    return hashlib.sha256(facts).hexdigest()
-
-
-def why_coarse(terms: RunTerms, start: TaskStart, codec: Summed) -> str | None:
-    """Return why whole numbers are so coarse that a step of the optimiser may be rounded to nothing; None if they are not.
-
-    Members of one start may make different numbers of steps, so those who make few would all send zeros, and the sum be another's.
-    """
-    scaling = terms.lora.scaling if start.scaling is None else start.scaling
-    step = terms.training.learning_rate * min(1.0, scaling * start.rules.up_rate)
-    if codec.step <= step:
-        return None
-    return f"numbers would be rounded to {codec.step:.3g}, and a step of the optimiser moves one by {step:.3g}: give more bits"
 
 
 def start_of(request: TaskRequest | EvaluateRequest) -> TaskStart:
@@ -390,6 +389,9 @@ def decode_request(data: bytes, limit: int) -> Request:
     check_range("incarnation", request.incarnation, 0, MAX_INTEGER)
     if isinstance(request, JoinRequest):
         return request
+    if isinstance(request, RunEnded):
+        check_range("reason", len(request.reason), 0, 10 * MAX_NAME)
+        return request
     if isinstance(request, SumRequest):
         check_name("client", request.client)
         check_range("task", request.task, 1, MAX_INTEGER)
@@ -410,7 +412,7 @@ def decode_request(data: bytes, limit: int) -> Request:
 # Replies --------------------------------------------------------------------------------------------------------------
 
 
-def encode_reply(reply: Reply | EvaluateReply) -> bytes:
+def encode_reply(reply: Reply | EvaluateReply | Acknowledged) -> bytes:
     """Encode a reply, other than the answer to a task (`answer.encode_result`)."""
     return pack_message(REPLY, reply)
 

@@ -10,7 +10,8 @@ from fedloom.core.errors import Refused
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
 from fedloom.core.types import Budget, Model, TaskStart
-from fedloom.deploy.messages.messages import RunTerms, why_coarse
+from fedloom.deploy.messages.messages import RunTerms
+from fedloom.deploy.messages.sum_rules import why_coarse
 from fedloom.hierarchy.secure_edge import Secure
 from fedloom.privacy.private import client_level
 from fedloom.privacy.record_draws import for_records
@@ -47,7 +48,7 @@ def terms_of_run(run: Run, first: Model, labels: Sequence[str] | None, run_hash:
         lora=lora,
         training=run.training,
         engine=run.engine or PLAIN,
-        threads=run.threads,
+        threads=run.threads or 1,
         seed=run.seed,
         labels=None if labels is None else tuple(labels),
         weights=weights,

@@ -20,7 +20,7 @@ from functools import partial
 from logging import getLogger
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, ClassVar, NoReturn, TextIO
+from typing import Any, ClassVar, TextIO
 
 from fedloom.core.codec import Codec
 from fedloom.core.errors import Refused
@@ -39,10 +39,12 @@ from fedloom.deploy.link import Transport
 from fedloom.deploy.messages.answer import RegionReport, encode_result
 from fedloom.deploy.messages.checks import model_mismatch
 from fedloom.deploy.messages.messages import (
+    Acknowledged,
     EvaluateRequest,
     JoinRequest,
     Refusal,
     RegionEvaluateResult,
+    RunEnded,
     RunTerms,
     SumRequest,
     TaskRequest,
@@ -57,15 +59,16 @@ from fedloom.deploy.server.driver import Deployment
 from fedloom.deploy.server.evaluation import Evaluation
 from fedloom.deploy.server.key_facts import read_facts
 from fedloom.deploy.server.reply_events import REGION
+from fedloom.deploy.server.run_end import announce_end
 from fedloom.deploy.server.status import Status
 from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
 from fedloom.deploy.site.request_record import request_digest
-from fedloom.deploy.site.settings import Site, read_site, why_refused
-from fedloom.deploy.site.worker import time_of_day
+from fedloom.deploy.site.settings import Site, read_site, time_of_day, why_refused
 from fedloom.deploy.site.worker_socket import Listener
 from fedloom.hierarchy.edge import Edge, EdgeState, initial_model
 from fedloom.hierarchy.hierarchy import Hierarchy
 from fedloom.hierarchy.root_server import why_unplanned
+from fedloom.report.numbers import plural
 from fedloom.runs.checkpoint import read_checkpoint
 from fedloom.runs.final_scores import next_ranks
 from fedloom.runs.private_run import refuse_private_regions
@@ -183,6 +186,7 @@ class Region:
         requests: task and evaluate requests, each with the place for its reply, until the driver's thread takes them.
         waiting: the task that is worked on, and the place for its reply.
         evaluating: the evaluation that goes on, and the place for its reply.
+        ended: why the run has ended ("": it goes on).
     """
 
     site: Site
@@ -196,6 +200,7 @@ class Region:
     requests: SimpleQueue[tuple[TaskRequest | EvaluateRequest, SimpleQueue[bytes]]] = field(default_factory=SimpleQueue)
     waiting: tuple[int, SimpleQueue[bytes]] | None = None
     evaluating: tuple[Evaluation, SimpleQueue[bytes]] | None = None
+    ended: str = ""
 
     def __post_init__(self) -> None:
         if (self.folder / ABOVE).exists():
@@ -218,6 +223,9 @@ class Region:
             request = decode_request(body, self.site.limits.bytes)
         except Malformed as error:
             return self._refuse(None, f"not a valid message: {error}", True)
+        if isinstance(request, RunEnded):
+            self.ended = request.reason or "no reason given"
+            return encode_reply(Acknowledged(self.site.name))
         if isinstance(request, SumRequest):
             return self._refuse(request.task, "a region is no member of a sum: its sites are", True)
         task = request.task.id if isinstance(request, TaskRequest) else None
@@ -286,7 +294,7 @@ class Region:
         if isinstance(ended, Report) and entry is not None and entry.request_digest == digest:
             return entry.data
         reason = ended.reason if isinstance(ended, Stop) else "its report was lost"
-        return self._refuse(task.id, f"the region gave the task up: {reason}", False)
+        return self._refuse(task.id, f"the region gave up the task: {reason}", False)
 
     def _why_refused(self, request: JoinRequest | TaskRequest | EvaluateRequest) -> str | None:
         """Return why nothing is done about a request; None if it is."""
@@ -295,17 +303,18 @@ class Region:
         if self.terms is None or is_longer(request.terms, self.terms):
             self._keep_terms(request.terms)
         if request.terms != self.terms:
-            return "the region works for another run, or for other settings of it: start it anew in another folder"
+            return "the region works for another run, or for other settings of this one; start it in another folder"
         if self.running is None:
-            return "the region is getting ready"
+            return "the region is starting"
         start = None if isinstance(request, JoinRequest) else start_of(request)
         if start and start.codec != self.codec:
-            return f"the task travels by {start.codec}, the run file here says {self.codec}: it is another one"
+            codecs = f"the server's transfer codec is {start.codec}, that of the run file here is {self.codec}"
+            return f"{codecs}: use the same run file and --set"
         if start and self.first and (reason := model_mismatch(self.first, start)):
             return str(Refused("model", request.terms.model, reason))
         if not self.running.opened:
-            return f"the region waits for {self.min_sites - len(self.running.clients)} more of {self.min_sites} sites"
-        return None if self.running.clients else "none of the region's sites can be reached"
+            return f"the region is waiting for {self.min_sites - len(self.running.clients)} more of {plural(self.min_sites, 'site')}"
+        return None if self.running.clients else "no site of the region is connected"
 
     def _keep_terms(self, terms: RunTerms) -> None:
         """Write down the terms of the server above; the sites are asked under them from now on, and their owners accept them anew."""
@@ -357,8 +366,8 @@ def run_region(
     config: DeploymentConfig,
     pause: Callable[[float], None],
     clock: Callable[[], float],
-) -> NoReturn:
-    """Be the region of `config.above`, until stopped. Raises Refused."""
+) -> str:
+    """Be the region of `config.above` until the run has ended; returns why it has. Raises Refused."""
     value, place = config.run(), folder / RUN_FOLDER
     refuse_private_regions(value)
     if value.hierarchy is None:
@@ -369,6 +378,8 @@ def run_region(
     region = Region(read_site(Path(str(config.above))), place, config.min_clients)
     with locked(place), listening(region), ExitStack() as opened:
         while region.terms is None:
+            if region.ended:
+                return region.ended
             pause(config.timeouts.poll)
         server, profiles = region_server(value, value.hierarchy, region), dict[ClientId, Profile]()
         region.reports_statistics = server.edge.reports_statistics
@@ -390,9 +401,12 @@ def run_region(
         running.observe, running.save, region.running = observe, save, running
         between = status.pause_and_write(pause)
         opened.enter_context(status.exported(config.metrics_port))
-        while True:
+        while not region.ended:
             region.turn(server)
             between(config.timeouts.poll)
+        status.ended = region.ended
+        announce_end(running, region.ended, between)
+        return region.ended
 
 
 def region_server(value: Run, hierarchy: Hierarchy, region: Region) -> RegionServer:

@@ -30,6 +30,7 @@ class Timeouts:
         poll: time between two turns of the driver (default 0.2).
         look: time between two updates of the nodes (default 2).
         sum: time that sites have for a step of a masked sum (default 60).
+        end: time for which the server waits at the end of the run until each site knows of it (default 30).
     """
 
     task: float | None = None
@@ -40,9 +41,10 @@ class Timeouts:
     poll: float = 0.2
     look: float = 2.0
     sum: float = 60.0
+    end: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("task", "away", "pause", "retry", "doubt", "poll", "look", "sum"):
+        for name in ("task", "away", "pause", "retry", "doubt", "poll", "look", "sum", "end"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise Refused(f"patience.{name}", value, "give positive seconds")
@@ -60,6 +62,7 @@ _FIELDS: Mapping[str, tuple[Any, object]] = {
     "above": (str | None, None),
     "until": (int | None, None),
     "kept_megabytes": (int, 2000),
+    "trackers": (list[str], []),
 }
 """The fields of the file, with their kinds and their defaults."""
 
@@ -77,6 +80,7 @@ class DeploymentConfig:
         above: this is a region, and this file describes it as a site of the server above (None: it is no region).
         until: the version up to which a finished run is made longer (None: it is not).
         kept_megabytes: megabytes of answers that are kept for a replay or a rollback, the latest (at least 1; default 2000).
+        trackers: names of trackers that get the figures of the run.
     """
 
     runfile: str
@@ -87,6 +91,7 @@ class DeploymentConfig:
     above: str | None = None
     until: int | None = None
     kept_megabytes: int = 2000
+    trackers: tuple[str, ...] = ()
 
     @classmethod
     def from_folder(cls, folder: Path) -> DeploymentConfig:
@@ -95,8 +100,9 @@ class DeploymentConfig:
         try:
             data, decoder = read_json(path), Decoder(finite=True)
             fields = {name: decoder.read(hint, data.get(name, value)) for name, (hint, value) in _FIELDS.items()}
-            clients, patience, settings = (fields.pop(name) for name in ("clients", "patience", "settings"))
-            return cls(settings=tuple(settings), min_clients=clients, timeouts=Timeouts(**patience), **fields)
+            clients, patience = (fields.pop(name) for name in ("clients", "patience"))
+            texts: dict[str, Any] = {name: tuple(fields.pop(name)) for name in ("settings", "trackers")}
+            return cls(min_clients=clients, timeouts=Timeouts(**patience), **texts, **fields)
         except (*UNREADABLE, OSError) as error:
             raise Refused(
                 "folder", str(folder), f"it holds no usable {CONFIG_FILE} ({error}); `fedloom serve` writes one"

@@ -259,7 +259,7 @@ class Deployment:
             reply = parse_reply(body, self.tasks, now, self.over_regions)
         except NotOutstanding:
             if sent.task in self.tasks and not sent.given_up:  # it would be sent again at once, without end
-                return self._handle_unusable(now, sent, "it answers another task than it was given")
+                return self._handle_unusable(now, sent, "it answers a task that it was not given")
             self.traffic.late += 1
             self.nodes.ask_again(sent.node, self.clients)
             return None
@@ -323,7 +323,7 @@ class Deployment:
         self.nodes.let_in(number, client, welcome.seeded)
         if self.clients.get(client) == profile and self.members.get(client) == welcome.members:
             return None
-        LOG.info("%s is there: %d examples", client, profile.examples)
+        LOG.info("%s is ready: %d training examples", client, profile.examples)
         self.clients[client], self.members[client] = profile, welcome.members
         self.profiles[client] = profile
         if not self.opened and len(self.clients) < self.min_clients:
@@ -404,7 +404,7 @@ class Deployment:
         self.ready = [number for number in self.ready if number in self.tasks]
 
     def _lose_client(self, now: float, client: ClientId) -> Stop | None:
-        LOG.warning("%s is lost", client)
+        LOG.warning("%s counts as lost", client)
         del self.clients[client]
         self.nodes.let_go(client)
         return self._handle(now, ClientLost(client)) if self.opened else None

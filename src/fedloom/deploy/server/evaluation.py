@@ -64,7 +64,7 @@ class Evaluation:
         for client, request in self.awaited().items():
             seconds = request.seconds * (2 if client in self.regions else 1)
             if client not in clients:
-                self.reasons[client] = "it went away"
+                self.reasons[client] = "it disconnected"
             elif now > self.began + seconds:
                 self.reasons[client] = f"no answer within {seconds:g} s"
 
@@ -84,7 +84,7 @@ class Evaluation:
         if not isinstance(reply, Refusal):
             self.results[client] = reply
             return False
-        LOG.warning("%s declines to evaluate: %s", client, reply.reason)
+        LOG.warning("%s declines the final evaluation: %s", client, reply.reason)
         self.reasons[client] = f"it declined: {reply.reason}"
         return True
 
@@ -99,7 +99,7 @@ class Evaluation:
         result = self.results.get(client)
         if isinstance(result, EvaluateResult):
             return SiteResult(client, self.ranks[client], result)
-        reason = " ".join(self.reasons.get(client, "it was gone before the end").split())[:1000]
+        reason = " ".join(self.reasons.get(client, "it disconnected before the end").split())[:1000]
         return SiteResult(client, self.ranks[client], None, reason or "it gave no reason")
 
 

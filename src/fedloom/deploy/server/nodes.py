@@ -167,7 +167,7 @@ class NodeTable:
 
     def rest(self, until: float, number: int, why: str) -> None:
         """Send nothing to a node until this time."""
-        LOG.warning("node %s is left alone until %.0f s: %s", number, until, why)
+        LOG.warning("node %s is paused until %.0f s: %s", number, until, why)
         if number in self.reachable:
             self.reachable[number].resting_until, self.reachable[number].why = until, why
 
@@ -211,8 +211,8 @@ class NodeTable:
         """Return why this client may not be the one behind a node; None: it may. Without keys anybody may be anybody."""
         client, region = profile.client, profile.tier == REGION
         if node.name not in (None, client):
-            return f"it says that it is {client!r}, and its key is that of {node.name!r}"
+            return f"it calls itself {client!r}, but its key is that of {node.name!r}"
         if node.name is not None and region != facts.region:
             says, has = ("region", "site") if region else ("site", "region")
-            return f"it says that it is a {says}, and its key is that of a {has}: see `fedloom keys add --region`"
-        return f"there is another {client!r} already" if self.node_of(client) not in (None, number) else None
+            return f"it calls itself a {says}, but its key is that of a {has}; see `fedloom keys add --region`"
+        return f"another site called {client!r} is connected" if self.node_of(client) not in (None, number) else None

@@ -16,8 +16,11 @@ from fedloom.core.events import Command, Event, SetAside
 from fedloom.core.limits import Limits
 from fedloom.core.registration import counted_examples
 from fedloom.core.schema import Decoder, Malformed
+from fedloom.core.text import list_some
 from fedloom.core.types import Task
+from fedloom.deploy.server.config import CONFIG_FILE
 from fedloom.deploy.server.driver import Deployment
+from fedloom.deploy.server.nodes import LinkTraffic, Node
 from fedloom.report.numbers import plural
 from fedloom.runs.observation import RunObservation, TaskAnswered, staleness_in
 
@@ -27,14 +30,17 @@ REFUSALS_FILE = "refusals.json"
 """Beside it, from `fedloom serve`: by site, the calls that the gate has refused since the server was started."""
 WRITE_EVERY = 1.0
 """Seconds between two writings of the file."""
+SHOWN = 8
+"""Names in a sentence; of more, their number is said."""
 _FIGURE = float | None
 _COUNT = int | None
 _FIELDS: Mapping[str, Any] = {
     **dict.fromkeys(("version", "versions", "incarnation", "accepted", "rejected", "failed"), int),
-    **dict.fromkeys(("run", "waits", "ended"), str),
+    **dict.fromkeys(("run", "state", "waits", "ended"), str),
     **dict.fromkeys(("seconds", "at"), float),
     "mean_staleness": _FIGURE,
     "scores": dict[str, _FIGURE],
+    "connected": list[str],
     "set_aside": dict[str, str],
     "calls_refused": dict[str, int],
     "clients": dict[str, dict[str, bool | float | str | None]],
@@ -103,6 +109,7 @@ class Status:
     def snapshot(self) -> dict[str, Any]:
         """Return the status as plain data, as the file has it."""
         running, state, seen = self.deployment, self.deployment.server.state, self.observation
+        nodes = running.nodes.reachable
         work = {task.client: task for task in running.tasks.values()}
         clients = {
             client: {
@@ -126,7 +133,9 @@ class Status:
             "versions": self.limits.versions,
             "seconds": round(running.elapsed, 1),
             "incarnation": running.incarnation,
+            "state": self.state(),
             "waits": self.waits(),
+            "connected": sorted(node.client or node.name or f"node {number}" for number, node in nodes.items()),
             "ended": self.ended,
             "accepted": seen.accepted,
             "rejected": seen.rejected,
@@ -142,27 +151,63 @@ class Status:
             "traffic": asdict(running.traffic),
         }
 
-    def waits(self) -> str:
-        """Return what the deployment waits for, in words that follow "waits"."""
+    def state(self) -> str:
+        """Return whether the run is "waiting" to begin, "running", "evaluating" its last version at the sites, or "finished"."""
         running = self.deployment
-        if running.evaluation and (awaited := running.evaluation.awaited()):
-            return f"for evaluations of the last version by {', '.join(awaited)}"
+        if running.evaluation and running.evaluation.awaited():
+            return "evaluating"
         if self.ended:
-            return f"for nothing: the run has ended, {self.ended}"
-        resting = [
-            f"{node.client or node.name or f'node {number}'}: {node.why}"
-            for number, node in running.nodes.reachable.items()
-            if node.why
-        ]
-        why = f"; left alone for a while: {', '.join(resting)}" if resting else ""
-        if not running.opened:
-            there = ", ".join(sorted(running.clients)) or "nobody"
-            return f"for {running.min_clients - len(running.clients)} more of {running.min_clients} clients; there: {there}{why}"
-        if missing := sorted(running.nodes.missing):
-            why += f"; cannot be reached: {', '.join(missing)}"
+            return "finished"
+        return "running" if running.opened else "waiting"
+
+    def waits(self) -> str:
+        """Return what the deployment waits for, in words that follow "waiting"; "" once the run has ended."""
+        running, state = self.deployment, self.state()
+        if state == "finished":
+            return ""
+        if running.evaluation and (awaited := running.evaluation.awaited()):
+            return f"for the evaluation of the last version on {list_some([*awaited], SHOWN)}"
+        if state == "waiting":
+            return self._waits_to_begin()
+        clauses = []
         if running.tasks:
-            return f"for answers of {', '.join(sorted(task.client for task in running.tasks.values()))}{why}"
-        return f"for a client that may be started{why}"
+            clauses.append(
+                f"for answers of {list_some(sorted({task.client for task in running.tasks.values()}), SHOWN)}"
+            )
+        else:
+            clauses.append("for a client that can be given a task" if running.clients else "for a client to connect")
+        if paused := self._paused():
+            clauses.append(f"paused for now: {list_some(paused, SHOWN)}")
+        if missing := sorted(running.nodes.missing):
+            clauses.append(f"not connected: {list_some(missing, SHOWN)}")
+        return "; ".join(clauses)
+
+    def _waits_to_begin(self) -> str:
+        """Return for whom the run waits before it begins: who is ready, and of who is connected only, why it is not ready."""
+        running = self.deployment
+        kind, ready = "region" if running.over_regions else "site", sorted(running.clients)
+        clauses = [f"for {running.min_clients - len(ready)} more of {plural(running.min_clients, kind)}"]
+        if ready:
+            clauses.append(f"ready: {list_some(ready, SHOWN)}")
+        paused = self._paused()
+        loading = sorted(name for node, name in self._unknown() if not node.why)
+        if loading:
+            clauses.append(f"connected, loading model and data: {list_some(loading, SHOWN)}")
+        if paused:
+            clauses.append(f"connected, but not ready: {list_some(paused, SHOWN)}")
+        return "; ".join(clauses if len(clauses) > 1 else [*clauses, "none is connected"])
+
+    def _unknown(self) -> list[tuple[Node, str]]:
+        """Return the nodes that have not registered yet, with what they can be called."""
+        nodes = self.deployment.nodes.reachable.items()
+        return [(node, node.name or f"node {number}") for number, node in nodes if node.client is None]
+
+    def _paused(self) -> list[str]:
+        """Return who is not asked for now, each with the reason."""
+        running = self.deployment
+        known = [(node, node.client) for node in running.nodes.reachable.values() if node.client is not None]
+        resting = [(node, name) for node, name in known if node.resting_until > running.elapsed]
+        return sorted(f"{name} ({node.why})" for node, name in (*self._unknown(), *resting) if node.why)
 
     def pause_and_write(self, pause: Callable[[float], None]) -> Callable[[float], None]:
         """Return a pause between two turns that writes the file now and then."""
@@ -248,20 +293,39 @@ class PrometheusFigures:
 
 
 def read_status(folder: Path) -> Mapping[str, Any]:
-    """Return the status that was written last. Raises Refused."""
+    """Return the status that was written last; of a server that has written none yet, that it is starting. Raises Refused."""
     path = folder / STATUS_FILE
     try:
-        status = files.read_json(path)
+        status = files.read_json(path) if path.exists() else _starting(folder)
+        status = {"state": "finished" if status.get("ended") else "running", "connected": [], **status}
         _check(_FIELDS, status)
         _check(_TRAFFIC_FIELDS, status["traffic"])
         for client in status["clients"].values():
             _check(_CLIENT_FIELDS, client)
     except (OSError, ValueError) as error:
-        remedy = (
-            f"there is no readable {STATUS_FILE} in it ({type(error).__name__}); give the folder of `fedloom serve`"
+        damaged = (
+            f"its {STATUS_FILE} cannot be read ({type(error).__name__})" if path.exists() else "no server has used it"
         )
-        raise Refused("DIR", str(folder), remedy) from error
+        raise Refused("DIR", str(folder), f"{damaged}; give the folder of `fedloom serve`") from error
     return status
+
+
+def _starting(folder: Path) -> dict[str, Any]:
+    """Return the status of a server that has read no run file yet. Raises OSError where there is no deployment in the folder."""
+    config = files.read_json(folder / CONFIG_FILE)
+    zeros: dict[str, Any] = dict.fromkeys(("version", "versions", "incarnation", "accepted", "rejected", "failed"), 0)
+    nobody: dict[str, Any] = {"scores": {}, "set_aside": {}, "calls_refused": {}, "clients": {}, "mean_staleness": None}
+    return {
+        **zeros,
+        **nobody,
+        "run": Path(str(config.get("runfile"))).stem,
+        "state": "starting",
+        "waits": "for the server's processes",
+        "ended": "",
+        "seconds": 0.0,
+        "at": (folder / CONFIG_FILE).stat().st_mtime,
+        "traffic": asdict(LinkTraffic()),
+    }
 
 
 def read_refusals(folder: Path) -> dict[str, int]:

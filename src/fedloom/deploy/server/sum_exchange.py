@@ -17,8 +17,9 @@ from fedloom.core.events import OpenSum, SlotBlock, SumFailed, SumOpened
 from fedloom.core.schema import Malformed
 from fedloom.core.types import ClientId, Task
 from fedloom.deploy.messages.container import read_header
-from fedloom.deploy.messages.messages import RunTerms, SumRequest, summed_digest
+from fedloom.deploy.messages.messages import RunTerms, SumRequest
 from fedloom.deploy.messages.sum_messages import SUM_REPLY, BlockStep, decode_sum_reply
+from fedloom.deploy.messages.sum_rules import summed_digest
 from fedloom.deploy.server.reply_events import MAX_REPLY, SITE_REPLY
 from fedloom.privacy.secure_sum.group import GroupRound
 from fedloom.privacy.secure_sum.messages import RoundTerms, ToMember

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
 import torch
 
+from fedloom.core.errors import Refused
 from fedloom.core.files import create_folder
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.text import without_surrogates
@@ -28,6 +29,7 @@ from fedloom.deploy.site.limits import (
     task_epochs,
     toml_value,
 )
+from fedloom.report.numbers import plural
 from fedloom.runs.record_budget import reads_losses
 from fedloom.runs.run import Run
 
@@ -47,20 +49,53 @@ MEANINGS = {
     "controls": "the server adds numbers to gradients",
 }
 """What the owner of a site gives away with a limit that is looser than its default."""
-ROWS = "rows.jsonl"
+ROWS, SITE_FILE = "rows.jsonl", "site.toml"
+TEMPLATE_HEADING = """\
+# Settings of one site. Copy this file to the site's machine. There its owner
+#   1. writes the site's name, the server's address, and the paths of its own table and of its copy of the model;
+#   2. runs `fedloom keys site NAME`, sends NAME.pub to the server and gets ca.crt from it;
+#   3. runs `fedloom join --config site.toml`, reads the terms of the run, and accepts them.
+# docs/site.md explains every line.
+
+"""
+SERVER = "127.0.0.1:8080"
+"""Where sites look for their server, unless something else is said."""
 
 
-def export_sites(run: Run, folder: Path) -> list[Path]:
-    """A folder for each client with its examples, in their order, and a `site.toml`; returns these files.
+def by_client(number: int, client: str) -> str:
+    """Return the name of a site: its client's."""
+    return client
 
-    Which of them a site holds out follows from its own secret, made at its first start. Raises Refused if there is something at
-    `folder` already.
+
+def export_sites(
+    run: Run,
+    folder: Path,
+    server: str = SERVER,
+    count: int | None = None,
+    name_of: Callable[[int, str], str] = by_client,
+) -> list[Path]:
+    """Make a folder for each client with its examples, in their order, and a `site.toml`; returns these files.
+
+    Which of them a site holds out follows from its own secret, made at its first start.
+
+    Args:
+        run: the run.
+        folder: where to.
+        server: the server's address, HOST:PORT.
+        count: how many clients become sites, the first ones (None: all).
+        name_of: the name of a site by its number, from 1, and its client.
+
+    Raises:
+        Refused: there is something at `folder` already, or there are fewer clients.
     """
     split = run.data.load(run.seed)
-    parts = run.partition.split(split.train, run.seed)
+    parts = [*run.partition.split(split.train, run.seed).items()][:count]
+    if count is not None and len(parts) < count:
+        raise Refused("sites", count, f"the run's data have {plural(len(parts), 'client')}; choose at most as many")
+    names = [name_of(number, client) for number, (client, _) in enumerate(parts, 1)]
     create_folder(folder)
-    names = [(client, split.train.take(part), folder / _plain(client)) for client, part in parts.items()]
-    return [_site(run, client, examples, place) for client, examples, place in names]
+    shards = [split.train.take(part) for _, part in parts]
+    return [_site(run, name, server, shard, folder / _plain(name)) for name, shard in zip(names, shards, strict=True)]
 
 
 def needed_limits(run: Run, rows: int, labels: Sequence[str] | None) -> dict[str, Value]:
@@ -107,13 +142,26 @@ def _plain(name: str) -> str:
     return quote(name, safe=" ").replace(".", "%2E")
 
 
-def _site(run: Run, name: str, examples: Examples, folder: Path) -> Path:
+def _site(run: Run, name: str, server: str, examples: Examples, folder: Path) -> Path:
     folder.mkdir()
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(examples))
     (folder / ROWS).write_text(without_surrogates(text), encoding="utf-8")
-    file = folder / "site.toml"
-    file.write_text(_settings(run, name, examples), encoding="utf-8")
+    file = folder / SITE_FILE
+    file.write_text(_settings(run, name, server, examples, _section(examples)), encoding="utf-8")
     return file
+
+
+def site_template(run: Run, examples: Examples, data: Mapping[str, Value]) -> str:
+    """Write settings for the owner of a site to complete: a name, the server, the data; with the limits that the run needs.
+
+    Args:
+        run: the run of the server.
+        examples: as many as a site may hold; its limits are computed for them.
+        data: how its data are read: the fields of `[table]` or `[instructions]`, the path first.
+    """
+    section = ["[table]" if examples.answers is None else "[instructions]"]
+    section += [f"{name} = {toml_value(value)}" for name, value in data.items()]
+    return TEMPLATE_HEADING + _settings(run, "site-1", "fed.example.org:8080", examples, section)
 
 
 def _rows(examples: Examples) -> Iterator[dict[str, object]]:
@@ -131,8 +179,8 @@ def _rows(examples: Examples) -> Iterator[dict[str, object]]:
             yield {"instruction": text, **context, "answer": examples.answers[i]}
 
 
-def _settings(run: Run, name: str, examples: Examples) -> str:
-    """The site's file, for a server on this machine."""
+def _section(examples: Examples) -> list[str]:
+    """Return the lines that say how the exported rows are read."""
     section = ["[table]" if examples.answers is None else "[instructions]", f"path = {json.dumps(ROWS)}"]
     if examples.answers is None:
         section += ['pair = "pair"'] if examples.pairs is not None else []
@@ -140,11 +188,15 @@ def _settings(run: Run, name: str, examples: Examples) -> str:
         section += ['messages = "messages"']
     else:
         section += ['context = "context"'] if examples.pairs is not None else []
+    return section
+
+
+def _settings(run: Run, name: str, server: str, examples: Examples, section: Sequence[str]) -> str:
     path = str(Path(run.model).resolve()) if Path(run.model).exists() else run.model
     lines = [
         f"name = {_text(name)}",
-        'server = "127.0.0.1:8080"',
-        'ca = "ca.crt"  # whom this site trusts, and how it is known: see `fedloom keys`; not looked at by `join --insecure`',
+        f"server = {_text(server)}",
+        'ca = "ca.crt"  # certificate of the server, and the key of this site: see `fedloom keys`; `join --insecure` uses neither',
         f"key = {_text(name + '.key')}",
         "",
         "[model]",

@@ -48,17 +48,17 @@ class SiteLimits(BaseModel):
         least_scored: smallest number of rows in an evaluation, and by which it differs from an earlier one (default 50).
         evaluations: evaluations of a run (default 1).
         least_sum: smallest number of sites over which answers are summed before anybody sees one (default 1: the server may see
-            each; 3 or more: the site takes part in sums alone, and needs `peers`).
+            each). With 3 or more the site takes part only in sums, and needs `peers`.
         scores: whether counts of right predictions may be sent (default true; false: nothing is held out).
         losses: whether losses may be sent: sums of them with an evaluation, means with an answer (default false).
         least_batch: smallest number of rows in a step (default 8).
         batch: largest number of rows in a step (default 256: what a machine can hold).
         epochs: passes over the rows in one task (default 1).
         total_epochs: passes over the rows in a run (default 20: two for each of the usual ten versions).
-        learning_rate: largest learning rate, of `up` too (default 1e-3; at 1e-2 a planted text was told at AUC 0.81).
+        learning_rate: largest learning rate, of `up` too (default 1e-3; at 1e-2 a planted text was recognised with AUC 0.81).
         least_learning_rate: smallest learning rate, of `up` too (default 1e-6: below, nothing moves, and steps add up one gradient).
-        least_clip: smallest norm to which a gradient is cut (default 0.1: below, AdamW hands gradients through).
-        clip: largest norm to which a gradient is cut (default 10).
+        least_clip: smallest norm to which a gradient is clipped (default 0.1: below, AdamW passes gradients through).
+        clip: largest norm to which a gradient is clipped (default 10).
         least_scaling: smallest scaling of an adapter (default 0.1; as least_clip).
         scaling: largest scaling of an adapter (default 64: 32 is usual at rank 1).
         least_values: smallest root mean square of a tensor that a task begins with, unless it is zero or a bias (default 1e-5; as
@@ -66,10 +66,10 @@ class SiteLimits(BaseModel):
         values: largest root mean square of a tensor that a task begins with (default 1000).
         dropout: largest dropout of an adapter's inputs (default 0.5: more singles inputs out).
         weight_decay: largest weight decay (default 0.1).
-        proximal: largest pull to what was sent, FedProx's mu (default 1: more drowns the data, which tells their gradient exactly).
+        proximal: largest pull to what was sent, FedProx's mu (default 1: a larger one makes the gradient of the rows readable).
         pruning: largest strength of a penalty on ranks (default 0.1; as proximal).
         length: largest number of tokens of a row (default 1024).
-        least_length: smallest number to which a row may be cut (default 16: of shorter ones every word can be told).
+        least_length: smallest number to which a row may be cut (default 16: of shorter ones every word can be recovered).
         held_out: largest share of the rows that is held out (default 0.5).
         layers: last parts of the names of layers that may be trained (default None: all linear layers).
         folds: whether a task may change the base model too (default false: it then decides what the layers see).

@@ -48,6 +48,7 @@ Kind: TypeAlias = Literal[
     "sum asked",
     "sum answered",
     "cut off",
+    "run ended",
 ]
 KINDS: tuple[str, ...] = get_args(Kind)
 RECENT = 16

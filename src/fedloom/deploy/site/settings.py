@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
+from datetime import datetime
 from fnmatch import fnmatchcase
 from logging import getLogger
 from pathlib import Path
@@ -18,9 +18,10 @@ from fedloom.data.examples import Examples, Source
 from fedloom.data.instructions import Instructions
 from fedloom.data.partition import Shard, hold_out
 from fedloom.data.table import Table
-from fedloom.deploy.messages.messages import EvaluateRequest, JoinRequest, Request, RunTerms, TaskRequest
+from fedloom.deploy.messages.messages import EvaluateRequest, JoinRequest, Request, RunEnded, RunTerms, TaskRequest
 from fedloom.deploy.site.limits import SiteLimits, beyond_terms, refusals, region_limits, requested
 from fedloom.deploy.site.site_privacy import SitePrivacy, tells_scores
+from fedloom.runs.toml_run import read_toml
 
 LOG = getLogger("fedloom.worker")
 
@@ -49,13 +50,13 @@ class ModelCopy(_Section):
     Fields:
         path: its folder, or a name under which the cache of this machine has it.
         name: what the server calls it (default: the last part of `path` has to agree).
-        device: where it is computed.
+        device: where it is computed ("auto": a GPU if there is one, else the CPU).
         any_weights: whether the site takes part in a run that does not say by which weights its base model is known.
     """
 
     path: Annotated[str, AfterValidator(_model_path)]
     name: str | None = None
-    device: str = "cpu"
+    device: str = "auto"
     any_weights: bool = False
 
     def is_of(self, called: str) -> bool:
@@ -81,8 +82,8 @@ class _DataFile(_Section):
 
 
 class LabelledFile(_DataFile):
-    """Labelled texts, the columns as in `fedloom.Table`. `labels` are their values in the order of the run's labels, or for each
-    value the name that it has there; without them the values are the run's names.
+    """Labelled texts, the columns as in `fedloom.Table`. `labels` are their values in the order of the run's labels, or give each
+    value its name in the run. Without them the values are the run's names.
     """
 
     text: str = "text"
@@ -240,22 +241,21 @@ def site_shard(site: Site, examples: Examples, terms: RunTerms, secret: bytes) -
 
 def read_site(path: Path) -> Site:
     """Read the settings of a site. Raises Refused with the field, its value and what it should be."""
+    fields = read_toml(path, "--config", "; docs/site.md shows one")
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows put a mark in front
         return Site.model_validate(fields, context={"folder": path.parent})
-    except OSError as error:
-        raise Refused("--config", str(path), f"it cannot be read ({error.strerror}); docs/site.md shows one") from error
-    except UnicodeDecodeError as error:
-        raise Refused("--config", str(path), "it is not a text in UTF-8; save it again in that encoding") from error
-    except tomllib.TOMLDecodeError as error:
-        windows = "; a path of Windows stands in single quotes" if "\\" in path.read_text(encoding="utf-8-sig") else ""
-        raise Refused("--config", str(path), f"it is not TOML: {error}{windows}") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or str(path)
         value = "" if isinstance(first["input"], dict) else first["input"]
         remedy = first["msg"].removeprefix("Value error, ")
         raise Refused(field, value, f"{remedy[:1].lower()}{remedy[1:]}; docs/site.md lists all fields") from error
+
+
+def time_of_day() -> float:
+    """Return the time of this machine's clock, in hours from 0 to 24."""
+    now = datetime.now()
+    return now.hour + now.minute / 60
 
 
 def why_refused(site: Site, request: Request, hour: float) -> str | None:
@@ -277,7 +277,7 @@ def _reasons(site: Site, request: Request, hour: float) -> Iterator[str]:
         yield f"the run chooses among {len(terms.labels)} labels, the data of this site have answers"
     if not limits.awake(hour):
         yield f"this site works at {limits.hours}, and it is {int(hour):02}:{int(hour % 1 * 60):02} there (limits.hours)"
-    if not isinstance(request, JoinRequest):
+    if not isinstance(request, JoinRequest | RunEnded):
         yield from _why_foreign(site, request.task.client if isinstance(request, TaskRequest) else request.client)
     if isinstance(request, EvaluateRequest) and not limits.scores:
         yield "this site tells no scores (limits.scores)"

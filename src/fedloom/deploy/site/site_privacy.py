@@ -39,8 +39,8 @@ class SitePrivacy(BaseModel):
         unit: "record": each row is protected, by noise in training; "answer": the whole answer, by noise on what is sent.
         clip: largest Euclidean norm of an answer's change, or of one row's gradient, over all tensors together (S). A run that
             protects records names its own; then this one is not used.
-        multiplier: standard deviation of the noise relative to `clip` (z; default 0: clipping alone, or what the run says); of a run
-            that protects records the larger one counts.
+        multiplier: standard deviation of the noise relative to `clip` (z; default 0: clipping alone, or what the run says). If the
+            run protects records, the larger one counts.
         epsilon: largest epsilon over all answers of the site to any run (default None: not limited).
         delta: its delta, far below one over the number of rows.
     """

@@ -29,10 +29,9 @@ from fedloom.deploy.messages.messages import (
     SumRequest,
     TaskRequest,
     encode_reply,
-    summed_digest,
-    why_coarse,
 )
 from fedloom.deploy.messages.sum_messages import BlockStep, StepReply, SumReply, encode_sum_reply
+from fedloom.deploy.messages.sum_rules import summed_digest, why_coarse
 from fedloom.deploy.site.request_record import RecordEntry, RequestRecord
 from fedloom.deploy.site.site_key import is_signed_by, read_site_key, sign
 from fedloom.privacy.secure_sum.member import Identity, MemberRound

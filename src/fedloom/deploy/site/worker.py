@@ -13,28 +13,30 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from datetime import datetime
-from logging import getLogger
+from logging import INFO, WARNING, getLogger
 
 import torch
 
 from fedloom.core.errors import Refused
-from fedloom.core.files import lock, open_regular, private_folder, private_tree, read_json, write_json
+from fedloom.core.files import lock, open_regular, private_folder, private_tree
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
 from fedloom.core.schema import Malformed
 from fedloom.core.seeds import derive
 from fedloom.core.transfer import encode_answer, residual_of
-from fedloom.core.types import Budget, ClientState, Profile, Result, Task, TaskStart
+from fedloom.core.types import ClientState, Profile, Result, Task, TaskStart
 from fedloom.data.partition import Shard
+from fedloom.deploy.json_log import event
 from fedloom.deploy.messages.answer import encode_result
 from fedloom.deploy.messages.checks import model_mismatch
 from fedloom.deploy.messages.messages import (
+    Acknowledged,
     EvaluateRequest,
     EvaluateResult,
     JoinRequest,
     Refusal,
     Request,
+    RunEnded,
     RunTerms,
     SumRequest,
     TaskRequest,
@@ -47,8 +49,9 @@ from fedloom.deploy.site.answer_journal import AnswerJournal, CompletedTask
 from fedloom.deploy.site.consent import Consents, terms_hash
 from fedloom.deploy.site.deadline import Deadline
 from fedloom.deploy.site.limits import MEGABYTE, Asked, layers_asked, needed_rows, require_allowed, task_epochs, used
+from fedloom.deploy.site.machine_speed import device_memory, training_flops
 from fedloom.deploy.site.request_record import MOST_LINES, RecordEntry, RequestRecord
-from fedloom.deploy.site.settings import Site, site_shard, why_refused
+from fedloom.deploy.site.settings import Site, site_shard, time_of_day, why_refused
 from fedloom.deploy.site.site_key import key_fingerprint, read_private_key
 from fedloom.deploy.site.site_noise import NoiseSource, protect_answer, why_unprotected
 from fedloom.deploy.site.site_privacy import TaskSpending, noise_in_training, stored_run
@@ -56,6 +59,7 @@ from fedloom.deploy.site.site_secret import read_secret
 from fedloom.deploy.site.sum_member import SumMember
 from fedloom.deploy.site.worker_socket import Listener
 from fedloom.privacy.private import without_measures
+from fedloom.report.numbers import format_bytes, plural
 from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.chat_template import fit_notes
 from fedloom.train.evaluate import evaluate_held_out, evaluate_untrained
@@ -65,18 +69,12 @@ from fedloom.train.tokenised import encode_texts
 from fedloom.train.trainer import PeftTrainer
 
 LOG = getLogger("fedloom.worker")
+RUN_ENDED = "run ended"
+"""Event of the log, and kind of line of the record, by which a site knows that no request will follow."""
 RECORDED_REASON = 300
 """Characters of a reason in the record; the server gets up to 1000."""
 LOSSES = ("loss", "first_loss")
 """Metrics of an answer that `limits.losses` holds back: a server could choose a model whose loss tells of one row."""
-TIMED_STEPS = 2
-"""Steps timed to measure speed, after one warm-up step."""
-
-
-def time_of_day() -> float:
-    """Return the time of this machine's clock, in hours from 0 to 24."""
-    now = datetime.now()
-    return now.hour + now.minute / 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +171,8 @@ class SiteWorker:
             return self._refuse(entry, _too_long(seconds), entry.task is None)
         if self.record.is_full():
             return self._refuse(entry, f"more than {MOST_LINES:,} lines in this site's record today", True)
+        if isinstance(request, RunEnded):
+            return self._end(request, entry)
         if reason := why_refused(self.site, request, self.hour()):
             return self._refuse(entry, reason, True)
         if reason := self.consents.why_not(request.terms):
@@ -184,6 +184,16 @@ class SiteWorker:
         if isinstance(request, EvaluateRequest):
             return self._evaluate(request, entry)
         return self._train(request, entry) if isinstance(request, TaskRequest) else self._welcome(request, entry)
+
+    def _end(self, request: RunEnded, entry: RecordEntry) -> bytes:
+        """Take note that the run has ended, and let go what was loaded for it; `fedloom join` reads it from the log."""
+        reason = " ".join(request.reason.split())[:RECORDED_REASON]
+        data = encode_reply(Acknowledged(self.site.name))
+        self._note_sent(replace(entry, kind="run ended", reason=reason), data)
+        self.prepared = None
+        done = f"{plural(self.trained, 'task')} trained, {format_bytes(self.record.counts.sent)} sent today"
+        LOG.info("run %s has ended: %s; %s", request.terms.run, reason, done, extra=event(RUN_ENDED))
+        return data
 
     def status(self) -> bytes:
         """Return what the worker is and does, as JSON."""
@@ -198,7 +208,7 @@ class SiteWorker:
         return self._refuse(RecordEntry("refused", bytes_in=size), reason, True)
 
     def _refuse(self, entry: RecordEntry, reason: str, lasting: bool, deciding: bool = False) -> bytes:
-        LOG.warning("refused: %s", reason)
+        LOG.log(INFO if deciding else WARNING, "refused: %s", reason)  # who decides is shown the terms
         self.refused += 1
         reason = " ".join(reason.split())[:1000]
         data = encode_reply(Refusal(self.site.name, entry.task, reason, lasting, deciding))
@@ -245,14 +255,15 @@ class SiteWorker:
         profile = Profile(
             client=self.site.name,
             examples=1 if request.terms.privacy else rows,
-            flops=speed.flops or self._flops(ready),
+            flops=speed.flops or training_flops(self.site, ready.terms, ready.base, ready.trainer),
             up_bps=speed.up_bps,
             down_bps=speed.down_bps,
-            memory=speed.memory or _memory(ready.base.device),
+            memory=speed.memory or device_memory(ready.base.device),
             tier="site",
             most=self.site.limits.most(rows, request.terms.training.batch_size),
         )
-        LOG.info("takes part in %s with %d examples at %.3g FLOP/s", request.terms.run, rows, profile.flops)
+        said = (request.terms.run, rows, profile.flops)
+        LOG.info("joined run %s with %d training examples, at %.3g FLOP/s", *said, extra=event("joined"))
         seeded = request.terms.first_adapter == fingerprint(ready.first)
         data = encode_reply(Welcome(profile, request.incarnation, seeded))
         return self._send(replace(entry, kind="profile sent", rows=rows), data)
@@ -278,6 +289,7 @@ class SiteWorker:
         self.record.append(replace(entry, kind="task asked"))
         task = with_seeded_sides(request, ready.first).task
         self.doing = f"task {number} of {request.terms.run}"
+        _log_begin(task, entry.bytes_in)
         began = time.perf_counter()
         ((result, state),) = self._trainer(ready, entry, spending).train([(task, before)])
         seconds = time.perf_counter() - began
@@ -299,9 +311,9 @@ class SiteWorker:
             run, number, CompletedTask.of_bytes(digest, data, state), request.last_accepted, request.incarnation
         )
         self.trained += 1
-        summary = (number, result.steps, task.budget.rank, seconds, len(data))
-        LOG.info("task %d: %d steps at rank %d in %.1f s, an answer of %d bytes", *summary)
-        return self._send(replace(entry, kind="task answered"), data)
+        reply = self._send(replace(entry, kind="task answered"), data)
+        _log_answer(task, received, seconds, len(data))
+        return reply
 
     def _trainer(self, ready: PreparedSite, entry: RecordEntry, spending: TaskSpending) -> PeftTrainer:
         """Return the trainer of a task that stands in the record.
@@ -347,7 +359,8 @@ class SiteWorker:
         baseline = evaluate_untrained(ready.base, texts, shards)[client]
         predictions, correct, loss = scores.counts()
         _, base_correct, base_loss = baseline.counts()
-        LOG.info("evaluated: %d of %d right on %d held-out examples", correct, predictions, held_out)
+        said = (correct, predictions, held_out)
+        LOG.info("evaluated: %d of %d right on %d held-out examples", *said, extra=event("evaluated"))
         losses = (loss, base_loss) if self.site.limits.losses and self.site.privacy is None else (None, None)
         data = encode_reply(EvaluateResult(client, held_out, predictions, correct, losses[0], base_correct, losses[1]))
         number = self.record.evaluation_number(run, digest) or 1
@@ -382,22 +395,6 @@ class SiteWorker:
         require_allowed(limits, needed_rows(request, rows, held_out))
         require_allowed(limits, used(request, self.record.usage(entry), rows, held_out))
         return ready
-
-    def _flops(self, ready: PreparedSite) -> float:
-        """Return the training speed (FLOP/s, as `Shape.train_flops` counts them), measured once for a model and its settings."""
-        path = self.site.folder / "speed.json"
-        terms, site = ready.terms, self.site.model
-        facts = [str(site.path), site.device, terms.threads, ready.base.computation, terms.training.batch_size]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        try:
-            entry = read_json(path)
-            if entry["of"] == digest:
-                return float(entry["flops"])
-        except (OSError, ValueError, KeyError, TypeError, Refused):
-            pass
-        flops = _measured(ready, self.site.name, min(terms.rank, self.site.limits.rank))
-        write_json(path, {"of": digest, "flops": flops})
-        return flops
 
 
 def prepare_site(site: Site, terms: RunTerms, secret: bytes) -> PreparedSite:
@@ -439,6 +436,20 @@ def _without_data(error: Refused) -> str:
     return str(error)
 
 
+def _log_begin(task: Task, size: int) -> None:
+    """Log the begin of a task, whose request had `size` bytes."""
+    budget = task.budget
+    asked = (task.id, task.version, format_bytes(size), plural(budget.steps, "step"), budget.rank)
+    LOG.info("task %d, from version %d (%s received): training %s at rank %d", *asked, extra=event("task begun"))
+
+
+def _log_answer(task: Task, result: Result, seconds: float, size: int) -> None:
+    """Log an answer of `size` bytes, with what was measured here, whether or not it leaves the site."""
+    loss = f"loss {result.metrics['loss']:.3f}, " if "loss" in result.metrics else ""
+    done = f"{loss}{plural(result.steps, 'step')} in {seconds:.1f} s, {format_bytes(size)} sent"
+    LOG.info("task %d answered: %s", task.id, done, extra=event("task answered"))
+
+
 def _too_long(seconds: float) -> str:
     return f"it took longer than the {seconds:g} s that this site allows (limits.seconds)"
 
@@ -449,30 +460,14 @@ def _check_fits(ready: PreparedSite, start: TaskStart) -> None:
         raise Refused("model", ready.terms.model, reason)
 
 
-def _measured(ready: PreparedSite, client: str, rank: int) -> float:
-    """Measure the training speed (FLOP/s, as `Shape.train_flops` counts them)."""
-    tokens, seconds = 0, 0.0
-    for steps in (1, TIMED_STEPS):  # the first is a warm-up
-        start = TaskStart(initial_adapter(ready.base, rank), "")
-        began = time.perf_counter()
-        ((result, _),) = ready.trainer.train([(Task(1, client, 0, start, Budget(rank, steps), 0.0), ClientState())])
-        tokens, seconds = result.tokens, time.perf_counter() - began
-    return ready.base.shape().train_flops(tokens, rank) / seconds
-
-
-def _memory(device: torch.device) -> float:
-    """Bytes that the device has."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
 def serve_worker(site: Site) -> None:
     """Answer at the site's socket until the process is stopped. Raises Refused where another worker is running, or no
     socket can be made.
     """
     if wide := private_tree(site.folder):
-        LOG.warning("others could read %d files and folders in %s; now only this user can", wide, site.folder)
+        LOG.warning(
+            "other users could read %d of the files and folders in %s; now only this user can", wide, site.folder
+        )
     with open_regular(site.folder / "worker.lock", "ab") as held:
         if not lock(held):
             raise Refused("folder", str(site.folder), "another worker of this site is running; stop it first")

@@ -23,8 +23,8 @@ class GradientScore:
     """Along the curve of equal time, deeper against more often: the highest sqrt(G(d)) - drift * (steps / f)^2 * delta_g^2.
 
     All groups do `steps` steps; f divides them. G(d) is the share of the changes' mass in the top d layers and the head; what
-    is below is lost. A step of AdamW has a length of its own, so that the loss falls by the norm of the gradient that it
-    follows, the root of its mass. The second term is how far members drift apart between two averages of the group, from the
+    is below is lost. A step of AdamW has a length of its own. So the loss falls by the norm of the gradient that it follows,
+    the root of its mass. The second term is how far members drift apart between two averages of the group, from the
     bound for hierarchical averaging.
 
     Fields:

@@ -24,7 +24,7 @@ from fedloom.plan.client_cost import GAIN, CostModel
 from fedloom.plan.depth import FixedDepth, check_blocks
 
 RANK = 8
-"""Rank that a client is reckoned with before it was seen; it adds little to the time of a step."""
+"""Rank for estimates of a client that has not answered yet; it adds little to the time of a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class JointPlan:
         rule: chooses them from what is known of all groups.
         rounds: takes the place of the rounds that the rule chose, to see what they are worth (None: it does not).
         depth: takes the place of the depth that the rule chose (None: it does not).
-        batch_tokens: tokens of the batch that memory is reckoned with, and a step's time before any was seen.
+        batch_tokens: tokens of the batch for estimates of memory, and of a step's time before any was measured.
     """
 
     rule: JointRule = field(default_factory=GradientScore)

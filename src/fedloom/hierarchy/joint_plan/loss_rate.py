@@ -20,16 +20,16 @@ from fedloom.hierarchy.joint_plan.shared import check_counts, check_weight
 
 @dataclass(frozen=True, slots=True)
 class LossRate:
-    """The depth that earns most a second, and of rounds f and steps p between two averages those that do most in that time.
+    """The depth that gains most per second, and of rounds f and steps p between two averages those that do most in that time.
 
-    p steps of a member are worth p (1 - drift delta^2 p^2 (1 + f^2 / n)): members drift apart with the square of the steps between
-    two averages, groups of n near-IID members with that of all their steps, and as their means n times less (the bound for
-    hierarchical averaging, as in `GradientScore`). So about the cube root of (seconds on the link / seconds of a step) are best: slow
-    members do few steps, slow links let all do more, and there are as many inner rounds as make the report cheap.
+    p steps of a member count as p (1 - drift delta^2 p^2 (1 + f^2 / n)). Members drift apart with the square of the steps between
+    two averages. Groups of n near-IID members drift with the square of all their steps, and as their means n times less: the bound
+    for hierarchical averaging, as in `GradientScore`. So about the cube root of (seconds on the link / seconds of a step) are best.
+    Slow members do few steps, slow links let all do more, and there are as many inner rounds as make the report cheap.
 
     Depths are tried from the shallowest to the deepest that memory allows. All groups begin with the shallowest. A group that
-    remembers enough tasks, and none in which it measured one of these depths, tries that next, in two rounds or more; what all
-    groups measured decides.
+    remembers enough tasks, and has not measured one of these depths, tries that next, in two rounds or more. The measurements of
+    all groups decide.
 
     Fields:
         steps: largest number of local steps between two averages (p).

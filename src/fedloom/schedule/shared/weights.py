@@ -49,9 +49,9 @@ def by_work(update: Update) -> float:
 class ByQuality:
     """Weight by examples, discounted by how badly the client's texts fit the model: n_k exp(-`sharpness` loss_k).
 
-    The loss is the mean one of local training as the client reports it; in nats, so that with a sharpness of 1 it is the geometric
-    mean of the chances that the model gave to the right answers. All that the server knows of quality is this number, and it
-    cannot tell bad texts from hard ones, nor an honest report from another. Who reports none is not discounted.
+    The loss is the mean one of local training as the client reports it, in nats. So with a sharpness of 1 the discount is the
+    geometric mean of the chances that the model gave to the right answers. This number is all that the server knows of quality. It
+    cannot distinguish bad texts from hard ones, nor an honest report from another. A client that reports none is not discounted.
 
     Fields:
         sharpness: how fast weight falls with the loss (0: by examples alone).

@@ -60,7 +60,7 @@ class BatchedClient:
 
 def clients_per_pass(base: Base, tokens: float) -> int:
     """Return how many clients to train in one pass if a step of one has this many tokens: 1 where a common pass gains nothing."""
-    if tokens * base.shape().hidden > SMALL_STEP.get(base.device.type, math.inf):
+    if tokens * base.hidden > SMALL_STEP.get(base.device.type, math.inf):
         return 1
     room = int(min(TOKENS_PER_PASS.get(base.device.type, 16384), LOGITS_PER_PASS / base.vocabulary) / max(1.0, tokens))
     return min(MOST_CLIENTS, room) if room >= LEAST_CLIENTS else 1

@@ -3,13 +3,17 @@
 They run without dropout and without a graph, and their output for an example can be kept: at a depth of one layer in six a step
 then costs a small part (HierFedLoRA, arXiv 2503.21213, trains the top d layers). They are computed in small
 groups of like length that do not depend on the batches, so that a hit and a miss give the same bytes.
+
+Where clients train to different depths, what the deeper ones changed is a part of a shallow client's base, and new in each version.
+So there are two places: what comes out below all that was changed is kept from version to version, and the blocks from there to the
+first trained one are computed again where something in them has changed.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
@@ -20,7 +24,7 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
 from fedloom.train import peft_weights
 from fedloom.train.base_model import Base
-from fedloom.train.engine.dropout import remember_mode
+from fedloom.train.engine.dropout import suspend_training
 from fedloom.train.engine.trial_texts import FAILURES, trial_inputs
 from fedloom.train.tokenised import EncodedTexts
 
@@ -36,7 +40,9 @@ Activations: TypeAlias = dict[int, Tensor]
 
 @dataclass(slots=True)
 class ActivationCache:
-    """Activations by what they depend on: the fold, the first trained layer, the examples. `entries` are in order of last use."""
+    """Activations by what they depend on: changes of the layers below, the first block above, the examples. `entries` are in order of
+    last use, all of one collection of texts.
+    """
 
     entries: OrderedDict[object, Activations] = field(default_factory=OrderedDict)
 
@@ -164,8 +170,7 @@ class LayerSplit:
     @contextmanager
     def _dropout_above(self) -> Iterator[Callable[[], None]]:
         """Put the model in eval mode; what is yielded puts it back, and is to be called at the first trained block."""
-        reached = remember_mode(self.model)
-        self.model.eval()
+        reached = suspend_training(self.model)
         try:
             yield reached
         finally:
@@ -263,6 +268,12 @@ def split_layers(base: Base, trained: Collection[str]) -> LayerSplit | None:
     return split_at(base, first) if first else None
 
 
+def split_top(base: Base, depth: int) -> LayerSplit | None:
+    """Split below the top `depth` blocks; None where that is all of them, or the blocks are not known."""
+    found = peft_weights.transformer_blocks(base.model)
+    return split_at(base, len(found[1]) - depth) if found and depth < len(found[1]) else None
+
+
 def split_at(base: Base, first: int) -> LayerSplit:
     """Split the blocks below the one at this index. Whether a pass can begin there is tried on the model, once."""
     path, blocks = cast(tuple[str, nn.ModuleList], peft_weights.transformer_blocks(base.model))
@@ -324,6 +335,7 @@ class FrozenFeatures:
         split: where the trained blocks begin.
         order: the client's examples by length; neighbours are computed together.
         stored: the inputs computed so far.
+        below: the inputs of a lower block, from which these are computed (None: from the texts).
     """
 
     base: Base
@@ -331,25 +343,30 @@ class FrozenFeatures:
     split: LayerSplit
     order: tuple[int, ...]
     stored: Activations
+    below: FrozenFeatures | None = None
 
     def for_batch(self, batch: Sequence[int]) -> Tensor:
         """Return the inputs for a batch, (batch, tokens, hidden size), zero where an example is padded."""
-        missing, back = self._missing(batch), remember_mode(self.base.model)
-        if missing:
-            self.base.model.eval()  # without dropout
+        missing = self._missing(batch)
+        back = suspend_training(self.base.model) if missing else None
         for chunk in missing:
             inputs = self.texts.batch(chunk, self.base.device)
             inputs.pop("labels")
-            rows = self.split.frozen_output(inputs)
+            with self.below.starting_from(chunk) if self.below else nullcontext():
+                rows = self.split.frozen_output(inputs)
             for i, row in zip(chunk, rows, strict=True):
                 self.stored[i] = row[self.texts.token_span(i, len(row))].clone()
-        if missing:
+        if back:
             back()
         width, some = max(self.texts.lengths(batch)), self.stored[batch[0]]
         hidden = some.new_zeros(len(batch), width, *some.shape[1:])
         for row, i in zip(hidden, batch, strict=True):
             row[self.texts.token_span(i, width)] = self.stored[i]
         return hidden
+
+    def starting_from(self, batch: Sequence[int]) -> AbstractContextManager[None]:
+        """Make a forward pass of this batch, inside the block, begin at the first trained block."""
+        return self.split.starting_from(self.for_batch(batch))
 
     def _missing(self, batch: Sequence[int]) -> list[Sequence[int]]:
         step = CHUNK_EXAMPLES.get(self.base.device.type, 32)
@@ -362,12 +379,33 @@ def frozen_features(
     texts: EncodedTexts,
     split: LayerSplit,
     shard: Sequence[int],
-    fold: Adapter | None,
+    changes: Sequence[Adapter | None],
     cache: ActivationCache,
     room: int,
 ) -> FrozenFeatures:
-    """Make the features of this client over this fold; they are kept from task to task if `room` (bytes) holds them."""
+    """Make the features of these examples; they are kept from task to task if `room` (bytes) holds them.
+
+    `changes` are the adapters that are added to the base in this pass, folds too. They are looked for below the split.
+    """
     order = tuple(sorted(shard, key=lambda i: (len(texts.ids[i]), i)))
-    if 4 * base.shape().hidden * sum(texts.lengths(shard)) > room:
-        return FrozenFeatures(base, texts, split, order, {})
-    return FrozenFeatures(base, texts, split, order, cache.entry((fold and fingerprint(fold), split.first, order)))
+    changed = [found for change in changes if change and (found := _below(base, split, change)).factors]
+    lowest = lowest_trained(base, [name for change in changed for name in change.factors]) if changed else 0
+    under, below = split_at(base, lowest) if lowest else None, None
+    if under and under.form:
+        below = frozen_features(base, texts, under, shard, (), cache, room)
+    if 4 * base.hidden * sum(texts.lengths(shard)) > room:
+        return FrozenFeatures(base, texts, split, order, {}, below)
+    key = (tuple(map(fingerprint, changed)), split.first, order)
+    return FrozenFeatures(base, texts, split, order, cache.entry(key), below)
+
+
+def _below(base: Base, split: LayerSplit, change: Adapter) -> Adapter:
+    """Return what an adapter adds to layers below the first trained block."""
+    depths, trained = peft_weights.layer_depths(base.model), len(split.blocks) - split.first
+    factors = {name: factor for name, factor in change.factors.items() if depths[name] > trained}
+    return Adapter({name: factors[name] for name in changed_layers(Adapter(factors))})
+
+
+def changed_layers(adapter: Adapter) -> list[str]:
+    """Return the layers to which an adapter adds something: not those whose `up` is zero, as in a LoRA at its beginning."""
+    return [name for name, factor in adapter.factors.items() if bool(factor.up.any())]

@@ -74,7 +74,7 @@ class LocalProcess:
     def submit(self, group: bytes) -> Future[bytes]:
         """Submit a group; the first one starts the process."""
         try:
-            with _no_interrupt():
+            with interrupts_blocked():
                 return self.pool.submit(_train, group)
         except BrokenProcessPool as error:
             dead: Future[bytes] = Future()
@@ -87,8 +87,8 @@ class LocalProcess:
 
 
 @contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Inside, start processes that ignore Ctrl-C, which a terminal sends to all: this process ends them by the leash."""
+def interrupts_blocked() -> Iterator[None]:
+    """Inside, start processes that ignore Ctrl-C, which a terminal sends to all: this process ends them by other means."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -55,6 +55,11 @@ class Workers:
             raise Refused("workers", setting, remedy)
         return cls(count, match[2] or "")
 
+    @property
+    def processes(self) -> int:
+        """Number of processes that share this machine's cores; what Ray does is Ray's."""
+        return self.count or 1 if self.ray is None else 1
+
     def __str__(self) -> str:
         if self.ray is None:
             return str(self.count)
