@@ -28,6 +28,7 @@ from pydantic import BaseModel
 
 import fedloom
 from fedloom.cli.main import app
+from fedloom.core.settings_view import as_written, field_texts
 from fedloom.deploy.site.settings import Site
 from fedloom.runs.public_names import all_names
 
@@ -50,7 +51,7 @@ ROOMS = {
     "core": ("Server", "The server, its limits, and how numbers travel."),
 }
 """Title and first sentence of each page, in the order of the menu."""
-SECTION = re.compile(r"(Fields|Args|Raises|Returns|Attributes):\s*")
+SECTION = re.compile(r"(Fields|Args|Raises|Returns|Attributes)(?:, besides [^:]*)?:\s*")
 MARKUP = ((re.compile(r"\[bold\](.*?)\[/bold\]"), r"`\1`"), (re.compile(r"\[/?[a-z ]+\]"), ""))
 
 
@@ -107,7 +108,7 @@ def _kind(annotation: object) -> str:
 
 def _default(value: object) -> str:
     plain = isinstance(value, str | int | float | bool | tuple) or value is None
-    return f"`{value!r}`" if plain and "PydanticUndefined" not in repr(value) else ""
+    return f"`{as_written(value)}`" if plain and "PydanticUndefined" not in repr(value) else ""
 
 
 def entry(name: str, value: Any, level: int = 2) -> Iterator[str]:
@@ -120,6 +121,8 @@ def entry(name: str, value: Any, level: int = 2) -> Iterator[str]:
         yield f"A value of `{type(value).__name__}`.\n"
     yield f"{text}\n"
     known, described = fields_of(value), found.get("Fields") or found.get("Args") or {}
+    if isinstance(value, type) and dataclasses.is_dataclass(value):
+        described = field_texts(value)  # those of its bases too
     names = [*known, *(one for one in described if one not in known)]
     if names and isinstance(value, type):
         rows = [[f"`{one}`", *known.get(one, ("", "")), described.get(one, "")] for one in names]

@@ -25,6 +25,7 @@ from fedloom import (
     FedIT,
     FixedRank,
     Generation,
+    Half,
     LabelDirichlet,
     Limits,
     LoRA,
@@ -102,6 +103,7 @@ def cell(seed: int, way: str, name: str) -> Run:
         test_limit=study.tested,
         generation=Generation(examples=0) if name == "natural" else None,
         engine=Engine(kernel="torch", bfloat16=half),
+        transfer=Half(),
         seed=seed,
     )
 

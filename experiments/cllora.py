@@ -27,6 +27,7 @@ from fedloom import (
     Corrupted,
     FedIT,
     FixedRank,
+    Half,
     Instructions,
     Job,
     LengthDirichlet,
@@ -196,6 +197,7 @@ def cell(texts: Texts, axis: str, alpha: float, remedy: Remedy, seed: int) -> Ru
         held_out=0.1,
         test_limit=texts.tested,
         generation=texts.generation,
+        transfer=Half(),
         seed=seed,
     )
 

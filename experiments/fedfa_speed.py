@@ -32,6 +32,7 @@ from fedloom import (
     FedFa,
     FedIT,
     FixedRank,
+    Half,
     Immediate,
     LabelDirichlet,
     Limits,
@@ -177,6 +178,7 @@ def cell(method: Method, split: str, devices: str, name: str, seed: int) -> Run:
         limits=Limits(versions=UPLOADS // uploads, evaluate_every=EVERY // uploads),
         held_out=0.0,
         test_limit=1000,
+        transfer=Half(),
         seed=seed,
     )
 

@@ -27,6 +27,7 @@ from fedloom import (
     FixedDepth,
     FixedRank,
     Generation,
+    Half,
     Instructions,
     Limits,
     LoRA,
@@ -117,6 +118,7 @@ def cell(method: Method, study: Study, name: str, seed: int) -> Run:
         held_out=0.0,
         test_limit=200,
         generation=Generation(examples=60, max_new_tokens=32),
+        transfer=Half(),
         seed=seed,
     )
 

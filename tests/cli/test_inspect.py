@@ -55,7 +55,7 @@ def test_a_table_is_looked_at_as_its_columns_are_named(fedloom: Fedloom) -> None
     assert "CLLoRA reports that uneven lengths hardly touch local training" in said
     assert "not for a forecast" in said
     page = Path("inspect.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4  # two pictures, each for a wide page and for a narrow one
     assert "Adamson" not in page
 
 

@@ -66,7 +66,9 @@ def test_a_run_replays_from_its_sums_and_keeps_nothing_else(recorded: Path) -> N
 def test_the_manifest_and_the_report_say_what_was_chosen(recorded: Path, tmp_path: Path) -> None:
     log = read_run_log(recorded)
     assert log.manifest["protection"] == "secrecy"
-    assert any(note.startswith("Secure aggregation: answers are summed over at least") for note in log.manifest["notes"])
+    assert any(
+        note.startswith("Secure aggregation: answers are summed over at least") for note in log.manifest["notes"]
+    )
     assert any("nobody is protected here" in note for note in log.manifest["notes"])
     merged = [line for line in log.tasks if line["status"] == "merged"]
     assert len(merged) >= 8

@@ -148,8 +148,8 @@ def _show_promise(about: Any, delta: float | None) -> float:
         event = client_event(private, int(about["run"]["limits"]["versions"]))
     found = epsilon_of([event], delta or DELTA)
     out.print(
-        f"Guaranteed at most: epsilon {found:.6g}, with {private.most_answers} answers of a client. This bound holds whoever takes "
-        "part how often, and is what may be published; what was spent depends on who answered.",
+        f"Guaranteed at most: epsilon {found:.6g}, with {private.most_answers} answers of a client. This bound holds "
+        "for any participation, and may be published. What was spent depends on who answered.",
         soft_wrap=True,
     )
     return found

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sized
 from dataclasses import MISSING, Field, fields, is_dataclass
 from html import escape
 from inspect import cleandoc
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -76,7 +75,7 @@ def as_written(value: Any) -> str:
         given = ", ".join(f"{name}={as_written(content)}" for name, content in changed_fields(value).items())
         return f"{type(value).__name__}({given})"
     match value:
-        case Path():
+        case _ if hasattr(value, "__fspath__"):
             return repr(str(value))
         case _ if type(value) in SCALARS:
             return repr(value)

@@ -28,7 +28,7 @@ FEWEST_NUMBERED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class FileFormat:
-    """Settings for reading a file; what is None is found, and the notes of the run say what was found, unless it is the ordinary.
+    """Settings for reading a file. What is None is detected; the notes of the run say what was detected, unless it is usual.
 
     Fields:
         separator: character between the cells of a CSV file, or "tab".

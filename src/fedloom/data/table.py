@@ -34,7 +34,7 @@ class Layout:
             sorted).
         test_share: share of each label, or of each client, that is set aside to test on, where there is no test data.
         limit: number of random training examples to keep (default: all).
-        missing: what becomes of rows without a text, pair, label or client: "refuse", or "drop" (a note counts them).
+        missing: what happens to rows without a text, pair, label or client: "refuse", or "drop" (a note counts them).
     """
 
     text: str | tuple[str, ...] = "text"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.core.canary import Canary
-from fedloom.core.codec import Codec, Half, Summed
+from fedloom.core.codec import Codec, HalfChange, Summed
 from fedloom.core.errors import Refused
 from fedloom.core.limits import Limits
 from fedloom.core.policies import Aggregator, Schedule
@@ -49,7 +49,8 @@ class Run:
         faults: what goes wrong with tasks (default None: nothing).
         hierarchy: groups of clients with an edge server each; the edges are then the clients of `schedule` (default None:
             no groups).
-        transfer: how numbers travel: `Half()`, `HalfChange()`, `DeltaInt8()`, `Exact()` (default `Half()`: 16 bits; None: `Exact()`).
+        transfer: how numbers travel: `HalfChange()`, `Half()`, `DeltaInt8()`, `Exact()` (default `HalfChange()`: 16 bits;
+            None: `Exact()`).
         limits: when the run ends, and how often a version is scored (default `Limits()`: 10 versions, each scored).
         canary: score that a version must keep on examples of the server before it is published (default None: each version is
             published). Answers that make it worse are set aside.
@@ -86,7 +87,7 @@ class Run:
     availability: Windows | None = None
     faults: Faults | None = None
     hierarchy: Hierarchy | None = None
-    transfer: Codec | None = field(default_factory=Half)
+    transfer: Codec | None = field(default_factory=HalfChange)
     limits: Limits = field(default_factory=Limits)
     canary: Canary | None = None
     privacy: Private | None = None

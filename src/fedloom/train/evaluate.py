@@ -169,17 +169,19 @@ def _features(
     changes: Sequence[Adapter | None],
     texts: EncodedTexts,
     indices: Sequence[int],
-    kept: KeptActivations,
+    activations: KeptActivations,
 ) -> FrozenFeatures | None:
     """Return the inputs of the lowest block that training changes; None where all is computed from the texts."""
-    if not kept.room:
+    if not activations.room:
         return None
-    split = frozen_layers.split_top(base, kept.depth) if kept.depth else None
-    if kept.depth is None and (changed := [n for one in changes if one for n in frozen_layers.changed_layers(one)]):
+    split = frozen_layers.split_top(base, activations.depth) if activations.depth else None
+    if activations.depth is None and (
+        changed := [n for one in changes if one for n in frozen_layers.changed_layers(one)]
+    ):
         split = frozen_layers.split_layers(base, changed)
     if split is None or not split.form:
         return None
-    return frozen_layers.frozen_features(base, texts, split, indices, changes, kept.cache, kept.room)
+    return frozen_layers.frozen_features(base, texts, split, indices, changes, activations.cache, activations.room)
 
 
 @torch.no_grad()
@@ -189,12 +191,12 @@ def score(
     texts: EncodedTexts,
     indices: Sequence[int],
     fold: Adapter | None = None,
-    kept: KeptActivations = NOTHING_KEPT,
+    activations: KeptActivations = NOTHING_KEPT,
 ) -> Scores | AnswerScores:
     """Predict these examples with the adapter over base and fold, or the base alone; results are in the order of `indices`."""
     if adapter is not None:
         base.put(adapter, fold=fold)
-    features = _features(base, (fold, adapter), texts, indices, kept)
+    features = _features(base, (fold, adapter), texts, indices, activations)
     base.model.eval()
     lengths = texts.lengths(indices)
     order = sorted(range(len(indices)), key=lambda i: lengths[i])
@@ -206,7 +208,7 @@ def score(
                 columns_by_batch.append(
                     _score_answers(base, inputs) if base.labels is None else _score_labels(base, inputs)
                 )
-    kept.cache.trim(kept.room)
+    activations.cache.trim(activations.room)
     back = torch.tensor(order, dtype=torch.long).argsort()
     columns = [torch.cat(column).cpu()[back] for column in zip(*columns_by_batch, strict=True)]
     if base.labels is None:
@@ -234,14 +236,14 @@ def evaluate_held_out(
     texts: EncodedTexts,
     shards: Sequence[Shard],
     fold: Adapter | None = None,
-    kept: KeptActivations = NOTHING_KEPT,
+    activations: KeptActivations = NOTHING_KEPT,
 ) -> dict[ClientId, Scores | AnswerScores]:
     """Score one adapter (None: the base alone) on the held-out part of each client that has one, all of them in one pass."""
     held = [shard for shard in shards if shard.held_out]
     if not held:
         return {}
     indices, end, by_client = [i for shard in held for i in shard.held_out], 0, {}
-    scores = score(base, adapter, texts, indices, fold, kept)
+    scores = score(base, adapter, texts, indices, fold, activations)
     for shard in held:
         start, end = end, end + len(shard.held_out)
         by_client[shard.client] = scores.subset(range(start, end))
@@ -249,7 +251,7 @@ def evaluate_held_out(
 
 
 def evaluate_untrained(
-    base: Base, texts: EncodedTexts, shards: Sequence[Shard], kept: KeptActivations = NOTHING_KEPT
+    base: Base, texts: EncodedTexts, shards: Sequence[Shard], activations: KeptActivations = NOTHING_KEPT
 ) -> dict[ClientId, Scores | AnswerScores]:
     """Score what needs no training on the held-out part of each client that has one: the baseline of its scores.
 
@@ -257,7 +259,7 @@ def evaluate_untrained(
     whatever is asked (with a cross-entropy of 0, since no probability is predicted).
     """
     if base.labels is None:
-        return evaluate_held_out(base, None, texts, shards, kept=kept)
+        return evaluate_held_out(base, None, texts, shards, activations=activations)
     by_client = dict[ClientId, Scores | AnswerScores]()
     for shard in (shard for shard in shards if shard.held_out):
         labels = torch.tensor([texts.labels[i] for i in shard.held_out])

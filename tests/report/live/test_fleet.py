@@ -17,7 +17,11 @@ from fedloom.simulate.faults import Faults
 from tests.support import simulated_runs
 
 
-@pytest.mark.parametrize("schedule", [Rounds(3), FedFa(window=2, max_in_flight=3), FedBuff(buffer_size=2)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule",
+    [Rounds(3), FedFa(window=2, max_in_flight=3), FedBuff(buffer_size=2)],
+    ids=lambda one: type(one).__name__,
+)
 def test_the_clients_at_work_are_those_of_the_run_itself(schedule: Any) -> None:
     """At each step as many train as the one reading of a run (`RunObservation`) says, and they are the same."""
     faults = Presence((), Faults(dropout=0.2), 0)

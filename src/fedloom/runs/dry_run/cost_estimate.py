@@ -53,7 +53,7 @@ class CostEstimate:
         bytes_up: bytes from clients to the server.
         bytes_down: bytes from the server to clients.
         virtual_seconds: length of the run on the simulated devices (s).
-        loading_seconds: real time to load data and model, as it was now (s).
+        loading_seconds: real time to load data and model, as it was now (s; 0: not measured).
         training_seconds: real time to train, with one worker (s).
         scoring_seconds: real time to score versions and clients, and to write sample answers (s).
         server_seconds: real time of the server and its logs (s).
@@ -121,7 +121,7 @@ class CostEstimate:
             ("Virtual time", f"{about}{format_duration(self.virtual_seconds)} on the simulated devices"),
             ("Real time", f"about {format_duration(self.real_seconds)} on this machine, with one worker"),
             ("", ", ".join(f"{name} {format_duration(span)}" for name, span in spans.items())),
-            ("", f"loading took {format_duration(self.loading_seconds)}"),
+            *([("", f"loading took {format_duration(self.loading_seconds)}")] if self.loading_seconds else []),
             *self._memory_rows(),
         ]
         if self.majority is not None:

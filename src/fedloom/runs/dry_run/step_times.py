@@ -111,16 +111,15 @@ def _measure(job: Job, trainer: PeftTrainer, passes: Sequence[Pass], clock: Cloc
     mean = sum(one.tokens * one.steps for one in passes) / sum(one.steps for one in passes)
     chosen = sorted(passes, key=lambda one: abs(one.tokens - mean))[:PASSES]
     times, frozen, tokens = list[PassTime](), 0.0, 0
+    partial = (chosen[0].depth or job.server.shape.layers) < job.server.shape.layers
     for one in chosen:
-        cold, own = (replace(trainer, cache=ActivationCache()) for _ in range(2))
-        _time_pass(job, cold, one, clock, WARM_UP)
-        anew = _time_pass(job, own, one, clock)
+        own = replace(trainer, cache=ActivationCache())
+        anew = _time_pass(job, own, one, clock, STEPS if partial else WARM_UP)
         computed = {i for entry in own.cache.entries.values() for i in entry}
-        times.append(anew)
-        if computed:  # from the second task of a client on they are kept, but for what other clients change
-            times[-1] = _time_pass(job, own, one, clock, moved=True)
-            frozen += max(0.0, anew.total - times[-1].total)
-            tokens += sum(trainer.texts.lengths([*computed]))
+        # from the second task of a client on activations are kept, but for what other clients change
+        times.append(_time_pass(job, own, one, clock, moved=True))
+        frozen += max(0.0, anew.total - times[-1].total) if computed else 0.0
+        tokens += sum(trainer.texts.lengths([*computed]))
     fixed, by_token = (fmean(values) for values in zip(*((one.fixed, one.by_token) for one in times), strict=True))
     return DepthTime(fixed, by_token, frozen / max(1, tokens))
 
@@ -191,8 +190,9 @@ def scoring_seconds(job: Job, seen: UntrainedRun, clock: Clock) -> float:
     mean = max(1.0, fmean(texts.lengths(by_length)))
     sample = replace(job, tested=tuple(evenly(by_length, max(1, int(SCORED_TOKENS / mean)))), cache=ActivationCache())
     held_out = [i for shard in job.shards for i in shard.held_out]
-    _score_longest(job, texts, job.tested)
-    _score_longest(job, job.train_texts, held_out)
+    pairs = [(of, _longest(of, rows)) for of, rows in ((texts, job.tested), (job.train_texts, held_out))]
+    of, rows = max(pairs, key=lambda pair: _padded(*pair))
+    evaluate.score(job.base, model.adapter, of, rows, model.fold)  # the batch that needs most memory
     first, again = (_seconds_of(lambda: sample.score(model), job.base, clock) for _ in range(2))
     tokens = _padded(texts, sample.tested)
     final = _padded(job.train_texts, held_out) * (first + (again if job.base.labels is None else 0.0))
@@ -201,11 +201,9 @@ def scoring_seconds(job: Job, seen: UntrainedRun, clock: Clock) -> float:
     return (final + versions + canaries) / tokens + _writing_seconds(job, clock)
 
 
-def _score_longest(job: Job, texts: EncodedTexts, rows: Sequence[int]) -> None:
-    """Score the batch of the longest of these examples, which needs most memory."""
-    longest, model = sorted(rows, key=lambda i: len(texts.ids[i]))[-evaluate.BATCH :], job.server.state.model
-    if longest:
-        evaluate.score(job.base, model.adapter, texts, longest, model.fold)
+def _longest(texts: EncodedTexts, rows: Sequence[int]) -> list[int]:
+    """Return the longest of these examples, as many as are scored together."""
+    return sorted(rows, key=lambda i: len(texts.ids[i]))[-evaluate.BATCH :]
 
 
 def _writing_seconds(job: Job, clock: Clock) -> float:
