@@ -95,6 +95,24 @@ def test_an_address_with_a_password_is_refused_without_it() -> None:
         assert "PGPASSWORD" in said
 
 
+def test_a_query_reaches_no_other_file_and_loads_nothing(tmp_path: Path) -> None:
+    place, other = duckdb_file(tmp_path, NOTES), tmp_path / "other.txt"
+    other.write_text(CANARY)
+    for query in (
+        f"select content as text from read_text('{other}')",
+        f"copy (select 'x') to '{other}'",
+        f"copy (select 'x') to '{tmp_path / 'new.txt'}'",
+        f"attach '{tmp_path / 'new.duckdb'}' as new",
+        f"export database '{tmp_path / 'new'}'",
+        "install httpfs",
+        "load httpfs",
+        "set enable_external_access = true",
+    ):
+        assert "the database refuses it" in refusal(place, query)
+    assert other.read_text() == CANARY
+    assert {path.name for path in tmp_path.iterdir()} == {"ward.duckdb", "other.txt"}
+
+
 @pytest.mark.slow
 def test_a_postgresql_server_gives_the_same_rows(postgres: str) -> None:
     check_rows(postgres)
@@ -102,7 +120,15 @@ def test_a_postgresql_server_gives_the_same_rows(postgres: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "query", ["delete from notes", "select cast(name as int) from names", "selec", "drop table names"]
+    "query",
+    [
+        "delete from notes",
+        "select cast(name as int) from names",
+        "selec",
+        "drop table names",
+        "commit; begin read write; delete from notes; commit; select 1 as text",
+        "do $$ begin commit; delete from notes; commit; end $$",
+    ],
 )
 def test_what_postgresql_refuses_is_one_sentence_without_a_cell(postgres: str, query: str) -> None:
     assert CANARY not in refusal(postgres, query)

@@ -1,6 +1,7 @@
 """Rows of a database, by a query of whoever owns it: PostgreSQL, or a DuckDB file.
 
-What a query may do is for the database to allow: the connection is read-only, and nothing that it says about cells is passed on.
+What a query may read is for the database to allow. It may come with a run file from somebody else: it is one statement, the connection
+is read-only, DuckDB opens no other file and no host, and nothing that a database says about cells is passed on.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def ask_postgres(place: str, query: str) -> Answer:
     with closing(connection):
         try:
             connection.read_only = True
-            cursor = connection.execute(query.encode())
+            # prepared, it is one statement: after several, "commit" among them, the rest would no longer be read-only
+            cursor = connection.execute(query.encode(), prepare=True)
             rows = [] if cursor.description is None else cursor.fetchall()
         except psycopg.Error as error:
             raise Refused("data.query", QUERY, _why(type(error).__name__, error.sqlstate)) from error
@@ -82,10 +84,11 @@ def ask_duckdb(place: str, query: str) -> Answer:
         raise Refused("data.path", place, "duckdb is not installed: pip install 'fedloom[duckdb]'") from error
     if not Path(place).is_file():
         raise Refused("data.path", place, "there is no such file; give a DuckDB file, or postgresql://user@host/name")
-    offline: dict[str, str | bool | int | float | list[str]] = {"threads": 1}
-    offline |= {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
+    # read-only is the database alone: a query could still read and write any other file, or name a host
+    alone: dict[str, str | bool | int | float | list[str]] = {"threads": 1, "enable_external_access": False}
+    alone |= {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
     try:
-        connection = duckdb.connect(place, read_only=True, config=offline)
+        connection = duckdb.connect(place, read_only=True, config=alone)
     except duckdb.Error as error:
         remedy = f"it is no DuckDB file that can be read ({type(error).__name__}); leave out the query to read a table"
         raise Refused("data.path", place, remedy) from error

@@ -124,7 +124,9 @@ def _evaluate(node: ast.expr, path: str) -> Any:
         elif isinstance(node, ast.Name):
             return public_name(node.id)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        named = {keyword.arg: _evaluate(keyword.value, path) for keyword in node.keywords if keyword.arg}
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise Refused(path, shortened(ast.unparse(node)), "write each field by its name, without **")
+        named = {str(keyword.arg): _evaluate(keyword.value, path) for keyword in node.keywords}
         kind = _evaluate(node.func, path)
         if not isinstance(kind, type) or not is_dataclass(kind):
             raise Refused(path, ast.unparse(node), f"{node.func.id} is no kind of value and cannot be called here")

@@ -10,6 +10,11 @@ from fedloom.core.errors import Refused
 from fedloom.runs.field_values import read_data
 from fedloom.runs.run import Run
 
+LARGEST = 2**20
+"""Bytes of a TOML file that is read."""
+MOST_DOTS = 1000
+"""Dots in a line of it: the time that `tomllib` takes for a dotted key grows with their square."""
+
 
 def read_toml_run(file: Path) -> Run:
     """Read the run that a TOML file describes; its keys are the fields of `Run`.
@@ -41,14 +46,20 @@ def read_toml(path: Path, field: str, hint: str = "") -> dict[str, Any]:
     """
     text = ""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors of Windows put a mark in front
-        return tomllib.loads(text)
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        text = content.decode("utf-8-sig")  # editors of Windows put a mark in front
+        if len(content) > LARGEST or any(line.count(".") > MOST_DOTS for line in text.splitlines()):
+            raise Refused(field, str(path), f"it has more than {LARGEST:,} bytes, or {MOST_DOTS:,} dots in a line")
+        return tomllib.loads(text.replace("\r\n", "\n"))
     except OSError as error:
         raise Refused(field, str(path), f"it cannot be read ({error.strerror}){hint}") from error
     except UnicodeDecodeError as error:
         raise Refused(field, str(path), "it is not a text in UTF-8; save it again in that encoding") from error
     except RecursionError as error:
         raise Refused(field, str(path), "its lists are nested too deeply") from error
-    except tomllib.TOMLDecodeError as error:
+    except Refused:
+        raise
+    except ValueError as error:  # not TOML, or a number of too many digits
         windows = "; a path of Windows stands in single quotes" if "\\" in text else ""
         raise Refused(field, str(path), f"it is not TOML: {error}{windows}") from error

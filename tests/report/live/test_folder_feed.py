@@ -200,6 +200,26 @@ def test_what_others_wrote_cannot_break_the_page(fake: Fake) -> None:
     assert "\x1b" not in text
 
 
+def test_what_others_wrote_cannot_make_the_page_large(fake: Fake) -> None:
+    folder, long = fake(status="running"), "x\u202e" * 50_000
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"name": long, "status_reason": long, "notes": [long] * 1000}
+    manifest["run"]["aggregator"], manifest["model"]["name"] = {"type": long}, long
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    ends = ({"kind": "task", "client": long, "id": 1, "rank": 4, "version": 1, "status": f"{k}{long}"} for k in range(20))
+    append(folder / "metrics.jsonl", *ends)
+    budget = {"rank": long, "steps": long, "depth": long, "why": long}
+    task = {"id": long, "client": "c00", "version": 1, "budget": budget}
+    sent = {"time": 1.0, "event": {"type": long}, "commands": [{"type": "Dispatch", "task": task}]}
+    answered = {"time": 1.0, "event": {"type": "UpdateArrived", "client": "c00", "task": long}, "commands": []}
+    append(folder / "trace.jsonl", *[sent, answered] * 5)
+    page = settle(FolderFeed(folder))
+    assert page["parts"]["plan"]["rows"]
+    assert page["events"]
+    assert len(json.dumps(page)) < 2_000_000
+    assert "\u202e" not in json.dumps(page, ensure_ascii=False)
+
+
 def test_a_page_is_as_large_with_many_clients_and_lines_as_with_some(fake: Fake) -> None:
     folder, sizes = fake(clients=1200, rounds=3, status="running"), []
     feed = FolderFeed(folder)

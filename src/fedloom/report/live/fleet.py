@@ -20,6 +20,8 @@ LAST_REASONS = 50
 """Lines of each list that a page has."""
 REASON = 240
 """Characters of a reason."""
+LONGEST_EVENT = 400
+"""Characters of an event."""
 NAMED = 3
 """Clients that an event names."""
 
@@ -125,7 +127,7 @@ class LiveFleet:
         return self.clients.setdefault(name, LiveClient())
 
     def _note_event(self, now: float, kind: str, text: str) -> None:
-        self.events.append(EventLine(now, kind, text))
+        self.events.append(EventLine(now, kind, label(text, LONGEST_EVENT)))
         self.counted += 1
 
     def _set(self, now: float, name: str, activity: Activity) -> None:

@@ -39,6 +39,9 @@ MOST_ROWS = 300
 LAST_VERSIONS = 256
 """Version lines in which that of a score is looked for."""
 LAST_SAMPLES = 3
+MOST_NOTES = 100
+MOST_STATUSES = 8
+"""Ways for a task to end that are told, the most frequent ones."""
 BARS = 12
 """Bars of the histogram of staleness."""
 ORDER = {"training": 0, "answered": 1, "offline": 2, "idle": 3}
@@ -198,7 +201,7 @@ class LiveState:
             "left": _plain(format_duration(time_left)) if status == "running" and math.isfinite(time_left) else "",
             "waits": _plain(_waits(self.status)) if status == "running" else "",
             "reading": rounded(1 - behind) if behind > 0 else None,
-            "notes": [_plain(str(note)) for note in self.manifest["notes"]],
+            "notes": [_plain(str(note)) for note in self.manifest["notes"][:MOST_NOTES]],
         }
 
     def _figures(self, log: RunLog) -> Iterator[tuple[str, str, str]]:
@@ -218,7 +221,8 @@ class LiveState:
         yield "Clients training", f"{activities['training']:,}", waits
         late = f"largest {format_count(to_float(last.get('staleness_max')))}, in the last {facts.version_noun(log)}"
         yield "Staleness", short(self._mean_staleness()), late
-        lost = ", ".join(f"{count:,} {name}" for name, count in sorted(self.statuses.items()) if name != "merged")
+        ends = sorted(self.statuses.most_common(MOST_STATUSES))
+        lost = ", ".join(f"{count:,} {facts.label(name)}" for name, count in ends if name != "merged")
         yield "Tasks merged", f"{self.statuses['merged']:,}", lost or "none lost"
         yield (
             "Sent up",
@@ -354,13 +358,17 @@ def _chart(
 def _plan_row(name: str, budget: Line) -> list[str]:
     depth = "all" if budget.get("depth") is None else f"{budget['depth']}"
     numbers = (f"{budget['rank']}", depth, f"{budget.get('rounds', 1)}", f"{budget['steps']}")
-    return [facts.label(name, 40), *numbers, _plain(facts.label(budget["why"], 240))]
+    return [_plain(cell) for cell in (facts.label(name, 40), *numbers, facts.label(budget["why"], 240))]
 
 
 def _sample(line: Line) -> list[str]:
     request = "\n".join(str(line[name]) for name in ("request", "context") if line.get(name))
     texts = (request, *(str(line.get(name) or "") for name in ("reference", "before", "after")))
-    return [printable(text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}\u2026") for text in texts]
+    return [printable(_cut(text)) for text in texts]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= QUOTED else f"{text[: QUOTED - 1]}\u2026"
 
 
 def _model_name(manifest: Line) -> str:
@@ -374,5 +382,5 @@ def _kind(policy: object) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text as a page may show it: one line, without characters that turn its direction or cannot be seen."""
-    return printable(text, lines=False)
+    """A text as a page may show it: one line, not too long, without characters that turn its direction or cannot be seen."""
+    return printable(_cut(text), lines=False)
