@@ -54,7 +54,7 @@ def test_a_run_without_kept_answers_is_audited_by_its_published_model_and_says_s
     assert any("--keep-updates" in note for note in report.notes)
     page, data = write_audit(report, tmp_path / "audit.html")
     text, figures = page.read_text(encoding="utf-8"), json.loads(data.read_text(encoding="utf-8"))
-    assert "Nothing bounds what a better attack would find" in text
+    assert "No bound holds for stronger attacks" in text
     assert {one["verdict"] for one in figures["outcomes"]} >= {"not measured"}
     assert WORD not in text + data.read_text(encoding="utf-8")
     with pytest.raises(Refused, match="other settings"):

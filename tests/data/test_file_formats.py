@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +245,10 @@ def test_missing_files_and_folders_without_tables_are_refused(tmp_path: Path) ->
         read_table_file(tmp_path / "none.csv")
     with pytest.raises(Refused, match="addresses on the web are not read"):
         read_tables("https://example.org/a.csv", FileFormat())
+    os.mkfifo(tmp_path / "pipe.csv")
+    for endless in (tmp_path / "pipe.csv", Path("/dev/zero")):
+        with pytest.raises(Refused, match="a pipe or a device"):
+            read_table_file(endless)
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(Refused, match="no Parquet or Arrow file is in the folder"):
         read_table_file(tmp_path / "folder.csv")

@@ -141,7 +141,7 @@ def test_the_manifest_commits_to_the_secret_and_says_that_a_simulation_protects_
     secret = simulated_secret(5, SIMULATED_SERVER)
     assert about["privacy"]["commitment"] == commitment(secret)
     assert about["privacy"]["noise"] == "simulated noise: no privacy"
-    assert any("Simulated noise: no privacy" in note for note in about["notes"])
+    assert any("Simulated noise protects nobody" in note for note in about["notes"])
     assert secret.hex() not in (whole / "manifest.json").read_text()
 
 

@@ -182,7 +182,7 @@ def test_a_new_run_begins_from_what_was_rolled_back(encoder: Path, tmp_path: Pat
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     back, without = roll_back(out, to=1), roll_back(out, without="c00", out=tmp_path / "without")
     assert (back.folder, back.version, without.version) == (out / "rollback-001", 1, 2)
-    assert "without 2 of c00" in without.notes[0]
+    assert "without 2 answers of c00" in without.notes[0]
     assert all(path.read_bytes() == content for path, content in before.items())
     score = next(line for line in _lines(out) if line["kind"] == "score" and line["version"] == 1)
     begun = prepare(

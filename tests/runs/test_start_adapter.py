@@ -140,7 +140,7 @@ def test_a_lower_rank_is_the_best_approximation_and_a_note_says_what_is_lost(enc
     low = replace(run, plan=replace(run.plan, rank=replace(run.plan.rank, ranks=(2,))))
     job = prepare(low)
     assert {factor.rank for factor in job.server.state.model.adapter.factors.values()} == {2}
-    assert any("cut from rank 8 to 2" in note and "% of its energy is left" in note for note in job._notes())
+    assert any("truncated from rank 8 to 2" in note and "% of its energy is left" in note for note in job._notes())
 
 
 @pytest.mark.slow

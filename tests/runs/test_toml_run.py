@@ -108,6 +108,7 @@ def test_a_table_changes_the_default_and_one_with_a_type_names_the_class() -> No
         (f"seed = {'[' * 5000}", "nested too deeply"),
         (f"seed = {'9' * 5000}\n", "it is not TOML: Exceeds the limit"),
         (f"a{'.a' * 100_000} = 1\n", "1,000 dots in a line"),
+        ('name = "a\\u0000b"\n', "the character of number 0"),
         (f"# {'x' * 2**20}\n", "it has more than 1,048,576 bytes"),
         ("aggregator = 'HLoRA(**{\"rank\": 3})'\n", "write each field by its name"),
         ('[data]\npath = "C:\\Users"\n', "a path of Windows stands in single quotes"),

@@ -26,13 +26,13 @@ TOP_BLOCKS = 2
 
 def init_command(  # they are its options
     kind: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="[classify|instruct|deploy]",
             help="What to make: a run that classifies texts, one that writes answers, or a deployment with its sites' settings. "
             "Left out: as the columns say.",
         ),
-    ],
+    ] = None,
     data: Annotated[
         str | None,
         typer.Argument(metavar="DATA", help="A table (CSV, JSON, Excel, Parquet, Arrow or a saved data set)."),
@@ -61,14 +61,16 @@ def init_command(  # they are its options
 
     Example: [bold]fedloom init classify notes.csv --column label=diagnosis[/bold], then [bold]fedloom run notes.toml[/bold]
     """
+    if data is None and kind not in KINDS:
+        kind, data = None, kind
     if data is None:
-        kind, data = "", kind
-    if kind and kind not in KINDS:
+        raise Refused("DATA", "", "name a table, such as `fedloom init notes.csv`")
+    if kind is not None and kind not in KINDS:
         near = did_you_mean(kind, KINDS)
         raise Refused("init", kind, " ".join(filter(None, [near, f"choose {', '.join(KINDS)}, or leave it out"])))
     from fedloom.runs.run_template import examine_table
 
-    writes = {"classify": False, "instruct": True}.get(kind)
+    writes = {"classify": False, "instruct": True}.get(kind or "")
     facts = examine_table(data, named_columns(clients, columns or []), file_format(read or []), writes)
     stem = Path(data).name.partition(".")[0] or "run"
     if kind == "deploy":
@@ -92,7 +94,7 @@ def _write_run_file(facts: TableFacts, name: str, model: str | None, file: Path)
         f"  fedloom run {file}               the run itself, with a report at its end",
         "",
         "One value changed, this time:    --set training.learning_rate=1e-3",
-        "All fields:                      docs/run-file.md",
+        "All fields:                      docs/reference/runs.md, or help(fedloom.Run) in Python",
     ]
     text = run_file_text(facts, name, base, sites=False, heading=heading)
     file.write_text(text, encoding="utf-8")
@@ -147,7 +149,7 @@ def _write_deployment(facts: TableFacts, name: str, model: str | None, folder: P
         f"  fedloom serve {run_file} --folder {folder / 'server'} --clients 3",
         "",
         "The server scores with the test examples of [data]; its other rows stay unused, for the sites have their own.",
-        "All steps: docs/deployment.md. All fields: docs/run-file.md",
+        "All steps: docs/deployment.md. All fields: docs/reference/runs.md",
     ]
     text = run_file_text(facts, name, base, sites=True, heading=heading)
     site = site_template(parse_run(text), facts.split.train, site_fields(facts))

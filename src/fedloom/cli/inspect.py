@@ -171,6 +171,8 @@ def _load(path: Path, test: Path | None, named: Mapping[str, str], how: FileForm
     if "client" not in roles:
         notes.append("No column names clients: all of it is shown as one client. Name one with --clients COLUMN.")
     examples, spelled = _examples(raw, roles)
+    if "label" not in roles and not examples.answers:
+        notes.append("No column was taken for labels. Name it with --column label=NAME.")
     have = {role: name for role, name in roles.items() if tested is not None and name in tested.columns}
     if tested is not None and "text" not in have:
         spelled = [*spelled, f"{tested.where} has no column “{roles['text']}”: it is not compared."]
@@ -234,15 +236,16 @@ def _show_examples(examples: Examples, model: str) -> None:
 
     tokenizer = load_tokenizer(model)
     texts = encode_texts(examples, tokenizer, min(max(LENGTHS), tokenizer.model_max_length))
-    legend = f"{LEARNT[0]} {LEARNT[1]} stand around what is learnt" if examples.answers else "then the label"
-    out.print(f"\nAs {Path(model).name} reads them, special tokens included ({legend}):", style="bold")
+    legend = f"{LEARNT[0]} {LEARNT[1]} stand around what is learnt" if examples.answers else "then the label, if known"
+    out.print(f"\nAs the model {Path(model).name} reads them, special tokens included ({legend}):", style="bold")
     for number, ids in enumerate(texts.ids):
         targets = [IGNORED] * len(ids) if texts.answer_starts is None else texts.targets(number)
         spans = []
         for learnt, span in groupby(zip(ids, targets, strict=True), lambda token: token[1] != IGNORED):
             text = str(tokenizer.decode([token for token, _ in span], skip_special_tokens=False))
             spans.append(f"{LEARNT[0]}{text}{LEARNT[1]}" if learnt else text)
-        label = "" if examples.answers else f"  -> {examples.names[examples.labels[number]]}"
+        name = "" if examples.answers else examples.names[examples.labels[number]]
+        label = f"  -> {name}" if name else ""
         out.print(f"{number + 1}. ({len(ids)} tokens) {''.join(spans)}{label}", soft_wrap=True)
 
 

@@ -64,6 +64,8 @@ def up_command(
 
     Example: [bold]fedloom up experiments/tickets.py --sites 2[/bold]
     """
+    import os
+
     from fedloom.core import files
     from fedloom.deploy.flower.local_federation import make_federation, read_federation, run_federation, run_folder
     from fedloom.deploy.start import finish_reason
@@ -80,6 +82,7 @@ def up_command(
         folder, federation = resume, read_federation(resume)
     else:
         assert file is not None
+        os.umask(0o077)  # the rows of the sites are its owner's alone, as with `fedloom join`
         folder = files.require_vacant(out_dir or files.numbered_path(Path("runs"), f"{file.stem}-up"))
         federation = make_federation(file, settings or [], sites, folder)
     run = run_folder(folder)

@@ -50,7 +50,7 @@ _SAFELY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_N
 def require_vacant(path: Path) -> Path:
     """Return the path if a run folder can be made there, else raise Refused. Call it before long work; `create_folder` does again."""
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
-        raise Refused("--out", str(path), "it exists already; choose another folder or remove it first")
+        raise Refused("--out", str(path), "it exists already; choose another name, or remove it first")
     above = next((parent for parent in (path, *path.absolute().parents) if parent.exists()), Path())
     if not above.is_dir():
         raise Refused("--out", str(path), f"{above} is not a folder; choose another folder")

@@ -410,6 +410,8 @@ def check_scalar(name: str, content: object) -> None:
         raise Refused(name, f"a number of {content.bit_length()} bits", "expected a whole number of at most 64 bits")
     if isinstance(content, str) and has_surrogate(content):
         raise Refused(name, ascii(content), "it has half of a character (a lone surrogate), which no file can hold")
+    if isinstance(content, str) and "\0" in content:
+        raise Refused(name, content, "it has the character of number 0, which no name of a file can hold")
 
 
 def matches_type(value: Any, hint: Any) -> bool:

@@ -1,7 +1,7 @@
 """Rows of a database, by a query of whoever owns it: PostgreSQL, or a DuckDB file.
 
-What a query may read is for the database to allow. It may come with a run file from somebody else: it is one statement, the connection
-is read-only, DuckDB opens no other file and no host, and nothing that a database says about cells is passed on.
+What a query may read is for the database to allow. It may come with a run file from somebody else. So it is one statement, the
+connection is read-only, DuckDB opens no other file and no host, and nothing that a database says about cells is passed on.
 """
 
 from __future__ import annotations

@@ -77,6 +77,8 @@ def _file_tables(path: Path, how: FileFormat) -> Tables:
     try:
         if path.is_dir():
             return _folder_tables(path)
+        if path.exists() and not path.is_file():  # it may have no end
+            raise Refused("data.path", str(path), f"it is a pipe or a device; give {KINDS}")
         content, zipped = path.read_bytes(), path.suffix.lower() == ".gz"
         if zipped or content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)

@@ -204,7 +204,7 @@ def _pace(log: RunLog) -> tuple[tuple[str, str, str], ...]:
         ("Uploads", format_count(uploads), f"{short(hour)} in {'an' if facts.is_deployed(log) else 'a virtual'} hour"),
         ("Waiting", percent(timeline.waiting_share(log)), f"of the slots' time, {short(lost)} seconds"),
         ("Staleness", short(timeline.mean_staleness(log)), f"versions on average, at most {oldest:,}"),
-        ("Busiest client", f"{short(most)} ×", f"an equal share of the updates; {absent:,} clients had none"),
+        ("Busiest client", f"{short(most)} ×", f"an equal share of the updates; clients without any: {absent:,}"),
     )
 
 

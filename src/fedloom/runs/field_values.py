@@ -258,6 +258,7 @@ def read_data(data: Any, hint: Any, current: object, path: str) -> object:
     if isinstance(data, date | time):
         data = data.isoformat()
     if isinstance(data, str):
+        check_scalar(path, data)
         is_text = data != "None" and matches_type(data, hint)
         return data if is_text else read_text(data, hint, current, path)
     if isinstance(data, dict) and not any(get_origin(one) in TABLES for one in _options(hint)):

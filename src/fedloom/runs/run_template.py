@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, cast
 
 from fedloom.core.errors import Refused
 from fedloom.core.seeds import simulated_secret
+from fedloom.core.text import printable
 from fedloom.data.cells import MOST_CLASSES, describe_columns, identity, is_missing
 from fedloom.data.delimited import FileFormat
 from fedloom.data.examples import Source, Split
@@ -23,7 +23,7 @@ from fedloom.data.raw_table import RawTable, row_count
 from fedloom.data.table import Table, guess_columns
 from fedloom.runs.field_values import make_value, read_data
 from fedloom.runs.run import Run
-from fedloom.runs.toml_run import parse_run
+from fedloom.runs.toml_run import parse_run, toml_text
 
 FEW_ROWS, FEW_SHARE, SHARE = 50, 0.34, 0.2
 """Below so many rows a larger share is set aside to test on; the share then, and else."""
@@ -200,7 +200,12 @@ def run_file_text(facts: TableFacts, name: str, model: ModelChoice, sites: bool,
 
     Raises Refused where the run would not divide the data.
     """
-    lines = [*(f"# {line}".rstrip() for line in heading), "", *_top(facts, name, model.name), *_data(facts)]
+    lines = [
+        *(f"# {printable(line, lines=False)}".rstrip() for line in heading),
+        "",
+        *_top(facts, name, model.name),
+        *_data(facts),
+    ]
     lines += [*_partition(facts), *_schedule(facts, sites), *_work(facts, model, sites), *_limits(facts, sites)]
     text = "\n".join(lines) + "\n"
     _check_divides(parse_run(text), facts.split)
@@ -221,7 +226,7 @@ def _check_divides(run: Run, split: Split) -> None:
 
 def _entry(key: str, value: object, comment: str = "") -> str:
     """Write a line of TOML, whose text and lists of text are those of JSON."""
-    line = f"{key} = {json.dumps(value, ensure_ascii=False)}"
+    line = f"{key} = {toml_text(value)}"
     return f"{line:34s}  # {comment}" if comment else line
 
 

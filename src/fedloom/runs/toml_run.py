@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any, cast
@@ -63,3 +64,12 @@ def read_toml(path: Path, field: str, hint: str = "") -> dict[str, Any]:
     except ValueError as error:  # not TOML, or a number of too many digits
         windows = "; a path of Windows stands in single quotes" if "\\" in text else ""
         raise Refused(field, str(path), f"it is not TOML: {error}{windows}") from error
+
+
+def toml_text(value: object) -> str:
+    """Return a text, a list of texts or a switch as TOML has it: as JSON does, but for one character.
+
+    >>> toml_text("a\\x7f\\n"), toml_text(["é", "b"])
+    ('"a\\\\u007f\\\\n"', '["é", "b"]')
+    """
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

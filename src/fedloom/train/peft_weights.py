@@ -25,17 +25,17 @@ F = TypeVar("F")
 
 
 def _once(find: Callable[[PeftModel], F]) -> Callable[[PeftModel], F]:
-    """Make a function of a model's modules look for them once a model: a walk through hundreds of modules takes milliseconds.
-
-    Layers and blocks stay the same modules for as long as a model lives, whatever adapters they get.
+    """Make a function of a model's modules look for them once for each set of adapters: a walk through hundreds of modules takes
+    milliseconds. A further adapter may wrap further layers, so that the walk is made again when one is added or deleted.
     """
-    found: WeakKeyDictionary[PeftModel, F] = WeakKeyDictionary()
+    found: WeakKeyDictionary[PeftModel, tuple[tuple[str, ...], F]] = WeakKeyDictionary()
 
     @wraps(find)
     def remembered(model: PeftModel) -> F:
-        if model not in found:
-            found[model] = find(model)
-        return found[model]
+        slots = tuple(model.peft_config)
+        if model not in found or found[model][0] != slots:
+            found[model] = slots, find(model)
+        return found[model][1]
 
     return remembered
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedloom.core.errors import Refused
 from fedloom.deploy.flower import keys
-from fedloom.deploy.flower.local_federation import README, make_federation, read_federation
+from fedloom.deploy.flower.local_federation import README, host_guide, make_federation, read_federation
 from fedloom.deploy.flower.supervisor import program
 from fedloom.deploy.server.status import read_status
 from fedloom.deploy.site.settings import read_site
@@ -53,8 +55,11 @@ def test_the_folder_has_all_that_a_server_and_its_sites_need(tmp_path: Path) -> 
     assert words[-4:] == ["--set", "patience.poll=0.1", "--set", "partition.clients=2"]
     guide = (tmp_path / "up" / README).read_text()
     assert "fedloom join --config site.toml" in guide
-    assert "--set 'training.batch_size=4'" in guide
+    assert "--set training.batch_size=4" in guide
     assert "partition" not in guide
+    quoted = host_guide(replace(made, settings=("date='2026-01-31'; rm -r x",)), tmp_path)
+    (line,) = [line for line in quoted.splitlines() if "fedloom serve" in line]
+    assert shlex.split(line)[-2:] == ["--set", "date='2026-01-31'; rm -r x"]
 
 
 def test_clients_that_the_data_name_become_sites_whose_names_a_key_can_have(tmp_path: Path) -> None:
@@ -101,6 +106,7 @@ def test_it_is_stopped_without_a_trace_continues_and_ends_by_itself(tmp_path: Pa
     os.kill(first.pid, signal.SIGTERM)
     said, _ = first.communicate(timeout=90)
     assert f" up --resume {folder}\n" in said
+    assert folder.stat().st_mode & 0o77 == 0, "the rows of the sites are its owner's alone"
     assert running(str(folder)) == {}
     before = version()
     assert before < 8, "it was stopped too late to say anything"

@@ -201,12 +201,14 @@ def test_what_others_wrote_cannot_break_the_page(fake: Fake) -> None:
 
 
 def test_what_others_wrote_cannot_make_the_page_large(fake: Fake) -> None:
-    folder, long = fake(status="running"), "x\u202e" * 50_000
+    folder, long = fake(status="running"), "x\u202e" * 2000
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest |= {"name": long, "status_reason": long, "notes": [long] * 1000}
+    manifest |= {"name": long, "status_reason": long, "notes": [long] * 400}
     manifest["run"]["aggregator"], manifest["model"]["name"] = {"type": long}, long
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    ends = ({"kind": "task", "client": long, "id": 1, "rank": 4, "version": 1, "status": f"{k}{long}"} for k in range(20))
+    ends = (
+        {"kind": "task", "client": long, "id": 1, "rank": 4, "version": 1, "status": f"{k}{long}"} for k in range(20)
+    )
     append(folder / "metrics.jsonl", *ends)
     budget = {"rank": long, "steps": long, "depth": long, "why": long}
     task = {"id": long, "client": "c00", "version": 1, "budget": budget}
@@ -216,7 +218,7 @@ def test_what_others_wrote_cannot_make_the_page_large(fake: Fake) -> None:
     page = settle(FolderFeed(folder))
     assert page["parts"]["plan"]["rows"]
     assert page["events"]
-    assert len(json.dumps(page)) < 2_000_000
+    assert len(json.dumps(page)) < 700_000
     assert "\u202e" not in json.dumps(page, ensure_ascii=False)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedloom import Refused, Tracker
-from fedloom.runs.trackers.tracker import Tracking, open_trackers, split_observers, tracker_names
+from fedloom import FedIT, Given, Hierarchy, Instructions, Refused, Robust, Run, Table, Tracker, Trust
+from fedloom.core.schema import jsonable
+from fedloom.runs.trackers.tracker import Tracking, open_trackers, settings_texts, split_observers, tracker_names
 
 
 class Kept(Tracker):
@@ -70,6 +72,26 @@ def test_it_gets_the_figures_of_the_whole_run_and_no_client_and_no_text() -> Non
     ]
     assert kept.ends == ["finished"]
     assert not any(word in str(kept.got) for word in ("ward", "who", "nobody"))
+
+
+def test_settings_name_no_label_no_client_and_no_query() -> None:
+    runs = (
+        Run(
+            "m",
+            Table("a.csv", labels={"ward-7": "who"}, client="column"),
+            hierarchy=Hierarchy(Given((("ward-8",), ("ward-9",)))),
+        ),
+        Run(
+            "m",
+            Table("postgresql://u@h/d", query="select * from ward"),
+            aggregator=Robust(FedIT(), rule=Trust("ward-7")),
+        ),
+        Run("m", Instructions("a.json", roles={"ward-7": "user"})),
+    )
+    for run in runs:
+        texts = settings_texts({"run": json.loads(json.dumps(run, default=jsonable))})
+        assert {"data.path", "aggregator", "schedule.cohort_size"} <= {*texts}
+        assert not any(word in str(texts) for word in ("ward", "who"))
 
 
 def test_one_that_fails_is_left_out_with_a_warning_and_the_others_go_on() -> None:

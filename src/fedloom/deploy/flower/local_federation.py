@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,8 @@ from fedloom.runs.run import Run
 from fedloom.runs.run_file import load_run_file, override
 
 LOOPBACK = "127.0.0.1"
+BY_NUMBER = "site-"
+"""How names of sites begin that are made of their numbers."""
 FILE, README, LOGS, SERVER, SITES = "federation.json", "README.md", "logs", "server", "sites"
 TICK = 0.2
 """Seconds between two looks at what was printed."""
@@ -136,11 +139,11 @@ def read_federation(folder: Path) -> LocalFederation:
 def site_name(number: int, client: str) -> str:
     """Return the client's name for a site, or where a key, a folder or a log cannot have that name, one by its number.
 
-    >>> site_name(1, "north"), site_name(2, "ward 7"), site_name(3, "server")
-    ('north', 'site-02', 'site-03')
+    >>> site_name(1, "north"), site_name(2, "ward 7"), site_name(3, "server"), site_name(4, "site-02")
+    ('north', 'site-02', 'site-03', 'site-04')
     """
-    fits = keys.NAME.fullmatch(client) and "." not in client and client != SERVER
-    return client if fits else f"site-{number:02d}"
+    fits = keys.NAME.fullmatch(client) and "." not in client and client != SERVER and not client.startswith(BY_NUMBER)
+    return client if fits else f"{BY_NUMBER}{number:02d}"
 
 
 def _clients_setting(run: Run, sites: int) -> list[str]:
@@ -151,7 +154,7 @@ def _clients_setting(run: Run, sites: int) -> list[str]:
 
 def host_guide(federation: LocalFederation, folder: Path) -> str:
     """Return how the server and each site move to a host of their own, as Markdown."""
-    settings = "".join(f" --set '{setting}'" for setting in federation.settings if "partition." not in setting)
+    settings = "".join(f" --set {shlex.quote(one)}" for one in federation.settings if "partition." not in one)
     first, count = federation.sites[0], len(federation.sites)
     return f"""\
 # From this trial to hosts of their own
@@ -164,7 +167,7 @@ Each site then has its own data, which never leave it, and its own key, which is
 On its host (here called fed.example.org, port 8080 open to the sites):
 
     fedloom keys new server --host fed.example.org
-    fedloom serve {Path(federation.runfile).name} --folder server --clients {count}{settings}
+    fedloom serve {shlex.quote(Path(federation.runfile).name)} --folder server --clients {count}{settings}
 
 Copy the run file there. The server needs the model and the test examples, and no training data.
 
@@ -267,7 +270,7 @@ def _show_news(members: Sequence[FederationProcess], show: Show) -> None:
             one.ended = True
             if code:
                 how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
-                again = "fedloom " + " ".join(one.command)
+                again = shlex.join(["fedloom", *one.command])
                 show(one.name, f"{how}; start it again with: {again}" if one.name != SERVER else how)
 
 

@@ -32,6 +32,7 @@ from fedloom.deploy.site.limits import (
 from fedloom.report.numbers import plural
 from fedloom.runs.record_budget import reads_losses
 from fedloom.runs.run import Run
+from fedloom.runs.toml_run import toml_text
 
 UNSURE = 4.0
 """Standard deviations by which the number of rows that a site holds out may differ from what its share says."""
@@ -113,7 +114,9 @@ def needed_limits(run: Run, rows: int, labels: Sequence[str] | None) -> dict[str
     short = replace(request, task=fewest)
     asked = [one for each in (request, short) for one in (*requested(each), *needed_rows(each, least_trained, 0))]
     asked += needed_rows(evaluation, 0, least_scored) if run.held_out else ()
-    total = 2 * run.limits.versions * task_epochs(request, least_trained)  # who is fast may have more tasks than others
+    total = round(
+        2 * run.limits.versions * task_epochs(request, least_trained), 3
+    )  # who is fast may have more tasks than others
     asked += [Asked("total_epochs", total, ""), Asked("tasks_a_day", 2 * run.limits.versions, "")]
     asked += [Asked("losses", reads_losses(run), "")]
     needed = dict[str, Value]()
@@ -194,14 +197,14 @@ def _section(examples: Examples) -> list[str]:
 def _settings(run: Run, name: str, server: str, examples: Examples, section: Sequence[str]) -> str:
     path = str(Path(run.model).resolve()) if Path(run.model).exists() else run.model
     lines = [
-        f"name = {_text(name)}",
-        f"server = {_text(server)}",
+        f"name = {toml_text(name)}",
+        f"server = {toml_text(server)}",
         'ca = "ca.crt"  # certificate of the server, and the key of this site: see `fedloom keys`; `join --insecure` uses neither',
-        f"key = {_text(name + '.key')}",
+        f"key = {toml_text(name + '.key')}",
         "",
         "[model]",
-        f"path = {_text(path)}",
-        f"name = {_text(run.model)}",
+        f"path = {toml_text(path)}",
+        f"name = {toml_text(run.model)}",
         *(["any_weights = true  # weights in 4 bits cannot be compared"] if run.engine and run.engine.four_bit else ()),
         "",
         *section,
@@ -221,8 +224,3 @@ def _limit_lines(run: Run, examples: Examples) -> Iterator[str]:
     for name, value in shown.items():
         meaning = f": {MEANINGS[name]}" if name in needed and name in MEANINGS else ""
         yield f"{name} = {toml_value(value)}  # default {toml_value(getattr(defaults, name))}{meaning}"
-
-
-def _text(value: str) -> str:
-    """A text in TOML, which has JSON's."""
-    return json.dumps(value, ensure_ascii=False)

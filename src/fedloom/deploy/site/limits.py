@@ -11,7 +11,6 @@ and with what was done before (`used`). Each gives values of `Asked`, and `refus
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -27,6 +26,7 @@ from fedloom.core.types import Budget, Task, TaskStart
 from fedloom.deploy.messages.container import is_placeholder
 from fedloom.deploy.messages.messages import EvaluateRequest, Request, RunTerms, TaskRequest, start_of
 from fedloom.deploy.site.request_record import SiteUsage
+from fedloom.runs.toml_run import toml_text
 from fedloom.train.settings import trial_steps
 
 CLOCK = r"(?:[01]?\d|2[0-3]):[0-5]\d"
@@ -209,12 +209,12 @@ def is_allowed(limit: str, allowed: object, value: Value) -> bool:
 
 def line_allowing(limit: str, allowed: object, value: Value) -> str:
     """Return the line of `[limits]` that allows a value, as `rank = 16`."""
-    return f"{limit} = {json.dumps([*allowed, value]) if isinstance(allowed, tuple) else toml_value(value)}"
+    return f"{limit} = {toml_text([*allowed, value]) if isinstance(allowed, tuple) else toml_value(value)}"
 
 
 def toml_value(value: Value) -> str:
     """Return a number, a switch or a text as TOML has it."""
-    return json.dumps(value) if isinstance(value, bool | str) else repr(value)
+    return toml_text(value) if isinstance(value, bool | str) else repr(value)
 
 
 def _allowed_words(limit: str, allowed: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from fedloom.report.tables import settings_table
 
 PLACES = ("kind", "version", "time")
 """Fields of a line that say what it is about, and when."""
+HELD_BACK = re.compile(r"(^|\.)(labels|query|roles|client|groups\.groups)(\.|$)")
+"""Settings that name labels, clients or, in a query, a person."""
 
 
 class Tracker(ABC):
@@ -70,9 +73,9 @@ def tracker_names() -> list[str]:
 
 
 def settings_texts(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings of a run under their dotted names, as its report lists them."""
+    """Return the settings of a run under their dotted names, as its report lists them, without those that name labels or clients."""
     rows = settings_table(RunLog(Path(), {**manifest})).rows
-    return {row[0]: row[1] for row in rows}
+    return {row[0]: row[1] for row in rows if not HELD_BACK.search(row[0])}
 
 
 @dataclass(slots=True)
