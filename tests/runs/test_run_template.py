@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,21 @@ def test_a_way_of_reading_that_is_given_is_in_the_file(tmp_path: Path) -> None:
     assert written(facts).data == Table(
         str(tmp_path / "a.csv"), separator=";", encoding="utf-16", test_share=0.2, text="text", label="label"
     )
+
+
+def test_names_of_a_file_and_of_columns_stay_names(tmp_path: Path) -> None:
+    """Whoever wrote the table cannot add a line to the run file, or to the settings of a site."""
+    odd = 'text\n[data]\nquery = \'x\'"""\x7f\\\N{GRINNING FACE}'
+    facts = examine_table(
+        table(tmp_path, [{odd: f"text {k}", "label": "ab"[k % 2]} for k in range(40)]), {"text": odd}, FOUND
+    )
+    text = run_file_text(facts, odd, ModelChoice(odd, 1e-3, None), False, [f"Run file for {odd}"])
+    run = parse_run(text)
+    assert isinstance(run.data, Table)
+    assert (run.name, run.model, run.data.text, run.data.query) == (odd, odd, odd, None)
+    (tmp_path / "site.toml").write_text(site_template(run, facts.split.train, site_fields(facts)), encoding="utf-8")
+    settings = tomllib.loads((tmp_path / "site.toml").read_text(encoding="utf-8"))
+    assert (settings["model"]["name"], settings["table"]["text"]) == (odd, odd)
 
 
 def test_a_table_that_no_run_can_use_is_refused(tmp_path: Path) -> None:
