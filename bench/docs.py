@@ -116,7 +116,8 @@ def entry(name: str, value: Any, level: int = 2) -> Iterator[str]:
     text, found = sections(inspect.getdoc(value) or "")
     yield f"{'#' * level} {name}\n"
     if inspect.isfunction(value):
-        yield f"```python\n{name}{inspect.signature(value)}\n```\n"
+        signature = re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(value)))  # annotations are texts
+        yield f"```python\n{name}{signature}\n```\n"
     elif not isinstance(value, type):
         yield f"A value of `{type(value).__name__}`.\n"
     yield f"{text}\n"

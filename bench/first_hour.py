@@ -81,10 +81,12 @@ def watched(fedloom: str, folder: Path, run: str) -> Step:
     began, command = time.perf_counter(), (fedloom, "watch", run)
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as page:
         assert page.stdout is not None
-        line = page.stdout.readline()
-        url = re.search(r"https?://\S+", line)
-        shown = urllib.request.urlopen(url[0], timeout=PAGE_SECONDS).read().decode() if url else ""
-        page.terminate()
+        try:
+            line = page.stdout.readline()
+            url = re.search(r"https?://\S+", line)
+            shown = urllib.request.urlopen(url[0], timeout=PAGE_SECONDS).read().decode() if url else ""
+        finally:
+            page.terminate()  # else the end of the block waits for it
         said = line + page.stdout.read()
     code = 0 if "<html" in shown.lower() and page.returncode in (0, ExitCode.TERMINATED) else 1
     return Step(command, code, said, time.perf_counter() - began)

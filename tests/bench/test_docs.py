@@ -53,6 +53,9 @@ def test_a_notebook_becomes_a_page_with_what_it_showed(tmp_path: Path) -> None:
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere() -> None:
     made = docs.pages()
     assert docs.out_of_date(made) == [], "run: make docs"
+    assert [name for name, text in made.items() if re.search(r"PosixPath\(|0x[0-9a-f]{6}", text)] == [], (
+        "of this machine"
+    )
     warnings, said = docs.build()
     assert warnings == 0, said
     loaded = re.compile(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="?https?://')

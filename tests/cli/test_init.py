@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bench.tables import ROWS, write_missing, write_sharegpt
-from fedloom.cli import main
 from fedloom.core.errors import Refused
 from fedloom.runs.run_file import load_run_file
-
-Fedloom = Callable[..., tuple[int | str | None, str]]
-
-
-@pytest.fixture
-def fedloom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedloom:
-    """The command in an empty folder: its exit code, and all that it said on one line."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int | str | None, str]:
-        monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main.main()
-        said = capsys.readouterr()
-        return stop.value.code, " ".join((said.out + said.err).split())
-
-    return call
+from tests.support.command_line import Fedloom
 
 
 @pytest.mark.slow

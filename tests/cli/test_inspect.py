@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from fedloom.cli import main
 from fedloom.core.errors import Refused
 from fedloom.data.file_formats import RawTable
 from fedloom.data.table import as_examples, guess_columns
+from tests.support.command_line import Fedloom
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-Fedloom = Callable[..., tuple[int | str | None, str]]
-
-
-@pytest.fixture
-def fedloom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fedloom:
-    """The command in an empty folder: its exit code, and all that it said on one line."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int | str | None, str]:
-        monkeypatch.setattr(sys, "argv", ["fedloom", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            main.main()
-        said = capsys.readouterr()
-        return stop.value.code, " ".join((said.out + said.err).split())
-
-    return call
 
 
 def table(name: str, rows: Sequence[Mapping[str, object]]) -> Path:

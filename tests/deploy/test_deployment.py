@@ -1,6 +1,6 @@
 """`fedloom serve` and `fedloom join` with Flower's real processes, a toy ServerApp and a toy worker. Minutes: marked slow.
 
-The figures in `../shared/design/flower.md` say how long Flower takes to notice: a lease is a minute.
+Flower takes its time to notice that somebody is gone: a lease is a minute.
 """
 
 from __future__ import annotations

@@ -89,15 +89,19 @@ def minilm() -> Path:
     return MINILM.find_weights().parent
 
 
-def smollm2(models: Path = MODELS) -> Path:
-    """Return the folder of SmolLM2-135M-Instruct, as transformers reads it; the first call writes it into `models`.
+def smollm2(models: Path | None = None) -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, as transformers reads it; the first call writes it.
 
     That takes about 15 s and 540 MB: the package has the weights in 4 bits (GGUF), and each is written as the float32 number that it
     stands for. So the model is not the published one to the last digit, and loses a little of what that can do.
 
+    Args:
+        models: the folder that it is written into (default None: `fedloom` in HF_HOME).
+
     Raises:
         Refused: the package or `gguf`, which reads its format, is not installed, or the weights are not the known ones.
     """
+    models = models or MODELS
     folder = models / f"smollm2-135m-instruct-{SMOLLM2.sha256[:8]}"
     if not folder.is_dir():
         weights = SMOLLM2.find_weights()
