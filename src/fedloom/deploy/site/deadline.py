@@ -1,14 +1,15 @@
 """The deadline of a request at a site, which ends the worker where nothing else can.
 
-A thread of the interpreter that needs no lock of Python ends the process (`faulthandler`): also where a regular expression or a
-kernel never gives the lock back. What is at work is noted before it begins (`under-way.json`), and the thread writes where it found
-the process (`too-long.txt`: names of files and functions, no values). So a worker that starts again tells a request that took too
-long from one that was cut off by something else, which may be asked again.
+A timer of the system ends the process (SIGALRM): also where a regular expression or a kernel never gives Python's lock back. What is
+at work is noted before it begins (`under-way.json`), and a handler in C (`faulthandler`) writes where the process was before it ends
+(`too-long.txt`: names of files and functions, no values). So a worker that starts again tells a request that took too long from one
+that was cut off by something else, which may be asked again.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,15 +40,18 @@ class Deadline:
 
     @contextmanager
     def watch(self, facts: Mapping[str, object]) -> Iterator[None]:
-        """End this process, with exit code 1, where the block takes longer; `facts` say what it does. Not to be nested."""
+        """End this process by SIGALRM where the block takes longer; `facts` say what it does. In the main thread; not to be nested."""
         with open_regular(self.folder / TRACE, "ab") as trace:
             trace.truncate(0)
             write_json(self.folder / UNDER_WAY, facts)
-            faulthandler.dump_traceback_later(self.seconds, exit=True, file=trace)
+            # Only the frames of the thread that the signal stopped: those of one that runs cannot be read safely.
+            faulthandler.register(signal.SIGALRM, file=trace, all_threads=False, chain=True)
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)
             try:
                 yield
             finally:
-                faulthandler.cancel_dump_traceback_later()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                faulthandler.unregister(signal.SIGALRM)
                 self.forget()
 
     def overdue(self) -> dict[str, Any] | None:
