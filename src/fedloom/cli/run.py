@@ -109,7 +109,6 @@ def run_command(  # noqa: PLR0913  # they are its options
     print_summary([result.folder])
     unwritten = f"not written; write it with: {command_name()} report {result.folder}"
     out.print(f"\nReport   {page or unwritten}\nAdapter  {result.folder / 'adapter'}", soft_wrap=True)
-    print_needed_limits(job)
 
 
 def print_cost(run: Run, workers: str, as_json: bool) -> None:
@@ -127,6 +126,7 @@ def print_cost(run: Run, workers: str, as_json: bool) -> None:
         print_json({**asdict(estimate), "real_seconds": estimate.real_seconds, "exact": estimate.exact})
     else:
         out.print(f"Dry run of {run.name}: nothing was written\n\n{estimate}", soft_wrap=True)
+        print_needed_limits(job)
 
 
 def print_needed_limits(job: PreparedRun) -> None:
@@ -137,9 +137,8 @@ def print_needed_limits(job: PreparedRun) -> None:
     needed = needed_limits(job.run, rows, None if job.base.labels is None else job.split.train.names)
     if needed:
         lines = ", ".join(f"{name} = {value}" for name, value in needed.items())
-        notes.print(
-            f"Limits   A site with default limits refuses this run. It needs: {lines} (docs/site.md)", soft_wrap=True
-        )
+        words = f"Deploy   On real sites this run needs limits above the default: {lines} (docs/site.md)"
+        notes.print(words, soft_wrap=True)
 
 
 def resume_command(arguments: list[str], folder: Path, option: str = "--resume") -> str:

@@ -308,6 +308,9 @@ def comparison_sentence(logs: Sequence[RunLog]) -> str:
     ordered = sorted(scored, key=lambda item: (-item[0], item[1]))
     (high, leader, log), (low, trailer, _) = ordered[0], ordered[-1]
     gap = f"{100 * (high - low):.1f} points above the lowest, {trailer} ({percent(low)})"
+    ends = f"{leader} ends highest with {percent(high)}, {gap}"
+    if percent(high) == percent(low):
+        ends = f"all end with {percent(high)}"
     doubt = f"one score alone is uncertain by ± {100 * sampling_error(final_score(log)):.1f} points (95 %, choice of test examples)"
-    text = f"Of {plural(len(logs), 'run')}, {leader} ends highest with {percent(high)}, {gap}; {doubt}"
+    text = f"Of {plural(len(logs), 'run')}, {ends}; {doubt}"
     return f"{text}{majority_clause(log, log.scores[-1])}."
