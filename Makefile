@@ -67,6 +67,7 @@ bench: .venv/ready ## the quick benches; each prints a table and one JSON line
 	@$(BIN)/python -m bench.models --quick
 	@$(BIN)/python -m bench.tables --quick
 	@$(BIN)/python -m bench.report --quick
+	@$(BIN)/python -m bench.evidence
 
 # What makes a release stands apart from .venv: it is not needed to work on fedloom.
 build/release/ready: constraints.txt

@@ -117,7 +117,7 @@ MIXED: dict[str, Aggregator] = {
     "hlora": HLoRA(),
     "hlora-balanced": HLoRA(balanced=True),
     "product-delta": ProductDelta(),
-    "raflora": RaFLoRA(),
+    "raflora": RaFLoRA(balanced=True),  # as its results were made; the default leaves singular values to `up`
     "flexlora": FlexLoRA(),
     "flora": FLoRA(),
     "ffa": FFA(),

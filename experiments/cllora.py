@@ -16,9 +16,9 @@ from itertools import product
 from statistics import mean
 
 from cut import cut
-from fedfa_speed import AGNEWS, SST2, TINY
 from generation_data import MODEL, Row, federation_rows, natural_instructions
 from grid import Grid, Line, interval, main, start
+from hierfedlora_80 import AGNEWS, SST2, TINY
 from text_study import Study
 
 from fedloom import (

@@ -4,8 +4,8 @@ A cell is a function from a seed to a `Run`. Without flags the missing (cell, se
 in its own process with one BLAS thread. `--quick` re-runs the first versions of one cell, which are the same as in the whole
 run because nothing in a run depends on where it ends, and compares their scores with the committed ones.
 
-Results of an earlier version, which drew batches and held-out rows in another way, are named in `results/made_by.json` with the last
-commit that made some of them: their figures do not come again, though what they say should. They are not added to.
+A line is a result as long as the settings of its cell are those of today. Results of an earlier version, whose figures do not come
+again, lie in `results/archive/` and are quoted only as history; `made_by.json` there has the last commit that made some of them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from claims import Claim, judged
+
+from fedloom.core.mean_interval import half_width
 from fedloom.core.schema import RENAMED, jsonable
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,13 +39,10 @@ from fedloom.report.run_log import RunLog, read_run_log
 from fedloom.runs import manifest
 
 RESULTS = Path(__file__).parents[1] / "results"
-MADE_BY = RESULTS / "made_by.json"
+ARCHIVE = RESULTS / "archive"
 SHARED = Path(__file__).parents[2] / "shared"
 TOLERANCE = 0.02
-"""By how much an accuracy or a loss may differ on another kind of machine; on the same kind it should not differ at all."""
-
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t, 97.5 % quantile by degrees of freedom."""
+"""By how much an accuracy or a loss may differ on another kind of machine; on the same kind it must not differ at all."""
 
 Line = dict[str, Any]
 
@@ -63,7 +63,8 @@ class Grid:
 
     `target` is an accuracy fixed before the runs; `usual` the cells that are run without `--only`, where a whole grid would
     take a machine with an accelerator (None: all). `table` writes the results down (None: `rows_of`), `probe` makes what looks on
-    at a run (None: nobody).
+    at a run (None: nobody). `claims` are what the results are to decide; `seeds_of` says how many of the seeds a cell is run
+    with (None: all), `quick` which cells `--quick` draws from, where the start of some takes longer than two minutes (None: all).
     """
 
     name: str
@@ -75,6 +76,9 @@ class Grid:
     usual: Sequence[str] | None = None
     table: Callable[[Sequence[Line], Iterable[str], float], str] | None = None
     probe: Callable[[Job], Probe] | None = None
+    claims: Callable[[Sequence[Line]], Sequence[Claim]] | None = None
+    seeds_of: Callable[[str], int] | None = None
+    quick: Sequence[str] | None = None
 
 
 def main(grid: Grid) -> None:
@@ -84,6 +88,7 @@ def main(grid: Grid) -> None:
     parser.add_argument("--cell", choices=[*grid.cells], help="with --quick: which cell (default: drawn at random)")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each (default 2)")
     parser.add_argument("--summary", action="store_true", help="only summarise what is in results/")
+    parser.add_argument("--archive", action="store_true", help="only summarise what is in results/archive/")
     parser.add_argument(
         "--rehash", action="store_true", help="name the lines by today's names of policies, then summarise"
     )
@@ -98,24 +103,39 @@ def main(grid: Grid) -> None:
         verdict = {"rehashed": rehash(grid)}
     elif given.quick:
         verdict = reproduce(grid, given.cell, given.device)
-    elif not given.summary:
+    elif not given.summary and not given.archive:
         run_missing(grid, given.workers, given.only, given.seeds, given.device)
-    print((grid.table or rows_of)(current(grid), grid.cells, grid.target))
-    print(json.dumps(verdict | grid.summary(current(grid))))
+    found = archived(grid) if given.archive else current(grid)
+    print((grid.table or rows_of)(found, grid.cells, grid.target))
+    print(json.dumps(verdict | grid.summary(found) | ({} if given.archive else decided(grid, found))))
+
+
+def decided(grid: Grid, found: Sequence[Line]) -> Line:
+    """The claims of an experiment with their verdicts, and the fewest seeds of any; empty where it has none."""
+    claims = grid.claims(found) if grid.claims else ()
+    return {"seeds": min(claim.seeds for claim in claims), "claims": judged(claims)} if claims else {}
 
 
 def current(grid: Grid) -> list[Line]:
-    """The results of cells as they are defined now; what had other settings is history."""
-    path = RESULTS / f"{grid.name}.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = [line for line in found if line["cell"] in grid.cells]
+    """The results of cells as they are defined now; what had other settings does not count."""
+    known = [line for line in lines_of(RESULTS / f"{grid.name}.jsonl") if line["cell"] in grid.cells]
     return [line for line in known if line["run_hash"] == hashed(grid.cells[line["cell"]](line["seed"]))]
 
 
-def made_by(grid: Grid) -> str | None:
-    """The last commit of an earlier version that made results of this experiment; None where they are of this version."""
-    commits: dict[str, str] = json.loads(MADE_BY.read_text())
-    return commits.get(f"{grid.name}.jsonl")
+def archived(grid: Grid) -> list[Line]:
+    """The results of an earlier version, whatever the settings of their cells are today; of several of a cell and seed the last."""
+    return [*{(line["cell"], line["seed"]): line for line in lines_of(ARCHIVE / f"{grid.name}.jsonl")}.values()]
+
+
+def lines_of(path: Path) -> list[Line]:
+    """The lines of a file of results; none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def made_by(grid: Grid) -> str:
+    """The last commit that made archived results of this experiment."""
+    commits: dict[str, str] = json.loads((ARCHIVE / "made_by.json").read_text())
+    return commits[f"{grid.name}.jsonl"]
 
 
 def hashed(run: Run) -> str:
@@ -124,8 +144,14 @@ def hashed(run: Run) -> str:
 
 
 def on_device(run: Run, device: str = "cpu") -> Run:
-    """The run on this device, with one thread unless it says how many: results are compared over machines."""
-    return replace(run, device=device, threads=run.threads or 1)
+    """The run on this device, with one thread unless it says how many: results are compared over machines.
+
+    Activations of frozen layers are kept in the folder that the variable FEDLOOM_CACHE names, if any, for all cells.
+    """
+    folder, engine = os.environ.get("FEDLOOM_CACHE"), run.engine
+    if folder and engine and engine.cache:
+        engine = replace(engine, cache_dir=folder)
+    return replace(run, device=device, threads=run.threads or 1, engine=engine)
 
 
 def rehash(grid: Grid) -> int:
@@ -157,18 +183,20 @@ def with_earlier_names(data: Any) -> Any:
     return [with_earlier_names(item) for item in data] if isinstance(data, list) else data
 
 
+def missing(grid: Grid, wanted: Iterable[str], seeds: int | None) -> list[tuple[str, int]]:
+    """The wanted cells and seeds that have no result yet, of the first seeds if it is said how many."""
+    have, most = {(line["cell"], line["seed"]) for line in current(grid)}, grid.seeds_of or (lambda _: len(grid.seeds))
+    places = [(place, cell, seed) for place, seed in enumerate(grid.seeds[:seeds]) for cell in wanted]
+    return [(cell, seed) for place, cell, seed in places if place < most(cell) and (cell, seed) not in have]
+
+
 def run_missing(grid: Grid, workers: int, only: Sequence[str] | None, seeds: int | None, device: str) -> None:
     """Run what is not in the results yet and append it, as it comes."""
-    have = {(line["cell"], line["seed"]) for line in current(grid)}
     fits = [cell for cell in grid.cells if any(fnmatch.fnmatch(cell, pattern) for pattern in only or ())]
     wanted = fits if only else grid.usual or [*grid.cells]
     if not wanted:
         raise SystemExit(f"no cell fits {only}; there are: {', '.join(grid.cells)}")
-    todo = [(cell, seed) for seed in grid.seeds[:seeds] for cell in wanted if (cell, seed) not in have]
-    if todo and (commit := made_by(grid)):
-        remedy = f"move it away, with its line in {MADE_BY.name}, to make all of it again"
-        raise SystemExit(f"results/{grid.name}.jsonl was made by an earlier version ({commit}); {remedy}")
-    failed = []
+    todo, failed = missing(grid, wanted, seeds), []
     RESULTS.mkdir(exist_ok=True)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool, (RESULTS / f"{grid.name}.jsonl").open("a") as file:
@@ -206,6 +234,7 @@ def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | No
         **({"f1": last.get("f1", last.get("f1_macro"))} if "perplexity" not in last else {}),
         **answered(log),
         "curve": [[line["version"], line["time"], line["accuracy"]] for line in log.scores],
+        "scores": [metrics(line) for line in log.scores],
         "losses": [line["loss"] for line in versions],
         "bytes_up": versions[-1]["bytes_up"] if versions else 0,
         "bytes_up_dense": versions[-1]["bytes_up_dense"] if versions else 0,
@@ -228,6 +257,15 @@ def carry_out(cell: str, seed: int, run: Run, probe: Callable[[Job], Probe] | No
     }
 
 
+def metrics(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a scored version: loss, accuracy and others."""
+    return {
+        name: value
+        for name, value in line.items()
+        if isinstance(value, float) and name not in ("time", "base_accuracy")
+    }
+
+
 def answered(log: RunLog) -> Line:
     """Of a run that writes text: the perplexity of each scored version, the base first, and the figures of its answers."""
     if "perplexity" not in log.scores[-1]:
@@ -247,27 +285,58 @@ def processor() -> str:
 
 
 def reproduce(grid: Grid, cell: str | None, device: str) -> Line:
-    """Re-run the start of a committed cell; compare each version's training loss, and scores of the same examples."""
-    found = [line for line in current(grid) if cell in (None, line["cell"])]
+    """Re-run the start of a committed cell; compare each version's training loss, and scores of the same examples.
+
+    It reproduces where nothing differs on the same kind of machine, and nothing by more than `TOLERANCE` on another kind.
+    """
+    drawn = [cell] if cell else grid.quick or [*grid.cells]
+    found = [line for line in current(grid) if line["cell"] in drawn]
     if not found:
-        return {"reproduces": False, "cell": cell, "why": "no committed result of these settings"}
+        return {"reproduced": False, "cell": cell, "why": "no committed result of these settings"}
     committed = random.choice(found)
     cell = str(committed["cell"])
     run = grid.cells[cell](committed["seed"])
     short = on_device(grid.shorten(run), device)
     again = carry_out(cell, committed["seed"], short)
-    pairs = list(zip(committed.get("losses", ()), again["losses"], strict=False))
-    if short.test_limit == run.test_limit:
-        known = {version: accuracy for version, _, accuracy in committed["curve"]}
-        pairs += [(known[version], accuracy) for version, _, accuracy in again["curve"] if version in known]
-    # private runs and sums tell no losses
-    pairs = [(old, new) for old, new in pairs if not (old is None and new is None)]
-    gap = max(abs(old - new) for old, new in pairs)
-    same, commit = again["machine"] == committed["machine"], made_by(grid)
-    age = f" (made by an earlier version, {commit}, which drew otherwise)" if commit else ""
-    print(f"{cell}, seed {committed['seed']}: {len(pairs)} losses and accuracies, largest difference {gap:.6f}{age}")
-    verdict = {"reproduces": gap <= TOLERANCE, "cell": cell, "largest_difference": gap, "same_kind_of_machine": same}
-    return verdict | ({"made_by": commit} if commit else {})
+    gaps = [*differences(committed, again, same_tests=short.test_limit == run.test_limit)]
+    gap = max(gaps, default=math.inf)
+    same = again["machine"] == committed["machine"]
+    about = "the same kind of machine" if same else f"another kind of machine, tolerance {TOLERANCE}"
+    print(f"{cell}, seed {committed['seed']}: {len(gaps)} losses and scores, largest difference {gap:.6f} ({about})")
+    reproduced = gap <= (0.0 if same else TOLERANCE)
+    return {
+        "reproduced": reproduced,
+        "cell": cell,
+        "largest_difference": gap if math.isfinite(gap) else None,
+        "same_kind_of_machine": same,
+    }
+
+
+def differences(committed: Line, again: Line, same_tests: bool) -> Iterator[float]:
+    """By how much each training loss of a repeated start differs, and with the same test examples each score.
+
+    Private runs and sums tell no training losses. A loss that is no number in both is no difference.
+    """
+    pairs = [*zip(committed.get("losses", ()), again["losses"], strict=False)]
+    if same_tests:
+        old = scored(committed)
+        pairs += [
+            (old[version][name], value)
+            for version, scores in scored(again).items()
+            for name, value in scores.items()
+            if name in old.get(version, ())
+        ]
+    for before, now in pairs:
+        if (before is None) != (now is None) or (before is not None and math.isnan(before) != math.isnan(now)):
+            yield math.inf
+        elif before is not None:
+            yield 0.0 if math.isnan(before) else abs(before - now)
+
+
+def scored(line: Line) -> dict[int, dict[str, float]]:
+    """The metrics of each scored version; of a line from before they were kept the accuracy alone."""
+    scores = line.get("scores") or [{"accuracy": accuracy} for *_, accuracy in line["curve"]]
+    return {int(version): score for (version, *_), score in zip(line["curve"], scores, strict=True)}
 
 
 def rounds_to(line: Line, target: float) -> int | None:
@@ -331,5 +400,5 @@ def interval(points: Sequence[float]) -> list[float] | None:
     """95 % interval of the mean of paired differences (Student's t); None with fewer than two."""
     if len(points) < 2:
         return None
-    margin = T95.get(len(points) - 1, 1.96) * statistics.stdev(points) / len(points) ** 0.5
-    return [round(statistics.mean(points) - margin, 2), round(statistics.mean(points) + margin, 2)]
+    middle, width = statistics.mean(points), half_width(points)
+    return [round(middle - width, 2), round(middle + width, 2)]

@@ -29,25 +29,28 @@ Bins: TypeAlias = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class LocalScore:
-    """A client's model after a task that began from `version`: accuracy on the common test examples, and on its `own` held-out
-    ones (None: it has none).
+    """A client's model after a task that began from `version`: accuracy and mean loss on the common test examples, accuracy on its
+    `own` held-out ones (None: it has none).
     """
 
     version: int
     client: ClientId
     common: float
     own: float | None
+    loss: float
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalScore:
-    """A version: accuracy and mean loss on the test examples, accuracy in each bin of them, and on the `common` ones alone."""
+    """A version: accuracy and mean loss on the test examples, in each bin of them, and on the `common` ones alone."""
 
     version: int
     accuracy: float
     loss: float
     bins: tuple[float, ...]
     common: float
+    bin_losses: tuple[float, ...]
+    common_loss: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,8 @@ class Round:
     """A scored version with the tasks that began from it; accuracies, and None where there is nothing to take the mean of.
 
     `local` is the mean over these tasks' clients on the common test examples, `own` that on their held-out parts, `gain` what local
-    training made of the version: `local` less the version's own accuracy on the common examples.
+    training made of the version: `local` less the version's own accuracy on the common examples. `local_loss` and `loss_rise` are the
+    same of the mean loss.
     """
 
     version: int
@@ -65,6 +69,9 @@ class Round:
     local: float | None
     own: float | None
     gain: float | None
+    bin_losses: tuple[float, ...]
+    local_loss: float | None
+    loss_rise: float | None
 
     @property
     def worst(self) -> float:
@@ -77,26 +84,27 @@ class Study:
     """An observer that scores, by bins, the versions that the run scores, and what clients make of them; the run takes no notice.
 
     `bins` and `common` are positions among the examples that the run is tested on. A client's model is what it sent: where sides
-    stay private, that is not what it runs. Cost: for each answer a pass over the common examples and the client's held-out part.
+    stay private, that is not what it runs. Cost: for each answer to a scored version from `since` on a pass over the common examples
+    and the client's held-out part.
     """
 
     job: Job
     bins: Bins
     common: tuple[int, ...]
+    caches: tuple[ActivationCache, ActivationCache]
+    since: int = 0
     observation: RunObservation = field(default_factory=RunObservation)
     tasks: set[int] = field(default_factory=set)
     locals: list[LocalScore] = field(default_factory=list)
     versions: list[GlobalScore] = field(default_factory=list)
-    caches: tuple[ActivationCache, ActivationCache] = field(
-        default_factory=lambda: (ActivationCache(), ActivationCache())
-    )
 
     @classmethod
-    def of(cls, job: Job, along: Skew | None = None, common: int = 200) -> Study:
+    def of(cls, job: Job, along: Skew | None = None, common: int = 200, since: int = 0) -> Study:
         """Of this run: bins `along` an axis of the test examples (None: quarters by length), and so many `common` ones."""
         tested, size = job.split.test.take(job.tested), len(job.tested)
         chosen = rng(job.run.seed, "study", "common").sample(range(size), min(common, size))
-        return cls(job, binned((along or Skew(words, bins=4)).bin(tested).tolist()), tuple(sorted(chosen)))
+        bins = binned((along or Skew(words, bins=4)).bin(tested).tolist())
+        return cls(job, bins, tuple(sorted(chosen)), (job.cache.emptied(), job.cache.emptied()), since)
 
     def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
         """Score what this event brought."""
@@ -117,14 +125,14 @@ class Study:
         return rounds(self.versions, self.locals)
 
     def _scored(self, version: int) -> bool:
-        return bool(self.versions) and self.versions[-1].version == version
+        return version >= self.since and bool(self.versions) and self.versions[-1].version == version
 
     def _local(self, task: Task, adapter: Adapter) -> LocalScore:
         job, fold = self.job, task.start.fold
         common = self._scores(adapter, fold, job.test_texts, [job.tested[i] for i in self.common])
         held = next(shard.held_out for shard in job.shards if shard.client == task.client)
         own = accuracy(self._scores(adapter, fold, job.train_texts, held)) if held else None
-        return LocalScore(task.version, task.client, accuracy(common), own)
+        return LocalScore(task.version, task.client, accuracy(common), own, loss(common))
 
     def _scores(
         self, adapter: Adapter, fold: Adapter | None, texts: EncodedTexts, examples: Sequence[int]
@@ -143,10 +151,23 @@ def accuracy(scores: Scores | AnswerScores) -> float:
     return scores.metrics()["accuracy"]
 
 
+def loss(scores: Scores | AnswerScores) -> float:
+    """The mean cross-entropy of a label, or of an answer's token."""
+    return scores.metrics()["loss"]
+
+
 def global_score(version: int, scores: Scores | AnswerScores, bins: Bins, common: Sequence[int]) -> GlobalScore:
     """A version's scores by bins of the examples."""
-    by_bin = tuple(accuracy(scores.subset(positions)) for positions in bins)
-    return GlobalScore(version, accuracy(scores), scores.metrics()["loss"], by_bin, accuracy(scores.subset(common)))
+    by_bin, shared = [scores.subset(positions) for positions in bins], scores.subset(common)
+    return GlobalScore(
+        version,
+        accuracy(scores),
+        loss(scores),
+        tuple(map(accuracy, by_bin)),
+        accuracy(shared),
+        tuple(map(loss, by_bin)),
+        loss(shared),
+    )
 
 
 def rounds(versions: Sequence[GlobalScore], locals_: Sequence[LocalScore]) -> list[Round]:
@@ -155,8 +176,11 @@ def rounds(versions: Sequence[GlobalScore], locals_: Sequence[LocalScore]) -> li
     for one in versions:
         begun = [task for task in locals_ if task.version == one.version]
         local, own = _mean(task.common for task in begun), _mean(task.own for task in begun)
-        gain = None if local is None else local - one.common
-        found.append(Round(one.version, one.accuracy, one.loss, one.bins, local, own, gain))
+        gain, after = None if local is None else local - one.common, _mean(task.loss for task in begun)
+        rise = None if after is None else after - one.common_loss
+        found.append(
+            Round(one.version, one.accuracy, one.loss, one.bins, local, own, gain, one.bin_losses, after, rise)
+        )
     return found
 
 

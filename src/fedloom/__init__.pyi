@@ -40,6 +40,7 @@ from fedloom.core.codec import Half as Half
 from fedloom.core.codec import HalfChange as HalfChange
 from fedloom.core.errors import Refused as Refused
 from fedloom.core.limits import Limits as Limits
+from fedloom.core.rate_by_rank import RateByRank as RateByRank
 from fedloom.core.server import Server as Server
 from fedloom.data.corrupted import Corrupted as Corrupted
 from fedloom.data.instructions import Instructions as Instructions

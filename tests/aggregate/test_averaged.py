@@ -7,9 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedloom.aggregate.averaged import COUNT, FOLD, LAST, Averaged, last_version
+from fedloom.aggregate.averaged import COUNT, FOLD, LAST, Averaged, last_version, published_average
+from fedloom.aggregate.clip import Clip
 from fedloom.aggregate.fedex import FedEx
 from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.fedsa import FedSA
+from fedloom.aggregate.flexlora import FlexLoRA
 from fedloom.aggregate.flora import FLoRA
 from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.core.errors import Refused
@@ -23,7 +26,10 @@ from tests.support.toys import adapter, answers, distance, function, mean_of, pr
 
 
 def oracle(m: Averaged, r: Round) -> Values:
-    """average <- (1 - a) average + a version, a = (focus + 1) / (t + focus), cut to the rank; the version is the inner rule's."""
+    """average <- (1 - a) average + a version, a = (focus + 1) / (t + focus); the version is the inner rule's.
+
+    It is cut to the rank, but for a method that keeps what is beyond it in a fold.
+    """
     own = r.memory.get(LAST, r.own)
     folded = r.memory.get(FOLD, {})
     fold = (
@@ -35,7 +41,8 @@ def oracle(m: Averaged, r: Round) -> Values:
     wanted = {}
     for layer in r.layers:
         after = version[layer] if layer in version else product(version, layer)
-        wanted[layer] = best((1 - a) * (product(r.own, layer) + r.fold.get(layer, 0.0)) + a * after, r.rank)
+        mean = (1 - a) * (product(r.own, layer) + r.fold.get(layer, 0.0)) + a * after
+        wanted[layer] = mean if getattr(m.inner, "has_fold", False) else best(mean, r.rank)
     heads = [key for key in r.own if "." not in key]
     return wanted | {key: (1 - a) * r.own[key] + a * version[key] for key in heads}
 
@@ -48,7 +55,10 @@ def gone_on(method: Aggregator, model: Model, turns: int) -> list[Model]:
     return models
 
 
-@pytest.mark.parametrize("inner", [FedIT(), ProductDelta(), FLoRA(), FedEx()], ids=toys.called)
+FOLDED = [FLoRA(), FedEx(), FlexLoRA()]
+
+
+@pytest.mark.parametrize("inner", [FedIT(), ProductDelta(), *FOLDED], ids=toys.called)
 def test_clients_train_what_they_would_have_trained_without_it(inner: Aggregator) -> None:
     plain, averaged = gone_on(inner, inner.init(adapter(4)), 4), gone_on(Averaged(inner), inner.init(adapter(4)), 4)
     for one, other in zip(plain, averaged, strict=True):
@@ -64,9 +74,23 @@ def test_with_no_focus_it_is_the_plain_mean_of_all_versions(inner: Aggregator) -
     method = Averaged(inner, focus=0.0)
     models = gone_on(method, method.init(adapter(10)), 5)
     versions = [function(last_version(model)) for model in models[1:]]
-    assert distance(products(models[-1].adapter), weighted([(0.2, version) for version in versions])) < 1e-5
+    assert distance(function(models[-1]), weighted([(0.2, version) for version in versions])) < 1e-5
     head = torch.stack([last_version(model).adapter.dense["head"] for model in models[1:]]).mean(0)
     assert torch.allclose(models[-1].adapter.dense["head"], head, atol=1e-6)
+
+
+@pytest.mark.parametrize("inner", FOLDED, ids=toys.called)
+def test_nothing_that_a_method_keeps_in_a_fold_is_cut_and_who_starts_from_the_average_has_it(inner: Aggregator) -> None:
+    """Five versions of rank 2, whose mean has more than two directions; a client of the highest rank runs all of it."""
+    method = Averaged(inner, focus=0.0)
+    models = gone_on(method, method.init(adapter(2)), 5)
+    mean = weighted([(0.2, function(last_version(model))) for model in models[1:]])
+    assert distance(function(models[-1]), mean) < 1e-5
+    assert distance(products(models[-1].adapter), mean) > 0.01
+    start = method.start(published_average(models[-1]), Budget(2, 1), 7)
+    wanted = {name: toys.best(one, 2) for name, one in mean.items()} if isinstance(inner, FlexLoRA) else mean
+    received = products(start.train) if start.fold is None else function(Model(start.train, fold=start.fold))
+    assert distance(received, wanted) < 1e-5
 
 
 def test_the_latest_versions_count_by_their_focus() -> None:
@@ -95,3 +119,9 @@ def test_bad_settings_are_refused(focus: float) -> None:
         Averaged(FedIT(), focus=focus)
     with pytest.raises(Refused, match="once is enough"):
         Averaged(Averaged(FedIT()))
+
+
+def test_models_that_only_clients_have_whole_are_not_averaged() -> None:
+    for inner in (FedSA(), Clip(FedSA())):
+        with pytest.raises(Refused, match=r"inner = 'FedSA': its clients keep .* nobody's model"):
+            Averaged(inner)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedloom.aggregate.flexlora import FlexLoRA
+from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor
 from fedloom.core.types import Model
+from tests.support.storms import tries
 from tests.support.toys import (
     LAYERS,
     adapter,
@@ -75,6 +82,41 @@ def test_one_round_of_few_clients_needs_no_more_than_their_ranks() -> None:
         model = METHOD.merge(model, mean_of(answers(METHOD, model, (1, 2), 10 * turn + 1)))
         assert model.fold
         assert {f.rank for f in model.fold.factors.values()} == {1}
+
+
+@given(st.floats(0.05, 1.0), st.lists(st.sampled_from((1, 2, 4)), min_size=3, max_size=3))
+@tries(30)
+def test_with_a_share_of_energy_each_layer_is_cut_as_in_florist(share: float, ranks: list[int]) -> None:
+    """arXiv 2506.09199: the best p directions of the sum, p the fewest with sum_{i <= p} sigma_i^2 >= share sum_i sigma_i^2."""
+    method = FlexLoRA(energy=share)
+    model = method.init(adapter(2))
+    updates = answers(method, model, tuple(ranks))
+    after = method.merge(model, mean_of(updates, WEIGHTS))
+    dense, lost, total = (
+        weighted([(w, products(u.result.adapter)) for w, u in zip(WEIGHTS, updates, strict=True)]),
+        0.0,
+        0.0,
+    )
+    for name, one in dense.items():
+        energies = (torch.linalg.svdvals(one) ** 2).tolist()
+        p = next(
+            p for p, reached in enumerate(accumulate(energies), 1) if reached >= share * (1 - 1e-9) * sum(energies)
+        )
+        assert distance({name: function(after)[name]}, {name: best(one, p)}) < 1e-5
+        assert after.fold
+        assert after.fold.factors[name].rank == max(0, p - 2)
+        lost, total = lost + sum(energies[p:]), total + sum(energies)
+    assert {factor.rank for factor in after.adapter.factors.values()} == {2}
+    assert after.discarded == pytest.approx(lost / total, abs=1e-5)
+
+
+def test_all_of_the_energy_is_the_whole_sum_and_a_bad_share_is_refused() -> None:
+    updates = answers(METHOD, METHOD.init(adapter(4)), (4, 2, 4))
+    whole, cut = (function(one.merge(one.init(adapter(4)), mean_of(updates))) for one in (METHOD, FlexLoRA(energy=1.0)))
+    assert distance(cut, whole) < 1e-6
+    for share in (0.0, 1.1, float("nan")):
+        with pytest.raises(Refused, match=r"aggregator\.energy"):
+            FlexLoRA(energy=share)
 
 
 def test_zero_and_duplicate_answers() -> None:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedloom.aggregate.flexlora import FlexLoRA
+from fedloom.aggregate.folded_delta import FoldedDelta
+from fedloom.aggregate.hlora import HLoRA
+from fedloom.aggregate.product_delta import ProductDelta
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.aggregate.shared.product_space import energy_shares
 from fedloom.core.errors import Refused
+from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
+from fedloom.core.types import Budget
 from tests.support import toys
 from tests.support.storms import tries
 from tests.support.toys import adapter, best, distance, make_update, mean_of, products, returned, sent
@@ -82,6 +89,17 @@ def test_energy_does_not_drain() -> None:
             model, mean_of([returned(sent(method, model, r, 100 * turn + k)) for k, r in enumerate(ranks, 1)])
         )
         assert sum(energy_shares(model)[:2]) == pytest.approx(0.3245, abs=1e-3)
+
+
+def test_it_hands_out_a_model_as_its_neighbours_do() -> None:
+    """The same numbers, so that raFLoRA differs in its weights alone; `down` has rows of length 1, and not 0.58 as a fresh LoRA."""
+    merge = mean_of([make_update(adapter(8, seed), 8, seed) for seed in (1, 2)])
+    model = RaFLoRA().merge(RaFLoRA().init(adapter(8)), merge)
+    wanted = HLoRA().start(model, Budget(4, 1), 7).train
+    for method in (RaFLoRA(), FlexLoRA(), ProductDelta(), FoldedDelta()):
+        assert fingerprint(method.start(model, Budget(4, 1), 7).train) == fingerprint(wanted)
+    rows = torch.cat([factor.down.norm(dim=1) for factor in wanted.factors.values()])
+    torch.testing.assert_close(rows, torch.ones_like(rows))
 
 
 def test_a_rank_below_one_is_refused() -> None:

@@ -15,20 +15,27 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedloom.aggregate.flexlora import FlexLoRA
+from fedloom.core.change_norms import ChangeNorms
 from fedloom.core.codec import Codec, Half
 from fedloom.core.errors import Refused
 from fedloom.core.events import Event, TaskFailed
 from fedloom.core.indexed_dict import IndexedTable
+from fedloom.core.rate_by_rank import RateByRank
 from fedloom.core.schema import (
+    LATER,
     Decoder,
     Encoder,
     Malformed,
     check_fields,
+    declared_fields,
     jsonable,
     reachable_classes,
     with_current_names,
 )
 from fedloom.core.types import Budget, GroupStatistics, MemberWork, Profile
+from fedloom.deploy.messages.messages import RunTerms
+from fedloom.plan.budget import Plan
 from tests.support.storms import one_in
 
 BUDGET = {"type": "Budget", "rank": 2, "steps": 3, "rounds": 1, "depth": None, "why": ""}
@@ -228,6 +235,28 @@ def test_what_is_wrong_is_told_by_its_place_and_never_by_its_value() -> None:
     with pytest.raises(Malformed) as caught:
         Decoder().read(GroupStatistics, data)
     assert str(caught.value) == "work: steps: expected a whole number, got text"
+
+
+WITH_LATER: tuple[type, ...] = (Budget, ChangeNorms, FlexLoRA, Plan, RunTerms)
+
+
+@pytest.mark.parametrize(
+    ("plain", "said"),
+    [
+        (Budget(2, 3), Budget(2, 3, rate=RateByRank(0.5, 8))),
+        (ChangeNorms(1, 2, 0.5, 0.25), ChangeNorms(1, 2, 0.5, 0.25, rate=2.0)),
+        (FlexLoRA(), FlexLoRA(0.9)),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_a_field_that_came_later_is_written_only_where_it_says_something(plain: Any, said: Any) -> None:
+    kind, (name,) = type(plain), LATER[type(plain).__name__]
+    for value, there in ((plain, False), (said, True)):
+        text = Encoder().encode(value)
+        assert (f'"{name}":' in text) == there
+        assert Decoder().decode(kind, text) == value
+    assert {*LATER} == {kind.__name__ for kind in WITH_LATER}
+    assert all(LATER[kind.__name__].keys() <= declared_fields(kind).keys() for kind in WITH_LATER)
 
 
 def test_names_of_an_older_version_are_those_of_today() -> None:

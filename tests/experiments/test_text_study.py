@@ -41,22 +41,28 @@ def test_bins_hold_each_position_once_in_the_order_of_their_numbers(numbers: lis
 
 def test_a_version_is_scored_whole_by_bins_and_on_the_common_examples() -> None:
     found = global_score(7, scores([True, True, False, True, False, False]), ((0, 1), (2, 3), (4, 5)), (0, 2, 4))
-    assert found == GlobalScore(7, 0.5, 0.0, (1.0, 0.5, 0.0), pytest.approx(1 / 3))
+    assert found == GlobalScore(7, 0.5, 0.0, (1.0, 0.5, 0.0), pytest.approx(1 / 3), (0.0, 0.0, 0.0), 0.0)
 
 
 def test_an_answer_counts_by_its_tokens() -> None:
     found = AnswerScores(torch.tensor([3, 0]), torch.tensor([3, 1]), torch.tensor([0.5, 1.5]))
-    assert global_score(1, found, ((0,), (1,)), (0,)) == GlobalScore(1, 0.75, 0.5, (1.0, 0.0), 1.0)
+    scored = GlobalScore(1, 0.75, 0.5, (1.0, 0.0), 1.0, (pytest.approx(0.5 / 3), 1.5), pytest.approx(0.5 / 3))
+    assert global_score(1, found, ((0,), (1,)), (0,)) == scored
 
 
 def test_a_round_is_a_version_with_the_means_of_what_began_from_it() -> None:
     """(i) and (ii) of the measurement: a client's own model on its own and on the common examples, and the global one."""
-    versions = [GlobalScore(0, 0.4, 1.0, (0.2, 0.6), 0.5), GlobalScore(2, 0.6, 0.8, (0.5, 0.7), 0.6)]
-    found = [LocalScore(0, "a", 0.6, 0.9), LocalScore(0, "b", 0.7, None), LocalScore(1, "c", 0.0, 0.0)]
+    versions = [
+        GlobalScore(0, 0.4, 1.0, (0.2, 0.6), 0.5, (1.2, 0.8), 0.9),
+        GlobalScore(2, 0.6, 0.8, (0.5, 0.7), 0.6, (1.0, 0.6), 0.7),
+    ]
+    found = [LocalScore(0, "a", 0.6, 0.9, 1.0), LocalScore(0, "b", 0.7, None, 1.2), LocalScore(1, "c", 0.0, 0.0, 9.0)]
     first, last = rounds(versions, found)
     assert (first.version, first.accuracy, first.worst) == (0, 0.4, 0.2)
     assert (first.local, first.own, first.gain) == (pytest.approx(0.65), 0.9, pytest.approx(0.15))
+    assert (first.local_loss, first.loss_rise) == (pytest.approx(1.1), pytest.approx(0.2))
     assert (last.local, last.own, last.gain) == (None, None, None), "a task of another version is not its own"
+    assert (last.local_loss, last.loss_rise) == (None, None)
 
 
 @pytest.mark.slow
@@ -78,9 +84,9 @@ def written(outcome: RunResult) -> list[bytes]:
     return [(outcome.folder / name).read_bytes() for name in ("trace.jsonl", "metrics.jsonl")]
 
 
-def watched(run: Run, folder: Path) -> tuple[Study, RunResult]:
+def watched(run: Run, folder: Path, since: int = 0) -> tuple[Study, RunResult]:
     job = prepare(run)
-    study = Study.of(job, Skew(words, bins=3), common=10)
+    study = Study.of(job, Skew(words, bins=3), common=10, since=since)
     return study, job.execute(folder, [study], report=False)
 
 
@@ -108,8 +114,9 @@ def test_a_client_that_is_alone_is_the_next_version(encoder: Path, tmp_path: Pat
         transfer=None,
         held_out=0.0,
     )
-    study, _ = watched(run, tmp_path / "out")
+    study, _ = watched(run, tmp_path / "out", since=1)
     found = study.rounds()
-    common = [one.common for one in study.versions]
-    assert [one.local for one in found[:-1]] == common[1:]
+    common, losses = ([getattr(one, name) for one in study.versions] for name in ("common", "common_loss"))
+    assert [one.local for one in found] == [None, *common[2:], None], "a task of the version before is not looked at"
+    assert [one.local_loss for one in found[1:-1]] == pytest.approx(losses[2:])
     assert {one.own for one in found} == {None}

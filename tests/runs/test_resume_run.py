@@ -29,7 +29,10 @@ from fedloom import (
     Limits,
     Link,
     Momentum,
+    Plan,
     RandomGroups,
+    RandomRank,
+    RateByRank,
     Refused,
     Rounds,
     Rows,
@@ -218,14 +221,17 @@ def version_at(path: Path) -> int:
 
 LONGER: dict[str, dict[str, Any]] = {
     "rounds": {},
-    "asynchronous": {"schedule": FedFa(window=3, max_in_flight=4)},
+    "asynchronous, a rate by rank": {
+        "schedule": FedFa(window=3, max_in_flight=4),
+        "plan": Plan(RandomRank(2, 8), 4, rate=RateByRank(1.0)),
+    },
     "private, compressed": {
         "schedule": FedBuff(buffer_size=2, max_in_flight=4),
-        "aggregator": Averaged(FedSA()),
+        "aggregator": FedSA(),
         "transfer": DeltaInt8(),
     },
     "folds, stragglers cancelled": {"schedule": Rounds(cohort_size=3, over_selection=1.5), "aggregator": FLoRA()},
-    "server memory": {"schedule": Immediate(max_in_flight=3), "aggregator": Momentum(FedIT())},
+    "server memory": {"schedule": Immediate(max_in_flight=3), "aggregator": Averaged(Momentum(FedIT()))},
     "edges": {
         "schedule": FedFa(window=2, max_in_flight=2),
         "hierarchy": Hierarchy(RandomGroups(groups=2), link=Link(1e6, 1e6)),

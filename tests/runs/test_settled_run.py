@@ -183,6 +183,7 @@ def test_options_that_came_later_rename_no_run(encoder: Path) -> None:
     before = json.loads(json.dumps(settings))
     del before["data"]["missing"], before["partition"]["smallest"], before["date"]
     del before["engine"]["byte_dropout"], before["training"]["base_dropout"]
+    del before["engine"]["cache_dir"], before["engine"]["cache_dir_bytes"]
     assert settings_hash(before) == settings_hash(settings)
     assert settings_hash(settings) != settings_hash(jsonable(tiny_run(encoder, partition=ByClient(smallest=3))))
     torchs = tiny_run(encoder, partition=ByClient(), engine=Engine(kernel="torch", byte_dropout=False))
@@ -190,6 +191,10 @@ def test_options_that_came_later_rename_no_run(encoder: Path) -> None:
     assert len({settings_hash(settings), settings_hash(jsonable(torchs)), settings_hash(jsonable(still))}) == 3
     dropping = tiny_run(encoder, partition=ByClient(), data=Rows(toy_rows(240), missing="drop"))
     assert settings_hash(settings) != settings_hash(jsonable(dropping))
+    kept = Engine(
+        kernel="torch", cache_dir="/anywhere", cache_dir_bytes=10**6
+    )  # where something is kept changes no run
+    assert settings_hash(settings) == settings_hash(jsonable(tiny_run(encoder, partition=ByClient(), engine=kept)))
 
 
 def test_nobody_reads_a_length_that_is_open() -> None:

@@ -47,8 +47,8 @@ from tests.support.tiny_models import settle, tiny_encoder, tiny_run
 RUNS: tuple[dict[str, Any], ...] = (
     {"schedule": FedFa(window=3, max_in_flight=4), "limits": Limits(versions=12)},
     {"schedule": Rounds(cohort_size=3, over_selection=1.5), "aggregator": FLoRA(), "limits": Limits(versions=4)},
-    {"schedule": FedBuff(buffer_size=2, max_in_flight=4), "transfer": DeltaInt8(), "aggregator": Averaged(FedSA())},
-    {"schedule": FedBuff(buffer_size=3, max_in_flight=5, waiting=True), "aggregator": Momentum(FedIT())},
+    {"schedule": FedBuff(buffer_size=2, max_in_flight=4), "transfer": DeltaInt8(), "aggregator": FedSA()},
+    {"schedule": FedBuff(buffer_size=3, max_in_flight=5, waiting=True), "aggregator": Averaged(Momentum(FedIT()))},
     {
         "schedule": FedFa(window=2, max_in_flight=2),
         "hierarchy": Hierarchy(RandomGroups(groups=2), link=Link(1e6, 1e6)),

@@ -208,6 +208,24 @@ MUTANTS = [
         "train/test_evaluate.py::test_kept_layers_that_somebody_changed_are_computed_again",
     ),
     Mutant(
+        "activations over blocks that this client's task changed are kept for other runs",
+        "None if changed else cache.files",
+        "cache.files",
+        "train/engine/test_activation_files.py::test_what_others_changed_below_is_not_kept_for_other_runs",
+    ),
+    Mutant(
+        "a text whose segments differ has the same activations",
+        "columns = [texts.ids, *(texts.extras[name] for name in sorted(texts.extras))]",
+        "columns = [texts.ids]",
+        "train/engine/test_activation_files.py::test_a_text_is_found_by_its_tokens_alone",
+    ),
+    Mutant(
+        "an answer that is none of the labels may be counted as chosen",
+        "return (wrong == 0) & known.to(wrong.device)",
+        "return wrong == 0",
+        "train/test_evaluate.py::test_an_answer_that_is_no_label_is_never_chosen_and_earlier_answers_do_not_count",
+    ),
+    Mutant(
         "a base without dropout switches the adapters' dropout off too",
         'if ".lora_dropout." in name:\n                module.train()',
         'if ".lora_dropout." in name:\n                module.eval()',
@@ -464,6 +482,38 @@ MUTANTS = [
         "return base + numbers if self.is_change else numbers",
         "return numbers",
         "core/test_codec.py",
+    ),
+    Mutant(
+        "FlexLoRA keeps one direction too few of the share of energy that was asked for",
+        "count = min(factor.rank, 1 + int((reached < share * total).sum()))",
+        "count = max(1, int((reached < share * total).sum()))",
+        "aggregate/test_flexlora.py",
+    ),
+    Mutant(
+        "what a method keeps in a fold is cut from the average",
+        "room = max(rank, sum(factor.rank for _, factor in terms)) if folded else rank",
+        "room = rank",
+        "aggregate/test_averaged.py",
+    ),
+    Mutant(
+        "a rank that was lowered keeps the learning rate of the higher one",
+        "return 1.0 if self.rate is None else self.rate.multiple(self.rank)",
+        "return 1.0 if self.rate is None else self.rate.multiple(self.rate.reference or 1)",
+        "plan/test_budget.py",
+    ),
+    Mutant(
+        "the head's learning rate follows the rank of the factors",
+        """    if side == "dense":
+        return 1.0
+""",
+        "",
+        "train/test_rules.py",
+    ),
+    Mutant(
+        "a server may give a task another learning rate than the terms say",
+        "if budget.rate != terms.rates:",
+        "if False:",
+        "deploy/site/test_limits.py",
     ),
     Mutant(
         "dead directions are handed out",

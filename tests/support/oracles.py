@@ -98,9 +98,18 @@ def hlora(m: HLoRA, r: Round) -> Values:
     return heads(r) | {n: best(sums(r, n, scaled), top) for n in r.layers}
 
 
-def flexlora(_: FlexLoRA, r: Round) -> Values:
-    """arXiv 2402.11505: W = sum p_k B_k A_k, whole."""
-    return heads(r) | {n: sums(r, n) for n in r.layers}
+def flexlora(m: FlexLoRA, r: Round) -> Values:
+    """arXiv 2402.11505: W = sum p_k B_k A_k, whole; or as in arXiv 2506.09199 the least svd_p of it with energy >= m.energy."""
+    after = {n: sums(r, n) for n in r.layers}
+    if m.energy is not None:
+        after = {n: best(w, enough(w, m.energy)) for n, w in after.items()}
+    return heads(r) | after
+
+
+def enough(matrix: Tensor, share: float) -> int:
+    """min {p : sum_{i <= p} sigma_i^2 >= share sum_i sigma_i^2}."""
+    energies = torch.linalg.svdvals(matrix) ** 2
+    return next(p for p in range(1, len(energies) + 1) if float(energies[:p].sum()) >= share * float(energies.sum()))
 
 
 def raflora(m: RaFLoRA, r: Round) -> Values:

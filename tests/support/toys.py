@@ -16,6 +16,7 @@ from torch import Tensor
 import fedloom.aggregate
 import fedloom.schedule
 from fedloom.aggregate.fedit import FedIT
+from fedloom.aggregate.flexlora import FlexLoRA
 from fedloom.aggregate.hlora import HLoRA
 from fedloom.aggregate.raflora import RaFLoRA
 from fedloom.core.indexed_dict import Indexed
@@ -46,7 +47,12 @@ SHAPE = Shape(parameters=1000, embeddings=100, layers=1, hidden=10, modules=tupl
 AGGREGATOR = ("space", "exempt", "init", "merge", "start")
 SCHEDULE = ("merge", "start", "wake")
 FLAGGED: dict[ModuleType, tuple[Any, ...]] = {
-    fedloom.aggregate: (HLoRA(published_alpha=16.0), HLoRA(balanced=True), RaFLoRA(balanced=False)),
+    fedloom.aggregate: (
+        HLoRA(published_alpha=16.0),
+        HLoRA(balanced=True),
+        RaFLoRA(balanced=True),
+        FlexLoRA(energy=0.7),
+    ),
     fedloom.schedule: (
         Rounds(cohort_size=2, over_selection=2.0),
         Rounds(cohort_size=3, deadline=5.0),

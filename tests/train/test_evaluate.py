@@ -17,7 +17,7 @@ from torch.nn import functional
 from fedloom.core.lora import Adapter
 from fedloom.data.partition import Shard
 from fedloom.train import evaluate
-from fedloom.train.base_model import initial_adapter
+from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.evaluate import (
     BATCH,
     AnswerScores,
@@ -28,7 +28,7 @@ from fedloom.train.evaluate import (
     roc_auc,
     score,
 )
-from fedloom.train.tokenised import encode_texts
+from fedloom.train.tokenised import EncodedTexts, answer_choices, encode_texts
 from tests.support.storms import tries
 from tests.support.tiny_runs import answered, base_of, examples, lively, logits, writer_of
 
@@ -228,3 +228,67 @@ def test_kept_layers_that_somebody_changed_are_computed_again(generator: Path) -
     for adapter, fold in [*((one, None) for one in below), *((start, one) for one in below), (start, None)]:
         plain = score(base, adapter, texts, range(9), fold).metrics()
         assert score(base, adapter, texts, range(9), fold, kept).metrics() == pytest.approx(plain, rel=1e-5)
+
+
+def named(texts: EncodedTexts, count: int = 40) -> EncodedTexts:
+    """The same requests, each answered by one of four texts of two or three tokens, of which two begin alike."""
+    words, starts = ((5, 6, 2), (5, 7, 2), (8, 2), (9, 2)), texts.answer_starts or ()
+    ids = tuple((*texts.ids[i][: starts[i]], *words[i % len(words)]) for i in range(count))
+    told = replace(texts, ids=ids, labels=(0,) * count, answer_starts=starts[:count])
+    return replace(told, choices=answer_choices(told))
+
+
+@pytest.mark.parametrize(
+    ("answers", "count", "few"), [(1, 4, True), (32, 128, True), (33, 1000, False), (4, 15, False), (0, 0, True)]
+)
+def test_few_answers_with_many_examples_are_labels(answers: int, count: int, few: bool) -> None:
+    ids = tuple((1, 3, 100 - i % answers, 2) for i in range(count))
+    texts = EncodedTexts(ids, {}, (0,) * count, 0, False, (2,) * count)
+    assert answer_choices(texts) == (tuple((100 - k, 2) for k in reversed(range(answers))) if few else ())
+    assert answer_choices(replace(texts, answer_starts=None)) == ()
+
+
+@torch.no_grad()
+def test_label_accuracy_is_that_of_greedy_decoding_which_may_only_write_labels(generator: Path) -> None:
+    base = writer_of(generator)
+    texts, found = named(answered(base), 16), list[bool]()
+    for seed in (0, 1, 2):
+        adapter = lively(initial_adapter(base, 4), seed)
+        scores = score(base, adapter, texts, range(16))
+        assert isinstance(scores, AnswerScores)
+        assert scores.chosen is not None
+        written = list[bool]()
+        for i in range(16):
+            row, told = list(texts.ids[i][: texts.answer_starts[i]]), list[int]()  # type: ignore[index]
+            while tuple(told) not in texts.choices:
+                following = {one[len(told)] for one in texts.choices if list(one[: len(told)]) == told}
+                logits = base.model(input_ids=torch.tensor([row + told])).logits[0, -1]
+                told.append(max(sorted(following), key=lambda token: float(logits[token])))
+            written.append(tuple(told) == texts.answer(i))
+        assert scores.chosen.tolist() == written
+        assert scores.metrics()["label_accuracy"] == sum(written) / 16
+        assert scores.subset([3, 5]).metrics()["label_accuracy"] == (written[3] + written[5]) / 2
+        found += written
+    assert 0 < sum(found) < len(found)
+
+
+def chosen(base: Base, texts: EncodedTexts) -> list[bool]:
+    found = score(base, None, texts, range(16))
+    assert isinstance(found, AnswerScores)
+    assert found.chosen is not None
+    return found.chosen.tolist()
+
+
+def test_an_answer_that_is_no_label_is_never_chosen_and_earlier_answers_do_not_count(generator: Path) -> None:
+    """Not one that goes on after a label, either, or ends before."""
+    base = writer_of(generator)
+    texts = named(answered(base), 16)
+    right, starts = chosen(base, texts), texts.answer_starts or ()
+    assert any(right)
+    for change in (lambda answer: (*answer, 3), lambda answer: answer[:1]):
+        ids = tuple((*row[:begin], *change(row[begin:])) for row, begin in zip(texts.ids, starts, strict=True))
+        assert not any(chosen(base, replace(texts, ids=ids)))
+    talk = replace(texts, earlier_answers=((), ((2, 4),), *[()] * 14))
+    assert talk.next_choices(1) == [(texts.ids[1][2],), (texts.ids[1][3],), (5, 8, 9), (6, 7), (2,)]
+    assert chosen(base, talk) == right
+    assert "label_accuracy" not in score(base, None, replace(texts, choices=()), [0]).metrics()

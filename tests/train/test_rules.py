@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
 from fedloom.core.lora import Adapter, Factor, compact_with_fold, cut_factor
+from fedloom.core.rate_by_rank import RateByRank
 from fedloom.core.types import ClientState, Pruning, Result, Rules, Task
 from fedloom.train import objective, peft_weights
 from fedloom.train.base_model import Base, initial_adapter
@@ -122,6 +123,20 @@ def test_a_higher_rate_moves_up_further_and_down_as_before(base: Base) -> None:
     before, after = distance(plain, start), distance(fast, start)
     assert after["up"] == pytest.approx(5.0 * before["up"], rel=0.01)
     assert (after["down"], after["dense"]) == (before["down"], before["dense"])
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_a_rate_by_rank_is_a_rate_of_the_factors_alone(base: Base, power: float) -> None:
+    """A task of rank 4 where rank 16 has the run's rate moves its factors as at 4 ** power times that rate, to the byte."""
+    start, at_rank = lively(initial_adapter(base, 4)), RateByRank(power, reference=16)
+    task = ordered(start, 2, rules=Rules(frozen=("dense",), up_rate=3.0))
+    ruled = replace(task, budget=replace(task.budget, rank=4, rate=at_rank))
+    alone, scaled = trainer_of(base, learning_rate=1e-3), trainer_of(base, learning_rate=1e-3 * 4**power)
+    assert same(train(alone, ruled)[0].adapter, train(scaled, task)[0].adapter)
+    plain, faster = (train(alone, ordered(start, 1))[0].adapter, replace(ordered(start, 1), budget=ruled.budget))
+    after = train(alone, replace(faster, budget=replace(ruled.budget, steps=1)))[0].adapter
+    assert distance(after, start)["dense"] == distance(plain, start)["dense"]
+    assert distance(after, start)["down"] == pytest.approx(4**power * distance(plain, start)["down"], rel=0.01)
 
 
 def test_a_proximal_term_keeps_a_client_nearer_to_its_start(base: Base) -> None:

@@ -24,6 +24,9 @@ class FedSA:
     """A = sum p_k A_k; B_k and the head of client k are never sent."""
 
     space: ClassVar[Literal["factor"]] = "factor"
+    personal: ClassVar[str] = (
+        "its clients keep `up` and the head, so that what the server has of them was never trained"
+    )
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType(
         {
             1: "the server never sees what a client trained on the side of `up`",

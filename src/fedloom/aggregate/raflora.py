@@ -27,11 +27,12 @@ class RaFLoRA:
     Fields:
         rank: rank that the server keeps (None: the highest client rank).
         balanced: whether singular values are divided evenly over both factors of what a client trains. Then one learning rate
-            suits both. False leaves them to `up`.
+            suits both. False, as for its neighbours, leaves them to `up`: how factors are split is another question than how they
+            are weighed.
     """
 
     rank: int | None = None
-    balanced: bool = True
+    balanced: bool = False
     space: ClassVar[Literal["product"]] = "product"
     summed_by_factors: ClassVar[str] = MEANS_OF_FACTORS
     exempt: ClassVar[Mapping[int, str]] = MappingProxyType({})

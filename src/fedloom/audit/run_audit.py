@@ -184,6 +184,7 @@ def _scene(job: Job, seen: SeenRun, merged: Collection[ClientId], last: Model) -
         job.run.training,
         partial(simulated_secret, job.run.seed),
         job.run.engine or PLAIN,
+        job.cache.emptied(),
         run=job.draws,
         records=for_records(job.run.privacy),
     )

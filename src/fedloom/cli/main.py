@@ -5,6 +5,7 @@ Each command is a module of its own, and imports what it needs when it is called
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated, NoReturn
@@ -52,6 +53,8 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a check failed, 2 refused, 130 Ctrl-C, 143 SIGTERM (docs/command-line.md).",
     rich_markup_mode="rich",
 )
+SPINS = "1000"
+"""How often a thread of torch asks for work before it sleeps. By default it spins for milliseconds, at others' cost."""
 SIMULATE, USE, CHECK, DEPLOY = "Simulate", "Use a result", "Check data, privacy and runs", "Deploy"
 """Groups of commands in the help."""
 
@@ -101,6 +104,8 @@ def main() -> NoReturn:
     write_any_text(sys.stderr)
     sys.excepthook = print_traceback
     reset_consoles()
+    if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     try:
         with stops.caught():
             code = app(prog_name="fedloom", standalone_mode=False)  # typer returns the code of an Exit

@@ -6,7 +6,7 @@ dense tensors; the control variate. A norm is over all layers of a part together
 
 Budgets differ. A norm grows with the root of how many numbers are trained, so the root mean square is compared; and with the steps
 between their root (a random walk) and themselves (a straight line), so it is divided by steps ** 0.75, which is at most 3.2 times
-off over hundredfold steps.
+off over hundredfold steps. Where the learning rate follows the rank, it is divided by the rate's multiple; a head keeps the run's.
 
 Others are the latest accepted answers of at most `WINDOW` other clients, one a client, that were asked to train the same sides (a
 method that alternates between `up` and `down` moves products unequally). Half of them can lie before the median does. With fewer than
@@ -49,6 +49,7 @@ class ChangeNorms:
         factors: root mean square of the change of the factors.
         dense: that of the dense tensors (0: there are none).
         control: that of the change of the control variate (0: there is none).
+        rate: learning rate of the factors as a multiple of the run's.
     """
 
     task: int
@@ -57,6 +58,7 @@ class ChangeNorms:
     factors: float
     dense: float = 0.0
     control: float = 0.0
+    rate: float = 1.0
 
 
 def norm(tensor: Tensor) -> float:
@@ -79,6 +81,7 @@ def change_norms(task: Task, result: Result) -> ChangeNorms:
         math.sqrt(factors) / root,
         _rms({name: tensor - sent.dense[name] for name, tensor in new.dense.items()}),
         _rms(named_tensors(result.control) if result.control else {}),
+        task.budget.rate_multiple,
     )
 
 
@@ -161,7 +164,7 @@ def remember(recent: MutableMapping[ClientId, ChangeNorms], client: ClientId, no
 
 
 def _per_step(norms: ChangeNorms, part: str) -> float:
-    value: float = getattr(norms, part)
+    value: float = getattr(norms, part) / (norms.rate if part in ("products", "factors") else 1.0)
     return float(value / max(1, norms.steps) ** 0.75)
 
 

@@ -116,6 +116,7 @@ class Aggregator(Protocol):
         remembers_changes: True where changes of clients are kept between merges (refused with partial depth, and around another).
         rank: rank of the server, which is checked against the model.
         clients: number of clients, which is checked against the federation.
+        personal: why the server's model is no model without what each client keeps (a sentence; such models are not averaged).
         has_fold: True where the model keeps in a fold, at any rank, what its adapter has no room for.
         plain_mean: True where what is added (entries, or products in "product" space) is the mean with the schedule's weights,
             whatever else is done with that mean.

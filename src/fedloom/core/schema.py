@@ -42,6 +42,14 @@ RENAMED: Mapping[str, str] = {
     "Planned": "JointPlan",
 }
 """Policies that had another name: the "type" word in older manifests, with that of today."""
+LATER: Mapping[str, Mapping[str, object]] = {
+    "Budget": {"rate": None},
+    "ChangeNorms": {"rate": 1.0},
+    "FlexLoRA": {"energy": None},
+    "Plan": {"rate": None},
+    "RunTerms": {"rates": None},
+}
+"""By class, the field that came later, with the value at which it is left out: so all that does without it is written as before."""
 
 SCALARS = (bool, int, float, str)
 UNIONS = (Union, UnionType)
@@ -109,6 +117,15 @@ class Encoder(dict[type, Writer]):
     def record(self, kind: type, parts: Callable[[Any], tuple[object, ...]] | None = None) -> Writer:
         """The writer of a dataclass by its fields, behind its name; `parts` gives what is written of them, in their order."""
         names = [field.name for field in fields(kind)]
+        if kind.__name__ not in LATER or parts:
+            return self._record(kind, names, parts)
+        ((later, before),) = LATER[kind.__name__].items()
+        whole, short = self._record(kind, names), self._record(kind, [name for name in names if name != later])
+        return lambda value: (short if getattr(value, later) == before else whole)(value)
+
+    def _record(
+        self, kind: type, names: Sequence[str], parts: Callable[[Any], tuple[object, ...]] | None = None
+    ) -> Writer:
         if not names:
             empty = f'{{"type":"{kind.__name__}"}}'
             return lambda value: empty
@@ -250,6 +267,8 @@ class Decoder:
         if _expect(dict, data, f"a {kind.__name__}").get("type", kind.__name__) != kind.__name__:
             raise Malformed(f"there is no kind {_word(data)!r:.60} here, expected {kind.__name__}")
         hints, values, name = declared_fields(kind), dict[str, object](), ""
+        if later := LATER.get(kind.__name__):
+            data = {**later, **data}
         if len(data) != len(hints) + 1 or not all(name in data for name in ("type", *hints)):
             differ = ", ".join(sorted(data.keys() ^ {"type", *hints}))
             raise Malformed(f"{kind.__name__} has other fields ({differ:.60})")

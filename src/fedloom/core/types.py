@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedloom.core.codec import Codec
 from fedloom.core.lora import Adapter
+from fedloom.core.rate_by_rank import RateByRank
 
 ClientId: TypeAlias = str
 Side: TypeAlias = Literal["down", "up", "dense"]
@@ -36,6 +37,7 @@ class Budget:
         rounds: versions that an edge makes of one task before it reports; in each of them every member trains `steps // rounds`
             steps (at least 1; default 1).
         why: reason for this choice, in one sentence, for the report (default "": none).
+        rate: how the learning rate of the factors follows the rank (default None: every rank has that of the run).
     """
 
     rank: int
@@ -43,12 +45,18 @@ class Budget:
     depth: int | None = None
     rounds: int = 1
     why: str = ""
+    rate: RateByRank | None = None
+
+    @property
+    def rate_multiple(self) -> float:
+        """Learning rate of the factors at this rank, as a multiple of the run's."""
+        return 1.0 if self.rate is None else self.rate.multiple(self.rank)
 
     def at_most(self, limit: Budget | None) -> Budget:
         """Return this budget with rank, steps and depth no larger than those of `limit` (None: no limit).
 
         >>> Budget(8, 10).at_most(Budget(4, 20, depth=2))
-        Budget(rank=4, steps=10, depth=2, rounds=1, why='')
+        Budget(rank=4, steps=10, depth=2, rounds=1, why='', rate=None)
         """
         if limit is None:
             return self

@@ -167,10 +167,11 @@ def _generation(log: RunLog) -> tuple[tuple[str, str, str], ...]:
     first, last, scores = facts.initial_score(log) or {}, facts.final_score(log) or {}, log.generation or {}
     before = facts.perplexity(first)
     rows = [("Test perplexity", short(facts.perplexity(last)), f"{short(before)} before training")]
-    if "exact_match" in last:
-        old = percent(to_float(first.get("exact_match")))
-        count = plural(int(to_float(last.get("examples"))), "test answer")
-        rows.append(("Word for word", percent(to_float(last["exact_match"])), f"{old} before training; {count}"))
+    count = plural(int(to_float(last.get("examples", 0))), "test answer")
+    for name, key in (("Label accuracy", "label_accuracy"), ("Word for word", "exact_match")):
+        if key in last:
+            old = percent(to_float(first.get(key)))
+            rows.append((name, percent(to_float(last[key])), f"{old} before training; {count}"))
     for name, key in (("Exact samples", "exact_match"), ("ROUGE-L", "rouge_l")) if scores else ():
         share, base = (percent(to_float(scores.get(f"{when}{key}"))) for when in ("", "base_"))
         rows.append((name, share, f"{base} before training; {plural(int(scores.get('examples', 0)), 'answer')}"))

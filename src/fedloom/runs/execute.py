@@ -277,7 +277,15 @@ def simulated_trainer(job: Job) -> PeftTrainer:
     secret_of = partial(simulated_secret, job.run.seed)
     engine, records = job.run.engine or PLAIN, for_records(job.run.privacy)
     return PeftTrainer(
-        job.base, job.train_texts, shards, job.run.training, secret_of, engine, run=job.draws, records=records
+        job.base,
+        job.train_texts,
+        shards,
+        job.run.training,
+        secret_of,
+        engine,
+        job.cache.emptied(),
+        run=job.draws,
+        records=records,
     )
 
 

@@ -13,7 +13,6 @@ from fedloom.core.types import Budget, ClientId, ClientState, Profile, TaskStart
 from fedloom.data.partition import Shard
 from fedloom.runs.job import Job
 from fedloom.train.confusion import Confusion
-from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.evaluate import (
     AnswerScores,
     Scores,
@@ -38,7 +37,7 @@ def client_scores(job: Job, state_of: Callable[[ClientId], ClientState]) -> list
         return []
     ranks = next_ranks(job.run.plan, job.server, job.profiles)
     scored = [shard for shard in job.shards if shard.held_out]
-    kept = job.kept_activations(ActivationCache())
+    kept = job.kept_activations(job.cache.emptied())
     lines = [_unscored_line(job, shard, ranks[shard.client]) for shard in job.shards if not shard.held_out]
     for rank in sorted({ranks[shard.client] for shard in scored}):
         start = final_start(job, rank)

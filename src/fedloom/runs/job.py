@@ -65,7 +65,7 @@ class Job:
         tested: positions of the test examples that score a version.
         canaries: positions of those that decide whether it is published; none of them is in `tested` (empty: there is no canary).
         server: the server, with edges if the run has a hierarchy; the only part that changes while the run is carried out.
-        cache: outputs of frozen layers on test examples, computed once.
+        cache: outputs of frozen layers on test examples, computed once, and the folder that keeps them for other runs.
         stays: when each client can be reached (None: always).
         resumed_from: the unfinished run that is continued (None: it is a new one).
         start: the adapter that the run begins from (None: it begins untrained).
@@ -195,12 +195,12 @@ class Job:
             ),
             "baselines": self.baselines(),
             "metrics": self._metric_meanings(),
-            "notes": self.resumed_from.notes(notes, version("fedloom")) if self.resumed_from else notes,
+            "notes": self.resumed_from.notes(notes) if self.resumed_from else notes,
         }
 
     def _metric_meanings(self) -> dict[str, str]:
         if self.base.labels is None:
-            return {}
+            return manifest.choice_meaning(len(self.train_texts.choices))
         of = "training examples" if self.split.train.labels else "test examples"
         return manifest.metric_meanings(self.split.train.names, self._majority(), of)
 

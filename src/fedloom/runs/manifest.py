@@ -34,13 +34,16 @@ AS_BEFORE: Mapping[tuple[object, str], object] = {
     ("Training", "base_dropout"): None,
 }
 """Options that came later and are not off by default, by class and name, with the value that changes nothing of earlier runs."""
+PLACES = frozenset({("Engine", "cache_dir"), ("Engine", "cache_dir_bytes")})
+"""Options, by class and name, that only say where something is kept: no byte of a run depends on them."""
 LIBRARIES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
 def settings_hash(settings: object) -> str:
     """Twelve hex digits that name settings: two runs with the same hash had the same, wherever their files lay.
 
-    What is off (None, False, 0, empty, or as in `AS_BEFORE`) does not count, so that a new option does not rename all earlier runs.
+    What is off (None, False, 0, empty, or as in `AS_BEFORE`) does not count, so that a new option does not rename all earlier runs;
+    nor do `PLACES`.
     """
     text = json.dumps(portable_settings(settings), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -60,7 +63,7 @@ def portable_settings(value: object) -> object:
 
 def _counts(value: object, option: tuple[object, str]) -> bool:
     """Whether a setting is another than that of a run before this option was there; to switch one off that is on counts."""
-    return value != AS_BEFORE[option] if option in AS_BEFORE else bool(value)
+    return option not in PLACES and (value != AS_BEFORE[option] if option in AS_BEFORE else bool(value))
 
 
 def short_paths(value: object) -> object:
@@ -98,6 +101,11 @@ def metric_meanings(names: Sequence[str], majority: int, of: str) -> dict[str, s
     """Say which label each metric is about; `majority` is the commonest label of `of`, by which the baseline answers."""
     f1 = {"f1": f"F1 of {names[1]!r}"} if len(names) == 2 else {"f1_macro": "mean of the F1 of each label"}
     return {**f1, "majority_label": names[majority], "majority_of": of}
+
+
+def choice_meaning(choices: int) -> dict[str, str]:
+    """Say of a model that writes one of so many answers what its label accuracy is about; empty where it writes freely."""
+    return {"label_accuracy": f"among the {choices} different answers of the examples"} if choices else {}
 
 
 def label_notes(names: Sequence[str], labels: Sequence[int]) -> list[str]:
@@ -166,6 +174,11 @@ def machine_kind() -> dict[str, object]:
         "cores": os.cpu_count() or 1,
         "python": platform.python_version(),
     }
+
+
+def computing_environment() -> dict[str, object]:
+    """Software and hardware on which the last digits of a run depend."""
+    return {**library_versions(), **machine_kind(), "fedloom": metadata.version("fedloom")}
 
 
 def _processor() -> str:

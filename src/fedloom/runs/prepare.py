@@ -27,6 +27,7 @@ from fedloom.core.policies import (
     require_fresh_answers,
     require_trusted_client,
 )
+from fedloom.core.rate_by_rank import rate_bounds
 from fedloom.core.seeds import derive, rng, simulated_secret
 from fedloom.core.server import Server
 from fedloom.core.types import Budget, ClientId, Model, Profile
@@ -39,6 +40,7 @@ from fedloom.hierarchy.regrouping import Compared
 from fedloom.plan.depth import check_blocks
 from fedloom.privacy.private import client_level
 from fedloom.privacy.record_draws import for_records
+from fedloom.runs import manifest
 from fedloom.runs.execute import execute, record
 from fedloom.runs.job import Job
 from fedloom.runs.private_run import SIMULATED_SERVER, check_private, check_private_start, server_privacy
@@ -51,10 +53,12 @@ from fedloom.train.base_model import Base, check_rank_fits_model, load_base, mos
 from fedloom.train.chat_template import DATE, writes_date
 from fedloom.train.device import choose_threads, find_device
 from fedloom.train.engine import linear_kernel
+from fedloom.train.engine.activation_files import open_activation_files
+from fedloom.train.engine.frozen_layers import ActivationCache
 from fedloom.train.settings import PLAIN, largest_step
 from fedloom.train.text_checks import check_texts
 from fedloom.train.text_features import embeddings
-from fedloom.train.tokenised import LONGEST_BY_DEFAULT, EncodedTexts, encode_texts, longest_of
+from fedloom.train.tokenised import LONGEST_BY_DEFAULT, EncodedTexts, answer_choices, encode_texts, longest_of
 from fedloom.train.trainer import engine_notes
 from fedloom.train.workers.worker import Workers
 
@@ -131,6 +135,8 @@ def assemble(
         require_trusted_client(run.aggregator, [shard.client for shard in shards])
     limit = run.training.max_length or min(LONGEST_BY_DEFAULT, most_tokens(base, LONGEST_BY_DEFAULT))
     train, test = (encode_texts(part, base.tokenizer, limit, run.date) for part in (split.train, split.test))
+    choices = answer_choices(train if train.ids else test)
+    train, test = (replace(texts, choices=choices) for texts in (train, test))
     base.notes += check_texts(base, (train, test), limit)
     run = settled(run, base, longest_of((train, test), limit) if shards else limit)
     start = load_start(run, base, split.train.names)
@@ -155,7 +161,7 @@ def assemble(
         seed=run.seed,
         transfer=run.transfer,
         canary=run.canary,
-        largest_step=largest_step(run.training.learning_rate, run.lora.scaling),
+        largest_step=largest_step(run.training.learning_rate, run.lora.scaling, run.plan.rates),
         mechanism=private.mechanism,
         participation=private.participation,
     )
@@ -170,6 +176,7 @@ def assemble(
         train_texts=train,
         test_texts=test,
         tested=draw_test_examples(len(split.test), run.test_limit, run.seed, canaries),
+        cache=ActivationCache(files=open_activation_files(base, engine, manifest.computing_environment())),
         canaries=canaries,
         server=add_edges(run, flat, base, train, shards, len(split.train.names), profiles, regions),
         stays=run.availability.of(sorted(sizes), run.seed) if run.availability else None,
@@ -231,8 +238,9 @@ def check_sum_steps(run: Run, model: Model) -> None:
         return
     secure, training, scaling = run.hierarchy.secure, run.training, run.lora.scaling
     rate = training.learning_rate * run.aggregator.start(model, Budget(1, 1), 0).rules.up_rate
-    bound = secure.bound or max(rate * scaling, rate, training.learning_rate) * run.plan.local_steps
-    if Summed(secure.bits, bound, 1).step > min(training.learning_rate, rate * scaling):
+    least, most = rate_bounds(run.plan.rates, run.plan.rank.largest)
+    bound = secure.bound or max(rate * scaling, rate, training.learning_rate) * most * run.plan.local_steps
+    if Summed(secure.bits, bound, 1).step > min(training.learning_rate, rate * scaling) * least:
         remedy = "a number of so few bits does not tell a step of the optimiser; more bits, or a smaller bound"
         raise Refused("hierarchy.secure.bits", secure.bits, remedy)
 

@@ -283,7 +283,7 @@ def server_from_manifest(folder: Path, secret: bytes = b"", mechanism: Mechanism
         values = {name: decoder.read(hint, settings[name]) for name, hint in SERVER_SETTINGS.items()}
         if jsonable(values) != {name: settings[name] for name in SERVER_SETTINGS}:
             raise Malformed("its manifest does not say all of them")
-        rates = float(settings["training"]["learning_rate"]), float(settings["lora"]["scaling"])
+        rate, scaling = float(settings["training"]["learning_rate"]), float(settings["lora"]["scaling"])
         start = read_checkpoint(folder / UPDATES / f"{START}.safetensors").read({"first": Model, "shape": Shape})
         hierarchy: Hierarchy | None = values["hierarchy"]
         clients = about["clients"].items() if hierarchy else ()
@@ -302,7 +302,7 @@ def server_from_manifest(folder: Path, secret: bytes = b"", mechanism: Mechanism
     private = server_privacy(values["privacy"], values["limits"], secret)
     options = {"limits": private.limits, "mechanism": mechanism or private.mechanism, "seed": settings["seed"]}
     options |= {"participation": private.participation, "transfer": values["transfer"], "canary": values["canary"]}
-    options["largest_step"] = largest_step(*rates)
+    options["largest_step"] = largest_step(rate, scaling, getattr(values["plan"], "rates", None))
     server = Server(start["first"], *policies, shape=start["shape"], **options)
     return server if hierarchy is None else _with_edges(server, hierarchy, about, profiles, compared)
 

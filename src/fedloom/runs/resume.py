@@ -330,10 +330,10 @@ class UnfinishedRun:
         """The engine with the kernel that was chosen when the run was begun: another one has other last digits."""
         return replace(engine, kernel=self.manifest["computed"]["kernel"])
 
-    def notes(self, own: list[str], fedloom: str) -> list[str]:
+    def notes(self, own: list[str]) -> list[str]:
         """Notes of the manifest: the run's `own`, and that versions or the processor are others than at the beginning."""
         there = {**self.manifest["versions"], **self.manifest["machine"], "fedloom": self.manifest["fedloom"]}
-        here = {**manifest.library_versions(), **manifest.machine_kind(), "fedloom": fedloom}
+        here = manifest.computing_environment()
         changed = [f"{name} {there.get(name)} -> {here[name]}" for name in here if there.get(name) != here[name]]
         note = f"Resumed with other software or hardware ({', '.join(changed)}): last digits may differ from an uninterrupted run."
         return list(dict.fromkeys([*own, *self.manifest["notes"], *([note] if changed else [])]))

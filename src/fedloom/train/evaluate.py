@@ -106,18 +106,26 @@ def _rounded(losses: Tensor) -> tuple[float, ...]:
 
 @dataclass(frozen=True, slots=True)
 class AnswerScores:
-    """Predictions of some reference answers, token by token from the right ones before it: per example how many of its tokens are
-    the likeliest, how many there are, and the sum of their cross-entropies.
+    """Predictions of some reference answers, token by token from the right ones before it.
+
+    Fields:
+        hits: of each example, how many tokens of its answer are the likeliest.
+        tokens: how many there are.
+        losses: the sum of their cross-entropies.
+        chosen: whether each answer is what greedy decoding writes where it may only write one of the data's answers (None: these are
+            no labels).
     """
 
     hits: Tensor
     tokens: Tensor
     losses: Tensor
+    chosen: Tensor | None = None
 
     def subset(self, indices: Sequence[int]) -> AnswerScores:
         """Return the scores of these examples alone."""
-        chosen = torch.tensor(list(indices), dtype=torch.long)
-        return AnswerScores(self.hits[chosen], self.tokens[chosen], self.losses[chosen])
+        rows = torch.tensor(list(indices), dtype=torch.long)
+        chosen = None if self.chosen is None else self.chosen[rows]
+        return AnswerScores(self.hits[rows], self.tokens[rows], self.losses[rows], chosen)
 
     def probabilities(self) -> tuple[float, ...]:
         """Return the probability of the right tokens of each answer: their geometric mean."""
@@ -130,9 +138,12 @@ class AnswerScores:
     def metrics(self) -> dict[str, float]:
         """Return accuracy over all tokens, its standard error, mean cross-entropy and perplexity, and the share of exact answers.
 
+        Where answers are labels there is also the share of those that are chosen among all labels.
+
         The error is of a ratio of sums over examples (delta method), since the tokens of one answer are not independent. An answer
         is exact where each of its tokens is the likeliest after those before it: then it is what greedy decoding writes.
         """
+        named = {} if self.chosen is None else {"label_accuracy": float(self.chosen.double().mean())}
         total = max(1.0, float(self.tokens.sum()))
         accuracy, mean = float(self.hits.sum()) / total, float(self.losses.double().sum()) / total
         return {
@@ -141,6 +152,7 @@ class AnswerScores:
             "loss": mean,
             "perplexity": math.exp(min(mean, LARGEST_LOSS)),
             "exact_match": float((self.hits == self.tokens).double().mean()),
+            **named,
             "tokens": int(total),
         }
 
@@ -206,7 +218,7 @@ def score(
             inputs = texts.batch(batch, base.device)
             with features.starting_from(batch) if features else nullcontext():
                 columns_by_batch.append(
-                    _score_answers(base, inputs) if base.labels is None else _score_labels(base, inputs)
+                    _score_answers(base, inputs, texts, batch) if base.labels is None else _score_labels(base, inputs)
                 )
     activations.cache.trim(activations.room)
     back = torch.tensor(order, dtype=torch.long).argsort()
@@ -286,10 +298,30 @@ def _score_labels(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return logits.argmax(1), functional.cross_entropy(logits, labels, reduction="none"), logits[:, -1] - logits[:, 0]
 
 
-def _score_answers(base: Base, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def _score_answers(
+    base: Base, inputs: dict[str, Tensor], texts: EncodedTexts, batch: Sequence[int]
+) -> tuple[Tensor, ...]:
     answers = loss.answer_logits(base, inputs)
     right = (answers.logits.argmax(1) == answers.targets).long()
-    return answers.sum_by_example(right), answers.counts(), answers.sum_by_example(answers.losses())
+    columns = (answers.sum_by_example(right), answers.counts(), answers.sum_by_example(answers.losses()))
+    return (*columns, _chosen(answers, texts, batch)) if texts.choices else columns
+
+
+def _chosen(answers: loss.AnswerLogits, texts: EncodedTexts, batch: Sequence[int]) -> Tensor:
+    """Return of each example whether greedy decoding that may only write one of `texts.choices` writes its answer (rows,).
+
+    It does where each token is the likeliest of those that may come next (decoding constrained to a prefix tree, De Cao et al. 2021,
+    arXiv 2010.00904, section 3.2, with one beam). So the pass over the right answer tells it, and none over the others is needed.
+    """
+    allowed = [tokens for i in batch for tokens in texts.next_choices(i)]
+    width = max(map(len, allowed))
+    choices = torch.tensor([[*tokens, *tokens[-1:] * (width - len(tokens))] for tokens in allowed]).to(
+        answers.logits.device
+    )
+    best = answers.logits.gather(1, choices).argmax(1, keepdim=True)
+    wrong = answers.sum_by_example((choices.gather(1, best)[:, 0] != answers.targets).long())
+    known = torch.tensor([texts.answer(i) in texts.choices for i in batch])
+    return (wrong == 0) & known.to(wrong.device)
 
 
 # Generated answers -----------------------------------------------------------------------------------------------------

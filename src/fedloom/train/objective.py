@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.core.lora import Adapter, Factor, cut_factor, map_tensors, pad, server_rank, take_sides
-from fedloom.core.types import ClientState, Pruning, Side, TaskStart
+from fedloom.core.types import ClientState, Pruning, Side, Task, TaskStart
 
 Weights: TypeAlias = Mapping[str, nn.Parameter]
 GradientChange: TypeAlias = Callable[[], None]
@@ -30,6 +30,13 @@ def side_of(name: str) -> Side:
             return "up"
         case _:
             return "dense"
+
+
+def rate_of(side: Side, task: Task) -> float:
+    """Return the learning rate of a side of a task's adapter, as a multiple of the run's."""
+    if side == "dense":
+        return 1.0
+    return task.budget.rate_multiple * (task.start.rules.up_rate if side == "up" else 1.0)
 
 
 def proximal_pull(weights: Weights, strength: float) -> GradientChange:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 from fedloom.core.errors import Refused
+from fedloom.core.rate_by_rank import RateByRank, rate_bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +39,12 @@ class LoRA:
             raise Refused("lora.dropout", self.dropout, "a probability of at least 0 and below 1")
 
 
-def largest_step(learning_rate: float, scaling: float) -> float:
-    """Return how far one AdamW step moves a number of an adapter, `up` with its scaling in it, at most on average over a tensor."""
-    return learning_rate * max(1.0, scaling)
+def largest_step(learning_rate: float, scaling: float, rates: RateByRank | None = None) -> float:
+    """Return how far one AdamW step moves a number of an adapter, `up` with its scaling in it, at most on average over a tensor.
+
+    Where the learning rate follows the rank, by `rates`, it is that of rank 1.
+    """
+    return learning_rate * max(1.0, scaling) * rate_bounds(rates, 1)[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,9 @@ class Engine:
             steps on a CPU, most steps on a GPU. Always 1, with a note, where a model does not keep clients apart (DeBERTa, XLNet).
         cache: largest size of cached activations from below the trained layers (bytes; default 2e9; 0: none, each step is a plain
             pass). It is 0, with a note, for a model whose blocks pass on more than hidden states (T5) or read padding.
+        cache_dir: folder in which activations below all trained layers are kept for other runs too (default None: none). It changes
+            no byte of a run. Activations tell much of the texts: only its owner can enter it. A site of a deployment has none.
+        cache_dir_bytes: largest size of what is kept there (bytes; default 2e10). Then nothing more is written, with a warning.
         bfloat16: keep the frozen linear layers in bfloat16, on a GPU the whole model except trained adapters and heads (default
             False). It takes half the memory, is faster where the hardware has it, and no longer exact. None: on a CPU that has
             instructions for it, unless single records are protected; found when a run is prepared. Refused where a model has no such
@@ -92,6 +100,8 @@ class Engine:
     first_token: bool = True
     together: int | None = None
     cache: int = 2_000_000_000
+    cache_dir: str | None = None
+    cache_dir_bytes: int = 20_000_000_000
     bfloat16: bool | None = False
     checkpointing: bool = False
     four_bit: bool = False
@@ -104,6 +114,14 @@ class Engine:
             raise Refused("engine.together", self.together, "at least 1 client in a pass, or None for what pays")
         if self.cache < 0:
             raise Refused("engine.cache", self.cache, "bytes of activations to keep, 0 for none")
+        if isinstance(self.cache_dir, Path):
+            object.__setattr__(self, "cache_dir", str(self.cache_dir))
+        if self.cache_dir is not None and not self.cache:
+            raise Refused(
+                "engine.cache_dir", self.cache_dir, "with engine.cache = 0 no activations are used; leave one out"
+            )
+        if self.cache_dir_bytes < 1:
+            raise Refused("engine.cache_dir_bytes", self.cache_dir_bytes, "bytes of activations to keep in cache_dir")
         if self.four_bit and self.bfloat16:
             raise Refused("engine.bfloat16", True, "choose one: layers in 4 bits, or in bfloat16")
 

@@ -29,6 +29,9 @@ LONGEST_BY_DEFAULT = 1024
 the whole batch is as long as its longest: one text of 100,000 tokens should not decide on the memory that a run needs.
 """
 
+MOST_CHOICES, EXAMPLES_OF_CHOICE = 32, 4
+"""Where so few different answers are given, each to so many examples on average, a writer names labels."""
+
 POOL = 8
 """Batches that are sorted by length together. Larger pools pad less and mix less; 8 keeps about 90 % of the tokens useful."""
 
@@ -47,6 +50,7 @@ class EncodedTexts:
             included, are what is predicted (None: labels are predicted).
         fit_counts: numbers of examples that were changed on the way to tokens (None: not known).
         earlier_answers: where earlier answers stand in the same conversation; their tokens are predicted too (None: there are none).
+        choices: tokens of the answers among which a writer chooses, where it names labels (empty: it writes freely).
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -57,6 +61,7 @@ class EncodedTexts:
     answer_starts: tuple[int, ...] | None = None
     fit_counts: FitCounts | None = None
     earlier_answers: tuple[tuple[Span, ...], ...] | None = None
+    choices: tuple[tuple[int, ...], ...] = ()
 
     def targets(self, index: int) -> list[int]:
         """Return the tokens of an example that are to be predicted, each at its position, `IGNORED` elsewhere."""
@@ -66,6 +71,25 @@ class EncodedTexts:
         for begin, end in self.earlier_answers[index] if self.earlier_answers else ():
             row[begin:end] = ids[begin:end]
         return row
+
+    def answer(self, index: int) -> tuple[int, ...]:
+        """Return the tokens of an example's last answer, its end mark included."""
+        assert self.answer_starts is not None
+        return self.ids[index][self.answer_starts[index] :]
+
+    def next_choices(self, index: int) -> list[tuple[int, ...]]:
+        """Return, for each token of an example that is predicted, which tokens may stand there, ascending.
+
+        In the last answer these are all with which a choice goes on that began as the answer did; elsewhere, and where none does, the
+        token itself.
+        """
+        answer, found = self.answer(index), list[tuple[int, ...]]()
+        for place, token in enumerate(self.targets(index)):
+            if place and token != IGNORED:
+                at = place - len(self.ids[index]) + len(answer)
+                began = [one for one in self.choices if len(one) > at and one[:at] == answer[:at]] if at >= 0 else []
+                found.append(tuple(sorted({one[at] for one in began})) or (token,))
+        return found
 
     def target_count(self, index: int) -> int:
         """Return how many tokens of an example are to be predicted."""
@@ -159,6 +183,18 @@ def _label_counts(
         special_tokens=sum(any(map(special.search, parts)) for parts in rows),
         replaced_characters=sum(one != other for one, other in zip(rows, mended, strict=True)),
     )
+
+
+def answer_choices(texts: EncodedTexts) -> tuple[tuple[int, ...], ...]:
+    """Return the different answers of these examples, in order of their tokens, where they are few: labels told in words.
+
+    They are few if there are at most `MOST_CHOICES`, and `EXAMPLES_OF_CHOICE` examples for each on average; else, or where nothing is
+    written, empty.
+    """
+    if texts.answer_starts is None:
+        return ()
+    found = {texts.answer(i) for i in range(len(texts.ids))}
+    return tuple(sorted(found)) if len(found) <= min(MOST_CHOICES, len(texts.ids) // EXAMPLES_OF_CHOICE) else ()
 
 
 def longest_of(parts: Sequence[EncodedTexts], limit: int) -> int:

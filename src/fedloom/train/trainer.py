@@ -251,7 +251,7 @@ class PeftTrainer:
         slot = self.base.put(adapter, start.scaling, start.fold)
         weights = enable_gradients(peft_weights.slot_parameters(self.base.model, slot), start)
         gradient = self._gradient(task, slot, weights, done)
-        optimiser = self._optimiser(weights, start, client_state)
+        optimiser = self._optimiser(weights, task, client_state)
         changes, control = list[GradientChange](), None
         if start.control is not None:
             shared = {name: w for name, w in weights.items() if objective.side_of(name) not in start.rules.private}
@@ -355,17 +355,16 @@ class PeftTrainer:
             optimiser.step()
         return torch.stack(losses).tolist() if losses else []
 
-    def _optimiser(self, weights: Weights, start: TaskStart, client_state: ClientState) -> torch.optim.AdamW:
+    def _optimiser(self, weights: Weights, task: Task, client_state: ClientState) -> torch.optim.AdamW:
         """Make AdamW, with moments of the same basis carried over. A group's rate is, for now, its multiple of the learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, weight in weights.items():
-            multiple = start.rules.up_rate if objective.side_of(name) == "up" else 1.0
-            groups.setdefault(multiple, []).append(weight)
+            groups.setdefault(objective.rate_of(objective.side_of(name), task), []).append(weight)
         optimiser = torch.optim.AdamW(
             [{"params": members, "lr": multiple} for multiple, members in groups.items()],
             weight_decay=self.training.weight_decay,
         )
-        for name, weight in weights.items() if client_state.basis == start.basis else ():
+        for name, weight in weights.items() if client_state.basis == task.start.basis else ():
             if name in client_state.moments:
                 optimiser.state[weight] = {key: value.clone() for key, value in client_state.moments[name].items()}
         return optimiser

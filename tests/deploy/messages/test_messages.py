@@ -20,6 +20,7 @@ from torch import Tensor
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, HalfChange
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor, named_tensors
+from fedloom.core.rate_by_rank import RateByRank
 from fedloom.core.schema import Malformed
 from fedloom.core.transfer import encode_start
 from fedloom.core.types import Budget, Profile, Pruning, Rules, Task, TaskStart
@@ -52,7 +53,14 @@ TERMS = RunTerms(
 
 
 def work_for(start: TaskStart, codec: Codec | None = None, **more: Any) -> TaskRequest:
-    task = Task(7, "Zoë/π", 3, encode_start(start, codec), Budget(4, 5, depth=2, why="it is weak"), 12.5)
+    task = Task(
+        7,
+        "Zoë/π",
+        3,
+        encode_start(start, codec),
+        Budget(4, 5, depth=2, why="it is weak"),
+        12.5,
+    )
     return replace(TaskRequest(TERMS, 2, task, 6), **more)
 
 
@@ -95,10 +103,20 @@ def test_all_that_a_start_can_say_arrives(codec: Codec | None) -> None:
 @pytest.mark.parametrize(
     "terms",
     [TERMS, replace(TERMS, labels=None), replace(TERMS, lora=LoRA()), replace(TERMS, lora=LoRA("all-linear")),
+     replace(TERMS, rates=RateByRank(0.5, 8)),
      replace(TERMS, engine=PLAIN, training=Training(proximal=0.01, stratified=True))],
 )  # fmt: skip
 def test_terms_arrive(terms: RunTerms) -> None:
     assert decode_request(encode_request(JoinRequest(terms, 2)), LIMIT) == JoinRequest(terms, 2)
+
+
+def test_a_task_brings_its_rate_by_rank_and_a_run_without_one_has_the_message_that_it_had() -> None:
+    work = work_for(TaskStart(adapter(4), "7/4"), None)
+    budget = replace(work.task.budget, rate=RateByRank(1.0, 8))
+    ruled = replace(work, task=replace(work.task, budget=budget), terms=replace(work.terms, rates=budget.rate))
+    assert alike(decode_request(encode_request(ruled), LIMIT), ruled)
+    assert b"RateByRank" in encode_request(ruled)
+    assert b'"rate' not in encode_request(work)
 
 
 def test_special_values_and_the_order_in_memory_survive() -> None:
@@ -226,6 +244,16 @@ RANGES = [
 def test_a_value_out_of_its_range_is_refused(field: str, value: Any) -> None:
     text = put(TEXT, (1, *field.split(".")), value)
     refused(packed(text))
+
+
+@pytest.mark.parametrize(("power", "reference"), [(0.5, None), (3.0, 8), (0.5, 0), ("0.5", 8)])
+@pytest.mark.parametrize("place", [("task", "budget", "rate"), ("terms", "rates")])
+def test_a_rate_by_rank_is_whole_and_in_its_range(place: tuple[str, ...], power: Any, reference: int | None) -> None:
+    inner = TEXT[1]
+    for key in place[:-1]:
+        inner = inner[key]
+    rule = {"type": "RateByRank", "power": power, "reference": reference}
+    refused(packed(put(TEXT, (1, *place[:-1]), {**inner, place[-1]: rule})))
 
 
 def test_an_ask_has_all_its_fields_and_no_others() -> None:

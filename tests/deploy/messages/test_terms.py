@@ -23,6 +23,7 @@ from fedloom import (
     Plan,
     Private,
     ProductDelta,
+    RateByRank,
     Run,
     Scaffold,
     Secure,
@@ -33,7 +34,7 @@ from fedloom.deploy.messages.messages import RunTerms
 from fedloom.deploy.messages.terms import terms_of_run
 from fedloom.deploy.start import run_terms
 from fedloom.runs.prepare import prepare
-from fedloom.train.settings import LoRA
+from fedloom.train.settings import Engine, LoRA
 from tests.support.tiny_runs import tiny_run
 from tests.support.toys import adapter
 
@@ -75,6 +76,19 @@ def test_terms_of_sums_say_how_many_and_refuse_numbers_that_would_hide_steps() -
             terms_of(replace(run, hierarchy=Hierarchy(secure=secure)))
 
 
+def test_sums_have_room_for_the_largest_rate_of_a_rank_and_tell_a_step_at_the_smallest() -> None:
+    plan, coarse = Plan(FixedRank(4), local_steps=20), Hierarchy(secure=Secure(bits=8))
+    run = tiny_run(Path("model"), aggregator=FFA(), plan=plan, hierarchy=coarse)
+    assert terms_of(run).rates is None
+    assert terms_of(replace(run, plan=replace(plan, rate=RateByRank(0.0)))).rates == RateByRank(0.0, reference=4)
+    for rule in (
+        RateByRank(2.0),
+        RateByRank(2.0, reference=1),
+    ):  # rank 1 at 16 times the rate; rank 4 at a sixteenth of it
+        with pytest.raises(Refused, match=r"hierarchy\.secure\.bits .* a step of the optimiser"):
+            terms_of(replace(run, plan=replace(plan, rate=rule)))
+
+
 def test_terms_say_the_largest_task_and_what_is_said_of_privacy() -> None:
     run = tiny_run(Path("model"), plan=Plan(FixedRank(4), local_steps=7, depth=FixedDepth(2)), partition=IID(2))
     terms = terms_of(run)
@@ -89,3 +103,10 @@ def test_terms_say_the_largest_task_and_what_is_said_of_privacy() -> None:
     noisy = terms_of(replace(run, privacy=Private(clip=1.0, multiplier=0.5, most_answers=3)))
     assert "multiplier 0.5, at most 3 answers of a client" in noisy.privacy
     assert terms_of(replace(run, held_out=0.0)).evaluations == 0
+
+
+def test_no_folder_of_the_server_is_told_to_a_site_or_taken_by_it() -> None:
+    terms = terms_of(tiny_run(Path("model"), engine=Engine("torch", cache_dir="/srv/kept")))
+    assert terms.engine == Engine("torch")
+    with pytest.raises(Refused, match=r"engine\.cache_dir.*no server names a folder of a site"):
+        replace(terms, engine=Engine("torch", cache_dir="/srv/kept"))

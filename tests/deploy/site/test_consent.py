@@ -16,6 +16,7 @@ from fedloom.cli import site as site_commands
 from fedloom.cli.main import app
 from fedloom.cli.site import TermsPrompt
 from fedloom.core.errors import Refused
+from fedloom.core.rate_by_rank import RateByRank
 from fedloom.core.schema import Malformed
 from fedloom.deploy.messages.messages import (
     JoinRequest,
@@ -41,7 +42,7 @@ OTHERS: dict[str, Any] = {
     "training": Training(clip=2.0, decay=linear), "engine": Engine(), "threads": 2, "seed": 4, "labels": ("a", "b"),
     "weights": "1" * 12, "held_out": 0.3, "first_adapter": "0" * 64, "date": "2026-01-01", "depth": 3, "steps": 21,
     "versions": 13, "evaluations": 2, "folds": True, "controls": True, "privacy": "noise",
-    "records": Private(1.0, 1.0, 10, unit="record"), "least_sum": 5, "sum_threshold": 0.7,
+    "records": Private(1.0, 1.0, 10, unit="record"), "least_sum": 5, "sum_threshold": 0.7, "rates": RateByRank(0.5, 4),
 }  # fmt: skip
 """Another value of each field."""
 
@@ -202,6 +203,8 @@ def test_the_owner_sees_all_that_a_limit_bounds() -> None:
         "nothing is promised", "What this means:", "Rare words", "the share of each label",
     ):  # fmt: skip
         assert word.lower() in text.lower(), word
+    ruled = "\n".join(terms_lines(replace(TERMS, rates=RateByRank(0.5, 4)), SiteLimits()))
+    assert "rate at rank r times (4 / r) ** 0.5" in " ".join(ruled.split())
     refused = "\n".join(terms_lines(replace(TERMS, training=replace(TERMS.training, clip=1e-16)), SiteLimits()))
     assert "The limits of this site refuse it all the same:" in refused
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from fedloom.core.codec import Summed
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter, Factor
+from fedloom.core.rate_by_rank import RateByRank
 from fedloom.core.types import Budget, Pruning, Rules, Task, TaskStart
 from fedloom.deploy.messages.messages import EvaluateRequest, JoinRequest, Request, RunTerms, TaskRequest
 from fedloom.deploy.site.limits import (
@@ -60,7 +61,7 @@ JUDGED: Mapping[type, Mapping[str, Any]] = {
     LoRA: {"scaling": 1e-9, "dropout": 0.99, "target_modules": ("key",)},
     Engine: {"cache": 10**15},
     Task: {},
-    Budget: {"rank": 16, "steps": 1, "depth": 30},
+    Budget: {"rank": 16, "steps": 1, "depth": 30, "rate": RateByRank(2.0, 8)},
     TaskStart: {"train": Adapter({"layer.0.query": Factor(PAIR.down, 1e-9 * PAIR.up)}), "scaling": 1e9, "fold": ADAPTER,
                 "control": ADAPTER},
     Rules: {"up_rate": 1e6, "pruning": Pruning(1e9)},
@@ -77,7 +78,7 @@ HARMLESS: Mapping[type, Mapping[str, str]] = {
         "date": "a date in a prompt, checked", "versions": "shown; passes over the rows are counted",
         "privacy": "shown, and said to be a promise",
         "least_sum": "a sum hides more than none; that it is over too few sites is refused, see below",
-        "sum_threshold": "shown; more than half in any case",
+        "sum_threshold": "shown; more than half in any case", "rates": "each task is judged; shown",
     },
     Training: {
         "warmup": "lowers the learning rate of some steps", "decay": "one of three, which lower the learning rate",
@@ -90,6 +91,7 @@ HARMLESS: Mapping[type, Mapping[str, str]] = {
         "kernel": "one of three, the same product", "first_token": "the same result", "together": "a site has one client",
         "bfloat16": "rounds the site's own copy", "checkpointing": "the same gradients", "four_bit": "as bfloat16",
         "byte_dropout": "the site's own secret decides what is dropped, either way",
+        "cache_dir": "refused in any terms: no server names a folder of a site", "cache_dir_bytes": "of no folder",
     },
     Task: {
         "id": "a number", "client": "must be the site", "version": "a number", "start": "judged by field",
@@ -257,6 +259,14 @@ def test_the_rate_of_up_has_both_limits() -> None:
         assert f"[limits] {limit}" in refused
 
 
+def test_the_rate_of_a_small_rank_has_both_limits() -> None:
+    """Where rank 8 has a rate of 5e-4, rank 2 has 1e-3, which the default allows, and 2e-3 at power 1, which it does not."""
+    for power, sides in ((0.5, 0), (1.0, 2)):
+        found = [*refusals(SiteLimits(), requested(with_field(WORK, Budget, "rate", RateByRank(power, 8))))]
+        assert len(found) == sides
+        assert all("learning rate of 0.002 for" in one for one in found)
+
+
 def test_what_was_done_counts() -> None:
     limits = SiteLimits(tasks_a_day=3, total_epochs=1.0, megabytes_a_day=1)
     assert not [*refusals(limits, used(WORK, SiteUsage(2, 10, 0.5, 7), ROWS, 100))]
@@ -286,6 +296,8 @@ def test_a_server_is_held_to_its_own_terms() -> None:
         replace(WORK, terms=replace(TERMS, depth=1)),
         replace(EXAM, terms=replace(TERMS, evaluations=0)),
         with_field(WORK, TaskStart, "directions", (0, TERMS.rank)),
+        with_field(WORK, Budget, "rate", RateByRank(0.5, 4)),
+        replace(WORK, terms=replace(TERMS, rates=RateByRank(0.5, 4))),
     ):
         assert len([*beyond_terms(request)]) == 1
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedloom.core.lora import Adapter, cut_factor
+from fedloom.core.rate_by_rank import RateByRank
 from fedloom.core.types import ClientState, Pruning, Rules, Task
 from fedloom.train.base_model import Base, initial_adapter
 from fedloom.train.engine import batched_clients, linear_kernel
@@ -71,13 +72,16 @@ def test_gradients_are_those_of_one_after_the_other(request: pytest.FixtureReque
 
 
 @KINDS
-@pytest.mark.parametrize("rules", [{}, {"frozen": ("down",)}, {"frozen": ("dense",), "up_rate": 4.0}])
+@pytest.mark.parametrize("rules", [{}, {"frozen": ("down",)}, {"frozen": ("dense",), "up_rate": 4.0}, {"up_rate": 2.0}])
 def test_many_steps_end_at_the_same_adapter(
     request: pytest.FixtureRequest, kind: str, rules: dict[str, object]
 ) -> None:
+    """In the last of these the learning rate follows the rank, so that clients of one pass have different ones."""
     base = still(base_of(request.getfixturevalue(kind)))
     trainer = trainer_of(base, learning_rate=1e-3, weight_decay=0.1, clip=0.5, batch_size=7)
-    work = tasks(base, 8, **rules)
+    rate = RateByRank(1.0, 4) if rules.get("up_rate") == 2.0 else None
+    ranks = {task.id: max(f.rank for f in task.start.train.factors.values()) for task in tasks(base)}
+    work = [replace(t, budget=replace(t.budget, rank=ranks[t.id], rate=rate)) for t in tasks(base, 8, **rules)]
     alone, common = both(trainer, work)
     for task, (one, _), (other, _) in zip(work, alone, common, strict=True):
         for name, f in one.adapter.factors.items():

@@ -183,6 +183,12 @@ def fold_untrained(model: Model, held: Iterable[int]) -> Adapter | None:
     return stack_with_fold(model.fold, others) if model.fold else others
 
 
+def split_at_rank(factors: Mapping[str, Factor], rank: int) -> tuple[dict[str, Factor], Adapter]:
+    """Divide sorted factors into their first `rank` directions, with zeros where a layer has fewer, and a fold of the others."""
+    first = {name: pad(cut_factor(factor, rank), rank) for name, factor in factors.items()}
+    return first, Adapter({name: Factor(f.down[rank:], f.up[:, rank:]) for name, f in factors.items()})
+
+
 def energy_shares(model: Model) -> list[float]:
     """Return the share of energy of each direction, largest first, summed over layers: rank collapse shows here.
 

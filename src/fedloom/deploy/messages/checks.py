@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from fedloom.core.lora import Adapter, named_tensors
+from fedloom.core.rate_by_rank import MOST_RANK
 from fedloom.core.schema import Malformed
 from fedloom.core.types import Budget, Profile, Side, Task, TaskStart
 from fedloom.core.validate_answer import MAX_MEMBERS
@@ -72,6 +73,7 @@ def budget_ranges(budget: Budget) -> Iterator[tuple[str, float, float, float]]:
     yield "depth", 1 if budget.depth is None else budget.depth, 1, 2**20
     yield "rounds", budget.rounds, 1, 10**9
     yield "why", len(budget.why), 0, 100 * MAX_NAME
+    yield "rate.reference", 1 if budget.rate is None else budget.rate.reference or 0, 1, MOST_RANK
 
 
 def task_ranges(task: Task) -> Iterator[tuple[str, float, float, float]]:

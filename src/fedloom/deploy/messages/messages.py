@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 from fedloom.core.codec import Codec, DeltaInt8, Exact, Half, HalfChange, Summed
 from fedloom.core.errors import Refused
 from fedloom.core.lora import server_rank
+from fedloom.core.rate_by_rank import RateByRank
 from fedloom.core.schema import Malformed
 from fedloom.core.types import ClientId, Profile, Result, Side, Task, TaskStart
 from fedloom.core.validate_answer import MAX_MEMBERS
@@ -81,6 +82,7 @@ class RunTerms:
         records: how sites add noise in training, so that an answer tells little of any one row (None: the run does not ask for it).
         least_sum: sites over which answers are summed, at least, before anybody sees one (0: the server sees each answer).
         sum_threshold: share of the sites in a sum that must agree to opening it, where answers are summed.
+        rates: how the learning rate of adapters follows their rank (None: every rank has that of `training`).
     """
 
     run: str
@@ -107,6 +109,7 @@ class RunTerms:
     records: Private | None = None
     least_sum: int = 0
     sum_threshold: float = 0.6
+    rates: RateByRank | None = None
 
     def __post_init__(self) -> None:
         check_layer_names(self.lora.target_modules)
@@ -117,11 +120,11 @@ class RunTerms:
             ("run_hash", self.run_hash, "[0-9a-f]{12}", "twelve hex digits, as a manifest has them"),
             ("weights", self.weights, "([0-9a-f]{12})?", "twelve hex digits, or none"),
             ("first_adapter", self.first_adapter, "([0-9a-f]{64})?", "64 hex digits, or none"),
+            ("engine.cache_dir", self.engine.cache_dir or "", "", "no server names a folder of a site; leave it out"),
         ):
             if not re.fullmatch(form, text):
                 raise Refused(field, text, words)
-        labels = (("labels", label) for label in self.labels or ())
-        for field, text in (("name", self.run), ("model", self.model), *labels):
+        for field, text in (("name", self.run), ("model", self.model), *(("labels", one) for one in self.labels or ())):
             if not 0 < len(text) <= 10 * MAX_NAME:
                 raise Refused(field, text, f"1 to {10 * MAX_NAME} characters")
         if len(self.privacy) > 10 * MAX_NAME:
@@ -149,6 +152,8 @@ def _check_shares(terms: RunTerms) -> None:
         raise Refused("held_out", terms.held_out, "a share of at least 0 and below 1")
     if not 0.5 < terms.sum_threshold <= 1:
         raise Refused("sum_threshold", terms.sum_threshold, "a share above 0.5, and at most 1")
+    if terms.rates is not None and terms.rates.reference is None:
+        raise Refused("rates.reference", None, "the rank that has the learning rate of the run")
 
 
 def _check_decay(training: Training) -> None:

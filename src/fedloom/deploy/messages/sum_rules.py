@@ -6,6 +6,7 @@ import hashlib
 
 from fedloom.aggregate.shared.parts import start_digest
 from fedloom.core.codec import Summed
+from fedloom.core.rate_by_rank import rate_bounds
 from fedloom.core.types import TaskStart
 from fedloom.deploy.messages.messages import JoinRequest, RunTerms, encode_request
 
@@ -26,6 +27,7 @@ def why_coarse(terms: RunTerms, start: TaskStart, codec: Summed) -> str | None:
     """
     scaling = terms.lora.scaling if start.scaling is None else start.scaling
     step = terms.training.learning_rate * min(1.0, scaling * start.rules.up_rate)
+    step *= rate_bounds(terms.rates, terms.rank)[0]
     if codec.step <= step:
         return None
     return f"numbers would be rounded to {codec.step:.3g}, and a step of the optimiser moves one by {step:.3g}: give more bits"

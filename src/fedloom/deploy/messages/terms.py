@@ -47,7 +47,7 @@ def terms_of_run(run: Run, first: Model, labels: Sequence[str] | None, run_hash:
         rank=run.plan.rank.largest,
         lora=lora,
         training=run.training,
-        engine=run.engine or PLAIN,
+        engine=replace(run.engine or PLAIN, cache_dir=None),  # a folder of this machine, and no site's
         threads=run.threads or 1,
         seed=run.seed,
         labels=None if labels is None else tuple(labels),
@@ -65,8 +65,10 @@ def terms_of_run(run: Run, first: Model, labels: Sequence[str] | None, run_hash:
         records=for_records(run.privacy),
         least_sum=secure.least if secure else 0,
         sum_threshold=(secure or Secure()).threshold,
+        rates=run.plan.rates,
     )
-    bound = largest_step(run.training.learning_rate, lora.scaling) * max(1.0, start.rules.up_rate) * terms.steps
+    step = largest_step(run.training.learning_rate, lora.scaling, terms.rates) * max(1.0, start.rules.up_rate)
+    bound = step * terms.steps
     if secure and (reason := why_coarse(terms, start, Summed(secure.bits, secure.bound or bound, 1))):
         raise Refused("hierarchy.secure.bits", secure.bits, reason)
     return terms

@@ -426,7 +426,7 @@ def region_server(value: Run, hierarchy: Hierarchy, region: Region) -> RegionSer
         limits=value.limits,
         seed=derive(value.seed, "region", region.site.name),
         transfer=value.transfer,
-        largest_step=largest_step(terms.training.learning_rate, terms.lora.scaling),
+        largest_step=largest_step(terms.training.learning_rate, terms.lora.scaling, terms.rates),
     )
     edge = hierarchy.edge(flat, region.min_sites, 1)
     return RegionServer(edge, edge.state, hierarchy.plan if edge.reports_statistics else None)

@@ -236,6 +236,8 @@ def _rows(terms: RunTerms, limits: SiteLimits) -> Iterator[tuple[str, str, str]]
         f"{rates}, weight decay {training.weight_decay:g}",
         f"{limits.least_learning_rate:g} to {limits.learning_rate:g}, weight decay {limits.weight_decay:g}",
     )
+    if (rule := terms.rates) is not None:
+        yield "rate at rank r", f"times ({rule.reference} / r) ** {rule.power:g}", "as above, at each task's rank"
     yield "clip", f"{training.clip:g}", f"{limits.least_clip:g} to {limits.clip:g}"
     yield "pull", f"{training.proximal:g}", f"{limits.proximal:g}"
     yield "batch", f"{training.batch_size} rows", f"{limits.least_batch} to {limits.batch}"

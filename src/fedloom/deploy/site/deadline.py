@@ -40,7 +40,10 @@ class Deadline:
 
     @contextmanager
     def watch(self, facts: Mapping[str, object]) -> Iterator[None]:
-        """End this process by SIGALRM where the block takes longer; `facts` say what it does. In the main thread; not to be nested."""
+        """End this process by SIGALRM where the block takes longer; `facts` say what it does.
+
+        In the main thread, and not to be nested.
+        """
         with open_regular(self.folder / TRACE, "ab") as trace:
             trace.truncate(0)
             write_json(self.folder / UNDER_WAY, facts)

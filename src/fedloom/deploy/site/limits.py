@@ -277,9 +277,10 @@ def _task_asked(task: Task, terms: RunTerms) -> Iterator[Asked]:
     yield Asked("steps", budget.steps, f"the task has {_count(budget.steps, 'step')}")
     steps = answer_steps(task)
     yield Asked("least_steps", steps, f"the answer to the task is trained in {_count(steps, 'step')}")
-    rate = terms.training.learning_rate * rules.up_rate
-    for limit in ("learning_rate", "least_learning_rate"):
-        yield Asked(limit, rate, f"the task has a learning rate of {rate:g} for `up`")
+    rate = terms.training.learning_rate * budget.rate_multiple
+    for side, own in (("up", rate * rules.up_rate), ("down", rate)):
+        for limit in ("learning_rate", "least_learning_rate"):
+            yield Asked(limit, own, f"the task has a learning rate of {own:g} for `{side}`")
     if rules.pruning is not None:
         yield Asked("pruning", rules.pruning.strength, f"the task penalises ranks by {rules.pruning.strength:g}")
 
@@ -331,6 +332,8 @@ def beyond_terms(request: Request) -> Iterator[str]:
     rank, depth = server_rank(start.train), 1.0
     if isinstance(request, TaskRequest):
         budget = request.task.budget
+        if budget.rate != terms.rates:
+            yield "the learning rate of the task follows its rank otherwise than the terms say"
         rank, depth = max(rank, budget.rank), math.inf if budget.depth is None else budget.depth
         if budget.steps > terms.steps:
             yield f"the task has {_count(budget.steps, 'step')}, the terms say at most {terms.steps}"

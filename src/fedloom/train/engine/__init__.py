@@ -4,6 +4,7 @@
 - `dropout`: masks from random bytes, and attention with dropout.
 - `first_token`: the last layer of an encoder for the first token alone.
 - `frozen_layers`: layers below all trained ones run once, without a graph, and their output is kept.
+- `activation_files`: that output in a folder, for other runs.
 - `batched_clients`: several clients in one forward and backward pass.
 - `record_gradients`: the gradient of each example in one pass, for `Run.privacy` with unit "record"; no trick of speed.
 - `trial_texts`: what a trick is tried on. Not every architecture allows every trick: whether this one does is tried on the model, and

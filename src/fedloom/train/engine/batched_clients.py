@@ -192,7 +192,7 @@ def train_together(
     for name, weight in weights.items():
         weight.requires_grad_(objective.side_of(name) not in start.rules.frozen)
     trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
-    optimiser = _AdamW(training, trained, members, start.rules.up_rate)
+    optimiser = _AdamW(training, trained, members)
     losses = list[Tensor]()
     mode = training_mode(base.model, training.has_base_dropout(base.labels))
     with torch.random.fork_rng(), stacked_layers(base, slot, weights, scalings), mode:
@@ -284,10 +284,10 @@ def _losses(base: Base, texts: EncodedTexts, plan: Sequence[Sequence[int]]) -> T
 class _AdamW:
     """Clipping and AdamW for stacked weights: a norm and a count of steps for each client, as if each had its own."""
 
-    def __init__(
-        self, training: Training, weights: Mapping[str, Tensor], members: Sequence[BatchedClient], up_rate: float
-    ) -> None:
-        self.training, self.weights, self.up_rate = training, weights, up_rate
+    def __init__(self, training: Training, weights: Mapping[str, Tensor], members: Sequence[BatchedClient]) -> None:
+        self.training, self.weights = training, weights
+        rates = {name: [objective.rate_of(objective.side_of(name), m.task) for m in members] for name in weights}
+        self.rates = {name: _for_each_client(each, weights[name]) for name, each in rates.items()}
         known = [m.local.moments if m.local.basis == m.task.start.basis else {} for m in members]
         self.counts = {n: tuple(float(k[n]["step"]) if n in k else 0.0 for k in known) for n in weights}
         self.mean = {
@@ -307,10 +307,7 @@ class _AdamW:
         ]()  # of the mean and the square; most weights have the same counts
         for name, weight in self.weights.items():
             shape = (-1, *[1] * (weight.ndim - 1))
-            slope, lr = (
-                slopes[name] * shrink.view(shape),
-                rate * (self.up_rate if objective.side_of(name) == "up" else 1),
-            )
+            slope, lr = slopes[name] * shrink.view(shape), rate * self.rates[name]
             counts = self.counts[name] = tuple(count + 1 for count in self.counts[name])
             if counts not in corrections:
                 both = [torch.tensor([1 - beta**count for count in counts]) for beta in BETAS]
@@ -334,6 +331,13 @@ class _AdamW:
             }
             for k, member in enumerate(members)
         ]
+
+
+def _for_each_client(values: Sequence[float], weight: Tensor) -> float | Tensor:
+    """Return what a stacked weight is multiplied by: one number where it is the same for all clients."""
+    if len(set(values)) == 1:
+        return values[0]
+    return copy_to(torch.tensor(values), weight.device).view(-1, *[1] * (weight.ndim - 1))
 
 
 def _stack_moments(like: Tensor, client_moments: Sequence[Tensor | None]) -> Tensor:

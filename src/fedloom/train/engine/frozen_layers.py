@@ -1,8 +1,9 @@
 """Fine-tuning depth: where only the top layers are trained, the layers below are a fixed feature extractor.
 
 They run without dropout and without a graph, and their output for an example can be kept: at a depth of one layer in six a step
-then costs a small part (HierFedLoRA, arXiv 2503.21213, trains the top d layers). They are computed in small
-groups of like length that do not depend on the batches, so that a hit and a miss give the same bytes.
+then costs a small part (HierFedLoRA, arXiv 2503.21213, trains the top d layers). On a CPU each example is computed by itself, so its
+output depends on nothing but its tokens and the model: whether it is computed, kept, or read from a folder that other runs filled
+(`activation_files`), its bytes are the same.
 
 Where clients train to different depths, what the deeper ones changed is a part of a shallow client's base, and new in each version.
 So there are two places: what comes out below all that was changed is kept from version to version, and the blocks from there to the
@@ -24,12 +25,15 @@ from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter
 from fedloom.train import peft_weights
 from fedloom.train.base_model import Base
+from fedloom.train.engine.activation_files import ActivationFiles
 from fedloom.train.engine.dropout import suspend_training
 from fedloom.train.engine.trial_texts import FAILURES, trial_inputs
 from fedloom.train.tokenised import EncodedTexts
 
-CHUNK_EXAMPLES = {"cpu": 8}
-"""Examples of one client, in order of length, whose activations are computed together; elsewhere 32."""
+CHUNK_EXAMPLES = {"cpu": 1}
+"""Examples whose activations are computed together: on a CPU one. Elsewhere 32 of one client, in order of length, since a pass of
+one example would leave most of an accelerator idle; they do not depend on the batches.
+"""
 
 ROUNDING = 1e-5
 """Largest difference, relative to the largest number, that is still rounding."""
@@ -40,11 +44,19 @@ Activations: TypeAlias = dict[int, Tensor]
 
 @dataclass(slots=True)
 class ActivationCache:
-    """Activations by what they depend on: changes of the layers below, the first block above, the examples. `entries` are in order of
-    last use, all of one collection of texts.
+    """Activations by what they depend on: changes of the layers below, the first block above, the examples.
+
+    Fields:
+        entries: in order of last use, all of one collection of texts.
+        files: a folder of activations below all changes (None: there is none).
     """
 
     entries: OrderedDict[object, Activations] = field(default_factory=OrderedDict)
+    files: ActivationFiles | None = None
+
+    def emptied(self) -> ActivationCache:
+        """Return an empty one over the same folder, for another collection of texts."""
+        return ActivationCache(files=self.files)
 
     def entry(self, key: object) -> Activations:
         """Return the activations under this key, to which the caller adds; they are now the latest used."""
@@ -336,6 +348,7 @@ class FrozenFeatures:
         order: the client's examples by length; neighbours are computed together.
         stored: the inputs computed so far.
         below: the inputs of a lower block, from which these are computed (None: from the texts).
+        files: where they may be found, and are kept (None: nowhere).
     """
 
     base: Base
@@ -344,18 +357,19 @@ class FrozenFeatures:
     order: tuple[int, ...]
     stored: Activations
     below: FrozenFeatures | None = None
+    files: ActivationFiles | None = None
 
     def for_batch(self, batch: Sequence[int]) -> Tensor:
         """Return the inputs for a batch, (batch, tokens, hidden size), zero where an example is padded."""
         missing = self._missing(batch)
         back = suspend_training(self.base.model) if missing else None
         for chunk in missing:
-            inputs = self.texts.batch(chunk, self.base.device)
-            inputs.pop("labels")
-            with self.below.starting_from(chunk) if self.below else nullcontext():
-                rows = self.split.frozen_output(inputs)
-            for i, row in zip(chunk, rows, strict=True):
-                self.stored[i] = row[self.texts.token_span(i, len(row))].clone()
+            rows = self.files.read(self.split.first, self.texts, chunk) if self.files else None
+            if rows is None:
+                rows = self._computed(chunk)
+                if self.files:
+                    self.files.write(self.split.first, self.texts, chunk, rows)
+            self.stored.update(zip(chunk, (row.to(self.base.device) for row in rows), strict=True))
         if back:
             back()
         width, some = max(self.texts.lengths(batch)), self.stored[batch[0]]
@@ -367,6 +381,14 @@ class FrozenFeatures:
     def starting_from(self, batch: Sequence[int]) -> AbstractContextManager[None]:
         """Make a forward pass of this batch, inside the block, begin at the first trained block."""
         return self.split.starting_from(self.for_batch(batch))
+
+    def _computed(self, chunk: Sequence[int]) -> list[Tensor]:
+        """Compute the inputs for these examples, (tokens, hidden size) each; of a model in eval mode."""
+        inputs = self.texts.batch(chunk, self.base.device)
+        inputs.pop("labels")
+        with self.below.starting_from(chunk) if self.below else nullcontext():
+            rows = self.split.frozen_output(inputs)
+        return [row[self.texts.token_span(i, len(row))].clone() for i, row in zip(chunk, rows, strict=True)]
 
     def _missing(self, batch: Sequence[int]) -> list[Sequence[int]]:
         step = CHUNK_EXAMPLES.get(self.base.device.type, 32)
@@ -385,7 +407,8 @@ def frozen_features(
 ) -> FrozenFeatures:
     """Make the features of these examples; they are kept from task to task if `room` (bytes) holds them.
 
-    `changes` are the adapters that are added to the base in this pass, folds too. They are looked for below the split.
+    `changes` are the adapters that are added to the base in this pass, folds too. They are looked for below the split. Where there
+    are none, features are read from the cache's folder, and kept there, whatever `room` is.
     """
     order = tuple(sorted(shard, key=lambda i: (len(texts.ids[i]), i)))
     changed = [found for change in changes if change and (found := _below(base, split, change)).factors]
@@ -393,10 +416,9 @@ def frozen_features(
     under, below = split_at(base, lowest) if lowest else None, None
     if under and under.form:
         below = frozen_features(base, texts, under, shard, (), cache, room)
-    if 4 * base.hidden * sum(texts.lengths(shard)) > room:
-        return FrozenFeatures(base, texts, split, order, {}, below)
-    key = (tuple(map(fingerprint, changed)), split.first, order)
-    return FrozenFeatures(base, texts, split, order, cache.entry(key), below)
+    key, files = (tuple(map(fingerprint, changed)), split.first, order), None if changed else cache.files
+    stored = cache.entry(key) if 4 * base.hidden * sum(texts.lengths(shard)) <= room else {}
+    return FrozenFeatures(base, texts, split, order, stored, below, files)
 
 
 def _below(base: Base, split: LayerSplit, change: Adapter) -> Adapter:
