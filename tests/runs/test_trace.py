@@ -58,6 +58,7 @@ from fedloom.core.events import (
 )
 from fedloom.core.fingerprint import fingerprint
 from fedloom.core.lora import Adapter, Factor, cut_factor
+from fedloom.core.schema import LATER
 from fedloom.core.types import Budget, GroupStatistics, MemberWork, Model, Profile, Pruning, Result, Rules, Update
 from fedloom.runs.trace import ENCODER, Trace, encode_step
 from tests.support.toys import adapter, make_result, make_task, make_update
@@ -157,6 +158,9 @@ def encoded(value: object) -> object:
         return value.task.id
     if dataclasses.is_dataclass(value):
         told = {"type": type(value).__name__} | {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        for name, before in LATER.get(type(value).__name__, {}).items():
+            if told[name] == before:  # a field that came later and says nothing is not written
+                del told[name]
         if isinstance(value, Model):
             text = "".join(f"{name}:{fingerprint(value.memory[name])};" for name in sorted(value.memory))
             told["memory"] = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}" if text else None
