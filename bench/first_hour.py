@@ -133,6 +133,8 @@ def passed(*arguments: str) -> int:
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *arguments)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = re.search(r"(\d+) passed", done.stdout)
+    if done.returncode:
+        print(done.stdout[-3000:], flush=True)
     return int(found[1]) if found and done.returncode == 0 else -1
 
 
