@@ -130,7 +130,7 @@ def listed_names(interpreter: str) -> int:
 
 def passed(*arguments: str) -> int:
     """Return how many of these tests pass; -1 if one fails."""
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", *arguments)
+    command = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "", *arguments)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = re.search(r"(\d+) passed", done.stdout)
     if done.returncode:
