@@ -27,7 +27,7 @@ from hlora_llm import METHODS, STEADY, STUDIES, TUNED, curve, shown, start
 
 from fedloom import Run
 
-EVERY = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+EVERY = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 FIRST = {"topics": EVERY[2:5], "told": EVERY[1:4], "mrpc": EVERY[:3], "qqp": EVERY[:3]}
 SEED, PART = 100, 0.6
 
