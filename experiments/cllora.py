@@ -10,7 +10,7 @@ damaged texts, evenly); at every seed both begin with the same model and are mea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from statistics import mean
@@ -48,11 +48,8 @@ from fedloom import (
     uniform,
     words,
 )
-from fedloom.core.events import Command, Event
 from fedloom.core.policies import Aggregator
-from fedloom.data.client_summary import summarise
 from fedloom.data.examples import Source
-from fedloom.data.heterogeneity import measure_heterogeneity
 from fedloom.data.partition import Partition
 from fedloom.schedule.shared.weights import Weigh
 from fedloom.train.settings import Generation
@@ -216,28 +213,9 @@ def cells() -> dict[str, partial[Run]]:
     return made
 
 
-@dataclass(frozen=True)
-class Look:
-    """A study of a run, with how uneven its clients really are."""
-
-    study: Study
-
-    def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
-        """As the study does."""
-        self.study(now, event, commands)
-
-    def figures(self) -> Line:
-        """Of all rounds, and the indices of unevenness."""
-        job, train = self.study.job, self.study.job.split.train
-        found = measure_heterogeneity([summarise(shard.client, train.take(shard.train)) for shard in job.shards])
-        indices = {"length": found.length, "quantity": found.quantity, "quality": found.quality}
-        uneven = {name: round(index.value, 4) for name, index in indices.items() if index}
-        return {"rounds": [asdict(one) for one in self.study.rounds()], "uneven": uneven}
-
-
-def look(job: Job) -> Look:
+def look(job: Job) -> Study:
     """What looks on at a run."""
-    return Look(Study.of(job, common=min(300, len(job.tested) // 3)))
+    return Study.of(job, common=min(300, len(job.tested) // 3))
 
 
 def at_the_end(line: Line, name: str) -> float | None:

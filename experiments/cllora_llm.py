@@ -13,7 +13,7 @@ model and are measured on the same examples. The rate is from `cllora_llm_rates.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from statistics import mean
@@ -46,11 +46,8 @@ from fedloom import (
     ones,
     words,
 )
-from fedloom.core.events import Command, Event
 from fedloom.core.mean_interval import half_width
-from fedloom.data.client_summary import summarise
 from fedloom.data.examples import Source, Split
-from fedloom.data.heterogeneity import measure_heterogeneity
 from fedloom.data.partition import Partition
 from fedloom.schedule.shared.weights import Weigh
 from fedloom.train.demo_model import smollm2
@@ -187,28 +184,9 @@ def cells() -> dict[str, partial[Run]]:
     return made
 
 
-@dataclass(frozen=True)
-class Look:
-    """A study of a run, with how uneven its clients really are."""
-
-    study: Study
-
-    def __call__(self, now: float, event: Event, commands: list[Command]) -> None:
-        """As the study does."""
-        self.study(now, event, commands)
-
-    def figures(self) -> Line:
-        """Of all scored versions, and the indices of unevenness."""
-        job, train = self.study.job, self.study.job.split.train
-        found = measure_heterogeneity([summarise(shard.client, train.take(shard.train)) for shard in job.shards])
-        indices = {"length": found.length, "quality": found.quality}
-        uneven = {name: round(index.value, 4) for name, index in indices.items() if index}
-        return {"rounds": [asdict(one) for one in self.study.rounds()], "uneven": uneven}
-
-
-def look(job: Job) -> Look:
+def look(job: Job) -> Study:
     """What looks on at a run."""
-    return Look(Study.of(job, common=COMMON, since=SINCE))
+    return Study.of(job, common=COMMON, since=SINCE)
 
 
 def compared_with(name: str) -> str | None:

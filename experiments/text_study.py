@@ -7,7 +7,7 @@ clients' own models and to the one made of them. An effect is the difference to 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import mean
 from typing import TypeAlias
 
@@ -15,6 +15,8 @@ from fedloom.core.events import Command, Evaluate, Event
 from fedloom.core.lora import Adapter
 from fedloom.core.seeds import rng
 from fedloom.core.types import ClientId, Task
+from fedloom.data.client_summary import summarise
+from fedloom.data.heterogeneity import measure_heterogeneity
 from fedloom.data.skew import Skew
 from fedloom.data.text_measures import words
 from fedloom.runs.job import Job
@@ -139,6 +141,14 @@ class Study:
     ) -> Scores | AnswerScores:
         kept = self.job.kept_activations(self.caches[texts is self.job.train_texts])
         return score(self.job.base, adapter, texts, examples, fold, kept)
+
+    def figures(self) -> dict[str, object]:
+        """Of all rounds, and the indices of how uneven the clients really are."""
+        train = self.job.split.train
+        found = measure_heterogeneity([summarise(shard.client, train.take(shard.train)) for shard in self.job.shards])
+        indices = {"length": found.length, "quantity": found.quantity, "quality": found.quality}
+        uneven = {name: round(index.value, 4) for name, index in indices.items() if index}
+        return {"rounds": [asdict(one) for one in self.rounds()], "uneven": uneven}
 
 
 def binned(numbers: Sequence[int]) -> Bins:
