@@ -164,7 +164,9 @@ STUDIES = {
 }
 TUNED = [name for name in METHODS if name != "hlora-random"]
 """Methods with a rate of their own; random ranks have HLoRA's."""
-RATES = {data: dict.fromkeys(TUNED, 4e-3) for data in STUDIES}
+RATES = {data: dict.fromkeys(TUNED, 4e-3) for data in STUDIES} | {
+    "topics": dict.fromkeys(TUNED, 1.6e-2) | {"fedit-padded": 3.2e-2, "fedit-r2": 3.2e-2},
+}
 TARGETS = dict.fromkeys(STUDIES, 0.5)
 """The last line of `hlora_llm_rates.py`: learning rates, and the test losses that are to be reached."""
 
