@@ -94,6 +94,7 @@ REASONS: Mapping[str, str] = {
     "report.live.server": "the door to what serves pages",
     "report.heterogeneity_page": "the page of `fedloom inspect`",
     "train.demo_model": "the door to the packages that bring the demo's weights",
+    "train.engine.answer_tokens": "an algorithm that a field of `Engine` switches",
     "train.engine.first_token": "an algorithm that a field of `Engine` switches",
     "train.engine.linear_kernel": "an algorithm that a field of `Engine` switches",
     "train.engine.record_gradients": "an algorithm that `Run.privacy` switches",

@@ -224,6 +224,7 @@ def writing(repeats: int) -> dict[str, float]:
     base = load_base(str(folder), None, lora, RANK, 0, engine=Engine())
     texts, training = instructions(shard), Training(batch_size=size)
     trainer = PeftTrainer(base, texts, {"0": tuple(range(shard))}, training, partial(simulated_secret, 0), Engine())
+    everywhere = replace(trainer, base=load_base(str(folder), None, lora, RANK, 0, engine=Engine(answer_tokens=False)))
     work = cohort(initial_adapter(base, RANK), 1, shard // size)
     config = LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear"
@@ -232,10 +233,14 @@ def writing(repeats: int) -> dict[str, float]:
     loops: dict[str, Loop] = {
         "PEFT loop, dynamic padding": steps_of(get_peft_model(model, config), texts, False, shard, size),
         "fedloom": lambda count: trainer.train(work[:count]),
+        "fedloom, all tokens in the last block": lambda count: everywhere.train(work[:count]),
     }
     title = f"a small Llama, LoRA on all linear layers, {shard // size} steps of {size} instructions"
     found = print_times(title, interleaved(loops, 1, repeats + 1))
-    return {"llama_vs_peft_dynamic": found["PEFT loop, dynamic padding"] / found["fedloom"]}
+    return {
+        "llama_vs_peft_dynamic": found["PEFT loop, dynamic padding"] / found["fedloom"],
+        "answer_tokens": found["fedloom, all tokens in the last block"] / found["fedloom"],
+    }
 
 
 def instructions(count: int) -> EncodedTexts:

@@ -28,6 +28,7 @@ NAMED_LABELS = 6
 AS_BEFORE: Mapping[tuple[object, str], object] = {
     **{(source, "missing"): "refuse" for source in ("Table", "Rows", "Hub", "Instructions")},
     ("ByClient", "smallest"): 1,
+    ("Engine", "answer_tokens"): True,
     ("Engine", "byte_dropout"): True,
     ("Limits", "norm_ratio"): 5.0,
     ("Limits", "step_ratio"): 3.0,

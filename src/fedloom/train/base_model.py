@@ -23,7 +23,7 @@ from fedloom.core.lora import Adapter
 from fedloom.core.model_shape import Shape
 from fedloom.train import checkpoint, peft_weights, pretrained
 from fedloom.train.device import find_device
-from fedloom.train.engine import dropout, first_token, linear_kernel
+from fedloom.train.engine import answer_tokens, dropout, first_token, linear_kernel
 from fedloom.train.library_messages import collect_messages, log_messages, notes_of
 from fedloom.train.settings import PLAIN, Engine, LoRA
 from fedloom.train.targets import HEADS, check_adapted_layers, choose_targets, target_remedy, unfit_layers
@@ -48,6 +48,7 @@ class Base:
         trials: what the engine found out by trying it on the model, each thing once.
         notes: sentences on how the checkpoint was adapted, for manifest and report.
         label_names: names of the labels in the order of its outputs, where they were given.
+        read_alone: linear layers of the last block that compute only tokens whose logits are made (`engine.answer_tokens`).
     """
 
     model: PeftModel
@@ -61,6 +62,7 @@ class Base:
     trials: dict[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     label_names: tuple[str, ...] = ()
+    read_alone: tuple[nn.Module, ...] = ()
 
     def slot(self, rank: int) -> str:
         """Return the name of the PEFT adapter of this rank, which is made at first use."""
@@ -216,7 +218,10 @@ def load_base(
         _enable_checkpointing(model, engine)
     base = Base(_placed(adapted, place, engine), tokenizer, lora, labels, name, label_names=order)
     base.notes = (*notes, *notes_of(messages))
-    base.computation = {**_install_kernels(base.model, place, engine, half, spare), "first_token": reads_first}
+    chosen = _install_kernels(base.model, place, engine, half, spare)
+    if engine.answer_tokens and labels is None and not engine.checkpointing:
+        base.read_alone = answer_tokens.find_layers(base.model, tokenizer)
+    base.computation = {**chosen, "first_token": reads_first, "answer_tokens": bool(base.read_alone)}
     check_rank_fits_model(base, "plan.rank", rank)
     return base
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedloom.train.base_model import Base
+from fedloom.train.engine.answer_tokens import computed_at
 from fedloom.train.engine.dropout import suspend_training
 from fedloom.train.engine.trial_texts import FAILURES, trial_inputs
 from fedloom.train.tokenised import IGNORED, copy_to
@@ -79,7 +80,8 @@ def answer_logits(base: Base, inputs: dict[str, Tensor]) -> AnswerLogits:
     row, column, targets = (copy_to(t, base.device) for t in (*places, labels[places[0], places[1] + 1]))
     if base.device.type != "cpu" and not reads_padding(base):
         inputs.pop("attention_mask", None)
-    with _logits_only_at(base, row, column) as cut:
+    alone = computed_at(base.read_alone, row, column, (len(labels), labels.shape[1]))
+    with alone, _logits_only_at(base, row, column) as cut:
         logits = base.model(**inputs, use_cache=False).logits
     return AnswerLogits(logits if cut else logits[row, column], targets, row, len(labels))
 

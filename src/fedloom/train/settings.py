@@ -77,6 +77,8 @@ class Engine:
             but a layer and its adapter are one node of the graph, on a GPU too. "onednn" is fused, and up to 1.7 times faster on some
             processors. "fastest" measures them when a run is prepared, and writes the best in its manifest.
         first_token: in an encoder's last layer compute only the first token, if the head reads no other (default True).
+        answer_tokens: in the last block of a model that writes compute only the tokens that predict an answer's, keys and values
+            aside (default True). With `checkpointing` all are computed.
         together: largest number of clients that train in one pass (1: one after the other). The default None chooses by size: small
             steps on a CPU, most steps on a GPU. Always 1, with a note, where a model does not keep clients apart (DeBERTa, XLNet).
         cache: largest size of cached activations from below the trained layers (bytes; default 2e9; 0: none, each step is a plain
@@ -106,6 +108,7 @@ class Engine:
     checkpointing: bool = False
     four_bit: bool = False
     byte_dropout: bool = True
+    answer_tokens: bool = True
 
     def __post_init__(self) -> None:
         if self.kernel not in ("fastest", "torch", "fused", "onednn"):
@@ -126,7 +129,7 @@ class Engine:
             raise Refused("engine.bfloat16", True, "choose one: layers in 4 bits, or in bfloat16")
 
 
-PLAIN = Engine("torch", first_token=False, together=1, cache=0, byte_dropout=False)
+PLAIN = Engine("torch", first_token=False, together=1, cache=0, byte_dropout=False, answer_tokens=False)
 """The engine without tricks: one client after the other, through torch alone."""
 
 ALL_LINEAR = "all-linear"

@@ -90,6 +90,7 @@ HARMLESS: Mapping[type, Mapping[str, str]] = {
     Engine: {
         "kernel": "one of three, the same product", "first_token": "the same result", "together": "a site has one client",
         "bfloat16": "rounds the site's own copy", "checkpointing": "the same gradients", "four_bit": "as bfloat16",
+        "answer_tokens": "the same gradients",
         "byte_dropout": "the site's own secret decides what is dropped, either way",
         "cache_dir": "refused in any terms: no server names a folder of a site", "cache_dir_bytes": "of no folder",
     },

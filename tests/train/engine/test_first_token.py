@@ -105,9 +105,14 @@ def test_a_task_trains_to_the_same_adapter(encoder: Path) -> None:
 
 def test_a_base_says_how_it_computes_and_can_be_sent_to_another_process(encoder: Path) -> None:
     base = load_base(str(encoder), 2, LoRA(), 4, seed=3, engine=Engine("torch"))
-    assert base.computation == {"kernel": "torch", "first_token": True, "byte_dropout": True}
+    assert base.computation == {"kernel": "torch", "first_token": True, "byte_dropout": True, "answer_tokens": False}
     again = pickle.loads(pickle.dumps(base))
     start = lively(initial_adapter(base, 4))
     ours, theirs = (trainer_of(one).train([(task_of(start), ClientState())])[0][0].adapter for one in (base, again))
     assert same(ours, theirs)
-    assert base_of(encoder).computation == {"kernel": "torch", "first_token": False, "byte_dropout": False}
+    assert base_of(encoder).computation == {
+        "kernel": "torch",
+        "first_token": False,
+        "byte_dropout": False,
+        "answer_tokens": False,
+    }

@@ -3,6 +3,7 @@
 - `linear_kernel`: frozen linear layers through oneDNN, or in bfloat16; a layer and its adapter as one node of the graph.
 - `dropout`: masks from random bytes, and attention with dropout.
 - `first_token`: the last layer of an encoder for the first token alone.
+- `answer_tokens`: the last block of a model that writes, for the tokens whose logits are made.
 - `frozen_layers`: layers below all trained ones run once, without a graph, and their output is kept.
 - `activation_files`: that output in a folder, for other runs.
 - `batched_clients`: several clients in one forward and backward pass.
