@@ -20,7 +20,7 @@ from statistics import mean
 
 from claims import Claim, paired
 from grid import Grid, Line, main
-from text_pools import Pool, Row, Splits, shuffled
+from text_pools import OneDraw, Pool, Row, Splits, shuffled
 from text_study import Study
 
 from fedloom import (
@@ -47,7 +47,6 @@ from fedloom import (
     words,
 )
 from fedloom.core.mean_interval import half_width
-from fedloom.data.examples import Source, Split
 from fedloom.data.partition import Partition
 from fedloom.schedule.shared.weights import Weigh
 from fedloom.train.demo_model import smollm2
@@ -100,17 +99,6 @@ def asked(rows: Callable[[], Splits]) -> Instructions:
 
 
 PASSAGES, PASSAGES_TUNING = asked(passage_rows), asked(passage_tuning_rows)
-
-
-@dataclass(frozen=True)
-class OneDraw:
-    """A source that draws the same at every seed, so that what is computed of a damaged text serves every seed."""
-
-    source: Source
-
-    def load(self, seed: int) -> Split:
-        """Return the split of seed 0."""
-        return self.source.load(0)
 
 
 DAMAGED = OneDraw(

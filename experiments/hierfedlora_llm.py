@@ -17,11 +17,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import ceil, floor, log
-from statistics import mean, median
+from math import log
+from statistics import median
 
 from claims import Claim, paired
 from grid import Grid, Line, main
+from loss_targets import accuracy, curve, final, reached, times, until
 from measured_devices import MeasuredDevices
 from text_pools import TOLD_LENGTH, TOPICS_TOLD
 
@@ -83,8 +84,6 @@ ENGINE = Engine("onednn")
 SPLITS = {"dir0.5": 0.5, "dir0.1": 0.1}
 TARGET = 0.45
 """Test loss that is to be reached, with either skew; fixed by `hierfedlora_llm_rates.py`."""
-LAST = 2
-"""Scores at the end whose mean counts there."""
 EDGES = {"far": 1.0, "near": 10.0}
 TESTS = 250
 """Test texts of a run, of the pool's 500, drawn by its seed."""
@@ -222,58 +221,14 @@ def work_done(job: Job) -> WorkDone:
     return WorkDone()
 
 
-def losses(line: Line) -> list[float]:
-    """Mean cross-entropy of a test answer's token, of the base and of each scored version."""
-    return [float(score["loss"]) for score in line["scores"]]
-
-
-def reached(line: Line, target: float) -> float | None:
-    """Where the test loss first is at the target: a place among the scores, in a straight line between two; None: nowhere."""
-    found = losses(line)
-    at = next((at for at, loss in enumerate(found) if loss <= target), None)
-    return at if not at else at - (target - found[at]) / (found[at - 1] - found[at])
-
-
-def between(figures: Sequence[float], at: float) -> float:
-    """A figure of each score at a place between two of them."""
-    before, after = figures[floor(at)], figures[ceil(at)]
-    return before + (at - floor(at)) * (after - before)
-
-
-def until_target(line: Line, figures: Sequence[float]) -> float:
-    """A figure of each score, at the target; at the end of the run if it never gets there, which is too little."""
-    at = reached(line, TARGET)
-    return figures[-1] if at is None else between(figures, at)
-
-
-def times(line: Line) -> list[float]:
-    """Virtual seconds of each score."""
-    return [float(time) for _, time, _ in line["curve"]]
-
-
 def seconds(line: Line) -> float:
     """Virtual seconds to the target."""
-    return until_target(line, times(line))
+    return until(line, times(line), TARGET)
 
 
 def megabytes(line: Line) -> float:
     """Megabytes of answers until the target."""
-    return until_target(line, [sent / 1e6 for *_, sent in line["work"]])
-
-
-def curve(line: Line) -> float:
-    """The mean of the test losses of all scored versions but the base: by tasks, not by time."""
-    return mean(losses(line)[1:])
-
-
-def final(line: Line) -> float:
-    """The mean of the last `LAST` test losses."""
-    return mean(losses(line)[-LAST:])
-
-
-def accuracy(line: Line) -> float:
-    """The share of the topics that are right among the four words, in percent, over the last `LAST` scores."""
-    return 100 * mean(float(score["label_accuracy"]) for score in line["scores"][-LAST:])
+    return until(line, [sent / 1e6 for *_, sent in line["work"]], TARGET)
 
 
 def shortened(run: Run) -> Run:

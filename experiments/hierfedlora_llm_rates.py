@@ -16,7 +16,8 @@ from functools import partial
 from math import inf
 
 from grid import Grid, Line, main, start
-from hierfedlora_llm import COHORT, METHODS, UPLOADS, Method, between, cell, curve, final, reached, times, work_done
+from hierfedlora_llm import COHORT, METHODS, UPLOADS, Method, cell, work_done
+from loss_targets import between, curve, final, reached, times
 from text_pools import TOPICS_TOLD_TUNING
 
 from fedloom import FixedDepth, Run

@@ -25,7 +25,7 @@ from claims import OPEN, Claim, judged
 from grid import Grid, Line, archived, current, made_by, rows_of
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = ("hlora_llm", "fedfa_speed", "hierfedlora_llm", "cllora_llm", "all_four")
+EXPERIMENTS = ("hlora_llm", "fedfa_speed", "fedfa_llm", "hierfedlora_llm", "cllora_llm", "all_four")
 """Those that judge claims."""
 BLOCK = re.compile(r"<!-- (table|claims|claim) ([^>]+) -->.*?<!-- end -->", re.S)
 

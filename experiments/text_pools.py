@@ -8,13 +8,15 @@ rows, scored on other rows of the training file, so that nothing is chosen by th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fedloom import Instructions, Rows
+from fedloom import Corrupted, Instructions, Rows
 from fedloom.core.seeds import rng
 from fedloom.data.delimited import FileFormat
+from fedloom.data.examples import Source, Split
 from fedloom.data.file_formats import read_table_file
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -131,7 +133,23 @@ def same_question(rows: Callable[[], Splits]) -> Rows:
     return Rows(rows, text="question1", pair="question2", label="label")
 
 
+@dataclass(frozen=True)
+class OneDraw:
+    """A source that draws the same at every seed, so that what is computed of a damaged text serves every seed."""
+
+    source: Source
+
+    def load(self, seed: int) -> Split:
+        """Return the split of seed 0."""
+        return self.source.load(0)
+
+
 TOPICS_CHOSEN, TOPICS_CHOSEN_TUNING = chosen_topic(topic_rows), chosen_topic(topic_tuning_rows)
 TOPICS_TOLD, TOPICS_TOLD_TUNING = told_topic(told_rows), told_topic(topic_tuning_rows)
+TOPICS_DAMAGED, TOPICS_DAMAGED_TUNING = (
+    OneDraw(Corrupted(pool, 0.5, delete=0.2, swap=0.1)) for pool in (TOPICS_TOLD, TOPICS_TOLD_TUNING)
+)
+"""The same with half of the training texts damaged: a fifth of the sentences is gone, of the words where there is one sentence, and
+a tenth of these texts has another's topic."""
 PARAPHRASES, PARAPHRASES_TUNING = same_meaning(paraphrase_rows), same_meaning(paraphrase_tuning_rows)
 QUESTIONS, QUESTIONS_TUNING = same_question(question_rows), same_question(question_tuning_rows)

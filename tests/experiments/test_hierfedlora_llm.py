@@ -22,11 +22,11 @@ from hierfedlora_llm import (
     UPLOADS,
     DepthInTime,
     claims,
-    reached,
     seconds,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from loss_targets import reached
 
 from fedloom.core.model_shape import Shape
 from fedloom.core.types import Budget, Profile
