@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 from fedloom.core.errors import Refused
 from fedloom.core.lora import Adapter
 from fedloom.core.types import ClientState
+from fedloom.train import peft_weights
 from fedloom.train.base_model import Base, initial_adapter, load_base
 from fedloom.train.engine import activation_files
 from fedloom.train.engine.activation_files import ActivationFiles, open_activation_files
-from fedloom.train.engine.frozen_layers import ActivationCache
+from fedloom.train.engine.frozen_layers import ActivationCache, frozen_features, split_at
 from fedloom.train.evaluate import KeptActivations, score
 from fedloom.train.settings import PLAIN, Engine, LoRA
+from tests.support.families import FAMILIES
 from tests.support.tiny_runs import answered, base_of, lively, same, trainer_of, writer_of
 from tests.train.engine.test_frozen_layers import shallow
 
@@ -86,6 +89,32 @@ def test_a_second_run_computes_nothing_below_and_scoring_finds_what_training_lef
         assert len(calls) == computed
         assert torch.equal(found.losses, plain.losses)
         calls.clear()
+
+
+@KINDS
+def test_a_run_goes_on_from_what_another_depth_left_with_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    """Only the blocks between are computed."""
+    family = FAMILIES[{"encoder": "BERT", "decoder": "Llama"}[kind]]
+    base, calls = base_of(family.save(tmp_path / "model")), list[int]()
+    blocks = cast(Any, peft_weights.transformer_blocks(base.model))[1]
+    texts, rows = trainer_of(base).texts, tuple(range(4, 9))
+    for number, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, number=number: calls.append(number))
+
+    def outputs(first: int, files: ActivationFiles | None) -> list[Tensor]:
+        cache = ActivationCache(files=files)
+        features = frozen_features(base, texts, split_at(base, first), rows, (), cache, ROOM)
+        base.model.eval()
+        calls.clear()
+        features.for_batch(rows)
+        return [features.stored[i] for i in rows]
+
+    alone, kept = outputs(3, None), opened(base, tmp_path / "kept")
+    assert calls == [0, 1, 2] * len(rows)
+    outputs(1, kept)
+    assert all(torch.equal(*pair) for pair in zip(outputs(3, kept), alone, strict=True))
+    assert calls == [1, 2] * len(rows)
+    assert all(torch.equal(*pair) for pair in zip(outputs(2, kept), outputs(2, None), strict=True))
 
 
 def test_what_others_changed_below_is_not_kept_for_other_runs(encoder: Path, tmp_path: Path) -> None:

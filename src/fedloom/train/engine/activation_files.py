@@ -75,6 +75,10 @@ class ActivationFiles:
         rows = safetensors.torch.load(data[DIGEST:])
         return [rows[str(number)] for number in range(len(chunk))]
 
+    def nearest_below(self, block: int, texts: EncodedTexts, chunk: Sequence[int]) -> int:
+        """Return the nearest lower block of which there is a file of these texts; 0 where there is none."""
+        return next((k for k in range(block - 1, 0, -1) if self._path(k, texts, chunk).exists()), 0)
+
     def write(self, block: int, texts: EncodedTexts, chunk: Sequence[int], rows: Sequence[Tensor]) -> None:
         """Keep the inputs of a block for these texts, if there is room for them."""
         data = safetensors.torch.save({str(number): row.contiguous() for number, row in enumerate(rows)})

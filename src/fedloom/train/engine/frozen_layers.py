@@ -386,9 +386,18 @@ class FrozenFeatures:
         """Compute the inputs for these examples, (tokens, hidden size) each; of a model in eval mode."""
         inputs = self.texts.batch(chunk, self.base.device)
         inputs.pop("labels")
-        with self.below.starting_from(chunk) if self.below else nullcontext():
+        below = self.below or self._nearest_kept(chunk)
+        with below.starting_from(chunk) if below else nullcontext():
             rows = self.split.frozen_output(inputs)
         return [row[self.texts.token_span(i, len(row))].clone() for i, row in zip(chunk, rows, strict=True)]
+
+    def _nearest_kept(self, chunk: Sequence[int]) -> FrozenFeatures | None:
+        """Return the inputs of the nearest lower block that a file has of this text; the way from there is the same, to the byte."""
+        if self.files is None or len(chunk) > 1:  # of several texts, what is padded differs
+            return None
+        lower = self.files.nearest_below(self.split.first, self.texts, chunk)
+        split = split_at(self.base, lower) if lower else None
+        return replace(self, split=split, order=tuple(chunk), stored={}) if split and split.form else None
 
     def _missing(self, batch: Sequence[int]) -> list[Sequence[int]]:
         step = CHUNK_EXAMPLES.get(self.base.device.type, 32)
